@@ -1,0 +1,1 @@
+"""Adapters as local files: read, check, combine, merge and evaluate them. Knows nothing of the registry."""

@@ -1,0 +1,38 @@
+"""What cannot be read, combined or merged. Each error names the file or module and says what to do next.
+
+    ComposerError
+    ├── InvalidFile      a file is damaged, missing or not what it claims to be
+    ├── Mismatch         an adapter does not fit the base
+    ├── NotSupported     a known format or variant that is refused by name
+    └── RefusedOutput    the output cannot be written here
+"""
+
+
+class ComposerError(Exception):
+    """`code` is stable and for machines, `subject` names the file or module, `next_step` says what to do."""
+
+    def __init__(self, code: str, message: str, *, subject: str = "", next_step: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.subject = subject
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.next_step}".strip()
+
+
+class InvalidFile(ComposerError):
+    """A file is damaged, missing or not what it claims to be."""
+
+
+class Mismatch(ComposerError):
+    """An adapter does not fit the base, or adapters do not fit each other."""
+
+
+class NotSupported(ComposerError):
+    """A known format or variant that this version refuses rather than handle wrongly."""
+
+
+class RefusedOutput(ComposerError):
+    """The output directory exists, or the disk cannot take the result."""

@@ -1,0 +1,1 @@
+"""The release registry for LoRA adapters: bases, releases, channels, search, scores."""

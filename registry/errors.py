@@ -1,0 +1,80 @@
+"""What a user can be told. One family per exit code; HTTP status, exit code and the client's exception derive from it.
+
+    RegistryError
+    ├── Refused      1  a check or a gate said no
+    ├── Usage        2  the command line or the request makes no sense
+    ├── NotFound     3  nothing of that name (or nothing you may see)
+    ├── Conflict     4  it exists already, or somebody was faster
+    ├── NotAllowed   5  the role does not suffice
+    ├── Invalid      6  the input is damaged or does not fit
+    └── Unavailable  7  a store or a database is away, full or too slow
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+
+class RegistryError(Exception):
+    """`code` is stable, `subject` names what it is about, `next_step` says what to do, `findings` are the details."""
+
+    exit_code: ClassVar[int]
+    status: ClassVar[int]
+    title: ClassVar[str]
+
+    def __init__(
+        self, code: str, detail: str, *, subject: str = "", next_step: str = "", findings: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.subject = subject
+        self.next_step = next_step
+        self.findings = list(findings)
+
+    def __str__(self) -> str:
+        return f"{self.detail} {self.next_step}".strip()
+
+
+class Refused(RegistryError):
+    exit_code, status, title = 1, 422, "Refused by a check"
+
+
+class Usage(RegistryError):
+    exit_code, status, title = 2, 400, "Bad request"
+
+
+class NotFound(RegistryError):
+    exit_code, status, title = 3, 404, "Not found"
+
+
+class Conflict(RegistryError):
+    exit_code, status, title = 4, 409, "Conflict"
+
+
+class Stale(Conflict):
+    """A Conflict whose precondition (`If-Match`) no longer holds."""
+
+    status, title = 412, "Precondition failed"
+
+
+class NotAllowed(RegistryError):
+    exit_code, status, title = 5, 403, "Not allowed"
+
+
+class Invalid(RegistryError):
+    exit_code, status, title = 6, 422, "Invalid input"
+
+
+class TooLarge(Invalid):
+    """An Invalid that was refused by its size alone, before it was read."""
+
+    status, title = 413, "Too large"
+
+
+class Unavailable(RegistryError):
+    exit_code, status, title = 7, 503, "Unavailable"
+
+
+FAMILIES: tuple[type[RegistryError], ...] = (
+    Refused, Usage, NotFound, Conflict, Stale, NotAllowed, Invalid, TooLarge, Unavailable,
+)  # fmt: skip

@@ -1,0 +1,57 @@
+"""Files -> canonical manifest -> commit id."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from registry.errors import Invalid
+from registry.names import Digest
+
+MAX_FILES = 10_000
+MAX_PATH_CHARACTERS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    path: str
+    size_bytes: int
+    sha256: Digest
+
+
+def check_path(path: str) -> str:
+    """A relative POSIX path in its normal form, which no client could turn into a place outside its directory."""
+    parts = PurePosixPath(path).parts
+    bad = (
+        not parts
+        or len(path) > MAX_PATH_CHARACTERS
+        or path != "/".join(parts)
+        or path.startswith("/")
+        or "\\" in path
+        or any(part in {".", ".."} or part.endswith((".", " ")) or ":" in part for part in parts)
+        or any(ord(character) < 32 or ord(character) == 127 for character in path)
+    )
+    if bad:
+        raise Invalid(
+            "bad_path", f"{path[:120]!r} cannot be a file of a release.", subject=path[:120], next_step="Use relative paths below the pushed directory."
+        )
+    return path
+
+
+def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
+    """One line of JSON, files sorted by path: the same set of files always has the same bytes."""
+    rows = sorted(files, key=lambda file: file.path)
+    paths = [check_path(file.path) for file in rows]
+    if not rows or len(rows) > MAX_FILES:
+        raise Invalid("bad_manifest", f"A release holds 1 to {MAX_FILES:,} files, not {len(rows):,}.")
+    folded = {path.casefold() for path in paths}
+    if len(folded) != len(paths):
+        raise Invalid("bad_manifest", "Two files differ only by upper and lower case, or not at all.")
+    document = [{"path": file.path, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in rows]
+    return json.dumps({"files": document}, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def commit_id(manifest: bytes) -> str:
+    """The first 40 hexadecimal digits of the sha256 of the canonical manifest."""
+    return hashlib.sha256(manifest).hexdigest()[:40]

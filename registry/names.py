@@ -1,0 +1,197 @@
+"""Namespaces, repositories, versions, ranges and references: one parser, used everywhere.
+
+    acme/sql            the highest stable release that is not yanked
+    acme/sql:1.2.0      that version              acme/sql:^1.2    the highest in an npm range
+    acme/sql@prod       what the channel serves   acme/sql#1a2b3c4 the commit, seven digits or more
+"""
+
+import re
+from dataclasses import dataclass
+from functools import total_ordering
+from typing import NewType
+
+import semantic_version
+
+from registry.errors import Usage
+
+_PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_EXACT = re.compile(r"\d+\.\d+\.\d+(?:[-+].*)?")
+
+Digest = NewType("Digest", str)
+"""A sha256 in 64 lower-case hexadecimal digits."""
+
+
+def parse_digest(text: str) -> Digest:
+    if not _DIGEST.fullmatch(text):
+        raise Usage("bad_digest", f"{text[:80]!r} is not a sha256.", next_step="Give 64 lower-case hexadecimal digits.")
+    return Digest(text)
+
+
+def parse_part(text: str, what: str) -> str:
+    """A namespace, a repository's own name, a channel, a base's or a suite's name."""
+    if not _PART.fullmatch(text):
+        raise Usage(
+            "bad_name",
+            f"{text[:80]!r} is not a {what}.",
+            subject=text[:80],
+            next_step="Use lower-case letters, digits, '.', '_' and '-', 64 at most, and begin and end with a letter or digit.",
+        )
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryName:
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+def parse_repository(text: str) -> RepositoryName:
+    namespace, slash, name = text.partition("/")
+    if not slash or "/" in name:
+        raise Usage(
+            "bad_repository", f"{text[:80]!r} is not a repository.", subject=text[:80], next_step="Write it as namespace/name, as in acme/sql."
+        )
+    return RepositoryName(parse_part(namespace, "namespace"), parse_part(name, "repository name"))
+
+
+@total_ordering
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A semantic version without build metadata, which has no order and so could not name one release."""
+
+    major: int
+    minor: int
+    patch: int
+    prerelease: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.major}.{self.minor}.{self.patch}"
+        return f"{text}-{'.'.join(self.prerelease)}" if self.prerelease else text
+
+    def __lt__(self, other: "Version") -> bool:
+        return self.sort_key < other.sort_key
+
+    @property
+    def stable(self) -> bool:
+        return not self.prerelease
+
+    @property
+    def sort_key(self) -> str:
+        """Text whose byte order is the order of semver 2.0.0 section 11, so that a database index sorts releases.
+
+        Numbers are written with their length in front (a length digit pair, then the digits), identifiers are closed by
+        a character below all that may stand in one, and a stable version gets a mark above any pre-release.
+        """
+        core = "".join(_number_key(part) for part in (self.major, self.minor, self.patch))
+        if self.stable:
+            return core + "~"
+        return core + "".join(_identifier_key(part) for part in self.prerelease)
+
+    def bump(self, part: str) -> "Version":
+        if part == "major":
+            return Version(self.major + 1, 0, 0)
+        if part == "minor":
+            return Version(self.major, self.minor + 1, 0)
+        return Version(self.major, self.minor, self.patch if self.prerelease else self.patch + 1)
+
+
+def _number_key(number: int) -> str:
+    digits = str(number)
+    return f"{len(digits):02d}{digits}"
+
+
+def _identifier_key(identifier: str) -> str:
+    # A numeric identifier sorts below an alphanumeric one; "!" is below every character of an identifier.
+    return f"0{_number_key(int(identifier))}!" if identifier.isdigit() else f"1{identifier}!"
+
+
+def parse_version(text: str) -> Version:
+    next_step = "Write MAJOR.MINOR.PATCH, with an optional -prerelease, as in 1.2.0 or 2.0.0-rc.1."
+    try:
+        parsed = semantic_version.Version(text)
+    except ValueError:
+        raise Usage("bad_version", f"{text[:80]!r} is not a semantic version.", subject=text[:80], next_step=next_step) from None
+    if parsed.build:
+        raise Usage(
+            "bad_version", f"{text[:80]!r} has build metadata, which has no order.", subject=text[:80], next_step=next_step
+        )
+    numbers = (parsed.major, parsed.minor, parsed.patch)
+    if len(text) > 100 or any(len(str(number)) > 18 for number in numbers):
+        raise Usage("bad_version", f"{text[:80]!r} is too long for a version.", subject=text[:80], next_step=next_step)
+    return Version(*numbers, tuple(parsed.prerelease))
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An npm range. Pre-releases match only when the range names one of the same MAJOR.MINOR.PATCH."""
+
+    text: str
+    spec: semantic_version.NpmSpec
+
+    def __contains__(self, version: Version) -> bool:
+        return self.spec.match(semantic_version.Version(str(version)))
+
+
+def parse_range(text: str) -> Range:
+    try:
+        return Range(text, semantic_version.NpmSpec(text))
+    except ValueError:
+        raise Usage(
+            "bad_range",
+            f"{text[:80]!r} is neither a version nor a range.",
+            subject=text[:80],
+            next_step="Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """At most one of version, range, channel and commit is set; none of them means the highest stable release."""
+
+    repository: RepositoryName
+    version: Version | None = None
+    range: Range | None = None
+    channel: str | None = None
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        if self.version:
+            return f"{self.repository}:{self.version}"
+        if self.range:
+            return f"{self.repository}:{self.range.text}"
+        if self.channel:
+            return f"{self.repository}@{self.channel}"
+        return f"{self.repository}#{self.commit}" if self.commit else str(self.repository)
+
+
+def parse_reference(text: str) -> Reference:
+    match = re.search(r"[:@#]", text)
+    if not match:
+        return Reference(parse_repository(text))
+    repository, rest = parse_repository(text[: match.start()]), text[match.end() :]
+    if match.group() == "@":
+        return Reference(repository, channel=parse_part(rest, "channel"))
+    if match.group() == "#":
+        if not _COMMIT.fullmatch(rest):
+            raise Usage(
+                "bad_commit", f"{rest[:80]!r} is not a commit.", subject=text[:160], next_step="Give 7 to 40 lower-case hexadecimal digits."
+            )
+        return Reference(repository, commit=rest)
+    if _EXACT.fullmatch(rest):
+        return Reference(repository, version=parse_version(rest))
+    return Reference(repository, range=parse_range(rest))
+
+
+def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
+    """`REPO@CHANNEL`, as rollback, history and gate take it."""
+    reference = parse_reference(text)
+    if reference.channel is None:
+        raise Usage(
+            "bad_channel", f"{text[:160]!r} names no channel.", subject=text[:160], next_step="Write it as namespace/name@channel, as in acme/sql@prod."
+        )
+    return reference.repository, reference.channel

@@ -1,0 +1,63 @@
+"""One frozen value, built once from the environment and passed in."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class LocalStorage(BaseModel):
+    """Blobs in a directory. `directory` is `$ADAPTORY_HOME/store` unless set."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["local"] = "local"
+    directory: Path | None = None
+
+
+class S3Storage(BaseModel):
+    """Blobs in S3 or a compatible store; credentials come from boto3's usual chain, never from here."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: Literal["s3"]
+    bucket: str
+    prefix: str = ""
+    endpoint_url: str | None = None
+
+
+class Settings(BaseSettings):
+    """Environment variables start with `ADAPTORY_`; nested fields are joined by `__` (`ADAPTORY_STORAGE__KIND`)."""
+
+    model_config = SettingsConfigDict(env_prefix="ADAPTORY_", env_nested_delimiter="__", frozen=True, extra="ignore")
+
+    home: Path = Path("~/.adaptory")
+    """Where the embedded registry keeps its database, its blobs and its work files."""
+    database_url: str | None = None
+    """A SQLAlchemy URL; `sqlite:///$ADAPTORY_HOME/registry.db` unless set."""
+    storage: Annotated[LocalStorage | S3Storage, Field(discriminator="kind")] = LocalStorage()
+    url: str | None = None
+    """The registry that the command line talks to; without it the registry in `home` is opened in this process."""
+    max_file_bytes: int = Field(default=64 * 2**30, gt=0)
+    """The largest file a release may hold."""
+    max_document_bytes: int = Field(default=16 * 2**20, gt=0)
+    """The largest JSON or YAML body: a tensor table, a suite, a recipe."""
+    user: str | None = None
+    """The name written into moves and audit rows in the embedded registry; the login name unless set."""
+
+    @property
+    def home_directory(self) -> Path:
+        return self.home.expanduser().resolve()
+
+    @property
+    def effective_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home_directory / 'registry.db'}"
+
+    @property
+    def store_directory(self) -> Path:
+        if isinstance(self.storage, LocalStorage) and self.storage.directory:
+            return self.storage.directory.expanduser().resolve()
+        return self.home_directory / "store"
+
+    @property
+    def work_directory(self) -> Path:
+        return self.home_directory / "work"
