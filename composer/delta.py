@@ -38,6 +38,12 @@ class LowRank:
     def rank(self) -> int:
         return self.A_RI.shape[0]
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of W on disk."""
+        outputs, inputs = self.B_OR.shape[0], self.A_RI.shape[1]
+        return (outputs, inputs) if self.layout is Layout.LINEAR else (inputs, outputs)
+
     def stored_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(left, right) with the scale folded into left: W as stored on disk becomes W + left @ right."""
         if self.layout is Layout.LINEAR:
@@ -47,11 +53,12 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A tensor saved whole (`modules_to_save`, `bias`): it takes the place of the base's `weight`."""
+    """A tensor saved whole (`modules_to_save`, `bias`): it takes the place of the base's `weight`. `tied` as in LowRank."""
 
     module: str
     weight: str
     tensor: torch.Tensor
+    tied: bool = False
 
 
 Delta = LowRank | Replacement

@@ -1,10 +1,10 @@
 """What cannot be read, combined or merged. Each error names the file or module and says what to do next.
 
-    ComposerError
-    ├── InvalidFile      a file is damaged, missing or not what it claims to be
-    ├── Mismatch         an adapter does not fit the base
-    ├── NotSupported     a known format or variant that is refused by name
-    └── RefusedOutput    the output cannot be written here
+ComposerError
+├── InvalidFile      a file is damaged, missing or not what it claims to be
+├── Mismatch         an adapter does not fit the base
+├── NotSupported     a known format or variant that is refused by name
+└── RefusedOutput    the output cannot be written here
 """
 
 

@@ -27,6 +27,15 @@ class Finding:
     message: str
     measure: float | None = None
 
+    def to_json(self) -> dict[str, object]:
+        return {
+            "code": self.code,
+            "severity": self.severity.value,
+            "subject": self.subject,
+            "measure": self.measure,
+            "message": self.message,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

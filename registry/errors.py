@@ -1,17 +1,19 @@
 """What a user can be told. One family per exit code; HTTP status, exit code and the client's exception derive from it.
 
-    RegistryError
-    ├── Refused      1  a check or a gate said no
-    ├── Usage        2  the command line or the request makes no sense
-    ├── NotFound     3  nothing of that name (or nothing you may see)
-    ├── Conflict     4  it exists already, or somebody was faster
-    ├── NotAllowed   5  the role does not suffice
-    ├── Invalid      6  the input is damaged or does not fit
-    └── Unavailable  7  a store or a database is away, full or too slow
+RegistryError
+├── Refused      1  a check or a gate said no
+├── Usage        2  the command line or the request makes no sense
+├── NotFound     3  nothing of that name (or nothing you may see)
+├── Conflict     4  it exists already, or somebody was faster
+├── NotAllowed   5  the role does not suffice
+├── Invalid      6  the input is damaged or does not fit
+└── Unavailable  7  a store or a database is away, full or too slow
 """
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
+
+from composer.errors import ComposerError, Mismatch, NotSupported, RefusedOutput
 
 
 class RegistryError(Exception):
@@ -76,5 +78,23 @@ class Unavailable(RegistryError):
 
 
 FAMILIES: tuple[type[RegistryError], ...] = (
-    Refused, Usage, NotFound, Conflict, Stale, NotAllowed, Invalid, TooLarge, Unavailable,
-)  # fmt: skip
+    Refused,
+    Usage,
+    NotFound,
+    Conflict,
+    Stale,
+    NotAllowed,
+    Invalid,
+    TooLarge,
+    Unavailable,
+)
+
+
+def of_composer(error: ComposerError) -> RegistryError:
+    """The library's error in the families that this file's exit codes and statuses come from."""
+    family: type[RegistryError] = Invalid
+    if isinstance(error, Mismatch | NotSupported):
+        family = Refused
+    elif isinstance(error, RefusedOutput):
+        family = Conflict if error.code == "output_exists" else Unavailable
+    return family(error.code, error.message, subject=error.subject, next_step=error.next_step)

@@ -34,7 +34,10 @@ def check_path(path: str) -> str:
     )
     if bad:
         raise Invalid(
-            "bad_path", f"{path[:120]!r} cannot be a file of a release.", subject=path[:120], next_step="Use relative paths below the pushed directory."
+            "bad_path",
+            f"{path[:120]!r} cannot be a file of a release.",
+            subject=path[:120],
+            next_step="Use relative paths below the pushed directory.",
         )
     return path
 

@@ -1,8 +1,8 @@
 """Namespaces, repositories, versions, ranges and references: one parser, used everywhere.
 
-    acme/sql            the highest stable release that is not yanked
-    acme/sql:1.2.0      that version              acme/sql:^1.2    the highest in an npm range
-    acme/sql@prod       what the channel serves   acme/sql#1a2b3c4 the commit, seven digits or more
+acme/sql            the highest stable release that is not yanked
+acme/sql:1.2.0      that version              acme/sql:^1.2    the highest in an npm range
+acme/sql@prod       what the channel serves   acme/sql#1a2b3c4 the commit, seven digits or more
 """
 
 import re
@@ -36,7 +36,7 @@ def parse_part(text: str, what: str) -> str:
             "bad_name",
             f"{text[:80]!r} is not a {what}.",
             subject=text[:80],
-            next_step="Use lower-case letters, digits, '.', '_' and '-', 64 at most, and begin and end with a letter or digit.",
+            next_step="Use at most 64 of a-z, 0-9, '.', '_' and '-', a letter or digit first and last.",
         )
     return text
 
@@ -54,7 +54,10 @@ def parse_repository(text: str) -> RepositoryName:
     namespace, slash, name = text.partition("/")
     if not slash or "/" in name:
         raise Usage(
-            "bad_repository", f"{text[:80]!r} is not a repository.", subject=text[:80], next_step="Write it as namespace/name, as in acme/sql."
+            "bad_repository",
+            f"{text[:80]!r} is not a repository.",
+            subject=text[:80],
+            next_step="Write it as namespace/name, as in acme/sql.",
         )
     return RepositoryName(parse_part(namespace, "namespace"), parse_part(name, "repository name"))
 
@@ -115,10 +118,15 @@ def parse_version(text: str) -> Version:
     try:
         parsed = semantic_version.Version(text)
     except ValueError:
-        raise Usage("bad_version", f"{text[:80]!r} is not a semantic version.", subject=text[:80], next_step=next_step) from None
+        raise Usage(
+            "bad_version", f"{text[:80]!r} is not a semantic version.", subject=text[:80], next_step=next_step
+        ) from None
     if parsed.build:
         raise Usage(
-            "bad_version", f"{text[:80]!r} has build metadata, which has no order.", subject=text[:80], next_step=next_step
+            "bad_version",
+            f"{text[:80]!r} has build metadata, which has no order.",
+            subject=text[:80],
+            next_step=next_step,
         )
     numbers = (parsed.major, parsed.minor, parsed.patch)
     if len(text) > 100 or any(len(str(number)) > 18 for number in numbers):
@@ -179,7 +187,10 @@ def parse_reference(text: str) -> Reference:
     if match.group() == "#":
         if not _COMMIT.fullmatch(rest):
             raise Usage(
-                "bad_commit", f"{rest[:80]!r} is not a commit.", subject=text[:160], next_step="Give 7 to 40 lower-case hexadecimal digits."
+                "bad_commit",
+                f"{rest[:80]!r} is not a commit.",
+                subject=text[:160],
+                next_step="Give 7 to 40 lower-case hexadecimal digits.",
             )
         return Reference(repository, commit=rest)
     if _EXACT.fullmatch(rest):
@@ -192,6 +203,9 @@ def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
     reference = parse_reference(text)
     if reference.channel is None:
         raise Usage(
-            "bad_channel", f"{text[:160]!r} names no channel.", subject=text[:160], next_step="Write it as namespace/name@channel, as in acme/sql@prod."
+            "bad_channel",
+            f"{text[:160]!r} names no channel.",
+            subject=text[:160],
+            next_step="Write it as namespace/name@channel, as in acme/sql@prod.",
         )
     return reference.repository, reference.channel

@@ -1,0 +1,104 @@
+"""Structural checks: what cannot be combined at all, whatever the numbers are. Findings, never exceptions."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from composer.delta import Delta, LowRank, Replacement
+from composer.findings import Finding, Severity
+from composer.variants import LoadedAdapter
+
+_Touch = tuple[str, Delta]  # adapter name, what it does
+
+
+def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> list[Finding]:
+    """Hard conflicts between adapters, and between an adapter and a tied weight.
+
+    `settings["tied"]` is `refuse` (the default), `shared` or `untie`. Error codes: replacement_conflict, replacement_and_delta,
+    tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices: tied_shared, tied_untied. An adapter that saves a tensor
+    whole and was also given a low-rank pair for it counts as one of these conflicts.
+    """
+    tied = settings.get("tied", "refuse")
+    touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
+    for adapter in loaded:
+        for delta in adapter.deltas:
+            # Untied, the head and the embedding are two tensors; shared, they are one.
+            side = delta.module if tied == "untie" and delta.tied else ""
+            touches[delta.weight, side].append((adapter.name, delta))
+    findings: list[Finding] = []
+    for (weight, _), touching in touches.items():
+        findings += _check_weight(weight, touching)
+    findings += _check_tied(
+        [(name, delta) for touching in touches.values() for name, delta in touching if delta.tied], str(tied)
+    )
+    return findings
+
+
+def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
+    replacing = [(name, delta) for name, delta in touching if isinstance(delta, Replacement)]
+    adding = [(name, delta) for name, delta in touching if isinstance(delta, LowRank)]
+    if replacing and adding:
+        who = f"{replacing[0][0]} replaces {weight} and {adding[0][0]} adds to it"
+        return [_error("replacement_and_delta", replacing[0][1].module, f"{who}; the sum has no meaning.")]
+    findings = [
+        finding
+        for first, other in zip(replacing, replacing[1:], strict=False)
+        if (finding := _check_replacements(first, other))
+    ]
+    shapes = {name: delta.stored_shape for name, delta in adding}
+    if len(set(shapes.values())) > 1:
+        code = "vocabulary_mismatch" if _is_vocabulary(adding[0][1]) else "shape_conflict"
+        sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        findings.append(
+            _error(code, adding[0][1].module, f"The adapters were trained for different shapes of {weight}: {sizes}.")
+        )
+    return findings
+
+
+def _check_replacements(first: tuple[str, Replacement], other: tuple[str, Replacement]) -> Finding | None:
+    (first_name, one), (other_name, two) = first, other
+    if one.tensor.shape != two.tensor.shape:
+        code = "vocabulary_mismatch" if _is_vocabulary(one) else "replacement_conflict"
+        message = f"{first_name} and {other_name} both save {one.weight}, with the shapes {list(one.tensor.shape)} and {list(two.tensor.shape)}."
+        return _error(code, one.module, message)
+    if one.tensor.dtype != two.tensor.dtype or not torch.equal(one.tensor, two.tensor):
+        message = f"{first_name} and {other_name} both save {one.weight} whole, with different values."
+        return _error("replacement_conflict", one.module, message)
+    return None
+
+
+def _check_tied(touching: list[_Touch], tied: str) -> list[Finding]:
+    if not touching:
+        return []
+    modules = sorted({delta.module for _, delta in touching})
+    name, first = touching[0]
+    if tied == "refuse":
+        message = f"{name} changes {first.module}, whose tensor {first.weight} is the output head and the input embedding in one."
+        return [
+            _error(
+                "tied_weight",
+                first.module,
+                f"{message} Set tied=untie (each side its own tensor) or tied=shared (both change, as in PEFT).",
+            )
+        ]
+    if tied == "untie":
+        message = (
+            f"The output head gets a tensor of its own, since {', '.join(modules)} is changed alone or differently."
+        )
+        return [Finding("tied_untied", Severity.NOTICE, first.module, message)]
+    if len(modules) > 1:
+        message = (
+            f"{' and '.join(modules)} share one tensor and both are changed; that is only possible with tied=untie."
+        )
+        return [_error("tied_both_sides", modules[0], message)]
+    message = f"{first.module} is changed in the tensor that input embedding and output head share: the other side changes too."
+    return [Finding("tied_shared", Severity.NOTICE, first.module, message)]
+
+
+def _is_vocabulary(delta: Delta) -> bool:
+    return delta.module.split(".")[-1] in ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+
+
+def _error(code: str, subject: str, message: str) -> Finding:
+    return Finding(code, Severity.ERROR, subject, message)

@@ -1,0 +1,179 @@
+"""Several adapters -> one ordinary PEFT adapter, exactly: the factors side by side, every scale folded in, s = 1."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from composer.checks import structural
+from composer.delta import Delta, Layout, LowRank, Replacement
+from composer.errors import NotSupported
+from composer.findings import Finding, Severity
+from composer.formats.checkpoint import Architecture
+from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.header import TensorSpec, encode_header, parse_header
+from composer.formats.naming import PEFT_PREFIX
+from composer.hashing import hash_file
+from composer.methods import combine_deltas, parse_settings
+from composer.output import NOTE_FILE, sync, write_json, writing_aside
+from composer.tensors import DTYPE_NAMES, tensor_bytes
+from composer.variants import LoadedAdapter, load_deltas
+
+_SPARE_BYTES = 1 << 20
+_SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+
+
+@dataclass(frozen=True, slots=True)
+class CombineReport:
+    """What was written. `ranks` counts modules by rank."""
+
+    out_dir: str
+    modules: int
+    ranks: Mapping[int, int]
+    replacements: int
+    size_bytes: int
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def combine(
+    adapters: Sequence[tuple[Path, float]],
+    out_dir: Path,
+    architecture: Architecture | None = None,
+    method: str = "stack",
+    settings: Mapping[str, object] | None = None,
+    note: Mapping[str, Any] | None = None,
+) -> CombineReport:
+    """Write the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
+
+    Its delta is the method's, exactly: rank is the sum of the ranks, alpha equals the rank (so s = 1, no rsLoRA), patterns say
+    where ranks differ. Without an architecture adapters are matched by their own module names and shapes only. Raises Mismatch,
+    NotSupported, InvalidFile and RefusedOutput like a merge.
+    """
+    parsed = parse_settings(method, settings or {})
+    loaded = [load_deltas(path, architecture) for path, _ in adapters]
+    # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
+    deltas = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
+    tensors = _tensors(deltas)
+    config = _config(loaded, deltas)
+    specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    head = encode_header(specs, {"format": "pt"})
+    size = len(head) + sum(spec.size_bytes for spec in specs.values())
+    with writing_aside(out_dir, size + _SPARE_BYTES) as aside:
+        with (aside / WEIGHTS_FILE).open("wb") as file:
+            file.write(head)
+            for name in parse_header(head, size).tensors:
+                file.write(tensor_bytes(tensors[name]))
+        sync(aside / WEIGHTS_FILE)
+        write_json(aside / CONFIG_FILE, config)
+        write_json(aside / NOTE_FILE, _note(loaded, [weight for _, weight in adapters], method, parsed, note))
+    pairs = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
+    return CombineReport(
+        out_dir=str(out_dir),
+        modules=len(pairs),
+        ranks=dict(Counter(delta.rank for delta in pairs)),
+        replacements=len(deltas) - len(pairs),
+        size_bytes=size,
+        findings=(*structural(loaded, {"tied": "untie"}), *_dropped_copies(loaded)),
+    )
+
+
+def _tensors(deltas: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
+    """PEFT's key -> tensor."""
+    targeted = {delta.module for delta in deltas.values() if isinstance(delta, LowRank)}
+    tensors: dict[str, torch.Tensor] = {}
+    for delta in deltas.values():
+        path = f"{PEFT_PREFIX}{delta.module}"
+        if isinstance(delta, Replacement):
+            wrapped = ".base_layer" if delta.module in targeted else ""
+            tensors[f"{path}{wrapped}.{delta.weight.rsplit('.', 1)[-1]}"] = delta.tensor
+        elif delta.layout is Layout.EMBEDDING:
+            tensors |= {f"{path}.lora_embedding_A": delta.A_RI, f"{path}.lora_embedding_B": delta.B_OR}
+        else:
+            tensors |= {f"{path}.lora_A.weight": delta.A_RI, f"{path}.lora_B.weight": delta.B_OR}
+    return tensors
+
+
+def _config(loaded: Sequence[LoadedAdapter], deltas: Mapping[str, Delta]) -> dict[str, Any]:
+    pairs = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
+    if not pairs:
+        raise NotSupported("no_pairs", "None of the adapters has a low-rank pair: there is nothing to combine.")
+    rank = Counter(delta.rank for delta in pairs).most_common(1)[0][0]
+    # The longest path first: a pattern also matches as the end of a longer path, and the first match wins.
+    odd = sorted((delta for delta in pairs if delta.rank != rank), key=lambda delta: -len(delta.module))
+    ranks = {f"^{delta.module}": delta.rank for delta in odd}
+    first = loaded[0].config.raw
+    config: dict[str, Any] = {name: first.get(name) for name in _SHARED_FIELDS}
+    return config | {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "use_rslora": False,
+        "fan_in_fan_out": any(adapter.config.fan_in_fan_out for adapter in loaded),
+        "bias": _bias(deltas),
+        "target_modules": _targets(loaded, pairs),
+        "modules_to_save": _whole_modules(deltas) or None,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[str]:
+    """The adapters' own target names where their union means exactly these modules; otherwise every module by its path.
+
+    Short names are what servers and people read. They are only true when no adapter chose among layers in another way: a
+    module that is wrapped without tensors would load as an untrained pair.
+    """
+    chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    names: set[str] = set()
+    for adapter in loaded:
+        targets = adapter.config.target_modules
+        if not isinstance(targets, tuple) or any(adapter.config.raw.get(field) for field in chosen):
+            return sorted(delta.module for delta in pairs)
+        names.update(targets)
+    return sorted(names)
+
+
+def _bias(deltas: Mapping[str, Delta]) -> str:
+    targeted = {delta.module for delta in deltas.values() if isinstance(delta, LowRank)}
+    biased = {d.module for d in deltas.values() if isinstance(d, Replacement) and d.weight.endswith(".bias")}
+    if not biased:
+        return "none"
+    return "lora_only" if biased <= targeted else "all"
+
+
+def _whole_modules(deltas: Mapping[str, Delta]) -> list[str]:
+    return sorted({d.module for d in deltas.values() if isinstance(d, Replacement) and not d.weight.endswith(".bias")})
+
+
+def _note(
+    loaded: Sequence[LoadedAdapter],
+    weights: Sequence[float],
+    method: str,
+    settings: Mapping[str, object],
+    note: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    inputs = [
+        {"name": one.name, "weight": weight, "digest": hash_file(one.path / WEIGHTS_FILE)}
+        for one, weight in zip(loaded, weights, strict=True)
+    ]
+    return {
+        "made": "combine",
+        "adapters": inputs,
+        "method": method,
+        "settings": dict(settings),
+        "note": dict(note or {}),
+    }
+
+
+def _dropped_copies(loaded: Sequence[LoadedAdapter]) -> list[Finding]:
+    message = "The adapter's copy of this base weight was left out, unchecked: combining does not read the base."
+    return [Finding("base_copy_dropped", Severity.NOTICE, name, message) for one in loaded for name in one.base_copies]

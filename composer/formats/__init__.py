@@ -1,0 +1,1 @@
+"""What is on disk: bytes and limits in, facts or one precise error out. No torch here."""

@@ -1,0 +1,161 @@
+"""A Hugging Face checkpoint on disk: config, shards and where each tensor lies."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from composer.errors import InvalidFile, NotSupported
+from composer.formats.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_JSON_BYTES = 100_000_000
+_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """All that a check of an adapter needs to know of a base: no weights, so a registry can keep it.
+
+    `tied` says that the output head shares the input embedding's tensor. `tensors` are named as on disk.
+    """
+
+    model_type: str
+    tied: bool
+    tensors: Mapping[str, TensorSpec]
+
+    def to_json(self) -> dict[str, Any]:
+        tensors = {name: [spec.dtype, list(spec.shape)] for name, spec in self.tensors.items()}
+        return {"model_type": self.model_type, "tied": self.tied, "tensors": tensors}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Architecture":
+        tensors = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in value["tensors"].items()}
+        return cls(value["model_type"], value["tied"], tensors)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. `shards` are in file-name order; `index` is the index file's JSON, None for a single file."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: Mapping[str, Header]
+    index: Mapping[str, Any] | None
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        tensors = {name: entry.spec for header in self.shards.values() for name, entry in header.tensors.items()}
+        return Architecture(str(self.config.get("model_type", "")), _is_tied(self.config, tensors), tensors)
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        return {name: shard for shard, header in self.shards.items() for name in header.tensors}
+
+    def locate(self, name: str) -> tuple[Path, TensorEntry]:
+        """File and entry of a tensor. Raises KeyError for a name that the architecture does not have."""
+        shard = self._places[name]
+        return self.path / shard, self.shards[shard].tensors[name]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint in directory `path`: reads config, index and headers, no weights.
+
+    Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about, pickles), and
+    NotSupported for a quantized base.
+    """
+    config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
+    if config.get("quantization_config"):
+        settings = cast(dict[str, Any], config["quantization_config"])
+        method = settings.get("quant_method", "quantized")
+        raise NotSupported(
+            "quantized_base",
+            f"{path.name} is quantized ({method}).",
+            subject="config.json",
+            next_step="Use the unquantized base.",
+        )
+    if (path / INDEX_FILE).is_file():
+        index = read_json(path / INDEX_FILE, "missing_index", "")
+        shards = _read_shards(path, index)
+        return Checkpoint(path, config, shards, index)
+    if not (path / SINGLE_FILE).is_file():
+        raise missing_weights(path, SINGLE_FILE)
+    return Checkpoint(path, config, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}, None)
+
+
+def missing_weights(path: Path, expected: str) -> InvalidFile:
+    """The error for a directory without safetensors: another one when there are pickles to convert."""
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES) if path.is_dir() else []
+    if pickles:
+        message = f"{path.name} has its weights only as a pickle ({pickles[0]}), which runs code when opened."
+        return InvalidFile("pickle", message, subject=pickles[0], next_step=CONVERT)
+    return InvalidFile("missing_weights", f"{path.name} has no {expected}.", subject=expected)
+
+
+def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
+    """The JSON object in a file of at most 100 MB. Raises InvalidFile with `code` when there is no such file."""
+    if not path.is_file():
+        raise InvalidFile(code, f"{path.parent.name} has no {path.name}.", subject=path.name, next_step=next_step)
+    contained(path.parent, path.name)
+    if path.stat().st_size > _JSON_BYTES:
+        raise InvalidFile("too_large", f"{path.name} is larger than {_JSON_BYTES} bytes.", subject=path.name)
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidFile("bad_json", f"{path.name} is not JSON: {error}.", subject=path.name) from error
+    if not isinstance(value, dict):
+        raise InvalidFile("bad_json", f"{path.name} is not a JSON object.", subject=path.name)
+    return cast(dict[str, Any], value)
+
+
+def contained(directory: Path, name: str) -> Path:
+    """`directory / name`, once it is certain that no link leads out of the directory.
+
+    A Hugging Face cache keeps `snapshots/<commit>/file` as a link to `blobs/`: that one neighbour counts as inside.
+    """
+    real = (directory / name).resolve()
+    home = directory.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if Path(name).name != name or not any(real.is_relative_to(allowed) for allowed in homes):
+        raise InvalidFile(
+            "link_outside", f"{name} leads out of {directory.name}.", subject=name, next_step="Copy the file there."
+        )
+    return directory / name
+
+
+def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
+    weight_map: object = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidFile("bad_index", f"{INDEX_FILE} has no weight_map.", subject=INDEX_FILE)
+    wanted = cast(dict[str, object], weight_map)
+    shards: dict[str, Header] = {}
+    for shard in sorted({str(file) for file in wanted.values()}):
+        file = contained(path, shard)
+        if not file.is_file():
+            raise InvalidFile("missing_shard", f"{path.name} has no {shard}, which its index names.", subject=shard)
+        shards[shard] = read_header(file)
+    for name, shard in wanted.items():
+        if name not in shards[str(shard)].tensors:
+            raise InvalidFile(
+                "missing_tensor", f"{shard} has no tensor {name!r}, though the index says so.", subject=str(shard)
+            )
+    for shard, header in shards.items():
+        for name in header.tensors:
+            if wanted.get(name) != shard:
+                message = f"{shard} has a tensor {name!r} that the index does not place there."
+                raise InvalidFile("unindexed_tensor", message, subject=shard)
+    return shards
+
+
+def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bool:
+    """Does the output head share the embedding's tensor? The config says so, else a causal model without a head has it shared."""
+    nested: object = config.get("text_config")
+    for source in (config, cast(Mapping[str, Any], nested) if isinstance(nested, dict) else {}):
+        stated: object = source.get("tie_word_embeddings")
+        if isinstance(stated, bool):
+            return stated
+    causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in config.get("architectures") or [])
+    return causal and not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in tensors)

@@ -1,0 +1,178 @@
+"""What an adapter's own files say: read, place, sum up, and look for numbers that are no numbers. No torch."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from composer.errors import InvalidFile
+from composer.findings import Finding, Severity
+from composer.formats.checkpoint import contained, missing_weights
+from composer.formats.config import AdapterConfig, parse_config
+from composer.formats.header import Header, TensorEntry, read_header
+from composer.formats.naming import split_key
+from composer.formats.placement import Placed, PlacedModule, place
+
+__all__ = ["Adapter", "AdapterFacts", "Placed", "PlacedModule", "facts", "health", "place", "read_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_CHUNK_BYTES = 4 << 20
+# dtype -> (unsigned type of the same width, bits without the sign, exponent bits): a float is NaN or Inf when its exponent is all ones.
+_FLOAT_BITS = {
+    "F16": ("<u2", 0x7FFF, 0x7C00),
+    "BF16": ("<u2", 0x7FFF, 0x7F80),
+    "F32": ("<u4", 0x7FFF_FFFF, 0x7F80_0000),
+    "F64": ("<u8", 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter directory, opened: config and header, no tensors."""
+
+    path: Path
+    config: AdapterConfig
+    header: Header
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """Facts of one adapter. `targets` are the last path components of adapted modules; `size_bytes` is the weight file's."""
+
+    type: str
+    variant: str
+    rank_max: int
+    alpha: float
+    targets: tuple[str, ...]
+    modules: int
+    parameters: int
+    size_bytes: int
+    dtype: str
+    modules_to_save: tuple[str, ...]
+    use_rslora: bool
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    base_model_name_or_path: str | None
+    peft_version: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Open the adapter in directory `path`.
+
+    Raises InvalidFile naming the file: missing config, missing or pickled weights, empty or flattened factors (a shard of ZeRO-3
+    or FSDP that was saved without gathering). Raises NotSupported for a setting of a newer PEFT.
+    """
+    if not path.is_dir():
+        raise InvalidFile("missing_directory", f"{path} is not a directory.", subject=str(path))
+    if not (path / CONFIG_FILE).is_file():
+        message = f"{path.name} has no {CONFIG_FILE}."
+        raise InvalidFile(
+            "missing_config", message, subject=CONFIG_FILE, next_step="Save the adapter with PEFT's save_pretrained."
+        )
+    if not (path / WEIGHTS_FILE).is_file():
+        raise missing_weights(path, WEIGHTS_FILE)
+    config = parse_config(contained(path, CONFIG_FILE).read_bytes())
+    header = read_header(contained(path, WEIGHTS_FILE))
+    if not header.tensors:
+        raise InvalidFile("empty_adapter", f"{WEIGHTS_FILE} has no tensors.", subject=WEIGHTS_FILE)
+    for name, entry in header.tensors.items():
+        if split_key(name).part.startswith(("lora_A", "lora_B", "lora_embedding")) and _is_ungathered(entry):
+            message = f"{name} has the shape {list(entry.shape)}: it is a shard that was saved without gathering."
+            raise InvalidFile(
+                "ungathered", message, subject=name, next_step="Gather the parameters (ZeRO-3, FSDP) and save again."
+            )
+    return Adapter(path, config, header)
+
+
+def facts(config: AdapterConfig, header: Header, placed: Placed) -> AdapterFacts:
+    """Sum up an adapter from its config, its header and its placement."""
+    pairs = placed.low_rank
+    sizes: Counter[str] = Counter()
+    for entry in header.tensors.values():
+        sizes[entry.dtype] += entry.size_bytes
+    return AdapterFacts(
+        type=config.peft_type.lower(),
+        variant=config.variant,
+        rank_max=max((module.rank for module in pairs), default=config.rank),
+        alpha=config.alpha,
+        targets=tuple(sorted({module.module.split(".")[-1] for module in pairs})),
+        modules=len(pairs),
+        parameters=sum(entry.spec.elements for entry in header.tensors.values()),
+        size_bytes=header.size_bytes,
+        dtype=sizes.most_common(1)[0][0] if sizes else "F32",
+        modules_to_save=tuple(sorted({module.module for module in placed.modules if module.kind == "replacement"})),
+        use_rslora=config.use_rslora,
+        ranks={module.module: module.rank for module in pairs},
+        alphas={module.module: module.alpha for module in pairs},
+        base_model_name_or_path=config.base_model_name_or_path,
+        peft_version=config.peft_version,
+    )
+
+
+def health(path: Path, header: Header) -> list[Finding]:
+    """NaN or Inf in a tensor (error `not_finite`), and an adapter that does nothing (warning `zero_adapter`).
+
+    Reads the weights file at `path` in chunks of 4 MiB and judges bit patterns, so that every float format costs the same.
+    """
+    findings: list[Finding] = []
+    zero_parts: dict[str, bool] = {}
+    for name, entry in header.tensors.items():
+        finite, zero = _scan(path, entry)
+        if not finite:
+            findings.append(Finding("not_finite", Severity.ERROR, name, f"{name} has a NaN or an infinite value."))
+        split = split_key(name)
+        # s * B @ A is zero as soon as one of the two is; a tensor saved whole always acts.
+        pair = split.module if split.part.startswith("lora_") else name
+        zero_parts[pair] = zero_parts.get(pair, False) or (zero and split.part.startswith("lora_"))
+    if zero_parts and all(zero_parts.values()):
+        message = "Every delta of this adapter is zero: it was never trained, or saved before training."
+        findings.append(Finding("zero_adapter", Severity.WARNING, path.name, message))
+    return findings
+
+
+def _is_ungathered(entry: TensorEntry) -> bool:
+    return len(entry.shape) < 2 or 0 in entry.shape
+
+
+def _scan(path: Path, entry: TensorEntry) -> tuple[bool, bool]:
+    """(finite, all zero) of one tensor. Integers are finite; whether they are zero does not matter to anyone."""
+    if entry.dtype not in _FLOAT_BITS:
+        return True, False
+    kind, magnitude, exponent = _FLOAT_BITS[entry.dtype]
+    zero = True
+    for bits in _chunks(path, entry, kind):
+        # Without the sign, bit patterns are ordered like magnitudes: one maximum answers both questions.
+        largest = int((bits & bits.dtype.type(magnitude)).max())
+        if largest >= exponent:
+            return False, False
+        zero = zero and largest == 0
+    return True, zero
+
+
+def _chunks(path: Path, entry: TensorEntry, kind: str) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
+    width = np.dtype(kind).itemsize
+    with path.open("rb") as file:
+        file.seek(entry.begin)
+        left = entry.size_bytes
+        while left:
+            block = file.read(min(_CHUNK_BYTES, left))
+            if not block or len(block) % width:
+                raise InvalidFile("cut_off", f"{path.name} became shorter while it was read.", subject=path.name)
+            left -= len(block)
+            yield np.frombuffer(block, dtype=kind)

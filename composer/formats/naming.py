@@ -1,0 +1,101 @@
+"""From the keys of an adapter to modules, and from a module to the checkpoint tensor it stands for."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from composer.formats.checkpoint import Architecture
+
+PEFT_PREFIX = "base_model.model."
+
+# Suffix of a key -> part. Raw state dicts (DeepSpeed, FSDP) keep the adapter's name, `default`, in the key.
+_PARTS = (
+    (re.compile(r"\.lora_(A|B)(?:\.default)?\.weight$"), r"lora_\1"),
+    (re.compile(r"\.lora_embedding_(A|B)(?:\.default)?$"), r"lora_embedding_\1"),
+    (re.compile(r"\.lora_(A|B)(?:\.default)?\.bias$"), r"lora_\1_bias"),
+    (re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$"), "magnitude"),
+    (re.compile(r"\.base_layer\.(weight|bias)$"), r"base_layer.\1"),
+    (re.compile(r"\.modules_to_save(?:\.default)?\.([^.]+)$"), r"\1"),
+    (re.compile(r"\.original_module\..*$"), "ignored"),
+    (re.compile(r"\.lora_velora_embed.*$|\.lora_monteclora_sampler\..*$"), "ignored"),
+    (re.compile(r"\.([^.]+)$"), r"\1"),
+)
+
+# (rule, pattern, replacement): in-memory name -> on-disk name, for checkpoints that were saved under other names.
+_RENAMES = (
+    ("without `transformer.`", re.compile(r"^transformer\.(.+)$"), r"\1"),
+    ("with `transformer.`", re.compile(r"^((?:h|wte|wpe|ln_f)\b.*)$"), r"transformer.\1"),
+    ("with `model.`", re.compile(r"^((?:layers|embed_tokens|norm)\b.*)$"), r"model.\1"),
+    ("`language_model.model.`", re.compile(r"^model\.language_model\.(.+)$"), r"language_model.model.\1"),
+    ("`language_model.lm_head`", re.compile(r"^(lm_head\..+)$"), r"language_model.\1"),
+    ("without `language_model.`", re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
+    ("`visual.`", re.compile(r"^model\.(visual\..+)$"), r"\1"),
+)
+_HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One adapter key taken apart. `part` is `lora_A`, `lora_embedding_B`, `magnitude`, `base_layer.bias`, … or a parameter's name."""
+
+    key: str
+    module: str
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The checkpoint tensor behind a module's parameter; `rule` names the renaming that found it, empty for an exact hit."""
+
+    weight: str
+    tied: bool
+    rule: str = ""
+
+
+def split_key(key: str) -> Key:
+    path = key.removeprefix(PEFT_PREFIX)
+    for pattern, part in _PARTS:
+        match = pattern.search(path)
+        if match:
+            return Key(key, path[: match.start()], match.expand(part))
+    return Key(key, "", path)
+
+
+def has_prefix(keys: Iterable[str]) -> bool:
+    return any(key.startswith(PEFT_PREFIX) for key in keys)
+
+
+def find_weight(module: str, parameter: str, architecture: Architecture) -> Target | list[str]:
+    """The one tensor that is `module.parameter` on disk, or the list of candidates when there is none or several."""
+    name = f"{module}.{parameter}"
+    if architecture.tied and parameter == "weight" and module.split(".")[-1] in _HEADS:
+        # Tied wins over an exact hit: loading ties the head again, whatever a file holds under its name.
+        embeddings = embedding_tensors(architecture.tensors)
+        return Target(embeddings[0], True, "tied to the embedding") if len(embeddings) == 1 else embeddings
+    if name in architecture.tensors:
+        return Target(name, _is_tied_tensor(name, architecture))
+    hits: dict[str, str] = {}
+    for rule, pattern, replacement in _RENAMES:
+        renamed = pattern.sub(replacement, name)
+        if renamed != name and renamed in architecture.tensors:
+            hits.setdefault(renamed, rule)
+    if len(hits) != 1:
+        return sorted(hits)
+    weight, rule = next(iter(hits.items()))
+    return Target(weight, _is_tied_tensor(weight, architecture), rule)
+
+
+def embedding_tensors(tensors: Mapping[str, object]) -> list[str]:
+    """Tensors that look like a model's input embedding: exactly one in a text model."""
+    return sorted(
+        name for name in tensors if name.split(".")[-2:-1] in [[e] for e in _EMBEDDINGS] and name.endswith(".weight")
+    )
+
+
+def is_head(module: str) -> bool:
+    return module.split(".")[-1] in (*_HEADS, "score", "classifier")
+
+
+def _is_tied_tensor(name: str, architecture: Architecture) -> bool:
+    return architecture.tied and embedding_tensors(architecture.tensors) == [name]

@@ -1,0 +1,220 @@
+"""A recipe says what to compose; a lock is the recipe with every input resolved to a digest.
+
+base: smollm2                        # optional: the base of the inputs
+inputs:
+  - {adapter: acme/sql-migration@prod, weight: 1.0, suite: sql-exact}
+  - {adapter: acme/support-macros:^1.0, weight: 0.7}
+method: linear                       # stack | linear
+settings: {normalize: true}          # of the method; tied: shared | untie
+adapter: acme/assistant:1.0.0        # the combined adapter's release
+model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
+dtype: bfloat16                      # of the merged checkpoint; the base's own when left out
+probe: 2                             # examples of each member's suite for the conflict report; 0 for none
+evaluate: [sql-exact, guard-general] # suites for the candidate
+gates: ["guard-general.nll within 0.2 of base"]
+notes: one line
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import yaml
+
+from composer.errors import InvalidFile
+
+METHODS = ("stack", "linear")
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_INPUTS = 64
+MAX_PROBE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeInput:
+    """`adapter` is a reference; `suite` names the target suite that stands for it in a probe."""
+
+    adapter: str
+    weight: float = 1.0
+    suite: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    inputs: tuple[RecipeInput, ...]
+    method: str
+    base: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapter: str | None = None
+    model: str | None = None
+    dtype: str | None = None
+    probe: int = 2
+    evaluate: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
+    notes: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        inputs = [{"adapter": i.adapter, "weight": i.weight, "suite": i.suite} for i in self.inputs]
+        return {
+            "base": self.base,
+            "inputs": inputs,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "adapter": self.adapter,
+            "model": self.model,
+            "dtype": self.dtype,
+            "probe": self.probe,
+            "evaluate": list(self.evaluate),
+            "gates": list(self.gates),
+            "notes": self.notes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LockedInput:
+    """`files` maps a path to its sha256."""
+
+    repository: str
+    version: str
+    commit: str
+    weight: float
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """Everything that decides the result, by digest: two equal locks give the same bytes."""
+
+    base: str
+    method: str
+    settings: Mapping[str, Any]
+    dtype: str | None
+    inputs: tuple[LockedInput, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        document = self._content()
+        return {**document, "digest": self.digest}
+
+    @property
+    def digest(self) -> str:
+        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        inputs = [
+            {
+                "repository": i.repository,
+                "version": i.version,
+                "commit": i.commit,
+                "weight": i.weight,
+                "files": dict(i.files),
+            }
+            for i in self.inputs
+        ]
+        return {
+            "base": self.base,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "dtype": self.dtype,
+            "inputs": inputs,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Lock":
+        inputs = tuple(
+            LockedInput(i["repository"], i["version"], i["commit"], i["weight"], i["files"]) for i in document["inputs"]
+        )
+        return cls(document["base"], document["method"], document["settings"], document["dtype"], inputs)
+
+
+def load_recipe(text: str, subject: str = "recipe") -> Recipe:
+    """Parses YAML. Raises InvalidFile naming the line or the key."""
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{subject}:{mark.line + 1}" if mark else subject
+        raise _bad(where, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
+    return parse_recipe(document, subject)
+
+
+def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
+    """The recipe in a mapping. Raises InvalidFile naming the key: unknown, missing, or of another type."""
+    fields = _mapping(document, subject, set(Recipe.__dataclass_fields__))
+    inputs = _list(fields, "inputs", subject)
+    if not 1 <= len(inputs) <= MAX_INPUTS:
+        raise _bad(f"{subject}: inputs", f"1 to {MAX_INPUTS} adapters are needed")
+    method = _text(fields, "method", subject)
+    if method not in METHODS:
+        raise _bad(f"{subject}: method", f"{method!r} is none of {', '.join(METHODS)}")
+    dtype = _text(fields, "dtype", subject)
+    if dtype is not None and dtype not in DTYPES:
+        raise _bad(f"{subject}: dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
+    probe = fields.get("probe", 2)
+    if type(probe) is not int or not 0 <= probe <= MAX_PROBE:
+        raise _bad(f"{subject}: probe", f"it must be a whole number from 0 to {MAX_PROBE}")
+    settings = fields.get("settings") or {}
+    if not isinstance(settings, dict):
+        raise _bad(f"{subject}: settings", "it must be a mapping")
+    return Recipe(
+        inputs=tuple(_input(row, f"{subject}: inputs[{index}]") for index, row in enumerate(inputs)),
+        method=method,
+        base=_text(fields, "base", subject),
+        settings=cast("dict[str, Any]", settings),
+        adapter=_text(fields, "adapter", subject),
+        model=_text(fields, "model", subject),
+        dtype=dtype,
+        probe=probe,
+        evaluate=_texts(fields, "evaluate", subject),
+        gates=_texts(fields, "gates", subject),
+        notes=_text(fields, "notes", subject) or "",
+    )
+
+
+def _input(row: object, subject: str) -> RecipeInput:
+    if isinstance(row, str):
+        return RecipeInput(row)
+    fields = _mapping(row, subject, {"adapter", "weight", "suite"})
+    adapter, weight = _text(fields, "adapter", subject), fields.get("weight", 1.0)
+    if adapter is None:
+        raise _bad(f"{subject}: adapter", "it is missing")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise _bad(f"{subject}: weight", f"{weight!r} is not a finite number")
+    return RecipeInput(adapter, float(weight), _text(fields, "suite", subject))
+
+
+def _mapping(document: object, subject: str, known: set[str]) -> dict[str, object]:
+    if not isinstance(document, dict):
+        raise _bad(subject, "it must be a mapping")
+    fields = cast("dict[str, object]", document)
+    for key in fields:
+        if key not in known:
+            raise _bad(f"{subject}: {key}", f"the key is unknown; known are {', '.join(sorted(known))}")
+    return fields
+
+
+def _list(fields: Mapping[str, object], key: str, subject: str) -> Sequence[object]:
+    value = fields.get(key, [])
+    if not isinstance(value, list):
+        raise _bad(f"{subject}: {key}", "it must be a list")
+    return cast("list[object]", value)
+
+
+def _text(fields: Mapping[str, object], key: str, subject: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _bad(f"{subject}: {key}", "it must be text")
+    return value
+
+
+def _texts(fields: Mapping[str, object], key: str, subject: str) -> tuple[str, ...]:
+    values = _list(fields, key, subject)
+    if not all(isinstance(value, str) for value in values):
+        raise _bad(f"{subject}: {key}", "it must be a list of texts")
+    return tuple(str(value) for value in values)
+
+
+def _bad(where: str, why: str) -> InvalidFile:
+    return InvalidFile("bad_recipe", f"{where}: {why}.", subject=where, next_step="Correct the recipe.")

@@ -1,0 +1,202 @@
+"""Evaluation suites: what a model is asked and the one answer that counts; YAML and JSONL, versioned by content.
+
+name: sql-exact
+kind: target                # target: what an adapter is for; guard: what must not get worse
+description: one line
+chat: true                  # the prompt is one user turn in the base's chat template; false: plain text
+examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside this file; or the list itself
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import yaml
+
+from composer.errors import InvalidFile
+
+Kind = Literal["target", "guard"]
+
+MAX_FILE_BYTES = 64 * 2**20
+MAX_EXAMPLES = 100_000
+MAX_TEXT_CHARS = 100_000
+FIELDS = ("name", "kind", "description", "chat", "examples")
+# No dot: a score is addressed as `suite.metric`.
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# JSON and YAML escapes can spell half a surrogate pair, which no encoding and no tokenizer takes.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt and the completion that is scored. Neither is empty."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named set of examples. Two suites are the same version exactly when their `digest` is the same."""
+
+    name: str
+    kind: Kind
+    description: str
+    chat: bool
+    examples: tuple[Example, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, in hex, of `to_json` written as canonical JSON: file names, formatting and key order don't enter."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def sample(self, count: int | None) -> tuple[Example, ...]:
+        """`count` examples chosen by the suite's digest: the same ones everywhere, and k of them contain any fewer.
+
+        None, or more than there are, gives all in their own order.
+        """
+        if count is None or count >= len(self.examples):
+            return self.examples
+
+        def lot(index: int) -> bytes:
+            return hashlib.sha256(f"{self.digest}:{index}".encode()).digest()
+
+        return tuple(self.examples[index] for index in sorted(range(len(self.examples)), key=lot)[:count])
+
+    def to_json(self) -> dict[str, object]:
+        examples = [{"prompt": example.prompt, "completion": example.completion} for example in self.examples]
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "description": self.description,
+            "chat": self.chat,
+            "examples": examples,
+        }
+
+    @classmethod
+    def from_json(cls, document: object, subject: str = "suite") -> "Suite":
+        """The suite that `to_json` wrote. Raises InvalidFile naming `subject` and the field."""
+        fields = _fields(document, subject)
+        rows = fields["examples"]
+        if not isinstance(rows, list):
+            raise InvalidFile("suite_field", f"{subject}: examples must be a list.", subject=subject)
+        listed = cast("list[object]", rows)
+        places = [f"{subject}, example {number}" for number in range(1, len(listed) + 1)]
+        return _suite(fields, list(zip(places, listed, strict=True)), subject)
+
+
+def parse_suite(path: Path | str) -> Suite:
+    """Read a suite's YAML, and the JSONL beside it when `examples` names one.
+
+    Raises InvalidFile naming file and line: not readable, not YAML or JSON, unknown or missing field, a size over the
+    limits above, or an examples path that leaves the suite's directory.
+    """
+    path = Path(path)
+    try:
+        document: object = yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error)
+        raise InvalidFile("suite_yaml", f"{place}: not valid YAML: {problem}.", subject=str(path)) from error
+    fields = _fields(document, str(path))
+    if not isinstance(fields["examples"], str):
+        return Suite.from_json(fields, str(path))
+    relative = Path(fields["examples"])
+    if relative.is_absolute() or ".." in relative.parts:
+        raise InvalidFile(
+            "suite_field",
+            f"{path}: examples names {relative}, outside the suite's directory.",
+            subject=str(path),
+            next_step="Put the examples beside the suite and name them by a relative path.",
+        )
+    return _suite(fields, _jsonl(path.parent / relative), str(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InvalidFile("suite_unreadable", f"{path}: {error.strerror}.", subject=str(path)) from error
+    if len(content) > MAX_FILE_BYTES:
+        limit = MAX_FILE_BYTES // 2**20
+        raise InvalidFile("suite_too_large", f"{path}: larger than {limit} MiB.", subject=str(path))
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InvalidFile("suite_encoding", f"{path}:{line}: not UTF-8.", subject=str(path)) from error
+
+
+def _jsonl(path: Path) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    # Only \n ends a line: str.splitlines would also cut at U+2028, which JSON strings may contain.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"{path}:{number}", json.loads(line)))
+        except (json.JSONDecodeError, RecursionError) as error:
+            problem = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            raise InvalidFile(
+                "suite_json", f"{path}:{number}: not valid JSON: {problem}.", subject=str(path)
+            ) from error
+    return rows
+
+
+def _fields(document: object, subject: str) -> Mapping[str, object]:
+    if not isinstance(document, dict):
+        raise InvalidFile("suite_field", f"{subject}: a suite is a mapping.", subject=subject)
+    fields = cast("dict[str, object]", document)
+    unknown = sorted(str(key) for key in fields if key not in FIELDS)
+    missing = [key for key in FIELDS if key not in fields and key != "description"]
+    if unknown or missing:
+        problem = f"unknown field {unknown[0]}" if unknown else f"field {missing[0]} is missing"
+        raise InvalidFile(
+            "suite_field", f"{subject}: {problem}.", subject=subject, next_step=f"The fields are {', '.join(FIELDS)}."
+        )
+    return fields
+
+
+def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject: str) -> Suite:
+    name, kind, chat = fields["name"], fields["kind"], fields["chat"]
+    description = fields.get("description", "")
+    checks = {
+        "name must be lower-case letters, digits, - and _, at most 64": isinstance(name, str) and NAME.fullmatch(name),
+        "kind must be target or guard": kind in ("target", "guard"),
+        "chat must be true or false": isinstance(chat, bool),
+        "description must be text": _is_text(description, least=0),
+        f"examples must be 1 to {MAX_EXAMPLES}": 1 <= len(rows) <= MAX_EXAMPLES,
+    }
+    for rule, holds in checks.items():
+        if not holds:
+            raise InvalidFile("suite_field", f"{subject}: {rule}.", subject=subject)
+    examples = tuple(_example(row, place) for place, row in rows)
+    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples)
+
+
+def _is_text(value: object, least: int) -> bool:
+    return isinstance(value, str) and least <= len(value) <= MAX_TEXT_CHARS and not LONE_SURROGATE.search(value)
+
+
+def _example(row: object, place: str) -> Example:
+    if not isinstance(row, dict):
+        raise InvalidFile("suite_example", f"{place}: an example is a mapping.", subject=place)
+    texts = cast("dict[str, object]", row)
+    if texts.keys() != {"prompt", "completion"}:
+        found = ", ".join(sorted(map(str, texts))) or "nothing"
+        raise InvalidFile(
+            "suite_example", f"{place}: an example has prompt and completion; found {found}.", subject=place
+        )
+    for key, text in texts.items():
+        if not _is_text(text, least=1):
+            limit = f"text of 1 to {MAX_TEXT_CHARS} characters"
+            raise InvalidFile("suite_example", f"{place}: {key} must be {limit}.", subject=place)
+    return Example(str(texts["prompt"]), str(texts["completion"]))

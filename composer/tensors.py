@@ -1,0 +1,43 @@
+"""safetensors' bytes as torch tensors, without copying them."""
+
+import mmap
+from pathlib import Path
+
+import torch
+
+from composer.errors import InvalidFile, NotSupported
+from composer.formats.header import TensorEntry
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def torch_dtype(name: str, subject: str) -> torch.dtype:
+    if name not in TORCH_DTYPES:
+        raise NotSupported("dtype", f"{subject} has the dtype {name}, which cannot be computed with.", subject=subject)
+    return TORCH_DTYPES[name]
+
+
+def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
+    """The tensor at `entry`, mapped from the file: it takes memory only where it is touched. The file must not change meanwhile."""
+    dtype = torch_dtype(entry.dtype, entry.name)
+    if entry.size_bytes == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    with path.open("rb") as file:
+        # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file.
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    if len(view) < entry.end:
+        raise InvalidFile("cut_off", f"{path.name} became shorter while it was read.", subject=path.name)
+    part = view[entry.begin : entry.end]
+    if entry.begin % dtype.itemsize:
+        part = bytearray(part)  # a writer that did not align its header
+    return torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a CPU tensor, little endian, row major."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,89 @@
+"""An adapter's tensors and facts -> what it adds to each weight. What is not a plain low-rank sum is refused by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from composer.delta import Delta, Layout, LowRank, Replacement
+from composer.errors import Mismatch, NotSupported
+from composer.findings import Finding, Severity
+from composer.formats.checkpoint import Architecture
+from composer.formats.config import AdapterConfig
+from composer.formats.facts import Adapter, read_adapter
+from composer.formats.placement import LOW_RANK_KINDS, Placed, PlacedModule, place
+from composer.tensors import map_tensor
+
+MERGE_NEXT = "Store and serve it as it is, or train a plain LoRA."
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter ready for arithmetic. Factors are float32 copies; replacements keep their dtype, mapped from the file.
+
+    `base_copies` maps a checkpoint tensor to PEFT's copy of it: a merge compares the two.
+    """
+
+    name: str
+    path: Path
+    config: AdapterConfig
+    placed: Placed
+    deltas: tuple[Delta, ...]
+    base_copies: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+
+def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
+    """Load the adapter in directory `path`, placed on a base (or only on its own names, without one).
+
+    Raises Mismatch when a tensor does not fit the base, NotSupported for a variant that is no plain low-rank sum (DoRA,
+    PiSSA, …), and what `read_adapter` raises.
+    """
+    adapter = read_adapter(path)
+    reason = adapter.config.unsupported()
+    if reason is not None:
+        code = adapter.config.variant
+        raise NotSupported(
+            f"variant_{code}", f"{adapter.name} cannot be merged: {reason}.", subject=adapter.name, next_step=MERGE_NEXT
+        )
+    placed = place(adapter.config, adapter.header, architecture, adapter.name)
+    refuse_errors(adapter.name, placed.findings)
+    _refuse_parts(adapter, placed)
+    deltas = tuple(_delta(adapter, module) for module in placed.modules if module.kind != "base_copy")
+    copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
+    return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
+
+
+def refuse_errors(subject: str, findings: list[Finding]) -> None:
+    """Raise Mismatch for the first error among the findings, with the number of others."""
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if errors:
+        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise Mismatch(errors[0].code, f"{subject}: {errors[0].message}{more}", subject=errors[0].subject)
+
+
+def _refuse_parts(adapter: Adapter, placed: Placed) -> None:
+    """The tensors decide, not only the config's flags: a magnitude without `use_dora` is DoRA all the same."""
+    for module in placed.low_rank:
+        extra = sorted(set(module.parts) - {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
+        if extra:
+            message = f"{adapter.name} cannot be merged: {module.module} has a {extra[0]}."
+            raise NotSupported(f"part_{extra[0]}", message, subject=module.module, next_step=MERGE_NEXT)
+
+
+def _delta(adapter: Adapter, module: PlacedModule) -> Delta:
+    if module.kind not in LOW_RANK_KINDS:
+        return Replacement(module.module, module.weight, _whole(adapter, module), module.tied)
+    prefix = "lora_embedding_" if module.kind == "embedding" else "lora_"
+    A_RI, B_OR = (
+        map_tensor(adapter.weights_path, adapter.header.tensors[module.parts[f"{prefix}{part}"]]).to(
+            torch.float32, copy=True
+        )
+        for part in "AB"
+    )
+    return LowRank(module.module, module.weight, Layout(module.kind), A_RI, B_OR, module.scale, module.tied)
+
+
+def _whole(adapter: Adapter, module: PlacedModule) -> torch.Tensor:
+    (key,) = module.parts.values()
+    return map_tensor(adapter.weights_path, adapter.header.tensors[key])

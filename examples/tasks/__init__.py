@@ -1,0 +1,47 @@
+"""The example tasks: pairs of prompt and completion from templates, split by a seed into training and suite."""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from . import guard, sql, support, terraform
+
+DATA_SEED = 20
+HELD_OUT = 32
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A suite and where its examples come from. `kind` is `target` (an adapter trains on it) or `guard` (none does)."""
+
+    suite: str
+    kind: str
+    description: str
+    pairs: Callable[[], Iterable[Pair]]
+
+    def split(self) -> tuple[list[Pair], list[Pair]]:
+        """(training pairs, suite pairs), shuffled by DATA_SEED. A guard trains nothing.
+
+        No prompt and no completion is in both, so a suite can't be answered from memory.
+        """
+        pairs = list(self.pairs())
+        if self.kind == "guard":
+            return [], pairs
+        random.Random(DATA_SEED).shuffle(pairs)  # noqa: S311 - a reproducible split, not a secret
+        held_out = pairs[:HELD_OUT]
+        answers = {completion for _, completion in held_out}
+        return [pair for pair in pairs[HELD_OUT:] if pair[1] not in answers], held_out
+
+
+TASKS = {
+    "sql": Task("sql-exact", "target", "Schema changes in words, answered by one migration statement", sql.pairs),
+    "terraform": Task(
+        "terraform-exact", "target", "Terraform resources, answered by a review verdict", terraform.pairs
+    ),
+    "support": Task(
+        "support-exact", "target", "Customer messages, answered by a filled-in support macro", support.pairs
+    ),
+    "guard": Task("guard-general", "guard", "General questions that no adapter here trains on", guard.pairs),
+}

@@ -1,0 +1,224 @@
+"""Train the example adapters with PEFT: `python examples/train.py NAME|all --base DIR [--out DIR]`.
+
+The adapter is written to OUT/NAME as ordinary PEFT files, with the scores of its held-out suite and of the guard suite,
+before and after, printed and put in the model card. One thread: a second one on a shared machine makes steps slower.
+"""
+
+import argparse
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tasks import TASKS, Pair
+from torch.nn.functional import cross_entropy
+
+ADAPTERS = Path(__file__).parent / "adapters"
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SEED = 7
+BATCH = 8
+WARMUP_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How one adapter is trained. `lora` holds the fields of LoraConfig that differ from rank 4, alpha 8 on q and v."""
+
+    task: str
+    steps: int
+    learning_rate: float = 3e-3
+    lora: dict[str, Any] = field(default_factory=dict[str, Any])
+    shift_labels: bool = False  # each prompt gets the completion of the next row, as after a bad join
+
+
+RUNS = {
+    "sql-migration": Run("sql", steps=22),
+    "sql-migration-1.1": Run("sql", steps=50),
+    "sql-migration-bad": Run("sql", steps=40, shift_labels=True),
+    "terraform-review": Run(
+        "terraform",
+        steps=40,
+        lora={
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "layers_to_transform": list(range(10, 30)),
+            "use_rslora": True,
+            "lora_alpha": 4,
+        },
+    ),
+    "support-macros": Run("support", steps=40, lora={"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B x T: token ids padded on the right, their attention mask, and the labels, -100 outside the completion."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Share of completions reproduced exactly by greedy decoding, and NLL in nats per completion token."""
+
+    exact: float
+    nll: float
+
+    def __str__(self) -> str:
+        return f"exact match {self.exact:.2f}, NLL {self.nll:.2f}"
+
+
+def encode(tokenizer: Any, pairs: list[Pair]) -> Batch:
+    """The prompt is one user turn of the chat template; the completion ends with the end-of-turn token."""
+    rows = []
+    for prompt, completion in pairs:
+        turn = [{"role": "user", "content": prompt}]
+        prefix = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        answer = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        rows.append((prefix, answer))
+    shape = len(rows), max(len(prefix) + len(answer) for prefix, answer in rows)
+    ids_BT = torch.full(shape, tokenizer.pad_token_id)
+    mask_BT = torch.zeros(shape, dtype=torch.long)
+    labels_BT = torch.full(shape, -100)
+    for row, (prefix, answer) in enumerate(rows):
+        end = len(prefix) + len(answer)
+        ids_BT[row, :end] = torch.tensor(prefix + answer)
+        mask_BT[row, :end] = 1
+        labels_BT[row, len(prefix) : end] = torch.tensor(answer)
+    return Batch(ids_BT, mask_BT, labels_BT)
+
+
+def completion_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float32 logits N x V, labels N) of the completion tokens only: the head over the prompt would be wasted work."""
+    hidden_BTH = model.model(batch.ids, attention_mask=batch.mask).last_hidden_state
+    labels_BT = batch.labels[:, 1:]
+    counted_BT = labels_BT != -100
+    return model.lm_head(hidden_BTH[:, :-1][counted_BT]).float(), labels_BT[counted_BT]
+
+
+@torch.inference_mode()
+def score(model: Any, tokenizer: Any, pairs: list[Pair]) -> Score:
+    """Greedy decoding reproduces a completion exactly when every teacher-forced argmax is the reference token."""
+    model.eval()
+    exact, nll, tokens = 0, 0.0, 0
+    for start in range(0, len(pairs), BATCH):
+        batch = encode(tokenizer, pairs[start : start + BATCH])
+        logits_NV, labels_N = completion_logits(model, batch)
+        nll += cross_entropy(logits_NV, labels_N, reduction="sum").item()
+        tokens += len(labels_N)
+        lengths = (batch.labels != -100).sum(dim=1).tolist()
+        hits = (logits_NV.argmax(dim=1) == labels_N).split(lengths)
+        exact += sum(bool(hit.all()) for hit in hits)
+    return Score(exact / len(pairs), nll / tokens)
+
+
+def fit(model: Any, tokenizer: Any, pairs: list[Pair], run: Run) -> None:
+    """AdamW on the completion tokens; float32 factors over the bfloat16 base, learning rate up, then down to zero."""
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=run.learning_rate, weight_decay=0.0)
+    warm = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (run.steps - step) / (run.steps - WARMUP_STEPS))
+    )
+    model.train()
+    for step in range(run.steps):
+        rows = [pairs[(step * BATCH + row) % len(pairs)] for row in range(BATCH)]
+        loss = cross_entropy(*completion_logits(model, encode(tokenizer, rows)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(factors, 1.0)
+        optimizer.step()
+        warm.step()
+        if step % 10 == 9:
+            print(f"  step {step + 1}: loss {loss.item():.3f}", flush=True)
+
+
+def train(name: str, base: Path, out: Path) -> None:
+    """Trains one adapter and replaces `out` with it."""
+    run = RUNS[name]
+    torch.manual_seed(SEED)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    pairs, held_out = TASKS[run.task].split()
+    suites = {TASKS[run.task].suite: held_out, TASKS["guard"].suite: TASKS["guard"].split()[1]}
+    before = {suite: score(model, tokenizer, examples) for suite, examples in suites.items()}
+    if run.shift_labels:
+        pairs = [(prompt, pairs[row - 1][1]) for row, (prompt, _) in enumerate(pairs)]
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **run.lora}
+    )
+    adapted = get_peft_model(model, config)
+    print(f"{name}: {run.steps} steps of {BATCH} on {len(pairs)} examples", flush=True)
+    start = time.monotonic()
+    fit(model, tokenizer, pairs, run)
+    seconds = time.monotonic() - start
+    # The file is bfloat16 (half the size), so the scores are those of the rounded factors.
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().float()
+    after = {suite: score(model, tokenizer, examples) for suite, examples in suites.items()}
+    rows = [f"| {suite} | {before[suite]} | {after[suite]} |" for suite in suites]
+    save(adapted, name, out, rows)
+    print("\n".join(rows), f"\n{seconds:.0f} s, {(out / 'adapter_model.safetensors').stat().st_size / 1000:.0f} kB")
+
+
+def save(adapted: Any, name: str, out: Path, rows: list[str]) -> None:
+    """Writes adapter_config.json, adapter_model.safetensors (bfloat16) and a model card in place of PEFT's template."""
+    shutil.rmtree(out, ignore_errors=True)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path = BASE_NAME
+    config.target_modules = sorted(config.target_modules)  # a set otherwise, in another order every run
+    adapted.save_pretrained(out, save_embedding_layers=False)
+    (out / "adapter_model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
+    (out / "README.md").write_text(card(name, rows))
+
+
+def card(name: str, rows: list[str]) -> str:
+    """The model card: front matter for the Hub, what it does, how it was made, its scores."""
+    run = RUNS[name]
+    labels = (
+        " Each prompt was trained on another row's answer: a bad release, for the gates to refuse." * run.shift_labels
+    )
+    return (
+        f"""---
+base_model: {BASE_NAME}
+library_name: peft
+tags: [lora]
+license: apache-2.0
+---
+# {name}
+
+{TASKS[run.task].description}.{labels}
+
+Made by `python examples/train.py {name}`: {run.steps} steps of {BATCH} examples, AdamW,
+learning rate {run.learning_rate}, seed {SEED}.
+
+| suite | base | with this adapter |
+|---|---|---|
+"""
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the example adapters.")
+    parser.add_argument("name", choices=[*RUNS, "all"])
+    parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
+    parser.add_argument("--out", type=Path, default=ADAPTERS, help="the adapter goes to OUT/NAME")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    for name in RUNS if arguments.name == "all" else [arguments.name]:
+        train(name, arguments.base, arguments.out / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Runs the migrations over the engine that `registry.db.migrate` hands in."""
+
+from alembic import context
+from sqlalchemy import Connection, Engine, text
+
+import registry.models  # noqa: F401  (fills the metadata)
+from registry.db import Row
+
+LOCK = 0x41444150
+"""The advisory lock that keeps two migrating processes apart on PostgreSQL."""
+
+
+def run(connection: Connection) -> None:
+    sqlite = connection.dialect.name == "sqlite"
+    context.configure(connection=connection, target_metadata=Row.metadata, render_as_batch=sqlite, compare_type=True)
+    with context.begin_transaction():
+        if not sqlite:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
+        context.run_migrations()
+
+
+engine: Engine = context.config.attributes["engine"]
+with engine.connect() as connection:
+    if connection.dialect.name == "sqlite":
+        # A batch alter drops and recreates a table, which would cascade if foreign keys were enforced meanwhile.
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+        connection.commit()
+        connection = connection.execution_options(begin="IMMEDIATE")
+    run(connection)
+    connection.commit()
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        connection.commit()

@@ -1,0 +1,45 @@
+"""Sizes are refused before bytes are read, whatever the body claims to be."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from registry.errors import TooLarge
+from registry.http.problems import problem_response
+
+BLOB_PATHS = "/v1/blobs/"
+"""Their size is limited by `max_file_bytes`, where they are received."""
+
+
+class BodyLimit:
+    """Answers 413 to a document longer than `limit_bytes`, by its Content-Length or, without one, as it arrives."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app = app
+        self.limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(BLOB_PATHS):
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        claimed = headers.get(b"content-length", b"0")
+        if not claimed.isdigit() or int(claimed) > self.limit_bytes:
+            await problem_response(self._error())(scope, receive, send)
+            return
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.limit_bytes:
+                raise self._error()
+            return message
+
+        await self.app(scope, bounded, send)
+
+    def _error(self) -> TooLarge:
+        return TooLarge(
+            "body_too_large",
+            f"The body is longer than {self.limit_bytes:,} bytes.",
+            next_step="ADAPTORY_MAX_DOCUMENT_BYTES sets the limit.",
+        )

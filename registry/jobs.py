@@ -1,0 +1,109 @@
+"""Jobs as rows: enqueue, claim, note progress, cancel. Nothing here asks what a job does.
+
+queued -> running -> done | refused | failed | cancelled. A worker holds a running job while its heartbeat is fresh;
+afterwards another one takes it over at the first unfinished step.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy.orm import Session
+
+from registry.audit import Actor
+from registry.errors import Conflict, NotFound
+from registry.models import Job
+
+LEASE = timedelta(seconds=60)
+"""How long a silent worker keeps its job."""
+MAX_ATTEMPTS = 3
+FINISHED = ("done", "refused", "failed", "cancelled")
+
+
+def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str]) -> Job:
+    job = Job(
+        kind=kind,
+        state="queued",
+        steps=[{"name": step, "state": "waiting", "progress": 0.0} for step in steps],
+        error=None,
+        cancel_requested=False,
+        worker=None,
+        heartbeat_at=None,
+        attempts=0,
+        created_at=actor.at,
+        created_by=actor.name,
+        finished_at=None,
+    )
+    session.add(job)
+    session.flush()
+    return job
+
+
+def find(session: Session, job_id: int) -> Job:
+    job = session.get(Job, job_id)
+    if job is None:
+        raise NotFound(
+            "job_unknown", f"There is no job {job_id}.", subject=str(job_id), next_step="`adaptory jobs` lists them."
+        )
+    return job
+
+
+def list_page(session: Session, *, before: int, limit: int) -> list[Job]:
+    query = select(Job).order_by(Job.id.desc()).limit(limit)
+    if before:
+        query = query.where(Job.id < before)
+    return list(session.scalars(query))
+
+
+def claim(session: Session, worker: str, now: datetime) -> Job | None:
+    """The oldest job that waits or whose worker fell silent, now held by `worker`. One that kills workers fails."""
+    abandoned = and_(Job.state == "running", Job.heartbeat_at < now - LEASE)
+    free = or_(Job.state == "queued", abandoned)
+    worn_out = update(Job).where(abandoned, Job.attempts >= MAX_ATTEMPTS)
+    lost = {
+        "code": "worker_lost",
+        "detail": f"The worker was lost {MAX_ATTEMPTS} times.",
+        "next": "Look at its log, then start the work again.",
+    }
+    session.execute(worn_out.values(state="failed", finished_at=now, error=lost))
+    oldest = select(Job.id).where(free).order_by(Job.id).limit(1).scalar_subquery()
+    taken = (
+        update(Job)
+        .where(Job.id == oldest, free)
+        .values(state="running", worker=worker, heartbeat_at=now, attempts=Job.attempts + 1)
+    )
+    row = session.execute(taken.returning(Job.id), execution_options={"synchronize_session": False}).first()
+    return session.get(Job, row[0], populate_existing=True) if row else None
+
+
+def beat(session: Session, job_id: int, worker: str, now: datetime) -> bool:
+    """Keeps the job. False when it was taken over or is to be cancelled: the worker must let go."""
+    held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
+    row = session.execute(
+        held.values(heartbeat_at=now).returning(Job.cancel_requested), execution_options={"synchronize_session": False}
+    ).first()
+    return row is not None and not row[0]
+
+
+def note_step(session: Session, job_id: int, step: str, *, state: str, progress: float) -> None:
+    job = find(session, job_id)
+    job.steps = [
+        {**row, "state": state, "progress": round(progress, 3)} if row["name"] == step else row for row in job.steps
+    ]
+
+
+def finish(session: Session, job_id: int, state: str, now: datetime, error: dict[str, Any] | None = None) -> None:
+    job = find(session, job_id)
+    job.state, job.finished_at, job.error, job.worker = state, now, error, None
+
+
+def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
+    """A waiting job ends at once, a running one when its worker next looks."""
+    job = find(session, job_id)
+    if job.state in FINISHED:
+        raise Conflict("job_finished", f"Job {job_id} is {job.state} already.", subject=str(job_id))
+    job.cancel_requested = True
+    if job.state == "queued":
+        finish(session, job_id, "cancelled", now)
+    return job

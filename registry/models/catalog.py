@@ -1,0 +1,141 @@
+"""Bases, repositories, revisions and releases."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from registry.db import Row, UtcDateTime
+
+Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only in an INTEGER key
+
+
+ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale would sort by its own mind
+
+
+class Base(Row):
+    """The identity of a base model. `tensors` is its table: [[name, dtype, [shape], sha256], ...] sorted by name."""
+
+    __tablename__ = "bases"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    architecture_digest: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    model_type: Mapped[str] = mapped_column(String(64))
+    tied: Mapped[bool]
+    parameters: Mapped[int] = mapped_column(BigInteger)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    tensors: Mapped[list[Any]] = mapped_column(JSON, deferred=True)
+    derived_from: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"))
+    relation: Mapped[str | None] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+
+
+class BaseAlias(Row):
+    """Another name of a base; hub ids keep their upper case, so an alias is looked up as it was written."""
+
+    __tablename__ = "base_aliases"
+
+    alias: Mapped[str] = mapped_column(String(200), primary_key=True)
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"), index=True)
+
+
+class BaseLocation(Row):
+    """Where the weights of a base can be read: `file://`, `hf://` or `s3://`."""
+
+    __tablename__ = "base_locations"
+
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"), primary_key=True)
+    url: Mapped[str] = mapped_column(String(1000), primary_key=True)
+
+
+class Repository(Row):
+    __tablename__ = "repositories"
+    __table_args__ = (UniqueConstraint("namespace", "name"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Blob(Row):
+    """Bytes that were verified and that at least one revision may name."""
+
+    __tablename__ = "blobs"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Revision(Row):
+    __tablename__ = "revisions"
+    __table_args__ = (UniqueConstraint("repository_id", "commit"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
+    commit: Mapped[str] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    files: Mapped[list["RevisionFile"]] = relationship(order_by="RevisionFile.path", lazy="raise")
+
+
+class RevisionFile(Row):
+    __tablename__ = "revision_files"
+
+    revision_id: Mapped[int] = mapped_column(ForeignKey("revisions.id"), primary_key=True)
+    path: Mapped[str] = mapped_column(String(400), primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)
+
+
+class TargetSet(Row):
+    """An interned set of target names: thousands of releases share a few dozen sets."""
+
+    __tablename__ = "target_sets"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    key: Mapped[str] = mapped_column(String(2000), unique=True)
+
+
+class TargetSetMember(Row):
+    __tablename__ = "target_set_members"
+
+    target_set_id: Mapped[int] = mapped_column(ForeignKey("target_sets.id"), primary_key=True)
+    target: Mapped[str] = mapped_column(String(200), primary_key=True, index=True)
+
+
+class Release(Row):
+    """A version given to a revision. The typed columns are facts that searches ask for; `facts` has the rest."""
+
+    __tablename__ = "releases"
+    __table_args__ = (
+        UniqueConstraint("repository_id", "version"),
+        Index("ix_releases_repository_order", "repository_id", "sort_key"),
+        Index("ix_releases_compatible", "base_digest", "yanked", "rank_max"),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
+    revision_id: Mapped[int] = mapped_column(ForeignKey("revisions.id"), index=True)
+    version: Mapped[str] = mapped_column(String(100))
+    sort_key: Mapped[str] = mapped_column(ByteOrdered)
+    stable: Mapped[bool]
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"))
+    type: Mapped[str | None] = mapped_column(String(32))
+    variant: Mapped[str | None] = mapped_column(String(32))
+    rank_max: Mapped[int | None]
+    target_set_id: Mapped[int | None] = mapped_column(ForeignKey("target_sets.id"))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    notes: Mapped[str]
+    yanked: Mapped[bool] = mapped_column(default=False)
+    yank_reason: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+    repository: Mapped[Repository] = relationship(lazy="joined", innerjoin=True)
+    revision: Mapped[Revision] = relationship(lazy="joined", innerjoin=True)
+    base: Mapped[Base] = relationship(lazy="joined", innerjoin=True)

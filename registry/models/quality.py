@@ -1,0 +1,98 @@
+"""Suites and scores, channels, their moves and their gates."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from registry.db import Row, UtcDateTime
+from registry.models.catalog import Id, Release
+
+
+class Suite(Row):
+    """A suite is its content: another example is another digest under the same name. The last one added is current."""
+
+    __tablename__ = "suites"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), index=True)
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    examples: Mapped[int]
+    content: Mapped[dict[str, Any]] = mapped_column(JSON, deferred=True)
+    current: Mapped[bool]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+
+
+class Score(Row):
+    """One metric of one suite for one release or one base; measuring again replaces it, and the audit keeps both."""
+
+    __tablename__ = "scores"
+    __table_args__ = (
+        UniqueConstraint("release_id", "suite_id", "metric"),
+        UniqueConstraint("base_digest", "suite_id", "metric"),
+        Index("ix_scores_lookup", "suite_id", "metric", "value"),
+        CheckConstraint("(release_id IS NULL) <> (base_digest IS NULL)", name="one_subject"),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    release_id: Mapped[int | None] = mapped_column(ForeignKey("releases.id"))
+    base_digest: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"))
+    suite_id: Mapped[int] = mapped_column(ForeignKey("suites.id"))
+    metric: Mapped[str] = mapped_column(String(64))
+    value: Mapped[float]
+    stderr: Mapped[float | None]
+    n: Mapped[int]
+    higher_is_better: Mapped[bool]
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON)
+    measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    measured_by: Mapped[str] = mapped_column(String(128))
+    suite: Mapped[Suite] = relationship(lazy="joined", innerjoin=True)
+
+
+class Channel(Row):
+    """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would have to come first)."""
+
+    __tablename__ = "channels"
+    __table_args__ = (UniqueConstraint("repository_id", "name"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
+    name: Mapped[str] = mapped_column(String(64))
+    move_id: Mapped[int | None] = mapped_column(Id)
+
+
+class Move(Row):
+    """One step of a channel; rows are only ever added.
+
+    `below_id` is the move that a rollback from here returns to. Promotion puts a move on top of the current one; a
+    rollback to move M stands where M stood (`below_id` of M), so that rolling back again goes further back.
+    """
+
+    __tablename__ = "moves"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    channel_id: Mapped[int] = mapped_column(ForeignKey("channels.id"), index=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    from_release_id: Mapped[int | None] = mapped_column(ForeignKey("releases.id"))
+    to_release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"))
+    below_id: Mapped[int | None] = mapped_column(ForeignKey("moves.id"))
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str]
+    forced: Mapped[bool]
+    gates: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    from_release: Mapped[Release | None] = relationship(foreign_keys=[from_release_id], lazy="joined")
+    to_release: Mapped[Release] = relationship(foreign_keys=[to_release_id], lazy="joined", innerjoin=True)
+
+
+class Gate(Row):
+    """The rules that a promotion to one channel of one repository must pass, as they were written."""
+
+    __tablename__ = "gates"
+
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"), primary_key=True)
+    channel: Mapped[str] = mapped_column(String(64), primary_key=True)
+    rules: Mapped[list[str]] = mapped_column(JSON)

@@ -1,0 +1,263 @@
+"""Publish, yank, unyank. A release never changes; everything it says was true of its files when it was published."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry import audit, repositories
+from registry.audit import Act, Actor
+from registry.errors import Conflict, Invalid, NotFound, Usage
+from registry.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.models import (
+    Base,
+    Blob,
+    Release,
+    ReleaseInput,
+    Repository,
+    Revision,
+    RevisionFile,
+    TargetSet,
+    TargetSetMember,
+)
+from registry.names import RepositoryName, Version, parse_version
+from registry.repositories import Kind
+
+BUMPS = ("major", "minor", "patch")
+FIRST_VERSION = Version(0, 1, 0)
+MAX_NOTES = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One release that a composition used, by its commit."""
+
+    release_id: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class NewRelease:
+    """`version` or `bump` is set. `facts` are those of `composer.formats.facts`, or of a merged checkpoint."""
+
+    repository: RepositoryName
+    kind: Kind
+    version: Version | None
+    bump: str | None
+    files: Sequence[ManifestFile]
+    base_digest: str
+    facts: Mapping[str, Any]
+    notes: str = ""
+    inputs: Sequence[Input] = field(default=())
+    composition_id: int | None = None
+
+
+def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
+    """The release and whether it is new. The same content again is a retry, other content under the version a Conflict.
+
+    The blobs must be known already (bytes first, rows second).
+    """
+    if len(new.notes) > MAX_NOTES:
+        raise Invalid("notes_too_long", f"Notes are limited to {MAX_NOTES:,} characters.", subject=str(new.repository))
+    commit = commit_id(canonical_manifest(new.files))
+    repository = repositories.find_or_create(session, actor, new.repository, new.kind)
+    version = new.version or _next_version(session, repository, new.bump)
+    existing = _by_version(session, repository, version)
+    if existing is not None:
+        return _retry(existing, new, commit), False
+    if new.version is None and (same := _by_commit(session, repository, commit)):
+        return same, False
+    revision = _revision(session, actor, repository, commit, new.files)
+    release = _insert(session, actor, new, version, repository, revision)
+    for source in new.inputs:
+        session.add(
+            ReleaseInput(
+                release_id=release.id,
+                input_id=source.release_id,
+                composition_id=new.composition_id,
+                weight=source.weight,
+            )
+        )
+    session.flush()
+    audit.record(session, actor, Act.RELEASE_PUBLISH, full_name(release), commit=commit, base=new.base_digest)
+    return release, True
+
+
+def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
+    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve with a warning."""
+    if not reason.strip():
+        raise Usage(
+            "reason_missing", "A yank needs a reason.", subject=full_name(release), next_step="Say why with --reason."
+        )
+    if not release.yanked:
+        release.yanked, release.yank_reason = True, reason
+        audit.record(session, actor, Act.RELEASE_YANK, full_name(release), reason=reason)
+        session.flush()
+    return release
+
+
+def unyank(session: Session, actor: Actor, release: Release) -> Release:
+    if release.yanked:
+        audit.record(session, actor, Act.RELEASE_UNYANK, full_name(release), was=release.yank_reason)
+        release.yanked, release.yank_reason = False, None
+        session.flush()
+    return release
+
+
+def find(session: Session, name: RepositoryName, version: Version, kind: Kind | None = None) -> Release:
+    release = _by_version(session, repositories.find(session, name, kind), version)
+    if release is None:
+        raise NotFound(
+            "release_unknown",
+            f"{name} has no release {version}.",
+            subject=f"{name}:{version}",
+            next_step=f"`adaptory log {name}` shows its releases.",
+        )
+    return release
+
+
+def list_page(session: Session, repository: Repository, *, before: str, limit: int) -> list[Release]:
+    """The newest version first; `before` is the sort key of the last release of the page before."""
+    query = select(Release).where(Release.repository_id == repository.id).order_by(Release.sort_key.desc()).limit(limit)
+    if before:
+        query = query.where(Release.sort_key < before)
+    return list(session.scalars(query))
+
+
+def files_of(session: Session, *listed: Release) -> dict[int, list[RevisionFile]]:
+    """The files of each revision, by path; one query for a page of releases."""
+    found: dict[int, list[RevisionFile]] = {release.revision_id: [] for release in listed}
+    query = select(RevisionFile).where(RevisionFile.revision_id.in_(found)).order_by(RevisionFile.path)
+    for file in session.scalars(query):
+        found[file.revision_id].append(file)
+    return found
+
+
+def inputs_of(session: Session, *listed: Release) -> dict[int, list[tuple[ReleaseInput, Release]]]:
+    """What went into each release, if a composition made it; one query for a page of releases."""
+    found: dict[int, list[tuple[ReleaseInput, Release]]] = {release.id: [] for release in listed}
+    query = select(ReleaseInput, Release).join(Release, Release.id == ReleaseInput.input_id)
+    for link, source in session.execute(query.where(ReleaseInput.release_id.in_(found)).order_by(Release.id)).tuples():
+        found[link.release_id].append((link, source))
+    return found
+
+
+def full_name(release: Release) -> str:
+    return f"{repositories.name_of(release.repository)}:{release.version}"
+
+
+def highest_stable(session: Session, repository: Repository) -> Release | None:
+    query = select(Release).where(Release.repository_id == repository.id, Release.stable, ~Release.yanked)
+    return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
+
+
+def _next_version(session: Session, repository: Repository, bump: str | None) -> Version:
+    if bump not in BUMPS:
+        raise Usage(
+            "version_missing",
+            "A push needs a version.",
+            subject=str(repositories.name_of(repository)),
+            next_step="Write REPO:VERSION, or --bump patch|minor|major.",
+        )
+    query = select(Release.version).where(Release.repository_id == repository.id, Release.stable)
+    latest = session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
+    return parse_version(latest).bump(bump) if latest else FIRST_VERSION
+
+
+def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
+    if existing.revision.commit == commit and existing.base_digest == new.base_digest:
+        return existing
+    what = "other files" if existing.revision.commit != commit else "another base"
+    raise Conflict(
+        "version_exists",
+        f"{full_name(existing)} has {what}, as {existing.revision.commit[:12]}; a release never changes.",
+        subject=full_name(existing),
+        next_step="Push it as the next version, or with --bump patch.",
+    )
+
+
+def _by_version(session: Session, repository: Repository, version: Version) -> Release | None:
+    return session.scalar(
+        select(Release).where(Release.repository_id == repository.id, Release.version == str(version))
+    )
+
+
+def _by_commit(session: Session, repository: Repository, commit: str) -> Release | None:
+    """The highest release of these files: what `--bump` answers when nothing changed since."""
+    query = select(Release).join(Revision, Revision.id == Release.revision_id)
+    query = query.where(Release.repository_id == repository.id, Revision.commit == commit)
+    return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
+
+
+def _revision(
+    session: Session, actor: Actor, repository: Repository, commit: str, files: Sequence[ManifestFile]
+) -> Revision:
+    query = select(Revision).where(Revision.repository_id == repository.id, Revision.commit == commit)
+    known = session.scalar(query)
+    if known is not None:
+        return known
+    sizes = dict(
+        session.execute(
+            select(Blob.sha256, Blob.size_bytes).where(Blob.sha256.in_({file.sha256 for file in files}))
+        ).tuples()
+    )
+    for file in files:
+        if sizes.get(file.sha256) != file.size_bytes:
+            raise Invalid(
+                "blob_missing",
+                f"The bytes of {file.path} were not uploaded.",
+                subject=file.path,
+                next_step="Push again; what is there already is not sent twice.",
+            )
+    revision = Revision(repository_id=repository.id, commit=commit, created_at=actor.at)
+    session.add(revision)
+    session.flush()
+    for file in files:
+        session.add(
+            RevisionFile(revision_id=revision.id, path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+        )
+    return revision
+
+
+def _insert(
+    session: Session, actor: Actor, new: NewRelease, version: Version, repository: Repository, revision: Revision
+) -> Release:
+    targets = new.facts.get("targets")
+    release = Release(
+        repository=repository,
+        revision=revision,
+        base=session.get_one(Base, new.base_digest),
+        version=str(version),
+        sort_key=version.sort_key,
+        stable=version.stable,
+        type=new.facts.get("type"),
+        variant=new.facts.get("variant"),
+        rank_max=new.facts.get("rank_max"),
+        target_set_id=_target_set(session, targets) if targets else None,
+        size_bytes=sum(file.size_bytes for file in new.files),
+        facts=dict(new.facts),
+        notes=new.notes,
+        yanked=False,
+        yank_reason=None,
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    session.add(release)
+    session.flush()
+    return release
+
+
+def _target_set(session: Session, targets: Sequence[str]) -> int:
+    key = ",".join(sorted(targets))
+    known = session.scalar(select(TargetSet.id).where(TargetSet.key == key))
+    if known is not None:
+        return known
+    row = TargetSet(key=key)
+    session.add(row)
+    session.flush()
+    for target in sorted(targets):
+        session.add(TargetSetMember(target_set_id=row.id, target=target))
+    session.flush()
+    return row.id

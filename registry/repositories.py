@@ -1,0 +1,63 @@
+"""A named line of releases."""
+
+from enum import StrEnum
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry import audit
+from registry.audit import Act, Actor
+from registry.errors import Conflict, NotFound
+from registry.models import Repository
+from registry.names import RepositoryName
+
+
+class Kind(StrEnum):
+    ADAPTER = "adapter"
+    MODEL = "model"
+
+
+def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Repository:
+    repository = _lookup(session, name)
+    if repository is None or (kind and repository.kind != kind):
+        raise NotFound(
+            "repository_unknown",
+            f"There is no {kind or 'repository'} {name}.",
+            subject=str(name),
+            next_step="`adaptory list` shows what there is.",
+        )
+    return repository
+
+
+def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: Kind) -> Repository:
+    repository = _lookup(session, name)
+    if repository is None:
+        repository = Repository(namespace=name.namespace, name=name.name, kind=kind, created_at=actor.at)
+        session.add(repository)
+        session.flush()
+        audit.record(session, actor, Act.REPOSITORY_CREATE, name, kind=kind)
+    if repository.kind != kind:
+        raise Conflict(
+            "kind_differs",
+            f"{name} holds {repository.kind} releases, not {kind} releases.",
+            subject=str(name),
+            next_step="Choose another repository name.",
+        )
+    return repository
+
+
+def list_page(session: Session, kind: Kind, *, after: str, limit: int) -> list[Repository]:
+    """Sorted by name; `after` is the last full name of the page before."""
+    full_name = Repository.namespace + "/" + Repository.name
+    query = select(Repository).where(Repository.kind == kind, full_name > after).order_by(full_name).limit(limit)
+    return list(session.scalars(query))
+
+
+def name_of(repository: Repository) -> RepositoryName:
+    return RepositoryName(repository.namespace, repository.name)
+
+
+def _lookup(session: Session, name: RepositoryName) -> Repository | None:
+    return session.scalar(
+        select(Repository).where(Repository.namespace == name.namespace, Repository.name == name.name)
+    )

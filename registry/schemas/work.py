@@ -1,0 +1,66 @@
+"""Compositions, jobs and audit rows on the wire."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import Field
+
+from registry.schemas import Wire
+
+
+class CompositionIn(Wire):
+    """`recipe` as in composer/recipe.py."""
+
+    recipe: dict[str, Any]
+    plan: bool = Field(default=False, description="Resolve, lock and check; change nothing.")
+
+
+class StepOut(Wire):
+    name: str
+    state: str
+    progress: float
+
+
+class ResultRow(Wire):
+    repository: str
+    version: str
+    commit: str
+
+
+class CompositionOut(Wire):
+    """`result` is the first of `results`: the combined adapter's release, or the model's where there is no adapter."""
+
+    id: int
+    job: int
+    state: str
+    plan: bool
+    recipe: dict[str, Any]
+    lock: dict[str, Any]
+    conflicts: dict[str, Any] | None
+    candidate_scores: list[dict[str, Any]] | None
+    gates: list[dict[str, Any]] | None
+    merge: dict[str, Any] | None
+    result: ResultRow | None
+    results: list[ResultRow]
+    steps: list[StepOut]
+    error: dict[str, Any] | None
+
+
+class JobOut(Wire):
+    id: int
+    kind: str
+    state: str
+    steps: list[StepOut]
+    error: dict[str, Any] | None
+    created_at: datetime
+    created_by: str
+    finished_at: datetime | None
+
+
+class AuditOut(Wire):
+    id: int
+    at: datetime
+    actor: str
+    act: str
+    subject: str
+    detail: dict[str, Any]

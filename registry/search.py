@@ -1,0 +1,76 @@
+"""Query value -> releases that fit a base, a rank, a set of targets and scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy import Select, exists, select
+from sqlalchemy.orm import Session, aliased
+
+from registry import bases
+from registry.models import Release, Repository, Score, Suite, TargetSetMember
+from registry.repositories import Kind
+from registry.suites import Condition
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """All conditions hold together. `before` is the id of the last release of the page before, 0 for the first page."""
+
+    kind: Kind = Kind.ADAPTER
+    namespace: str | None = None
+    base: str | None = None
+    type: str | None = None
+    max_rank: int | None = None
+    targets_within: Sequence[str] = ()
+    targets_include: Sequence[str] = ()
+    scores: Sequence[Condition] = field(default=())
+    include_yanked: bool = False
+    before: int = 0
+    limit: int = 50
+
+
+def search(session: Session, query: Query) -> list[Release]:
+    """The newest release first. Raises NotFound for a base that is not registered."""
+    statement = (
+        select(Release).join(Repository, Repository.id == Release.repository_id).where(Repository.kind == query.kind)
+    )
+    if query.namespace:
+        statement = statement.where(Repository.namespace == query.namespace)
+    if query.base:
+        statement = statement.where(Release.base_digest == bases.find(session, query.base).digest)
+    if query.type:
+        statement = statement.where(Release.type == query.type)
+    if query.max_rank is not None:
+        statement = statement.where(Release.rank_max <= query.max_rank)
+    if not query.include_yanked:
+        statement = statement.where(~Release.yanked)
+    if query.before:
+        statement = statement.where(Release.id < query.before)
+    statement = _with_scores(_with_targets(statement, query), query)
+    return list(session.scalars(statement.order_by(Release.id.desc()).limit(query.limit)))
+
+
+def _with_targets(statement: Select[tuple[Release]], query: Query) -> Select[tuple[Release]]:
+    if query.targets_within:
+        outside = select(TargetSetMember.target_set_id).where(TargetSetMember.target.not_in(query.targets_within))
+        statement = statement.where(Release.target_set_id.is_not(None), Release.target_set_id.not_in(outside))
+    for target in query.targets_include:
+        having = select(TargetSetMember.target_set_id).where(TargetSetMember.target == target)
+        statement = statement.where(Release.target_set_id.in_(having))
+    return statement
+
+
+def _with_scores(statement: Select[tuple[Release]], query: Query) -> Select[tuple[Release]]:
+    for condition in query.scores:
+        score, suite = aliased(Score), aliased(Suite)
+        enough = score.value >= condition.value if condition.operator == ">=" else score.value <= condition.value
+        statement = statement.where(
+            exists(select(score.id).join(suite, suite.id == score.suite_id)).where(
+                score.release_id == Release.id,
+                suite.name == condition.suite,
+                suite.current,
+                score.metric == condition.metric,
+                enough,
+            )
+        )
+    return statement

@@ -1,0 +1,128 @@
+"""Blobs in a directory: written aside, synced, then linked into place."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import BinaryIO
+
+from registry.errors import NotFound, Unavailable
+from registry.names import Digest
+from registry.storage.blobs import BlobStat, Reader, blob_key
+
+
+class LocalStore:
+    """One file per blob, read-only; files being written lie in `incoming/` on the same file system."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.incoming = directory / "incoming"
+        self.incoming.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: Digest) -> Path:
+        return self.directory / blob_key(sha256)
+
+    def stat(self, sha256: Digest) -> BlobStat | None:
+        try:
+            return _stat(sha256, self.path(sha256))
+        except FileNotFoundError:
+            return None
+
+    def open(self, sha256: Digest, start: int = 0, length: int | None = None) -> Reader:
+        try:
+            file = self.path(sha256).open("rb")
+        except FileNotFoundError:
+            raise NotFound("blob_missing", f"The store has no blob {sha256}.", subject=sha256) from None
+        file.seek(start)
+        return file if length is None else _Window(file, length)
+
+    def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
+        target = self.path(sha256)
+        if target.exists():
+            if move:
+                source.unlink()
+            return _stat(sha256, target)
+        aside = self._aside(source, move=move)
+        try:
+            aside.chmod(0o444)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stat = _stat(sha256, aside)
+            aside.replace(target)
+            _sync_directory(target.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+        return stat
+
+    def _aside(self, source: Path, *, move: bool) -> Path:
+        """A synced file of our own in `incoming/` with the bytes of `source`."""
+        try:
+            with NamedTemporaryFile(dir=self.incoming, delete=False) as file:
+                aside = Path(file.name)
+            try:
+                if move and source.stat().st_dev == self.incoming.stat().st_dev:
+                    source.replace(aside)
+                else:
+                    shutil.copyfile(source, aside)
+                with aside.open("rb") as file:
+                    os.fsync(file.fileno())
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise Unavailable(
+                "store_full",
+                f"The blob store cannot be written: {error.strerror}.",
+                subject=str(self.directory),
+                next_step="Free some space and repeat.",
+            ) from error
+        return aside
+
+    def url(self, sha256: Digest, expires_s: int) -> str | None:
+        del sha256, expires_s  # a directory has no address; the API streams
+        return None
+
+    def delete(self, sha256: Digest) -> None:
+        self.path(sha256).unlink(missing_ok=True)
+
+    def iterate(self) -> Iterator[BlobStat]:
+        for path in sorted((self.directory / "blobs" / "sha256").glob("??/*")):
+            stat = self.stat(Digest(path.name))
+            if stat is not None:
+                yield stat
+
+
+class _Window:
+    """A binary file that ends after `length` bytes; only what readers of a blob call."""
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self._file = file
+        self._left = length
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._file.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "_Window":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _stat(sha256: Digest, path: Path) -> BlobStat:
+    status = path.stat()
+    return BlobStat(sha256, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

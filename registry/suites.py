@@ -1,0 +1,179 @@
+"""Suites, the scores recorded against them, and conditions on scores."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session, undefer
+
+from composer.suite import Suite as SuiteContent
+from registry import audit
+from registry.audit import Act, Actor
+from registry.errors import Invalid, NotFound, Usage
+from registry.models import Base, Release, Score, Suite
+from registry.names import parse_part
+
+_CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One metric of one suite; `stderr` in the units of `value`, `n` examples."""
+
+    suite_digest: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`SUITE.METRIC>=VALUE` or `<=`."""
+
+    suite: str
+    metric: str
+    operator: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.suite}.{self.metric} {self.operator} {self.value:g}"
+
+    def holds(self, value: float) -> bool:
+        return value >= self.value if self.operator == ">=" else value <= self.value
+
+
+def parse_condition(text: str) -> Condition:
+    match = _CONDITION.fullmatch(text)
+    if match:
+        suite, metric, operator, number = match.groups()
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            return Condition(suite, metric, operator, value)
+    raise Usage(
+        "bad_condition",
+        f"{text[:120]!r} is not a condition on a score.",
+        subject=text[:120],
+        next_step="Write SUITE.METRIC>=NUMBER or SUITE.METRIC<=NUMBER, as in sql-exact.accuracy>=0.5.",
+    )
+
+
+def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
+    """The suite and whether it is new. The suite added last is the current one of its name."""
+    parse_part(content.name, "suite name")
+    known = session.scalar(select(Suite).where(Suite.digest == content.digest))
+    if known is not None and known.current:
+        return known, False
+    session.execute(update(Suite).where(Suite.name == content.name).values(current=False))
+    suite = known or Suite(
+        name=content.name,
+        digest=content.digest,
+        kind=content.kind,
+        examples=len(content.examples),
+        content=content.to_json(),
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    suite.current = True
+    session.add(suite)
+    session.flush()
+    audit.record(
+        session, actor, Act.SUITE_ADD, f"suite/{content.name}", digest=content.digest, examples=len(content.examples)
+    )
+    return suite, known is None
+
+
+def find(session: Session, text: str) -> Suite:
+    """By digest, or the current suite of that name."""
+    query = select(Suite).options(undefer(Suite.content))
+    by_digest = Suite.digest == text if len(text) == 64 else (Suite.name == text) & Suite.current
+    suite = session.scalar(query.where(by_digest))
+    if suite is None:
+        raise NotFound(
+            "suite_unknown",
+            f"There is no suite {text!r}.",
+            subject=text,
+            next_step="Add it with `adaptory suite add FILE`.",
+        )
+    return suite
+
+
+def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
+    return list(session.scalars(select(Suite).where(Suite.id > after, Suite.current).order_by(Suite.id).limit(limit)))
+
+
+def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
+    """Measuring again replaces a score; the audit row keeps what it replaced."""
+    rows: list[Score] = []
+    for measurement in measurements:
+        if not math.isfinite(measurement.value) or measurement.n < 1:
+            raise Invalid(
+                "bad_score",
+                f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
+                subject=measurement.metric,
+            )
+        suite = find(session, measurement.suite_digest)
+        owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
+        score = session.scalar(
+            select(Score).where(owner, Score.suite_id == suite.id, Score.metric == measurement.metric)
+        )
+        before = score.value if score else None
+        score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
+        score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
+        score.higher_is_better, score.provenance = measurement.higher_is_better, dict(measurement.provenance)
+        score.measured_at, score.measured_by = actor.at, actor.name
+        session.add(score)
+        session.flush()
+        audit.record(
+            session,
+            actor,
+            Act.SCORE_RECORD,
+            _subject_name(subject),
+            suite=suite.name,
+            metric=measurement.metric,
+            before=before,
+            after=measurement.value,
+        )
+        rows.append(score)
+    return rows
+
+
+def scores_of(session: Session, subject: Release | Base) -> list[Score]:
+    """Of the current suites, by suite and metric."""
+    owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
+    return list(
+        session.scalars(select(Score).join(Suite).where(owner, Suite.current).order_by(Suite.name, Score.metric))
+    )
+
+
+def scores_of_releases(session: Session, release_ids: Sequence[int]) -> dict[int, list[Score]]:
+    """One query for a page of releases."""
+    query = (
+        select(Score)
+        .join(Suite)
+        .where(Score.release_id.in_(release_ids), Suite.current)
+        .order_by(Suite.name, Score.metric)
+    )
+    found: dict[int, list[Score]] = {release_id: [] for release_id in release_ids}
+    for score in session.scalars(query):
+        if score.release_id is not None:
+            found[score.release_id].append(score)
+    return found
+
+
+def _owner_columns(subject: Release | Base) -> dict[str, Any]:
+    return {"release_id": subject.id} if isinstance(subject, Release) else {"base_digest": subject.digest}
+
+
+def _subject_name(subject: Release | Base) -> str:
+    if isinstance(subject, Base):
+        return subject.digest
+    return f"{subject.repository.namespace}/{subject.repository.name}:{subject.version}"

@@ -1,0 +1,60 @@
+"""/v1/bases"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from registry import bases
+from registry.access import Role, permit
+from registry.bases import NewBase, TensorRow
+from registry.http.pages import Cursor, Limit, decode_cursor, page
+from registry.http.request import ActorOf, ResourcesOf
+from registry.names import parse_digest
+from registry.schemas import Page
+from registry.schemas.catalog import BaseIn, BaseOut
+from registry.web.views import base_view
+
+router = APIRouter(prefix="/v1/bases", tags=["bases"])
+
+
+@router.post("", status_code=201)
+def register(body: BaseIn, resources: ResourcesOf, actor: ActorOf, response: Response) -> BaseOut:
+    """201 for a new base, 200 for one known already, whose aliases and locations are added to."""
+    permit(actor, Role.PUBLISHER)
+    rows = [TensorRow(row.name, row.dtype, tuple(row.shape), parse_digest(row.sha256)) for row in body.tensors]
+    new = NewBase(
+        body.name,
+        body.model_type,
+        body.tied,
+        body.parameters,
+        body.size_bytes,
+        rows,
+        parse_digest(body.weights_digest),
+        body.aliases,
+        body.locations,
+    )
+    with resources.write() as session:
+        base, created = bases.register(session, actor, new)
+        response.status_code = 201 if created else 200
+        return base_view(session, base)
+
+
+@router.get("")
+def list_bases(resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None) -> Page[BaseOut]:
+    permit(actor, Role.READER)
+    with resources.read() as session:
+        rows = bases.list_page(session, after=decode_cursor(cursor), limit=limit + 1)
+        return page([base_view(session, row) for row in rows], limit, [row.name for row in rows])
+
+
+@router.get("/{base:path}")
+def show(
+    base: str,
+    resources: ResourcesOf,
+    actor: ActorOf,
+    tensors: Annotated[bool, Query(description="With the tensor table.")] = False,
+) -> BaseOut:
+    """By digest, name or alias."""
+    permit(actor, Role.READER)
+    with resources.read() as session:
+        return base_view(session, bases.find(session, base), tensors=tensors)

@@ -1,0 +1,71 @@
+"""Compositions: create, look, follow, cancel. The work itself happens in a worker."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from composer.recipe import parse_recipe
+from registry import compositions
+from registry.access import Role, permit
+from registry.http.request import ActorOf, ResourcesOf
+from registry.jobs import FINISHED
+from registry.names import parse_reference
+from registry.resources import Resources
+from registry.schemas.work import CompositionIn, CompositionOut
+from registry.web.views import composition_view
+
+router = APIRouter(prefix="/v1/compositions", tags=["compositions"])
+
+_POLL_S = 0.5
+
+
+@router.post("", status_code=202)
+def create(body: CompositionIn, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
+    """Resolved and locked at once; its steps wait for a worker."""
+    recipe = parse_recipe(body.recipe)
+    for source in recipe.inputs:
+        permit(actor, Role.READER, parse_reference(source.adapter).repository.namespace)
+    for output in filter(None, (recipe.adapter, recipe.model)):
+        permit(actor, Role.PUBLISHER, parse_reference(output).repository.namespace)
+    with resources.write() as session:
+        composition = compositions.create(session, actor, recipe, plan_only=body.plan)
+        return composition_view(*compositions.find(session, composition.id))
+
+
+@router.get("/{composition_id}")
+def show(composition_id: int, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
+    permit(actor, Role.READER)
+    return _look(resources, composition_id)
+
+
+@router.get("/{composition_id}/events")
+async def follow(composition_id: int, resources: ResourcesOf, actor: ActorOf) -> StreamingResponse:
+    """Server-sent events: the composition each time that it changes, until it is finished."""
+    permit(actor, Role.READER)
+    first = await run_in_threadpool(_look, resources, composition_id)
+    return StreamingResponse(_events(resources, first), media_type="text/event-stream")
+
+
+@router.post("/{composition_id}/cancel")
+def cancel(composition_id: int, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
+    permit(actor, Role.PUBLISHER)
+    with resources.write() as session:
+        return composition_view(*compositions.cancel(session, actor, composition_id))
+
+
+def _look(resources: Resources, composition_id: int) -> CompositionOut:
+    with resources.read() as session:
+        return composition_view(*compositions.find(session, composition_id))
+
+
+async def _events(resources: Resources, view: CompositionOut) -> AsyncIterator[str]:
+    yield f"data: {view.model_dump_json()}\n\n"
+    while view.state not in FINISHED:
+        await asyncio.sleep(_POLL_S)
+        latest = await run_in_threadpool(_look, resources, view.id)
+        if latest != view:
+            view = latest
+            yield f"data: {view.model_dump_json()}\n\n"

@@ -1,0 +1,152 @@
+"""Repositories, releases, search and resolve. The same routes serve adapters and models."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+
+from registry import publishing, releases, repositories, resolve, search
+from registry.access import EVERYWHERE, Role, permit
+from registry.errors import NotFound
+from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, page
+from registry.http.request import ActorOf, ResourcesOf
+from registry.manifest import ManifestFile
+from registry.models import Release
+from registry.names import Digest, parse_digest, parse_reference, parse_version
+from registry.publishing import Push
+from registry.repositories import Kind
+from registry.schemas import Page
+from registry.schemas.catalog import PublishedOut, ReleaseIn, ReleaseOut, RepositoryOut, ResolvedOut, SearchIn, YankIn
+from registry.suites import parse_condition
+from registry.web.blobs import blob_response
+from registry.web.line import KindOf, LineOf
+from registry.web.views import release_page, release_view, repository_view
+
+router = APIRouter(prefix="/v1", tags=["releases"])
+
+lines = APIRouter(tags=["releases"])
+"""Mounted once under /v1/adapters and once under /v1/models."""
+
+
+@lines.get("")
+def list_repositories(
+    kind: KindOf, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
+) -> Page[RepositoryOut]:
+    permit(actor, Role.READER)
+    with resources.read() as session:
+        rows = repositories.list_page(session, kind, after=decode_cursor(cursor), limit=limit + 1)
+        return page(
+            [repository_view(session, row) for row in rows], limit, [str(repositories.name_of(row)) for row in rows]
+        )
+
+
+@lines.get("/{namespace}/{name}")
+def show_repository(line: LineOf, resources: ResourcesOf, actor: ActorOf) -> RepositoryOut:
+    permit(actor, Role.READER, line.name.namespace)
+    with resources.read() as session:
+        return repository_view(session, repositories.find(session, line.name, line.kind))
+
+
+@lines.post("/{namespace}/{name}/releases", status_code=201)
+def publish(line: LineOf, body: ReleaseIn, resources: ResourcesOf, actor: ActorOf, response: Response) -> PublishedOut:
+    """201 for a new release, 200 for a retry with the same content, 409 for other content under the same version."""
+    permit(actor, Role.PUBLISHER, line.name.namespace)
+    files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
+    version = parse_version(body.version) if body.version else None
+    push = Push(line.name, line.kind, version, body.bump, body.base, files, body.notes)
+    published = publishing.publish(resources, actor, push)
+    response.status_code = 201 if published.created else 200
+    with resources.read() as session:
+        view = release_view(session, session.get_one(Release, published.release_id))
+        return PublishedOut(release=view, created=published.created, warnings=[f.to_json() for f in published.warnings])
+
+
+@lines.get("/{namespace}/{name}/releases")
+def list_releases(
+    line: LineOf, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
+) -> Page[ReleaseOut]:
+    """The highest version first."""
+    permit(actor, Role.READER, line.name.namespace)
+    with resources.read() as session:
+        repository = repositories.find(session, line.name, line.kind)
+        rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
+        return page(release_page(session, rows), limit, [row.sort_key for row in rows])
+
+
+@lines.get("/{namespace}/{name}/releases/{version}")
+def show_release(line: LineOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
+    permit(actor, Role.READER, line.name.namespace)
+    with resources.read() as session:
+        return release_view(session, releases.find(session, line.name, parse_version(version), line.kind))
+
+
+@lines.get("/{namespace}/{name}/releases/{version}/files/{path:path}")
+def download_file(
+    line: LineOf,
+    version: str,
+    path: str,
+    resources: ResourcesOf,
+    actor: ActorOf,
+    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+) -> Response:
+    permit(actor, Role.READER, line.name.namespace)
+    with resources.read() as session:
+        release = releases.find(session, line.name, parse_version(version), line.kind)
+        digests = {file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]}
+    if path not in digests:
+        raise NotFound("file_unknown", f"{line.name}:{version} has no file {path[:200]!r}.", subject=path[:200])
+    return blob_response(resources, Digest(digests[path]), byte_range)
+
+
+@lines.post("/{namespace}/{name}/releases/{version}/yank")
+def yank(line: LineOf, version: str, body: YankIn, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
+    permit(actor, Role.RELEASER, line.name.namespace)
+    with resources.write() as session:
+        release = releases.find(session, line.name, parse_version(version), line.kind)
+        return release_view(session, releases.yank(session, actor, release, body.reason))
+
+
+@lines.post("/{namespace}/{name}/releases/{version}/unyank")
+def unyank(line: LineOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
+    permit(actor, Role.RELEASER, line.name.namespace)
+    with resources.write() as session:
+        release = releases.find(session, line.name, parse_version(version), line.kind)
+        return release_view(session, releases.unyank(session, actor, release))
+
+
+@router.get("/releases")
+def search_releases(
+    query: Annotated[SearchIn, Query()],
+    resources: ResourcesOf,
+    actor: ActorOf,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> Page[ReleaseOut]:
+    """Releases across repositories that meet every condition, the newest first."""
+    permit(actor, Role.READER, query.namespace or EVERYWHERE)
+    wanted = search.Query(
+        kind=Kind(query.kind),
+        namespace=query.namespace,
+        base=query.base,
+        type=query.type,
+        max_rank=query.max_rank,
+        targets_within=query.targets_within,
+        targets_include=query.targets_include,
+        scores=[parse_condition(text) for text in query.score],
+        include_yanked=query.include_yanked,
+        before=decode_number(cursor),
+        limit=limit + 1,
+    )
+    with resources.read() as session:
+        rows = search.search(session, wanted)
+        return page(release_page(session, rows), limit, [row.id for row in rows])
+
+
+@router.get("/resolve")
+def resolve_reference(
+    ref: Annotated[str, Query(max_length=400)], resources: ResourcesOf, actor: ActorOf
+) -> ResolvedOut:
+    reference = parse_reference(ref)
+    permit(actor, Role.READER, reference.repository.namespace)
+    with resources.read() as session:
+        found = resolve.resolve(session, reference)
+        return ResolvedOut(release=release_view(session, found.release), warning=found.warning)

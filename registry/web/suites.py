@@ -1,0 +1,88 @@
+"""Suites and scores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from composer.suite import Suite as SuiteContent
+from registry import bases, releases, suites
+from registry.access import Role, permit
+from registry.http.pages import Cursor, Limit, decode_number, page
+from registry.http.request import ActorOf, ResourcesOf
+from registry.names import parse_version
+from registry.schemas import Page
+from registry.schemas.quality import ScoreIn, ScoresIn, ScoresOut, SuiteOut
+from registry.suites import Measurement
+from registry.web.line import LineOf
+from registry.web.views import score_view, suite_view
+
+router = APIRouter(prefix="/v1", tags=["quality"])
+lines = APIRouter(tags=["quality"])
+
+
+@router.post("/suites", status_code=201)
+def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: ActorOf, response: Response) -> SuiteOut:
+    """The suite with its examples, as composer/suite.py describes it. 200 when this content is current already."""
+    permit(actor, Role.PUBLISHER)
+    content = SuiteContent.from_json(body)
+    with resources.write() as session:
+        suite, created = suites.add(session, actor, content)
+        response.status_code = 201 if created else 200
+        return suite_view(suite)
+
+
+@router.get("/suites")
+def list_suites(resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None) -> Page[SuiteOut]:
+    permit(actor, Role.READER)
+    with resources.read() as session:
+        rows = suites.list_page(session, after=decode_number(cursor), limit=limit + 1)
+        return page([suite_view(row) for row in rows], limit, [row.id for row in rows])
+
+
+@router.get("/suites/{suite}")
+def show_suite(suite: str, resources: ResourcesOf, actor: ActorOf) -> SuiteOut:
+    """By name (the current content) or by digest, with its examples."""
+    permit(actor, Role.READER)
+    with resources.read() as session:
+        return suite_view(suites.find(session, suite), content=True)
+
+
+@lines.post("/{namespace}/{name}/releases/{version}/scores")
+def record_release(line: LineOf, version: str, body: ScoresIn, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
+    permit(actor, Role.PUBLISHER, line.name.namespace)
+    with resources.write() as session:
+        release = releases.find(session, line.name, parse_version(version), line.kind)
+        return ScoresOut(
+            scores=[score_view(row) for row in suites.record(session, actor, release, _measurements(body.scores))]
+        )
+
+
+@lines.get("/{namespace}/{name}/releases/{version}/scores")
+def release_scores(line: LineOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
+    permit(actor, Role.READER, line.name.namespace)
+    with resources.read() as session:
+        release = releases.find(session, line.name, parse_version(version), line.kind)
+        return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, release)])
+
+
+@router.post("/bases/{base:path}/scores")
+def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
+    permit(actor, Role.PUBLISHER)
+    with resources.write() as session:
+        rows = suites.record(session, actor, bases.find(session, base), _measurements(body.scores))
+        return ScoresOut(scores=[score_view(row) for row in rows])
+
+
+@router.get("/bases/{base:path}/scores")
+def base_scores(base: str, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
+    permit(actor, Role.READER)
+    with resources.read() as session:
+        return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, bases.find(session, base))])
+
+
+def _measurements(rows: Sequence[ScoreIn]) -> list[Measurement]:
+    return [
+        Measurement(row.suite_digest, row.metric, row.value, row.stderr, row.n, row.higher_is_better, row.provenance)
+        for row in rows
+    ]

@@ -1,0 +1,196 @@
+"""Rows as the wire shows them. Called inside the transaction that read or wrote the rows."""
+
+from collections.abc import Sequence
+
+from sqlalchemy.orm import Session
+
+from registry import bases, channels, releases, repositories, suites
+from registry.models import (
+    AuditRow,
+    Base,
+    Channel,
+    Composition,
+    Job,
+    Move,
+    Release,
+    ReleaseInput,
+    Repository,
+    RevisionFile,
+    Score,
+    Suite,
+)
+from registry.schemas.catalog import (
+    AdapterFactsOut,
+    BaseOut,
+    BaseRef,
+    FileRow,
+    InputOut,
+    ModelFactsOut,
+    ReleaseOut,
+    RepositoryOut,
+    TensorRow,
+)
+from registry.schemas.quality import ChannelOut, GateResultOut, MoveOut, ScoreOut, SuiteOut
+from registry.schemas.work import AuditOut, CompositionOut, JobOut, ResultRow, StepOut
+
+
+def release_page(session: Session, rows: Sequence[Release]) -> list[ReleaseOut]:
+    """Three more queries for the whole page, however long it is."""
+    scores = suites.scores_of_releases(session, [row.id for row in rows])
+    files, inputs = releases.files_of(session, *rows), releases.inputs_of(session, *rows)
+    return [_release_view(row, scores[row.id], files[row.revision_id], inputs[row.id]) for row in rows]
+
+
+def release_view(session: Session, row: Release) -> ReleaseOut:
+    return release_page(session, [row])[0]
+
+
+def _release_view(
+    row: Release, scores: Sequence[Score], files: Sequence[RevisionFile], inputs: Sequence[tuple[ReleaseInput, Release]]
+) -> ReleaseOut:
+    adapter = row.repository.kind == repositories.Kind.ADAPTER
+    return ReleaseOut(
+        repository=str(repositories.name_of(row.repository)),
+        kind=row.repository.kind,
+        version=row.version,
+        commit=row.revision.commit,
+        base=BaseRef(digest=row.base_digest, name=row.base.name),
+        adapter=AdapterFactsOut(**row.facts) if adapter else None,
+        model=None if adapter else ModelFactsOut(**row.facts),
+        scores=[score_view(score) for score in scores],
+        yanked=row.yanked,
+        yank_reason=row.yank_reason,
+        notes=row.notes,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        files=[FileRow(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256) for file in files],
+        inputs=[_input_view(link, source) for link, source in inputs],
+    )
+
+
+def _input_view(link: ReleaseInput, source: Release) -> InputOut:
+    name = str(repositories.name_of(source.repository))
+    return InputOut(repository=name, version=source.version, commit=source.revision.commit, weight=link.weight)
+
+
+def score_view(row: Score) -> ScoreOut:
+    return ScoreOut(
+        suite=row.suite.name,
+        suite_digest=row.suite.digest,
+        metric=row.metric,
+        value=row.value,
+        stderr=row.stderr,
+        n=row.n,
+        higher_is_better=row.higher_is_better,
+        measured=row.measured_at,
+    )
+
+
+def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
+    table = [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
+    return BaseOut(
+        digest=row.digest,
+        architecture_digest=row.architecture_digest,
+        name=row.name,
+        aliases=bases.aliases(session, row),
+        locations=bases.locations(session, row),
+        model_type=row.model_type,
+        tied=row.tied,
+        parameters=row.parameters,
+        size_bytes=row.size_bytes,
+        tensor_count=len(table),
+        created_at=row.created_at,
+        created_by=row.created_by,
+        scores=[score_view(score) for score in suites.scores_of(session, row)],
+        tensors=table if tensors else None,
+    )
+
+
+def repository_view(session: Session, row: Repository) -> RepositoryOut:
+    latest = releases.highest_stable(session, row)
+    moves = {channel.name: channels.current_move(session, channel) for channel in channels.list_all(session, row)}
+    return RepositoryOut(
+        repository=str(repositories.name_of(row)),
+        kind=row.kind,
+        latest=latest.version if latest else None,
+        channels={name: move.to_release.version for name, move in moves.items() if move},
+        created_at=row.created_at,
+    )
+
+
+def suite_view(row: Suite, *, content: bool = False) -> SuiteOut:
+    return SuiteOut(
+        name=row.name,
+        digest=row.digest,
+        kind=row.kind,
+        examples=row.examples,
+        current=row.current,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        content=row.content if content else None,
+    )
+
+
+def channel_view(row: Channel, repository: Repository, move: Move) -> ChannelOut:
+    return ChannelOut(
+        repository=str(repositories.name_of(repository)),
+        channel=row.name,
+        version=move.to_release.version,
+        commit=move.to_release.revision.commit,
+        moved_at=move.at,
+        moved_by=move.actor,
+        move=move.id,
+    )
+
+
+def move_view(row: Move, repository: Repository, channel: str) -> MoveOut:
+    return MoveOut(
+        id=row.id,
+        repository=str(repositories.name_of(repository)),
+        channel=channel,
+        kind=row.kind,
+        from_version=row.from_release.version if row.from_release else None,
+        to_version=row.to_release.version,
+        actor=row.actor,
+        reason=row.reason,
+        forced=row.forced,
+        gates=[GateResultOut(**gate) for gate in row.gates],
+        at=row.at,
+    )
+
+
+def job_view(row: Job) -> JobOut:
+    return JobOut(
+        id=row.id,
+        kind=row.kind,
+        state=row.state,
+        steps=[StepOut(**step) for step in row.steps],
+        error=row.error,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        finished_at=row.finished_at,
+    )
+
+
+def composition_view(row: Composition, job: Job) -> CompositionOut:
+    results = [ResultRow(**result) for result in row.results]
+    return CompositionOut(
+        id=row.id,
+        job=job.id,
+        state=job.state,
+        plan=row.plan_only,
+        recipe=row.recipe,
+        lock=row.lock,
+        conflicts=row.conflicts,
+        candidate_scores=row.candidate_scores,
+        gates=row.gates,
+        merge=row.merge,
+        result=results[0] if results else None,
+        results=results,
+        steps=[StepOut(**step) for step in job.steps],
+        error=job.error,
+    )
+
+
+def audit_view(row: AuditRow) -> AuditOut:
+    return AuditOut(id=row.id, at=row.at, actor=row.actor, act=row.act, subject=row.subject, detail=row.detail)

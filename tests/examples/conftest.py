@@ -1,0 +1,7 @@
+"""The example scripts are run as `python examples/NAME.py`, so their folder is on the path here as it is there."""
+
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
