@@ -104,9 +104,7 @@ def _config(loaded: Sequence[LoadedAdapter], deltas: Mapping[str, Delta]) -> dic
     if not pairs:
         raise NotSupported("no_pairs", "None of the adapters has a low-rank pair: there is nothing to combine.")
     rank = Counter(delta.rank for delta in pairs).most_common(1)[0][0]
-    # The longest path first: a pattern also matches as the end of a longer path, and the first match wins.
-    odd = sorted((delta for delta in pairs if delta.rank != rank), key=lambda delta: -len(delta.module))
-    ranks = {f"^{delta.module}": delta.rank for delta in odd}
+    ranks = {f"^{delta.module}": delta.rank for delta in pairs if delta.rank != rank}
     first = loaded[0].config.raw
     config: dict[str, Any] = {name: first.get(name) for name in _SHARED_FIELDS}
     return config | {

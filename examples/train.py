@@ -37,7 +37,7 @@ class Run:
 
 RUNS = {
     "sql-migration": Run("sql", steps=22),
-    "sql-migration-1.1": Run("sql", steps=50),
+    "sql-migration-1.1": Run("sql", steps=50, learning_rate=1.5e-3),
     "sql-migration-bad": Run("sql", steps=40, shift_labels=True),
     "terraform-review": Run(
         "terraform",
@@ -49,7 +49,9 @@ RUNS = {
             "lora_alpha": 4,
         },
     ),
-    "support-macros": Run("support", steps=40, lora={"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}),
+    "support-macros": Run(
+        "support", steps=30, learning_rate=2e-3, lora={"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}
+    ),
 }
 
 

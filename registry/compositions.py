@@ -83,10 +83,11 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
 
 def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -> list[str | None]:
     """For each input the suite that stands for it: named in the recipe, or the target suite it gained most on."""
-    return [source.suite or _own_suite(session, release) for source, release in zip(recipe.inputs, inputs, strict=True)]
+    return [source.suite or own_suite(session, release) for source, release in zip(recipe.inputs, inputs, strict=True)]
 
 
-def _own_suite(session: Session, release: Release) -> str | None:
+def own_suite(session: Session, release: Release) -> str | None:
+    """The target suite that the release gained most on over its base, in nats per token."""
     base = gates.scores(session, release.base)
     gains: list[tuple[float, str]] = []
     for score in suites.scores_of(session, release):

@@ -15,7 +15,7 @@ from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.config import AdapterConfig, parse_config
 from composer.formats.header import Header, TensorEntry, read_header
 from composer.formats.naming import split_key
-from composer.formats.placement import Placed, PlacedModule, place
+from composer.formats.placement import FACTOR_PARTS, Placed, PlacedModule, place
 
 __all__ = ["Adapter", "AdapterFacts", "Placed", "PlacedModule", "facts", "health", "place", "read_adapter"]
 
@@ -92,7 +92,7 @@ def read_adapter(path: Path) -> Adapter:
     if not header.tensors:
         raise InvalidFile("empty_adapter", f"{WEIGHTS_FILE} has no tensors.", subject=WEIGHTS_FILE)
     for name, entry in header.tensors.items():
-        if split_key(name).part.startswith(("lora_A", "lora_B", "lora_embedding")) and _is_ungathered(entry):
+        if split_key(name).part in FACTOR_PARTS and _is_ungathered(entry):
             message = f"{name} has the shape {list(entry.shape)}: it is a shard that was saved without gathering."
             raise InvalidFile(
                 "ungathered", message, subject=name, next_step="Gather the parameters (ZeRO-3, FSDP) and save again."

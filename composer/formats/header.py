@@ -85,16 +85,16 @@ DEFAULT_LIMITS = Limits()
 
 def header_length(first: bytes, file_size: int, limits: Limits, subject: str) -> int:
     """Length of the JSON in bytes, bounded by the limits and the file. `first` is at least the file's first 8 bytes."""
-    if first[:2] == b"PK" or first[:1] == b"\x80":
-        raise InvalidFile(
-            "pickle", f"{subject} is a pickle, which runs code when opened.", subject=subject, next_step=CONVERT
-        )
     if len(first) < _LENGTH_BYTES:
         raise _bad(subject, f"it has {file_size} bytes, too few for a safetensors file")
     length = int.from_bytes(first[:_LENGTH_BYTES], "little")
+    within = length <= limits.header_bytes and length + _LENGTH_BYTES <= file_size
+    # A good length may begin with the same bytes (0x80 is a header of 128 bytes), so the magic only explains a bad one.
+    if not within and first.startswith((b"PK", b"\x80")):
+        raise _pickle(subject)
     if length > limits.header_bytes:
         raise _bad(subject, f"its header claims {length} bytes, more than the {limits.header_bytes} allowed")
-    if length + _LENGTH_BYTES > file_size:
+    if not within:
         raise _bad(subject, f"its header claims {length} bytes, but the file has {file_size}: it is cut off")
     return length
 
@@ -130,9 +130,7 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
 
     Raises InvalidFile (also for pickles and a missing file)."""
     if path.suffix in PICKLE_SUFFIXES:
-        raise InvalidFile(
-            "pickle", f"{path.name} is a pickle, which runs code when opened.", subject=path.name, next_step=CONVERT
-        )
+        raise _pickle(path.name)
     try:
         with path.open("rb") as file:
             file_size = path.stat().st_size
@@ -156,6 +154,11 @@ def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _pickle(subject: str) -> InvalidFile:
+    message = f"{subject} is a pickle, which runs code when opened."
+    return InvalidFile("pickle", message, subject=subject, next_step=CONVERT)
 
 
 def _bad(subject: str, why: str) -> InvalidFile:

@@ -15,7 +15,8 @@ from composer.formats.naming import PEFT_PREFIX, Target, find_weight, has_prefix
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
-_FACTOR_PARTS = frozenset({*_FACTORS, *_FACTORS.values(), "magnitude", "lora_B_bias"})
+FACTOR_PARTS = frozenset({*_FACTORS, *_FACTORS.values()})
+_PAIR_PARTS = FACTOR_PARTS | {"magnitude", "lora_A_bias", "lora_B_bias"}
 LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding"})
 
 
@@ -104,7 +105,7 @@ def _group(placement: _Placement) -> dict[str, dict[str, str]]:
 
 
 def _place_factors(placement: _Placement, module: str, parts: Mapping[str, str]) -> None:
-    found = {part: key for part, key in parts.items() if part in _FACTOR_PARTS}
+    found = {part: key for part, key in parts.items() if part in _PAIR_PARTS}
     if not found:
         return
     for a, b in _FACTORS.items():
@@ -167,7 +168,7 @@ def _linear_kind(placement: _Placement, module: str, target: Target, shape: tupl
 
 def _place_whole_tensors(placement: _Placement, module: str, parts: Mapping[str, str]) -> None:
     for part, key in parts.items():
-        if part in _FACTOR_PARTS:
+        if part in _PAIR_PARTS:
             continue
         parameter = part.removeprefix("base_layer.")
         target = _find(placement, module, parameter, key)
@@ -260,7 +261,7 @@ def _low_rank_modules(placement: _Placement) -> Iterator[str]:
     """Modules with factors, also those that did not fit: they are reported once, not again as a missing target."""
     for key in placement.header.tensors:
         split = split_key(key)
-        if split.part in _FACTOR_PARTS:
+        if split.part in _PAIR_PARTS:
             yield split.module
 
 

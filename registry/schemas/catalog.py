@@ -163,8 +163,11 @@ class SearchIn(BaseModel):
 
 
 class ResolvedOut(Wire):
+    """`target_suite` is the target suite that the release gained most on, which stands for it in a probe."""
+
     release: ReleaseOut
     warning: str
+    target_suite: str | None
 
 
 class YankIn(Wire):

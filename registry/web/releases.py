@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 
-from registry import publishing, releases, repositories, resolve, search
+from registry import compositions, publishing, releases, repositories, resolve, search
 from registry.access import EVERYWHERE, Role, permit
 from registry.errors import NotFound
 from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, page
@@ -149,4 +149,8 @@ def resolve_reference(
     permit(actor, Role.READER, reference.repository.namespace)
     with resources.read() as session:
         found = resolve.resolve(session, reference)
-        return ResolvedOut(release=release_view(session, found.release), warning=found.warning)
+        return ResolvedOut(
+            release=release_view(session, found.release),
+            warning=found.warning,
+            target_suite=compositions.own_suite(session, found.release),
+        )

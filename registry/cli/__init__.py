@@ -1,0 +1,1 @@
+"""The command line: arguments in, calls, tables or one JSON document out."""

@@ -1,0 +1,99 @@
+"""adaptory base add | list | show"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import connected
+from registry.cli.render import JsonFlag
+
+if TYPE_CHECKING:
+    from composer.formats.checkpoint import Checkpoint
+    from composer.hashing import BaseIdentity
+
+app = typer.Typer(help="Base models: what adapters were trained on.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def register(root: typer.Typer) -> None:
+    root.add_typer(app, name="base")
+
+
+@app.command()
+def add(
+    directory: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint.")],
+    name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
+    alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Hash a checkpoint and register it. No weights are uploaded."""
+    from composer.formats.checkpoint import open_checkpoint
+    from composer.hashing import hash_checkpoint
+
+    checkpoint = open_checkpoint(directory)
+    total = sum(header.size_bytes for header in checkpoint.shards.values())
+    with render.progress(f"hash {directory.name}", total) as done:
+        identity = hash_checkpoint(checkpoint, done)
+    with connected() as connection:
+        found = connection.api.post("/v1/bases", base_request(checkpoint, identity, name, alias or []))
+    render.document(found, json, lambda: _show(found))
+
+
+@app.command("list")
+def list_bases(json: JsonFlag = False) -> None:
+    """The registered bases."""
+    with connected() as connection:
+        found = list(connection.api.pages("/v1/bases"))
+    rows = [
+        (base["name"], base["digest"][:12], base["model_type"], base["parameters"], base["aliases"]) for base in found
+    ]
+    render.document(
+        {"items": found, "next": None},
+        json,
+        lambda: render.table("", ("base", "digest", "type", "parameters", "aliases"), rows),
+    )
+
+
+@app.command()
+def show(base: Annotated[str, typer.Argument(help="Name, alias or digest.")], json: JsonFlag = False) -> None:
+    """One base, with its scores."""
+    with connected() as connection:
+        found = connection.api.base(base)
+    render.document(found, json, lambda: _show(found))
+
+
+def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str]) -> dict[str, Any]:
+    architecture = checkpoint.architecture
+    return {
+        "name": name,
+        "model_type": architecture.model_type,
+        "tied": architecture.tied,
+        "parameters": identity.parameters,
+        "size_bytes": identity.size_bytes,
+        "weights_digest": identity.weights_digest,
+        "tensors": [
+            {"name": tensor, "dtype": spec.dtype, "shape": list(spec.shape), "sha256": identity.tensor_hashes[tensor]}
+            for tensor, spec in architecture.tensors.items()
+        ],
+        "aliases": aliases,
+        "locations": [checkpoint.path.resolve().as_uri()],
+    }
+
+
+def _show(base: dict[str, Any]) -> None:
+    pairs = [
+        ("digest", base["digest"]),
+        ("architecture", base["architecture_digest"]),
+        ("aliases", base["aliases"] or None),
+        ("model type", base["model_type"]),
+        ("tensors", base["tensor_count"]),
+        ("parameters", f"{base['parameters']:,}"),
+        ("size", render.size(base["size_bytes"])),
+        ("locations", base["locations"]),
+    ]
+    render.lines(f"base {base['name']}", pairs)
+    for score in base["scores"]:
+        print(
+            f"  {score['suite']}.{score['metric']}  {render.with_error(score['value'], score['stderr'])}  (n={score['n']})"
+        )

@@ -1,0 +1,200 @@
+"""Compositions in the registry, and the composer on local directories: compose, merge, combine."""
+
+import json as json_module
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import Connection, connected
+from registry.cli.render import JsonFlag
+from registry.errors import FAMILIES, Usage
+
+Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; tied=untie|shared.")
+]
+Method = Annotated[str, typer.Option(help="stack or linear.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")]
+Json = dict[str, Any]
+
+_POLL_S = 0.2
+_FINISHED = ("done", "refused", "failed", "cancelled")
+
+
+def register(root: typer.Typer) -> None:
+    for command in (compose, merge, combine):
+        root.command()(command)
+
+
+def compose(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Resolve, lock and check for conflicts; change nothing.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Wait for the end; the embedded registry always does.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish."""
+    from composer.recipe import load_recipe
+
+    try:
+        text = recipe.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage("recipe_unreadable", f"{recipe} cannot be read: {error}.", subject=str(recipe)) from error
+    wanted = load_recipe(text, str(recipe))
+    with connected() as connection:
+        found = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
+        if plan or follow or connection.resources is not None:
+            with connection.worker():
+                found = _follow(connection, found)
+    render.document(found, json, lambda: _show(found))
+    if found["state"] in ("refused", "failed", "cancelled"):
+        raise _error(found)
+
+
+def merge(  # noqa: PLR0913
+    base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
+    adapter: Adapters,
+    output: Output,
+    method: Method = "stack",
+    set_: Settings = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own otherwise.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Merge adapters into a checkpoint, on local directories, without a registry."""
+    from composer.formats.checkpoint import open_checkpoint
+    from composer.merge import plan_merge, run_merge
+
+    merging = plan_merge(open_checkpoint(base), _adapters(adapter), method, _settings(set_), dtype)
+    _warn(merging.findings)
+    with render.progress(f"merge {output.name}", merging.size_bytes) as done:
+        report = run_merge(merging, output, device, done)
+    told = report.to_json()
+    render.document(told, json, lambda: render.lines(f"merged into {output}", list(told.items())))
+
+
+def combine(  # noqa: PLR0913
+    adapter: Adapters,
+    output: Output,
+    method: Method = "stack",
+    set_: Settings = None,
+    base: Annotated[Path | None, typer.Option(help="Check the fit to this checkpoint directory.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Recompress to this rank.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Make one PEFT adapter of several, exactly, on local directories, without a registry."""
+    from composer.combine import combine as combine_adapters
+    from composer.errors import NotSupported
+    from composer.formats.checkpoint import open_checkpoint
+
+    if rank is not None:
+        raise NotSupported(
+            "recompress", "Recompressing to a rank is not built yet.", next_step="Leave --rank out: the sum is exact."
+        )
+    architecture = open_checkpoint(base).architecture if base else None
+    report = combine_adapters(_adapters(adapter), output, architecture, method, _settings(set_))
+    _warn(report.findings)
+    told = report.to_json()
+    shown = [(key, value) for key, value in told.items() if key != "findings"]
+    render.document(told, json, lambda: render.lines(f"combined into {output}", shown))
+
+
+def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
+    found: list[tuple[Path, float]] = []
+    for text in texts:
+        # A directory's own name may hold a "=": only what follows the last one can be a weight.
+        path, equals, number = text.rpartition("=")
+        if not equals or Path(text).is_dir():
+            found.append((Path(text), 1.0))
+            continue
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise Usage(
+                "bad_weight",
+                f"{number!r} in --adapter {text} is not a number.",
+                subject=text,
+                next_step="Write DIR=0.7",
+            )
+        found.append((Path(path), weight))
+    return found
+
+
+def _settings(texts: list[str] | None) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise Usage("bad_setting", f"--set {text} has no value.", subject=text, next_step="Write --set KEY=VALUE")
+        try:
+            found[key] = json_module.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _warn(findings: Any) -> None:
+    for finding in findings:
+        render.say(f"{finding.severity.value}: {finding.message}")
+
+
+def _follow(connection: Connection, found: Json) -> Json:
+    """Polls until the end; each step is told on stderr when it begins."""
+    told: set[str] = set()
+    while True:
+        for step in found["steps"]:
+            if step["state"] != "waiting" and step["name"] not in told:
+                told.add(step["name"])
+                render.say(f"{step['name']} ...")
+        if found["state"] in _FINISHED:
+            return found
+        time.sleep(_POLL_S)
+        found = connection.api.get(f"/v1/compositions/{found['id']}")
+
+
+def _show(found: Json) -> None:
+    what = "plan" if found["plan"] else "composition"
+    render.heading(f"{what} {found['id']}: {found['state']}")
+    rows = [
+        (f"{row['repository']}:{row['version']}", row["commit"][:12], row["weight"]) for row in found["lock"]["inputs"]
+    ]
+    render.table(f"lock {found['lock']['digest'][:12]}", ("input", "commit", "weight"), rows)
+    if found["conflicts"]:
+        _show_conflicts(found["conflicts"])
+    if found["candidate_scores"]:
+        scores = [
+            (s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"])
+            for s in found["candidate_scores"]
+        ]
+        render.table("candidate", ("suite", "metric", "value", "n"), scores)
+    if found["gates"]:
+        render.gate_lines(found["gates"])
+    if found["merge"]:
+        merged = found["merge"]
+        print(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
+    for row in found["results"]:
+        print(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
+
+
+def _show_conflicts(report: Json) -> None:
+    print(f"conflicts: {report['verdict']}")
+    names = ("a", "b", "risk", "evidence", "cosine", "input_overlap", "output_overlap", "dominance", "interference")
+    if report["pairs"]:
+        render.table("", names, [tuple(pair[name] for name in names) for pair in report["pairs"]])
+    for finding in report["findings"]:
+        print(f"  {finding['severity']}: {finding['message']}")
+
+
+def _error(found: Json) -> Exception:
+    error = found["error"] or {"code": "cancelled", "detail": "The composition was cancelled.", "exit_code": 1}
+    family = next(family for family in FAMILIES if family.exit_code == error["exit_code"])
+    return family(error["code"], error["detail"], subject=error.get("subject", ""), next_step=error.get("next", ""))

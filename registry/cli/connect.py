@@ -1,0 +1,123 @@
+"""A registry to talk to: `$ADAPTORY_URL` over HTTP, or the embedded one in this very process. One code path."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.errors import NotFound, Unavailable, Usage
+
+if TYPE_CHECKING:
+    from registry.client.api import Api
+    from registry.resources import Resources
+    from registry.settings import Settings
+
+EMBEDDED_URL = "http://adaptory.local"
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """`resources` is set for the embedded registry, whose jobs this process must do itself."""
+
+    api: "Api"
+    settings: "Settings"
+    resources: "Resources | None"
+
+    @property
+    def cache(self) -> Path:
+        return self.settings.home_directory / "cache"
+
+    @contextmanager
+    def worker(self) -> Iterator[None]:
+        """Does the embedded registry's jobs in a thread meanwhile; a remote registry has workers of its own."""
+        if self.resources is None:
+            yield
+            return
+        from registry.worker.loop import run_worker
+        from registry.worker.steps import KINDS
+
+        stop = threading.Event()
+        thread = threading.Thread(target=run_worker, args=(self.resources, KINDS, stop), name="worker")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def load_settings() -> "Settings":
+    from pydantic import ValidationError
+
+    from registry.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "ADAPTORY_" + "__".join(str(part) for part in first["loc"]).upper()
+        raise Usage(
+            "bad_setting", f"{name}: {first['msg']}.", subject=name, next_step="Correct the environment variable."
+        ) from error
+
+
+@contextmanager
+def connected() -> Iterator[Connection]:
+    from registry.client.api import Api
+
+    settings = load_settings()
+    with ExitStack() as stack:
+        if settings.url:
+            api = Api(settings.url.rstrip("/"))
+            stack.callback(api.close)
+            yield Connection(api, settings, None)
+            return
+        from registry.client.inprocess import InProcessTransport
+        from registry.resources import open_resources
+        from registry.web.app import create_app
+
+        try:
+            resources = open_resources(settings)
+        except OSError as error:
+            home = str(settings.home_directory)
+            raise Unavailable(
+                "home_unusable",
+                f"{home} cannot be used: {error.strerror}.",
+                subject=home,
+                next_step="Set ADAPTORY_HOME.",
+            ) from error
+        stack.callback(resources.close)
+        transport = InProcessTransport(create_app(resources))
+        api = Api(EMBEDDED_URL, transport)
+        stack.callback(api.close)
+        yield Connection(api, settings, resources)
+
+
+def release_directory(connection: Connection, release: dict[str, Any]) -> Path:
+    """The release's files on this machine, pulled and verified once."""
+    from registry.cli import render
+    from registry.client.transfer import cached
+
+    total = sum(row["size_bytes"] for row in release["files"])
+    with render.progress(f"pull {release['repository']}:{release['version']}", total) as done:
+        return cached(connection.api, release, connection.cache, done)
+
+
+def base_directory(base: dict[str, Any], override: Path | None) -> Path:
+    """Where this machine has the weights of a base."""
+    from urllib.parse import unquote, urlsplit
+
+    if override is not None:
+        return override
+    for url in base["locations"]:
+        path = Path(unquote(urlsplit(url).path))
+        if url.startswith("file://") and (path / "config.json").is_file():
+            return path
+    raise NotFound(
+        "base_not_here",
+        f"None of the locations of {base['name']} is on this machine.",
+        subject=base["name"],
+        next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
+    )

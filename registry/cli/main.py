@@ -1,0 +1,37 @@
+"""`adaptory`: builds the commands; turns an error into a message and an exit code."""
+
+import logging
+import sys
+
+import typer
+
+from composer.errors import ComposerError
+from registry.cli import base, compose, operate, quality, release, render
+from registry.errors import RegistryError
+
+app = typer.Typer(
+    name="adaptory",
+    help="The release registry and composer for LoRA adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+for part in (base, release, quality, compose, operate):
+    part.register(app)
+
+
+def main() -> None:
+    """Exit codes: 0 ok, 1 refused, 2 usage, 3 not found, 4 conflict, 5 not allowed, 6 invalid input, 7 unavailable."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except (RegistryError, ComposerError) as error:
+        sys.exit(render.fail(error, "--json" in sys.argv))
+    except KeyboardInterrupt:
+        render.say("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

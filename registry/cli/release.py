@@ -1,0 +1,406 @@
+"""Releases and channels: inspect, push, pull, list, log, show, search, promote, rollback, history, gate, yank, unyank."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import Connection, connected, release_directory
+from registry.cli.render import JsonFlag
+from registry.errors import Usage
+from registry.names import parse_channel_reference, parse_reference, parse_repository
+
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
+Json = dict[str, Any]
+
+
+def register(root: typer.Typer) -> None:
+    for command in (inspect, push, pull, log, show, search, promote, history, gate, yank, unyank):
+        root.command()(command)
+    root.command("list")(list_repositories)
+    root.command("rollback")(roll_back)
+
+
+def inspect(
+    what: Annotated[str, typer.Argument(metavar="DIR|REF", help="An adapter directory or a reference.")],
+    base: Annotated[str | None, typer.Option(help="Check the fit to this registered base.")] = None,
+    server: Annotated[
+        list[str] | None, typer.Option("--loads-in", help="vllm:32, sglang, lorax, llamacpp, peft.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Facts and health of an adapter, and which servers will load it."""
+    from composer.formats import facts as adapter_files
+    from composer.formats.serving import loads_in
+    from registry.publishing import inspect_adapter
+
+    directory, architecture = Path(what), None
+    with connected() as connection:
+        if not directory.is_dir():
+            release = connection.api.resolve(parse_reference(what))["release"]
+            directory, base = release_directory(connection, release), base or release["base"]["digest"]
+        if base:
+            architecture = connection.api.architecture(base)
+    facts, findings = inspect_adapter(directory, architecture)
+    adapter = adapter_files.read_adapter(directory)
+    placed = adapter_files.place(adapter.config, adapter.header, architecture)
+    summary = adapter_files.facts(adapter.config, adapter.header, placed)
+    loading = [
+        loads_in(adapter.config, summary, placed, one).to_json()
+        for one in server or ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
+    ]
+    told = {"adapter": facts, "findings": [finding.to_json() for finding in findings], "loads_in": loading}
+    render.document(told, json, lambda: _show_inspection(what, told))
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(6)
+
+
+def push(  # noqa: PLR0913
+    directory: Annotated[
+        Path, typer.Argument(help="What training wrote: adapter_config.json and adapter_model.safetensors.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="REPO[:VERSION]")],
+    base: Annotated[
+        str | None, typer.Option(help="The base it was trained on; from adapter_config.json if that names one.")
+    ] = None,
+    bump: Annotated[str | None, typer.Option(help="patch, minor or major, instead of a version.")] = None,
+    notes: Annotated[str, typer.Option(help="What is new in this release.")] = "",
+    channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Check an adapter against its base, upload what is missing, publish a release."""
+    from registry.client import transfer
+    from registry.publishing import inspect_adapter, refuse_errors
+
+    reference = parse_reference(target)
+    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
+        raise Usage(
+            "bad_target",
+            f"{target} with --bump {bump} names no single version.",
+            next_step="Write REPO:VERSION, or REPO and --bump.",
+        )
+    with connected() as connection:
+        facts, _ = inspect_adapter(directory, None)
+        base = base or facts["base_model_name_or_path"]
+        if not base:
+            raise Usage(
+                "base_missing",
+                f"{directory} does not say what base it was trained on.",
+                next_step="Name it with --base.",
+            )
+        _, findings = inspect_adapter(directory, connection.api.architecture(base))
+        refuse_errors(findings, str(directory))
+        files = transfer.collect(directory)
+        request = {
+            "version": str(reference.version) if reference.version else None,
+            "bump": bump,
+            "base": base,
+            "notes": notes,
+        }
+        with render.progress(f"push {target}", sum(file.manifest.size_bytes for file in files)) as done:
+            published = transfer.push(connection.api, files, reference.repository, "adapter", request, done)
+        move = _promote(connection, published["release"], channel, "", force=False) if channel else None
+    for finding in published["warnings"]:
+        render.say(f"warning: {finding['message']}")
+    render.document({**published, "move": move}, json, lambda: _show_push(published, move))
+
+
+def pull(
+    ref: Annotated[str, typer.Argument()],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A new directory.")],
+    json: JsonFlag = False,
+) -> None:
+    """Fetch a release, every file verified; an interrupted pull goes on where it stopped."""
+    from registry.client import transfer
+
+    with connected() as connection:
+        release = _resolve(connection, ref)
+        with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
+            transfer.pull(connection.api, release, output, done)
+    told = {
+        "repository": release["repository"],
+        "version": release["version"],
+        "commit": release["commit"],
+        "directory": str(output),
+    }
+    render.document(
+        told, json, lambda: print(f"{release['repository']}:{release['version']} {release['commit']} -> {output}")
+    )
+
+
+def list_repositories(
+    repository: Annotated[str | None, typer.Argument(metavar="[REPO]")] = None,
+    models: Annotated[bool, typer.Option("--models", help="Merged checkpoints instead of adapters.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Repositories, or the releases of one."""
+    if repository:
+        log(repository, json)
+        return
+    with connected() as connection:
+        found = list(connection.api.pages(f"/v1/{'models' if models else 'adapters'}"))
+    rows = [
+        (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
+        for row in found
+    ]
+    render.document(
+        {"items": found, "next": None},
+        json,
+        lambda: render.table("", ("repository", "kind", "latest", "channels"), rows),
+    )
+
+
+def log(repository: Annotated[str, typer.Argument(metavar="REPO")], json: JsonFlag = False) -> None:
+    """Releases of a repository, the highest version first."""
+    with connected() as connection:
+        line = _line(connection, str(parse_repository(repository)))
+        found = list(connection.api.pages(f"{line}/releases"))
+    render.document({"items": found, "next": None}, json, lambda: _show_releases(found))
+
+
+def show(ref: Annotated[str, typer.Argument()], json: JsonFlag = False) -> None:
+    """Facts, scores, files and lineage of a release."""
+    with connected() as connection:
+        release = _resolve(connection, ref)
+    render.document(release, json, lambda: _show_release(release))
+
+
+def search(  # noqa: PLR0913
+    base: Annotated[str | None, typer.Option(help="Name, alias or digest.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="The highest rank of any module.")] = None,
+    targets_within: Annotated[str | None, typer.Option(help="Only these modules may be adapted: q_proj,v_proj")] = None,
+    targets_include: Annotated[str | None, typer.Option(help="All of these modules are adapted.")] = None,
+    score: Annotated[list[str] | None, typer.Option(help="'suite.metric>=0.8'; may be repeated.")] = None,
+    namespace: Annotated[str | None, typer.Option()] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
+    json: JsonFlag = False,
+) -> None:
+    """Releases that fit: a base, a rank, a set of targets, scores. The newest first."""
+    query = {
+        "base": base,
+        "max_rank": max_rank,
+        "targets_within": targets_within.split(",") if targets_within else None,
+        "targets_include": targets_include.split(",") if targets_include else None,
+        "score": score or None,
+        "namespace": namespace,
+    }
+    with connected() as connection:
+        found = connection.api.get("/v1/releases", limit=limit, **query)
+    render.document(found, json, lambda: _show_releases(found["items"]))
+
+
+def promote(
+    ref: Annotated[str, typer.Argument()],
+    to: Annotated[str, typer.Option("--to", help="The channel.")],
+    reason: Reason = "",
+    force: Annotated[bool, typer.Option("--force", help="Although a gate fails; needs a reason.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Move a channel to a release; every gate is judged and printed."""
+    with connected() as connection:
+        move = _promote(connection, _resolve(connection, ref), to, reason, force=force)
+    render.document(move, json, lambda: _show_move(move))
+
+
+def roll_back(
+    channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")],
+    to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served.")] = None,
+    reason: Reason = "",
+    json: JsonFlag = False,
+) -> None:
+    """Return a channel to what it served before; again goes further back."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        line = _line(connection, str(repository))
+        move = connection.api.post(f"{line}/channels/{name}/rollback", {"to": to, "reason": reason})
+    render.document(move, json, lambda: _show_move(move))
+
+
+def history(channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")], json: JsonFlag = False) -> None:
+    """Every move of a channel, the newest first."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        found = list(connection.api.pages(f"{_line(connection, str(repository))}/channels/{name}/history"))
+    rows = [
+        (
+            move["id"],
+            move["at"][:19],
+            move["kind"],
+            move["from_version"],
+            move["to_version"],
+            move["actor"],
+            "forced" if move["forced"] else "",
+            move["reason"],
+        )
+        for move in found
+    ]
+    render.document(
+        {"items": found, "next": None},
+        json,
+        lambda: render.table(channel, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows),
+    )
+
+
+def gate(
+    channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")],
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="'sql-exact.accuracy>=0.5' or 'guard.nll within 0.1 of served'. May be repeated."),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all rules.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Show the gates of a channel, or set them (all of them at once)."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        path = f"{_line(connection, str(repository))}/gates"
+        found = (
+            connection.api.put(path, {"channel": name, "rules": rule or []})
+            if rule or clear
+            else connection.api.get(path)
+        )
+    rules: list[str] = found["gates"].get(name, [])
+    render.document(
+        {"channel": channel, "rules": rules},
+        json,
+        lambda: render.lines(f"gates of {channel}", [("rule", one) for one in rules]),
+    )
+
+
+def yank(
+    ref: Annotated[str, typer.Argument()],
+    reason: Annotated[str, typer.Option("--reason", help="Why.")],
+    json: JsonFlag = False,
+) -> None:
+    """Keep a release from being chosen; who names it exactly still gets it, with a warning."""
+    with connected() as connection:
+        release = connection.api.post(f"{_path(_resolve(connection, ref))}/yank", {"reason": reason})
+    render.document(release, json, lambda: print(f"yanked {release['repository']}:{release['version']}: {reason}"))
+
+
+def unyank(ref: Annotated[str, typer.Argument()], json: JsonFlag = False) -> None:
+    """Take a yank back."""
+    with connected() as connection:
+        release = connection.api.post(f"{_path(_resolve(connection, ref))}/unyank")
+    render.document(release, json, lambda: print(f"unyanked {release['repository']}:{release['version']}"))
+
+
+def _resolve(connection: Connection, ref: str) -> Json:
+    found = connection.api.resolve(parse_reference(ref))
+    if found["warning"]:
+        render.say(f"warning: {found['warning']}")
+    return found["release"]
+
+
+def _path(release: Json) -> str:
+    from registry.client.api import release_path
+
+    return release_path(release)
+
+
+def _line(connection: Connection, repository: str) -> str:
+    """The route of a repository, whose kind its name does not tell."""
+    from registry.errors import NotFound
+
+    path = f"/v1/adapters/{repository}"
+    try:
+        connection.api.get(path)
+    except NotFound:
+        path = f"/v1/models/{repository}"
+        connection.api.get(path)
+    return path
+
+
+def _promote(connection: Connection, release: Json, channel: str, reason: str, *, force: bool) -> Json:
+    path = f"/v1/{release['kind']}s/{release['repository']}/channels/{channel}"
+    return connection.api.put(path, {"version": release["version"], "reason": reason, "force": force})
+
+
+def _show_inspection(what: str, told: Json) -> None:
+    facts = told["adapter"]
+    names = (
+        "type",
+        "variant",
+        "rank_max",
+        "alpha",
+        "targets",
+        "modules",
+        "parameters",
+        "dtype",
+        "modules_to_save",
+        "base_model_name_or_path",
+    )
+    render.lines(f"adapter {what}", [(name, facts[name]) for name in names])
+    for finding in told["findings"]:
+        print(f"  {finding['severity']}: {finding['message']}")
+    rows = [
+        (one["profile"], "yes" if one["loads"] else "no", "; ".join(one["reasons"]), "; ".join(one["way_out"]))
+        for one in told["loads_in"]
+    ]
+    render.table("", ("server", "loads", "why not", "way out"), rows)
+
+
+def _show_push(published: Json, move: Json | None) -> None:
+    release, new = published["release"], "published" if published["created"] else "already there, nothing to do:"
+    print(f"{new} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
+    if move:
+        _show_move(move)
+
+
+def _show_releases(found: list[Json]) -> None:
+    rows = [
+        (
+            f"{release['repository']}:{release['version']}",
+            release["commit"][:12],
+            release["base"]["name"],
+            release["adapter"]["rank_max"] if release["adapter"] else None,
+            release["adapter"]["targets"] if release["adapter"] else None,
+            [f"{score['suite']}.{score['metric']}={score['value']:.3f}" for score in release["scores"]],
+            "yanked" if release["yanked"] else "",
+        )
+        for release in found
+    ]
+    render.table("", ("release", "commit", "base", "rank", "targets", "scores", ""), rows)
+
+
+def _show_release(release: Json) -> None:
+    facts = release["adapter"] or release["model"]
+    inputs = [
+        f"{row['weight']:g} x {row['repository']}:{row['version']} {row['commit'][:12]}" for row in release["inputs"]
+    ]
+    pairs: list[tuple[str, Any]] = [
+        ("commit", release["commit"]),
+        ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
+        ("type", f"{facts['type']}, {facts['variant']}"),
+        ("rank", facts.get("rank_max")),
+        ("alpha", facts.get("alpha")),
+        ("targets", facts.get("targets")),
+        ("modules", facts.get("modules")),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("dtype", facts["dtype"]),
+        ("size", render.size(sum(row["size_bytes"] for row in release["files"]))),
+        ("notes", release["notes"]),
+        ("yanked", release["yank_reason"] if release["yanked"] else None),
+        ("published", f"{release['created_at'][:19]} by {release['created_by']}"),
+        ("made of", inputs or None),
+    ]
+    render.lines(f"{release['kind']} {release['repository']}:{release['version']}", pairs)
+    if release["scores"]:
+        rows = [
+            (s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"]) for s in release["scores"]
+        ]
+        render.table("", ("suite", "metric", "value", "n"), rows)
+    render.table(
+        "",
+        ("file", "size", "sha256"),
+        [(f["path"], render.size(f["size_bytes"]), f["sha256"][:16]) for f in release["files"]],
+    )
+
+
+def _show_move(move: Json) -> None:
+    forced = " (forced)" if move["forced"] else ""
+    print(
+        f"{move['repository']}@{move['channel']}: {move['from_version'] or 'nothing'} -> {move['to_version']} ({move['kind']}{forced}, move {move['id']})"
+    )
+    render.gate_lines(move["gates"])

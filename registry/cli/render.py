@@ -1,0 +1,131 @@
+"""What people see: tables on stdout, messages and progress on stderr; `--json` prints one document instead."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from composer.errors import ComposerError
+from registry.errors import RegistryError, of_composer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Progress = Callable[[int], None]
+
+
+def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """The document itself, or what `show` makes of it."""
+    if as_json:
+        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    else:
+        show()
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Left-aligned text, right-aligned numbers."""
+    from rich.table import Table
+
+    shown = Table(title=title or None, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows if row[index] is not None)
+        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell(value) for value in row))
+    _console().print(shown)
+
+
+def lines(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
+    """A heading and `name  value` below it; None is left out."""
+    console = _console()
+    console.print(title, style="bold", markup=False, highlight=False)
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        if value is not None and value != "":
+            console.print(f"  {name:<{width}}  {cell(value)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    _console().print(text, style="bold", markup=False, highlight=False, soft_wrap=True)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        items: Sequence[Any] = value
+        return ", ".join(cell(item) for item in items) or "-"
+    return str(value)
+
+
+def with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+
+
+def size(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def gate_lines(report: Sequence[dict[str, Any]]) -> None:
+    for result in report:
+        mark = "pass" if result["passed"] else "FAIL"
+        print(f"  {mark}  {result['rule']}: {result['detail']}")
+
+
+@contextmanager
+def progress(label: str, total_bytes: int) -> Iterator[Progress]:
+    """A bar on stderr when that is a terminal, nothing otherwise. The callback may be called from several threads."""
+    if not sys.stderr.isatty() or total_bytes <= 0:
+        yield lambda _count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=total_bytes)
+        yield lambda count: bars.advance(task, count)
+
+
+def fail(error: RegistryError | ComposerError, as_json: bool) -> int:
+    """Says what is wrong and what to do next; returns the exit code of its family."""
+    told = of_composer(error) if isinstance(error, ComposerError) else error
+    say(f"error: {told.detail}")
+    for finding in told.findings:
+        if "rule" in finding:
+            mark = "pass" if finding["passed"] else "FAIL"
+            say(f"  {mark}  {finding['rule']}: {finding['detail']}")
+        elif finding.get("severity") != "notice":
+            say(f"  {finding.get('severity')}: {finding.get('message')}")
+    if told.next_step:
+        say(f"next: {told.next_step}")
+    if as_json:
+        problem = {
+            "code": told.code,
+            "detail": told.detail,
+            "subject": told.subject,
+            "next": told.next_step,
+            "findings": told.findings,
+        }
+        print(json.dumps({"error": problem}, indent=2, ensure_ascii=False))
+    return told.exit_code
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Without a terminal nobody wraps a line for us, and tables must not be cut at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False)

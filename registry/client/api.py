@@ -1,0 +1,136 @@
+"""Calls to a registry, over HTTP or in process; answers are the wire's JSON objects, errors the seven families."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+
+from composer.formats.checkpoint import Architecture
+from composer.formats.header import TensorSpec
+from registry.errors import FAMILIES, Invalid, RegistryError, Unavailable
+from registry.names import Reference, RepositoryName
+
+Json = dict[str, Any]
+_TIMEOUT = httpx2.Timeout(30.0, read=300.0)
+
+
+class Api:
+    """`transport` is None for HTTP. One `Api` serves several threads."""
+
+    def __init__(self, url: str, transport: httpx2.BaseTransport | None = None) -> None:
+        self.url = url
+        self._http = httpx2.Client(base_url=url, transport=transport, timeout=_TIMEOUT)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def get(self, path: str, **query: Any) -> Json:
+        return self._call("GET", path, query=query)
+
+    def post(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Json:
+        return self._call("POST", path, body=body if body is not None else {}, headers=headers)
+
+    def put(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Json:
+        return self._call("PUT", path, body=body, headers=headers)
+
+    def put_bytes(self, path: str, chunks: Iterable[bytes], size_bytes: int) -> None:
+        with _told(self.url):
+            response = self._http.put(path, content=chunks, headers={"Content-Length": str(size_bytes)})
+        _raise_problem(response)
+
+    @contextmanager
+    def stream(self, path: str, start: int = 0) -> Iterator[Iterator[bytes]]:
+        """The bytes at `path` from `start` on, as they arrive."""
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        with _told(self.url), self._http.stream("GET", path, headers=headers, follow_redirects=True) as response:
+            if response.status_code >= 400:
+                response.read()
+            _raise_problem(response)
+            yield response.iter_raw(1 << 20)
+
+    def pages(self, path: str, **query: Any) -> Iterator[Json]:
+        """Every item of a list, a page at a time."""
+        cursor: str | None = None
+        while True:
+            page = self.get(path, cursor=cursor, **query)
+            yield from page["items"]
+            cursor = page["next"]
+            if cursor is None:
+                return
+
+    def resolve(self, reference: Reference) -> Json:
+        """{release, warning}"""
+        return self.get("/v1/resolve", ref=str(reference))
+
+    def base(self, text: str) -> Json:
+        return self.get(f"/v1/bases/{quote(text)}")
+
+    def architecture(self, base: str) -> Architecture:
+        """What an adapter is checked against before its bytes are sent."""
+        found = self.get(f"/v1/bases/{quote(base)}", tensors=True)
+        tensors = {row["name"]: TensorSpec(row["dtype"], tuple(row["shape"])) for row in found["tensors"]}
+        return Architecture(found["model_type"], found["tied"], tensors)
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Json:
+        given = {key: value for key, value in (query or {}).items() if value is not None and value != []}
+        with _told(self.url):
+            response = self._http.request(method, path, params=given, json=body, headers=headers)
+        _raise_problem(response)
+        return response.json()
+
+
+def line_path(name: RepositoryName, kind: str = "adapter") -> str:
+    return f"/v1/{kind}s/{name}"
+
+
+def release_path(release: Json) -> str:
+    """Of a release as the wire shows it."""
+    return f"/v1/{release['kind']}s/{release['repository']}/releases/{release['version']}"
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx2.TransportError as error:
+        raise Unavailable(
+            "registry_unreachable",
+            f"The registry at {url} does not answer: {error}.",
+            next_step="Look whether it runs, and at ADAPTORY_URL.",
+        ) from error
+
+
+def _raise_problem(response: httpx2.Response) -> None:
+    if response.status_code < 400:
+        return
+    if not response.headers.get("content-type", "").startswith("application/problem+json"):
+        raise Unavailable(
+            f"http_{response.status_code}",
+            f"The registry answered {response.status_code} without saying why.",
+            next_step="Look at the log of the server.",
+        )
+    problem: Json = response.json()
+    raise _family(response.status_code, problem)(
+        problem["code"],
+        problem["detail"],
+        subject=problem.get("subject", ""),
+        next_step=problem.get("next", ""),
+        findings=problem.get("findings", ()),
+    )
+
+
+def _family(status: int, problem: Json) -> type[RegistryError]:
+    """The family that made this problem: two share the status 422, and their titles tell them apart."""
+    matching: Sequence[type[RegistryError]] = [family for family in FAMILIES if family.status == status]
+    named = [family for family in matching if family.title == problem.get("title")]
+    return (named or matching or [Invalid])[0]

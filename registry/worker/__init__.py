@@ -1,0 +1,1 @@
+"""Jobs are done here: torch is imported inside steps, nothing answers HTTP."""

@@ -1,0 +1,169 @@
+"""The executor: claims a job, keeps its heartbeat, runs its unfinished steps, says how it ended."""
+
+import logging
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from composer.errors import ComposerError
+from registry import jobs
+from registry.errors import RegistryError, Unavailable, of_composer
+from registry.models import Job
+from registry.resources import Resources
+
+BEAT_S = 10.0
+POLL_S = 1.0
+_PROGRESS_STEP = 0.05
+
+log = logging.getLogger(__name__)
+
+
+class Released(Exception):
+    """The job was cancelled or taken over: this worker lets go of it."""
+
+
+@dataclass(slots=True)
+class Held:
+    """A job in this worker's hands, as its steps see it."""
+
+    resources: Resources
+    worker: str
+    job_id: int
+    created_by: str
+    lost: threading.Event = field(default_factory=threading.Event)
+    _step: str = ""
+    _noted: float = 0.0
+
+    def start_step(self, name: str) -> None:
+        self._step, self._noted = name, 0.0
+        self.check()
+        self._note("running", 0.0)
+
+    def finish_step(self) -> None:
+        self._note("done", 1.0)
+
+    def fail_step(self) -> None:
+        if self._step:
+            self._note("failed", self._noted)
+
+    def progress(self, share: float) -> None:
+        """Called often; written now and then. Raises Released when the job is to stop."""
+        self.check()
+        if share - self._noted >= _PROGRESS_STEP:
+            self._noted = share
+            self._note("running", share)
+
+    def check(self) -> None:
+        if self.lost.is_set():
+            raise Released
+
+    def _note(self, state: str, share: float) -> None:
+        with self.resources.write() as session:
+            jobs.note_step(session, self.job_id, self._step, state=state, progress=share)
+
+
+Step = Callable[[Held], None]
+
+
+@dataclass(frozen=True, slots=True)
+class JobKind:
+    """Steps by name; `clean` runs once, however the job ended."""
+
+    steps: Mapping[str, Step]
+    clean: Step
+
+
+def run_worker(resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event) -> None:
+    """Works until `stop` is set; the job in hand is finished first."""
+    worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
+    while not stop.is_set():
+        try:
+            worked = run_one(resources, kinds, worker)
+        except Unavailable as error:
+            log.warning("The worker cannot reach its stores and waits: %s", error)
+            worked = False
+        if not worked:
+            stop.wait(POLL_S)
+
+
+def run_one(resources: Resources, kinds: Mapping[str, JobKind], worker: str) -> bool:
+    """Does one job, if one waits."""
+    with resources.write() as session:
+        job = jobs.claim(session, worker, resources.clock())
+    if job is None:
+        return False
+    held = Held(resources, worker, job.id, job.created_by)
+    done = threading.Event()
+    heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
+    heart.start()
+    try:
+        _run(held, job, kinds)
+    finally:
+        done.set()
+        heart.join()
+    return True
+
+
+def _run(held: Held, job: Job, kinds: Mapping[str, JobKind]) -> None:
+    kind = kinds[job.kind]
+    try:
+        for step in job.steps:
+            if step["state"] != "done":
+                held.start_step(step["name"])
+                kind.steps[step["name"]](held)
+                held.finish_step()
+    except Released:
+        _finish(held, kind, "cancelled", None)
+    except (RegistryError, ComposerError) as error:
+        told = error if isinstance(error, RegistryError) else of_composer(error)
+        held.fail_step()
+        _finish(held, kind, "refused" if told.exit_code == 1 else "failed", told)
+    except Exception as error:
+        log.exception("Job %s failed", job.id)
+        held.fail_step()
+        _finish(
+            held,
+            kind,
+            "failed",
+            Unavailable("job_failed", f"{type(error).__name__}: {error}", next_step="Look at the worker's log."),
+        )
+    else:
+        _finish(held, kind, "done", None)
+
+
+def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) -> None:
+    """Only the worker that still holds the job may end it."""
+    told = None
+    if error is not None:
+        told = {
+            "code": error.code,
+            "detail": error.detail,
+            "subject": error.subject,
+            "next": error.next_step,
+            "exit_code": error.exit_code,
+            "findings": error.findings,
+        }
+    with held.resources.write() as session:
+        job = jobs.find(session, held.job_id)
+        if job.worker != held.worker:
+            return
+        jobs.finish(session, held.job_id, state, held.resources.clock(), told)
+    kind.clean(held)
+
+
+def _beat(held: Held, done: threading.Event) -> None:
+    """Keeps the lease, and learns of a cancellation within a beat."""
+    wait = 0.5
+    while not done.wait(wait):
+        wait = min(BEAT_S, wait * 2)
+        try:
+            with held.resources.write() as session:
+                kept = jobs.beat(session, held.job_id, held.worker, held.resources.clock())
+        except Unavailable as error:
+            log.warning("No heartbeat for job %s: %s", held.job_id, error)
+            continue
+        if not kept:
+            held.lost.set()
+            return

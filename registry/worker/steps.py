@@ -1,0 +1,335 @@
+"""One function per arrow of a composition: check -> combine -> evaluate -> gate -> merge -> publish.
+
+Each can be run again after a crash: what an earlier attempt finished lies in the work directory or in the rows.
+"""
+
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from composer.formats.checkpoint import Architecture
+from composer.hashing import hash_file
+from composer.recipe import Lock, Recipe, parse_recipe
+from composer.suite import Suite as SuiteContent
+from registry import bases, compositions, gates, publishing, suites
+from registry.access import EVERYWHERE, Role
+from registry.audit import Actor
+from registry.errors import Refused, Unavailable
+from registry.gates import Measured
+from registry.manifest import ManifestFile
+from registry.models import Base, Release
+from registry.names import Digest, parse_reference
+from registry.publishing import Push
+from registry.releases import Input
+from registry.repositories import Kind
+from registry.suites import Measurement
+from registry.worker.loop import Held, JobKind
+
+if TYPE_CHECKING:
+    from composer.probe import ProbeResult
+    from composer.variants import LoadedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A composition as its steps need it; everything is read anew in each step, so that a step can be the first one."""
+
+    composition_id: int
+    recipe: Recipe
+    lock: Lock
+    architecture: Architecture
+    locations: list[str]
+    inputs: list[Release]
+    files: list[list[ManifestFile]]
+    member_suites: list[str | None]
+    directory: Path
+
+    @property
+    def adapter_directory(self) -> Path:
+        return self.directory / "adapter"
+
+    @property
+    def model_directory(self) -> Path:
+        return self.directory / "model"
+
+    def members(self, held: Held) -> list[tuple[Path, float]]:
+        """Each input's directory, its files verified, and its weight."""
+        found: list[tuple[Path, float]] = []
+        for locked, files in zip(self.lock.inputs, self.files, strict=True):
+            place = self.directory / "inputs" / locked.commit / locked.repository.replace("/", "--")
+            place.mkdir(parents=True, exist_ok=True)
+            publishing.materialise(held.resources, files, place)
+            found.append((place, locked.weight))
+        return found
+
+    def base_directory(self) -> Path:
+        """Where this host has the base's weights."""
+        for url in self.locations:
+            path = Path(unquote(urlsplit(url).path))
+            if url.startswith("file://") and (path / "config.json").is_file():
+                return path
+        raise Unavailable(
+            "base_not_here",
+            f"This worker finds none of the base's locations ({', '.join(self.locations) or 'there are none'}).",
+            subject=self.lock.base,
+            next_step="Add one it can read: `adaptory base add DIR` on its host.",
+        )
+
+
+def check(held: Held) -> None:
+    """Structural checks and the conflict report; a hard conflict ends the composition here."""
+    from composer.conflicts import conflicts
+    from composer.findings import Verdict
+    from composer.variants import load_deltas
+
+    work = _work(held)
+    loaded = [
+        replace(load_deltas(place, work.architecture), name=f"{locked.repository}:{locked.version}")
+        for (place, _), locked in zip(work.members(held), work.lock.inputs, strict=True)
+    ]
+    weights = [locked.weight for locked in work.lock.inputs]
+    if len(loaded) > 1:
+        report = conflicts(loaded, weights, settings=work.lock.settings, probe=_probe(held, work, loaded))
+        document, refused = report.to_json(), report.verdict is Verdict.REFUSE
+        findings = [finding.to_json() for finding in report.findings]
+    else:
+        document, refused, findings = {"verdict": "ok", "pairs": [], "findings": []}, False, []
+    _store(held, work, conflicts=document)
+    if refused:
+        first = next(finding for finding in findings if finding["severity"] == "error")
+        raise Refused(
+            str(first["code"]),
+            str(first["message"]),
+            subject=str(first["subject"]),
+            next_step="Change the recipe.",
+            findings=findings,
+        )
+
+
+def combine(held: Held) -> None:
+    """The candidate: one PEFT adapter that adds what the recipe says."""
+    from composer.combine import combine as combine_adapters
+
+    work = _work(held)
+    if work.adapter_directory.is_dir():
+        return
+    combine_adapters(
+        work.members(held),
+        work.adapter_directory,
+        work.architecture,
+        work.lock.method,
+        work.lock.settings,
+        note={"lock": work.lock.to_json()},
+    )
+
+
+def evaluate(held: Held) -> None:
+    """The candidate on the recipe's suites, with the base in memory and the adapter active."""
+    from composer.evaluate import evaluate as evaluate_suite
+    from composer.evaluate import load_model
+    from composer.variants import load_deltas
+
+    work = _work(held)
+    if not work.recipe.evaluate:
+        _store(held, work, candidate_scores=[])
+        return
+    model = load_model(work.base_directory())
+    deltas = load_deltas(work.adapter_directory, work.architecture).deltas
+    scores: list[dict[str, Any]] = []
+    contents = _suites(held, work.recipe.evaluate)
+    for index, suite in enumerate(contents):
+        scores.extend(score.to_json() for score in evaluate_suite(model, suite, deltas))
+        held.progress((index + 1) / len(contents))
+    _store(held, work, candidate_scores=scores)
+
+
+def gate(held: Held) -> None:
+    """The recipe's gates; nothing was published yet when one of them fails."""
+    work = _work(held)
+    with held.resources.read() as session:
+        composition, _ = compositions.find(session, work.composition_id)
+        base = gates.scores(session, session.get_one(Base, work.lock.base))
+        scores = composition.candidate_scores or []
+    candidate = {
+        (row["suite"], row["metric"]): Measured(row["value"], row["stderr"], row["n"], row["higher_is_better"])
+        for row in scores
+    }
+    report = [result.to_json() for result in gates.judge(gates.parse_rules(work.recipe.gates), candidate, None, base)]
+    _store(held, work, gates=report)
+    failed = [result for result in report if not result["passed"]]
+    if failed:
+        raise Refused(
+            "gate_failed",
+            f"The candidate does not pass {len(failed)} of {len(report)} gates.",
+            subject=f"composition/{work.composition_id}",
+            next_step="Change weights or inputs, or the gate.",
+            findings=report,
+        )
+
+
+def merge(held: Held) -> None:
+    """The merged checkpoint, streamed shard by shard and verified."""
+    from composer.formats.checkpoint import open_checkpoint
+    from composer.merge import plan_merge, run_merge
+
+    work = _work(held)
+    if not work.recipe.model or work.model_directory.is_dir():
+        return
+    plan = plan_merge(
+        open_checkpoint(work.base_directory()),
+        work.members(held),
+        work.lock.method,
+        work.lock.settings,
+        work.lock.dtype,
+    )
+    done = _Share(held, plan.size_bytes)
+    report = run_merge(plan, work.model_directory, progress=done, note={"lock": work.lock.to_json()})
+    _store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
+
+
+def publish(held: Held) -> None:
+    """Releases of what was made, with lineage and scores; then the work directory goes."""
+    work = _work(held)
+    actor = Actor(held.created_by, held.resources.clock(), {EVERYWHERE: Role.ADMIN})
+    inputs = [Input(release.id, locked.weight) for release, locked in zip(work.inputs, work.lock.inputs, strict=True)]
+    made: list[int] = []
+    for target, kind, directory in (
+        (work.recipe.adapter, Kind.ADAPTER, work.adapter_directory),
+        (work.recipe.model, Kind.MODEL, work.model_directory),
+    ):
+        if target:
+            made.append(_publish(held, actor, work, target, kind, directory, inputs))
+    with held.resources.write() as session:
+        composition, _ = compositions.find(session, work.composition_id)
+        rows = [session.get_one(Release, release_id) for release_id in made]
+        composition.results = compositions.result_rows(rows)
+        for row in rows:
+            if row.repository.kind == Kind.ADAPTER:
+                suites.record(
+                    session, actor, row, [_measurement(score, work) for score in composition.candidate_scores or []]
+                )
+
+
+def clean(held: Held) -> None:
+    """Inputs, candidate and merged checkpoint: published ones lie in the store by now."""
+    with held.resources.read() as session:
+        composition = compositions.of_job(session, held.job_id)
+    shutil.rmtree(_directory(held, composition.id), ignore_errors=True)
+
+
+KINDS = {
+    "composition": JobKind(
+        steps={
+            "check": check,
+            "combine": combine,
+            "evaluate": evaluate,
+            "gate": gate,
+            "merge": merge,
+            "publish": publish,
+        },
+        clean=clean,
+    )
+}
+
+
+def _directory(held: Held, composition_id: int) -> Path:
+    return held.resources.work_directory / f"composition-{composition_id}"
+
+
+class _Share:
+    """Bytes done, from several threads, as a share for the job's row; the row is written by one thread at a time."""
+
+    def __init__(self, held: Held, total: int) -> None:
+        self._held, self._total, self._done = held, max(total, 1), 0
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._held.progress(self._done / self._total)
+
+
+def _work(held: Held) -> Work:
+    with held.resources.read() as session:
+        composition = compositions.of_job(session, held.job_id)
+        recipe, lock = parse_recipe(composition.recipe), Lock.from_json(composition.lock)
+        inputs = compositions.inputs_of(session, lock)
+        return Work(
+            composition_id=composition.id,
+            recipe=recipe,
+            lock=lock,
+            architecture=bases.architecture(session, lock.base),
+            locations=bases.locations(session, session.get_one(Base, lock.base)),
+            inputs=inputs,
+            files=[publishing.manifest_files(session, release) for release in inputs],
+            member_suites=compositions.member_suites(session, recipe, inputs),
+            directory=_directory(held, composition.id),
+        )
+
+
+def _probe(held: Held, work: Work, loaded: "Sequence[LoadedAdapter]") -> "ProbeResult | None":
+    """The pair measured in memory, where every member has a suite; the report says when the evidence is weaker."""
+    if not work.recipe.probe or any(suite is None for suite in work.member_suites):
+        return None
+    from composer.evaluate import load_model
+    from composer.probe import Member, probe
+
+    own = _suites(held, [suite for suite in work.member_suites if suite])
+    guards = [suite for suite in _suites(held, work.recipe.evaluate) if suite.kind == "guard"]
+    members = [
+        Member(one.name, one.deltas, locked.weight, suite)
+        for one, locked, suite in zip(loaded, work.lock.inputs, own, strict=True)
+    ]
+    return probe(load_model(work.base_directory()), members, guards, work.recipe.probe)
+
+
+def _suites(held: Held, names: Sequence[str]) -> list[SuiteContent]:
+    with held.resources.read() as session:
+        return [SuiteContent.from_json(suites.find(session, name).content) for name in names]
+
+
+def _store(held: Held, work: Work, **columns: Any) -> None:
+    with held.resources.write() as session:
+        composition, _ = compositions.find(session, work.composition_id)
+        for name, value in columns.items():
+            setattr(composition, name, value)
+
+
+def _publish(
+    held: Held, actor: Actor, work: Work, target: str, kind: Kind, directory: Path, inputs: Sequence[Input]
+) -> int:
+    reference = parse_reference(target)
+    files: list[ManifestFile] = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        file = ManifestFile(path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path)))
+        publishing.store_file(held.resources, actor, file.sha256, path, move=False)
+        files.append(file)
+        held.check()
+    push = Push(
+        repository=reference.repository,
+        kind=kind,
+        version=reference.version,
+        bump=None,
+        base=work.lock.base,
+        files=files,
+        notes=work.recipe.notes,
+        inputs=inputs,
+        composition_id=work.composition_id,
+    )
+    return publishing.publish(held.resources, actor, push).release_id
+
+
+def _measurement(score: dict[str, Any], work: Work) -> Measurement:
+    return Measurement(
+        suite_digest=score["suite_digest"],
+        metric=score["metric"],
+        value=score["value"],
+        stderr=score["stderr"],
+        n=score["n"],
+        higher_is_better=score["higher_is_better"],
+        provenance={"composition": work.composition_id, "lock": work.lock.digest},
+    )

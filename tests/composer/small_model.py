@@ -1,0 +1,76 @@
+"""A real, tiny language model on disk with a character tokenizer, and PEFT adapters for it whose B is not zero."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABC0123456789.,?:\n"
+SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>")
+ROLES = {"unk_token": "<unk>", "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tokenizer(directory: Path, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
+    characters = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, **ROLES)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def save_llama(directory: Path, seed: int = 0, tied: bool = False) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_gpt2(directory: Path) -> Path:
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=None,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_adapter(model: torch.nn.Module, directory: Path, seed: int, **config: object) -> PeftModel:
+    """Train nothing: give every factor random values, save, and return PEFT's own model with the adapter active."""
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.2)
+    adapted.save_pretrained(str(directory))
+    return adapted.eval()

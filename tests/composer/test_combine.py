@@ -1,0 +1,135 @@
+"""A combination is an ordinary PEFT adapter whose forward is the weighted sum of its members' deltas."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from composer.combine import combine
+from composer.errors import Mismatch, NotSupported, RefusedOutput
+from composer.formats.checkpoint import open_checkpoint
+from composer.merge import plan_merge, run_merge
+from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
+
+IDS = torch.arange(24).reshape(2, 12)
+MEMBERS: dict[str, list[dict[str, object]]] = {
+    "same targets": [{}, {"r": 8}],
+    "one adapter": [{"use_rslora": True}],
+    "different targets": [{}, {"target_modules": ["down_proj", "q_proj"], "r": 2}],
+    "patterns and rslora": [
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"use_rslora": True, "target_modules": "all-linear"},
+    ],
+    "chosen layers": [{"layers_to_transform": [0]}, {"layers_to_transform": [0, 2], "target_modules": ["v_proj"]}],
+    "embedding and head": [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["lm_head", "embed_tokens"]}],
+}
+
+
+@pytest.mark.parametrize("architecture", ["with a base", "without a base"])
+@pytest.mark.parametrize("case", MEMBERS)
+def test_peft_runs_the_combination_as_the_weighted_sum(
+    case: str, architecture: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    members = [make_adapter(base, f"member{i}", seed=i, size=0.2, **settings) for i, settings in enumerate(MEMBERS[case])]
+    weights = [0.7, -0.4][: len(members)]
+    known = open_checkpoint(base).architecture if architecture == "with a base" else None
+    combine(list(zip(members, weights, strict=True)), tmp_path / "combined", known)
+    run_merge(plan_merge(open_checkpoint(base), list(zip(members, weights, strict=True))), tmp_path / "merged", device="cpu")
+    combined = PeftModel.from_pretrained(load_model(base), tmp_path / "combined").eval()
+    with torch.no_grad():
+        assert_close(combined(IDS).logits, load_model(tmp_path / "merged").eval()(IDS).logits, "logits")
+
+
+def test_merging_a_combination_is_merging_its_members(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    members = [(make_adapter(base, "one"), 0.5), (make_adapter(base, "two", seed=2, use_rslora=True, r=6), 2.0)]
+    combine(members, tmp_path / "combined")
+    run_merge(plan_merge(open_checkpoint(base), members), tmp_path / "directly", device="cpu")
+    run_merge(plan_merge(open_checkpoint(base), [(tmp_path / "combined", 1.0)]), tmp_path / "in two steps", device="cpu")
+    directly = tensors_in(tmp_path / "directly")
+    for name, tensor in tensors_in(tmp_path / "in two steps").items():
+        assert_close(tensor, directly[name], name)
+
+
+def test_short_target_names_stay_short_and_every_scale_is_one(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    report = combine([(make_adapter(base, "one"), 1.0), (make_adapter(base, "two", r=8, target_modules=["o_proj"]), 1.0)], tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["target_modules"] == ["o_proj", "q_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert set(config["rank_pattern"].values()) == {8}
+    assert report.ranks == {4: 6, 8: 3}
+
+
+def test_a_head_saved_by_one_member_is_passed_through(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    saved = make_adapter(base, "saved", modules_to_save=["lm_head"])
+    combine([(saved, 1.0), (make_adapter(base, "plain", seed=2), 0.5)], tmp_path / "out")
+    ours, theirs = tensors_in(tmp_path / "out"), tensors_in(saved)
+    assert torch.equal(ours["base_model.model.lm_head.weight"], theirs["base_model.model.lm_head.weight"])
+    model = PeftModel.from_pretrained(load_model(base), tmp_path / "out")
+    assert torch.equal(model.state_dict()["base_model.model.lm_head.modules_to_save.default.weight"], ours["base_model.model.lm_head.weight"])
+
+
+def test_biases_are_passed_through_where_peft_looks_for_them(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model("gpt2")
+    adapter = make_adapter(base, target_modules=["c_attn"], bias="lora_only")
+    combine([(adapter, 1.0)], tmp_path / "out")
+    with torch.no_grad():
+        ours = PeftModel.from_pretrained(load_model(base), tmp_path / "out").eval()(IDS).logits
+        theirs = PeftModel.from_pretrained(load_model(base), adapter).eval()(IDS).logits
+    assert_close(ours, theirs, "logits")
+
+
+def test_a_weighted_replacement_is_refused(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    saved = make_adapter(make_model(), "saved", modules_to_save=["lm_head"])
+    with pytest.raises(Mismatch, match="cannot scale") as caught:
+        combine([(saved, 0.5)], tmp_path / "out")
+    assert caught.value.subject == "lm_head"
+
+
+def test_adapters_of_differently_sized_bases_are_refused(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    small, other = make_model(), make_model("gpt2", name="other")
+    one, two = make_adapter(small, "one", target_modules=["lm_head"]), make_adapter(other, "two", target_modules=["lm_head"])
+    smaller = tensors_in(two)
+    assert smaller["base_model.model.lm_head.lora_B.weight"].shape == (64, 4)
+    combine([(one, 1.0), (two, 1.0)], tmp_path / "fits by shape alone")
+    with pytest.raises(Mismatch, match=r"h.0.attn.c_attn"):
+        combine([(make_adapter(other, "three", target_modules=["c_attn"]), 1.0)], tmp_path / "out", open_checkpoint(small).architecture)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "says"),
+    [
+        ("ties", {}, "Use one of stack, linear"),
+        ("stack", {"density": 0.2}, "It knows lambda, tied"),
+        ("linear", {"normalize": "perhaps"}, "'perhaps'"),
+        ("stack", {"lambda": float("nan")}, "lambda is nan"),
+        ("stack", {"tied": "maybe"}, "'maybe'"),
+    ],
+)
+def test_unknown_methods_and_settings_name_the_known_ones(
+    method: str, settings: dict[str, object], says: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(make_model())
+    with pytest.raises(NotSupported, match=says):
+        combine([(adapter, 1.0)], tmp_path / "out", method=method, settings=settings)
+
+
+def test_weights_that_cancel_have_no_mean(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    with pytest.raises(Mismatch, match="mean"):
+        combine([(adapter, 1.0), (adapter, -1.0)], tmp_path / "out", method="linear", settings={"normalize": True})
+
+
+def test_an_existing_output_is_left_alone(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("here before")
+    with pytest.raises(RefusedOutput, match="exists"):
+        combine([(adapter, 1.0)], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]

@@ -1,0 +1,283 @@
+"""Reading an adapter: facts, placement on a base, health, and where it loads; each refusal names the module or file."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from composer.errors import ComposerError, InvalidFile, NotSupported
+from composer.findings import Finding, Severity
+from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.formats.config import parse_config
+from composer.formats.facts import AdapterFacts, Placed, facts, health, place, read_adapter
+from composer.formats.serving import Loading, loads_in
+from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+Tensors = dict[str, torch.Tensor]
+
+
+def change_tensors(adapter: Path, change: Callable[[Tensors], Tensors]) -> None:
+    save_file(change(load_file(adapter / WEIGHTS)), adapter / WEIGHTS)
+
+
+def change_config(adapter: Path, **fields: object) -> None:
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | fields))
+
+
+def placed_on(adapter: Path, architecture: Architecture | None) -> Placed:
+    opened = read_adapter(adapter)
+    return place(opened.config, opened.header, architecture, opened.name)
+
+
+def facts_of(adapter: Path, architecture: Architecture | None = None) -> AdapterFacts:
+    opened = read_adapter(adapter)
+    return facts(opened.config, opened.header, placed_on(adapter, architecture))
+
+
+def test_facts_are_what_the_files_say(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    adapter = make_adapter(
+        base, r=4, lora_alpha=16, use_rslora=True, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 8},
+        alpha_pattern={"layers.1.self_attn.q_proj": 2}, modules_to_save=["lm_head"],
+    )  # fmt: skip
+    found = facts_of(adapter, open_checkpoint(base).architecture)
+    assert (found.type, found.variant, found.rank_max, found.alpha, found.use_rslora) == ("lora", "rslora", 8, 16.0, True)
+    assert found.targets == ("down_proj", "q_proj")
+    assert found.modules == 6
+    assert found.modules_to_save == ("lm_head",)
+    assert found.dtype == "F32"
+    assert found.parameters == sum(tensor.numel() for tensor in tensors_in(adapter).values())
+    assert found.size_bytes == (adapter / WEIGHTS).stat().st_size
+    assert found.ranks["model.layers.2.mlp.down_proj"] == 8
+    assert found.alphas["model.layers.1.self_attn.q_proj"] == 2
+    assert found.alphas["model.layers.2.self_attn.q_proj"] == 16
+    assert json.loads(json.dumps(found.to_json()))["targets"] == ["down_proj", "q_proj"]
+
+
+def test_scales_follow_the_patterns_of_peft() -> None:
+    config = parse_config(json.dumps({
+        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4, "^model.layers.1.k_proj": 2, "l.*.v_proj": 32},
+        "alpha_pattern": {"layers.1.q_proj": 1},
+    }).encode())  # fmt: skip
+    assert config.scale_for("model.layers.0.q_proj") == 4
+    assert config.scale_for("model.layers.1.q_proj") == 0.25
+    assert config.scale_for("model.layers.1.xq_proj") == 2
+    assert config.scale_for("model.layers.1.k_proj") == 8
+    assert config.scale_for("other.model.layers.1.k_proj") == 2
+    assert config.scale_for("model.layers.1.v_proj") == 0.5
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "plain"])
+def test_a_dora_adapter_is_placed_for_storing(variant: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    adapter = make_adapter(base, use_dora=variant == "use_dora")
+    placed = placed_on(adapter, open_checkpoint(base).architecture)
+    assert placed.findings == []
+    assert all(("magnitude" in module.parts) is (variant == "use_dora") for module in placed.modules)
+    assert facts_of(adapter).variant == ("dora" if variant == "use_dora" else "lora")
+
+
+def test_gpt2_weights_are_placed_as_stored(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model("gpt2", tied=True)
+    adapter = make_adapter(base, target_modules=["c_attn", "attn.c_proj", "wte", "lm_head"])
+    placed = placed_on(adapter, open_checkpoint(base).architecture)
+    assert placed.findings == []
+    kinds = {module.module: (module.kind, module.weight, module.tied) for module in placed.low_rank}
+    assert kinds["transformer.h.0.attn.c_attn"] == ("conv1d", "transformer.h.0.attn.c_attn.weight", False)
+    assert kinds["transformer.h.1.attn.c_proj"] == ("conv1d", "transformer.h.1.attn.c_proj.weight", False)
+    assert kinds["transformer.wte"] == ("embedding", "transformer.wte.weight", True)
+    assert kinds["lm_head"] == ("linear", "transformer.wte.weight", True)
+
+
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    return lambda adapter: change_tensors(adapter, lambda tensors: {name.replace(old, new): t for name, t in tensors.items()})
+
+
+def without(ending: str) -> Callable[[Path], None]:
+    return lambda adapter: change_tensors(adapter, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith(ending)})
+
+
+def added(**more: torch.Tensor) -> Callable[[Path], None]:
+    named = {name.replace("__", "."): tensor for name, tensor in more.items()}
+    return lambda adapter: change_tensors(adapter, lambda tensors: tensors | named)
+
+
+MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
+    "a wrong prefix": (renamed("model.model.layers", "model.transformer.layers"), "wrong_prefix", "transformer.layers", "the base expects"),
+    "one tensor of another model": (
+        renamed("layers.2.self_attn.q", "layers.9.self_attn.q"), "unmatched_tensor", "layers.9.self_attn.q_proj", "no tensor of the base",
+    ),
+    "a target that matches nothing": (
+        lambda adapter: change_config(adapter, target_modules=["q_proj", "v_proj", "qkv"]), "no_target", "qkv", "qkv",
+    ),
+    "a regex that matches nothing": (lambda adapter: change_config(adapter, target_modules=r".*\.qkv"), "no_target", "qkv", "matches"),
+    "another shape": (
+        lambda adapter: change_tensors(adapter, lambda tensors: {n: t[:, :8] if n == f"{Q0}.lora_A.weight" else t for n, t in tensors.items()}),
+        "shape_mismatch", "layers.0.self_attn.q_proj", "16 x 8.* 16 x 16",
+    ),
+    "another rank": (lambda adapter: change_config(adapter, r=8), "rank_mismatch", "q_proj", "rank 4 .* says 8"),
+    "a pattern for nothing": (lambda adapter: change_config(adapter, rank_pattern={"k_proj": 2}), "pattern_unused", "k_proj", "rank_pattern"),
+    "an A without B": (without("layers.0.self_attn.q_proj.lora_B.weight"), "missing_pair", "layers.0.self_attn.q_proj", "no lora_B"),
+    "a part twice": (added(**{f"{Q0}.lora_A.default.weight".replace(".", "__"): torch.ones(4, 16)}), "duplicate_tensor", "q_proj", "same part"),
+    "a convolution": (
+        added(**{f"{Q0[:-6]}k_proj.lora_{part}.weight".replace(".", "__"): torch.ones(4, 4, 1, 1) for part in "AB"}),
+        "unsupported_layer", "k_proj", "convolutions",
+    ),
+    "an unknown part": (added(**{f"{Q0}.lora_X".replace(".", "__"): torch.ones(4, 4)}), "unmatched_tensor", "q_proj", "lora_X"),
+    "some keys without prefix": (renamed("base_model.model.model.layers.0", "model.layers.0"), "wrong_prefix", "layers.0", "lacks the prefix"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISPLACED)
+def test_what_does_not_fit_is_an_error_that_names_the_module(case: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    change, code, subject, says = MISPLACED[case]
+    base = make_model()
+    adapter = make_adapter(base)
+    change(adapter)
+    errors = [finding for finding in placed_on(adapter, open_checkpoint(base).architecture).findings if finding.code == code]
+    assert errors
+    assert errors[0].severity is Severity.ERROR
+    assert subject in errors[0].subject
+    assert re.search(says, errors[0].message), errors[0].message
+
+
+def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    adapter = make_adapter(base, modules_to_save=["lm_head"])
+    architecture = open_checkpoint(base).architecture
+    expected = {(module.module, module.weight) for module in placed_on(adapter, architecture).modules}
+    change_tensors(adapter, lambda tensors: {
+        name.removeprefix("base_model.model.").replace(".weight", ".default.weight").replace("lm_head.", "lm_head.modules_to_save."): tensor
+        for name, tensor in tensors.items()
+    })  # fmt: skip
+    placed = placed_on(adapter, architecture)
+    assert placed.findings == []
+    assert {(module.module, module.weight) for module in placed.modules} == expected
+
+
+def drop(name: str) -> Callable[[Path], object]:
+    return lambda adapter: (adapter / name).unlink()
+
+
+def to_pickle(adapter: Path) -> None:
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+
+
+UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "no config": (drop(CONFIG), "missing_config", CONFIG),
+    "no weights": (drop(WEIGHTS), "missing_weights", WEIGHTS),
+    "only a pickle": (to_pickle, "pickle", "adapter_model.bin"),
+    "no tensors": (lambda adapter: change_tensors(adapter, lambda tensors: {}), "empty_adapter", WEIGHTS),
+    "an ungathered shard": (
+        lambda adapter: change_tensors(adapter, lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()}),
+        "ungathered", "lora_A.weight",
+    ),
+    "a config that is no JSON": (lambda adapter: (adapter / CONFIG).write_text("{"), "bad_config", CONFIG),
+    "a config without a type": (lambda adapter: change_config(adapter, peft_type=None), "bad_config", CONFIG),
+    "a rank of zero": (lambda adapter: change_config(adapter, r=0), "bad_config", CONFIG),
+    "an alpha that is no number": (lambda adapter: change_config(adapter, lora_alpha="16"), "bad_config", CONFIG),
+    "a broken regex": (lambda adapter: change_config(adapter, rank_pattern={"(": 2}), "bad_config", CONFIG),
+    "a regex that never ends": (lambda adapter: change_config(adapter, target_modules="(a+)+x"), "bad_config", CONFIG),
+    "a setting of tomorrow": (lambda adapter: change_config(adapter, use_tomorrow=True), "unknown_setting", CONFIG),
+    "two variants": (lambda adapter: change_config(adapter, use_dora=True, lora_bias=True), "two_variants", CONFIG),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_directory_that_is_no_adapter_is_refused_with_the_file(case: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    change, code, subject = UNREADABLE[case]
+    adapter = make_adapter(make_model())
+    change(adapter)
+    with pytest.raises((InvalidFile, NotSupported)) as caught:
+        read_adapter(adapter)
+    error: ComposerError = caught.value
+    assert error.code == code
+    assert subject in error.subject
+
+
+def test_unknown_settings_that_are_off_do_not_matter(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    change_config(adapter, use_tomorrow=False, tomorrow_config=None, tomorrow_list=[])
+    assert read_adapter(adapter).config.variant == "lora"
+
+
+@pytest.mark.parametrize("peft_type", ["LOHA", "LOKR", "IA3", "VERA", "OFT", "PROMPT_TUNING"])
+def test_other_methods_than_lora_are_refused_by_name(peft_type: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    change_config(adapter, peft_type=peft_type)
+    with pytest.raises(NotSupported, match=peft_type):
+        placed_on(adapter, None)
+
+
+def health_of(adapter: Path) -> list[Finding]:
+    opened = read_adapter(adapter)
+    return health(opened.weights_path, opened.header)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_nan_or_an_infinity_is_an_error_naming_the_tensor(
+    dtype: torch.dtype, value: float, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(make_model())
+    change_tensors(adapter, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    assert health_of(adapter) == []
+
+    def poison(tensors: Tensors) -> Tensors:
+        tensors[f"{Q0}.lora_B.weight"][3, 1] = value
+        return tensors
+
+    change_tensors(adapter, poison)
+    assert [(finding.code, finding.severity, finding.subject) for finding in health_of(adapter)] == [
+        ("not_finite", Severity.ERROR, f"{Q0}.lora_B.weight")
+    ]
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_an_untrained_adapter_is_a_warning_and_half_of_one_is_not(zero: float, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    change_tensors(adapter, lambda ts: {n: torch.full_like(t, zero) if "lora_B" in n and "q_proj" in n else t for n, t in ts.items()})
+    assert health_of(adapter) == []
+    change_tensors(adapter, lambda ts: {n: torch.full_like(t, zero) if "lora_B" in n else t for n, t in ts.items()})
+    assert [(finding.code, finding.severity) for finding in health_of(adapter)] == [("zero_adapter", Severity.WARNING)]
+
+
+LOADS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "plain": ({}, {}),
+    "rank 32": ({"r": 32}, {"vllm:16": "rank 32"}),
+    "rank 24 on 32": ({"r": 24}, {"vllm:16": "rank 24"}),
+    "rslora": ({"use_rslora": True}, {"llamacpp": "rsLoRA"}),
+    "ranks differ": ({"rank_pattern": {"q_proj": 2}}, {"vllm:16": "different scales", "vllm:32": "different scales", "sglang": "different scales"}),
+    "dora": ({"use_dora": True}, {"vllm:16": "dora", "vllm:32": "dora", "sglang": "dora", "llamacpp": "DoRA"}),
+    "a head": ({"modules_to_save": ["lm_head"]}, dict.fromkeys(["vllm:16", "vllm:32", "sglang", "llamacpp"], "modules_to_save")),
+    "pissa": ({"init_lora_weights": "pissa"}, dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "pissa")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOADS)
+def test_servers_refuse_what_their_sources_say(case: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    settings, refusals = LOADS[case]
+    adapter = make_adapter(make_model(), **settings)
+    for profile in ("vllm:16", "vllm:32", "sglang", "llamacpp", "peft"):
+        loading = loading_of(adapter, profile)
+        assert loading.loads is (profile not in refusals)
+        assert refusals.get(profile, "") in " ".join(loading.reasons)
+
+
+def loading_of(adapter: Path, profile: str) -> Loading:
+    opened = read_adapter(adapter)
+    return loads_in(opened.config, facts_of(adapter), placed_on(adapter, None), profile)
+
+
+@pytest.mark.parametrize("profile", ["tgi", "vllm:big", "sglang:16", ""])
+def test_an_unknown_server_names_the_known_ones(profile: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    with pytest.raises(NotSupported, match="llamacpp"):
+        loading_of(make_adapter(make_model()), profile)

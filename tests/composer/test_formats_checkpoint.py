@@ -1,0 +1,112 @@
+"""Opening a base: single file or shards, and one error that names the file for each way of being incomplete."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from composer.errors import ComposerError, InvalidFile, NotSupported
+from composer.formats.checkpoint import Architecture, open_checkpoint
+from tests.composer.tiny import MakeModel, tensors_in
+
+
+def test_a_sharded_and_a_single_checkpoint_have_the_same_architecture(make_model: MakeModel) -> None:
+    sharded, single = open_checkpoint(make_model()), open_checkpoint(make_model(name="single", shard="1GB"))
+    assert len(sharded.shards) > 2
+    assert list(single.shards) == ["model.safetensors"]
+    assert sharded.architecture == single.architecture
+    path, entry = sharded.locate("model.norm.weight")
+    assert entry.name in load_file(path)
+
+
+def test_an_architecture_survives_json(make_model: MakeModel) -> None:
+    architecture = open_checkpoint(make_model(tied=True)).architecture
+    assert architecture.tied
+    assert Architecture.from_json(json.loads(json.dumps(architecture.to_json()))) == architecture
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_model_without_a_head_of_its_own_is_tied_also_when_the_config_is_silent(kind: str, make_model: MakeModel) -> None:
+    for tied in (True, False):
+        base = make_model(kind, tied=tied, name=f"{kind}-{tied}")
+        config = json.loads((base / "config.json").read_text())
+        config.pop("tie_word_embeddings", None)
+        (base / "config.json").write_text(json.dumps(config))
+        assert open_checkpoint(base).architecture.tied is tied
+
+
+def change_index(base: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def drop_tensor(base: Path) -> None:
+    shard = sorted(base.glob("model-*"))[0]
+    tensors = load_file(shard)
+    tensors.popitem()
+    save_file(tensors, shard)
+
+
+def set_config(base: Path, **fields: object) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | fields))
+
+
+def only_pickles(base: Path) -> None:
+    for file in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
+        file.unlink()
+    (base / "pytorch_model.bin").write_bytes(b"PK")
+
+
+def link_outside(base: Path) -> None:
+    shard = sorted(base.glob("model-*"))[0]
+    outside = base.parent / "outside.safetensors"
+    shard.rename(outside)
+    shard.symlink_to(outside)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "no config": (lambda base: (base / "config.json").unlink(), "missing_config", "config.json"),
+    "a config that is no JSON": (lambda base: (base / "config.json").write_text("{"), "bad_json", "config.json"),
+    "a missing shard": (lambda base: sorted(base.glob("model-*"))[0].unlink(), "missing_shard", "model-00001"),
+    "a tensor that is only in the index": (
+        lambda base: change_index(base, lambda names: names.update({"x": names["model.norm.weight"]})), "missing_tensor", "'x'",
+    ),
+    "a tensor that is not in the index": (
+        lambda base: change_index(base, lambda names: names.pop("model.norm.weight")), "unindexed_tensor", "model.norm.weight",
+    ),
+    "a tensor missing in its shard": (drop_tensor, "missing_tensor", "model-00001"),
+    "an empty index": (lambda base: change_index(base, lambda names: names.clear()), "bad_index", "weight_map"),
+    "a shard that climbs out": (
+        lambda base: change_index(base, lambda names: names.update({"x": "../outside.safetensors"})), "link_outside", "outside",
+    ),
+    "a link that leads out": (link_outside, "link_outside", "model-00001"),
+    "only pickles": (only_pickles, "pickle", "pytorch_model.bin"),
+    "no weights": (lambda base: [file.unlink() for file in base.glob("model*")], "missing_weights", "model.safetensors"),
+    "a quantized base": (lambda base: set_config(base, quantization_config={"quant_method": "gptq"}), "quantized_base", "gptq"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_incomplete_checkpoint_is_refused_with_the_file(case: str, make_model: MakeModel) -> None:
+    change, code, names = BROKEN[case]
+    base = make_model()
+    change(base)
+    with pytest.raises((InvalidFile, NotSupported), match=names) as caught:
+        open_checkpoint(base)
+    error: ComposerError = caught.value
+    assert error.code == code
+
+
+def test_a_hugging_face_cache_may_link_to_its_blobs(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    snapshot, blobs = tmp_path / "hub/snapshots/abc", tmp_path / "hub/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in base.iterdir():
+        file.rename(blobs / f"digest-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/digest-{file.name}")
+    assert open_checkpoint(snapshot).architecture.tensors.keys() == tensors_in(snapshot).keys()

@@ -1,0 +1,112 @@
+"""Safetensors headers: what is read, and that each way of being wrong is one precise error."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from composer.errors import InvalidFile
+from composer.formats.header import Limits, TensorSpec, encode_header, parse_header, read_header
+
+
+def file_with(table: object, data_bytes: int = 0) -> bytes:
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(data_bytes)
+
+
+def entry(begin: int, end: int, dtype: str = "F32", shape: list[object] | None = None) -> dict[str, object]:
+    return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+def test_a_file_of_the_real_writer_is_read_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.tensor(1), "empty": torch.empty(0, 4)}
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
+    header = read_header(tmp_path / "x.safetensors")
+    assert header.metadata == {"format": "pt"}
+    assert {name: (e.dtype, e.shape) for name, e in header.tensors.items()} == {
+        "a": ("F32", (2, 3)), "b": ("BF16", (5,)), "c": ("I64", ()), "empty": ("F32", (0, 4)),
+    }  # fmt: skip
+    a = header.tensors["a"]
+    assert (tmp_path / "x.safetensors").read_bytes()[a.begin : a.end] == tensors["a"].numpy().tobytes()
+
+
+def test_the_real_reader_reads_what_we_encode(tmp_path: Path) -> None:
+    specs = {"odd": TensorSpec("BF16", (3,)), "wide": TensorSpec("F64", (2,)), "ü": TensorSpec("F32", (1, 1))}
+    head = encode_header(specs, {"k": "v"})
+    assert len(head) % 8 == 0
+    (tmp_path / "x.safetensors").write_bytes(head + bytes(6 + 16 + 4))
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "x.safetensors").items()} == {
+        "odd": (3,), "wide": (2,), "ü": (1, 1),
+    }  # fmt: skip
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "0 bytes"),
+    "seven bytes": (b"1234567", "7 bytes"),
+    "a length beyond the file": ((1000).to_bytes(8, "little") + b"{}", "cut off"),
+    "a length beyond reason": ((2**63).to_bytes(8, "little") + b"{}", "more than the"),
+    "no JSON": (file_with(b"hello"), "not JSON"),
+    "no UTF-8": (file_with(b'{"\xff": 1}'), "not JSON"),
+    "bottomless nesting": (file_with(b"[" * 100_000), "not JSON"),
+    "a list": (file_with([]), "not a JSON object"),
+    "a name twice": (file_with(b'{"a": 1, "a": 1}'), "'a' twice"),
+    "metadata that is no object": (file_with({"__metadata__": 3}), "metadata"),
+    "metadata that is no text": (file_with({"__metadata__": {"k": 3}}), "'k' is not a string"),
+    "a tensor without shape": (file_with({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, 4), "must have dtype"),
+    "a tensor with more": (file_with({"a": {**entry(0, 4), "x": 1}}, 4), "nothing else"),
+    "an unknown dtype": (file_with({"a": entry(0, 4, "F31")}, 4), "'F31'"),
+    "a dtype that is a list": (file_with({"a": {**entry(0, 4), "dtype": []}}, 4), "dtype"),
+    "a negative dimension": (file_with({"a": entry(0, 4, shape=[-1])}, 4), "malformed"),
+    "a boolean dimension": (file_with({"a": entry(0, 4, shape=[True])}, 4), "malformed"),
+    "a fractional dimension": (file_with({"a": entry(0, 4, shape=[1.0])}, 4), "malformed"),
+    "a wrong size": (file_with({"a": entry(0, 8, shape=[1])}, 8), "not F32 x"),
+    "an end before the begin": (file_with({"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}, 8), "not F32 x"),
+    "an overlap": (file_with({"a": entry(0, 8), "b": entry(4, 12)}, 12), "'b' overlaps"),
+    "a hole": (file_with({"a": entry(0, 4), "b": entry(8, 12)}, 12), "'b' leaves a hole"),
+    "a cut-off file": (file_with({"a": entry(0, 8)}, 4), "end at byte"),
+    "a file with more behind": (file_with({"a": entry(0, 8)}, 12), "end at byte"),
+    "a newline in a name": (file_with({"a\nb": entry(0, 4)}, 4), "control characters"),
+    "half a character in a name": (file_with(b'{"\\ud800": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4), "control"),
+    "no name": (file_with({"": entry(0, 4)}, 4), "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused_with_its_name_and_the_reason(case: str, tmp_path: Path) -> None:
+    content, reason = BROKEN[case]
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InvalidFile, match=reason) as caught:
+        read_header(path)
+    assert caught.value.subject == "weights.safetensors"
+
+
+def test_limits_bound_what_is_parsed() -> None:
+    content = file_with({"a": entry(0, 4), "b": entry(4, 8)}, 8)
+    with pytest.raises(InvalidFile, match="2 tensors, more than the 1"):
+        parse_header(content, len(content), Limits(tensors=1))
+    with pytest.raises(InvalidFile, match="more than the 10"):
+        parse_header(content, len(content), Limits(header_bytes=10))
+
+
+def test_a_huge_claimed_header_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write((200_000_000).to_bytes(8, "little"))
+        file.truncate(300_000_000)
+    with pytest.raises(InvalidFile, match="200000000 bytes"):
+        read_header(path)
+
+
+def test_pickles_are_refused_by_name_and_by_content(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "adapter_model.bin")
+    (tmp_path / "renamed.safetensors").write_bytes((tmp_path / "adapter_model.bin").read_bytes())
+    (tmp_path / "old.safetensors").write_bytes(b"\x80\x04rest of a pickle")
+    assert zipfile.is_zipfile(tmp_path / "renamed.safetensors")
+    for name in ("adapter_model.bin", "renamed.safetensors", "old.safetensors"):
+        with pytest.raises(InvalidFile, match=r"pickle.*Convert it") as caught:
+            read_header(tmp_path / name)
+        assert caught.value.code == "pickle"

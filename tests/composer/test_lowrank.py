@@ -1,0 +1,103 @@
+"""Statistics from factors against the dense float64 matrices they stand for."""
+
+import pytest
+import torch
+
+from composer.delta import Layout, LowRank
+from composer.lowrank import Sums, compare, spectra
+
+
+def delta(seed: int, outputs: int = 24, inputs: int = 17, rank: int = 3, layout: Layout = Layout.LINEAR) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    A_RI = torch.randn(rank, inputs, generator=generator)
+    B_OR = torch.randn(outputs, rank, generator=generator)
+    return LowRank("layers.0.proj", "layers.0.proj.weight", layout, A_RI, B_OR, 0.7 + seed)
+
+
+def dense(one: LowRank) -> torch.Tensor:
+    return one.scale * one.B_OR.double() @ one.A_RI.double()
+
+
+def column_projection(matrix: torch.Tensor) -> torch.Tensor:
+    U, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
+    U = U[:, sigma > 1e-8 * sigma[0]]
+    return U @ U.T
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_inner_products_norms_and_cosines_equal_the_dense_ones_in_every_layout(layout: Layout) -> None:
+    a, b = delta(1, layout=layout), delta(2, rank=5, layout=layout)
+    sums, A, B = compare([a, b]), dense(a), dense(b)
+    assert sums.inner[0, 1].item() == pytest.approx((A * B).sum().item(), rel=1e-10)
+    assert sums.norm(1) == pytest.approx(torch.linalg.matrix_norm(B).item(), rel=1e-10)
+    assert sums.cosine(0, 1) == pytest.approx(torch.cosine_similarity(A.flatten(), B.flatten(), dim=0).item())
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_outputs_are_the_modules_outputs_however_the_weight_is_stored(layout: Layout) -> None:
+    a, b = delta(1, layout=layout), delta(2, rank=5, layout=layout)
+    sums, A, B = compare([a, b]), dense(a), dense(b)
+    energy = (A**2).sum()
+    outputs = ((column_projection(B) @ A) ** 2).sum() / energy
+    inputs = ((A @ column_projection(B.T)) ** 2).sum() / energy
+    assert sums.output_overlap(0, 1) == pytest.approx(outputs.item(), rel=1e-9)
+    assert sums.input_overlap(0, 1) == pytest.approx(inputs.item(), rel=1e-9)
+    assert sums.output_excess(0, 1) == pytest.approx(((outputs - 5 / 24) / (1 - 5 / 24)).item(), abs=1e-9)
+    assert sums.input_excess(0, 1) == pytest.approx(((inputs - 5 / 17) / (1 - 5 / 17)).item(), abs=1e-9)
+
+
+def test_interference_and_shares_equal_their_dense_definitions() -> None:
+    parts, weights = [delta(1), delta(2), delta(3)], [1.0, -0.5, 2.0]
+    weighted = [w * dense(part) for w, part in zip(weights, parts, strict=True)]
+    energies = torch.stack([(one**2).sum() for one in weighted])
+    sums = compare(parts)
+    assert sums.interference(weights) == pytest.approx(((sum(weighted) ** 2).sum() / energies.sum()).item())
+    assert sums.shares(weights) == pytest.approx((energies / energies.sum()).tolist())
+
+
+def test_spectra_equal_the_dense_singular_values() -> None:
+    parts = [delta(1), delta(2, rank=5)]
+    for part, found in zip(parts, spectra(parts), strict=True):
+        torch.testing.assert_close(found, torch.linalg.svdvals(dense(part))[: part.rank], rtol=1e-9, atol=0)
+
+
+def test_random_spans_overlap_by_chance_and_their_excess_is_near_zero() -> None:
+    sums = compare([delta(1, outputs=2048, inputs=2048, rank=16), delta(2, outputs=2048, inputs=2048, rank=16)])
+    assert sums.output_overlap(0, 1) == pytest.approx(16 / 2048, rel=0.25)
+    assert abs(sums.output_excess(0, 1)) < 0.002
+
+
+def test_full_rank_deltas_overlap_by_necessity_so_their_excess_is_zero() -> None:
+    sums = compare([delta(1, outputs=4, rank=4), delta(2, outputs=4, rank=4)])
+    assert sums.output_overlap(0, 1) == pytest.approx(1.0)
+    assert sums.output_excess(0, 1) == 0.0
+
+
+def test_an_absent_or_zero_delta_has_no_energy_and_nothing_becomes_nan() -> None:
+    zero = LowRank("m", "m.weight", Layout.LINEAR, torch.randn(3, 17), torch.zeros(24, 3), 1.0)
+    for other in (None, zero):
+        sums = compare([delta(1), other])
+        assert (sums.norm(1), sums.cosine(0, 1), sums.output_overlap(0, 1), sums.input_excess(1, 0)) == (0, 0, 0, 0)
+        assert sums.shares([1.0, 1.0]) == [1.0, 0.0]
+    assert compare([None, None]).interference([1.0, 1.0]) == 0.0
+
+
+def test_the_whole_model_is_the_quotient_of_sums_not_the_mean_of_quotients() -> None:
+    first, second = [delta(1), delta(2)], [delta(3), delta(4)]
+    whole = compare(first) + compare(second)
+    stacked = [torch.cat([dense(one), dense(two)]).flatten() for one, two in zip(first, second, strict=True)]
+    assert whole.cosine(0, 1) == pytest.approx(torch.cosine_similarity(*stacked, dim=0).item())
+    mean = (compare(first).cosine(0, 1) + compare(second).cosine(0, 1)) / 2
+    assert whole.cosine(0, 1) != pytest.approx(mean, rel=1e-3)
+
+
+def test_picking_two_of_three_equals_comparing_those_two() -> None:
+    parts = [delta(1), delta(2), delta(3)]
+    picked, alone = compare(parts).pick(2, 0), compare([parts[2], parts[0]])
+    for field in ("inner", "outputs", "inputs", "outputs_chance", "inputs_chance"):
+        torch.testing.assert_close(getattr(picked, field), getattr(alone, field))
+
+
+def test_sums_start_from_zero() -> None:
+    sums = compare([delta(1), delta(2)])
+    torch.testing.assert_close((Sums.zero(2) + sums).inner, sums.inner)

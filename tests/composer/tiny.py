@@ -1,0 +1,33 @@
+"""Tiny real models: what the tests of this directory share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+MakeModel = Callable[..., Path]
+MakeAdapter = Callable[..., Path]
+
+
+def build_config(kind: str, tied: bool) -> LlamaConfig | GPT2Config:
+    if kind == "gpt2":
+        return GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied)
+    return LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=tied, max_position_embeddings=32,
+    )  # fmt: skip
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def tensors_in(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
+    error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-12)
+    assert error <= 1e-6, f"{name} differs by {error:.2e}"

@@ -1,0 +1,96 @@
+"""What must hold for the statistics of any two low-rank deltas."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composer.delta import Layout, LowRank
+from composer.lowrank import compare, spectra
+
+OUTPUTS, INPUTS = 20, 14
+
+
+@st.composite
+def deltas(draw: st.DrawFn) -> LowRank:
+    rank = draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    A_RI = torch.randn(rank, INPUTS, generator=generator)
+    B_OR = torch.randn(OUTPUTS, rank, generator=generator)
+    if draw(st.booleans()):
+        B_OR[:, -1] = B_OR[:, 0]  # a rank-deficient B: nominal rank says more than the delta has, when rank > 1
+    layout = draw(st.sampled_from(Layout))
+    return LowRank("m", "m.weight", layout, A_RI, B_OR, draw(st.floats(0.01, 8.0)))
+
+
+def numbers(a: LowRank, b: LowRank) -> list[float]:
+    sums = compare([a, b])
+    pairs = ((0, 1), (1, 0))
+    return [
+        *(sums.cosine(i, j) for i, j in pairs),
+        *(sums.output_overlap(i, j) for i, j in pairs),
+        *(sums.input_overlap(i, j) for i, j in pairs),
+        *(sums.output_excess(i, j) for i, j in pairs),
+        *(sums.input_excess(i, j) for i, j in pairs),
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(deltas(), deltas(), st.floats(1e-3, 1e3))
+def test_angles_and_overlaps_do_not_depend_on_scale(a: LowRank, b: LowRank, factor: float) -> None:
+    assert numbers(replace(a, scale=a.scale * factor), b) == pytest.approx(numbers(a, b), abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(deltas(), deltas())
+def test_a_pair_reads_the_same_from_both_ends(a: LowRank, b: LowRank) -> None:
+    one, other = compare([a, b]), compare([b, a])
+    assert one.cosine(0, 1) == pytest.approx(other.cosine(0, 1), abs=1e-12)
+    assert one.output_overlap(0, 1) == pytest.approx(other.output_overlap(1, 0), abs=1e-9)
+    assert one.input_overlap(0, 1) == pytest.approx(other.input_overlap(1, 0), abs=1e-9)
+    assert one.interference([1.0, 2.0]) == pytest.approx(other.interference([2.0, 1.0]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(deltas())
+def test_a_delta_agrees_with_itself_and_cancels_its_opposite(a: LowRank) -> None:
+    sums = compare([a, a])
+    assert sums.cosine(0, 1) == pytest.approx(1.0)
+    assert sums.output_overlap(0, 1) == pytest.approx(1.0, abs=1e-6)
+    assert sums.input_overlap(0, 1) == pytest.approx(1.0, abs=1e-6)
+    assert sums.interference([1.0, 1.0]) == pytest.approx(2.0)
+    assert compare([a, replace(a, scale=-a.scale)]).interference([1.0, 1.0]) == pytest.approx(0.0, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(deltas(), deltas(), st.integers(0, 2**31))
+def test_another_gauge_of_the_factors_changes_nothing(a: LowRank, b: LowRank, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(a.rank, a.rank, generator=generator, dtype=torch.float64))[0]
+    G = rotation * torch.linspace(0.5, 2.0, a.rank, dtype=torch.float64)
+    B_OR = (a.B_OR.double() @ G).float()
+    A_RI = (torch.linalg.inv(G) @ a.A_RI.double()).float()
+    assert numbers(replace(a, B_OR=B_OR, A_RI=A_RI), b) == pytest.approx(numbers(a, b), abs=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(deltas(), deltas())
+def test_every_share_lies_between_nothing_and_all(a: LowRank, b: LowRank) -> None:
+    sums = compare([a, b])
+    assert abs(sums.cosine(0, 1)) <= 1 + 1e-9
+    for overlap in (sums.output_overlap, sums.input_overlap):
+        assert -1e-9 <= overlap(0, 1) <= 1 + 1e-6
+    assert sum(sums.shares([1.0, 0.5])) == pytest.approx(1.0)
+    assert -1e-9 <= sums.interference([1.0, 0.5]) <= 2 + 1e-9
+
+
+@settings(deadline=None, max_examples=60)
+@given(deltas())
+def test_a_repeated_column_adds_no_dimension(a: LowRank) -> None:
+    dense = a.scale * a.B_OR.double() @ a.A_RI.double()
+    (found,) = spectra([a])
+    exact = torch.linalg.svdvals(dense)
+    assert len(found) == int((exact > 1e-5 * exact[0]).sum())
+    torch.testing.assert_close(found, exact[: len(found)], rtol=1e-6, atol=0)
