@@ -1,5 +1,6 @@
 """Structural checks: what cannot be combined at all, whatever the numbers are. Findings, never exceptions."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -15,9 +16,9 @@ _Touch = tuple[str, Delta]  # adapter name, what it does
 def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> list[Finding]:
     """Hard conflicts between adapters, and between an adapter and a tied weight.
 
-    `settings["tied"]` is `refuse` (the default), `shared` or `untie`. Error codes: replacement_conflict, replacement_and_delta,
-    tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices: tied_shared, tied_untied. An adapter that saves a tensor
-    whole and was also given a low-rank pair for it counts as one of these conflicts.
+    `settings["tied"]` is `refuse` (default), `shared` or `untie`. Error codes: replacement_conflict,
+    replacement_and_delta, tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices: tied_shared,
+    tied_untied. One adapter alone can be in conflict: a tensor saved whole that also has a low-rank pair.
     """
     tied = settings.get("tied", "refuse")
     touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
@@ -42,9 +43,7 @@ def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
         who = f"{replacing[0][0]} replaces {weight} and {adding[0][0]} adds to it"
         return [_error("replacement_and_delta", replacing[0][1].module, f"{who}; the sum has no meaning.")]
     findings = [
-        finding
-        for first, other in zip(replacing, replacing[1:], strict=False)
-        if (finding := _check_replacements(first, other))
+        finding for first, other in itertools.pairwise(replacing) if (finding := _check_replacements(first, other))
     ]
     shapes = {name: delta.stored_shape for name, delta in adding}
     if len(set(shapes.values())) > 1:
@@ -60,7 +59,8 @@ def _check_replacements(first: tuple[str, Replacement], other: tuple[str, Replac
     (first_name, one), (other_name, two) = first, other
     if one.tensor.shape != two.tensor.shape:
         code = "vocabulary_mismatch" if _is_vocabulary(one) else "replacement_conflict"
-        message = f"{first_name} and {other_name} both save {one.weight}, with the shapes {list(one.tensor.shape)} and {list(two.tensor.shape)}."
+        shapes = f"{list(one.tensor.shape)} and {list(two.tensor.shape)}"
+        message = f"{first_name} and {other_name} both save {one.weight}, with the shapes {shapes}."
         return _error(code, one.module, message)
     if one.tensor.dtype != two.tensor.dtype or not torch.equal(one.tensor, two.tensor):
         message = f"{first_name} and {other_name} both save {one.weight} whole, with different values."
@@ -74,7 +74,9 @@ def _check_tied(touching: list[_Touch], tied: str) -> list[Finding]:
     modules = sorted({delta.module for _, delta in touching})
     name, first = touching[0]
     if tied == "refuse":
-        message = f"{name} changes {first.module}, whose tensor {first.weight} is the output head and the input embedding in one."
+        message = (
+            f"{name} changes {first.module}, whose tensor {first.weight} is output head and input embedding in one."
+        )
         return [
             _error(
                 "tied_weight",
@@ -92,7 +94,7 @@ def _check_tied(touching: list[_Touch], tied: str) -> list[Finding]:
             f"{' and '.join(modules)} share one tensor and both are changed; that is only possible with tied=untie."
         )
         return [_error("tied_both_sides", modules[0], message)]
-    message = f"{first.module} is changed in the tensor that input embedding and output head share: the other side changes too."
+    message = f"{first.module} is changed in the tensor that embedding and head share: the other side changes too."
     return [Finding("tied_shared", Severity.NOTICE, first.module, message)]
 
 

@@ -18,7 +18,7 @@ from composer.formats.header import TensorSpec, encode_header, parse_header
 from composer.formats.naming import PEFT_PREFIX
 from composer.hashing import hash_file
 from composer.methods import combine_deltas, parse_settings
-from composer.output import NOTE_FILE, sync, write_json, writing_aside
+from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.tensors import DTYPE_NAMES, tensor_bytes
 from composer.variants import LoadedAdapter, load_deltas
 
@@ -51,9 +51,9 @@ def combine(
 ) -> CombineReport:
     """Write the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
 
-    Its delta is the method's, exactly: rank is the sum of the ranks, alpha equals the rank (so s = 1, no rsLoRA), patterns say
-    where ranks differ. Without an architecture adapters are matched by their own module names and shapes only. Raises Mismatch,
-    NotSupported, InvalidFile and RefusedOutput like a merge.
+    Its delta is the method's, exactly: rank is the sum of the ranks, alpha equals the rank (so s = 1, no rsLoRA),
+    patterns say where ranks differ. Without an architecture adapters are matched by their own module names and shapes
+    only. Raises Mismatch, NotSupported, InvalidFile and RefusedOutput like a merge.
     """
     parsed = parse_settings(method, settings or {})
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
@@ -69,7 +69,6 @@ def combine(
             file.write(head)
             for name in parse_header(head, size).tensors:
                 file.write(tensor_bytes(tensors[name]))
-        sync(aside / WEIGHTS_FILE)
         write_json(aside / CONFIG_FILE, config)
         write_json(aside / NOTE_FILE, _note(loaded, [weight for _, weight in adapters], method, parsed, note))
     pairs = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
@@ -127,8 +126,8 @@ def _config(loaded: Sequence[LoadedAdapter], deltas: Mapping[str, Delta]) -> dic
 def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[str]:
     """The adapters' own target names where their union means exactly these modules; otherwise every module by its path.
 
-    Short names are what servers and people read. They are only true when no adapter chose among layers in another way: a
-    module that is wrapped without tensors would load as an untrained pair.
+    Short names are what servers and people read. They are only true when no adapter chose among layers in another
+    way: a module that is wrapped without tensors would load as an untrained pair.
     """
     chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
     names: set[str] = set()

@@ -268,7 +268,9 @@ def _outcome_findings(outcome: Outcome) -> list[Finding]:
     for effect in outcome.effects:
         if not _beyond_error(effect.loss, effect.loss_stderr):
             continue
-        kept = "it had gained nothing alone" if effect.kept is None else f"it keeps {effect.kept:.0%} of its gain"
+        kept = (
+            "it had gained nothing alone" if effect.kept is None else f"{max(0, effect.kept):.0%} of its gain is left"
+        )
         message = (
             f"In {together}, {effect.member} loses {effect.loss:.2f} nats a token on {effect.suite} "
             f"({effect.alone:.2f} alone, {effect.combined:.2f} combined); {kept}."

@@ -1,7 +1,7 @@
 """What one adapter adds to one weight.
 
-Shapes: O outputs and I inputs of the module, R rank. A weight is stored O x I by `nn.Linear`; by GPT-2's `Conv1D` and by
-`nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary.
+Shapes: O outputs and I inputs of the module, R rank. A weight is stored O x I by `nn.Linear`; by GPT-2's `Conv1D` and
+by `nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Layout(StrEnum):
 class LowRank:
     """delta = scale * B @ A, float32, in the orientation PEFT trains: A is R x I, B is O x R.
 
-    `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to. `tied` says that this
-    tensor also serves as another module's weight (an input embedding shared with the output head).
+    `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to. `tied` says that
+    this tensor also serves as another module's weight (an input embedding shared with the output head).
     """
 
     module: str
@@ -53,7 +53,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A tensor saved whole (`modules_to_save`, `bias`): it takes the place of the base's `weight`. `tied` as in LowRank."""
+    """A tensor saved whole (`modules_to_save`, `bias`): it takes the place of the base's. `tied` as in LowRank."""
 
     module: str
     weight: str

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from composer.checks import structural
+from composer.chunks import TensorPlan
 from composer.delta import Delta, LowRank
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding
@@ -17,9 +19,7 @@ from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, par
 from composer.formats.naming import embedding_tensors
 from composer.hashing import architecture_digest, hash_file
 from composer.methods import combine_deltas, parse_settings
-from composer.checks import structural
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
-from composer.chunks import TensorPlan
 from composer.shards import ShardPlan, write_shards
 from composer.tensors import TORCH_DTYPES, map_tensor
 from composer.variants import LoadedAdapter, load_deltas
@@ -74,7 +74,7 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. Bytes were copied by the kernel or rewritten through float32; all copied bytes were compared."""
+    """What a merge did. Bytes were copied by the kernel or rewritten through float32; copied ones were compared."""
 
     out_dir: str
     touched_tensors: int
@@ -96,7 +96,8 @@ def plan_merge(
     settings: Mapping[str, object] | None = None,
     dtype: str | None = None,
 ) -> MergePlan:
-    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Loads the adapters' factors, no base weights.
+    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Loads the adapters' factors, no base
+    weights.
 
     `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. Raises Mismatch, NotSupported and
     InvalidFile for whatever cannot be merged truly.
@@ -141,21 +142,23 @@ def run_merge(
     progress: Callable[[int], None] | None = None,
     note: Mapping[str, Any] | None = None,
 ) -> MergeReport:
-    """Write the merged checkpoint to `out_dir`: aside, verified, renamed. Memory is a few chunks a thread besides the factors.
+    """Write the merged checkpoint to `out_dir`: aside, verified, renamed. Memory is a few chunks a thread besides the
+    factors.
 
-    `device` is `auto` (CUDA when there is one), `cpu` or `cuda:N`. `progress` is called from several threads with the bytes just
-    done, `plan.size_bytes` in all. `note` (a recipe, a lock) goes into adaptory.json. Raises RefusedOutput for a directory that
-    exists, a full disk, a value too large for the output dtype or a result that verification does not confirm.
+    `device` is `auto` (CUDA when there is one), `cpu` or `cuda:N`. `progress` is called from several threads with the
+    bytes just done, `plan.size_bytes` in all. `note` (a recipe, a lock) goes into adaptory.json. Raises RefusedOutput
+    for a directory that exists, a full disk, a value too large for the output dtype or a result that verification
+    does not confirm.
     """
     started = time.monotonic()
     chosen = _device(device)
     with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES) as aside:
-        written = write_shards(plan.shards, aside, chosen, progress)
         copy_side_files(plan.checkpoint.path, aside)
         write_json(aside / "config.json", plan.config)
         if plan.checkpoint.index is not None:
             write_json(aside / INDEX_FILE, _index(plan))
         write_json(aside / NOTE_FILE, _note(plan, note))
+        written = write_shards(plan.shards, aside, chosen, progress)
     return MergeReport(
         out_dir=str(out_dir),
         touched_tensors=len(plan.touched),
@@ -179,7 +182,7 @@ def _device(name: str) -> torch.device:
 def _plan_shards(
     checkpoint: Checkpoint, deltas: Mapping[str, Delta], head: str | None, dtype: str | None
 ) -> tuple[ShardPlan, ...]:
-    """The output's files: the base's layout, a cast where asked, and an untied head beside the embedding it came from."""
+    """The output's files: the base's layout, cast where asked, an untied head beside the embedding it came from."""
     shards: list[ShardPlan] = []
     embedding = embedding_tensors(checkpoint.architecture.tensors)[0] if head is not None else ""
     for file, header in checkpoint.shards.items():
@@ -221,12 +224,12 @@ def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str
 
 
 def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:
-    """PEFT saves a copy of a base weight beside an adapted embedding. If it is not the base's, the adapter fits another base."""
+    """PEFT saves a base weight beside an adapted embedding. If it is not this base's, the adapter fits another."""
     for weight, copy in adapter.base_copies.items():
         base = map_tensor(*checkpoint.locate(weight))
         same = all(torch.equal(a.float(), b.float()) for a, b in zip(base.split(4096), copy.split(4096), strict=True))
         if not same:
-            message = f"{adapter.name} brings its own {weight}, which differs from the base's: it was trained on another base."
+            message = f"{adapter.name} brings a {weight} that differs from the base's: it was trained on another base."
             raise Mismatch(
                 "changed_base_layer", message, subject=weight, next_step="Merge it into the base it was trained on."
             )

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,21 @@ from composer.errors import RefusedOutput
 from composer.formats.checkpoint import INDEX_FILE, contained
 
 NOTE_FILE = "adaptory.json"
+_SYNC_THREADS = 8
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
 _WEIGHT_SUFFIXES = frozenset({
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".h5",
+    ".msgpack", ".onnx", ".npz", ".npy",
 })  # fmt: skip
 
 
 @contextmanager
 def writing_aside(out_dir: Path, size_bytes: int) -> Iterator[Path]:
-    """A directory beside `out_dir` to write about `size_bytes` into, renamed to `out_dir` when the block ends well.
+    """A directory beside `out_dir` to write about `size_bytes` into, flat; synced and renamed when the block ends well.
 
-    Raises RefusedOutput when `out_dir` exists, its parent does not, or the disk is full, before or while writing. Whatever
-    the block raises, the directory aside is removed.
+    Raises RefusedOutput when `out_dir` exists, its parent does not, or the disk is full, before or while writing.
+    Whatever the block raises, the directory aside is removed.
     """
     if out_dir.exists() or out_dir.is_symlink():
         raise RefusedOutput(
@@ -43,6 +46,9 @@ def writing_aside(out_dir: Path, size_bytes: int) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
+        # Together, since the journal commits them together: one after the other cost 4 ms a file.
+        with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
+            list(pool.map(sync, list(aside.iterdir())))
         sync(aside)
         aside.rename(out_dir)
         sync(parent)
@@ -64,17 +70,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    sync(path)
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_synced(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy what a checkpoint has besides weights: tokenizer, generation config, licence, …; the config and index are the caller's.
+    """Copy what a checkpoint has besides weights: tokenizer, generation config, licence, …; the config and index are
+    the caller's.
 
     Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no hidden files.
     """
@@ -84,7 +86,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         if skipped or file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json") or not file.is_file():
             continue
         if file.stat().st_size <= _SIDE_FILE_BYTES:
-            write_synced(target / file.name, contained(source, file.name).read_bytes())
+            shutil.copyfile(contained(source, file.name), target / file.name)
             copied.append(file.name)
     return copied
 

@@ -155,7 +155,7 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     probe = fields.get("probe", 2)
     if type(probe) is not int or not 0 <= probe <= MAX_PROBE:
         raise _bad(f"{subject}: probe", f"it must be a whole number from 0 to {MAX_PROBE}")
-    settings = fields.get("settings") or {}
+    settings: object = fields.get("settings") or {}
     if not isinstance(settings, dict):
         raise _bad(f"{subject}: settings", "it must be a mapping")
     return Recipe(

@@ -63,7 +63,7 @@ def _headline(pair: Pair) -> str:
     risk = f"{_name(pair)}: risk {_with_error(worst.loss, worst.loss_stderr)} nats per token, measured"
     if worst.loss < NOTICEABLE_NATS:
         return f"{risk}: combined, both answer their own suites as well as alone."
-    kept = "" if worst.kept is None else f" and keeps {worst.kept:.0%} of its gain"
+    kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
     return f"{risk}: {worst.member} is the one that suffers{kept}."
 
 

@@ -1,11 +1,11 @@
-"""Run a merge plan: the kernel copies what no adapter touches, a pool of threads rewrites the rest, all of it verified."""
+"""Run a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and all of it is verified."""
 
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,6 +55,13 @@ class _Range:
     target: int
     size_bytes: int
 
+    def joined(self, after: "_Range") -> "_Range | None":
+        """Both as one range, when the other follows on both sides."""
+        follows = (self.path, self.source + self.size_bytes, self.target + self.size_bytes)
+        if follows != (after.path, after.source, after.target):
+            return None
+        return replace(self, size_bytes=self.size_bytes + after.size_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class _Files:
@@ -67,7 +74,7 @@ class _Files:
 def write_shards(
     shards: Sequence[ShardPlan], directory: Path, device: torch.device, progress: Progress | None
 ) -> Written:
-    """Write all shards into `directory`, synced and verified. Raises what a job raises, after the jobs that run have ended."""
+    """Write all shards into `directory`, synced and verified. Raises what a job raises, once the running ones end."""
     report = progress or (lambda count: None)
     rewriter = Rewriter(device)
     with ExitStack() as stack:
@@ -163,14 +170,9 @@ def _copied_ranges(shard: ShardPlan) -> list[_Range]:
     ranges: list[_Range] = []
     for tensor in shard.tensors:
         part = _Range(tensor.path, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
-        if not tensor.copied or not part.size_bytes:
-            continue
-        last = ranges[-1] if ranges else None
-        joins = last is not None and last.path == part.path
-        if joins and last.source + last.size_bytes == part.source and last.target + last.size_bytes == part.target:
-            ranges[-1] = _Range(last.path, last.source, last.target, last.size_bytes + part.size_bytes)
-        else:
-            ranges.append(part)
+        if tensor.copied and part.size_bytes:
+            joined = ranges[-1].joined(part) if ranges else None
+            ranges[-1 if joined else len(ranges) :] = [joined or part]
     return ranges
 
 
@@ -209,8 +211,8 @@ def _equal(part: _Range, source: int, target: int) -> bool:
     ours, theirs = (np.empty(min(_COMPARE_BYTES, part.size_bytes), dtype=np.uint8) for _ in range(2))
     for done in range(0, part.size_bytes, _COMPARE_BYTES):
         size = min(_COMPARE_BYTES, part.size_bytes - done)
-        read_all(source, memoryview(ours)[:size], part.source + done, part.path.name)
-        read_all(target, memoryview(theirs)[:size], part.target + done, "output")
+        read_all(source, ours.data[:size], part.source + done, part.path.name)
+        read_all(target, theirs.data[:size], part.target + done, "output")
         if not np.array_equal(ours[:size], theirs[:size]):
             return False
     return True

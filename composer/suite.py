@@ -100,7 +100,7 @@ def parse_suite(path: Path | str) -> Suite:
     path = Path(path)
     try:
         document: object = yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
@@ -143,8 +143,8 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
             continue
         try:
             rows.append((f"{path}:{number}", json.loads(line)))
-        except (json.JSONDecodeError, RecursionError) as error:
-            problem = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        except (ValueError, RecursionError) as error:  # a plain ValueError: a number of over 4300 digits
+            problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise InvalidFile(
                 "suite_json", f"{path}:{number}: not valid JSON: {problem}.", subject=str(path)
             ) from error

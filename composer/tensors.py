@@ -23,7 +23,7 @@ def torch_dtype(name: str, subject: str) -> torch.dtype:
 
 
 def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """The tensor at `entry`, mapped from the file: it takes memory only where it is touched. The file must not change meanwhile."""
+    """The tensor at `entry`, mapped: it takes memory only where it is touched. The file must not change meanwhile."""
     dtype = torch_dtype(entry.dtype, entry.name)
     if entry.size_bytes == 0:
         return torch.empty(entry.shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""An adapter's tensors and facts -> what it adds to each weight. What is not a plain low-rank sum is refused by name."""
+"""An adapter's tensors and facts -> what it adds to each weight. What is no plain low-rank sum is refused by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from composer.delta import Delta, Layout, LowRank, Replacement
-from composer.errors import Mismatch, NotSupported
+from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig
@@ -37,7 +37,7 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     """Load the adapter in directory `path`, placed on a base (or only on its own names, without one).
 
     Raises Mismatch when a tensor does not fit the base, NotSupported for a variant that is no plain low-rank sum (DoRA,
-    PiSSA, …), and what `read_adapter` raises.
+    PiSSA, …), InvalidFile for a factor that is not finite, and what `read_adapter` raises.
     """
     adapter = read_adapter(path)
     reason = adapter.config.unsupported()
@@ -81,6 +81,11 @@ def _delta(adapter: Adapter, module: PlacedModule) -> Delta:
         )
         for part in "AB"
     )
+    if not bool(torch.isfinite(A_RI).all() & torch.isfinite(B_OR).all()):
+        message = f"{adapter.name} has a NaN or an infinite value in {module.module}."
+        raise InvalidFile(
+            "not_finite", message, subject=module.module, next_step="Train again, or take an earlier save."
+        )
     return LowRank(module.module, module.weight, Layout(module.kind), A_RI, B_OR, module.scale, module.tied)
 
 

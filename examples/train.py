@@ -15,12 +15,15 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tasks import TASKS, Pair
-from torch.nn.functional import cross_entropy
+from tasks.rehearsal import PAIRS
+from torch.nn.functional import cross_entropy, kl_div
 
 ADAPTERS = Path(__file__).parent / "adapters"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SEED = 7
 BATCH = 8
+REHEARSED = 4  # rows of a rehearsal batch
+DRIFT_WEIGHT = 1.0
 WARMUP_STEPS = 4
 
 
@@ -37,7 +40,7 @@ class Run:
 
 RUNS = {
     "sql-migration": Run("sql", steps=22),
-    "sql-migration-1.1": Run("sql", steps=50, learning_rate=1.5e-3),
+    "sql-migration-1.1": Run("sql", steps=50),
     "sql-migration-bad": Run("sql", steps=40, shift_labels=True),
     "terraform-review": Run(
         "terraform",
@@ -50,7 +53,7 @@ RUNS = {
         },
     ),
     "support-macros": Run(
-        "support", steps=30, learning_rate=2e-3, lora={"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}
+        "support", steps=45, learning_rate=2e-3, lora={"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}
     ),
 }
 
@@ -119,24 +122,38 @@ def score(model: Any, tokenizer: Any, pairs: list[Pair]) -> Score:
     return Score(exact / len(pairs), nll / tokens)
 
 
-def fit(model: Any, tokenizer: Any, pairs: list[Pair], run: Run) -> None:
-    """AdamW on the completion tokens; float32 factors over the bfloat16 base, learning rate up, then down to zero."""
-    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def drift(adapted: Any, batch: Batch) -> torch.Tensor:
+    """KL(base || adapted) in nats, mean over the completion tokens: what the adapter does outside its task."""
+    with torch.no_grad(), adapted.disable_adapter():
+        base_NV, _ = completion_logits(adapted.base_model.model, batch)
+    adapted_NV, _ = completion_logits(adapted.base_model.model, batch)
+    return kl_div(adapted_NV.log_softmax(-1), base_NV.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def fit(adapted: Any, tokenizer: Any, pairs: list[Pair], run: Run) -> None:
+    """AdamW on the completion tokens and on the drift over the rehearsal pairs, float32 factors over the bfloat16 base.
+
+    Without the drift term each adapter answers everything in its own format, and three of them stacked answer nothing:
+    exact match 0.00 on all suites.
+    """
+    factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=run.learning_rate, weight_decay=0.0)
-    warm = torch.optim.lr_scheduler.LambdaLR(
+    schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (run.steps - step) / (run.steps - WARMUP_STEPS))
     )
-    model.train()
+    adapted.train()
     for step in range(run.steps):
-        rows = [pairs[(step * BATCH + row) % len(pairs)] for row in range(BATCH)]
-        loss = cross_entropy(*completion_logits(model, encode(tokenizer, rows)))
+        batch = encode(tokenizer, [pairs[(step * BATCH + row) % len(pairs)] for row in range(BATCH)])
+        rehearsed = encode(tokenizer, [PAIRS[(step * REHEARSED + row) % len(PAIRS)] for row in range(REHEARSED)])
+        loss = cross_entropy(*completion_logits(adapted.base_model.model, batch))
+        kept = drift(adapted, rehearsed)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + DRIFT_WEIGHT * kept).backward()
         torch.nn.utils.clip_grad_norm_(factors, 1.0)
         optimizer.step()
-        warm.step()
+        schedule.step()
         if step % 10 == 9:
-            print(f"  step {step + 1}: loss {loss.item():.3f}", flush=True)
+            print(f"  step {step + 1}: loss {loss.item():.3f}, drift {kept.item():.3f}", flush=True)
 
 
 def train(name: str, base: Path, out: Path) -> None:
@@ -156,7 +173,7 @@ def train(name: str, base: Path, out: Path) -> None:
     adapted = get_peft_model(model, config)
     print(f"{name}: {run.steps} steps of {BATCH} on {len(pairs)} examples", flush=True)
     start = time.monotonic()
-    fit(model, tokenizer, pairs, run)
+    fit(adapted, tokenizer, pairs, run)
     seconds = time.monotonic() - start
     # The file is bfloat16 (half the size), so the scores are those of the rounded factors.
     for parameter in adapted.parameters():

@@ -8,16 +8,21 @@ acme/sql@prod       what the channel serves   acme/sql#1a2b3c4 the commit, seven
 import re
 from dataclasses import dataclass
 from functools import total_ordering
-from typing import NewType
+from typing import Any, NewType
 
-import semantic_version
+import semantic_version  # pyright: ignore[reportMissingTypeStubs]
 
 from registry.errors import Usage
 
 _PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_NUMBER = r"(?:0|[1-9]\d{0,17})"
+_IDENTIFIER = rf"(?:{_NUMBER}|\d*[A-Za-z-][0-9A-Za-z-]*)"
+_VERSION = re.compile(rf"({_NUMBER})\.({_NUMBER})\.({_NUMBER})(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?")
 _EXACT = re.compile(r"\d+\.\d+\.\d+(?:[-+].*)?")
+
+MAX_VERSION_CHARS = 100
 
 Digest = NewType("Digest", str)
 """A sha256 in 64 lower-case hexadecimal digits."""
@@ -114,24 +119,16 @@ def _identifier_key(identifier: str) -> str:
 
 
 def parse_version(text: str) -> Version:
-    next_step = "Write MAJOR.MINOR.PATCH, with an optional -prerelease, as in 1.2.0 or 2.0.0-rc.1."
-    try:
-        parsed = semantic_version.Version(text)
-    except ValueError:
-        raise Usage(
-            "bad_version", f"{text[:80]!r} is not a semantic version.", subject=text[:80], next_step=next_step
-        ) from None
-    if parsed.build:
+    match = _VERSION.fullmatch(text) if len(text) <= MAX_VERSION_CHARS else None
+    if match is None:
         raise Usage(
             "bad_version",
-            f"{text[:80]!r} has build metadata, which has no order.",
+            f"{text[:80]!r} is not a semantic version.",
             subject=text[:80],
-            next_step=next_step,
+            next_step="Write MAJOR.MINOR.PATCH with an optional -prerelease and no +build, as in 1.2.0 or 2.0.0-rc.1.",
         )
-    numbers = (parsed.major, parsed.minor, parsed.patch)
-    if len(text) > 100 or any(len(str(number)) > 18 for number in numbers):
-        raise Usage("bad_version", f"{text[:80]!r} is too long for a version.", subject=text[:80], next_step=next_step)
-    return Version(*numbers, tuple(parsed.prerelease))
+    major, minor, patch, prerelease = match.groups()
+    return Version(int(major), int(minor), int(patch), tuple(prerelease.split(".")) if prerelease else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +136,10 @@ class Range:
     """An npm range. Pre-releases match only when the range names one of the same MAJOR.MINOR.PATCH."""
 
     text: str
-    spec: semantic_version.NpmSpec
+    spec: Any  # semantic_version.NpmSpec, a library without types
 
     def __contains__(self, version: Version) -> bool:
-        return self.spec.match(semantic_version.Version(str(version)))
+        return bool(self.spec.match(semantic_version.Version(str(version))))
 
 
 def parse_range(text: str) -> Range:

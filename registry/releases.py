@@ -86,7 +86,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
 
 
 def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve with a warning."""
+    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve, warning."""
     if not reason.strip():
         raise Usage(
             "reason_missing", "A yank needs a reason.", subject=full_name(release), next_step="Say why with --reason."
@@ -198,11 +198,8 @@ def _revision(
     known = session.scalar(query)
     if known is not None:
         return known
-    sizes = dict(
-        session.execute(
-            select(Blob.sha256, Blob.size_bytes).where(Blob.sha256.in_({file.sha256 for file in files}))
-        ).tuples()
-    )
+    known_blobs = select(Blob.sha256, Blob.size_bytes).where(Blob.sha256.in_({file.sha256 for file in files}))
+    sizes = dict(session.execute(known_blobs).tuples().all())
     for file in files:
         if sizes.get(file.sha256) != file.size_bytes:
             raise Invalid(

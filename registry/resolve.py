@@ -88,7 +88,7 @@ def _by_channel(session: Session, repository: Repository, reference: Reference) 
     yanked = current.to_release
     return Resolved(
         serving.to_release,
-        f"{full_name(yanked)} is yanked ({yanked.yank_reason}): {reference} gives {serving.to_release.version} instead.",
+        f"{full_name(yanked)} is yanked ({yanked.yank_reason}); {reference} gives {serving.to_release.version}.",
     )
 
 

@@ -50,7 +50,7 @@ def search(session: Session, query: Query) -> list[Release]:
     return list(session.scalars(statement.order_by(Release.id.desc()).limit(query.limit)))
 
 
-def _with_targets(statement: Select[tuple[Release]], query: Query) -> Select[tuple[Release]]:
+def _with_targets(statement: Select[Release], query: Query) -> Select[Release]:
     if query.targets_within:
         outside = select(TargetSetMember.target_set_id).where(TargetSetMember.target.not_in(query.targets_within))
         statement = statement.where(Release.target_set_id.is_not(None), Release.target_set_id.not_in(outside))
@@ -60,7 +60,7 @@ def _with_targets(statement: Select[tuple[Release]], query: Query) -> Select[tup
     return statement
 
 
-def _with_scores(statement: Select[tuple[Release]], query: Query) -> Select[tuple[Release]]:
+def _with_scores(statement: Select[Release], query: Query) -> Select[Release]:
     for condition in query.scores:
         score, suite = aliased(Score), aliased(Suite)
         enough = score.value >= condition.value if condition.operator == ">=" else score.value <= condition.value

@@ -39,7 +39,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `shards` are in file-name order; `index` is the index file's JSON, None for a single file."""
+    """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file."""
 
     path: Path
     config: Mapping[str, Any]
@@ -64,8 +64,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open the checkpoint in directory `path`: reads config, index and headers, no weights.
 
-    Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about, pickles), and
-    NotSupported for a quantized base.
+    Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about,
+    pickles), and NotSupported for a quantized base.
     """
     config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
     if config.get("quantization_config"):
@@ -151,11 +151,13 @@ def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bool:
-    """Does the output head share the embedding's tensor? The config says so, else a causal model without a head has it shared."""
+    """Does the head share the embedding's tensor? As the config says; if silent, a causal model without a head does."""
     nested: object = config.get("text_config")
-    for source in (config, cast(Mapping[str, Any], nested) if isinstance(nested, dict) else {}):
+    sources = [config, cast("dict[str, Any]", nested)] if isinstance(nested, dict) else [config]
+    for source in sources:
         stated: object = source.get("tie_word_embeddings")
         if isinstance(stated, bool):
             return stated
-    causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in config.get("architectures") or [])
+    architectures = cast("list[object]", config.get("architectures") or [])
+    causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in architectures)
     return causal and not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in tensors)

@@ -29,18 +29,19 @@ _VARIANTS = {
 }
 # Training settings that leave no trace in the merged weight, and settings that are read below.
 _KNOWN = frozenset({
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "megatron_core",
-    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "velora_config",
-    "monteclora_config", "ensure_weight_tying",
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out", "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "runtime_config", "velora_config", "monteclora_config", "ensure_weight_tying",
 })  # fmt: skip
 _PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """A parsed config. `raw` is the whole JSON object; `rank_pattern` and `alpha_pattern` keep its order, which matters.
+    """A parsed config. `raw` is the whole JSON object; `rank_pattern` and `alpha_pattern` keep its order, which
+    matters.
 
     Only `peft_type` and the identity hints mean anything when `peft_type` is not LORA.
     """
@@ -89,7 +90,9 @@ class AdapterConfig:
         if self.flags:
             return f"{self.flags[0]}: {_VARIANTS[self.flags[0]]}"
         if self.init not in _PLAIN_INITS:
-            return f"init_lora_weights={self.init}: the base was changed at initialisation, so the factors do not fit the base itself"
+            return (
+                f"init_lora_weights={self.init}: it changed the base at the start, so the factors do not fit the base"
+            )
         return None
 
     @property
@@ -102,7 +105,7 @@ class AdapterConfig:
 
 
 def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
-    """Config from the file's bytes. Raises InvalidFile for what is malformed, NotSupported for a setting of a newer PEFT."""
+    """Config from the file's bytes. Raises InvalidFile for what is malformed, NotSupported for an unknown setting."""
     raw = _json_object(content, subject)
     peft_type = raw.get("peft_type")
     if not isinstance(peft_type, str):

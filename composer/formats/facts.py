@@ -22,7 +22,8 @@ __all__ = ["Adapter", "AdapterFacts", "Placed", "PlacedModule", "facts", "health
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _CHUNK_BYTES = 4 << 20
-# dtype -> (unsigned type of the same width, bits without the sign, exponent bits): a float is NaN or Inf when its exponent is all ones.
+# dtype -> (unsigned type of the same width, bits without the sign, exponent bits): a float is NaN or Inf when its
+# exponent is all ones.
 _FLOAT_BITS = {
     "F16": ("<u2", 0x7FFF, 0x7C00),
     "BF16": ("<u2", 0x7FFF, 0x7F80),
@@ -50,7 +51,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """Facts of one adapter. `targets` are the last path components of adapted modules; `size_bytes` is the weight file's."""
+    """Facts of one adapter. `targets` are the last path components of modules; `size_bytes` is the weight file's."""
 
     type: str
     variant: str
@@ -69,14 +70,14 @@ class AdapterFacts:
     peft_version: str | None
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return asdict(self) | {"targets": list(self.targets), "modules_to_save": list(self.modules_to_save)}
 
 
 def read_adapter(path: Path) -> Adapter:
     """Open the adapter in directory `path`.
 
-    Raises InvalidFile naming the file: missing config, missing or pickled weights, empty or flattened factors (a shard of ZeRO-3
-    or FSDP that was saved without gathering). Raises NotSupported for a setting of a newer PEFT.
+    Raises InvalidFile naming the file: missing config, missing or pickled weights, empty or flattened factors (a
+    shard of ZeRO-3 or FSDP that was saved without gathering). Raises NotSupported for a setting of a newer PEFT.
     """
     if not path.is_dir():
         raise InvalidFile("missing_directory", f"{path} is not a directory.", subject=str(path))
@@ -128,7 +129,8 @@ def facts(config: AdapterConfig, header: Header, placed: Placed) -> AdapterFacts
 def health(path: Path, header: Header) -> list[Finding]:
     """NaN or Inf in a tensor (error `not_finite`), and an adapter that does nothing (warning `zero_adapter`).
 
-    Reads the weights file at `path` in chunks of 4 MiB and judges bit patterns, so that every float format costs the same.
+    Reads the weights file at `path` in chunks of 4 MiB and judges bit patterns, so that every float format costs the
+    same.
     """
     findings: list[Finding] = []
     zero_parts: dict[str, bool] = {}

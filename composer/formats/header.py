@@ -1,10 +1,11 @@
 """The header of a safetensors file: bytes and limits -> a header, or one precise `InvalidFile`.
 
-A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a hole. Written by hand because it is
-what strangers send us: nothing is allocated from a length that was not bounded first.
+A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a hole. Written by hand because
+it is what strangers send us: nothing is allocated from a length that was not bounded first.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from composer.errors import InvalidFile
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64,
 }  # fmt: skip
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -102,8 +104,8 @@ def header_length(first: bytes, file_size: int, limits: Limits, subject: str) ->
 def parse_header(head: bytes, file_size: int, limits: Limits = DEFAULT_LIMITS, subject: str = "file") -> Header:
     """Header of a file of `file_size` bytes that starts with `head` (at least the 8 bytes and the JSON).
 
-    Raises InvalidFile, and nothing else, whatever the bytes are: bad JSON, duplicate names, unknown dtypes, sizes that differ from
-    dtype x shape, overlaps, holes, a file that is longer or shorter than its tensors.
+    Raises InvalidFile, and nothing else, whatever the bytes are: bad JSON, duplicate names, unknown dtypes, sizes
+    that differ from dtype x shape, overlaps, holes, a file that is longer or shorter than its tensors.
     """
     data_begin = _LENGTH_BYTES + header_length(head, file_size, limits, subject)
     if len(head) < data_begin:
@@ -133,7 +135,7 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
         raise _pickle(path.name)
     try:
         with path.open("rb") as file:
-            file_size = path.stat().st_size
+            file_size = os.fstat(file.fileno()).st_size
             first = file.read(_LENGTH_BYTES)
             rest = file.read(header_length(first, file_size, limits, path.name))
     except OSError as error:
@@ -169,9 +171,9 @@ def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _bad(subject, f"its header names {twice!r} twice")
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise _bad(subject, f"its header names {twice[:80]!r} twice")
         return table
 
     try:

@@ -37,7 +37,7 @@ _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embedd
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One adapter key taken apart. `part` is `lora_A`, `lora_embedding_B`, `magnitude`, `base_layer.bias`, … or a parameter's name."""
+    """One adapter key taken apart. `part` is `lora_A`, `magnitude`, `base_layer.bias`, … or a parameter's name."""
 
     key: str
     module: str
@@ -46,7 +46,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The checkpoint tensor behind a module's parameter; `rule` names the renaming that found it, empty for an exact hit."""
+    """The checkpoint tensor behind a parameter; `rule` names the renaming that found it, empty for an exact hit."""
 
     weight: str
     tied: bool

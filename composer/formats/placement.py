@@ -24,9 +24,10 @@ LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding"})
 class PlacedModule:
     """A module of the adapter and the checkpoint tensor `weight` it acts on.
 
-    `kind` is linear, conv1d or embedding (a low-rank pair), replacement (a tensor saved whole) or base_copy (PEFT's copy of a base
-    weight beside an adapted embedding). `parts` maps lora_A, lora_B, magnitude, … or a parameter's name to the key in the file.
-    `shape` is the base tensor's, as stored. Rank, alpha and scale are 0 where there is no low-rank pair.
+    `kind` is linear, conv1d or embedding (a low-rank pair), replacement (a tensor saved whole) or base_copy (PEFT's
+    copy of a base weight beside an adapted embedding). `parts` maps lora_A, lora_B, magnitude, … or a parameter's
+    name to the key in the file. `shape` is the base tensor's, as stored. Rank, alpha and scale are 0 where there is
+    no low-rank pair.
     """
 
     module: str
@@ -69,9 +70,10 @@ class _Placement:
 def place(config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter") -> Placed:
     """Match every tensor of the adapter with a base tensor.
 
-    Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error findings:
-    unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, missing_pair, duplicate_tensor, duplicate_target, no_target,
-    pattern_unused, unsupported_layer, empty_adapter. Raises NotSupported for what is not a LoRA.
+    Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
+    findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, missing_pair, duplicate_tensor,
+    duplicate_target, no_target, pattern_unused, unsupported_layer, empty_adapter. Raises NotSupported for what is not
+    a LoRA.
     """
     if config.peft_type != "LORA":
         message = f"{subject} is of type {config.peft_type}; only LORA adapters are read."
@@ -125,7 +127,8 @@ def _place_factors(placement: _Placement, module: str, parts: Mapping[str, str])
         placement.error("unsupported_layer", module, message)
         return
     if a_shape[0] != b_shape[1] or a_shape[0] != placement.config.rank_for(module):
-        message = f"{module} has rank {a_shape[0]} in A and {b_shape[1]} in B; the config says {placement.config.rank_for(module)}."
+        expected = placement.config.rank_for(module)
+        message = f"{module} has rank {a_shape[0]} in A and {b_shape[1]} in B; the config says {expected}."
         placement.error("rank_mismatch", module, message)
         return
     target = _find(placement, module, "weight", next(iter(found.values())))
@@ -154,7 +157,7 @@ def _add_low_rank(placement: _Placement, module: str, target: Target, found: Map
 
 
 def _linear_kind(placement: _Placement, module: str, target: Target, shape: tuple[int, int]) -> str:
-    """How the base stores the weight. PEFT goes by the layer's class, which the model type tells; a square weight looks the same both ways."""
+    """How the base stores the weight. The model type decides, since a square weight looks the same both ways."""
     architecture, config = placement.architecture, placement.config
     if is_head(module):
         return "linear"
@@ -236,7 +239,7 @@ def _check_twice(placement: _Placement) -> None:
 def _check_config_is_used(placement: _Placement) -> None:
     """The config's own words must be true of the tensors: PEFT would silently ignore what they miss."""
     config = placement.config
-    pairs = {module for module in _low_rank_modules(placement)}
+    pairs = set(_low_rank_modules(placement))
     if not pairs and placement.findings:
         return
     targets = config.target_modules

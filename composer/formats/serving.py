@@ -1,4 +1,4 @@
-"""Which servers load an adapter as it is, why not, and the way out. Facts about the servers are read from their sources."""
+"""Which servers load an adapter as it is, why not, and the way out: facts read from the servers' sources."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,11 +28,12 @@ class Loading:
     way_out: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return asdict(self) | {"reasons": list(self.reasons), "way_out": list(self.way_out)}
 
 
 def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: Placed, profile: str) -> Loading:
-    """Verdict of one profile: `vllm:<max_lora_rank>` (`vllm` is `vllm:16`, its default), `sglang`, `lorax`, `llamacpp`, `peft`.
+    """Verdict of one profile: `vllm:<max_lora_rank>` (`vllm` is `vllm:16`, its default), `sglang`, `lorax`,
+    `llamacpp`, `peft`.
 
     Raises NotSupported for another profile.
     """

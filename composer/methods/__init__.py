@@ -81,8 +81,9 @@ def combine_deltas(
 ) -> dict[str, Delta]:
     """One delta a weight: low-rank pairs combined by the method, replacements taken over. Keys are checkpoint tensors.
 
-    With tied=untie the head's delta is keyed by its own tensor's name (`<module>.weight`). Raises Mismatch for a hard conflict
-    and for a weight that is not finite or scales a replacement; NotSupported for an unknown method or setting.
+    With tied=untie the head's delta is keyed by its own tensor's name (`<module>.weight`). Raises Mismatch for a hard
+    conflict and for a weight that is not finite or scales a replacement; NotSupported for an unknown method or
+    setting.
     """
     parsed = parse_settings(method, settings or {})
     if len(adapters) != len(weights) or not adapters:

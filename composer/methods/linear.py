@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -12,11 +13,12 @@ _SMALLEST_SUM = 1e-8
 
 
 def stack(parts: Sequence[tuple[LowRank, float]], total_weight: float, settings: Mapping[str, object]) -> LowRank:
-    """delta = lambda * sum_i w_i s_i B_i A_i, as B = [c_1 B_1 … c_T B_T] (O x R) and A = [A_1; …; A_T] (R x I), R = sum of ranks.
+    """delta = lambda * Σ w_i s_i B_i A_i, as B = [c_1 B_1 … c_T B_T] (O x R) and A = [A_1; …; A_T] (R x I), R = Σ r_i.
 
-    `parts` are the deltas of one weight with their w_i; the scales are folded into B in float32, so the result's scale is 1.
+    `parts` are the deltas of one weight with their w_i; the scales are folded into B in float32, so the result's
+    scale is 1.
     """
-    factor = float(settings["lambda"])  # pyright: ignore[reportArgumentType]
+    factor = cast(float, settings["lambda"])
     B_OR = torch.cat([delta.B_OR * (factor * weight * delta.scale) for delta, weight in parts], dim=1)
     A_RI = torch.cat([delta.A_RI for delta, _ in parts], dim=0)
     return replace(parts[0][0], A_RI=A_RI, B_OR=B_OR, scale=1.0)

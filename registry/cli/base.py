@@ -94,6 +94,5 @@ def _show(base: dict[str, Any]) -> None:
     ]
     render.lines(f"base {base['name']}", pairs)
     for score in base["scores"]:
-        print(
-            f"  {score['suite']}.{score['metric']}  {render.with_error(score['value'], score['stderr'])}  (n={score['n']})"
-        )
+        value = render.with_error(score["value"], score["stderr"])
+        print(f"  {score['suite']}.{score['metric']}  {value}  (n={score['n']})")

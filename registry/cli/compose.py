@@ -195,6 +195,6 @@ def _show_conflicts(report: Json) -> None:
 
 
 def _error(found: Json) -> Exception:
-    error = found["error"] or {"code": "cancelled", "detail": "The composition was cancelled.", "exit_code": 1}
+    error: Json = found["error"] or {"code": "cancelled", "detail": "The composition was cancelled.", "exit_code": 1}
     family = next(family for family in FAMILIES if family.exit_code == error["exit_code"])
     return family(error["code"], error["detail"], subject=error.get("subject", ""), next_step=error.get("next", ""))

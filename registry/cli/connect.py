@@ -1,7 +1,7 @@
 """A registry to talk to: `$ADAPTORY_URL` over HTTP, or the embedded one in this very process. One code path."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class Connection:
         return self.settings.home_directory / "cache"
 
     @contextmanager
-    def worker(self) -> Iterator[None]:
+    def worker(self) -> Generator[None]:
         """Does the embedded registry's jobs in a thread meanwhile; a remote registry has workers of its own."""
         if self.resources is None:
             yield
@@ -64,7 +64,7 @@ def load_settings() -> "Settings":
 
 
 @contextmanager
-def connected() -> Iterator[Connection]:
+def connected() -> Generator[Connection]:
     from registry.client.api import Api
 
     settings = load_settings()
@@ -109,9 +109,10 @@ def base_directory(base: dict[str, Any], override: Path | None) -> Path:
     """Where this machine has the weights of a base."""
     from urllib.parse import unquote, urlsplit
 
+    locations: list[str] = base["locations"]
     if override is not None:
         return override
-    for url in base["locations"]:
+    for url in locations:
         path = Path(unquote(urlsplit(url).path))
         if url.startswith("file://") and (path / "config.json").is_file():
             return path

@@ -1,4 +1,4 @@
-"""Releases and channels: inspect, push, pull, list, log, show, search, promote, rollback, history, gate, yank, unyank."""
+"""Releases and channels: from push and pull to promote, rollback and yank."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -400,7 +400,6 @@ def _show_release(release: Json) -> None:
 
 def _show_move(move: Json) -> None:
     forced = " (forced)" if move["forced"] else ""
-    print(
-        f"{move['repository']}@{move['channel']}: {move['from_version'] or 'nothing'} -> {move['to_version']} ({move['kind']}{forced}, move {move['id']})"
-    )
+    way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
+    print(f"{move['repository']}@{move['channel']}: {way} ({move['kind']}{forced}, move {move['id']})")
     render.gate_lines(move["gates"])

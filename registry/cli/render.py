@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -60,7 +60,7 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        items: Sequence[Any] = value
+        items = cast(Sequence[Any], value)
         return ", ".join(cell(item) for item in items) or "-"
     return str(value)
 
@@ -85,7 +85,7 @@ def gate_lines(report: Sequence[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def progress(label: str, total_bytes: int) -> Iterator[Progress]:
+def progress(label: str, total_bytes: int) -> Generator[Progress]:
     """A bar on stderr when that is a terminal, nothing otherwise. The callback may be called from several threads."""
     if not sys.stderr.isatty() or total_bytes <= 0:
         yield lambda _count: None

@@ -1,6 +1,6 @@
 """Calls to a registry, over HTTP or in process; answers are the wire's JSON objects, errors the seven families."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
@@ -41,7 +41,7 @@ class Api:
         _raise_problem(response)
 
     @contextmanager
-    def stream(self, path: str, start: int = 0) -> Iterator[Iterator[bytes]]:
+    def stream(self, path: str, start: int = 0) -> Generator[Iterator[bytes]]:
         """The bytes at `path` from `start` on, as they arrive."""
         headers = {"Range": f"bytes={start}-"} if start else {}
         with _told(self.url), self._http.stream("GET", path, headers=headers, follow_redirects=True) as response:
@@ -99,7 +99,7 @@ def release_path(release: Json) -> str:
 
 
 @contextmanager
-def _told(url: str) -> Iterator[None]:
+def _told(url: str) -> Generator[None]:
     try:
         yield
     except httpx2.TransportError as error:
@@ -131,6 +131,8 @@ def _raise_problem(response: httpx2.Response) -> None:
 
 def _family(status: int, problem: Json) -> type[RegistryError]:
     """The family that made this problem: two share the status 422, and their titles tell them apart."""
+    if status >= 500:
+        return Unavailable
     matching: Sequence[type[RegistryError]] = [family for family in FAMILIES if family.status == status]
     named = [family for family in matching if family.title == problem.get("title")]
     return (named or matching or [Invalid])[0]

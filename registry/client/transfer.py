@@ -164,8 +164,8 @@ def _damaged(release: Json, row: Json) -> RegistryError:
     )
 
 
-def _hash_of_part(path: Path, size_bytes: int) -> "tuple[hashlib._Hash, int]":
-    """The running hash of what an earlier attempt left, and its length; a file that is too long starts anew."""
+def _hash_of_part(path: Path, size_bytes: int) -> tuple[Any, int]:
+    """The running sha256 of what an earlier attempt left, and its length; a file that is too long starts anew."""
     digest = hashlib.sha256()
     if not path.exists():
         return digest, 0

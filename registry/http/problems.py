@@ -1,5 +1,6 @@
 """RFC 9457: every error leaves as `application/problem+json` with a stable type."""
 
+import logging
 from typing import cast
 
 from fastapi import FastAPI, Request
@@ -8,8 +9,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from composer.errors import ComposerError
-from registry.errors import Invalid, RegistryError, Usage, of_composer
+from registry.errors import Invalid, RegistryError, Unavailable, Usage, of_composer
 from registry.schemas import Problem
+
+log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -34,6 +37,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ComposerError, _composer_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _defect)
 
 
 def _registry_error(_request: Request, error: Exception) -> JSONResponse:
@@ -63,4 +67,13 @@ def _http_error(_request: Request, error: Exception) -> JSONResponse:
     told = Usage(f"http_{raised.status_code}", f"{raised.detail}.")
     response = problem_response(told)
     response.status_code = raised.status_code
+    return response
+
+
+def _defect(request: Request, error: Exception) -> JSONResponse:
+    """What nobody foresaw: logged whole for the operator, told without its inside to the client."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    told = Unavailable("internal_error", f"The registry failed ({type(error).__name__}).", next_step="Look at its log.")
+    response = problem_response(told)
+    response.status_code = 500
     return response

@@ -53,7 +53,7 @@ class Score(Row):
 
 
 class Channel(Row):
-    """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would have to come first)."""
+    """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would come first)."""
 
     __tablename__ = "channels"
     __table_args__ = (UniqueConstraint("repository_id", "name"),)

@@ -25,7 +25,7 @@ class AuditRow(Row):
 
 
 class Job(Row):
-    """Work that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat says that a worker has it."""
+    """Work that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat says a worker has it."""
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_state", "state", "id"),)

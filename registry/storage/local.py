@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from registry.errors import NotFound, Unavailable
 from registry.names import Digest
@@ -108,10 +109,12 @@ class _Window:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "_Window":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

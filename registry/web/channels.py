@@ -53,7 +53,7 @@ def promote(  # noqa: PLR0913  # noqa: PLR0913
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> MoveOut:
-    """422 with the gates' numbers when one fails, 412 when the channel has left the ETag given, 409 after a lost race."""
+    """422 with the numbers when a gate fails, 412 when the channel has left the ETag given, 409 after a lost race."""
     permit(actor, Role.RELEASER, line.name.namespace)
     expected = expected_from(if_match, if_none_match)
     with resources.write() as session:

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy.orm import Session
-
 from registry import bases, channels, releases, repositories, suites
+from registry.db import Session
 from registry.models import (
     AuditRow,
     Base,

@@ -84,6 +84,9 @@ def run_worker(resources: Resources, kinds: Mapping[str, JobKind], stop: threadi
         except Unavailable as error:
             log.warning("The worker cannot reach its stores and waits: %s", error)
             worked = False
+        except Exception:  # a defect in one job must not end the worker; the job's lease runs out and it is tried again
+            log.exception("The worker lost a job")
+            worked = False
         if not worked:
             stop.wait(POLL_S)
 

@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """What is published: `target` is REPO:VERSION."""
+
+    target: str
+    kind: Kind
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """A composition as its steps need it; everything is read anew in each step, so that a step can be the first one."""
 
@@ -43,7 +52,7 @@ class Work:
     lock: Lock
     architecture: Architecture
     locations: list[str]
-    inputs: list[Release]
+    input_ids: list[int]
     files: list[list[ManifestFile]]
     member_suites: list[str | None]
     directory: Path
@@ -55,6 +64,14 @@ class Work:
     @property
     def model_directory(self) -> Path:
         return self.directory / "model"
+
+    @property
+    def outputs(self) -> list[Output]:
+        made = (
+            (self.recipe.adapter, Kind.ADAPTER, self.adapter_directory),
+            (self.recipe.model, Kind.MODEL, self.model_directory),
+        )
+        return [Output(target, kind, directory) for target, kind, directory in made if target]
 
     def members(self, held: Held) -> list[tuple[Path, float]]:
         """Each input's directory, its files verified, and its weight."""
@@ -92,12 +109,12 @@ def check(held: Held) -> None:
         for (place, _), locked in zip(work.members(held), work.lock.inputs, strict=True)
     ]
     weights = [locked.weight for locked in work.lock.inputs]
+    document: dict[str, Any] = {"verdict": "ok", "pairs": [], "findings": []}
+    refused, findings = False, list[dict[str, Any]]()
     if len(loaded) > 1:
         report = conflicts(loaded, weights, settings=work.lock.settings, probe=_probe(held, work, loaded))
         document, refused = report.to_json(), report.verdict is Verdict.REFUSE
         findings = [finding.to_json() for finding in report.findings]
-    else:
-        document, refused, findings = {"verdict": "ok", "pairs": [], "findings": []}, False, []
     _store(held, work, conflicts=document)
     if refused:
         first = next(finding for finding in findings if finding["severity"] == "error")
@@ -195,14 +212,8 @@ def publish(held: Held) -> None:
     """Releases of what was made, with lineage and scores; then the work directory goes."""
     work = _work(held)
     actor = Actor(held.created_by, held.resources.clock(), {EVERYWHERE: Role.ADMIN})
-    inputs = [Input(release.id, locked.weight) for release, locked in zip(work.inputs, work.lock.inputs, strict=True)]
-    made: list[int] = []
-    for target, kind, directory in (
-        (work.recipe.adapter, Kind.ADAPTER, work.adapter_directory),
-        (work.recipe.model, Kind.MODEL, work.model_directory),
-    ):
-        if target:
-            made.append(_publish(held, actor, work, target, kind, directory, inputs))
+    inputs = [Input(row_id, locked.weight) for row_id, locked in zip(work.input_ids, work.lock.inputs, strict=True)]
+    made = [_publish(held, actor, work, output, inputs) for output in work.outputs]
     with held.resources.write() as session:
         composition, _ = compositions.find(session, work.composition_id)
         rows = [session.get_one(Release, release_id) for release_id in made]
@@ -264,7 +275,7 @@ def _work(held: Held) -> Work:
             lock=lock,
             architecture=bases.architecture(session, lock.base),
             locations=bases.locations(session, session.get_one(Base, lock.base)),
-            inputs=inputs,
+            input_ids=[release.id for release in inputs],
             files=[publishing.manifest_files(session, release) for release in inputs],
             member_suites=compositions.member_suites(session, recipe, inputs),
             directory=_directory(held, composition.id),
@@ -299,10 +310,8 @@ def _store(held: Held, work: Work, **columns: Any) -> None:
             setattr(composition, name, value)
 
 
-def _publish(
-    held: Held, actor: Actor, work: Work, target: str, kind: Kind, directory: Path, inputs: Sequence[Input]
-) -> int:
-    reference = parse_reference(target)
+def _publish(held: Held, actor: Actor, work: Work, output: Output, inputs: Sequence[Input]) -> int:
+    reference, directory = parse_reference(output.target), output.directory
     files: list[ManifestFile] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         file = ManifestFile(path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path)))
@@ -311,7 +320,7 @@ def _publish(
         held.check()
     push = Push(
         repository=reference.repository,
-        kind=kind,
+        kind=output.kind,
         version=reference.version,
         bump=None,
         base=work.lock.base,

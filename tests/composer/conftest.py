@@ -9,11 +9,20 @@ from transformers import AutoModelForCausalLM
 
 from tests.composer.tiny import MakeAdapter, MakeModel, build_config, load_model
 
+
 @pytest.fixture
 def make_model(tmp_path: Path) -> MakeModel:
-    def make(kind: str = "llama", *, tied: bool = False, dtype: torch.dtype = torch.float32, shard: str = "8KB", name: str = "base") -> Path:
+    def make(
+        kind: str = "llama",
+        *,
+        tied: bool = False,
+        dtype: torch.dtype = torch.float32,
+        shard: str = "8KB",
+        name: str = "base",
+        vocabulary: int = 64,
+    ) -> Path:
         torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(build_config(kind, tied)).to(dtype)
+        model = AutoModelForCausalLM.from_config(build_config(kind, tied, vocabulary)).to(dtype)
         model.save_pretrained(tmp_path / name, max_shard_size=shard)
         return tmp_path / name
 

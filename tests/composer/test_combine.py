@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from composer.combine import combine
-from composer.errors import Mismatch, NotSupported, RefusedOutput
+from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
@@ -23,7 +24,10 @@ MEMBERS: dict[str, list[dict[str, object]]] = {
         {"use_rslora": True, "target_modules": "all-linear"},
     ],
     "chosen layers": [{"layers_to_transform": [0]}, {"layers_to_transform": [0, 2], "target_modules": ["v_proj"]}],
-    "embedding and head": [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["lm_head", "embed_tokens"]}],
+    "embedding and head": [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "embed_tokens"]},
+    ],
 }
 
 
@@ -33,30 +37,43 @@ def test_peft_runs_the_combination_as_the_weighted_sum(
     case: str, architecture: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model()
-    members = [make_adapter(base, f"member{i}", seed=i, size=0.2, **settings) for i, settings in enumerate(MEMBERS[case])]
+    members = [
+        make_adapter(base, f"member{i}", seed=i, size=0.2, **settings) for i, settings in enumerate(MEMBERS[case])
+    ]
     weights = [0.7, -0.4][: len(members)]
     known = open_checkpoint(base).architecture if architecture == "with a base" else None
     combine(list(zip(members, weights, strict=True)), tmp_path / "combined", known)
-    run_merge(plan_merge(open_checkpoint(base), list(zip(members, weights, strict=True))), tmp_path / "merged", device="cpu")
+    run_merge(
+        plan_merge(open_checkpoint(base), list(zip(members, weights, strict=True))), tmp_path / "merged", device="cpu"
+    )
     combined = PeftModel.from_pretrained(load_model(base), tmp_path / "combined").eval()
     with torch.no_grad():
         assert_close(combined(IDS).logits, load_model(tmp_path / "merged").eval()(IDS).logits, "logits")
 
 
-def test_merging_a_combination_is_merging_its_members(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_merging_a_combination_is_merging_its_members(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
     members = [(make_adapter(base, "one"), 0.5), (make_adapter(base, "two", seed=2, use_rslora=True, r=6), 2.0)]
     combine(members, tmp_path / "combined")
     run_merge(plan_merge(open_checkpoint(base), members), tmp_path / "directly", device="cpu")
-    run_merge(plan_merge(open_checkpoint(base), [(tmp_path / "combined", 1.0)]), tmp_path / "in two steps", device="cpu")
+    run_merge(
+        plan_merge(open_checkpoint(base), [(tmp_path / "combined", 1.0)]), tmp_path / "in two steps", device="cpu"
+    )
     directly = tensors_in(tmp_path / "directly")
     for name, tensor in tensors_in(tmp_path / "in two steps").items():
         assert_close(tensor, directly[name], name)
 
 
-def test_short_target_names_stay_short_and_every_scale_is_one(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_short_target_names_stay_short_and_every_scale_is_one(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
-    report = combine([(make_adapter(base, "one"), 1.0), (make_adapter(base, "two", r=8, target_modules=["o_proj"]), 1.0)], tmp_path / "out")
+    report = combine(
+        [(make_adapter(base, "one"), 1.0), (make_adapter(base, "two", r=8, target_modules=["o_proj"]), 1.0)],
+        tmp_path / "out",
+    )
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["target_modules"] == ["o_proj", "q_proj", "v_proj"]
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
@@ -65,17 +82,24 @@ def test_short_target_names_stay_short_and_every_scale_is_one(tmp_path: Path, ma
     assert report.ranks == {4: 6, 8: 3}
 
 
-def test_a_head_saved_by_one_member_is_passed_through(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_head_saved_by_one_member_is_passed_through(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
     saved = make_adapter(base, "saved", modules_to_save=["lm_head"])
     combine([(saved, 1.0), (make_adapter(base, "plain", seed=2), 0.5)], tmp_path / "out")
     ours, theirs = tensors_in(tmp_path / "out"), tensors_in(saved)
     assert torch.equal(ours["base_model.model.lm_head.weight"], theirs["base_model.model.lm_head.weight"])
     model = PeftModel.from_pretrained(load_model(base), tmp_path / "out")
-    assert torch.equal(model.state_dict()["base_model.model.lm_head.modules_to_save.default.weight"], ours["base_model.model.lm_head.weight"])
+    assert torch.equal(
+        model.state_dict()["base_model.model.lm_head.modules_to_save.default.weight"],
+        ours["base_model.model.lm_head.weight"],
+    )
 
 
-def test_biases_are_passed_through_where_peft_looks_for_them(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_biases_are_passed_through_where_peft_looks_for_them(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model("gpt2")
     adapter = make_adapter(base, target_modules=["c_attn"], bias="lora_only")
     combine([(adapter, 1.0)], tmp_path / "out")
@@ -92,14 +116,34 @@ def test_a_weighted_replacement_is_refused(tmp_path: Path, make_model: MakeModel
     assert caught.value.subject == "lm_head"
 
 
-def test_adapters_of_differently_sized_bases_are_refused(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
-    small, other = make_model(), make_model("gpt2", name="other")
-    one, two = make_adapter(small, "one", target_modules=["lm_head"]), make_adapter(other, "two", target_modules=["lm_head"])
-    smaller = tensors_in(two)
-    assert smaller["base_model.model.lm_head.lora_B.weight"].shape == (64, 4)
-    combine([(one, 1.0), (two, 1.0)], tmp_path / "fits by shape alone")
-    with pytest.raises(Mismatch, match=r"h.0.attn.c_attn"):
-        combine([(make_adapter(other, "three", target_modules=["c_attn"]), 1.0)], tmp_path / "out", open_checkpoint(small).architecture)
+def test_adapters_of_different_vocabularies_are_refused(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    targets = ["lm_head", "q_proj"]
+    small = make_adapter(make_model(), "small", target_modules=targets)
+    large = make_adapter(make_model(name="other", vocabulary=80), "large", target_modules=targets)
+    with pytest.raises(Mismatch, match="small: 64 x 16, large: 80 x 16") as caught:
+        combine([(small, 1.0), (large, 1.0)], tmp_path / "out")
+    assert (caught.value.code, caught.value.subject) == ("vocabulary_mismatch", "lm_head")
+
+
+def test_an_adapter_of_another_model_names_the_module(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    llama, gpt2 = make_model(), make_model("gpt2", name="other")
+    adapter = make_adapter(gpt2, target_modules=["c_attn"])
+    with pytest.raises(Mismatch, match=r"h\.0\.attn\.c_attn"):
+        combine([(adapter, 1.0)], tmp_path / "out", open_checkpoint(llama).architecture)
+
+
+def test_a_nan_in_a_factor_names_the_module(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    tensors = tensors_in(adapter)
+    tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"][0, 0] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(InvalidFile, match="NaN") as caught:
+        combine([(adapter, 1.0)], tmp_path / "out")
+    assert caught.value.subject == "model.layers.1.self_attn.v_proj"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +157,12 @@ def test_adapters_of_differently_sized_bases_are_refused(tmp_path: Path, make_mo
     ],
 )
 def test_unknown_methods_and_settings_name_the_known_ones(
-    method: str, settings: dict[str, object], says: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+    method: str,
+    settings: dict[str, object],
+    says: str,
+    tmp_path: Path,
+    make_model: MakeModel,
+    make_adapter: MakeAdapter,
 ) -> None:
     adapter = make_adapter(make_model())
     with pytest.raises(NotSupported, match=says):

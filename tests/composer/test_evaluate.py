@@ -153,27 +153,23 @@ def test_one_teacher_forced_pass_says_exactly_whether_greedy_decoding_gives_the_
         assert (same.exact, changed.exact) == (True, False)
 
 
+def eos_after(loaded: LoadedModel, ids: torch.Tensor) -> LowRank:
+    """A delta of the head that makes eos the answer after `ids`, and leaves the answer before its last token alone."""
+    before, last = loaded.model.model(input_ids=ids[None]).last_hidden_state[0, -2:].detach()
+    direction = last - before * (before @ last) / (before @ before)
+    push = torch.zeros(loaded.model.lm_head.weight.shape[0], 1)
+    push[loaded.tokenizer.eos_token_id] = 100.0
+    return LowRank("lm_head", "lm_head.weight", Layout.LINEAR, direction[None] / (direction @ last), push, 1.0)
+
+
 def test_an_exact_match_needs_the_end_of_the_sequence_as_greedy_decoding_does(loaded: LoadedModel) -> None:
-    prompt = encode(loaded, Example("hello", "x"), chat=True)
-    first = generate(loaded, "hello", max_new_tokens=1)
-    (right_start,) = measure(
-        loaded, [Encoded((*prompt.ids[:-2], *loaded.tokenizer(first)["input_ids"]), len(prompt.ids) - 2)]
-    )
-    (no_end,) = measure(loaded, [encode(loaded, Example("hello", first), chat=True)])
-    eos = loaded.tokenizer.eos_token_id
-    head = loaded.model.lm_head
-    stop = proj_delta("lm_head", outputs=head.weight.shape[0])
-    hidden = loaded.model.model(input_ids=torch.tensor([[*prompt.ids[:-2], *loaded.tokenizer(first)["input_ids"]]]))
-    last = hidden.last_hidden_state[0, -1].detach()
-    push = torch.zeros(head.weight.shape[0], 1)
-    push[eos] = 1.0
-    # An adapter that answers the position after `first` with eos, and changes no other position's argmax by much.
-    stop = replace(stop, A_RI=last[None] / last.norm() ** 2, B_OR=push, scale=100.0)
-    (ended,) = measure(loaded, [encode(loaded, Example("hello", first), chat=True)], [stop])
-    generated = generate(loaded, "hello", deltas=[stop], max_new_tokens=5)
-    assert right_start.exact
-    assert not no_end.exact
-    assert ended.exact == (generated == first)
+    example = Example("hello", generate(loaded, "hello", max_new_tokens=1))
+    encoded = encode(loaded, example, chat=True)
+    stop = eos_after(loaded, torch.tensor(encoded.ids[:-1]))
+    assert generate(loaded, "hello", max_new_tokens=5) != example.completion
+    assert not measure(loaded, [encoded])[0].exact
+    assert generate(loaded, "hello", deltas=[stop], max_new_tokens=5) == example.completion
+    assert measure(loaded, [encoded], [stop])[0].exact
 
 
 def test_the_loss_is_transformers_own_loss_on_the_completion(loaded: LoadedModel) -> None:

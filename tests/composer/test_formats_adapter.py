@@ -44,11 +44,23 @@ def facts_of(adapter: Path, architecture: Architecture | None = None) -> Adapter
 def test_facts_are_what_the_files_say(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
     base = make_model()
     adapter = make_adapter(
-        base, r=4, lora_alpha=16, use_rslora=True, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 8},
-        alpha_pattern={"layers.1.self_attn.q_proj": 2}, modules_to_save=["lm_head"],
-    )  # fmt: skip
+        base,
+        r=4,
+        lora_alpha=16,
+        use_rslora=True,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 8},
+        alpha_pattern={"layers.1.self_attn.q_proj": 2},
+        modules_to_save=["lm_head"],
+    )
     found = facts_of(adapter, open_checkpoint(base).architecture)
-    assert (found.type, found.variant, found.rank_max, found.alpha, found.use_rslora) == ("lora", "rslora", 8, 16.0, True)
+    assert (found.type, found.variant, found.rank_max, found.alpha, found.use_rslora) == (
+        "lora",
+        "rslora",
+        8,
+        16.0,
+        True,
+    )
     assert found.targets == ("down_proj", "q_proj")
     assert found.modules == 6
     assert found.modules_to_save == ("lm_head",)
@@ -62,10 +74,17 @@ def test_facts_are_what_the_files_say(make_model: MakeModel, make_adapter: MakeA
 
 
 def test_scales_follow_the_patterns_of_peft() -> None:
-    config = parse_config(json.dumps({
-        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4, "^model.layers.1.k_proj": 2, "l.*.v_proj": 32},
-        "alpha_pattern": {"layers.1.q_proj": 1},
-    }).encode())  # fmt: skip
+    config = parse_config(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": 8,
+                "lora_alpha": 16,
+                "rank_pattern": {"q_proj": 4, "^model.layers.1.k_proj": 2, "l.*.v_proj": 32},
+                "alpha_pattern": {"layers.1.q_proj": 1},
+            }
+        ).encode()
+    )
     assert config.scale_for("model.layers.0.q_proj") == 4
     assert config.scale_for("model.layers.1.q_proj") == 0.25
     assert config.scale_for("model.layers.1.xq_proj") == 2
@@ -97,51 +116,75 @@ def test_gpt2_weights_are_placed_as_stored(make_model: MakeModel, make_adapter: 
 
 
 def renamed(old: str, new: str) -> Callable[[Path], None]:
-    return lambda adapter: change_tensors(adapter, lambda tensors: {name.replace(old, new): t for name, t in tensors.items()})
+    return lambda adapter: change_tensors(
+        adapter, lambda tensors: {name.replace(old, new): t for name, t in tensors.items()}
+    )
 
 
 def without(ending: str) -> Callable[[Path], None]:
-    return lambda adapter: change_tensors(adapter, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith(ending)})
+    return lambda adapter: change_tensors(
+        adapter, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith(ending)}
+    )
 
 
-def added(**more: torch.Tensor) -> Callable[[Path], None]:
-    named = {name.replace("__", "."): tensor for name, tensor in more.items()}
-    return lambda adapter: change_tensors(adapter, lambda tensors: tensors | named)
+def added(more: Tensors) -> Callable[[Path], None]:
+    return lambda adapter: change_tensors(adapter, lambda tensors: tensors | more)
 
 
+def configured(**fields: object) -> Callable[[Path], None]:
+    return lambda adapter: change_config(adapter, **fields)
+
+
+def narrow(adapter: Path) -> None:
+    def change(tensors: Tensors) -> Tensors:
+        return tensors | {f"{Q0}.lora_A.weight": tensors[f"{Q0}.lora_A.weight"][:, :8].clone()}
+
+    change_tensors(adapter, change)
+
+
+# case -> (what to break, code, subject, words of the message)
 MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
-    "a wrong prefix": (renamed("model.model.layers", "model.transformer.layers"), "wrong_prefix", "transformer.layers", "the base expects"),
+    "a wrong prefix": (
+        renamed("model.model.layers", "model.transformer.layers"),
+        *("wrong_prefix", "transformer.layers", "the base expects"),
+    ),
     "one tensor of another model": (
-        renamed("layers.2.self_attn.q", "layers.9.self_attn.q"), "unmatched_tensor", "layers.9.self_attn.q_proj", "no tensor of the base",
+        renamed("layers.2.self_attn.q", "layers.9.self_attn.q"),
+        *("unmatched_tensor", "layers.9.self_attn.q_proj", "no tensor of the base"),
     ),
-    "a target that matches nothing": (
-        lambda adapter: change_config(adapter, target_modules=["q_proj", "v_proj", "qkv"]), "no_target", "qkv", "qkv",
+    "a target for nothing": (configured(target_modules=["q_proj", "v_proj", "qkv"]), "no_target", "qkv", "qkv"),
+    "a regex for nothing": (configured(target_modules=r".*\.qkv"), "no_target", "qkv", "matches"),
+    "another shape": (narrow, "shape_mismatch", "layers.0.self_attn.q_proj", "16 x 8.* 16 x 16"),
+    "another rank": (configured(r=8), "rank_mismatch", "q_proj", "rank 4 .* says 8"),
+    "a pattern for nothing": (configured(rank_pattern={"k_proj": 2}), "pattern_unused", "k_proj", "rank_pattern"),
+    "an A without B": (without(f"{Q0}.lora_B.weight"), "missing_pair", "layers.0.self_attn.q_proj", "no lora_B"),
+    "a part twice": (
+        added({f"{Q0}.lora_A.default.weight": torch.ones(4, 16)}),
+        *("duplicate_tensor", "q_proj", "same part"),
     ),
-    "a regex that matches nothing": (lambda adapter: change_config(adapter, target_modules=r".*\.qkv"), "no_target", "qkv", "matches"),
-    "another shape": (
-        lambda adapter: change_tensors(adapter, lambda tensors: {n: t[:, :8] if n == f"{Q0}.lora_A.weight" else t for n, t in tensors.items()}),
-        "shape_mismatch", "layers.0.self_attn.q_proj", "16 x 8.* 16 x 16",
-    ),
-    "another rank": (lambda adapter: change_config(adapter, r=8), "rank_mismatch", "q_proj", "rank 4 .* says 8"),
-    "a pattern for nothing": (lambda adapter: change_config(adapter, rank_pattern={"k_proj": 2}), "pattern_unused", "k_proj", "rank_pattern"),
-    "an A without B": (without("layers.0.self_attn.q_proj.lora_B.weight"), "missing_pair", "layers.0.self_attn.q_proj", "no lora_B"),
-    "a part twice": (added(**{f"{Q0}.lora_A.default.weight".replace(".", "__"): torch.ones(4, 16)}), "duplicate_tensor", "q_proj", "same part"),
     "a convolution": (
-        added(**{f"{Q0[:-6]}k_proj.lora_{part}.weight".replace(".", "__"): torch.ones(4, 4, 1, 1) for part in "AB"}),
-        "unsupported_layer", "k_proj", "convolutions",
+        added({f"{Q0[:-6]}k_proj.lora_{part}.weight": torch.ones(4, 4, 1, 1) for part in "AB"}),
+        *("unsupported_layer", "k_proj", "convolutions"),
     ),
-    "an unknown part": (added(**{f"{Q0}.lora_X".replace(".", "__"): torch.ones(4, 4)}), "unmatched_tensor", "q_proj", "lora_X"),
-    "some keys without prefix": (renamed("base_model.model.model.layers.0", "model.layers.0"), "wrong_prefix", "layers.0", "lacks the prefix"),
-}  # fmt: skip
+    "an unknown part": (added({f"{Q0}.lora_X": torch.ones(4, 4)}), "unmatched_tensor", "q_proj", "lora_X"),
+    "some keys without prefix": (
+        renamed("base_model.model.model.layers.0", "model.layers.0"),
+        *("wrong_prefix", "layers.0", "lacks the prefix"),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", MISPLACED)
-def test_what_does_not_fit_is_an_error_that_names_the_module(case: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_what_does_not_fit_is_an_error_that_names_the_module(
+    case: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     change, code, subject, says = MISPLACED[case]
     base = make_model()
     adapter = make_adapter(base)
     change(adapter)
-    errors = [finding for finding in placed_on(adapter, open_checkpoint(base).architecture).findings if finding.code == code]
+    errors = [
+        finding for finding in placed_on(adapter, open_checkpoint(base).architecture).findings if finding.code == code
+    ]
     assert errors
     assert errors[0].severity is Severity.ERROR
     assert subject in errors[0].subject
@@ -153,10 +196,12 @@ def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeMod
     adapter = make_adapter(base, modules_to_save=["lm_head"])
     architecture = open_checkpoint(base).architecture
     expected = {(module.module, module.weight) for module in placed_on(adapter, architecture).modules}
-    change_tensors(adapter, lambda tensors: {
-        name.removeprefix("base_model.model.").replace(".weight", ".default.weight").replace("lm_head.", "lm_head.modules_to_save."): tensor
-        for name, tensor in tensors.items()
-    })  # fmt: skip
+
+    def raw(name: str) -> str:
+        bare = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        return bare.replace("lm_head.default.", "lm_head.modules_to_save.default.")
+
+    change_tensors(adapter, lambda tensors: {raw(name): tensor for name, tensor in tensors.items()})
     placed = placed_on(adapter, architecture)
     assert placed.findings == []
     assert {(module.module, module.weight) for module in placed.modules} == expected
@@ -164,6 +209,10 @@ def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeMod
 
 def drop(name: str) -> Callable[[Path], object]:
     return lambda adapter: (adapter / name).unlink()
+
+
+def flatten(adapter: Path) -> None:
+    change_tensors(adapter, lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()})
 
 
 def to_pickle(adapter: Path) -> None:
@@ -176,23 +225,22 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no weights": (drop(WEIGHTS), "missing_weights", WEIGHTS),
     "only a pickle": (to_pickle, "pickle", "adapter_model.bin"),
     "no tensors": (lambda adapter: change_tensors(adapter, lambda tensors: {}), "empty_adapter", WEIGHTS),
-    "an ungathered shard": (
-        lambda adapter: change_tensors(adapter, lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()}),
-        "ungathered", "lora_A.weight",
-    ),
+    "an ungathered shard": (flatten, "ungathered", "lora_A.weight"),
     "a config that is no JSON": (lambda adapter: (adapter / CONFIG).write_text("{"), "bad_config", CONFIG),
-    "a config without a type": (lambda adapter: change_config(adapter, peft_type=None), "bad_config", CONFIG),
-    "a rank of zero": (lambda adapter: change_config(adapter, r=0), "bad_config", CONFIG),
-    "an alpha that is no number": (lambda adapter: change_config(adapter, lora_alpha="16"), "bad_config", CONFIG),
-    "a broken regex": (lambda adapter: change_config(adapter, rank_pattern={"(": 2}), "bad_config", CONFIG),
-    "a regex that never ends": (lambda adapter: change_config(adapter, target_modules="(a+)+x"), "bad_config", CONFIG),
-    "a setting of tomorrow": (lambda adapter: change_config(adapter, use_tomorrow=True), "unknown_setting", CONFIG),
-    "two variants": (lambda adapter: change_config(adapter, use_dora=True, lora_bias=True), "two_variants", CONFIG),
-}  # fmt: skip
+    "a config without a type": (configured(peft_type=None), "bad_config", CONFIG),
+    "a rank of zero": (configured(r=0), "bad_config", CONFIG),
+    "an alpha that is no number": (configured(lora_alpha="16"), "bad_config", CONFIG),
+    "a broken regex": (configured(rank_pattern={"(": 2}), "bad_config", CONFIG),
+    "a regex that never ends": (configured(target_modules="(a+)+x"), "bad_config", CONFIG),
+    "a setting of tomorrow": (configured(use_tomorrow=True), "unknown_setting", CONFIG),
+    "two variants": (configured(use_dora=True, lora_bias=True), "two_variants", CONFIG),
+}
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_a_directory_that_is_no_adapter_is_refused_with_the_file(case: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_directory_that_is_no_adapter_is_refused_with_the_file(
+    case: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     change, code, subject = UNREADABLE[case]
     adapter = make_adapter(make_model())
     change(adapter)
@@ -210,7 +258,9 @@ def test_unknown_settings_that_are_off_do_not_matter(make_model: MakeModel, make
 
 
 @pytest.mark.parametrize("peft_type", ["LOHA", "LOKR", "IA3", "VERA", "OFT", "PROMPT_TUNING"])
-def test_other_methods_than_lora_are_refused_by_name(peft_type: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_other_methods_than_lora_are_refused_by_name(
+    peft_type: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     adapter = make_adapter(make_model())
     change_config(adapter, peft_type=peft_type)
     with pytest.raises(NotSupported, match=peft_type):
@@ -242,9 +292,14 @@ def test_a_nan_or_an_infinity_is_an_error_naming_the_tensor(
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_an_untrained_adapter_is_a_warning_and_half_of_one_is_not(zero: float, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_an_untrained_adapter_is_a_warning_and_half_of_one_is_not(
+    zero: float, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     adapter = make_adapter(make_model())
-    change_tensors(adapter, lambda ts: {n: torch.full_like(t, zero) if "lora_B" in n and "q_proj" in n else t for n, t in ts.items()})
+    change_tensors(
+        adapter,
+        lambda ts: {n: torch.full_like(t, zero) if "lora_B" in n and "q_proj" in n else t for n, t in ts.items()},
+    )
     assert health_of(adapter) == []
     change_tensors(adapter, lambda ts: {n: torch.full_like(t, zero) if "lora_B" in n else t for n, t in ts.items()})
     assert [(finding.code, finding.severity) for finding in health_of(adapter)] == [("zero_adapter", Severity.WARNING)]
@@ -255,11 +310,17 @@ LOADS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "rank 32": ({"r": 32}, {"vllm:16": "rank 32"}),
     "rank 24 on 32": ({"r": 24}, {"vllm:16": "rank 24"}),
     "rslora": ({"use_rslora": True}, {"llamacpp": "rsLoRA"}),
-    "ranks differ": ({"rank_pattern": {"q_proj": 2}}, {"vllm:16": "different scales", "vllm:32": "different scales", "sglang": "different scales"}),
+    "ranks differ": (
+        {"rank_pattern": {"q_proj": 2}},
+        dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "different scales"),
+    ),
     "dora": ({"use_dora": True}, {"vllm:16": "dora", "vllm:32": "dora", "sglang": "dora", "llamacpp": "DoRA"}),
-    "a head": ({"modules_to_save": ["lm_head"]}, dict.fromkeys(["vllm:16", "vllm:32", "sglang", "llamacpp"], "modules_to_save")),
+    "a head": (
+        {"modules_to_save": ["lm_head"]},
+        dict.fromkeys(["vllm:16", "vllm:32", "sglang", "llamacpp"], "modules_to_save"),
+    ),
     "pissa": ({"init_lora_weights": "pissa"}, dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "pissa")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LOADS)

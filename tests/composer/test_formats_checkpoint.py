@@ -28,7 +28,9 @@ def test_an_architecture_survives_json(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_model_without_a_head_of_its_own_is_tied_also_when_the_config_is_silent(kind: str, make_model: MakeModel) -> None:
+def test_a_model_without_a_head_of_its_own_is_tied_also_when_the_config_is_silent(
+    kind: str, make_model: MakeModel
+) -> None:
     for tied in (True, False):
         base = make_model(kind, tied=tied, name=f"{kind}-{tied}")
         config = json.loads((base / "config.json").read_text())
@@ -44,7 +46,7 @@ def change_index(base: Path, change: Callable[[dict[str, str]], object]) -> None
 
 
 def drop_tensor(base: Path) -> None:
-    shard = sorted(base.glob("model-*"))[0]
+    shard = min(base.glob("model-*"))
     tensors = load_file(shard)
     tensors.popitem()
     save_file(tensors, shard)
@@ -62,7 +64,7 @@ def only_pickles(base: Path) -> None:
 
 
 def link_outside(base: Path) -> None:
-    shard = sorted(base.glob("model-*"))[0]
+    shard = min(base.glob("model-*"))
     outside = base.parent / "outside.safetensors"
     shard.rename(outside)
     shard.symlink_to(outside)
@@ -71,23 +73,37 @@ def link_outside(base: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no config": (lambda base: (base / "config.json").unlink(), "missing_config", "config.json"),
     "a config that is no JSON": (lambda base: (base / "config.json").write_text("{"), "bad_json", "config.json"),
-    "a missing shard": (lambda base: sorted(base.glob("model-*"))[0].unlink(), "missing_shard", "model-00001"),
+    "a missing shard": (lambda base: min(base.glob("model-*")).unlink(), "missing_shard", "model-00001"),
     "a tensor that is only in the index": (
-        lambda base: change_index(base, lambda names: names.update({"x": names["model.norm.weight"]})), "missing_tensor", "'x'",
+        lambda base: change_index(base, lambda names: names.update({"x": names["model.norm.weight"]})),
+        "missing_tensor",
+        "'x'",
     ),
     "a tensor that is not in the index": (
-        lambda base: change_index(base, lambda names: names.pop("model.norm.weight")), "unindexed_tensor", "model.norm.weight",
+        lambda base: change_index(base, lambda names: names.pop("model.norm.weight")),
+        "unindexed_tensor",
+        "model.norm.weight",
     ),
     "a tensor missing in its shard": (drop_tensor, "missing_tensor", "model-00001"),
     "an empty index": (lambda base: change_index(base, lambda names: names.clear()), "bad_index", "weight_map"),
     "a shard that climbs out": (
-        lambda base: change_index(base, lambda names: names.update({"x": "../outside.safetensors"})), "link_outside", "outside",
+        lambda base: change_index(base, lambda names: names.update({"x": "../outside.safetensors"})),
+        "link_outside",
+        "outside",
     ),
     "a link that leads out": (link_outside, "link_outside", "model-00001"),
     "only pickles": (only_pickles, "pickle", "pytorch_model.bin"),
-    "no weights": (lambda base: [file.unlink() for file in base.glob("model*")], "missing_weights", "model.safetensors"),
-    "a quantized base": (lambda base: set_config(base, quantization_config={"quant_method": "gptq"}), "quantized_base", "gptq"),
-}  # fmt: skip
+    "no weights": (
+        lambda base: [file.unlink() for file in base.glob("model*")],
+        "missing_weights",
+        "model.safetensors",
+    ),
+    "a quantized base": (
+        lambda base: set_config(base, quantization_config={"quant_method": "gptq"}),
+        "quantized_base",
+        "gptq",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

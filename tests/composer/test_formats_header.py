@@ -22,7 +22,12 @@ def entry(begin: int, end: int, dtype: str = "F32", shape: list[object] | None =
 
 
 def test_a_file_of_the_real_writer_is_read_back(tmp_path: Path) -> None:
-    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.tensor(1), "empty": torch.empty(0, 4)}
+    tensors = {
+        "a": torch.ones(2, 3),
+        "b": torch.zeros(5, dtype=torch.bfloat16),
+        "c": torch.tensor(1),
+        "empty": torch.empty(0, 4),
+    }
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
     assert header.metadata == {"format": "pt"}
@@ -63,13 +68,19 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a boolean dimension": (file_with({"a": entry(0, 4, shape=[True])}, 4), "malformed"),
     "a fractional dimension": (file_with({"a": entry(0, 4, shape=[1.0])}, 4), "malformed"),
     "a wrong size": (file_with({"a": entry(0, 8, shape=[1])}, 8), "not F32 x"),
-    "an end before the begin": (file_with({"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}, 8), "not F32 x"),
+    "an end before the begin": (
+        file_with({"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}, 8),
+        "not F32 x",
+    ),
     "an overlap": (file_with({"a": entry(0, 8), "b": entry(4, 12)}, 12), "'b' overlaps"),
     "a hole": (file_with({"a": entry(0, 4), "b": entry(8, 12)}, 12), "'b' leaves a hole"),
     "a cut-off file": (file_with({"a": entry(0, 8)}, 4), "end at byte"),
     "a file with more behind": (file_with({"a": entry(0, 8)}, 12), "end at byte"),
     "a newline in a name": (file_with({"a\nb": entry(0, 4)}, 4), "control characters"),
-    "half a character in a name": (file_with(b'{"\\ud800": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4), "control"),
+    "half a character in a name": (
+        file_with(b'{"\\ud800": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4),
+        "control",
+    ),
     "no name": (file_with({"": entry(0, 4)}, 4), "is empty"),
 }
 

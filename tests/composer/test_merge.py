@@ -51,14 +51,18 @@ def merge(base: Path, adapters: Sequence[tuple[Path, float]], out: Path, **optio
 
 
 @pytest.mark.parametrize("case", LLAMA_CASES)
-def test_a_merge_into_llama_equals_pefts_own(case: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_merge_into_llama_equals_pefts_own(
+    case: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
     adapter = make_adapter(base, **LLAMA_CASES[case])
     _assert_equals_peft(base, adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("case", GPT2_CASES)
-def test_a_merge_into_gpt2_equals_pefts_own(case: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_merge_into_gpt2_equals_pefts_own(
+    case: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model("gpt2")
     adapter = make_adapter(base, fan_in_fan_out=True, **GPT2_CASES[case])
     _assert_equals_peft(base, adapter, tmp_path / "merged")
@@ -75,7 +79,9 @@ def _assert_equals_peft(base: Path, adapter: Path, out: Path) -> None:
         assert_close(tensor, expected[name], name)
 
 
-def test_untouched_tensors_and_shards_are_byte_identical(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_untouched_tensors_and_shards_are_byte_identical(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model(dtype=torch.bfloat16, shard="4KB")
     plan = merge(base, [(make_adapter(base, layers_to_transform=[0]), 1.0)], tmp_path / "merged")
     copied = [shard.file for shard in plan.shards if not shard.rewritten]
@@ -86,7 +92,9 @@ def test_untouched_tensors_and_shards_are_byte_identical(tmp_path: Path, make_mo
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(plan.touched)
 
 
-def test_weights_scale_adapters_and_several_add_up(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_weights_scale_adapters_and_several_add_up(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model(shard="1GB")
     one = make_adapter(base, "one", seed=1)
     two = make_adapter(base, "two", seed=2, r=8, use_rslora=True, target_modules=["q_proj", "up_proj"])
@@ -97,7 +105,9 @@ def test_weights_scale_adapters_and_several_add_up(tmp_path: Path, make_model: M
         assert_close(tensor, W + 0.5 * (merged_one[name].double() - W) - 1.5 * (merged_two[name].double() - W), name)
 
 
-def test_a_normalized_sum_divides_by_all_weights(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_normalized_sum_divides_by_all_weights(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
     one, two = make_adapter(base, "one", seed=1), make_adapter(base, "two", seed=2, target_modules=["q_proj"])
     merge(base, [(one, 3.0), (two, 1.0)], tmp_path / "merged", method="linear", settings={"normalize": "true"})
@@ -118,7 +128,9 @@ def test_a_bf16_merge_rounds_once(tmp_path: Path, make_model: MakeModel, make_ad
         assert bool((error <= expected[name].double().abs() * 2**-8 * 1.001 + 1e-7).all())
 
 
-def test_a_cast_rewrites_every_float_tensor_and_says_so_in_the_config(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_cast_rewrites_every_float_tensor_and_says_so_in_the_config(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
     plan = merge(base, [(make_adapter(base), 1.0)], tmp_path / "merged", dtype="bf16")
     before, after = tensors_in(base), tensors_in(tmp_path / "merged")
@@ -128,7 +140,9 @@ def test_a_cast_rewrites_every_float_tensor_and_says_so_in_the_config(tmp_path: 
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
-def test_a_tied_weight_is_refused_unless_told_how(targets: list[str], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_tied_weight_is_refused_unless_told_how(
+    targets: list[str], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model(tied=True)
     with pytest.raises(Mismatch, match="tied=untie") as caught:
         merge(base, [(make_adapter(base, target_modules=targets), 1.0)], tmp_path / "merged")
@@ -138,7 +152,9 @@ def test_a_tied_weight_is_refused_unless_told_how(targets: list[str], tmp_path: 
 
 
 @pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])
-def test_tied_shared_is_pefts_behaviour(targets: list[str], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_tied_shared_is_pefts_behaviour(
+    targets: list[str], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model(tied=True)
     adapter = make_adapter(base, target_modules=targets)
     merge(base, [(adapter, 1.0)], tmp_path / "merged", settings={"tied": "shared"})
@@ -165,7 +181,9 @@ def test_untied_the_merged_model_is_the_adapted_model(
         assert_close(merged(ids).logits, adapted(ids).logits, "logits")
 
 
-def test_a_gpt2_checkpoint_without_the_transformer_prefix_is_found(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_gpt2_checkpoint_without_the_transformer_prefix_is_found(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model("gpt2", shard="1GB")
     adapter = make_adapter(base, target_modules=["c_attn"])
     expected = peft_merged(base, adapter)
@@ -195,23 +213,34 @@ def test_what_is_no_plain_low_rank_sum_is_refused_by_name(
         merge(base, [(make_adapter(base, **settings), 1.0)], tmp_path / "merged")
 
 
-def test_two_different_heads_are_a_conflict_and_equal_ones_are_not(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_two_different_heads_are_a_conflict_and_equal_ones_are_not(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
-    one, two = (make_adapter(base, name, seed=seed, modules_to_save=["lm_head"]) for name, seed in (("one", 1), ("two", 2)))
-    with pytest.raises(Mismatch, match="one and two both save lm_head.weight") as caught:
+    one, two = (
+        make_adapter(base, name, seed=seed, modules_to_save=["lm_head"]) for name, seed in (("one", 1), ("two", 2))
+    )
+    with pytest.raises(Mismatch, match=r"one and two both save lm_head\.weight") as caught:
         merge(base, [(one, 1.0), (two, 1.0)], tmp_path / "merged")
     assert caught.value.code == "replacement_conflict"
     merge(base, [(one, 1.0), (one, 1.0)], tmp_path / "merged")
 
 
-def test_a_saved_head_and_a_delta_on_it_are_a_conflict(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_saved_head_and_a_delta_on_it_are_a_conflict(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
-    whole, pair = make_adapter(base, "whole", modules_to_save=["lm_head"]), make_adapter(base, "pair", target_modules=["lm_head"])
-    with pytest.raises(Mismatch, match="whole replaces lm_head.weight and pair adds to it"):
+    whole, pair = (
+        make_adapter(base, "whole", modules_to_save=["lm_head"]),
+        make_adapter(base, "pair", target_modules=["lm_head"]),
+    )
+    with pytest.raises(Mismatch, match=r"whole replaces lm_head\.weight and pair adds to it"):
         merge(base, [(whole, 1.0), (pair, 1.0)], tmp_path / "merged")
 
 
-def test_an_embedding_adapter_of_another_base_is_refused(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_an_embedding_adapter_of_another_base_is_refused(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
     adapter = make_adapter(base, target_modules=["embed_tokens"])
     other = make_model(name="other")
@@ -225,7 +254,9 @@ def test_an_embedding_adapter_of_another_base_is_refused(tmp_path: Path, make_mo
         merge(other, [(adapter, 1.0)], tmp_path / "merged")
 
 
-def test_a_value_too_large_for_fp16_names_the_tensor(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_value_too_large_for_fp16_names_the_tensor(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
     with pytest.raises(RefusedOutput, match="self_attn") as caught:
         merge(base, [(make_adapter(base, size=0.3), 1e7)], tmp_path / "merged", dtype="fp16")

@@ -11,13 +11,14 @@ MakeModel = Callable[..., Path]
 MakeAdapter = Callable[..., Path]
 
 
-def build_config(kind: str, tied: bool) -> LlamaConfig | GPT2Config:
+def build_config(kind: str, tied: bool, vocabulary: int = 64) -> LlamaConfig | GPT2Config:
     if kind == "gpt2":
-        return GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied)
+        return GPT2Config(
+            vocab_size=vocabulary, n_positions=32, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied
+        )
     return LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=tied, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=32, )  # fmt: skip
 
 
 def load_model(path: Path) -> PreTrainedModel:

@@ -14,11 +14,17 @@ from composer.formats.checkpoint import open_checkpoint
 from composer.formats.header import DTYPE_BITS, Header, TensorSpec, encode_header, parse_header
 from composer.hashing import hash_checkpoint
 
-names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
-specs = st.builds(TensorSpec, st.sampled_from(["F32", "BF16", "I64", "U8"]), st.lists(st.integers(0, 5), max_size=3).map(tuple))
+names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(
+    lambda name: name != "__metadata__"
+)
+specs = st.builds(
+    TensorSpec, st.sampled_from(["F32", "BF16", "I64", "U8"]), st.lists(st.integers(0, 5), max_size=3).map(tuple)
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(list(DTYPE_BITS)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner)
+    ),
     max_leaves=12,
 )
 
@@ -26,8 +32,7 @@ json_values = st.recursive(
 def parsed_or_refused(content: bytes) -> Header | None:
     try:
         return parse_header(content, len(content))
-    except InvalidFile as error:
-        assert error.message
+    except InvalidFile:
         return None
 
 

@@ -1,0 +1,204 @@
+"""What a merge leaves on the disk: all of it, or nothing; and that verification sees what went wrong on the way."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from composer import chunks, shards
+from composer.errors import InvalidFile, RefusedOutput
+from composer.formats.checkpoint import Checkpoint, open_checkpoint
+from composer.hashing import hash_checkpoint, hash_file
+from composer.merge import MergePlan, plan_merge, run_merge
+from composer.output import copy_side_files, writing_aside
+from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+
+
+@pytest.fixture
+def plan(make_model: MakeModel, make_adapter: MakeAdapter) -> MergePlan:
+    base = make_model(dtype=torch.bfloat16, shard="6KB")
+    return plan_merge(open_checkpoint(base), [(make_adapter(base), 1.0)])
+
+
+def opened(path: Path) -> Checkpoint:
+    return open_checkpoint(path)
+
+
+def test_a_merged_directory_is_a_checkpoint_with_all_that_the_base_had(plan: MergePlan, tmp_path: Path) -> None:
+    base = plan.checkpoint.path
+    (base / "tokenizer.json").write_text("{}")
+    (base / "LICENSE").write_text("as you like")
+    for weights in ("pytorch_model.bin", "model.gguf", "pytorch_model.bin.index.json", ".hidden"):
+        (base / weights).write_text("not for the copy")
+    report = run_merge(plan, tmp_path / "merged", device="cpu", note={"recipe": {"name": "both"}})
+    files = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert files == {
+        *plan.checkpoint.shards,
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "LICENSE",
+        "model.safetensors.index.json",
+        "adaptory.json",
+    }
+    assert AutoConfig.from_pretrained(tmp_path / "merged").model_type == "llama"
+    assert opened(tmp_path / "merged").architecture == plan.checkpoint.architecture
+    note = json.loads((tmp_path / "merged/adaptory.json").read_text())
+    assert note["note"] == {"recipe": {"name": "both"}}
+    assert note["adapters"] == [
+        {"name": "adapter", "weight": 1.0, "digest": hash_file(tmp_path / "adapter/adapter_model.safetensors")}
+    ]
+    assert note["base"]["architecture_digest"] == hash_checkpoint(plan.checkpoint).architecture_digest
+    assert report.copied_bytes + report.rewritten_bytes == plan.size_bytes
+    assert report.touched_tensors == len(plan.touched) == 6
+
+
+def test_the_same_merge_twice_gives_the_same_bytes(plan: MergePlan, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run_merge(plan, tmp_path / name, device="cpu")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_a_plan_names_copied_and_rewritten_shards_and_survives_json(plan: MergePlan) -> None:
+    shown = json.loads(json.dumps(plan.to_json()))
+    assert sorted(shown["copied_shards"] + shown["rewritten_shards"]) == list(plan.checkpoint.shards)
+    assert shown["copied_shards"]
+    assert len(shown["touched_tensors"]) == 6
+
+
+def test_progress_counts_every_byte_once(plan: MergePlan, tmp_path: Path) -> None:
+    done: list[int] = []
+    run_merge(plan, tmp_path / "merged", device="cpu", progress=done.append)
+    assert sum(done) == plan.size_bytes
+
+
+def test_tensors_larger_than_a_chunk_are_merged_the_same(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_merge(plan, tmp_path / "whole", device="cpu")
+    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(shards, "_COPY_BYTES", 100)
+    run_merge(plan, tmp_path / "pieces", device="cpu")
+    whole = tensors_in(tmp_path / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors_in(tmp_path / "pieces").items())
+
+
+def nothing_is_left(tmp_path: Path) -> bool:
+    return not [path for path in tmp_path.iterdir() if path.name.startswith("merged")]
+
+
+def test_an_existing_output_and_a_missing_parent_are_refused(plan: MergePlan, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RefusedOutput, match="exists"):
+        run_merge(plan, tmp_path / "there", device="cpu")
+    with pytest.raises(RefusedOutput, match="Create it first"):
+        run_merge(plan, tmp_path / "not/there", device="cpu")
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_an_interrupted_merge_leaves_nothing(plan: MergePlan, tmp_path: Path) -> None:
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(plan, tmp_path / "merged", device="cpu", progress=interrupt)
+    assert nothing_is_left(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)  # noqa: S603, S607
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)  # noqa: S603, S607
+
+
+def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(small_disk: Path) -> None:
+    with pytest.raises(RefusedOutput, match="disk is full") as caught, writing_aside(small_disk / "merged", 2 << 20):
+        pytest.fail("nothing should have been started")
+    assert caught.value.code == "disk_full"
+
+
+def test_a_disk_that_fills_up_during_a_merge_is_one_clear_error_and_leaves_nothing(
+    plan: MergePlan, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("composer.merge._SPARE_BYTES", 0)
+
+    def fill(count: int) -> None:
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
+        with (small_disk / "another tenant").open("ab") as file:
+            file.write(bytes(max(0, free - 4096)))
+
+    with pytest.raises(RefusedOutput, match="disk is full") as caught:
+        run_merge(plan, small_disk / "merged", device="cpu", progress=fill)
+    assert caught.value.code == "disk_full"
+    assert [path.name for path in small_disk.iterdir()] == ["another tenant"]
+
+
+@pytest.mark.parametrize("kind", ["copied", "rewritten"])
+def test_a_bit_that_flips_on_the_way_is_noticed(
+    kind: str, plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = next(
+        t for shard in plan.shards if shard.rewritten for t in shard.tensors if t.copied is (kind == "copied")
+    )
+    shard = next(shard for shard in plan.shards if tensor in shard.tensors)
+    checks = shards._submit_checks  # pyright: ignore[reportPrivateUsage]
+
+    def flip_first(checked: shards.ShardPlan, *rest: object) -> object:
+        if checked is shard:
+            directory = next(tmp_path.glob("merged.partial-*"))
+            with (directory / shard.file).open("r+b") as file:
+                file.seek(tensor.target.begin + 1)
+                byte = file.read(1)[0]
+                file.seek(tensor.target.begin + 1)
+                file.write(bytes([byte ^ 0b0100_0000]))
+        return checks(checked, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(shards, "_submit_checks", flip_first)
+    with pytest.raises(RefusedOutput) as caught:
+        run_merge(plan, tmp_path / "merged", device="cpu")
+    assert caught.value.code == "verification"
+    assert nothing_is_left(tmp_path)
+
+
+def test_a_base_shard_cut_off_after_planning_is_named(plan: MergePlan, tmp_path: Path) -> None:
+    shard = next(shard for shard in plan.shards if not shard.rewritten)
+    with (plan.checkpoint.path / shard.file).open("r+b") as file:
+        file.truncate(shard.size_bytes - 16)
+    with pytest.raises(InvalidFile, match="became shorter"):
+        run_merge(plan, tmp_path / "merged", device="cpu")
+    assert nothing_is_left(tmp_path)
+
+
+def test_a_file_system_without_kernel_copies_is_copied_plainly(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_here(*arguments: object) -> int:
+        raise OSError(18, os.strerror(18))
+
+    run_merge(plan, tmp_path / "kernel", device="cpu")
+    monkeypatch.setattr(os, "copy_file_range", not_here)
+    run_merge(plan, tmp_path / "plain", device="cpu")
+    for file in plan.checkpoint.shards:
+        assert (tmp_path / "kernel" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_no_link_is_followed_out_of_the_base(tmp_path: Path) -> None:
+    base, target = tmp_path / "base", tmp_path / "target"
+    base.mkdir()
+    target.mkdir()
+    (tmp_path / "secret").write_text("not yours")
+    (base / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(InvalidFile, match="leads out of base"):
+        copy_side_files(base, target)

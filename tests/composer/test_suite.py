@@ -1,0 +1,112 @@
+"""Suites: what a file may say, what its digest depends on, and where an error is."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from composer.errors import InvalidFile
+from composer.suite import MAX_FILE_BYTES, Example, Suite, parse_suite
+
+HEAD = "name: sql-exact\nkind: target\ndescription: one line\nchat: true\n"
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+SUITES = st.builds(
+    Suite,
+    name=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,10}", fullmatch=True),
+    kind=st.sampled_from(["target", "guard"]),
+    description=TEXT,
+    chat=st.booleans(),
+    examples=st.lists(st.builds(Example, prompt=TEXT, completion=TEXT), min_size=1, max_size=6).map(tuple),
+)
+
+
+def write(directory: Path, text: str, lines: str = '{"prompt": "p", "completion": "c"}\n') -> Path:
+    (directory / "sql-exact.jsonl").write_text(lines, encoding="utf-8")
+    path = directory / "sql-exact.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_examples_come_from_the_file_beside_or_from_the_list_itself_with_one_digest(tmp_path: Path) -> None:
+    beside = parse_suite(write(tmp_path, HEAD + "examples: sql-exact.jsonl\n"))
+    inline = parse_suite(write(tmp_path, "examples: [{completion: c, prompt: p}]\n\n# reordered\n" + HEAD))
+    assert beside == inline == Suite("sql-exact", "target", "one line", True, (Example("p", "c"),))
+    assert beside.digest == inline.digest
+
+
+@given(SUITES)
+def test_a_suite_survives_json_and_any_formatting_of_it(suite: Suite) -> None:
+    document = json.loads(json.dumps(suite.to_json(), indent=3, sort_keys=True))
+    assert Suite.from_json(document) == suite
+    assert Suite.from_json(document).digest == suite.digest
+
+
+@given(SUITES, SUITES)
+def test_the_digest_is_the_same_exactly_when_the_content_is(one: Suite, other: Suite) -> None:
+    assert (one.digest == other.digest) == (one == other)
+
+
+@given(SUITES, st.integers(1, 8))
+def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> None:
+    sample = suite.sample(count)
+    assert len(sample) == min(count, len(suite.examples))
+    larger = list(suite.sample(count + 1))
+    for example in sample:
+        larger.remove(example)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "problem"),
+    [
+        (HEAD, "", "field examples is missing"),
+        (HEAD + "examples: sql-exact.jsonl\nsuite: x\n", "", "unknown field suite"),
+        (HEAD + "examples: [\n", "", r"sql-exact\.yaml:6: not valid YAML"),
+        ("- a list\n", "", "a suite is a mapping"),
+        (HEAD.replace("sql-exact", "SQL exact") + "examples: sql-exact.jsonl\n", "{}", "name must be lower-case"),
+        (HEAD.replace("target", "other") + "examples: sql-exact.jsonl\n", "{}", "kind must be target or guard"),
+        (HEAD.replace("true", "maybe") + "examples: sql-exact.jsonl\n", "{}", "chat must be true or false"),
+        (HEAD + "examples: []\n", "", "examples must be 1 to"),
+        (HEAD + "examples: 3\n", "", "examples must be a list"),
+        (HEAD + "examples: ../sql-exact.jsonl\n", "", "outside the suite's directory"),
+        (HEAD + "examples: other.jsonl\n", "", r"other\.jsonl: No such file"),
+        (
+            HEAD + "examples: sql-exact.jsonl\n",
+            '{"prompt": "p", "completion": "c"}\n\n{"prompt"\n',
+            r"jsonl:3: not valid",
+        ),
+        (HEAD + "examples: sql-exact.jsonl\n", '\n{"prompt": "p"}\n', r"jsonl:2: an example has .*; found prompt"),
+        (
+            HEAD + "examples: sql-exact.jsonl\n",
+            '{"prompt": "p", "completion": ""}',
+            r"jsonl:1: completion must be text",
+        ),
+        (HEAD + "examples: sql-exact.jsonl\n", '{"prompt": "\\ud800", "completion": "c"}', r"jsonl:1: prompt must be"),
+        (HEAD + "examples: sql-exact.jsonl\n", "[" * 100_000, r"jsonl:1: not valid JSON"),
+        (HEAD + "examples: sql-exact.jsonl\n", "9" * 5000, r"jsonl:1: not valid JSON: Exceeds the limit"),
+        (HEAD + "examples: " + "[" * 5000, "", r"not valid YAML"),
+        (HEAD.replace("one line", "2024-13-41") + "examples: []\n", "", r"not valid YAML: month must be"),
+        (HEAD + "examples: [{prompt: p, completion: 3}]\n", "", "example 1: completion must be text"),
+    ],
+)
+def test_an_error_names_the_file_the_line_and_the_problem(tmp_path: Path, text: str, lines: str, problem: str) -> None:
+    with pytest.raises(InvalidFile, match=problem) as caught:
+        parse_suite(write(tmp_path, text, lines))
+    assert "sql-exact" in caught.value.subject or "other.jsonl" in caught.value.subject
+
+
+def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + "examples: sql-exact.jsonl\n", '{"prompt": "a\u2028b", "completion": "c"}\n')
+    assert parse_suite(path).examples[0].prompt == "a\u2028b"
+
+
+def test_a_file_that_is_too_large_or_not_text_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + "examples: sql-exact.jsonl\n")
+    (tmp_path / "sql-exact.jsonl").write_bytes(b'{"prompt": "p", "completion": "c"}\n\xff\xfe\n')
+    with pytest.raises(InvalidFile, match=r"jsonl:2: not UTF-8"):
+        parse_suite(path)
+    with path.open("ab") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(InvalidFile, match=r"sql-exact\.yaml: larger than 64 MiB"):
+        parse_suite(path)
