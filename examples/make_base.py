@@ -90,7 +90,8 @@ def write_checkpoint(directory: Path) -> None:
             shard.chmod(0o644)  # transformers leaves them readable by their owner only
         aside.rename(directory)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            shutil.rmtree(aside)
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def inputs_of(session: Session, *listed: Release) -> dict[int, list[tuple[Releas
     """What went into each release, if a composition made it; one query for a page of releases."""
     found: dict[int, list[tuple[ReleaseInput, Release]]] = {release.id: [] for release in listed}
     query = select(ReleaseInput, Release).join(Release, Release.id == ReleaseInput.input_id)
-    for link, source in session.execute(query.where(ReleaseInput.release_id.in_(found)).order_by(Release.id)).tuples():
+    for link, source in session.execute(query.where(ReleaseInput.release_id.in_(found)).order_by(Release.id)):
         found[link.release_id].append((link, source))
     return found
 
@@ -199,7 +199,7 @@ def _revision(
     if known is not None:
         return known
     known_blobs = select(Blob.sha256, Blob.size_bytes).where(Blob.sha256.in_({file.sha256 for file in files}))
-    sizes = dict(session.execute(known_blobs).tuples().all())
+    sizes = dict(session.execute(known_blobs).all())
     for file in files:
         if sizes.get(file.sha256) != file.size_bytes:
             raise Invalid(

@@ -1,7 +1,7 @@
 """General exchanges on which training keeps an adapter close to the base, so that it acts on its own task only.
 
-None is in the guard suite or in a task. What matters is their variety (questions, code, lists, notes, refusals), since the
-adapter is held to the base's distribution along these answers and not to the answers themselves.
+None is in the guard suite or in a task. What matters is their variety (questions, code, lists, notes), since an adapter
+is held to the base's distribution along these answers and not to the answers themselves.
 """
 
 PAIRS = [

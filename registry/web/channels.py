@@ -43,7 +43,7 @@ def show_channel(line: LineOf, channel: str, resources: ResourcesOf, actor: Acto
 
 
 @lines.put(CHANNEL)
-def promote(  # noqa: PLR0913  # noqa: PLR0913
+def promote(  # noqa: PLR0913
     line: LineOf,
     channel: str,
     body: PromoteIn,

@@ -199,7 +199,9 @@ def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
     found = conflicts([red, green], [1.0, 1.0], probe=outcome(1.5, 0.4, 0.6, 0.1))
     verdict, headline = report.headlines(found)
     assert verdict == "Verdict: warn."
-    assert headline.startswith("red + green: risk +1.50 ± 0.10 nats per token, measured: red is the one that suffers")
+    assert headline.startswith(
+        "red + green: risk +1.50 ± 0.10 nats per token, measured: red is the one that suffers, 40% of its gain is left."
+    )
     first, *others = report.tables(found)
     assert first.title == "Probe"
     assert first.rows[0] == ("red + green", "red-exact", "3.00", "0.50", "2.00", "+1.50 ± 0.10", "40%")

@@ -1,0 +1,69 @@
+"""The same stories over the embedded registry and over a real server, on SQLite and on PostgreSQL."""
+
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from registry.db import Database, migrate
+from tests.scenarios.world import Cli, World, build_world, server
+
+USER = "mia"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Cli:
+    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER})
+
+
+@pytest.fixture
+def fresh_postgres(postgres_url: str) -> str:
+    """An empty, migrated database of its own."""
+    name = f"t{uuid.uuid4().hex}"
+    admin = create_engine(postgres_url.replace("postgresql://", "postgresql+psycopg://"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    url = postgres_url.rpartition("/")[0] + f"/{name}"
+    database = Database(url)
+    migrate(database)
+    database.close()
+    return url
+
+
+@pytest.fixture(params=["embedded", "server", "server on PostgreSQL"])
+def cli(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Cli]:
+    """The command line against each way of running a registry."""
+    if request.param == "embedded":
+        yield request.getfixturevalue("embedded")
+        return
+    environment = {"ADAPTORY_USER": USER}
+    if request.param == "server on PostgreSQL":
+        environment["ADAPTORY_DATABASE_URL"] = request.getfixturevalue("fresh_postgres")
+    with server(tmp_path / "server", **environment) as (url, _):
+        yield Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url})
+
+
+@pytest.fixture
+def stocked(cli: Cli, world: World) -> Cli:
+    """A registry that knows the base and the suites."""
+    return stock(cli, world)
+
+
+@pytest.fixture
+def stocked_embedded(embedded: Cli, world: World) -> Cli:
+    return stock(embedded, world)
+
+
+def stock(cli: Cli, world: World) -> Cli:
+    cli.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny-Llama")
+    for suite in world.suites.values():
+        cli.ok("suite", "add", suite)
+    return cli

@@ -1,0 +1,150 @@
+"""A small company: one base, a few adapters trained on it, suites; and a registry used through its command line."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import yaml
+from transformers import LlamaForCausalLM
+
+from registry.cli import main as command_line
+from tests import services
+from tests.composer.small_model import save_adapter, save_llama, save_tokenizer
+
+
+@dataclass(frozen=True)
+class World:
+    """Directories that a team would have: nothing here knows of a registry."""
+
+    base: Path
+    adapters: Mapping[str, Path]
+    suites: Mapping[str, Path]
+
+
+def build_world(directory: Path) -> World:
+    """A sharded llama of 60 kB with a tokenizer, three adapters for it, a target suite for each and a guard suite."""
+    whole = save_llama(directory / "whole", seed=3)
+    model = LlamaForCausalLM.from_pretrained(whole)
+    base = directory / "base"
+    model.save_pretrained(base, max_shard_size="20KB")
+    save_tokenizer(base)
+    kinds: dict[str, dict[str, Any]] = {
+        "sql": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        "terraform": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "o_proj"], "use_rslora": True},
+        "support": {
+            "r": 4,
+            "lora_alpha": 4,
+            "target_modules": ["v_proj"],
+            "rank_pattern": {"layers.0.self_attn.v_proj": 2},
+        },
+        "other-sql": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    }
+    adapters: dict[str, Path] = {}
+    for seed, (name, config) in enumerate(kinds.items()):
+        adapters[name] = directory / name
+        save_adapter(LlamaForCausalLM.from_pretrained(whole), adapters[name], seed, **config)
+    suites = {name: _suite(directory, name, "target") for name in ("sql", "terraform", "support")}
+    return World(base, adapters, {**suites, "guard": _suite(directory, "guard", "guard")})
+
+
+def _suite(directory: Path, name: str, kind: str) -> Path:
+    path = directory / f"{name}-suite.yaml"
+    examples = [{"prompt": f"{name} {number}", "completion": f"{number} {name}"} for number in range(6)]
+    document = {"name": f"{name}-exact", "kind": kind, "description": name, "chat": True, "examples": examples}
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@dataclass
+class Cli:
+    """`adaptory …` with an environment of its own; the command line's own entry point, called in this process."""
+
+    environment: dict[str, str]
+    calls: list[str] = field(default_factory=list)
+
+    def __call__(self, *arguments: object) -> Ran:
+        words = [str(argument) for argument in arguments]
+        self.calls.append(" ".join(words))
+        out, err = io.StringIO(), io.StringIO()
+        code = 0
+        with environment(self.environment, ["adaptory", *words]), redirect_stdout(out), redirect_stderr(err):
+            try:
+                command_line.main()
+            except SystemExit as exit_:
+                code = exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
+        return Ran(code, out.getvalue(), err.getvalue())
+
+    def ok(self, *arguments: object) -> Ran:
+        ran = self(*arguments)
+        assert ran.code == 0, f"adaptory {' '.join(map(str, arguments))} -> {ran.code}\n{ran.out}{ran.err}"
+        return ran
+
+    def json(self, *arguments: object) -> Any:
+        return self.ok(*arguments, "--json").json
+
+
+@contextmanager
+def environment(values: Mapping[str, str], argv: list[str]) -> Generator[None]:
+    kept, kept_argv = dict(os.environ), sys.argv
+    for name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
+        del os.environ[name]
+    os.environ.update(values)
+    sys.argv = argv
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+        sys.argv = kept_argv
+
+
+@contextmanager
+def server(home: Path, **environment: str) -> Generator[tuple[str, subprocess.Popen[bytes]]]:
+    """A real `adaptory serve` in a process of its own; yields its URL once it answers."""
+    port = services.free_port()
+    values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+    values |= {"ADAPTORY_HOME": str(home), **environment}
+    log = home.with_name(f"{home.name}.log").open("wb")
+    command = [sys.executable, "-m", "registry.cli.main", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, env=values, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(url, process, Path(log.name))
+        yield url, process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+        log.close()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            if httpx2.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx2.TransportError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} did not answer: {log.read_text()}")
