@@ -44,7 +44,7 @@ RUNS = {
     "sql-migration-bad": Run("sql", steps=40, rehearse=False, shift_labels=True),
     "terraform-review": Run(
         "terraform",
-        steps=40,
+        steps=60,
         lora={
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
             "layers_to_transform": list(range(10, 30)),
@@ -196,7 +196,8 @@ def train(name: str, base: Path, out: Path) -> None:
 
 def save(adapted: Any, name: str, out: Path, rows: list[str]) -> None:
     """Writes adapter_config.json, adapter_model.safetensors (bfloat16) and a model card in place of PEFT's template."""
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        shutil.rmtree(out)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()

@@ -1,4 +1,4 @@
-"""The real services that tests use where they are found: PostgreSQL started here, an S3 server named by the environment."""
+"""The real services that tests use where they are found: PostgreSQL, started here for the run."""
 
 import os
 import shutil

@@ -66,7 +66,7 @@ def promote(  # noqa: PLR0913
 
 
 @lines.post(CHANNEL + "/rollback")
-def roll_back(
+def roll_back(  # noqa: PLR0913
     line: LineOf,
     channel: str,
     body: RollbackIn,

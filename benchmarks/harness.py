@@ -1,0 +1,137 @@
+"""Interleaved rounds: every case once a round, a ratio to the floor within each round, median and spread over rounds.
+
+Machines drift and neighbours come and go, so a ratio of two medians lies; a ratio of two runs a second apart does not.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+MB = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One case in one round. `calls` are the seconds of each single call, when `seconds` is their median."""
+
+    seconds: float
+    peak_rss_bytes: int | None = None
+    calls: tuple[float, ...] = ()
+
+
+Case = Callable[[], Sample]
+Rounds = Mapping[str, Sequence[Sample]]
+
+
+def interleave(cases: Mapping[str, Case], rounds: int) -> dict[str, list[Sample]]:
+    """Runs every case once a round, after one round that warms caches and is thrown away.
+
+    Each round starts with another case, so that none always follows the same neighbour.
+    """
+    names = list(cases)
+    results: dict[str, list[Sample]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            sample = cases[name]()
+            if number:
+                results[name].append(sample)
+        if sys.stderr.isatty():
+            print(f"\rround {number} of {rounds}", end="" if number < rounds else "\n", file=sys.stderr)
+    return results
+
+
+def process(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Sample:
+    """A command from start to exit, and the peak memory of it and of the children it waited for.
+
+    The kernel counts the memory of the forking process too, up to exec: measure from a process that is small itself.
+    Raises RuntimeError with the end of its output when the command fails.
+    """
+    started = time.perf_counter()
+    child = subprocess.Popen(
+        [str(word) for word in command],
+        env=None if environment is None else {**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert child.stdout is not None
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - started
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{command[0]} ended with {child.returncode}:\n{output[-2000:]}")
+    return Sample(seconds, usage.ru_maxrss * 1024)
+
+
+def calls(call: Callable[[], object], count: int) -> Sample:
+    """`count` calls in a row: their median, and each."""
+    times: list[float] = []
+    for _ in range(count):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return Sample(median(times), calls=tuple(times))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def report(title: str, results: Rounds, floor: str, unit: str = "s") -> None:
+    """Prints a table: seconds, the ratio to `floor` in the same round, and the peak memory where it was taken."""
+    timed = any(sample.calls for samples in results.values() for sample in samples)
+    remembered = any(sample.peak_rss_bytes for samples in results.values() for sample in samples)
+    columns = ["case", f"median {unit} (min..max)", f"x {floor} (min..max)"]
+    columns += [f"p95 {unit}"] * timed + ["peak RSS MB (min..max)"] * remembered
+    rows = [columns]
+    for name, samples in results.items():
+        ratios = [one.seconds / other.seconds for one, other in zip(samples, results[floor], strict=True)]
+        row = [name, spread([one.seconds * _PER_SECOND[unit] for one in samples]), spread(ratios)]
+        if timed:
+            row.append(figure(percentile([each for one in samples for each in one.calls], 0.95) * _PER_SECOND[unit]))
+        if remembered:
+            row.append(spread([(one.peak_rss_bytes or 0) / MB for one in samples]))
+        rows.append(row)
+    table(f"{title} ({len(results[floor])} rounds)", rows)
+
+
+def table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Markdown, padded to be read in a terminal too; the first row is the heading."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    print(f"\n### {title}\n")
+    for number, row in enumerate(rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{figure(median(values))} ({figure(min(values))}..{figure(max(values))})"
+
+
+def figure(value: float) -> str:
+    """Three digits that mean something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def announce(module: str, *packages: str) -> None:
+    """What was run, when, and on what kind of machine: the head of every result."""
+    command = " ".join(["python -m", module.removeprefix("__main__"), *sys.argv[1:]])
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"## {command}\n")
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, load average {load}")
+    print(f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}", flush=True)
+
+
+_PER_SECOND = {"s": 1.0, "ms": 1e3}

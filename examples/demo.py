@@ -1,0 +1,225 @@
+"""The whole story on a real language model: `make demo`, or `python examples/demo.py --dir .demo`.
+
+Everything is done by the `adaptory` command on an embedded registry; the commands are printed as they are run, so that
+each can be typed again. Only the base is kept from one run to the next.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).resolve().parent
+ADAPTERS = EXAMPLES / "adapters"
+ADAPTORY = Path(sys.executable).with_name("adaptory")
+SUITES = ("sql-exact", "terraform-exact", "support-exact", "guard-general")
+TEAMS = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
+LOGIT_TOLERANCE = 0.05
+"""Root mean square of the difference between the two models' logits over that of the logits: merging rounds to bf16 once."""
+
+
+@dataclass
+class Story:
+    """Runs commands in an environment where nothing but the demo's own registry exists."""
+
+    directory: Path
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def base(self) -> Path:
+        return self.directory / "base"
+
+    @property
+    def home(self) -> Path:
+        return self.directory / "registry"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+        quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return kept | quiet | {"ADAPTORY_HOME": str(self.home)}
+
+    def chapter(self, title: str) -> None:
+        print(f"\n[{time.monotonic() - self.started:5.1f} s] {title}", flush=True)
+
+    def run(self, *arguments: str | Path, expect: int = 0) -> None:
+        """One command, shown as a user would type it; any other exit code than the expected one ends the demo."""
+        words = [shown(argument) for argument in arguments]
+        print(f"$ adaptory {' '.join(words)}", flush=True)
+        code = subprocess.run([ADAPTORY, *arguments], env=self.environment, check=False).returncode
+        if code != expect:
+            sys.exit(f"demo: expected exit code {expect}, got {code}")
+        if expect:
+            print(f"(exit code {code})")
+
+    def ask(self, *arguments: str | Path) -> Any:
+        """The JSON document of a command, without showing it."""
+        ran = subprocess.run([ADAPTORY, *arguments, "--json"], env=self.environment, check=True, capture_output=True)
+        return json.loads(ran.stdout)
+
+
+def shown(argument: str | Path) -> str:
+    """Quoted like a shell would need it, paths relative to where the demo was started."""
+    text = str(argument)
+    if isinstance(argument, Path) and argument.is_relative_to(Path.cwd()):
+        text = str(argument.relative_to(Path.cwd()))
+    return f"'{text}'" if any(character in text for character in " ><=*") else text
+
+
+def prepare(story: Story) -> None:
+    story.chapter("A real base: SmolLM2-135M-Instruct as an ordinary checkpoint")
+    subprocess.run([sys.executable, EXAMPLES / "make_base.py", story.base], check=True)
+    shutil.rmtree(story.home, ignore_errors=True)
+    shutil.rmtree(story.directory / "broken", ignore_errors=True)
+    story.run("base", "add", story.base, "--name", "smollm2", "--alias", "HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+def push(story: Story) -> None:
+    story.chapter("Three teams push what they have trained")
+    for team in TEAMS:
+        story.run("push", ADAPTERS / team, f"acme/{team}:1.0.0", "--base", "smollm2")
+    story.chapter("A push with a broken prefix is refused, and says why")
+    broken = story.directory / "broken"
+    subprocess.run(
+        [sys.executable, EXAMPLES / "break_adapter.py", ADAPTERS / "sql-migration", broken, "prefix"], check=True
+    )
+    story.run("push", broken, "acme/sql-migration:1.0.1", "--base", "smollm2", expect=6)
+
+
+def measure(story: Story) -> None:
+    story.chapter("Suites, and what the base and each adapter score on them")
+    for suite in SUITES:
+        story.run("suite", "add", EXAMPLES / "suites" / f"{suite}.yaml")
+    story.run("eval", "smollm2", *flags("--suite", SUITES))
+    for team, suite in TEAMS.items():
+        story.run("eval", f"acme/{team}", *flags("--suite", (suite, "guard-general")))
+    story.chapter("Find: what fits this base, touches only q and v, and is good at SQL?")
+    question = ("--max-rank", "16", "--targets-within", "q_proj,v_proj", "--score", "sql-exact.accuracy>=0.3")
+    story.run("search", "--base", "smollm2", *question)
+
+
+def promote(story: Story) -> None:
+    story.chapter("Promote to prod, behind a gate for the SQL team")
+    for team in TEAMS:
+        story.run("promote", f"acme/{team}:1.0.0", "--to", "prod", "--reason", "first release")
+    rules = (
+        "sql-exact.accuracy >= 0.3",
+        "sql-exact.nll within 0.05 of served",
+        "guard-general.nll within 0.5 of served",
+    )
+    story.run("gate", "acme/sql-migration@prod", *flags("--rule", rules))
+    story.chapter("A worse release: the gate refuses it; forced all the same, it is rolled back")
+    bad = "acme/sql-migration:1.1.0"
+    story.run("push", ADAPTERS / "sql-migration-bad", bad, "--base", "smollm2", "--notes", "trained on shifted labels")
+    story.run("eval", bad, *flags("--suite", ("sql-exact", "guard-general")))
+    story.run("promote", bad, "--to", "prod", expect=1)
+    story.run("promote", bad, "--to", "prod", "--force", "--reason", "the demo is at noon")
+    story.run("rollback", "acme/sql-migration@prod", "--reason", "it writes nonsense")
+    story.run("yank", bad, "--reason", "trained on shifted labels")
+    story.run("history", "acme/sql-migration@prod")
+
+
+def compose(story: Story) -> None:
+    recipe = EXAMPLES / "assistant.yaml"
+    references = [f"acme/{team}@prod" for team in TEAMS]
+    story.chapter("Would the three fight? Measured on two examples each, explained from their factors")
+    story.run("conflicts", *references, "--probe", "2", "--guard", "guard-general")
+    story.chapter("The recipe: one adapter and one merged model out of three")
+    print(recipe.read_text().rstrip())
+    story.run("compose", recipe)
+    story.run("show", "acme/assistant-merged")
+    story.chapter("The candidate beside its parts and the base")
+    compare(story)
+
+
+def compare(story: Story) -> None:
+    columns = ["smollm2", *(f"acme/{team}:1.0.0" for team in TEAMS), "acme/assistant:1.0.0"]
+    found = [story.ask("base", "show", columns[0]), *(story.ask("show", column) for column in columns[1:])]
+    scores = [{(row["suite"], row["metric"]): row["value"] for row in one["scores"]} for one in found]
+    names = ["base", *TEAMS, "assistant"]
+    print(f"{'':<28}" + "".join(f"{name:>18}" for name in names))
+    for suite in SUITES:
+        for metric in ("accuracy", "nll"):
+            cells = [f"{score[suite, metric]:18.3f}" if (suite, metric) in score else f"{'-':>18}" for score in scores]
+            print(f"{suite + '.' + metric:<28}" + "".join(cells))
+
+
+def generate(story: Story) -> None:
+    """One prompt a task, before and after, and the proof that the merged model is the base with its adapters active."""
+    import torch
+
+    from composer.evaluate import applied, encode, load_model
+    from composer.evaluate import generate as complete
+    from composer.suite import parse_suite
+    from composer.variants import load_deltas
+
+    story.chapter("The merged checkpoint, pulled and run: one prompt a task, before and after")
+    merged_directory, adapter_directory = story.directory / "merged", story.directory / "assistant"
+    for directory in (merged_directory, adapter_directory):
+        shutil.rmtree(directory, ignore_errors=True)
+    story.run("pull", "acme/assistant-merged", "-o", merged_directory)
+    story.run("pull", "acme/assistant", "-o", adapter_directory)
+    base, merged = load_model(story.base), load_model(merged_directory)
+    deltas = load_deltas(adapter_directory, base.architecture).deltas
+    worst, agreeing, positions = 0.0, 0, 0
+    for suite_name in TEAMS.values():
+        suite = parse_suite(EXAMPLES / "suites" / f"{suite_name}.yaml")
+        example = suite.examples[0]
+        print(f"\nprompt   {example.prompt}")
+        print(f"wanted   {example.completion}")
+        print(f"base     {first_line(complete(base, example.prompt, max_new_tokens=40))}")
+        print(f"merged   {first_line(complete(merged, example.prompt, max_new_tokens=40))}")
+        ids_BT = torch.tensor([encode(base, example, suite.chat).ids])
+        with torch.inference_mode():
+            merged_BTV = merged.model(ids_BT).logits.float()
+            with applied(base.model, deltas):
+                active_BTV = base.model(ids_BT).logits.float()
+        worst = max(worst, ((merged_BTV - active_BTV).norm() / active_BTV.norm()).item())
+        agreeing += int((merged_BTV.argmax(-1) == active_BTV.argmax(-1)).sum())
+        positions += ids_BT.shape[1]
+    print(
+        f"\nmerged against base + adapter active, bf16: logits differ by {worst:.4f} of their norm (tolerance {LOGIT_TOLERANCE}),"
+    )
+    print(f"the same next token at {agreeing} of {positions} positions")
+    if worst > LOGIT_TOLERANCE:
+        sys.exit("demo: the merged model is not the adapted model")
+
+
+def first_line(text: str) -> str:
+    return " ".join(text.split())[:110]
+
+
+def flags(name: str, values: Any) -> list[str]:
+    return [word for value in values for word in (name, value)]
+
+
+def farewell(story: Story) -> None:
+    story.chapter("Done. Where everything lies:")
+    where = shown(story.home)
+    print(f"  {shown(story.base)}: the base checkpoint")
+    print(f"  {where}: the registry (registry.db, and the blobs in store/)")
+    print(f"  {shown(story.directory / 'merged')}: the merged model, ready for transformers or vLLM")
+    print("Three commands to try next:")
+    print(f'  export ADAPTORY_HOME={where} PATH="{shown(ADAPTORY.parent)}:$PATH"')
+    print("  adaptory history acme/sql-migration@prod --json")
+    print("  adaptory conflicts acme/sql-migration@prod acme/support-macros@prod --weights 1,0.5 --probe 4")
+    print("  adaptory serve    # then: curl 'http://127.0.0.1:8470/v1/resolve?ref=acme/sql-migration@prod'")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dir", type=Path, default=Path(".demo"), help="where the demo keeps everything")
+    story = Story(parser.parse_args().dir.resolve())
+    story.directory.mkdir(parents=True, exist_ok=True)
+    for chapter in (prepare, push, measure, promote, compose, generate, farewell):
+        chapter(story)
+
+
+if __name__ == "__main__":
+    main()
