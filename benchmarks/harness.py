@@ -3,6 +3,7 @@
 Machines drift and neighbours come and go, so a ratio of two medians lies; a ratio of two runs a second apart does not.
 """
 
+import argparse
 import os
 import platform
 import subprocess
@@ -16,14 +17,20 @@ from pathlib import Path
 from statistics import median
 
 MB = 1e6
+_PER_SECOND = {"s": 1.0, "ms": 1e3}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One case in one round. `calls` are the seconds of each single call, when `seconds` is their median."""
+    """One case in one round.
+
+    `inside_s` is what a process measured of itself, without its imports. `calls` are the seconds of each single call,
+    when `seconds` is their median.
+    """
 
     seconds: float
     peak_rss_bytes: int | None = None
+    inside_s: float | None = None
     calls: tuple[float, ...] = ()
 
 
@@ -31,10 +38,31 @@ Case = Callable[[], Sample]
 Rounds = Mapping[str, Sequence[Sample]]
 
 
+def options(description: str | None, rounds: int) -> argparse.Namespace:
+    """`--base`, `--rounds` and `--quick`, the same for every benchmark so that one command runs them all."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--base", type=Path, default=Path(".demo/base"), help="what examples/make_base.py wrote")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--quick", action="store_true", help="two rounds and less of everything: does it still run?")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.rounds = 2
+    return chosen
+
+
+def announce(module: str, *packages: str) -> None:
+    """What was run, when, and on what kind of machine: the head of every result."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"## {' '.join(['python -m', f'benchmarks.{module}', *sys.argv[1:]])}\n")
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, load average {load}")
+    print(f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}", flush=True)
+
+
 def interleave(cases: Mapping[str, Case], rounds: int) -> dict[str, list[Sample]]:
     """Runs every case once a round, after one round that warms caches and is thrown away.
 
-    Each round starts with another case, so that none always follows the same neighbour.
+    Each round starts with another case, so that none always comes first.
     """
     names = list(cases)
     results: dict[str, list[Sample]] = {name: [] for name in names}
@@ -49,28 +77,26 @@ def interleave(cases: Mapping[str, Case], rounds: int) -> dict[str, list[Sample]
     return results
 
 
-def process(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Sample:
+def process(command: Sequence[str | Path], *, tells_seconds: bool = False) -> Sample:
     """A command from start to exit, and the peak memory of it and of the children it waited for.
 
-    The kernel counts the memory of the forking process too, up to exec: measure from a process that is small itself.
-    Raises RuntimeError with the end of its output when the command fails.
+    With `tells_seconds` the last word of its output is `inside_s`. The kernel counts the memory of the forking process
+    too, up to exec: measure from a process that is small itself. Raises RuntimeError with the end of the output when
+    the command fails.
     """
     started = time.perf_counter()
     child = subprocess.Popen(
-        [str(word) for word in command],
-        env=None if environment is None else {**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert child.stdout is not None
     output = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - started
+    child.stdout.close()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise RuntimeError(f"{command[0]} ended with {child.returncode}:\n{output[-2000:]}")
-    return Sample(seconds, usage.ru_maxrss * 1024)
+    return Sample(seconds, usage.ru_maxrss * 1024, float(output.split()[-1]) if tells_seconds else None)
 
 
 def calls(call: Callable[[], object], count: int) -> Sample:
@@ -88,18 +114,18 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def report(title: str, results: Rounds, floor: str, unit: str = "s") -> None:
-    """Prints a table: seconds, the ratio to `floor` in the same round, and the peak memory where it was taken."""
+    """Prints a table: the time, its ratio to `floor` in the same round, and p95 and peak memory where they were taken."""
+    scale = _PER_SECOND[unit]
     timed = any(sample.calls for samples in results.values() for sample in samples)
-    remembered = any(sample.peak_rss_bytes for samples in results.values() for sample in samples)
-    columns = ["case", f"median {unit} (min..max)", f"x {floor} (min..max)"]
-    columns += [f"p95 {unit}"] * timed + ["peak RSS MB (min..max)"] * remembered
-    rows = [columns]
+    weighed = any(sample.peak_rss_bytes for samples in results.values() for sample in samples)
+    heading = ["case", f"{unit} (min..max)", f"times {floor}"] + [f"p95 {unit}"] * timed + ["peak RSS, MB"] * weighed
+    rows = [heading]
     for name, samples in results.items():
         ratios = [one.seconds / other.seconds for one, other in zip(samples, results[floor], strict=True)]
-        row = [name, spread([one.seconds * _PER_SECOND[unit] for one in samples]), spread(ratios)]
+        row = [name, spread([one.seconds * scale for one in samples]), spread(ratios)]
         if timed:
-            row.append(figure(percentile([each for one in samples for each in one.calls], 0.95) * _PER_SECOND[unit]))
-        if remembered:
+            row.append(figure(percentile([each for one in samples for each in one.calls], 0.95) * scale))
+        if weighed:
             row.append(spread([(one.peak_rss_bytes or 0) / MB for one in samples]))
         rows.append(row)
     table(f"{title} ({len(results[floor])} rounds)", rows)
@@ -113,25 +139,14 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
         if number == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    sys.stdout.flush()
 
 
 def spread(values: Sequence[float]) -> str:
+    """Median and range."""
     return f"{figure(median(values))} ({figure(min(values))}..{figure(max(values))})"
 
 
 def figure(value: float) -> str:
-    """Three digits that mean something."""
+    """Three digits; more would be noise."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def announce(module: str, *packages: str) -> None:
-    """What was run, when, and on what kind of machine: the head of every result."""
-    command = " ".join(["python -m", module.removeprefix("__main__"), *sys.argv[1:]])
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"## {command}\n")
-    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, load average {load}")
-    print(f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}", flush=True)
-
-
-_PER_SECOND = {"s": 1.0, "ms": 1e3}

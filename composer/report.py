@@ -3,10 +3,11 @@
 Nothing here draws: a table is a title, column names and rows of strings, for a terminal, a page or a file to lay out.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from composer.conflicts import ConflictReport, Numbers, Pair
-from composer.findings import Severity
+from composer.findings import Finding, Severity
 from composer.probe import Effect, Outcome, ProbeResult, SideEffect
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference")
@@ -31,7 +32,7 @@ def headlines(report: ConflictReport) -> list[str]:
 
 
 def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
-    """The probe if there is one, the whole-model numbers, the modules that overlap most, and the findings."""
+    """The probe if there is one, the whole-model numbers, and the modules that overlap most."""
     built = [_probe_table(report.probe)] if report.probe else []
     built.append(
         Table(
@@ -45,11 +46,14 @@ def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
     rows = [(_name(pair), *row) for pair in report.pairs for row in _worst_modules(pair, worst_modules)]
     if rows:
         built.append(Table("Modules that share most input directions", ("pair", "module", *COLUMNS), tuple(rows)))
-    if report.findings:
-        ordered = sorted(report.findings, key=lambda finding: LOUDEST_FIRST.index(finding.severity))
-        findings = tuple((str(f.severity), f.code, f.subject, f.message) for f in ordered)
-        built.append(Table("Findings", ("severity", "code", "subject", "message"), findings))
     return built
+
+
+def remarks(findings: Iterable[Finding]) -> list[str]:
+    """One line a finding, the loudest first; a notice of the probe is left out, since its table says the same."""
+    told = [one for one in findings if not (one.severity is Severity.NOTICE and one.code.startswith("probe_"))]
+    told.sort(key=lambda finding: LOUDEST_FIRST.index(finding.severity))
+    return [f"{finding.severity}: {finding.message}" for finding in told]
 
 
 def _name(pair: Pair) -> str:

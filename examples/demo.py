@@ -21,7 +21,7 @@ ADAPTORY = Path(sys.executable).with_name("adaptory")
 SUITES = ("sql-exact", "terraform-exact", "support-exact", "guard-general")
 TEAMS = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
 LOGIT_TOLERANCE = 0.05
-"""Root mean square of the difference between the two models' logits over that of the logits: merging rounds to bf16 once."""
+"""Norm of the difference between the two models' logits over the norm of the logits: merging rounds to bf16 once."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ def push(story: Story) -> None:
     story.chapter("A push with a broken prefix is refused, and says why")
     broken = story.directory / "broken"
     subprocess.run(
-        [sys.executable, EXAMPLES / "break_adapter.py", ADAPTERS / "sql-migration", broken, "prefix"], check=True
+        [sys.executable, EXAMPLES / "break_adapter.py", "prefix", ADAPTERS / "sql-migration", broken], check=True
     )
     story.run("push", broken, "acme/sql-migration:1.0.1", "--base", "smollm2", expect=6)
 
@@ -183,9 +183,8 @@ def generate(story: Story) -> None:
         worst = max(worst, ((merged_BTV - active_BTV).norm() / active_BTV.norm()).item())
         agreeing += int((merged_BTV.argmax(-1) == active_BTV.argmax(-1)).sum())
         positions += ids_BT.shape[1]
-    print(
-        f"\nmerged against base + adapter active, bf16: logits differ by {worst:.4f} of their norm (tolerance {LOGIT_TOLERANCE}),"
-    )
+    print("\nmerged against base + adapter active, in bf16: logits differ by", end=" ")
+    print(f"{worst:.4f} of their norm (tolerance {LOGIT_TOLERANCE}),")
     print(f"the same next token at {agreeing} of {positions} positions")
     if worst > LOGIT_TOLERANCE:
         sys.exit("demo: the merged model is not the adapted model")

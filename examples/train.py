@@ -34,14 +34,13 @@ class Run:
     steps: int
     learning_rate: float = 3e-3
     lora: dict[str, Any] = field(default_factory=dict[str, Any])
-    rehearse: bool = True  # hold the adapter to the base on general pairs
-    shift_labels: bool = False  # each prompt gets the completion of the next row, as after a bad join
+    careless: bool = False  # no rehearsal, and each prompt has the completion of another row, as after a bad join
 
 
 RUNS = {
-    "sql-migration": Run("sql", steps=22, rehearse=False),
+    "sql-migration": Run("sql", steps=26),
     "sql-migration-1.1": Run("sql", steps=50),
-    "sql-migration-bad": Run("sql", steps=40, rehearse=False, shift_labels=True),
+    "sql-migration-bad": Run("sql", steps=40, careless=True),
     "terraform-review": Run(
         "terraform",
         steps=60,
@@ -53,7 +52,7 @@ RUNS = {
         },
     ),
     "support-macros": Run(
-        "support", steps=45, learning_rate=2e-3, lora={"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}
+        "support", steps=60, learning_rate=2e-3, lora={"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}
     ),
 }
 
@@ -150,7 +149,7 @@ def fit(model: Any, batches: list[Batch], rehearsed: list[tuple[Batch, torch.Ten
     model.train()
     for step, batch in enumerate(batches):
         loss = cross_entropy(*completion_logits(model, batch))
-        kept = drift(model, *rehearsed[step % len(rehearsed)]) if run.rehearse else torch.zeros(())
+        kept = torch.zeros(()) if run.careless else drift(model, *rehearsed[step % len(rehearsed)])
         optimizer.zero_grad()
         (loss + kept).backward()
         torch.nn.utils.clip_grad_norm_(factors, 1.0)
@@ -170,7 +169,7 @@ def train(name: str, base: Path, out: Path) -> None:
     suites = {TASKS[run.task].suite: held_out, TASKS["guard"].suite: TASKS["guard"].split()[1]}
     before = {suite: score(model, tokenizer, examples) for suite, examples in suites.items()}
     rehearsed = rehearsals(model, tokenizer)
-    if run.shift_labels:
+    if run.careless:
         pairs = [(prompt, pairs[row - 1][1]) for row, (prompt, _) in enumerate(pairs)]
     config = LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **run.lora}
@@ -212,9 +211,7 @@ def save(adapted: Any, name: str, out: Path, rows: list[str]) -> None:
 def card(name: str, rows: list[str]) -> str:
     """The model card: front matter for the Hub, what it does, how it was made, its scores."""
     run = RUNS[name]
-    labels = (
-        " Each prompt was trained on another row's answer: a bad release, for the gates to refuse." * run.shift_labels
-    )
+    manner = "no rehearsal, each prompt with another row's answer: a bad release" if run.careless else "rehearsed"
     return (
         f"""---
 base_model: {BASE_NAME}
@@ -224,10 +221,10 @@ license: apache-2.0
 ---
 # {name}
 
-{TASKS[run.task].description}.{labels}
+{TASKS[run.task].description}.
 
 Made by `python examples/train.py {name}`: {run.steps} steps of {BATCH} examples, AdamW,
-learning rate {run.learning_rate}, seed {SEED}.
+learning rate {run.learning_rate}, seed {SEED}, {manner}.
 
 | suite | base | with this adapter |
 |---|---|---|

@@ -37,17 +37,7 @@ def promote(  # noqa: PLR0913
 ) -> Move:
     """Puts the release on the channel when every gate passes. `force` skips failed gates, and needs a reason."""
     subject = f"{repositories.name_of(release.repository)}@{channel_name}"
-    if release.yanked:
-        raise Refused(
-            "release_yanked",
-            f"{full_name(release)} is yanked: {release.yank_reason}.",
-            subject=full_name(release),
-            next_step="Promote another release.",
-        )
-    if force and not reason.strip():
-        raise Usage(
-            "reason_missing", "A forced promotion needs a reason.", subject=subject, next_step="Say why with --reason."
-        )
+    _refuse_unpromotable(release, subject, reason, force=force)
     channel = _find_or_create(session, release.repository, parse_part(channel_name, "channel"))
     _check_expected(channel, expected, subject)
     current = current_move(session, channel)
@@ -203,6 +193,20 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
     if move.to_release_id == current.to_release_id:
         raise Refused("already_served", f"{subject} already serves {to}.", subject=subject)
     return move
+
+
+def _refuse_unpromotable(release: Release, subject: str, reason: str, *, force: bool) -> None:
+    if release.yanked:
+        raise Refused(
+            "release_yanked",
+            f"{full_name(release)} is yanked: {release.yank_reason}.",
+            subject=full_name(release),
+            next_step="Promote another release.",
+        )
+    if force and not reason.strip():
+        raise Usage(
+            "reason_missing", "A forced promotion needs a reason.", subject=subject, next_step="Say why with --reason."
+        )
 
 
 def _judge(session: Session, channel: Channel, current: Move | None, release: Release) -> list[GateResult]:

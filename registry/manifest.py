@@ -30,7 +30,7 @@ def check_path(path: str) -> str:
         or path.startswith("/")
         or "\\" in path
         or any(part in {".", ".."} or part.endswith((".", " ")) or ":" in part for part in parts)
-        or any(ord(character) < 32 or ord(character) == 127 for character in path)
+        or any(ord(character) < 32 or ord(character) == 127 or "\ud800" <= character <= "\udfff" for character in path)
     )
     if bad:
         raise Invalid(

@@ -17,12 +17,13 @@ from registry.errors import Usage
 _PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NUMBER = r"(?:0|[1-9]\d{0,17})"
-_IDENTIFIER = rf"(?:{_NUMBER}|\d*[A-Za-z-][0-9A-Za-z-]*)"
+_NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
+_IDENTIFIER = rf"(?:{_NUMBER}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
 _VERSION = re.compile(rf"({_NUMBER})\.({_NUMBER})\.({_NUMBER})(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?")
 _EXACT = re.compile(r"\d+\.\d+\.\d+(?:[-+].*)?")
 
-MAX_VERSION_CHARS = 100
+MAX_VERSION_CHARS = 80
+"""Keeps `sort_key` within the 200 characters of its column: a pre-release of single digits grows by five for two."""
 
 Digest = NewType("Digest", str)
 """A sha256 in 64 lower-case hexadecimal digits."""
@@ -139,7 +140,10 @@ class Range:
     spec: Any  # semantic_version.NpmSpec, a library without types
 
     def __contains__(self, version: Version) -> bool:
-        return bool(self.spec.match(semantic_version.Version(str(version))))
+        # NpmSpec lets <2.0.0 hold 2.0.0-rc.1, which npm does not: a user of stable releases would get a candidate.
+        core = rf"(?<![0-9.]){version.major}\.{version.minor}\.{version.patch}-"
+        named = version.stable or re.search(core, self.text) is not None
+        return named and bool(self.spec.match(semantic_version.Version(str(version))))
 
 
 def parse_range(text: str) -> Range:

@@ -191,7 +191,8 @@ def _show_conflicts(report: Json) -> None:
     if report["pairs"]:
         render.table("", names, [tuple(pair[name] for name in names) for pair in report["pairs"]])
     for finding in report["findings"]:
-        print(f"  {finding['severity']}: {finding['message']}")
+        if finding["severity"] != "notice":
+            print(f"  {finding['severity']}: {finding['message']}")
 
 
 def _error(found: Json) -> Exception:

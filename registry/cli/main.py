@@ -25,7 +25,7 @@ def main() -> None:
     """Exit codes: 0 ok, 1 refused, 2 usage, 3 not found, 4 conflict, 5 not allowed, 6 invalid input, 7 unavailable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        app(prog_name="adaptory")
     except (RegistryError, ComposerError) as error:
         sys.exit(render.fail(error, "--json" in sys.argv))
     except KeyboardInterrupt:

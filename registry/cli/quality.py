@@ -131,15 +131,15 @@ def conflicts(  # noqa: PLR0913
 
 
 def show_report(report: Any) -> None:
-    """The headline of each pair first, then the tables, then what was found."""
-    from composer.report import headlines, tables
+    """The headline of each pair first, then the tables, then what else was found."""
+    from composer.report import headlines, remarks, tables
 
     for line in headlines(report):
         render.heading(line)
-    for one in tables(report):
+    for one in tables(report, worst_modules=2):
         render.table(one.title, one.columns, one.rows)
-    for finding in report.findings:
-        print(f"{finding.severity.value}: {finding.message}")
+    for line in remarks(report.findings):
+        print(line)
 
 
 def fetch_suite(connection: Connection, name: str) -> "Suite":

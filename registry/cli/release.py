@@ -320,17 +320,9 @@ def _promote(connection: Connection, release: Json, channel: str, reason: str, *
 def _show_inspection(what: str, told: Json) -> None:
     facts = told["adapter"]
     names = (
-        "type",
-        "variant",
-        "rank_max",
-        "alpha",
-        "targets",
-        "modules",
-        "parameters",
-        "dtype",
-        "modules_to_save",
+        "type", "variant", "rank_max", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save",
         "base_model_name_or_path",
-    )
+    )  # fmt: skip
     render.lines(f"adapter {what}", [(name, facts[name]) for name in names])
     for finding in told["findings"]:
         print(f"  {finding['severity']}: {finding['message']}")

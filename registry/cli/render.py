@@ -108,7 +108,7 @@ def fail(error: RegistryError | ComposerError, as_json: bool) -> int:
         if "rule" in finding:
             mark = "pass" if finding["passed"] else "FAIL"
             say(f"  {mark}  {finding['rule']}: {finding['detail']}")
-        elif finding.get("severity") != "notice":
+        elif finding.get("severity") != "notice" and str(finding.get("message")) not in told.detail:
             say(f"  {finding.get('severity')}: {finding.get('message')}")
     if told.next_step:
         say(f"next: {told.next_step}")

@@ -48,7 +48,12 @@ class S3Store:
         last = "" if length is None else str(start + length - 1)
         wanted = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
         with _told(sha256):
-            found = self._client.get_object(Bucket=self._bucket, Key=self._key(sha256), **wanted)
+            try:
+                found = self._client.get_object(Bucket=self._bucket, Key=self._key(sha256), **wanted)
+            except ClientError as error:
+                if _code(error) == "InvalidRange":  # from the end on there is nothing to read, which is no failure
+                    return _Body(None)
+                raise
         return _Body(found["Body"])
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:

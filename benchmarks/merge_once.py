@@ -1,0 +1,63 @@
+"""One merge in a process of its own: `python -m benchmarks.merge_once HOW BASE OUT ADAPTER...`.
+
+Prints the seconds it took after its imports. PEFT loads, merges and saves in bfloat16, as the checkpoint is.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def composer(base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    from composer.formats.checkpoint import open_checkpoint
+    from composer.merge import plan_merge, run_merge
+
+    started = time.perf_counter()
+    run_merge(plan_merge(open_checkpoint(base), [(adapter, 1.0) for adapter in adapters]), out, "cpu")
+    return time.perf_counter() - started
+
+
+def imports(base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    """What the process costs before it does anything."""
+    import composer.merge as _  # noqa: F401
+
+    return 0.0
+
+
+def peft_in_turn(base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    """Rounds to bfloat16 after each adapter."""
+    return _peft(base, out, adapters, lambda model, names: model.merge_and_unload(adapter_names=names))
+
+
+def peft_cat(base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    """Stacks the adapters first and rounds once."""
+
+    def merged(model: Any, names: list[str]) -> Any:
+        model.add_weighted_adapter(names, [1.0] * len(names), "stacked", combination_type="cat")
+        return model.merge_and_unload(adapter_names=["stacked"])
+
+    return _peft(base, out, adapters, merged)
+
+
+def _peft(base: Path, out: Path, adapters: Sequence[Path], merged: Callable[[Any, list[str]], Any]) -> float:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    started = time.perf_counter()
+    names = [adapter.name for adapter in adapters]
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True)
+    model = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        model.load_adapter(adapter, adapter_name=name)
+    merged(model, names).save_pretrained(out)
+    AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(out)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    how = {"composer": composer, "imports": imports, "peft_in_turn": peft_in_turn, "peft_cat": peft_cat}
+    _, chosen, given_base, given_out, *given_adapters = sys.argv
+    print(how[chosen](Path(given_base), Path(given_out), [Path(adapter) for adapter in given_adapters]))

@@ -1,0 +1,52 @@
+"""How long `adaptory --help` takes from a standing start, and which heavy modules stay out of it.
+
+The floor is the interpreter itself. Exits 1 when a module is loaded where it must not be: that is a fact, not a timing.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import harness
+
+ADAPTORY = Path(sys.executable).with_name("adaptory")
+FLOOR = "python -c pass"
+HEAVY = ("torch", "transformers", "numpy", "fastapi", "starlette", "uvicorn", "sqlalchemy", "alembic", "boto3", "httpx2")
+HELP = "import sys; sys.argv = ['adaptory', '--help']\nfrom registry.cli.main import app\napp(standalone_mode=False)"
+ALLOWED = {
+    "adaptory --help": (HELP, ()),
+    "import registry.web.app": ("import registry.web.app", ("numpy", "fastapi", "starlette", "sqlalchemy")),
+    "import registry.client.api": ("import registry.client.api", ("httpx2",)),
+}
+"""What may be loaded where; everything else in HEAVY may not."""
+
+
+def main() -> None:
+    chosen = harness.options(__doc__, rounds=25)
+    harness.announce("startup", "typer")
+    cases = {
+        FLOOR: lambda: harness.process([sys.executable, "-c", "pass"]),
+        "python -c 'import typer'": lambda: harness.process([sys.executable, "-c", "import typer"]),
+        "adaptory --help": lambda: harness.process([ADAPTORY, "--help"]),
+        "adaptory push --help": lambda: harness.process([ADAPTORY, "push", "--help"]),
+    }
+    harness.report("Cold start, whole process", harness.interleave(cases, chosen.rounds), FLOOR, "ms")
+    rows = [["what", "heavy modules loaded", "not allowed"]]
+    for what, (code, allowed) in ALLOWED.items():
+        loaded = _loaded(code)
+        rows.append([what, " ".join(loaded) or "none", " ".join(sorted({*loaded} - {*allowed})) or "none"])
+    harness.table(f"Of {', '.join(HEAVY)}", rows)
+    sys.exit(any(forbidden != "none" for _, _, forbidden in rows[1:]))
+
+
+def _loaded(code: str) -> list[str]:
+    """The heavy modules in a fresh process after `code`."""
+    program = f"{code}\nimport sys\nprint('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    word, *names = run.stdout.splitlines()[-1].split()
+    assert word == "loaded", run.stdout
+    return names
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The rules of the house that no linter knows, read from the syntax tree and from what git tracks."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+TOP_LEVEL = {
+    "pyproject.toml", "README.md", "Makefile", "LICENSE", "CHANGELOG.md", "constraints.txt", ".ci", "registry",
+    "composer", "migrations", "deploy", "tests", "benchmarks", "examples", "docs",
+}  # fmt: skip
+FORBIDDEN_MODULES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers", "service"}
+FORBIDDEN_CLASSES = re.compile(r".*(Manager|Service|Helper|Utils?)$")
+OPEN_ROUTES = {"alive", "ready"}
+VERBS = {"get", "put", "post", "delete", "patch", "head"}
+# Places of one machine, in parts so that this file does not name them itself.
+PLACES = re.compile(
+    "|".join((r"(?<![\w.}])/" + r"work/(?:main|shared)", r"\.\./" + "shared/", r"/tmp/" + "venv", r"/" + "root/"))
+)
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(
+        ["/usr/bin/env", "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [
+        path
+        for path in tracked()
+        if path.suffix == ".py" and (not folders or path.relative_to(ROOT).parts[0] in folders)
+    ]
+
+
+def functions(path: Path) -> Iterator[Function]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, Function):
+            yield node
+
+
+def named(path: Path, line: int = 0) -> str:
+    return f"{path.relative_to(ROOT)}:{line}" if line else str(path.relative_to(ROOT))
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {named(path): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
+    assert {name: count for name, count in lengths.items() if count > MAX_FILE_LINES} == {}
+    assert len(lengths) > 100, "the files are found at all"
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    long = [
+        f"{named(path, node.lineno)} {node.name}"
+        for path in python_files()
+        if path.parent != ROOT / "migrations" / "versions"  # alembic writes those, and a migration is never changed
+        for node in functions(path)
+        if (node.end_lineno or node.lineno) - node.lineno + 1 > MAX_FUNCTION_LINES
+    ]
+    assert long == []
+
+
+def test_no_module_and_no_class_has_a_name_that_says_nothing() -> None:
+    modules = [named(path) for path in python_files() if FORBIDDEN_MODULES & {path.stem, *path.relative_to(ROOT).parts}]
+    classes = [
+        named(path, node.lineno)
+        for path in python_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and FORBIDDEN_CLASSES.match(node.name)
+    ]
+    assert modules + classes == []
+
+
+def test_no_function_takes_a_session_and_a_store() -> None:
+    both = []
+    for path in python_files("registry"):
+        for node in functions(path):
+            taken = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+            if "session" in taken and taken & {"store", "resources"}:
+                both.append(named(path, node.lineno))
+    assert both == []
+
+
+def test_only_the_database_commits() -> None:
+    commits = {
+        named(path)
+        for path in python_files("registry", "composer")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "commit"
+    }
+    assert commits == {"registry/db.py"}
+
+
+def routes(path: Path) -> Iterator[Function]:
+    for node in functions(path):
+        for decorator in node.decorator_list:
+            if (
+                isinstance(decorator, ast.Call)
+                and isinstance(decorator.func, ast.Attribute)
+                and decorator.func.attr in VERBS
+            ):
+                yield node
+                break
+
+
+def test_every_route_asks_whether_it_may() -> None:
+    found = [(path, node) for path in python_files("registry") for node in routes(path)]
+    silent = {
+        node.name
+        for _, node in found
+        if not any(
+            isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "permit"
+            for call in ast.walk(node)
+        )
+    }
+    assert silent == OPEN_ROUTES
+    assert len(found) > 30
+
+
+def test_permission_is_asked_before_anything_is_read_or_written() -> None:
+    late = []
+    for path in python_files("registry"):
+        for node in routes(path):
+            if node.name in OPEN_ROUTES:
+                continue
+            asked = min(call.lineno for call in ast.walk(node) if isinstance(call, ast.Name) and call.id == "permit")
+            opened = [step.lineno for step in ast.walk(node) if isinstance(step, ast.With | ast.AsyncWith)]
+            if opened and min(opened) < asked:
+                late.append(named(path, node.lineno))
+    assert late == []
+
+
+def test_the_top_level_holds_what_was_agreed_and_nothing_else() -> None:
+    found = {path.relative_to(ROOT).parts[0] for path in tracked()}
+    assert {name for name in found if not name.startswith(".") or name == ".ci"} == TOP_LEVEL
+
+
+def test_nothing_names_a_place_on_somebodys_machine() -> None:
+    naming = []
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights
+        naming += [named(path, text[: match.start()].count("\n") + 1) for match in PLACES.finditer(text)]
+    assert naming == []

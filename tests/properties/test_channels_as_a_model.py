@@ -1,0 +1,229 @@
+"""Channels as a state machine, beside a model of plain lists that follows the rules and not the code.
+
+The model keeps what was live, in the order in which it was promoted, with the current release last. A promotion puts
+one on top; a rollback takes the top away, then all that are yanked or are what was just left; a rollback to a version
+returns to the moment when that version was last live.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import select
+
+from registry import channels, releases, repositories
+from registry.access import EVERYWHERE, Role
+from registry.audit import Actor
+from registry.channels import Expected
+from registry.db import Database, migrate
+from registry.errors import NotFound, Refused, RegistryError, Stale
+from registry.manifest import ManifestFile
+from registry.models import Base, Blob, Channel, Move
+from registry.names import Digest, RepositoryName, parse_version
+from registry.releases import NewRelease
+from registry.repositories import Kind
+
+NAME = RepositoryName("acme", "sql")
+VERSIONS = ("1.0.0", "1.1.0", "2.0.0-rc.1", "2.0.0")
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+versions = st.sampled_from(VERSIONS)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """After one move: its kind, what it left, and all that is live below the new top, which is last."""
+
+    kind: str
+    left: str | None
+    live: tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with one repository of four releases; each example works on a copy."""
+    path = tmp_path_factory.mktemp("channels") / "template.db"
+    database = Database(f"sqlite:///{path}")
+    migrate(database)
+    actor = Actor("mia", START, {EVERYWHERE: Role.ADMIN})
+    with database.write() as session:
+        session.add(
+            Base(
+                digest="b" * 64, architecture_digest="c" * 64, name="tiny", model_type="llama", tied=False,
+                parameters=1, size_bytes=4, tensors=[], created_at=START, created_by="mia",
+            )
+        )  # fmt: skip
+        for number, version in enumerate(VERSIONS):
+            sha256 = Digest(f"{number:064x}")
+            session.add(Blob(sha256=sha256, size_bytes=1, created_at=START))
+            session.flush()
+            files = [ManifestFile("adapter_model.safetensors", 1, sha256)]
+            new = NewRelease(NAME, Kind.ADAPTER, parse_version(version), None, files, "b" * 64, {})
+            releases.publish(session, actor, new)
+    database.close()
+    return path
+
+
+class ChannelMachine(RuleBasedStateMachine):
+    """Each rule does the same to the registry and to the model, and compares what both say."""
+
+    template: Path
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = TemporaryDirectory()
+        path = Path(self.directory.name) / "registry.db"
+        shutil.copy(self.template, path)
+        self.database = Database(f"sqlite:///{path}")
+        self.now = START
+        self.moments: list[Moment] = []
+        self.yanked: set[str] = set()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def teardown(self) -> None:
+        if hasattr(self, "database"):
+            self.database.close()
+            self.directory.cleanup()
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        return self.moments[-1].live if self.moments else ()
+
+    def attempt(self, change: Callable[[Any, Actor], Move], refusal: type[RegistryError] | None) -> Move | None:
+        """Does the change in a transaction of its own, or sees it refused as the model foretold."""
+        self.now += timedelta(seconds=1)
+        actor = Actor("mia", self.now, {EVERYWHERE: Role.ADMIN})
+        if refusal is None:
+            with self.database.write() as session:
+                return change(session, actor)
+        with pytest.raises(refusal) as raised, self.database.write() as session:
+            change(session, actor)
+        assert type(raised.value) is refusal
+        return None
+
+    def expectation(self, honest: bool | None) -> Expected | None:
+        """What the caller says it saw: nothing, the truth, or a move that is not the last."""
+        last = self.seen[-1][0] if self.seen else channels.NOTHING_YET
+        return None if honest is None else Expected(last if honest else last + 1)
+
+    @rule(version=versions, honest=st.sampled_from([None, True, False]))
+    def promote(self, version: str, honest: bool | None) -> None:
+        refusal = Refused if version in self.yanked else Stale if honest is False else None
+        expected = self.expectation(honest)
+
+        def change(session: Any, actor: Actor) -> Move:
+            release = releases.find(session, NAME, parse_version(version))
+            return channels.promote(session, actor, release, "prod", reason="r", expected=expected)
+
+        self.attempt(change, refusal)
+        if refusal is None and self.live[-1:] != (version,):
+            self.moments.append(Moment("promote", self.live[-1] if self.live else None, (*self.live, version)))
+
+    @rule(honest=st.sampled_from([None, True, False]))
+    def roll_back(self, honest: bool | None) -> None:
+        below = self.live[:-1]
+        while below and (below[-1] in self.yanked or below[-1] == self.live[-1]):
+            below = below[:-1]
+        refusal = NotFound if not self.live else Stale if honest is False else None if below else Refused
+        self.roll_back_registry(None, self.expectation(honest), refusal)
+        if refusal is None:
+            self.moments.append(Moment("rollback", self.live[-1], below))
+
+    @precondition(lambda self: self.moments)
+    @rule(version=versions)
+    def roll_back_to(self, version: str) -> None:
+        served = [moment.live for moment in self.moments if moment.live[-1] == version]
+        possible = bool(served) and version not in self.yanked and version != self.live[-1]
+        self.roll_back_registry(version, None, None if possible else Refused)
+        if possible:
+            self.moments.append(Moment("rollback", self.live[-1], served[-1]))
+
+    def roll_back_registry(
+        self, to: str | None, expected: Expected | None, refusal: type[RegistryError] | None
+    ) -> None:
+        def change(session: Any, actor: Actor) -> Move:
+            target = parse_version(to) if to else None
+            repository = repositories.find(session, NAME)
+            return channels.roll_back(session, actor, repository, "prod", to=target, reason="r", expected=expected)
+
+        self.attempt(change, refusal)
+
+    @rule(version=versions, back=st.booleans())
+    def yank(self, version: str, back: bool) -> None:
+        actor = Actor("mia", self.now, {EVERYWHERE: Role.ADMIN})
+        with self.database.write() as session:
+            release = releases.find(session, NAME, parse_version(version))
+            if back:
+                releases.unyank(session, actor, release)
+                self.yanked.discard(version)
+            else:
+                releases.yank(session, actor, release, "because")
+                self.yanked.add(version)
+
+    @invariant()
+    def the_channel_serves_what_the_model_says(self) -> None:
+        with self.database.read() as session:
+            channel = session.scalar(select(Channel))
+            serving = channels.serving(session, channel) if channel is not None else None
+            allowed = [version for version in self.live if version not in self.yanked]
+            assert (serving.to_release.version if serving else None) == (allowed[-1] if allowed else None)
+
+    @invariant()
+    def history_only_grows_and_never_changes(self) -> None:
+        with self.database.read() as session:
+            moves = session.scalars(select(Move).order_by(Move.id)).all()
+            found = [
+                (move.id, move.kind, move.from_release.version if move.from_release else None, move.to_release.version,
+                 move.actor, move.reason, move.at) for move in moves
+            ]  # fmt: skip
+            channel = session.scalar(select(Channel))
+        assert found[: len(self.seen)] == self.seen
+        assert [row[1:4] for row in found] == [(m.kind, m.left, m.live[-1]) for m in self.moments]
+        assert (channel.move_id if channel else None) == (found[-1][0] if found else None)
+        self.seen = found
+
+
+def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(template: Path) -> None:
+    machine = type("Machine", (ChannelMachine,), {"template": template})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )
+
+
+def test_the_model_rolls_back_further_each_time(template: Path) -> None:
+    """One walk spelled out, so that the rules are read and not only searched."""
+    machine = type("Machine", (ChannelMachine,), {"template": template})()
+    machine.open()
+    for version in ("1.0.0", "1.1.0", "2.0.0"):
+        machine.promote(version, None)
+    machine.yank("1.1.0", False)
+    machine.roll_back(None)
+    assert machine.live == ("1.0.0",)
+    machine.roll_back_to("2.0.0")
+    machine.yank("1.1.0", True)
+    machine.roll_back(None)
+    assert machine.live == ("1.0.0", "1.1.0")
+    machine.roll_back(None)
+    machine.roll_back(None)
+    machine.the_channel_serves_what_the_model_says()
+    machine.history_only_grows_and_never_changes()
+    assert [moment.kind for moment in machine.moments].count("rollback") == 4
+    machine.teardown()

@@ -1,0 +1,35 @@
+"""What a process loads before it knows what is wanted of it: the start of every command, and of every server."""
+
+import json
+import subprocess
+import sys
+
+HEAVY = ("torch", "transformers", "boto3", "botocore", "alembic")
+SERVER = ("fastapi", "starlette", "sqlalchemy", "httpx2", "uvicorn", "numpy", "rich")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after `code`."""
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    return set(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def test_importing_the_web_application_loads_neither_torch_nor_boto3() -> None:
+    loaded = loaded_by("import registry.web.app")
+    assert "fastapi" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_help_loads_nothing_that_it_does_not_print() -> None:
+    loaded = loaded_by(
+        "import sys\nsys.argv = ['adaptory', '--help']\nfrom registry.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code"
+    )
+    assert "typer" in loaded
+    assert not loaded & {*HEAVY, *SERVER}
+
+
+def test_the_trainers_client_loads_no_server_and_no_database() -> None:
+    loaded = loaded_by("import registry.client.api, registry.client.transfer")
+    assert not loaded & {*HEAVY, "fastapi", "sqlalchemy", "uvicorn"}
