@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+ADAPTORY = Path(sys.executable).with_name("adaptory")
+"""The installed command of this interpreter's environment."""
 MB = 1e6
 _PER_SECOND = {"s": 1.0, "ms": 1e3}
 
@@ -114,7 +116,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def report(title: str, results: Rounds, floor: str, unit: str = "s") -> None:
-    """Prints a table: the time, its ratio to `floor` in the same round, and p95 and peak memory where they were taken."""
+    """Prints a table: time, its ratio to `floor` in the same round, and p95 and peak memory where they were taken."""
     scale = _PER_SECOND[unit]
     timed = any(sample.calls for samples in results.values() for sample in samples)
     weighed = any(sample.peak_rss_bytes for samples in results.values() for sample in samples)

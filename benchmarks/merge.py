@@ -20,7 +20,6 @@ SQL, TERRAFORM, SUPPORT = (
     Path(f"examples/adapters/{name}") for name in ("sql-migration", "terraform-review", "support-macros")
 )
 ADAPTERS = (SQL, TERRAFORM, SUPPORT)
-ADAPTORY = Path(sys.executable).with_name("adaptory")
 FLOOR = "cp + fsync"
 
 
@@ -53,7 +52,7 @@ def _cases(base: Path, out: Path) -> dict[str, Case]:
         return fresh(lambda: harness.process(command, tells_seconds=True))
 
     copy = ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/* "$2"', "sh", base, out]
-    command = [ADAPTORY, "merge", "--base", base, "-o", out]
+    command = [harness.ADAPTORY, "merge", "--base", base, "-o", out]
     command += [word for adapter in ADAPTERS for word in ("--adapter", adapter)]
     return {
         FLOOR: fresh(lambda: harness.process(copy)),

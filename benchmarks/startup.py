@@ -5,13 +5,22 @@ The floor is the interpreter itself. Exits 1 when a module is loaded where it mu
 
 import subprocess
 import sys
-from pathlib import Path
 
 from benchmarks import harness
 
-ADAPTORY = Path(sys.executable).with_name("adaptory")
 FLOOR = "python -c pass"
-HEAVY = ("torch", "transformers", "numpy", "fastapi", "starlette", "uvicorn", "sqlalchemy", "alembic", "boto3", "httpx2")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "sqlalchemy",
+    "alembic",
+    "boto3",
+    "httpx2",
+)
 HELP = "import sys; sys.argv = ['adaptory', '--help']\nfrom registry.cli.main import app\napp(standalone_mode=False)"
 ALLOWED = {
     "adaptory --help": (HELP, ()),
@@ -27,8 +36,8 @@ def main() -> None:
     cases = {
         FLOOR: lambda: harness.process([sys.executable, "-c", "pass"]),
         "python -c 'import typer'": lambda: harness.process([sys.executable, "-c", "import typer"]),
-        "adaptory --help": lambda: harness.process([ADAPTORY, "--help"]),
-        "adaptory push --help": lambda: harness.process([ADAPTORY, "push", "--help"]),
+        "adaptory --help": lambda: harness.process([harness.ADAPTORY, "--help"]),
+        "adaptory push --help": lambda: harness.process([harness.ADAPTORY, "push", "--help"]),
     }
     harness.report("Cold start, whole process", harness.interleave(cases, chosen.rounds), FLOOR, "ms")
     rows = [["what", "heavy modules loaded", "not allowed"]]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import DateTime, Dialect, Engine, MetaData, TypeDecorator, create_engine, event, inspect, text
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, sessionmaker
@@ -61,6 +63,7 @@ CONSTRAINT_ERRORS: dict[str, Callable[[], RegistryError]] = {
     ),
     "uq_channels_repository_id_name": _raced("channel"),
     "uq_suites_digest": _raced("suite"),
+    "uq_suites_name": _raced("suite"),
     "uq_scores_release_id_suite_id_metric": _raced("score"),
     "uq_scores_base_digest_suite_id_metric": _raced("score"),
 }
@@ -104,6 +107,12 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def insert_if_absent(session: Session, table: type[Row], **values: Any) -> None:
+    """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment."""
+    insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
+    session.execute(insert(table).values(**values).on_conflict_do_nothing())
 
 
 def _sqlite(url: URL) -> Engine:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from composer.errors import ComposerError, Mismatch, NotSupported, RefusedOutput
+from composer.findings import Finding, Severity
 
 
 class RegistryError(Exception):
@@ -98,3 +99,18 @@ def of_composer(error: ComposerError) -> RegistryError:
     elif isinstance(error, RefusedOutput):
         family = Conflict if error.code == "output_exists" else Unavailable
     return family(error.code, error.message, subject=error.subject, next_step=error.next_step)
+
+
+def refuse_errors(findings: Sequence[Finding], subject: str) -> None:
+    """Raises Invalid that names the first error's module and carries all findings; returns when none is an error."""
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if not errors:
+        return
+    more = f" ({len(errors) - 1} more like this.)" if len(errors) > 1 else ""
+    raise Invalid(
+        errors[0].code,
+        f"{errors[0].message}{more}",
+        subject=errors[0].subject or subject,
+        next_step="Correct the adapter, or name its true base with --base.",
+        findings=[finding.to_json() for finding in findings],
+    )

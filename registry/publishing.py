@@ -10,13 +10,14 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from composer.findings import Finding, Policy, Verdict
-from composer.formats import facts as adapter_files
+from composer.findings import Finding
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.header import DEFAULT_LIMITS, header_length
+from composer.formats.inspection import inspect
 from registry import bases, releases
 from registry.audit import Actor
-from registry.errors import Invalid, TooLarge, Unavailable, Usage
+from registry.db import insert_if_absent
+from registry.errors import Invalid, TooLarge, Unavailable, Usage, refuse_errors
 from registry.manifest import ManifestFile, check_path
 from registry.models import Blob, Release
 from registry.names import Digest, RepositoryName, Version
@@ -99,8 +100,7 @@ def store_file(resources: Resources, actor: Actor, sha256: Digest, path: Path, *
     """Puts a verified file into the store, then its row: a crash between the two leaves an orphan, no more."""
     stat = resources.store.put(sha256, path, move=move)
     with resources.write() as session:
-        if session.get(Blob, sha256) is None:
-            session.add(Blob(sha256=sha256, size_bytes=stat.size_bytes, created_at=actor.at))
+        insert_if_absent(session, Blob, sha256=sha256, size_bytes=stat.size_bytes, created_at=actor.at)
 
 
 def publish(resources: Resources, actor: Actor, push: Push) -> Published:
@@ -158,29 +158,6 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
     ]
 
 
-def inspect_adapter(directory: Path, architecture: Architecture | None) -> tuple[dict[str, Any], list[Finding]]:
-    """Facts and findings of an adapter on disk: the same judgement for a push, before it, and for `inspect`."""
-    adapter = adapter_files.read_adapter(directory)
-    placed = adapter_files.place(adapter.config, adapter.header, architecture, adapter.name)
-    facts = adapter_files.facts(adapter.config, adapter.header, placed)
-    return facts.to_json(), [*placed.findings, *adapter_files.health(adapter.weights_path, adapter.header)]
-
-
-def refuse_errors(findings: Sequence[Finding], subject: str) -> None:
-    """Raises Invalid that names the first error's module, and carries all findings."""
-    if Policy().verdict(findings) is not Verdict.REFUSE:
-        return
-    errors = [finding for finding in findings if finding.severity == "error"]
-    more = f" ({len(errors) - 1} more like this.)" if len(errors) > 1 else ""
-    raise Invalid(
-        errors[0].code,
-        f"{errors[0].message}{more}",
-        subject=errors[0].subject or subject,
-        next_step="Correct the adapter or name its true --base.",
-        findings=[finding.to_json() for finding in findings],
-    )
-
-
 def _inspect(resources: Resources, push: Push, architecture: Architecture) -> tuple[Mapping[str, Any], list[Finding]]:
     for file in push.files:
         check_path(file.path)
@@ -192,9 +169,9 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> tu
             _materialise_headers(resources, push.files, place)
             return inspect_model(place, architecture), []
         materialise(resources, push.files, place)
-        facts, findings = inspect_adapter(place, architecture)
-        refuse_errors(findings, str(push.repository))
-        return facts, findings
+        seen = inspect(place, architecture)
+        refuse_errors(seen.findings, str(push.repository))
+        return seen.facts.to_json(), seen.findings
 
 
 def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:

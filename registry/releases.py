@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from registry import audit, repositories
 from registry.audit import Act, Actor
+from registry.db import insert_if_absent
 from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import (
@@ -248,13 +249,11 @@ def _insert(
 
 def _target_set(session: Session, targets: Sequence[str]) -> int:
     key = ",".join(sorted(targets))
-    known = session.scalar(select(TargetSet.id).where(TargetSet.key == key))
-    if known is not None:
-        return known
-    row = TargetSet(key=key)
-    session.add(row)
-    session.flush()
-    for target in sorted(targets):
-        session.add(TargetSetMember(target_set_id=row.id, target=target))
-    session.flush()
-    return row.id
+    known = select(TargetSet.id).where(TargetSet.key == key)
+    found = session.scalar(known)
+    if found is None:
+        insert_if_absent(session, TargetSet, key=key)
+        found = session.scalars(known).one()
+        for target in sorted(targets):
+            insert_if_absent(session, TargetSetMember, target_set_id=found, target=target)
+    return found

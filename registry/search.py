@@ -32,7 +32,7 @@ class Query:
 def search(session: Session, query: Query) -> list[Release]:
     """The newest release first. Raises NotFound for a base that is not registered."""
     statement = (
-        select(Release).join(Repository, Repository.id == Release.repository_id).where(Repository.kind == query.kind)
+        select(Release.id).join(Repository, Repository.id == Release.repository_id).where(Repository.kind == query.kind)
     )
     if query.namespace:
         statement = statement.where(Repository.namespace == query.namespace)
@@ -47,10 +47,12 @@ def search(session: Session, query: Query) -> list[Release]:
     if query.before:
         statement = statement.where(Release.id < query.before)
     statement = _with_scores(_with_targets(statement, query), query)
-    return list(session.scalars(statement.order_by(Release.id.desc()).limit(query.limit)))
+    # Ids are sorted first and only the page's rows are read: a sort of whole rows carries the facts of every match.
+    page = statement.order_by(Release.id.desc()).limit(query.limit)
+    return list(session.scalars(select(Release).where(Release.id.in_(page)).order_by(Release.id.desc())))
 
 
-def _with_targets(statement: Select[Release], query: Query) -> Select[Release]:
+def _with_targets(statement: Select[int], query: Query) -> Select[int]:
     if query.targets_within:
         outside = select(TargetSetMember.target_set_id).where(TargetSetMember.target.not_in(query.targets_within))
         statement = statement.where(Release.target_set_id.is_not(None), Release.target_set_id.not_in(outside))
@@ -60,7 +62,7 @@ def _with_targets(statement: Select[Release], query: Query) -> Select[Release]:
     return statement
 
 
-def _with_scores(statement: Select[Release], query: Query) -> Select[Release]:
+def _with_scores(statement: Select[int], query: Query) -> Select[int]:
     for condition in query.scores:
         score, suite = aliased(Score), aliased(Suite)
         enough = score.value >= condition.value if condition.operator == ">=" else score.value <= condition.value

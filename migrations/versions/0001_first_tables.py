@@ -93,7 +93,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_suites"),
         sa.UniqueConstraint("digest", name="uq_suites_digest"),
     )
-    op.create_index("ix_suites_name", "suites", ["name"], unique=False)
+    op.create_index(
+        "uq_suites_name",
+        "suites",
+        ["name"],
+        unique=True,
+        sqlite_where=sa.text("current"),
+        postgresql_where=sa.text("current"),
+    )
 
     op.create_table(
         "target_sets",

@@ -52,7 +52,7 @@ def compose(
         found = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:
             with connection.worker():
-                found = _follow(connection, found)
+                found = _follow_or_cancel(connection, found)
     render.document(found, json, lambda: _show(found))
     if found["state"] in ("refused", "failed", "cancelled"):
         raise _error(found)
@@ -145,6 +145,16 @@ def _settings(texts: list[str] | None) -> dict[str, object]:
 def _warn(findings: Any) -> None:
     for finding in findings:
         render.say(f"{finding.severity.value}: {finding.message}")
+
+
+def _follow_or_cancel(connection: Connection, found: Json) -> Json:
+    """An interrupt cancels the composition, so that nothing goes on unseen."""
+    try:
+        return _follow(connection, found)
+    except KeyboardInterrupt:
+        render.say("cancelling ...")
+        connection.api.post(f"/v1/compositions/{found['id']}/cancel")
+        return _follow(connection, found)
 
 
 def _follow(connection: Connection, found: Json) -> Json:

@@ -7,7 +7,10 @@ import typer
 
 from composer.errors import ComposerError
 from registry.cli import base, compose, operate, quality, release, render
-from registry.errors import RegistryError
+from registry.errors import RegistryError, Unavailable
+
+EXTRAS = {"torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres"}
+"""Which extra brings a package that is imported only where it is used."""
 
 app = typer.Typer(
     name="adaptory",
@@ -28,6 +31,12 @@ def main() -> None:
         app(prog_name="adaptory")
     except (RegistryError, ComposerError) as error:
         sys.exit(render.fail(error, "--json" in sys.argv))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        told = Unavailable("extra_missing", f"This needs {error.name}.", next_step=f'pip install "adaptory[{extra}]"')
+        sys.exit(render.fail(told, "--json" in sys.argv))
     except KeyboardInterrupt:
         render.say("interrupted")
         sys.exit(130)

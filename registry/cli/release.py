@@ -8,11 +8,14 @@ import typer
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory
 from registry.cli.render import JsonFlag
-from registry.errors import Usage
+from registry.errors import NotFound, Usage, refuse_errors
 from registry.names import parse_channel_reference, parse_reference, parse_repository
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Json = dict[str, Any]
+
+PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
+"""The servers that `inspect` asks about when none is named."""
 
 
 def register(root: typer.Typer) -> None:
@@ -31,28 +34,23 @@ def inspect(
     json: JsonFlag = False,
 ) -> None:
     """Facts and health of an adapter, and which servers will load it."""
-    from composer.formats import facts as adapter_files
-    from composer.formats.serving import loads_in
-    from registry.publishing import inspect_adapter
+    from composer.formats.inspection import inspect as look
 
     directory, architecture = Path(what), None
-    with connected() as connection:
-        if not directory.is_dir():
-            release = connection.api.resolve(parse_reference(what))["release"]
-            directory, base = release_directory(connection, release), base or release["base"]["digest"]
-        if base:
-            architecture = connection.api.architecture(base)
-    facts, findings = inspect_adapter(directory, architecture)
-    adapter = adapter_files.read_adapter(directory)
-    placed = adapter_files.place(adapter.config, adapter.header, architecture)
-    summary = adapter_files.facts(adapter.config, adapter.header, placed)
-    loading = [
-        loads_in(adapter.config, summary, placed, one).to_json()
-        for one in server or ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
-    ]
-    told = {"adapter": facts, "findings": [finding.to_json() for finding in findings], "loads_in": loading}
+    if base or not directory.is_dir():
+        with connected() as connection:
+            if not directory.is_dir():
+                release = connection.api.resolve(parse_reference(what))["release"]
+                directory, base = release_directory(connection, release), base or release["base"]["digest"]
+            architecture = connection.api.architecture(base or "")
+    seen = look(directory, architecture)
+    told = {
+        "adapter": seen.facts.to_json(),
+        "findings": [finding.to_json() for finding in seen.findings],
+        "loads_in": [seen.loads_in(profile) for profile in server or PROFILES],
+    }
     render.document(told, json, lambda: _show_inspection(what, told))
-    if any(finding.severity == "error" for finding in findings):
+    if any(finding.severity == "error" for finding in seen.findings):
         raise typer.Exit(6)
 
 
@@ -70,8 +68,8 @@ def push(  # noqa: PLR0913
     json: JsonFlag = False,
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release."""
+    from composer.formats.inspection import inspect as look
     from registry.client import transfer
-    from registry.publishing import inspect_adapter, refuse_errors
 
     reference = parse_reference(target)
     if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
@@ -81,16 +79,14 @@ def push(  # noqa: PLR0913
             next_step="Write REPO:VERSION, or REPO and --bump.",
         )
     with connected() as connection:
-        facts, _ = inspect_adapter(directory, None)
-        base = base or facts["base_model_name_or_path"]
+        base = base or look(directory, None).facts.base_model_name_or_path
         if not base:
             raise Usage(
                 "base_missing",
                 f"{directory} does not say what base it was trained on.",
                 next_step="Name it with --base.",
             )
-        _, findings = inspect_adapter(directory, connection.api.architecture(base))
-        refuse_errors(findings, str(directory))
+        refuse_errors(look(directory, connection.api.architecture(base)).findings, str(directory))
         files = transfer.collect(directory)
         request = {
             "version": str(reference.version) if reference.version else None,
@@ -301,8 +297,6 @@ def _path(release: Json) -> str:
 
 def _line(connection: Connection, repository: str) -> str:
     """The route of a repository, whose kind its name does not tell."""
-    from registry.errors import NotFound
-
     path = f"/v1/adapters/{repository}"
     try:
         connection.api.get(path)

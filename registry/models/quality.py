@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.db import Row, UtcDateTime
@@ -14,9 +14,12 @@ class Suite(Row):
     """A suite is its content: another example is another digest under the same name. The last one added is current."""
 
     __tablename__ = "suites"
+    __table_args__ = (
+        Index("uq_suites_name", "name", unique=True, sqlite_where=text("current"), postgresql_where=text("current")),
+    )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
-    name: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str] = mapped_column(String(64))
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     kind: Mapped[str] = mapped_column(String(16))
     examples: Mapped[int]

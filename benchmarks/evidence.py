@@ -1,0 +1,79 @@
+"""The cost of evidence: one suite evaluated, three adapters compared by their factors, and probed with a guard suite.
+
+The floor is a plain forward pass over the same 32 examples, batched in the same way, with all logits: what the
+evaluation stands on. Everything runs in one process, with one torch thread and with torch's own choice of them.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Case, Sample
+from composer.conflicts import conflicts
+from composer.evaluate import LoadedModel, encode, evaluate, load_model
+from composer.probe import Member, probe
+from composer.suite import Suite, parse_suite
+from composer.variants import LoadedAdapter, load_deltas
+
+OWN = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
+GUARD = "guard-general"
+FLOOR = "forward of 32 examples"
+
+
+def main() -> None:
+    chosen = harness.options(__doc__, rounds=5)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    harness.announce("evidence", "torch", "transformers")
+    started = perf_counter()
+    loaded = load_model(chosen.base, "cpu")
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    print(f"loading the model took {perf_counter() - started:.1f} s; {dtype}")
+    adapters = [load_deltas(Path("examples/adapters") / name, loaded.architecture) for name in OWN]
+    own_choice = torch.get_num_threads()
+    for threads in sorted({1, own_choice}):
+        torch.set_num_threads(threads)
+        results = harness.interleave(_cases(loaded, adapters), chosen.rounds)
+        harness.report(f"Evidence with {threads} torch thread{'s' * (threads > 1)}", results, FLOOR)
+
+
+def _cases(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case]:
+    suites = {name: parse_suite(Path(f"examples/suites/{name}.yaml")) for name in (*OWN.values(), GUARD)}
+    sql = suites["sql-exact"]
+    members = [Member(one.name, one.deltas, 1.0, suites[OWN[one.name]]) for one in adapters]
+    work: dict[str, Callable[[], Any]] = {
+        FLOOR: partial(_forward, loaded, sql),
+        "eval of the base": partial(evaluate, loaded, sql),
+        "eval of an adapter": partial(evaluate, loaded, sql, adapters[0].deltas),
+        "conflicts of three": partial(conflicts, adapters, [1.0] * len(adapters)),
+        "probe of three and a guard, K = 2": partial(probe, loaded, members, [suites[GUARD]], 2),
+        "probe of three and a guard, K = 4": partial(probe, loaded, members, [suites[GUARD]], 4),
+    }
+    return {name: partial(_timed, run) for name, run in work.items()}
+
+
+def _timed(run: Callable[[], Any]) -> Sample:
+    started = perf_counter()
+    run()
+    return Sample(perf_counter() - started)
+
+
+@torch.inference_mode()
+def _forward(loaded: LoadedModel, suite: Suite) -> None:
+    """Examples in order of length, right-padded, as many a batch as the evaluation takes."""
+    encoded = sorted((encode(loaded, one, suite.chat).ids for one in suite.examples), key=len, reverse=True)
+    while encoded:
+        size = max(1, 1024 // len(encoded[0]))
+        batch, encoded = encoded[:size], encoded[size:]
+        length = len(batch[0])
+        ids_BT = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in batch])
+        loaded.model(input_ids=ids_BT, use_cache=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""One look at an adapter directory: what it says, where it fits, and whether its numbers are sound."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.findings import Finding
+from composer.formats import facts, serving
+from composer.formats.checkpoint import Architecture
+from composer.formats.facts import Adapter, AdapterFacts
+from composer.formats.placement import Placed
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """`findings` are those of the placement and of the health check."""
+
+    adapter: Adapter
+    placed: Placed
+    facts: AdapterFacts
+    findings: list[Finding]
+
+    def loads_in(self, profile: str) -> dict[str, Any]:
+        """Whether a server loads it: {profile, loads, reasons, way_out}."""
+        return serving.loads_in(self.adapter.config, self.facts, self.placed, profile).to_json()
+
+
+def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
+    """The same judgement before a push, by the registry that receives it, and for a curious user.
+
+    Without an architecture the fit is not checked. Raises InvalidFile and NotSupported for what cannot be read.
+    """
+    adapter = facts.read_adapter(directory)
+    placed = facts.place(adapter.config, adapter.header, architecture, adapter.name)
+    summary = facts.facts(adapter.config, adapter.header, placed)
+    return Inspection(adapter, placed, summary, [*placed.findings, *facts.health(adapter.weights_path, adapter.header)])

@@ -1,0 +1,296 @@
+"""What people get wrong: each has one clear error, the exit code of its family, a next step, and leaves nothing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+import yaml
+
+from registry.errors import Usage
+from tests import services
+from tests.scenarios.traces import api_of, traces
+from tests.scenarios.world import Cli, Ran, World, server
+
+
+def refused(ran: Ran, code: int, *fragments: str) -> None:
+    """Refused with this exit code, in words that name what is wrong, on stderr alone."""
+    assert ran.code == code, f"{ran.code}: {ran.out}{ran.err}"
+    assert ran.out == ""
+    assert ran.err.startswith(("error: ", "Usage: ")), ran.err
+    assert "Traceback" not in ran.err
+    for fragment in fragments:
+        assert fragment in ran.err
+
+
+@pytest.fixture
+def with_release(stocked_embedded: Cli, world: World) -> Cli:
+    stocked_embedded.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
+    return stocked_embedded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fragments"),
+    [
+        (("show", "acme/unknown"), 3, ["acme/unknown", "adaptory list"]),
+        (("show", "acme/sql:9.9.9"), 3, ["9.9.9", "adaptory log acme/sql"]),
+        (("show", "acme/sql:^3.0"), 3, ["^3.0", "adaptory log acme/sql"]),
+        (("show", "acme/sql@canary"), 3, ["acme/sql@canary"]),
+        (("show", "acme/sql#0123456789"), 3, ["0123456789"]),
+        (("show", "acme/sql:1.x.y.z"), 2, ["1.x.y.z"]),
+        (("show", "acme/sql:01.0.0"), 2, ["01.0.0", "MAJOR.MINOR.PATCH"]),
+        (("show", "acme"), 2, ["namespace/name"]),
+        (("show", "Acme/SQL"), 2, ["'Acme'"]),
+        (("show", "acme/sql#xyz"), 2, ["'xyz'"]),
+        (("base", "show", "Nobody/Knows-This"), 3, ["Nobody/Knows-This", "adaptory base"]),
+        (("search", "--base", "unknown"), 3, ["'unknown'", "adaptory base"]),
+        (("search", "--score", "sql-exact.accuracy>0.5"), 2, ["sql-exact.accuracy>0.5"]),
+        (("search", "--score", "sql-exact.accuracy>=nan"), 2, ["nan"]),
+        (("promote", "acme/sql:1.0", "--to", "Prod!"), 2, ["Prod!"]),
+        (("rollback", "acme/sql"), 2, ["no channel"]),
+        (("rollback", "acme/sql@prod"), 1, ["acme/sql@prod", "adaptory history"]),
+        (("rollback", "acme/sql@prod", "--to", "1.9.0"), 1, ["never served 1.9.0"]),
+        (("gate", "acme/sql@prod", "--rule", "be nice"), 2, ["be nice", "SUITE.METRIC"]),
+        (("gate", "acme/sql@prod", "--rule", "sql-exact.nll within -1 of served"), 2, ["within -1"]),
+        (("yank", "acme/sql:1.0.0", "--reason", " "), 2, ["reason"]),
+        (("eval", "acme/sql", "--suite", "unknown-suite"), 3, ["unknown-suite", "adaptory suite add"]),
+        (("eval", "acme/nothing", "--suite", "sql-exact"), 3, ["acme/nothing"]),
+        (("conflicts", "acme/sql", "acme/sql", "--weights", "1,two"), 2, ["1,two"]),
+        (("jobs", "77"), 3, ["77"]),
+        (("cancel", "77"), 3, ["77"]),
+    ],
+)
+def test_a_name_or_a_rule_that_makes_no_sense(
+    with_release: Cli, arguments: tuple[str, ...], code: int, fragments: list[str]
+) -> None:
+    before = traces(with_release)
+    refused(with_release(*arguments), code, *fragments)
+    assert traces(with_release) == before
+
+
+def test_a_push_without_a_version_or_with_two_says_how_to_write_it(with_release: Cli, world: World) -> None:
+    adapter = world.adapters["sql"]
+    for target in ("acme/sql", "acme/sql@prod", "acme/sql:^1.0", "acme/sql#0123456"):
+        refused(with_release("push", adapter, target, "--base", "tiny"), 2, "REPO:VERSION")
+    both = with_release("push", adapter, "acme/sql:1.0.1", "--bump", "minor", "--base", "tiny")
+    refused(both, 2, "REPO:VERSION")
+    for malformed in ("1.2", "1.2.3+build", "v1.2.3", "1.2.3-", "1.2.3.4"):
+        assert with_release("push", adapter, f"acme/sql:{malformed}", "--base", "tiny").code == 2
+    assert traces(with_release).releases == ("acme/sql:1.0.0",)
+
+
+def test_errors_are_one_json_document_when_asked_for(with_release: Cli) -> None:
+    ran = with_release("show", "acme/sql:^3.0", "--json")
+    assert ran.code == 3
+    error = json.loads(ran.out)["error"]
+    assert error["code"] == "no_match"
+    assert error["subject"] == "acme/sql:^3.0"
+    assert error["next"]
+
+
+RECIPE = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "acme/both:1.0.0"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "code", "fragments"),
+    [
+        (RECIPE | {"wieght": 1}, 6, ["wieght", "recipe.yaml"]),
+        (RECIPE | {"inputs": [{"adapter": "acme/sql", "weights": 2}]}, 6, ["inputs[0]", "weights"]),
+        (RECIPE | {"inputs": [{"adapter": "acme/sql", "weight": "much"}]}, 6, ["inputs[0]", "much"]),
+        (RECIPE | {"inputs": [{"adapter": "acme/sql", "weight": float("nan")}]}, 6, ["inputs[0]", "nan"]),
+        (RECIPE | {"inputs": []}, 6, ["inputs"]),
+        (RECIPE | {"method": "alchemy"}, 6, ["alchemy"]),
+        (RECIPE | {"settings": {"densty": 0.5}}, 6, ["densty"]),
+        (RECIPE | {"inputs": ["acme/unknown:1.0.0"]}, 3, ["acme/unknown"]),
+        (RECIPE | {"inputs": ["acme/sql:^7"]}, 3, ["^7"]),
+        (RECIPE | {"base": "unknown"}, 3, ["'unknown'"]),
+        (RECIPE | {"adapter": "acme/both"}, 2, ["acme/both", "NAMESPACE/NAME:VERSION"]),
+        ({"inputs": ["acme/sql:1.0.0"], "method": "stack"}, 2, ["adapter", "--plan"]),
+        (RECIPE | {"evaluate": ["unknown-suite"]}, 3, ["unknown-suite"]),
+        (RECIPE | {"gates": ["be nice"]}, 2, ["be nice"]),
+        ([1, 2], 6, ["recipe.yaml"]),
+    ],
+)
+def test_a_recipe_that_cannot_work(
+    with_release: Cli, tmp_path: Path, recipe: object, code: int, fragments: list[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    before = traces(with_release)
+    refused(with_release("compose", path), code, *fragments)
+    assert traces(with_release) == before
+    assert with_release.json("jobs")["items"] == [], "nothing was even begun"
+
+
+def test_a_recipe_that_is_not_there_or_not_yaml(with_release: Cli, tmp_path: Path) -> None:
+    refused(with_release("compose", tmp_path / "absent.yaml"), 2, "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("inputs: [a\nmethod: }")
+    refused(with_release("compose", tmp_path / "broken.yaml"), 6, "broken.yaml")
+
+
+def test_weights_that_do_not_parse(with_release: Cli, world: World, tmp_path: Path) -> None:
+    for number in ("much", "nan", "inf", ""):
+        for command in (("merge", "--base", world.base), ("combine",)):
+            adapter = f"{world.adapters['sql']}={number}"
+            refused(with_release(*command, "--adapter", adapter, "-o", tmp_path / "out"), 2, "DIR=0.7")
+    refused(
+        with_release("merge", "--base", world.base, "--adapter", "/nowhere=1", "-o", tmp_path / "out"), 6, "/nowhere"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_never_touched(with_release: Cli, world: World, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    adapter = world.adapters["sql"]
+    for command in (
+        ("pull", "acme/sql", "-o", out),
+        ("merge", "--base", world.base, "--adapter", adapter, "-o", out),
+        ("combine", "--adapter", adapter, "-o", out),
+    ):
+        refused(with_release(*command), 4, str(out), "exists")
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("thesis.txt", "years of work")]
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "mine"}
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Generator[Path]:
+    path.mkdir()
+    mounted = subprocess.run(
+        ["/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["/bin/umount", path], check=True)
+
+
+def test_a_full_disk_ends_a_merge_and_leaves_nothing(embedded: Cli, world: World, tmp_path: Path) -> None:
+    """Once seen before it begins, once when side files fill the disk half way."""
+    base = shutil.copytree(world.base, tmp_path / "base")
+    with small_disk(tmp_path / "small", "1m") as disk:
+        merge = ("merge", "--base", base, "--adapter", world.adapters["sql"], "-o", disk / "merged")
+        refused(embedded(*merge), 7, "disk is full", "Free some space")
+        assert list(disk.iterdir()) == []
+    (base / "vocabulary.txt").write_bytes(b"x" * (20 << 20))
+    with small_disk(tmp_path / "medium", "12m") as disk:
+        merge = ("merge", "--base", base, "--adapter", world.adapters["sql"], "-o", disk / "merged")
+        refused(embedded(*merge), 7, "disk is full", "Free some space")
+        assert list(disk.iterdir()) == []
+
+
+def test_a_full_disk_ends_a_push_and_leaves_nothing(embedded: Cli, world: World, tmp_path: Path) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    (adapter / "training.log").write_bytes(b"x" * (8 << 20))
+    with small_disk(tmp_path / "small", "6m") as disk:
+        cli = Cli(embedded.environment | {"ADAPTORY_HOME": str(disk)})
+        cli.ok("base", "add", world.base, "--name", "tiny")
+        refused(cli("push", adapter, "acme/sql:1.0.0", "--base", "tiny"), 7, "Free some space")
+        left = traces(cli)
+        assert (left.work, left.releases) == (frozenset(), ())
+        (adapter / "training.log").unlink()
+        cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+
+
+def test_a_full_disk_ends_a_pull_and_leaves_no_directory(with_release: Cli, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "8k") as disk:
+        refused(with_release("pull", "acme/sql", "-o", disk / "out"), 7, "Free some space")
+        assert not (disk / "out").exists()
+
+
+def test_a_bad_cursor_is_a_usage_error(with_release: Cli) -> None:
+    with api_of(with_release) as api:
+        for path in (
+            "/v1/releases",
+            "/v1/bases",
+            "/v1/adapters",
+            "/v1/audit",
+            "/v1/jobs",
+            "/v1/adapters/acme/sql/channels/prod/history",
+        ):
+            with pytest.raises(Usage) as raised:
+                api.get(path, cursor="!!!")
+            assert (raised.value.code, raised.value.exit_code) == ("bad_cursor", 2)
+
+
+def test_a_registry_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{services.free_port()}"
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url})
+    for command in (("list",), ("show", "acme/sql"), ("pull", "acme/sql", "-o", tmp_path / "out")):
+        refused(cli(*command), 7, url, "ADAPTORY_URL")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_home_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    refused(Cli({"ADAPTORY_HOME": str(tmp_path / "home")})("list"), 7, "ADAPTORY_HOME")
+
+
+def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) -> None:
+    settings = {"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_MAX_FILE_BYTES": "plenty"}
+    refused(Cli(settings)("list"), 2, "ADAPTORY_MAX_FILE_BYTES")
+
+
+def test_a_file_above_the_limit_is_refused_before_it_is_sent(stocked_embedded: Cli, world: World) -> None:
+    small = Cli(stocked_embedded.environment | {"ADAPTORY_MAX_FILE_BYTES": "1000"})
+    refused(
+        small("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny"), 6, "1,000", "ADAPTORY_MAX_FILE_BYTES"
+    )
+    assert traces(small).blobs == frozenset()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])  # noqa: S104
+def test_serving_beyond_loopback_is_not_allowed(tmp_path: Path, host: str) -> None:
+    refused(Cli({"ADAPTORY_HOME": str(tmp_path)})("serve", "--host", host), 5, host, "127.0.0.1")
+
+
+def test_a_server_refuses_odd_requests_and_stays_well(tmp_path: Path) -> None:
+    with server(tmp_path / "home", ADAPTORY_MAX_DOCUMENT_BYTES="2000") as (url, process):
+        # A name of somebody else that leads to loopback: a page in a browser could ask by it.
+        assert httpx2.get(f"{url}/v1/bases", headers={"Host": "evil.example"}).status_code == 400
+        assert httpx2.get(f"{url}/v1/bases", headers={"Host": "localhost"}).status_code == 200
+
+        long = json.dumps({"recipe": {"notes": "x" * 3000}})
+        told = httpx2.post(f"{url}/v1/compositions", content=long, headers={"Content-Type": "application/json"})
+        assert (told.status_code, told.json()["code"]) == (413, "body_too_large")
+        chunked = httpx2.post(f"{url}/v1/compositions", content=iter([long.encode()]))
+        assert chunked.status_code == 413, "without a Content-Length it is refused as it arrives"
+
+        for method, path, body, status in (
+            ("GET", "/v1/nothing", None, 404),
+            ("PATCH", "/v1/bases", None, 405),
+            ("POST", "/v1/uploads", "not json", 422),
+            ("POST", "/v1/uploads", '{"files": [], "colour": "red"}', 422),
+            ("GET", "/v1/releases?limit=0", None, 422),
+            ("GET", "/v1/releases?limit=many", None, 422),
+            ("GET", "/v1/releases?cursor=!!", None, 400),
+            ("GET", "/v1/resolve?ref=", None, 400),
+            ("GET", "/v1/blobs/abc", None, 400),
+            ("GET", f"/v1/blobs/{'0' * 64}", None, 404),
+            ("PUT", f"/v1/blobs/{'0' * 64}", "x", 422),
+            ("GET", "/v1/compositions/1", None, 404),
+            ("POST", "/v1/suites", '{"name": "x"}', 422),
+        ):
+            answer = httpx2.request(method, url + path, content=body)
+            assert answer.status_code == status, f"{method} {path}: {answer.status_code} {answer.text}"
+            assert answer.headers["content-type"] == "application/problem+json", path
+            assert {"type", "title", "status", "detail", "code", "subject", "next"} <= set(answer.json())
+        assert httpx2.get(f"{url}/readyz").status_code == 200
+        assert process.poll() is None
+
+
+def test_a_port_that_is_taken_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    with server(tmp_path / "home") as (url, _):
+        command = [sys.executable, "-m", "registry.cli.main", "serve", "--port", url.rpartition(":")[2]]
+        environment = {"ADAPTORY_HOME": str(tmp_path / "other"), "PATH": "/usr/bin:/bin"}
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+        assert second.returncode != 0
+        assert "address already in use" in second.stderr
