@@ -54,7 +54,9 @@ def find(session: Session, composition_id: int) -> tuple[Composition, Job]:
 
 
 def of_job(session: Session, job_id: int) -> Composition:
-    return session.scalars(select(Composition).where(Composition.job_id == job_id)).one()
+    """Raises NotFound for a job that there is not; every job is a composition's so far."""
+    job = jobs.find(session, job_id)
+    return session.scalars(select(Composition).where(Composition.job_id == job.id)).one()
 
 
 def cancel(session: Session, actor: Actor, composition_id: int) -> tuple[Composition, Job]:

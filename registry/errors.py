@@ -91,13 +91,27 @@ FAMILIES: tuple[type[RegistryError], ...] = (
 )
 
 
+_BY_CODE: dict[str, type[RegistryError]] = {
+    "exists": Conflict,
+    "no_parent": Usage,
+    "not_finite": Refused,
+    "unknown_method": Usage,
+    "unknown_setting": Usage,
+    "bad_setting": Usage,
+    "dtype": Usage,
+    "unknown_profile": Usage,
+}
+"""Codes of the composer whose family is not that of their class."""
+
+
 def of_composer(error: ComposerError) -> RegistryError:
-    """The library's error in the families that this file's exit codes and statuses come from."""
+    """The library's error in the families that exit codes and statuses come from."""
     family: type[RegistryError] = Invalid
     if isinstance(error, Mismatch | NotSupported):
         family = Refused
     elif isinstance(error, RefusedOutput):
-        family = Conflict if error.code == "output_exists" else Unavailable
+        family = Unavailable
+    family = _BY_CODE.get(error.code, family)
     return family(error.code, error.message, subject=error.subject, next_step=error.next_step)
 
 

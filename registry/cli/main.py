@@ -37,6 +37,15 @@ def main() -> None:
             raise
         told = Unavailable("extra_missing", f"This needs {error.name}.", next_step=f'pip install "adaptory[{extra}]"')
         sys.exit(render.fail(told, "--json" in sys.argv))
+    except OSError as error:
+        where = str(error.filename or "")
+        told = Unavailable(
+            "disk_error",
+            f"{where}: {error.strerror or error}.",
+            subject=where,
+            next_step="See that it can be read and written.",
+        )
+        sys.exit(render.fail(told, "--json" in sys.argv))
     except KeyboardInterrupt:
         render.say("interrupted")
         sys.exit(130)

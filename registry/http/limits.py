@@ -35,7 +35,13 @@ class BodyLimit:
                 raise self._error()
             return message
 
-        await self.app(scope, bounded, send)
+        async def answer(message: Message) -> None:
+            if taken <= self.limit_bytes:
+                await send(message)
+
+        await self.app(scope, bounded, answer)
+        if taken > self.limit_bytes:  # the framework calls whatever goes wrong with a body a 400
+            await problem_response(self._error())(scope, receive, send)
 
     def _error(self) -> TooLarge:
         return TooLarge(

@@ -105,7 +105,6 @@ RECIPE = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "acme/both
         (RECIPE | {"inputs": [{"adapter": "acme/sql", "weight": float("nan")}]}, 6, ["inputs[0]", "nan"]),
         (RECIPE | {"inputs": []}, 6, ["inputs"]),
         (RECIPE | {"method": "alchemy"}, 6, ["alchemy"]),
-        (RECIPE | {"settings": {"densty": 0.5}}, 6, ["densty"]),
         (RECIPE | {"inputs": ["acme/unknown:1.0.0"]}, 3, ["acme/unknown"]),
         (RECIPE | {"inputs": ["acme/sql:^7"]}, 3, ["^7"]),
         (RECIPE | {"base": "unknown"}, 3, ["'unknown'"]),
@@ -125,6 +124,16 @@ def test_a_recipe_that_cannot_work(
     refused(with_release("compose", path), code, *fragments)
     assert traces(with_release) == before
     assert with_release.json("jobs")["items"] == [], "nothing was even begun"
+
+
+def test_a_setting_that_the_method_does_not_know_publishes_nothing(with_release: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"settings": {"densty": 0.5}}))
+    before = traces(with_release)
+    ran = with_release("compose", path)
+    assert ran.code == 1
+    assert "densty" in ran.err
+    assert traces(with_release) == before
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml(with_release: Cli, tmp_path: Path) -> None:
