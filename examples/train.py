@@ -139,7 +139,7 @@ def fit(model: Any, batches: list[Batch], rehearsed: list[tuple[Batch, torch.Ten
     """AdamW on the completion tokens plus the drift on rehearsed batches; float32 factors over the bfloat16 base.
 
     `model` is the base with the adapter injected; `batches` has one batch a step. Without rehearsal an adapter answers
-    everything in its own format, and three of them stacked answer nothing: exact match 0.00 on all three suites.
+    everything in its own format: three of them stacked raised the guard's NLL from 0.78 to 4.79, rehearsed to 0.81.
     """
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=run.learning_rate, weight_decay=0.0)

@@ -24,7 +24,7 @@ targets = pytest.mark.parametrize("task", TARGETS, ids=lambda task: task.suite)
 @tasks
 def test_the_committed_suite_is_what_another_process_writes(task: Task, tmp_path: Path) -> None:
     # Another process has another hash seed, so an order taken from a set would show here.
-    subprocess.run([sys.executable, EXAMPLES / "make_suites.py", tmp_path], check=True, capture_output=True)  # noqa: S603
+    subprocess.run([sys.executable, EXAMPLES / "make_suites.py", tmp_path], check=True, capture_output=True)
     for name in render(task):
         assert (SUITES / name).read_text() == (tmp_path / name).read_text()
 
