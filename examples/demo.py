@@ -94,8 +94,7 @@ def push(story: Story) -> None:
 
 def measure(story: Story) -> None:
     story.chapter("Suites, and what the base and each adapter score on them")
-    for suite in SUITES:
-        story.run("suite", "add", EXAMPLES / "suites" / f"{suite}.yaml")
+    story.run("suite", "add", *(EXAMPLES / "suites" / f"{suite}.yaml" for suite in SUITES))
     story.run("eval", "smollm2", *flags("--suite", SUITES))
     for team, suite in TEAMS.items():
         story.run("eval", f"acme/{team}", *flags("--suite", (suite, "guard-general")))
@@ -111,18 +110,27 @@ def promote(story: Story) -> None:
     rules = (
         "sql-exact.accuracy >= 0.3",
         "sql-exact.nll within 0.05 of served",
-        "guard-general.nll within 0.5 of served",
+        "guard-general.nll within 0.3 of served",
     )
     story.run("gate", "acme/sql-migration@prod", *flags("--rule", rules))
-    story.chapter("A worse release: the gate refuses it; forced all the same, it is rolled back")
-    bad = "acme/sql-migration:1.1.0"
-    story.run("push", ADAPTERS / "sql-migration-bad", bad, "--base", "smollm2", "--notes", "trained on shifted labels")
-    story.run("eval", bad, *flags("--suite", ("sql-exact", "guard-general")))
+    story.chapter("A better release passes the gate")
+    release(story, "1.1.0", "sql-migration-1.1", "trained for 50 steps")
+    story.run("promote", "acme/sql-migration:1.1.0", "--to", "prod", "--reason", "twice the accuracy")
+    story.chapter("A bad release: the gate refuses it; forced all the same, it is rolled back and yanked")
+    bad = release(story, "1.2.0", "sql-migration-bad", "trained on a new export")
     story.run("promote", bad, "--to", "prod", expect=1)
-    story.run("promote", bad, "--to", "prod", "--force", "--reason", "the demo is at noon")
-    story.run("rollback", "acme/sql-migration@prod", "--reason", "it writes nonsense")
-    story.run("yank", bad, "--reason", "trained on shifted labels")
+    story.run("promote", bad, "--to", "prod", "--force", "--reason", "the release party is at noon")
+    story.run("rollback", "acme/sql-migration@prod", "--reason", "it answers the wrong question")
+    story.run("yank", bad, "--reason", "the export had its labels shifted by a row")
     story.run("history", "acme/sql-migration@prod")
+
+
+def release(story: Story, version: str, adapter: str, notes: str) -> str:
+    """Pushes and evaluates one more release of the SQL team."""
+    reference = f"acme/sql-migration:{version}"
+    story.run("push", ADAPTERS / adapter, reference, "--base", "smollm2", "--notes", notes)
+    story.run("eval", reference, *flags("--suite", ("sql-exact", "guard-general")))
+    return reference
 
 
 def compose(story: Story) -> None:
@@ -139,7 +147,7 @@ def compose(story: Story) -> None:
 
 
 def compare(story: Story) -> None:
-    columns = ["smollm2", *(f"acme/{team}:1.0.0" for team in TEAMS), "acme/assistant:1.0.0"]
+    columns = ["smollm2", *(f"acme/{team}@prod" for team in TEAMS), "acme/assistant:1.0.0"]
     found = [story.ask("base", "show", columns[0]), *(story.ask("show", column) for column in columns[1:])]
     scores = [{(row["suite"], row["metric"]): row["value"] for row in one["scores"]} for one in found]
     names = ["base", *TEAMS, "assistant"]
@@ -173,8 +181,8 @@ def generate(story: Story) -> None:
         example = suite.examples[0]
         print(f"\nprompt   {example.prompt}")
         print(f"wanted   {example.completion}")
-        print(f"base     {first_line(complete(base, example.prompt, max_new_tokens=40))}")
-        print(f"merged   {first_line(complete(merged, example.prompt, max_new_tokens=40))}")
+        print(f"base     {first_line(complete(base, example.prompt, max_new_tokens=28))}")
+        print(f"merged   {first_line(complete(merged, example.prompt, max_new_tokens=28))}")
         ids_BT = torch.tensor([encode(base, example, suite.chat).ids])
         with torch.inference_mode():
             merged_BTV = merged.model(ids_BT).logits.float()

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import Select, exists, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
 
 from registry import bases
 from registry.models import Release, Repository, Score, Suite, TargetSetMember
@@ -64,15 +64,8 @@ def _with_targets(statement: Select[int], query: Query) -> Select[int]:
 
 def _with_scores(statement: Select[int], query: Query) -> Select[int]:
     for condition in query.scores:
-        score, suite = aliased(Score), aliased(Suite)
-        enough = score.value >= condition.value if condition.operator == ">=" else score.value <= condition.value
-        statement = statement.where(
-            exists(select(score.id).join(suite, suite.id == score.suite_id)).where(
-                score.release_id == Release.id,
-                suite.name == condition.suite,
-                suite.current,
-                score.metric == condition.metric,
-                enough,
-            )
-        )
+        enough = Score.value >= condition.value if condition.operator == ">=" else Score.value <= condition.value
+        found = select(Score.id).join(Suite, Suite.id == Score.suite_id)
+        found = found.where(Score.release_id == Release.id, Suite.name == condition.suite, Suite.current)
+        statement = statement.where(found.where(Score.metric == condition.metric, enough).exists())
     return statement

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from registry.resources import Resources
     from registry.settings import Settings
 
-EMBEDDED_URL = "http://adaptory.local"
+EMBEDDED_URL = "http://localhost"
 
 
 @dataclass(frozen=True, slots=True)

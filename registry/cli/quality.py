@@ -30,18 +30,16 @@ def register(root: typer.Typer) -> None:
 
 
 @suite_app.command()
-def add(file: Annotated[Path, typer.Argument(help="The suite's YAML.")], json: JsonFlag = False) -> None:
-    """Register a suite; other content under a known name becomes its current version."""
+def add(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The suites' YAML.")], json: JsonFlag = False
+) -> None:
+    """Register suites; other content under a known name becomes its current version."""
     from composer.suite import parse_suite
 
-    content = parse_suite(file)
+    contents = [parse_suite(file) for file in files]
     with connected() as connection:
-        found = connection.api.post("/v1/suites", content.to_json())
-    render.document(
-        found,
-        json,
-        lambda: print(f"suite {found['name']} ({found['kind']}, {found['examples']} examples) {found['digest'][:12]}"),
-    )
+        found = [connection.api.post("/v1/suites", content.to_json()) for content in contents]
+    render.document(found[0] if len(found) == 1 else {"items": found, "next": None}, json, lambda: _show_suites(found))
 
 
 @suite_app.command("list")
@@ -111,6 +109,7 @@ def conflicts(  # noqa: PLR0913
         list[str] | None, typer.Option("--suite", help="Suite of each adapter, in order, for directories.")
     ] = None,
     guard: Annotated[list[str] | None, typer.Option("--guard", help="Guard suites to probe as well.")] = None,
+    modules: Annotated[int, typer.Option(min=0, help="Show so many modules of each pair.")] = 2,
     device: Device = "auto",
     base_dir: BaseDir = None,
     json: JsonFlag = False,
@@ -125,18 +124,18 @@ def conflicts(  # noqa: PLR0913
         loaded = group.load()
         result = group.probe(loaded, shares, suite or [], guard or [], probe, device) if probe else None
         report = compare(loaded, shares, settings={"tied": tied} if tied else {}, probe=result)
-    render.document(report.to_json(), json, lambda: show_report(report))
+    render.document(report.to_json(), json, lambda: show_report(report, modules))
     if report.verdict is Verdict.REFUSE:
         raise typer.Exit(1)
 
 
-def show_report(report: Any) -> None:
+def show_report(report: Any, modules: int) -> None:
     """The headline of each pair first, then the tables, then what else was found."""
     from composer.report import headlines, remarks, tables
 
     for line in headlines(report):
         render.heading(line)
-    for one in tables(report, worst_modules=2):
+    for one in tables(report, worst_modules=modules):
         render.table(one.title, one.columns, one.rows)
     for line in remarks(report.findings):
         print(line)

@@ -170,6 +170,7 @@ def search(  # noqa: PLR0913
     score: Annotated[list[str] | None, typer.Option(help="'suite.metric>=0.8'; may be repeated.")] = None,
     namespace: Annotated[str | None, typer.Option()] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
+    cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Releases that fit: a base, a rank, a set of targets, scores. The newest first."""
@@ -182,8 +183,10 @@ def search(  # noqa: PLR0913
         "namespace": namespace,
     }
     with connected() as connection:
-        found = connection.api.get("/v1/releases", limit=limit, **query)
+        found = connection.api.get("/v1/releases", limit=limit, cursor=cursor, **query)
     render.document(found, json, lambda: _show_releases(found["items"]))
+    if found["next"] and not json:
+        render.say(f"more: --cursor {found['next']}")
 
 
 def promote(

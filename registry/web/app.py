@@ -6,12 +6,12 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from registry.http import problems
-from registry.http.limits import BodyLimit
+from registry.http.guards import BodyLimit, SameSite
 from registry.resources import Resources
 from registry.web import bases, blobs, channels, compositions, operations, releases, suites
 from registry.web.line import LINE_PREFIXES
 
-LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]", "adaptory.local"]
+LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]", "::1"]
 """A page on the web could point a name of its own at loopback; requests under any other name are refused."""
 
 
@@ -20,6 +20,7 @@ def create_app(resources: Resources) -> FastAPI:
     app.state.resources = resources
     problems.install(app)
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
+    app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES, www_redirect=False)
     for part in (
         suites,

@@ -18,6 +18,7 @@ from registry.client import transfer
 from registry.errors import NotFound, RegistryError
 from registry.names import parse_repository
 from tests.composer.small_model import save_adapter
+from tests.scenarios.conftest import stock
 from tests.scenarios.traces import Traces, api_of, traces
 from tests.scenarios.world import Cli, World
 
@@ -108,18 +109,24 @@ def damaged(world: World, tmp_path: Path, what: str) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
+    """One registry for every refusal: each must leave it as empty as it was."""
+    return stock(Cli({"ADAPTORY_HOME": str(tmp_path_factory.mktemp("refused") / "home")}), world)
+
+
 @pytest.mark.parametrize("what", list(DAMAGED))
 def test_a_damaged_adapter_is_refused_by_name_and_leaves_nothing(
-    stocked_embedded: Cli, world: World, tmp_path: Path, what: str
+    untouched: Cli, world: World, tmp_path: Path, what: str
 ) -> None:
     directory = damaged(world, tmp_path, what)
-    refused = stocked_embedded("push", directory, "acme/sql:1.0.0", "--base", "tiny")
+    refused = untouched("push", directory, "acme/sql:1.0.0", "--base", "tiny")
     assert refused.code == 6, refused.err
     assert "Traceback" not in refused.err
     for fragment in DAMAGED[what][1]:
         assert fragment in refused.err
-    assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
-    assert stocked_embedded("log", "acme/sql").code == 3, "not even the repository is there"
+    assert traces(untouched) == Traces(frozenset(), frozenset(), ())
+    assert untouched("log", "acme/sql").code == 3, "not even the repository is there"
 
 
 def test_an_unknown_base_is_not_found_and_leaves_nothing(stocked_embedded: Cli, world: World) -> None:

@@ -1,8 +1,11 @@
-"""Sizes are refused before bytes are read, whatever the body claims to be."""
+"""What is refused before a route sees it: bodies that are too long, and pages of other sites."""
+
+from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.errors import TooLarge
+from registry.errors import NotAllowed, TooLarge
 from registry.http.problems import problem_response
 
 BLOB_PATHS = "/v1/blobs/"
@@ -49,3 +52,22 @@ class BodyLimit:
             f"The body is longer than {self.limit_bytes:,} bytes.",
             next_step="ADAPTORY_MAX_DOCUMENT_BYTES sets the limit.",
         )
+
+
+class SameSite:
+    """Answers 403 to a browser that acts for a page of another site: a form there could post to a loopback server."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app = app
+        self.names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and urlsplit(origin).hostname not in self.names:
+            error = NotAllowed(
+                "other_site", f"Pages of {origin[:200]} may not use this registry.", subject=origin[:200]
+            )
+            await problem_response(error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)

@@ -1,0 +1,265 @@
+"""From a recipe to a combined adapter and a merged checkpoint, compared with what PEFT and plain arithmetic say."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tests.composer.small_model import save_adapter, save_llama
+from tests.scenarios.traces import Traces, traces
+from tests.scenarios.world import Cli, World
+
+WEIGHTS = {"sql": 0.5, "terraform": -0.25, "support": 1.5}
+TOUCHED = ("q_proj", "v_proj", "o_proj")
+STEPS = ["check", "combine", "evaluate", "gate", "merge", "publish"]
+
+
+@pytest.fixture
+def team(stocked: Cli, world: World) -> Cli:
+    return release_all(stocked, world)
+
+
+@pytest.fixture
+def small_team(stocked_embedded: Cli, world: World) -> Cli:
+    return release_all(stocked_embedded, world)
+
+
+def release_all(cli: Cli, world: World) -> Cli:
+    for name in WEIGHTS:
+        cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny", "--channel", "prod")
+    return cli
+
+
+def write_recipe(directory: Path, **changes: Any) -> Path:
+    recipe: dict[str, Any] = {
+        "base": "tiny",
+        "inputs": [
+            {"adapter": "acme/sql@prod", "weight": WEIGHTS["sql"], "suite": "sql-exact"},
+            {"adapter": "acme/terraform:^1.0", "weight": WEIGHTS["terraform"], "suite": "terraform-exact"},
+            {"adapter": "acme/support", "weight": WEIGHTS["support"], "suite": "support-exact"},
+        ],
+        "method": "linear",
+        "adapter": "acme/assistant:1.0.0",
+        "model": "acme/assistant-merged:1.0.0",
+        "probe": 1,
+        "notes": "all three",
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path
+
+
+def settled(cli: Cli) -> Traces:
+    """Traces after the worker has cleaned up, which it does after it has told that the job is finished."""
+    deadline = time.monotonic() + 10
+    while (found := traces(cli)).work and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World, tmp_path: Path) -> None:
+    team.ok("eval", "tiny", "--suite", "guard-exact")
+    recipe = write_recipe(
+        tmp_path, evaluate=["sql-exact", "guard-exact"], gates=["guard-exact.nll within 1000 of base"]
+    )
+    before = traces(team)
+    plan = team.json("compose", recipe, "--plan")
+    assert (plan["plan"], plan["state"], [step["name"] for step in plan["steps"]]) == (True, "done", ["check"])
+    assert plan["results"] == []
+    assert settled(team) == before, "a plan leaves no blob, no release and no file"
+    check_lock(team, plan["lock"])
+    check_conflicts(plan["conflicts"])
+
+    done = team.json("compose", recipe, "--follow")
+    assert done["state"] == "done"
+    assert [(step["name"], step["state"]) for step in done["steps"]] == [(name, "done") for name in STEPS]
+    assert done["lock"] == plan["lock"]
+    assert [(row["repository"], row["version"]) for row in done["results"]] == [
+        ("acme/assistant", "1.0.0"), ("acme/assistant-merged", "1.0.0"),
+    ]  # fmt: skip
+    assert done["result"] == done["results"][0]
+    assert [gate["passed"] for gate in done["gates"]] == [True]
+    assert {(score["suite"], score["metric"]) for score in done["candidate_scores"]} == {
+        ("sql-exact", "nll"), ("sql-exact", "accuracy"), ("guard-exact", "nll"), ("guard-exact", "accuracy"),
+    }  # fmt: skip
+    check_lineage(team, done)
+
+    team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "adapter")
+    team.ok("pull", "acme/assistant-merged", "-o", tmp_path / "model")
+    expected = weighted_sum(world, WEIGHTS)
+    check_adapter(tmp_path / "adapter", world.base, expected)
+    check_model(tmp_path / "model", world.base, expected)
+
+    after = settled(team)
+    assert after.work == frozenset()
+    again = team.json("compose", recipe, "--follow")
+    assert (again["state"], again["results"]) == ("done", done["results"])
+    assert settled(team) == after, "the same recipe again makes nothing new"
+    move = team.json("promote", "acme/assistant-merged:1.0.0", "--to", "prod")
+    assert (move["to_version"], team.json("show", "acme/assistant-merged@prod")["kind"]) == ("1.0.0", "model")
+
+
+def check_lock(cli: Cli, lock: dict[str, Any]) -> None:
+    """Every input by commit and by the digest of each file, whatever way the recipe named it."""
+    assert [locked["weight"] for locked in lock["inputs"]] == list(WEIGHTS.values())
+    for locked, name in zip(lock["inputs"], WEIGHTS, strict=True):
+        release = cli.json("show", f"acme/{name}:1.0.0")
+        assert (locked["repository"], locked["version"]) == (f"acme/{name}", "1.0.0")
+        assert locked["commit"] == release["commit"]
+        assert locked["files"] == {file["path"]: file["sha256"] for file in release["files"]}
+    assert lock["base"] == cli.json("base", "show", "tiny")["digest"]
+
+
+def check_conflicts(report: dict[str, Any]) -> None:
+    names = [f"acme/{name}:1.0.0" for name in WEIGHTS]
+    assert report["verdict"] in ("ok", "warn")
+    assert [(pair["a"], pair["b"]) for pair in report["pairs"]] == [
+        (names[0], names[1]), (names[0], names[2]), (names[1], names[2]),
+    ]  # fmt: skip
+    assert {pair["evidence"] for pair in report["pairs"]} == {"probe"}
+
+
+def check_lineage(cli: Cli, done: dict[str, Any]) -> None:
+    inputs = [(f"acme/{name}", "1.0.0", weight) for name, weight in WEIGHTS.items()]
+    for row in done["results"]:
+        release = cli.json("show", f"{row['repository']}:{row['version']}")
+        assert [(i["repository"], i["version"], i["weight"]) for i in release["inputs"]] == inputs
+        assert (release["commit"], release["notes"]) == (row["commit"], "all three")
+    measured = {(s["suite"], s["metric"]): s["value"] for s in cli.json("show", "acme/assistant:1.0.0")["scores"]}
+    assert measured == {(s["suite"], s["metric"]): s["value"] for s in done["candidate_scores"]}
+    assert cli.json("show", "acme/assistant:1.0.0")["adapter"]["rank_max"] == 8
+
+
+def weighted_sum(world: World, weights: dict[str, float]) -> dict[str, torch.Tensor]:
+    """W + sum of weight * (W merged with one adapter by PEFT - W), in float64: nothing of ours is asked."""
+    base = {n: t.double() for n, t in LlamaForCausalLM.from_pretrained(world.base).state_dict().items()}
+    total = {name: tensor.clone() for name, tensor in base.items()}
+    for name, weight in weights.items():
+        model = LlamaForCausalLM.from_pretrained(world.base)
+        merged: Any = PeftModel.from_pretrained(model, str(world.adapters[name])).merge_and_unload()
+        for key, tensor in merged.state_dict().items():
+            total[key] += weight * (tensor.double() - base[key])
+    return total
+
+
+def logits(model: Any, base: Path) -> torch.Tensor:
+    tokens = AutoTokenizer.from_pretrained(base)("select a from b where c = 1", return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens["input_ids"]).logits
+
+
+def expected_logits(base: Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return logits(model, base)
+
+
+def check_adapter(directory: Path, base: Path, expected: dict[str, torch.Tensor]) -> None:
+    """PEFT itself loads it, and it adds what the recipe says."""
+    adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(directory))
+    wanted = expected_logits(base, expected)
+    assert (wanted - logits(LlamaForCausalLM.from_pretrained(base), base)).abs().max() > 0.1, (
+        "the adapters do something"
+    )
+    torch.testing.assert_close(logits(adapted, base), wanted, rtol=1e-5, atol=1e-5)
+
+
+def check_model(directory: Path, base: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Transformers loads it; weights and logits are the base's with the adapters active; untouched shards are copies."""
+    merged = LlamaForCausalLM.from_pretrained(directory)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(merged, base), expected_logits(base, expected), rtol=1e-5, atol=1e-5)
+    copied = rewritten = 0
+    for shard in sorted(base.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            touched = any(part in name for name in file.keys() for part in TOUCHED)  # noqa: SIM118
+        same = shard.read_bytes() == (directory / shard.name).read_bytes()
+        assert same != touched, shard.name
+        copied, rewritten = copied + (not touched), rewritten + touched
+    assert copied
+    assert rewritten
+    untouched = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    ours = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert set(ours) == set(untouched)
+    for name, tensor in untouched.items():
+        assert torch.equal(ours[name], tensor) or any(part in name for part in TOUCHED)
+
+
+def test_a_composition_that_is_refused_publishes_nothing(team: Cli, world: World, tmp_path: Path) -> None:
+    """By a gate, by a missing score, and by a conflict that no weight resolves."""
+    for seed, name in enumerate(("one", "two")):
+        model = LlamaForCausalLM.from_pretrained(world.base)
+        save_adapter(
+            model, tmp_path / name, seed, r=2, lora_alpha=2, target_modules=["q_proj"], modules_to_save=["lm_head"]
+        )
+        team.ok("push", tmp_path / name, f"acme/{name}:1.0.0", "--base", "tiny")
+    before = settled(team)
+
+    recipe = write_recipe(tmp_path, evaluate=["sql-exact"], gates=["sql-exact.nll <= 0.0001"])
+    refused = team("compose", recipe, "--follow")
+    assert refused.code == 1
+    assert "gate" in refused.err
+    assert "sql-exact.nll" in refused.out
+    assert settled(team) == before
+
+    unmeasured = write_recipe(tmp_path, evaluate=["sql-exact"], gates=["sql-exact.nll within 9 of base"])
+    refused = team("compose", unmeasured, "--follow")
+    assert (refused.code, "evaluate it first" in refused.out) == (1, True), "the base was never measured"
+
+    for plan in (("--plan",), ("--follow",)):
+        conflict = write_recipe(tmp_path, inputs=["acme/one:1.0.0", "acme/two:1.0.0"], probe=0)
+        refused = team("compose", conflict, *plan)
+        assert refused.code == 1
+        assert "lm_head" in refused.err
+    assert settled(team) == before
+    states = [job["state"] for job in team.json("jobs")["items"]]
+    assert states == ["refused"] * 4
+
+
+def test_a_tied_weight_needs_a_decision(embedded: Cli, tmp_path: Path) -> None:
+    cli, base = embedded, save_llama(tmp_path / "base", seed=4, tied=True)
+    cli.ok("base", "add", base, "--name", "tied")
+    settings: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "embed_tokens"]}
+    save_adapter(LlamaForCausalLM.from_pretrained(base), tmp_path / "embedding", 1, **settings)
+    cli.ok("push", tmp_path / "embedding", "acme/embedding:1.0.0", "--base", "tied")
+    recipe = {"inputs": ["acme/embedding:1.0.0"], "method": "stack", "model": "acme/merged:1.0.0", "probe": 0}
+    path = tmp_path / "recipe.yaml"
+
+    path.write_text(yaml.safe_dump(recipe))
+    refused = cli("compose", path)
+    assert refused.code == 1
+    assert "embed_tokens" in refused.err
+    assert "tied" in refused.err
+    assert traces(cli).releases == ("acme/embedding:1.0.0",)
+    assert traces(cli).work == frozenset()
+
+    path.write_text(yaml.safe_dump(recipe | {"settings": {"tied": "shared"}}))
+    assert cli.json("compose", path)["state"] == "done"
+    cli.ok("pull", "acme/merged:1.0.0", "-o", tmp_path / "merged")
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    theirs: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(tmp_path / "embedding"))
+    whole = theirs.merge_and_unload()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_inputs_for_another_base_or_yanked_ones_are_refused_at_once(small_team: Cli, tmp_path: Path) -> None:
+    other = save_llama(tmp_path / "other", seed=9)
+    small_team.ok("base", "add", other, "--name", "other")
+    model = LlamaForCausalLM.from_pretrained(other)
+    save_adapter(model, tmp_path / "stranger", 1, r=2, lora_alpha=2, target_modules=["q_proj"])
+    small_team.ok("push", tmp_path / "stranger", "acme/stranger:1.0.0", "--base", "other")
+    refused = small_team("compose", write_recipe(tmp_path, inputs=["acme/sql", "acme/stranger"], base=None))
+    assert (refused.code, "acme/stranger:1.0.0" in refused.err) == (1, True)
+    small_team.ok("yank", "acme/sql:1.0.0", "--reason", "leaks")
+    refused = small_team("compose", write_recipe(tmp_path, inputs=["acme/sql:1.0.0"]))
+    assert (refused.code, "leaks" in refused.err) == (1, True)
+    assert small_team.json("jobs")["items"] == []

@@ -1,0 +1,385 @@
+"""Processes that die: what they had finished stays finished, what they had not leaves nothing wrong behind."""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+
+from registry.db import Database
+from registry.models import Job
+from registry.resources import Resources, open_resources
+from registry.settings import Settings
+from registry.worker.loop import Held, JobKind, run_one
+from registry.worker.steps import KINDS
+from tests.scenarios.conftest import USER, stock
+from tests.scenarios.traces import api_of, home_of, traces
+from tests.scenarios.world import Cli, World, server
+
+STEPS = list(KINDS["composition"].steps)
+LATER = timedelta(minutes=2)
+"""Longer than a lease: by then the dead worker's job is anybody's."""
+
+
+class Killed(BaseException):
+    """Ends a worker as SIGKILL would, as far as rows and files can tell: nothing catches it, nothing is tidied."""
+
+
+def write_recipe(directory: Path) -> Path:
+    recipe = {
+        "inputs": [{"adapter": "acme/sql:1.0.0", "weight": 0.5}, {"adapter": "acme/support:1.0.0", "weight": 0.5}],
+        "method": "linear", "adapter": "acme/both:1.0.0", "model": "acme/merged:1.0.0", "probe": 0,
+        "evaluate": ["sql-exact", "guard-exact"],
+    }  # fmt: skip
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def team(cli: Cli, world: World) -> Cli:
+    stock(cli, world)
+    for name in ("sql", "support"):
+        cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    return cli
+
+
+@contextmanager
+def resources_of(home: Path, later: timedelta = timedelta(0)) -> Generator[Resources]:
+    opened = open_resources(Settings(home=home, user=USER))
+    try:
+        yield replace(opened, clock=lambda: opened.clock() + later)
+    finally:
+        opened.close()
+
+
+def watched(seen: list[str], after: Callable[[str], None] = lambda _name: None) -> dict[str, JobKind]:
+    """The real steps, noting each that ran; `after` runs when the step has done its work but has not said so yet."""
+
+    def wrap(name: str, step: Callable[[Held], None]) -> Callable[[Held], None]:
+        def run(held: Held) -> None:
+            step(held)
+            seen.append(name)
+            after(name)
+
+        return run
+
+    kind = KINDS["composition"]
+    return {"composition": JobKind({name: wrap(name, step) for name, step in kind.steps.items()}, kind.clean)}
+
+
+def begin(cli: Cli, tmp_path: Path) -> None:
+    """Enqueues the composition as a server would, without a worker beside it."""
+    recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
+    with api_of(cli) as api:
+        api.post("/v1/compositions", {"recipe": recipe, "plan": False})
+
+
+@pytest.mark.parametrize("last", STEPS)
+def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends_the_job_the_same(
+    embedded: Cli, world: World, tmp_path: Path, last: str
+) -> None:
+    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+    begin(cli, tmp_path)
+    first: list[str] = []
+
+    def die(name: str) -> None:
+        if name == last:
+            raise Killed
+
+    with resources_of(home) as resources, pytest.raises(Killed):
+        run_one(resources, watched(first, die), "first")
+    assert first == STEPS[: STEPS.index(last) + 1]
+    published = {release for release in traces(cli).releases if "both" in release or "merged" in release}
+    assert published == ({"acme/both:1.0.0", "acme/merged:1.0.0"} if last == "publish" else set())
+
+    with resources_of(home) as resources:
+        assert not run_one(resources, watched([]), "too early"), "the lease has not run out"
+    second: list[str] = []
+    with resources_of(home, LATER) as resources:
+        assert run_one(resources, watched(second), "second")
+        assert not run_one(resources, watched([]), "third"), "it is done"
+    assert second == STEPS[STEPS.index(last) :], "steps that were noted as done are not redone"
+
+    done = cli.json("jobs", "1")
+    assert (done["state"], [step["state"] for step in done["steps"]]) == ("done", ["done"] * len(STEPS))
+    assert traces(cli).work == frozenset()
+    commits = {name: cli.json("show", f"acme/{name}:1.0.0")["commit"] for name in ("both", "merged")}
+    again = cli.json("compose", write_recipe(tmp_path))
+    assert {row["repository"].removeprefix("acme/"): row["commit"] for row in again["results"]} == commits, (
+        "an undisturbed run gives the same bytes"
+    )
+
+
+def test_a_worker_that_dies_between_two_publications_leaves_a_job_that_ends_well(
+    embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    """The adapter is out and the model is not: the next worker publishes the rest, and the first again as a retry."""
+    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+    begin(cli, tmp_path)
+
+    class DyingStore:
+        """The real store, until the first shard of the model is put."""
+
+        def __init__(self, store: Any) -> None:
+            self.store = store
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.store, name)
+
+        def put(self, sha256: Any, source: Path, *, move: bool = False) -> Any:
+            if "/model/" in str(source) and source.suffix == ".safetensors":
+                raise Killed
+            return self.store.put(sha256, source, move=move)
+
+    with resources_of(home) as resources, pytest.raises(Killed):
+        run_one(replace(resources, store=DyingStore(resources.store)), KINDS, "first")
+    assert "acme/both:1.0.0" in traces(cli).releases
+    assert "acme/merged:1.0.0" not in traces(cli).releases
+    second: list[str] = []
+    with resources_of(home, LATER) as resources:
+        assert run_one(resources, watched(second), "second")
+    assert second == ["publish"]
+    assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
+    assert len(cli.json("log", "acme/both")["items"]) == 1
+
+
+def test_a_job_that_kills_every_worker_is_given_up(embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+    begin(cli, tmp_path)
+
+    def die(_name: str) -> None:
+        raise Killed
+
+    for attempt in range(3):
+        with resources_of(home, attempt * LATER) as resources, pytest.raises(Killed):
+            run_one(resources, watched([], die), f"worker {attempt}")
+    with resources_of(home, 3 * LATER) as resources:
+        assert not run_one(resources, watched([]), "fourth")
+    job = cli.json("jobs", "1")
+    assert (job["state"], job["error"]["code"]) == ("failed", "worker_lost")
+
+
+def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(world: World, tmp_path: Path) -> None:
+    home = tmp_path / "server"
+    with server(home, ADAPTORY_USER=USER) as (url, process):
+        cli = team(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}), world)
+        started = cli.json("compose", write_recipe(tmp_path))
+        states = wait_for(url, started["id"], lambda states: states["evaluate"] == "running")
+        process.kill()
+        process.wait()
+    assert (states["check"], states["combine"]) == ("done", "done")
+    candidate = home / "work" / f"composition-{started['id']}" / "adapter" / "adapter_model.safetensors"
+    written = candidate.stat().st_mtime_ns
+
+    with server(home, ADAPTORY_USER=USER) as (url, _):
+        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url})
+        assert set(traces(cli).releases) == {"acme/sql:1.0.0", "acme/support:1.0.0"}, "nothing is half published"
+        assert cli.json("jobs", "1")["state"] == "running", "it is the dead worker's until its lease runs out"
+        seen: list[str] = []
+        kept: list[int] = []
+
+        def look(name: str) -> None:
+            if name == "evaluate":
+                kept.append(candidate.stat().st_mtime_ns)
+
+        with resources_of(home, LATER) as resources:
+            assert run_one(resources, watched(seen, look), "successor")
+        assert seen == ["evaluate", "gate", "merge", "publish"]
+        assert kept == [written], "the candidate is the one that the dead worker made"
+        assert cli.json("jobs", "1")["state"] == "done"
+        assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
+
+
+def wait_for(url: str, composition: int, enough: Callable[[dict[str, str]], bool]) -> dict[str, str]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = httpx2.get(f"{url}/v1/compositions/{composition}", timeout=30).json()
+        states = {step["name"]: step["state"] for step in found["steps"]}
+        if enough(states):
+            return states
+        assert found["state"] in ("queued", "running"), found
+        time.sleep(0.005)
+    raise AssertionError(f"the composition never came that far: {states}")
+
+
+@pytest.fixture(params=["embedded", "server"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path, world: World) -> Generator[Cli]:
+    """In the embedded registry the killed client is the registry as well."""
+    if request.param == "embedded":
+        yield stock(request.getfixturevalue("embedded"), world)
+        return
+    with server(tmp_path / "server", ADAPTORY_USER=USER) as (url, _):
+        yield stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}), world)
+
+
+HEAVY_BYTES = 12 << 20
+
+
+def heavy_adapter(world: World, directory: Path, seed: int) -> Path:
+    """An adapter with 12 MB beside it, so that there is a middle to be killed in."""
+    shutil.copytree(world.adapters["sql"], directory)
+    (directory / "training.log").write_bytes(random.Random(seed).randbytes(HEAVY_BYTES))  # noqa: S311
+    return directory
+
+
+def bytes_below(places: list[Path]) -> int:
+    total = 0
+    for place in places:
+        for path in place.rglob("*"):
+            with suppress(FileNotFoundError):  # it was moved into place meanwhile
+                total += path.stat().st_size
+    return total
+
+
+def run_and_kill(cli: Cli, arguments: list[object], places: list[Path], enough_bytes: int) -> bool:
+    """`adaptory …` in a process of its own, killed as soon as it has written so much; whether it was still running."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+    command = [sys.executable, "-m", "registry.cli.main", *map(str, arguments)]
+    before = bytes_below(places)
+    process = subprocess.Popen(
+        command, env=environment | cli.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while process.poll() is None and bytes_below(places) < before + enough_bytes:
+        time.sleep(0.002)
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), err.decode()
+    return process.returncode != 0
+
+
+def assert_blobs_are_what_their_names_say(cli: Cli) -> None:
+    for path in (home_of(cli) / "store" / "blobs").rglob("*"):
+        if path.is_file():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+def kill_points(seed: int) -> list[int]:
+    """How many bytes are written when the end comes: from the first one to nearly all."""
+    chance = random.Random(seed)  # noqa: S311
+    return [1, *(int(HEAVY_BYTES * chance.uniform(0.02, 0.98)) for _ in range(4)), HEAVY_BYTES]
+
+
+def test_a_push_killed_at_any_moment_succeeds_when_it_is_repeated(registry: Cli, world: World, tmp_path: Path) -> None:
+    places = [home_of(registry) / "work", home_of(registry) / "store"]
+    killed = 0
+    for number, enough_bytes in enumerate(kill_points(11), start=1):
+        adapter = heavy_adapter(world, tmp_path / f"adapter-{number}", number)
+        push: list[object] = ["push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny"]
+        killed += run_and_kill(registry, push, places, enough_bytes)
+        assert_blobs_are_what_their_names_say(registry)
+        release = registry.json(*push)["release"]
+        assert {file["path"] for file in release["files"]} == {path.name for path in adapter.iterdir()}
+    assert killed >= 4, "the kills came too late to mean anything"
+    assert_blobs_are_what_their_names_say(registry)
+    assert len(registry.json("log", "acme/sql")["items"]) == 6
+    registry.ok("pull", "acme/sql:1.6.0", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "training.log").read_bytes() == (adapter / "training.log").read_bytes()
+
+
+def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
+    registry: Cli, world: World, tmp_path: Path
+) -> None:
+    adapter = heavy_adapter(world, tmp_path / "adapter", 0)
+    registry.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    expected = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    commit = registry.json("show", "acme/sql")["commit"]
+    killed = 0
+    for number, enough_bytes in enumerate(kill_points(12), start=1):
+        out = tmp_path / f"out-{number}"
+        partial = tmp_path / f".out-{number}.{commit[:12]}.partial"
+        was_killed = run_and_kill(registry, ["pull", "acme/sql", "-o", out], [partial, out], enough_bytes)
+        killed += was_killed
+        if not out.exists():
+            assert was_killed
+            registry.ok("pull", "acme/sql", "-o", out)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+    assert killed >= 4, "the kills came too late to mean anything"
+    assert {path.name for path in tmp_path.iterdir() if ".partial" in path.name} == set(), "a finished pull tidies up"
+
+
+def test_a_pull_goes_on_where_it_stopped_and_never_trusts_what_it_finds(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    weights = (world.adapters["sql"] / "adapter_model.safetensors").read_bytes()
+    commit = cli.json("show", "acme/sql")["commit"]
+    partial = tmp_path / f".out.{commit[:12]}.partial"
+    partial.mkdir()
+    (partial / "adapter_model.safetensors").write_bytes(weights[:1000])
+    (partial / "adapter_config.json").write_bytes(b"{" * 100_000)
+    cli.ok("pull", "acme/sql", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights
+
+    partial = tmp_path / f".other.{commit[:12]}.partial"
+    partial.mkdir()
+    (partial / "adapter_model.safetensors").write_bytes(b"x" * 1000)
+    refused = cli("pull", "acme/sql", "-o", tmp_path / "other")
+    assert (refused.code, "adapter_model.safetensors" in refused.err) == (7, True)
+    assert not (tmp_path / "other").exists()
+    cli.ok("pull", "acme/sql", "-o", tmp_path / "other")
+    assert (tmp_path / "other" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_damaged_blob_is_never_given_out_as_if_it_were_whole(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    release = cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["release"]
+    digest = next(file["sha256"] for file in release["files"] if file["path"].endswith(".safetensors"))
+    blob = home_of(cli) / "store" / "blobs" / "sha256" / digest[:2] / digest
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    refused = cli("pull", "acme/sql", "-o", tmp_path / "out")
+    assert refused.code == 7
+    assert not (tmp_path / "out").exists()
+    refused = cli("compose", write_single(tmp_path))
+    assert (refused.code, digest[:12] in refused.err) == (7, True)
+    assert traces(cli).releases == ("acme/sql:1.0.0",)
+
+
+def write_single(directory: Path) -> Path:
+    path = directory / "single.yaml"
+    path.write_text(yaml.safe_dump({"inputs": ["acme/sql"], "method": "stack", "adapter": "acme/x:1.0.0", "probe": 0}))
+    return path
+
+
+def test_a_silent_worker_that_comes_back_cannot_end_a_job_that_another_has_taken(
+    embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    """The first worker sleeps through its lease in `combine`; the second takes over and is the one that finishes."""
+    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+    begin(cli, tmp_path)
+    first: list[str] = []
+    second: list[str] = []
+
+    def oversleep(name: str) -> None:
+        if name == "combine":
+            with resources_of(home, LATER) as later:
+                assert run_one(later, watched(second), "second")
+
+    with resources_of(home) as resources:
+        run_one(resources, watched(first, oversleep), "first")
+    assert second == STEPS[1:]
+    database = Database(f"sqlite:///{home / 'registry.db'}")
+    with database.read() as session:
+        job = session.get_one(Job, 1)
+        assert (job.state, job.attempts) == ("done", 2)
+        assert {step["state"] for step in job.steps} == {"done"}
+    database.close()
+    assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
