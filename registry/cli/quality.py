@@ -47,10 +47,12 @@ def list_suites(json: JsonFlag = False) -> None:
     """The current suites."""
     with connected() as connection:
         found = list(connection.api.pages("/v1/suites"))
+    render.document({"items": found, "next": None}, json, lambda: _show_suites(found))
+
+
+def _show_suites(found: list[Json]) -> None:
     rows = [(suite["name"], suite["kind"], suite["examples"], suite["digest"][:12]) for suite in found]
-    render.document(
-        {"items": found, "next": None}, json, lambda: render.table("", ("suite", "kind", "examples", "digest"), rows)
-    )
+    render.table("", ("suite", "kind", "examples", "digest"), rows)
 
 
 def evaluate(
