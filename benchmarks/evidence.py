@@ -27,7 +27,7 @@ FLOOR = "forward of 32 examples"
 
 
 def main() -> None:
-    chosen = harness.options(__doc__, rounds=5)
+    chosen = harness.options(__doc__, rounds=4)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     harness.announce("evidence", "torch", "transformers")
     started = perf_counter()
@@ -35,8 +35,7 @@ def main() -> None:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     print(f"loading the model took {perf_counter() - started:.1f} s; {dtype}")
     adapters = [load_deltas(Path("examples/adapters") / name, loaded.architecture) for name in OWN]
-    own_choice = torch.get_num_threads()
-    for threads in sorted({1, own_choice}):
+    for threads in [1] if chosen.quick else sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
         results = harness.interleave(_cases(loaded, adapters), chosen.rounds)
         harness.report(f"Evidence with {threads} torch thread{'s' * (threads > 1)}", results, FLOOR)

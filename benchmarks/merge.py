@@ -24,7 +24,7 @@ FLOOR = "cp + fsync"
 
 
 def main() -> None:
-    chosen = harness.options(__doc__, rounds=9)
+    chosen = harness.options(__doc__, rounds=7)
     base = chosen.base.resolve(strict=True)
     harness.announce("merge", "torch", "peft", "transformers")
     size = sum(file.stat().st_size for file in base.iterdir())

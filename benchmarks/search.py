@@ -24,6 +24,7 @@ from sqlalchemy import event, text
 from benchmarks import floor, harness, stock
 from benchmarks.harness import Case, Sample
 from registry import resolve, search
+from registry.cli.connect import EMBEDDED_URL
 from registry.client.api import Api
 from registry.client.inprocess import InProcessTransport
 from registry.names import parse_reference
@@ -124,7 +125,7 @@ def _verbs(resources: Resources) -> dict[str, Call]:
 
 def _in_process(resources: Resources, stack: ExitStack) -> dict[str, Call]:
     def api(application: object) -> Api:
-        return stack.enter_context(closing(Api("http://adaptory.local", InProcessTransport(application))))  # pyright: ignore
+        return stack.enter_context(closing(Api(EMBEDDED_URL, InProcessTransport(application))))  # pyright: ignore
 
     bare, ours = api(floor.create_app(resources.settings.effective_database_url)), api(create_app(resources))
     return {
@@ -178,7 +179,7 @@ def _process(port: int, command: Sequence[str], **environment: str) -> Generator
 
 @contextmanager
 def _client(port: int, path: str) -> Generator[Call]:
-    """GETs `path` over one kept connection, by the standard library: httpx takes a millisecond a call of its own."""
+    """GETs `path` over one kept connection, by the plainest client there is: its time is in the figure."""
     with closing(HTTPConnection("127.0.0.1", port)) as connection:
 
         def get() -> None:

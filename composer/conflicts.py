@@ -4,13 +4,10 @@ Hard conflicts refuse. A probe is measured damage and may warn. Numbers from the
 no measurement backs a threshold they are shown and nothing fails on them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Literal
-
-import torch
 
 from composer.checks import structural
 from composer.delta import LowRank
@@ -18,6 +15,7 @@ from composer.errors import Mismatch
 from composer.findings import Finding, Policy, Severity, Verdict
 from composer.lowrank import Sums, compare
 from composer.probe import Outcome, ProbeResult
+from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter
 
 # Unrelated adapters are near 0. At 0.5 the plain sum carries each of two equals 1.5 times along its own direction; the
@@ -152,24 +150,14 @@ def conflicts(
 def _compare_modules(adapters: Sequence[LoadedAdapter]) -> dict[str, Sums]:
     by_module = [{delta.module: delta for delta in _low_rank(adapter) if _finite(delta)} for adapter in adapters]
     compared: dict[str, Sums] = {}
-    with _one_thread():
+    # The products are small: on busy cores, waiting for a second thread took 1.4 s where the work is 0.08 s.
+    with torch_threads(1):
         for module in dict.fromkeys(module for deltas in by_module for module in deltas):
             deltas = [own.get(module) for own in by_module]
             # Deltas of different shapes have no inner product; `structural` refuses them with both shapes named.
             if len({delta.stored_shape for delta in deltas if delta}) == 1:
                 compared[module] = compare(deltas)
     return compared
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The products are small: on busy cores, waiting for the second thread took 1.4 s where the work is 0.08 s."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _numbers(sums: Sums, weights: Sequence[float]) -> Numbers:

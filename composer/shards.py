@@ -15,6 +15,7 @@ import torch
 from composer.chunks import Chunk, Rewriter, TensorPlan, chunks_of, confirm, read_all, write_all
 from composer.errors import RefusedOutput
 from composer.formats.header import read_header
+from composer.tensors import torch_threads
 
 _COPY_BYTES = 32 << 20  # a large range is split, so that several threads share it
 _COMPARE_BYTES = 1 << 20
@@ -79,7 +80,8 @@ def write_shards(
     rewriter = Rewriter(device)
     with ExitStack() as stack:
         files = _open(shards, directory, stack)
-        stack.enter_context(_one_torch_thread())
+        # The pool is the parallelism: chunks are too small to share.
+        stack.enter_context(torch_threads(1))
         pool = stack.enter_context(_cancelling_pool(max(2, os.cpu_count() or 1), "merge"))
         # Syncing waits for the disk, so it has threads of its own and hides behind the rest.
         disk = stack.enter_context(_cancelling_pool(4, "sync"))
@@ -230,14 +232,3 @@ def _cancelling_pool(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The pool is the parallelism: chunks are too small to share, and threads of threads fight for the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,6 +1,8 @@
-"""safetensors' bytes as torch tensors, without copying them."""
+"""safetensors' bytes as torch tensors without copying them, and how many threads work on tensors."""
 
 import mmap
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,3 +43,18 @@ def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a CPU tensor, little endian, row major."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def torch_threads(count: int) -> Generator[None]:
+    """Operators use `count` threads inside the block, in every Python thread.
+
+    Threads of one operator wait for each other at a barrier, busily: where the cores are shared with other processes, a
+    pool of one-threaded jobs is several times faster than one job of many threads, and nowhere slower.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -162,6 +162,8 @@ def generate(story: Story) -> None:
     """One prompt a task, before and after, and the proof that the merged model is the base with its adapters active."""
     import torch
 
+    torch.set_num_threads(1)  # one token at a time is too little work to share, least of all on busy cores
+
     from composer.evaluate import applied, encode, load_model
     from composer.evaluate import generate as complete
     from composer.suite import parse_suite

@@ -192,8 +192,9 @@ def head_revision() -> str:
 
 def schema_revision(database: Database) -> str | None:
     """None for a database without our tables."""
-    if not inspect(database.engine).has_table("alembic_version"):
-        return None
+    with _told():
+        if not inspect(database.engine).has_table("alembic_version"):
+            return None
     with database.read() as session:
         return session.scalar(text("SELECT version_num FROM alembic_version"))
 
@@ -206,7 +207,8 @@ def migrate(database: Database, revision: str = "head") -> None:
     config = Config()
     config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
     config.attributes["engine"] = database.engine
-    command.upgrade(config, revision)
+    with _told():
+        command.upgrade(config, revision)
 
 
 def ensure_schema(database: Database, *, create: bool) -> None:

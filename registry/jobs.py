@@ -86,11 +86,15 @@ def beat(session: Session, job_id: int, worker: str, now: datetime) -> bool:
     return row is not None and not row[0]
 
 
-def note_step(session: Session, job_id: int, step: str, *, state: str, progress: float) -> None:
-    job = find(session, job_id)
+def note_step(session: Session, job_id: int, worker: str, step: str, *, state: str, progress: float) -> bool:
+    """False, with nothing written, when the job is no longer this worker's: another may have ended it well since."""
+    job = session.get(Job, job_id, with_for_update=True)
+    if job is None or job.worker != worker:
+        return False
     job.steps = [
         {**row, "state": state, "progress": round(progress, 3)} if row["name"] == step else row for row in job.steps
     ]
+    return True
 
 
 def finish(session: Session, job_id: int, state: str, now: datetime, error: dict[str, Any] | None = None) -> None:

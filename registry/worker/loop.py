@@ -46,7 +46,7 @@ class Held:
 
     def fail_step(self) -> None:
         if self._step:
-            self._note("failed", self._noted)
+            self._write("failed", self._noted)
 
     def progress(self, share: float) -> None:
         """Called often; written now and then. Raises Released when the job is to stop."""
@@ -60,8 +60,12 @@ class Held:
             raise Released
 
     def _note(self, state: str, share: float) -> None:
+        if not self._write(state, share):
+            raise Released
+
+    def _write(self, state: str, share: float) -> bool:
         with self.resources.write() as session:
-            jobs.note_step(session, self.job_id, self._step, state=state, progress=share)
+            return jobs.note_step(session, self.job_id, self.worker, self._step, state=state, progress=share)
 
 
 Step = Callable[[Held], None]

@@ -19,10 +19,8 @@ FORBIDDEN_MODULES = {"utils", "util", "helpers", "helper", "common", "misc", "ma
 FORBIDDEN_CLASSES = re.compile(r".*(Manager|Service|Helper|Utils?)$")
 OPEN_ROUTES = {"alive", "ready"}
 VERBS = {"get", "put", "post", "delete", "patch", "head"}
-# Places of one machine, in parts so that this file does not name them itself.
-PLACES = re.compile(
-    "|".join((r"(?<![\w.}])/" + r"work/(?:main|shared)", r"\.\./" + "shared/", r"/tmp/" + "venv", r"/" + "root/"))
-)
+# Places of one machine; the brackets keep this file from naming them itself.
+PLACES = re.compile(r"(?<![\w.}])/[w]ork/(?:main|shared)" r"|\.\./shared[/]" r"|/tmp/[v]env" r"|/root[/]")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

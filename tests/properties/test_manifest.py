@@ -13,9 +13,8 @@ from registry.names import Digest
 
 segments = st.from_regex(r"\A[a-zA-Z0-9_é-]{1,8}\Z")
 paths = st.lists(segments, min_size=1, max_size=3).map("/".join)
-files = st.builds(
-    ManifestFile, paths, st.integers(0, 2**40), st.binary(max_size=4).map(lambda data: Digest(hashlib.sha256(data).hexdigest()))
-)  # fmt: skip
+digests = st.binary(max_size=4).map(lambda data: Digest(hashlib.sha256(data).hexdigest()))
+files = st.builds(ManifestFile, paths, st.integers(0, 2**40), digests)
 manifests = st.lists(files, min_size=1, max_size=8, unique_by=lambda file: file.path.casefold())
 hostile = st.one_of(st.text(max_size=30), st.text("./\\:ab \0\n~C", max_size=14))
 
@@ -48,8 +47,7 @@ def test_other_files_are_another_commit(one: list[ManifestFile], other: list[Man
 def test_an_accepted_path_stays_below_any_directory(path: str) -> None:
     try:
         accepted = check_path(path)
-    except Invalid as error:
-        assert error.exit_code == 6
+    except Invalid:
         return
     root = Path("/where/it/is/pulled")
     assert accepted == path

@@ -14,9 +14,8 @@ from registry.names import Reference, RepositoryName, Version, parse_range, pars
 
 small = st.integers(0, 3)
 numbers = st.one_of(small, st.integers(0, 10**18 - 1))
-identifiers = st.one_of(
-    numbers.map(str), st.sampled_from(["a", "alpha", "beta", "rc", "-", "0a", "a-1", "Z"]), st.from_regex(r"\A[0-9]{0,3}[A-Za-z-][0-9A-Za-z-]{0,5}\Z")
-)  # fmt: skip
+words = st.from_regex(r"\A[0-9]{0,3}[A-Za-z-][0-9A-Za-z-]{0,5}\Z")
+identifiers = st.one_of(numbers.map(str), words, st.sampled_from(["a", "alpha", "beta", "rc", "-", "0a", "a-1", "Z"]))
 prereleases = st.one_of(st.just(()), st.lists(identifiers, min_size=1, max_size=4).map(tuple))
 versions = st.builds(Version, numbers, numbers, numbers, prereleases).filter(
     lambda version: len(str(version)) <= names.MAX_VERSION_CHARS
@@ -141,8 +140,9 @@ def test_ranges_side_by_side_are_both_and_with_bars_either(one: str, other: str,
 @example(text="acme/../sql")
 @example(text="acme/sql@prod@prod")
 def test_whatever_is_no_name_is_a_usage_error_and_nothing_else(parse: names.Any, text: str) -> None:
+    refusal: Usage | None = None
     try:
         parse(text)
     except Usage as error:
-        assert error.exit_code == 2
-        assert error.next_step
+        refusal = error
+    assert refusal is None or refusal.next_step, "a refusal says what to write instead"

@@ -134,8 +134,9 @@ def test_a_setting_that_the_method_does_not_know_publishes_nothing(with_release:
     path.write_text(yaml.safe_dump(RECIPE | {"settings": {"densty": 0.5}}))
     before = traces(with_release)
     ran = with_release("compose", path)
-    assert ran.code == 1
+    assert ran.code == 2
     assert "densty" in ran.err
+    assert "tied" in ran.err, "it says what there is"
     assert traces(with_release) == before
 
 

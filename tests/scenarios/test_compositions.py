@@ -172,7 +172,7 @@ def check_adapter(directory: Path, base: Path, expected: dict[str, torch.Tensor]
 
 
 def check_model(directory: Path, base: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Transformers loads it; weights and logits are the base's with the adapters active; untouched shards are copies."""
+    """Transformers loads it; weights and logits are the base's with the adapters; untouched shards are copies."""
     merged = LlamaForCausalLM.from_pretrained(directory)
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-6)

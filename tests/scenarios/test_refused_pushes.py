@@ -86,7 +86,7 @@ def enormous(directory: Path) -> None:
 
 DAMAGED: dict[str, tuple[Damage, list[str]]] = {
     "a wrong prefix": (renamed("base_model.model.model.", "base_model.model.other."), ["other.layers"]),
-    "a target that matches nothing": (renamed("layers.1.self_attn.v_proj", "layers.9.self_attn.v_proj"), ["layers.9.self_attn.v_proj"]),
+    "a target that matches nothing": (renamed("layers.1.self_attn", "layers.9.self_attn"), ["layers.9.self_attn"]),
     "a shape that does not fit": (in_tensors(wider), ["layers.1.self_attn.v_proj"]),
     "a NaN": (with_value(np.nan), ["layers.1.self_attn.v_proj", "NaN"]),
     "an infinite value": (with_value(-np.inf), ["layers.1.self_attn.v_proj", "infinite"]),
