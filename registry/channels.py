@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from registry import audit, gates, repositories
 from registry.audit import Act, Actor
@@ -131,7 +131,8 @@ def serving(session: Session, channel: Channel) -> Move | None:
 
 def history(session: Session, channel: Channel, *, before: int, limit: int) -> list[Move]:
     """The newest move first; `before` is the id of the last move of the page before, 0 for the first page."""
-    query = select(Move).where(Move.channel_id == channel.id).order_by(Move.id.desc()).limit(limit)
+    query = select(Move).where(Move.channel_id == channel.id).options(selectinload(Move.from_release))
+    query = query.order_by(Move.id.desc()).limit(limit)
     if before:
         query = query.where(Move.id < before)
     return list(session.scalars(query))

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import total_ordering
 from typing import Any, NewType
 
-import semantic_version  # pyright: ignore[reportMissingTypeStubs]
-
 from registry.errors import Usage
 
 _PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
@@ -137,9 +135,11 @@ class Range:
     """An npm range. Pre-releases match only when the range names one of the same MAJOR.MINOR.PATCH."""
 
     text: str
-    spec: Any  # semantic_version.NpmSpec, a library without types
+    spec: Any  # semantic_version.NpmSpec, a library without types that takes a fifth of the command line's start
 
     def __contains__(self, version: Version) -> bool:
+        import semantic_version  # pyright: ignore[reportMissingTypeStubs]
+
         # NpmSpec lets <2.0.0 hold 2.0.0-rc.1, which npm does not: a user of stable releases would get a candidate.
         core = rf"(?<![0-9.]){version.major}\.{version.minor}\.{version.patch}-"
         named = version.stable or re.search(core, self.text) is not None
@@ -147,6 +147,8 @@ class Range:
 
 
 def parse_range(text: str) -> Range:
+    import semantic_version  # pyright: ignore[reportMissingTypeStubs]
+
     try:
         return Range(text, semantic_version.NpmSpec(text))
     except ValueError:

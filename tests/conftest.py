@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,24 @@ from tests import services
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class Missing:
+    """Carries what test processes did not find to the process that prints the summary."""
+
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        services.add_missing(getattr(node, "workeroutput", {}).get("missing", {}))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("dsession"):
+        config.pluginmanager.register(Missing())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["missing"] = services.missing()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

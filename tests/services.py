@@ -19,6 +19,10 @@ def missing() -> dict[str, str]:
     return dict(_missing)
 
 
+def add_missing(found: dict[str, str]) -> None:
+    _missing.update(found)
+
+
 def unavailable(name: str, hint: str) -> None:
     """Skips the test that needs the service, or fails it where every service must be there."""
     _missing[name] = hint

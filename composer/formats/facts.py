@@ -70,7 +70,13 @@ class AdapterFacts:
     peft_version: str | None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"targets": list(self.targets), "modules_to_save": list(self.modules_to_save)}
+        """As the wire shows it: `ranks` and `alphas` only of modules that differ from `rank_max` and `alpha`."""
+        return asdict(self) | {
+            "targets": list(self.targets),
+            "modules_to_save": list(self.modules_to_save),
+            "ranks": {module: rank for module, rank in self.ranks.items() if rank != self.rank_max},
+            "alphas": {module: alpha for module, alpha in self.alphas.items() if alpha != self.alpha},
+        }
 
 
 def read_adapter(path: Path) -> Adapter:

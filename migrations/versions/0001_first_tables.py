@@ -205,7 +205,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_releases"),
         sa.UniqueConstraint("repository_id", "version", name="uq_releases_repository_id_version"),
     )
-    op.create_index("ix_releases_compatible", "releases", ["base_digest", "yanked", "rank_max"], unique=False)
+    op.create_index(
+        "ix_releases_compatible",
+        "releases",
+        ["base_digest", "yanked", "rank_max", "target_set_id", "repository_id"],
+        unique=False,
+    )
     op.create_index("ix_releases_repository_order", "releases", ["repository_id", "sort_key"], unique=False)
     op.create_index("ix_releases_revision_id", "releases", ["revision_id"], unique=False)
 
@@ -277,4 +282,4 @@ def upgrade() -> None:
         sa.UniqueConstraint("base_digest", "suite_id", "metric", name="uq_scores_base_digest_suite_id_metric"),
         sa.UniqueConstraint("release_id", "suite_id", "metric", name="uq_scores_release_id_suite_id_metric"),
     )
-    op.create_index("ix_scores_lookup", "scores", ["suite_id", "metric", "value"], unique=False)
+    op.create_index("ix_scores_of_release", "scores", ["release_id", "suite_id", "metric", "value"], unique=False)

@@ -63,7 +63,7 @@ class SameSite:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope.get("headers", ()))
-        origin = headers.get(b"origin", b"").decode("latin-1")
+        origin: str = headers.get(b"origin", b"").decode("latin-1")
         if origin and urlsplit(origin).hostname not in self.names:
             error = NotAllowed(
                 "other_site", f"Pages of {origin[:200]} may not use this registry.", subject=origin[:200]

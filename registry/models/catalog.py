@@ -115,7 +115,8 @@ class Release(Row):
     __table_args__ = (
         UniqueConstraint("repository_id", "version"),
         Index("ix_releases_repository_order", "repository_id", "sort_key"),
-        Index("ix_releases_compatible", "base_digest", "yanked", "rank_max"),
+        # Covers a search's conditions, so that only the page's rows are read whole.
+        Index("ix_releases_compatible", "base_digest", "yanked", "rank_max", "target_set_id", "repository_id"),
     )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)

@@ -36,7 +36,7 @@ class Score(Row):
     __table_args__ = (
         UniqueConstraint("release_id", "suite_id", "metric"),
         UniqueConstraint("base_digest", "suite_id", "metric"),
-        Index("ix_scores_lookup", "suite_id", "metric", "value"),
+        Index("ix_scores_of_release", "release_id", "suite_id", "metric", "value"),
         CheckConstraint("(release_id IS NULL) <> (base_digest IS NULL)", name="one_subject"),
     )
 
@@ -87,7 +87,7 @@ class Move(Row):
     forced: Mapped[bool]
     gates: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
-    from_release: Mapped[Release | None] = relationship(foreign_keys=[from_release_id], lazy="joined")
+    from_release: Mapped[Release | None] = relationship(foreign_keys=[from_release_id])
     to_release: Mapped[Release] = relationship(foreign_keys=[to_release_id], lazy="joined", innerjoin=True)
 
 

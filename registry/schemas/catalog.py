@@ -84,6 +84,8 @@ class ReleaseIn(Wire):
 
 
 class AdapterFactsOut(Wire):
+    """`ranks` and `alphas` name the modules that differ from `rank_max` and `alpha`."""
+
     type: str
     variant: str
     rank_max: int

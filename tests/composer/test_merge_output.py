@@ -116,11 +116,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)  # noqa: S603, S607
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)  # noqa: S607
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
-    subprocess.run(["umount", disk], check=True)  # noqa: S603, S607
+    subprocess.run(["umount", disk], check=True)  # noqa: S607
 
 
 def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(small_disk: Path) -> None:
