@@ -17,8 +17,9 @@ from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import TensorSpec, encode_header, parse_header
 from composer.formats.naming import PEFT_PREFIX
 from composer.hashing import hash_file
-from composer.methods import combine_deltas, parse_settings
+from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, write_json, writing_aside
+from composer.settings import parse_settings
 from composer.tensors import DTYPE_NAMES, tensor_bytes
 from composer.variants import LoadedAdapter, load_deltas
 

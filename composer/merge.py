@@ -18,8 +18,9 @@ from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
 from composer.formats.naming import embedding_tensors
 from composer.hashing import architecture_digest, hash_file
-from composer.methods import combine_deltas, parse_settings
+from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
+from composer.settings import parse_settings
 from composer.shards import ShardPlan, write_shards
 from composer.tensors import TORCH_DTYPES, map_tensor
 from composer.variants import LoadedAdapter, load_deltas

@@ -24,9 +24,9 @@ from typing import Any, cast
 
 import yaml
 
-from composer.errors import InvalidFile
+from composer.errors import InvalidFile, NotSupported
+from composer.settings import SETTINGS, parse_settings
 
-METHODS = ("stack", "linear")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_INPUTS = 64
 MAX_PROBE = 64
@@ -147,8 +147,8 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise _bad(f"{subject}: inputs", f"1 to {MAX_INPUTS} adapters are needed")
     method = _text(fields, "method", subject)
-    if method not in METHODS:
-        raise _bad(f"{subject}: method", f"{method!r} is none of {', '.join(METHODS)}")
+    if method not in SETTINGS:
+        raise _bad(f"{subject}: method", f"{method!r} is none of {', '.join(SETTINGS)}")
     dtype = _text(fields, "dtype", subject)
     if dtype is not None and dtype not in DTYPES:
         raise _bad(f"{subject}: dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
@@ -158,11 +158,16 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     settings: object = fields.get("settings") or {}
     if not isinstance(settings, dict):
         raise _bad(f"{subject}: settings", "it must be a mapping")
+    given = cast("dict[str, Any]", settings)
+    try:
+        parse_settings(method, given)
+    except NotSupported as error:
+        raise _bad(f"{subject}: settings", error.message.rstrip("."), error.next_step) from error
     return Recipe(
         inputs=tuple(_input(row, f"{subject}: inputs[{index}]") for index, row in enumerate(inputs)),
         method=method,
         base=_text(fields, "base", subject),
-        settings=cast("dict[str, Any]", settings),
+        settings=given,
         adapter=_text(fields, "adapter", subject),
         model=_text(fields, "model", subject),
         dtype=dtype,
@@ -216,5 +221,5 @@ def _texts(fields: Mapping[str, object], key: str, subject: str) -> tuple[str, .
     return tuple(str(value) for value in values)
 
 
-def _bad(where: str, why: str) -> InvalidFile:
-    return InvalidFile("bad_recipe", f"{where}: {why}.", subject=where, next_step="Correct the recipe.")
+def _bad(where: str, why: str, next_step: str = "Correct the recipe.") -> InvalidFile:
+    return InvalidFile("bad_recipe", f"{where}: {why}.", subject=where, next_step=next_step)

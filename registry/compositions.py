@@ -7,6 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from composer.recipe import Lock, LockedInput, Recipe
+from composer.settings import parse_settings
 from registry import audit, bases, gates, jobs, releases, resolve, suites
 from registry.audit import Act, Actor
 from registry.errors import Invalid, NotFound, Refused, Usage
@@ -129,7 +130,7 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
         )
         for source, release in zip(recipe.inputs, found, strict=True)
     )
-    return Lock(base.digest, recipe.method, recipe.settings, recipe.dtype, locked)
+    return Lock(base.digest, recipe.method, parse_settings(recipe.method, recipe.settings), recipe.dtype, locked)
 
 
 def _check_outputs(recipe: Recipe, *, plan_only: bool) -> None:

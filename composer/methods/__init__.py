@@ -1,4 +1,4 @@
-"""Composition methods: a name, a pure function, and the settings it knows."""
+"""Composition methods: a name and a pure function. What each may be told is in composer/settings.py."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -7,70 +7,15 @@ from math import isfinite
 
 from composer.checks import structural
 from composer.delta import Delta, LowRank, Replacement
-from composer.errors import Mismatch, NotSupported
+from composer.errors import Mismatch
 from composer.formats.naming import is_head
 from composer.methods.linear import linear, stack
+from composer.settings import parse_settings
 from composer.variants import LoadedAdapter, refuse_errors
 
 Method = Callable[[Sequence[tuple[LowRank, float]], float, Mapping[str, object]], LowRank]
 
 METHODS: dict[str, Method] = {"stack": stack, "linear": linear}
-
-
-def _real(value: object) -> float:
-    number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")
-    if not isfinite(number):
-        raise ValueError("a finite number")
-    return number
-
-
-def _truth(value: object) -> bool:
-    truths = {"true": True, "false": False}
-    if str(value).lower() not in truths:
-        raise ValueError("true or false")
-    return truths[str(value).lower()]
-
-
-def _tied(value: object) -> str:
-    if value not in ("refuse", "shared", "untie"):
-        raise ValueError("refuse, shared or untie")
-    return str(value)
-
-
-_Setting = tuple[object, Callable[[object], object]]  # default, parser
-_EVERY_METHOD: dict[str, _Setting] = {"lambda": (1.0, _real), "tied": ("refuse", _tied)}
-SETTINGS: dict[str, dict[str, _Setting]] = {
-    "stack": _EVERY_METHOD,
-    "linear": {**_EVERY_METHOD, "normalize": (False, _truth)},
-}
-
-
-def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings of a method, complete and typed. Values may be text, as a command line has them.
-
-    Raises NotSupported for an unknown method, setting or value, naming the known ones.
-    """
-    if method not in METHODS:
-        raise NotSupported(
-            "unknown_method",
-            f"There is no method {method!r}.",
-            subject=method,
-            next_step=f"Use one of {', '.join(METHODS)}.",
-        )
-    known = SETTINGS[method]
-    parsed = {name: default for name, (default, _) in known.items()}
-    for name, value in settings.items():
-        if name not in known:
-            message = f"{method} has no setting {name!r}."
-            raise NotSupported(
-                "unknown_setting", message, subject=name, next_step=f"It knows {', '.join(sorted(known))}."
-            )
-        try:
-            parsed[name] = known[name][1](value)
-        except ValueError as error:
-            message = f"The setting {name} is {value!r}."
-            raise NotSupported("bad_setting", message, subject=name, next_step="Give another value.") from error
-    return parsed
 
 
 def combine_deltas(

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.delta import Layout, LowRank
-from composer.methods import METHODS, parse_settings
+from composer.methods import METHODS
+from composer.settings import SETTINGS, parse_settings
 
 weights = st.floats(-4, 4, width=32)
 
@@ -88,3 +89,7 @@ def test_a_mean_does_not_change_when_all_weights_grow(
 ) -> None:
     mean = combined("linear", [(deltas[0], one), (deltas[1], two)], normalize=True)
     assert close(combined("linear", [(deltas[0], one * factor), (deltas[1], two * factor)], normalize=True), mean)
+
+
+def test_every_method_has_settings_and_every_setting_a_method() -> None:
+    assert METHODS.keys() == SETTINGS.keys()

@@ -129,12 +129,12 @@ def test_a_recipe_that_cannot_work(
     assert with_release.json("jobs") == jobs, "nothing was even begun"
 
 
-def test_a_setting_that_the_method_does_not_know_publishes_nothing(with_release: Cli, tmp_path: Path) -> None:
+def test_a_setting_that_the_method_does_not_know_is_refused_before_any_work(with_release: Cli, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE | {"settings": {"densty": 0.5}}))
     before = traces(with_release)
-    ran = with_release("compose", path)
-    assert ran.code == 2
+    ran = with_release("compose", path, "--plan")
+    assert ran.code == 6
     assert "densty" in ran.err
     assert "tied" in ran.err, "it says what there is"
     assert traces(with_release) == before

@@ -1,0 +1,62 @@
+"""What a method may be told: names, defaults and types. No torch, so that a recipe is judged before any work begins."""
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+
+from composer.errors import NotSupported
+
+
+def _real(value: object) -> float:
+    number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")
+    if not isfinite(number):
+        raise ValueError("a finite number")
+    return number
+
+
+def _truth(value: object) -> bool:
+    truths = {"true": True, "false": False}
+    if str(value).lower() not in truths:
+        raise ValueError("true or false")
+    return truths[str(value).lower()]
+
+
+def _tied(value: object) -> str:
+    if value not in ("refuse", "shared", "untie"):
+        raise ValueError("refuse, shared or untie")
+    return str(value)
+
+
+_Setting = tuple[object, Callable[[object], object]]  # default, parser
+_EVERY_METHOD: dict[str, _Setting] = {"lambda": (1.0, _real), "tied": ("refuse", _tied)}
+SETTINGS: dict[str, dict[str, _Setting]] = {
+    "stack": _EVERY_METHOD,
+    "linear": {**_EVERY_METHOD, "normalize": (False, _truth)},
+}
+
+
+def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings of a method, complete and typed. Values may be text, as a command line has them.
+
+    Raises NotSupported for an unknown method, setting or value, naming the known ones.
+    """
+    if method not in SETTINGS:
+        raise NotSupported(
+            "unknown_method",
+            f"There is no method {method!r}.",
+            subject=method,
+            next_step=f"Use one of {', '.join(SETTINGS)}.",
+        )
+    known = SETTINGS[method]
+    parsed = {name: default for name, (default, _) in known.items()}
+    for name, value in settings.items():
+        if name not in known:
+            message = f"{method} has no setting {name!r}."
+            raise NotSupported(
+                "unknown_setting", message, subject=name, next_step=f"It knows {', '.join(sorted(known))}."
+            )
+        try:
+            parsed[name] = known[name][1](value)
+        except ValueError as error:
+            message = f"The setting {name} is {value!r}."
+            raise NotSupported("bad_setting", message, subject=name, next_step="Give another value.") from error
+    return parsed
