@@ -248,7 +248,7 @@ def measure(
     Greedy decoding reproduces a completion exactly when, with the completion before it as context, every argmax is the
     reference token, eos included: so the same logits give both the loss and exact match, and nothing is generated.
     Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
-    cores. `progress` gets the number done.
+    cores. `progress` gets the number of examples just done.
     """
     limit = batch_tokens or BATCH_TOKENS.get(loaded.device.type, BATCH_TOKENS["cpu"])
     batches = list(_batches(encoded, limit))
@@ -264,7 +264,7 @@ def measure(
         for batch, found in zip(batches, measured, strict=True):
             results |= dict(zip(batch, found, strict=True))
             if progress:
-                progress(len(results))
+                progress(len(batch))
     return [results[index] for index in range(len(encoded))]
 
 

@@ -1,6 +1,7 @@
 """`adaptory`: builds the commands; turns an error into a message and an exit code."""
 
 import logging
+import os
 import sys
 
 import typer
@@ -11,6 +12,9 @@ from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {"torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres"}
 """Which extra brings a package that is imported only where it is used."""
+
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Read when transformers is imported: progress and messages on stderr are ours to give."""
 
 app = typer.Typer(
     name="adaptory",
@@ -26,6 +30,8 @@ for part in (base, release, quality, compose, operate):
 
 def main() -> None:
     """Exit codes: 0 ok, 1 refused, 2 usage, 3 not found, 4 conflict, 5 not allowed, 6 invalid input, 7 unavailable."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(prog_name="adaptory")

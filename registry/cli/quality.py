@@ -80,8 +80,10 @@ def evaluate(
             if release:
                 deltas = load_deltas(release_directory(connection, release), model.architecture).deltas
         scores: list[Json] = []
-        for one in suites:
-            scores += [score.to_json() for score in evaluate_suite(model, one, deltas, limit)]
+        total = sum(min(limit or len(one.examples), len(one.examples)) for one in suites)
+        with render.progress(f"eval {what}", total, counts=True) as done:
+            for one in suites:
+                scores += [score.to_json() for score in evaluate_suite(model, one, deltas, limit, done)]
         if limit is None:
             provenance = {"device": str(model.device), "dtype": str(model.model.dtype).removeprefix("torch.")}
             rows = [{k: v for k, v in score.items() if k != "suite"} | {"provenance": provenance} for score in scores]

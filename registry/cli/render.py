@@ -85,18 +85,23 @@ def gate_lines(report: Sequence[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def progress(label: str, total_bytes: int) -> Generator[Progress]:
-    """A bar on stderr when that is a terminal, nothing otherwise. The callback may be called from several threads."""
-    if not sys.stderr.isatty() or total_bytes <= 0:
+def progress(label: str, total: int, *, counts: bool = False) -> Generator[Progress]:
+    """A bar on stderr when that is a terminal, nothing otherwise. The callback may be called from several threads.
+
+    `total` and what the callback gets are bytes, or things with `counts`.
+    """
+    if not sys.stderr.isatty() or total <= 0:
         yield lambda _count: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(label, total=total_bytes)
+    amount = [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
+    with Bars(
+        TextColumn("{task.description}"), BarColumn(), *amount, console=Console(stderr=True), transient=True
+    ) as bars:
+        task = bars.add_task(label, total=total)
         yield lambda count: bars.advance(task, count)
 
 
