@@ -126,11 +126,11 @@ def conflicts(
     """Compare adapters module by module and as a whole, from their factors; with a probe, that decides the risk.
 
     `settings` are the method's (`tied` is the one that matters here). Conflicts are findings, never exceptions; raises
-    Mismatch only for a wrong call: fewer than two adapters, two of one name, or not one weight an adapter.
+    Mismatch only for a wrong call: no adapter, two of one name, or not one weight an adapter.
     """
     names = [adapter.name for adapter in adapters]
-    if len(names) < 2 or len(set(names)) < len(names) or len(names) != len(weights):
-        message = f"A conflict check takes at least two adapters of different names, each with a weight; not {names}."
+    if not names or len(set(names)) < len(names) or len(names) != len(weights):
+        message = f"A conflict check takes adapters of different names, each with a weight; not {names}."
         raise Mismatch("conflict_members", message, subject="adapters")
     modules = _compare_modules(adapters)
     whole = sum(modules.values(), Sums.zero(len(names)))

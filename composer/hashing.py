@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer.errors import InvalidFile
+from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import Architecture, Checkpoint
 from composer.formats.header import TensorEntry
 
@@ -55,6 +55,17 @@ def hash_checkpoint(
         parameters=sum(spec.elements for spec in specs),
         size_bytes=sum(spec.size_bytes for spec in specs),
     )
+
+
+def verify_checkpoint(checkpoint: Checkpoint, expected: str) -> None:
+    """Raises Mismatch when the weights on disk are not those of the digest any more."""
+    if hash_checkpoint(checkpoint).weights_digest != expected:
+        raise Mismatch(
+            "base_changed",
+            f"{checkpoint.path} does not hold the weights of the base {expected[:12]}.",
+            subject=str(checkpoint.path),
+            next_step="Name the right directory with --base-dir, or register what it holds now as another base.",
+        )
 
 
 def weights_digest(table: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

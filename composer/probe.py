@@ -4,7 +4,7 @@ Of everything tried on 91 pairs of real adapters only this predicts the damage: 
 examples a suite against the loss on others, where the best weight statistic reaches 0.38. Nothing is written to disk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from time import perf_counter
@@ -99,7 +99,6 @@ def probe(
     members: Sequence[Member],
     guards: Sequence[Suite] = (),
     k: int = 4,
-    combine: Callable[[Sequence[Member]], Deltas] = weighted_sum,
 ) -> ProbeResult:
     """Measure every pair and the whole set on `k` examples of each member's suite and of each guard.
 
@@ -117,7 +116,7 @@ def probe(
     alone = {member.name: bench.run(member.deltas, [member.suite], guards) for member in members}
 
     def outcome(chosen: Sequence[Member]) -> Outcome:
-        combined = bench.run(combine(chosen), [member.suite for member in chosen], guards)
+        combined = bench.run(weighted_sum(chosen), [member.suite for member in chosen], guards)
         return Outcome(
             tuple(_effect(member, base, alone[member.name], combined) for member in chosen),
             tuple(_side_effect(guard, base, {m.name: alone[m.name] for m in chosen}, combined) for guard in guards),

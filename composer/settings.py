@@ -1,7 +1,8 @@
 """What a method may be told: names, defaults and types. No torch, so that a recipe is judged before any work begins."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
+from typing import cast
 
 from composer.errors import NotSupported
 
@@ -60,3 +61,11 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
             message = f"The setting {name} is {value!r}."
             raise NotSupported("bad_setting", message, subject=name, next_step="Give another value.") from error
     return parsed
+
+
+def effective_weights(weights: Sequence[float], method: str, settings: Mapping[str, object]) -> list[float]:
+    """What each adapter is multiplied by in the end, the method's own factors included."""
+    parsed = parse_settings(method, settings)
+    total = sum(weights) if parsed.get("normalize") else 1.0
+    factor = cast(float, parsed["lambda"])
+    return [factor * weight / total if total else 0.0 for weight in weights]

@@ -74,6 +74,7 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
             tied=new.tied,
             parameters=new.parameters,
             size_bytes=new.size_bytes,
+            tensor_count=len(rows),
             tensors=rows,
             derived_from=None,
             relation=None,
@@ -84,7 +85,7 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
         session.flush()
         audit.record(session, actor, Act.BASE_ADD, base.digest, name=base.name)
     _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
-    _add_locations(session, base, new.locations)
+    _add_locations(session, actor, base, new.locations)
     session.flush()
     return base, created
 
@@ -97,7 +98,7 @@ def find(session: Session, text: str) -> Base:
         )
     ).first()
     if found is None and re.fullmatch(r"[0-9a-f]{12,64}", text):
-        matches = session.scalars(select(Base).where(Base.digest.startswith(text)).limit(2)).all()
+        matches = session.scalars(select(Base).where(Base.digest.between(text, text.ljust(64, "g"))).limit(2)).all()
         if len(matches) > 1:
             raise Usage(
                 "base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits."
@@ -176,7 +177,7 @@ def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[st
             )
 
 
-def _add_locations(session: Session, base: Base, wanted: Sequence[str]) -> None:
+def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:
     for url in wanted:
         if not url.startswith(_SCHEMES) or len(url) > 1000:
             raise Usage(
@@ -187,3 +188,5 @@ def _add_locations(session: Session, base: Base, wanted: Sequence[str]) -> None:
             )
         if session.get(BaseLocation, (base.digest, url)) is None:
             session.add(BaseLocation(base_digest=base.digest, url=url))
+            session.flush()
+            audit.record(session, actor, Act.BASE_UPDATE, base.digest, location=url)

@@ -8,9 +8,10 @@ from sqlalchemy.orm import Session
 
 from composer.recipe import Lock, LockedInput, Recipe
 from composer.settings import parse_settings
-from registry import audit, bases, gates, jobs, releases, resolve, suites
+from registry import audit, bases, gates, jobs, releases, repositories, resolve, suites
 from registry.audit import Act, Actor
 from registry.errors import Invalid, NotFound, Refused, Usage
+from registry.gates import Within
 from registry.models import Base, Composition, Job, Release
 from registry.names import parse_reference
 from registry.releases import full_name
@@ -23,8 +24,8 @@ STEPS = ("check", "combine", "evaluate", "gate", "merge", "publish")
 def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -> Composition:
     """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and changes no repository."""
     lock = _lock(session, recipe)
-    _check_outputs(recipe, plan_only=plan_only)
-    gates.parse_rules(recipe.gates)
+    _check_outputs(session, recipe, plan_only=plan_only)
+    _check_gates(recipe)
     for name in _suite_names(recipe):
         suites.find(session, name)
     wanted = STEPS[:1] if plan_only else STEPS
@@ -133,21 +134,46 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     return Lock(base.digest, recipe.method, parse_settings(recipe.method, recipe.settings), recipe.dtype, locked)
 
 
-def _check_outputs(recipe: Recipe, *, plan_only: bool) -> None:
-    if not plan_only and not recipe.adapter and not recipe.model:
+def _check_outputs(session: Session, recipe: Recipe, *, plan_only: bool) -> None:
+    """What can be known now must not fail after an hour of merging."""
+    outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
+    if not plan_only and not outputs:
         raise Usage(
             "no_output",
             "The recipe names neither an adapter nor a model to publish.",
             next_step="Add `adapter: NAMESPACE/NAME:VERSION`, or use --plan.",
         )
-    for text in filter(None, (recipe.adapter, recipe.model)):
-        reference = parse_reference(text)
+    named = [(parse_reference(text), kind) for text, kind in outputs]
+    for reference, kind in named:
         if reference.version is None:
             raise Usage(
                 "bad_output",
-                f"{text!r} is not NAMESPACE/NAME:VERSION.",
-                subject=text,
+                f"{reference} is not NAMESPACE/NAME:VERSION.",
+                subject=str(reference),
                 next_step="Give the version that is to be published.",
+            )
+        repositories.refuse_other_kind(session, reference.repository, kind)
+    if len({reference.repository for reference, _ in named}) < len(named):
+        raise Usage(
+            "one_repository", "Adapter and model need two repositories.", next_step="Give one of them another name."
+        )
+
+
+def _check_gates(recipe: Recipe) -> None:
+    for rule in gates.parse_rules(recipe.gates):
+        if isinstance(rule, Within) and rule.other == "served":
+            raise Usage(
+                "no_channel",
+                f"{rule}: a composition has no channel.",
+                subject=str(rule),
+                next_step="Compare with the base; the channel's own gate judges the promotion.",
+            )
+        if rule.suite not in recipe.evaluate:
+            raise Usage(
+                "not_evaluated",
+                f"{rule}: the recipe does not evaluate {rule.suite}.",
+                subject=str(rule),
+                next_step=f"Add {rule.suite} to `evaluate`.",
             )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ from sqlalchemy import DateTime, Dialect, Engine, MetaData, TypeDecorator, creat
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.orm import Session as Session
 
-from registry.errors import Conflict, RegistryError, Unavailable
+from registry.errors import Conflict, Invalid, RegistryError, Unavailable
 
 BUSY_TIMEOUT_MS = 10_000
 POOL_SIZE = 40
+UNIQUE_VIOLATION = "23505"
+"""PostgreSQL's SQLSTATE."""
 MMAP_BYTES = 256 << 20
 """SQLite's own cache is 2 MB; reading through the page cache made a search over 10,000 releases 2 to 4 times faster."""
 
@@ -47,29 +51,14 @@ class Row(DeclarativeBase):
     )
 
 
-def _raced(what: str) -> Callable[[], RegistryError]:
-    return lambda: Conflict("raced", f"Somebody else has just created this {what}.", next_step="Run the command again.")
-
-
 CONSTRAINT_ERRORS: dict[str, Callable[[], RegistryError]] = {
-    "pk_bases": _raced("base"),
-    "pk_base_aliases": lambda: Conflict(
-        "alias_taken", "This alias belongs to another base.", next_step="Choose another alias."
-    ),
-    "uq_repositories_namespace_name": _raced("repository"),
-    "uq_revisions_repository_id_commit": _raced("revision"),
     "uq_releases_repository_id_version": lambda: Conflict(
         "version_taken",
         "This version was published a moment ago.",
         next_step="Look at it with `adaptory show`, or choose the next version.",
     ),
-    "uq_channels_repository_id_name": _raced("channel"),
-    "uq_suites_digest": _raced("suite"),
-    "uq_suites_name": _raced("suite"),
-    "uq_scores_release_id_suite_id_metric": _raced("score"),
-    "uq_scores_base_digest_suite_id_metric": _raced("score"),
 }
-"""SQLite names the columns of a broken unique constraint and PostgreSQL its name; `_constraint` reads both."""
+"""Broken unique constraints that have words of their own; any other one is a lost race, told with its table."""
 
 
 class Database:
@@ -153,10 +142,20 @@ def _told() -> Generator[None]:
     try:
         yield
     except IntegrityError as error:
-        make = CONSTRAINT_ERRORS.get(_constraint(error))
-        if make is None:
+        broken = _broken_unique(error)
+        if broken is None:
             raise
-        raise make() from error
+        raise CONSTRAINT_ERRORS.get(broken.constraint, broken.raced)() from error
+    except DataError as error:
+        raise Invalid(
+            "bad_value",
+            "A value does not fit its column: a text is too long or has a NUL, or a number is too large.",
+            next_step="Correct the value and repeat.",
+        ) from error
+    except PoolTimeout as error:
+        raise Unavailable(
+            "database_busy", "All connections to the database are in use.", next_step="Try again in a moment."
+        ) from error
     except OperationalError as error:
         raise Unavailable(
             "database_unavailable",
@@ -171,19 +170,31 @@ def _told() -> Generator[None]:
         raise
 
 
-def _constraint(error: IntegrityError) -> str:
-    diagnosis = getattr(error.orig, "diag", None)
-    if diagnosis is not None:
-        return str(diagnosis.constraint_name or "")
+@dataclass(frozen=True, slots=True)
+class _BrokenUnique:
+    constraint: str
+    table: str
+
+    def raced(self) -> RegistryError:
+        return Conflict(
+            "raced",
+            f"Somebody else has just added the same to {self.table.replace('_', ' ')}.",
+            subject=self.table,
+            next_step="Run the command again.",
+        )
+
+
+def _broken_unique(error: IntegrityError) -> _BrokenUnique | None:
+    """SQLite names the columns of a broken unique constraint, PostgreSQL the constraint; None when it is another."""
+    if getattr(error.orig, "sqlstate", None) == UNIQUE_VIOLATION:
+        diagnosis: Any = getattr(error.orig, "diag", None)
+        return _BrokenUnique(str(diagnosis.constraint_name), str(diagnosis.table_name))
     match = re.match(r"UNIQUE constraint failed: (.+)", str(error.orig))
-    if not match:
-        return ""
-    columns = [column.strip().split(".") for column in match.group(1).split(",")]
-    table = Row.metadata.tables.get(columns[0][0])
-    names = [column[1] for column in columns]
-    if table is not None and [column.name for column in table.primary_key.columns] == names:
-        return f"pk_{table.name}"
-    return f"uq_{columns[0][0]}_{'_'.join(names)}"
+    if match is None:
+        return None
+    columns = [column.strip().partition(".") for column in match.group(1).split(",")]
+    table = columns[0][0]
+    return _BrokenUnique(f"uq_{table}_{'_'.join(name for _, _, name in columns)}", table)
 
 
 def migrations_directory() -> Path:

@@ -115,16 +115,21 @@ def of_composer(error: ComposerError) -> RegistryError:
     return family(error.code, error.message, subject=error.subject, next_step=error.next_step)
 
 
-def refuse_errors(findings: Sequence[Finding], subject: str) -> None:
-    """Raises Invalid that names the first error's module and carries all findings; returns when none is an error."""
+def refuse_errors(
+    findings: Sequence[Finding],
+    subject: str,
+    family: type[RegistryError] = Invalid,
+    next_step: str = "Correct the adapter, or name its true base with --base.",
+) -> None:
+    """Raises an error that names the first error's module and carries all findings; returns when none is an error."""
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if not errors:
         return
     more = f" ({len(errors) - 1} more like this.)" if len(errors) > 1 else ""
-    raise Invalid(
+    raise family(
         errors[0].code,
         f"{errors[0].message}{more}",
         subject=errors[0].subject or subject,
-        next_step="Correct the adapter, or name its true base with --base.",
+        next_step=next_step,
         findings=[finding.to_json() for finding in findings],
     )

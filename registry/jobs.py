@@ -57,16 +57,11 @@ def list_page(session: Session, *, before: int, limit: int) -> list[Job]:
 
 
 def claim(session: Session, worker: str, now: datetime) -> Job | None:
-    """The oldest job that waits or whose worker fell silent, now held by `worker`. One that kills workers fails."""
-    abandoned = and_(Job.state == "running", Job.heartbeat_at < now - LEASE)
-    free = or_(Job.state == "queued", abandoned)
-    worn_out = update(Job).where(abandoned, Job.attempts >= MAX_ATTEMPTS)
-    lost = {
-        "code": "worker_lost",
-        "detail": f"The worker was lost {MAX_ATTEMPTS} times.",
-        "next": "Look at its log, then start the work again.",
-    }
-    session.execute(worn_out.values(state="failed", finished_at=now, error=lost))
+    """The oldest job that waits or whose worker fell silent, now held by `worker`.
+
+    Beyond `MAX_ATTEMPTS` the job has killed its workers: who claims it then is to end it.
+    """
+    free = or_(Job.state == "queued", and_(Job.state == "running", Job.heartbeat_at < now - LEASE))
     oldest = select(Job.id).where(free).order_by(Job.id).limit(1).scalar_subquery()
     taken = (
         update(Job)
@@ -88,8 +83,8 @@ def beat(session: Session, job_id: int, worker: str, now: datetime) -> bool:
 
 def note_step(session: Session, job_id: int, worker: str, step: str, *, state: str, progress: float) -> bool:
     """False, with nothing written, when the job is no longer this worker's: another may have ended it well since."""
-    job = session.get(Job, job_id, with_for_update=True)
-    if job is None or job.worker != worker:
+    job = _locked(session, job_id)
+    if job.worker != worker or job.state != "running":
         return False
     job.steps = [
         {**row, "state": state, "progress": round(progress, 3)} if row["name"] == step else row for row in job.steps
@@ -97,17 +92,38 @@ def note_step(session: Session, job_id: int, worker: str, step: str, *, state: s
     return True
 
 
-def finish(session: Session, job_id: int, state: str, now: datetime, error: dict[str, Any] | None = None) -> None:
-    job = find(session, job_id)
-    job.state, job.finished_at, job.error, job.worker = state, now, error, None
+def finish(
+    session: Session, job_id: int, worker: str, state: str, now: datetime, error: dict[str, Any] | None = None
+) -> bool:
+    """False when the job is no longer this worker's, who then may not end it."""
+    held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
+    ended = held.values(state=state, finished_at=now, error=error, worker=None).returning(Job.id)
+    return session.execute(ended, execution_options={"synchronize_session": False}).first() is not None
+
+
+def hand_back(session: Session, job_id: int, worker: str) -> None:
+    """A worker that is told to stop: the next one goes on at once, and no attempt is counted."""
+    held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
+    session.execute(held.values(state="queued", worker=None, attempts=Job.attempts - 1))
 
 
 def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
     """A waiting job ends at once, a running one when its worker next looks."""
-    job = find(session, job_id)
+    job = _locked(session, job_id)
     if job.state in FINISHED:
-        raise Conflict("job_finished", f"Job {job_id} is {job.state} already.", subject=str(job_id))
+        raise Conflict(
+            "job_finished",
+            f"Job {job_id} is {job.state} already.",
+            subject=str(job_id),
+            next_step="There is nothing to cancel.",
+        )
     job.cancel_requested = True
     if job.state == "queued":
-        finish(session, job_id, "cancelled", now)
+        job.state, job.finished_at = "cancelled", now
     return job
+
+
+def _locked(session: Session, job_id: int) -> Job:
+    """The row, which nobody else can change until this transaction ends."""
+    find(session, job_id)
+    return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)

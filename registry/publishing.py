@@ -12,12 +12,13 @@ from sqlalchemy.orm import Session
 
 from composer.findings import Finding
 from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import DEFAULT_LIMITS, header_length
 from composer.formats.inspection import inspect
 from registry import bases, releases
 from registry.audit import Actor
 from registry.db import insert_if_absent
-from registry.errors import Invalid, TooLarge, Unavailable, Usage, refuse_errors
+from registry.errors import Invalid, TooLarge, Unavailable, refuse_errors
 from registry.manifest import ManifestFile, check_path
 from registry.models import Blob, Release
 from registry.names import Digest, RepositoryName, Version
@@ -108,35 +109,31 @@ def publish(resources: Resources, actor: Actor, push: Push) -> Published:
 
     Raises Invalid with every error finding when the files do not fit; nothing is written then.
     """
-    if push.version is None and push.bump is None:
-        raise Usage(
-            "version_missing",
-            "A push needs a version.",
-            subject=str(push.repository),
-            next_step="Write REPO:VERSION, or --bump patch|minor|major.",
-        )
+    new, findings = prepare(resources, push)
+    with resources.write() as session:
+        release, created = releases.publish(session, actor, new)
+        return Published(release.id, created, findings)
+
+
+def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]]:
+    """All of a publication but its rows, so that several can be published in one transaction."""
     with resources.read() as session:
         base_digest = bases.find(session, push.base).digest
         architecture = bases.architecture(session, base_digest)
     facts, findings = _inspect(resources, push, architecture)
-    with resources.write() as session:
-        release, created = releases.publish(
-            session,
-            actor,
-            NewRelease(
-                repository=push.repository,
-                kind=push.kind,
-                version=push.version,
-                bump=push.bump,
-                files=push.files,
-                base_digest=base_digest,
-                facts=facts,
-                notes=push.notes,
-                inputs=push.inputs,
-                composition_id=push.composition_id,
-            ),
-        )
-        return Published(release.id, created, findings)
+    new = NewRelease(
+        repository=push.repository,
+        kind=push.kind,
+        version=push.version,
+        bump=push.bump,
+        files=push.files,
+        base_digest=base_digest,
+        facts=facts,
+        notes=push.notes,
+        inputs=push.inputs,
+        composition_id=push.composition_id,
+    )
+    return new, findings
 
 
 def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
@@ -168,7 +165,8 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> tu
         if push.kind is Kind.MODEL:
             _materialise_headers(resources, push.files, place)
             return inspect_model(place, architecture), []
-        materialise(resources, push.files, place)
+        wanted = (CONFIG_FILE, WEIGHTS_FILE)
+        materialise(resources, [file for file in push.files if file.path in wanted], place)
         seen = inspect(place, architecture)
         refuse_errors(seen.findings, str(push.repository))
         return seen.facts.to_json(), seen.findings
@@ -179,6 +177,7 @@ def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], di
     materialise(resources, [file for file in files if file.path.endswith(".json")], directory)
     for file in files:
         if file.path.endswith(".safetensors"):
+            (directory / file.path).parent.mkdir(parents=True, exist_ok=True)
             with resources.store.open(file.sha256) as source, (directory / file.path).open("wb") as copy:
                 first = source.read(8)
                 copy.write(first + source.read(header_length(first, file.size_bytes, DEFAULT_LIMITS, file.path)))
@@ -222,7 +221,7 @@ def _copy_verified(store: BlobStore, file: ManifestFile, target: Path) -> None:
             "blob_corrupt",
             f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
             subject=file.path,
-            next_step="Restore the blob from a backup, or push the file again.",
+            next_step="Restore the blob from a backup.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import select
@@ -61,14 +62,19 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     The blobs must be known already (bytes first, rows second).
     """
     if len(new.notes) > MAX_NOTES:
-        raise Invalid("notes_too_long", f"Notes are limited to {MAX_NOTES:,} characters.", subject=str(new.repository))
+        raise Invalid(
+            "notes_too_long",
+            f"Notes are limited to {MAX_NOTES:,} characters.",
+            subject=str(new.repository),
+            next_step="Shorten them, and put what is long into a file of the release.",
+        )
     commit = commit_id(canonical_manifest(new.files))
     repository = repositories.find_or_create(session, actor, new.repository, new.kind)
     version = new.version or _next_version(session, repository, new.bump)
     existing = _by_version(session, repository, version)
     if existing is not None:
         return _retry(existing, new, commit), False
-    if new.version is None and (same := _by_commit(session, repository, commit)):
+    if new.version is None and (same := _by_content(session, repository, commit, new.base_digest)):
         return same, False
     revision = _revision(session, actor, repository, commit, new.files)
     release = _insert(session, actor, new, version, repository, revision)
@@ -185,10 +191,12 @@ def _by_version(session: Session, repository: Repository, version: Version) -> R
     )
 
 
-def _by_commit(session: Session, repository: Repository, commit: str) -> Release | None:
-    """The highest release of these files: what `--bump` answers when nothing changed since."""
+def _by_content(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
+    """The highest release of these files for this base: what `--bump` answers when nothing changed since."""
     query = select(Release).join(Revision, Revision.id == Release.revision_id)
-    query = query.where(Release.repository_id == repository.id, Revision.commit == commit)
+    query = query.where(
+        Release.repository_id == repository.id, Revision.commit == commit, Release.base_digest == base_digest
+    )
     return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
 
 
@@ -248,7 +256,7 @@ def _insert(
 
 
 def _target_set(session: Session, targets: Sequence[str]) -> int:
-    key = ",".join(sorted(targets))
+    key = sha256("\n".join(sorted(targets)).encode()).hexdigest()  # a list of full paths can have any length
     known = select(TargetSet.id).where(TargetSet.key == key)
     found = session.scalar(known)
     if found is None:

@@ -1,8 +1,8 @@
-"""A named line of releases."""
+"""Repositories: found or created by name. Each holds the releases of one kind."""
 
 from enum import StrEnum
 
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
 from registry import audit
@@ -36,21 +36,34 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
         session.add(repository)
         session.flush()
         audit.record(session, actor, Act.REPOSITORY_CREATE, name, kind=kind)
+    _check_kind(repository, kind)
+    return repository
+
+
+def refuse_other_kind(session: Session, name: RepositoryName, kind: Kind) -> None:
+    """Raises Conflict when a repository of that name holds another kind of releases."""
+    repository = _lookup(session, name)
+    if repository is not None:
+        _check_kind(repository, kind)
+
+
+def _check_kind(repository: Repository, kind: Kind) -> None:
     if repository.kind != kind:
+        name = name_of(repository)
         raise Conflict(
             "kind_differs",
             f"{name} holds {repository.kind} releases, not {kind} releases.",
             subject=str(name),
             next_step="Choose another repository name.",
         )
-    return repository
 
 
 def list_page(session: Session, kind: Kind, *, after: str, limit: int) -> list[Repository]:
-    """Sorted by name; `after` is the last full name of the page before."""
-    full_name = Repository.namespace + "/" + Repository.name
-    query = select(Repository).where(Repository.kind == kind, full_name > after).order_by(full_name).limit(limit)
-    return list(session.scalars(query))
+    """By namespace, then name; `after` is the last full name of the page before."""
+    namespace, _, name = after.partition("/")
+    key = tuple_(Repository.namespace, Repository.name)
+    query = select(Repository).where(Repository.kind == kind, key > tuple_(namespace, name))
+    return list(session.scalars(query.order_by(Repository.namespace, Repository.name).limit(limit)))
 
 
 def name_of(repository: Repository) -> RepositoryName:

@@ -1,13 +1,13 @@
 """Reference -> release."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from registry import channels, releases, repositories
 from registry.errors import NotFound, Usage
-from registry.models import Release, Repository, Revision
+from registry.models import Channel, Move, Release, Repository, Revision
 from registry.names import Reference, parse_version
 from registry.releases import full_name
 from registry.repositories import Kind
@@ -19,6 +19,14 @@ class Resolved:
 
     release: Release
     warning: str = ""
+
+
+@dataclass(slots=True)
+class Heads:
+    """What a repository leads to: `latest` is its highest stable version, `channels` the version on each."""
+
+    latest: str | None = None
+    channels: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def resolve(session: Session, reference: Reference, kind: Kind | None = None) -> Resolved:
@@ -44,6 +52,22 @@ def resolve(session: Session, reference: Reference, kind: Kind | None = None) ->
     return Resolved(release)
 
 
+def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
+    """By repository id; two queries for a page of repositories."""
+    found = {repository.id: Heads() for repository in listed}
+    top = select(Release.repository_id, func.max(Release.sort_key).label("sort_key"))
+    top = top.where(Release.repository_id.in_(found), Release.stable, ~Release.yanked)
+    top = top.group_by(Release.repository_id).subquery()
+    is_top = (Release.repository_id == top.c.repository_id) & (Release.sort_key == top.c.sort_key)
+    for repository_id, version in session.execute(select(Release.repository_id, Release.version).join(top, is_top)):
+        found[repository_id].latest = version
+    served = select(Channel.repository_id, Channel.name, Release.version).join(Move, Move.id == Channel.move_id)
+    served = served.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(found))
+    for repository_id, channel, version in session.execute(served.order_by(Channel.name)):
+        found[repository_id].channels[channel] = version
+    return found
+
+
 def _in_range(session: Session, repository: Repository, reference: Reference) -> Release | None:
     query = select(Release.id, Release.version).where(Release.repository_id == repository.id, ~Release.yanked)
     for release_id, version in session.execute(query.order_by(Release.sort_key.desc())):
@@ -53,8 +77,10 @@ def _in_range(session: Session, repository: Repository, reference: Reference) ->
 
 
 def _by_commit(session: Session, repository: Repository, reference: Reference) -> Release:
+    digits = reference.commit or ""
     query = select(Release).join(Revision, Revision.id == Release.revision_id)
-    query = query.where(Revision.repository_id == repository.id, Revision.commit.startswith(reference.commit or ""))
+    # Not LIKE, for which no index serves: "g" is above every hexadecimal digit.
+    query = query.where(Revision.repository_id == repository.id, Revision.commit.between(digits, digits.ljust(40, "g")))
     found = session.scalars(query.order_by(Release.sort_key.desc())).all()
     if not found:
         raise NotFound(

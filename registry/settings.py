@@ -1,10 +1,20 @@
 """One frozen value, built once from the environment and passed in."""
 
+import getpass
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _login_name() -> str:
+    """A container may run under a number that no passwd file knows."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid-{os.getuid()}"
 
 
 class LocalStorage(BaseModel):
@@ -41,7 +51,7 @@ class Settings(BaseSettings):
     """The largest file a release may hold."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)
     """The largest JSON or YAML body: a tensor table, a suite, a recipe."""
-    user: str | None = None
+    user: str = Field(default_factory=_login_name, min_length=1, max_length=128)
     """The name written into moves and audit rows in the embedded registry; the login name unless set."""
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select, update
-from sqlalchemy.orm import Session, undefer
+from sqlalchemy.orm import Session
 
 from composer.suite import Suite as SuiteContent
 from registry import audit
@@ -16,6 +16,7 @@ from registry.errors import Invalid, NotFound, Usage
 from registry.models import Base, Release, Score, Suite
 from registry.names import parse_part
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
 
 
@@ -67,7 +68,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
-    """The suite and whether it is new. The suite added last is the current one of its name."""
+    """The suite and whether it is new. The suite added last, also again, is the current one of its name."""
     parse_part(content.name, "suite name")
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     if known is not None and known.current:
@@ -92,10 +93,9 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
 
 
 def find(session: Session, text: str) -> Suite:
-    """By digest, or the current suite of that name."""
-    query = select(Suite).options(undefer(Suite.content))
-    by_digest = Suite.digest == text if len(text) == 64 else (Suite.name == text) & Suite.current
-    suite = session.scalar(query.where(by_digest))
+    """By digest, or the current suite of that name. Its content is read when it is first asked for."""
+    named = Suite.digest == text if _DIGEST.fullmatch(text) else (Suite.name == text) & Suite.current
+    suite = session.scalar(select(Suite).where(named))
     if suite is None:
         raise NotFound(
             "suite_unknown",
@@ -119,6 +119,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
                 "bad_score",
                 f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
                 subject=measurement.metric,
+                next_step="Record a finite value measured on one example or more.",
             )
         suite = find(session, measurement.suite_digest)
         owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest

@@ -1,11 +1,12 @@
 """A Hugging Face checkpoint on disk: config, shards and where each tensor lies."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote, urlsplit
 
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
@@ -84,6 +85,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not (path / SINGLE_FILE).is_file():
         raise missing_weights(path, SINGLE_FILE)
     return Checkpoint(path, config, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}, None)
+
+
+def local_directory(locations: Iterable[str]) -> Path | None:
+    """The first of a base's `file://` locations that has a checkpoint on this machine."""
+    for url in locations:
+        path = Path(unquote(urlsplit(url).path))
+        if url.startswith("file://") and (path / "config.json").is_file():
+            return path
+    return None
 
 
 def missing_weights(path: Path, expected: str) -> InvalidFile:

@@ -33,6 +33,7 @@ def upgrade() -> None:
         sa.Column("tied", sa.Boolean(), nullable=False),
         sa.Column("parameters", sa.BigInteger(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("tensor_count", sa.Integer(), nullable=False),
         sa.Column("tensors", sa.JSON(), nullable=False),
         sa.Column("derived_from", sa.String(length=64), nullable=True),
         sa.Column("relation", sa.String(length=16), nullable=True),
@@ -105,7 +106,7 @@ def upgrade() -> None:
     op.create_table(
         "target_sets",
         sa.Column("id", ROW_ID, nullable=False),
-        sa.Column("key", sa.String(length=2000), nullable=False),
+        sa.Column("key", sa.String(length=64), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_target_sets"),
         sa.UniqueConstraint("key", name="uq_target_sets_key"),
     )

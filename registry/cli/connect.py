@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from registry.errors import NotFound, Unavailable, Usage
 
 if TYPE_CHECKING:
+    from composer.formats.checkpoint import Checkpoint
     from registry.client.api import Api
     from registry.resources import Resources
     from registry.settings import Settings
@@ -105,20 +106,19 @@ def release_directory(connection: Connection, release: dict[str, Any]) -> Path:
         return cached(connection.api, release, connection.cache, done)
 
 
-def base_directory(base: dict[str, Any], override: Path | None) -> Path:
-    """Where this machine has the weights of a base."""
-    from urllib.parse import unquote, urlsplit
+def base_checkpoint(base: dict[str, Any], override: Path | None) -> "Checkpoint":
+    """The base's weights on this machine, verified: scores are of what was measured, not of what a path says."""
+    from composer.formats.checkpoint import local_directory, open_checkpoint
+    from composer.hashing import verify_checkpoint
 
-    locations: list[str] = base["locations"]
-    if override is not None:
-        return override
-    for url in locations:
-        path = Path(unquote(urlsplit(url).path))
-        if url.startswith("file://") and (path / "config.json").is_file():
-            return path
-    raise NotFound(
-        "base_not_here",
-        f"None of the locations of {base['name']} is on this machine.",
-        subject=base["name"],
-        next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
-    )
+    directory = override or local_directory(base["locations"])
+    if directory is None:
+        raise NotFound(
+            "base_not_here",
+            f"None of the locations of {base['name']} is on this machine.",
+            subject=base["name"],
+            next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
+        )
+    checkpoint = open_checkpoint(directory)
+    verify_checkpoint(checkpoint, base["digest"])
+    return checkpoint

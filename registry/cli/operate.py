@@ -2,6 +2,7 @@
 
 import gc
 import ipaddress
+import signal
 import threading
 from typing import Annotated
 
@@ -11,6 +12,9 @@ from registry.cli import render
 from registry.cli.connect import connected, load_settings
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed
+
+STOP_S = 30.0
+"""How long a server that stops waits for its worker to hand its job back."""
 
 
 def register(root: typer.Typer) -> None:
@@ -53,19 +57,24 @@ def serve(
         uvicorn.run(application, host=host, port=port, log_level="warning", server_header=False)
     finally:
         stop.set()
+        if with_worker:
+            thread.join(STOP_S)
         resources.close()
 
 
 def worker() -> None:
-    """Do jobs until interrupted; any number of these may run beside the servers."""
+    """Do jobs until told to stop, then hand the one in hand back. Any number of these may run beside the servers."""
     from registry.resources import open_resources
     from registry.worker.loop import run_worker
     from registry.worker.steps import KINDS
 
     resources = open_resources(load_settings())
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
     render.say("waiting for jobs")
     try:
-        run_worker(resources, KINDS, threading.Event())
+        run_worker(resources, KINDS, stop)
     finally:
         resources.close()
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from registry.cli import render
-from registry.cli.connect import Connection, base_directory, connected, release_directory
+from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.names import parse_reference
@@ -69,6 +70,7 @@ def evaluate(
     from composer.evaluate import evaluate as evaluate_suite
     from composer.evaluate import load_model
     from composer.variants import load_deltas
+    from registry.client.api import release_path
 
     with connected() as connection:
         suites = [fetch_suite(connection, name) for name in suite]
@@ -76,7 +78,7 @@ def evaluate(
         if release and release["kind"] == "model":
             model, deltas = load_model(release_directory(connection, release), device), ()
         else:
-            model, deltas = load_model(base_directory(base, base_dir), device), ()
+            model, deltas = load_model(base_checkpoint(base, base_dir).path, device), ()
             if release:
                 deltas = load_deltas(release_directory(connection, release), model.architecture).deltas
         scores: list[Json] = []
@@ -87,11 +89,7 @@ def evaluate(
         if limit is None:
             provenance = {"device": str(model.device), "dtype": str(model.model.dtype).removeprefix("torch.")}
             rows = [{k: v for k, v in score.items() if k != "suite"} | {"provenance": provenance} for score in scores]
-            path = (
-                f"/v1/bases/{base['digest']}"
-                if release is None
-                else f"/v1/{release['kind']}s/{release['repository']}/releases/{release['version']}"
-            )
+            path = release_path(release) if release else f"/v1/bases/{base['digest']}"
             connection.api.post(f"{path}/scores", {"scores": rows})
     rows = [(s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"]) for s in scores]
     render.document(
@@ -148,7 +146,7 @@ def show_report(report: Any, modules: int) -> None:
 def fetch_suite(connection: Connection, name: str) -> "Suite":
     from composer.suite import Suite
 
-    return Suite.from_json(connection.api.get(f"/v1/suites/{name}")["content"], name)
+    return Suite.from_json(connection.api.get(f"/v1/suites/{quote(name, safe='')}")["content"], name)
 
 
 class _Group:
@@ -221,7 +219,8 @@ class _Group:
 
         if self.base is None and self.base_dir is None:
             raise Usage("base_missing", "A probe needs the base's weights.", next_step="Name it with --base.")
-        return load_model(base_directory(self.base or {"locations": [], "name": "base"}, self.base_dir), device)
+        directory = base_checkpoint(self.base, self.base_dir).path if self.base else self.base_dir
+        return load_model(directory or Path(), device)
 
 
 def _release_or_base(connection: Connection, what: str) -> tuple[Json | None, Json]:

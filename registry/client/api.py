@@ -21,7 +21,9 @@ class Api:
 
     def __init__(self, url: str, transport: httpx2.BaseTransport | None = None) -> None:
         self.url = url
-        self._http = httpx2.Client(base_url=url, transport=transport, timeout=_TIMEOUT)
+        # Only our own address is in this process: a presigned link of the store leads out of it.
+        mounts = {url: transport} if transport else None
+        self._http = httpx2.Client(base_url=url, mounts=mounts, timeout=_TIMEOUT)
 
     def close(self) -> None:
         self._http.close()

@@ -18,6 +18,7 @@ Application = Callable[
 ]
 
 _CHUNKS_AHEAD = 4
+_LOOK_AGAIN_S = 0.05
 
 
 class InProcessTransport(httpx2.BaseTransport):
@@ -51,6 +52,7 @@ class _Exchange:
         self._body = iter(cast(httpx2.SyncByteStream, request.stream))
         self._messages: queue.Queue[Message | BaseException] = queue.Queue(maxsize=_CHUNKS_AHEAD)
         self._hung_up = False
+        self._body_told = False
 
     def next_message(self) -> Message:
         message = self._messages.get()
@@ -66,14 +68,19 @@ class _Exchange:
     async def run(self, application: Application) -> None:
         try:
             await application(self._scope(), self._receive, self._send)
-        except Exception as error:  # the caller's thread raises it
-            await self._put(error)
+        except Exception as error:  # the caller's thread raises it, unless it is gone
+            if not self._hung_up:
+                await self._put(error)
 
     async def _receive(self) -> Message:
+        """A piece of the body; after its end, that the caller is gone, once that is so."""
+        if self._body_told:
+            while not self._hung_up:  # noqa: ASYNC110  (set by the caller's thread, which has no event loop)
+                await anyio.sleep(_LOOK_AGAIN_S)
+            return {"type": "http.disconnect"}
         chunk = await anyio.to_thread.run_sync(next, self._body, None)
-        if chunk is None:
-            return {"type": "http.request", "body": b"", "more_body": False}
-        return {"type": "http.request", "body": chunk, "more_body": True}
+        self._body_told = chunk is None
+        return {"type": "http.request", "body": chunk or b"", "more_body": chunk is not None}
 
     async def _send(self, message: Message) -> None:
         await self._put(message)
@@ -86,12 +93,13 @@ class _Exchange:
                 await anyio.sleep(0.001)
             else:
                 return
+        raise OSError("the caller hung up")  # as a server tells an application that writes on (ASGI 2.4)
 
     def _scope(self) -> Message:
         url = self._request.url
         return {
             "type": "http",
-            "asgi": {"version": "3.0"},
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
             "method": self._request.method,
             "headers": [(name.lower(), value) for name, value in self._request.headers.raw],

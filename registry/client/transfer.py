@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from urllib.parse import quote
 
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, line_path, release_path
@@ -141,7 +142,7 @@ def _fetch(api: Api, release: Json, row: Json, directory: Path, progress: Progre
     progress(done)
     if done < row["size_bytes"] or not target.exists():
         with (
-            api.stream(f"{release_path(release)}/files/{row['path']}", start=done) as chunks,
+            api.stream(f"{release_path(release)}/files/{quote(row['path'])}", start=done) as chunks,
             target.open("ab") as file,
         ):
             for chunk in chunks:

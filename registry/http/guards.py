@@ -1,12 +1,13 @@
-"""What is refused before a route sees it: bodies that are too long, and pages of other sites."""
+"""What is refused before a route sees it: bodies that are too long, names that are not ours, pages of other sites."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.errors import NotAllowed, TooLarge
+from registry.errors import NotAllowed, RegistryError, TooLarge, Usage
 from registry.http.problems import problem_response
+from registry.http.request import MAX_DIGITS
 
 BLOB_PATHS = "/v1/blobs/"
 """Their size is limited by `max_file_bytes`, where they are received."""
@@ -25,7 +26,7 @@ class BodyLimit:
             return
         headers = dict(scope["headers"])
         claimed = headers.get(b"content-length", b"0")
-        if not claimed.isdigit() or int(claimed) > self.limit_bytes:
+        if not claimed.isdigit() or len(claimed) > MAX_DIGITS or int(claimed) > self.limit_bytes:
             await problem_response(self._error())(scope, receive, send)
             return
         taken = 0
@@ -55,19 +56,43 @@ class BodyLimit:
 
 
 class SameSite:
-    """Answers 403 to a browser that acts for a page of another site: a form there could post to a loopback server."""
+    """Answers only to its own names: 400 to a request by another name, 403 to a browser that acts for another site.
+
+    A page on the web could point a name of its own at loopback, and a form there could post to a loopback server.
+    """
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
         self.app = app
         self.names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope.get("headers", ()))
-        origin: str = headers.get(b"origin", b"").decode("latin-1")
-        if origin and urlsplit(origin).hostname not in self.names:
-            error = NotAllowed(
-                "other_site", f"Pages of {origin[:200]} may not use this registry.", subject=origin[:200]
+        error = self._error(dict(scope["headers"])) if scope["type"] == "http" else None
+        answer = self.app if error is None else problem_response(error)
+        await answer(scope, receive, send)
+
+    def _error(self, headers: Mapping[bytes, bytes]) -> RegistryError | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if _hostname(f"//{host}") not in self.names:
+            return Usage(
+                "unknown_host",
+                f"This registry does not go by the name {host[:200]!r}.",
+                subject=host[:200],
+                next_step=f"Ask for it as {self.names[0]}.",
             )
-            await problem_response(error)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+        if origin and _hostname(origin) not in self.names:
+            return NotAllowed(
+                "other_site",
+                f"Pages of {origin[:200]} may not use this registry.",
+                subject=origin[:200],
+                next_step=f"Use a page of {self.names[0]}, or a client that is no browser.",
+            )
+        return None
+
+
+def _hostname(url: str) -> str | None:
+    """None also for what is no URL, such as `http://[`."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

@@ -9,6 +9,7 @@ from fastapi import Query
 
 from registry.channels import NOTHING_YET, Expected
 from registry.errors import Usage
+from registry.http.request import MAX_DIGITS
 from registry.schemas import Page, Wire
 
 Row = TypeVar("Row")
@@ -39,7 +40,7 @@ def decode_cursor(cursor: str | None) -> str:
 
 def decode_number(cursor: str | None) -> int:
     text = decode_cursor(cursor) or "0"
-    if not text.isdecimal() or len(text) > 18:
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise Usage(
             "bad_cursor",
             f"{cursor!r} is not a cursor of this list.",
@@ -62,12 +63,16 @@ def expected_from(if_match: str | None, if_none_match: str | None) -> Expected |
     """`If-Match: "17"` is the move that the caller saw; `If-None-Match: *` says that the channel must not exist yet."""
     if if_none_match is not None:
         if if_none_match.strip() != "*":
-            raise Usage("bad_precondition", "If-None-Match takes only * here.")
+            raise Usage(
+                "bad_precondition",
+                "If-None-Match takes only * here.",
+                next_step="Send *, or If-Match with the ETag of GET channels/{channel}.",
+            )
         return Expected(NOTHING_YET)
     if if_match is None or if_match.strip() == "*":
         return None
     text = if_match.strip().removeprefix("W/").strip('"')
-    if not text.isdecimal() or len(text) > 18:
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise Usage(
             "bad_precondition",
             f"If-Match {if_match[:40]!r} is not the ETag of a channel.",

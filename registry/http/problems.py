@@ -1,6 +1,7 @@
 """RFC 9457: every error leaves as `application/problem+json` with a stable type."""
 
 import logging
+from collections.abc import Mapping
 from typing import cast
 
 from fastapi import FastAPI, Request
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from composer.errors import ComposerError
-from registry.errors import Invalid, RegistryError, Unavailable, Usage, of_composer
+from registry.errors import FAMILIES, Invalid, RegistryError, Unavailable, Usage, of_composer
 from registry.schemas import Problem
 
 log = logging.getLogger(__name__)
@@ -17,19 +18,25 @@ log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 
 
-def problem_response(error: RegistryError) -> JSONResponse:
+def problem_response(
+    error: RegistryError, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The status, in the answer and in its body, is that of the error's family unless HTTP has a closer one."""
+    status = status or error.status
     problem = Problem(
         type=f"urn:adaptory:problem:{error.code}",
         title=error.title,
-        status=error.status,
+        status=status,
         detail=error.detail,
         code=error.code,
         subject=error.subject,
         next=error.next_step,
         findings=error.findings,
     )
-    headers = {"Retry-After": "5"} if error.status == 503 else None
-    return JSONResponse(problem.model_dump(), status_code=error.status, media_type=MEDIA_TYPE, headers=headers)
+    more = {"Retry-After": "5"} if status == Unavailable.status else {}
+    return JSONResponse(
+        problem.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers={**(headers or {}), **more}
+    )
 
 
 def install(app: FastAPI) -> None:
@@ -37,6 +44,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ComposerError, _composer_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OSError, _disk_error)
     app.add_exception_handler(Exception, _defect)
 
 
@@ -61,19 +69,33 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
     )
 
 
-def _http_error(_request: Request, error: Exception) -> JSONResponse:
+def _http_error(request: Request, error: Exception) -> JSONResponse:
     """What the router itself refuses: an unknown path, a method that the path does not have."""
     raised = cast(HTTPException, error)
-    told = Usage(f"http_{raised.status_code}", f"{raised.detail}.")
-    response = problem_response(told)
-    response.status_code = raised.status_code
-    return response
+    family = next((family for family in FAMILIES if family.status == raised.status_code), Usage)
+    told = family(
+        f"http_{raised.status_code}",
+        f"{request.method} {request.url.path[:200]}: {raised.detail}.",
+        next_step="See /docs for the paths of this registry and their methods.",
+    )
+    return problem_response(told, raised.status_code, raised.headers)
+
+
+def _disk_error(request: Request, error: Exception) -> JSONResponse:
+    """A disk that is full, gone or not ours to write, wherever a route met it."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    reason = cast(OSError, error).strerror or type(error).__name__
+    return problem_response(
+        Unavailable(
+            "disk_error",
+            f"The registry cannot use its disk: {reason}.",
+            next_step="See that its home has space and may be written, then repeat.",
+        )
+    )
 
 
 def _defect(request: Request, error: Exception) -> JSONResponse:
     """What nobody foresaw: logged whole for the operator, told without its inside to the client."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     told = Unavailable("internal_error", f"The registry failed ({type(error).__name__}).", next_step="Look at its log.")
-    response = problem_response(told)
-    response.status_code = 500
-    return response
+    return problem_response(told, 500)

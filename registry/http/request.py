@@ -1,16 +1,19 @@
 """From a request: what the process holds, who asks, and the body as a stream."""
 
-import getpass
 from collections.abc import Iterator
 from typing import Annotated, cast
 
 from anyio import from_thread
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.errors import Usage
 from registry.resources import Resources
+from registry.schemas import MAX_INT64
+
+MAX_DIGITS = 18
+"""A decimal of so many digits fits the 64 bits of a column, and is far below what `int` refuses to read."""
 
 
 def resources_of(request: Request) -> Resources:
@@ -20,7 +23,7 @@ def resources_of(request: Request) -> Resources:
 def actor_of(request: Request) -> Actor:
     """The embedded registry has one user, who owns it: it listens and answers on loopback alone."""
     resources = resources_of(request)
-    return Actor(resources.settings.user or getpass.getuser(), resources.clock(), {EVERYWHERE: Role.ADMIN})
+    return Actor(resources.settings.user, resources.clock(), {EVERYWHERE: Role.ADMIN})
 
 
 def body_chunks(request: Request) -> Iterator[bytes]:
@@ -37,10 +40,11 @@ def body_chunks(request: Request) -> Iterator[bytes]:
 
 def content_length(request: Request) -> int:
     text = request.headers.get("content-length", "")
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise Usage("length_missing", "The request has no Content-Length.", next_step="Send the size of the body.")
     return int(text)
 
 
 ResourcesOf = Annotated[Resources, Depends(resources_of)]
 ActorOf = Annotated[Actor, Depends(actor_of)]
+RowId = Annotated[int, Path(ge=1, le=MAX_INT64)]

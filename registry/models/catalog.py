@@ -26,6 +26,7 @@ class Base(Row):
     tied: Mapped[bool]
     parameters: Mapped[int] = mapped_column(BigInteger)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
+    tensor_count: Mapped[int]
     tensors: Mapped[list[Any]] = mapped_column(JSON, deferred=True)
     derived_from: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"))
     relation: Mapped[str | None] = mapped_column(String(16))
@@ -93,12 +94,12 @@ class RevisionFile(Row):
 
 
 class TargetSet(Row):
-    """An interned set of target names: thousands of releases share a few dozen sets."""
+    """An interned set of target names, by their sha256: thousands of releases share a few dozen sets."""
 
     __tablename__ = "target_sets"
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
-    key: Mapped[str] = mapped_column(String(2000), unique=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
 
 
 class TargetSetMember(Row):

@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 T = TypeVar("T")
 
+MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
+"""What the integer columns hold: a larger number is refused at the edge, by the name of its field."""
+
 
 class Wire(BaseModel):
     """Unknown fields in a request are refused, since a misspelt option would otherwise be dropped silently."""

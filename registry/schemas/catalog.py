@@ -1,20 +1,21 @@
 """Bases, releases, uploads and resolution on the wire."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from registry.schemas import Wire
+from registry.schemas import MAX_INT32, MAX_INT64, Wire
 from registry.schemas.quality import ScoreOut
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+Count = Annotated[int, Field(ge=0, le=MAX_INT64)]
 
 
 class TensorRow(Wire):
     name: str = Field(max_length=1000)
     dtype: str = Field(max_length=16)
-    shape: list[int] = Field(max_length=16)
+    shape: list[Count] = Field(max_length=16)
     sha256: str = Sha256
 
 
@@ -22,8 +23,8 @@ class BaseIn(Wire):
     name: str
     model_type: str = Field(max_length=64)
     tied: bool
-    parameters: int = Field(ge=0)
-    size_bytes: int = Field(ge=0)
+    parameters: Count
+    size_bytes: Count
     weights_digest: str = Sha256
     tensors: list[TensorRow] = Field(min_length=1, max_length=1_000_000)
     aliases: list[str] = Field(default=[], max_length=100)
@@ -54,7 +55,7 @@ class BaseRef(Wire):
 
 class FileRow(Wire):
     path: str = Field(max_length=400)
-    size_bytes: int = Field(ge=0)
+    size_bytes: Count
     sha256: str = Sha256
 
 
@@ -157,7 +158,7 @@ class SearchIn(BaseModel):
     namespace: str | None = None
     base: str | None = Field(default=None, description="Digest, name or alias.")
     type: str | None = None
-    max_rank: int | None = Field(default=None, ge=1)
+    max_rank: int | None = Field(default=None, ge=1, le=MAX_INT32)
     targets_within: list[str] = Field(default=[], max_length=200, description="Only these module names may be adapted.")
     targets_include: list[str] = Field(default=[], max_length=20, description="All of these module names are adapted.")
     score: list[str] = Field(default=[], max_length=20, description="suite.metric>=number or suite.metric<=number")

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from registry.schemas import Wire
+from registry.schemas import MAX_INT32, Wire
 
 
 class ScoreOut(Wire):
@@ -24,7 +24,7 @@ class ScoreIn(Wire):
     metric: str = Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")
     value: float = Field(allow_inf_nan=False)
     stderr: float | None = Field(default=None, allow_inf_nan=False, ge=0)
-    n: int = Field(ge=1)
+    n: int = Field(ge=1, le=MAX_INT32)
     higher_is_better: bool
     provenance: dict[str, Any] = Field(default_factory=dict)
 

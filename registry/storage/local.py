@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -35,42 +36,52 @@ class LocalStore:
         try:
             file = self.path(sha256).open("rb")
         except FileNotFoundError:
-            raise NotFound("blob_missing", f"The store has no blob {sha256}.", subject=sha256) from None
+            raise NotFound(
+                "blob_missing",
+                f"The store has no blob {sha256}.",
+                subject=sha256,
+                next_step="Push the file again, or restore the blob from a backup.",
+            ) from None
         file.seek(start)
         return file if length is None else _Window(file, length)
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         target = self.path(sha256)
-        if target.exists():
-            if move:
-                source.unlink()
-            return _stat(sha256, target)
-        aside = self._aside(source, move=move)
-        try:
-            aside.chmod(0o444)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stat = _stat(sha256, aside)
-            aside.replace(target)
-            _sync_directory(target.parent)
-        finally:
-            aside.unlink(missing_ok=True)
-        return stat
+        with self._told():
+            if target.exists():
+                if move:
+                    source.unlink()
+                return _stat(sha256, target)
+            aside = self._aside(source, move=move)
+            try:
+                aside.chmod(0o444)
+                _make_directory(target.parent)
+                stat = _stat(sha256, aside)
+                aside.replace(target)
+                _sync(target.parent)
+            finally:
+                aside.unlink(missing_ok=True)
+            return stat
 
     def _aside(self, source: Path, *, move: bool) -> Path:
         """A synced file of our own in `incoming/` with the bytes of `source`."""
+        with NamedTemporaryFile(dir=self.incoming, delete=False) as file:
+            aside = Path(file.name)
         try:
-            with NamedTemporaryFile(dir=self.incoming, delete=False) as file:
-                aside = Path(file.name)
-            try:
-                if move and source.stat().st_dev == self.incoming.stat().st_dev:
-                    source.replace(aside)
-                else:
-                    shutil.copyfile(source, aside)
-                with aside.open("rb") as file:
-                    os.fsync(file.fileno())
-            except BaseException:
-                aside.unlink(missing_ok=True)
-                raise
+            if move and source.stat().st_dev == self.incoming.stat().st_dev:
+                source.replace(aside)
+            else:
+                shutil.copyfile(source, aside)
+            _sync(aside)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        return aside
+
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        try:
+            yield
         except OSError as error:
             raise Unavailable(
                 "store_full",
@@ -78,7 +89,6 @@ class LocalStore:
                 subject=str(self.directory),
                 next_step="Free some space and repeat.",
             ) from error
-        return aside
 
     def url(self, sha256: Digest, expires_s: int) -> str | None:
         del sha256, expires_s  # a directory has no address; the API streams
@@ -123,8 +133,18 @@ def _stat(sha256: Digest, path: Path) -> BlobStat:
     return BlobStat(sha256, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _make_directory(directory: Path) -> None:
+    """Syncs the directory above when this one is new: a crash could else lose it with every blob in it."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _sync(directory.parent)
+
+
+def _sync(path: Path) -> None:
+    """A file's bytes, or a directory's names, are on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

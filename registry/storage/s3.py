@@ -119,7 +119,12 @@ def _told(subject: str) -> Generator[None]:
         yield
     except (BotoCoreError, ClientError, S3UploadFailedError) as error:
         if isinstance(error, ClientError) and _code(error) in _MISSING:
-            raise NotFound("blob_missing", f"The store has no blob {subject}.", subject=subject) from error
+            raise NotFound(
+                "blob_missing",
+                f"The store has no blob {subject}.",
+                subject=subject,
+                next_step="Push the file again, or restore the blob from a backup.",
+            ) from error
         raise Unavailable(
             "store_unavailable",
             f"The blob store does not answer as it should: {error}.",

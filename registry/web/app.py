@@ -3,16 +3,14 @@
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from registry.http import problems
 from registry.http.guards import BodyLimit, SameSite
 from registry.resources import Resources
 from registry.web import bases, blobs, channels, compositions, operations, releases, suites
-from registry.web.line import LINE_PREFIXES
+from registry.web.repository import REPOSITORY_PREFIXES
 
-LOOPBACK_NAMES = ["127.0.0.1", "localhost", "[::1]", "::1"]
-"""A page on the web could point a name of its own at loopback; requests under any other name are refused."""
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
 def create_app(resources: Resources) -> FastAPI:
@@ -21,7 +19,6 @@ def create_app(resources: Resources) -> FastAPI:
     problems.install(app)
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     app.add_middleware(SameSite, names=LOOPBACK_NAMES)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES, www_redirect=False)
     for part in (
         suites,
         bases,
@@ -32,6 +29,6 @@ def create_app(resources: Resources) -> FastAPI:
     ):  # suites first: /v1/bases/{base:path} takes all
         app.include_router(part.router)
     for part in (releases, channels, suites):
-        for kinds in LINE_PREFIXES:
-            app.include_router(part.lines, prefix=kinds)
+        for kinds in REPOSITORY_PREFIXES:
+            app.include_router(part.repository_routes, prefix=kinds)
     return app

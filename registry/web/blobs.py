@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["blobs"])
 
 _BLOCK_BYTES = 1 << 20
 _URL_EXPIRES_S = 3600
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("/uploads")
@@ -87,7 +87,9 @@ def blob_response(resources: Resources, sha256: Digest, byte_range: str | None) 
 def _size(resources: Resources, sha256: Digest) -> int:
     stat = resources.store.stat(sha256)
     if stat is None:
-        raise NotFound("blob_unknown", f"There is no blob {sha256}.", subject=sha256)
+        raise NotFound(
+            "blob_unknown", f"There is no blob {sha256}.", subject=sha256, next_step="PUT its bytes to this path first."
+        )
     return stat.size_bytes
 
 

@@ -11,40 +11,42 @@ from registry.http.request import ActorOf, ResourcesOf
 from registry.names import parse_version
 from registry.schemas import Page
 from registry.schemas.quality import ChannelOut, ChannelsOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
-from registry.web.line import LineOf
+from registry.web.repository import RepositoryOf
 from registry.web.views import channel_view, move_view
 
-lines = APIRouter(tags=["channels"])
+repository_routes = APIRouter(tags=["channels"])
 
 CHANNEL = "/{namespace}/{name}/channels/{channel}"
 IfMatch = Annotated[str | None, Header(description="The ETag of the channel that you saw.")]
 IfNoneMatch = Annotated[str | None, Header(description="`*`: only when the channel does not exist yet.")]
 
 
-@lines.get("/{namespace}/{name}/channels")
-def list_channels(line: LineOf, resources: ResourcesOf, actor: ActorOf) -> ChannelsOut:
-    permit(actor, Role.READER, line.name.namespace)
+@repository_routes.get("/{namespace}/{name}/channels")
+def list_channels(named: RepositoryOf, resources: ResourcesOf, actor: ActorOf) -> ChannelsOut:
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        repository = repositories.find(session, line.name, line.kind)
+        repository = repositories.find(session, named.name, named.kind)
         found = [
             (channel, channels.current_move(session, channel)) for channel in channels.list_all(session, repository)
         ]
         return ChannelsOut(items=[channel_view(channel, repository, move) for channel, move in found if move])
 
 
-@lines.get(CHANNEL)
-def show_channel(line: LineOf, channel: str, resources: ResourcesOf, actor: ActorOf, response: Response) -> ChannelOut:
-    permit(actor, Role.READER, line.name.namespace)
+@repository_routes.get(CHANNEL)
+def show_channel(
+    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: ActorOf, response: Response
+) -> ChannelOut:
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        repository = repositories.find(session, line.name, line.kind)
+        repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
         response.headers["ETag"] = etag(row.move_id or 0)
         return channel_view(row, repository, channels.current_of(session, row))
 
 
-@lines.put(CHANNEL)
+@repository_routes.put(CHANNEL)
 def promote(  # noqa: PLR0913
-    line: LineOf,
+    named: RepositoryOf,
     channel: str,
     body: PromoteIn,
     resources: ResourcesOf,
@@ -54,10 +56,10 @@ def promote(  # noqa: PLR0913
     if_none_match: IfNoneMatch = None,
 ) -> MoveOut:
     """422 with the numbers when a gate fails, 412 when the channel has left the ETag given, 409 after a lost race."""
-    permit(actor, Role.RELEASER, line.name.namespace)
+    permit(actor, Role.RELEASER, named.name.namespace)
     expected = expected_from(if_match, if_none_match)
     with resources.write() as session:
-        release = releases.find(session, line.name, parse_version(body.version), line.kind)
+        release = releases.find(session, named.name, parse_version(body.version), named.kind)
         move = channels.promote(
             session, actor, release, channel, reason=body.reason, force=body.force, expected=expected
         )
@@ -65,9 +67,9 @@ def promote(  # noqa: PLR0913
         return move_view(move, release.repository, channel)
 
 
-@lines.post(CHANNEL + "/rollback")
+@repository_routes.post(CHANNEL + "/rollback")
 def roll_back(  # noqa: PLR0913
-    line: LineOf,
+    named: RepositoryOf,
     channel: str,
     body: RollbackIn,
     resources: ResourcesOf,
@@ -75,10 +77,10 @@ def roll_back(  # noqa: PLR0913
     response: Response,
     if_match: IfMatch = None,
 ) -> MoveOut:
-    permit(actor, Role.RELEASER, line.name.namespace)
+    permit(actor, Role.RELEASER, named.name.namespace)
     to = parse_version(body.to) if body.to else None
     with resources.write() as session:
-        repository = repositories.find(session, line.name, line.kind)
+        repository = repositories.find(session, named.name, named.kind)
         move = channels.roll_back(
             session, actor, repository, channel, to=to, reason=body.reason, expected=expected_from(if_match, None)
         )
@@ -86,33 +88,33 @@ def roll_back(  # noqa: PLR0913
         return move_view(move, repository, channel)
 
 
-@lines.get(CHANNEL + "/history")
+@repository_routes.get(CHANNEL + "/history")
 def history(
-    line: LineOf, channel: str, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
+    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[MoveOut]:
     """The newest move first."""
-    permit(actor, Role.READER, line.name.namespace)
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        repository = repositories.find(session, line.name, line.kind)
+        repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
         moves = channels.history(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, repository, channel) for move in moves], limit, [move.id for move in moves])
 
 
-@lines.get("/{namespace}/{name}/gates")
-def show_gates(line: LineOf, resources: ResourcesOf, actor: ActorOf) -> GatesOut:
-    permit(actor, Role.READER, line.name.namespace)
+@repository_routes.get("/{namespace}/{name}/gates")
+def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: ActorOf) -> GatesOut:
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        rules = gates.all_rules(session, repositories.find(session, line.name, line.kind))
+        rules = gates.all_rules(session, repositories.find(session, named.name, named.kind))
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})
 
 
-@lines.put("/{namespace}/{name}/gates")
-def set_gates(line: LineOf, body: GatesIn, resources: ResourcesOf, actor: ActorOf) -> GatesOut:
+@repository_routes.put("/{namespace}/{name}/gates")
+def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor: ActorOf) -> GatesOut:
     """Replaces the rules of one channel."""
-    permit(actor, Role.ADMIN, line.name.namespace)
+    permit(actor, Role.ADMIN, named.name.namespace)
     with resources.write() as session:
-        repository = repositories.find(session, line.name, line.kind)
+        repository = repositories.find(session, named.name, named.kind)
         gates.set_rules(session, actor, repository, body.channel, body.rules)
         rules = gates.all_rules(session, repository)
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})

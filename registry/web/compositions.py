@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from composer.recipe import parse_recipe
 from registry import compositions
 from registry.access import Role, permit
-from registry.http.request import ActorOf, ResourcesOf
+from registry.http.request import ActorOf, ResourcesOf, RowId
 from registry.jobs import FINISHED
 from registry.names import parse_reference
 from registry.resources import Resources
@@ -36,13 +36,13 @@ def create(body: CompositionIn, resources: ResourcesOf, actor: ActorOf) -> Compo
 
 
 @router.get("/{composition_id}")
-def show(composition_id: int, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
+def show(composition_id: RowId, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
     permit(actor, Role.READER)
     return _look(resources, composition_id)
 
 
 @router.get("/{composition_id}/events")
-async def follow(composition_id: int, resources: ResourcesOf, actor: ActorOf) -> StreamingResponse:
+async def follow(composition_id: RowId, resources: ResourcesOf, actor: ActorOf) -> StreamingResponse:
     """Server-sent events: the composition each time that it changes, until it is finished."""
     permit(actor, Role.READER)
     first = await run_in_threadpool(_look, resources, composition_id)
@@ -50,7 +50,7 @@ async def follow(composition_id: int, resources: ResourcesOf, actor: ActorOf) ->
 
 
 @router.post("/{composition_id}/cancel")
-def cancel(composition_id: int, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
+def cancel(composition_id: RowId, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
     permit(actor, Role.PUBLISHER)
     with resources.write() as session:
         return composition_view(*compositions.cancel(session, actor, composition_id))

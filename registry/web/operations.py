@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from registry import audit, compositions, jobs
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_number, page
-from registry.http.request import ActorOf, ResourcesOf
+from registry.http.request import ActorOf, ResourcesOf, RowId
 from registry.schemas import Page
 from registry.schemas.work import AuditOut, JobOut
 from registry.web.views import audit_view, job_view
@@ -25,14 +25,14 @@ def list_jobs(resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor:
 
 
 @router.get("/v1/jobs/{job_id}")
-def show_job(job_id: int, resources: ResourcesOf, actor: ActorOf) -> JobOut:
+def show_job(job_id: RowId, resources: ResourcesOf, actor: ActorOf) -> JobOut:
     permit(actor, Role.READER)
     with resources.read() as session:
         return job_view(jobs.find(session, job_id))
 
 
 @router.post("/v1/jobs/{job_id}/cancel")
-def cancel_job(job_id: int, resources: ResourcesOf, actor: ActorOf) -> JobOut:
+def cancel_job(job_id: RowId, resources: ResourcesOf, actor: ActorOf) -> JobOut:
     permit(actor, Role.PUBLISHER)
     with resources.write() as session:
         _, job = compositions.cancel(session, actor, compositions.of_job(session, job_id).id)

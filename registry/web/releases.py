@@ -18,41 +18,41 @@ from registry.schemas import Page
 from registry.schemas.catalog import PublishedOut, ReleaseIn, ReleaseOut, RepositoryOut, ResolvedOut, SearchIn, YankIn
 from registry.suites import parse_condition
 from registry.web.blobs import blob_response
-from registry.web.line import KindOf, LineOf
-from registry.web.views import release_page, release_view, repository_view
+from registry.web.repository import KindOf, RepositoryOf
+from registry.web.views import release_page, release_view, repository_page
 
 router = APIRouter(prefix="/v1", tags=["releases"])
 
-lines = APIRouter(tags=["releases"])
+repository_routes = APIRouter(tags=["releases"])
 """Mounted once under /v1/adapters and once under /v1/models."""
 
 
-@lines.get("")
+@repository_routes.get("")
 def list_repositories(
     kind: KindOf, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[RepositoryOut]:
     permit(actor, Role.READER)
     with resources.read() as session:
         rows = repositories.list_page(session, kind, after=decode_cursor(cursor), limit=limit + 1)
-        return page(
-            [repository_view(session, row) for row in rows], limit, [str(repositories.name_of(row)) for row in rows]
-        )
+        return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
 
 
-@lines.get("/{namespace}/{name}")
-def show_repository(line: LineOf, resources: ResourcesOf, actor: ActorOf) -> RepositoryOut:
-    permit(actor, Role.READER, line.name.namespace)
+@repository_routes.get("/{namespace}/{name}")
+def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: ActorOf) -> RepositoryOut:
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        return repository_view(session, repositories.find(session, line.name, line.kind))
+        return repository_page(session, [repositories.find(session, named.name, named.kind)])[0]
 
 
-@lines.post("/{namespace}/{name}/releases", status_code=201)
-def publish(line: LineOf, body: ReleaseIn, resources: ResourcesOf, actor: ActorOf, response: Response) -> PublishedOut:
+@repository_routes.post("/{namespace}/{name}/releases", status_code=201)
+def publish(
+    named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: ActorOf, response: Response
+) -> PublishedOut:
     """201 for a new release, 200 for a retry with the same content, 409 for other content under the same version."""
-    permit(actor, Role.PUBLISHER, line.name.namespace)
+    permit(actor, Role.PUBLISHER, named.name.namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     version = parse_version(body.version) if body.version else None
-    push = Push(line.name, line.kind, version, body.bump, body.base, files, body.notes)
+    push = Push(named.name, named.kind, version, body.bump, body.base, files, body.notes)
     published = publishing.publish(resources, actor, push)
     response.status_code = 201 if published.created else 200
     with resources.read() as session:
@@ -60,56 +60,61 @@ def publish(line: LineOf, body: ReleaseIn, resources: ResourcesOf, actor: ActorO
         return PublishedOut(release=view, created=published.created, warnings=[f.to_json() for f in published.warnings])
 
 
-@lines.get("/{namespace}/{name}/releases")
+@repository_routes.get("/{namespace}/{name}/releases")
 def list_releases(
-    line: LineOf, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
+    named: RepositoryOf, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[ReleaseOut]:
     """The highest version first."""
-    permit(actor, Role.READER, line.name.namespace)
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        repository = repositories.find(session, line.name, line.kind)
+        repository = repositories.find(session, named.name, named.kind)
         rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
         return page(release_page(session, rows), limit, [row.sort_key for row in rows])
 
 
-@lines.get("/{namespace}/{name}/releases/{version}")
-def show_release(line: LineOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
-    permit(actor, Role.READER, line.name.namespace)
+@repository_routes.get("/{namespace}/{name}/releases/{version}")
+def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        return release_view(session, releases.find(session, line.name, parse_version(version), line.kind))
+        return release_view(session, releases.find(session, named.name, parse_version(version), named.kind))
 
 
-@lines.get("/{namespace}/{name}/releases/{version}/files/{path:path}")
+@repository_routes.get("/{namespace}/{name}/releases/{version}/files/{path:path}")
 def download_file(
-    line: LineOf,
+    named: RepositoryOf,
     version: str,
     path: str,
     resources: ResourcesOf,
     actor: ActorOf,
     byte_range: Annotated[str | None, Header(alias="Range")] = None,
 ) -> Response:
-    permit(actor, Role.READER, line.name.namespace)
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        release = releases.find(session, line.name, parse_version(version), line.kind)
+        release = releases.find(session, named.name, parse_version(version), named.kind)
         digests = {file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]}
     if path not in digests:
-        raise NotFound("file_unknown", f"{line.name}:{version} has no file {path[:200]!r}.", subject=path[:200])
+        raise NotFound(
+            "file_unknown",
+            f"{named.name}:{version} has no file {path[:200]!r}.",
+            subject=path[:200],
+            next_step=f"`adaptory show {named.name}:{version}` lists its files.",
+        )
     return blob_response(resources, Digest(digests[path]), byte_range)
 
 
-@lines.post("/{namespace}/{name}/releases/{version}/yank")
-def yank(line: LineOf, version: str, body: YankIn, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
-    permit(actor, Role.RELEASER, line.name.namespace)
+@repository_routes.post("/{namespace}/{name}/releases/{version}/yank")
+def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
+    permit(actor, Role.RELEASER, named.name.namespace)
     with resources.write() as session:
-        release = releases.find(session, line.name, parse_version(version), line.kind)
+        release = releases.find(session, named.name, parse_version(version), named.kind)
         return release_view(session, releases.yank(session, actor, release, body.reason))
 
 
-@lines.post("/{namespace}/{name}/releases/{version}/unyank")
-def unyank(line: LineOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
-    permit(actor, Role.RELEASER, line.name.namespace)
+@repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
+def unyank(named: RepositoryOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
+    permit(actor, Role.RELEASER, named.name.namespace)
     with resources.write() as session:
-        release = releases.find(session, line.name, parse_version(version), line.kind)
+        release = releases.find(session, named.name, parse_version(version), named.kind)
         return release_view(session, releases.unyank(session, actor, release))
 
 

@@ -14,16 +14,19 @@ from registry.names import parse_version
 from registry.schemas import Page
 from registry.schemas.quality import ScoreIn, ScoresIn, ScoresOut, SuiteOut
 from registry.suites import Measurement
-from registry.web.line import LineOf
+from registry.web.repository import RepositoryOf
 from registry.web.views import score_view, suite_view
 
 router = APIRouter(prefix="/v1", tags=["quality"])
-lines = APIRouter(tags=["quality"])
+repository_routes = APIRouter(tags=["quality"])
 
 
 @router.post("/suites", status_code=201)
 def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: ActorOf, response: Response) -> SuiteOut:
-    """The suite with its examples, as composer/suite.py describes it. 200 when this content is current already."""
+    """The suite with its examples, as composer/suite.py describes it.
+
+    201 for new content. 200 for content known already; when it was an older one, it is the current one again.
+    """
     permit(actor, Role.PUBLISHER)
     content = SuiteContent.from_json(body)
     with resources.write() as session:
@@ -48,21 +51,23 @@ def show_suite(suite: str, resources: ResourcesOf, actor: ActorOf) -> SuiteOut:
         return suite_view(suites.find(session, suite), content=True)
 
 
-@lines.post("/{namespace}/{name}/releases/{version}/scores")
-def record_release(line: LineOf, version: str, body: ScoresIn, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
-    permit(actor, Role.PUBLISHER, line.name.namespace)
+@repository_routes.post("/{namespace}/{name}/releases/{version}/scores")
+def record_release(
+    named: RepositoryOf, version: str, body: ScoresIn, resources: ResourcesOf, actor: ActorOf
+) -> ScoresOut:
+    permit(actor, Role.PUBLISHER, named.name.namespace)
     with resources.write() as session:
-        release = releases.find(session, line.name, parse_version(version), line.kind)
+        release = releases.find(session, named.name, parse_version(version), named.kind)
         return ScoresOut(
             scores=[score_view(row) for row in suites.record(session, actor, release, _measurements(body.scores))]
         )
 
 
-@lines.get("/{namespace}/{name}/releases/{version}/scores")
-def release_scores(line: LineOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
-    permit(actor, Role.READER, line.name.namespace)
+@repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
+def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
+    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
-        release = releases.find(session, line.name, parse_version(version), line.kind)
+        release = releases.find(session, named.name, parse_version(version), named.kind)
         return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, release)])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from registry import bases, channels, releases, repositories, suites
+from registry import bases, releases, repositories, resolve, suites
 from registry.db import Session
 from registry.models import (
     AuditRow,
@@ -86,7 +86,6 @@ def score_view(row: Score) -> ScoreOut:
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
-    table = [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
     return BaseOut(
         digest=row.digest,
         architecture_digest=row.architecture_digest,
@@ -97,24 +96,31 @@ def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
         tied=row.tied,
         parameters=row.parameters,
         size_bytes=row.size_bytes,
-        tensor_count=len(table),
+        tensor_count=row.tensor_count,
         created_at=row.created_at,
         created_by=row.created_by,
         scores=[score_view(score) for score in suites.scores_of(session, row)],
-        tensors=table if tensors else None,
+        tensors=_tensor_table(row) if tensors else None,
     )
 
 
-def repository_view(session: Session, row: Repository) -> RepositoryOut:
-    latest = releases.highest_stable(session, row)
-    moves = {channel.name: channels.current_move(session, channel) for channel in channels.list_all(session, row)}
-    return RepositoryOut(
-        repository=str(repositories.name_of(row)),
-        kind=row.kind,
-        latest=latest.version if latest else None,
-        channels={name: move.to_release.version for name, move in moves.items() if move},
-        created_at=row.created_at,
-    )
+def _tensor_table(row: Base) -> list[TensorRow]:
+    return [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
+
+
+def repository_page(session: Session, rows: Sequence[Repository]) -> list[RepositoryOut]:
+    """Two queries for the whole page, however long it is."""
+    heads = resolve.heads(session, *rows)
+    return [
+        RepositoryOut(
+            repository=str(repositories.name_of(row)),
+            kind=row.kind,
+            latest=heads[row.id].latest,
+            channels=heads[row.id].channels,
+            created_at=row.created_at,
+        )
+        for row in rows
+    ]
 
 
 def suite_view(row: Suite, *, content: bool = False) -> SuiteOut:

@@ -24,6 +24,10 @@ class Released(Exception):
     """The job was cancelled or taken over: this worker lets go of it."""
 
 
+class Stopping(Exception):
+    """This worker is told to stop: the job goes back, for another to go on with."""
+
+
 @dataclass(slots=True)
 class Held:
     """A job in this worker's hands, as its steps see it."""
@@ -32,6 +36,7 @@ class Held:
     worker: str
     job_id: int
     created_by: str
+    stop: threading.Event
     lost: threading.Event = field(default_factory=threading.Event)
     _step: str = ""
     _noted: float = 0.0
@@ -49,7 +54,7 @@ class Held:
             self._write("failed", self._noted)
 
     def progress(self, share: float) -> None:
-        """Called often; written now and then. Raises Released when the job is to stop."""
+        """Called often; written now and then. Raises Released or Stopping when this worker is to let go."""
         self.check()
         if share - self._noted >= _PROGRESS_STEP:
             self._noted = share
@@ -58,6 +63,8 @@ class Held:
     def check(self) -> None:
         if self.lost.is_set():
             raise Released
+        if self.stop.is_set():
+            raise Stopping
 
     def _note(self, state: str, share: float) -> None:
         if not self._write(state, share):
@@ -73,18 +80,18 @@ Step = Callable[[Held], None]
 
 @dataclass(frozen=True, slots=True)
 class JobKind:
-    """Steps by name; `clean` runs once, however the job ended."""
+    """Steps by name; `clean` runs before the job is said to have ended, and may run again."""
 
     steps: Mapping[str, Step]
     clean: Step
 
 
 def run_worker(resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event) -> None:
-    """Works until `stop` is set; the job in hand is finished first."""
+    """Works until `stop` is set; the job in hand is handed back at its next sign of life."""
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     while not stop.is_set():
         try:
-            worked = run_one(resources, kinds, worker)
+            worked = run_one(resources, kinds, worker, stop)
         except Unavailable as error:
             log.warning("The worker cannot reach its stores and waits: %s", error)
             worked = False
@@ -95,32 +102,42 @@ def run_worker(resources: Resources, kinds: Mapping[str, JobKind], stop: threadi
             stop.wait(POLL_S)
 
 
-def run_one(resources: Resources, kinds: Mapping[str, JobKind], worker: str) -> bool:
+def run_one(
+    resources: Resources, kinds: Mapping[str, JobKind], worker: str, stop: threading.Event | None = None
+) -> bool:
     """Does one job, if one waits."""
     with resources.write() as session:
         job = jobs.claim(session, worker, resources.clock())
     if job is None:
         return False
-    held = Held(resources, worker, job.id, job.created_by)
+    held = Held(resources, worker, job.id, job.created_by, stop or threading.Event())
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
     try:
-        _run(held, job, kinds)
+        _run(held, job, kinds[job.kind])
     finally:
         done.set()
         heart.join()
     return True
 
 
-def _run(held: Held, job: Job, kinds: Mapping[str, JobKind]) -> None:
-    kind = kinds[job.kind]
+def _run(held: Held, job: Job, kind: JobKind) -> None:
     try:
+        if job.attempts > jobs.MAX_ATTEMPTS:
+            raise Unavailable(
+                "worker_lost",
+                f"The worker was lost {jobs.MAX_ATTEMPTS} times.",
+                next_step="Look at its log, then start the work again.",
+            )
         for step in job.steps:
             if step["state"] != "done":
                 held.start_step(step["name"])
                 kind.steps[step["name"]](held)
                 held.finish_step()
+    except Stopping:
+        with held.resources.write() as session:
+            jobs.hand_back(session, held.job_id, held.worker)
     except Released:
         _finish(held, kind, "cancelled", None)
     except (RegistryError, ComposerError) as error:
@@ -130,18 +147,18 @@ def _run(held: Held, job: Job, kinds: Mapping[str, JobKind]) -> None:
     except Exception as error:
         log.exception("Job %s failed", job.id)
         held.fail_step()
-        _finish(
-            held,
-            kind,
-            "failed",
-            Unavailable("job_failed", f"{type(error).__name__}: {error}", next_step="Look at the worker's log."),
-        )
+        told = Unavailable("job_failed", f"{type(error).__name__}: {error}", next_step="Look at the worker's log.")
+        _finish(held, kind, "failed", told)
     else:
         _finish(held, kind, "done", None)
 
 
 def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) -> None:
-    """Only the worker that still holds the job may end it."""
+    """Cleans, then says so: a crash in between leaves a job to take over, never a job that ended and left its files."""
+    with held.resources.read() as session:
+        if jobs.find(session, held.job_id).worker != held.worker:
+            return
+    kind.clean(held)
     told = None
     if error is not None:
         told = {
@@ -153,11 +170,7 @@ def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) 
             "findings": error.findings,
         }
     with held.resources.write() as session:
-        job = jobs.find(session, held.job_id)
-        if job.worker != held.worker:
-            return
-        jobs.finish(session, held.job_id, state, held.resources.clock(), told)
-    kind.clean(held)
+        jobs.finish(session, held.job_id, held.worker, state, held.resources.clock(), told)
 
 
 def _beat(held: Held, done: threading.Event) -> None:
@@ -168,8 +181,8 @@ def _beat(held: Held, done: threading.Event) -> None:
         try:
             with held.resources.write() as session:
                 kept = jobs.beat(session, held.job_id, held.worker, held.resources.clock())
-        except Unavailable as error:
-            log.warning("No heartbeat for job %s: %s", held.job_id, error)
+        except Exception:  # whatever it was, the lease has time for another try
+            log.warning("No heartbeat for job %s", held.job_id, exc_info=True)
             continue
         if not kept:
             held.lost.set()

@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
-from composer.formats.checkpoint import Architecture
-from composer.hashing import hash_file
+from composer.formats.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
+from composer.hashing import hash_file, verify_checkpoint
 from composer.recipe import Lock, Recipe, parse_recipe
+from composer.settings import effective_weights
 from composer.suite import Suite as SuiteContent
-from registry import bases, compositions, gates, publishing, suites
+from registry import bases, compositions, gates, publishing, releases, suites
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
-from registry.errors import Refused, Unavailable
+from registry.errors import Refused, Unavailable, refuse_errors
 from registry.gates import Measured
 from registry.manifest import ManifestFile
-from registry.models import Base, Release
+from registry.models import Base
 from registry.names import Digest, parse_reference
 from registry.publishing import Push
 from registry.releases import Input
@@ -83,24 +83,30 @@ class Work:
             found.append((place, locked.weight))
         return found
 
-    def base_directory(self) -> Path:
-        """Where this host has the base's weights."""
-        for url in self.locations:
-            path = Path(unquote(urlsplit(url).path))
-            if url.startswith("file://") and (path / "config.json").is_file():
-                return path
-        raise Unavailable(
-            "base_not_here",
-            f"This worker finds none of the base's locations ({', '.join(self.locations) or 'there are none'}).",
-            subject=self.lock.base,
-            next_step="Add one it can read: `adaptory base add DIR` on its host.",
-        )
+    @property
+    def weights(self) -> list[float]:
+        """What each input is multiplied by, the method's own factors included."""
+        given = [locked.weight for locked in self.lock.inputs]
+        return effective_weights(given, self.lock.method, self.lock.settings)
+
+    def base_checkpoint(self) -> Checkpoint:
+        """The base on this host, its weights verified: a location is a promise that nobody kept watch over."""
+        directory = local_directory(self.locations)
+        if directory is None:
+            raise Unavailable(
+                "base_not_here",
+                f"This worker finds none of the base's locations ({', '.join(self.locations) or 'there are none'}).",
+                subject=self.lock.base,
+                next_step="Add one it can read: `adaptory base add DIR` on its host.",
+            )
+        checkpoint = open_checkpoint(directory)
+        verify_checkpoint(checkpoint, self.lock.base)
+        return checkpoint
 
 
 def check(held: Held) -> None:
     """Structural checks and the conflict report; a hard conflict ends the composition here."""
     from composer.conflicts import conflicts
-    from composer.findings import Verdict
     from composer.variants import load_deltas
 
     work = _work(held)
@@ -108,23 +114,9 @@ def check(held: Held) -> None:
         replace(load_deltas(place, work.architecture), name=f"{locked.repository}:{locked.version}")
         for (place, _), locked in zip(work.members(held), work.lock.inputs, strict=True)
     ]
-    weights = [locked.weight for locked in work.lock.inputs]
-    document: dict[str, Any] = {"verdict": "ok", "pairs": [], "findings": []}
-    refused, findings = False, list[dict[str, Any]]()
-    if len(loaded) > 1:
-        report = conflicts(loaded, weights, settings=work.lock.settings, probe=_probe(held, work, loaded))
-        document, refused = report.to_json(), report.verdict is Verdict.REFUSE
-        findings = [finding.to_json() for finding in report.findings]
-    _store(held, work, conflicts=document)
-    if refused:
-        first = next(finding for finding in findings if finding["severity"] == "error")
-        raise Refused(
-            str(first["code"]),
-            str(first["message"]),
-            subject=str(first["subject"]),
-            next_step="Change the recipe.",
-            findings=findings,
-        )
+    report = conflicts(loaded, work.weights, settings=work.lock.settings, probe=_probe(held, work, loaded))
+    _store(held, work, conflicts=report.to_json())
+    refuse_errors(report.findings, "recipe", Refused, "Change the recipe.")
 
 
 def combine(held: Held) -> None:
@@ -150,11 +142,12 @@ def evaluate(held: Held) -> None:
     from composer.evaluate import load_model
     from composer.variants import load_deltas
 
+    combine(held)  # another host may have done it, on a disk of its own
     work = _work(held)
     if not work.recipe.evaluate:
         _store(held, work, candidate_scores=[])
         return
-    model = load_model(work.base_directory())
+    model = load_model(work.base_checkpoint().path)
     deltas = load_deltas(work.adapter_directory, work.architecture).deltas
     scores: list[dict[str, Any]] = []
     contents = _suites(held, work.recipe.evaluate)
@@ -190,14 +183,13 @@ def gate(held: Held) -> None:
 
 def merge(held: Held) -> None:
     """The merged checkpoint, streamed shard by shard and verified."""
-    from composer.formats.checkpoint import open_checkpoint
     from composer.merge import plan_merge, run_merge
 
     work = _work(held)
     if not work.recipe.model or work.model_directory.is_dir():
         return
     plan = plan_merge(
-        open_checkpoint(work.base_directory()),
+        work.base_checkpoint(),
         work.members(held),
         work.lock.method,
         work.lock.settings,
@@ -209,20 +201,21 @@ def merge(held: Held) -> None:
 
 
 def publish(held: Held) -> None:
-    """Releases of what was made, with lineage and scores; then the work directory goes."""
+    """Bytes of every output first; then all releases, their lineage and scores in one transaction, or none of them."""
+    combine(held)
+    merge(held)
     work = _work(held)
     actor = Actor(held.created_by, held.resources.clock(), {EVERYWHERE: Role.ADMIN})
-    inputs = [Input(row_id, locked.weight) for row_id, locked in zip(work.input_ids, work.lock.inputs, strict=True)]
-    made = [_publish(held, actor, work, output, inputs) for output in work.outputs]
+    prepared = [publishing.prepare(held.resources, _upload(held, actor, work, output))[0] for output in work.outputs]
+    held.check()
     with held.resources.write() as session:
+        made = [releases.publish(session, actor, new)[0] for new in prepared]
         composition, _ = compositions.find(session, work.composition_id)
-        rows = [session.get_one(Release, release_id) for release_id in made]
-        composition.results = compositions.result_rows(rows)
-        for row in rows:
-            if row.repository.kind == Kind.ADAPTER:
-                suites.record(
-                    session, actor, row, [_measurement(score, work) for score in composition.candidate_scores or []]
-                )
+        composition.results = compositions.result_rows(made)
+        measured = [_measurement(score, work) for score in composition.candidate_scores or []]
+        for release in made:
+            if release.repository.kind == Kind.ADAPTER:
+                suites.record(session, actor, release, measured)
 
 
 def clean(held: Held) -> None:
@@ -284,7 +277,7 @@ def _work(held: Held) -> Work:
 
 def _probe(held: Held, work: Work, loaded: "Sequence[LoadedAdapter]") -> "ProbeResult | None":
     """The pair measured in memory, where every member has a suite; the report says when the evidence is weaker."""
-    if not work.recipe.probe or any(suite is None for suite in work.member_suites):
+    if len(loaded) < 2 or not work.recipe.probe or any(suite is None for suite in work.member_suites):
         return None
     from composer.evaluate import load_model
     from composer.probe import Member, probe
@@ -292,10 +285,10 @@ def _probe(held: Held, work: Work, loaded: "Sequence[LoadedAdapter]") -> "ProbeR
     own = _suites(held, [suite for suite in work.member_suites if suite])
     guards = [suite for suite in _suites(held, work.recipe.evaluate) if suite.kind == "guard"]
     members = [
-        Member(one.name, one.deltas, locked.weight, suite)
-        for one, locked, suite in zip(loaded, work.lock.inputs, own, strict=True)
+        Member(one.name, one.deltas, weight, suite)
+        for one, weight, suite in zip(loaded, work.weights, own, strict=True)
     ]
-    return probe(load_model(work.base_directory()), members, guards, work.recipe.probe)
+    return probe(load_model(work.base_checkpoint().path), members, guards, work.recipe.probe)
 
 
 def _suites(held: Held, names: Sequence[str]) -> list[SuiteContent]:
@@ -310,7 +303,7 @@ def _store(held: Held, work: Work, **columns: Any) -> None:
             setattr(composition, name, value)
 
 
-def _publish(held: Held, actor: Actor, work: Work, output: Output, inputs: Sequence[Input]) -> int:
+def _upload(held: Held, actor: Actor, work: Work, output: Output) -> Push:
     reference, directory = parse_reference(output.target), output.directory
     files: list[ManifestFile] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -318,7 +311,7 @@ def _publish(held: Held, actor: Actor, work: Work, output: Output, inputs: Seque
         publishing.store_file(held.resources, actor, file.sha256, path, move=False)
         files.append(file)
         held.check()
-    push = Push(
+    return Push(
         repository=reference.repository,
         kind=output.kind,
         version=reference.version,
@@ -326,10 +319,9 @@ def _publish(held: Held, actor: Actor, work: Work, output: Output, inputs: Seque
         base=work.lock.base,
         files=files,
         notes=work.recipe.notes,
-        inputs=inputs,
+        inputs=[Input(row_id, locked.weight) for row_id, locked in zip(work.input_ids, work.lock.inputs, strict=True)],
         composition_id=work.composition_id,
     )
-    return publishing.publish(held.resources, actor, push).release_id
 
 
 def _measurement(score: dict[str, Any], work: Work) -> Measurement:

@@ -160,10 +160,15 @@ def test_weights_that_do_not_match_the_adapters_are_refused(
         conflicts([red, green], weights)
 
 
-def test_one_adapter_or_two_of_one_name_are_refused(red: LoadedAdapter) -> None:
-    for adapters in ([red], [red, red]):
-        with pytest.raises(Mismatch, match="at least two adapters of different names"):
+def test_no_adapter_or_two_of_one_name_are_refused(red: LoadedAdapter) -> None:
+    for adapters in ([], [red, red]):
+        with pytest.raises(Mismatch, match="adapters of different names"):
             conflicts(adapters, [1.0] * len(adapters))
+
+
+def test_one_adapter_alone_is_checked_for_what_it_cannot_be_merged_with(red: LoadedAdapter) -> None:
+    found = conflicts([red], [1.0])
+    assert (found.pairs, found.verdict) == ((), Verdict.OK)
 
 
 def outcome(loss: float, kept: float, rise: float, stderr: float) -> ProbeResult:

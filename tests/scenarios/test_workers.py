@@ -1,0 +1,153 @@
+"""Workers that are told to stop, to let go, or to go on elsewhere; and what they refuse to begin."""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from registry.worker.loop import run_one
+from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
+from tests.scenarios.traces import traces
+from tests.scenarios.world import Cli, World
+
+
+def home_directory(cli: Cli) -> Path:
+    return Path(cli.environment["ADAPTORY_HOME"])
+
+
+@pytest.mark.parametrize("step", ["check", "evaluate", "merge"])
+def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
+    embedded: Cli, world: World, tmp_path: Path, step: str
+) -> None:
+    cli = team(embedded, world)
+    begin(cli, tmp_path)
+    before = traces(cli)
+
+    def cancel(name: str) -> None:
+        if name == step:
+            cli.ok("cancel", 1)
+            time.sleep(2)  # longer than the first beats, by which the worker learns of it
+
+    with resources_of(home_directory(cli)) as resources:
+        assert run_one(resources, watched([], cancel), "worker")
+    assert cli.json("jobs", 1)["state"] == "cancelled"
+    after = traces(cli)
+    assert (after.releases, after.blobs, after.work) == (before.releases, before.blobs, before.work)
+    assert cli("cancel", 1).code == 4
+
+
+def test_a_waiting_composition_is_cancelled_at_once(embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli = team(embedded, world)
+    begin(cli, tmp_path)
+    assert cli.json("cancel", 1)["state"] == "cancelled"
+    with resources_of(home_directory(cli)) as resources:
+        assert not run_one(resources, watched([]), "worker")
+
+
+def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
+    embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli, stop = team(embedded, world), threading.Event()
+    begin(cli, tmp_path)
+    first: list[str] = []
+    second: list[str] = []
+
+    def halt(name: str) -> None:
+        if name == "combine":
+            stop.set()
+
+    with resources_of(home_directory(cli)) as resources:
+        assert run_one(resources, watched(first, halt), "first", stop)
+        assert cli.json("jobs", 1)["state"] == "queued"
+        assert run_one(resources, watched(second), "second")
+    assert cli.json("jobs", 1)["state"] == "done"
+    assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
+
+
+def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
+    embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli, home = team(embedded, world), home_directory(embedded)
+    begin(cli, tmp_path)
+
+    def die(name: str) -> None:
+        if name == "merge":
+            raise Killed
+
+    with resources_of(home) as resources, pytest.raises(Killed):
+        run_one(resources, watched([], die), "first")
+    shutil.rmtree(home / "work")
+    (home / "work").mkdir()
+    with resources_of(home, LATER) as resources:
+        assert run_one(resources, watched([]), "second")
+    assert cli.json("jobs", 1)["state"] == "done"
+    assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
+
+
+def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli, world: World, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    cli = team(embedded, World(base, world.adapters, world.suites))
+    shard = min(base.glob("*.safetensors"))
+    save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    composed = cli("compose", write_recipe(tmp_path))
+    assert composed.code == 1
+    assert "does not hold the weights of the base" in composed.err
+    scored = cli("eval", "acme/sql", "--suite", "sql-exact")
+    assert scored.code == 1
+    assert cli.json("show", "acme/sql")["scores"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"model": "acme/both:2.0.0"}, 2, "two repositories"),
+        ({"model": "acme/sql:2.0.0"}, 4, "holds adapter releases"),
+        ({"gates": ["guard-exact.nll within 0 of served"]}, 2, "has no channel"),
+        ({"gates": ["support-exact.nll <= 9"]}, 2, "does not evaluate support-exact"),
+    ],
+)
+def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
+    embedded: Cli, world: World, tmp_path: Path, change: dict[str, object], code: int, words: str
+) -> None:
+    cli = team(embedded, world)
+    recipe = yaml.safe_load(write_recipe(tmp_path).read_text()) | change
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    refused = cli("compose", tmp_path / "recipe.yaml")
+    assert refused.code == code, refused.err
+    assert words in refused.err
+    assert cli.json("jobs")["items"] == []
+
+
+def test_the_probe_measures_the_weights_that_the_method_ends_up_with(
+    embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(embedded, world)
+    plain = {
+        "inputs": [
+            {"adapter": "acme/sql", "weight": 0.5, "suite": "sql-exact"},
+            {"adapter": "acme/support", "weight": 0.5, "suite": "support-exact"},
+        ],
+        "method": "linear", "probe": 2,
+    }  # fmt: skip
+    doubled = [entry | {"weight": 1.0} for entry in plain["inputs"]]
+    risks = []
+    for recipe in (plain, plain | {"inputs": doubled, "settings": {"normalize": True}}):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(recipe))
+        found = cli.json("compose", tmp_path / "plan.yaml", "--plan")["conflicts"]
+        assert found["pairs"][0]["evidence"] == "probe"
+        risks.append(found["pairs"][0]["risk"])
+    assert risks[0] == pytest.approx(risks[1], abs=1e-6)
+
+
+def test_a_file_whose_name_needs_quoting_is_pushed_and_pulled(stocked: Cli, world: World, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(world.adapters["sql"], adapter)
+    (adapter / "notes #1 100%?.md").write_text("odd, but legal")
+    stocked.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    stocked.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "notes #1 100%?.md").read_text() == "odd, but legal"
