@@ -91,6 +91,7 @@ def _bases(checkpoint: Path) -> _Rows:
             "tied": architecture.tied,
             "parameters": sum(spec.elements for _, spec in specs),
             "size_bytes": sum(spec.size_bytes for _, spec in specs),
+            "tensor_count": len(specs),
             "tensors": [[tensor, spec.dtype, list(spec.shape), _digest(name, tensor)] for tensor, spec in specs],
             "created_at": _START,
             "created_by": _BY,

@@ -51,7 +51,12 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
 def find(session: Session, composition_id: int) -> tuple[Composition, Job]:
     composition = session.get(Composition, composition_id)
     if composition is None:
-        raise NotFound("composition_unknown", f"There is no composition {composition_id}.", subject=str(composition_id))
+        raise NotFound(
+            "composition_unknown",
+            f"There is no composition {composition_id}.",
+            subject=str(composition_id),
+            next_step="Create one with `adaptory compose RECIPE`.",
+        )
     return composition, jobs.find(session, composition.job_id)
 
 

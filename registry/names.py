@@ -104,7 +104,7 @@ class Version:
             return Version(self.major + 1, 0, 0)
         if part == "minor":
             return Version(self.major, self.minor + 1, 0)
-        return Version(self.major, self.minor, self.patch if self.prerelease else self.patch + 1)
+        return Version(self.major, self.minor, self.patch + 1)
 
 
 def _number_key(number: int) -> str:

@@ -1,6 +1,5 @@
 """Every tensor of an adapter on the base tensor it acts on, by full path and shape. What does not fit is a finding."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig, pattern_matches
 from composer.formats.header import Header
 from composer.formats.naming import PEFT_PREFIX, Target, find_weight, has_prefix, is_head, split_key
+from composer.formats.patterns import matches_whole
 
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -246,7 +246,7 @@ def _check_config_is_used(placement: _Placement) -> None:
     if (
         isinstance(targets, str)
         and targets != "all-linear"
-        and not any(re.fullmatch(targets, module) for module in pairs)
+        and not any(matches_whole(targets, module) for module in pairs)
     ):
         placement.error("no_target", targets, f"No tensor belongs to a module that target_modules {targets!r} matches.")
     for target in targets if isinstance(targets, tuple) else ():

@@ -22,7 +22,7 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")
 Json = dict[str, Any]
 
 _POLL_S = 0.2
-_FINISHED = ("done", "refused", "failed", "cancelled")
+_UNFINISHED = ("queued", "running")
 
 
 def register(root: typer.Typer) -> None:
@@ -165,7 +165,7 @@ def _follow(connection: Connection, found: Json) -> Json:
             if step["state"] != "waiting" and step["name"] not in told:
                 told.add(step["name"])
                 render.say(f"{step['name']} ...")
-        if found["state"] in _FINISHED:
+        if found["state"] not in _UNFINISHED:
             return found
         time.sleep(_POLL_S)
         found = connection.api.get(f"/v1/compositions/{found['id']}")

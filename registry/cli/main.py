@@ -52,9 +52,6 @@ def main() -> None:
             next_step="See that it can be read and written.",
         )
         sys.exit(render.fail(told, "--json" in sys.argv))
-    except KeyboardInterrupt:
-        render.say("interrupted")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

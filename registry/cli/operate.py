@@ -4,6 +4,7 @@ import gc
 import ipaddress
 import signal
 import threading
+from itertools import islice
 from typing import Annotated
 
 import typer
@@ -12,6 +13,8 @@ from registry.cli import render
 from registry.cli.connect import connected, load_settings
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed
+
+Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 
 STOP_S = 30.0
 """How long a server that stops waits for its worker to hand its job back."""
@@ -95,10 +98,14 @@ def migrate(json: JsonFlag = False) -> None:
     render.document(told, json, lambda: print(f"{told['database']}: schema {before or 'none'} -> {told['to']}"))
 
 
-def jobs(job: Annotated[int | None, typer.Argument(metavar="[ID]")] = None, json: JsonFlag = False) -> None:
+def jobs(
+    job: Annotated[int | None, typer.Argument(metavar="[ID]")] = None, limit: Limit = 50, json: JsonFlag = False
+) -> None:
     """Jobs, the newest first, or one of them."""
     with connected() as connection:
-        found = [connection.api.get(f"/v1/jobs/{job}")] if job else list(connection.api.pages("/v1/jobs"))
+        found = (
+            [connection.api.get(f"/v1/jobs/{job}")] if job else list(islice(connection.api.pages("/v1/jobs"), limit))
+        )
     rows = [
         (
             row["id"],
@@ -122,11 +129,12 @@ def cancel(job: Annotated[int, typer.Argument(metavar="ID")], json: JsonFlag = F
 
 def audit(
     subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, ...")] = None,
+    limit: Limit = 1000,
     json: JsonFlag = False,
 ) -> None:
     """What was done, by whom, in order."""
     with connected() as connection:
-        found = list(connection.api.pages("/v1/audit", subject=subject))
+        found = list(islice(connection.api.pages("/v1/audit", subject=subject), limit))
     rows = [(row["id"], row["at"][:19], row["actor"], row["act"], row["subject"]) for row in found]
     render.document(
         {"items": found, "next": None}, json, lambda: render.table("", ("id", "at", "actor", "act", "subject"), rows)

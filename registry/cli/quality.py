@@ -139,6 +139,8 @@ def show_report(report: Any, modules: int) -> None:
         render.heading(line)
     for one in tables(report, worst_modules=modules):
         render.table(one.title, one.columns, one.rows)
+        if one.note:
+            print(one.note)
     for line in remarks(report.findings):
         print(line)
 

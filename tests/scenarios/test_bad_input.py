@@ -1,5 +1,6 @@
 """What people get wrong: each has one clear error, the exit code of its family, a next step, and leaves nothing."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -265,12 +266,44 @@ def test_serving_beyond_loopback_is_not_allowed(tmp_path: Path, host: str) -> No
     refused(Cli({"ADAPTORY_HOME": str(tmp_path)})("serve", "--host", host), 5, host, "127.0.0.1")
 
 
+FILE = {"path": "a.json", "size_bytes": 1, "sha256": "0" * 64}
+SCORE = {"suite_digest": "0" * 64, "metric": "nll", "value": 1.0, "n": 1, "higher_is_better": False}
+
+
+def refused_as(answer: httpx2.Response, status: int) -> None:
+    """One status in the answer and in its body, and what to do next."""
+    told = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json", answer.url
+    assert {"type", "title", "status", "detail", "code", "subject", "next"} <= set(told)
+    assert (answer.status_code, told["status"]) == (status, status), told
+    assert told["next"], told
+
+
+def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Path) -> None:
+    with server(tmp_path / "home") as (url, _):
+        # A name of somebody else that leads to loopback: a page in a browser could ask by it.
+        for host in ("evil.example", "localhost.evil.example:8000", "[", "[::1", "127.0.0.1@evil.example:1"):
+            refused_as(httpx2.get(f"{url}/v1/bases", headers={"Host": host}), 400)
+        for origin in ("http://evil.example", "http://[", "null", "http://localhost.evil.example"):
+            refused_as(httpx2.get(f"{url}/v1/bases", headers={"Origin": origin}), 403)
+        for own in ("localhost", "127.0.0.1:80", "[::1]:8000"):
+            assert httpx2.get(f"{url}/v1/bases", headers={"Host": own, "Origin": f"http://{own}"}).status_code == 200
+
+
+def test_a_disk_that_cannot_be_written_is_told_by_the_server(tmp_path: Path) -> None:
+    content = b"some bytes"
+    path = f"/v1/blobs/{hashlib.sha256(content).hexdigest()}"
+    with server(tmp_path / "home") as (url, _):
+        (tmp_path / "home" / "work").rename(tmp_path / "elsewhere")
+        answer = httpx2.put(url + path, content=content)
+        refused_as(answer, 503)
+        assert answer.json()["code"] == "disk_error"
+        (tmp_path / "elsewhere").rename(tmp_path / "home" / "work")
+        assert httpx2.put(url + path, content=content).status_code == 201
+
+
 def test_a_server_refuses_odd_requests_and_stays_well(tmp_path: Path) -> None:
     with server(tmp_path / "home", ADAPTORY_MAX_DOCUMENT_BYTES="2000") as (url, process):
-        # A name of somebody else that leads to loopback: a page in a browser could ask by it.
-        assert httpx2.get(f"{url}/v1/bases", headers={"Host": "evil.example"}).status_code == 400
-        assert httpx2.get(f"{url}/v1/bases", headers={"Host": "localhost"}).status_code == 200
-
         long = json.dumps({"recipe": {"notes": "x" * 3000}})
         told = httpx2.post(f"{url}/v1/compositions", content=long, headers={"Content-Type": "application/json"})
         assert (told.status_code, told.json()["code"]) == (413, "body_too_large")
@@ -289,13 +322,22 @@ def test_a_server_refuses_odd_requests_and_stays_well(tmp_path: Path) -> None:
             ("GET", "/v1/blobs/abc", None, 400),
             ("GET", f"/v1/blobs/{'0' * 64}", None, 404),
             ("PUT", f"/v1/blobs/{'0' * 64}", "x", 422),
+            ("GET", "/v1/jobs/1", None, 404),
             ("GET", "/v1/compositions/1", None, 404),
             ("POST", "/v1/suites", '{"name": "x"}', 422),
+            ("GET", f"/v1/jobs/{2**63}", None, 422),
+            ("POST", f"/v1/jobs/{'9' * 5000}/cancel", None, 422),
+            ("GET", f"/v1/compositions/{10**20}", None, 422),
+            ("GET", f"/v1/releases?max_rank={10**20}", None, 422),
+            ("POST", "/v1/uploads", json.dumps({"files": [FILE | {"size_bytes": 2**63}]}), 422),
+            ("POST", "/v1/bases/none/scores", json.dumps({"scores": [SCORE | {"n": 2**31}]}), 422),
+            ("POST", "/v1/bases/none/scores", json.dumps({"scores": [SCORE | {"value": 10**400}]}), 422),
+            ("POST", "/v1/bases/none/scores", json.dumps({"scores": [SCORE]}), 404),
         ):
-            answer = httpx2.request(method, url + path, content=body)
+            answer = httpx2.request(method, url + path, content=body, headers={"Content-Type": "application/json"})
             assert answer.status_code == status, f"{method} {path}: {answer.status_code} {answer.text}"
-            assert answer.headers["content-type"] == "application/problem+json", path
-            assert {"type", "title", "status", "detail", "code", "subject", "next"} <= set(answer.json())
+            refused_as(answer, status)
+        assert "GET" in httpx2.put(f"{url}/v1/jobs").headers["Allow"]
         assert httpx2.get(f"{url}/readyz").status_code == 200
         assert process.poll() is None
 

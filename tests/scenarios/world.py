@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,9 @@ class Cli:
     """`adaptory …` with an environment of its own; the command line's own entry point, called in this process."""
 
     environment: dict[str, str]
-    calls: list[str] = field(default_factory=list)
 
     def __call__(self, *arguments: object) -> Ran:
         words = [str(argument) for argument in arguments]
-        self.calls.append(" ".join(words))
         out, err = io.StringIO(), io.StringIO()
         code = 0
         with environment(self.environment, ["adaptory", *words]), redirect_stdout(out), redirect_stderr(err):
