@@ -17,6 +17,7 @@ from registry.names import Digest, parse_part
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
+_DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
 _SCHEMES = ("file://", "hf://", "s3://")
 
 
@@ -91,19 +92,17 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
 
 
 def find(session: Session, text: str) -> Base:
-    """By digest (12 digits or more), by name or by alias."""
-    found = session.scalars(
-        select(Base).where(
-            or_(Base.name == text, Base.digest.in_(select(BaseAlias.base_digest).where(BaseAlias.alias == text)))
-        )
-    ).first()
-    if found is None and re.fullmatch(r"[0-9a-f]{12,64}", text):
+    """By digest (12 digits or more), by name or by alias. No name may look like a digest, so that none can hide one."""
+    if _DIGEST_LIKE.fullmatch(text):
         matches = session.scalars(select(Base).where(Base.digest.between(text, text.ljust(64, "g"))).limit(2)).all()
         if len(matches) > 1:
             raise Usage(
                 "base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits."
             )
         found = matches[0] if matches else None
+    else:
+        of_alias = select(BaseAlias.base_digest).where(BaseAlias.alias == text)
+        found = session.scalars(select(Base).where(or_(Base.name == text, Base.digest.in_(of_alias)))).first()
     if found is None:
         raise NotFound(
             "base_unknown",
@@ -141,6 +140,13 @@ def list_page(session: Session, *, after: str, limit: int) -> list[Base]:
 
 
 def _refuse_taken_name(session: Session, new: NewBase) -> None:
+    if _DIGEST_LIKE.fullmatch(new.name):
+        raise Usage(
+            "bad_name",
+            f"{new.name!r} looks like a digest.",
+            subject=new.name,
+            next_step="Choose a name that says what it is.",
+        )
     other = session.scalar(select(Base.digest).where(Base.name == new.name))
     other = other or session.scalar(select(BaseAlias.base_digest).where(BaseAlias.alias == new.name))
     if other:
@@ -154,12 +160,12 @@ def _refuse_taken_name(session: Session, new: NewBase) -> None:
 
 def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:
     for alias in wanted:
-        if not _ALIAS.fullmatch(alias):
+        if not _ALIAS.fullmatch(alias) or _DIGEST_LIKE.fullmatch(alias):
             raise Usage(
                 "bad_alias",
                 f"{alias[:80]!r} cannot be an alias.",
                 subject=alias[:80],
-                next_step="Use letters, digits and . _ - /.",
+                next_step="Use letters, digits and . _ - /, and not the form of a digest.",
             )
         owner = session.scalar(select(Base.digest).where(Base.name == alias))
         row = session.get(BaseAlias, alias)

@@ -41,7 +41,7 @@ def promote(  # noqa: PLR0913
     channel = _find_or_create(session, release.repository, parse_part(channel_name, "channel"))
     _check_expected(channel, expected, subject)
     current = current_move(session, channel)
-    report = _judge(session, channel, current, release)
+    report = _judge(session, channel, release)
     failed = [result for result in report if not result.passed]
     if failed and not force:
         raise Refused(
@@ -210,11 +210,12 @@ def _refuse_unpromotable(release: Release, subject: str, reason: str, *, force: 
         )
 
 
-def _judge(session: Session, channel: Channel, current: Move | None, release: Release) -> list[GateResult]:
+def _judge(session: Session, channel: Channel, release: Release) -> list[GateResult]:
     rules = gates.rules_of(session, release.repository, channel.name)
     if not rules:
         return []
-    served = gates.scores(session, current.to_release) if current else None
+    given = serving(session, channel)  # what users get: a yanked release on the channel is no yardstick
+    served = gates.scores(session, given.to_release) if given else None
     return gates.judge(rules, gates.scores(session, release), served, gates.scores(session, release.base))
 
 

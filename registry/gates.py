@@ -8,6 +8,7 @@ guard-general.nll within 0.1 of base      not worse than the base by more than 0
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from sqlalchemy import select
@@ -18,11 +19,11 @@ from registry.audit import Act, Actor
 from registry.errors import Usage
 from registry.models import Base, Gate, Release, Repository, Score
 from registry.names import parse_part
-from registry.suites import Condition, parse_condition
+from registry.suites import Condition, exact, parse_condition
 
 MAX_RULES = 50
 _WITHIN = re.compile(
-    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+within\s+(\d+(?:\.\d+)?(?:[eE]-?\d+)?)\s+of\s+(served|base)\s*"
+    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+within\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s+of\s+(served|base)\s*"
 )
 
 
@@ -36,7 +37,7 @@ class Within:
     other: str
 
     def __str__(self) -> str:
-        return f"{self.suite}.{self.metric} within {self.margin:g} of {self.other}"
+        return f"{self.suite}.{self.metric} within {exact(self.margin)} of {self.other}"
 
 
 Rule = Condition | Within
@@ -72,7 +73,7 @@ class GateResult:
 
 def parse_rule(text: str) -> Rule:
     match = _WITHIN.fullmatch(text)
-    if match:
+    if match and isfinite(float(match.group(3))):
         suite, metric, margin, other = match.groups()
         return Within(suite, metric, float(margin), other)
     try:

@@ -25,6 +25,7 @@ from registry.names import Digest, RepositoryName, Version
 from registry.releases import Input, NewRelease
 from registry.repositories import Kind
 from registry.resources import Resources
+from registry.schemas.catalog import AdapterFactsOut
 from registry.storage.blobs import BlobStore
 
 _BLOCK_BYTES = 1 << 20
@@ -56,14 +57,19 @@ class Published:
 
 
 def absent(resources: Resources, files: Sequence[ManifestFile]) -> list[ManifestFile]:
-    """Those files whose bytes must still be sent; sizes and paths are checked before a byte is read."""
+    """Those files whose bytes must be sent, the store may have lost them; paths and sizes are checked first."""
     for file in files:
         check_path(file.path)
         _check_size(resources, file.path, file.size_bytes)
         _refuse_pickle(file.path)
     with resources.read() as session:
         known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_({file.sha256 for file in files}))))
-    return [file for file in files if file.sha256 not in known]
+    return [file for file in files if file.sha256 not in known or not _is_stored(resources, file)]
+
+
+def _is_stored(resources: Resources, file: ManifestFile) -> bool:
+    stat = resources.store.stat(file.sha256)
+    return stat is not None and stat.size_bytes == file.size_bytes
 
 
 def receive(resources: Resources, actor: Actor, sha256: Digest, chunks: Iterable[bytes], size_bytes: int) -> None:
@@ -169,7 +175,21 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> tu
         materialise(resources, [file for file in push.files if file.path in wanted], place)
         seen = inspect(place, architecture)
         refuse_errors(seen.findings, str(push.repository))
-        return seen.facts.to_json(), seen.findings
+        return _presentable(seen.facts.to_json()), seen.findings
+
+
+def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
+    """What could not be shown again must not be published: one such release would spoil every list it is on."""
+    try:
+        AdapterFactsOut(**facts).model_dump_json()
+    except ValueError as error:
+        raise Invalid(
+            "bad_config",
+            f"adapter_config.json has a value that cannot be kept: {error}.",
+            subject="adapter_config.json",
+            next_step="Save the adapter again with PEFT.",
+        ) from error
+    return facts
 
 
 def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:

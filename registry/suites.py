@@ -20,6 +20,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
 
 
+HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
+"""The direction of the metrics that we know; of others the one who records them must be believed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One metric of one suite; `stderr` in the units of `value`, `n` examples."""
@@ -43,10 +47,15 @@ class Condition:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.suite}.{self.metric} {self.operator} {self.value:g}"
+        return f"{self.suite}.{self.metric} {self.operator} {exact(self.value)}"
 
     def holds(self, value: float) -> bool:
         return value >= self.value if self.operator == ">=" else value <= self.value
+
+
+def exact(value: float) -> str:
+    """Reads back as the same number: a rule must be kept as it was written."""
+    return repr(value).removesuffix(".0")
 
 
 def parse_condition(text: str) -> Condition:
@@ -122,6 +131,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
                 next_step="Record a finite value measured on one example or more.",
             )
         suite = find(session, measurement.suite_digest)
+        _check_measurement(measurement, suite)
         owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
         score = session.scalar(
             select(Score).where(owner, Score.suite_id == suite.id, Score.metric == measurement.metric)
@@ -145,6 +155,19 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         )
         rows.append(score)
     return rows
+
+
+def _check_measurement(measurement: Measurement, suite: Suite) -> None:
+    """Who records a score does not decide what is better, nor that a suite has more examples than it has."""
+    better = HIGHER_IS_BETTER.get(measurement.metric, measurement.higher_is_better)
+    if measurement.higher_is_better != better or measurement.n > suite.examples:
+        raise Invalid(
+            "bad_score",
+            f"{measurement.metric} with n = {measurement.n}, higher_is_better = {measurement.higher_is_better} "
+            f"cannot be a score of {suite.name}, which has {suite.examples} examples.",
+            subject=measurement.metric,
+            next_step="Record what `adaptory eval` measured.",
+        )
 
 
 def scores_of(session: Session, subject: Release | Base) -> list[Score]:

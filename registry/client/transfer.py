@@ -1,10 +1,12 @@
 """Verified bytes: push sends only what is missing, pull checks every file and appears whole or not at all."""
 
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -102,9 +104,9 @@ def pull(api: Api, release: Json, target: Path, progress: Progress) -> Path:
         _fetch(api, release, row, aside, progress)
 
     try:
-        with ThreadPoolExecutor(_PARALLEL, "pull") as pool:
+        with _alone(aside, target), ThreadPoolExecutor(_PARALLEL, "pull") as pool:
             list(pool.map(fetch, release["files"]))
-        aside.rename(target)
+            aside.rename(target)
     except OSError as error:
         raise Unavailable(
             "disk_error",
@@ -113,6 +115,26 @@ def pull(api: Api, release: Json, target: Path, progress: Progress) -> Path:
             next_step="Free some space and pull again.",
         ) from error
     return target
+
+
+@contextmanager
+def _alone(aside: Path, target: Path) -> Generator[None]:
+    """Holds the directory of an unfinished pull: two pulls that append to one file would both count it as theirs."""
+    handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not aside.exists() or aside.stat().st_ino != os.fstat(handle).st_ino:
+            raise BlockingIOError  # the other pull has just put it in place
+        yield
+    except BlockingIOError:
+        raise Conflict(
+            "pull_running",
+            f"Another pull is writing {target}.",
+            subject=str(target),
+            next_step="Wait for it, or name another directory.",
+        ) from None
+    finally:
+        os.close(handle)
 
 
 def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
@@ -151,7 +173,7 @@ def _fetch(api: Api, release: Json, row: Json, directory: Path, progress: Progre
                 progress(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-    if digest.hexdigest() != row["sha256"]:
+    if digest.hexdigest() != row["sha256"] or target.stat().st_size != row["size_bytes"]:
         target.unlink()
         raise _damaged(release, row)
 

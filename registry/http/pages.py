@@ -1,7 +1,6 @@
 """Cursors of keyset pagination, and ETags of channels."""
 
 import base64
-import binascii
 from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
@@ -29,7 +28,7 @@ def decode_cursor(cursor: str | None) -> str:
         return ""
     try:
         return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # not ASCII, not base64, not UTF-8
         raise Usage(
             "bad_cursor",
             f"{cursor[:80]!r} is not a cursor.",

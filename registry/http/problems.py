@@ -45,6 +45,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OSError, _disk_error)
+    app.add_exception_handler(UnicodeEncodeError, _unicode_error)
     app.add_exception_handler(Exception, _defect)
 
 
@@ -99,3 +100,9 @@ def _defect(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     told = Unavailable("internal_error", f"The registry failed ({type(error).__name__}).", next_step="Look at its log.")
     return problem_response(told, 500)
+
+
+def _unicode_error(_request: Request, _error: Exception) -> JSONResponse:
+    """JSON can spell half of a surrogate pair, which no database and no encoding takes."""
+    told = Invalid("bad_text", "A text has half of a surrogate pair.", next_step="Send valid Unicode.")
+    return problem_response(told)

@@ -13,8 +13,8 @@ Count = Annotated[int, Field(ge=0, le=MAX_INT64)]
 
 
 class TensorRow(Wire):
-    name: str = Field(max_length=1000)
-    dtype: str = Field(max_length=16)
+    name: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")
+    dtype: str = Field(pattern="^[A-Z0-9_]{1,16}$")
     shape: list[Count] = Field(max_length=16)
     sha256: str = Sha256
 

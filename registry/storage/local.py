@@ -48,7 +48,7 @@ class LocalStore:
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         target = self.path(sha256)
         with self._told():
-            if target.exists():
+            if target.exists() and target.stat().st_size == source.stat().st_size:
                 if move:
                     source.unlink()
                 return _stat(sha256, target)

@@ -65,7 +65,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         session.add(
             Base(
                 digest="b" * 64, architecture_digest="c" * 64, name="tiny", model_type="llama", tied=False,
-                parameters=1, size_bytes=4, tensors=[], created_at=START, created_by="mia",
+                parameters=1, size_bytes=4, tensor_count=0, tensors=[], created_at=START, created_by="mia",
             )
         )  # fmt: skip
         for number, version in enumerate(VERSIONS):

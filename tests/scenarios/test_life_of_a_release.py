@@ -1,8 +1,16 @@
 """Push, find, promote, regret, roll back: through the command line, embedded and against real servers."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from registry.errors import Invalid
 from tests.scenarios.conftest import USER
+from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 
 
@@ -128,3 +136,66 @@ def test_lists_come_in_pages_that_neither_repeat_nor_lose(stocked_embedded: Cli,
                     break
             assert versions == [f"1.{number}.0" for number in reversed(range(7))]
             assert sizes == [3, 3, 1]
+
+
+def test_two_pulls_into_one_directory_never_mix_their_bytes(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    adapter = tmp_path / "adapter"
+    shutil.copytree(world.adapters["sql"], adapter)
+    (adapter / "large.dat").write_bytes(os.urandom(8 << 20))
+    cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    environment = os.environ | cli.environment
+    command = [sys.executable, "-m", "registry.cli.main", "pull", "acme/sql:1.0.0", "-o", tmp_path / "out"]
+    pulls = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
+    codes = [pull.wait(60) for pull in pulls]
+    for pull in pulls:
+        assert pull.stderr is not None
+        pull.stderr.close()
+    assert min(codes) == 0
+    assert set(codes) <= {0, 4}
+    assert codes.count(0) == 1
+    for file in adapter.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_yanked_release_on_a_channel_is_no_yardstick_for_its_gate(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    suite = cli.json("suite", "list")["items"]
+    digest = next(one["digest"] for one in suite if one["name"] == "sql-exact")
+    for version, nll in (("1.0.0", 1.0), ("2.0.0", 5.0), ("3.0.0", 4.9)):
+        cli.ok("push", world.adapters["sql"], f"acme/sql:{version}", "--base", "tiny")
+        score = {"suite_digest": digest, "metric": "nll", "value": nll, "n": 6, "higher_is_better": False}
+        with api_of(cli) as api:
+            api.post(f"/v1/adapters/acme/sql/releases/{version}/scores", {"scores": [score]})
+            with pytest.raises(Invalid, match="cannot be a score"):
+                api.post(
+                    f"/v1/adapters/acme/sql/releases/{version}/scores",
+                    {"scores": [score | {"higher_is_better": True}]},
+                )
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "prod")
+    cli.ok("promote", "acme/sql:2.0.0", "--to", "prod")
+    cli.ok("yank", "acme/sql:2.0.0", "--reason", "worse")
+    cli.ok("gate", "acme/sql@prod", "--rule", "sql-exact.nll within 0.1 of served")
+    refused = cli("promote", "acme/sql:3.0.0", "--to", "prod")
+    assert refused.code == 1
+    assert "worse by 3.9" in refused.err
+
+
+def test_a_base_cannot_be_hidden_behind_a_name_that_looks_like_a_digest(stocked_embedded: Cli, world: World) -> None:
+    digest = stocked_embedded.json("base", "show", "tiny")["digest"]
+    for name in (digest, digest[:12]):
+        refused = stocked_embedded("base", "add", world.base, "--name", "other", "--alias", name)
+        assert refused.code == 2
+    assert stocked_embedded.json("base", "show", digest[:12])["name"] == "tiny"
+
+
+def test_a_lost_blob_comes_back_with_the_next_push(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    for blob in (Path(cli.environment["ADAPTORY_HOME"]) / "store" / "blobs").rglob("*"):
+        if blob.is_file():
+            blob.unlink()
+    assert not cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["created"]
+    cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
