@@ -250,15 +250,17 @@ def measure(
     Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
     cores. `progress` gets the number of examples just done.
     """
+    cores = (os.cpu_count() or 1) if loaded.device.type == "cpu" else 1
     limit = batch_tokens or BATCH_TOKENS.get(loaded.device.type, BATCH_TOKENS["cpu"])
+    # A few examples are spread as well: one batch over all cores would wait at barriers.
+    limit = min(limit, sum(len(one.ids) for one in encoded) // cores + 1)
     batches = list(_batches(encoded, limit))
-    cores = os.cpu_count() or 1
-    workers = min(cores, len(batches)) if loaded.device.type == "cpu" else 1
+    workers = max(1, min(cores, len(batches)))
     results: dict[int, Measured] = {}
     with (
         applied(loaded.model, deltas),
-        torch_threads(max(1, cores // max(1, workers))),
-        ThreadPoolExecutor(max(1, workers), "measure") as pool,
+        torch_threads(max(1, (os.cpu_count() or 1) // workers)),
+        ThreadPoolExecutor(workers, "measure") as pool,
     ):
         measured = pool.map(lambda batch: _measure_batch(loaded, [encoded[index] for index in batch]), batches)
         for batch, found in zip(batches, measured, strict=True):
