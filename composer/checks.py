@@ -45,10 +45,10 @@ def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
     findings = [
         finding for first, other in itertools.pairwise(replacing) if (finding := _check_replacements(first, other))
     ]
-    shapes = {name: delta.stored_shape for name, delta in adding}
-    if len(set(shapes.values())) > 1:
+    shapes = [(name, delta.stored_shape) for name, delta in adding]  # two adapters may have the same name
+    if len({shape for _, shape in shapes}) > 1:
         code = "vocabulary_mismatch" if _is_vocabulary(adding[0][1]) else "shape_conflict"
-        sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+        sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes)
         findings.append(
             _error(code, adding[0][1].module, f"The adapters were trained for different shapes of {weight}: {sizes}.")
         )

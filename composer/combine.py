@@ -10,12 +10,12 @@ import torch
 
 from composer.checks import structural
 from composer.delta import Delta, Layout, LowRank, Replacement
-from composer.errors import NotSupported
+from composer.errors import NotSupported, RefusedOutput
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
-from composer.formats.header import TensorSpec, encode_header, parse_header
-from composer.formats.naming import PEFT_PREFIX
+from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
+from composer.formats.naming import PEFT_PREFIX, split_key
 from composer.hashing import hash_file
 from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, write_json, writing_aside
@@ -63,6 +63,7 @@ def combine(
     tensors = _tensors(deltas)
     config = _config(loaded, deltas)
     specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    _refuse_not_finite(tensors)
     head = encode_header(specs, {"format": "pt"})
     size = len(head) + sum(spec.size_bytes for spec in specs.values())
     with writing_aside(out_dir, size + _SPARE_BYTES) as aside:
@@ -99,6 +100,13 @@ def _tensors(deltas: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if DTYPE_NAMES[tensor.dtype] in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
+            message = f"{key} would have a NaN or an infinite value."
+            raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
+
+
 def _config(loaded: Sequence[LoadedAdapter], deltas: Mapping[str, Delta]) -> dict[str, Any]:
     pairs = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
     if not pairs:
@@ -128,16 +136,19 @@ def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[
     """The adapters' own target names where their union means exactly these modules; otherwise every module by its path.
 
     Short names are what servers and people read. They are only true when no adapter chose among layers in another
-    way: a module that is wrapped without tensors would load as an untrained pair.
+    way: a module that is wrapped without tensors would load as an untrained pair. They do not cover a head that
+    weight tying wrapped together with the embedding.
     """
+    paths = sorted(delta.module for delta in pairs)
     chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
     names: set[str] = set()
     for adapter in loaded:
         targets = adapter.config.target_modules
         if not isinstance(targets, tuple) or any(adapter.config.raw.get(field) for field in chosen):
-            return sorted(delta.module for delta in pairs)
+            return paths
         names.update(targets)
-    return sorted(names)
+    covered = all(any(f".{path}".endswith(f".{name}") for name in names) for path in paths)
+    return sorted(names) if covered else paths
 
 
 def _bias(deltas: Mapping[str, Delta]) -> str:

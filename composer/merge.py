@@ -23,6 +23,7 @@ from composer.output import NOTE_FILE, copy_side_files, write_json, writing_asid
 from composer.settings import parse_settings
 from composer.shards import ShardPlan, write_shards
 from composer.tensors import TORCH_DTYPES, map_tensor
+from composer.text import shown
 from composer.variants import LoadedAdapter, load_deltas
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
@@ -177,6 +178,10 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise NotSupported("no_cuda", "There is no CUDA device here.", subject=name, next_step="Use --device cpu.")
+    cards = range(torch.cuda.device_count())
+    if name not in ("cpu", "cuda", *(f"cuda:{card}" for card in cards)):
+        message = f"There is no device {shown(name)} that can merge."
+        raise NotSupported("device", message, subject=name, next_step="Use auto, cpu, cuda or cuda:N.")
     return torch.device(name)
 
 

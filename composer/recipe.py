@@ -17,7 +17,6 @@ notes: one line
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -25,11 +24,13 @@ from typing import Any, cast
 import yaml
 
 from composer.errors import InvalidFile, NotSupported
-from composer.settings import SETTINGS, parse_settings
+from composer.settings import SETTINGS, parse_settings, real
+from composer.text import LONE_SURROGATE, shown
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_INPUTS = 64
 MAX_PROBE = 64
+MAX_VALUES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def load_recipe(text: str, subject: str = "recipe") -> Recipe:
     """Parses YAML. Raises InvalidFile naming the line or the key."""
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{subject}:{mark.line + 1}" if mark else subject
         raise _bad(where, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
@@ -142,16 +143,17 @@ def load_recipe(text: str, subject: str = "recipe") -> Recipe:
 
 def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     """The recipe in a mapping. Raises InvalidFile naming the key: unknown, missing, or of another type."""
+    _check_texts(document, subject)
     fields = _mapping(document, subject, set(Recipe.__dataclass_fields__))
     inputs = _list(fields, "inputs", subject)
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise _bad(f"{subject}: inputs", f"1 to {MAX_INPUTS} adapters are needed")
     method = _text(fields, "method", subject)
     if method not in SETTINGS:
-        raise _bad(f"{subject}: method", f"{method!r} is none of {', '.join(SETTINGS)}")
+        raise _bad(f"{subject}: method", f"{shown(method)} is none of {', '.join(SETTINGS)}")
     dtype = _text(fields, "dtype", subject)
     if dtype is not None and dtype not in DTYPES:
-        raise _bad(f"{subject}: dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
+        raise _bad(f"{subject}: dtype", f"{shown(dtype)} is none of {', '.join(DTYPES)}")
     probe = fields.get("probe", 2)
     if type(probe) is not int or not 0 <= probe <= MAX_PROBE:
         raise _bad(f"{subject}: probe", f"it must be a whole number from 0 to {MAX_PROBE}")
@@ -185,19 +187,37 @@ def _input(row: object, subject: str) -> RecipeInput:
     adapter, weight = _text(fields, "adapter", subject), fields.get("weight", 1.0)
     if adapter is None:
         raise _bad(f"{subject}: adapter", "it is missing")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise _bad(f"{subject}: weight", f"{weight!r} is not a finite number")
-    return RecipeInput(adapter, float(weight), _text(fields, "suite", subject))
+    try:
+        number = real(None if isinstance(weight, str) else weight)
+    except ValueError as error:
+        raise _bad(f"{subject}: weight", f"{shown(weight)} is not a finite number") from error
+    return RecipeInput(adapter, number, _text(fields, "suite", subject))
+
+
+def _check_texts(document: object, subject: str) -> None:
+    """Every text can be stored, and there is an end to them: aliases make a small file endless."""
+    pending = [document]
+    for _ in range(MAX_VALUES):
+        if not pending:
+            return
+        value = pending.pop()
+        if isinstance(value, str) and LONE_SURROGATE.search(value):
+            raise _bad(subject, f"{shown(value)} has half a surrogate pair")
+        if isinstance(value, dict):
+            pending += [part for item in cast("dict[object, object]", value).items() for part in item]
+        elif isinstance(value, list | tuple | set):
+            pending += cast("list[object]", value)
+    raise _bad(subject, f"it has more than {MAX_VALUES} values")
 
 
 def _mapping(document: object, subject: str, known: set[str]) -> dict[str, object]:
     if not isinstance(document, dict):
         raise _bad(subject, "it must be a mapping")
-    fields = cast("dict[str, object]", document)
-    for key in fields:
+    for key in cast("dict[object, object]", document):
         if key not in known:
-            raise _bad(f"{subject}: {key}", f"the key is unknown; known are {', '.join(sorted(known))}")
-    return fields
+            name = key[:100] if isinstance(key, str) else shown(key)
+            raise _bad(f"{subject}: {name}", f"the key is unknown; known are {', '.join(sorted(known))}")
+    return cast("dict[str, object]", document)
 
 
 def _list(fields: Mapping[str, object], key: str, subject: str) -> Sequence[object]:

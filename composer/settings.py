@@ -5,10 +5,15 @@ from math import isfinite
 from typing import cast
 
 from composer.errors import NotSupported
+from composer.text import shown
 
 
-def _real(value: object) -> float:
-    number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")
+def real(value: object) -> float:
+    """A finite number, also one spelled as text. Raises ValueError for everything else."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")
+    except OverflowError as error:
+        raise ValueError("a finite number") from error
     if not isfinite(number):
         raise ValueError("a finite number")
     return number
@@ -16,9 +21,10 @@ def _real(value: object) -> float:
 
 def _truth(value: object) -> bool:
     truths = {"true": True, "false": False}
-    if str(value).lower() not in truths:
+    word = str(value).lower() if isinstance(value, bool | str) else ""
+    if word not in truths:
         raise ValueError("true or false")
-    return truths[str(value).lower()]
+    return truths[word]
 
 
 def _tied(value: object) -> str:
@@ -28,7 +34,7 @@ def _tied(value: object) -> str:
 
 
 _Setting = tuple[object, Callable[[object], object]]  # default, parser
-_EVERY_METHOD: dict[str, _Setting] = {"lambda": (1.0, _real), "tied": ("refuse", _tied)}
+_EVERY_METHOD: dict[str, _Setting] = {"lambda": (1.0, real), "tied": ("refuse", _tied)}
 SETTINGS: dict[str, dict[str, _Setting]] = {
     "stack": _EVERY_METHOD,
     "linear": {**_EVERY_METHOD, "normalize": (False, _truth)},
@@ -43,7 +49,7 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
     if method not in SETTINGS:
         raise NotSupported(
             "unknown_method",
-            f"There is no method {method!r}.",
+            f"There is no method {shown(method)}.",
             subject=method,
             next_step=f"Use one of {', '.join(SETTINGS)}.",
         )
@@ -51,14 +57,14 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
     parsed = {name: default for name, (default, _) in known.items()}
     for name, value in settings.items():
         if name not in known:
-            message = f"{method} has no setting {name!r}."
+            message = f"{method} has no setting {shown(name)}."
             raise NotSupported(
                 "unknown_setting", message, subject=name, next_step=f"It knows {', '.join(sorted(known))}."
             )
         try:
             parsed[name] = known[name][1](value)
         except ValueError as error:
-            message = f"The setting {name} is {value!r}."
+            message = f"The setting {name} is {shown(value)}."
             raise NotSupported("bad_setting", message, subject=name, next_step="Give another value.") from error
     return parsed
 

@@ -19,6 +19,7 @@ from typing import Literal, cast
 import yaml
 
 from composer.errors import InvalidFile
+from composer.text import LONE_SURROGATE, shown
 
 Kind = Literal["target", "guard"]
 
@@ -28,8 +29,6 @@ MAX_TEXT_CHARS = 100_000
 FIELDS = ("name", "kind", "description", "chat", "examples")
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-# JSON and YAML escapes can spell half a surrogate pair, which no encoding and no tokenizer takes.
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
     if not isinstance(document, dict):
         raise InvalidFile("suite_field", f"{subject}: a suite is a mapping.", subject=subject)
     fields = cast("dict[str, object]", document)
-    unknown = sorted(str(key) for key in fields if key not in FIELDS)
+    unknown = sorted(shown(key) for key in fields if key not in FIELDS)
     missing = [key for key in FIELDS if key not in fields and key != "description"]
     if unknown or missing:
         problem = f"unknown field {unknown[0]}" if unknown else f"field {missing[0]} is missing"
@@ -191,7 +190,7 @@ def _example(row: object, place: str) -> Example:
         raise InvalidFile("suite_example", f"{place}: an example is a mapping.", subject=place)
     texts = cast("dict[str, object]", row)
     if texts.keys() != {"prompt", "completion"}:
-        found = ", ".join(sorted(map(str, texts))) or "nothing"
+        found = ", ".join(sorted(map(shown, texts))[:4]) or "nothing"
         raise InvalidFile(
             "suite_example", f"{place}: an example has prompt and completion; found {found}.", subject=place
         )

@@ -168,6 +168,9 @@ def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bo
         stated: object = source.get("tie_word_embeddings")
         if isinstance(stated, bool):
             return stated
-    architectures = cast("list[object]", config.get("architectures") or [])
+    architectures: object = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise InvalidFile("bad_config", "config.json: architectures is not a list.", subject="config.json")
+    architectures = cast("list[object]", architectures)
     causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in architectures)
     return causal and not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in tensors)

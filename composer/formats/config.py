@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.patterns import compiled, matches_end
+from composer.text import LONE_SURROGATE, shown
 
 _Value = TypeVar("_Value")
 _CONFIG_FILE = "adapter_config.json"
@@ -35,6 +36,7 @@ _KNOWN = frozenset({
     "modules_to_save", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "runtime_config", "velora_config", "monteclora_config", "ensure_weight_tying",
 })  # fmt: skip
+_IDENTITY = ("peft_version", "base_model_name_or_path", "revision")
 _PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
 
 
@@ -58,6 +60,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     init: str
     raw: Mapping[str, Any]
+    exclude_modules: tuple[str, ...] | str | None = None
 
     def rank_for(self, module: str) -> int:
         return _first_match(self.rank_pattern, module, self.rank)
@@ -110,6 +113,8 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
     peft_type = raw.get("peft_type")
     if not isinstance(peft_type, str):
         raise _bad(subject, "peft_type is missing")
+    for name in ("peft_type", *_IDENTITY):
+        _check_text(raw.get(name), name, subject)
     if peft_type != "LORA":
         return AdapterConfig(peft_type, 0, 0.0, False, {}, {}, False, "none", None, (), "true", raw)
     unknown = sorted(key for key, value in raw.items() if value and key not in _KNOWN and key not in _VARIANTS)
@@ -137,10 +142,11 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
         },
         fan_in_fan_out=_flag(raw, "fan_in_fan_out", subject),
         bias=_bias(raw, subject),
-        target_modules=_targets(raw, subject),
+        target_modules=_targets(raw, "target_modules", subject),
         modules_to_save=_names(raw.get("modules_to_save") or [], "modules_to_save", subject),
         init=_init(raw.get("init_lora_weights", True)),
         raw=raw,
+        exclude_modules=_targets(raw, "exclude_modules", subject),
     )
 
 
@@ -169,9 +175,14 @@ def _json_object(content: bytes, subject: str) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
+def _check_text(value: object, name: str, subject: str) -> None:
+    if value is not None and not (isinstance(value, str) and not LONE_SURROGATE.search(value)):
+        raise _bad(subject, f"{name} is not text")
+
+
 def _positive_int(value: object, name: str, subject: str) -> int:
     if type(value) is not int or not 0 < value < 2**31:
-        raise _bad(subject, f"{name} is {value!r}, not a positive whole number")
+        raise _bad(subject, f"{name} is {shown(value)}, not a positive whole number")
     return value
 
 
@@ -184,7 +195,7 @@ def _number(value: object, name: str, subject: str) -> float:
 def _flag(raw: Mapping[str, Any], name: str, subject: str) -> bool:
     value = raw.get(name) or False
     if not isinstance(value, bool):
-        raise _bad(subject, f"{name} is {value!r}, not true or false")
+        raise _bad(subject, f"{name} is {shown(value)}, not true or false")
     return value
 
 
@@ -208,7 +219,7 @@ def _check_regex(text: str, name: str, subject: str) -> None:
 def _bias(raw: Mapping[str, Any], subject: str) -> str:
     bias: object = raw.get("bias") or "none"
     if bias not in ("none", "lora_only", "all"):
-        raise _bad(subject, f"bias is {bias!r}, not none, lora_only or all")
+        raise _bad(subject, f"bias is {shown(bias)}, not none, lora_only or all")
     return str(bias)
 
 
@@ -219,12 +230,12 @@ def _names(value: object, name: str, subject: str) -> tuple[str, ...]:
     return tuple(cast(list[str], names))
 
 
-def _targets(raw: Mapping[str, Any], subject: str) -> tuple[str, ...] | str | None:
-    value: object = raw.get("target_modules")
+def _targets(raw: Mapping[str, Any], name: str, subject: str) -> tuple[str, ...] | str | None:
+    value: object = raw.get(name)
     if isinstance(value, str):
-        _check_regex(value, "target_modules", subject)
+        _check_regex(value, name, subject)
         return value
-    return None if value is None else _names(value, "target_modules", subject)
+    return None if value is None else _names(value, name, subject)
 
 
 def _init(value: object) -> str:

@@ -97,5 +97,9 @@ def is_head(module: str) -> bool:
     return module.split(".")[-1] in (*_HEADS, "score", "classifier")
 
 
+def is_embedding(module: str) -> bool:
+    return module.split(".")[-1] in _EMBEDDINGS
+
+
 def _is_tied_tensor(name: str, architecture: Architecture) -> bool:
     return architecture.tied and embedding_tensors(architecture.tensors) == [name]

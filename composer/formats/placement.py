@@ -11,6 +11,7 @@ from composer.formats.config import AdapterConfig, pattern_matches
 from composer.formats.header import Header
 from composer.formats.naming import PEFT_PREFIX, Target, find_weight, has_prefix, is_head, split_key
 from composer.formats.patterns import matches_whole
+from composer.formats.targeting import surely_untargeted
 
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -72,8 +73,8 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
 
     Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
     findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, missing_pair, duplicate_tensor,
-    duplicate_target, no_target, pattern_unused, unsupported_layer, empty_adapter. Raises NotSupported for what is not
-    a LoRA.
+    duplicate_target, no_target, untargeted_tensor, pattern_unused, unsupported_layer, empty_adapter. Raises
+    NotSupported for what is not a LoRA.
     """
     if config.peft_type != "LORA":
         message = f"{subject} is of type {config.peft_type}; only LORA adapters are read."
@@ -254,6 +255,10 @@ def _check_config_is_used(placement: _Placement) -> None:
             placement.error(
                 "no_target", target, f"target_modules names {target!r}, but no tensor belongs to such a module."
             )
+    for placed in placement.modules:
+        if placed.kind in LOW_RANK_KINDS and surely_untargeted(config, placed.module):
+            message = f"{placed.module} has factors, but the config does not target it: PEFT would ignore them."
+            placement.error("untargeted_tensor", placed.module, message)
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
             if not any(pattern_matches(key, module) for module in pairs):

@@ -10,7 +10,7 @@ from composer.delta import Delta, LowRank, Replacement
 from composer.errors import Mismatch
 from composer.formats.naming import is_head
 from composer.methods.linear import linear, stack
-from composer.settings import parse_settings
+from composer.settings import effective_weights, parse_settings
 from composer.variants import LoadedAdapter, refuse_errors
 
 Method = Callable[[Sequence[tuple[LowRank, float]], float, Mapping[str, object]], LowRank]
@@ -38,11 +38,12 @@ def combine_deltas(
     refuse_errors("These adapters cannot be combined", structural(adapters, parsed))
     low_rank: dict[str, list[tuple[LowRank, float]]] = defaultdict(list)
     combined: dict[str, Delta] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
+    effective = effective_weights(weights, method, parsed)
+    for adapter, weight, factor in zip(adapters, weights, effective, strict=True):
         for found in adapter.deltas:
             delta = untied(found) if parsed["tied"] == "untie" else found
             if isinstance(delta, Replacement):
-                _refuse_scaled(adapter.name, delta, weight)
+                _refuse_scaled(adapter.name, delta, factor)
                 combined[delta.weight] = delta
             else:
                 low_rank[delta.weight].append((delta, weight))
@@ -58,7 +59,6 @@ def untied(delta: Delta) -> Delta:
 
 def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:
     if weight != 1:
-        message = f"{name} saves {delta.weight} whole, which the weight {weight:g} cannot scale."
-        raise Mismatch(
-            "weighted_replacement", message, subject=delta.module, next_step="Give this adapter the weight 1."
-        )
+        message = f"{name} saves {delta.weight} whole, which the effective weight {weight:g} cannot scale."
+        next_step = "Give this adapter the weight 1, with lambda and normalize counted in."
+        raise Mismatch("weighted_replacement", message, subject=delta.module, next_step=next_step)

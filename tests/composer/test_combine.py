@@ -182,3 +182,52 @@ def test_an_existing_output_is_left_alone(tmp_path: Path, make_model: MakeModel,
     with pytest.raises(RefusedOutput, match="exists"):
         combine([(adapter, 1.0)], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_head_that_weight_tying_wrapped_is_targeted_in_the_combination(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(tied=True)
+    member = make_adapter(base, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    keys = tensors_in(member)
+    assert any("lm_head.lora_A" in key for key in keys), sorted(keys)[:5]
+    combine([(member, 1.0)], tmp_path / "combined", open_checkpoint(base).architecture)
+    with torch.no_grad():
+        alone = PeftModel.from_pretrained(load_model(base), member).eval()(IDS).logits
+        combined = PeftModel.from_pretrained(load_model(base), tmp_path / "combined").eval()(IDS).logits
+    assert_close(combined, alone, "logits")
+
+
+def test_a_weight_that_makes_infinite_factors_is_refused_by_module(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    with pytest.raises(RefusedOutput, match="infinite") as caught:
+        combine([(make_adapter(make_model()), 1e39)], tmp_path / "out")
+    assert caught.value.code == "not_finite"
+    assert caught.value.subject.endswith("_proj")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_directories_of_one_name_and_different_shapes_are_a_conflict(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    one, two = make_adapter(base, "a/same"), make_adapter(base, "b/same", target_modules=["q_proj"])
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    weights = tensors_in(two)
+    save_file({**weights, key: torch.ones(20, 4)}, two / "adapter_model.safetensors")
+    with pytest.raises(Mismatch) as caught:
+        combine([(one, 1.0), (two, 1.0)], tmp_path / "out")
+    assert caught.value.code == "shape_conflict"
+
+
+def test_a_tensor_saved_whole_is_refused_by_its_weight_after_lambda_and_normalize(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    members = [(make_adapter(base, "whole", modules_to_save=["lm_head"]), 1.0), (make_adapter(base, "other"), 1.0)]
+    for method, settings in (("stack", {"lambda": 2.0}), ("linear", {"normalize": True})):
+        with pytest.raises(Mismatch) as caught:
+            combine(members, tmp_path / "out", method=method, settings=settings)
+        assert caught.value.code == "weighted_replacement"
+    combine([(members[0][0], 0.5)], tmp_path / "out", settings={"lambda": 2.0})

@@ -346,3 +346,34 @@ def loading_of(adapter: Path, profile: str) -> Loading:
 def test_an_unknown_server_names_the_known_ones(profile: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
     with pytest.raises(NotSupported, match="llamacpp"):
         loading_of(make_adapter(make_model()), profile)
+
+
+@pytest.mark.parametrize("field", ["peft_version", "base_model_name_or_path", "revision"])
+@pytest.mark.parametrize("value", [7, ["x"], "\ud800"])
+@pytest.mark.parametrize("peft_type", ["LORA", "IA3"])
+def test_what_a_config_says_of_its_origin_is_text_that_can_be_stored(field: str, value: object, peft_type: str) -> None:
+    with pytest.raises(InvalidFile, match=field):
+        parse_config(json.dumps({"peft_type": peft_type, field: value}).encode())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["v_proj"]},
+        {"target_modules": r".*\.v_proj"},
+        {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"exclude_modules": r".*layers\.0.*q_proj"},
+        {"layers_to_transform": [1, 2]},
+        {"layers_to_transform": [1, 2], "layers_pattern": "layers"},
+        {"layers_to_transform": 0, "layers_pattern": ["h"]},
+    ],
+)
+def test_factors_that_peft_would_ignore_are_an_error(
+    fields: dict[str, object], make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base)
+    assert placed_on(adapter, open_checkpoint(base).architecture).findings == []
+    change_config(adapter, **fields)
+    found = placed_on(adapter, open_checkpoint(base).architecture).findings
+    assert "model.layers.0.self_attn.q_proj" in [f.subject for f in found if f.code == "untargeted_tensor"]

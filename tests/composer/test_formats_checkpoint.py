@@ -126,3 +126,12 @@ def test_a_hugging_face_cache_may_link_to_its_blobs(tmp_path: Path, make_model: 
         file.rename(blobs / f"digest-{file.name}")
         (snapshot / file.name).symlink_to(f"../../blobs/digest-{file.name}")
     assert open_checkpoint(snapshot).architecture.tensors.keys() == tensors_in(snapshot).keys()
+
+
+def test_architectures_that_are_no_list_are_named(make_model: MakeModel) -> None:
+    base = make_model()
+    config = json.loads((base / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (base / "config.json").write_text(json.dumps(config | {"architectures": 7}))
+    with pytest.raises(InvalidFile, match="architectures"):
+        assert open_checkpoint(base).architecture

@@ -121,3 +121,8 @@ def test_pickles_are_refused_by_name_and_by_content(tmp_path: Path) -> None:
         with pytest.raises(InvalidFile, match=r"pickle.*Convert it") as caught:
             read_header(tmp_path / name)
         assert caught.value.code == "pickle"
+
+
+def test_a_header_over_16_megabytes_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(InvalidFile, match="more than the 16000000 allowed"):
+        parse_header((16_000_001).to_bytes(8, "little"), 10**9)

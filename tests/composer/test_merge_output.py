@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from composer import chunks, shards
-from composer.errors import InvalidFile, RefusedOutput
+from composer.errors import InvalidFile, NotSupported, RefusedOutput
 from composer.formats.checkpoint import Checkpoint, open_checkpoint
 from composer.hashing import hash_checkpoint, hash_file
 from composer.merge import MergePlan, plan_merge, run_merge
@@ -202,3 +202,14 @@ def test_no_link_is_followed_out_of_the_base(tmp_path: Path) -> None:
     (base / "tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(InvalidFile, match="leads out of base"):
         copy_side_files(base, target)
+
+
+@pytest.mark.parametrize("device", ["bogus", "cpu:x", "meta"])
+def test_a_device_that_does_not_exist_is_refused_by_name(
+    device: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    plan = plan_merge(open_checkpoint(base), [(make_adapter(base), 1.0)])
+    with pytest.raises(NotSupported, match=device) as caught:
+        run_merge(plan, tmp_path / "out", device=device)
+    assert caught.value.code == "device"

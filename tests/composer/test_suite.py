@@ -61,7 +61,7 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
     ("text", "lines", "problem"),
     [
         (HEAD, "", "field examples is missing"),
-        (HEAD + "examples: sql-exact.jsonl\nsuite: x\n", "", "unknown field suite"),
+        (HEAD + "examples: sql-exact.jsonl\nsuite: x\n", "", "unknown field 'suite'"),
         (HEAD + "examples: [\n", "", r"sql-exact\.yaml:6: not valid YAML"),
         ("- a list\n", "", "a suite is a mapping"),
         (HEAD.replace("sql-exact", "SQL exact") + "examples: sql-exact.jsonl\n", "{}", "name must be lower-case"),
@@ -76,7 +76,7 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
             '{"prompt": "p", "completion": "c"}\n\n{"prompt"\n',
             r"jsonl:3: not valid",
         ),
-        (HEAD + "examples: sql-exact.jsonl\n", '\n{"prompt": "p"}\n', r"jsonl:2: an example has .*; found prompt"),
+        (HEAD + "examples: sql-exact.jsonl\n", '\n{"prompt": "p"}\n', r"jsonl:2: an example has .*; found 'prompt'"),
         (
             HEAD + "examples: sql-exact.jsonl\n",
             '{"prompt": "p", "completion": ""}',
@@ -110,3 +110,10 @@ def test_a_file_that_is_too_large_or_not_text_is_refused(tmp_path: Path) -> None
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(InvalidFile, match=r"sql-exact\.yaml: larger than 64 MiB"):
         parse_suite(path)
+
+
+def test_an_unknown_key_is_shown_in_a_message_that_can_be_stored() -> None:
+    for document in ({"\ud800": 1}, {"name": "a", "kind": "guard", "chat": True, "examples": [{"\ud800": 1}]}):
+        with pytest.raises(InvalidFile) as caught:
+            Suite.from_json(document)
+        assert "ud800" in str(caught.value.message.encode())
