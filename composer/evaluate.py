@@ -22,7 +22,7 @@ from composer.delta import Delta, Layout, LowRank, Replacement
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.suite import Example, Suite
-from composer.tensors import torch_threads
+from composer.tensors import torch_device, torch_threads
 
 # Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
@@ -92,8 +92,7 @@ def load_model(directory: Path | str, device: str = "auto", dtype: torch.dtype |
 
     directory = Path(directory)
     architecture = open_checkpoint(directory).architecture
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch_device(device)
     # Its bar for reading weights is drawn even where stderr is no terminal.
     logging.disable_progress_bar()
     model: Any
@@ -107,7 +106,7 @@ def load_model(directory: Path | str, device: str = "auto", dtype: torch.dtype |
             subject=str(directory),
             next_step="Evaluation needs a causal language model with its tokenizer beside it.",
         ) from error
-    return LoadedModel(model.eval().to(torch.device(device)), tokenizer, architecture)
+    return LoadedModel(model.eval().to(chosen), tokenizer, architecture)
 
 
 def listed(deltas: Deltas) -> list[Delta]:

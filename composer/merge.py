@@ -22,8 +22,7 @@ from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
 from composer.settings import parse_settings
 from composer.shards import ShardPlan, write_shards
-from composer.tensors import TORCH_DTYPES, map_tensor
-from composer.text import shown
+from composer.tensors import TORCH_DTYPES, map_tensor, torch_device
 from composer.variants import LoadedAdapter, load_deltas
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
@@ -153,7 +152,7 @@ def run_merge(
     does not confirm.
     """
     started = time.monotonic()
-    chosen = _device(device)
+    chosen = torch_device(device)
     with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES) as aside:
         copy_side_files(plan.checkpoint.path, aside)
         write_json(aside / "config.json", plan.config)
@@ -171,18 +170,6 @@ def run_merge(
         seconds=time.monotonic() - started,
         device=str(chosen),
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise NotSupported("no_cuda", "There is no CUDA device here.", subject=name, next_step="Use --device cpu.")
-    cards = range(torch.cuda.device_count())
-    if name not in ("cpu", "cuda", *(f"cuda:{card}" for card in cards)):
-        message = f"There is no device {shown(name)} that can merge."
-        raise NotSupported("device", message, subject=name, next_step="Use auto, cpu, cuda or cuda:N.")
-    return torch.device(name)
 
 
 def _plan_shards(

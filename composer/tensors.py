@@ -9,6 +9,7 @@ import torch
 
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.header import TensorEntry
+from composer.text import shown
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -58,3 +59,16 @@ def torch_threads(count: int) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def torch_device(name: str) -> torch.device:
+    """`auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. Raises NotSupported for what is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise NotSupported("no_cuda", "There is no CUDA device here.", subject=name, next_step="Use --device cpu.")
+    cards = range(torch.cuda.device_count())
+    if name not in ("cpu", "cuda", *(f"cuda:{card}" for card in cards)):
+        message = f"There is no device {shown(name)} here."
+        raise NotSupported("device", message, subject=name, next_step="Use auto, cpu, cuda or cuda:N.")
+    return torch.device(name)

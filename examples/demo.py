@@ -156,6 +156,10 @@ def compare(story: Story) -> None:
         for metric in ("accuracy", "nll"):
             cells = [f"{score[suite, metric]:18.3f}" if (suite, metric) in score else f"{'-':>18}" for score in scores]
             print(f"{suite + '.' + metric:<28}" + "".join(cells))
+    print(
+        "Added up, each skill keeps an NLL far below the base's, but exact match suffers. The recipe's gates asked only"
+    )
+    print("for NLL; a gate on accuracy would have refused this candidate.")
 
 
 def generate(story: Story) -> None:
@@ -210,12 +214,12 @@ def flags(name: str, values: Any) -> list[str]:
 
 def farewell(story: Story) -> None:
     story.chapter("Done. Where everything lies:")
-    where = shown(story.home)
+    where = story.home
     print(f"  {shown(story.base)}: the base checkpoint")
     print(f"  {where}: the registry (registry.db, and the blobs in store/)")
     print(f"  {shown(story.directory / 'merged')}: the merged model, ready for transformers or vLLM")
     print("Three commands to try next:")
-    print(f'  export ADAPTORY_HOME={where} PATH="{shown(ADAPTORY.parent)}:$PATH"')
+    print(f'  export ADAPTORY_HOME={where} PATH="{ADAPTORY.parent}:$PATH"')
     print("  adaptory history acme/sql-migration@prod --json")
     print("  adaptory conflicts acme/sql-migration@prod acme/support-macros@prod --weights 1,0.5 --probe 4")
     print("  adaptory serve    # then: curl 'http://127.0.0.1:8470/v1/resolve?ref=acme/sql-migration@prod'")

@@ -99,6 +99,7 @@ _BY_CODE: dict[str, type[RegistryError]] = {
     "unknown_setting": Usage,
     "bad_setting": Usage,
     "dtype": Usage,
+    "device": Usage,
     "unknown_profile": Usage,
 }
 """Codes of the composer whose family is not that of their class."""

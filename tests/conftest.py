@@ -12,16 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-class Missing:
-    """Carries what test processes did not find to the process that prints the summary."""
-
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        services.add_missing(getattr(node, "workeroutput", {}).get("missing", {}))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.pluginmanager.hasplugin("dsession"):
-        config.pluginmanager.register(Missing())
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Brings what a test process did not find to the process that prints the summary."""
+    services.add_missing(getattr(node, "workeroutput", {}).get("missing", {}))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -120,6 +120,8 @@ def conflicts(  # noqa: PLR0913
     from composer.conflicts import conflicts as compare
     from composer.findings import Verdict
 
+    if len(adapters) < 2:
+        raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
     shares = _weights(weights, len(adapters))
     with connected() as connection:
         group = _Group(connection, adapters, base, base_dir)

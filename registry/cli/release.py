@@ -9,7 +9,7 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage, refuse_errors
-from registry.names import parse_channel_reference, parse_reference, parse_repository
+from registry.names import parse_channel_reference, parse_part, parse_reference, parse_repository
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Json = dict[str, Any]
@@ -78,6 +78,8 @@ def push(  # noqa: PLR0913
             f"{target} with --bump {bump} names no single version.",
             next_step="Write REPO:VERSION, or REPO and --bump.",
         )
+    if channel:
+        parse_part(channel, "channel")  # before a release is out that cannot be taken back
     with connected() as connection:
         base = base or look(directory, None).facts.base_model_name_or_path
         if not base:
