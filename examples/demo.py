@@ -74,7 +74,8 @@ def shown(argument: str | Path) -> str:
 
 def prepare(story: Story) -> None:
     story.chapter("A real base: SmolLM2-135M-Instruct as an ordinary checkpoint")
-    subprocess.run([sys.executable, EXAMPLES / "make_base.py", story.base], check=True)
+    if not story.base.is_dir():  # it appears only when it is complete
+        subprocess.run([sys.executable, EXAMPLES / "make_base.py", story.base], check=True)
     shutil.rmtree(story.home, ignore_errors=True)
     shutil.rmtree(story.directory / "broken", ignore_errors=True)
     story.run("base", "add", story.base, "--name", "smollm2", "--alias", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -147,8 +148,8 @@ def compose(story: Story) -> None:
 
 
 def compare(story: Story) -> None:
-    columns = ["smollm2", *(f"acme/{team}@prod" for team in TEAMS), "acme/assistant:1.0.0"]
-    found = [story.ask("base", "show", columns[0]), *(story.ask("show", column) for column in columns[1:])]
+    releases = {one["repository"]: one for one in reversed(story.ask("search", "--base", "smollm2")["items"])}
+    found = [story.ask("base", "show", "smollm2"), *(releases[f"acme/{name}"] for name in (*TEAMS, "assistant"))]
     scores = [{(row["suite"], row["metric"]): row["value"] for row in one["scores"]} for one in found]
     names = ["base", *TEAMS, "assistant"]
     print(f"{'':<28}" + "".join(f"{name:>18}" for name in names))
@@ -187,8 +188,8 @@ def generate(story: Story) -> None:
         example = suite.examples[0]
         print(f"\nprompt   {example.prompt}")
         print(f"wanted   {example.completion}")
-        print(f"base     {first_line(complete(base, example.prompt, max_new_tokens=28))}")
-        print(f"merged   {first_line(complete(merged, example.prompt, max_new_tokens=28))}")
+        print(f"base     {first_line(complete(base, example.prompt, max_new_tokens=20))}")
+        print(f"merged   {first_line(complete(merged, example.prompt, max_new_tokens=20))}")
         ids_BT = torch.tensor([encode(base, example, suite.chat).ids])
         with torch.inference_mode():
             merged_BTV = merged.model(ids_BT).logits.float()
