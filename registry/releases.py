@@ -217,7 +217,8 @@ def _revision(
                 subject=file.path,
                 next_step="Push again; what is there already is not sent twice.",
             )
-    revision = Revision(repository_id=repository.id, commit=commit, created_at=actor.at)
+    manifest = canonical_manifest(files).decode()
+    revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest, created_at=actor.at)
     session.add(revision)
     session.flush()
     for file in files:
@@ -241,6 +242,15 @@ def _insert(
         type=new.facts.get("type"),
         variant=new.facts.get("variant"),
         rank_max=new.facts.get("rank_max"),
+        alpha=new.facts.get("alpha"),
+        dtype=new.facts.get("dtype"),
+        license=None,
+        provenance={},
+        spectrum=None,
+        servers=0,
+        loading={},
+        breaking_reason=None,
+        signed_by=None,
         target_set_id=_target_set(session, targets) if targets else None,
         size_bytes=sum(file.size_bytes for file in new.files),
         facts=dict(new.facts),

@@ -1,16 +1,19 @@
 """Tables only."""
 
+from registry.models.access import Member, Namespace, Token
 from registry.models.catalog import (
     Base,
     BaseAlias,
     BaseLocation,
     Blob,
+    BlobHolder,
     Release,
     Repository,
     Revision,
     RevisionFile,
     TargetSet,
     TargetSetMember,
+    Upload,
 )
 from registry.models.quality import Channel, Gate, Move, Score, Suite
 from registry.models.work import AuditRow, Composition, Job, ReleaseInput
@@ -21,11 +24,14 @@ __all__ = [
     "BaseAlias",
     "BaseLocation",
     "Blob",
+    "BlobHolder",
     "Channel",
     "Composition",
     "Gate",
     "Job",
+    "Member",
     "Move",
+    "Namespace",
     "Release",
     "ReleaseInput",
     "Repository",
@@ -35,4 +41,6 @@ __all__ = [
     "Suite",
     "TargetSet",
     "TargetSetMember",
+    "Token",
+    "Upload",
 ]

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.db import Row, UtcDateTime
@@ -73,13 +73,45 @@ class Blob(Row):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
+class BlobHolder(Row):
+    """A namespace that has shown that it has a blob's bytes, by sending them: knowing a digest opens nothing."""
+
+    __tablename__ = "blob_holders"
+
+    sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256", ondelete="CASCADE"), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+
+class Upload(Row):
+    """Bytes on their way: who announced them, for which namespace, and until when they are waited for.
+
+    `multipart_id` and `part_bytes` are set where the store takes the file in parts.
+    """
+
+    __tablename__ = "uploads"
+    __table_args__ = (UniqueConstraint("namespace", "sha256"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    multipart_id: Mapped[str | None] = mapped_column(String(1000))
+    part_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128), index=True)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
 class Revision(Row):
+    """Files under one commit. `manifest` is the canonical manifest, whose sha256 the commit is the beginning of."""
+
     __tablename__ = "revisions"
     __table_args__ = (UniqueConstraint("repository_id", "commit"),)
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
     commit: Mapped[str] = mapped_column(String(40))
+    manifest: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     files: Mapped[list["RevisionFile"]] = relationship(order_by="RevisionFile.path", lazy="raise")
 
@@ -110,7 +142,12 @@ class TargetSetMember(Row):
 
 
 class Release(Row):
-    """A version given to a revision. The typed columns are facts that searches ask for; `facts` has the rest."""
+    """A version given to a revision. The typed columns are facts that searches ask for; `facts` has the rest.
+
+    `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
+    `composer.formats.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
+    `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key.
+    """
 
     __tablename__ = "releases"
     __table_args__ = (
@@ -130,9 +167,18 @@ class Release(Row):
     type: Mapped[str | None] = mapped_column(String(32))
     variant: Mapped[str | None] = mapped_column(String(32))
     rank_max: Mapped[int | None]
+    alpha: Mapped[float | None]
+    dtype: Mapped[str | None] = mapped_column(String(100))
+    license: Mapped[str | None] = mapped_column(String(100))
     target_set_id: Mapped[int | None] = mapped_column(ForeignKey("target_sets.id"))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON)
+    spectrum: Mapped[dict[str, Any] | None] = mapped_column(JSON, deferred=True)
+    servers: Mapped[int]
+    loading: Mapped[dict[str, Any]] = mapped_column(JSON)
+    breaking_reason: Mapped[str | None]
+    signed_by: Mapped[str | None] = mapped_column(String(64))
     notes: Mapped[str]
     yanked: Mapped[bool] = mapped_column(default=False)
     yank_reason: Mapped[str | None]

@@ -11,27 +11,42 @@ from registry.models.catalog import Id
 
 
 class AuditRow(Row):
-    """What somebody did, written in the transaction that did it."""
+    """What somebody did, written in the transaction that did it: by which token, from where, why, and what it changed.
+
+    `namespace` is whose admins may read the row; None belongs to the site.
+    """
 
     __tablename__ = "audit"
-    __table_args__ = (Index("ix_audit_subject", "subject", "id"),)
+    __table_args__ = (
+        Index("ix_audit_subject", "subject", "id"),
+        Index("ix_audit_namespace", "namespace", "id"),
+        Index("ix_audit_actor", "actor", "id"),
+    )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     actor: Mapped[str] = mapped_column(String(128))
     act: Mapped[str] = mapped_column(String(64))
     subject: Mapped[str] = mapped_column(String(300))
+    namespace: Mapped[str | None] = mapped_column(String(64))
+    token_id: Mapped[str | None] = mapped_column(String(16))
+    source: Mapped[str | None] = mapped_column(String(200))
+    reason: Mapped[str | None]
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class Job(Row):
-    """Work that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat says a worker has it."""
+    """Work for one namespace that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat says a
+    worker has it."""
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_state", "state", "id"),)
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     kind: Mapped[str] = mapped_column(String(32))
+    namespace: Mapped[str | None] = mapped_column(String(64), index=True)
     state: Mapped[str] = mapped_column(String(16))
     steps: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
