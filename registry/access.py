@@ -1,11 +1,19 @@
-"""Roles, and the one question: may this actor do that in this namespace?"""
+"""Roles, and the questions that every edge asks: may this actor do that there, and what may it read?
+
+Default deny. What an actor may not read is not there for it: the answer is the 404 of a thing that does not exist.
+"""
 
 from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import ColumnElement, true
+from sqlalchemy.orm import InstrumentedAttribute
 
 from registry.audit import Actor
-from registry.errors import NotAllowed
+from registry.errors import NotAllowed, NotFound, RegistryError, Unauthenticated
 
 EVERYWHERE = "*"
+ANONYMOUS = "anonymous"
 
 
 class Role(StrEnum):
@@ -17,16 +25,77 @@ class Role(StrEnum):
     ADMIN = "admin"
 
 
-_ORDER = list(Role)
+_ORDER = {role: rank for rank, role in enumerate(Role)}
 
 
-def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE) -> None:
-    """Returns when the actor has the role there; denies otherwise."""
+def lower(one: str, other: str) -> Role:
+    return min(Role(one), Role(other), key=_ORDER.__getitem__)
+
+
+def higher(one: str, other: str) -> Role:
+    return max(Role(one), Role(other), key=_ORDER.__getitem__)
+
+
+def holds(actor: Actor, role: Role, namespace: str = EVERYWHERE) -> bool:
+    """By a grant alone: a public namespace grants nothing."""
     granted = actor.grants.get(namespace, actor.grants.get(EVERYWHERE))
-    if granted is None or _ORDER.index(Role(granted)) < _ORDER.index(role):
-        raise NotAllowed(
-            "role_missing",
-            f"{actor.name} is not a {role} in {namespace}.",
-            subject=namespace,
-            next_step="Ask an admin of the namespace for the role.",
+    return granted is not None and _ORDER[Role(granted)] >= _ORDER[role]
+
+
+def may_read(actor: Actor, namespace: str) -> bool:
+    return holds(actor, Role.READER, namespace) or namespace in actor.public
+
+
+def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
+    """Returns when the actor has the role there; denies otherwise.
+
+    Where the actor may not even read, it raises `hidden`, the NotFound of what was asked for.
+    """
+    if holds(actor, role, namespace) or (role is Role.READER and namespace in actor.public):
+        return
+    if namespace == EVERYWHERE or may_read(actor, namespace):
+        raise _denied(actor, role, namespace)
+    raise hidden or unknown_namespace(namespace)
+
+
+def permit_somewhere(actor: Actor, role: Role) -> None:
+    """For what no namespace owns, such as bases and suites."""
+    if not any(holds(actor, role, namespace) for namespace in actor.grants):
+        raise _denied(actor, role, "any namespace")
+
+
+def readable(actor: Actor, namespace: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
+    """A condition on a column of namespaces, for queries across them."""
+    if EVERYWHERE in actor.grants:
+        return true()
+    return namespace.in_({*actor.grants, *actor.public})
+
+
+def granted(actor: Actor, role: Role) -> list[str] | None:
+    """The namespaces where the actor has the role; None for all of them."""
+    if holds(actor, role):
+        return None
+    return sorted(namespace for namespace in actor.grants if holds(actor, role, namespace))
+
+
+def unknown_namespace(namespace: str) -> NotFound:
+    return NotFound(
+        "namespace_unknown",
+        f"There is no namespace {namespace[:64]} that you may see.",
+        subject=namespace[:64],
+        next_step="Look at its spelling, and at ADAPTORY_TOKEN.",
+    )
+
+
+def _denied(actor: Actor, role: Role, namespace: str) -> RegistryError:
+    if actor.name == ANONYMOUS:
+        return Unauthenticated(
+            "token_missing", "This needs a token.", next_step="Set ADAPTORY_TOKEN, or send Authorization: Bearer TOKEN."
         )
+    where = "the whole registry" if namespace == EVERYWHERE else namespace
+    return NotAllowed(
+        "role_missing",
+        f"{actor.name} has not the role {role} in {where}.",
+        subject=namespace,
+        next_step=f"Ask an admin of {where} for the role, or use a token whose scope has it.",
+    )

@@ -1,12 +1,12 @@
 """Who did what: typed acts and the one event log."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from registry.models import AuditRow
@@ -14,11 +14,19 @@ from registry.models import AuditRow
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who acts, and when. `grants` maps a namespace, or `*` for all of them, to a role of `registry.access`."""
+    """Who acts, when, by which token and from where. `registry.access` says what the grants allow.
+
+    `grants` maps a namespace, or `*` for all of them, to a role; `public` are the namespaces that everybody may read.
+    `mints` says whether the actor may make tokens, which a narrowed or a passing token may not.
+    """
 
     name: str
     at: datetime
     grants: Mapping[str, str]
+    public: frozenset[str] = field(default=frozenset())
+    token_id: str | None = None
+    source: str | None = None
+    mints: bool = False
 
 
 class Act(StrEnum):
@@ -29,20 +37,85 @@ class Act(StrEnum):
     COMPOSITION_CANCEL = "composition:cancel"
     COMPOSITION_CREATE = "composition:create"
     GATE_SET = "gate:set"
+    MEMBER_SET = "member:set"
+    NAMESPACE_CREATE = "namespace:create"
+    NAMESPACE_SET = "namespace:set"
     RELEASE_PUBLISH = "release:publish"
     RELEASE_UNYANK = "release:unyank"
     RELEASE_YANK = "release:yank"
     REPOSITORY_CREATE = "repository:create"
     SCORE_RECORD = "score:record"
     SUITE_ADD = "suite:add"
+    TOKEN_CREATE = "token:create"  # noqa: S105  (the name of an act)
+    TOKEN_REVOKE = "token:revoke"  # noqa: S105
 
 
-def record(session: Session, actor: Actor, act: Act, subject: object, **detail: Any) -> None:
-    session.add(AuditRow(at=actor.at, actor=actor.name, act=act, subject=str(subject), detail=detail))
+def record(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    act: Act,
+    subject: object,
+    *,
+    namespace: str | None,
+    reason: str | None = None,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    **detail: Any,
+) -> None:
+    """`namespace` is whose admins may read it, None the site's alone; `before` and `after` are what changed."""
+    session.add(
+        AuditRow(
+            at=actor.at,
+            actor=actor.name,
+            act=act,
+            subject=str(subject),
+            namespace=namespace,
+            token_id=actor.token_id,
+            source=actor.source,
+            reason=reason or None,
+            before=dict(before) if before is not None else None,
+            after=dict(after) if after is not None else None,
+            detail=detail,
+        )
+    )
 
 
-def events(session: Session, *, after: int = 0, limit: int = 100, subject: str | None = None) -> list[AuditRow]:
-    query = select(AuditRow).where(AuditRow.id > after).order_by(AuditRow.id).limit(limit)
-    if subject is not None:
-        query = query.where(AuditRow.subject == subject)
-    return list(session.scalars(query))
+@dataclass(frozen=True, slots=True)
+class EventQuery:
+    """`namespaces` is None for an admin of the site, who sees all. A subject with a `*` at its end is a beginning."""
+
+    namespaces: Sequence[str] | None
+    namespace: str | None = None
+    subject: str | None = None
+    actor: str | None = None
+    act: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+def events(session: Session, query: EventQuery, *, after: int = 0, limit: int = 100) -> list[AuditRow]:
+    """In the order of writing; `after` is the id of the last row seen."""
+    statement = select(AuditRow).where(AuditRow.id > after).order_by(AuditRow.id).limit(limit)
+    return list(session.scalars(_filtered(statement, query)))
+
+
+def _filtered(statement: Select[AuditRow], query: EventQuery) -> Select[AuditRow]:
+    if query.namespaces is not None:
+        statement = statement.where(AuditRow.namespace.in_(query.namespaces))
+    if query.subject and query.subject.endswith("*"):
+        beginning = query.subject.removesuffix("*")
+        statement = statement.where(AuditRow.subject.startswith(beginning, autoescape=True))
+    elif query.subject:
+        statement = statement.where(AuditRow.subject == query.subject)
+    for column, value in (
+        (AuditRow.namespace, query.namespace),
+        (AuditRow.actor, query.actor),
+        (AuditRow.act, query.act),
+    ):
+        if value is not None:
+            statement = statement.where(column == value)
+    if query.since is not None:
+        statement = statement.where(AuditRow.at >= query.since)
+    if query.until is not None:
+        statement = statement.where(AuditRow.at < query.until)
+    return statement

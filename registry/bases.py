@@ -84,7 +84,7 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
         )
         session.add(base)
         session.flush()
-        audit.record(session, actor, Act.BASE_ADD, base.digest, name=base.name)
+        audit.record(session, actor, Act.BASE_ADD, base.digest, namespace=None, after={"name": base.name})
     _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
     _add_locations(session, actor, base, new.locations)
     session.flush()
@@ -173,7 +173,7 @@ def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[st
         if owner is None:
             session.add(BaseAlias(alias=alias, base_digest=base.digest))
             session.flush()
-            audit.record(session, actor, Act.BASE_UPDATE, base.digest, alias=alias)
+            audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"alias": alias})
         elif owner != base.digest:
             raise Conflict(
                 "alias_taken",
@@ -195,4 +195,4 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
         if session.get(BaseLocation, (base.digest, url)) is None:
             session.add(BaseLocation(base_digest=base.digest, url=url))
             session.flush()
-            audit.record(session, actor, Act.BASE_UPDATE, base.digest, location=url)
+            audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"location": url})

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session, selectinload
@@ -71,10 +72,12 @@ def promote(  # noqa: PLR0913
         actor,
         Act.CHANNEL_PROMOTE,
         subject,
-        move=move.id,
-        to=release.version,
+        namespace=release.repository.namespace,
         reason=reason,
+        before=_state(current),
+        after=_state(move),
         forced=move.forced,
+        gates=move.gates,
     )
     return move
 
@@ -116,9 +119,24 @@ def roll_back(  # noqa: PLR0913
     )
     _set(session, channel, current, move, expected)
     audit.record(
-        session, actor, Act.CHANNEL_ROLLBACK, subject, move=move.id, to=target.to_release.version, reason=reason
+        session,
+        actor,
+        Act.CHANNEL_ROLLBACK,
+        subject,
+        namespace=repository.namespace,
+        reason=reason,
+        before=_state(current),
+        after=_state(move),
+        returns_to_move=target.id,
     )
     return move
+
+
+def _state(move: Move | None) -> dict[str, Any] | None:
+    """What a channel serves after this move, for the audit."""
+    if move is None:
+        return None
+    return {"move": move.id, "version": move.to_release.version, "commit": move.to_release.revision.commit}
 
 
 def serving(session: Session, channel: Channel) -> Move | None:

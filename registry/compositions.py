@@ -29,7 +29,7 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
     for name in _suite_names(recipe):
         suites.find(session, name)
     wanted = STEPS[:1] if plan_only else STEPS
-    job = jobs.enqueue(session, actor, "composition", wanted)
+    job = jobs.enqueue(session, actor, "composition", wanted, _owner(recipe))
     composition = Composition(
         job_id=job.id,
         plan_only=plan_only,
@@ -44,20 +44,37 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
     session.add(composition)
     session.flush()
     if not plan_only:
-        audit.record(session, actor, Act.COMPOSITION_CREATE, f"composition/{composition.id}", lock=lock.digest)
+        audit.record(
+            session,
+            actor,
+            Act.COMPOSITION_CREATE,
+            f"composition/{composition.id}",
+            namespace=job.namespace,
+            after={"lock": lock.digest},
+        )
     return composition
+
+
+def _owner(recipe: Recipe) -> str:
+    """The namespace that a composition belongs to: its output's, or for a plan without one its first input's."""
+    reference = recipe.adapter or recipe.model or recipe.inputs[0].adapter
+    return parse_reference(reference).repository.namespace
 
 
 def find(session: Session, composition_id: int) -> tuple[Composition, Job]:
     composition = session.get(Composition, composition_id)
     if composition is None:
-        raise NotFound(
-            "composition_unknown",
-            f"There is no composition {composition_id}.",
-            subject=str(composition_id),
-            next_step="Create one with `adaptory compose RECIPE`.",
-        )
+        raise unknown(composition_id)
     return composition, jobs.find(session, composition.job_id)
+
+
+def unknown(composition_id: int) -> NotFound:
+    return NotFound(
+        "composition_unknown",
+        f"There is no composition {composition_id}.",
+        subject=str(composition_id),
+        next_step="Create one with `adaptory compose RECIPE`.",
+    )
 
 
 def of_job(session: Session, job_id: int) -> Composition:
@@ -69,7 +86,7 @@ def of_job(session: Session, job_id: int) -> Composition:
 def cancel(session: Session, actor: Actor, composition_id: int) -> tuple[Composition, Job]:
     composition, job = find(session, composition_id)
     jobs.request_cancel(session, job.id, actor.at)
-    audit.record(session, actor, Act.COMPOSITION_CANCEL, f"composition/{composition.id}")
+    audit.record(session, actor, Act.COMPOSITION_CANCEL, f"composition/{composition.id}", namespace=job.namespace)
     return composition, job
 
 

@@ -5,7 +5,7 @@ RegistryError
 ├── Usage        2  the command line or the request makes no sense
 ├── NotFound     3  nothing of that name (or nothing you may see)
 ├── Conflict     4  it exists already, or somebody was faster
-├── NotAllowed   5  the role does not suffice
+├── NotAllowed   5  the role does not suffice, or nobody said who asks
 ├── Invalid      6  the input is damaged or does not fit
 └── Unavailable  7  a store or a database is away, full or too slow
 """
@@ -23,6 +23,8 @@ class RegistryError(Exception):
     exit_code: ClassVar[int]
     status: ClassVar[int]
     title: ClassVar[str]
+    retry_after_s: ClassVar[int | None] = None
+    """When asking again makes sense; None where it does not."""
 
     def __init__(
         self, code: str, detail: str, *, subject: str = "", next_step: str = "", findings: Sequence[dict[str, Any]] = ()
@@ -64,6 +66,12 @@ class NotAllowed(RegistryError):
     exit_code, status, title = 5, 403, "Not allowed"
 
 
+class Unauthenticated(NotAllowed):
+    """A NotAllowed for want of a valid token."""
+
+    status, title = 401, "Who asks?"
+
+
 class Invalid(RegistryError):
     exit_code, status, title = 6, 422, "Invalid input"
 
@@ -76,6 +84,14 @@ class TooLarge(Invalid):
 
 class Unavailable(RegistryError):
     exit_code, status, title = 7, 503, "Unavailable"
+    retry_after_s = 5
+
+
+class TooMany(Unavailable):
+    """An Unavailable to this caller alone, who asks for too much at once."""
+
+    status, title = 429, "Too many requests"
+    retry_after_s = 1
 
 
 FAMILIES: tuple[type[RegistryError], ...] = (
@@ -85,9 +101,11 @@ FAMILIES: tuple[type[RegistryError], ...] = (
     Conflict,
     Stale,
     NotAllowed,
+    Unauthenticated,
     Invalid,
     TooLarge,
     Unavailable,
+    TooMany,
 )
 
 

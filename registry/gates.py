@@ -133,7 +133,15 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
     session.add(row)
     session.flush()
     subject = f"{repository.namespace}/{repository.name}@{channel}"
-    audit.record(session, actor, Act.GATE_SET, subject, before=before, after=row.rules)
+    audit.record(
+        session,
+        actor,
+        Act.GATE_SET,
+        subject,
+        namespace=repository.namespace,
+        before={"rules": before},
+        after={"rules": row.rules},
+    )
     return rules
 
 

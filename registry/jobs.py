@@ -21,9 +21,10 @@ MAX_ATTEMPTS = 3
 FINISHED = ("done", "refused", "failed", "cancelled")
 
 
-def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str]) -> Job:
+def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], namespace: str) -> Job:
     job = Job(
         kind=kind,
+        namespace=namespace,
         state="queued",
         steps=[{"name": step, "state": "waiting", "progress": 0.0} for step in steps],
         error=None,
@@ -43,14 +44,21 @@ def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str]) -> 
 def find(session: Session, job_id: int) -> Job:
     job = session.get(Job, job_id)
     if job is None:
-        raise NotFound(
-            "job_unknown", f"There is no job {job_id}.", subject=str(job_id), next_step="`adaptory jobs` lists them."
-        )
+        raise unknown(job_id)
     return job
 
 
-def list_page(session: Session, *, before: int, limit: int) -> list[Job]:
+def unknown(job_id: int) -> NotFound:
+    return NotFound(
+        "job_unknown", f"There is no job {job_id}.", subject=str(job_id), next_step="`adaptory jobs` lists them."
+    )
+
+
+def list_page(session: Session, namespaces: Sequence[str] | None, *, before: int, limit: int) -> list[Job]:
+    """The newest first; of these namespaces, or of all with None."""
     query = select(Job).order_by(Job.id.desc()).limit(limit)
+    if namespaces is not None:
+        query = query.where(Job.namespace.in_(namespaces))
     if before:
         query = query.where(Job.id < before)
     return list(session.scalars(query))

@@ -11,6 +11,7 @@ from registry.names import Digest
 
 MAX_FILES = 10_000
 MAX_PATH_CHARACTERS = 400
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,16 @@ def check_path(path: str) -> str:
     return path
 
 
+def refuse_pickle(path: str) -> None:
+    if path.lower().endswith(_PICKLES):
+        raise Invalid(
+            "pickle",
+            f"{path} is a pickle, which runs code when it is opened.",
+            subject=path,
+            next_step="Save safetensors (PEFT's save_pretrained does) and leave the pickle out.",
+        )
+
+
 def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
     """One line of JSON, files sorted by path: the same set of files always has the same bytes."""
     rows = sorted(files, key=lambda file: file.path)
@@ -53,6 +64,13 @@ def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
         raise Invalid("bad_manifest", "Two files differ only by upper and lower case, or not at all.")
     document = [{"path": file.path, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in rows]
     return json.dumps({"files": document}, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def parse_manifest(manifest: str) -> list[ManifestFile]:
+    """The files of a canonical manifest, sorted by path."""
+    return [
+        ManifestFile(file["path"], file["size_bytes"], Digest(file["sha256"])) for file in json.loads(manifest)["files"]
+    ]
 
 
 def commit_id(manifest: bytes) -> str:

@@ -1,13 +1,12 @@
 """Verify bytes, then publish rows: for web, hub and worker alike."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from composer.findings import Finding
@@ -17,10 +16,9 @@ from composer.formats.header import DEFAULT_LIMITS, header_length
 from composer.formats.inspection import inspect
 from registry import bases, releases
 from registry.audit import Actor
-from registry.db import insert_if_absent
-from registry.errors import Invalid, TooLarge, Unavailable, refuse_errors
-from registry.manifest import ManifestFile, check_path
-from registry.models import Blob, Release
+from registry.errors import Invalid, Unavailable, refuse_errors
+from registry.manifest import ManifestFile, check_path, refuse_pickle
+from registry.models import Release
 from registry.names import Digest, RepositoryName, Version
 from registry.releases import Input, NewRelease
 from registry.repositories import Kind
@@ -29,7 +27,6 @@ from registry.schemas.catalog import AdapterFactsOut
 from registry.storage.blobs import BlobStore
 
 _BLOCK_BYTES = 1 << 20
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,60 +51,6 @@ class Published:
     release_id: int
     created: bool
     warnings: list[Finding]
-
-
-def absent(resources: Resources, files: Sequence[ManifestFile]) -> list[ManifestFile]:
-    """Those files whose bytes must be sent, the store may have lost them; paths and sizes are checked first."""
-    for file in files:
-        check_path(file.path)
-        _check_size(resources, file.path, file.size_bytes)
-        _refuse_pickle(file.path)
-    with resources.read() as session:
-        known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_({file.sha256 for file in files}))))
-    return [file for file in files if file.sha256 not in known or not _is_stored(resources, file)]
-
-
-def _is_stored(resources: Resources, file: ManifestFile) -> bool:
-    stat = resources.store.stat(file.sha256)
-    return stat is not None and stat.size_bytes == file.size_bytes
-
-
-def receive(resources: Resources, actor: Actor, sha256: Digest, chunks: Iterable[bytes], size_bytes: int) -> None:
-    """Takes the bytes of one blob. Nothing appears under its digest unless digest and size are right."""
-    _check_size(resources, sha256, size_bytes)
-    with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
-        path = Path(directory) / "blob"
-        digest, taken = hashlib.sha256(), 0
-        try:
-            with path.open("wb") as file:
-                for chunk in chunks:
-                    taken += len(chunk)
-                    if taken > size_bytes:
-                        break
-                    digest.update(chunk)
-                    file.write(chunk)
-        except OSError as error:
-            raise Unavailable(
-                "store_full",
-                f"The upload cannot be written: {error.strerror}.",
-                subject=sha256,
-                next_step="Free some space and repeat.",
-            ) from error
-        if taken != size_bytes or digest.hexdigest() != sha256:
-            raise Invalid(
-                "digest_differs",
-                f"The bytes received are not those of {sha256}.",
-                subject=sha256,
-                next_step="Send the file again.",
-            )
-        store_file(resources, actor, sha256, path, move=True)
-
-
-def store_file(resources: Resources, actor: Actor, sha256: Digest, path: Path, *, move: bool) -> None:
-    """Puts a verified file into the store, then its row: a crash between the two leaves an orphan, no more."""
-    stat = resources.store.put(sha256, path, move=move)
-    with resources.write() as session:
-        insert_if_absent(session, Blob, sha256=sha256, size_bytes=stat.size_bytes, created_at=actor.at)
 
 
 def publish(resources: Resources, actor: Actor, push: Push) -> Published:
@@ -164,7 +107,7 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
 def _inspect(resources: Resources, push: Push, architecture: Architecture) -> tuple[Mapping[str, Any], list[Finding]]:
     for file in push.files:
         check_path(file.path)
-        _refuse_pickle(file.path)
+        refuse_pickle(file.path)
     with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
         place = Path(directory) / push.repository.name
         place.mkdir()
@@ -242,25 +185,4 @@ def _copy_verified(store: BlobStore, file: ManifestFile, target: Path) -> None:
             f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
             subject=file.path,
             next_step="Restore the blob from a backup.",
-        )
-
-
-def _check_size(resources: Resources, subject: str, size_bytes: int) -> None:
-    limit = resources.settings.max_file_bytes
-    if not 0 <= size_bytes <= limit:
-        raise TooLarge(
-            "file_too_large",
-            f"{subject} has {size_bytes:,} bytes; the limit is {limit:,}.",
-            subject=subject,
-            next_step="ADAPTORY_MAX_FILE_BYTES sets it.",
-        )
-
-
-def _refuse_pickle(path: str) -> None:
-    if path.lower().endswith(_PICKLES):
-        raise Invalid(
-            "pickle",
-            f"{path} is a pickle, which runs code when it is opened.",
-            subject=path,
-            next_step="Save safetensors (PEFT's save_pretrained does) and leave the pickle out.",
         )

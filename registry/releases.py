@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import audit, repositories
+from registry import audit, breaking, numbering, repositories, terms
 from registry.audit import Act, Actor
-from registry.db import insert_if_absent
 from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import (
@@ -21,14 +19,10 @@ from registry.models import (
     Repository,
     Revision,
     RevisionFile,
-    TargetSet,
-    TargetSetMember,
 )
-from registry.names import RepositoryName, Version, parse_version
+from registry.names import RepositoryName, Version
 from registry.repositories import Kind
 
-BUMPS = ("major", "minor", "patch")
-FIRST_VERSION = Version(0, 1, 0)
 MAX_NOTES = 20_000
 
 
@@ -42,7 +36,11 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class NewRelease:
-    """`version` or `bump` is set. `facts` are those of `composer.formats.facts`, or of a merged checkpoint."""
+    """`version` or `bump` is set. `facts` are those of `composer.formats.facts`, or of a merged checkpoint.
+
+    `allow_breaking` is why a breaking change may have a number that promises there is none. `servers` and `loading` are
+    those of `composer.formats.serving`, `spectrum` that of `composer.spectrum`, `signed_by` a key's fingerprint.
+    """
 
     repository: RepositoryName
     kind: Kind
@@ -54,12 +52,19 @@ class NewRelease:
     notes: str = ""
     inputs: Sequence[Input] = field(default=())
     composition_id: int | None = None
+    allow_breaking: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    spectrum: Mapping[str, Any] | None = None
+    servers: int = 0
+    loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    signed_by: str | None = None
 
 
 def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
     """The release and whether it is new. The same content again is a retry, other content under the version a Conflict.
 
-    The blobs must be known already (bytes first, rows second).
+    The blobs must be known already (bytes first, rows second). Raises Refused for a breaking change whose version lies
+    within `^previous`, unless `allow_breaking` says why.
     """
     if len(new.notes) > MAX_NOTES:
         raise Invalid(
@@ -70,14 +75,17 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         )
     commit = commit_id(canonical_manifest(new.files))
     repository = repositories.find_or_create(session, actor, new.repository, new.kind)
-    version = new.version or _next_version(session, repository, new.bump)
+    surface = breaking.surface(new.base_digest, new.facts, new.files)
+    version = new.version or numbering.next_version(session, repository, new.bump, surface)
     existing = _by_version(session, repository, version)
     if existing is not None:
         return _retry(existing, new, commit), False
     if new.version is None and (same := _by_content(session, repository, commit, new.base_digest)):
         return same, False
+    breaking_reason = numbering.refuse_breaking(session, repository, version, surface, new.allow_breaking)
     revision = _revision(session, actor, repository, commit, new.files)
     release = _insert(session, actor, new, version, repository, revision)
+    release.breaking_reason = breaking_reason
     for source in new.inputs:
         session.add(
             ReleaseInput(
@@ -88,7 +96,15 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
             )
         )
     session.flush()
-    audit.record(session, actor, Act.RELEASE_PUBLISH, full_name(release), commit=commit, base=new.base_digest)
+    audit.record(
+        session,
+        actor,
+        Act.RELEASE_PUBLISH,
+        full_name(release),
+        namespace=new.repository.namespace,
+        reason=breaking_reason,
+        after={"commit": commit, "base": new.base_digest, "signed_by": new.signed_by},
+    )
     return release, True
 
 
@@ -100,17 +116,33 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
         )
     if not release.yanked:
         release.yanked, release.yank_reason = True, reason
-        audit.record(session, actor, Act.RELEASE_YANK, full_name(release), reason=reason)
+        _record_yank(session, actor, release, Act.RELEASE_YANK, reason)
         session.flush()
     return release
 
 
-def unyank(session: Session, actor: Actor, release: Release) -> Release:
+def unyank(session: Session, actor: Actor, release: Release, reason: str = "") -> Release:
     if release.yanked:
-        audit.record(session, actor, Act.RELEASE_UNYANK, full_name(release), was=release.yank_reason)
+        before = release.yank_reason
         release.yanked, release.yank_reason = False, None
+        _record_yank(session, actor, release, Act.RELEASE_UNYANK, reason, before)
         session.flush()
     return release
+
+
+def _record_yank(
+    session: Session, actor: Actor, release: Release, act: Act, reason: str, yank_reason: str | None = None
+) -> None:
+    audit.record(
+        session,
+        actor,
+        act,
+        full_name(release),
+        namespace=release.repository.namespace,
+        reason=reason,
+        before={"yanked": not release.yanked, "yank_reason": yank_reason},
+        after={"yanked": release.yanked, "yank_reason": release.yank_reason},
+    )
 
 
 def find(session: Session, name: RepositoryName, version: Version, kind: Kind | None = None) -> Release:
@@ -153,24 +185,6 @@ def inputs_of(session: Session, *listed: Release) -> dict[int, list[tuple[Releas
 
 def full_name(release: Release) -> str:
     return f"{repositories.name_of(release.repository)}:{release.version}"
-
-
-def highest_stable(session: Session, repository: Repository) -> Release | None:
-    query = select(Release).where(Release.repository_id == repository.id, Release.stable, ~Release.yanked)
-    return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
-
-
-def _next_version(session: Session, repository: Repository, bump: str | None) -> Version:
-    if bump not in BUMPS:
-        raise Usage(
-            "version_missing",
-            "A push needs a version.",
-            subject=str(repositories.name_of(repository)),
-            next_step="Write REPO:VERSION, or --bump patch|minor|major.",
-        )
-    query = select(Release.version).where(Release.repository_id == repository.id, Release.stable)
-    latest = session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
-    return parse_version(latest).bump(bump) if latest else FIRST_VERSION
 
 
 def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
@@ -244,14 +258,14 @@ def _insert(
         rank_max=new.facts.get("rank_max"),
         alpha=new.facts.get("alpha"),
         dtype=new.facts.get("dtype"),
-        license=None,
-        provenance={},
-        spectrum=None,
-        servers=0,
-        loading={},
+        license=new.provenance.get("license"),
+        provenance=dict(new.provenance),
+        spectrum=dict(new.spectrum) if new.spectrum is not None else None,
+        servers=new.servers,
+        loading=dict(new.loading),
         breaking_reason=None,
-        signed_by=None,
-        target_set_id=_target_set(session, targets) if targets else None,
+        signed_by=new.signed_by,
+        target_set_id=terms.target_set(session, targets) if targets else None,
         size_bytes=sum(file.size_bytes for file in new.files),
         facts=dict(new.facts),
         notes=new.notes,
@@ -260,18 +274,5 @@ def _insert(
         created_at=actor.at,
         created_by=actor.name,
     )
-    session.add(release)
-    session.flush()
+    terms.add(session, release)
     return release
-
-
-def _target_set(session: Session, targets: Sequence[str]) -> int:
-    key = sha256("\n".join(sorted(targets)).encode()).hexdigest()  # a list of full paths can have any length
-    known = select(TargetSet.id).where(TargetSet.key == key)
-    found = session.scalar(known)
-    if found is None:
-        insert_if_absent(session, TargetSet, key=key)
-        found = session.scalars(known).one()
-        for target in sorted(targets):
-            insert_if_absent(session, TargetSetMember, target_set_id=found, target=target)
-    return found

@@ -5,7 +5,8 @@ from enum import StrEnum
 from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
-from registry import audit
+from registry import audit, namespaces
+from registry.access import readable
 from registry.audit import Act, Actor
 from registry.errors import Conflict, NotFound
 from registry.models import Repository
@@ -32,10 +33,11 @@ def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Re
 def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: Kind) -> Repository:
     repository = _lookup(session, name)
     if repository is None:
+        namespaces.find_or_create(session, actor, name.namespace)
         repository = Repository(namespace=name.namespace, name=name.name, kind=kind, created_at=actor.at)
         session.add(repository)
         session.flush()
-        audit.record(session, actor, Act.REPOSITORY_CREATE, name, kind=kind)
+        audit.record(session, actor, Act.REPOSITORY_CREATE, name, namespace=name.namespace, after={"kind": str(kind)})
     _check_kind(repository, kind)
     return repository
 
@@ -58,11 +60,13 @@ def _check_kind(repository: Repository, kind: Kind) -> None:
         )
 
 
-def list_page(session: Session, kind: Kind, *, after: str, limit: int) -> list[Repository]:
-    """By namespace, then name; `after` is the last full name of the page before."""
+def list_page(session: Session, actor: Actor, kind: Kind, *, after: str, limit: int) -> list[Repository]:
+    """Those that the actor may read, by namespace, then name; `after` is the last full name of the page before."""
     namespace, _, name = after.partition("/")
     key = tuple_(Repository.namespace, Repository.name)
-    query = select(Repository).where(Repository.kind == kind, key > tuple_(namespace, name))
+    query = select(Repository).where(
+        Repository.kind == kind, key > tuple_(namespace, name), readable(actor, Repository.namespace)
+    )
     return list(session.scalars(query.order_by(Repository.namespace, Repository.name).limit(limit)))
 
 

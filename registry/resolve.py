@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from registry import channels, releases, repositories
+from registry import channels, numbering, releases, repositories
 from registry.errors import NotFound, Usage
 from registry.models import Channel, Move, Release, Repository, Revision
 from registry.names import Reference, parse_version
@@ -39,7 +39,7 @@ def resolve(session: Session, reference: Reference, kind: Kind | None = None) ->
     if reference.channel:
         return _by_channel(session, repository, reference)
     release = (
-        _in_range(session, repository, reference) if reference.range else releases.highest_stable(session, repository)
+        _in_range(session, repository, reference) if reference.range else numbering.highest_stable(session, repository)
     )
     if release is None:
         what = f"no release in the range {reference.range.text}" if reference.range else "no stable release"

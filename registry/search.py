@@ -1,71 +1,102 @@
-"""Query value -> releases that fit a base, a rank, a set of targets and scores."""
+"""Query value -> releases that fit a base, a rank, a set of targets, a server and scores.
 
-from collections.abc import Sequence
+A search costs what its page costs, however many releases there are: what fits is decided on interned traits, and of each
+combination that fits the index already has the order. Only when very many fit is everything looked at in that order, and
+then the page is soon full.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sqlalchemy import Select, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, String, cast, func, select, tuple_
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from registry import bases
-from registry.models import Release, Repository, Score, Suite, TargetSetMember
-from registry.repositories import Kind
-from registry.suites import Condition
+from composer.formats.serving import Loading, loads
+from registry import bases, conditions, suites
+from registry.audit import Actor
+from registry.conditions import Query as Query
+from registry.errors import Usage
+from registry.models import Base, Release, Score, Suite, Traits
+from registry.suites import HIGHER_IS_BETTER
+
+NEWEST, VERSION = "newest", "version"
+FEW = 16
+"""So many combinations of traits are merged; with more, the page is filled from all releases in order."""
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
-    """All conditions hold together. `before` is the id of the last release of the page before, 0 for the first page."""
+class Place:
+    """Where a page ended: the sort key of its last release (None where the id is the key) and its id."""
 
-    kind: Kind = Kind.ADAPTER
-    namespace: str | None = None
-    base: str | None = None
-    type: str | None = None
-    max_rank: int | None = None
-    targets_within: Sequence[str] = ()
-    targets_include: Sequence[str] = ()
-    scores: Sequence[Condition] = field(default=())
-    include_yanked: bool = False
-    before: int = 0
+    key: str | float | None
+    release_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`newest`, `version` (the highest first) or `SUITE.METRIC` (the best first, without releases that lack it)."""
+
+    name: str = NEWEST
     limit: int = 50
+    after: Place | None = None
 
 
-def search(session: Session, query: Query) -> list[Release]:
-    """The newest release first. Raises NotFound for a base that is not registered."""
-    statement = (
-        select(Release.id).join(Repository, Repository.id == Release.repository_id).where(Repository.kind == query.kind)
-    )
-    if query.namespace:
-        statement = statement.where(Repository.namespace == query.namespace)
-    if query.base:
-        statement = statement.where(Release.base_digest == bases.find(session, query.base).digest)
-    if query.type:
-        statement = statement.where(Release.type == query.type)
-    if query.max_rank is not None:
-        statement = statement.where(Release.rank_max <= query.max_rank)
-    if not query.include_yanked:
-        statement = statement.where(~Release.yanked)
-    if query.before:
-        statement = statement.where(Release.id < query.before)
-    statement = _with_scores(_with_targets(statement, query), query)
-    # Ids are sorted first and only the page's rows are read: a sort of whole rows carries the facts of every match.
-    page = statement.order_by(Release.id.desc()).limit(query.limit)
-    return list(session.scalars(select(Release).where(Release.id.in_(page)).order_by(Release.id.desc())))
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`relation` is how the release's base follows from the one asked for: "" where it is that one."""
+
+    release: Release
+    place: Place
+    relation: str = ""
+    loading: Loading | None = None
 
 
-def _with_targets(statement: Select[int], query: Query) -> Select[int]:
-    if query.targets_within:
-        outside = select(TargetSetMember.target_set_id).where(TargetSetMember.target.not_in(query.targets_within))
-        statement = statement.where(Release.target_set_id.is_not(None), Release.target_set_id.not_in(outside))
-    for target in query.targets_include:
-        having = select(TargetSetMember.target_set_id).where(TargetSetMember.target == target)
-        statement = statement.where(Release.target_set_id.in_(having))
-    return statement
+@dataclass(frozen=True, slots=True)
+class Answer:
+    base: Base | None
+    found: list[Found] = field(default_factory=list[Found])
 
 
-def _with_scores(statement: Select[int], query: Query) -> Select[int]:
-    for condition in query.scores:
-        enough = Score.value >= condition.value if condition.operator == ">=" else Score.value <= condition.value
-        found = select(Score.id).join(Suite, Suite.id == Score.suite_id)
-        found = found.where(Score.release_id == Release.id, Suite.name == condition.suite, Suite.current)
-        statement = statement.where(found.where(Score.metric == condition.metric, enough).exists())
-    return statement
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """An order as columns: of releases, or of scores joined to their releases."""
+
+    key: InstrumentedAttribute[Any] | None
+    release_id: InstrumentedAttribute[Any]
+    traits_id: InstrumentedAttribute[Any]
+    descending: bool = True
+    where: tuple[ColumnElement[bool], ...] = ()
+
+    def ids(self) -> Select[Any]:
+        found = select(self.release_id.label("id"))
+        return found.join(Release, Release.id == Score.release_id) if self.release_id is Score.release_id else found
+
+    def page(self, statement: Select[Any], order: Order) -> Select[Any]:
+        columns = [self.release_id] if self.key is None else [self.key, self.release_id]
+        if order.after:
+            reached = tuple_(*columns)
+            last = [order.after.release_id] if self.key is None else [order.after.key, order.after.release_id]
+            statement = statement.where(reached < tuple_(*last) if self.descending else reached > tuple_(*last))
+        ordered = [column.desc() if self.descending else column.asc() for column in columns]
+        return statement.where(*self.where).order_by(*ordered).limit(order.limit)
+
+
+def search(session: Session, actor: Actor, query: Query, order: Order) -> Answer:
+    """What the actor may read, in the order asked for. Raises NotFound for a base or a suite that is not registered."""
+    base = bases.find(session, query.base) if query.base else None
+    relations = _relations(session, base, related=query.related)
+    current = [suites.find(session, condition.suite) for condition in query.scores]
+    by = _sorted(session, order)
+    fits = select(Traits.id).where(*conditions.on_traits(query, list(relations)))
+    asked = conditions.on_release(actor, query, current)
+    rare = conditions.rarest(session, actor, query, current, fits)
+    if rare is None:
+        ids = _few(session, fits, by, order, asked)
+    else:
+        ids = rare
+    if ids is None:
+        statement = by.page(by.ids().where((by.traits_id + 0).in_(fits), *asked), order)
+        ids = session.scalars(statement).all()
+        asked = []
+    return Answer(base, [])

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -51,6 +51,18 @@ class Settings(BaseSettings):
     """The largest file a release may hold."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)
     """The largest JSON or YAML body: a tensor table, a suite, a recipe."""
+    access: Literal["single", "tokens"] = "single"
+    """Who may use a server: `single` answers on loopback to its one user, `tokens` asks everybody for a token."""
+    access_cache_s: float = Field(default=5.0, ge=0, le=300)
+    """How long a server remembers whom a token stands for, and so how late another server may notice a revocation."""
+    rate_limit: str = "6000/minute"
+    """Requests a token, or an address without one, may make of one server process; empty for no limit."""
+    max_concurrent_uploads: int = Field(default=64, gt=0)
+    """Bodies of blobs that one token may be sending to one server process at a time."""
+    max_header_bytes: int = Field(default=32 * 1024, gt=0)
+    """All headers of a request together."""
+    token: SecretStr | None = None
+    """Sent by the command line to the registry at `url`."""
     user: str = Field(default_factory=_login_name, min_length=1, max_length=128)
     """The name written into moves and audit rows in the embedded registry; the login name unless set."""
 

@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session
 
 from composer.suite import Suite as SuiteContent
 from registry import audit
+from registry.access import Role, holds
 from registry.audit import Act, Actor
-from registry.errors import Invalid, NotFound, Usage
+from registry.errors import Invalid, NotAllowed, NotFound, Usage
 from registry.models import Base, Release, Score, Suite
 from registry.names import parse_part
 
@@ -82,6 +83,8 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     if known is not None and known.current:
         return known, False
+    replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
+    _refuse_stranger(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
     session.execute(update(Suite).where(Suite.name == content.name).values(current=False))
     suite = known or Suite(
         name=content.name,
@@ -96,7 +99,13 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     session.add(suite)
     session.flush()
     audit.record(
-        session, actor, Act.SUITE_ADD, f"suite/{content.name}", digest=content.digest, examples=len(content.examples)
+        session,
+        actor,
+        Act.SUITE_ADD,
+        f"suite/{content.name}",
+        namespace=None,
+        before={"digest": replaced.digest} if replaced else None,
+        after={"digest": content.digest, "examples": len(content.examples)},
     )
     return suite, known is None
 
@@ -136,7 +145,9 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         score = session.scalar(
             select(Score).where(owner, Score.suite_id == suite.id, Score.metric == measurement.metric)
         )
-        before = score.value if score else None
+        if score is not None and isinstance(subject, Base):
+            _refuse_stranger(actor, f"{subject.name} {suite.name}.{measurement.metric}", score.measured_by)
+        before = {"value": score.value, "n": score.n} if score else None
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
         score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
         score.higher_is_better, score.provenance = measurement.higher_is_better, dict(measurement.provenance)
@@ -148,13 +159,25 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
             actor,
             Act.SCORE_RECORD,
             _subject_name(subject),
+            namespace=subject.repository.namespace if isinstance(subject, Release) else None,
+            before=before,
+            after={"value": measurement.value, "n": measurement.n},
             suite=suite.name,
             metric=measurement.metric,
-            before=before,
-            after=measurement.value,
         )
         rows.append(score)
     return rows
+
+
+def _refuse_stranger(actor: Actor, subject: str, owner: str | None) -> None:
+    """Suites and the scores of bases are everybody's yardstick: who did not make one may not change it."""
+    if owner is not None and owner != actor.name and not holds(actor, Role.ADMIN):
+        raise NotAllowed(
+            "not_yours",
+            f"{subject} is {owner}'s.",
+            subject=subject,
+            next_step=f"Ask {owner} or an admin of the registry, or choose another name.",
+        )
 
 
 def _check_measurement(measurement: Measurement, suite: Suite) -> None:
@@ -194,7 +217,9 @@ def scores_of_releases(session: Session, release_ids: Sequence[int]) -> dict[int
 
 
 def _owner_columns(subject: Release | Base) -> dict[str, Any]:
-    return {"release_id": subject.id} if isinstance(subject, Release) else {"base_digest": subject.digest}
+    if isinstance(subject, Base):
+        return {"base_digest": subject.digest}
+    return {"release_id": subject.id, "traits_id": subject.traits_id}
 
 
 def _subject_name(subject: Release | Base) -> str:

@@ -1,15 +1,32 @@
 """What every test may ask for: a tiny real model with adapters, databases, and a registry driven as its users do."""
 
 import os
-from collections.abc import Generator
+import shutil
+import uuid
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 
 from tests import services
+from tests.s3_server import S3Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that outlives the others owns the services; test processes started by it inherit the place."""
+    if not hasattr(config, "workerinput"):
+        os.environ[services.DIRECTORY] = mkdtemp(prefix="adaptory-services-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    directory = os.environ.get(services.DIRECTORY)
+    if directory and not hasattr(config, "workerinput"):
+        services.stop_all(Path(directory))
+        shutil.rmtree(directory)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -30,6 +47,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
-    with services.postgres(tmp_path_factory.mktemp("postgres")) as url:
-        yield url
+def postgres_url() -> str:
+    return services.shared_postgres()
+
+
+@pytest.fixture(scope="session")
+def s3() -> S3Server:
+    """The S3 server of this run, shared by every test."""
+    return services.shared_s3()
+
+
+@pytest.fixture
+def s3_environment(s3: S3Server) -> dict[str, str]:
+    """What a registry needs to keep its blobs in a corner of its own."""
+    return s3.environment(f"{uuid.uuid4().hex}/")

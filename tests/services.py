@@ -1,16 +1,33 @@
-"""The real services that tests use where they are found: PostgreSQL, started here for the run."""
+"""The real services that tests use where they are found: PostgreSQL and an S3 server, started once for a whole run.
 
+For a developer they run until they are stopped:
+
+    eval "$(python -m tests.services start .services)"    # exports what `adaptory migrate` and `adaptory serve` read
+    python -m tests.services stop .services
+"""
+
+import argparse
 import os
 import shutil
-import socket
 import subprocess
-from collections.abc import Generator
+import sys
+import uuid
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection, create_engine, text
+
+from registry.db import Database, migrate
+from tests import s3_server
+from tests.ports import free_ports
+from tests.s3_server import S3Server, locked
 
 REQUIRED = os.environ.get("ADAPTORY_REQUIRE_SERVICES") == "1"
+DIRECTORY = "ADAPTORY_TEST_SERVICES"
+"""The environment variable that brings the directory of this run's services to every test process."""
+_MIGRATED = "migrated"
 _missing: dict[str, str] = {}
 
 
@@ -31,6 +48,69 @@ def unavailable(name: str, hint: str) -> None:
     pytest.skip(f"{name} not found: {hint}")
 
 
+def free_port() -> int:
+    return free_ports(1)[0]
+
+
+def shared_directory() -> Path:
+    return Path(os.environ[DIRECTORY])
+
+
+def shared_postgres() -> str:
+    """The URL of the first database of the run's one cluster."""
+    if postgres_binaries() is None:
+        unavailable("PostgreSQL", "apt-get install postgresql")
+    return start_postgres(shared_directory() / "postgres")
+
+
+def new_database(*, migrated: bool = False) -> str:
+    """The URL of a database of one's own in the run's cluster; one with our tables is a copy of one made earlier."""
+    with locked(shared_directory() / "databases.lock"):
+        url = shared_postgres()
+        if not migrated:
+            return _create_database(url, f"t{uuid.uuid4().hex}")
+        if not _exists(url, _MIGRATED):
+            database = Database(_create_database(url, _MIGRATED))
+            migrate(database)
+            database.close()
+        return _create_database(url, f"t{uuid.uuid4().hex}", template=_MIGRATED)
+
+
+def _create_database(url: str, name: str, template: str = "template1") -> str:
+    with _administration(url) as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    return f"{url.rpartition('/')[0]}/{name}"
+
+
+def _exists(url: str, name: str) -> bool:
+    with _administration(url) as connection:
+        return bool(connection.scalar(text("SELECT count(*) FROM pg_database WHERE datname = :name"), {"name": name}))
+
+
+@contextmanager
+def _administration(url: str) -> Generator[Connection]:
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def shared_s3() -> S3Server:
+    """The run's one server: others use it too, so keep to a prefix and leave it running."""
+    if "S3 server" in _missing:
+        unavailable("S3 server", _missing["S3 server"])
+    try:
+        return s3_server.started(shared_directory() / "s3")
+    except (OSError, RuntimeError) as error:
+        unavailable("S3 server", f"{str(error)[-500:]} (it is installed with pip and needs python3-venv)")
+        raise
+
+
+def stop_all(directory: Path) -> None:
+    stop_postgres(directory / "postgres")
+    s3_server.load(directory / "s3").stop()
+
+
 def postgres_binaries() -> Path | None:
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if found:
@@ -39,38 +119,74 @@ def postgres_binaries() -> Path | None:
     return Path(on_path).parent if on_path else None
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @contextmanager
 def postgres(directory: Path) -> Generator[str]:
-    """A cluster of its own below `directory`, on a socket and a free port; yields the URL of its first database."""
-    binaries = postgres_binaries()
-    if binaries is None:
-        unavailable("PostgreSQL", "apt-get install postgresql")
-    as_user: list[str] = []
-    data = directory / "pg"
-    data.mkdir(parents=True)
-    if os.geteuid() == 0:  # the server refuses to run as root
-        as_user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(data, "postgres")
-        for parent in (directory, *directory.parents):
-            if parent.owner() == "root" and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
-    port = free_port()
-    cluster = data / "cluster"
-    subprocess.run(
-        [*as_user, f"{binaries}/initdb", "-D", cluster, "-U", "adaptory", "--auth=trust", "-N"],
-        check=True,
-        capture_output=True,
-    )
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c max_connections=200"
-    control = [*as_user, f"{binaries}/pg_ctl", "-D", str(cluster), "-w"]
-    subprocess.run([*control, "-o", options, "-l", str(data / "log"), "start"], check=True, capture_output=True)
+    """A cluster of its own below `directory`; yields the URL of its first database."""
     try:
-        yield f"postgresql://adaptory@127.0.0.1:{port}/postgres"
+        yield start_postgres(directory)
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
+        stop_postgres(directory)
+
+
+def start_postgres(directory: Path) -> str:
+    """A cluster on a free port; the URL of its first database. It stays when it runs already."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / "lock"):
+        pid_file = directory / "pg" / "cluster" / "postmaster.pid"
+        if not pid_file.exists():
+            _start_postgres(directory / "pg")
+        port = pid_file.read_text().splitlines()[3]
+        return f"postgresql://adaptory@127.0.0.1:{port}/postgres"
+
+
+def stop_postgres(directory: Path) -> None:
+    if (directory / "pg" / "cluster" / "postmaster.pid").exists():
+        _as_postgres("pg_ctl", "-D", directory / "pg" / "cluster", "-w", "-m", "immediate", "stop")
+
+
+def _start_postgres(data: Path) -> None:
+    cluster = data / "cluster"
+    if not cluster.exists():
+        data.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:  # the server refuses to run as root
+            shutil.chown(data, "postgres")
+            for parent in data.resolve().parents:
+                if parent.owner() == "root" and parent != Path("/"):
+                    parent.chmod(parent.stat().st_mode | 0o011)
+        _as_postgres("initdb", "-D", cluster, "-U", "adaptory", "--auth=trust", "-N")
+    options = (
+        f"-p {free_port()} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off "
+        "-c max_connections=400"
+    )
+    _as_postgres("pg_ctl", "-D", cluster, "-w", "-o", options, "-l", data / "log", "start")
+
+
+def _as_postgres(program: str, *arguments: object) -> None:
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    command = [*user, f"{postgres_binaries()}/{program}", *map(str, arguments)]
+    # Not through a pipe: the server would inherit it, and its end would never come.
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def _exports(directory: Path) -> Mapping[str, str]:
+    values = s3_server.started(directory / "s3").environment()
+    if postgres_binaries() is not None:
+        values["ADAPTORY_DATABASE_URL"] = start_postgres(directory / "postgres")
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("start", "stop"))
+    parser.add_argument("directory", type=Path)
+    chosen = parser.parse_args()
+    directory: Path = chosen.directory.resolve()
+    if chosen.what == "stop":
+        stop_all(directory)
+        return
+    for name, value in _exports(directory).items():
+        sys.stdout.write(f"export {name}='{value}'\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,8 @@
-"""Which servers load an adapter as it is, why not, and the way out: facts read from the servers' sources."""
+"""Which servers load an adapter as it is, why not, and the way out: facts read from the servers' sources.
+
+What does not depend on how a server was started is judged once (`judge`) and can be kept: a bit for each server and the
+reasons of those that refuse. Whether one server loads it is then asked of that and of its rank limit (`loads`).
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,15 +11,35 @@ from typing import Any
 from composer.errors import NotSupported
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import AdapterFacts
-from composer.formats.placement import Placed
+from composer.formats.placement import FACTOR_PARTS, Placed
+
+SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
+"""Bit i of a mask of servers stands for SERVERS[i]. Masks are kept: a new server is only ever appended."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
 PROFILES = ("vllm:<max_lora_rank>", "sglang", "lorax", "llamacpp", "peft")
 _REBASED_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 _FOLD = "fold: rewrite scales into plain factors (combine with one adapter does it)"
 _TRUNCATE = "truncate: lower the rank with the error stated"
 _MERGE = "merge: bake it into a checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A server as it was started. `max_rank` is None where it sets no limit that is known."""
+
+    server: str
+    max_rank: int | None = None
+
+    @property
+    def bit(self) -> int:
+        """Its place in a mask of servers."""
+        return 1 << SERVERS.index(self.server)
+
+    def __str__(self) -> str:
+        return self.server if self.max_rank is None else f"{self.server}:{self.max_rank}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +55,71 @@ class Loading:
         return asdict(self) | {"reasons": list(self.reasons), "way_out": list(self.way_out)}
 
 
-def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: Placed, profile: str) -> Loading:
-    """Verdict of one profile: `vllm:<max_lora_rank>` (`vllm` is `vllm:16`, its default), `sglang`, `lorax`,
-    `llamacpp`, `peft`.
+def parse_profile(text: str) -> Profile:
+    """`vllm:<max_lora_rank>` (`vllm` is `vllm:16`, its default), `sglang`, `lorax`, `llamacpp`, `peft`.
 
-    Raises NotSupported for another profile.
+    Raises NotSupported for another one, and for a max_lora_rank that vLLM does not take.
     """
-    server, _, limit = profile.partition(":")
-    if server not in ("vllm", "sglang", "lorax", "llamacpp", "peft") or (
-        limit and (server != "vllm" or not limit.isdecimal())
-    ):
+    server, colon, limit = text.partition(":")
+    if server not in SERVERS or (colon and server != "vllm"):
         raise NotSupported(
-            "unknown_profile", f"There is no profile {profile!r}; there are {', '.join(PROFILES)}.", subject=profile
+            "unknown_profile", f"There is no profile {text[:80]!r}; there are {', '.join(PROFILES)}.", subject=text[:80]
         )
-    if server == "peft":
-        problems: list[tuple[str, str]] = []
-    elif server == "llamacpp":
-        problems = _llamacpp(config, facts, placed)
-    else:
-        problems = _common(config, facts, placed)
-        if server == "vllm":
-            problems += _vllm_rank(facts, int(limit or 16))
-    return Loading(
-        profile,
-        not problems,
-        tuple(reason for reason, _ in problems),
-        tuple(dict.fromkeys(way for _, way in problems if way)),
-    )
+    if server != "vllm":
+        return Profile(server)
+    if colon and limit not in map(str, VLLM_RANKS):
+        message = f"{text[:80]!r} is no profile (of {', '.join(PROFILES)}): max_lora_rank is one of {VLLM_RANKS}."
+        raise NotSupported("unknown_profile", message, subject=text[:80])
+    return Profile(server, int(limit) if colon else VLLM_DEFAULT_RANK)
 
 
-def _vllm_rank(facts: AdapterFacts, limit: int) -> list[tuple[str, str]]:
-    if limit not in VLLM_RANKS:
-        return [(f"max_lora_rank must be one of {', '.join(map(str, VLLM_RANKS))}, not {limit}", "")]
-    if facts.rank_max > limit:
-        return [(f"rank {facts.rank_max} is above max_lora_rank {limit}", _TRUNCATE)]
-    return []
+def judge(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> tuple[int, dict[str, dict[str, list[str]]]]:
+    """(mask, {server: {reasons, way_out}}): the servers that load it if its rank is within their limit, and why the
+    others do not. As JSON; `loads` reads it again."""
+    common = _common(config, facts, placed)
+    problems = {
+        "vllm": common + _beyond_vllm(facts),
+        "sglang": common,
+        "lorax": common,
+        "llamacpp": _llamacpp(config, facts, placed),
+        "peft": [],
+    }
+    mask = sum(1 << bit for bit, server in enumerate(SERVERS) if not problems[server])
+    refusals = {
+        server: {
+            "reasons": [reason for reason, _ in found],
+            "way_out": list(dict.fromkeys(way for _, way in found if way)),
+        }
+        for server, found in problems.items()
+        if found
+    }
+    return mask, refusals
+
+
+def loads(servers: int, refusals: Mapping[str, Any], rank_max: int, profile: Profile) -> Loading:
+    """The verdict of one server on what `judge` said; the rank is looked at here, and only here."""
+    refused: Mapping[str, Any] = refusals.get(profile.server, {})
+    reasons: list[str] = list(refused.get("reasons", []))
+    ways: list[str] = list(refused.get("way_out", []))
+    if not servers & profile.bit and not reasons:
+        reasons.append("it was released before this server was known")
+    if profile.max_rank is not None and rank_max > profile.max_rank:
+        reasons.append(f"rank {rank_max} is above max_lora_rank {profile.max_rank}")
+        ways.append(_TRUNCATE)
+    return Loading(str(profile), not reasons, tuple(reasons), tuple(dict.fromkeys(ways)))
+
+
+def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: Placed, profile: str) -> Loading:
+    """Both at once, for an adapter at hand. Raises NotSupported for an unknown profile."""
+    asked = parse_profile(profile)
+    return loads(*judge(config, facts, placed), facts.rank_max, asked)
+
+
+def _beyond_vllm(facts: AdapterFacts) -> list[tuple[str, str]]:
+    most = VLLM_RANKS[-1]
+    if facts.rank_max <= most:
+        return []
+    return [(f"rank {facts.rank_max} is above {most}, the highest max_lora_rank there is", _TRUNCATE)]
 
 
 def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[tuple[str, str]]:
@@ -89,6 +143,8 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[
         problems.append((f"modules_to_save is refused ({', '.join(whole)})", _MERGE))
     if config.bias != "none":
         problems.append((f"bias={config.bias} is refused", _MERGE))
+    if extra := _extra_parts(config, placed):
+        problems.append((f"tensors beside lora_A and lora_B are refused ({extra})", ""))
     if len({module.scale for module in placed.low_rank}) > 1:
         problems.append(
             ("modules have different scales (rank_pattern, alpha_pattern), and the server reads one", _FOLD)
@@ -111,11 +167,22 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> lis
         or any(module.kind == "replacement" for module in placed.modules)
     ):
         problems.append(("the conversion refuses DoRA, bias and modules_to_save", _MERGE))
+    elif extra := _extra_parts(config, placed):
+        problems.append((f"the conversion refuses tensors beside lora_A and lora_B ({extra})", ""))
     elif config.flags and facts.variant != "alora_invocation_tokens":
         problems.append((f"{facts.variant} is not converted", ""))
     if any(module.tied and module.module.endswith("lm_head") for module in placed.low_rank):
         problems.append(("the conversion refuses an lm_head that is tied to the embedding", _MERGE))
     return problems
+
+
+def _extra_parts(config: AdapterConfig, placed: Placed) -> str:
+    """What the tensors hold although no flag of the config says so: a magnitude, a bias of a factor, a base's copy."""
+    if config.flags:
+        return ""
+    parts = {part for module in placed.low_rank for part in module.parts if part not in FACTOR_PARTS}
+    parts |= {part for module in placed.modules if module.kind == "base_copy" for part in module.parts}
+    return ", ".join(sorted(parts))
 
 
 def _plain_scale(config: AdapterConfig) -> float:

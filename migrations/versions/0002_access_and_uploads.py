@@ -1,6 +1,9 @@
 """namespaces, members and tokens; announced uploads; what searches, signatures and audits ask for"""
 
+import hashlib
 import json
+import re
+import unicodedata
 from typing import Any
 
 import sqlalchemy as sa
@@ -9,7 +12,10 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 
+ROW_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+BYTE_ORDERED = sa.String(length=200).with_variant(sa.String(length=200, collation="C"), "postgresql")
 WHEN = sa.DateTime(timezone=True)
+ASKED = ("yanked", "stable", "size_bytes", "repository_id")
 UNKNOWN_LOADING = {"*": ["published before this was recorded: push it again as the next version"]}
 
 
@@ -17,6 +23,7 @@ def upgrade() -> None:
     _access()
     _uploads()
     _releases()
+    _search()
     with op.batch_alter_table("audit") as table:
         table.add_column(sa.Column("namespace", sa.String(length=64), nullable=True))
         table.add_column(sa.Column("token_id", sa.String(length=16), nullable=True))
@@ -160,6 +167,88 @@ def _fill_manifests() -> None:
         manifest = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         statement = sa.text("UPDATE revisions SET manifest = :manifest WHERE id = :id")
         connection.execute(statement, {"manifest": manifest, "id": revision_id})
+
+
+def _search() -> None:
+    op.create_table(
+        "traits",
+        sa.Column("id", ROW_ID, nullable=False),
+        sa.Column("key", sa.String(length=64), nullable=False),
+        sa.Column("base_digest", sa.String(length=64), nullable=False),
+        sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("type", sa.String(length=32), nullable=True),
+        sa.Column("variant", sa.String(length=32), nullable=True),
+        sa.Column("rank_max", sa.Integer(), nullable=True),
+        sa.Column("alpha", sa.Double(), nullable=True),
+        sa.Column("dtype", sa.String(length=100), nullable=True),
+        sa.Column("license", sa.String(length=100), nullable=True),
+        sa.Column("target_set_id", ROW_ID, nullable=True),
+        sa.Column("servers", sa.Integer(), nullable=False),
+        sa.ForeignKeyConstraint(["base_digest"], ["bases.digest"], name="fk_traits_base_digest"),
+        sa.ForeignKeyConstraint(["target_set_id"], ["target_sets.id"], name="fk_traits_target_set_id"),
+        sa.PrimaryKeyConstraint("id", name="pk_traits"),
+        sa.UniqueConstraint("key", name="uq_traits_key"),
+    )
+    op.create_index("ix_traits_base", "traits", ["base_digest", "kind", "target_set_id", "rank_max"])
+    op.create_table(
+        "release_words",
+        sa.Column("word", BYTE_ORDERED, nullable=False),
+        sa.Column("release_id", ROW_ID, nullable=False),
+        sa.ForeignKeyConstraint(["release_id"], ["releases.id"], name="fk_release_words_release_id"),
+        sa.PrimaryKeyConstraint("word", "release_id", name="pk_release_words"),
+    )
+    op.create_index("ix_release_words_release", "release_words", ["release_id", "word"])
+    for table in ("releases", "scores"):
+        with op.batch_alter_table(table) as batch:
+            batch.add_column(sa.Column("traits_id", ROW_ID, nullable=True))
+            batch.create_foreign_key(f"fk_{table}_traits_id", "traits", ["traits_id"], ["id"])
+    _fill_search()
+    with op.batch_alter_table("releases") as table:
+        table.alter_column("traits_id", existing_type=ROW_ID, nullable=False)
+    op.drop_index("ix_releases_compatible", "releases")
+    op.drop_index("ix_releases_repository_order", "releases")
+    op.create_index("ix_releases_repository_order", "releases", ["repository_id", "sort_key", "stable", "yanked"])
+    op.create_index("ix_releases_traits_newest", "releases", ["traits_id", "id", *ASKED])
+    op.create_index("ix_releases_traits_version", "releases", ["traits_id", "sort_key", "id", *ASKED])
+    op.create_index("ix_releases_newest", "releases", ["id", "traits_id", *ASKED])
+    op.create_index("ix_releases_version", "releases", ["sort_key", "id", "traits_id", *ASKED])
+    op.create_index("ix_scores_best", "scores", ["suite_id", "metric", "value", "release_id"])
+    op.create_index("ix_scores_traits_best", "scores", ["suite_id", "metric", "traits_id", "value", "release_id"])
+    op.create_index("ix_bases_derived_from", "bases", ["derived_from"])
+    op.create_index("ix_channels_name", "channels", ["name", "repository_id"])
+
+
+def _fill_search() -> None:
+    """As `registry.terms` writes them."""
+    connection = op.get_bind()
+    facts = ("type", "variant", "rank_max", "alpha", "dtype", "license", "target_set_id", "servers")
+    rows = connection.execute(
+        sa.text(
+            "SELECT r.id, p.namespace, p.name, r.notes, r.base_digest, p.kind, r.type, r.variant, r.rank_max, r.alpha, "
+            "r.dtype, r.license, r.target_set_id, r.servers "
+            "FROM releases r JOIN repositories p ON p.id = r.repository_id"
+        )
+    ).all()
+    known: dict[str, int] = {}
+    for release_id, namespace, name, notes, *traits in rows:
+        key = hashlib.sha256(json.dumps(traits).encode()).hexdigest()
+        if key not in known:
+            values = dict(zip(("base_digest", "kind", *facts), traits, strict=True))
+            table = sa.table("traits", *(sa.column(column) for column in ("key", *values)))
+            connection.execute(sa.insert(table).values(key=key, **values))
+            known[key] = connection.scalar(sa.text("SELECT id FROM traits WHERE key = :key"), {"key": key})
+        set_traits = sa.text("UPDATE releases SET traits_id = :traits WHERE id = :id")
+        connection.execute(set_traits, {"traits": known[key], "id": release_id})
+        found = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", f"{namespace} {name} {notes}").casefold())
+        for word in list(dict.fromkeys(word[:40] for word in found))[:500]:
+            statement = sa.text("INSERT INTO release_words (word, release_id) VALUES (:word, :id)")
+            connection.execute(statement, {"word": word, "id": release_id})
+    connection.execute(
+        sa.text(
+            "UPDATE scores SET traits_id = (SELECT traits_id FROM releases WHERE releases.id = scores.release_id) "
+            "WHERE release_id IS NOT NULL"
+        )
+    )
 
 
 def _fill_audit_namespaces() -> None:

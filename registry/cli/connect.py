@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import NotFound, Unavailable, Usage
+from registry.names import parse_reference
 
 if TYPE_CHECKING:
     from composer.formats.checkpoint import Checkpoint
@@ -71,7 +72,8 @@ def connected() -> Generator[Connection]:
     settings = load_settings()
     with ExitStack() as stack:
         if settings.url:
-            api = Api(settings.url.rstrip("/"))
+            token = settings.token.get_secret_value() if settings.token else None
+            api = Api(settings.url.rstrip("/"), token=token)
             stack.callback(api.close)
             yield Connection(api, settings, None)
             return
@@ -94,6 +96,16 @@ def connected() -> Generator[Connection]:
         api = Api(EMBEDDED_URL, transport)
         stack.callback(api.close)
         yield Connection(api, settings, resources)
+
+
+def resolved(connection: Connection, ref: str) -> dict[str, Any]:
+    """The release that `ref` names; its warning is told."""
+    from registry.cli import render
+
+    found = connection.api.resolve(parse_reference(ref))
+    if found["warning"]:
+        render.say(f"warning: {found['warning']}")
+    return found["release"]
 
 
 def release_directory(connection: Connection, release: dict[str, Any]) -> Path:

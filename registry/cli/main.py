@@ -7,7 +7,7 @@ import sys
 import typer
 
 from composer.errors import ComposerError
-from registry.cli import base, compose, operate, quality, release, render
+from registry.cli import access, base, compose, operate, quality, release, render, transfer
 from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {"torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres"}
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for part in (base, release, quality, compose, operate):
+for part in (base, access, transfer, release, quality, compose, operate):
     part.register(app)
 
 

@@ -5,7 +5,7 @@ import ipaddress
 import signal
 import threading
 from itertools import islice
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from registry.cli import render
 from registry.cli.connect import connected, load_settings
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed
+
+if TYPE_CHECKING:
+    from registry.resources import Resources
 
 Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 
@@ -26,13 +29,13 @@ def register(root: typer.Typer) -> None:
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="A loopback address.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Anything but loopback needs ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8470,
     with_worker: Annotated[
         bool, typer.Option("--worker/--no-worker", help="Do compositions in this process too.")
     ] = True,
 ) -> None:
-    """Serve the REST API of the registry in $ADAPTORY_HOME, with a worker beside it."""
+    """Serve the REST API, with a worker beside it: to one user on loopback, or with ADAPTORY_ACCESS=tokens to many."""
     import uvicorn
 
     from registry.resources import open_resources
@@ -40,19 +43,23 @@ def serve(
     from registry.worker.loop import run_worker
     from registry.worker.steps import KINDS
 
-    if not _is_loopback(host):
+    settings = load_settings()
+    with_tokens = settings.access == "tokens"
+    if not with_tokens and not _is_loopback(host):
         raise NotAllowed(
             "not_loopback",
             f"Without tokens the registry listens on loopback only, not on {host}.",
             subject=host,
-            next_step="Use --host 127.0.0.1, and a proxy that asks who is there.",
+            next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and make one: `adaptory token create`.",
         )
-    resources = open_resources(load_settings())
+    resources = open_resources(settings)
+    if with_tokens:
+        _refuse_without_tokens(resources)
     stop = threading.Event()
     thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
     if with_worker:
         thread.start()
-    application = create_app(resources)
+    application = create_app(resources, tokens=with_tokens)
     # What lives as long as the process need not be looked at again: full collections took 80 ms each.
     gc.collect()
     gc.freeze()
@@ -63,6 +70,21 @@ def serve(
         if with_worker:
             thread.join(STOP_S)
         resources.close()
+
+
+def _refuse_without_tokens(resources: "Resources") -> None:
+    """Nobody could use it, and nobody could tell why."""
+    from registry import tokens
+
+    with resources.read() as session:
+        if tokens.exist(session):
+            return
+    resources.close()
+    raise NotAllowed(
+        "no_tokens",
+        "There is no token, so nobody could use this server.",
+        next_step="On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
+    )
 
 
 def worker() -> None:
@@ -127,18 +149,31 @@ def cancel(job: Annotated[int, typer.Argument(metavar="ID")], json: JsonFlag = F
     render.document(found, json, lambda: print(f"job {found['id']}: {found['state']}"))
 
 
-def audit(
-    subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, ...")] = None,
+def audit(  # noqa: PLR0913
+    subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a beginning: 'acme/*'")] = None,
+    namespace: Annotated[str | None, typer.Option()] = None,
+    by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
+    act: Annotated[str | None, typer.Option(help="channel:rollback, release:yank, ...")] = None,
+    since: Annotated[str | None, typer.Option(help="From this moment on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
+    export: Annotated[bool, typer.Option("--jsonl", help="Every row of the filter, a line of JSON each.")] = False,
     limit: Limit = 1000,
     json: JsonFlag = False,
 ) -> None:
-    """What was done, by whom, in order."""
+    """What was done: by whom, from where, why, and what it changed; in order."""
+    query = {"subject": subject, "namespace": namespace, "by": by, "act": act, "since": since, "until": until}
     with connected() as connection:
-        found = list(islice(connection.api.pages("/v1/audit", subject=subject), limit))
-    rows = [(row["id"], row["at"][:19], row["actor"], row["act"], row["subject"]) for row in found]
-    render.document(
-        {"items": found, "next": None}, json, lambda: render.table("", ("id", "at", "actor", "act", "subject"), rows)
-    )
+        if export:
+            for line in connection.api.lines("/v1/audit.jsonl", **query):
+                print(line)
+            return
+        found = list(islice(connection.api.pages("/v1/audit", **query), limit))
+    rows = [
+        (row["id"], row["at"][:19], row["actor"], row["act"], row["subject"], render.change(row), row["reason"])
+        for row in found
+    ]
+    columns = ("id", "at", "actor", "act", "subject", "change", "reason")
+    render.document({"items": found, "next": None}, json, lambda: render.table("", columns, rows))
 
 
 def _is_loopback(host: str) -> bool:

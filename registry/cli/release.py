@@ -1,4 +1,4 @@
-"""Releases and channels: from push and pull to promote, rollback and yank."""
+"""Releases and channels: from list and search to promote, rollback and yank."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from registry.cli import render
-from registry.cli.connect import Connection, connected, release_directory
+from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
-from registry.errors import NotFound, Usage, refuse_errors
-from registry.names import parse_channel_reference, parse_part, parse_reference, parse_repository
+from registry.errors import NotFound
+from registry.names import parse_channel_reference, parse_reference, parse_repository
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Json = dict[str, Any]
@@ -19,7 +19,7 @@ PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
 
 
 def register(root: typer.Typer) -> None:
-    for command in (inspect, push, pull, log, show, search, promote, history, gate, yank, unyank):
+    for command in (inspect, log, show, search, promote, history, gate, yank, unyank):
         root.command()(command)
     root.command("list")(list_repositories)
     root.command("rollback")(roll_back)
@@ -52,79 +52,6 @@ def inspect(
     render.document(told, json, lambda: _show_inspection(what, told))
     if any(finding.severity == "error" for finding in seen.findings):
         raise typer.Exit(6)
-
-
-def push(  # noqa: PLR0913
-    directory: Annotated[
-        Path, typer.Argument(help="What training wrote: adapter_config.json and adapter_model.safetensors.")
-    ],
-    target: Annotated[str, typer.Argument(metavar="REPO[:VERSION]")],
-    base: Annotated[
-        str | None, typer.Option(help="The base it was trained on; from adapter_config.json if that names one.")
-    ] = None,
-    bump: Annotated[str | None, typer.Option(help="patch, minor or major, instead of a version.")] = None,
-    notes: Annotated[str, typer.Option(help="What is new in this release.")] = "",
-    channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
-    json: JsonFlag = False,
-) -> None:
-    """Check an adapter against its base, upload what is missing, publish a release."""
-    from composer.formats.inspection import inspect as look
-    from registry.client import transfer
-
-    reference = parse_reference(target)
-    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
-        raise Usage(
-            "bad_target",
-            f"{target} with --bump {bump} names no single version.",
-            next_step="Write REPO:VERSION, or REPO and --bump.",
-        )
-    if channel:
-        parse_part(channel, "channel")  # before a release is out that cannot be taken back
-    with connected() as connection:
-        base = base or look(directory, None).facts.base_model_name_or_path
-        if not base:
-            raise Usage(
-                "base_missing",
-                f"{directory} does not say what base it was trained on.",
-                next_step="Name it with --base.",
-            )
-        refuse_errors(look(directory, connection.api.architecture(base)).findings, str(directory))
-        files = transfer.collect(directory)
-        request = {
-            "version": str(reference.version) if reference.version else None,
-            "bump": bump,
-            "base": base,
-            "notes": notes,
-        }
-        with render.progress(f"push {target}", sum(file.manifest.size_bytes for file in files)) as done:
-            published = transfer.push(connection.api, files, reference.repository, "adapter", request, done)
-        move = _promote(connection, published["release"], channel, "", force=False) if channel else None
-    for finding in published["warnings"]:
-        render.say(f"warning: {finding['message']}")
-    render.document({**published, "move": move}, json, lambda: _show_push(published, move))
-
-
-def pull(
-    ref: Annotated[str, typer.Argument()],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A new directory.")],
-    json: JsonFlag = False,
-) -> None:
-    """Fetch a release, every file verified; an interrupted pull goes on where it stopped."""
-    from registry.client import transfer
-
-    with connected() as connection:
-        release = _resolve(connection, ref)
-        with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
-            transfer.pull(connection.api, release, output, done)
-    told = {
-        "repository": release["repository"],
-        "version": release["version"],
-        "commit": release["commit"],
-        "directory": str(output),
-    }
-    render.document(
-        told, json, lambda: print(f"{release['repository']}:{release['version']} {release['commit']} -> {output}")
-    )
 
 
 def list_repositories(
@@ -160,7 +87,7 @@ def log(repository: Annotated[str, typer.Argument(metavar="REPO")], json: JsonFl
 def show(ref: Annotated[str, typer.Argument()], json: JsonFlag = False) -> None:
     """Facts, scores, files and lineage of a release."""
     with connected() as connection:
-        release = _resolve(connection, ref)
+        release = resolved(connection, ref)
     render.document(release, json, lambda: _show_release(release))
 
 
@@ -200,8 +127,8 @@ def promote(
 ) -> None:
     """Move a channel to a release; every gate is judged and printed."""
     with connected() as connection:
-        move = _promote(connection, _resolve(connection, ref), to, reason, force=force)
-    render.document(move, json, lambda: _show_move(move))
+        move = promote_release(connection, resolved(connection, ref), to, reason, force=force)
+    render.document(move, json, lambda: show_move(move))
 
 
 def roll_back(
@@ -215,7 +142,7 @@ def roll_back(
     with connected() as connection:
         line = _line(connection, str(repository))
         move = connection.api.post(f"{line}/channels/{name}/rollback", {"to": to, "reason": reason})
-    render.document(move, json, lambda: _show_move(move))
+    render.document(move, json, lambda: show_move(move))
 
 
 def history(channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")], json: JsonFlag = False) -> None:
@@ -276,22 +203,15 @@ def yank(
 ) -> None:
     """Keep a release from being chosen; who names it exactly still gets it, with a warning."""
     with connected() as connection:
-        release = connection.api.post(f"{_path(_resolve(connection, ref))}/yank", {"reason": reason})
+        release = connection.api.post(f"{_path(resolved(connection, ref))}/yank", {"reason": reason})
     render.document(release, json, lambda: print(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
-def unyank(ref: Annotated[str, typer.Argument()], json: JsonFlag = False) -> None:
+def unyank(ref: Annotated[str, typer.Argument()], reason: Reason = "", json: JsonFlag = False) -> None:
     """Take a yank back."""
     with connected() as connection:
-        release = connection.api.post(f"{_path(_resolve(connection, ref))}/unyank")
+        release = connection.api.post(f"{_path(resolved(connection, ref))}/unyank", {"reason": reason})
     render.document(release, json, lambda: print(f"unyanked {release['repository']}:{release['version']}"))
-
-
-def _resolve(connection: Connection, ref: str) -> Json:
-    found = connection.api.resolve(parse_reference(ref))
-    if found["warning"]:
-        render.say(f"warning: {found['warning']}")
-    return found["release"]
 
 
 def _path(release: Json) -> str:
@@ -311,7 +231,7 @@ def _line(connection: Connection, repository: str) -> str:
     return path
 
 
-def _promote(connection: Connection, release: Json, channel: str, reason: str, *, force: bool) -> Json:
+def promote_release(connection: Connection, release: Json, channel: str, reason: str, *, force: bool) -> Json:
     path = f"/v1/{release['kind']}s/{release['repository']}/channels/{channel}"
     return connection.api.put(path, {"version": release["version"], "reason": reason, "force": force})
 
@@ -330,13 +250,6 @@ def _show_inspection(what: str, told: Json) -> None:
         for one in told["loads_in"]
     ]
     render.table("", ("server", "loads", "why not", "way out"), rows)
-
-
-def _show_push(published: Json, move: Json | None) -> None:
-    release, new = published["release"], "published" if published["created"] else "already there, nothing to do:"
-    print(f"{new} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
-    if move:
-        _show_move(move)
 
 
 def _show_releases(found: list[Json]) -> None:
@@ -389,7 +302,7 @@ def _show_release(release: Json) -> None:
     )
 
 
-def _show_move(move: Json) -> None:
+def show_move(move: Json) -> None:
     forced = " (forced)" if move["forced"] else ""
     way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
     print(f"{move['repository']}@{move['channel']}: {way} ({move['kind']}{forced}, move {move['id']})")

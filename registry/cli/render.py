@@ -78,6 +78,23 @@ def size(count: int) -> str:
     return f"{amount:.1f} TB"
 
 
+def change(row: dict[str, Any]) -> str:
+    """What an audit row changed, on one line: `version: 1.0.0 -> 1.1.0`; equal fields are left out."""
+    before: dict[str, Any] = row["before"] or {}
+    after: dict[str, Any] = row["after"] or {}
+    shown: list[str] = []
+    for name in dict.fromkeys((*before, *after)):
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            shown.append(f"{name}: {_short(new)}" if old is None else f"{name}: {_short(old)} -> {_short(new)}")
+    return ", ".join(shown)
+
+
+def _short(value: Any) -> str:
+    text = cell(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
 def gate_lines(report: Sequence[dict[str, Any]]) -> None:
     for result in report:
         mark = "pass" if result["passed"] else "FAIL"

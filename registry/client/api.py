@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
@@ -19,11 +20,17 @@ _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
 class Api:
     """`transport` is None for HTTP. One `Api` serves several threads."""
 
-    def __init__(self, url: str, transport: httpx2.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, transport: httpx2.BaseTransport | None = None, token: str | None = None) -> None:
         self.url = url
         # Only our own address is in this process: a presigned link of the store leads out of it.
         mounts = {url: transport} if transport else None
-        self._http = httpx2.Client(base_url=url, mounts=mounts, timeout=_TIMEOUT)
+        self._http = httpx2.Client(
+            base_url=url,
+            mounts=mounts,
+            timeout=_TIMEOUT,
+            auth=_Bearer(url, token) if token else None,
+            headers={"User-Agent": f"adaptory/{version('adaptory')}"},
+        )
 
     def close(self) -> None:
         self._http.close()
@@ -36,6 +43,9 @@ class Api:
 
     def put(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Json:
         return self._call("PUT", path, body=body, headers=headers)
+
+    def delete(self, path: str) -> Json:
+        return self._call("DELETE", path)
 
     def put_bytes(self, path: str, chunks: Iterable[bytes], size_bytes: int) -> None:
         with _told(self.url):
@@ -61,6 +71,15 @@ class Api:
             cursor = page["next"]
             if cursor is None:
                 return
+
+    def lines(self, path: str, **query: Any) -> Iterator[str]:
+        """A streamed answer, line by line."""
+        given = {key: value for key, value in query.items() if value is not None}
+        with _told(self.url), self._http.stream("GET", path, params=given) as response:
+            if response.status_code >= 400:
+                response.read()
+            _raise_problem(response)
+            yield from response.iter_lines()
 
     def resolve(self, reference: Reference) -> Json:
         """{release, warning}"""
@@ -89,6 +108,19 @@ class Api:
             response = self._http.request(method, path, params=given, json=body, headers=headers)
         _raise_problem(response)
         return response.json()
+
+
+class _Bearer(httpx2.Auth):
+    """The token goes to the registry alone: a presigned link of a store refuses a second way of being asked."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self._home = httpx2.URL(url)
+        self._token = token
+
+    def auth_flow(self, request: httpx2.Request) -> Generator[httpx2.Request, httpx2.Response]:
+        if (request.url.scheme, request.url.netloc) == (self._home.scheme, self._home.netloc):
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        yield request
 
 
 def line_path(name: RepositoryName, kind: str = "adapter") -> str:

@@ -1,16 +1,25 @@
 """What is refused before a route sees it: bodies that are too long, names that are not ours, pages of other sites."""
 
+import math
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
+import limits
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.errors import NotAllowed, RegistryError, TooLarge, Usage
+from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Usage
+from registry.http.callers import credentials_of
 from registry.http.problems import problem_response
 from registry.http.request import MAX_DIGITS
+from registry.settings import Settings
 
 BLOB_PATHS = "/v1/blobs/"
 """Their size is limited by `max_file_bytes`, where they are received."""
+HEALTH_PATHS = ("/healthz", "/readyz")
 
 
 class BodyLimit:
@@ -52,6 +61,78 @@ class BodyLimit:
             "body_too_large",
             f"The body is longer than {self.limit_bytes:,} bytes.",
             next_step="ADAPTORY_MAX_DOCUMENT_BYTES sets the limit.",
+        )
+
+
+class HeaderLimit:
+    """Answers 431 to headers that are longer than `limit_bytes` together."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app = app
+        self.limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            taken = len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+            if taken > self.limit_bytes:
+                error = TooLarge(
+                    "headers_too_large",
+                    f"Headers and query are longer than {self.limit_bytes:,} bytes.",
+                    next_step="Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
+                )
+                await problem_response(error, 431)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class CallerLimits:
+    """Answers 429 to a caller with too many requests, or too many uploads at a time: counted by token, or by address.
+
+    Each server process counts for itself.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._rate = limits.parse(settings.rate_limit) if settings.rate_limit else None
+        self._window = FixedWindowRateLimiter(MemoryStorage())
+        self._max_uploads = settings.max_concurrent_uploads
+        self._uploads: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
+            await self.app(scope, receive, send)
+            return
+        key = credentials_of(dict(scope["headers"]), scope.get("client")).key
+        if self._rate is not None and not self._window.hit(self._rate, key):
+            wait_s = max(1, math.ceil(self._window.get_window_stats(self._rate, key).reset_time - time.time()))
+            await problem_response(self._too_fast(), headers={"Retry-After": str(wait_s)})(scope, receive, send)
+        elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
+            await self._upload(key, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _upload(self, key: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._uploads[key] >= self._max_uploads:
+            error = TooMany(
+                "too_many_uploads",
+                f"This token sends {self._max_uploads} files already.",
+                next_step="Send fewer at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
+            )
+            await problem_response(error)(scope, receive, send)
+            return
+        self._uploads[key] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._uploads[key] -= 1
+            if not self._uploads[key]:
+                del self._uploads[key]
+
+    def _too_fast(self) -> TooMany:
+        return TooMany(
+            "too_many_requests",
+            f"More than {self._rate} with this token.",
+            next_step="Wait as long as Retry-After says; ADAPTORY_RATE_LIMIT sets the limit.",
         )
 
 

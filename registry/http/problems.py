@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from composer.errors import ComposerError
-from registry.errors import FAMILIES, Invalid, RegistryError, Unavailable, Usage, of_composer
+from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage, of_composer
 from registry.schemas import Problem
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,12 @@ def problem_response(
         next=error.next_step,
         findings=error.findings,
     )
-    more = {"Retry-After": "5"} if status == Unavailable.status else {}
-    return JSONResponse(
-        problem.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers={**(headers or {}), **more}
-    )
+    more = dict(headers or {})
+    if "Retry-After" not in more and error.retry_after_s is not None and status == error.status:
+        more["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthenticated):
+        more["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(problem.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=more)
 
 
 def install(app: FastAPI) -> None:
@@ -65,7 +67,7 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
             "bad_request",
             f"{where}: {first['msg']}.",
             subject=where,
-            next_step="See /docs for the fields of this request.",
+            next_step="See /openapi.json for the fields of this request.",
         )
     )
 
@@ -77,7 +79,7 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
     told = family(
         f"http_{raised.status_code}",
         f"{request.method} {request.url.path[:200]}: {raised.detail}.",
-        next_step="See /docs for the paths of this registry and their methods.",
+        next_step="See /openapi.json for the paths of this registry and their methods.",
     )
     return problem_response(told, raised.status_code, raised.headers)
 

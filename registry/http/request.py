@@ -1,4 +1,4 @@
-"""From a request: what the process holds, who asks, and the body as a stream."""
+"""From a request: what the process holds, and the body as a stream."""
 
 from collections.abc import Iterator
 from typing import Annotated, cast
@@ -6,8 +6,6 @@ from typing import Annotated, cast
 from anyio import from_thread
 from fastapi import Depends, Path, Request
 
-from registry.access import EVERYWHERE, Role
-from registry.audit import Actor
 from registry.errors import Usage
 from registry.resources import Resources
 from registry.schemas import MAX_INT64
@@ -16,14 +14,9 @@ MAX_DIGITS = 18
 """A decimal of so many digits fits the 64 bits of a column, and is far below what `int` refuses to read."""
 
 
-def resources_of(request: Request) -> Resources:
+async def resources_of(request: Request) -> Resources:
+    """Asynchronous only because a plain dependency would be called in a thread of its own."""
     return cast(Resources, request.app.state.resources)
-
-
-def actor_of(request: Request) -> Actor:
-    """The embedded registry has one user, who owns it: it listens and answers on loopback alone."""
-    resources = resources_of(request)
-    return Actor(resources.settings.user, resources.clock(), {EVERYWHERE: Role.ADMIN})
 
 
 def body_chunks(request: Request) -> Iterator[bytes]:
@@ -46,5 +39,4 @@ def content_length(request: Request) -> int:
 
 
 ResourcesOf = Annotated[Resources, Depends(resources_of)]
-ActorOf = Annotated[Actor, Depends(actor_of)]
 RowId = Annotated[int, Path(ge=1, le=MAX_INT64)]

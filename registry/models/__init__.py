@@ -8,11 +8,13 @@ from registry.models.catalog import (
     Blob,
     BlobHolder,
     Release,
+    ReleaseWord,
     Repository,
     Revision,
     RevisionFile,
     TargetSet,
     TargetSetMember,
+    Traits,
     Upload,
 )
 from registry.models.quality import Channel, Gate, Move, Score, Suite
@@ -34,6 +36,7 @@ __all__ = [
     "Namespace",
     "Release",
     "ReleaseInput",
+    "ReleaseWord",
     "Repository",
     "Revision",
     "RevisionFile",
@@ -42,5 +45,6 @@ __all__ = [
     "TargetSet",
     "TargetSetMember",
     "Token",
+    "Traits",
     "Upload",
 ]

@@ -13,6 +13,9 @@ Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itse
 
 ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale would sort by its own mind
 
+_ASKED = ("yanked", "stable", "size_bytes", "repository_id")
+"""Columns of a release that a search may ask about besides its traits."""
+
 
 class Base(Row):
     """The identity of a base model. `tensors` is its table: [[name, dtype, [shape], sha256], ...] sorted by name."""
@@ -28,7 +31,7 @@ class Base(Row):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     tensor_count: Mapped[int]
     tensors: Mapped[list[Any]] = mapped_column(JSON, deferred=True)
-    derived_from: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"))
+    derived_from: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"), index=True)
     relation: Mapped[str | None] = mapped_column(String(16))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
@@ -141,6 +144,40 @@ class TargetSetMember(Row):
     target: Mapped[str] = mapped_column(String(200), primary_key=True, index=True)
 
 
+class Traits(Row):
+    """An interned combination of the facts that searches ask for, by the sha256 of all of them.
+
+    Thousands of releases share a few hundred combinations. A search finds those that fit, then reads only releases that
+    do, in the order it wants; that nothing fits is known without looking at a release.
+    """
+
+    __tablename__ = "traits"
+    __table_args__ = (Index("ix_traits_base", "base_digest", "kind", "target_set_id", "rank_max"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"))
+    kind: Mapped[str] = mapped_column(String(16))
+    type: Mapped[str | None] = mapped_column(String(32))
+    variant: Mapped[str | None] = mapped_column(String(32))
+    rank_max: Mapped[int | None]
+    alpha: Mapped[float | None]
+    dtype: Mapped[str | None] = mapped_column(String(100))
+    license: Mapped[str | None] = mapped_column(String(100))
+    target_set_id: Mapped[int | None] = mapped_column(ForeignKey("target_sets.id"))
+    servers: Mapped[int]
+
+
+class ReleaseWord(Row):
+    """A word of a release's repository or notes: an inverted index that is the same on every database."""
+
+    __tablename__ = "release_words"
+    __table_args__ = (Index("ix_release_words_release", "release_id", "word"),)
+
+    word: Mapped[str] = mapped_column(ByteOrdered, primary_key=True)
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
+
+
 class Release(Row):
     """A version given to a revision. The typed columns are facts that searches ask for; `facts` has the rest.
 
@@ -152,9 +189,13 @@ class Release(Row):
     __tablename__ = "releases"
     __table_args__ = (
         UniqueConstraint("repository_id", "version"),
-        Index("ix_releases_repository_order", "repository_id", "sort_key"),
-        # Covers a search's conditions, so that only the page's rows are read whole.
-        Index("ix_releases_compatible", "base_digest", "yanked", "rank_max", "target_set_id", "repository_id"),
+        Index("ix_releases_repository_order", "repository_id", "sort_key", "stable", "yanked"),
+        # In the order of each sort, of those with the same traits and of all; `id` is the order of publication. They
+        # cover what else a search asks, so that only the page's rows are read whole.
+        Index("ix_releases_traits_newest", "traits_id", "id", *_ASKED),
+        Index("ix_releases_traits_version", "traits_id", "sort_key", "id", *_ASKED),
+        Index("ix_releases_newest", "id", "traits_id", *_ASKED),
+        Index("ix_releases_version", "sort_key", "id", "traits_id", *_ASKED),
     )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
@@ -171,6 +212,7 @@ class Release(Row):
     dtype: Mapped[str | None] = mapped_column(String(100))
     license: Mapped[str | None] = mapped_column(String(100))
     target_set_id: Mapped[int | None] = mapped_column(ForeignKey("target_sets.id"))
+    traits_id: Mapped[int] = mapped_column(ForeignKey("traits.id"))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     facts: Mapped[dict[str, Any]] = mapped_column(JSON)
     provenance: Mapped[dict[str, Any]] = mapped_column(JSON)

@@ -30,18 +30,25 @@ class Suite(Row):
 
 
 class Score(Row):
-    """One metric of one suite for one release or one base; measuring again replaces it, and the audit keeps both."""
+    """One metric of one suite for one release or one base; measuring again replaces it, and the audit keeps both.
+
+    `traits_id` is the release's, so that the best of those with some traits are found without the others.
+    """
 
     __tablename__ = "scores"
     __table_args__ = (
         UniqueConstraint("release_id", "suite_id", "metric"),
         UniqueConstraint("base_digest", "suite_id", "metric"),
         Index("ix_scores_of_release", "release_id", "suite_id", "metric", "value"),
+        # The best first, of releases with the same traits and of all.
+        Index("ix_scores_traits_best", "suite_id", "metric", "traits_id", "value", "release_id"),
+        Index("ix_scores_best", "suite_id", "metric", "value", "release_id"),
         CheckConstraint("(release_id IS NULL) <> (base_digest IS NULL)", name="one_subject"),
     )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     release_id: Mapped[int | None] = mapped_column(ForeignKey("releases.id"))
+    traits_id: Mapped[int | None] = mapped_column(ForeignKey("traits.id"))
     base_digest: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"))
     suite_id: Mapped[int] = mapped_column(ForeignKey("suites.id"))
     metric: Mapped[str] = mapped_column(String(64))
@@ -59,7 +66,7 @@ class Channel(Row):
     """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would come first)."""
 
     __tablename__ = "channels"
-    __table_args__ = (UniqueConstraint("repository_id", "name"),)
+    __table_args__ = (UniqueConstraint("repository_id", "name"), Index("ix_channels_name", "name", "repository_id"))
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))

@@ -59,23 +59,6 @@ class FileRow(Wire):
     sha256: str = Sha256
 
 
-class UploadIn(Wire):
-    files: list[FileRow] = Field(min_length=1, max_length=10_000)
-
-
-class UploadRow(Wire):
-    """`url` is where to PUT the bytes, None when they are present already."""
-
-    path: str
-    sha256: str
-    present: bool
-    url: str | None
-
-
-class UploadOut(Wire):
-    files: list[UploadRow]
-
-
 class ReleaseIn(Wire):
     version: str | None = None
     bump: Literal["major", "minor", "patch"] | None = None
@@ -175,3 +158,7 @@ class ResolvedOut(Wire):
 
 class YankIn(Wire):
     reason: str = Field(min_length=1, max_length=1000)
+
+
+class UnyankIn(Wire):
+    reason: str = Field(default="", max_length=1000)

@@ -49,6 +49,7 @@ class CompositionOut(Wire):
 class JobOut(Wire):
     id: int
     kind: str
+    namespace: str | None
     state: str
     steps: list[StepOut]
     error: dict[str, Any] | None
@@ -58,9 +59,17 @@ class JobOut(Wire):
 
 
 class AuditOut(Wire):
+    """`before` and `after` are what changed; `source` is the address and the client it came from."""
+
     id: int
     at: datetime
     actor: str
+    token: str | None
+    source: str | None
     act: str
     subject: str
+    namespace: str | None
+    reason: str | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
     detail: dict[str, Any]

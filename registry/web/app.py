@@ -5,20 +5,31 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from registry.http import problems
-from registry.http.guards import BodyLimit, SameSite
+from registry.http.callers import Callers
+from registry.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.resources import Resources
-from registry.web import bases, blobs, channels, compositions, operations, releases, suites
+from registry.web import access, bases, blobs, channels, compositions, operations, releases, suites
 from registry.web.repository import REPOSITORY_PREFIXES
 
+DESCRIPTION = "The release registry for LoRA adapters."
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
-def create_app(resources: Resources) -> FastAPI:
-    app = FastAPI(title="Adaptory", version=version("adaptory"), description="The release registry for LoRA adapters.")
+def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
+    """For one user on loopback; with `tokens` for everybody, as far as their tokens let them.
+
+    There are no pages for browsing the API: those of the framework load scripts from elsewhere.
+    """
+    app = FastAPI(title="Adaptory", version=version("adaptory"), description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.resources = resources
+    app.state.callers = Callers(resources, single_user=not tokens)
     problems.install(app)
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
-    app.add_middleware(SameSite, names=LOOPBACK_NAMES)
+    if tokens:
+        app.add_middleware(CallerLimits, settings=resources.settings)
+    else:
+        app.add_middleware(SameSite, names=LOOPBACK_NAMES)
+    app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
     for part in (
         suites,
         bases,
@@ -26,6 +37,7 @@ def create_app(resources: Resources) -> FastAPI:
         releases,
         compositions,
         operations,
+        access,
     ):  # suites first: /v1/bases/{base:path} takes all
         app.include_router(part.router)
     for part in (releases, channels, suites):

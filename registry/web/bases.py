@@ -5,10 +5,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from registry import bases
-from registry.access import Role, permit
 from registry.bases import NewBase, TensorRow
 from registry.http.pages import Cursor, Limit, decode_cursor, page
-from registry.http.request import ActorOf, ResourcesOf
+from registry.http.request import ResourcesOf
+from registry.http.rules import Contributor, Member
 from registry.names import parse_digest
 from registry.schemas import Page
 from registry.schemas.catalog import BaseIn, BaseOut
@@ -18,9 +18,8 @@ router = APIRouter(prefix="/v1/bases", tags=["bases"])
 
 
 @router.post("", status_code=201)
-def register(body: BaseIn, resources: ResourcesOf, actor: ActorOf, response: Response) -> BaseOut:
+def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response: Response) -> BaseOut:
     """201 for a new base, 200 for one known already, whose aliases and locations are added to."""
-    permit(actor, Role.PUBLISHER)
     rows = [TensorRow(row.name, row.dtype, tuple(row.shape), parse_digest(row.sha256)) for row in body.tensors]
     new = NewBase(
         body.name,
@@ -40,8 +39,7 @@ def register(body: BaseIn, resources: ResourcesOf, actor: ActorOf, response: Res
 
 
 @router.get("")
-def list_bases(resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None) -> Page[BaseOut]:
-    permit(actor, Role.READER)
+def list_bases(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[BaseOut]:
     with resources.read() as session:
         rows = bases.list_page(session, after=decode_cursor(cursor), limit=limit + 1)
         return page([base_view(session, row) for row in rows], limit, [row.name for row in rows])
@@ -51,10 +49,9 @@ def list_bases(resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor
 def show(
     base: str,
     resources: ResourcesOf,
-    actor: ActorOf,
+    actor: Member,
     tensors: Annotated[bool, Query(description="With the tensor table.")] = False,
 ) -> BaseOut:
     """By digest, name or alias."""
-    permit(actor, Role.READER)
     with resources.read() as session:
         return base_view(session, bases.find(session, base), tensors=tensors)

@@ -7,14 +7,15 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
-from registry import publishing
+from registry import uploads
 from registry.access import Role, permit
 from registry.errors import NotFound
-from registry.http.request import ActorOf, ResourcesOf, body_chunks, content_length
+from registry.http.request import ResourcesOf, body_chunks, content_length
+from registry.http.rules import Caller
 from registry.manifest import ManifestFile
 from registry.names import Digest, parse_digest
 from registry.resources import Resources
-from registry.schemas.catalog import UploadIn, UploadOut, UploadRow
+from registry.schemas.transfer import UploadIn, UploadOut, UploadRow
 from registry.storage.blobs import Reader
 
 router = APIRouter(prefix="/v1", tags=["blobs"])
@@ -25,11 +26,11 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("/uploads")
-def plan_upload(body: UploadIn, resources: ResourcesOf, actor: ActorOf) -> UploadOut:
+def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> UploadOut:
     """For each file: present already, or where to PUT its bytes."""
     permit(actor, Role.PUBLISHER)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
-    missing = {file.sha256 for file in publishing.absent(resources, files)}
+    missing = {file.sha256 for file in uploads.absent(resources, files)}
     return UploadOut(
         files=[
             UploadRow(
@@ -44,22 +45,22 @@ def plan_upload(body: UploadIn, resources: ResourcesOf, actor: ActorOf) -> Uploa
 
 
 @router.put("/blobs/{sha256}", status_code=201)
-def upload(sha256: str, request: Request, resources: ResourcesOf, actor: ActorOf) -> Response:
+def upload(sha256: str, request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     permit(actor, Role.PUBLISHER)
-    publishing.receive(resources, actor, parse_digest(sha256), body_chunks(request), content_length(request))
+    uploads.receive(resources, actor, parse_digest(sha256), body_chunks(request), content_length(request))
     return Response(status_code=201)
 
 
 @router.get("/blobs/{sha256}")
 def download(
-    sha256: str, resources: ResourcesOf, actor: ActorOf, byte_range: Annotated[str | None, Header(alias="Range")] = None
+    sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Annotated[str | None, Header(alias="Range")] = None
 ) -> Response:
     permit(actor, Role.READER)
     return blob_response(resources, parse_digest(sha256), byte_range)
 
 
 @router.head("/blobs/{sha256}")
-def look(sha256: str, resources: ResourcesOf, actor: ActorOf) -> Response:
+def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     permit(actor, Role.READER)
     return Response(headers=_headers(parse_digest(sha256), _size(resources, parse_digest(sha256))))
 

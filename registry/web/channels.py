@@ -5,9 +5,9 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 
 from registry import channels, gates, releases, repositories
-from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_number, etag, expected_from, page
-from registry.http.request import ActorOf, ResourcesOf
+from registry.http.request import ResourcesOf
+from registry.http.rules import Admin, Reader, Releaser
 from registry.names import parse_version
 from registry.schemas import Page
 from registry.schemas.quality import ChannelOut, ChannelsOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
@@ -22,8 +22,7 @@ IfNoneMatch = Annotated[str | None, Header(description="`*`: only when the chann
 
 
 @repository_routes.get("/{namespace}/{name}/channels")
-def list_channels(named: RepositoryOf, resources: ResourcesOf, actor: ActorOf) -> ChannelsOut:
-    permit(actor, Role.READER, named.name.namespace)
+def list_channels(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> ChannelsOut:
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         found = [
@@ -34,9 +33,8 @@ def list_channels(named: RepositoryOf, resources: ResourcesOf, actor: ActorOf) -
 
 @repository_routes.get(CHANNEL)
 def show_channel(
-    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: ActorOf, response: Response
+    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, response: Response
 ) -> ChannelOut:
-    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
@@ -50,13 +48,12 @@ def promote(  # noqa: PLR0913
     channel: str,
     body: PromoteIn,
     resources: ResourcesOf,
-    actor: ActorOf,
+    actor: Releaser,
     response: Response,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> MoveOut:
     """422 with the numbers when a gate fails, 412 when the channel has left the ETag given, 409 after a lost race."""
-    permit(actor, Role.RELEASER, named.name.namespace)
     expected = expected_from(if_match, if_none_match)
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(body.version), named.kind)
@@ -73,11 +70,10 @@ def roll_back(  # noqa: PLR0913
     channel: str,
     body: RollbackIn,
     resources: ResourcesOf,
-    actor: ActorOf,
+    actor: Releaser,
     response: Response,
     if_match: IfMatch = None,
 ) -> MoveOut:
-    permit(actor, Role.RELEASER, named.name.namespace)
     to = parse_version(body.to) if body.to else None
     with resources.write() as session:
         repository = repositories.find(session, named.name, named.kind)
@@ -90,10 +86,9 @@ def roll_back(  # noqa: PLR0913
 
 @repository_routes.get(CHANNEL + "/history")
 def history(
-    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
+    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[MoveOut]:
     """The newest move first."""
-    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
@@ -102,17 +97,15 @@ def history(
 
 
 @repository_routes.get("/{namespace}/{name}/gates")
-def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: ActorOf) -> GatesOut:
-    permit(actor, Role.READER, named.name.namespace)
+def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> GatesOut:
     with resources.read() as session:
         rules = gates.all_rules(session, repositories.find(session, named.name, named.kind))
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})
 
 
 @repository_routes.put("/{namespace}/{name}/gates")
-def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor: ActorOf) -> GatesOut:
+def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor: Admin) -> GatesOut:
     """Replaces the rules of one channel."""
-    permit(actor, Role.ADMIN, named.name.namespace)
     with resources.write() as session:
         repository = repositories.find(session, named.name, named.kind)
         gates.set_rules(session, actor, repository, body.channel, body.rules)

@@ -9,9 +9,12 @@ from starlette.concurrency import run_in_threadpool
 
 from composer.recipe import parse_recipe
 from registry import compositions
-from registry.access import Role, permit
-from registry.http.request import ActorOf, ResourcesOf, RowId
+from registry.access import EVERYWHERE, Role, permit
+from registry.audit import Actor
+from registry.http.request import ResourcesOf, RowId
+from registry.http.rules import Caller
 from registry.jobs import FINISHED
+from registry.models import Composition, Job
 from registry.names import parse_reference
 from registry.resources import Resources
 from registry.schemas.work import CompositionIn, CompositionOut
@@ -23,7 +26,7 @@ _POLL_S = 0.5
 
 
 @router.post("", status_code=202)
-def create(body: CompositionIn, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
+def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     """Resolved and locked at once; its steps wait for a worker."""
     recipe = parse_recipe(body.recipe)
     for source in recipe.inputs:
@@ -36,36 +39,41 @@ def create(body: CompositionIn, resources: ResourcesOf, actor: ActorOf) -> Compo
 
 
 @router.get("/{composition_id}")
-def show(composition_id: RowId, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
-    permit(actor, Role.READER)
-    return _look(resources, composition_id)
+def show(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> CompositionOut:
+    return _look(resources, actor, composition_id)
 
 
 @router.get("/{composition_id}/events")
-async def follow(composition_id: RowId, resources: ResourcesOf, actor: ActorOf) -> StreamingResponse:
+async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> StreamingResponse:
     """Server-sent events: the composition each time that it changes, until it is finished."""
-    permit(actor, Role.READER)
-    first = await run_in_threadpool(_look, resources, composition_id)
-    return StreamingResponse(_events(resources, first), media_type="text/event-stream")
+    first = await run_in_threadpool(_look, resources, actor, composition_id)
+    return StreamingResponse(_events(resources, actor, first), media_type="text/event-stream")
 
 
 @router.post("/{composition_id}/cancel")
-def cancel(composition_id: RowId, resources: ResourcesOf, actor: ActorOf) -> CompositionOut:
-    permit(actor, Role.PUBLISHER)
+def cancel(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     with resources.write() as session:
+        _permit(actor, *compositions.find(session, composition_id))
         return composition_view(*compositions.cancel(session, actor, composition_id))
 
 
-def _look(resources: Resources, composition_id: int) -> CompositionOut:
+def _permit(actor: Actor, composition: Composition, job: Job) -> None:
+    """A composition names releases of other namespaces and shows numbers of theirs: publishers alone look at it."""
+    permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=compositions.unknown(composition.id))
+
+
+def _look(resources: Resources, actor: Actor, composition_id: int) -> CompositionOut:
     with resources.read() as session:
-        return composition_view(*compositions.find(session, composition_id))
+        found = compositions.find(session, composition_id)
+        _permit(actor, *found)
+        return composition_view(*found)
 
 
-async def _events(resources: Resources, view: CompositionOut) -> AsyncIterator[str]:
+async def _events(resources: Resources, actor: Actor, view: CompositionOut) -> AsyncIterator[str]:
     yield f"data: {view.model_dump_json()}\n\n"
     while view.state not in FINISHED:
         await asyncio.sleep(_POLL_S)
-        latest = await run_in_threadpool(_look, resources, view.id)
+        latest = await run_in_threadpool(_look, resources, actor, view.id)
         if latest != view:
             view = latest
             yield f"data: {view.model_dump_json()}\n\n"

@@ -1,57 +1,104 @@
 """Jobs, the event log and health."""
 
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import StreamingResponse
 
 from registry import audit, compositions, jobs
-from registry.access import Role, permit
+from registry.access import EVERYWHERE, Role, granted, permit, permit_somewhere
+from registry.audit import Actor, EventQuery
 from registry.http.pages import Cursor, Limit, decode_number, page
-from registry.http.request import ActorOf, ResourcesOf, RowId
+from registry.http.request import ResourcesOf, RowId
+from registry.http.rules import Caller
+from registry.models import Job
+from registry.names import Digest
+from registry.resources import Resources
 from registry.schemas import Page
 from registry.schemas.work import AuditOut, JobOut
 from registry.web.views import audit_view, job_view
 
 router = APIRouter(tags=["operations"])
 
+_EXPORT_ROWS = 1000
+_ABSENT = Digest("0" * 64)
+
 
 @router.get("/v1/jobs")
-def list_jobs(resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None) -> Page[JobOut]:
-    """The newest first."""
-    permit(actor, Role.READER)
+def list_jobs(resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None) -> Page[JobOut]:
+    """The newest first, of the namespaces where the caller is a publisher."""
+    permit_somewhere(actor, Role.PUBLISHER)
     with resources.read() as session:
-        rows = jobs.list_page(session, before=decode_number(cursor), limit=limit + 1)
+        rows = jobs.list_page(session, granted(actor, Role.PUBLISHER), before=decode_number(cursor), limit=limit + 1)
         return page([job_view(row) for row in rows], limit, [row.id for row in rows])
 
 
 @router.get("/v1/jobs/{job_id}")
-def show_job(job_id: RowId, resources: ResourcesOf, actor: ActorOf) -> JobOut:
-    permit(actor, Role.READER)
+def show_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.read() as session:
-        return job_view(jobs.find(session, job_id))
+        job = jobs.find(session, job_id)
+        _permit(actor, job)
+        return job_view(job)
 
 
 @router.post("/v1/jobs/{job_id}/cancel")
-def cancel_job(job_id: RowId, resources: ResourcesOf, actor: ActorOf) -> JobOut:
-    permit(actor, Role.PUBLISHER)
+def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.write() as session:
+        _permit(actor, jobs.find(session, job_id))
         _, job = compositions.cancel(session, actor, compositions.of_job(session, job_id).id)
         return job_view(job)
+
+
+def event_query(  # noqa: PLR0913
+    actor: Caller,
+    namespace: Annotated[str | None, Query(max_length=64)] = None,
+    subject: Annotated[str | None, Query(max_length=300, description="acme/sql@prod, or a beginning: acme/*")] = None,
+    by: Annotated[str | None, Query(max_length=128, description="The user who did it.")] = None,
+    act: Annotated[str | None, Query(max_length=64, description="channel:rollback, release:yank, ...")] = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> EventQuery:
+    """An admin of the registry reads all rows, an admin of namespaces theirs."""
+    permit_somewhere(actor, Role.ADMIN)
+    return EventQuery(granted(actor, Role.ADMIN), namespace, subject, by, act, since, until)
 
 
 @router.get("/v1/audit")
 def events(
     resources: ResourcesOf,
-    actor: ActorOf,
+    wanted: Annotated[EventQuery, Depends(event_query)],
     limit: Limit = 50,
     cursor: Cursor = None,
-    subject: Annotated[str | None, Query(max_length=300)] = None,
 ) -> Page[AuditOut]:
     """What was done, in the order in which it was done."""
-    permit(actor, Role.ADMIN)
     with resources.read() as session:
-        rows = audit.events(session, after=decode_number(cursor), limit=limit + 1, subject=subject)
+        rows = audit.events(session, wanted, after=decode_number(cursor), limit=limit + 1)
         return page([audit_view(row) for row in rows], limit, [row.id for row in rows])
+
+
+@router.get("/v1/audit.jsonl")
+def export(resources: ResourcesOf, wanted: Annotated[EventQuery, Depends(event_query)]) -> StreamingResponse:
+    """All rows of the filter, a line of JSON each."""
+    return StreamingResponse(_lines(resources, wanted), media_type="application/jsonl")
+
+
+def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
+    """A transaction for each piece: an export of millions of rows must not hold one open."""
+    after = 0
+    while True:
+        with resources.read() as session:
+            rows = audit.events(session, wanted, after=after, limit=_EXPORT_ROWS)
+            text = "".join(f"{audit_view(row).model_dump_json()}\n" for row in rows)
+        if not rows:
+            return
+        after = rows[-1].id
+        yield text
+
+
+def _permit(actor: Actor, job: Job) -> None:
+    permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=jobs.unknown(job.id))
 
 
 @router.get("/healthz")
@@ -61,6 +108,7 @@ def alive() -> dict[str, str]:
 
 @router.get("/readyz")
 def ready(resources: ResourcesOf) -> dict[str, str]:
-    """503 while the database is away."""
+    """503 while the database or the store is away."""
     resources.database.ping()
+    resources.store.stat(_ABSENT)
     return {"status": "ok"}

@@ -5,17 +5,27 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 
 from registry import compositions, publishing, releases, repositories, resolve, search
-from registry.access import EVERYWHERE, Role, permit
+from registry.access import Role, permit
 from registry.errors import NotFound
 from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, page
-from registry.http.request import ActorOf, ResourcesOf
+from registry.http.request import ResourcesOf
+from registry.http.rules import Caller, Publisher, Reader, Releaser
 from registry.manifest import ManifestFile
 from registry.models import Release
 from registry.names import Digest, parse_digest, parse_reference, parse_version
 from registry.publishing import Push
 from registry.repositories import Kind
 from registry.schemas import Page
-from registry.schemas.catalog import PublishedOut, ReleaseIn, ReleaseOut, RepositoryOut, ResolvedOut, SearchIn, YankIn
+from registry.schemas.catalog import (
+    PublishedOut,
+    ReleaseIn,
+    ReleaseOut,
+    RepositoryOut,
+    ResolvedOut,
+    SearchIn,
+    UnyankIn,
+    YankIn,
+)
 from registry.suites import parse_condition
 from registry.web.blobs import blob_response
 from registry.web.repository import KindOf, RepositoryOf
@@ -29,27 +39,25 @@ repository_routes = APIRouter(tags=["releases"])
 
 @repository_routes.get("")
 def list_repositories(
-    kind: KindOf, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
+    kind: KindOf, resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[RepositoryOut]:
-    permit(actor, Role.READER)
+    """Those that the caller may read."""
     with resources.read() as session:
-        rows = repositories.list_page(session, kind, after=decode_cursor(cursor), limit=limit + 1)
+        rows = repositories.list_page(session, actor, kind, after=decode_cursor(cursor), limit=limit + 1)
         return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
 
 
 @repository_routes.get("/{namespace}/{name}")
-def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: ActorOf) -> RepositoryOut:
-    permit(actor, Role.READER, named.name.namespace)
+def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> RepositoryOut:
     with resources.read() as session:
         return repository_page(session, [repositories.find(session, named.name, named.kind)])[0]
 
 
 @repository_routes.post("/{namespace}/{name}/releases", status_code=201)
 def publish(
-    named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: ActorOf, response: Response
+    named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher, response: Response
 ) -> PublishedOut:
     """201 for a new release, 200 for a retry with the same content, 409 for other content under the same version."""
-    permit(actor, Role.PUBLISHER, named.name.namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     version = parse_version(body.version) if body.version else None
     push = Push(named.name, named.kind, version, body.bump, body.base, files, body.notes)
@@ -62,10 +70,9 @@ def publish(
 
 @repository_routes.get("/{namespace}/{name}/releases")
 def list_releases(
-    named: RepositoryOf, resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None
+    named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[ReleaseOut]:
     """The highest version first."""
-    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
@@ -73,8 +80,7 @@ def list_releases(
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}")
-def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
-    permit(actor, Role.READER, named.name.namespace)
+def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> ReleaseOut:
     with resources.read() as session:
         return release_view(session, releases.find(session, named.name, parse_version(version), named.kind))
 
@@ -85,10 +91,9 @@ def download_file(
     version: str,
     path: str,
     resources: ResourcesOf,
-    actor: ActorOf,
+    actor: Reader,
     byte_range: Annotated[str | None, Header(alias="Range")] = None,
 ) -> Response:
-    permit(actor, Role.READER, named.name.namespace)
     with resources.read() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         digests = {file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]}
@@ -103,31 +108,30 @@ def download_file(
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")
-def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
-    permit(actor, Role.RELEASER, named.name.namespace)
+def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         return release_view(session, releases.yank(session, actor, release, body.reason))
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
-def unyank(named: RepositoryOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ReleaseOut:
-    permit(actor, Role.RELEASER, named.name.namespace)
+def unyank(
+    named: RepositoryOf, version: str, resources: ResourcesOf, actor: Releaser, body: UnyankIn | None = None
+) -> ReleaseOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, releases.unyank(session, actor, release))
+        return release_view(session, releases.unyank(session, actor, release, body.reason if body else ""))
 
 
 @router.get("/releases")
 def search_releases(
     query: Annotated[SearchIn, Query()],
     resources: ResourcesOf,
-    actor: ActorOf,
+    actor: Caller,
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[ReleaseOut]:
     """Releases across repositories that meet every condition, the newest first."""
-    permit(actor, Role.READER, query.namespace or EVERYWHERE)
     wanted = search.Query(
         kind=Kind(query.kind),
         namespace=query.namespace,
@@ -147,9 +151,7 @@ def search_releases(
 
 
 @router.get("/resolve")
-def resolve_reference(
-    ref: Annotated[str, Query(max_length=400)], resources: ResourcesOf, actor: ActorOf
-) -> ResolvedOut:
+def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: ResourcesOf, actor: Caller) -> ResolvedOut:
     reference = parse_reference(ref)
     permit(actor, Role.READER, reference.repository.namespace)
     with resources.read() as session:

@@ -17,14 +17,14 @@ class NamedRepository:
     kind: Kind
 
 
-def kind_of(request: Request) -> Kind:
+async def kind_of(request: Request) -> Kind:
     return next(kind for prefix, kind in REPOSITORY_PREFIXES.items() if request.url.path.startswith(prefix))
 
 
 KindOf = Annotated[Kind, Depends(kind_of)]
 
 
-def repository_of(namespace: str, name: str, kind: KindOf) -> NamedRepository:
+async def repository_of(namespace: str, name: str, kind: KindOf) -> NamedRepository:
     return NamedRepository(
         RepositoryName(parse_part(namespace, "namespace"), parse_part(name, "repository name")), kind
     )

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Response
 
 from composer.suite import Suite as SuiteContent
 from registry import bases, releases, suites
-from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_number, page
-from registry.http.request import ActorOf, ResourcesOf
+from registry.http.request import ResourcesOf
+from registry.http.rules import Contributor, Member, Publisher, Reader
 from registry.names import parse_version
 from registry.schemas import Page
 from registry.schemas.quality import ScoreIn, ScoresIn, ScoresOut, SuiteOut
@@ -22,12 +22,11 @@ repository_routes = APIRouter(tags=["quality"])
 
 
 @router.post("/suites", status_code=201)
-def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: ActorOf, response: Response) -> SuiteOut:
+def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, response: Response) -> SuiteOut:
     """The suite with its examples, as composer/suite.py describes it.
 
     201 for new content. 200 for content known already; when it was an older one, it is the current one again.
     """
-    permit(actor, Role.PUBLISHER)
     content = SuiteContent.from_json(body)
     with resources.write() as session:
         suite, created = suites.add(session, actor, content)
@@ -36,26 +35,23 @@ def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: ActorOf, resp
 
 
 @router.get("/suites")
-def list_suites(resources: ResourcesOf, actor: ActorOf, limit: Limit = 50, cursor: Cursor = None) -> Page[SuiteOut]:
-    permit(actor, Role.READER)
+def list_suites(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[SuiteOut]:
     with resources.read() as session:
         rows = suites.list_page(session, after=decode_number(cursor), limit=limit + 1)
         return page([suite_view(row) for row in rows], limit, [row.id for row in rows])
 
 
 @router.get("/suites/{suite}")
-def show_suite(suite: str, resources: ResourcesOf, actor: ActorOf) -> SuiteOut:
+def show_suite(suite: str, resources: ResourcesOf, actor: Member) -> SuiteOut:
     """By name (the current content) or by digest, with its examples."""
-    permit(actor, Role.READER)
     with resources.read() as session:
         return suite_view(suites.find(session, suite), content=True)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/scores")
 def record_release(
-    named: RepositoryOf, version: str, body: ScoresIn, resources: ResourcesOf, actor: ActorOf
+    named: RepositoryOf, version: str, body: ScoresIn, resources: ResourcesOf, actor: Publisher
 ) -> ScoresOut:
-    permit(actor, Role.PUBLISHER, named.name.namespace)
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         return ScoresOut(
@@ -64,24 +60,21 @@ def record_release(
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
-def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
-    permit(actor, Role.READER, named.name.namespace)
+def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> ScoresOut:
     with resources.read() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, release)])
 
 
 @router.post("/bases/{base:path}/scores")
-def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
-    permit(actor, Role.PUBLISHER)
+def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: Contributor) -> ScoresOut:
     with resources.write() as session:
         rows = suites.record(session, actor, bases.find(session, base), _measurements(body.scores))
         return ScoresOut(scores=[score_view(row) for row in rows])
 
 
 @router.get("/bases/{base:path}/scores")
-def base_scores(base: str, resources: ResourcesOf, actor: ActorOf) -> ScoresOut:
-    permit(actor, Role.READER)
+def base_scores(base: str, resources: ResourcesOf, actor: Member) -> ScoresOut:
     with resources.read() as session:
         return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, bases.find(session, base))])
 

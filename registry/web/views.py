@@ -168,6 +168,7 @@ def job_view(row: Job) -> JobOut:
     return JobOut(
         id=row.id,
         kind=row.kind,
+        namespace=row.namespace,
         state=row.state,
         steps=[StepOut(**step) for step in row.steps],
         error=row.error,
@@ -198,4 +199,17 @@ def composition_view(row: Composition, job: Job) -> CompositionOut:
 
 
 def audit_view(row: AuditRow) -> AuditOut:
-    return AuditOut(id=row.id, at=row.at, actor=row.actor, act=row.act, subject=row.subject, detail=row.detail)
+    return AuditOut(
+        id=row.id,
+        at=row.at,
+        actor=row.actor,
+        token=row.token_id,
+        source=row.source,
+        act=row.act,
+        subject=row.subject,
+        namespace=row.namespace,
+        reason=row.reason,
+        before=row.before,
+        after=row.after,
+        detail=row.detail,
+    )

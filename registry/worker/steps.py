@@ -15,7 +15,7 @@ from composer.hashing import hash_file, verify_checkpoint
 from composer.recipe import Lock, Recipe, parse_recipe
 from composer.settings import effective_weights
 from composer.suite import Suite as SuiteContent
-from registry import bases, compositions, gates, publishing, releases, suites
+from registry import bases, compositions, gates, publishing, releases, suites, uploads
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
@@ -308,7 +308,7 @@ def _upload(held: Held, actor: Actor, work: Work, output: Output) -> Push:
     files: list[ManifestFile] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         file = ManifestFile(path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path)))
-        publishing.store_file(held.resources, actor, file.sha256, path, move=False)
+        uploads.store_file(held.resources, actor, file.sha256, path, move=False)
         files.append(file)
         held.check()
     return Push(

@@ -17,26 +17,21 @@ from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import BlobStore, blob_key
 from registry.storage.local import LocalStore
-from tests import services
+from registry.storage.s3 import S3Store
+from tests.s3_server import BUCKET, S3Server
 
 ABSENT = Digest("0" * 64)
 
 
 @pytest.fixture(params=["local", "S3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlobStore:
     if request.param == "local":
         return LocalStore(tmp_path / "store")
-    endpoint, bucket = os.environ.get("ADAPTORY_TEST_S3_ENDPOINT"), os.environ.get("ADAPTORY_TEST_S3_BUCKET")
-    if not endpoint or not bucket:
-        hint = "set ADAPTORY_TEST_S3_ENDPOINT and ADAPTORY_TEST_S3_BUCKET, and credentials as boto3 takes them"
-        if services.REQUIRED:
-            services.add_missing({"S3 server": hint})  # not among the services that CI starts yet
-            pytest.skip(f"S3 server not found: {hint}")
-        services.unavailable("S3 server", hint)
-    from registry.storage.s3 import S3Store
-
-    prefix = f"contract/{uuid.uuid4().hex}/"
-    return S3Store(S3Storage(kind="s3", bucket=bucket, prefix=prefix, endpoint_url=endpoint))
+    s3: S3Server = request.getfixturevalue("s3")
+    for name, value in s3.credentials.items():
+        monkeypatch.setenv(name, value)
+    prefix = f"{uuid.uuid4().hex}/"
+    return S3Store(S3Storage(kind="s3", bucket=BUCKET, prefix=prefix, endpoint_url=s3.endpoint))
 
 
 @pytest.fixture

@@ -3,20 +3,20 @@
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 import registry.models  # noqa: F401  (fills the metadata)
 from registry.db import Database, Row, ensure_schema, head_revision, migrate, schema_revision
 from registry.errors import Unavailable
 from registry.resources import open_resources
 from registry.settings import Settings
+from tests import services
 from tests.scenarios.world import Cli
 
 
@@ -25,13 +25,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database."""
     if request.param == "SQLite":
         return f"sqlite:///{tmp_path / 'empty.db'}"
-    postgres: str = request.getfixturevalue("postgres_url")
-    name = f"m{uuid.uuid4().hex}"
-    admin = create_engine(postgres.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    admin.dispose()
-    return f"{postgres.rpartition('/')[0]}/{name}"
+    return services.new_database()
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
-"""The same stories over the embedded registry and over a real server, on SQLite and on PostgreSQL."""
+"""The same stories over the embedded registry and over a real server, on both pairings of database and store."""
 
-import uuid
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
 
-from registry.db import Database, migrate
+from tests import services
 from tests.scenarios.world import Cli, World, build_world, server
 
 USER = "mia"
@@ -24,31 +22,26 @@ def embedded(tmp_path: Path) -> Cli:
 
 
 @pytest.fixture
-def fresh_postgres(postgres_url: str) -> str:
+def fresh_postgres() -> str:
     """An empty, migrated database of its own."""
-    name = f"t{uuid.uuid4().hex}"
-    admin = create_engine(postgres_url.replace("postgresql://", "postgresql+psycopg://"), isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    admin.dispose()
-    url = postgres_url.rpartition("/")[0] + f"/{name}"
-    database = Database(url)
-    migrate(database)
-    database.close()
-    return url
+    return services.new_database(migrated=True)
 
 
-@pytest.fixture(params=["embedded", "server", "server on PostgreSQL"])
+WAYS = ("embedded", "server", "server on PostgreSQL and S3")
+
+
+@pytest.fixture(params=WAYS)
 def cli(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Cli]:
     """The command line against each way of running a registry."""
     if request.param == "embedded":
         yield request.getfixturevalue("embedded")
         return
     environment = {"ADAPTORY_USER": USER}
-    if request.param == "server on PostgreSQL":
+    if request.param == "server on PostgreSQL and S3":
+        environment |= request.getfixturevalue("s3_environment")
         environment["ADAPTORY_DATABASE_URL"] = request.getfixturevalue("fresh_postgres")
     with server(tmp_path / "server", **environment) as (url, _):
-        yield Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url})
+        yield Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=environment)
 
 
 @pytest.fixture

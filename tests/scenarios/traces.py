@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
+
 from registry.cli.connect import connected
 from registry.client.api import Api
 from tests.scenarios.world import Cli, environment
@@ -40,6 +42,28 @@ def traces(cli: Cli) -> Traces:
             for kind in ("adapter", "model")
             for release in api.pages("/v1/releases", kind=kind, include_yanked=True)
         ]
-    blobs = frozenset(path.name for path in (home / "store" / "blobs").rglob("*") if path.is_file())
-    unfinished = [path for place in ("work", "store/incoming") for path in (home / place).rglob("*")]
-    return Traces(blobs, frozenset(str(path.relative_to(home)) for path in unfinished), tuple(sorted(releases)))
+    unfinished = {str(path.relative_to(home)) for path in (home / "work").rglob("*")}
+    if "AWS_ACCESS_KEY_ID" in cli.served_with:
+        blobs, arriving = _in_s3(cli)
+    else:
+        blobs = {path.name for path in (home / "store" / "blobs").rglob("*") if path.is_file()}
+        arriving = {str(path.relative_to(home)) for path in (home / "store" / "incoming").rglob("*")}
+    return Traces(frozenset(blobs), frozenset(unfinished | arriving), tuple(sorted(releases)))
+
+
+def _in_s3(cli: Cli) -> tuple[set[str], set[str]]:
+    """Names of blobs, and the keys of what is neither blob nor finished; past our own store class on purpose."""
+    told = cli.served_with
+    client = boto3.client(
+        "s3",
+        endpoint_url=told["ADAPTORY_STORAGE__ENDPOINT_URL"],
+        region_name=told["AWS_DEFAULT_REGION"],
+        aws_access_key_id=told["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=told["AWS_SECRET_ACCESS_KEY"],
+    )
+    bucket, prefix = told["ADAPTORY_STORAGE__BUCKET"], told["ADAPTORY_STORAGE__PREFIX"]
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    keys = {row["Key"].removeprefix(prefix) for page in pages for row in page.get("Contents", ())}
+    parts = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
+    blobs = {key for key in keys if key.startswith("blobs/")}
+    return {key.rpartition("/")[2] for key in blobs}, (keys - blobs) | {row["Key"] for row in parts}

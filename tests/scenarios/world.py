@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,13 @@ class Ran:
 
 @dataclass
 class Cli:
-    """`adaptory …` with an environment of its own; the command line's own entry point, called in this process."""
+    """`adaptory …` with an environment of its own; the command line's own entry point, called in this process.
+
+    `served_with` is the environment of the server it talks to, for tests that look at that server's store.
+    """
 
     environment: dict[str, str]
+    served_with: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __call__(self, *arguments: object) -> Ran:
         words = [str(argument) for argument in arguments]

@@ -1,0 +1,82 @@
+"""An adapter's tensors as numpy arrays, mapped from the file and converted a block at a time. No torch.
+
+Shapes: O outputs and I inputs of a module, R its rank; A is R x I, B is O x R.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from composer.formats.facts import Adapter
+from composer.formats.header import FLOAT_DTYPES, TensorEntry
+from composer.formats.placement import PlacedModule
+
+Float64 = npt.NDArray[np.float64]
+
+BLOCK_ELEMENTS = 1 << 22
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def readable(adapter: Adapter, module: PlacedModule) -> bool:
+    """Are both factors in a format that numpy can be taught to read?"""
+    return all(adapter.header.tensors[key].dtype in FLOAT_DTYPES for key in _pair(module))
+
+
+def factors(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
+    """(A, B) of a low-rank module, float64, without its scale."""
+    A_RI, B_OR = (_whole(adapter.weights_path, adapter.header.tensors[key]) for key in _pair(module))
+    return A_RI, B_OR
+
+
+def factor_grams(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
+    """(A A^T, B^T B), R x R float64, from blocks of a bounded size: an embedding's factor has 150,000 columns."""
+    a, b = (adapter.header.tensors[key] for key in _pair(module))
+    gram_A = np.zeros((a.shape[0], a.shape[0]))
+    for block in _columns(_mapped(adapter.weights_path, a), a.dtype):
+        gram_A += block @ block.T
+    gram_B = np.zeros((b.shape[1], b.shape[1]))
+    for block in _rows(_mapped(adapter.weights_path, b), b.dtype):
+        gram_B += block.T @ block
+    return gram_A, gram_B
+
+
+def blocks(path: Path, entry: TensorEntry) -> Iterator[Float64]:
+    """All elements of a tensor of any shape, flat, a few million at a time."""
+    flat = _mapped(path, entry).reshape(-1)
+    for start in range(0, len(flat), BLOCK_ELEMENTS):
+        yield _float(flat[start : start + BLOCK_ELEMENTS], entry.dtype)
+
+
+def _pair(module: PlacedModule) -> tuple[str, str]:
+    prefix = "lora_embedding_" if module.kind == "embedding" else "lora_"
+    return module.parts[f"{prefix}A"], module.parts[f"{prefix}B"]
+
+
+def _mapped(path: Path, entry: TensorEntry) -> npt.NDArray[Any]:
+    return np.memmap(path, dtype=_NUMPY[entry.dtype], mode="r", offset=entry.begin, shape=entry.shape)
+
+
+def _whole(path: Path, entry: TensorEntry) -> Float64:
+    return _float(_mapped(path, entry), entry.dtype)
+
+
+def _columns(array: npt.NDArray[Any], dtype: str) -> Iterator[Float64]:
+    width = max(1, BLOCK_ELEMENTS // max(1, array.shape[0]))
+    for start in range(0, array.shape[1], width):
+        yield _float(array[:, start : start + width], dtype)
+
+
+def _rows(array: npt.NDArray[Any], dtype: str) -> Iterator[Float64]:
+    height = max(1, BLOCK_ELEMENTS // max(1, array.shape[1]))
+    for start in range(0, array.shape[0], height):
+        yield _float(array[start : start + height], dtype)
+
+
+def _float(block: npt.NDArray[Any], dtype: str) -> Float64:
+    """bfloat16 is the upper half of a float32, which numpy has no name for."""
+    if dtype == "BF16":
+        return (block.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.asarray(block, dtype=np.float64)

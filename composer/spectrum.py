@@ -1,0 +1,184 @@
+"""What an adapter's ranks are used for: the singular values of every delta, from its factors alone. No torch.
+
+Delta = s B A has the singular values of s B_half A_half^T, where the halves are square roots of the R x R Gram matrices
+of the factors; the O x I product is never built. Per module: the effective rank exp(H(p)) with p = sigma / sum(sigma)
+(Roy and Vetterli 2007, "The effective rank"), and the least number of directions that hold 95 and 99 % of the energy
+|Delta|_F^2.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import exp, isfinite, sqrt
+from typing import Any
+
+import numpy as np
+
+from composer.factors import Float64, factor_grams, readable
+from composer.findings import Finding, Severity
+from composer.formats.facts import Adapter
+from composer.formats.placement import Placed, PlacedModule
+
+NEAR_ZERO = 0.01
+"""Below this share of the whole adapter's root mean square entry a module adds next to nothing."""
+MAX_RANK = 512
+MAX_MODULES = 20_000
+"""Per-module rows beyond this number are not kept; the summary still counts them."""
+# A direction below this share of the largest singular value is rounding, not part of the delta.
+_NOISE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpectrum:
+    """One delta. `norm` is |Delta|_F with its scale; `entries` is O x I."""
+
+    module: str
+    rank: int
+    entries: int
+    norm: float
+    effective_rank: float
+    rank_95: int
+    rank_99: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """All deltas. `rank_95` is the rank to which every module could be cut while 95 % of the whole energy is kept.
+
+    `effective_rank` is the mean over modules by their energy. `left_out` names modules without a spectrum: a rank above
+    512, a format that is not read, or numbers too large to square.
+    """
+
+    modules: tuple[ModuleSpectrum, ...]
+    norm: float
+    rank_max: int
+    rank_95: int
+    rank_99: int
+    effective_rank: float
+    left_out: tuple[str, ...]
+
+    @property
+    def near_zero(self) -> list[str]:
+        """Modules whose entries are next to nothing beside the others', none when all are zero."""
+        entries = sum(module.entries for module in self.modules)
+        usual = self.norm / sqrt(entries) if entries else 0.0
+        return [module.module for module in self.modules if module.norm < NEAR_ZERO * usual * sqrt(module.entries)]
+
+    def hints(self) -> list[Finding]:
+        """What the next training run could save. Notices: no measurement says what a lower rank would cost."""
+        found: list[Finding] = []
+        if self.norm and self.rank_95 * 2 <= self.rank_max:
+            message = (
+                f"Rank {self.rank_max}, but 95 % of the energy is in {self.rank_95} and 99 % in {self.rank_99}: "
+                "a lower rank may do."
+            )
+            found.append(Finding("rank_unused", Severity.NOTICE, "rank", message, self.rank_95))
+        if idle := self.near_zero:
+            named = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            message = f"{len(idle)} of {len(self.modules)} modules are near zero: {named}. These targets were wasted."
+            found.append(Finding("near_zero_modules", Severity.NOTICE, idle[0], message, len(idle)))
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """What a list of releases shows."""
+        return {
+            "norm": _short(self.norm),
+            "effective_rank": _short(self.effective_rank),
+            "rank_95": self.rank_95,
+            "rank_99": self.rank_99,
+            "near_zero": len(self.near_zero),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        idle = set(self.near_zero)
+        rows = [
+            {
+                "module": module.module,
+                "rank": module.rank,
+                "norm": _short(module.norm),
+                "effective_rank": _short(module.effective_rank),
+                "rank_95": module.rank_95,
+                "rank_99": module.rank_99,
+                "near_zero": module.module in idle,
+            }
+            for module in self.modules[:MAX_MODULES]
+        ]
+        return {**self.summary(), "modules": rows, "left_out": list(self.left_out[:MAX_MODULES])}
+
+
+def spectrum(adapter: Adapter, placed: Placed) -> Spectrum | None:
+    """The spectrum of an adapter whose placement and numbers are sound; None when it has no low-rank module.
+
+    224 modules of a 7B model at rank 16 take 0.3 s on one core; memory is one block of a factor, whatever the adapter.
+    A variant that does more than add s B A (DoRA) is judged by that product.
+    """
+    rows: list[ModuleSpectrum] = []
+    left_out: list[str] = []
+    by_direction = np.zeros(MAX_RANK)
+    for module, sigma in _sigmas(adapter, placed.low_rank):
+        if sigma is None:
+            left_out.append(module.module)
+            continue
+        energy = sigma**2
+        by_direction[: len(energy)] += energy
+        rows.append(
+            ModuleSpectrum(
+                module=module.module,
+                rank=module.rank,
+                entries=module.shape[0] * module.shape[1],
+                norm=sqrt(float(energy.sum())),
+                effective_rank=_effective_rank(sigma),
+                rank_95=_directions(energy, 0.95),
+                rank_99=_directions(energy, 0.99),
+            )
+        )
+    if not rows:
+        return None
+    whole = sum(row.norm**2 for row in rows)
+    return Spectrum(
+        modules=tuple(rows),
+        norm=sqrt(whole),
+        rank_max=max(row.rank for row in rows),
+        rank_95=_directions(by_direction, 0.95),
+        rank_99=_directions(by_direction, 0.99),
+        effective_rank=sum(row.effective_rank * row.norm**2 for row in rows) / whole if whole else 0.0,
+        left_out=tuple(left_out),
+    )
+
+
+def _sigmas(adapter: Adapter, modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, Float64 | None]]:
+    """The singular values of each delta, descending; None where they cannot be told."""
+    for module in modules:
+        if module.rank > MAX_RANK or not readable(adapter, module):
+            yield module, None
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            gram_A, gram_B = factor_grams(adapter, module)
+            sound = isfinite(float(np.abs(gram_A).sum()) * float(np.abs(gram_B).sum()) * module.scale**2)
+        yield module, _sigma(gram_A, gram_B, module.scale) if sound else None
+
+
+def _sigma(gram_A: Float64, gram_B: Float64, scale: float) -> Float64:
+    values, vectors = np.linalg.eigh(gram_A)
+    half = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    sigma = np.sqrt(np.maximum(np.linalg.eigvalsh(half @ gram_B @ half)[::-1], 0)) * abs(scale)
+    return np.where(sigma > _NOISE * sigma[0], sigma, 0.0)
+
+
+def _effective_rank(sigma: Float64) -> float:
+    """exp(H(p)), p = sigma / sum(sigma): R for R equal directions, 1 for a single one, 0 for a delta of zeros."""
+    total = float(sigma.sum())
+    if not total:
+        return 0.0
+    p = sigma[sigma > 0] / total
+    return exp(-float((p * np.log(p)).sum()))
+
+
+def _directions(energy: Float64, share: float) -> int:
+    """The least number of leading directions that hold that share of the energy; 0 when there is none."""
+    total = float(energy.sum())
+    # 1e-12: a sum in another order must not ask for one direction more.
+    return int(np.searchsorted(np.cumsum(energy), share * total * (1 - 1e-12)) + 1) if total else 0
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,158 @@
+"""Who may do what: tokens, namespaces, members."""
+
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import connected
+from registry.cli.render import JsonFlag
+from registry.errors import Usage
+
+tokens = typer.Typer(help="Tokens: who asks.", no_args_is_help=True, rich_markup_mode=None)
+namespaces = typer.Typer(help="Namespaces: the unit of permission.", no_args_is_help=True, rich_markup_mode=None)
+Json = dict[str, Any]
+
+User = Annotated[str, typer.Argument(help="A user's name.")]
+NamespaceName = Annotated[str, typer.Argument(metavar="NAMESPACE")]
+
+
+def register(root: typer.Typer) -> None:
+    root.add_typer(tokens, name="token")
+    root.add_typer(namespaces, name="namespace")
+    root.command("whoami")(who_am_i)
+
+
+def who_am_i(json: JsonFlag = False) -> None:
+    """Whom the registry takes you for, and what you may do where."""
+    with connected() as connection:
+        found = connection.api.get("/v1/whoami")
+    pairs = [(namespace, role) for namespace, role in sorted(found["grants"].items())]
+    render.document(found, json, lambda: render.lines(found["user"], pairs))
+
+
+@tokens.command("create")
+def create_token(
+    user: Annotated[str | None, typer.Option(help="For another user; takes an admin of the registry.")] = None,
+    name: Annotated[str, typer.Option(help="What it is for.")] = "",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="NAMESPACE=ROLE, its highest role there; may be repeated. All by default."),
+    ] = None,
+    expires_in_days: Annotated[float | None, typer.Option(help="Until revoked by default.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Make a token, which is printed this once. It can do what its user's roles and its scope both allow."""
+    body: Json = {"user": user, "name": name, "expires_in_days": expires_in_days}
+    if scope:
+        body["scope"] = dict(_pair(text) for text in scope)
+    with connected() as connection:
+        found = connection.api.post("/v1/tokens", body)
+    render.document(found, json, lambda: print(found["token"]))
+
+
+@tokens.command("list")
+def list_tokens(json: JsonFlag = False) -> None:
+    """Your tokens; an admin of the registry sees everybody's. Secrets are never shown again."""
+    with connected() as connection:
+        found = list(connection.api.pages("/v1/tokens"))
+    rows = [
+        (
+            row["id"],
+            row["user"],
+            row["name"],
+            [f"{namespace}={role}" for namespace, role in row["scope"].items()],
+            (row["expires_at"] or "")[:19],
+            (row["revoked_at"] or "")[:19],
+        )
+        for row in found
+    ]
+    columns = ("token", "user", "name", "scope", "expires", "revoked")
+    render.document({"items": found, "next": None}, json, lambda: render.table("", columns, rows))
+
+
+@tokens.command("revoke")
+def revoke_token(token: Annotated[str, typer.Argument(metavar="ID")], json: JsonFlag = False) -> None:
+    """End a token at once, by the id that `token list` shows (its 12 characters after adp_)."""
+    with connected() as connection:
+        found = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}")
+    render.document(found, json, lambda: print(f"revoked {found['id']} of {found['user']}"))
+
+
+@namespaces.command("list")
+def list_namespaces(json: JsonFlag = False) -> None:
+    """The namespaces that you may read."""
+    with connected() as connection:
+        found = list(connection.api.pages("/v1/namespaces"))
+    rows = [(row["namespace"], _visibility(row), row["require_signature"], row["created_by"]) for row in found]
+    columns = ("namespace", "visible", "signed only", "by")
+    render.document({"items": found, "next": None}, json, lambda: render.table("", columns, rows))
+
+
+@namespaces.command("set")
+def set_namespace(
+    namespace: NamespaceName,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="Who may read it.")] = None,
+    require_signature: Annotated[
+        bool | None, typer.Option("--require-signature/--allow-unsigned", help="Refuse unsigned releases.")
+    ] = None,
+    signing_key: Annotated[
+        list[Path] | None, typer.Option(help="A public key (PEM) that may sign; all of them at once.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Make a namespace, or change who may read it and what it takes."""
+    keys = [path.read_text() for path in signing_key] if signing_key else None
+    body = {"public": public, "require_signature": require_signature, "signing_keys": keys}
+    with connected() as connection:
+        found = connection.api.put(f"/v1/namespaces/{quote(namespace, safe='')}", body)
+    pairs = [("visible", _visibility(found)), ("signed only", found["require_signature"])]
+    render.document(found, json, lambda: render.lines(f"namespace {namespace}", pairs))
+
+
+@namespaces.command("members")
+def list_members(namespace: NamespaceName, json: JsonFlag = False) -> None:
+    """Who has a role there; `*` asks for the roles that hold in every namespace."""
+    with connected() as connection:
+        found = connection.api.get(_members_path(namespace))
+    render.document(found, json, lambda: render.lines(f"members of {namespace}", list(found["members"].items())))
+
+
+@namespaces.command("grant")
+def grant(
+    namespace: NamespaceName,
+    user: User,
+    role: Annotated[str, typer.Argument(help="reader, publisher, releaser or admin.")],
+    json: JsonFlag = False,
+) -> None:
+    """Give a user a role in a namespace, in the place of any other there; in `*` it holds in all of them."""
+    _set_member(namespace, user, role, json)
+
+
+@namespaces.command("revoke")
+def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None:
+    """Take a user's role in a namespace away; the user's tokens lose it too."""
+    _set_member(namespace, user, None, json)
+
+
+def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:
+    with connected() as connection:
+        found = connection.api.put(_members_path(namespace), {"user": user, "role": role})
+    render.document(found, json, lambda: print(f"{user}: {role or 'no role'} in {namespace}"))
+
+
+def _members_path(namespace: str) -> str:
+    return f"/v1/namespaces/{quote(namespace, safe='')}/members"
+
+
+def _visibility(row: Json) -> str:
+    return "public" if row["public"] else "private"
+
+
+def _pair(text: str) -> tuple[str, str]:
+    namespace, equals, role = text.partition("=")
+    if not equals:
+        raise Usage("bad_scope", f"{text!r} is no scope.", subject=text, next_step="Write NAMESPACE=ROLE.")
+    return namespace, role

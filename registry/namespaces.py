@@ -1,0 +1,135 @@
+"""Namespaces and their members."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from registry import audit
+from registry.access import EVERYWHERE, Role, permit, readable, unknown_namespace
+from registry.audit import Act, Actor
+from registry.errors import Invalid
+from registry.models import Member, Namespace
+from registry.names import parse_part
+
+MAX_SIGNING_KEYS = 20
+_MAX_KEY_CHARACTERS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is None stays as it is."""
+
+    public: bool | None = None
+    require_signature: bool | None = None
+    signing_keys: Sequence[str] | None = None
+
+
+def find(session: Session, name: str) -> Namespace:
+    row = session.get(Namespace, name)
+    if row is None:
+        raise unknown_namespace(name)
+    return row
+
+
+def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
+    """A namespace comes to be with its first repository, if an admin of the whole registry makes that."""
+    row = session.get(Namespace, name)
+    if row is None:
+        permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
+        row = Namespace(
+            name=parse_part(name, "namespace"),
+            public=False,
+            require_signature=False,
+            signing_keys=[],
+            created_at=actor.at,
+            created_by=actor.name,
+        )
+        session.add(row)
+        session.flush()
+        audit.record(session, actor, Act.NAMESPACE_CREATE, name, namespace=name)
+    return row
+
+
+def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespace:
+    row = find_or_create(session, actor, name)
+    before = _settings(row)
+    if wanted.public is not None:
+        row.public = wanted.public
+    if wanted.signing_keys is not None:
+        row.signing_keys = _checked_keys(wanted.signing_keys)
+    if wanted.require_signature is not None:
+        row.require_signature = wanted.require_signature
+    if row.require_signature and not row.signing_keys:
+        raise Invalid(
+            "signing_keys_missing",
+            f"{name} cannot require signatures without a key that may sign.",
+            subject=name,
+            next_step="Give signing_keys with it.",
+        )
+    session.flush()
+    after = _settings(row)
+    if after != before:
+        audit.record(session, actor, Act.NAMESPACE_SET, name, namespace=name, before=before, after=after)
+    return row
+
+
+def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list[Namespace]:
+    """Those that the actor may read, by name."""
+    query = select(Namespace).where(Namespace.name > after, readable(actor, Namespace.name))
+    return list(session.scalars(query.order_by(Namespace.name).limit(limit)))
+
+
+def public_names(session: Session) -> frozenset[str]:
+    return frozenset(session.scalars(select(Namespace.name).where(Namespace.public)))
+
+
+def set_member(session: Session, actor: Actor, namespace: str, user: str, role: Role | None) -> None:
+    """Gives a user a role in a namespace (`*` for all of them), or with None takes it away."""
+    if namespace != EVERYWHERE:
+        find_or_create(session, actor, namespace)
+    row = session.get(Member, (user, namespace))
+    before = {"role": row.role} if row else {}
+    if role is None:
+        session.execute(delete(Member).where(Member.user == user, Member.namespace == namespace))
+    elif row is None:
+        session.add(Member(user=user, namespace=namespace, role=role))
+    else:
+        row.role = role
+    session.flush()
+    after = {"role": str(role)} if role else {}
+    if before != after:
+        where = None if namespace == EVERYWHERE else namespace
+        subject = f"{namespace}/members/{user}"
+        audit.record(session, actor, Act.MEMBER_SET, subject, namespace=where, before=before, after=after)
+
+
+def members(session: Session, namespace: str) -> dict[str, str]:
+    """The role of each user."""
+    rows = session.scalars(select(Member).where(Member.namespace == namespace).order_by(Member.user))
+    return {row.user: row.role for row in rows}
+
+
+def roles_of(session: Session, user: str) -> dict[str, str]:
+    """The user's role by namespace."""
+    return {row.namespace: row.role for row in session.scalars(select(Member).where(Member.user == user))}
+
+
+def _settings(row: Namespace) -> Mapping[str, Any]:
+    return {"public": row.public, "require_signature": row.require_signature, "signing_keys": list(row.signing_keys)}
+
+
+def _checked_keys(keys: Sequence[str]) -> list[str]:
+    for number, key in enumerate(keys):
+        if len(key) > _MAX_KEY_CHARACTERS or not key.strip().startswith("-----BEGIN PUBLIC KEY-----"):
+            raise Invalid(
+                "bad_signing_key",
+                f"signing_keys[{number}] is not a public key in PEM form.",
+                subject=f"signing_keys[{number}]",
+                next_step="Give the text of the file that begins with -----BEGIN PUBLIC KEY-----.",
+            )
+    if len(keys) > MAX_SIGNING_KEYS:
+        raise Invalid("too_many_keys", f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.")
+    return list(keys)

@@ -1,0 +1,86 @@
+"""Which number a release gets, and whether it may have the one it asks for."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry import breaking, repositories
+from registry.breaking import Surface
+from registry.errors import Refused, Usage
+from registry.manifest import parse_manifest
+from registry.models import Release, Repository
+from registry.names import Version, parse_version
+
+BUMPS = ("auto", "major", "minor", "patch")
+FIRST_VERSION = Version(0, 1, 0)
+
+
+def highest_stable(session: Session, repository: Repository, below: Version | None = None) -> Release | None:
+    """The highest stable release that is not yanked, of those below a version if one is given."""
+    query = select(Release).where(Release.repository_id == repository.id, Release.stable, ~Release.yanked)
+    if below is not None:
+        query = query.where(Release.sort_key < below.sort_key)
+    return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
+
+
+def next_version(session: Session, repository: Repository, bump: str | None, new: Surface) -> Version:
+    """The highest stable number, yanked ones too since none is given twice, counted up as `bump` says.
+
+    `auto` counts up what the change from the highest stable release needs.
+    """
+    if bump not in BUMPS:
+        raise Usage(
+            "version_missing",
+            "A push needs a version.",
+            subject=str(repositories.name_of(repository)),
+            next_step="Write REPO:VERSION, or --bump auto|patch|minor|major.",
+        )
+    latest = _highest_number(session, repository)
+    if latest is None:
+        return FIRST_VERSION
+    return latest.bump(_needed_bump(session, repository, latest, new) if bump == "auto" else bump)
+
+
+def refuse_breaking(
+    session: Session, repository: Repository, version: Version, new: Surface, allowed: str | None
+) -> str | None:
+    """Raises Refused for a breaking change under a number that promises none; `allowed` lets it through.
+
+    Returns the reason that was needed, None when nothing breaks. A release is compared with what a range would have
+    resolved to: the highest stable release below it that is not yanked. A pre-release is judged like the release that
+    it leads to.
+    """
+    previous = highest_stable(session, repository, version)
+    if previous is None or breaking.may_break(parse_version(previous.version), version):
+        return None
+    found = breaking.breaks(_surface(previous), new)
+    if not found or (allowed and allowed.strip()):
+        return allowed if found else None
+    latest = _highest_number(session, repository) or version
+    right = latest.bump(breaking.bump_of("breaking", latest))
+    raise Refused(
+        "breaking_change",
+        f"{version} would break who follows ^{previous.version}. {' '.join(one.message for one in found)}",
+        subject=f"{repositories.name_of(repository)}:{version}",
+        next_step=f"Publish it as {right}, which --bump auto finds, or say why not with --allow-breaking REASON.",
+        findings=[one.to_json() for one in found],
+    )
+
+
+def _highest_number(session: Session, repository: Repository) -> Version | None:
+    query = select(Release.version).where(Release.repository_id == repository.id, Release.stable)
+    latest = session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
+    return parse_version(latest) if latest else None
+
+
+def _needed_bump(session: Session, repository: Repository, latest: Version, new: Surface) -> str:
+    previous = highest_stable(session, repository)
+    if previous is None:
+        return breaking.bump_of("weights", latest)
+    old = _surface(previous)
+    if breaking.breaks(old, new):
+        return breaking.bump_of("breaking", latest)
+    return breaking.bump_of("files" if old.weights == new.weights else "weights", latest)
+
+
+def _surface(release: Release) -> Surface:
+    return breaking.surface(release.base_digest, release.facts, parse_manifest(release.revision.manifest))

@@ -1,0 +1,317 @@
+"""A real S3 server on loopback for tests and developers: OpenStack Swift with its s3api, installed from wheels.
+
+It is a storage server that public clouds run, and of those that install without a compiler the only one found that
+refuses a body whose signed sha256 is wrong. Four processes: the proxy, which speaks S3, and the account, container and
+object servers behind it. Data and keys outlive a restart.
+"""
+
+import fcntl
+import getpass
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.ports import free_ports
+
+PACKAGES = ("swift==2.38.3", "PyECLib==1.8.0", "eventlet==0.41.3", "setuptools<81")
+"""Known to work together: raise them together."""
+BUCKET = "adaptory-test"
+REGION = "us-east-1"
+ACCESS_KEY = "adaptory:test"
+_STORAGE = ("account", "container", "object")
+_START_TIMEOUT_S = 60
+
+_STORAGE_CONF = """
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+user = {user}
+swift_dir = {etc}
+devices = {devices}
+recon_cache_path = {run}
+mount_check = false
+workers = {workers}
+log_level = WARNING
+# A busy machine is slow at times: wait, rather than leave a listing behind its object.
+container_update_timeout = 30
+conn_timeout = 10
+node_timeout = 60
+# By default Swift refuses to fill the last hundredth of a disk.
+fallocate_reserve = 0
+disk_chunk_size = 1048576
+network_chunk_size = 1048576
+[pipeline:main]
+pipeline = {name}-server
+[app:{name}-server]
+use = egg:swift#{name}
+"""
+
+_FILTERS = (
+    "catch_errors gatekeeper healthcheck proxy-logging listing_formats s3api tempauth copy slo dlo versioned_writes "
+    "symlink proxy-logging"
+)
+_PROXY_CONF = """
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+user = {user}
+swift_dir = {etc}
+workers = 2
+log_level = WARNING
+[pipeline:main]
+# Without a cache: no memcached to run, and no answer older than the store.
+pipeline = {filters} proxy-server
+[app:proxy-server]
+use = egg:swift#proxy
+account_autocreate = true
+conn_timeout = 10
+node_timeout = 60
+recoverable_node_timeout = 60
+client_chunk_size = 1048576
+object_chunk_size = 1048576
+[filter:s3api]
+use = egg:swift#s3api
+location = {region}
+# S3's own limits; Swift's are 1,000 parts.
+max_upload_part_num = 10000
+min_segment_size = 5242880
+[filter:slo]
+use = egg:swift#slo
+max_manifest_segments = 10000
+max_manifest_size = 33554432
+rate_limit_after_segment = 10000
+# Parts go with their object; by default a daemon that does not run here removes them.
+allow_async_delete = false
+[filter:tempauth]
+use = egg:swift#tempauth
+user_adaptory_test = {secret} .admin
+[filter:versioned_writes]
+use = egg:swift#versioned_writes
+allow_object_versioning = true
+"""
+
+_RINGS = """
+import sys
+from swift.common.ring import RingBuilder
+for name, port in zip(("account", "container", "object"), map(int, sys.argv[2:])):
+    builder = RingBuilder(6, 1, 0)
+    builder.add_dev(dict(id=0, region=1, zone=1, ip="127.0.0.1", port=port, device="d1", weight=1,
+                         replication_ip="127.0.0.1", replication_port=port, meta=""))
+    builder.rebalance(seed=1)
+    builder.get_ring().save(f"{sys.argv[1]}/{name}.ring.gz")
+"""
+
+
+@dataclass
+class S3Server:
+    """One server and its data in `directory`. Any process may stop, freeze or restart what another has started."""
+
+    directory: Path
+    port: int = 0
+    secret_key: str = field(default_factory=lambda: secrets.token_hex(16))
+    pids: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def credentials(self) -> Mapping[str, str]:
+        """Environment variables of boto3's usual chain."""
+        return {
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+
+    def environment(self, prefix: str = "") -> dict[str, str]:
+        """What a registry needs in order to keep its blobs here."""
+        return {
+            "ADAPTORY_STORAGE__KIND": "s3",
+            "ADAPTORY_STORAGE__BUCKET": BUCKET,
+            "ADAPTORY_STORAGE__PREFIX": prefix,
+            "ADAPTORY_STORAGE__ENDPOINT_URL": self.endpoint,
+            **self.credentials,
+        }
+
+    def client(self) -> Any:
+        """boto3, as somebody beside the registry would use it."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=self.secret_key,
+            region_name=REGION,
+            config=Config(
+                signature_version="s3v4",
+                s3={"addressing_style": "path"},
+                connect_timeout=5,
+                read_timeout=30,
+                retries={"total_max_attempts": 1},
+            ),
+        )
+
+    def start(self) -> None:
+        """Returns when the bucket answers. Raises RuntimeError with the end of a log when it does not."""
+        python = install()
+        self.stop()
+        ports = free_ports(4, first=self.port)
+        self.port = ports[0]
+        _configure(self, python, dict(zip(("proxy", *_STORAGE), ports, strict=True)))
+        for name in (*_STORAGE, "proxy"):
+            command = [python, python.with_name(f"swift-{name}-server"), self._conf(name)]
+            with (self.directory / "run" / f"{name}.log").open("ab") as log:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            self.pids[name] = process.pid
+            _children.append(process)
+        self._save()
+        self._wait_until_ready()
+
+    def stop(self, *, kill: bool = False) -> None:
+        """`kill` is a crash: no process gets to say goodbye."""
+        self.thaw()
+        for sign in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGKILL):
+            self._signal(sign)
+            deadline = time.monotonic() + 5
+            while self._running() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        self.pids = {}
+        if self.directory.exists():
+            self._save()
+
+    def freeze(self) -> None:
+        """Connections open and nothing answers: a store that hangs."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _conf(self, name: str) -> Path:
+        return self.directory / "etc" / f"{name}.conf"
+
+    def _signal(self, sign: int) -> None:
+        for pid in self._running():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, sign)  # each leads a group of its own, its workers in it
+
+    def _running(self) -> list[int]:
+        """Those that still are what was started: numbers of processes get used again."""
+        for child in _children:
+            child.poll()
+        found: list[int] = []
+        for name, pid in self.pids.items():
+            with suppress(OSError):
+                if str(self._conf(name)).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    found.append(pid)
+        return found
+
+    def _save(self) -> None:
+        state = self.directory / "state.json"
+        state.touch(mode=0o600)
+        state.write_text(json.dumps(asdict(self), default=str))
+
+    def _wait_until_ready(self) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        client, deadline = self.client(), time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+                    client.create_bucket(Bucket=BUCKET)
+                client.head_bucket(Bucket=BUCKET)
+            except (BotoCoreError, ClientError) as error:
+                if len(self._running()) < 4 or time.monotonic() > deadline:
+                    logs = [path.read_text()[-1000:] for path in (self.directory / "run").glob("*.log")]
+                    self.stop(kill=True)
+                    raise RuntimeError(f"the S3 server did not start: {error}\n" + "\n".join(logs)) from error
+                time.sleep(0.1)
+            else:
+                return
+
+
+_children: list[subprocess.Popen[bytes]] = []
+"""Servers that this process started, so that it can collect them when they end."""
+
+
+def load(directory: Path) -> S3Server:
+    """The server of that directory as it was last started; a new one where there is none."""
+    try:
+        return S3Server(**{**json.loads((directory / "state.json").read_text()), "directory": directory})
+    except FileNotFoundError:
+        return S3Server(directory)
+
+
+def started(directory: Path) -> S3Server:
+    """The running server of that directory; whoever asks first starts it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / "lock"):
+        server = load(directory)
+        if len(server._running()) < 4:
+            server.start()
+        return server
+
+
+def install() -> Path:
+    """The interpreter of an environment that has Swift, made once in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptory"
+    home = cache / PACKAGES[0].replace("==", "-")
+    python, complete = home / "bin" / "python", home / "complete"
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / f"{home.name}.lock"):
+        if complete.exists() and complete.read_text() == "\n".join(PACKAGES):
+            return python
+        shutil.rmtree(home, ignore_errors=True)
+        _run(sys.executable, "-m", "venv", home)
+        _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", *PACKAGES)
+        complete.write_text("\n".join(PACKAGES))
+        return python
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """One process at a time: test workers run side by side."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run(*command: object) -> None:
+    ran = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{command[:4]} failed: {(ran.stdout + ran.stderr)[-1000:]}")
+
+
+def _configure(server: S3Server, python: Path, ports: Mapping[str, int]) -> None:
+    etc, devices, run = (server.directory / name for name in ("etc", "devices", "run"))
+    for directory in (etc, devices / "d1", run):
+        directory.mkdir(parents=True, exist_ok=True)
+    os.setxattr(devices, "user.adaptory", b"1")  # Swift keeps metadata there; better an error now than a 500 later
+    # Part of every path on disk, hence fixed: data must outlive a restart.
+    (etc / "swift.conf").write_text("[swift-hash]\nswift_hash_path_prefix = a\nswift_hash_path_suffix = a\n")
+    told = {"user": getpass.getuser(), "etc": etc, "devices": devices, "run": run}
+    for name in _STORAGE:
+        conf = _STORAGE_CONF.format(name=name, port=ports[name], workers=2 if name == "object" else 0, **told)
+        server._conf(name).write_text(conf)
+    conf = _PROXY_CONF.format(
+        port=ports["proxy"], filters=_FILTERS, region=REGION, secret=server.secret_key, user=told["user"], etc=etc
+    )
+    plain = {name for name in _FILTERS.split() if f"[filter:{name}]" not in conf}
+    conf += "".join(f"[filter:{name}]\nuse = egg:swift#{name.replace('-', '_')}\n" for name in sorted(plain))
+    server._conf("proxy").touch(mode=0o600)
+    server._conf("proxy").write_text(conf)
+    _run(python, "-c", _RINGS, etc, *(ports[name] for name in _STORAGE))
