@@ -1,24 +1,35 @@
-"""What the same libraries cost when they do next to nothing: one FastAPI route, one SQL query by primary key.
+"""What the same libraries cost when they do next to nothing: FastAPI routes with one SQL query and no more.
 
-`python -m benchmarks.floor DATABASE PORT` serves it.
+`/releases/{number}` reads one row by its key. `/resolve` sends the very statement that a resolve of a channel sends, and
+answers its row. `python -m benchmarks.floor DATABASE PORT` serves them.
 """
 
 import sys
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
+
+from registry.db import Database
+from registry.resolve import OF_CHANNEL
 
 
 def create_app(database_url: str) -> FastAPI:
     app = FastAPI()
-    engine = create_engine(database_url)
-    query = text("SELECT version FROM releases WHERE id = :id")
+    engine = Database(database_url).engine  # with the pragmas and the pool of the registry
+    one_row = text("SELECT version FROM releases WHERE id = :id")
 
     @app.get("/releases/{number}")
     def show(number: int) -> dict[str, str]:
         with engine.connect() as connection:
-            return {"version": connection.execute(query, {"id": number}).scalar_one()}
+            return {"version": connection.execute(one_row, {"id": number}).scalar_one()}
+
+    @app.get("/resolve")
+    def resolve(namespace: str, repository: str, channel: str) -> dict[str, Any]:
+        given = {"in_namespace": namespace, "in_repository": repository, "named": channel}
+        with engine.connect() as connection:
+            return dict(connection.execute(OF_CHANNEL, given).mappings().one())
 
     return app
 

@@ -1,28 +1,31 @@
 """A registry with as many releases as a large company has, written as rows: made to be searched.
 
 Repositories of 20 releases, four bases, two suites with two metrics for each release, one channel a repository. Facts
-are as long as real ones, with a rank and an alpha for each adapted module.
+are as long as real ones; one release of ten is for PEFT alone.
 """
 
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import insert, text
+from sqlalchemy.orm import Session
 
 from composer.formats.checkpoint import open_checkpoint
-from registry import models
-from registry.db import Row
-from registry.names import Version
-from registry.resources import Resources
+from composer.formats.serving import SERVERS
+from registry import models, terms
+from registry.db import Database, Row
+from registry.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.names import Digest, Version
 
 BASES = ("base-a", "base-b", "base-c", "base-d")
 SUITES = {1: "sql-exact", 2: "guard-general"}
 CHANNEL = "prod"
+NOTES = "Trained again on last week's tickets."
 RELEASES_EACH = 20
 _PROJECTIONS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 TARGETS = dict(enumerate([targets for size in (7, 4, 2) for targets in combinations(_PROJECTIONS, size)], 1))
@@ -42,7 +45,7 @@ def repository_name(number: int) -> str:
     return f"team-{number // 25}/adapter-{number}"
 
 
-def fill(resources: Resources, checkpoint: Path, releases: int) -> None:
+def fill(database: Database, checkpoint: Path, releases: int) -> None:
     """Writes `releases` releases and all that they refer to, in one transaction; the same rows on every run.
 
     The bases get the tensor table of `checkpoint`, with hashes made up.
@@ -50,25 +53,37 @@ def fill(resources: Resources, checkpoint: Path, releases: int) -> None:
     chance = random.Random(7)  # noqa: S311
     repositories = range(1, releases // RELEASES_EACH + 1)
     numbers = range(1, len(repositories) * RELEASES_EACH + 1)
+    made = [_facts(chance) for _ in numbers]
+    traits = {key: number for number, key in enumerate(dict.fromkeys(made), 1)}
     tables: dict[type[Row], Iterable[Mapping[str, Any]]] = {
         models.Base: _bases(checkpoint),
-        models.TargetSet: ({"id": number, "key": ",".join(targets)} for number, targets in TARGETS.items()),
+        models.TargetSet: ({"id": number, "key": terms.target_set_key(targets)} for number, targets in TARGETS.items()),
         models.TargetSetMember: (
             {"target_set_id": number, "target": target} for number, targets in TARGETS.items() for target in targets
         ),
+        models.Traits: (_traits(facts, number) for facts, number in traits.items()),
         models.Suite: _suites(),
+        models.Namespace: _namespaces(repositories),
         models.Repository: _repositories(repositories),
         models.Blob: _blobs(numbers),
         models.Revision: _revisions(numbers),
         models.RevisionFile: _files(numbers),
-        models.Release: (_release(number, chance) for number in numbers),
-        models.Score: (score for number in numbers for score in _scores(number, chance)),
+        models.Release: (_release(number, made[number - 1], traits, chance) for number in numbers),
+        models.ReleaseWord: (word for number in numbers for word in _words(number)),
+        models.Score: (score for number in numbers for score in _scores(number, traits[made[number - 1]], chance)),
         models.Channel: _channels(repositories),
         models.Move: _moves(repositories),
     }
-    with resources.write() as session:
+    with database.write() as session:
         for table, rows in tables.items():
-            session.execute(insert(table), list(rows))
+            _insert(session, table, iter(rows))
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE"))  # PostgreSQL does so by itself, some time later
+
+
+def _insert(session: Session, table: type[Row], rows: Iterator[Mapping[str, Any]]) -> None:
+    while some := list(islice(rows, 5_000)):
+        session.execute(insert(table.__table__), some)  # pyright: ignore
 
 
 def _digest(*parts: object) -> str:
@@ -113,6 +128,18 @@ def _suites() -> _Rows:
         }
 
 
+def _namespaces(repositories: Sequence[int]) -> _Rows:
+    for name in dict.fromkeys(repository_name(number).partition("/")[0] for number in repositories):
+        yield {
+            "name": name,
+            "public": False,
+            "require_signature": False,
+            "signing_keys": [],
+            "created_at": _START,
+            "created_by": _BY,
+        }
+
+
 def _repositories(numbers: Sequence[int]) -> _Rows:
     for number in numbers:
         namespace, _, name = repository_name(number).partition("/")
@@ -124,10 +151,20 @@ def _blobs(numbers: Sequence[int]) -> _Rows:
         yield {"sha256": file["sha256"], "size_bytes": file["size_bytes"], "created_at": _START}
 
 
+def _manifest(number: int) -> bytes:
+    return canonical_manifest(ManifestFile(path, size, Digest(_digest(number, path))) for path, size in _FILES.items())
+
+
 def _revisions(numbers: Sequence[int]) -> _Rows:
     for number in numbers:
-        commit = _digest("commit", number)[:40]
-        yield {"id": number, "repository_id": _repository_of(number), "commit": commit, "created_at": _START}
+        manifest = _manifest(number)
+        yield {
+            "id": number,
+            "repository_id": _repository_of(number),
+            "commit": commit_id(manifest),
+            "manifest": manifest.decode(),
+            "created_at": _START,
+        }
 
 
 def _files(numbers: Sequence[int]) -> _Rows:
@@ -136,28 +173,58 @@ def _files(numbers: Sequence[int]) -> _Rows:
             yield {"revision_id": number, "path": path, "size_bytes": size, "sha256": _digest(number, path)}
 
 
-def _release(number: int, chance: random.Random) -> dict[str, Any]:
-    version = Version(1, (number - 1) % RELEASES_EACH, 0)
-    rank = chance.choice(_RANKS)
+_Facts = tuple[str, int, int, int]
+"""Base, rank, target set and mask of servers."""
+
+
+def _facts(chance: random.Random) -> _Facts:
     target_set = chance.choice(_LIKED if chance.random() < 2 / 3 else list(TARGETS))
-    modules = [f"model.layers.{layer}.{target}" for layer in range(_LAYERS) for target in TARGETS[target_set]]
-    facts = {
+    servers = 1 << SERVERS.index("peft") if chance.random() < 0.1 else (1 << len(SERVERS)) - 1
+    return chance.choice(BASES), chance.choice(_RANKS), target_set, servers
+
+
+def _columns(facts: _Facts) -> dict[str, Any]:
+    """What a release and its traits both say."""
+    base, rank, target_set, servers = facts
+    return {
+        "base_digest": _digest(base),
+        "type": "lora",
+        "variant": "lora",
+        "rank_max": rank,
+        "alpha": 2.0 * rank,
+        "dtype": "BF16",
+        "license": "apache-2.0",
+        "target_set_id": target_set,
+        "servers": servers,
+    }
+
+
+def _traits(facts: _Facts, number: int) -> dict[str, Any]:
+    return {"id": number, "key": _digest("traits", number), "kind": "adapter", **_columns(facts)}
+
+
+def _release(number: int, facts: _Facts, traits: Mapping[_Facts, int], chance: random.Random) -> dict[str, Any]:
+    version = Version(1, (number - 1) % RELEASES_EACH, 0)
+    _, rank, target_set, servers = facts
+    modules = _LAYERS * len(TARGETS[target_set])
+    told = {
         "type": "lora",
         "variant": "lora",
         "rank_max": rank,
         "alpha": 2.0 * rank,
         "targets": list(TARGETS[target_set]),
-        "modules": len(modules),
-        "parameters": rank * 1000 * len(modules),
-        "size_bytes": rank * 2000 * len(modules),
+        "modules": modules,
+        "parameters": rank * 1000 * modules,
+        "size_bytes": rank * 2000 * modules,
         "dtype": "BF16",
         "modules_to_save": [],
         "use_rslora": False,
-        "ranks": dict.fromkeys(modules, rank),
-        "alphas": dict.fromkeys(modules, 2.0 * rank),
+        "ranks": {},
+        "alphas": {},
         "base_model_name_or_path": "acme/base",
         "peft_version": "0.17.0",
     }
+    refusal = {"reasons": ["bias=lora_only is refused"], "way_out": ["merge: bake it into a checkpoint"]}
     yanked = chance.random() < 0.02
     return {
         "id": number,
@@ -166,14 +233,16 @@ def _release(number: int, chance: random.Random) -> dict[str, Any]:
         "version": str(version),
         "sort_key": version.sort_key,
         "stable": version.stable,
-        "base_digest": _digest(chance.choice(BASES)),
-        "type": "lora",
-        "variant": "lora",
-        "rank_max": rank,
-        "target_set_id": target_set,
-        "size_bytes": facts["size_bytes"],
-        "facts": facts,
-        "notes": "Trained again on last week's tickets.",
+        **_columns(facts),
+        "traits_id": traits[facts],
+        "size_bytes": told["size_bytes"],
+        "facts": told,
+        "provenance": {},
+        "spectrum": None,
+        "loading": {server: refusal for bit, server in enumerate(SERVERS) if not servers >> bit & 1},
+        "breaking_reason": None,
+        "signed_by": None,
+        "notes": NOTES,
         "yanked": yanked,
         "yank_reason": "wrong data" if yanked else None,
         "created_at": _START + timedelta(minutes=number),
@@ -181,11 +250,18 @@ def _release(number: int, chance: random.Random) -> dict[str, Any]:
     }
 
 
-def _scores(release: int, chance: random.Random) -> _Rows:
+def _words(number: int) -> _Rows:
+    name = repository_name(_repository_of(number)).replace("/", " ")
+    for word in terms.words(f"{name} {NOTES}"):
+        yield {"word": word, "release_id": number}
+
+
+def _scores(release: int, traits_id: int, chance: random.Random) -> _Rows:
     for suite in SUITES:
         for metric, value in (("accuracy", chance.random()), ("nll", 2 * chance.random())):
             yield {
                 "release_id": release,
+                "traits_id": traits_id,
                 "base_digest": None,
                 "suite_id": suite,
                 "metric": metric,

@@ -16,6 +16,9 @@ from registry.models import Base, BaseAlias, BaseLocation
 from registry.names import Digest, parse_part
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
+SAME_MODEL = ("cast", "quantized")
+"""Relations that keep what a base computes, but for rounding: an adapter of one is worth trying on the other."""
+MAX_STEPS, MAX_RELATED = 4, 100
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
 _DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
 _SCHEMES = ("file://", "hf://", "s3://")
@@ -42,10 +45,12 @@ class NewBase:
     weights_digest: Digest
     aliases: Sequence[str] = ()
     locations: Sequence[str] = field(default=())
+    derived_from: str | None = None
+    relation: str | None = None
 
 
 def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
-    """The base and whether it is new. Adding a known base again only adds aliases and locations."""
+    """The base and whether it is new. Adding a known base again only adds aliases, locations and its origin."""
     table = {row.name: row for row in new.tensors}
     architecture = Architecture(
         new.model_type, new.tied, {row.name: TensorSpec(row.dtype, row.shape) for row in new.tensors}
@@ -87,6 +92,7 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
         audit.record(session, actor, Act.BASE_ADD, base.digest, namespace=None, after={"name": base.name})
     _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
     _add_locations(session, actor, base, new.locations)
+    _add_relation(session, actor, base, new)
     session.flush()
     return base, created
 
@@ -133,6 +139,27 @@ def locations(session: Session, base: Base) -> list[str]:
             select(BaseLocation.url).where(BaseLocation.base_digest == base.digest).order_by(BaseLocation.url)
         )
     )
+
+
+def related(session: Session, base: Base, *, transitive: bool = True) -> dict[str, str]:
+    """Digests of the base ("") and of those that casts and quantizations link it to, in either direction: for each the
+    relations on the way, as in `cast` or `quantized, cast`. At most `MAX_STEPS` relations away and `MAX_RELATED` bases.
+    """
+    found: dict[str, str] = {base.digest: ""}
+    edge = [base.digest]
+    for _ in range(MAX_STEPS if transitive else 0):
+        touching = or_(Base.digest.in_(edge), Base.derived_from.in_(edge))
+        links = select(Base.digest, Base.derived_from, Base.relation).where(touching, Base.relation.in_(SAME_MODEL))
+        reached: dict[str, str] = {}
+        for digest, origin, relation in session.execute(links.order_by(Base.digest).limit(MAX_RELATED)):
+            for here, there in ((digest, origin or ""), (origin or "", digest)):
+                if here in found and there not in found:
+                    reached[there] = ", ".join(part for part in (found[here], relation) if part)
+        edge = list(reached)[: MAX_RELATED - len(found)]
+        found |= {digest: reached[digest] for digest in edge}
+        if not edge:
+            break
+    return found
 
 
 def list_page(session: Session, *, after: str, limit: int) -> list[Base]:
@@ -196,3 +223,52 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
             session.add(BaseLocation(base_digest=base.digest, url=url))
             session.flush()
             audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"location": url})
+
+
+def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> None:
+    if new.derived_from is None and new.relation is None:
+        return
+    if new.derived_from is None or new.relation not in RELATIONS:
+        raise Usage(
+            "bad_relation",
+            f"{new.name!r} must say both what it is derived from and how.",
+            subject=new.name,
+            next_step=f"Name a registered base, and one of {', '.join(RELATIONS)}.",
+        )
+    origin = find(session, new.derived_from)
+    if (base.derived_from, base.relation) == (origin.digest, new.relation):
+        return
+    if base.derived_from is not None:
+        raise Conflict(
+            "relation_known",
+            f"{base.name!r} is {base.relation} from the base {base.derived_from[:12]} already.",
+            subject=base.name,
+            next_step="What a base was made from does not change.",
+        )
+    if base.digest in _origins(session, origin):
+        raise Invalid(
+            "relation_circular",
+            f"{origin.name!r} was itself made from {base.name!r}.",
+            subject=base.name,
+            next_step="Name the base that was there first.",
+        )
+    if new.relation == "cast" and base.architecture_digest != origin.architecture_digest:
+        raise Invalid(
+            "not_a_cast",
+            f"{base.name!r} has other tensors or shapes than {origin.name!r}, so it is no cast of it.",
+            subject=base.name,
+            next_step="Name another relation: quantized, finetuned or merged.",
+        )
+    base.derived_from, base.relation = origin.digest, new.relation
+    session.flush()
+    after = {"derived_from": origin.digest, "relation": new.relation}
+    audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after=after)
+
+
+def _origins(session: Session, base: Base) -> set[str]:
+    """The base and all that it was made from."""
+    found = {base.digest}
+    while base.derived_from is not None and base.derived_from not in found:
+        found.add(base.derived_from)
+        base = session.get_one(Base, base.derived_from)
+    return found

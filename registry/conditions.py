@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import ColumnElement, Select, select, true
 from sqlalchemy.orm import Session, aliased
@@ -115,7 +116,7 @@ def on_release(actor: Actor, query: Query, suites: Sequence[Suite]) -> list[Colu
     if not query.include_yanked:
         asked.append(~Release.yanked)
     if query.stable or query.latest:
-        asked.append(Release.stable)
+        asked.append(Release.stable.is_(True))
     if query.latest:
         asked.append(~_a_higher_one())
     if query.max_size_bytes is not None:
@@ -124,10 +125,14 @@ def on_release(actor: Actor, query: Query, suites: Sequence[Suite]) -> list[Colu
         asked.append(select(Repository.id).where(Repository.id == Release.repository_id, home).exists())
     if query.channel:
         asked.append(Release.id == _served(query.channel))
-    for word in words(query.text):
-        asked.append(select(ReleaseWord.word).where(ReleaseWord.release_id == Release.id, _begins(word)).exists())
-    for condition, suite in zip(query.scores, suites, strict=True):
-        asked.append(select(Score.id).where(Score.release_id == Release.id, *_enough(condition, suite)).exists())
+    asked += [
+        select(ReleaseWord.word).where(ReleaseWord.release_id == Release.id, _begins(word)).exists()
+        for word in words(query.text)
+    ]
+    asked += [
+        select(Score.id).where(Score.release_id == Release.id, *_enough(condition, suite)).exists()
+        for condition, suite in zip(query.scores, suites, strict=True)
+    ]
     return asked
 
 
@@ -176,15 +181,13 @@ def _enough(condition: Condition, suite: Suite) -> list[ColumnElement[bool]]:
 
 
 def rarest(
-    session: Session, actor: Actor, query: Query, suites: Sequence[Suite], fits: Select[int]
+    session: Session, actor: Actor, query: Query, suites: Sequence[Suite], fits: Select[Any]
 ) -> Sequence[int] | None:
     """The ids of releases that meet a condition which few meet, None when there is no such condition.
 
     Each is looked up in its own index, and given up after `RARE` entries. `fits` selects the traits that fit.
     """
-    lists: list[Select[int]] = []
-    for word in words(query.text):
-        lists.append(select(ReleaseWord.release_id).where(_begins(word)))
+    lists: list[Select[Any]] = [select(ReleaseWord.release_id).where(_begins(word)) for word in words(query.text)]
     if query.channel:
         of_channel = select(Release.id).join(Channel, Channel.repository_id == Release.repository_id)
         lists.append(of_channel.where(Channel.name == query.channel))

@@ -132,7 +132,12 @@ def parse_version(text: str) -> Version:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """An npm range. Pre-releases match only when the range names one of the same MAJOR.MINOR.PATCH."""
+    """An npm range. Pre-releases match only when the range names one of the same MAJOR.MINOR.PATCH.
+
+    semantic-version 2.10 reads three kinds of pre-release bounds unlike npm: `<1.0.0-rc.1` holds 1.0.0-rc.1,
+    `~1.2.0-rc.1` does not hold 1.2.1, and beside a pre-release the other bounds of `>=1.0.0-rc.1 <2.0.0` are dropped.
+    Ranges without pre-releases are exact.
+    """
 
     text: str
     spec: Any  # semantic_version.NpmSpec, a library without types that takes a fifth of the command line's start

@@ -82,6 +82,12 @@ def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list
     return list(session.scalars(query.order_by(Namespace.name).limit(limit)))
 
 
+def signing_keys(session: Session, name: str) -> list[str]:
+    """The public keys (PEM) that releases of the namespace may be signed with; none for a namespace to come."""
+    row = session.get(Namespace, name)
+    return list(row.signing_keys) if row else []
+
+
 def public_names(session: Session) -> frozenset[str]:
     return frozenset(session.scalars(select(Namespace.name).where(Namespace.public)))
 

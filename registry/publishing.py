@@ -10,11 +10,14 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from composer.findings import Finding
+from composer.formats.card import CARD_FILE, card_provenance, parse_provenance
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import DEFAULT_LIMITS, header_length
 from composer.formats.inspection import inspect
-from registry import bases, releases
+from composer.formats.serving import judge
+from composer.spectrum import spectrum
+from registry import bases, namespaces, releases
 from registry.audit import Actor
 from registry.errors import Invalid, Unavailable, refuse_errors
 from registry.manifest import ManifestFile, check_path, refuse_pickle
@@ -24,14 +27,19 @@ from registry.releases import Input, NewRelease
 from registry.repositories import Kind
 from registry.resources import Resources
 from registry.schemas.catalog import AdapterFactsOut
+from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, open_signature, refuse_tampered
 from registry.storage.blobs import BlobStore
 
 _BLOCK_BYTES = 1 << 20
+_CARD_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a client wants released; `version` or `bump` is set, and the bytes of `files` are in the store."""
+    """What a client wants released; `version` or `bump` is set, and the bytes of `files` are in the store.
+
+    `provenance` is what the pusher states of it; it wins over what the model card says.
+    """
 
     repository: RepositoryName
     kind: Kind
@@ -42,6 +50,8 @@ class Push:
     notes: str = ""
     inputs: Sequence[Input] = field(default=())
     composition_id: int | None = None
+    allow_breaking: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,10 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
     with resources.read() as session:
         base_digest = bases.find(session, push.base).digest
         architecture = bases.architecture(session, base_digest)
-    facts, findings = _inspect(resources, push, architecture)
+        keys = namespaces.signing_keys(session, push.repository.namespace)
+        releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before a byte of them is read
+    seen = _inspect(resources, push, architecture)
+    stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
     new = NewRelease(
         repository=push.repository,
         kind=push.kind,
@@ -77,12 +90,18 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         bump=push.bump,
         files=push.files,
         base_digest=base_digest,
-        facts=facts,
+        facts=seen.facts,
         notes=push.notes,
         inputs=push.inputs,
         composition_id=push.composition_id,
+        allow_breaking=push.allow_breaking,
+        provenance={**stated, **parse_provenance(push.provenance, "provenance")},
+        spectrum=seen.spectrum,
+        servers=seen.servers,
+        loading=seen.loading,
+        signed_by=_signer(resources, push.files, keys) if keys else None,
     )
-    return new, findings
+    return new, [*seen.findings, *doubts]
 
 
 def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
@@ -104,21 +123,70 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
     ]
 
 
-def _inspect(resources: Resources, push: Push, architecture: Architecture) -> tuple[Mapping[str, Any], list[Finding]]:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the files themselves say. `card` is the README's text, empty when there is none or it is too long to be one.
+
+    `servers` and `loading` are those of `composer.formats.serving`; a model has neither, nor a spectrum.
+    """
+
+    facts: Mapping[str, Any]
+    findings: Sequence[Finding]
+    card: bytes
+    spectrum: Mapping[str, Any] | None = None
+    servers: int = 0
+    loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Seen:
     for file in push.files:
         check_path(file.path)
         refuse_pickle(file.path)
     with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
         place = Path(directory) / push.repository.name
         place.mkdir()
+        cards = [file for file in push.files if file.path == CARD_FILE and file.size_bytes <= _CARD_BYTES]
+        materialise(resources, cards, place)
+        card = (place / CARD_FILE).read_bytes() if cards else b""
         if push.kind is Kind.MODEL:
             _materialise_headers(resources, push.files, place)
-            return inspect_model(place, architecture), []
+            return _Seen(inspect_model(place, architecture), [], card)
         wanted = (CONFIG_FILE, WEIGHTS_FILE)
         materialise(resources, [file for file in push.files if file.path in wanted], place)
-        seen = inspect(place, architecture)
-        refuse_errors(seen.findings, str(push.repository))
-        return _presentable(seen.facts.to_json()), seen.findings
+        return _inspect_adapter(place, architecture, str(push.repository), card)
+
+
+def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card: bytes) -> _Seen:
+    seen = inspect(place, architecture)
+    refuse_errors(seen.findings, subject)
+    used = spectrum(seen.adapter, seen.placed)
+    facts = seen.facts.to_json() | {"spectrum": used.summary() if used else None}
+    servers, loading = judge(seen.adapter.config, seen.facts, seen.placed)
+    return _Seen(
+        facts=_presentable(facts),
+        findings=[*seen.findings, *(used.hints() if used else [])],
+        card=card,
+        spectrum=used.to_json() if used else None,
+        servers=servers,
+        loading=loading,
+    )
+
+
+def _signer(resources: Resources, files: Sequence[ManifestFile], keys: Sequence[str]) -> str | None:
+    """The fingerprint of the key that signed these very files, None when they are not signed.
+
+    Raises Refused for a signature by no key of the namespace, and for a file that is not the signed one.
+    """
+    signature = next((file for file in files if file.path == SIGNATURE_FILE), None)
+    if signature is None:
+        return None
+    if signature.size_bytes > MAX_SIGNATURE_BYTES:
+        raise Invalid("bad_signature", f"{SIGNATURE_FILE} is too large to be a signature.", subject=SIGNATURE_FILE)
+    with TemporaryDirectory(dir=resources.work_directory, prefix="signature-") as directory:
+        materialise(resources, [signature], Path(directory))
+        signed = open_signature((Path(directory) / SIGNATURE_FILE).read_bytes(), keys)
+    refuse_tampered(signed, {file.path: file.sha256 for file in files})
+    return signed.fingerprint
 
 
 def _presentable(facts: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import audit, breaking, numbering, repositories, terms
+from registry import audit, breaking, namespaces, numbering, repositories, terms
 from registry.audit import Act, Actor
-from registry.errors import Conflict, Invalid, NotFound, Usage
+from registry.errors import Conflict, Invalid, NotFound, Refused, Usage
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import (
     Base,
     Blob,
+    BlobHolder,
     Release,
     ReleaseInput,
     Repository,
@@ -22,6 +23,7 @@ from registry.models import (
 )
 from registry.names import RepositoryName, Version
 from registry.repositories import Kind
+from registry.signing import fingerprint
 
 MAX_NOTES = 20_000
 
@@ -82,6 +84,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         return _retry(existing, new, commit), False
     if new.version is None and (same := _by_content(session, repository, commit, new.base_digest)):
         return same, False
+    _refuse_unsigned(session, new)
     breaking_reason = numbering.refuse_breaking(session, repository, version, surface, new.allow_breaking)
     revision = _revision(session, actor, repository, commit, new.files)
     release = _insert(session, actor, new, version, repository, revision)
@@ -106,6 +109,21 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         after={"commit": commit, "base": new.base_digest, "signed_by": new.signed_by},
     )
     return release, True
+
+
+def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
+    """Raises Invalid for a file whose bytes the namespace has not sent: knowing a digest is no right to its content."""
+    query = select(Blob.sha256, Blob.size_bytes).join(BlobHolder, BlobHolder.sha256 == Blob.sha256)
+    query = query.where(BlobHolder.namespace == namespace, Blob.sha256.in_({file.sha256 for file in files}))
+    sizes = dict(session.execute(query).all())
+    for file in files:
+        if sizes.get(file.sha256) != file.size_bytes:
+            raise Invalid(
+                "blob_missing",
+                f"The bytes of {file.path} were not uploaded.",
+                subject=file.path,
+                next_step="Push again; what is there already is not sent twice.",
+            )
 
 
 def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
@@ -157,6 +175,20 @@ def find(session: Session, name: RepositoryName, version: Version, kind: Kind | 
     return release
 
 
+def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: Kind) -> dict[str, Any]:
+    """What the ranks of each module are used for: `composer.spectrum`'s JSON."""
+    release = find(session, name, version, kind)
+    found = session.scalar(select(Release.spectrum).where(Release.id == release.id))
+    if found is None:
+        raise NotFound(
+            "spectrum_unknown",
+            f"{full_name(release)} has no spectrum.",
+            subject=full_name(release),
+            next_step="Only adapters have one, and only those released since it is computed: `adaptory inspect REF`.",
+        )
+    return found
+
+
 def list_page(session: Session, repository: Repository, *, before: str, limit: int) -> list[Release]:
     """The newest version first; `before` is the sort key of the last release of the page before."""
     query = select(Release).where(Release.repository_id == repository.id).order_by(Release.sort_key.desc()).limit(limit)
@@ -185,6 +217,18 @@ def inputs_of(session: Session, *listed: Release) -> dict[int, list[tuple[Releas
 
 def full_name(release: Release) -> str:
     return f"{repositories.name_of(release.repository)}:{release.version}"
+
+
+def _refuse_unsigned(session: Session, new: NewRelease) -> None:
+    """In the transaction that publishes, so that no policy set meanwhile is missed."""
+    policy = namespaces.find(session, new.repository.namespace)
+    if policy.require_signature and new.signed_by not in {fingerprint(key) for key in policy.signing_keys}:
+        raise Refused(
+            "unsigned",
+            f"{policy.name} takes only releases that one of its keys has signed.",
+            subject=str(new.repository),
+            next_step="Push with --sign KEY.pem.",
+        )
 
 
 def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
@@ -221,16 +265,7 @@ def _revision(
     known = session.scalar(query)
     if known is not None:
         return known
-    known_blobs = select(Blob.sha256, Blob.size_bytes).where(Blob.sha256.in_({file.sha256 for file in files}))
-    sizes = dict(session.execute(known_blobs).all())
-    for file in files:
-        if sizes.get(file.sha256) != file.size_bytes:
-            raise Invalid(
-                "blob_missing",
-                f"The bytes of {file.path} were not uploaded.",
-                subject=file.path,
-                next_step="Push again; what is there already is not sent twice.",
-            )
+    refuse_absent_blobs(session, repository.namespace, files)
     manifest = canonical_manifest(files).decode()
     revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest, created_at=actor.at)
     session.add(revision)

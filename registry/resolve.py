@@ -1,22 +1,76 @@
 """Reference -> release."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Row, Select, bindparam, func, select
 from sqlalchemy.orm import Session
 
-from registry import channels, numbering, releases, repositories
+from registry import channels, repositories
 from registry.errors import NotFound, Usage
-from registry.models import Channel, Move, Release, Repository, Revision
-from registry.names import Reference, parse_version
-from registry.releases import full_name
+from registry.models import Base, Channel, Move, Release, Repository, Revision
+from registry.names import Reference, RepositoryName, parse_version
 from registry.repositories import Kind
+
+_base, _channel, _move, _release, _repository, _revision = (
+    table.__table__.c for table in (Base, Channel, Move, Release, Repository, Revision)
+)
+"""Of tables, not of objects: a resolve is little more than its statement, and mapped rows would cost as much again."""
+
+_FOUND = (
+    select(
+        _release.id,
+        _release.revision_id,
+        _repository.namespace,
+        _repository.name.label("repository"),
+        _repository.kind,
+        _release.version,
+        _revision.commit,
+        _revision.manifest,
+        _base.digest.label("base_digest"),
+        _base.name.label("base_name"),
+        _release.yanked,
+        _release.yank_reason,
+        _release.size_bytes,
+    )
+    .select_from(Release.__table__)
+    .join(Repository.__table__, _repository.id == _release.repository_id)
+    .join(Revision.__table__, _revision.id == _release.revision_id)
+    .join(Base.__table__, _base.digest == _release.base_digest)
+)
+"""All that fetching a release needs, in one statement: a serving node asks for nothing else."""
+
+_IN_REPOSITORY = _FOUND.where(
+    _repository.namespace == bindparam("in_namespace"), _repository.name == bindparam("in_repository")
+)
+_HIGHEST_FIRST = _IN_REPOSITORY.order_by(_release.sort_key.desc())
+_OF_VERSION = _IN_REPOSITORY.where(_release.version == bindparam("named"))
+# Not LIKE, for which no index serves: "g" is above every hexadecimal digit.
+_OF_COMMIT = _HIGHEST_FIRST.where(_revision.commit.between(bindparam("named"), bindparam("last")))
+OF_CHANNEL = (
+    _IN_REPOSITORY.join(Move.__table__, _move.to_release_id == _release.id)
+    .join(Channel.__table__, _channel.move_id == _move.id)
+    .where(_channel.repository_id == _repository.id, _channel.name == bindparam("named"))
+)
+_HIGHEST_STABLE = _HIGHEST_FIRST.where(_release.stable, ~_release.yanked).limit(1)
+_BY_ID = _FOUND.where(_release.id == bindparam("named"))
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A row of `_FOUND`. `warning` says that the reference did not lead where it plainly should have."""
+
+    row: Row[*tuple[Any, ...]]
+    warning: str = ""
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.row.namespace}/{self.row.repository}:{self.row.version}"
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """`warning` says that the reference did not lead where it plainly should have."""
-
     release: Release
     warning: str = ""
 
@@ -30,26 +84,29 @@ class Heads:
 
 
 def resolve(session: Session, reference: Reference, kind: Kind | None = None) -> Resolved:
+    """As `locate`, with the whole release."""
+    found = locate(session, reference, kind)
+    return Resolved(session.get_one(Release, found.row.id), found.warning)
+
+
+def locate(session: Session, reference: Reference, kind: Kind | None = None) -> Located:
     """Raises NotFound when nothing matches. Yanked releases are found only by exact version and by commit."""
-    repository = repositories.find(session, reference.repository, kind)
-    if reference.version:
-        return _warn_if_yanked(releases.find(session, reference.repository, reference.version))
-    if reference.commit:
-        return _warn_if_yanked(_by_commit(session, repository, reference))
     if reference.channel:
-        return _by_channel(session, repository, reference)
-    release = (
-        _in_range(session, repository, reference) if reference.range else numbering.highest_stable(session, repository)
-    )
-    if release is None:
-        what = f"no release in the range {reference.range.text}" if reference.range else "no stable release"
-        raise NotFound(
-            "no_match",
-            f"{reference.repository} has {what} that is not yanked.",
-            subject=str(reference),
-            next_step=f"`adaptory log {reference.repository}` shows its releases.",
-        )
-    return Resolved(release)
+        found = _by_channel(session, reference)
+    elif reference.commit:
+        found = _by_commit(session, reference)
+    elif reference.version:
+        rows = _rows(session, _OF_VERSION, reference.repository, named=str(reference.version))
+        found = _warn_if_yanked(rows[0]) if rows else None
+    elif reference.range:
+        found = _by_range(session, reference)
+    else:
+        rows = _rows(session, _HIGHEST_STABLE, reference.repository)
+        found = Located(rows[0]) if rows else None
+    if found is None or (kind and found.row.kind != kind):
+        repositories.find(session, reference.repository, kind)
+        raise _nothing(reference)
+    return found
 
 
 def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
@@ -68,55 +125,73 @@ def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
     return found
 
 
-def _in_range(session: Session, repository: Repository, reference: Reference) -> Release | None:
+def _rows(
+    session: Session, statement: Select[*tuple[Any, ...]], repository: RepositoryName, **named: str
+) -> Sequence[Row[*tuple[Any, ...]]]:
+    home = {"in_namespace": repository.namespace, "in_repository": repository.name}
+    return session.execute(statement, {**home, **named}).all()
+
+
+def _by_range(session: Session, reference: Reference) -> Located | None:
+    repository = repositories.find(session, reference.repository)
     query = select(Release.id, Release.version).where(Release.repository_id == repository.id, ~Release.yanked)
     for release_id, version in session.execute(query.order_by(Release.sort_key.desc())):
         if reference.range and parse_version(version) in reference.range:
-            return session.get(Release, release_id)
+            return Located(session.execute(_BY_ID, {"named": release_id}).one())
     return None
 
 
-def _by_commit(session: Session, repository: Repository, reference: Reference) -> Release:
+def _by_commit(session: Session, reference: Reference) -> Located | None:
     digits = reference.commit or ""
-    query = select(Release).join(Revision, Revision.id == Release.revision_id)
-    # Not LIKE, for which no index serves: "g" is above every hexadecimal digit.
-    query = query.where(Revision.repository_id == repository.id, Revision.commit.between(digits, digits.ljust(40, "g")))
-    found = session.scalars(query.order_by(Release.sort_key.desc())).all()
-    if not found:
-        raise NotFound(
-            "no_match",
-            f"{reference.repository} has no release with the commit {reference.commit}.",
-            subject=str(reference),
-            next_step=f"`adaptory log {reference.repository}` shows its releases.",
-        )
-    if len({release.revision_id for release in found}) > 1:
+    rows = _rows(session, _OF_COMMIT, reference.repository, named=digits, last=digits.ljust(40, "g"))
+    if len({row.revision_id for row in rows}) > 1:
         raise Usage(
             "commit_ambiguous",
             f"Several commits begin with {reference.commit}.",
             subject=str(reference),
             next_step="Give more digits.",
         )
-    return found[0]
+    return _warn_if_yanked(rows[0]) if rows else None
 
 
-def _by_channel(session: Session, repository: Repository, reference: Reference) -> Resolved:
+def _by_channel(session: Session, reference: Reference) -> Located:
+    rows = _rows(session, OF_CHANNEL, reference.repository, named=reference.channel or "")
+    if rows and not rows[0].yanked:
+        return Located(rows[0])
+    repository = repositories.find(session, reference.repository)
     channel = channels.find(session, repository, reference.channel or "")
-    current, serving = channels.current_move(session, channel), channels.serving(session, channel)
-    if current is None or serving is None:
+    serving = channels.serving(session, channel)
+    if serving is None:
         raise NotFound(
             "no_match",
             f"{reference} serves only yanked releases.",
             subject=str(reference),
             next_step="Promote a release to it.",
         )
-    if serving.id == current.id:
-        return Resolved(serving.to_release)
-    yanked = current.to_release
-    return Resolved(
-        serving.to_release,
-        f"{full_name(yanked)} is yanked ({yanked.yank_reason}); {reference} gives {serving.to_release.version}.",
-    )
+    row = session.execute(_BY_ID, {"named": serving.to_release_id}).one()
+    if not rows:  # the channel's first move was committed a moment ago
+        return Located(row)
+    name, reason = Located(rows[0]).full_name, rows[0].yank_reason
+    return Located(row, f"{name} is yanked ({reason}); {reference} gives {row.version}.")
 
 
-def _warn_if_yanked(release: Release) -> Resolved:
-    return Resolved(release, f"{full_name(release)} is yanked: {release.yank_reason}." if release.yanked else "")
+def _warn_if_yanked(row: Row[*tuple[Any, ...]]) -> Located:
+    found = Located(row)
+    return Located(row, f"{found.full_name} is yanked: {row.yank_reason}.") if row.yanked else found
+
+
+def _nothing(reference: Reference) -> NotFound:
+    next_step = f"`adaptory log {reference.repository}` shows its releases."
+    if reference.version:
+        return NotFound(
+            "release_unknown",
+            f"{reference.repository} has no release {reference.version}.",
+            subject=str(reference),
+            next_step=next_step,
+        )
+    what = "no stable release that is not yanked"
+    if reference.range:
+        what = f"no release in the range {reference.range.text} that is not yanked"
+    elif reference.commit:
+        what = f"no release with the commit {reference.commit}"
+    return NotFound("no_match", f"{reference.repository} has {what}.", subject=str(reference), next_step=next_step)

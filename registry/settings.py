@@ -33,6 +33,18 @@ class S3Storage(BaseModel):
     bucket: str
     prefix: str = ""
     endpoint_url: str | None = None
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    read_timeout_s: float = Field(default=30.0, gt=0)
+    attempts: int = Field(default=2, gt=0)
+    """How often a request is sent to a store that fails, the first time included."""
+    multipart_bytes: int = Field(default=256 * 2**20, gt=0, le=5 * 2**30)
+    """Files from this size on are sent in parts, so that a broken upload goes on where it stopped."""
+    part_bytes: int = Field(default=64 * 2**20, ge=5 * 2**20)
+    """The size of a part; larger where there would be more than 10,000."""
+    checksums: Literal["when_supported", "when_required"] = "when_supported"
+    """Old stores do not understand the checksums that boto3 sends with its own requests."""
+    hash_arrivals: bool = False
+    """Read back and hash every file that arrives, also where the store was found to refuse wrong bytes."""
 
 
 class Settings(BaseSettings):
@@ -49,6 +61,10 @@ class Settings(BaseSettings):
     """The registry that the command line talks to; without it the registry in `home` is opened in this process."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
     """The largest file a release may hold."""
+    upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)
+    """How long the bytes of an announced upload are waited for; S3 signs requests for a week at most."""
+    max_open_uploads: int = Field(default=10_000, gt=0)
+    """Announced uploads of one user whose bytes have not come yet."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)
     """The largest JSON or YAML body: a tensor table, a suite, a recipe."""
     access: Literal["single", "tokens"] = "single"

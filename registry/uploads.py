@@ -1,39 +1,120 @@
-"""Bytes on their way into the store: what is absent, how it is sent, and that it is what it claims to be."""
+"""Bytes on their way into the store: who may send which, how they are sent, and that they are what they claim to be.
+
+A namespace holds a blob once it has sent the blob's bytes itself: knowing a digest opens nothing.
+"""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sqlalchemy import select
+from sqlalchemy import delete, exists, func, select
+from sqlalchemy.orm import Session
 
+from registry.access import Role, may_read, permit
 from registry.audit import Actor
 from registry.db import insert_if_absent
-from registry.errors import Invalid, TooLarge, Unavailable
+from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.manifest import ManifestFile, check_path, refuse_pickle
-from registry.models import Blob
+from registry.models import Blob, BlobHolder, Upload
 from registry.names import Digest
 from registry.resources import Resources
+from registry.storage.blobs import Arrival, Arrivals, BlobStat, Part, Put
+
+_PARALLEL = 8
+_SCRATCH = ("upload-*", "inspect-*")
 
 
-def absent(resources: Resources, files: Sequence[ManifestFile]) -> list[ManifestFile]:
-    """Those files whose bytes must be sent, the store may have lost them; paths and sizes are checked first."""
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A file of a plan. `upload_id` is None where the namespace holds its bytes.
+
+    Otherwise it is sent whole by `put`, or in `parts`, or `through_the_api` where the store has no address. With
+    neither, all of it has arrived and waits to be completed.
+    """
+
+    file: ManifestFile
+    upload_id: str | None = None
+    put: Put | None = None
+    parts: Sequence[Part] = ()
+    through_the_api: bool = False
+
+
+def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> list[Announced]:
+    """For each file: held by the namespace, or how to send it. Paths and sizes are checked first.
+
+    Asked again, it goes on with what was announced before: parts that arrived are not asked for. Raises TooMany when
+    the actor has announced more than it sends.
+    """
     for file in files:
         check_path(file.path)
         _check_size(resources, file.path, file.size_bytes)
         refuse_pickle(file.path)
+    wanted = {file.sha256: file for file in files}
     with resources.read() as session:
-        known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_({file.sha256 for file in files}))))
-    return [file for file in files if file.sha256 not in known or not _is_stored(resources, file)]
+        held = _held(session, namespace, wanted)
+        known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(wanted))))
+
+    def is_stored(sha256: Digest) -> bool:
+        return _is_stored(resources, wanted[sha256])
+
+    with ThreadPoolExecutor(_PARALLEL, "plan") as pool:
+        stored = dict(zip(held, pool.map(is_stored, held), strict=True))
+        absent = [file for sha256, file in wanted.items() if not stored.get(sha256, False)]
+        rows = _announce(resources, actor, namespace, absent)
+        known -= {sha256 for sha256 in held if not stored[sha256]}
+
+        def way(file: ManifestFile) -> Announced:
+            return _way(resources, file, rows[file.sha256], known=file.sha256 in known)
+
+        ways = {one.file.sha256: one for one in pool.map(way, absent)}
+    return [replace(ways[file.sha256], file=file) if file.sha256 in ways else Announced(file) for file in files]
 
 
-def _is_stored(resources: Resources, file: ManifestFile) -> bool:
-    stat = resources.store.stat(file.sha256)
-    return stat is not None and stat.size_bytes == file.size_bytes
+def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile:
+    """Checks what arrived and makes a blob of it that the namespace holds. Completing twice is fine.
+
+    Raises Conflict when bytes are missing still, Invalid when they are not what was announced; nothing is kept then.
+    """
+    row = _find(resources, actor, upload_id)
+    file = ManifestFile("", row.size_bytes, Digest(row.sha256))
+    with resources.read() as session:
+        held = bool(_held(session, row.namespace, [file.sha256]))
+    if held and _is_stored(resources, file):
+        return file
+    arrivals = resources.store.arrivals
+    if arrivals is None:
+        raise NotFound(
+            "upload_incomplete",
+            f"No bytes have come for {file.sha256}.",
+            subject=file.sha256,
+            next_step=f"PUT them to /v1/blobs/{file.sha256}?upload={upload_id}.",
+        )
+    stat = arrivals.finish(_arrival(row))
+    _hold(resources, actor, row.namespace, stat)
+    arrivals.discard(_arrival(row))
+    return file
 
 
-def receive(resources: Resources, actor: Actor, sha256: Digest, chunks: Iterable[bytes], size_bytes: int) -> None:
+def receive(
+    resources: Resources, actor: Actor, upload_id: str, sha256: Digest, chunks: Iterable[bytes], size_bytes: int
+) -> None:
     """Takes the bytes of one blob. Nothing appears under its digest unless digest and size are right."""
+    if resources.store.arrivals is not None:
+        raise Usage(
+            "sent_directly",
+            "The store of this registry takes bytes itself, and the registry none.",
+            subject=sha256,
+            next_step="Send them to the url that POST /v1/uploads names.",
+        )
+    row = _find(resources, actor, upload_id)
+    if row.sha256 != sha256:
+        raise _unknown(upload_id)
     _check_size(resources, sha256, size_bytes)
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path = Path(directory) / "blob"
@@ -60,14 +141,167 @@ def receive(resources: Resources, actor: Actor, sha256: Digest, chunks: Iterable
                 subject=sha256,
                 next_step="Send the file again.",
             )
-        store_file(resources, actor, sha256, path, move=True)
+        store_file(resources, actor, row.namespace, sha256, path, move=True)
 
 
-def store_file(resources: Resources, actor: Actor, sha256: Digest, path: Path, *, move: bool) -> None:
-    """Puts a verified file into the store, then its row: a crash between the two leaves an orphan, no more."""
-    stat = resources.store.put(sha256, path, move=move)
+def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Digest, path: Path, *, move: bool) -> None:
+    """Puts a verified file into the store, then its rows: a crash between the two leaves an orphan, no more."""
+    _hold(resources, actor, namespace, resources.store.put(sha256, path, move=move))
+
+
+def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
+    """The blob, if the actor may read in one of the namespaces that hold it. Raises NotFound also when it may not."""
+    with resources.read() as session:
+        holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
+    stat = resources.store.stat(sha256) if any(may_read(actor, namespace) for namespace in holders) else None
+    if stat is None:
+        raise NotFound(
+            "blob_unknown",
+            f"There is no blob {sha256} that you may see.",
+            subject=sha256,
+            next_step="Announce its bytes (POST /v1/uploads) and send them.",
+        )
+    return stat
+
+
+def sweep(resources: Resources, now: datetime) -> int:
+    """Forgets uploads that were waited for too long, and removes what came of them and of processes that died.
+
+    How many unfinished things were removed. Safe while others upload: what is younger than an upload may last stays.
+    """
+    before = now - timedelta(seconds=resources.settings.upload_expires_s)
     with resources.write() as session:
-        insert_if_absent(session, Blob, sha256=sha256, size_bytes=stat.size_bytes, created_at=actor.at)
+        session.execute(delete(Upload).where(Upload.expires_at < now))
+    with resources.read() as session:
+        live = set(session.scalars(select(Upload.id)))
+    removed = resources.store.sweep(before, live)
+    for pattern in _SCRATCH:
+        for directory in resources.work_directory.glob(pattern):
+            if directory.stat().st_mtime < before.timestamp():
+                shutil.rmtree(directory, ignore_errors=True)
+                removed += 1
+    return removed
+
+
+def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Digest]:
+    query = select(BlobHolder.sha256).where(BlobHolder.namespace == namespace, BlobHolder.sha256.in_(list(digests)))
+    return [Digest(sha256) for sha256 in session.scalars(query)]
+
+
+def _hold(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:
+    with resources.write() as session:
+        insert_if_absent(session, Blob, sha256=stat.sha256, size_bytes=stat.size_bytes, created_at=actor.at)
+        insert_if_absent(session, BlobHolder, sha256=stat.sha256, namespace=namespace)
+
+
+def _is_stored(resources: Resources, file: ManifestFile) -> bool:
+    """The store may have lost what the rows know."""
+    stat = resources.store.stat(file.sha256)
+    return stat is not None and stat.size_bytes == file.size_bytes
+
+
+def _announce(
+    resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]
+) -> Mapping[str, tuple[Upload, bool]]:
+    """sha256 -> the upload, new or announced before, and whether it was there before."""
+    if not files:
+        return {}
+    arrivals = resources.store.arrivals
+    expires_at = actor.at + timedelta(seconds=resources.settings.upload_expires_s)
+    mine = select(Upload).where(Upload.namespace == namespace, Upload.sha256.in_([file.sha256 for file in files]))
+    with resources.write() as session:
+        before = {row.sha256 for row in session.scalars(mine)}
+        _refuse_too_many(session, actor, len(files) - len(before), resources.settings.max_open_uploads)
+        for file in files:
+            if file.sha256 not in before:
+                insert_if_absent(
+                    session,
+                    Upload,
+                    id=uuid.uuid4().hex,
+                    namespace=namespace,
+                    sha256=file.sha256,
+                    size_bytes=file.size_bytes,
+                    part_bytes=arrivals.part_bytes(file.size_bytes) if arrivals else None,
+                    created_at=actor.at,
+                    created_by=actor.name,
+                    expires_at=expires_at,
+                )
+        rows = {row.sha256: row for row in session.scalars(mine)}
+        for file in files:
+            rows[file.sha256].expires_at = expires_at
+            if rows[file.sha256].size_bytes != file.size_bytes:
+                raise Invalid(
+                    "size_differs",
+                    f"{file.path} was announced with {rows[file.sha256].size_bytes:,} bytes before, "
+                    f"now with {file.size_bytes:,}.",
+                    subject=file.path,
+                    next_step="Look at the file: one digest has one size.",
+                )
+    return {sha256: (row, sha256 in before) for sha256, row in rows.items()}
+
+
+def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> None:
+    arrived = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
+    count = select(func.count()).select_from(Upload).where(Upload.created_by == actor.name, ~arrived)
+    if more > 0 and (session.scalar(count) or 0) + more > limit:
+        raise TooMany(
+            "too_many_uploads",
+            f"{actor.name} has announced {limit:,} files whose bytes have not come.",
+            subject=actor.name,
+            next_step="Send them, or wait until they expire.",
+        )
+
+
+def _way(resources: Resources, file: ManifestFile, announced: tuple[Upload, bool], *, known: bool) -> Announced:
+    row, sent_before = announced
+    arrivals = resources.store.arrivals
+    if arrivals is None:
+        return Announced(file, row.id, through_the_api=True)
+    expires_s = resources.settings.upload_expires_s
+    if row.part_bytes is None:
+        put = arrivals.whole(_arrival(row), expires_s, sent_before=sent_before, known=known)
+        return Announced(file, row.id, put)
+    parts = arrivals.parts(_arrival(row), expires_s) if row.multipart_id else None
+    if parts is None:
+        row = _begin_parts(resources, arrivals, row)
+        parts = arrivals.parts(_arrival(row), expires_s)
+    return Announced(file, row.id, parts=parts or ())
+
+
+def _begin_parts(resources: Resources, arrivals: Arrivals, row: Upload) -> Upload:
+    """Of two that begin the same upload at once, the later one goes on with what the other has begun."""
+    multipart_id = arrivals.begin(_arrival(row))
+    with resources.write() as session:
+        now = session.get(Upload, row.id)
+        if now is None:
+            raise _unknown(row.id)
+        if now.multipart_id == row.multipart_id:
+            now.multipart_id = multipart_id
+    if now.multipart_id != multipart_id:
+        arrivals.discard(replace(_arrival(row), multipart_id=multipart_id))
+    return now
+
+
+def _arrival(row: Upload) -> Arrival:
+    return Arrival(row.id, Digest(row.sha256), row.size_bytes, row.multipart_id, row.part_bytes)
+
+
+def _find(resources: Resources, actor: Actor, upload_id: str) -> Upload:
+    with resources.read() as session:
+        row = session.get(Upload, upload_id)
+    if row is None or row.expires_at < actor.at:
+        raise _unknown(upload_id)
+    permit(actor, Role.PUBLISHER, row.namespace, hidden=_unknown(upload_id))
+    return row
+
+
+def _unknown(upload_id: str) -> NotFound:
+    return NotFound(
+        "upload_unknown",
+        f"There is no upload {upload_id[:64]}.",
+        subject=upload_id[:64],
+        next_step="Announce the file again (POST /v1/uploads).",
+    )
 
 
 def _check_size(resources: Resources, subject: str, size_bytes: int) -> None:

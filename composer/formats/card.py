@@ -25,7 +25,9 @@ MAX_HYPERPARAMETERS = 200
 
 TEXTS = ("trainer", "run_url", "code_commit", "base_license", "license", "license_link", "library_name", "base_model")
 """Provenance that is one short text."""
+FIELDS = (*TEXTS, "data", "hyperparameters", "tags")
 _LICENSE_CHARS = 100
+_COMMIT_DIGITS = 64
 _SAMPLE = ("name", "digest", "license")
 _FENCE = re.compile(rb"---[ \t]*\r?\n")
 _END = re.compile(rb"^(?:---|\.\.\.)[ \t]*\r?$", re.MULTILINE)
@@ -104,6 +106,17 @@ def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]
     return told, findings
 
 
+def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
+    """What somebody states on purpose, in the form of `provenance`. Raises InvalidFile for a name or value unknown."""
+    unknown = sorted(set(stated) - set(FIELDS))
+    if unknown:
+        raise _bad(subject, f"{shown(unknown[0])} is no part of it; known are {', '.join(FIELDS)}")
+    told, findings = provenance(stated)
+    if findings:
+        raise _bad(subject, findings[0].message.rstrip("."))
+    return told
+
+
 def _hub_names(stated: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in stated.items() if value is not None}
     if "datasets" in given:
@@ -131,8 +144,8 @@ def _take(
 def _text(value: object) -> str:
     if isinstance(value, date):
         value = value.isoformat()
-    if isinstance(value, bool | int | float) and not isinstance(value, bool):
-        value = shown(value)  # a commit of digits only, which YAML reads as a number
+    if type(value) is int and abs(value) < 10**_COMMIT_DIGITS:
+        value = str(value)  # a commit of digits only, which YAML reads as a number
     if not isinstance(value, str) or not value.strip():
         raise ValueError("it is not a text")
     if len(value) > MAX_TEXT:
@@ -154,7 +167,7 @@ def _data(value: object) -> list[dict[str, str]]:
         if not isinstance(row, dict):
             raise ValueError("an item is neither a name nor a mapping")
         stated = cast("dict[object, object]", row)
-        if "name" not in stated or not set(stated) <= set(_SAMPLE):
+        if stated.get("name") is None or not set(stated) <= set(_SAMPLE):
             raise ValueError(f"an item has a name and may have {' and '.join(_SAMPLE[1:])}, nothing else")
         rows.append({name: _text(stated[name]) for name in _SAMPLE if stated.get(name) is not None})
     return rows

@@ -25,6 +25,12 @@ def add(
     directory: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint.")],
     name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
     alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
+    derived_from: Annotated[
+        str | None, typer.Option(metavar="BASE", help="The registered base that it was made from.")
+    ] = None,
+    relation: Annotated[
+        str | None, typer.Option(help="How it was made from that: cast, quantized, finetuned or merged.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Hash a checkpoint and register it. No weights are uploaded."""
@@ -36,7 +42,9 @@ def add(
     with render.progress(f"hash {directory.name}", total) as done:
         identity = hash_checkpoint(checkpoint, done)
     with connected() as connection:
-        found = connection.api.post("/v1/bases", base_request(checkpoint, identity, name, alias or []))
+        request = base_request(checkpoint, identity, name, alias or [])
+        origin = {"derived_from": derived_from, "relation": relation}
+        found = connection.api.post("/v1/bases", {**request, **origin})
     render.document(found, json, lambda: _show(found))
 
 
@@ -91,6 +99,7 @@ def _show(base: dict[str, Any]) -> None:
         ("parameters", f"{base['parameters']:,}"),
         ("size", render.size(base["size_bytes"])),
         ("locations", base["locations"]),
+        ("made from", f"{base['derived_from']['name']} ({base['relation']})" if base["derived_from"] else None),
     ]
     render.lines(f"base {base['name']}", pairs)
     for score in base["scores"]:

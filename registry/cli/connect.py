@@ -111,7 +111,7 @@ def resolved(connection: Connection, ref: str) -> dict[str, Any]:
 def release_directory(connection: Connection, release: dict[str, Any]) -> Path:
     """The release's files on this machine, pulled and verified once."""
     from registry.cli import render
-    from registry.client.transfer import cached
+    from registry.client.pull import cached
 
     total = sum(row["size_bytes"] for row in release["files"])
     with render.progress(f"pull {release['repository']}:{release['version']}", total) as done:

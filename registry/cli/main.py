@@ -7,10 +7,13 @@ import sys
 import typer
 
 from composer.errors import ComposerError
-from registry.cli import access, base, compose, operate, quality, release, render, transfer
+from registry.cli import access, base, compose, diff, operate, quality, release, render, search, transfer
 from registry.errors import RegistryError, Unavailable
 
-EXTRAS = {"torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres"}
+EXTRAS = {
+    "torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
+    "cryptography": "sign", "model_signing": "sign",
+}  # fmt: skip
 """Which extra brings a package that is imported only where it is used."""
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -24,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for part in (base, access, transfer, release, quality, compose, operate):
+for part in (base, access, transfer, release, diff, search, quality, compose, operate):
     part.register(app)
 
 

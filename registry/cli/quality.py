@@ -158,10 +158,10 @@ class _Group:
 
     def __init__(self, connection: Connection, names: list[str], base: str | None, base_dir: Path | None) -> None:
         self.connection, self.names, self.base_dir = connection, names, base_dir
-        self.resolved: list[Json | None] = [
-            None if Path(name).is_dir() else connection.api.resolve(parse_reference(name)) for name in names
+        self.releases: list[Json | None] = [
+            None if Path(name).is_dir() else connection.api.resolve(parse_reference(name))["release"] for name in names
         ]
-        digests = {found["release"]["base"]["digest"]: found["release"] for found in self.resolved if found}
+        digests = {release["base"]["digest"] for release in self.releases if release}
         if len(digests) > 1:
             raise Usage(
                 "bases_differ",
@@ -186,8 +186,8 @@ class _Group:
         elif self.base_dir:
             architecture = open_checkpoint(self.base_dir).architecture
         places = [
-            release_directory(self.connection, found["release"]) if found else Path(name)
-            for name, found in zip(self.names, self.resolved, strict=True)
+            release_directory(self.connection, release) if release else Path(name)
+            for name, release in zip(self.names, self.releases, strict=True)
         ]
         return [
             replace(load_deltas(place, architecture), name=name) for place, name in zip(places, self.names, strict=True)
@@ -204,7 +204,7 @@ class _Group:
     ) -> "ProbeResult":
         from composer.probe import Member, probe
 
-        names = own or [found["target_suite"] if found else None for found in self.resolved]
+        names = own or [release and self._own_suite(release) for release in self.releases]
         if len(names) != len(self.names) or not all(names):
             lacking = [name for name, suite in zip(self.names, names, strict=False) if not suite]
             raise Usage(
@@ -217,6 +217,11 @@ class _Group:
             for one, weight, name in zip(loaded, weights, names, strict=True)
         ]
         return probe(self._model(device), members, [fetch_suite(self.connection, name) for name in guards], k)
+
+    def _own_suite(self, release: Json) -> str | None:
+        from registry.client.api import release_path
+
+        return self.connection.api.get(f"{release_path(release)}/target-suite")["target_suite"]
 
     def _model(self, device: str) -> "LoadedModel":
         from composer.evaluate import load_model

@@ -1,4 +1,4 @@
-"""Releases and channels: from list and search to promote, rollback and yank."""
+"""Releases and channels: from list and log to promote, rollback and yank."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,7 @@ import typer
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
+from registry.cli.search import show_releases
 from registry.errors import NotFound
 from registry.names import parse_channel_reference, parse_reference, parse_repository
 
@@ -19,7 +20,7 @@ PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
 
 
 def register(root: typer.Typer) -> None:
-    for command in (inspect, log, show, search, promote, history, gate, yank, unyank):
+    for command in (inspect, log, show, promote, history, gate, yank, unyank):
         root.command()(command)
     root.command("list")(list_repositories)
     root.command("rollback")(roll_back)
@@ -35,6 +36,7 @@ def inspect(
 ) -> None:
     """Facts and health of an adapter, and which servers will load it."""
     from composer.formats.inspection import inspect as look
+    from composer.spectrum import spectrum
 
     directory, architecture = Path(what), None
     if base or not directory.is_dir():
@@ -44,9 +46,12 @@ def inspect(
                 directory, base = release_directory(connection, release), base or release["base"]["digest"]
             architecture = connection.api.architecture(base or "")
     seen = look(directory, architecture)
+    used = (
+        None if any(finding.severity == "error" for finding in seen.findings) else spectrum(seen.adapter, seen.placed)
+    )
     told = {
-        "adapter": seen.facts.to_json(),
-        "findings": [finding.to_json() for finding in seen.findings],
+        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
+        "findings": [finding.to_json() for finding in [*seen.findings, *(used.hints() if used else [])]],
         "loads_in": [seen.loads_in(profile) for profile in server or PROFILES],
     }
     render.document(told, json, lambda: _show_inspection(what, told))
@@ -81,41 +86,14 @@ def log(repository: Annotated[str, typer.Argument(metavar="REPO")], json: JsonFl
     with connected() as connection:
         line = _line(connection, str(parse_repository(repository)))
         found = list(connection.api.pages(f"{line}/releases"))
-    render.document({"items": found, "next": None}, json, lambda: _show_releases(found))
+    render.document({"items": found, "next": None}, json, lambda: show_releases(found))
 
 
 def show(ref: Annotated[str, typer.Argument()], json: JsonFlag = False) -> None:
     """Facts, scores, files and lineage of a release."""
     with connected() as connection:
-        release = resolved(connection, ref)
+        release = connection.api.get(_path(resolved(connection, ref)))
     render.document(release, json, lambda: _show_release(release))
-
-
-def search(  # noqa: PLR0913
-    base: Annotated[str | None, typer.Option(help="Name, alias or digest.")] = None,
-    max_rank: Annotated[int | None, typer.Option(help="The highest rank of any module.")] = None,
-    targets_within: Annotated[str | None, typer.Option(help="Only these modules may be adapted: q_proj,v_proj")] = None,
-    targets_include: Annotated[str | None, typer.Option(help="All of these modules are adapted.")] = None,
-    score: Annotated[list[str] | None, typer.Option(help="'suite.metric>=0.8'; may be repeated.")] = None,
-    namespace: Annotated[str | None, typer.Option()] = None,
-    limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
-    json: JsonFlag = False,
-) -> None:
-    """Releases that fit: a base, a rank, a set of targets, scores. The newest first."""
-    query = {
-        "base": base,
-        "max_rank": max_rank,
-        "targets_within": targets_within.split(",") if targets_within else None,
-        "targets_include": targets_include.split(",") if targets_include else None,
-        "score": score or None,
-        "namespace": namespace,
-    }
-    with connected() as connection:
-        found = connection.api.get("/v1/releases", limit=limit, cursor=cursor, **query)
-    render.document(found, json, lambda: _show_releases(found["items"]))
-    if found["next"] and not json:
-        render.say(f"more: --cursor {found['next']}")
 
 
 def promote(
@@ -242,7 +220,7 @@ def _show_inspection(what: str, told: Json) -> None:
         "type", "variant", "rank_max", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save",
         "base_model_name_or_path",
     )  # fmt: skip
-    render.lines(f"adapter {what}", [(name, facts[name]) for name in names])
+    render.lines(f"adapter {what}", [*((name, facts[name]) for name in names), ("energy", _used_ranks(facts))])
     for finding in told["findings"]:
         print(f"  {finding['severity']}: {finding['message']}")
     rows = [
@@ -252,23 +230,14 @@ def _show_inspection(what: str, told: Json) -> None:
     render.table("", ("server", "loads", "why not", "way out"), rows)
 
 
-def _show_releases(found: list[Json]) -> None:
-    rows = [
-        (
-            f"{release['repository']}:{release['version']}",
-            release["commit"][:12],
-            release["base"]["name"],
-            release["adapter"]["rank_max"] if release["adapter"] else None,
-            release["adapter"]["targets"] if release["adapter"] else None,
-            [f"{score['suite']}.{score['metric']}={score['value']:.3f}" for score in release["scores"]],
-            "yanked" if release["yanked"] else "",
-        )
-        for release in found
-    ]
-    render.table("", ("release", "commit", "base", "rank", "targets", "scores", ""), rows)
+def _used_ranks(facts: Json) -> str | None:
+    used = facts.get("spectrum")
+    return f"95 % in rank {used['rank_95']}, 99 % in rank {used['rank_99']}" if used else None
 
 
 def _show_release(release: Json) -> None:
+    from registry.client.diff import stated_provenance
+
     facts = release["adapter"] or release["model"]
     inputs = [
         f"{row['weight']:g} x {row['repository']}:{row['version']} {row['commit'][:12]}" for row in release["inputs"]
@@ -276,12 +245,16 @@ def _show_release(release: Json) -> None:
     pairs: list[tuple[str, Any]] = [
         ("commit", release["commit"]),
         ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
+        ("breaking", release["breaking_reason"]),
+        ("signed by", release["signed_by"]),
         ("type", f"{facts['type']}, {facts['variant']}"),
         ("rank", facts.get("rank_max")),
         ("alpha", facts.get("alpha")),
         ("targets", facts.get("targets")),
         ("modules", facts.get("modules")),
         ("parameters", f"{facts['parameters']:,}"),
+        ("energy", _used_ranks(facts)),
+        ("servers", release["servers"] or None),
         ("dtype", facts["dtype"]),
         ("size", render.size(sum(row["size_bytes"] for row in release["files"]))),
         ("notes", release["notes"]),
@@ -290,6 +263,8 @@ def _show_release(release: Json) -> None:
         ("made of", inputs or None),
     ]
     render.lines(f"{release['kind']} {release['repository']}:{release['version']}", pairs)
+    if stated := [(name, value) for name, value in stated_provenance(release).items() if value not in (None, [])]:
+        render.lines("provenance", stated)
     if release["scores"]:
         rows = [
             (s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"]) for s in release["scores"]

@@ -1,22 +1,23 @@
 """Bytes in and out: push and pull."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 
 from registry.cli import render
-from registry.cli.connect import connected, resolved
+from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.release import promote_release, show_move
 from registry.cli.render import JsonFlag
 from registry.errors import Usage, refuse_errors
-from registry.names import parse_part, parse_reference
+from registry.names import Reference, parse_part, parse_reference
 
 Json = dict[str, Any]
 
 
 def register(root: typer.Typer) -> None:
-    for command in (push, pull):
+    for command in (push, pull, verify):
         root.command()(command)
 
 
@@ -28,60 +29,69 @@ def push(  # noqa: PLR0913
     base: Annotated[
         str | None, typer.Option(help="The base it was trained on; from adapter_config.json if that names one.")
     ] = None,
-    bump: Annotated[str | None, typer.Option(help="patch, minor or major, instead of a version.")] = None,
+    bump: Annotated[
+        str | None, typer.Option(help="auto, patch, minor or major, instead of a version; auto finds what it needs.")
+    ] = None,
+    allow_breaking: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Why a breaking change may have a number that promises none.")
+    ] = None,
+    provenance: Annotated[
+        Path | None, typer.Option(help="YAML: trainer, run_url, code_commit, data, hyperparameters, license, …")
+    ] = None,
+    sign: Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign every file with this private key.")] = None,
     notes: Annotated[str, typer.Option(help="What is new in this release.")] = "",
     channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release."""
-    from composer.formats.inspection import inspect as look
-    from registry.client import transfer
+    from registry.client import push as client
+    from registry.client.signing import signed
 
-    reference = parse_reference(target)
-    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
-        raise Usage(
-            "bad_target",
-            f"{target} with --bump {bump} names no single version.",
-            next_step="Write REPO:VERSION, or REPO and --bump.",
-        )
+    reference = _single_version(target, bump)
     if channel:
         parse_part(channel, "channel")  # before a release is out that cannot be taken back
-    with connected() as connection:
-        base = base or look(directory, None).facts.base_model_name_or_path
-        if not base:
-            raise Usage(
-                "base_missing",
-                f"{directory} does not say what base it was trained on.",
-                next_step="Name it with --base.",
-            )
-        refuse_errors(look(directory, connection.api.architecture(base)).findings, str(directory))
-        files = transfer.collect(directory)
-        request = {
-            "version": str(reference.version) if reference.version else None,
-            "bump": bump,
-            "base": base,
-            "notes": notes,
-        }
+    request = {
+        "version": str(reference.version) if reference.version else None,
+        "bump": bump,
+        "notes": notes,
+        "allow_breaking": allow_breaking,
+        "provenance": _provenance(provenance) if provenance else None,
+    }
+    with connected() as connection, TemporaryDirectory() as aside:
+        request["base"] = _checked_base(connection, directory, base)
+        files = client.collect(directory)
+        files = signed(directory, files, sign, Path(aside)) if sign else files
         with render.progress(f"push {target}", sum(file.manifest.size_bytes for file in files)) as done:
-            published = transfer.push(connection.api, files, reference.repository, "adapter", request, done)
+            published = client.push(connection.api, files, reference.repository, "adapter", request, done)
         move = promote_release(connection, published["release"], channel, "", force=False) if channel else None
     for finding in published["warnings"]:
-        render.say(f"warning: {finding['message']}")
+        render.say(f"{finding['severity']}: {finding['message']}")
     render.document({**published, "move": move}, json, lambda: _show_push(published, move))
 
 
 def pull(
     ref: Annotated[str, typer.Argument()],
     output: Annotated[Path, typer.Option("-o", "--output", help="A new directory.")],
+    verify: Annotated[
+        Path | None, typer.Option(metavar="PUB.pem", help="Refuse it unless this key has signed every file.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Fetch a release, every file verified; an interrupted pull goes on where it stopped."""
-    from registry.client import transfer
+    from registry.client import pull as client
+    from registry.client.cache import BlobCache
+    from registry.client.signing import read_public_key, verify_files
+
+    key = read_public_key(verify) if verify else None
+
+    def check(directory: Path) -> None:
+        if key:
+            verify_files(directory, {row["path"]: row["sha256"] for row in release["files"]}, key)
 
     with connected() as connection:
         release = resolved(connection, ref)
         with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
-            transfer.pull(connection.api, release, output, done)
+            client.pull(connection.api, release, output, done, BlobCache(connection.cache / "blobs"), check)
     told = {
         "repository": release["repository"],
         "version": release["version"],
@@ -91,6 +101,54 @@ def pull(
     render.document(
         told, json, lambda: print(f"{release['repository']}:{release['version']} {release['commit']} -> {output}")
     )
+
+
+def verify(
+    what: Annotated[str, typer.Argument(metavar="DIR|REF", help="A directory or a reference.")],
+    key: Annotated[Path, typer.Option(metavar="PUB.pem", help="The public key that must have signed it.")],
+    json: JsonFlag = False,
+) -> None:
+    """Whether a key has signed every file, and whether each is still what was signed."""
+    from registry.client.signing import read_public_key, verify_directory
+
+    directory, public_key = Path(what), read_public_key(key)
+    if not directory.is_dir():
+        with connected() as connection:
+            directory = release_directory(connection, resolved(connection, what))
+    told = {"what": what, "signed_by": verify_directory(directory, public_key)}
+    render.document(told, json, lambda: print(f"{what} is signed by {told['signed_by']}"))
+
+
+def _single_version(target: str, bump: str | None) -> Reference:
+    reference = parse_reference(target)
+    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
+        raise Usage(
+            "bad_target",
+            f"{target} with --bump {bump} names no single version.",
+            next_step="Write REPO:VERSION, or REPO and --bump.",
+        )
+    return reference
+
+
+def _checked_base(connection: Connection, directory: Path, base: str | None) -> str:
+    """The base that the adapter is pushed for, once it fits that."""
+    from composer.formats.inspection import inspect as look
+
+    base = base or look(directory, None).facts.base_model_name_or_path
+    if not base:
+        raise Usage(
+            "base_missing",
+            f"{directory} does not say what base it was trained on.",
+            next_step="Name it with --base.",
+        )
+    refuse_errors(look(directory, connection.api.architecture(base)).findings, str(directory))
+    return base
+
+
+def _provenance(path: Path) -> Json:
+    from composer.formats.card import load_mapping, parse_provenance
+
+    return parse_provenance(load_mapping(path.read_text("utf-8", "replace"), path.name), path.name)
 
 
 def _show_push(published: Json, move: Json | None) -> None:

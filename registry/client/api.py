@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
@@ -10,11 +11,19 @@ import httpx2
 
 from composer.formats.checkpoint import Architecture
 from composer.formats.header import TensorSpec
-from registry.errors import FAMILIES, Invalid, RegistryError, Unavailable
+from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavailable
 from registry.names import Reference, RepositoryName
 
 Json = dict[str, Any]
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """`url` is where the bytes come from in the end: the next part may be had there directly."""
+
+    url: str
+    chunks: Iterator[bytes]
 
 
 class Api:
@@ -47,20 +56,34 @@ class Api:
     def delete(self, path: str) -> Json:
         return self._call("DELETE", path)
 
-    def put_bytes(self, path: str, chunks: Iterable[bytes], size_bytes: int) -> None:
-        with _told(self.url):
-            response = self._http.put(path, content=chunks, headers={"Content-Length": str(size_bytes)})
+    def send(self, put: Json, chunks: Iterable[bytes]) -> None:
+        """Makes a request of an upload's plan; its url is one of the registry, or of the store behind it.
+
+        Raises Unavailable when the same may work in a moment, and Conflict when the store refuses it: then the request
+        has expired, or the bytes are not those that it was signed for.
+        """
+        with _told(put["url"]):
+            response = self._http.put(put["url"], content=chunks, headers=put["headers"])
+        if 400 <= response.status_code < 500 and not _is_problem(response):
+            raise Conflict(
+                "store_refused",
+                f"The blob store answered {response.status_code}: {response.text[:200]}",
+                next_step="Push again.",
+            )
         _raise_problem(response)
 
     @contextmanager
-    def stream(self, path: str, start: int = 0) -> Generator[Iterator[bytes]]:
-        """The bytes at `path` from `start` on, as they arrive."""
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        with _told(self.url), self._http.stream("GET", path, headers=headers, follow_redirects=True) as response:
+    def stream(self, url: str, start: int = 0, length: int | None = None) -> Generator[Stream]:
+        """The bytes at `url` from `start` on, at most `length` of them, as they arrive."""
+        last = "" if length is None else str(start + length - 1)
+        headers = {"Range": f"bytes={start}-{last}"} if start or length else {}
+        with _told(url), self._http.stream("GET", url, headers=headers, follow_redirects=True) as response:
             if response.status_code >= 400:
                 response.read()
             _raise_problem(response)
-            yield response.iter_raw(1 << 20)
+            if start and response.status_code != 206:
+                raise Unavailable("range_ignored", f"{url} does not give parts of a file.", next_step="Pull again.")
+            yield Stream(str(response.url), response.iter_raw())
 
     def pages(self, path: str, **query: Any) -> Iterator[Json]:
         """Every item of a list, a page at a time."""
@@ -82,7 +105,7 @@ class Api:
             yield from response.iter_lines()
 
     def resolve(self, reference: Reference) -> Json:
-        """{release, warning}"""
+        """{release, warning}: what fetching it needs; GET its `release_path` for its facts and scores."""
         return self.get("/v1/resolve", ref=str(reference))
 
     def base(self, text: str) -> Json:
@@ -139,18 +162,22 @@ def _told(url: str) -> Generator[None]:
     except httpx2.TransportError as error:
         raise Unavailable(
             "registry_unreachable",
-            f"The registry at {url} does not answer: {error}.",
+            f"{url.partition('?')[0]} does not answer: {error}.",
             next_step="Look whether it runs, and at ADAPTORY_URL.",
         ) from error
+
+
+def _is_problem(response: httpx2.Response) -> bool:
+    return response.headers.get("content-type", "").startswith("application/problem+json")
 
 
 def _raise_problem(response: httpx2.Response) -> None:
     if response.status_code < 400:
         return
-    if not response.headers.get("content-type", "").startswith("application/problem+json"):
+    if not _is_problem(response):
         raise Unavailable(
             f"http_{response.status_code}",
-            f"The registry answered {response.status_code} without saying why.",
+            f"{response.url.host} answered {response.status_code} without saying why.",
             next_step="Look at the log of the server.",
         )
     problem: Json = response.json()

@@ -3,9 +3,10 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from registry.schemas import MAX_INT32, MAX_INT64, Wire
+from composer.formats.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
+from registry.schemas import MAX_INT64, Wire
 from registry.schemas.quality import ScoreOut
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
@@ -29,6 +30,13 @@ class BaseIn(Wire):
     tensors: list[TensorRow] = Field(min_length=1, max_length=1_000_000)
     aliases: list[str] = Field(default=[], max_length=100)
     locations: list[str] = Field(default=[], max_length=100)
+    derived_from: str | None = Field(default=None, max_length=200, description="Digest, name or alias of a known base.")
+    relation: Literal["cast", "quantized", "finetuned", "merged"] | None = None
+
+
+class BaseRef(Wire):
+    digest: str
+    name: str
 
 
 class BaseOut(Wire):
@@ -46,11 +54,8 @@ class BaseOut(Wire):
     created_by: str
     scores: list[ScoreOut]
     tensors: list[TensorRow] | None = None
-
-
-class BaseRef(Wire):
-    digest: str
-    name: str
+    derived_from: BaseRef | None
+    relation: str | None
 
 
 class FileRow(Wire):
@@ -59,12 +64,79 @@ class FileRow(Wire):
     sha256: str = Sha256
 
 
+class DataRow(Wire):
+    """Data that an adapter was trained on."""
+
+    name: str = Field(max_length=MAX_TEXT)
+    digest: str | None = Field(default=None, max_length=MAX_TEXT)
+    license: str | None = Field(default=None, max_length=MAX_TEXT)
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Setting = bool | int | float | str | None
+
+
+class Provenance(Wire):
+    """Where a release comes from, as far as its model card or its pusher says."""
+
+    trainer: Text | None = None
+    run_url: Text | None = None
+    code_commit: Text | None = None
+    base_license: Text | None = None
+    base_model: Text | None = None
+    license: str | None = Field(default=None, min_length=1, max_length=100)
+    license_link: Text | None = None
+    library_name: Text | None = None
+    data: list[DataRow] = Field(default=[], max_length=MAX_ITEMS)
+    hyperparameters: dict[Text, Setting | list[Setting]] = Field(default={}, max_length=MAX_HYPERPARAMETERS)
+    tags: list[Text] = Field(default=[], max_length=MAX_ITEMS)
+
+
 class ReleaseIn(Wire):
+    """`allow_breaking` is the reason why a breaking change may have a number that promises none."""
+
     version: str | None = None
-    bump: Literal["major", "minor", "patch"] | None = None
+    bump: Literal["auto", "major", "minor", "patch"] | None = None
     base: str = Field(min_length=1, max_length=200)
     files: list[FileRow] = Field(min_length=1, max_length=10_000)
     notes: str = Field(default="", max_length=20_000)
+    allow_breaking: str | None = Field(default=None, min_length=1, max_length=1000)
+    provenance: Provenance | None = None
+
+
+class SpectrumSummary(Wire):
+    """`norm` is |Delta|_F of all modules; `rank_95` the rank that every module could be cut to with 95 % of its square
+    left; `effective_rank` exp(entropy of the singular values), the mean by energy; `near_zero` a number of modules."""
+
+    norm: float
+    effective_rank: float
+    rank_95: int
+    rank_99: int
+    near_zero: int
+
+
+class ModuleSpectrum(Wire):
+    module: str
+    rank: int
+    norm: float
+    effective_rank: float
+    rank_95: int
+    rank_99: int
+    near_zero: bool
+
+
+class SpectrumOut(SpectrumSummary):
+    """`left_out` are modules whose singular values were not computed."""
+
+    modules: list[ModuleSpectrum]
+    left_out: list[str]
+
+
+class Refusal(Wire):
+    """Why a server does not load an adapter, and what would help."""
+
+    reasons: list[str]
+    way_out: list[str]
 
 
 class AdapterFactsOut(Wire):
@@ -85,6 +157,7 @@ class AdapterFactsOut(Wire):
     alphas: dict[str, float]
     base_model_name_or_path: str | None
     peft_version: str | None
+    spectrum: SpectrumSummary | None = None
 
 
 class ModelFactsOut(Wire):
@@ -103,6 +176,11 @@ class InputOut(Wire):
 
 
 class ReleaseOut(Wire):
+    """`servers` load it if its rank is within their limit, `loading` says why the others do not.
+
+    `signed_by` is the sha256 of the key, in PEM, that signed every file; `breaking_reason` why it may break its range.
+    """
+
     repository: str
     kind: str
     version: str
@@ -118,6 +196,11 @@ class ReleaseOut(Wire):
     created_by: str
     files: list[FileRow]
     inputs: list[InputOut]
+    provenance: Provenance
+    servers: list[str]
+    loading: dict[str, Refusal]
+    signed_by: str | None
+    breaking_reason: str | None
 
 
 class PublishedOut(Wire):
@@ -134,25 +217,9 @@ class RepositoryOut(Wire):
     created_at: datetime
 
 
-class SearchIn(BaseModel):
-    """Query parameters; a list is given by repeating its parameter. `limit` and `cursor` stand beside it."""
+class TargetSuiteOut(Wire):
+    """None where no target suite has been measured on the release."""
 
-    kind: Literal["adapter", "model"] = "adapter"
-    namespace: str | None = None
-    base: str | None = Field(default=None, description="Digest, name or alias.")
-    type: str | None = None
-    max_rank: int | None = Field(default=None, ge=1, le=MAX_INT32)
-    targets_within: list[str] = Field(default=[], max_length=200, description="Only these module names may be adapted.")
-    targets_include: list[str] = Field(default=[], max_length=20, description="All of these module names are adapted.")
-    score: list[str] = Field(default=[], max_length=20, description="suite.metric>=number or suite.metric<=number")
-    include_yanked: bool = False
-
-
-class ResolvedOut(Wire):
-    """`target_suite` is the target suite that the release gained most on, which stands for it in a probe."""
-
-    release: ReleaseOut
-    warning: str
     target_suite: str | None
 
 

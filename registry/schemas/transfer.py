@@ -1,5 +1,7 @@
 """Uploads on the wire."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from registry.schemas import Wire
@@ -7,17 +9,47 @@ from registry.schemas.catalog import FileRow
 
 
 class UploadIn(Wire):
+    """Files that a release in `namespace` shall have."""
+
+    namespace: str = Field(max_length=64)
     files: list[FileRow] = Field(min_length=1, max_length=10_000)
 
 
+class PutOut(Wire):
+    """A request to be made as it is; `headers` are part of what was signed."""
+
+    method: Literal["PUT"] = "PUT"
+    url: str
+    headers: dict[str, str]
+
+
+class PartOut(Wire):
+    """Parts follow one another in the file and count from 1. `put` is None for one that has arrived."""
+
+    number: int
+    size_bytes: int
+    put: PutOut | None
+
+
 class UploadRow(Wire):
-    """`url` is where to PUT the bytes, None when they are present already."""
+    """What to do for a file: nothing if it is `present`; else send it by `put` or in `parts`, then complete `upload`.
+
+    With neither, all of it has arrived and only completing is left. The url of a `put` that begins with `/` is one of
+    this registry, which wants the caller's token; any other is of its store, which must not see it.
+    """
 
     path: str
     sha256: str
     present: bool
-    url: str | None
+    upload: str | None = None
+    put: PutOut | None = None
+    parts: list[PartOut] = Field(default=[])
 
 
 class UploadOut(Wire):
     files: list[UploadRow]
+
+
+class CompletedOut(Wire):
+    sha256: str
+    size_bytes: int

@@ -1,6 +1,6 @@
 """Content-addressed bytes: what every store promises, and the one function that makes keys."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,8 +32,87 @@ class Reader(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Bytes that a client was told to send: `upload_id` is its own, the rest is what they claim to be.
+
+    `multipart_id` and `part_bytes` are set where they come in parts of that size, the last one shorter.
+    """
+
+    upload_id: str
+    sha256: Digest
+    size_bytes: int
+    multipart_id: str | None = None
+    part_bytes: int | None = None
+
+    @property
+    def part_sizes(self) -> list[int]:
+        whole, rest = divmod(self.size_bytes, self.part_bytes or self.size_bytes or 1)
+        return [self.part_bytes or self.size_bytes] * whole + [rest] * bool(rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """A request that a client may make of the store until it expires; `headers` must be sent as they are."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Parts count from 1. `put` is None for one that is there already."""
+
+    number: int
+    size_bytes: int
+    put: Put | None
+
+
+class Arrivals(Protocol):
+    """The side of a store that clients send to directly. What has arrived is no blob before `finish` has checked it.
+
+    Only who sends the bytes can finish an arrival: another one of the same digest does not help it.
+    """
+
+    def part_bytes(self, size_bytes: int) -> int | None:
+        """In parts of which size a file of that size is sent; None for one sent whole."""
+        ...
+
+    def begin(self, arrival: Arrival) -> str:
+        """The `multipart_id` of a file that comes in parts."""
+        ...
+
+    def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
+        """How to send the file; None when it has arrived, which is only looked at if it was `sent_before`.
+
+        `known` says that there is such a blob already, which must not be touched by bytes that nobody has checked.
+        """
+        ...
+
+    def parts(self, arrival: Arrival, expires_s: int) -> list[Part] | None:
+        """How to send each part that has not arrived; None when the store has forgotten the upload: begin again."""
+        ...
+
+    def finish(self, arrival: Arrival) -> BlobStat:
+        """Makes a blob of what arrived, having checked its size and its digest. Twice is once.
+
+        Raises Conflict when something is missing still, and Invalid when the bytes are not what they claim to be,
+        which leaves nothing of them.
+        """
+        ...
+
+    def discard(self, arrival: Arrival) -> None:
+        """What arrived is gone, unless it has become a blob. Discarding what never came is fine."""
+        ...
+
+
 class BlobStore(Protocol):
-    """Six promises. Errors: `NotFound` for bytes that are not there, `Unavailable` when the store is away or full."""
+    """Promises. Errors: `NotFound` for bytes that are not there, `Unavailable` when the store is away or full."""
+
+    @property
+    def arrivals(self) -> Arrivals | None:
+        """None where bytes come through the API, which then checks them and calls `put`."""
+        ...
 
     def stat(self, sha256: Digest) -> BlobStat | None:
         """None when the blob is absent. What is present is whole: a put that died left nothing under the key."""
@@ -57,4 +136,8 @@ class BlobStore(Protocol):
 
     def iterate(self) -> Iterator[BlobStat]:
         """Every blob present from before the call until its end, in any order."""
+        ...
+
+    def sweep(self, before: datetime, keep: Collection[str]) -> int:
+        """Removes what began to arrive before that moment and is no blob, but for the upload ids to keep; how many."""
         ...

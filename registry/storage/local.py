@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,11 @@ class LocalStore:
 
     def path(self, sha256: Digest) -> Path:
         return self.directory / blob_key(sha256)
+
+    @property
+    def arrivals(self) -> None:
+        """A directory has no address: bytes come through the API."""
+        return None
 
     def stat(self, sha256: Digest) -> BlobStat | None:
         try:
@@ -102,6 +107,13 @@ class LocalStore:
             stat = self.stat(Digest(path.name))
             if stat is not None:
                 yield stat
+
+    def sweep(self, before: datetime, keep: Collection[str]) -> int:
+        del keep  # here an upload is one request
+        stale = [path for path in self.incoming.iterdir() if path.stat().st_mtime < before.timestamp()]
+        for path in stale:
+            path.unlink(missing_ok=True)
+        return len(stale)
 
 
 class _Window:

@@ -2,17 +2,23 @@
 
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from registry.http import problems
 from registry.http.callers import Callers
 from registry.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.resources import Resources
-from registry.web import access, bases, blobs, channels, compositions, operations, releases, suites
+from registry.web import access, bases, blobs, channels, compositions, operations, releases, search, suites
 from registry.web.repository import REPOSITORY_PREFIXES
 
 DESCRIPTION = "The release registry for LoRA adapters."
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+
+ROUTERS: tuple[tuple[str, APIRouter], ...] = (
+    # Search first: they are tried in turn, and it is asked most. Suites before bases: /v1/bases/{base:path} takes all.
+    *(("", part.router) for part in (search, suites, bases, blobs, compositions, operations, access)),
+    *((prefix, part.repository_routes) for part in (releases, channels, suites) for prefix in REPOSITORY_PREFIXES),
+)
 
 
 def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
@@ -30,17 +36,6 @@ def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
-    for part in (
-        suites,
-        bases,
-        blobs,
-        releases,
-        compositions,
-        operations,
-        access,
-    ):  # suites first: /v1/bases/{base:path} takes all
-        app.include_router(part.router)
-    for part in (releases, channels, suites):
-        for kinds in REPOSITORY_PREFIXES:
-            app.include_router(part.repository_routes, prefix=kinds)
+    for prefix, router in ROUTERS:
+        app.include_router(router, prefix=prefix)
     return app

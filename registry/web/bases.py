@@ -31,6 +31,8 @@ def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response:
         parse_digest(body.weights_digest),
         body.aliases,
         body.locations,
+        body.derived_from,
+        body.relation,
     )
     with resources.write() as session:
         base, created = bases.register(session, actor, new)

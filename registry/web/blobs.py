@@ -4,50 +4,56 @@ import re
 from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from registry import uploads
 from registry.access import Role, permit
-from registry.errors import NotFound
+from registry.errors import Unavailable
 from registry.http.request import ResourcesOf, body_chunks, content_length
 from registry.http.rules import Caller
 from registry.manifest import ManifestFile
-from registry.names import Digest, parse_digest
+from registry.names import Digest, parse_digest, parse_part
 from registry.resources import Resources
-from registry.schemas.transfer import UploadIn, UploadOut, UploadRow
-from registry.storage.blobs import Reader
+from registry.schemas.transfer import CompletedOut, PartOut, PutOut, UploadIn, UploadOut, UploadRow
+from registry.storage.blobs import BlobStat, Put, Reader
+from registry.uploads import Announced
 
 router = APIRouter(prefix="/v1", tags=["blobs"])
 
 _BLOCK_BYTES = 1 << 20
 _URL_EXPIRES_S = 3600
+UploadId = Annotated[str, Path(max_length=64)]
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("/uploads")
 def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> UploadOut:
-    """For each file: present already, or where to PUT its bytes."""
-    permit(actor, Role.PUBLISHER)
+    """For each file: present already, or where and how to PUT its bytes. Ask again to go on after a failure."""
+    namespace = parse_part(body.namespace, "namespace")
+    permit(actor, Role.PUBLISHER, namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
-    missing = {file.sha256 for file in uploads.absent(resources, files)}
-    return UploadOut(
-        files=[
-            UploadRow(
-                path=f.path,
-                sha256=f.sha256,
-                present=f.sha256 not in missing,
-                url=f"/v1/blobs/{f.sha256}" if f.sha256 in missing else None,
-            )
-            for f in files
-        ]
-    )
+    return UploadOut(files=[_upload_row(one) for one in uploads.plan(resources, actor, namespace, files)])
+
+
+@router.post("/uploads/{upload_id}/complete")
+def complete_upload(upload_id: UploadId, resources: ResourcesOf, actor: Caller) -> CompletedOut:
+    """Checks size and digest of what was sent; the namespace of the upload may name the blob afterwards."""
+    done = uploads.complete(resources, actor, upload_id)
+    return CompletedOut(sha256=done.sha256, size_bytes=done.size_bytes)
 
 
 @router.put("/blobs/{sha256}", status_code=201)
-def upload(sha256: str, request: Request, resources: ResourcesOf, actor: Caller) -> Response:
-    permit(actor, Role.PUBLISHER)
-    uploads.receive(resources, actor, parse_digest(sha256), body_chunks(request), content_length(request))
+def upload(
+    sha256: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: Caller,
+    upload_id: Annotated[str, Query(alias="upload", max_length=64)],
+) -> Response:
+    """The bytes themselves, where the store has no address of its own."""
+    digest, size = parse_digest(sha256), content_length(request)
+    uploads.receive(resources, actor, upload_id, digest, body_chunks(request), size)
     return Response(status_code=201)
 
 
@@ -55,43 +61,64 @@ def upload(sha256: str, request: Request, resources: ResourcesOf, actor: Caller)
 def download(
     sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Annotated[str | None, Header(alias="Range")] = None
 ) -> Response:
-    permit(actor, Role.READER)
-    return blob_response(resources, parse_digest(sha256), byte_range)
+    return blob_response(resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
 
 
 @router.head("/blobs/{sha256}")
 def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
-    permit(actor, Role.READER)
-    return Response(headers=_headers(parse_digest(sha256), _size(resources, parse_digest(sha256))))
+    stat = uploads.readable(resources, actor, parse_digest(sha256))
+    return Response(headers=_headers(stat.sha256, stat.size_bytes))
 
 
-def blob_response(resources: Resources, sha256: Digest, byte_range: str | None) -> Response:
+def file_response(resources: Resources, sha256: Digest, byte_range: str | None) -> Response:
+    """As `blob_response`, for a caller that may read a release with these bytes."""
+    stat = resources.store.stat(sha256)
+    if stat is None:
+        raise Unavailable(
+            "blob_lost",
+            f"The store has lost the bytes of {sha256}.",
+            subject=sha256,
+            next_step="Restore the blob from a backup, or push the same file again.",
+        )
+    return blob_response(resources, stat, byte_range)
+
+
+def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
     """The bytes, a part of them, or the way to them where the store has addresses."""
-    size = _size(resources, sha256)
-    url = resources.store.url(sha256, _URL_EXPIRES_S)
+    url = resources.store.url(stat.sha256, _URL_EXPIRES_S)
     if url is not None:
         return RedirectResponse(url, status_code=307)
-    span = _span(byte_range, size)
+    span = _span(byte_range, stat.size_bytes)
     if span is None:
-        return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{stat.size_bytes}"})
     start, length = span
-    headers = _headers(sha256, length)
-    if byte_range and length < size:
-        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{size}"
-    reader = resources.store.open(sha256, start, length)
+    headers = _headers(stat.sha256, length)
+    if byte_range and length < stat.size_bytes:
+        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{stat.size_bytes}"
+    reader = resources.store.open(stat.sha256, start, length)
     status = 206 if "Content-Range" in headers else 200
     return StreamingResponse(
         _blocks(reader), status_code=status, headers=headers, media_type="application/octet-stream"
     )
 
 
-def _size(resources: Resources, sha256: Digest) -> int:
-    stat = resources.store.stat(sha256)
-    if stat is None:
-        raise NotFound(
-            "blob_unknown", f"There is no blob {sha256}.", subject=sha256, next_step="PUT its bytes to this path first."
+def _upload_row(announced: Announced) -> UploadRow:
+    file, upload_id = announced.file, announced.upload_id
+    put = _put_out(announced.put)
+    if announced.through_the_api:
+        put = PutOut(
+            url=f"/v1/blobs/{file.sha256}?upload={upload_id}", headers={"Content-Length": str(file.size_bytes)}
         )
-    return stat.size_bytes
+    parts = [
+        PartOut(number=part.number, size_bytes=part.size_bytes, put=_put_out(part.put)) for part in announced.parts
+    ]
+    return UploadRow(
+        path=file.path, sha256=file.sha256, present=upload_id is None, upload=upload_id, put=put, parts=parts
+    )
+
+
+def _put_out(put: Put | None) -> PutOut | None:
+    return PutOut(url=put.url, headers=dict(put.headers)) if put is not None else None
 
 
 def _headers(sha256: Digest, length: int) -> dict[str, str]:

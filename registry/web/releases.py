@@ -1,37 +1,32 @@
-"""Repositories, releases, search and resolve. The same routes serve adapters and models."""
+"""Repositories and their releases. The same routes serve adapters and models."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Response
 
-from registry import compositions, publishing, releases, repositories, resolve, search
-from registry.access import Role, permit
+from registry import compositions, publishing, releases, repositories
 from registry.errors import NotFound
-from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, page
+from registry.http.pages import Cursor, Limit, decode_cursor, page
 from registry.http.request import ResourcesOf
 from registry.http.rules import Caller, Publisher, Reader, Releaser
 from registry.manifest import ManifestFile
 from registry.models import Release
-from registry.names import Digest, parse_digest, parse_reference, parse_version
+from registry.names import Digest, parse_digest, parse_version
 from registry.publishing import Push
-from registry.repositories import Kind
 from registry.schemas import Page
 from registry.schemas.catalog import (
     PublishedOut,
     ReleaseIn,
     ReleaseOut,
     RepositoryOut,
-    ResolvedOut,
-    SearchIn,
+    SpectrumOut,
+    TargetSuiteOut,
     UnyankIn,
     YankIn,
 )
-from registry.suites import parse_condition
-from registry.web.blobs import blob_response
+from registry.web.blobs import file_response
 from registry.web.repository import KindOf, RepositoryOf
 from registry.web.views import release_page, release_view, repository_page
-
-router = APIRouter(prefix="/v1", tags=["releases"])
 
 repository_routes = APIRouter(tags=["releases"])
 """Mounted once under /v1/adapters and once under /v1/models."""
@@ -60,7 +55,17 @@ def publish(
     """201 for a new release, 200 for a retry with the same content, 409 for other content under the same version."""
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     version = parse_version(body.version) if body.version else None
-    push = Push(named.name, named.kind, version, body.bump, body.base, files, body.notes)
+    push = Push(
+        repository=named.name,
+        kind=named.kind,
+        version=version,
+        bump=body.bump,
+        base=body.base,
+        files=files,
+        notes=body.notes,
+        allow_breaking=body.allow_breaking,
+        provenance=body.provenance.model_dump(exclude_unset=True) if body.provenance else {},
+    )
     published = publishing.publish(resources, actor, push)
     response.status_code = 201 if published.created else 200
     with resources.read() as session:
@@ -85,6 +90,21 @@ def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, acto
         return release_view(session, releases.find(session, named.name, parse_version(version), named.kind))
 
 
+@repository_routes.get("/{namespace}/{name}/releases/{version}/target-suite")
+def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> TargetSuiteOut:
+    """The target suite that the release gained most on over its base, which stands for it in a probe."""
+    with resources.read() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        return TargetSuiteOut(target_suite=compositions.own_suite(session, release))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/spectrum")
+def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> SpectrumOut:
+    """What the ranks of each module are used for; 404 where that was not computed (a merged model has none)."""
+    with resources.read() as session:
+        return SpectrumOut(**releases.spectrum_of(session, named.name, parse_version(version), named.kind))
+
+
 @repository_routes.get("/{namespace}/{name}/releases/{version}/files/{path:path}")
 def download_file(
     named: RepositoryOf,
@@ -104,7 +124,7 @@ def download_file(
             subject=path[:200],
             next_step=f"`adaptory show {named.name}:{version}` lists its files.",
         )
-    return blob_response(resources, Digest(digests[path]), byte_range)
+    return file_response(resources, Digest(digests[path]), byte_range)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")
@@ -121,43 +141,3 @@ def unyank(
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         return release_view(session, releases.unyank(session, actor, release, body.reason if body else ""))
-
-
-@router.get("/releases")
-def search_releases(
-    query: Annotated[SearchIn, Query()],
-    resources: ResourcesOf,
-    actor: Caller,
-    limit: Limit = 50,
-    cursor: Cursor = None,
-) -> Page[ReleaseOut]:
-    """Releases across repositories that meet every condition, the newest first."""
-    wanted = search.Query(
-        kind=Kind(query.kind),
-        namespace=query.namespace,
-        base=query.base,
-        type=query.type,
-        max_rank=query.max_rank,
-        targets_within=query.targets_within,
-        targets_include=query.targets_include,
-        scores=[parse_condition(text) for text in query.score],
-        include_yanked=query.include_yanked,
-        before=decode_number(cursor),
-        limit=limit + 1,
-    )
-    with resources.read() as session:
-        rows = search.search(session, wanted)
-        return page(release_page(session, rows), limit, [row.id for row in rows])
-
-
-@router.get("/resolve")
-def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: ResourcesOf, actor: Caller) -> ResolvedOut:
-    reference = parse_reference(ref)
-    permit(actor, Role.READER, reference.repository.namespace)
-    with resources.read() as session:
-        found = resolve.resolve(session, reference)
-        return ResolvedOut(
-            release=release_view(session, found.release),
-            warning=found.warning,
-            target_suite=compositions.own_suite(session, found.release),
-        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from composer.formats.serving import SERVERS
 from registry import bases, releases, repositories, resolve, suites
 from registry.db import Session
 from registry.models import (
@@ -25,6 +26,8 @@ from registry.schemas.catalog import (
     FileRow,
     InputOut,
     ModelFactsOut,
+    Provenance,
+    Refusal,
     ReleaseOut,
     RepositoryOut,
     TensorRow,
@@ -64,6 +67,11 @@ def _release_view(
         created_by=row.created_by,
         files=[FileRow(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256) for file in files],
         inputs=[_input_view(link, source) for link, source in inputs],
+        provenance=Provenance(**row.provenance),
+        servers=[server for bit, server in enumerate(SERVERS) if row.servers >> bit & 1],
+        loading={server: Refusal(**told) for server, told in row.loading.items()},
+        signed_by=row.signed_by,
+        breaking_reason=row.breaking_reason,
     )
 
 
@@ -86,6 +94,7 @@ def score_view(row: Score) -> ScoreOut:
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
+    origin = session.get_one(Base, row.derived_from) if row.derived_from else None
     return BaseOut(
         digest=row.digest,
         architecture_digest=row.architecture_digest,
@@ -101,6 +110,8 @@ def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
         created_by=row.created_by,
         scores=[score_view(score) for score in suites.scores_of(session, row)],
         tensors=_tensor_table(row) if tensors else None,
+        derived_from=BaseRef(digest=origin.digest, name=origin.name) if origin else None,
+        relation=row.relation,
     )
 
 

@@ -308,7 +308,7 @@ def _upload(held: Held, actor: Actor, work: Work, output: Output) -> Push:
     files: list[ManifestFile] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         file = ManifestFile(path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path)))
-        uploads.store_file(held.resources, actor, file.sha256, path, move=False)
+        uploads.store_file(held.resources, actor, reference.repository.namespace, file.sha256, path, move=False)
         files.append(file)
         held.check()
     return Push(

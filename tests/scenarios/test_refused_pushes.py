@@ -14,7 +14,7 @@ from peft import LoHaConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from registry.client import transfer
+from registry.client import push
 from registry.errors import NotFound, RegistryError
 from registry.names import parse_repository
 from tests.composer.small_model import save_adapter
@@ -143,15 +143,15 @@ def test_the_server_refuses_by_itself_whatever_a_client_sends(stocked: Cli, worl
     request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
     with api_of(stocked) as api:
         for what, (_, fragments) in DAMAGED.items():
-            files = transfer.collect(damaged(world, tmp_path, what))
+            files = push.collect(damaged(world, tmp_path, what))
             with pytest.raises(RegistryError) as raised:
-                transfer.push(api, files, name, "adapter", request, lambda _count: None)
+                push.push(api, files, name, "adapter", request, lambda _count: None)
             assert raised.value.exit_code == 6, f"{what}: {raised.value!r}"
             told = f"{raised.value.subject} {raised.value}"
             assert all(fragment in told for fragment in fragments), f"{what}: {told}"
-        files = transfer.collect(world.adapters["sql"])
+        files = push.collect(world.adapters["sql"])
         with pytest.raises(NotFound):
-            transfer.push(api, files, name, "adapter", request | {"base": "huge"}, lambda _count: None)
+            push.push(api, files, name, "adapter", request | {"base": "huge"}, lambda _count: None)
     left = traces(stocked)
     assert (left.work, left.releases) == (frozenset(), ())
     assert stocked("log", "acme/sql").code == 3
@@ -176,10 +176,12 @@ def test_a_release_cannot_name_bytes_that_nobody_sent_or_a_pickle(stocked_embedd
 
 def test_an_upload_whose_bytes_are_others_leaves_nothing(stocked_embedded: Cli) -> None:
     sha256 = hashlib.sha256(b"what was promised").hexdigest()
+    row = {"path": "notes.txt", "size_bytes": 17, "sha256": sha256}
     with api_of(stocked_embedded) as api:
+        put = api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"][0]["put"]
         for content, claimed in ((b"what was delivered", 18), (b"what was", 17), (b"what was promised and more", 17)):
             with pytest.raises(RegistryError):
-                api.put_bytes(f"/v1/blobs/{sha256}", iter([content]), claimed)
+                api.send(put | {"headers": {"Content-Length": str(claimed)}}, iter([content]))
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
 
 

@@ -31,5 +31,5 @@ def test_help_loads_nothing_that_it_does_not_print() -> None:
 
 
 def test_the_trainers_client_loads_no_server_and_no_database() -> None:
-    loaded = loaded_by("import registry.client.api, registry.client.transfer")
+    loaded = loaded_by("import registry.client.push, registry.client.pull")
     assert not loaded & {*HEAVY, "fastapi", "sqlalchemy", "uvicorn"}

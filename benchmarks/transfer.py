@@ -1,0 +1,162 @@
+"""Push and pull of 1 GB in 8 files between our client and a real S3 server, against boto3 moving the same files.
+
+boto3 is asked twice: as the client does it (8 files at a time, each whole, where a download also needs ranges), and as
+it does by itself (one file after another, each in parts by 10 threads). Ours hashes every byte on its way, and syncs
+what it wrote; boto3 hashes what it sends over plain HTTP and nothing that it receives. Client, API and S3 server share
+the cores. The resident memory of the API process is taken before and after.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from boto3.s3.transfer import TransferConfig
+
+from benchmarks import harness
+from benchmarks.harness import Sample
+from registry.client.api import Api, Json
+from registry.client.cache import BlobCache
+from registry.client.pull import pull
+from registry.client.push import LocalFile, collect, push, send
+from registry.names import parse_repository
+from tests import s3_server
+from tests.s3_server import BUCKET, S3Server
+from tests.scenarios.world import Cli, build_world, server
+
+FILES, PARALLEL = 8, 8
+WHOLE = TransferConfig(multipart_threshold=256 << 20, use_threads=False)
+RAW, RAW_PARTS = "boto3, 8 files at a time", "boto3, its defaults"
+
+
+class Bench:
+    """Files to move, and both ways of moving them."""
+
+    def __init__(self, s3: S3Server, api: Api, adapter: Path, directory: Path, file_bytes: int) -> None:
+        self.client: Any = s3.client()
+        self.api, self.directory = api, directory
+        self.pushed = directory / "pushed"
+        shutil.copytree(adapter, self.pushed)
+        self.files = [self.pushed / f"data-{number}" for number in range(FILES)]
+        for path in self.files:
+            path.write_bytes(os.urandom(file_bytes))
+        self.release = self._publish()
+
+    def _publish(self) -> Json:
+        request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
+        name = parse_repository("acme/bench")
+        return push(self.api, collect(self.pushed), name, "adapter", request, lambda _count: None)["release"]
+
+    def push_ours(self) -> Sample:
+        self._change()
+        return self._timed(lambda: send(self.api, "acme", self._collect(), lambda _count: None))
+
+    def push_raw(self, config: TransferConfig, parallel: int) -> Sample:
+        self._change()
+
+        def one(path: Path) -> None:
+            self.client.upload_file(str(path), BUCKET, f"raw/{path.name}", Config=config)
+
+        return self._timed(lambda: _each(parallel, one, self.files))
+
+    def pull_ours(self, cache: BlobCache | None = None) -> Sample:
+        target = self.directory / "pulled"
+        sample = self._timed(lambda: pull(self.api, self.release, target, lambda _count: None, cache))
+        shutil.rmtree(target)
+        return sample
+
+    def pull_raw(self, config: TransferConfig, parallel: int) -> Sample:
+        target = self.directory / "raw"
+        target.mkdir()
+        rows = [row for row in self.release["files"] if row["path"].startswith("data-")]
+
+        def one(row: Json) -> None:
+            key = f"bench/blobs/sha256/{row['sha256'][:2]}/{row['sha256']}"
+            self.client.download_file(BUCKET, key, str(target / row["path"]), Config=config)
+
+        sample = self._timed(lambda: _each(parallel, one, rows))
+        shutil.rmtree(target)
+        return sample
+
+    def forget_pushed(self) -> None:
+        """Every round sends new bytes; the disk should not remember them all."""
+        kept = {row["sha256"] for row in self.release["files"]}
+        for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+            for row in page.get("Contents", ()):
+                if row["Key"].rpartition("/")[2] not in kept:
+                    self.client.delete_object(Bucket=BUCKET, Key=row["Key"])
+
+    def _collect(self) -> list[LocalFile]:
+        return [file for file in collect(self.pushed) if file.manifest.path.startswith("data-")]
+
+    def _change(self) -> None:
+        self.forget_pushed()
+        for path in self.files:
+            with path.open("r+b") as file:
+                file.write(os.urandom(16))
+        os.sync()
+
+    def _timed(self, move: Callable[[], object]) -> Sample:
+        os.sync()
+        started = time.perf_counter()
+        move()
+        return Sample(time.perf_counter() - started)
+
+
+def _each(parallel: int, function: Callable[[Any], None], items: Sequence[Any]) -> None:
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(function, items))
+
+
+def rss_bytes(process_id: int) -> tuple[int, int]:
+    """Now, and at the highest."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process_id}/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) * 1024, int(status["VmHWM"].split()[0]) * 1024
+
+
+def main() -> None:
+    chosen = harness.options(__doc__, rounds=7)
+    harness.announce("transfer", "boto3", "httpx2")
+    file_bytes = (16 if chosen.quick else 125) * 1_000_000
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="adaptory-transfer-")))
+        s3 = s3_server.started(directory / "s3")
+        stack.callback(s3.stop)
+        url, process = stack.enter_context(server(directory / "server", **s3.environment("bench/")))
+        world = build_world(directory / "world")
+        cli = Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_URL": url})
+        cli.ok("base", "add", world.base, "--name", "tiny")
+        api = Api(url)
+        stack.callback(api.close)
+        bench = Bench(s3, api, world.adapters["sql"], directory, file_bytes)
+        before, _ = rss_bytes(process.pid)
+        pushes = {
+            RAW: lambda: bench.push_raw(WHOLE, PARALLEL),
+            RAW_PARTS: lambda: bench.push_raw(TransferConfig(), 1),
+            "adaptory": bench.push_ours,
+        }
+        harness.report("Push, 1 GB in 8 files", harness.interleave(pushes, chosen.rounds), RAW)
+        bench.forget_pushed()
+        cache = BlobCache(directory / "cache")
+        pulls = {
+            RAW: lambda: bench.pull_raw(WHOLE, PARALLEL),
+            RAW_PARTS: lambda: bench.pull_raw(TransferConfig(), 1),
+            "adaptory": bench.pull_ours,
+            "adaptory, from its cache": lambda: bench.pull_ours(cache),
+        }
+        harness.report("Pull, 1 GB in 8 files", harness.interleave(pulls, chosen.rounds), RAW)
+        after, highest = rss_bytes(process.pid)
+        rows = [
+            ["before", "after", "highest"],
+            [harness.figure(value / harness.MB) for value in (before, after, highest)],
+        ]
+        harness.table("Resident memory of the API process, MB", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What changed between two releases or directories: facts, factors, scores, files, provenance."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import Connection, connected, release_directory, resolved
+from registry.cli.render import JsonFlag
+from registry.errors import Usage, refuse_errors
+
+if TYPE_CHECKING:
+    from composer.compare import Comparison
+    from composer.formats.inspection import Inspection
+
+Json = dict[str, Any]
+
+TOP_MODULES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One side: its release as the wire shows it, and the directory of its files if its modules can be compared."""
+
+    name: str
+    release: Json
+    directory: Path | None
+
+
+def register(root: typer.Typer) -> None:
+    root.command()(diff)
+
+
+def diff(
+    old: Annotated[str, typer.Argument(metavar="REF|DIR")],
+    new: Annotated[str, typer.Argument(metavar="REF|DIR")],
+    everything: Annotated[bool, typer.Option("--all", help="Every module, not only the most changed.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """What changed: facts, every module's delta, scores with their errors, files, provenance."""
+    from registry.client.diff import differences
+
+    before, after = _subjects(old, new)
+    if bool(before.release["adapter"]) != bool(after.release["adapter"]):
+        raise Usage(
+            "kinds_differ", f"{old} and {new} are an adapter and a model.", next_step="Compare two of one kind."
+        )
+    deltas = _compare(before.directory, after.directory)
+    told = {
+        "old": before.name,
+        "new": after.name,
+        **differences(before.release, after.release),
+        "deltas": deltas.to_json() if deltas else None,
+    }
+    render.document(told, json, lambda: _show(told, everything=everything))
+
+
+def _subjects(*texts: str) -> list[Subject]:
+    """Two directories need no registry."""
+    if all(Path(text).is_dir() for text in texts):
+        return [_directory(Path(text)) for text in texts]
+    with connected() as connection:
+        return [_directory(Path(text)) if Path(text).is_dir() else _release(connection, text) for text in texts]
+
+
+def _release(connection: Connection, text: str) -> Subject:
+    from registry.client.api import release_path
+
+    release = connection.api.get(release_path(resolved(connection, text)))
+    directory = release_directory(connection, release) if release["kind"] == "adapter" else None
+    return Subject(f"{release['repository']}:{release['version']}", release, directory)
+
+
+def _directory(directory: Path) -> Subject:
+    """What a release of this directory would say of itself, as far as its files tell."""
+    from composer.formats.card import CARD_FILE, card_provenance
+    from composer.formats.serving import SERVERS, judge
+    from composer.spectrum import spectrum
+    from registry.client.push import collect
+
+    seen = _inspected(directory)
+    servers, _ = judge(seen.adapter.config, seen.facts, seen.placed)
+    used = spectrum(seen.adapter, seen.placed)
+    card = directory / CARD_FILE
+    files = [file.manifest for file in collect(directory)]
+    release = {
+        "base": {"digest": None, "name": seen.facts.base_model_name_or_path},
+        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
+        "model": None,
+        "servers": [server for bit, server in enumerate(SERVERS) if servers >> bit & 1],
+        "provenance": card_provenance(card.read_bytes())[0] if card.is_file() else {},
+        "scores": [],
+        "files": [{"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256} for file in files],
+    }
+    return Subject(str(directory), release, directory)
+
+
+def _inspected(directory: Path) -> "Inspection":
+    from composer.formats.inspection import inspect
+
+    seen = inspect(directory, None)
+    refuse_errors(seen.findings, str(directory))
+    return seen
+
+
+def _compare(old: Path | None, new: Path | None) -> "Comparison | None":
+    from composer.compare import compare
+
+    if old is None or new is None:
+        return None
+    before, after = _inspected(old), _inspected(new)
+    return compare(before.adapter, after.adapter, before.placed, after.placed)
+
+
+def _show(told: Json, *, everything: bool) -> None:
+    render.heading(f"{told['old']} -> {told['new']}: {_verdict(told)}")
+    for finding in told["breaking"]:
+        print(f"  breaking: {finding['message']}")
+    for what in ("facts", "provenance"):
+        rows = [(row["name"], row["old"], row["new"]) for row in told[what]]
+        _table(what, ("", "old", "new"), rows)
+    if told["deltas"]:
+        _show_deltas(told["deltas"], everything=everything)
+    _table("scores", ("suite", "metric", "old", "new", "difference", ""), [_score_row(row) for row in told["scores"]])
+    _table("files", ("", "path"), [(how, path) for how, paths in told["files"].items() for path in paths])
+
+
+def _verdict(told: Json) -> str:
+    return {
+        "breaking": "a breaking change",
+        "weights": "other weights",
+        "files": "the same weights, other files",
+        "none": "the same files",
+    }[told["change"]]
+
+
+def _show_deltas(deltas: Json, *, everything: bool) -> None:
+    rows = [row for row in deltas["modules"] if everything or row["status"] != "same"]
+    shown = rows if everything else rows[:TOP_MODULES]
+    columns = ("norm_old", "norm_new", "cosine", "norm_difference", "energy_gained", "energy_lost")
+    table = [
+        (row["module"], row["status"], row["rank_old"], row["rank_new"], *(row[name] for name in columns))
+        for row in shown
+    ]
+    whole = ("all deltas", "", None, None, *(deltas["whole"][name] for name in columns))
+    _table("modules", ("", "", "rank", "rank'", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [whole, *table])
+    if len(rows) > len(shown):
+        render.say(f"{len(rows) - len(shown)} more modules changed: --all shows them")
+    for name in deltas["left_out"]:
+        render.say(f"warning: {name} could not be compared")
+
+
+def _score_row(row: Json) -> tuple[Any, ...]:
+    if row["difference"] is None:
+        note = "on other examples" if row["old"] is not None and row["new"] is not None else ""
+    else:
+        better = "better" if row["better"] else "worse" if row["difference"] else "the same"
+        note = {True: better, False: f"{better}, within its error", None: better}[row["beyond"]]
+    old, new = (
+        render.with_error(row[side], row[f"{side}_stderr"]) if row[side] is not None else None
+        for side in ("old", "new")
+    )
+    difference = render.with_error(row["difference"], row["stderr"]) if row["difference"] is not None else None
+    return (row["suite"], row["metric"], old, new, difference, note)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:
+    if rows:
+        render.table(title, columns, rows)

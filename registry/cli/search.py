@@ -1,0 +1,107 @@
+"""adaptory search"""
+
+from typing import Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import connected
+from registry.cli.render import JsonFlag
+
+Json = dict[str, Any]
+
+
+def register(root: typer.Typer) -> None:
+    root.command()(search)
+
+
+def search(  # noqa: PLR0913
+    text: Annotated[list[str] | None, typer.Argument(help="Beginnings of words of the name or the notes.")] = None,
+    base: Annotated[str | None, typer.Option(help="Name, alias or digest.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="related: casts and quantizations of the base too. refused: also what --loads-in refuses."),
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="The highest rank of any module.")] = None,
+    min_rank: Annotated[int | None, typer.Option()] = None,
+    alpha: Annotated[float | None, typer.Option()] = None,
+    kind: Annotated[str | None, typer.Option(help="adapter (the default) or model.")] = None,
+    adapter_type: Annotated[str | None, typer.Option("--type", help="lora, …")] = None,
+    variant: Annotated[str | None, typer.Option(help="lora, rslora, dora, …")] = None,
+    dtype: Annotated[str | None, typer.Option()] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="As the model card says it.")] = None,
+    targets_within: Annotated[str | None, typer.Option(help="Only these modules may be adapted: q_proj,v_proj")] = None,
+    targets_include: Annotated[str | None, typer.Option(help="All of these modules are adapted.")] = None,
+    targets_exact: Annotated[str | None, typer.Option(help="These modules are adapted, and no others.")] = None,
+    max_size_bytes: Annotated[int | None, typer.Option(help="Of all files together.")] = None,
+    score: Annotated[list[str] | None, typer.Option(help="'suite.metric>=0.8'; may be repeated.")] = None,
+    loads_in: Annotated[str | None, typer.Option(help="vllm:32, sglang, lorax, llamacpp, peft.")] = None,
+    channel: Annotated[str | None, typer.Option(help="Served now by the channel of this name.")] = None,
+    namespace: Annotated[str | None, typer.Option()] = None,
+    repository: Annotated[str | None, typer.Option(metavar="REPO")] = None,
+    stable: Annotated[bool, typer.Option("--stable", help="No pre-releases.")] = False,
+    latest: Annotated[bool, typer.Option("--latest", help="The highest stable release of each repository.")] = False,
+    yanked: Annotated[bool, typer.Option("--include-yanked")] = False,
+    sort: Annotated[str | None, typer.Option(help="newest, version, or suite.metric: the best first.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
+    cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Releases that fit: a base, a rank, a set of targets, a server, scores."""
+    query = {
+        "text": " ".join(text or []) or None,
+        "base": base,
+        "include": include,
+        "max_rank": max_rank,
+        "min_rank": min_rank,
+        "alpha": alpha,
+        "kind": kind,
+        "type": adapter_type,
+        "variant": variant,
+        "dtype": dtype,
+        "license": license_,
+        "targets_within": targets_within,
+        "targets_include": targets_include,
+        "targets_exact": targets_exact,
+        "max_size_bytes": max_size_bytes,
+        "score": score,
+        "loads_in": loads_in,
+        "channel": channel,
+        "namespace": namespace,
+        "repository": repository,
+        "stable": stable or None,
+        "latest": latest or None,
+        "include_yanked": yanked or None,
+        "sort": sort,
+    }
+    with connected() as connection:
+        found = connection.api.get("/v1/releases", limit=limit, cursor=cursor, **query)
+    render.document(found, json, lambda: show_releases(found["items"]))
+    if found["next"] and not json:
+        render.say(f"more: --cursor {found['next']}")
+
+
+def show_releases(found: list[Json]) -> None:
+    rows = [
+        (
+            f"{release['repository']}:{release['version']}",
+            release["commit"][:12],
+            release["base"]["name"],
+            release["adapter"]["rank_max"] if release["adapter"] else None,
+            release["adapter"]["targets"] if release["adapter"] else None,
+            [f"{score['suite']}.{score['metric']}={score['value']:.3f}" for score in release["scores"]],
+            "; ".join(_remarks(release)),
+        )
+        for release in found
+    ]
+    render.table("", ("release", "commit", "base", "rank", "targets", "scores", ""), rows)
+
+
+def _remarks(release: Json) -> list[str]:
+    """What is not as plainly asked for: a yanked release, another base, a server that refuses it."""
+    remarks = ["yanked"] if release["yanked"] else []
+    if related := release.get("related"):
+        remarks.append(f"not for {related['base']['name']}: {related['relation']}")
+    if (loading := release.get("loads_in")) and not loading["loads"]:
+        remarks.append(f"{loading['profile']} refuses it: {', '.join(loading['reasons'])}")
+    return remarks

@@ -1,0 +1,58 @@
+"""The shared cache of this machine: every file pulled here, once, by its sha256.
+
+A file in a pulled directory is a hard link to its entry, so it costs no space twice, and is read-only: writing to it
+would change every directory that has it. An entry is hashed each time it is used (1 to 2 GB a second), since a link
+cannot keep root or a failing disk from changing it; a damaged one is removed and fetched anew.
+"""
+
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from composer.hashing import hash_file
+
+
+@dataclass(frozen=True, slots=True)
+class BlobCache:
+    """`directory/<sha256>`. Several processes may use it at once."""
+
+    directory: Path
+
+    def take(self, sha256: str, target: Path) -> bool:
+        """Links the entry to `target`, or copies it to another file system; False when there is no sound one."""
+        entry = self.directory / sha256
+        try:
+            _link_or_copy(entry, target)
+        except FileNotFoundError:
+            return False
+        if hash_file(target) == sha256:
+            return True
+        target.unlink()
+        entry.unlink(missing_ok=True)
+        return False
+
+    def keep(self, sha256: str, source: Path) -> None:
+        """`source` was verified a moment ago; it is read-only from now on."""
+        entry = self.directory / sha256
+        if entry.exists():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        aside = self.directory / f".{uuid.uuid4().hex}"
+        source.chmod(0o444)
+        try:
+            _link_or_copy(source, aside)
+            aside.replace(entry)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, one without links, or too many of them
+        shutil.copyfile(source, target)

@@ -1,0 +1,121 @@
+"""Two releases, as the wire shows them, side by side: what differs in facts, provenance, files and scores."""
+
+from collections.abc import Mapping
+from math import sqrt
+from typing import Any, cast
+
+from composer.findings import Finding
+from registry import breaking
+from registry.manifest import ManifestFile
+from registry.names import Digest
+
+Json = dict[str, Any]
+
+STANDARD_ERRORS = 2.0
+"""A difference of two scores counts beyond so many standard errors of it."""
+
+
+def differences(old: Json, new: Json) -> Json:
+    """{change, breaking: [finding], facts, provenance: [{name, old, new}], files: {added, removed, changed}, scores}.
+
+    Lists have what differs and nothing else, but for scores, which have all. `change` is what a version number has to
+    say of it: breaking, weights, files or none.
+    """
+    broken = _breaks(old, new)
+    files = _files(old, new)
+    weights = _surface(old).weights != _surface(new).weights
+    change = "breaking" if broken else "weights" if weights else "files" if any(files.values()) else "none"
+    return {
+        "change": change,
+        "breaking": [finding.to_json() for finding in broken],
+        "facts": _changed(_facts(old, new), _facts(new, old)),
+        "provenance": _changed(stated_provenance(old), stated_provenance(new)),
+        "files": files,
+        "scores": _scores(old["scores"], new["scores"]),
+    }
+
+
+def _surface(release: Json) -> breaking.Surface:
+    facts = release["adapter"] or release["model"]
+    files = [ManifestFile(row["path"], row["size_bytes"], Digest(row["sha256"])) for row in release["files"]]
+    return breaking.surface(release["base"]["digest"] or "", facts, files)
+
+
+def _breaks(old: Json, new: Json) -> list[Finding]:
+    """Of two directories nobody may know the base: then it is not held against them."""
+    found = breaking.breaks(_surface(old), _surface(new))
+    known = old["base"]["digest"] and new["base"]["digest"]
+    return [finding for finding in found if known or finding.code != "new_base"]
+
+
+def _facts(release: Json, other: Json) -> Json:
+    """A directory knows its base only by the name it was loaded from, which says nothing beside a registered one."""
+    alike = bool(release["base"]["digest"]) == bool(other["base"]["digest"])
+    base = {"base": release["base"]["name"]} if alike else {}
+    return {**base, **_flat(release["adapter"] or release["model"]), "servers": release["servers"]}
+
+
+def stated_provenance(release: Json) -> Json:
+    """The provenance of a release as lines: a name and a value each."""
+    stated = dict(release["provenance"])
+    rows: list[Json] = stated.pop("data", [])
+    return {**_flat(stated), "data": [" ".join(str(value) for value in row.values() if value) for row in rows]}
+
+
+def _flat(document: Mapping[str, Any]) -> Json:
+    """One level of mappings is unfolded: `hyperparameters` becomes `hyperparameters.learning_rate`, …"""
+    flat: Json = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in cast(Json, value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _changed(old: Json, new: Json) -> list[Json]:
+    """Rows of what differs; nothing and an empty list are the same."""
+    return [
+        {"name": name, "old": old.get(name), "new": new.get(name)}
+        for name in dict.fromkeys([*old, *new])
+        if (old.get(name) or None) != (new.get(name) or None)
+    ]
+
+
+def _files(old: Json, new: Json) -> dict[str, list[str]]:
+    before, after = ({row["path"]: row["sha256"] for row in release["files"]} for release in (old, new))
+    return {
+        "added": sorted(set(after) - set(before)),
+        "removed": sorted(set(before) - set(after)),
+        "changed": sorted(path for path in set(before) & set(after) if before[path] != after[path]),
+    }
+
+
+def _scores(old: list[Json], new: list[Json]) -> list[Json]:
+    before, after = ({(row["suite"], row["metric"]): row for row in rows} for rows in (old, new))
+    return [_score(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])]
+
+
+def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
+    """`stderr` is that of the difference of two independent means. On the same examples the true one is smaller, so a
+    difference that is `beyond` it is one; None where there is nothing to compare or the suite's content differs."""
+    row: Json = {
+        "suite": key[0],
+        "metric": key[1],
+        "old": old["value"] if old else None,
+        "old_stderr": old["stderr"] if old else None,
+        "new": new["value"] if new else None,
+        "new_stderr": new["stderr"] if new else None,
+        "difference": None,
+        "stderr": None,
+        "better": None,
+        "beyond": None,
+    }
+    if old is None or new is None or old["suite_digest"] != new["suite_digest"]:
+        return row
+    row["difference"] = new["value"] - old["value"]
+    row["better"] = (row["difference"] > 0) == new["higher_is_better"] if row["difference"] else None
+    if old["stderr"] is not None and new["stderr"] is not None:
+        row["stderr"] = sqrt(old["stderr"] ** 2 + new["stderr"] ** 2)
+        row["beyond"] = abs(row["difference"]) > STANDARD_ERRORS * row["stderr"]
+    return row

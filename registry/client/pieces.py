@@ -1,0 +1,124 @@
+"""A file on its way to this machine, in pieces that arrive in any order."""
+
+import hashlib
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+PIECE_BYTES = 32 << 20
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class PartialFile:
+    """Pieces are written to their place and noted in `journal`, for an attempt that goes on after this one died.
+
+    The file is hashed while it arrives, piece after piece, by whoever brings the next one in order: what they read
+    back is in memory still. Methods may be called from several threads.
+    """
+
+    def __init__(self, wanted: Wanted, target: Path, journal: Path) -> None:
+        self.wanted, self.target, self.journal = wanted, target, journal
+        self.count = max(1, -(-wanted.size_bytes // PIECE_BYTES))
+        self._marking, self._hashing = Lock(), Lock()
+        self._begin(self._found())
+
+    def _begin(self, done: set[int]) -> None:
+        self.done, self.resumed = done, bool(done)
+        self._hashed, self._digest = 0, hashlib.sha256()
+
+    def _found(self) -> set[int]:
+        """Pieces of an earlier attempt. A file of one piece has no journal: its length says whether it is there."""
+        if not self.target.exists() or self.target.stat().st_size != self.wanted.size_bytes:
+            return set()
+        if self.count == 1:
+            return {0}
+        noted = self.journal.read_text().split() if self.journal.exists() else []
+        return {int(number) for number in noted if number.isdecimal() and int(number) < self.count}
+
+    @property
+    def missing(self) -> list[int]:
+        return [number for number in range(self.count) if number not in self.done]
+
+    @property
+    def done_bytes(self) -> int:
+        return sum(self.span(number)[1] for number in self.done)
+
+    def span(self, number: int) -> tuple[int, int]:
+        """Start and length."""
+        start = number * PIECE_BYTES
+        return start, min(PIECE_BYTES, self.wanted.size_bytes - start)
+
+    def prepare(self) -> None:
+        """Makes a place for the pieces that are missing; without any it starts with a new file."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        if self.done:
+            return
+        self.journal.unlink(missing_ok=True)
+        self.target.unlink(missing_ok=True)  # never written to in place: it may be a link to what others have
+        with self.target.open("xb") as file:
+            if self.count > 1:
+                file.truncate(self.wanted.size_bytes)
+
+    @contextmanager
+    def opened(self) -> Generator[int]:
+        """A descriptor for `os.pwrite`."""
+        descriptor = os.open(self.target, os.O_WRONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def arrived(self, number: int) -> bool | None:
+        """Whether the file is what it should be, told to the one who completed it; None to everybody else."""
+        with self._marking:
+            if self.count > 1:
+                with self.journal.open("a") as journal:
+                    journal.write(f"{number}\n")
+            self.done.add(number)
+        return self.verdict()
+
+    def verdict(self) -> bool | None:
+        while self._hashed in self.done and self._hashing.acquire(blocking=False):
+            try:
+                if self._hashed in self.done and self._hash_next() == self.count:
+                    return self._digest.hexdigest() == self.wanted.sha256
+            finally:
+                self._hashing.release()
+        return None
+
+    def forget(self) -> None:
+        """Begins anew: what an earlier attempt left was not what its journal said."""
+        self.journal.unlink(missing_ok=True)
+        self._begin(set())
+
+    def sync(self) -> None:
+        descriptor = os.open(self.target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _hash_next(self) -> int:
+        start, length = self.span(self._hashed)
+        for block in _blocks(self.target, start, length):
+            self._digest.update(block)
+        self._hashed += 1
+        return self._hashed
+
+
+def _blocks(path: Path, start: int, size_bytes: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while size_bytes and (block := file.read(min(size_bytes, _BLOCK_BYTES))):
+            yield block
+            size_bytes -= len(block)

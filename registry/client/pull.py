@@ -1,0 +1,204 @@
+"""Pull: pieces of files side by side, every file verified, and a directory that appears whole or not at all.
+
+Beside the directory-to-be lies one with the unfinished files. What is found there after an interruption is used, and is
+hashed like everything else: where it turns out wrong, the file is fetched anew.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from urllib.parse import quote
+
+from registry.client.api import Api, Json, release_path
+from registry.client.cache import BlobCache
+from registry.client.parallel import PAUSES_S, Progress, each
+from registry.client.pieces import PartialFile, Wanted
+from registry.errors import Conflict, Unavailable
+from registry.manifest import check_path
+
+
+def pull(
+    api: Api,
+    release: Json,
+    target: Path,
+    progress: Progress,
+    cache: BlobCache | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """The release's files in a new directory `target`. An interrupted pull goes on where it stopped.
+
+    `check` may refuse the verified files, by raising, before they appear. With a `cache` they are links into it.
+    """
+    if target.exists():
+        raise Conflict(
+            "output_exists",
+            f"{target} exists already.",
+            subject=str(target),
+            next_step="Name another directory, or remove it.",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{release['commit'][:12]}.partial")
+    aside.mkdir(exist_ok=True)
+    try:
+        with _alone(aside, target):
+            _Pull(api, release, aside, progress, cache).run()
+            if check is not None:
+                _checked(check, aside)
+            (aside / "files").rename(target)
+            shutil.rmtree(aside)
+    except OSError as error:
+        raise Unavailable(
+            "disk_error",
+            f"{target} cannot be written: {error.strerror}.",
+            subject=str(target),
+            next_step="Free some space and pull again.",
+        ) from error
+    return target
+
+
+def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
+    """A directory with the release's files, pulled once and shared by every command that needs them."""
+    target = cache / release["commit"] / release["repository"].replace("/", "--")
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    private = Path(mkdtemp(dir=cache, prefix=".pull-"))
+    try:
+        pulled = pull(api, release, private / "files", progress, BlobCache(cache / "blobs"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pulled.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process has put the same bytes there meanwhile
+                raise
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+    return target
+
+
+class _Pull:
+    """The files of one release below `aside/files`, and what is known of their pieces below `aside/pieces`."""
+
+    def __init__(self, api: Api, release: Json, aside: Path, progress: Progress, cache: BlobCache | None) -> None:
+        self._api, self._release, self._progress, self._cache = api, release, progress, cache
+        for name in ("files", "pieces"):
+            (aside / name).mkdir(exist_ok=True)
+        self._files = [
+            PartialFile(
+                Wanted(check_path(row["path"]), row["sha256"], row["size_bytes"]),
+                aside / "files" / row["path"],
+                aside / "pieces" / str(number),
+            )
+            for number, row in enumerate(release["files"])
+        ]
+        self._finished: set[str] = set()
+        self._urls: dict[str, str] = {}
+
+    def run(self) -> None:
+        """A second time for files that an earlier attempt had left wrong; then there is nothing left to be wrong."""
+        while pending := [file for file in self._files if file.wanted.path not in self._finished]:
+            each(self._look_here, pending)
+            pieces = [(file, number) for file in pending if not self._is_finished(file) for number in file.missing]
+            each(self._fetch, pieces)
+
+    def _is_finished(self, file: PartialFile) -> bool:
+        return file.wanted.path in self._finished
+
+    def _look_here(self, file: PartialFile) -> None:
+        """Whole from an earlier attempt, in the cache, or begun; in this order."""
+        if not file.missing and file.verdict():
+            self._progress(file.wanted.size_bytes)
+            self._finish(file)
+            return
+        if not file.missing:
+            file.forget()
+        file.target.parent.mkdir(parents=True, exist_ok=True)
+        if self._cache is not None and self._cache.take(file.wanted.sha256, file.target):
+            self._progress(file.wanted.size_bytes)
+            self._finished.add(file.wanted.path)
+            return
+        self._progress(file.done_bytes)
+        file.prepare()
+
+    def _fetch(self, piece: tuple[PartialFile, int]) -> None:
+        file, number = piece
+        start, length = file.span(number)
+        got, pauses = 0, iter(PAUSES_S)
+        with file.opened() as descriptor:
+            while got < length:
+                before = got
+                try:
+                    with self._api.stream(self._url(file), start + got, length - got) as stream:
+                        self._urls[file.wanted.path] = stream.url
+                        for block in stream.chunks:
+                            os.pwrite(descriptor, block[: length - got], start + got)
+                            self._progress(min(len(block), length - got))
+                            got += min(len(block), length - got)
+                except Unavailable:
+                    self._urls.pop(file.wanted.path, None)  # the store's address may have expired
+                    pauses = iter(PAUSES_S) if got > before else pauses
+                    pause = next(pauses, None)
+                    if pause is None:
+                        raise
+                    time.sleep(pause)
+        self._judge(file, file.arrived(number))
+
+    def _url(self, file: PartialFile) -> str:
+        path = f"{release_path(self._release)}/files/{quote(file.wanted.path)}"
+        return self._urls.get(file.wanted.path, path)
+
+    def _judge(self, file: PartialFile, verdict: bool | None) -> None:
+        if verdict:
+            self._finish(file)
+        elif verdict is False and file.resumed:
+            self._progress(-file.wanted.size_bytes)
+            file.forget()
+        elif verdict is False:
+            file.target.unlink()
+            raise Unavailable(
+                "blob_corrupt",
+                f"{file.wanted.path} of {self._release['repository']}:{self._release['version']} did not arrive as it "
+                "was published.",
+                subject=file.wanted.path,
+                next_step="Pull again; if it happens again the store is damaged.",
+            )
+
+    def _finish(self, file: PartialFile) -> None:
+        file.sync()
+        if self._cache is not None:
+            self._cache.keep(file.wanted.sha256, file.target)
+        self._finished.add(file.wanted.path)
+
+
+def _checked(check: Callable[[Path], None], aside: Path) -> None:
+    """What is refused is not kept: the same files would be refused again."""
+    try:
+        check(aside / "files")
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+
+
+@contextmanager
+def _alone(aside: Path, target: Path) -> Generator[None]:
+    """Holds the directory of an unfinished pull: two pulls that write to one file would both count it as theirs."""
+    handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not aside.exists() or aside.stat().st_ino != os.fstat(handle).st_ino:
+            raise BlockingIOError  # the other pull has just put it in place
+        yield
+    except BlockingIOError:
+        raise Conflict(
+            "pull_running",
+            f"Another pull is writing {target}.",
+            subject=str(target),
+            next_step="Wait for it, or name another directory.",
+        ) from None
+    finally:
+        os.close(handle)

@@ -1,0 +1,227 @@
+"""Push: sends what the store lacks, several pieces at a time, and goes on where an earlier attempt stopped."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+from composer.hashing import hash_file
+from registry.client.api import Api, Json, line_path
+from registry.client.parallel import PAUSES_S, Progress, each
+from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
+from registry.manifest import ManifestFile, check_path
+from registry.names import Digest, RepositoryName
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file to be pushed, its digest known."""
+
+    source: Path
+    manifest: ManifestFile
+
+
+def collect(directory: Path) -> list[LocalFile]:
+    """Every file below `directory` but hidden ones, hashed. A link that leads out of it is refused, not followed."""
+    if not directory.is_dir():
+        raise Invalid(
+            "missing_directory",
+            f"{directory} is not a directory.",
+            subject=str(directory),
+            next_step="Name the directory that training wrote.",
+        )
+    paths = list(_files_below(directory))
+    if not paths:
+        raise Invalid(
+            "empty_directory",
+            f"{directory} has no files.",
+            subject=str(directory),
+            next_step="Name the directory that training wrote.",
+        )
+
+    def hashed(path: Path) -> LocalFile:
+        name = check_path(path.relative_to(directory).as_posix())
+        return LocalFile(path, ManifestFile(name, path.stat().st_size, Digest(hash_file(path))))
+
+    return each(hashed, paths)
+
+
+def push(
+    api: Api, files: Sequence[LocalFile], name: RepositoryName, kind: str, release: Json, progress: Progress
+) -> Json:
+    """Sends what the store lacks, then asks for the release. `release` is the request without its files."""
+    send(api, name.namespace, files, progress)
+    return api.post(f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)})
+
+
+def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progress) -> None:
+    """Until the namespace holds every file.
+
+    After a failure it asks anew what is missing, so that nothing arrives twice; it gives up when several attempts in a
+    row came no further. Raises Invalid with the name of a file that was changed meanwhile.
+    """
+    told, pauses = 0, iter(PAUSES_S)
+    while True:
+        plan = api.post("/v1/uploads", {"namespace": namespace, "files": _rows(files)})
+        attempt = _Attempt(api, progress)
+        uploads = _uploads(plan["files"], files)
+        there = sum(file.manifest.size_bytes for file in files) - sum(upload.missing_bytes for upload in uploads)
+        progress(there - told)
+        attempt.run(uploads)
+        if attempt.error is None:
+            return
+        _refuse_changed(attempt.broken)
+        told = there + attempt.told
+        if attempt.came_further:
+            pauses = iter(PAUSES_S)
+        pause = next(pauses, None)
+        if pause is None:
+            raise attempt.error
+        time.sleep(pause)
+
+
+@dataclass(slots=True)
+class _Piece:
+    put: Json
+    start: int
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class _Upload:
+    """One file on its way. Whoever sends the last piece completes it."""
+
+    upload_id: str
+    file: LocalFile
+    pieces: list[_Piece]
+    unsent: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unsent = len(self.pieces)
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(piece.size_bytes for piece in self.pieces)
+
+
+class _Attempt:
+    """Sends pieces until one fails; then those on their way may end, and no other begins."""
+
+    def __init__(self, api: Api, progress: Progress) -> None:
+        self._api, self._progress = api, progress
+        self._lock = Lock()
+        self.error: RegistryError | None = None
+        self.broken: list[LocalFile] = []
+        self.came_further = False
+        self.told = 0
+
+    def run(self, uploads: Sequence[_Upload]) -> None:
+        each(self._complete, [upload for upload in uploads if not upload.pieces])
+        each(self._send, [(upload, piece) for upload in uploads for piece in upload.pieces])
+
+    def _send(self, part: tuple[_Upload, _Piece]) -> None:
+        upload, piece = part
+        if self.error is not None:
+            return
+        blocks = _blocks(upload.file.source, piece.start, piece.size_bytes, self._tell)
+        try:
+            self._api.send(piece.put, blocks)
+        except (Unavailable, Conflict, NotFound) as error:
+            self._failed(upload, error)
+            return
+        with self._lock:
+            self.came_further = True
+            upload.unsent -= 1
+            last = not upload.unsent
+        if last:
+            self._complete(upload)
+
+    def _complete(self, upload: _Upload) -> None:
+        try:
+            self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
+        except (Unavailable, Conflict, NotFound) as error:
+            self._failed(upload, error)
+        except Invalid as error:
+            raise _changed(upload.file) from error
+
+    def _failed(self, upload: _Upload, error: RegistryError) -> None:
+        with self._lock:
+            self.error = error
+            self.broken.append(upload.file)
+
+    def _tell(self, count: int) -> None:
+        with self._lock:
+            self.told += count
+        self._progress(count)
+
+
+def _uploads(plan: Sequence[Json], files: Sequence[LocalFile]) -> list[_Upload]:
+    """Of files with the same content one is sent."""
+    wanted = {row["sha256"]: row for row in plan if not row["present"]}
+    by_digest = {file.manifest.sha256: file for file in files}
+    return [
+        _Upload(row["upload"], by_digest[sha256], _pieces(row, by_digest[sha256])) for sha256, row in wanted.items()
+    ]
+
+
+def _pieces(row: Json, file: LocalFile) -> list[_Piece]:
+    if row["put"] is not None:
+        return [_Piece(row["put"], 0, file.manifest.size_bytes)]
+    pieces: list[_Piece] = []
+    start = 0
+    for part in row["parts"]:
+        if part["put"] is not None:
+            pieces.append(_Piece(part["put"], start, part["size_bytes"]))
+        start += part["size_bytes"]
+    return pieces
+
+
+def _rows(files: Sequence[LocalFile]) -> list[Json]:
+    return [
+        {"path": file.manifest.path, "size_bytes": file.manifest.size_bytes, "sha256": file.manifest.sha256}
+        for file in files
+    ]
+
+
+def _refuse_changed(files: Sequence[LocalFile]) -> None:
+    """A store refuses bytes that it was not promised, mostly by hanging up, which looks like a broken network."""
+    for file in files:
+        if hash_file(file.source) != file.manifest.sha256:
+            raise _changed(file)
+
+
+def _changed(file: LocalFile) -> Invalid:
+    return Invalid(
+        "digest_differs",
+        f"{file.manifest.path} is not what it was when the push began.",
+        subject=file.manifest.path,
+        next_step="See that nothing writes to it, and push again.",
+    )
+
+
+def _files_below(directory: Path) -> Iterator[Path]:
+    home = directory.resolve()
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if any(part.startswith(".") for part in relative.parts) or path.is_dir():
+            continue
+        if not path.resolve().is_relative_to(home) or not path.is_file():
+            raise Invalid(
+                "link_outside",
+                f"{relative} leads out of {directory}.",
+                subject=str(relative),
+                next_step="Copy the file there.",
+            )
+        yield path
+
+
+def _blocks(path: Path, start: int, size_bytes: int, tell: Progress) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while size_bytes and (block := file.read(min(size_bytes, _BLOCK_BYTES))):
+            yield block
+            tell(len(block))
+            size_bytes -= len(block)

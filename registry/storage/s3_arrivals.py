@@ -1,0 +1,279 @@
+"""Bytes that clients send to S3 by themselves, through requests that we sign and results that we check."""
+
+import base64
+import hashlib
+import uuid
+from collections.abc import Collection
+from dataclasses import replace
+from datetime import datetime
+from threading import Lock
+from typing import Any
+
+import httpx2
+from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTypeStubs]
+from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
+
+from registry.errors import Conflict, Invalid, Unavailable
+from registry.names import Digest
+from registry.settings import S3Storage
+from registry.storage.blobs import Arrival, BlobStat, Part, Put
+from registry.storage.s3_bucket import Bucket, code_of, told
+
+INCOMING = "incoming/"
+_MAX_PARTS = 10_000
+_MIB = 1 << 20
+_BLOCK_BYTES = 1 << 20
+_FORGOTTEN = {"NoSuchUpload", "404", "NoSuchKey"}  # Ceph says NoSuchKey of parts
+_CONDITION_FAILED = {"412", "PreconditionFailed"}
+_LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunksize=1024 * _MIB)
+"""S3 copies at most 5 GiB in one request."""
+
+
+class S3Arrivals:
+    """A file sent whole goes straight to the key of its blob where the store refuses a body of another sha256.
+
+    Everything else is put aside under `incoming/`, read back, hashed and copied: files in parts, whose sha256 no store
+    knows; files for a blob that is there already, since the sender must show its own bytes and leave the others alone;
+    and all files where the store does not check.
+    """
+
+    def __init__(self, bucket: Bucket, storage: S3Storage) -> None:
+        self._bucket, self._storage = bucket, storage
+        self._client: Any = bucket.client
+        self._checks: bool | None = None
+        self._probing = Lock()
+
+    def part_bytes(self, size_bytes: int) -> int | None:
+        if size_bytes < self._storage.multipart_bytes:
+            return None
+        least = -(-size_bytes // _MAX_PARTS)
+        return max(self._storage.part_bytes, -(-least // _MIB) * _MIB)
+
+    def begin(self, arrival: Arrival) -> str:
+        with told(arrival.sha256):
+            return self._client.create_multipart_upload(**self._aside(arrival))["UploadId"]
+
+    def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
+        if sent_before and self._arrived(arrival) is not None:
+            return None
+        direct = self._store_checks() and not known
+        return self._put_of(arrival, self._bucket.blob(arrival.sha256) if direct else self._aside(arrival), expires_s)
+
+    def parts(self, arrival: Arrival, expires_s: int) -> list[Part] | None:
+        there = self._stored_parts(arrival)
+        if there is None:
+            return None if self._bucket.head(self._aside(arrival)) is None else []
+        request = {**self._aside(arrival), "UploadId": arrival.multipart_id}
+        parts: list[Part] = []
+        for number, size in enumerate(arrival.part_sizes, start=1):
+            params = {**request, "PartNumber": number, "ContentLength": size}
+            sent = number in there and there[number]["Size"] == size
+            parts.append(Part(number, size, None if sent else self._signed("upload_part", params, expires_s)))
+        return parts
+
+    def finish(self, arrival: Arrival) -> BlobStat:
+        if arrival.multipart_id is not None:
+            self._join_parts(arrival)
+        found = self._arrived(arrival)
+        if found is None:
+            return self._finished_before(arrival)
+        if found["ContentLength"] != arrival.size_bytes:
+            self.discard(arrival)
+            raise _differs(arrival, f"has {found['ContentLength']:,} bytes, not {arrival.size_bytes:,}")
+        if found["aside"]:
+            self._accept(arrival, found["ETag"])
+        head = self._bucket.head(self._bucket.blob(arrival.sha256))
+        if head is None:
+            raise _incomplete(arrival)
+        return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
+
+    def discard(self, arrival: Arrival) -> None:
+        with told(arrival.sha256):
+            if arrival.multipart_id is not None:
+                self._abort(self._aside(arrival)["Key"], arrival.multipart_id)
+            self._client.delete_object(**self._aside(arrival))
+
+    def sweep(self, before: datetime, keep: Collection[str]) -> int:
+        """Also ends uploads in parts of our own that a process left when it died."""
+        removed = 0
+        with told(self._bucket.name):
+            for row in self._bucket.listed(INCOMING):
+                if row["LastModified"] < before and row["Key"].rpartition("/")[2] not in keep:
+                    self._client.delete_object(Bucket=self._bucket.name, Key=row["Key"])
+                    removed += 1
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self._bucket.name, Prefix=self._bucket.prefix):
+                for row in page.get("Uploads", ()):
+                    if row["Initiated"] < before and row["Key"].rpartition("/")[2] not in keep:
+                        self._abort(row["Key"], row["UploadId"])
+                        removed += 1
+        return removed
+
+    def _aside(self, arrival: Arrival) -> dict[str, str]:
+        return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
+
+    def _put_of(self, arrival: Arrival, named: dict[str, str], expires_s: int) -> Put:
+        """Length, sha256 and the upload's id are signed: the request serves these bytes and no others."""
+        checksum = base64.b64encode(bytes.fromhex(arrival.sha256)).decode()
+        params = {
+            **named,
+            "ContentLength": arrival.size_bytes,
+            "ChecksumSHA256": checksum,
+            "Metadata": {"upload": arrival.upload_id},
+        }
+        headers = {"x-amz-checksum-sha256": checksum, "x-amz-meta-upload": arrival.upload_id}
+        return self._signed("put_object", params, expires_s, headers)
+
+    def _signed(
+        self, operation: str, params: dict[str, Any], expires_s: int, headers: dict[str, str] | None = None
+    ) -> Put:
+        with told(params["Key"]):
+            url = self._client.generate_presigned_url(operation, Params=params, ExpiresIn=expires_s)
+        return Put(url, {"Content-Length": str(params["ContentLength"]), **(headers or {})})
+
+    def _arrived(self, arrival: Arrival) -> dict[str, Any] | None:
+        """What lies aside, or the blob itself where this very upload wrote it; `aside` says which."""
+        head = self._bucket.head(self._aside(arrival))
+        if head is not None:
+            return {**head, "aside": True}
+        head = self._bucket.head(self._bucket.blob(arrival.sha256))
+        if head is not None and _upload_of(head) == arrival.upload_id and self._store_checks():
+            return {**head, "aside": False}
+        return None
+
+    def _finished_before(self, arrival: Arrival) -> BlobStat:
+        """A copy keeps the name of the upload that it came from."""
+        head = self._bucket.head(self._bucket.blob(arrival.sha256))
+        if head is None or _upload_of(head) != arrival.upload_id:
+            raise _incomplete(arrival)
+        return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
+
+    def _stored_parts(self, arrival: Arrival) -> dict[int, dict[str, Any]] | None:
+        request = {**self._aside(arrival), "UploadId": arrival.multipart_id}
+        found: dict[int, dict[str, Any]] = {}
+        with told(arrival.sha256):
+            try:
+                for page in self._client.get_paginator("list_parts").paginate(**request):
+                    found |= {row["PartNumber"]: row for row in page.get("Parts", ())}
+            except ClientError as error:
+                if code_of(error) in _FORGOTTEN:
+                    return None
+                raise
+        return found
+
+    def _join_parts(self, arrival: Arrival) -> None:
+        there = self._stored_parts(arrival)
+        if there is None:  # joined before, or never begun: what lies aside will tell
+            return
+        if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:
+            raise _incomplete(arrival)
+        parts = [{"PartNumber": number, "ETag": there[number]["ETag"]} for number in sorted(there)]
+        request = {**self._aside(arrival), "UploadId": arrival.multipart_id, "MultipartUpload": {"Parts": parts}}
+        with told(arrival.sha256):
+            try:
+                self._client.complete_multipart_upload(**request)
+            except ClientError as error:
+                if code_of(error) not in _FORGOTTEN:  # another request has joined them meanwhile
+                    raise
+
+    def _accept(self, arrival: Arrival, etag: str) -> None:
+        """Copies what was hashed and nothing else: who has the signed request could write once more meanwhile."""
+        if arrival.multipart_id is not None or not self._store_checks():
+            self._check_digest(arrival, etag)
+        named = self._bucket.blob(arrival.sha256)
+        if self._bucket.head(named) is not None:
+            return
+        condition = {
+            "CopySourceIfMatch": etag,
+            "MetadataDirective": "REPLACE",
+            "Metadata": {"upload": arrival.upload_id},
+        }
+        with told(arrival.sha256):
+            self._client.copy(
+                self._aside(arrival), named["Bucket"], named["Key"], ExtraArgs=condition, Config=_LARGE_COPY
+            )
+
+    def _check_digest(self, arrival: Arrival, etag: str) -> None:
+        digest = hashlib.sha256()
+        with told(arrival.sha256):
+            body = self._client.get_object(**self._aside(arrival), IfMatch=etag)["Body"]
+            while block := body.read(_BLOCK_BYTES):
+                digest.update(block)
+        if digest.hexdigest() != arrival.sha256:
+            self.discard(arrival)
+            raise _differs(arrival, f"has the sha256 {digest.hexdigest()}")
+
+    def _abort(self, key: str, multipart_id: str) -> None:
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket.name, Key=key, UploadId=multipart_id)
+        except ClientError as error:
+            if code_of(error) not in _FORGOTTEN:
+                raise
+
+    def _store_checks(self) -> bool:
+        """Whether the store refuses a body of another sha256 than the signed one: tried once, with a wrong one."""
+        with self._probing:
+            if self._checks is None:
+                probe = Arrival(f"probe-{uuid.uuid4().hex}", Digest(hashlib.sha256(b"right").hexdigest()), 5)
+                refuses = not self._takes(probe, b"wrong")
+                if not self._takes(probe, b"right") or self._copies_whatever_the_condition(probe):
+                    raise Unavailable(
+                        "store_unfit",
+                        "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
+                        "exchanged after it was checked.",
+                        next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
+                    )
+                self._checks = refuses and not self._storage.hash_arrivals
+            return self._checks
+
+    def _takes(self, probe: Arrival, body: bytes) -> bool:
+        """Sent as a client would send it."""
+        put = self._put_of(probe, self._aside(probe), 60)
+        try:
+            answer = httpx2.put(put.url, content=body, headers=put.headers, timeout=self._storage.read_timeout_s)
+        except httpx2.TransportError as error:
+            raise Unavailable(
+                "store_unavailable", f"The blob store does not answer: {error}.", next_step="Try again."
+            ) from error
+        if answer.status_code >= 500:
+            raise Unavailable(
+                "store_unavailable", f"The blob store answers {answer.status_code}.", next_step="Try again."
+            )
+        return answer.status_code < 300
+
+    def _copies_whatever_the_condition(self, probe: Arrival) -> bool:
+        source, target = self._aside(probe), self._aside(replace(probe, upload_id=f"{probe.upload_id}-copy"))
+        with told(self._bucket.name):
+            try:
+                self._client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')
+            except ClientError as error:
+                if code_of(error) not in _CONDITION_FAILED:
+                    raise
+                return False
+            finally:
+                for named in (source, target):
+                    self._client.delete_object(**named)
+        return True
+
+
+def _upload_of(head: dict[str, Any]) -> str | None:
+    """Some stores give names of metadata back in another case."""
+    return {name.lower(): value for name, value in head["Metadata"].items()}.get("upload")
+
+
+def _incomplete(arrival: Arrival) -> Conflict:
+    return Conflict(
+        "upload_incomplete",
+        f"Not all of {arrival.sha256} has arrived.",
+        subject=arrival.sha256,
+        next_step="Ask again where to send it (POST /v1/uploads), and send what is missing.",
+    )
+
+
+def _differs(arrival: Arrival, what: str) -> Invalid:
+    return Invalid(
+        "digest_differs",
+        f"What was sent as {arrival.sha256} {what}.",
+        subject=arrival.sha256,
+        next_step="Send the file again.",
+    )

@@ -1,0 +1,97 @@
+"""A bucket and what goes wrong with it: boto3's answers and errors in our words."""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import boto3  # pyright: ignore[reportMissingTypeStubs]
+from boto3.exceptions import S3UploadFailedError  # pyright: ignore[reportMissingTypeStubs]
+from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
+from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
+
+from registry.errors import NotFound, Unavailable
+from registry.names import Digest
+from registry.settings import S3Storage
+from registry.storage.blobs import blob_key
+
+MISSING = {"404", "NoSuchKey", "NotFound"}
+"""Codes of an object that is not there; a bucket that is not there has one of its own and is the operator's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One client per process: boto3's are safe to share between threads."""
+
+    client: Any
+    name: str
+    prefix: str
+
+    def blob(self, sha256: Digest) -> dict[str, str]:
+        """How boto3 names the object of a blob."""
+        return self.object(blob_key(sha256))
+
+    def object(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.name, "Key": f"{self.prefix}{key}"}
+
+    def head(self, named: dict[str, str]) -> dict[str, Any] | None:
+        with told(named["Key"]):
+            try:
+                return self.client.head_object(**named)
+            except ClientError as error:
+                if code_of(error) in MISSING:
+                    return None
+                raise
+
+    def listed(self, beginning: str) -> Iterator[dict[str, Any]]:
+        """Key, Size and LastModified of every object whose key begins so."""
+        with told(self.name):
+            pages = self.client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.name, Prefix=f"{self.prefix}{beginning}"):
+                yield from page.get("Contents", ())
+
+
+def open_bucket(storage: S3Storage) -> Bucket:
+    """Version 4 signatures, since 2 signs no headers; addresses with paths, since not every store has names for each.
+
+    A store that hangs costs a request `(connect + read timeout) * attempts` seconds, then the caller is told. Standard
+    retries, not adaptive ones: those go on waiting when the store is back.
+    """
+    config = Config(
+        signature_version="s3v4",
+        s3={"addressing_style": "path"},
+        connect_timeout=storage.connect_timeout_s,
+        read_timeout=storage.read_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": storage.attempts},
+        request_checksum_calculation=storage.checksums,
+        max_pool_connections=40,
+    )
+    session: Any = boto3.Session()
+    client = session.client("s3", endpoint_url=storage.endpoint_url, config=config)
+    return Bucket(client, storage.bucket, storage.prefix)
+
+
+@contextmanager
+def told(subject: str) -> Generator[None]:
+    """boto3's errors leave as errors that a user can act on."""
+    try:
+        yield
+    except (BotoCoreError, ClientError, S3UploadFailedError) as error:
+        if isinstance(error, ClientError) and code_of(error) in MISSING:
+            raise NotFound(
+                "blob_missing",
+                f"The store has no blob {subject}.",
+                subject=subject,
+                next_step="Push the file again, or restore the blob from a backup.",
+            ) from error
+        raise Unavailable(
+            "store_unavailable",
+            f"The blob store does not answer as it should: {error}.",
+            subject=subject,
+            next_step="Try again; if it stays so, look at the store and at ADAPTORY_STORAGE__ENDPOINT_URL.",
+        ) from error
+
+
+def code_of(error: ClientError) -> str:
+    response: Any = error.response
+    return str(response.get("Error", {}).get("Code", ""))

@@ -1,0 +1,136 @@
+"""Search across repositories, and resolve: the two questions that are asked all the time."""
+
+import hashlib
+import json
+from types import NoneType
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Response
+from pydantic_core import to_json
+
+from composer.formats.serving import parse_profile
+from registry import resolve, search
+from registry.access import Role, permit
+from registry.errors import Usage
+from registry.http.pages import decode_cursor, encode_cursor
+from registry.http.request import ResourcesOf
+from registry.http.rules import Caller
+from registry.names import parse_part, parse_reference, parse_repository
+from registry.repositories import Kind
+from registry.resolve import Located
+from registry.schemas import MAX_INT64, Page
+from registry.schemas.catalog import BaseRef
+from registry.schemas.search import FoundOut, LoadingOut, RelatedOut, ResolvedOut, SearchIn
+from registry.search import Found, Order, Place
+from registry.suites import parse_condition
+from registry.web.views import release_page
+
+router = APIRouter(prefix="/v1", tags=["search"])
+
+
+@router.get("/releases", response_model=Page[FoundOut])
+def search_releases(query: Annotated[SearchIn, Query()], resources: ResourcesOf, actor: Caller) -> Response:
+    """Releases across repositories that meet every condition: of what the caller may read."""
+    order = Order(query.sort, query.limit + 1, _place(query))
+    with resources.read() as session:
+        base, found = search.search(session, actor, _wanted(query), order)
+        more, found = len(found) > query.limit, found[: query.limit]
+        asked = BaseRef(digest=base.digest, name=base.name) if base else None
+        items = [
+            FoundOut.model_construct(**dict(release), related=_related(asked, one), loads_in=_loading(one))
+            for one, release in zip(found, release_page(session, [one.release for one in found]), strict=True)
+        ]
+    answer = Page(items=items, next=_cursor(query, found[-1].place) if more else None)
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+@router.get("/resolve", response_model=ResolvedOut)
+def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: ResourcesOf, actor: Caller) -> Response:
+    reference = parse_reference(ref)
+    permit(actor, Role.READER, reference.repository.namespace)
+    with resources.read() as session:
+        found = resolve.locate(session, reference)
+    return Response(to_json(_resolved(found)), media_type="application/json")
+
+
+def _resolved(found: Located) -> dict[str, Any]:
+    """As ResolvedOut, from columns checked when they were written: to validate them costs more than to read them."""
+    row = found.row
+    release = {
+        "repository": f"{row.namespace}/{row.repository}",
+        "kind": row.kind,
+        "version": row.version,
+        "commit": row.commit,
+        "base": {"digest": row.base_digest, "name": row.base_name},
+        "yanked": row.yanked,
+        "yank_reason": row.yank_reason,
+        "size_bytes": row.size_bytes,
+        "files": json.loads(row.manifest)["files"],
+    }
+    return {"release": release, "warning": found.warning}
+
+
+def _wanted(query: SearchIn) -> search.Query:
+    return search.Query(
+        kind=Kind(query.kind),
+        namespace=query.namespace,
+        repository=parse_repository(query.repository) if query.repository else None,
+        base=query.base,
+        related="related" in query.include,
+        type=query.type,
+        variant=query.variant,
+        dtype=query.dtype,
+        license=query.license,
+        alpha=query.alpha,
+        min_rank=query.min_rank,
+        max_rank=query.max_rank,
+        targets_within=query.targets_within,
+        targets_include=query.targets_include,
+        targets_exact=query.targets_exact,
+        max_size_bytes=query.max_size_bytes,
+        scores=[parse_condition(text) for text in query.score],
+        channel=parse_part(query.channel, "channel") if query.channel else None,
+        text=query.text,
+        loads_in=parse_profile(query.loads_in) if query.loads_in else None,
+        explain="refused" in query.include,
+        include_yanked=query.include_yanked,
+        stable=query.stable,
+        latest=query.latest,
+    )
+
+
+def _fingerprint(query: SearchIn) -> str:
+    """Of all that decides what a search finds and in which order: a cursor is worth something there alone."""
+    asked = query.model_dump_json(exclude={"limit", "cursor"}, exclude_defaults=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:12]
+
+
+def _cursor(query: SearchIn, place: Place) -> str:
+    return encode_cursor(json.dumps([_fingerprint(query), place.key, place.release_id]))
+
+
+def _place(query: SearchIn) -> Place | None:
+    if query.cursor is None:
+        return None
+    try:
+        fingerprint, key, release_id = json.loads(decode_cursor(query.cursor))
+    except (ValueError, TypeError):
+        fingerprint, key, release_id = None, None, 0
+    kind = {search.NEWEST: NoneType, search.VERSION: str}.get(query.sort, float)
+    whole = isinstance(key, kind) and type(release_id) is int and 0 < release_id <= MAX_INT64
+    if not whole or fingerprint != _fingerprint(query):
+        raise Usage(
+            "bad_cursor",
+            "The cursor is not one of this search.",
+            subject=query.cursor[:80],
+            next_step="Repeat the search that gave it, with the same conditions and the same order.",
+        )
+    return Place(key, release_id)
+
+
+def _related(asked: BaseRef | None, found: Found) -> RelatedOut | None:
+    return RelatedOut(base=asked, relation=found.relation) if asked and found.relation else None
+
+
+def _loading(found: Found) -> LoadingOut | None:
+    return LoadingOut(**found.loading.to_json()) if found.loading else None

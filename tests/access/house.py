@@ -1,0 +1,165 @@
+"""Two private namespaces and a public one, each with one of everything, and a user in every role."""
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx2
+
+from composer.hashing import weights_digest
+from composer.recipe import parse_recipe
+from composer.suite import Suite
+from registry import bases, channels, compositions, namespaces, releases, suites, tokens
+from registry.access import EVERYWHERE, Role
+from registry.audit import Actor
+from registry.bases import NewBase, TensorRow
+from registry.client.inprocess import InProcessTransport
+from registry.manifest import ManifestFile
+from registry.models import Blob, BlobHolder, Upload
+from registry.names import Digest, RepositoryName, Version
+from registry.namespaces import Change
+from registry.releases import NewRelease
+from registry.repositories import Kind
+from registry.resources import Resources, open_resources
+from registry.settings import Settings
+from registry.suites import Measurement
+from registry.tokens import NewToken
+from registry.web.app import create_app
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+HOST = Actor("host", NOW, {EVERYWHERE: Role.ADMIN.value}, mints=True)
+PRIVATE, PUBLIC, OTHER = "acme", "open", "other"
+ROLES = {"reader": Role.READER, "publisher": Role.PUBLISHER, "releaser": Role.RELEASER, "admin": Role.ADMIN}
+CALLERS = ("nobody", "stranger", *ROLES, "operator", "revoked", "expired", "narrowed")
+"""`stranger` is an admin in OTHER alone; `narrowed` is an admin everywhere with a token that reads OTHER alone."""
+FACTS = {
+    "type": "LORA", "variant": "lora", "rank_max": 4, "alpha": 8.0, "targets": ["q_proj"], "modules": 1,
+    "parameters": 8, "size_bytes": 32, "dtype": "F32", "modules_to_save": [],
+    "use_rslora": False, "ranks": {}, "alphas": {},
+    "base_model_name_or_path": None, "peft_version": None,
+}  # fmt: skip
+
+MODEL_FACTS = {"type": "model", "variant": "merged", "parameters": 4, "size_bytes": 16, "dtype": "F32"}
+
+
+@dataclass(frozen=True)
+class Things:
+    """The ids of one namespace's things."""
+
+    namespace: str
+    sha256: str
+    job_id: int
+    composition_id: int
+    upload_id: str
+    announced: str
+
+
+@dataclass
+class House:
+    resources: Resources
+    things: dict[str, Things]
+    secrets: dict[str, str]
+    ids: dict[str, str]
+    transport: InProcessTransport
+
+    def ask(self, caller: str, method: str, path: str, **request: object) -> httpx2.Response:
+        headers = {"Authorization": f"Bearer {self.secrets[caller]}"} if caller != "nobody" else {}
+        headers |= request.pop("headers", {})  # type: ignore[arg-type]
+        with httpx2.Client(base_url="http://registry", transport=_Borrowed(self.transport)) as http:
+            return http.request(method, path, headers=headers, **request)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.transport.close()
+        self.resources.close()
+
+
+class _Borrowed(httpx2.BaseTransport):
+    """A client closes its transport with itself."""
+
+    def __init__(self, lender: httpx2.BaseTransport) -> None:
+        self._lender = lender
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        return self._lender.handle_request(request)
+
+
+def build_house(directory: Path) -> House:
+    resources = open_resources(Settings(home=directory, access_cache_s=0))
+    _publish_yardsticks(resources)
+    things = {name: _furnish(resources, name) for name in (PRIVATE, PUBLIC, OTHER)}
+    with resources.write() as session:
+        namespaces.change(session, HOST, PUBLIC, Change(public=True))
+    secrets, ids = _hand_out(resources)
+    return House(resources, things, secrets, ids, InProcessTransport(create_app(resources, tokens=True)))
+
+
+def _publish_yardsticks(resources: Resources) -> None:
+    sha = Digest(hashlib.sha256(b"w").hexdigest())
+    rows = [TensorRow("w", "F32", (2, 2), sha)]
+    digest = Digest(weights_digest([("w", "F32", (2, 2), sha)]))
+    with resources.write() as session:
+        bases.register(session, HOST, NewBase("tiny", "llama", False, 4, 16, rows, digest))
+        document = {"name": "exact", "kind": "target", "chat": False, "examples": [{"prompt": "a", "completion": "b"}]}
+        suites.add(session, HOST, Suite.from_json(document))
+
+
+def _furnish(resources: Resources, namespace: str) -> Things:
+    content = f"weights of {namespace}".encode()
+    file = resources.work_directory / namespace
+    file.write_bytes(content)
+    sha256 = Digest(hashlib.sha256(content).hexdigest())
+    resources.store.put(sha256, file)
+    files = [ManifestFile("weights.safetensors", len(content), sha256)]
+    with resources.write() as session:
+        base = bases.find(session, "tiny")
+        session.add(Blob(sha256=sha256, size_bytes=len(content), created_at=NOW))
+        session.flush()
+        session.add(BlobHolder(sha256=sha256, namespace=namespace))
+        session.flush()
+        for name, kind, version in itertools.product(("sql", "merged"), Kind, (Version(1, 0, 0), Version(1, 1, 0))):
+            if (name == "merged") == (kind is Kind.MODEL):
+                facts = MODEL_FACTS if kind is Kind.MODEL else FACTS
+                new = NewRelease(RepositoryName(namespace, name), kind, version, None, files, base.digest, facts)
+                release, _ = releases.publish(session, HOST, new)
+                channels.promote(session, HOST, release, "prod")
+                suite = suites.find(session, "exact")
+                suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False, {})])
+        recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": f"{namespace}/sql:1.0.0"}], "method": "stack"})
+        composition = compositions.create(session, HOST, recipe, plan_only=True)
+        job_id, composition_id = composition.job_id, composition.id
+        compositions.cancel(session, HOST, composition_id)  # or its stream of events would have no end
+        upload = Upload(
+            id=f"upload-{namespace}",
+            namespace=namespace,
+            sha256=hashlib.sha256(f"{namespace}!".encode()).hexdigest(),
+            size_bytes=len(namespace) + 1,
+            multipart_id=None,
+            part_bytes=None,
+            created_at=NOW,
+            created_by="publisher",
+            expires_at=datetime.now(UTC) + timedelta(days=1),
+        )
+        session.add(upload)
+    return Things(namespace, sha256, job_id, composition_id, upload.id, upload.sha256)
+
+
+def _hand_out(resources: Resources) -> tuple[dict[str, str], dict[str, str]]:
+    secrets: dict[str, str] = {}
+    ids: dict[str, str] = {}
+    with resources.write() as session:
+        for user, role in ROLES.items():
+            for namespace in (PRIVATE, PUBLIC):
+                namespaces.set_member(session, HOST, namespace, user, role)
+        namespaces.set_member(session, HOST, OTHER, "stranger", Role.ADMIN)
+        namespaces.set_member(session, HOST, EVERYWHERE, "operator", Role.ADMIN)
+        for caller in CALLERS[1:]:
+            user = "operator" if caller in ("revoked", "expired", "narrowed") else caller
+            scope = {OTHER: Role.READER} if caller == "narrowed" else {EVERYWHERE: Role.ADMIN}
+            lifetime = timedelta(seconds=1) if caller == "expired" else None
+            row, secrets[caller] = tokens.create(session, HOST, NewToken(user, caller, scope, lifetime))
+            ids[caller] = row.id
+            if caller == "revoked":
+                tokens.revoke(session, HOST, row.id)
+    return secrets, ids

@@ -1,0 +1,252 @@
+"""Every route, with every kind of caller, on a private namespace, a public one, and one that is somebody else's.
+
+The routes are those of the application: a new one is asked here without anybody thinking of it, and fails when it has
+no rule, or a rule of its own that `INSIDE` does not state.
+"""
+
+import re
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi.routing import APIRoute
+
+from registry.access import Role
+from registry.http.rules import Rule, Where
+from registry.web.app import ROUTERS, create_app
+from tests.access.house import CALLERS, OTHER, PRIVATE, PUBLIC, ROLES, House, Things, build_house
+
+OPEN = {("GET", "/healthz"), ("GET", "/readyz")}
+EVERYBODY = "everybody"
+INSIDE: dict[tuple[str, str], Role | str] = {
+    ("GET", "/v1/adapters"): EVERYBODY,
+    ("GET", "/v1/models"): EVERYBODY,
+    ("GET", "/v1/namespaces"): EVERYBODY,
+    ("GET", "/v1/whoami"): EVERYBODY,
+    ("GET", "/v1/releases"): EVERYBODY,
+    ("GET", "/v1/resolve"): Role.READER,
+    ("GET", "/v1/blobs/{sha256}"): Role.READER,
+    ("HEAD", "/v1/blobs/{sha256}"): Role.READER,
+    ("PUT", "/v1/blobs/{sha256}"): Role.PUBLISHER,
+    ("POST", "/v1/uploads"): Role.PUBLISHER,
+    ("POST", "/v1/uploads/{upload_id}/complete"): Role.PUBLISHER,
+    ("POST", "/v1/compositions"): Role.PUBLISHER,
+    ("GET", "/v1/compositions/{composition_id}"): Role.PUBLISHER,
+    ("GET", "/v1/compositions/{composition_id}/events"): Role.PUBLISHER,
+    ("POST", "/v1/compositions/{composition_id}/cancel"): Role.PUBLISHER,
+    ("GET", "/v1/jobs"): "publisher somewhere",
+    ("GET", "/v1/jobs/{job_id}"): Role.PUBLISHER,
+    ("POST", "/v1/jobs/{job_id}/cancel"): Role.PUBLISHER,
+    ("GET", "/v1/audit"): "admin somewhere",
+    ("GET", "/v1/audit.jsonl"): "admin somewhere",
+}
+"""What a route that decides for itself must ask: a role in the namespace of the thing it is about."""
+
+RANK = {role: number for number, role in enumerate(Role)}
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> House:
+    house = build_house(tmp_path_factory.mktemp("house"))
+    house.close()
+    return house
+
+
+@pytest.fixture
+def house(furnished: House, tmp_path: Path) -> Generator[House]:
+    """A house of its own for each route: some of them change things."""
+    from registry.client.inprocess import InProcessTransport
+    from registry.resources import open_resources
+    from registry.settings import Settings
+
+    shutil.copytree(furnished.resources.settings.home_directory, tmp_path / "home")
+    resources = open_resources(Settings(home=tmp_path / "home", access_cache_s=0))
+    transport = InProcessTransport(create_app(resources, tokens=True))
+    copy = House(resources, furnished.things, furnished.secrets, furnished.ids, transport)
+    yield copy
+    copy.close()
+
+
+def routes() -> list[tuple[str, str, Rule | None]]:
+    """Method, path and rule of every route of the application."""
+    found: list[tuple[str, str, Rule | None]] = []
+    for prefix, router in ROUTERS:
+        for route in router.routes:
+            assert isinstance(route, APIRoute)
+            rules = _rules(route.dependant)
+            assert len(set(rules)) <= 1, f"{route.path} has several rules"
+            found += [(method, prefix + route.path, rules[0] if rules else None) for method in sorted(route.methods)]
+    return found
+
+
+def _rules(dependant: Any) -> list[Rule]:
+    own = [dependant.call] if isinstance(dependant.call, Rule) else []
+    return own + [rule for child in dependant.dependencies for rule in _rules(child)]
+
+
+ROUTES = routes()
+
+
+def test_the_application_serves_these_routes_and_no_others(house: House) -> None:
+    served = house.ask("operator", "GET", "/openapi.json").json()["paths"]
+    listed = {(method.upper(), path) for path, methods in served.items() for method in methods}
+    assert listed == {(method, path.replace(":path}", "}")) for method, path, _ in ROUTES}
+
+
+def test_every_route_has_a_rule_and_those_that_decide_inside_are_stated_here() -> None:
+    without = {(method, path) for method, path, rule in ROUTES if rule is None}
+    assert without == OPEN
+    inside = {(method, path) for method, path, rule in ROUTES if rule is not None and rule.where is Where.INSIDE}
+    assert inside == set(INSIDE)
+
+
+@pytest.mark.parametrize(("method", "path", "rule"), ROUTES, ids=[f"{method} {path}" for method, path, _ in ROUTES])
+def test_a_route_answers_those_that_its_rule_names_and_nobody_else(
+    method: str, path: str, rule: Rule | None, house: House
+) -> None:
+    for namespace in (PRIVATE, PUBLIC):
+        for caller in CALLERS:
+            answer = house.ask(
+                caller,
+                method,
+                _filled(method, path, house.things[namespace], house),
+                **_body(method, path, house.things[namespace]),
+            )
+            expected = _expected(method, path, rule, caller, namespace)
+            told = f"{caller} {method} {path} in {namespace}: {answer.status_code} {answer.text[:300]}"
+            if expected == "allowed":
+                assert not _denied(answer), told
+            else:
+                assert answer.status_code == expected, told
+            assert answer.status_code < 500, told
+
+
+@pytest.mark.parametrize(("method", "path", "rule"), ROUTES, ids=[f"{method} {path}" for method, path, _ in ROUTES])
+def test_a_private_thing_and_one_that_is_not_there_answer_a_stranger_alike(
+    method: str, path: str, rule: Rule | None, house: House
+) -> None:
+    if rule is None or rule.where in (Where.ANYWHERE, Where.SITE) or "{" not in path or "token_id" in path:
+        pytest.skip("not about a thing of one namespace")
+    absent = Things("ghost", "0" * 64, 4_000, 4_000, "upload-ghost", "1" * 64)
+    there, gone = house.things[PRIVATE], absent
+    for caller in ("nobody", "stranger", "narrowed"):
+        seen = [
+            house.ask(caller, method, _filled(method, path, things, house), **_body(method, path, things))
+            for things in (there, gone)
+        ]
+        texts = [_without_ids(answer.text, things) for answer, things in zip(seen, (there, gone), strict=True)]
+        assert seen[0].status_code == seen[1].status_code, (caller, [answer.text for answer in seen])
+        assert texts[0] == texts[1], caller
+
+
+def test_lists_show_only_what_the_caller_may_read(house: House) -> None:
+    for path in ("/v1/adapters", "/v1/releases", "/v1/namespaces"):
+        key = "namespace" if path.endswith("namespaces") else "repository"
+        for caller, seen in {
+            "nobody": {PUBLIC},
+            "stranger": {PUBLIC, OTHER},
+            "narrowed": {PUBLIC, OTHER},
+            "reader": {PUBLIC, PRIVATE},
+            "operator": {PUBLIC, PRIVATE, OTHER},
+        }.items():
+            items = house.ask(caller, "GET", path).json()["items"]
+            assert {item[key].partition("/")[0] for item in items} == seen, (path, caller)
+
+
+def test_an_admin_reads_the_audit_rows_of_the_own_namespaces_alone(house: House) -> None:
+    for caller, seen in {"admin": {PRIVATE, PUBLIC}, "stranger": {OTHER}}.items():
+        rows = house.ask(caller, "GET", "/v1/audit", params={"limit": 500}).json()["items"]
+        assert {row["namespace"] for row in rows} == seen
+        lines = house.ask(caller, "GET", "/v1/audit.jsonl").text.splitlines()
+        assert len(lines) == len(rows)
+    everything = house.ask("operator", "GET", "/v1/audit", params={"limit": 500}).json()["items"]
+    assert {row["namespace"] for row in everything} == {PRIVATE, PUBLIC, OTHER, None}
+
+
+def _denied(answer: httpx2.Response) -> bool:
+    """A 404 of what was let in, such as an upload whose bytes have not come, is no denial."""
+    hidden = ("namespace", "repository", "job", "composition", "upload", "blob")
+    codes = {f"{thing}_unknown" for thing in hidden}
+    return answer.status_code in (401, 403) or (answer.status_code == 404 and answer.json()["code"] in codes)
+
+
+def _expected(method: str, path: str, rule: Rule | None, caller: str, namespace: str) -> int | str:
+    """A status, or that the caller is allowed in."""
+    if rule is None:
+        return "allowed"
+    if caller in ("revoked", "expired"):
+        return 401
+    wanted: Role | str = rule.role
+    if rule.where is Where.INSIDE:
+        wanted = INSIDE[(method, path)]
+    if wanted == EVERYBODY:
+        return "allowed"
+    if rule.where in (Where.ANYWHERE, Where.SITE) or not isinstance(wanted, Role):
+        return _of_no_namespace(method, path, rule, str(wanted), caller)
+    if caller == "operator" or (caller in ROLES and RANK[ROLES[caller]] >= RANK[wanted]):
+        return "allowed"
+    readable = caller in ROLES or namespace == PUBLIC
+    if not readable:
+        return 404
+    if wanted is Role.READER:
+        return "allowed"
+    return 401 if caller == "nobody" else 403
+
+
+def _of_no_namespace(method: str, path: str, rule: Rule, wanted: str, caller: str) -> int | str:
+    role = Role(wanted.partition(" ")[0]) if " " in wanted else rule.role
+    if caller == "nobody":
+        return 401
+    if rule.where is Where.SITE:
+        return "allowed" if caller == "operator" else 403
+    if (method, path) == ("POST", "/v1/tokens") and caller == "narrowed":
+        return 403  # it could widen itself
+    own = {"stranger": Role.ADMIN, "operator": Role.ADMIN, "narrowed": Role.READER, **ROLES}[caller]
+    return "allowed" if RANK[own] >= RANK[role] else 403
+
+
+def _filled(method: str, path: str, things: Things, house: House) -> str:
+    values = {
+        "{namespace}": things.namespace, "{version}": "1.0.0", "{channel}": "prod",
+        "{name}": "merged" if path.startswith("/v1/models") else "sql",
+        "{path:path}": "weights.safetensors",
+        "{base:path}": "tiny", "{suite}": "exact", "{sha256}": things.sha256, "{job_id}": str(things.job_id),
+        "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{token_id}": "aaaaaaaaaaaa",
+    }  # fmt: skip
+    for name, value in values.items():
+        path = path.replace(name, value)
+    assert "{" not in path, f"say here what {path} is filled with"
+    if path == "/v1/resolve":
+        path += f"?ref={things.namespace}/sql:1.0.0"
+    if path.startswith("/v1/blobs/"):
+        path += f"?upload={things.upload_id}"
+        if method == "PUT":
+            path = path.replace(things.sha256, things.announced)
+    return path
+
+
+def _body(method: str, path: str, things: Things) -> dict[str, Any]:
+    """What the route needs to come to its decision; a rule that the path decides comes before the body."""
+    if (method, path) == ("POST", "/v1/uploads"):
+        file = {"path": "a.safetensors", "size_bytes": 1, "sha256": "1" * 64}
+        return {"json": {"namespace": things.namespace, "files": [file]}}
+    if (method, path) == ("POST", "/v1/compositions"):
+        recipe = {
+            "base": "tiny",
+            "inputs": [{"adapter": f"{things.namespace}/sql:1.0.0"}],
+            "method": "stack",
+            "adapter": f"{things.namespace}/sum:1.0.0",
+        }
+        return {"json": {"recipe": recipe, "plan": False}}
+    if method == "PUT" and path.startswith("/v1/blobs/"):
+        return {"content": b"x", "headers": {"Content-Length": "1"}}
+    return {"json": {}} if method in ("PUT", "POST") else {}
+
+
+def _without_ids(text: str, things: Things) -> str:
+    for value in (things.sha256, things.announced, things.upload_id, things.namespace):
+        text = text.replace(value, "<id>")
+    return re.sub(rf"\b({things.job_id}|{things.composition_id})\b", "<n>", text)

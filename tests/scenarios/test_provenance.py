@@ -1,0 +1,114 @@
+"""Where a release comes from, what its ranks are used for and who loads it: read at the push, kept and shown."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from registry.errors import Invalid, NotFound
+from tests.composer.handmade import factors_of, write_adapter
+from tests.scenarios.traces import api_of
+from tests.scenarios.world import Cli, World
+
+CARD = """---
+license: apache-2.0
+base_model: acme/tiny
+datasets: [acme/queries]
+hyperparameters: {learning_rate: 1e-4, epochs: 3}
+---
+# SQL
+"""
+STATED = """
+license: mit
+trainer: trl 0.20
+run_url: https://runs.example/17
+code_commit: 0123abc
+base_license: llama3
+data:
+  - {name: acme/queries, digest: "sha256:ab12", license: cc-by-4.0}
+"""
+
+
+@pytest.fixture
+def documented(world: World, tmp_path: Path) -> Path:
+    directory = tmp_path / "documented"
+    shutil.copytree(world.adapters["sql"], directory)
+    (directory / "README.md").write_text(CARD)
+    return directory
+
+
+def test_a_release_keeps_what_its_card_says_and_what_is_stated_wins(
+    stocked: Cli, documented: Path, tmp_path: Path
+) -> None:
+    cli = stocked
+    carded = cli.json("push", documented, "acme/sql:1.0.0", "--base", "tiny")["release"]["provenance"]
+    assert (carded["license"], carded["base_model"], carded["trainer"]) == ("apache-2.0", "acme/tiny", None)
+    assert carded["hyperparameters"] == {"learning_rate": 1e-4, "epochs": 3}
+    (tmp_path / "stated.yaml").write_text(STATED)
+    cli.ok("push", documented, "acme/sql:1.0.1", "--base", "tiny", "--provenance", tmp_path / "stated.yaml")
+    told = cli.json("show", "acme/sql:1.0.1")["provenance"]
+    assert (told["license"], told["trainer"], told["base_model"]) == ("mit", "trl 0.20", "acme/tiny")
+    assert told["data"] == [{"name": "acme/queries", "digest": "sha256:ab12", "license": "cc-by-4.0"}]
+    shown = cli.ok("show", "acme/sql:1.0.1").out
+    for part in ("https://runs.example/17", "0123abc", "acme/queries sha256:ab12 cc-by-4.0", "learning_rate"):
+        assert part in shown
+
+
+def test_a_card_that_cannot_be_read_is_a_warning_and_no_obstacle(stocked_embedded: Cli, documented: Path) -> None:
+    (documented / "README.md").write_text("---\na: &a [x]\nb: *a\nlicense: mit\n---\n")
+    published = stocked_embedded.json("push", documented, "acme/sql:1.0.0", "--base", "tiny")
+    assert [(one["code"], one["severity"]) for one in published["warnings"]] == [("provenance", "warning")]
+    assert published["release"]["provenance"]["license"] is None
+
+
+def test_a_readme_of_many_megabytes_is_no_card(stocked_embedded: Cli, documented: Path) -> None:
+    (documented / "README.md").write_text(CARD + "x" * 2_000_000)
+    published = stocked_embedded.json("push", documented, "acme/sql:1.0.0", "--base", "tiny")
+    assert published["release"]["provenance"]["license"] is None
+
+
+def test_what_is_misspelt_is_refused_by_the_command_and_by_the_registry(
+    stocked_embedded: Cli, documented: Path, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    (tmp_path / "stated.yaml").write_text("run_ulr: https://runs.example/17")
+    refused = cli("push", documented, "acme/sql:1.0.0", "--base", "tiny", "--provenance", tmp_path / "stated.yaml")
+    assert refused.code == 6
+    assert "run_ulr" in refused.err
+    with api_of(cli) as api:
+        request = {"version": "1.0.0", "base": "tiny", "files": [{"path": "a", "size_bytes": 1, "sha256": "a" * 64}]}
+        for stated in ({"run_ulr": "x"}, {"license": "x" * 101}, {"hyperparameters": {"a": {"b": 1}}}):
+            with pytest.raises(Invalid):
+                api.post("/v1/adapters/acme/sql/releases", {**request, "provenance": stated})
+
+
+def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: Cli, tmp_path: Path) -> None:
+    cli, names = stocked, [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    strong, idle = ([size * part for part in (4.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)] for size in (1, 1e-4))
+    factors = dict(zip(names, (factors_of(strong, 32, 32), factors_of(idle, 32, 32)), strict=True))
+    write_adapter(tmp_path / "a", factors, dtype=torch.float32)
+    pushed = cli.ok("push", tmp_path / "a", "acme/sql:1.0.0", "--base", "tiny", "--json")
+    assert {one["code"] for one in pushed.json["warnings"]} == {"rank_unused", "near_zero_modules"}
+    assert "Rank 8, but 95 % of the energy is in 2" in pushed.err
+    summary = cli.json("show", "acme/sql")["adapter"]["spectrum"]
+    assert (summary["rank_95"], summary["near_zero"]) == (2, 1)
+    with api_of(cli) as api:
+        spectrum = api.get("/v1/adapters/acme/sql/releases/1.0.0/spectrum")
+        with pytest.raises(NotFound):
+            api.get("/v1/adapters/acme/sql/releases/1.0.1/spectrum")
+    assert {name: spectrum[name] for name in summary} == summary
+    assert [(row["module"], row["near_zero"]) for row in spectrum["modules"]] == [(names[0], False), (names[1], True)]
+    inspected = cli.json("inspect", tmp_path / "a")
+    assert inspected["adapter"]["spectrum"] == summary
+    assert {one["code"] for one in inspected["findings"]} == {"rank_unused", "near_zero_modules"}
+
+
+def test_a_release_tells_who_loads_it_and_why_others_do_not(stocked: Cli, world: World) -> None:
+    plain = stocked.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["release"]
+    assert (plain["servers"], plain["loading"]) == (["vllm", "sglang", "lorax", "llamacpp", "peft"], {})
+    patterned = stocked.json("push", world.adapters["support"], "acme/support:1.0.0", "--base", "tiny")["release"]
+    assert patterned["servers"] == ["llamacpp", "peft"]
+    assert set(patterned["loading"]) == {"vllm", "sglang", "lorax"}
+    assert "rank_pattern" in patterned["loading"]["vllm"]["reasons"][0]
+    assert "fold" in patterned["loading"]["vllm"]["way_out"][0]
