@@ -66,9 +66,13 @@ def permit_somewhere(actor: Actor, role: Role) -> None:
 
 def readable(actor: Actor, namespace: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
     """A condition on a column of namespaces, for queries across them."""
-    if EVERYWHERE in actor.grants:
-        return true()
-    return namespace.in_({*actor.grants, *actor.public})
+    names = readable_names(actor)
+    return true() if names is None else namespace.in_(names)
+
+
+def readable_names(actor: Actor) -> set[str] | None:
+    """The namespaces that the actor may read; None for all of them."""
+    return None if EVERYWHERE in actor.grants else {*actor.grants, *actor.public}
 
 
 def granted(actor: Actor, role: Role) -> list[str] | None:

@@ -99,24 +99,28 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
 
 def find(session: Session, text: str) -> Base:
     """By digest (12 digits or more), by name or by alias. No name may look like a digest, so that none can hide one."""
+    return session.get_one(Base, identify(session, text)[0])
+
+
+def identify(session: Session, text: str) -> tuple[str, str]:
+    """(digest, name) of the base that `find` finds."""
+    query = select(Base.digest, Base.name)
     if _DIGEST_LIKE.fullmatch(text):
-        matches = session.scalars(select(Base).where(Base.digest.between(text, text.ljust(64, "g"))).limit(2)).all()
-        if len(matches) > 1:
-            raise Usage(
-                "base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits."
-            )
-        found = matches[0] if matches else None
+        query = query.where(Base.digest.between(text, text.ljust(64, "g")))
     else:
         of_alias = select(BaseAlias.base_digest).where(BaseAlias.alias == text)
-        found = session.scalars(select(Base).where(or_(Base.name == text, Base.digest.in_(of_alias)))).first()
-    if found is None:
+        query = query.where(or_(Base.name == text, Base.digest.in_(of_alias)))
+    matches = session.execute(query.limit(2)).all()
+    if not matches:
         raise NotFound(
             "base_unknown",
             f"There is no base {text!r}.",
             subject=text,
             next_step="Register it with `adaptory base add DIR --name NAME`; `adaptory base list` shows those known.",
         )
-    return found
+    if len(matches) > 1:
+        raise Usage("base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits.")
+    return matches[0].digest, matches[0].name
 
 
 def architecture(session: Session, digest: str) -> Architecture:
@@ -141,22 +145,22 @@ def locations(session: Session, base: Base) -> list[str]:
     )
 
 
-def related(session: Session, base: Base, *, transitive: bool = True) -> dict[str, str]:
+def related(session: Session, digest: str) -> dict[str, str]:
     """Digests of the base ("") and of those that casts and quantizations link it to, in either direction: for each the
     relations on the way, as in `cast` or `quantized, cast`. At most `MAX_STEPS` relations away and `MAX_RELATED` bases.
     """
-    found: dict[str, str] = {base.digest: ""}
-    edge = [base.digest]
-    for _ in range(MAX_STEPS if transitive else 0):
+    found: dict[str, str] = {digest: ""}
+    edge = [digest]
+    for _ in range(MAX_STEPS):
         touching = or_(Base.digest.in_(edge), Base.derived_from.in_(edge))
         links = select(Base.digest, Base.derived_from, Base.relation).where(touching, Base.relation.in_(SAME_MODEL))
         reached: dict[str, str] = {}
-        for digest, origin, relation in session.execute(links.order_by(Base.digest).limit(MAX_RELATED)):
-            for here, there in ((digest, origin or ""), (origin or "", digest)):
+        for made, origin, relation in session.execute(links.order_by(Base.digest).limit(MAX_RELATED)):
+            for here, there in ((made, origin or ""), (origin or "", made)):
                 if here in found and there not in found:
                     reached[there] = ", ".join(part for part in (found[here], relation) if part)
         edge = list(reached)[: MAX_RELATED - len(found)]
-        found |= {digest: reached[digest] for digest in edge}
+        found |= {there: reached[there] for there in edge}
         if not edge:
             break
     return found

@@ -1,34 +1,35 @@
-"""What a search asks, and each part of it as a condition on traits or on releases."""
+"""What a search asks, and each part of it as a condition on traits or on releases.
 
-from collections.abc import Sequence
+A condition names its value instead of holding it: searches that ask for the same things, whatever their values, share
+their statements (`Form`), and to build one takes longer than to run it.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, select, true
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, select
 
 from composer.formats.serving import Profile
-from registry.access import readable
+from registry.access import readable_names
 from registry.audit import Actor
-from registry.models import (
-    Channel,
-    Move,
-    Release,
-    ReleaseWord,
-    Repository,
-    Score,
-    Suite,
-    TargetSet,
-    TargetSetMember,
-    Traits,
-)
+from registry.models import Channel, Move, Release, ReleaseWord, Repository, Score, TargetSet, TargetSetMember, Traits
 from registry.names import RepositoryName
 from registry.repositories import Kind
 from registry.suites import Condition
 from registry.terms import MAX_WORD_CHARACTERS, target_set_key, words
 
-RARE = 500
-"""A condition that so few releases meet is looked up first, and the others are tried on those."""
+MAX_WORDS = 8
+"""Of a text that is searched for."""
+LAST = "\U0010ffff"
+"""Above every character: the words that begin with `w` lie between `w` and `w` + LAST."""
+
+_channel, _member, _move, _release, _repository, _score, _set, _traits, _word = (
+    table.__table__.c
+    for table in (Channel, TargetSetMember, Move, Release, Repository, Score, TargetSet, Traits, ReleaseWord)
+)
+Conditions = list[ColumnElement[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,139 +66,161 @@ class Query:
     latest: bool = False
 
 
-def on_traits(query: Query, bases: Sequence[str]) -> list[ColumnElement[bool]]:
-    """`bases` are the digests of the base asked for and of those related to it; none asks for no base."""
-    asked = [Traits.kind == query.kind]
-    if bases:
-        asked.append(Traits.base_digest.in_(bases))
-    for column, value in (
-        (Traits.type, query.type),
-        (Traits.variant, query.variant),
-        (Traits.dtype, query.dtype),
-        (Traits.license, query.license),
-        (Traits.alpha, query.alpha),
-    ):
-        if value is not None:
-            asked.append(column == value)
-    if query.min_rank is not None:
-        asked.append(Traits.rank_max >= query.min_rank)
-    if query.max_rank is not None:
-        asked.append(Traits.rank_max <= query.max_rank)
-    if query.loads_in is not None and not query.explain:
-        asked.append(Traits.servers.bitwise_and(query.loads_in.bit) != 0)
-        if query.loads_in.max_rank is not None:
-            asked.append(Traits.rank_max <= query.loads_in.max_rank)
-    return asked + _on_targets(query)
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A query without its values: which conditions it has, and how often."""
+
+    asked: frozenset[str]
+    includes: int = 0
+    words: int = 0
+    operators: tuple[str, ...] = ()
 
 
-def _on_targets(query: Query) -> list[ColumnElement[bool]]:
-    asked: list[ColumnElement[bool]] = []
-    if query.targets_within:
-        other = aliased(TargetSetMember)
-        outside = (
-            select(other.target)
-            .where(other.target_set_id == TargetSetMember.target_set_id, other.target.not_in(query.targets_within))
-            .exists()
-        )
-        within = select(TargetSetMember.target_set_id).where(TargetSetMember.target.in_(query.targets_within), ~outside)
-        asked.append(Traits.target_set_id.in_(within))
-    if query.targets_exact:
-        exact = select(TargetSet.id).where(TargetSet.key == target_set_key(query.targets_exact))
-        asked.append(Traits.target_set_id.in_(exact))
-    for target in query.targets_include:
-        having = select(TargetSetMember.target_set_id).where(TargetSetMember.target == target)
-        asked.append(Traits.target_set_id.in_(having))
-    return asked
+def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence[int]) -> dict[str, Any]:
+    """The values of a query by the names that conditions give them; what is not asked is not there.
+
+    `bases` are digests: of the base asked for and of those related to it. `suites` are ids: of those of `query.scores`.
+    """
+    loading = None if query.explain else query.loads_in
+    found: dict[str, Any] = {
+        "bases": bases,
+        "type": query.type,
+        "variant": query.variant,
+        "dtype": query.dtype,
+        "license": query.license,
+        "alpha": query.alpha,
+        "min_rank": query.min_rank,
+        "max_rank": query.max_rank,
+        "server": loading.bit if loading else None,
+        "server_rank": loading.max_rank if loading else None,
+        "within": query.targets_within,
+        "exact": target_set_key(query.targets_exact) if query.targets_exact else None,
+        "size": query.max_size_bytes,
+        "namespace": query.repository.namespace if query.repository else query.namespace,
+        "repository": query.repository.name if query.repository else None,
+        "channel": query.channel,
+    }
+    found = {name: value for name, value in found.items() if value is not None and value not in ((), [])}
+    if (names := readable_names(actor)) is not None:
+        found["readable"] = sorted(names)
+    for number, target in enumerate(query.targets_include):
+        found[f"include_{number}"] = target
+    for number, word in enumerate(words(query.text)[:MAX_WORDS]):
+        whole = len(word) == MAX_WORD_CHARACTERS  # longer ones were cut when they were kept
+        found |= {f"word_{number}": word, f"word_{number}_end": word if whole else word + LAST}
+    for number, (condition, suite) in enumerate(zip(query.scores, suites, strict=True)):
+        found |= {f"suite_{number}": suite, f"metric_{number}": condition.metric, f"score_{number}": condition.value}
+    return found | {"kind": str(query.kind)}
 
 
-def on_release(actor: Actor, query: Query, suites: Sequence[Suite]) -> list[ColumnElement[bool]]:
-    """What traits do not say. `suites` are the current ones of the conditions on scores, in their order."""
-    asked: list[ColumnElement[bool]] = []
-    if not query.include_yanked:
-        asked.append(~Release.yanked)
-    if query.stable or query.latest:
-        asked.append(Release.stable.is_(True))
-    if query.latest:
+def form_of(query: Query, values: Mapping[str, Any]) -> Form:
+    flags = {name for name in ("include_yanked", "stable", "latest") if getattr(query, name)}
+    return Form(
+        frozenset(values) | flags,
+        len(query.targets_include),
+        len(words(query.text)[:MAX_WORDS]),
+        tuple(condition.operator for condition in query.scores),
+    )
+
+
+@lru_cache(512)
+def fitting(form: Form) -> Select[*tuple[Any, ...]]:
+    """The ids of the traits that fit."""
+    asked: Conditions = [_traits.kind == bindparam("kind")]
+    same = ("type", "variant", "dtype", "license", "alpha")
+    asked += [_traits[name] == bindparam(name) for name in same if name in form.asked]
+    limits: dict[str, ColumnElement[bool]] = {
+        "bases": _traits.base_digest.in_(bindparam("bases", expanding=True)),
+        "min_rank": _traits.rank_max >= bindparam("min_rank"),
+        "max_rank": _traits.rank_max <= bindparam("max_rank"),
+        "server": _traits.servers.bitwise_and(bindparam("server")) != 0,
+        "server_rank": _traits.rank_max <= bindparam("server_rank"),
+        "within": _traits.target_set_id.in_(_within()),
+        "exact": _traits.target_set_id.in_(select(_set.id).where(_set.key == bindparam("exact"))),
+    }
+    asked += [condition for name, condition in limits.items() if name in form.asked]
+    for number in range(form.includes):
+        having = select(_member.target_set_id).where(_member.target == bindparam(f"include_{number}"))
+        asked.append(_traits.target_set_id.in_(having))
+    return select(_traits.id).where(*asked)
+
+
+def _within() -> Select[*tuple[Any, ...]]:
+    """Sets that have one of the names and none besides: found from the names, not by looking at every set."""
+    names: BindParameter[Any] = bindparam("within", expanding=True)
+    other = TargetSetMember.__table__.alias()
+    outside = select(other.c.target).where(other.c.target_set_id == _member.target_set_id, other.c.target.not_in(names))
+    return select(_member.target_set_id).where(_member.target.in_(names), ~outside.exists())
+
+
+def on_release(form: Form) -> Conditions:
+    """What traits do not say."""
+    asked: Conditions = []
+    if "include_yanked" not in form.asked:
+        asked.append(~_release.yanked)
+    if form.asked & {"stable", "latest"}:
+        asked.append(_release.stable.is_(True))
+    if "latest" in form.asked:
         asked.append(~_a_higher_one())
-    if query.max_size_bytes is not None:
-        asked.append(Release.size_bytes <= query.max_size_bytes)
-    if (home := _on_repository(actor, query)) is not None:
-        asked.append(select(Repository.id).where(Repository.id == Release.repository_id, home).exists())
-    if query.channel:
-        asked.append(Release.id == _served(query.channel))
+    if "size" in form.asked:
+        asked.append(_release.size_bytes <= bindparam("size"))
+    if home := at_home(form):
+        asked.append(select(_repository.id).where(_repository.id == _release.repository_id, *home).exists())
+    if "channel" in form.asked:
+        asked.append(_release.id == _served())
     asked += [
-        select(ReleaseWord.word).where(ReleaseWord.release_id == Release.id, _begins(word)).exists()
-        for word in words(query.text)
+        select(_word.word).where(_word.release_id == _release.id, begins(number)).exists()
+        for number in range(form.words)
     ]
     asked += [
-        select(Score.id).where(Score.release_id == Release.id, *_enough(condition, suite)).exists()
-        for condition, suite in zip(query.scores, suites, strict=True)
+        select(_score.id).where(_score.release_id == _release.id, *enough(number, operator)).exists()
+        for number, operator in enumerate(form.operators)
     ]
     return asked
 
 
-def _on_repository(actor: Actor, query: Query) -> ColumnElement[bool] | None:
-    asked = readable(actor, Repository.namespace)
-    if query.namespace:
-        asked &= Repository.namespace == query.namespace
-    if query.repository:
-        asked &= (Repository.namespace == query.repository.namespace) & (Repository.name == query.repository.name)
-    return None if asked.compare(true()) else asked
+def at_home(form: Form) -> Conditions:
+    """On repositories: those asked for, and those that the actor may read."""
+    limits = {
+        "readable": _repository.namespace.in_(bindparam("readable", expanding=True)),
+        "namespace": _repository.namespace == bindparam("namespace"),
+        "repository": _repository.name == bindparam("repository"),
+    }
+    return [condition for name, condition in limits.items() if name in form.asked]
+
+
+def begins(number: int) -> ColumnElement[bool]:
+    """A range, which every database finds in an index, whatever its locale."""
+    return _word.word.between(bindparam(f"word_{number}"), bindparam(f"word_{number}_end"))
+
+
+def enough(number: int, operator: str) -> Conditions:
+    limit: BindParameter[Any] = bindparam(f"score_{number}")
+    compared = _score.value >= limit if operator == ">=" else _score.value <= limit
+    of_metric = [_score.suite_id == bindparam(f"suite_{number}"), _score.metric == bindparam(f"metric_{number}")]
+    return [*of_metric, compared]
 
 
 def _a_higher_one() -> ColumnElement[bool]:
-    higher = aliased(Release)
-    same = (higher.repository_id == Release.repository_id) & (higher.sort_key > Release.sort_key)
+    higher = Release.__table__.alias().c
+    same = (higher.repository_id == _release.repository_id) & (higher.sort_key > _release.sort_key)
     return select(higher.id).where(same, higher.stable, ~higher.yanked).exists()
 
 
-def _served(channel: str) -> ColumnElement[int]:
+def _served() -> ColumnElement[int]:
     """What that channel of the release's repository gives out: the first move from the current one down whose release
     is not yanked."""
-    start = select(Channel.move_id).where(Channel.repository_id == Release.repository_id, Channel.name == channel)
-    moves = start.correlate(Release).cte("served", recursive=True, nesting=True)
-    yanked, given = aliased(Release), aliased(Release)
+    of_channel = (_channel.repository_id == _release.repository_id) & (_channel.name == bindparam("channel"))
+    start = select(_channel.move_id).where(of_channel).correlate(Release.__table__)
+    moves = start.cte("served", recursive=True, nesting=True)
+    yanked, given = Release.__table__.alias(), Release.__table__.alias()
     below = (
-        select(Move.below_id)
-        .join(moves, moves.c.move_id == Move.id)
-        .join(yanked, yanked.id == Move.to_release_id)
-        .where(yanked.yanked)
+        select(_move.below_id)
+        .join(moves, moves.c.move_id == _move.id)
+        .join(yanked, yanked.c.id == _move.to_release_id)
+        .where(yanked.c.yanked)
     )
     moves = moves.union_all(below)
-    found = select(given.id).join(Move, Move.to_release_id == given.id).join(moves, moves.c.move_id == Move.id)
-    return found.where(~given.yanked).limit(1).correlate(Release).scalar_subquery()
-
-
-def _begins(word: str) -> ColumnElement[bool]:
-    """A range, which every database finds in an index, whatever its locale."""
-    if len(word) == MAX_WORD_CHARACTERS:
-        return ReleaseWord.word == word
-    return ReleaseWord.word.between(word, word + "\U0010ffff")
-
-
-def _enough(condition: Condition, suite: Suite) -> list[ColumnElement[bool]]:
-    enough = Score.value >= condition.value if condition.operator == ">=" else Score.value <= condition.value
-    return [Score.suite_id == suite.id, Score.metric == condition.metric, enough]
-
-
-def rarest(
-    session: Session, actor: Actor, query: Query, suites: Sequence[Suite], fits: Select[Any]
-) -> Sequence[int] | None:
-    """The ids of releases that meet a condition which few meet, None when there is no such condition.
-
-    Each is looked up in its own index, and given up after `RARE` entries. `fits` selects the traits that fit.
-    """
-    lists: list[Select[Any]] = [select(ReleaseWord.release_id).where(_begins(word)) for word in words(query.text)]
-    if query.channel:
-        of_channel = select(Release.id).join(Channel, Channel.repository_id == Release.repository_id)
-        lists.append(of_channel.where(Channel.name == query.channel))
-    if (home := _on_repository(actor, query)) is not None:
-        lists.append(select(Release.id).join(Repository, Repository.id == Release.repository_id).where(home))
-    for condition, suite in zip(query.scores, suites, strict=True):
-        scored = select(Score.release_id).where(*_enough(condition, suite), Score.traits_id.in_(fits))
-        lists.append(scored)
-    for one in lists:
-        found = session.scalars(one.limit(RARE + 1)).all()
-        if len(found) <= RARE:
-            return found
-    return None
+    found = select(given.c.id).select_from(given).join(Move.__table__, _move.to_release_id == given.c.id)
+    found = found.join(moves, moves.c.move_id == _move.id).where(~given.c.yanked).limit(1)
+    return found.correlate(Release.__table__).scalar_subquery()

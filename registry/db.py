@@ -21,6 +21,8 @@ from registry.errors import Conflict, Invalid, RegistryError, Unavailable
 
 BUSY_TIMEOUT_MS = 10_000
 POOL_SIZE = 40
+_BLOBS_LOCK = 0x424C4F42
+"""The key of PostgreSQL's advisory lock between who relies on blobs and who collects them."""
 UNIQUE_VIOLATION = "23505"
 """PostgreSQL's SQLSTATE."""
 MMAP_BYTES = 256 << 20
@@ -104,6 +106,25 @@ def insert_if_absent(session: Session, table: type[Row], **values: Any) -> None:
     """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment."""
     insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
     session.execute(insert(table).values(**values).on_conflict_do_nothing())
+
+
+def rely_on_blobs(session: Session) -> None:
+    """Until this transaction ends no collection begins: for whoever comes to rely on blobs that are there.
+
+    Row locks would not do: a reference takes one that does not conflict with what a collection writes. On SQLite there
+    is one writer at a time anyway.
+    """
+    _advisory_lock(session, "pg_advisory_xact_lock_shared")
+
+
+def collect_blobs(session: Session) -> None:
+    """Until this transaction ends nobody comes to rely on a blob; waits for those who are about to."""
+    _advisory_lock(session, "pg_advisory_xact_lock")
+
+
+def _advisory_lock(session: Session, function: str) -> None:
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text(f"SELECT {function}(:key)"), {"key": _BLOBS_LOCK})
 
 
 def _sqlite(url: URL) -> Engine:

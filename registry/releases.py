@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from registry import audit, breaking, namespaces, numbering, repositories, terms
 from registry.audit import Act, Actor
+from registry.db import rely_on_blobs
 from registry.errors import Conflict, Invalid, NotFound, Refused, Usage
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import (
@@ -115,6 +116,7 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
     """Raises Invalid for a file whose bytes the namespace has not sent: knowing a digest is no right to its content."""
     query = select(Blob.sha256, Blob.size_bytes).join(BlobHolder, BlobHolder.sha256 == Blob.sha256)
     query = query.where(BlobHolder.namespace == namespace, Blob.sha256.in_({file.sha256 for file in files}))
+    query = query.where(Blob.removing_at.is_(None))
     sizes = dict(session.execute(query).all())
     for file in files:
         if sizes.get(file.sha256) != file.size_bytes:
@@ -265,6 +267,7 @@ def _revision(
     known = session.scalar(query)
     if known is not None:
         return known
+    rely_on_blobs(session)
     refuse_absent_blobs(session, repository.namespace, files)
     manifest = canonical_manifest(files).decode()
     revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest, created_at=actor.at)

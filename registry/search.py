@@ -5,29 +5,37 @@ each combination that fits an index already has the order. Only when many fit ar
 and then the page is soon full. A condition that few releases meet is looked up first instead.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, String, cast, func, literal, select, tuple_
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import BindParameter, ColumnElement, Select, String, bindparam, case, cast, func, select, tuple_
+from sqlalchemy.orm import Session
 
-from composer.formats.serving import Loading, loads
 from registry import bases, conditions, suites
 from registry.audit import Actor
+from registry.conditions import Form
 from registry.conditions import Query as Query
 from registry.errors import Usage
-from registry.models import Base, Release, Score, Traits
+from registry.models import Channel, Release, ReleaseWord, Repository, Score
 from registry.suites import HIGHER_IS_BETTER
 
 NEWEST, VERSION = "newest", "version"
 FEW = 16
 """So many combinations of traits are merged; with more, the page is filled from all releases in order."""
+RARE = 500
+"""A condition that so few releases meet is looked up first, and the others are tried on those."""
+
+_channel, _release, _repository, _score, _word = (
+    table.__table__.c for table in (Channel, Release, Repository, Score, ReleaseWord)
+)
+_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a page ended: the sort key of its last release (None where the id is the key) and its id."""
+    """Of a release in its order: its sort key (None where the id is the key) and its id."""
 
     key: str | float | None
     release_id: int
@@ -44,117 +52,158 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`relation` is how the release's base follows from the one asked for: "" where it is that one."""
+    """`base` is (digest, name) of the one asked for; `relations` says how others that were searched follow from it."""
 
-    release: Release
-    place: Place
-    relation: str
-    loading: Loading | None
+    places: Sequence[Place]
+    base: tuple[str, str] | None = None
+    relations: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
+    """What the actor may read, in order. Raises NotFound for a base or a suite that is not registered."""
+    base = bases.identify(session, query.base) if query.base else None
+    relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}
+    scored = [suites.find(session, condition.suite).id for condition in query.scores]
+    values = conditions.values_of(actor, query, list(relations), scored)
+    by, form = _by(session, order, values), conditions.form_of(query, values)
+    places = _places(session, form, by, values | {"limit": order.limit})
+    return Found(places, base, relations)
 
 
 @dataclass(frozen=True, slots=True)
 class _By:
-    """An order as columns: of releases, or of scores joined to their releases."""
+    """The form of an order: of releases, or of scores joined to their releases."""
 
-    key: InstrumentedAttribute[Any] | None
-    release_id: InstrumentedAttribute[Any]
-    traits_id: InstrumentedAttribute[Any]
-    where: tuple[ColumnElement[bool], ...] = ()
+    column: str = "id"
     descending: bool = True
+    goes_on: bool = False
 
-    def page(self, statement: Select[*tuple[Any, ...]], order: Order) -> Select[*tuple[Any, ...]]:
-        """The next `order.limit` rows of a statement on this order's table."""
-        columns = [self.release_id] if self.key is None else [self.key, self.release_id]
-        if order.after:
-            last = [order.after.release_id] if self.key is None else [order.after.key, order.after.release_id]
-            reached = tuple_(*columns)
-            statement = statement.where(reached < tuple_(*last) if self.descending else reached > tuple_(*last))
+    @property
+    def of_score(self) -> bool:
+        return self.column == "value"
+
+    def select(self, *columns: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+        found = select(*columns).select_from(Score.__table__ if self.of_score else Release.__table__)
+        return found.join(Release.__table__, _release.id == _score.release_id) if self.of_score else found
+
+    @property
+    def release_id(self) -> ColumnElement[int]:
+        return _score.release_id if self.of_score else _release.id
+
+    @property
+    def traits_id(self) -> ColumnElement[int]:
+        return _score.traits_id if self.of_score else _release.traits_id
+
+    @property
+    def key(self) -> ColumnElement[Any]:
+        return _score.value if self.of_score else _release[self.column]
+
+    def page(self, statement: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
+        columns = [self.key] if self.column == "id" else [self.key, self.release_id]
+        if self.of_score:
+            of_metric = (_score.suite_id == bindparam("by_suite"), _score.metric == bindparam("by_metric"))
+            statement = statement.where(*of_metric, _score.release_id.is_not(None))
+        if self.goes_on:
+            key: BindParameter[Any] = bindparam("after_key")
+            number: BindParameter[Any] = bindparam("after_id")
+            reached, end = tuple_(*columns), tuple_(*[key, number][-len(columns) :])
+            statement = statement.where(reached < end if self.descending else reached > end)
         ordered = [column.desc() if self.descending else column.asc() for column in columns]
-        return statement.where(*self.where).order_by(*ordered).limit(order.limit)
-
-    def joined(self, statement: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
-        if self.release_id.class_ is Release:
-            return statement
-        return statement.join_from(Score, Release, Release.id == Score.release_id)
+        return statement.order_by(*ordered).limit(bindparam("limit"))
 
 
-_NEWEST = _By(None, Release.id, Release.traits_id)
-_VERSION = _By(Release.sort_key, Release.id, Release.traits_id)
-
-
-def search(session: Session, actor: Actor, query: Query, order: Order) -> tuple[Base | None, list[Found]]:
-    """The base asked for and what the actor may read of what fits, in order.
-
-    Raises NotFound for a base or a suite that is not registered.
-    """
-    base = bases.find(session, query.base) if query.base else None
-    relations = bases.related(session, base, transitive=query.related) if base else {}
-    by = _by(session, order.name)
-    fits = select(Traits.id).where(*conditions.on_traits(query, list(relations)))
-    current = [suites.find(session, condition.suite) for condition in query.scores]
-    asked = conditions.on_release(actor, query, current)
-    statement = by.joined(select(Release, literal(None) if by.key is None else by.key))
-    rare = conditions.rarest(session, actor, query, current, fits)
-    if rare is not None:
-        statement = statement.where(Release.id.in_(rare), Release.traits_id.in_(fits), *asked)
-    else:
-        few = _of_few(session, fits, by, order, asked)
-        # Ids are sorted first and only the page's rows are read: a sort of whole rows carries the facts of every match.
-        statement = statement.where(Release.id.in_(_of_all(fits, by, order, asked) if few is None else few))
-    rows: Sequence[Any] = () if rare == [] else session.execute(by.page(statement, order)).all()
-    return base, [
-        Found(release, Place(key, release.id), relations.get(release.base_digest, ""), _loading(query, release))
-        for release, key in rows
-    ]
-
-
-def _of_few(
-    session: Session, fits: Select[*tuple[Any, ...]], by: _By, order: Order, asked: Sequence[ColumnElement[bool]]
-) -> Sequence[int] | None:
-    """Of each combination of traits that fits, the ids of as many releases as a page has; None when many fit.
-
-    One text for each: an aggregate is what both databases can make of an ordered and limited part of an index.
-    """
-    fitting = fits.limit(FEW + 1).subquery("fitting")
-    entries = by.joined(select(by.release_id.label("id"))).where(by.traits_id == fitting.c.id, *asked)
-    entries = by.page(entries, order).correlate(fitting).subquery("entries")
-    ids = select(func.aggregate_strings(cast(entries.c.id, String), ",")).scalar_subquery()
-    rows = session.scalars(select(ids).select_from(fitting)).all()
-    if len(rows) > FEW:
-        return None
-    found = [int(number) for row in rows if row for number in row.split(",")]
-    return sorted(found, reverse=True)[: order.limit] if by is _NEWEST else found
-
-
-def _of_all(
-    fits: Select[*tuple[Any, ...]], by: _By, order: Order, asked: Sequence[ColumnElement[bool]]
-) -> Select[*tuple[Any, ...]]:
-    """The ids of the page among all releases in order. The sum keeps SQLite from collecting and sorting what fits."""
-    entries = by.joined(select(by.release_id)).where((by.traits_id + 0).in_(fits), *asked)
-    return by.page(entries, order)
-
-
-def _by(session: Session, name: str) -> _By:
-    if name in (NEWEST, VERSION):
-        return _NEWEST if name == NEWEST else _VERSION
-    suite_name, dot, metric = name.rpartition(".")
+def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
+    if order.after:
+        values |= {"after_key": order.after.key, "after_id": order.after.release_id}
+    goes_on = order.after is not None
+    if order.name in (NEWEST, VERSION):
+        return _By("id" if order.name == NEWEST else "sort_key", goes_on=goes_on)
+    suite_name, dot, metric = order.name.rpartition(".")
     if not dot:
         raise Usage(
             "bad_sort",
-            f"{name[:80]!r} is not an order.",
-            subject=name[:80],
+            f"{order.name[:80]!r} is not an order.",
+            subject=order.name[:80],
             next_step="Sort by newest, version or SUITE.METRIC.",
         )
     suite = suites.find(session, suite_name)
-    of_metric = (Score.suite_id == suite.id, Score.metric == metric)
+    values |= {"by_suite": suite.id, "by_metric": metric}
     better = HIGHER_IS_BETTER.get(metric)
     if better is None:
-        better = session.scalar(select(Score.higher_is_better).where(*of_metric).limit(1))
-    of_releases = (*of_metric, Score.release_id.is_not(None))
-    return _By(Score.value, Score.release_id, Score.traits_id, of_releases, descending=better is not False)
+        of_metric = select(_score.higher_is_better).where(_score.suite_id == suite.id, _score.metric == metric)
+        better = session.scalar(of_metric.limit(1)) is not False
+    return _By("value", better, goes_on)
 
 
-def _loading(query: Query, release: Release) -> Loading | None:
-    if query.loads_in is None:
-        return None
-    return loads(release.servers, release.loading, release.rank_max or 0, query.loads_in)
+def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Place]:
+    for rare in _rare(form):
+        found = session.scalars(rare, values).all()
+        if len(found) <= RARE:
+            return _read(session, _among_rare(form, by), by, {**values, "ids": found}) if found else []
+    texts = session.scalars(_of_few(form, by), values).all()
+    if len(texts) > FEW:
+        return _read(session, _of_all(form, by), by, values)
+    ids = [int(number) for text in texts if text for number in text.split(",")]
+    if by.column == "id":
+        return [Place(None, number) for number in sorted(ids, reverse=True)[: values["limit"]]]
+    return _read(session, _among(by), by, {**values, "ids": ids}) if ids else []
+
+
+def _read(session: Session, statement: Select[*tuple[Any, ...]], by: _By, values: Mapping[str, Any]) -> list[Place]:
+    rows = session.execute(statement, values)
+    return [Place(None if by.column == "id" else key, release_id) for key, release_id in rows]
+
+
+@lru_cache(512)
+def _rare(form: Form) -> tuple[Select[*tuple[Any, ...]], ...]:
+    """For each condition with an index of its own: the releases that meet it, given up after `RARE` entries."""
+    lists: list[Select[*tuple[Any, ...]]] = [
+        select(_word.release_id).where(conditions.begins(n)) for n in range(form.words)
+    ]
+    if "channel" in form.asked:
+        of_channel = select(_release.id).join(Channel.__table__, _channel.repository_id == _release.repository_id)
+        lists.append(of_channel.where(_channel.name == bindparam("channel")))
+    if "size" in form.asked:
+        small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
+        lists.append(small.where(_release.traits_id.in_(conditions.fitting(form))))
+    if home := conditions.at_home(form):
+        at_home = select(_release.id).join(Repository.__table__, _repository.id == _release.repository_id)
+        lists.append(at_home.where(*home))
+    for number, operator in enumerate(form.operators):
+        scored = select(_score.release_id).where(*conditions.enough(number, operator))
+        lists.append(scored.where(_score.traits_id.in_(conditions.fitting(form))))
+    return tuple(one.limit(RARE + 1) for one in lists)
+
+
+@lru_cache(512)
+def _of_few(form: Form, by: _By) -> Select[*tuple[Any, ...]]:
+    """Of each combination of traits that fits, the ids of as many releases as a page has; nothing when many fit.
+
+    One text for each: an aggregate is what both databases can make of an ordered and limited part of an index.
+    """
+    fitting = conditions.fitting(form).limit(FEW + 1).cte("fitting")
+    count = select(func.count()).select_from(fitting).scalar_subquery()
+    entries = by.select(by.release_id.label("id")).where(by.traits_id == fitting.c.id, *conditions.on_release(form))
+    entries = by.page(entries).correlate(fitting).subquery("entries")
+    ids = select(func.aggregate_strings(cast(entries.c.id, String), ",")).scalar_subquery()
+    return select(case((count <= FEW, ids))).select_from(fitting)
+
+
+@lru_cache(512)
+def _of_all(form: Form, by: _By) -> Select[*tuple[Any, ...]]:
+    """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
+    entries = by.select(by.key, by.release_id).where(
+        (by.traits_id + 0).in_(conditions.fitting(form)), *conditions.on_release(form)
+    )
+    return by.page(entries)
+
+
+@lru_cache(512)
+def _among_rare(form: Form, by: _By) -> Select[*tuple[Any, ...]]:
+    entries = by.select(by.key, by.release_id).where(_release.traits_id.in_(conditions.fitting(form)))
+    return by.page(entries.where(_release.id.in_(_IDS), *conditions.on_release(form)))
+
+
+@lru_cache(64)
+def _among(by: _By) -> Select[*tuple[Any, ...]]:
+    return by.page(by.select(by.key, by.release_id).where(by.release_id.in_(_IDS)))

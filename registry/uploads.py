@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from registry.access import Role, may_read, permit
 from registry.audit import Actor
-from registry.db import insert_if_absent
+from registry.db import insert_if_absent, rely_on_blobs
 from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.manifest import ManifestFile, check_path, refuse_pickle
 from registry.models import Blob, BlobHolder, Upload
@@ -145,7 +145,11 @@ def receive(
 
 
 def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Digest, path: Path, *, move: bool) -> None:
-    """Puts a verified file into the store, then its rows: a crash between the two leaves an orphan, no more."""
+    """Puts a verified file into the store, then its rows: a crash between the two leaves an orphan, no more.
+
+    It is announced first, so that no collection takes the bytes in between for garbage.
+    """
+    _announce(resources, actor, namespace, [ManifestFile(path.name, path.stat().st_size, sha256)])
     _hold(resources, actor, namespace, resources.store.put(sha256, path, move=move))
 
 
@@ -190,8 +194,22 @@ def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Dige
 
 def _hold(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:
     with resources.write() as session:
+        rely_on_blobs(session)
+        _refuse_leaving(session, [stat.sha256])
         insert_if_absent(session, Blob, sha256=stat.sha256, size_bytes=stat.size_bytes, created_at=actor.at)
         insert_if_absent(session, BlobHolder, sha256=stat.sha256, namespace=namespace)
+
+
+def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
+    """What a collection is about to remove must be gone before it can come again."""
+    leaving = select(Blob.sha256).where(Blob.sha256.in_(digests), Blob.removing_at.is_not(None)).limit(1)
+    if (found := session.scalar(leaving)) is not None:
+        raise Unavailable(
+            "blob_leaving",
+            f"The unused blob {found} is being removed.",
+            subject=found,
+            next_step="Try again in a moment; when it stays like this, run `adaptory gc` again.",
+        )
 
 
 def _is_stored(resources: Resources, file: ManifestFile) -> bool:
@@ -210,6 +228,8 @@ def _announce(
     expires_at = actor.at + timedelta(seconds=resources.settings.upload_expires_s)
     mine = select(Upload).where(Upload.namespace == namespace, Upload.sha256.in_([file.sha256 for file in files]))
     with resources.write() as session:
+        rely_on_blobs(session)
+        _refuse_leaving(session, [file.sha256 for file in files])
         before = {row.sha256 for row in session.scalars(mine)}
         _refuse_too_many(session, actor, len(files) - len(before), resources.settings.max_open_uploads)
         for file in files:

@@ -97,6 +97,9 @@ def _uploads() -> None:
     op.create_index("ix_uploads_created_by", "uploads", ["created_by"])
     op.create_index("ix_uploads_expires_at", "uploads", ["expires_at"])
     op.create_index("ix_uploads_sha256", "uploads", ["sha256"])
+    with op.batch_alter_table("blobs") as table:
+        table.add_column(sa.Column("removing_at", WHEN, nullable=True))
+        table.add_column(sa.Column("removing_by", sa.String(length=32), nullable=True))
     op.create_table(
         "blob_holders",
         sa.Column("sha256", sa.String(length=64), nullable=False),
@@ -208,10 +211,11 @@ def _search() -> None:
     op.drop_index("ix_releases_compatible", "releases")
     op.drop_index("ix_releases_repository_order", "releases")
     op.create_index("ix_releases_repository_order", "releases", ["repository_id", "sort_key", "stable", "yanked"])
-    op.create_index("ix_releases_traits_newest", "releases", ["traits_id", "id", *ASKED])
+    op.create_index("ix_releases_traits_newest", "releases", ["traits_id", "id", *ASKED, "sort_key"])
     op.create_index("ix_releases_traits_version", "releases", ["traits_id", "sort_key", "id", *ASKED])
-    op.create_index("ix_releases_newest", "releases", ["id", "traits_id", *ASKED])
+    op.create_index("ix_releases_newest", "releases", ["id", "traits_id", *ASKED, "sort_key"])
     op.create_index("ix_releases_version", "releases", ["sort_key", "id", "traits_id", *ASKED])
+    op.create_index("ix_releases_size", "releases", ["size_bytes", "traits_id"])
     op.create_index("ix_scores_best", "scores", ["suite_id", "metric", "value", "release_id"])
     op.create_index("ix_scores_traits_best", "scores", ["suite_id", "metric", "traits_id", "value", "release_id"])
     op.create_index("ix_bases_derived_from", "bases", ["derived_from"])

@@ -67,13 +67,19 @@ class Repository(Row):
 
 
 class Blob(Row):
-    """Bytes that were verified and that at least one revision may name."""
+    """Bytes that were verified and that at least one revision may name.
+
+    `removing_at` is set when a collection has decided to remove them, `removing_by` names its run: nobody may come to
+    rely on them any more, and they can be sent again once the row is gone.
+    """
 
     __tablename__ = "blobs"
 
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    removing_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    removing_by: Mapped[str | None] = mapped_column(String(32))
 
 
 class BlobHolder(Row):
@@ -192,10 +198,11 @@ class Release(Row):
         Index("ix_releases_repository_order", "repository_id", "sort_key", "stable", "yanked"),
         # In the order of each sort, of those with the same traits and of all; `id` is the order of publication. They
         # cover what else a search asks, so that only the page's rows are read whole.
-        Index("ix_releases_traits_newest", "traits_id", "id", *_ASKED),
+        Index("ix_releases_traits_newest", "traits_id", "id", *_ASKED, "sort_key"),
         Index("ix_releases_traits_version", "traits_id", "sort_key", "id", *_ASKED),
-        Index("ix_releases_newest", "id", "traits_id", *_ASKED),
+        Index("ix_releases_newest", "id", "traits_id", *_ASKED, "sort_key"),
         Index("ix_releases_version", "sort_key", "id", "traits_id", *_ASKED),
+        Index("ix_releases_size", "size_bytes", "traits_id"),
     )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)

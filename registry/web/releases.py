@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Response
 
 from registry import compositions, publishing, releases, repositories
 from registry.errors import NotFound
-from registry.http.pages import Cursor, Limit, decode_cursor, page
+from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import ResourcesOf
 from registry.http.rules import Caller, Publisher, Reader, Releaser
 from registry.manifest import ManifestFile
@@ -25,8 +25,9 @@ from registry.schemas.catalog import (
     YankIn,
 )
 from registry.web.blobs import file_response
+from registry.web.documents import json_response, release_documents, release_view
 from registry.web.repository import KindOf, RepositoryOf
-from registry.web.views import release_page, release_view, repository_page
+from registry.web.views import repository_page
 
 repository_routes = APIRouter(tags=["releases"])
 """Mounted once under /v1/adapters and once under /v1/models."""
@@ -73,15 +74,16 @@ def publish(
         return PublishedOut(release=view, created=published.created, warnings=[f.to_json() for f in published.warnings])
 
 
-@repository_routes.get("/{namespace}/{name}/releases")
+@repository_routes.get("/{namespace}/{name}/releases", response_model=Page[ReleaseOut])
 def list_releases(
     named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
-) -> Page[ReleaseOut]:
+) -> Response:
     """The highest version first."""
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
-        return page(release_page(session, rows), limit, [row.sort_key for row in rows])
+        items = release_documents(session, [row.id for row in rows[:limit]])
+    return json_response({"items": items, "next": encode_cursor(rows[limit - 1].sort_key) if rows[limit:] else None})
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}")

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from types import NoneType
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
-from pydantic_core import to_json
 
-from composer.formats.serving import parse_profile
+from composer.formats.serving import Profile, loads, parse_profile
 from registry import resolve, search
 from registry.access import Role, permit
+from registry.descriptions import Description, describe
 from registry.errors import Usage
 from registry.http.pages import decode_cursor, encode_cursor
 from registry.http.request import ResourcesOf
@@ -19,11 +19,10 @@ from registry.names import parse_part, parse_reference, parse_repository
 from registry.repositories import Kind
 from registry.resolve import Located
 from registry.schemas import MAX_INT64, Page
-from registry.schemas.catalog import BaseRef
-from registry.schemas.search import FoundOut, LoadingOut, RelatedOut, ResolvedOut, SearchIn
+from registry.schemas.search import FoundOut, ResolvedOut, SearchIn
 from registry.search import Found, Order, Place
 from registry.suites import parse_condition
-from registry.web.views import release_page
+from registry.web.documents import Json, files_of, json_response, release_document
 
 router = APIRouter(prefix="/v1", tags=["search"])
 
@@ -31,17 +30,16 @@ router = APIRouter(prefix="/v1", tags=["search"])
 @router.get("/releases", response_model=Page[FoundOut])
 def search_releases(query: Annotated[SearchIn, Query()], resources: ResourcesOf, actor: Caller) -> Response:
     """Releases across repositories that meet every condition: of what the caller may read."""
-    order = Order(query.sort, query.limit + 1, _place(query))
+    wanted, order = _wanted(query), Order(query.sort, query.limit + 1, _place(query))
     with resources.read() as session:
-        base, found = search.search(session, actor, _wanted(query), order)
-        more, found = len(found) > query.limit, found[: query.limit]
-        asked = BaseRef(digest=base.digest, name=base.name) if base else None
+        found = search.search(session, actor, wanted, order)
+        places = found.places[: query.limit]
         items = [
-            FoundOut.model_construct(**dict(release), related=_related(asked, one), loads_in=_loading(one))
-            for one, release in zip(found, release_page(session, [one.release for one in found]), strict=True)
+            release_document(one) | _remarks(one, found, wanted.loads_in)
+            for one in describe(session, [place.release_id for place in places])
         ]
-    answer = Page(items=items, next=_cursor(query, found[-1].place) if more else None)
-    return Response(answer.model_dump_json(), media_type="application/json")
+    following = _cursor(query, places[-1]) if len(found.places) > len(places) else None
+    return json_response({"items": items, "next": following})
 
 
 @router.get("/resolve", response_model=ResolvedOut)
@@ -50,10 +48,10 @@ def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: Res
     permit(actor, Role.READER, reference.repository.namespace)
     with resources.read() as session:
         found = resolve.locate(session, reference)
-    return Response(to_json(_resolved(found)), media_type="application/json")
+    return json_response(_resolved(found))
 
 
-def _resolved(found: Located) -> dict[str, Any]:
+def _resolved(found: Located) -> Json:
     """As ResolvedOut, from columns checked when they were written: to validate them costs more than to read them."""
     row = found.row
     release = {
@@ -65,7 +63,7 @@ def _resolved(found: Located) -> dict[str, Any]:
         "yanked": row.yanked,
         "yank_reason": row.yank_reason,
         "size_bytes": row.size_bytes,
-        "files": json.loads(row.manifest)["files"],
+        "files": files_of(row.manifest),
     }
     return {"release": release, "warning": found.warning}
 
@@ -128,9 +126,13 @@ def _place(query: SearchIn) -> Place | None:
     return Place(key, release_id)
 
 
-def _related(asked: BaseRef | None, found: Found) -> RelatedOut | None:
-    return RelatedOut(base=asked, relation=found.relation) if asked and found.relation else None
-
-
-def _loading(found: Found) -> LoadingOut | None:
-    return LoadingOut(**found.loading.to_json()) if found.loading else None
+def _remarks(described: Description, found: Found, profile: Profile | None) -> Json:
+    """What FoundOut has besides a release: is it for another base than asked for, and does the server load it?"""
+    row = described.release
+    related = loading = None
+    if found.base and (relation := found.relations[row.base_digest]):
+        digest, name = found.base
+        related = {"base": {"digest": digest, "name": name}, "relation": relation}
+    if profile:
+        loading = loads(row.servers, row.loading, row.rank_max or 0, profile).to_json()
+    return {"related": related, "loads_in": loading}

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from composer.formats.serving import SERVERS
-from registry import bases, releases, repositories, resolve, suites
+from registry import bases, repositories, resolve, suites
 from registry.db import Session
 from registry.models import (
     AuditRow,
@@ -12,72 +11,18 @@ from registry.models import (
     Composition,
     Job,
     Move,
-    Release,
-    ReleaseInput,
     Repository,
-    RevisionFile,
     Score,
     Suite,
 )
 from registry.schemas.catalog import (
-    AdapterFactsOut,
     BaseOut,
     BaseRef,
-    FileRow,
-    InputOut,
-    ModelFactsOut,
-    Provenance,
-    Refusal,
-    ReleaseOut,
     RepositoryOut,
     TensorRow,
 )
 from registry.schemas.quality import ChannelOut, GateResultOut, MoveOut, ScoreOut, SuiteOut
 from registry.schemas.work import AuditOut, CompositionOut, JobOut, ResultRow, StepOut
-
-
-def release_page(session: Session, rows: Sequence[Release]) -> list[ReleaseOut]:
-    """Three more queries for the whole page, however long it is."""
-    scores = suites.scores_of_releases(session, [row.id for row in rows])
-    files, inputs = releases.files_of(session, *rows), releases.inputs_of(session, *rows)
-    return [_release_view(row, scores[row.id], files[row.revision_id], inputs[row.id]) for row in rows]
-
-
-def release_view(session: Session, row: Release) -> ReleaseOut:
-    return release_page(session, [row])[0]
-
-
-def _release_view(
-    row: Release, scores: Sequence[Score], files: Sequence[RevisionFile], inputs: Sequence[tuple[ReleaseInput, Release]]
-) -> ReleaseOut:
-    adapter = row.repository.kind == repositories.Kind.ADAPTER
-    return ReleaseOut(
-        repository=str(repositories.name_of(row.repository)),
-        kind=row.repository.kind,
-        version=row.version,
-        commit=row.revision.commit,
-        base=BaseRef(digest=row.base_digest, name=row.base.name),
-        adapter=AdapterFactsOut(**row.facts) if adapter else None,
-        model=None if adapter else ModelFactsOut(**row.facts),
-        scores=[score_view(score) for score in scores],
-        yanked=row.yanked,
-        yank_reason=row.yank_reason,
-        notes=row.notes,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        files=[FileRow(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256) for file in files],
-        inputs=[_input_view(link, source) for link, source in inputs],
-        provenance=Provenance(**row.provenance),
-        servers=[server for bit, server in enumerate(SERVERS) if row.servers >> bit & 1],
-        loading={server: Refusal(**told) for server, told in row.loading.items()},
-        signed_by=row.signed_by,
-        breaking_reason=row.breaking_reason,
-    )
-
-
-def _input_view(link: ReleaseInput, source: Release) -> InputOut:
-    name = str(repositories.name_of(source.repository))
-    return InputOut(repository=name, version=source.version, commit=source.revision.commit, weight=link.weight)
 
 
 def score_view(row: Score) -> ScoreOut:

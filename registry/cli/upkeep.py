@@ -1,0 +1,88 @@
+"""Keeping a registry whole: gc and fsck. They work on the database and the store themselves, beside running servers."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import load_settings
+from registry.cli.render import JsonFlag
+from registry.errors import Usage
+
+if TYPE_CHECKING:
+    from registry.resources import Resources
+
+
+def register(root: typer.Typer) -> None:
+    for command in (gc, fsck):
+        root.command()(command)
+
+
+def gc(
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Keep what is younger; a push must not take longer than this.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the blobs.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Remove unfinished uploads and blobs that no release names. Safe while others push and pull."""
+    from registry.upkeep import collect
+
+    with _own_resources() as resources:
+        found = collect(resources, grace=timedelta(hours=grace_hours), dry_run=dry_run)
+    told = {
+        "blobs": found.blobs,
+        "size_bytes": found.size_bytes,
+        "unfinished": found.unfinished,
+        "dry_run": dry_run,
+    }
+    verb = "would remove" if dry_run else "removed"
+    size = render.size(found.size_bytes)
+    render.document(
+        told, json, lambda: print(f"{verb} {found.blobs:,} blobs ({size}), {found.unfinished:,} unfinished uploads")
+    )
+
+
+def fsck(
+    full: Annotated[bool, typer.Option("--full", help="Read and hash every blob, not only ask for its size.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Check that the registry keeps its promises; changes nothing. Exits 1 when one is broken."""
+    from registry import fsck as promises
+
+    with _own_resources() as resources, render.progress("fsck", promises.count(resources), counts=True) as done:
+        findings = promises.check(resources, read_bytes=full, progress=done)
+    broken = [finding for finding in findings if finding.severity == "error"]
+    told = {"clean": not broken, "findings": [finding.to_json() for finding in findings]}
+
+    def show() -> None:
+        for finding in findings:
+            print(f"{finding.severity}: {finding.message}")
+        print(f"{len(broken):,} broken promises" if broken else "clean")
+
+    render.document(told, json, show)
+    if broken:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _own_resources() -> "Generator[Resources]":
+    """Of the registry whose database and store this machine reaches; a URL would not do."""
+    from registry.resources import open_resources
+
+    settings = load_settings()
+    if settings.url:
+        raise Usage(
+            "not_remote",
+            "This command needs the registry's database and store.",
+            subject="ADAPTORY_URL",
+            next_step="Run it where the server runs, without ADAPTORY_URL.",
+        )
+    resources = open_resources(settings)
+    try:
+        yield resources
+    finally:
+        resources.close()

@@ -1,0 +1,220 @@
+"""Does the registry keep its promises? Reads everything, changes nothing, and names what is broken.
+
+Every file of every revision lies in the store, whole; a commit is the hash of its manifest; a channel stands where its
+last move put it and its moves follow one another; every release and every move has its audit row.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from sqlalchemy import Select, func, select, text
+from sqlalchemy.orm import Session, selectinload
+
+from composer.findings import Finding, Severity
+from registry.audit import Act
+from registry.errors import RegistryError
+from registry.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.models import AuditRow, Blob, BlobHolder, Channel, Move, Release, Repository, Revision, RevisionFile
+from registry.names import Digest
+from registry.releases import full_name
+from registry.resources import Resources
+
+Progress = Callable[[int], None]
+T = TypeVar("T")
+_BATCH = 500
+_BLOCK_BYTES = 1 << 20
+_PARALLEL = 8
+
+
+def check(resources: Resources, *, read_bytes: bool = False, progress: Progress = lambda _count: None) -> list[Finding]:
+    """Errors are broken promises; notices are leftovers that a collection will remove.
+
+    `read_bytes` hashes every blob instead of asking for its size alone. `progress` counts what was checked.
+    """
+    with resources.read() as session:
+        findings = [*_check_database(session)]
+    for step in (_check_revisions, _check_channels, _check_releases):
+        with resources.read() as session:
+            findings += step(session, progress)
+    findings += _check_blobs(resources, read_bytes=read_bytes, progress=progress)
+    findings += _find_orphans(resources)
+    return findings
+
+
+def count(resources: Resources) -> int:
+    """How much `check` will report as progress."""
+    with resources.read() as session:
+        tables = (Blob, Revision, Channel, Release)
+        return sum(session.scalar(select(func.count()).select_from(table)) or 0 for table in tables)
+
+
+def _check_database(session: Session) -> Iterator[Finding]:
+    if session.get_bind().dialect.name != "sqlite":  # PostgreSQL checks its constraints and its pages itself
+        return
+    for row in session.execute(text("PRAGMA foreign_key_check")).all():
+        yield _error(
+            "dangling", str(row[0]), f"Row {row[1]} of {row[0]} refers to a row of {row[2]} that is not there."
+        )
+    for (told,) in session.execute(text("PRAGMA quick_check")).all():
+        if told != "ok":
+            yield _error("database_damaged", "registry.db", str(told))
+
+
+def _check_revisions(session: Session, progress: Progress) -> Iterator[Finding]:
+    query = select(Revision).options(selectinload(Revision.files)).order_by(Revision.id)
+    names = {row.id: f"{row.namespace}/{row.name}" for row in session.scalars(select(Repository))}
+    for revision in _stream(session, query):
+        subject = f"{names[revision.repository_id]}#{revision.commit[:12]}"
+        files = [ManifestFile(file.path, file.size_bytes, Digest(file.sha256)) for file in revision.files]
+        manifest = revision.manifest.encode()
+        if commit_id(manifest) != revision.commit or not files or canonical_manifest(files) != manifest:
+            yield _error("commit_differs", subject, f"The manifest of {subject} is not what its commit says.")
+        progress(1)
+    leaving = select(RevisionFile.path, Blob.sha256).join(Blob, Blob.sha256 == RevisionFile.sha256)
+    for path, sha256 in session.execute(leaving.where(Blob.removing_at.is_not(None))):
+        yield _error("blob_leaving", path, f"{path} ({sha256[:12]}) is being removed although a release names it.")
+    unheld = (
+        select(Repository.namespace, RevisionFile.path, RevisionFile.sha256)
+        .join(Revision, Revision.id == RevisionFile.revision_id)
+        .join(Repository, Repository.id == Revision.repository_id)
+        .outerjoin(
+            BlobHolder, (BlobHolder.sha256 == RevisionFile.sha256) & (BlobHolder.namespace == Repository.namespace)
+        )
+        .where(BlobHolder.sha256.is_(None))
+    )
+    for namespace, path, sha256 in session.execute(unheld):
+        yield _error("blob_not_held", path, f"{namespace} names {path} ({sha256[:12]}) without holding its bytes.")
+
+
+def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:
+    for channel, repository in session.execute(
+        select(Channel, Repository).join(Repository, Repository.id == Channel.repository_id).order_by(Channel.id)
+    ).all():
+        subject = f"{repository.namespace}/{repository.name}@{channel.name}"
+        query = select(Move).where(Move.channel_id == channel.id).order_by(Move.id)
+        moves = session.scalars(query.options(selectinload(Move.to_release))).all()
+        yield from _check_moves(subject, channel, moves)
+        yield from _check_told(session, subject, {move.id for move in moves})
+        progress(1)
+
+
+def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Iterator[Finding]:
+    """The history is one chain: each move starts where the one before it ended."""
+    if (moves[-1].id if moves else None) != channel.move_id:
+        yield _error("channel_adrift", subject, f"{subject} does not stand where its last move put it.")
+    served, seen = None, set[int]()
+    for move in moves:
+        if move.from_release_id != served:
+            yield _error("history_broken", subject, f"Move {move.id} of {subject} does not follow the one before it.")
+        if move.below_id is not None and move.below_id not in seen:
+            yield _error(
+                "history_broken", subject, f"Move {move.id} of {subject} returns to a move that is not its own."
+            )
+        if move.to_release.repository_id != channel.repository_id:
+            yield _error("history_broken", subject, f"Move {move.id} of {subject} serves another repository's release.")
+        served = move.to_release_id
+        seen.add(move.id)
+
+
+def _check_told(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
+    acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK)
+    rows = session.scalars(select(AuditRow).where(AuditRow.subject == subject, AuditRow.act.in_(acts))).all()
+    told = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
+    if sorted(move for move in told if move is not None) != sorted(moves):
+        yield _error("audit_differs", subject, f"The audit rows of {subject} are not those of its moves.")
+
+
+def _check_releases(session: Session, progress: Progress) -> Iterator[Finding]:
+    told = set(session.scalars(select(AuditRow.subject).where(AuditRow.act == Act.RELEASE_PUBLISH)))
+    for release in _stream(session, select(Release).order_by(Release.id)):
+        name = full_name(release)
+        if name not in told:
+            yield _error("audit_differs", name, f"No audit row says who published {name}.")
+        if release.rank_max != release.facts.get("rank_max") or release.type != release.facts.get("type"):
+            yield _error("facts_differ", name, f"The columns of {name} are not its facts.")
+        progress(1)
+
+
+def _check_blobs(resources: Resources, *, read_bytes: bool, progress: Progress) -> Iterator[Finding]:
+    """Asks the store of a batch at a time, outside any transaction."""
+
+    def look(blob: Blob) -> Finding | None:
+        found = _look(resources, blob, read_bytes=read_bytes)
+        progress(1)
+        return found
+
+    after = ""
+    with ThreadPoolExecutor(_PARALLEL, "fsck") as pool:
+        while True:
+            with resources.read() as session:
+                query = select(Blob).where(Blob.sha256 > after, Blob.removing_at.is_(None)).order_by(Blob.sha256)
+                batch = list(session.scalars(query.limit(_BATCH)))
+            if not batch:
+                return
+            after = batch[-1].sha256
+            for finding in pool.map(look, batch):
+                if finding is not None:
+                    yield _with_names(resources, finding)
+
+
+def _look(resources: Resources, blob: Blob, *, read_bytes: bool) -> Finding | None:
+    sha256 = Digest(blob.sha256)
+    try:
+        stat = resources.store.stat(sha256)
+        if stat is None:
+            return _error("blob_missing", sha256, f"The store has no blob {sha256}.")
+        if stat.size_bytes != blob.size_bytes:
+            return _error("blob_corrupt", sha256, f"The blob {sha256} has {stat.size_bytes:,} bytes in the store.")
+        if read_bytes and _digest(resources, sha256) != sha256:
+            return _error("blob_corrupt", sha256, f"The bytes of the blob {sha256} are damaged.")
+    except RegistryError as error:
+        return _error("blob_unreadable", sha256, f"The blob {sha256} cannot be read: {error.detail}")
+    return None
+
+
+def _digest(resources: Resources, sha256: Digest) -> str:
+    digest = hashlib.sha256()
+    with resources.store.open(sha256) as source:
+        while block := source.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _with_names(resources: Resources, finding: Finding) -> Finding:
+    """Says which files of which releases are hit: a digest tells nobody what to restore."""
+    query = (
+        select(Repository.namespace, Repository.name, Release.version, RevisionFile.path)
+        .join(Release, Release.repository_id == Repository.id)
+        .join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
+        .where(RevisionFile.sha256 == finding.subject)
+        .limit(5)
+    )
+    with resources.read() as session:
+        named = [f"{path} of {namespace}/{name}:{version}" for namespace, name, version, path in session.execute(query)]
+    if not named:
+        return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} No release names it.")
+    return Finding(finding.code, finding.severity, finding.subject, f"{finding.message} It is {'; '.join(named)}.")
+
+
+def _find_orphans(resources: Resources) -> Iterator[Finding]:
+    stats = resources.store.iterate()
+    orphans = size_bytes = 0
+    while batch := list(islice(stats, _BATCH)):
+        with resources.read() as session:
+            known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_([stat.sha256 for stat in batch]))))
+        unknown = [stat for stat in batch if stat.sha256 not in known]
+        orphans, size_bytes = orphans + len(unknown), size_bytes + sum(stat.size_bytes for stat in unknown)
+    if orphans:
+        message = f"{orphans:,} blobs ({size_bytes:,} bytes) in the store are no release's; `adaptory gc` removes them."
+        yield Finding("orphans", Severity.NOTICE, "store", message)
+
+
+def _stream(session: Session, query: Select[T]) -> Iterable[T]:
+    return session.scalars(query.execution_options(yield_per=_BATCH))
+
+
+def _error(code: str, subject: str, message: str) -> Finding:
+    return Finding(code, Severity.ERROR, subject, message)

@@ -1,0 +1,119 @@
+"""Collect what nobody refers to: unfinished uploads, unused blobs, bytes without a row. Safe while others push.
+
+A blob leaves in three steps: its row is marked in a transaction that checks again that nothing refers to it, then its
+bytes go, then its row. Between the first and the last nobody can come to rely on it, so a crash leaves a marked row,
+which the next collection finishes.
+"""
+
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+
+from sqlalchemy import ColumnElement, and_, delete, exists, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from registry import uploads
+from registry.db import collect_blobs
+from registry.models import Blob, RevisionFile, Upload
+from registry.names import Digest
+from registry.resources import Resources
+from registry.storage.blobs import BlobStat
+
+LEASE = timedelta(hours=1)
+"""How long a collection may take over one batch before another one takes it for dead."""
+_BATCH = 500
+_UNTRACKED = {"synchronize_session": False}
+
+
+@dataclass(slots=True)
+class Collected:
+    """`unfinished` are uploads and scratch files of processes that died."""
+
+    blobs: int = 0
+    size_bytes: int = 0
+    unfinished: int = 0
+
+
+def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) -> Collected:
+    """Removes what has been unused for `grace`; with `dry_run` only counts the blobs.
+
+    The grace is what a push may take between the check that a blob is there and the release that names it.
+    """
+    now, run = resources.clock(), uuid.uuid4().hex
+    before = now - grace
+    found = Collected()
+    if dry_run:
+        with resources.read() as session:
+            unused = list(session.execute(select(Blob.sha256, Blob.size_bytes).where(*_unused(before, now))))
+        orphans = [stat for batch in _orphans(resources, before) for stat in batch]
+        return Collected(len(unused) + len(orphans), sum(row[1] for row in unused) + sum(o.size_bytes for o in orphans))
+    found.unfinished = uploads.sweep(resources, now)
+    while claimed := _claim(resources, run, before, now, min(grace, LEASE)):
+        _remove(resources, run, claimed, found)
+    for batch in _orphans(resources, before):
+        claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
+        _remove(resources, run, claimed, found)
+    return found
+
+
+def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:
+    return (
+        Blob.created_at < before,
+        ~exists().where(RevisionFile.sha256 == Blob.sha256),
+        ~exists().where(Upload.sha256 == Blob.sha256, Upload.expires_at >= now),
+    )
+
+
+def _claim(resources: Resources, run: str, before: datetime, now: datetime, lease: timedelta) -> dict[Digest, int]:
+    """Marks the next unused blobs, and those that a collection marked and did not finish, as this run's to remove."""
+    with resources.write() as session:
+        collect_blobs(session)
+        free = or_(
+            and_(Blob.removing_at.is_(None), *_unused(before, now)),
+            and_(Blob.removing_at <= now - lease, Blob.removing_by != run),
+        )
+        chosen = select(Blob.sha256).where(free).limit(_BATCH)
+        marked = update(Blob).where(Blob.sha256.in_(chosen)).values(removing_at=now, removing_by=run)
+        rows = session.execute(marked.returning(Blob.sha256, Blob.size_bytes), execution_options=_UNTRACKED).all()
+    return {Digest(sha256): size_bytes for sha256, size_bytes in rows}
+
+
+def _orphans(resources: Resources, before: datetime) -> Iterator[list[BlobStat]]:
+    """Bytes that have been in the store for longer than the grace and have no row, a batch at a time."""
+    old = (stat for stat in resources.store.iterate() if stat.written_at < before)
+    while batch := list(islice(old, _BATCH)):
+        with resources.read() as session:
+            known = _known(session, [stat.sha256 for stat in batch])
+        if orphans := [stat for stat in batch if stat.sha256 not in known]:
+            yield orphans
+
+
+def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Digest, int]) -> dict[Digest, int]:
+    """Gives them a marked row, unless somebody announced or completed the same bytes meanwhile."""
+    with resources.write() as session:
+        collect_blobs(session)
+        announced = select(Upload.sha256).where(Upload.sha256.in_(sizes), Upload.expires_at >= now)
+        taken = _known(session, sizes) | set(session.scalars(announced))
+        claimed = {sha256: size_bytes for sha256, size_bytes in sizes.items() if sha256 not in taken}
+        rows = [
+            {"sha256": sha256, "size_bytes": size_bytes, "created_at": now, "removing_at": now, "removing_by": run}
+            for sha256, size_bytes in claimed.items()
+        ]
+        if rows:
+            session.execute(insert(Blob), rows)
+    return claimed
+
+
+def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: Collected) -> None:
+    for sha256 in claimed:
+        resources.store.delete(sha256)
+    with resources.write() as session:
+        session.execute(delete(Blob).where(Blob.sha256.in_(claimed), Blob.removing_by == run))
+    found.blobs += len(claimed)
+    found.size_bytes += sum(claimed.values())
+
+
+def _known(session: Session, digests: Iterable[Digest]) -> set[str]:
+    return set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(list(digests)))))
