@@ -126,10 +126,12 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
     if row.expires_at is not None and row.expires_at <= now:
         raise _invalid("has expired")
     mints = row.scope == WHOLE and row.expires_at is None
-    return Caller(row.user, row.id, _grants(namespaces.roles_of(session, row.user), row.scope), mints, row.expires_at)
+    return Caller(
+        row.user, row.id, effective_grants(namespaces.roles_of(session, row.user), row.scope), mints, row.expires_at
+    )
 
 
-def _grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
+def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
     """In each namespace the lower of the user's role and the token's."""
     found: dict[str, str] = {}
     everywhere = roles.get(EVERYWHERE)

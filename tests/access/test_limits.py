@@ -1,0 +1,106 @@
+"""How much one caller may ask for: headers, bodies, requests, uploads at a time."""
+
+import threading
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from registry.client.inprocess import InProcessTransport
+from registry.resources import open_resources
+from registry.settings import Settings
+from registry.web.app import create_app
+from tests.access.house import House, build_house
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+    house = build_house(tmp_path_factory.mktemp("house"))
+    yield house
+    house.close()
+
+
+def limited(furnished: House, **limits: object) -> House:
+    """The same registry behind a server with these limits."""
+    home = furnished.resources.settings.home_directory
+    resources = open_resources(Settings(home=home, access_cache_s=0, **limits))  # type: ignore[arg-type]
+    transport = InProcessTransport(create_app(resources, tokens=True))
+    return House(resources, furnished.things, furnished.secrets, furnished.ids, transport)
+
+
+def test_headers_that_are_too_long_are_answered_431(furnished: House) -> None:
+    house = limited(furnished, max_header_bytes=4000)
+    assert house.ask("reader", "GET", "/v1/whoami", headers={"X-Long": "x" * 1000}).status_code == 200
+    answer = house.ask("reader", "GET", "/v1/whoami", headers={"X-Long": "x" * 5000})
+    assert (answer.status_code, answer.json()["code"]) == (431, "headers_too_large")
+    assert house.ask("reader", "GET", "/v1/adapters?cursor=" + "x" * 5000).status_code == 431
+    house.close()
+
+
+def test_a_document_that_is_too_long_is_answered_413_before_it_is_read(furnished: House) -> None:
+    house = limited(furnished, max_document_bytes=1000)
+    answer = house.ask("publisher", "POST", "/v1/suites", content=b"x" * 2000)
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    answer = house.ask("publisher", "POST", "/v1/suites", headers={"Content-Length": str(2**60)}, content=iter([b"{}"]))
+    assert answer.status_code == 413
+    house.close()
+
+
+def test_a_token_that_asks_too_often_is_told_when_to_come_back_and_others_are_not_held_up(furnished: House) -> None:
+    house = limited(furnished, rate_limit="5/minute")
+    assert [house.ask("reader", "GET", "/v1/whoami").status_code for _ in range(5)] == [200] * 5
+    answer = house.ask("reader", "GET", "/v1/whoami")
+    assert (answer.status_code, answer.json()["code"]) == (429, "too_many_requests")
+    assert 1 <= int(answer.headers["Retry-After"]) <= 60
+    assert house.ask("publisher", "GET", "/v1/whoami").status_code == 200
+    assert house.ask("nobody", "GET", "/v1/whoami").status_code == 200
+    assert all(house.ask("reader", "GET", "/healthz").status_code == 200 for _ in range(10))
+    house.close()
+
+
+def test_a_token_that_does_not_exist_is_counted_too(furnished: House) -> None:
+    house = limited(furnished, rate_limit="3/minute")
+    house.secrets["guess"] = "adp_aaaaaaaaaaaa_" + "0" * 72
+    codes = [house.ask("guess", "GET", "/v1/whoami").status_code for _ in range(5)]
+    assert codes == [401, 401, 401, 429, 429]
+    house.close()
+
+
+def test_uploads_at_a_time_are_limited_by_token_and_free_again_when_they_end(furnished: House) -> None:
+    house = limited(furnished, max_concurrent_uploads=1)
+    things = house.things["acme"]
+    path = f"/v1/blobs/{things.announced}?upload={things.upload_id}"
+    began, go_on = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        yield b"acm"
+        began.set()
+        go_on.wait(20)
+        yield b"e!"
+
+    answers: list[httpx2.Response] = []
+
+    def send() -> None:
+        answers.append(house.ask("publisher", "PUT", path, content=slowly(), headers={"Content-Length": "5"}))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert began.wait(20)
+    refused = house.ask("publisher", "PUT", path, content=b"acme!")
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_uploads")
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert house.ask("admin", "PUT", path, content=b"acme!").status_code == 201
+    go_on.set()
+    thread.join(20)
+    assert [answer.status_code for answer in answers] == [201]
+    assert house.ask("publisher", "PUT", path, content=b"acme!").status_code == 201
+    house.close()
+
+
+def test_the_limits_stay_out_of_the_way_of_the_single_user(tmp_path: Path) -> None:
+    resources = open_resources(Settings(home=tmp_path, rate_limit="1/minute"))
+    transport = InProcessTransport(create_app(resources))
+    with httpx2.Client(base_url="http://localhost", transport=transport) as http:
+        assert [http.get("/v1/whoami").status_code for _ in range(5)] == [200] * 5
+    resources.close()

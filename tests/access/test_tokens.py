@@ -1,0 +1,148 @@
+"""Tokens: what they are worth, and what they cannot do."""
+
+from collections.abc import Generator
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from registry import namespaces, tokens
+from registry.access import EVERYWHERE, Role, holds
+from registry.audit import Actor
+from registry.errors import Unauthenticated
+from registry.resources import open_resources
+from registry.settings import Settings
+from registry.tokens import NewToken
+from tests.access.house import HOST, NOW, PRIVATE, House, build_house
+
+
+@pytest.fixture
+def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+    built = build_house(tmp_path_factory.mktemp("house"))
+    yield built
+    built.close()
+
+
+def test_the_secret_is_shown_once_and_lies_nowhere(house: House) -> None:
+    made = house.ask("publisher", "POST", "/v1/tokens", json={"name": "ci"})
+    assert made.status_code == 201
+    assert made.headers["Cache-Control"] == "no-store"
+    secret = made.json()["token"]
+    listed = house.ask("publisher", "GET", "/v1/tokens").json()["items"]
+    assert {row["name"] for row in listed} == {"publisher", "ci"}
+    assert secret not in str(listed)
+    house.resources.database.engine.dispose()
+    assert all(
+        secret[17:60].encode() not in path.read_bytes()
+        for path in house.resources.settings.home_directory.glob("registry.db*")
+    )
+
+
+def test_a_revoked_token_ends_at_once_and_every_other_one_goes_on(house: House) -> None:
+    assert house.ask("publisher", "GET", "/v1/whoami").status_code == 200
+    assert house.ask("publisher", "DELETE", f"/v1/tokens/{house.ids['publisher']}").status_code == 200
+    assert house.ask("publisher", "GET", "/v1/whoami").json()["code"] == "token_invalid"
+    assert house.ask("reader", "GET", "/v1/whoami").status_code == 200
+
+
+def test_nobody_revokes_the_token_of_another_but_an_admin_of_the_registry(house: House) -> None:
+    path = f"/v1/tokens/{house.ids['reader']}"
+    assert house.ask("admin", "DELETE", path).status_code == 404
+    assert house.ask("operator", "DELETE", path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda s: s[:-1], lambda s: s[:-1] + "x", lambda s: s.upper(), lambda s: s + "0", lambda _: "x"]
+)
+def test_a_mistyped_token_is_refused_without_a_look_at_the_database(house: House, spoil: object) -> None:
+    house.secrets["typo"] = spoil(house.secrets["reader"])  # type: ignore[operator]
+    answer = house.ask("typo", "GET", "/v1/whoami")
+    assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert "mistyped" in answer.json()["detail"]
+
+
+def test_a_token_with_the_right_id_and_another_secret_is_refused(house: House) -> None:
+    import zlib
+
+    body = house.secrets["reader"][:17] + "0" * 64
+    house.secrets["forged"] = f"{body}{zlib.crc32(body.encode()):08x}"
+    assert "not known" in house.ask("forged", "GET", "/v1/whoami").json()["detail"]
+
+
+def test_who_loses_a_role_loses_it_with_every_token(house: House) -> None:
+    assert house.ask("releaser", "GET", f"/v1/adapters/{PRIVATE}/sql").status_code == 200
+    gone = house.ask("admin", "PUT", f"/v1/namespaces/{PRIVATE}/members", json={"user": "releaser", "role": None})
+    assert gone.status_code == 200
+    assert house.ask("releaser", "GET", f"/v1/adapters/{PRIVATE}/sql").status_code == 404
+
+
+def test_a_token_that_is_narrowed_or_expires_makes_no_other(house: House) -> None:
+    for body in ({"scope": {PRIVATE: "publisher"}}, {"expires_in_days": 1}):
+        house.secrets["weak"] = house.ask("publisher", "POST", "/v1/tokens", json=body).json()["token"]
+        assert house.ask("weak", "GET", "/v1/whoami").status_code == 200
+        assert house.ask("weak", "POST", "/v1/tokens", json={}).status_code == 403
+
+
+def test_only_an_admin_of_the_registry_makes_a_token_for_another(house: House) -> None:
+    assert house.ask("admin", "POST", "/v1/tokens", json={"user": "operator"}).status_code == 403
+    made = house.ask("operator", "POST", "/v1/tokens", json={"user": "reader"}).json()
+    house.secrets["given"] = made["token"]
+    assert house.ask("given", "GET", "/v1/whoami").json()["grants"] == {"acme": "reader", "open": "reader"}
+
+
+def test_a_server_that_remembers_tokens_forgets_what_changes_through_it(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    from registry.client.inprocess import InProcessTransport
+    from registry.web.app import create_app
+
+    house = build_house(tmp_path_factory.mktemp("house"))
+    slow = open_resources(Settings(home=house.resources.settings.home_directory, access_cache_s=300))
+    remembering = House(slow, house.things, house.secrets, house.ids, InProcessTransport(create_app(slow, tokens=True)))
+    for caller in ("reader", "nobody"):
+        assert remembering.ask(caller, "GET", "/v1/adapters/open/sql").status_code == 200
+    remembering.ask("operator", "PUT", "/v1/namespaces/open", json={"public": False})
+    assert remembering.ask("nobody", "GET", "/v1/adapters/open/sql").status_code == 404
+    remembering.ask("operator", "DELETE", f"/v1/tokens/{house.ids['reader']}")
+    assert remembering.ask("reader", "GET", "/v1/adapters/open/sql").status_code == 401
+    remembering.close()
+    house.close()
+
+
+NAMESPACES = st.sampled_from(["acme", "open", EVERYWHERE])
+ROLE = st.sampled_from(list(Role))
+
+
+@given(roles=st.dictionaries(NAMESPACES, ROLE), scope=st.dictionaries(NAMESPACES, ROLE, min_size=1))
+def test_a_token_never_has_more_than_its_user_nor_more_than_its_scope(
+    roles: dict[str, Role], scope: dict[str, Role]
+) -> None:
+    caller = tokens.effective_grants(
+        {name: role.value for name, role in roles.items()}, {name: role.value for name, role in scope.items()}
+    )
+    acting = Actor("mia", NOW, caller)
+    whole = Actor("mia", NOW, {name: role.value for name, role in roles.items()})
+    for namespace in ("acme", "open", "elsewhere"):
+        for role in Role:
+            if holds(acting, role, namespace):
+                own = [roles[name] for name in (namespace, EVERYWHERE) if name in roles]
+                assert any(list(Role).index(one) >= list(Role).index(role) for one in own), (whole, acting)
+                limit = scope.get(namespace, scope.get(EVERYWHERE))
+                assert limit is not None
+                assert list(Role).index(limit) >= list(Role).index(role)
+
+
+def test_an_expired_token_is_refused_from_that_moment_on(tmp_path_factory: pytest.TempPathFactory) -> None:
+    resources = open_resources(Settings(home=tmp_path_factory.mktemp("home")))
+    with resources.write() as session:
+        namespaces.set_member(session, HOST, EVERYWHERE, "mia", Role.READER)
+        _, secret = tokens.create(session, HOST, NewToken("mia", "", {EVERYWHERE: Role.ADMIN}, timedelta(days=1)))
+    with resources.read() as session:
+        before = tokens.authenticate(session, secret, NOW + timedelta(days=1) - timedelta(seconds=1))
+        assert before.grants == {EVERYWHERE: "reader"}
+        with pytest.raises(Unauthenticated, match="expired"):
+            tokens.authenticate(session, secret, NOW + timedelta(days=1))
+        assert session.scalar(text("SELECT count(*) FROM audit WHERE act = 'token:create'")) == 1
+    resources.close()
