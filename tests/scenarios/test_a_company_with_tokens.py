@@ -1,0 +1,150 @@
+"""A server for many: people with roles, a private and a public namespace, and what each of them sees and may do."""
+
+import json
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.scenarios.world import Cli, World, server
+
+
+@dataclass
+class Company:
+    """`host` is the shell on the server's machine; the others are people elsewhere, with a token each."""
+
+    host: Cli
+    url: str
+    home: Path
+
+    def person(self, user: str, *scope: str) -> Cli:
+        arguments = [word for one in scope for word in ("--scope", one)]
+        token = self.host.ok("token", "create", "--user", user, *arguments).out.strip()
+        return Cli({"ADAPTORY_HOME": str(self.home / user), "ADAPTORY_URL": self.url, "ADAPTORY_TOKEN": token})
+
+    @property
+    def passer_by(self) -> Cli:
+        return Cli({"ADAPTORY_HOME": str(self.home / "nobody"), "ADAPTORY_URL": self.url})
+
+
+@pytest.fixture(params=["SQLite and a directory", "PostgreSQL and S3"])
+def company(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Company]:
+    environment = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_ACCESS_CACHE_S": "0", "ADAPTORY_USER": "host"}
+    if request.param == "PostgreSQL and S3":
+        environment |= request.getfixturevalue("s3_environment")
+        environment["ADAPTORY_DATABASE_URL"] = request.getfixturevalue("fresh_postgres")
+    host = Cli({"ADAPTORY_HOME": str(tmp_path / "server"), **environment})
+    host.ok("namespace", "grant", "*", "olga", "admin")
+    host.ok("token", "create", "--user", "olga")
+    with server(tmp_path / "server", **environment) as (url, _):
+        yield Company(host, url, tmp_path)
+
+
+def test_each_sees_and_does_what_the_role_allows_and_the_audit_says_who_it_was(
+    company: Company, world: World, tmp_path: Path
+) -> None:
+    olga = company.person("olga")
+    olga.ok("namespace", "set", "acme")
+    for user, role in {"pia": "publisher", "rolf": "releaser", "rita": "reader", "ada": "admin"}.items():
+        olga.ok("namespace", "grant", "acme", user, role)
+    pia, rolf, rita, ada = (company.person(user) for user in ("pia", "rolf", "rita", "ada"))
+    olga.ok("namespace", "grant", "elsewhere", "sven", "admin")
+    stranger, nobody = company.person("sven"), company.passer_by
+
+    pia.ok("base", "add", world.base, "--name", "tiny")
+    pushed = pia.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    assert pushed["release"]["created_by"] == "pia"
+    refused = rita("push", world.adapters["sql"], "acme/sql:1.1.0", "--base", "tiny")
+    assert (refused.code, "publisher" in refused.err) == (5, True)
+    assert pia("promote", "acme/sql:1.0.0", "--to", "prod").code == 5
+    rolf.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "first")
+    assert rolf("gate", "acme/sql@prod", "--rule", "sql-exact.accuracy>=0.5").code == 5
+    rita.ok("pull", "acme/sql@prod", "-o", tmp_path / "pulled")
+
+    for outsider in (stranger, nobody):
+        assert outsider.json("list")["items"] == []
+        assert outsider.json("search")["items"] == []
+        for command in (("show", "acme/sql"), ("log", "acme/sql"), ("pull", "acme/sql@prod", "-o", tmp_path / "no")):
+            seen, absent = outsider(*command), outsider(*[str(word).replace("acme", "acne") for word in command])
+            assert (seen.code, absent.code) == (3, 3)
+            assert seen.err.replace("acme", "acne") == absent.err
+        assert not (tmp_path / "no").exists()
+
+    ada.ok("namespace", "set", "acme", "--public")
+    nobody.ok("pull", "acme/sql@prod", "-o", tmp_path / "taken")
+    assert (tmp_path / "taken/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "pulled/adapter_model.safetensors"
+    ).read_bytes()
+    assert nobody("yank", "acme/sql:1.0.0", "--reason", "mine").code == 5
+
+    rows = [json.loads(line) for line in ada.ok("audit", "--jsonl", "--namespace", "acme").out.splitlines()]
+    did = {(row["act"], row["actor"]) for row in rows}
+    assert {("release:publish", "pia"), ("channel:promote", "rolf"), ("namespace:set", "ada")} <= did
+    assert all(
+        row["source"].startswith("127.0.0.1 adaptory/") and row["token"] for row in rows if row["actor"] == "pia"
+    )
+    assert stranger.ok("audit", "--jsonl").out.count("\n") == len(
+        [row for row in olga.json("audit")["items"] if row["namespace"] == "elsewhere"]
+    )
+    assert rita("audit").code == 5
+
+
+def test_a_rollback_is_explained_by_its_audit_row_alone(company: Company, world: World) -> None:
+    olga = company.person("olga")
+    olga.ok("base", "add", world.base, "--name", "tiny")
+    for name, version in (("sql", "1.0.0"), ("other-sql", "1.1.0")):
+        olga.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
+    olga.ok("rollback", "acme/sql@prod", "--reason", "answers are empty")
+    (row,) = olga.json("audit", "--act", "channel:rollback")["items"]
+    commits = {one["version"]: one["commit"] for one in olga.json("log", "acme/sql")["items"]}
+    assert (row["actor"], row["subject"], row["reason"]) == ("olga", "acme/sql@prod", "answers are empty")
+    assert row["before"] == {"move": 2, "version": "1.1.0", "commit": commits["1.1.0"]}
+    assert row["after"] == {"move": 3, "version": "1.0.0", "commit": commits["1.0.0"]}
+    assert row["detail"]["returns_to_move"] == 1
+    shown = olga.ok("audit", "--act", "channel:rollback").out
+    assert "version: 1.1.0 -> 1.0.0" in shown
+    assert "answers are empty" in shown
+
+
+def test_a_token_for_one_namespace_works_in_that_one_alone(company: Company, world: World) -> None:
+    olga = company.person("olga")
+    olga.ok("base", "add", world.base, "--name", "tiny")
+    for namespace in ("acme", "beta"):
+        olga.ok("push", world.adapters["sql"], f"{namespace}/sql:1.0.0", "--base", "tiny")
+    narrow = company.person("olga", "acme=reader")
+    assert [row["repository"] for row in narrow.json("list")["items"]] == ["acme/sql"]
+    assert narrow("show", "beta/sql").code == 3
+    assert narrow("yank", "acme/sql:1.0.0", "--reason", "x").code == 5
+    assert narrow.json("whoami")["grants"] == {"acme": "reader"}
+
+
+def test_knowing_the_digest_of_a_private_file_opens_nothing(company: Company, world: World) -> None:
+    olga = company.person("olga")
+    olga.ok("base", "add", world.base, "--name", "tiny")
+    release = olga.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["release"]
+    olga.ok("namespace", "grant", "elsewhere", "sven", "admin")
+    sven = company.person("sven")
+    from registry.client.api import Api
+    from registry.errors import Invalid, NotFound
+
+    api = Api(company.url, token=sven.environment["ADAPTORY_TOKEN"])
+    rows = release["files"]
+    plan = api.post("/v1/uploads", {"namespace": "elsewhere", "files": rows})
+    assert not any(row["present"] for row in plan["files"])
+    with pytest.raises(Invalid, match="were not uploaded"):
+        api.post("/v1/adapters/elsewhere/mine/releases", {"version": "1.0.0", "base": "tiny", "files": rows})
+    with pytest.raises(NotFound):
+        api.get(f"/v1/blobs/{rows[0]['sha256']}")
+    api.close()
+
+
+def test_a_server_for_many_wants_tokens_and_one_without_stays_on_loopback(tmp_path: Path) -> None:
+    alone = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
+    refused = alone("serve", "--host", "0.0.0.0")  # noqa: S104  (it must not be listened on)
+    assert refused.code == 5
+    assert "ADAPTORY_ACCESS=tokens" in refused.err
+    many = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_ACCESS": "tokens"})
+    refused = many("serve", "--host", "0.0.0.0")  # noqa: S104
+    assert refused.code == 5
+    assert "token create" in refused.err
