@@ -154,7 +154,9 @@ def _sqlite(url: URL) -> Engine:
 def _postgresql(url: URL) -> Engine:
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
-    return create_engine(url, pool_size=POOL_SIZE, pool_pre_ping=True)
+    # Compiling a plan takes 100 ms and more, which no statement of ours is long enough to win back.
+    options = f"{url.query.get('options', '')} -c jit=off"
+    return create_engine(url, pool_size=POOL_SIZE, pool_pre_ping=True, connect_args={"options": options})
 
 
 @contextmanager

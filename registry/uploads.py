@@ -4,7 +4,6 @@ A namespace holds a blob once it has sent the blob's bytes itself: knowing a dig
 """
 
 import hashlib
-import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from registry.models import Blob, BlobHolder, Upload
 from registry.names import Digest
 from registry.resources import Resources
 from registry.storage.blobs import Arrival, Arrivals, BlobStat, Part, Put
+from registry.storage.local import remove_stale
 
 _PARALLEL = 8
 _SCRATCH = ("upload-*", "inspect-*")
@@ -180,10 +180,7 @@ def sweep(resources: Resources, now: datetime) -> int:
         live = set(session.scalars(select(Upload.id)))
     removed = resources.store.sweep(before, live)
     for pattern in _SCRATCH:
-        for directory in resources.work_directory.glob(pattern):
-            if directory.stat().st_mtime < before.timestamp():
-                shutil.rmtree(directory, ignore_errors=True)
-                removed += 1
+        removed += remove_stale(resources.work_directory.glob(pattern), before)
     return removed
 
 

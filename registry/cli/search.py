@@ -15,7 +15,12 @@ def register(root: typer.Typer) -> None:
     root.command()(search)
 
 
+WIRE_NAMES = {"adapter_type": "type", "license_": "license"}
+"""Parameters of the search that have another name there, since Python has a use for theirs."""
+
+
 def search(  # noqa: PLR0913
+    context: typer.Context,
     text: Annotated[list[str] | None, typer.Argument(help="Beginnings of words of the name or the notes.")] = None,
     base: Annotated[str | None, typer.Option(help="Name, alias or digest.")] = None,
     include: Annotated[
@@ -41,41 +46,21 @@ def search(  # noqa: PLR0913
     repository: Annotated[str | None, typer.Option(metavar="REPO")] = None,
     stable: Annotated[bool, typer.Option("--stable", help="No pre-releases.")] = False,
     latest: Annotated[bool, typer.Option("--latest", help="The highest stable release of each repository.")] = False,
-    yanked: Annotated[bool, typer.Option("--include-yanked")] = False,
+    include_yanked: Annotated[bool, typer.Option("--include-yanked")] = False,
     sort: Annotated[str | None, typer.Option(help="newest, version, or suite.metric: the best first.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
     cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Releases that fit: a base, a rank, a set of targets, a server, scores."""
-    query = {
-        "text": " ".join(text or []) or None,
-        "base": base,
-        "include": include,
-        "max_rank": max_rank,
-        "min_rank": min_rank,
-        "alpha": alpha,
-        "kind": kind,
-        "type": adapter_type,
-        "variant": variant,
-        "dtype": dtype,
-        "license": license_,
-        "targets_within": targets_within,
-        "targets_include": targets_include,
-        "targets_exact": targets_exact,
-        "max_size_bytes": max_size_bytes,
-        "score": score,
-        "loads_in": loads_in,
-        "channel": channel,
-        "namespace": namespace,
-        "repository": repository,
-        "stable": stable or None,
-        "latest": latest or None,
-        "include_yanked": yanked or None,
-        "sort": sort,
+    given = {
+        WIRE_NAMES.get(name, name): value
+        for name, value in context.params.items()
+        if name != "json" and value is not None
     }
+    given["text"] = " ".join(text or []) or None
     with connected() as connection:
-        found = connection.api.get("/v1/releases", limit=limit, cursor=cursor, **query)
+        found = connection.api.get("/v1/releases", **given)
     render.document(found, json, lambda: show_releases(found["items"]))
     if found["next"] and not json:
         render.say(f"more: --cursor {found['next']}")

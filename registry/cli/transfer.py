@@ -60,7 +60,7 @@ def push(  # noqa: PLR0913
     with connected() as connection, TemporaryDirectory() as aside:
         request["base"] = _checked_base(connection, directory, base)
         files = client.collect(directory)
-        files = signed(directory, files, sign, Path(aside)) if sign else files
+        files = signed(files, sign, Path(aside)) if sign else files
         with render.progress(f"push {target}", sum(file.manifest.size_bytes for file in files)) as done:
             published = client.push(connection.api, files, reference.repository, "adapter", request, done)
         move = promote_release(connection, published["release"], channel, "", force=False) if channel else None

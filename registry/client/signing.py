@@ -12,20 +12,34 @@ from registry.names import Digest
 from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, fingerprint, open_signature, refuse_tampered
 
 
-def sign(directory: Path, paths: Sequence[str], private_key: Path, target: Path) -> str:
-    """Writes the signature over those files below `directory` (relative paths) to `target`; returns the public key.
+def signed(files: Sequence[LocalFile], private_key: Path, aside: Path) -> list[LocalFile]:
+    """The files and a new signature over all of them, which is written to the empty directory `aside`.
 
-    Raises Invalid for a key that cannot be used (an elliptic curve key in PEM, without a password, is needed).
+    The key is one of an elliptic curve, in PEM, without a password. Raises Invalid for another one, and Refused when a
+    file is no longer what was collected.
     """
+    kept = [file for file in files if file.manifest.path != SIGNATURE_FILE]
+    target, release = aside / SIGNATURE_FILE, aside / "release"
+    for file in kept:  # model-signing signs a whole directory, or names in the signature what it left out of one
+        link = release / file.manifest.path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.source.resolve())
+    public_key = _sign(release, private_key, target)
+    refuse_tampered(
+        open_signature(target.read_bytes(), [public_key]), {file.manifest.path: file.manifest.sha256 for file in kept}
+    )
+    manifest = ManifestFile(SIGNATURE_FILE, target.stat().st_size, Digest(hash_file(target)))
+    return [*kept, LocalFile(target, manifest)]
+
+
+def _sign(release: Path, private_key: Path, target: Path) -> str:
+    """Writes the signature; returns the public key in PEM."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
     from model_signing import hashing, signing
 
     hasher: Any = hashing.Config()  # the library's types are incomplete
     signer: Any = signing.Config()
-    signed = {path for path in paths if path != SIGNATURE_FILE}
-    there = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
-    others = [path for path in there if path not in signed]
-    hasher.use_file_serialization(hashing_algorithm="sha256").set_ignored_paths(paths=others, ignore_git_paths=False)
+    hasher.set_allow_symlinks(True).set_ignored_paths(paths=[SIGNATURE_FILE], ignore_git_paths=False)
     try:
         public_key = load_pem_private_key(private_key.read_bytes(), None).public_key()
         signer.use_elliptic_key_signer(private_key=private_key)
@@ -36,22 +50,8 @@ def sign(directory: Path, paths: Sequence[str], private_key: Path, target: Path)
             subject=str(private_key),
             next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
         ) from error
-    signer.set_hashing_config(hasher).sign(directory, target)
+    signer.set_hashing_config(hasher).sign(release, target)
     return public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-
-
-def signed(directory: Path, files: Sequence[LocalFile], private_key: Path, aside: Path) -> list[LocalFile]:
-    """The files with a new signature over all of them, which is written to the directory `aside`.
-
-    Raises Refused when a file is no longer what was collected.
-    """
-    target = aside / SIGNATURE_FILE
-    kept = [file for file in files if file.manifest.path != SIGNATURE_FILE]
-    digests = {file.manifest.path: file.manifest.sha256 for file in kept}
-    public_key = sign(directory, list(digests), private_key, target)
-    refuse_tampered(open_signature(target.read_bytes(), [public_key]), digests)
-    manifest = ManifestFile(SIGNATURE_FILE, target.stat().st_size, Digest(hash_file(target)))
-    return [*kept, LocalFile(target, manifest)]
 
 
 def read_public_key(path: Path) -> str:

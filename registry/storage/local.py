@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Collection, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -110,10 +110,18 @@ class LocalStore:
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
         del keep  # here an upload is one request
-        stale = [path for path in self.incoming.iterdir() if path.stat().st_mtime < before.timestamp()]
-        for path in stale:
-            path.unlink(missing_ok=True)
-        return len(stale)
+        return remove_stale(self.incoming.iterdir(), before)
+
+
+def remove_stale(paths: Iterable[Path], before: datetime) -> int:
+    """Removes files and directories last written before that moment, while their owners may be at work; how many."""
+    removed = 0
+    for path in paths:
+        with suppress(FileNotFoundError):  # its owner has finished with it
+            if path.stat().st_mtime < before.timestamp():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed += 1
+    return removed
 
 
 class _Window:

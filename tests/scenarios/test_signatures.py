@@ -16,6 +16,7 @@ from model_signing import verifying as stock_verifying
 
 from registry.client.push import collect, push
 from registry.client.signing import read_public_key, verify_directory
+from registry.client.signing import signed as signed_files
 from registry.errors import Invalid, Refused
 from registry.names import parse_repository
 from registry.signing import SIGNATURE_FILE, fingerprint, open_signature
@@ -102,6 +103,21 @@ def test_a_signed_release_is_verified_when_it_is_pulled(
     assert "trusted key" in refused.err
     assert not (tmp_path / "other").exists()
     assert cli.json("verify", "acme/sql", "--key", keys.public)["signed_by"] == release["signed_by"]
+
+
+def test_a_signature_names_what_is_released_and_no_other_file_of_the_directory(
+    world: World, keys: Keys, tmp_path: Path
+) -> None:
+    directory, aside = tmp_path / "adapter", tmp_path / "aside"
+    shutil.copytree(world.adapters["sql"], directory)
+    (directory / ".env").write_text("a secret")
+    aside.mkdir()
+    files = signed_files(collect(directory), keys.private, aside)
+    statement = base64.b64decode(json.loads(files[-1].source.read_text())["dsseEnvelope"]["payload"]).decode()
+    assert ".env" not in statement
+    assert set(open_signature(files[-1].source.read_bytes(), [keys.pem]).files) == {
+        file.manifest.path for file in files[:-1]
+    }
 
 
 def test_an_unsigned_release_is_refused_by_policy_and_by_who_verifies(

@@ -1,0 +1,262 @@
+"""Every search beside the same search over plain values, by loops that know nothing of traits, indexes and SQL.
+
+A search has several ways to its answer, so that a page costs little whatever is asked. Which one is taken must not
+matter: each is also forced upon it.
+"""
+
+import re
+import unicodedata
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from composer.formats.serving import PROFILES, Profile, parse_profile
+from registry import search
+from registry.access import EVERYWHERE
+from registry.audit import Actor
+from registry.db import Database, migrate
+from registry.names import RepositoryName
+from registry.repositories import Kind
+from registry.search import NEWEST, VERSION, Order, Query
+from registry.suites import Condition
+from tests import services
+from tests.registry.shelf import BASES, CHANNELS, METRICS, NAMESPACES, RELATIONS, SUITES, TARGETS, Item, stock
+
+NOW = datetime(2026, 2, 1, tzinfo=UTC)
+ACTORS = (
+    Actor("host", NOW, {EVERYWHERE: "admin"}),
+    Actor("reader", NOW, {"acme": "reader"}, frozenset({"open"})),
+    Actor("nobody", NOW, {}),
+)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    database: Database
+    items: list[Item]
+
+
+@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
+def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Shelf]:
+    if request.param == "SQLite":
+        database = Database(f"sqlite:///{tmp_path_factory.mktemp('shelf') / 'registry.db'}")
+        migrate(database)
+    else:
+        database = Database(services.new_database(migrated=True))
+    yield Shelf(database, stock(database))
+    database.close()
+
+
+@pytest.fixture(params=[(16, 500), (0, 0), (2, 3)], ids=["as it is", "all in order", "few are few"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    few, rare = request.param
+    monkeypatch.setattr(search, "FEW", few)
+    monkeypatch.setattr(search, "RARE", rare)
+    _forget_statements()
+    yield
+    _forget_statements()
+
+
+def _forget_statements() -> None:
+    """They have both limits in them."""
+    search._of_few.cache_clear()
+    search._rare.cache_clear()
+
+
+def maybe(values: st.SearchStrategy) -> st.SearchStrategy:
+    return st.none() | values
+
+
+def some(values: tuple) -> st.SearchStrategy:
+    return st.lists(st.sampled_from(values), max_size=3, unique=True).map(tuple)
+
+
+NAMES = tuple(sorted({name for targets in TARGETS for name in targets}))
+PROFILE_NAMES = [name for name in PROFILES if "<" not in name] + ["vllm:8", "vllm:64"]
+conditions = st.builds(
+    Condition,
+    st.sampled_from(SUITES),
+    st.sampled_from([*METRICS, "unmeasured"]),
+    st.sampled_from([">=", "<="]),
+    st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]),
+)
+queries = st.builds(
+    Query,
+    kind=st.sampled_from([Kind.ADAPTER, Kind.ADAPTER, Kind.ADAPTER, Kind.MODEL]),
+    namespace=maybe(st.sampled_from([*NAMESPACES, "nowhere"])),
+    repository=maybe(st.builds(RepositoryName, st.sampled_from(NAMESPACES), st.sampled_from(["adapter-0", "model-1"]))),
+    base=maybe(st.sampled_from([*BASES, "Hub/plain"])),
+    related=st.booleans(),
+    type=maybe(st.sampled_from(["lora", "loha", "other"])),
+    variant=maybe(st.sampled_from(["lora", "dora"])),
+    dtype=maybe(st.sampled_from(["BF16", "F32"])),
+    license=maybe(st.sampled_from(["apache-2.0", "llama3"])),
+    alpha=maybe(st.sampled_from([4.0, 8.0, 5.0])),
+    min_rank=maybe(st.sampled_from([1, 8, 16])),
+    max_rank=maybe(st.sampled_from([3, 8, 64])),
+    targets_within=some(NAMES),
+    targets_include=some(NAMES),
+    targets_exact=st.just(()) | st.sampled_from([tuple(reversed(targets)) for targets in TARGETS]),
+    max_size_bytes=maybe(st.sampled_from([1, 10, 1_000])),
+    scores=st.lists(conditions, max_size=2).map(tuple),
+    channel=maybe(st.sampled_from([*CHANNELS, "nowhere"])),
+    text=st.sampled_from(["", "", "", "tick", "TRAINED tick", "grösse", "adapter 1", "acme", "x" * 50, "zebra", "%"]),
+    loads_in=maybe(st.sampled_from(PROFILE_NAMES).map(parse_profile)),
+    explain=st.booleans(),
+    include_yanked=st.booleans(),
+    stable=st.booleans(),
+    latest=st.booleans(),
+)
+# All of that together finds nothing: most queries ask for a few things.
+FIELDS = [name for name in Query.__dataclass_fields__ if name != "kind"]
+few_things = st.builds(
+    lambda query, kept: replace(Query(kind=query.kind), **{name: getattr(query, name) for name in kept}),
+    queries,
+    st.lists(st.sampled_from(FIELDS), max_size=4, unique=True),
+)
+orders = st.sampled_from([NEWEST, VERSION, "sql-exact.accuracy", "guard.nll", "guard.unmeasured"])
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(query=few_things | queries, order=orders, actor=st.sampled_from(ACTORS), limit=st.sampled_from([1, 3, 50, 500]))
+@example(query=Query(channel="prod"), order=NEWEST, actor=ACTORS[0], limit=3)
+@example(query=Query(base="plain", related=True), order="guard.nll", actor=ACTORS[1], limit=3)
+@example(query=Query(), order=VERSION, actor=ACTORS[1], limit=3)
+def test_a_search_finds_what_a_look_at_every_release_finds_page_by_page(
+    shelf: Shelf, ways: None, query: Query, order: str, actor: Actor, limit: int
+) -> None:
+    expected = [item.id for item in _expected(shelf.items, query, order, actor)]
+    assert _all_pages(shelf.database, query, order, actor, limit) == expected
+
+
+@pytest.mark.parametrize("order", [NEWEST, VERSION, "sql-exact.accuracy", "guard.nll"])
+def test_the_model_and_the_registry_agree_on_something(shelf: Shelf, order: str) -> None:
+    """A model that finds nothing would agree with everything."""
+    for query in (
+        Query(),
+        Query(base="plain", max_rank=16, targets_within=("q_proj", "v_proj")),
+        Query(base="quantized", related=True),
+        Query(channel="prod"),
+        Query(text="tick"),
+        Query(latest=True),
+        Query(loads_in=Profile("vllm", 16)),
+        Query(scores=(Condition("sql-exact", "accuracy", ">=", 0.5),)),
+    ):
+        found = _all_pages(shelf.database, query, order, ACTORS[0], 7)
+        assert found == [item.id for item in _expected(shelf.items, query, order, ACTORS[0])]
+        assert found
+
+
+def _all_pages(database: Database, query: Query, order: str, actor: Actor, limit: int) -> list[int]:
+    found: list[int] = []
+    after = None
+    while True:
+        with database.read() as session:
+            places = search.search(session, actor, query, Order(order, limit, after)).places
+        found += [place.release_id for place in places]
+        if len(places) < limit:
+            return found
+        after = places[-1]
+
+
+def _expected(items: list[Item], query: Query, order: str, actor: Actor) -> list[Item]:
+    names = {*actor.grants, *actor.public}
+    visible = [item for item in items if EVERYWHERE in names or item.repository.namespace in names]
+    fitting = [item for item in visible if _fits(item, query) and _is_named(item, query)]
+    if query.latest:
+        fitting = [item for item in fitting if _is_latest(item, items)]
+    if order == NEWEST:
+        return sorted(fitting, key=lambda item: -item.id)
+    if order == VERSION:
+        return sorted(fitting, key=lambda item: (item.version, item.id), reverse=True)
+    suite, _, metric = order.rpartition(".")
+    scored = [item for item in fitting if (suite, metric) in item.scores]
+    down = METRICS.get(metric, True)
+    return sorted(scored, key=lambda item: (item.scores[suite, metric], item.id), reverse=down)
+
+
+def _is_latest(item: Item, items: list[Item]) -> bool:
+    rivals = [
+        one.version for one in items if one.repository == item.repository and one.version.stable and not one.yanked
+    ]
+    return item.version.stable and item.version >= max(rivals, default=item.version)
+
+
+def _is_named(item: Item, query: Query) -> bool:
+    text = f"{item.repository.namespace} {item.repository.name} {item.notes}"
+    held = _words(text)
+    return (
+        item.kind == query.kind
+        and query.namespace in (None, item.repository.namespace)
+        and query.repository in (None, item.repository)
+        and (query.channel is None or query.channel in item.served)
+        and all(any(word.startswith(asked) for word in held) for asked in _words(query.text))
+        and (query.include_yanked or not item.yanked)
+        and (item.version.stable or not query.stable)
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word[:40] for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())]
+
+
+def _fits(item: Item, query: Query) -> bool:
+    facts = item.facts
+    rank, targets = facts.get("rank_max"), set(facts.get("targets", ()))  # type: ignore[call-overload]
+    return (
+        (query.base is None or item.base in _bases(query))
+        and all(
+            asked in (None, given)
+            for asked, given in (
+                (query.type, facts["type"]),
+                (query.variant, facts["variant"]),
+                (query.dtype, facts["dtype"]),
+                (query.license, item.license),
+                (query.alpha, facts.get("alpha")),
+            )
+        )
+        and (query.min_rank is None or (rank is not None and rank >= query.min_rank))  # type: ignore[operator]
+        and (query.max_rank is None or (rank is not None and rank <= query.max_rank))  # type: ignore[operator]
+        and (not query.targets_within or (bool(targets) and targets <= set(query.targets_within)))
+        and targets >= set(query.targets_include)
+        and (not query.targets_exact or targets == set(query.targets_exact))
+        and (query.max_size_bytes is None or item.size_bytes <= query.max_size_bytes)
+        and _loads(item, rank, query)
+        and all(
+            (condition.suite, condition.metric) in item.scores
+            and condition.holds(item.scores[condition.suite, condition.metric])
+            for condition in query.scores
+        )
+    )
+
+
+def _loads(item: Item, rank: object, query: Query) -> bool:
+    if query.loads_in is None or query.explain:
+        return True
+    limit = query.loads_in.max_rank
+    within = limit is None or (isinstance(rank, int) and rank <= limit)
+    return bool(item.servers & query.loads_in.bit) and within
+
+
+def _bases(query: Query) -> set[str]:
+    found = {str(query.base).removeprefix("Hub/")}
+    while query.related:
+        more = {
+            there
+            for made, (origin, relation) in RELATIONS.items()
+            if relation in ("cast", "quantized")
+            for here, there in ((made, origin), (origin, made))
+            if here in found
+        }
+        if more <= found:
+            break
+        found |= more
+    return found

@@ -1,0 +1,261 @@
+"""Announcing, sending and completing bytes over REST: what is present, what is refused, and what nobody may take."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from registry import uploads
+from registry.audit import Actor
+from registry.client.api import Api
+from registry.errors import Conflict, Invalid, NotAllowed, NotFound, TooMany, Usage
+from registry.manifest import ManifestFile
+from registry.names import Digest
+from registry.resources import Resources, open_resources
+from registry.settings import Settings
+from tests.scenarios.traces import api_of, traces
+from tests.scenarios.world import Cli, World, environment
+
+SMALL_PARTS = {"ADAPTORY_STORAGE__MULTIPART_BYTES": str(11 << 20), "ADAPTORY_STORAGE__PART_BYTES": str(5 << 20)}
+
+
+def row(content: bytes, path: str = "notes.txt") -> dict[str, Any]:
+    return {"path": path, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def plan(api: Api, content: bytes, namespace: str = "acme") -> dict[str, Any]:
+    return api.post("/v1/uploads", {"namespace": namespace, "files": [row(content)]})["files"][0]
+
+
+def complete(api: Api, planned: Mapping[str, Any]) -> dict[str, Any]:
+    return api.post(f"/v1/uploads/{planned['upload']}/complete")
+
+
+def put(api: Api, content: bytes, namespace: str = "acme") -> None:
+    planned = plan(api, content, namespace)
+    api.send(planned["put"], iter([content]))
+    complete(api, planned)
+
+
+def test_bytes_are_announced_sent_and_completed_and_present_afterwards(cli: Cli) -> None:
+    content = os.urandom(200_000)
+    with api_of(cli) as api:
+        planned = plan(api, content)
+        assert (planned["present"], planned["put"]["method"]) == (False, "PUT")
+        api.send(planned["put"], iter([content]))
+        done = complete(api, planned)
+        assert done == {"sha256": row(content)["sha256"], "size_bytes": len(content)}
+        assert complete(api, planned) == done, "completing twice is fine"
+        assert plan(api, content) | {"path": ""} == {
+            "path": "", "sha256": done["sha256"], "present": True, "upload": None, "put": None, "parts": [],
+        }  # fmt: skip
+        with api.stream(f"/v1/blobs/{done['sha256']}") as stream:
+            assert b"".join(stream.chunks) == content
+        with api.stream(f"/v1/blobs/{done['sha256']}", 1000, 50) as stream:
+            assert b"".join(stream.chunks) == content[1000:1050]
+    assert (traces(cli).blobs, traces(cli).work) == ({done["sha256"]}, frozenset())
+
+
+def test_what_one_namespace_has_sent_is_not_present_in_another_until_it_sends_the_same(cli: Cli) -> None:
+    content = b"weights that acme trained"
+    with api_of(cli) as api:
+        put(api, content)
+        planned = plan(api, content, "globex")
+        assert not planned["present"]
+        with pytest.raises((Conflict, NotFound)) as raised:
+            complete(api, planned)
+        assert raised.value.code == "upload_incomplete", "knowing the digest is not enough"
+        api.send(planned["put"], iter([content]))
+        complete(api, planned)
+        assert plan(api, content, "globex")["present"]
+    assert (len(traces(cli).blobs), traces(cli).work) == (1, frozenset())
+
+
+def test_an_upload_that_was_sent_but_not_completed_is_only_completed(cli: Cli) -> None:
+    content = b"sent by a client that died"
+    with api_of(cli) as api:
+        planned = plan(api, content)
+        api.send(planned["put"], iter([content]))
+        again = plan(api, content)
+        if not again["present"]:  # where the store takes the bytes, the registry has not looked at them yet
+            assert (again["upload"], again["put"], again["parts"]) == (planned["upload"], None, [])
+            complete(api, again)
+        assert plan(api, content)["present"]
+
+
+def test_a_file_with_two_names_is_sent_once(cli: Cli) -> None:
+    content = b"the same"
+    files = [row(content, "a.txt"), row(content, "b.txt")]
+    with api_of(cli) as api:
+        planned = api.post("/v1/uploads", {"namespace": "acme", "files": files})["files"]
+        assert [one["path"] for one in planned] == ["a.txt", "b.txt"]
+        assert planned[0]["upload"] == planned[1]["upload"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"path": "../outside"}, "bad_path"),
+        ({"path": "model.pt"}, "pickle"),
+        ({"size_bytes": 2**60}, "file_too_large"),
+        ({"size_bytes": 9}, "size_differs"),
+    ],
+)
+def test_what_could_never_be_released_is_not_even_announced(embedded: Cli, change: dict[str, Any], code: str) -> None:
+    with api_of(embedded) as api:
+        plan(api, b"0123456789")
+        with pytest.raises(Invalid) as raised:
+            api.post("/v1/uploads", {"namespace": "acme", "files": [row(b"0123456789") | change]})
+        assert raised.value.code == code
+
+
+def test_who_announces_without_sending_is_stopped(embedded: Cli) -> None:
+    few = Cli(embedded.environment | {"ADAPTORY_MAX_OPEN_UPLOADS": "3"})
+    with api_of(few) as api:
+        for number in range(3):
+            plan(api, b"x" * number)
+        plan(api, b"")  # announced before, so it is no new one
+        with pytest.raises(TooMany) as raised:
+            plan(api, b"one more")
+        assert raised.value.code == "too_many_uploads"
+        put(api, b"x")
+        plan(api, b"one more")
+
+
+def registry(cli: Cli) -> Resources:
+    with environment(cli.environment, ["adaptory"]):
+        return open_resources(Settings())
+
+
+def publisher(resources: Resources, namespace: str) -> Actor:
+    return Actor("eve", resources.clock(), {namespace: "publisher"})
+
+
+def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
+    resources = registry(embedded)
+    file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
+    mine, other = publisher(resources, "acme"), publisher(resources, "globex")
+    announced = uploads.plan(resources, mine, "acme", [file])[0]
+    assert announced.upload_id is not None
+    for attempt in (
+        lambda: uploads.complete(resources, other, announced.upload_id or ""),
+        lambda: uploads.receive(resources, other, announced.upload_id or "", file.sha256, [b"mine"], 4),
+        lambda: uploads.readable(resources, other, file.sha256),
+        lambda: uploads.complete(resources, mine, "0" * 32),
+    ):
+        with pytest.raises(NotFound):
+            attempt()
+    with pytest.raises(NotAllowed):
+        reader = replace(mine, grants={"acme": "reader"})
+        uploads.complete(resources, reader, announced.upload_id)
+    uploads.receive(resources, mine, announced.upload_id, file.sha256, [b"mine"], 4)
+    assert uploads.readable(resources, mine, file.sha256).size_bytes == 4
+    with pytest.raises(NotFound):
+        uploads.readable(resources, other, file.sha256)
+    resources.close()
+
+
+def test_an_upload_that_nobody_finished_is_forgotten_in_time(embedded: Cli) -> None:
+    resources = registry(embedded)
+    actor = publisher(resources, "acme")
+    file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
+    upload_id = uploads.plan(resources, actor, "acme", [file])[0].upload_id or ""
+    scratch = resources.work_directory / "upload-of-a-dead-process"
+    scratch.mkdir()
+    (resources.settings.store_directory / "incoming" / "half").write_bytes(b"ha")
+    now = resources.clock()
+    assert uploads.sweep(resources, now) == 0
+    later = now + timedelta(seconds=resources.settings.upload_expires_s + 60)
+    with pytest.raises(NotFound):
+        uploads.complete(resources, replace(actor, at=later), upload_id)
+    again = uploads.plan(resources, replace(actor, at=now + timedelta(hours=1)), "acme", [file])[0]
+    assert again.upload_id == upload_id
+    assert uploads.sweep(resources, later) == 2
+    uploads.receive(resources, actor, upload_id, file.sha256, [b"mine"], 4)
+    assert uploads.sweep(resources, later + timedelta(hours=2)) == 0
+    with pytest.raises(NotFound):
+        uploads.complete(resources, actor, upload_id)
+    resources.close()
+
+
+@pytest.fixture
+def on_s3(s3_environment: dict[str, str], tmp_path: Path) -> Cli:
+    """The embedded registry with its blobs in S3, where 11 MiB are large."""
+    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **s3_environment, **SMALL_PARTS})
+
+
+def test_the_registry_takes_no_bytes_where_the_store_takes_them(on_s3: Cli, world: World) -> None:
+    content = b"weights"
+    with api_of(on_s3) as api:
+        planned = plan(api, content)
+        assert httpx2.URL(planned["put"]["url"]).host == "127.0.0.1", "the address of the store"
+        by_the_registry = {"url": f"/v1/blobs/{planned['sha256']}?upload={planned['upload']}", "headers": {}}
+        with pytest.raises(Usage) as raised:
+            api.send(by_the_registry | {"headers": {"Content-Length": "7"}}, iter([content]))
+        assert raised.value.code == "sent_directly"
+
+
+def test_wrong_bytes_are_never_a_blob_of_the_registry(on_s3: Cli) -> None:
+    content = os.urandom(12 << 20)
+    with api_of(on_s3) as api:
+        planned = plan(api, content)
+        wrong = b"?" + content[1:]
+        start = 0
+        for part in planned["parts"]:
+            api.send(part["put"], iter([wrong[start : start + part["size_bytes"]]]))
+            start += part["size_bytes"]
+        with pytest.raises(Invalid) as raised:
+            complete(api, planned)
+        assert (raised.value.code, raised.value.subject) == ("digest_differs", planned["sha256"])
+        small = plan(api, b"promised")
+        with pytest.raises(Conflict):
+            api.send(small["put"], iter([b"smuggled"]))
+        with pytest.raises(NotFound), api.stream(f"/v1/blobs/{planned['sha256']}"):
+            pass
+        assert not plan(api, content)["present"]
+        again = plan(api, content)
+        assert all(part["put"] for part in again["parts"]), "all of it is wanted again"
+
+
+def test_large_files_are_planned_in_parts_and_go_on_where_they_stopped(on_s3: Cli) -> None:
+    content = os.urandom(12 << 20)
+    with api_of(on_s3) as api:
+        planned = plan(api, content)
+        assert [part["size_bytes"] for part in planned["parts"]] == [5 << 20, 5 << 20, 2 << 20]
+        api.send(planned["parts"][1]["put"], iter([content[5 << 20 : 10 << 20]]))
+        again = plan(api, content)
+        assert again["upload"] == planned["upload"]
+        assert [part["number"] for part in again["parts"] if part["put"]] == [1, 3]
+        api.send(again["parts"][0]["put"], iter([content[: 5 << 20]]))
+        api.send(again["parts"][2]["put"], iter([content[10 << 20 :]]))
+        complete(api, again)
+        with api.stream(f"/v1/blobs/{planned['sha256']}") as stream:
+            assert b"".join(stream.chunks) == content
+
+
+def test_an_expired_upload_in_s3_leaves_nothing(on_s3: Cli) -> None:
+    content = os.urandom(12 << 20)
+    with api_of(on_s3) as api:
+        planned = plan(api, content)
+        api.send(planned["parts"][0]["put"], iter([content[: 5 << 20]]))
+        put(api, b"finished")
+    resources = registry_on_s3(on_s3)
+    later = resources.clock() + timedelta(days=3)
+    assert uploads.sweep(resources, resources.clock()) == 0
+    assert uploads.sweep(resources, later) == 1
+    assert uploads.sweep(resources, later) == 0
+    assert [blob.size_bytes for blob in resources.store.iterate()] == [len(b"finished")]
+    resources.close()
+    with api_of(on_s3) as api:
+        assert all(part["put"] for part in plan(api, content)["parts"])
+
+
+def registry_on_s3(cli: Cli) -> Resources:
+    """Credentials are read when a client is made."""
+    return registry(cli)

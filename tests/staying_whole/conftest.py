@@ -1,0 +1,41 @@
+"""Registries of both pairings whose processes the tests start and kill."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from registry.fsck import check
+from registry.resources import Resources, open_resources
+from registry.settings import Settings
+from tests.scenarios.world import Cli, environment
+from tests.staying_whole.small import write_base
+
+PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
+
+
+@pytest.fixture(params=PAIRINGS)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """The environment of a registry that knows one base."""
+    found = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"}
+    if request.param == "PostgreSQL and S3":
+        from tests import services
+
+        found |= request.getfixturevalue("s3_environment")
+        found["ADAPTORY_DATABASE_URL"] = services.new_database(migrated=True)
+    Cli(found).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+    return found
+
+
+def opened(place: Mapping[str, str]) -> Resources:
+    with environment(place, ["adaptory"]):
+        return open_resources(Settings())
+
+
+def broken_promises(place: Mapping[str, str], *, read_bytes: bool = False) -> list[str]:
+    resources = opened(place)
+    try:
+        found = check(resources, read_bytes=read_bytes)
+    finally:
+        resources.close()
+    return [finding.message for finding in found if finding.severity == "error"]

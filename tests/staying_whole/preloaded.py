@@ -1,0 +1,12 @@
+"""Imported once by the process that the others are forked from."""
+
+import boto3  # noqa: F401
+import psycopg  # noqa: F401
+import uvicorn.protocols.http.h11_impl
+import uvicorn.protocols.websockets.auto  # noqa: F401
+
+import registry.client.push
+import registry.fsck
+import registry.storage.s3
+import registry.upkeep
+import registry.web.app  # noqa: F401

@@ -1,0 +1,96 @@
+"""kill -9 of server, client and collector at random moments: nothing that was acknowledged is lost, nothing is torn."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from sqlalchemy import select
+
+from registry.models import Move, Release
+from tests import services
+from tests.staying_whole.conftest import broken_promises, opened
+from tests.staying_whole.processes import Journal, collect_forever, kill, serve, start, wait_for_port, work
+
+KILLS = int(os.environ.get("ADAPTORY_TEST_KILLS", "100"))
+LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
+"""What an act takes, and some more: with S3 a push is a dozen requests."""
+
+
+def test_a_hundred_kills_lose_nothing_and_leave_nothing_torn(
+    place: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    seed = int(os.environ.get("ADAPTORY_TEST_SEED", random.SystemRandom().randrange(10**6)))
+    record_property("ADAPTORY_TEST_SEED", seed)
+    chance = random.Random(seed)
+    place |= {"ADAPTORY_UPLOAD_EXPIRES_S": "2"}  # so that there is garbage to collect
+    port, journal = services.free_port(), Journal(tmp_path / "journal")
+    url = f"http://127.0.0.1:{port}"
+
+    def begin(role: str) -> BaseProcess:
+        if role == "server":
+            return start(serve, place, port)
+        if role == "collector":
+            return start(collect_forever, place)
+        return start(work, place, url, str(journal.path), str(tmp_path / "adapters"), chance.randrange(10**6))
+
+    alive = {role: begin(role) for role in ("server", "client", "collector")}
+    wait_for_port(port)
+    longest_s = LONGEST_LIFE_S["postgresql" if "ADAPTORY_DATABASE_URL" in place else "sqlite"]
+    for number in range(KILLS):
+        time.sleep(chance.uniform(0.02, longest_s))
+        victim = chance.choices(["server", "client", "collector"], [4, 4, 2])[0]
+        kill(alive[victim])
+        if number % 20 == 19:
+            assert broken_promises(place) == [], f"after {number + 1} kills, the last of the {victim}; seed {seed}"
+        alive[victim] = begin(victim)
+        if victim == "server":
+            wait_for_port(port)
+    _let_one_more_act_end(journal)
+    for process in alive.values():
+        kill(process)
+    assert broken_promises(place, read_bytes=True) == []
+    _assert_nothing_acknowledged_is_lost(place, journal)
+
+
+def _let_one_more_act_end(journal: Journal) -> None:
+    """What was interrupted last can be repeated."""
+    before, deadline = len(journal.done), time.monotonic() + 30
+    while len(journal.done) < before + 2:
+        assert time.monotonic() < deadline, journal.read()[-5:]
+        time.sleep(0.05)
+
+
+def _assert_nothing_acknowledged_is_lost(place: Mapping[str, str], journal: Journal) -> None:
+    done = journal.done
+    assert len([act for act in done if act["act"] == "push"]) > KILLS / 20
+    resources = opened(place)
+    with resources.read() as session:
+        releases = {release.version: release for release in session.scalars(select(Release))}
+        moves = {move.id: move.to_release.version for move in session.scalars(select(Move))}
+        for act in done:
+            version = f"1.{act['minor']}.0" if "minor" in act else None
+            if act["act"] == "push":
+                assert releases[str(version)].revision.commit == act["commit"]
+            elif act["act"] == "promote":
+                assert moves[act["move"]] == version
+            elif act["act"] == "rollback":
+                assert act["move"] in moves
+        for version, yanked in _last_yanks(journal).items():
+            assert releases[version].yanked == yanked, version
+    resources.close()
+
+
+def _last_yanks(journal: Journal) -> dict[str, bool]:
+    """Of each version whether it must be yanked now; one whose last yank was never answered is left out."""
+    found: dict[str, bool] = {}
+    for line in journal.read():
+        if line["act"] in ("yank", "unyank"):
+            version = f"1.{line['minor']}.0"
+            if line["state"] == "done":
+                found[version] = line["act"] == "yank"
+            else:
+                found.pop(version, None)
+    return found
