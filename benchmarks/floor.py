@@ -1,7 +1,7 @@
 """What the same libraries cost when they do next to nothing: FastAPI routes with one SQL query and no more.
 
-`/releases/{number}` reads one row by its key. `/resolve` sends the very statement that a resolve of a channel sends, and
-answers its row. `python -m benchmarks.floor DATABASE PORT` serves them.
+`/releases/{number}` reads one row by its key. `/resolve` sends the very statement that a resolve of a channel sends
+and answers its row. `python -m benchmarks.floor DATABASE PORT` serves them.
 """
 
 import sys

@@ -41,10 +41,11 @@ Rounds = Mapping[str, Sequence[Sample]]
 
 
 def options(description: str | None, rounds: int) -> argparse.Namespace:
-    """`--base`, `--rounds` and `--quick`, the same for every benchmark so that one command runs them all."""
+    """`--base`, `--rounds`, `--postgres` and `--quick`, the same everywhere so that one command runs every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--base", type=Path, default=Path(".demo/base"), help="what examples/make_base.py wrote")
     parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--postgres", help="URL of a server where databases may be made, for claims about both")
     parser.add_argument("--quick", action="store_true", help="two rounds and less of everything: does it still run?")
     chosen = parser.parse_args()
     if chosen.quick:

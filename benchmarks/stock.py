@@ -6,7 +6,9 @@ are as long as real ones; one release of ten is for PEFT alone.
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import combinations, islice
 from pathlib import Path
@@ -18,7 +20,7 @@ from sqlalchemy.orm import Session
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.serving import SERVERS
 from registry import models, terms
-from registry.db import Database, Row
+from registry.db import Database, Row, migrate
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.names import Digest, Version
 
@@ -78,7 +80,44 @@ def fill(database: Database, checkpoint: Path, releases: int) -> None:
         for table, rows in tables.items():
             _insert(session, table, iter(rows))
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("ANALYZE"))  # PostgreSQL does so by itself, some time later
+        # What PostgreSQL does by itself some time later.
+        connection.execute(text("ANALYZE" if database.is_sqlite else "VACUUM ANALYZE"))
+
+
+@contextmanager
+def databases(directory: Path, postgres: str | None, checkpoint: Path, releases: int) -> Generator[dict[str, str]]:
+    """A filled database of each kind: name -> URL. PostgreSQL only where there is a server; its database is dropped."""
+    urls = {"SQLite": f"sqlite:///{directory / f'{releases}.db'}"}
+    made = f"bench_{uuid.uuid4().hex[:12]}"
+    if postgres:
+        _administer(postgres, f"CREATE DATABASE {made}")
+        urls["PostgreSQL"] = f"{postgres.rpartition('/')[0]}/{made}"
+    try:
+        for url in urls.values():
+            with closing(Database(url)) as database:
+                migrate(database)
+                fill(database, checkpoint, releases)
+        yield urls
+    finally:
+        if postgres:
+            _administer(postgres, f"DROP DATABASE {made} WITH (FORCE)")
+
+
+def _administer(postgres: str, statement: str) -> None:
+    with closing(Database(postgres)) as database:
+        connection = database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        with connection:
+            connection.execute(text(statement))
+
+
+def versions(releases: int) -> list[tuple[str, str, int, str]]:
+    """What `fill` writes of each release: repository, base, rank and targets, for a registry that keeps them as tags."""
+    chance = random.Random(7)  # noqa: S311
+    made = [_facts(chance) for _ in range(releases // RELEASES_EACH * RELEASES_EACH)]
+    return [
+        (repository_name(_repository_of(number)), base, rank, ",".join(TARGETS[target_set]))
+        for number, (base, rank, target_set, _) in enumerate(made, 1)
+    ]
 
 
 def _insert(session: Session, table: type[Row], rows: Iterator[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session, selectinload
 
 from registry import audit, gates, repositories
@@ -93,6 +93,7 @@ def roll_back(  # noqa: PLR0913
     expected: Expected | None = None,
 ) -> Move:
     """Returns to the release that was live before the current one was promoted, or to `to`; yanked ones are skipped."""
+    session.scalar(_locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
     _check_expected(channel, expected, subject)
@@ -238,12 +239,18 @@ def _judge(session: Session, channel: Channel, release: Release) -> list[GateRes
 
 
 def _find_or_create(session: Session, repository: Repository, name: str) -> Channel:
-    channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
+    channel = session.scalar(_locked(repository, name))
     if channel is None:
         channel = Channel(repository_id=repository.id, name=name, move_id=None)
         session.add(channel)
         session.flush()
     return channel
+
+
+def _locked(repository: Repository, name: str) -> Select[Channel]:
+    """Moves of one channel wait for each other instead of failing, unless they say what they expect to find."""
+    query = select(Channel).where(Channel.repository_id == repository.id, Channel.name == name)
+    return query.with_for_update().execution_options(populate_existing=True)
 
 
 def _check_expected(channel: Channel, expected: Expected | None, subject: str) -> None:

@@ -96,7 +96,8 @@ def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence
         "within": query.targets_within,
         "exact": target_set_key(query.targets_exact) if query.targets_exact else None,
         "size": query.max_size_bytes,
-        "namespace": query.repository.namespace if query.repository else query.namespace,
+        "namespace": query.namespace,
+        "owner": query.repository.namespace if query.repository else None,
         "repository": query.repository.name if query.repository else None,
         "channel": query.channel,
     }
@@ -165,18 +166,23 @@ def on_release(form: Form) -> Conditions:
     if "size" in form.asked:
         asked.append(_release.size_bytes <= bindparam("size"))
     if home := at_home(form):
-        asked.append(select(_repository.id).where(_repository.id == _release.repository_id, *home).exists())
+        asked.append(_of_it(select(_repository.id).where(_repository.id == _release.repository_id, *home)))
     if "channel" in form.asked:
         asked.append(_release.id == _served())
     asked += [
-        select(_word.word).where(_word.release_id == _release.id, begins(number)).exists()
+        _of_it(select(_word.word).where(_word.release_id == _release.id, begins(number)))
         for number in range(form.words)
     ]
     asked += [
-        select(_score.id).where(_score.release_id == _release.id, *enough(number, operator)).exists()
+        _of_it(select(_score.id).where(_score.release_id == _release.id, *enough(number, operator)))
         for number, operator in enumerate(form.operators)
     ]
     return asked
+
+
+def _of_it(rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
+    """There are such rows of the release. Of nothing else around it: a search by a score has scores there too."""
+    return rows.correlate(Release.__table__).exists()
 
 
 def at_home(form: Form) -> Conditions:
@@ -184,6 +190,7 @@ def at_home(form: Form) -> Conditions:
     limits = {
         "readable": _repository.namespace.in_(bindparam("readable", expanding=True)),
         "namespace": _repository.namespace == bindparam("namespace"),
+        "owner": _repository.namespace == bindparam("owner"),
         "repository": _repository.name == bindparam("repository"),
     }
     return [condition for name, condition in limits.items() if name in form.asked]

@@ -105,6 +105,9 @@ def receive(
     resources: Resources, actor: Actor, upload_id: str, sha256: Digest, chunks: Iterable[bytes], size_bytes: int
 ) -> None:
     """Takes the bytes of one blob. Nothing appears under its digest unless digest and size are right."""
+    row = _find(resources, actor, upload_id)
+    if row.sha256 != sha256:
+        raise _unknown(upload_id)
     if resources.store.arrivals is not None:
         raise Usage(
             "sent_directly",
@@ -112,9 +115,6 @@ def receive(
             subject=sha256,
             next_step="Send them to the url that POST /v1/uploads names.",
         )
-    row = _find(resources, actor, upload_id)
-    if row.sha256 != sha256:
-        raise _unknown(upload_id)
     _check_size(resources, sha256, size_bytes)
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path = Path(directory) / "blob"

@@ -1,18 +1,23 @@
 """Ports that nothing listens on."""
 
+import random
 import socket
 from contextlib import ExitStack, suppress
+
+_RANGE = range(20_000, 32_000)
+"""Below those of outgoing connections: one of them could hold the port of a server that is about to come back."""
 
 
 def free_ports(count: int, first: int = 0) -> list[int]:
     """So many different ones; the first is `first` where that is free, as it is after a restart."""
     with ExitStack() as held:
-        listeners = [held.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
+        candidates = iter([*([first] if first else []), *random.sample(_RANGE, 100)])
+        ports: list[int] = []
+        while len(ports) < count:
+            listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with suppress(OSError):
-            listeners[0].bind(("127.0.0.1", first))
-        for listener in listeners:
-            if not listener.getsockname()[1]:
-                listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
+            port = next(candidates)
+            with suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports

@@ -102,7 +102,7 @@ def loads(servers: int, refusals: Mapping[str, Any], rank_max: int, profile: Pro
     reasons: list[str] = list(refused.get("reasons", []))
     ways: list[str] = list(refused.get("way_out", []))
     if not servers & profile.bit and not reasons:
-        reasons.append("it was released before this server was known")
+        reasons.append("it was released before this was judged: push it again as the next version")
     if profile.max_rank is not None and rank_max > profile.max_rank:
         reasons.append(f"rank {rank_max} is above max_lora_rank {profile.max_rank}")
         ways.append(_TRUNCATE)

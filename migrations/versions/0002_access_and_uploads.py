@@ -16,7 +16,6 @@ ROW_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 BYTE_ORDERED = sa.String(length=200).with_variant(sa.String(length=200, collation="C"), "postgresql")
 WHEN = sa.DateTime(timezone=True)
 ASKED = ("yanked", "stable", "size_bytes", "repository_id")
-UNKNOWN_LOADING = {"*": ["published before this was recorded: push it again as the next version"]}
 
 
 def upgrade() -> None:
@@ -151,7 +150,7 @@ def _fill_releases() -> None:
             "dtype": facts.get("dtype"),
             "provenance": {},
             "servers": 0,
-            "loading": UNKNOWN_LOADING,
+            "loading": {},
         }
         connection.execute(sa.update(releases).where(releases.c.id == row_id).values(values))
 

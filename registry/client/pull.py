@@ -139,7 +139,9 @@ class _Pull:
                             os.pwrite(descriptor, block[: length - got], start + got)
                             self._progress(min(len(block), length - got))
                             got += min(len(block), length - got)
-                except Unavailable:
+                except Unavailable as error:
+                    if error.code == "blob_lost":
+                        raise
                     self._urls.pop(file.wanted.path, None)  # the store's address may have expired
                     pauses = iter(PAUSES_S) if got > before else pauses
                     pause = next(pauses, None)

@@ -1,7 +1,8 @@
 """Push: sends what the store lacks, several pieces at a time, and goes on where an earlier attempt stopped."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -63,13 +64,12 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
     After a failure it asks anew what is missing, so that nothing arrives twice; it gives up when several attempts in a
     row came no further. Raises Invalid with the name of a file that was changed meanwhile.
     """
-    told, pauses = 0, iter(PAUSES_S)
+    plan, told, pauses = _plan(api, namespace, files), 0, iter(PAUSES_S)
     while True:
-        plan = api.post("/v1/uploads", {"namespace": namespace, "files": _rows(files)})
-        attempt = _Attempt(api, progress)
-        uploads = _uploads(plan["files"], files)
+        uploads = _uploads(plan, files)
         there = sum(file.manifest.size_bytes for file in files) - sum(upload.missing_bytes for upload in uploads)
         progress(there - told)
+        attempt = _Attempt(api, progress)
         attempt.run(uploads)
         if attempt.error is None:
             return
@@ -77,10 +77,24 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
         told = there + attempt.told
         if attempt.came_further:
             pauses = iter(PAUSES_S)
-        pause = next(pauses, None)
-        if pause is None:
-            raise attempt.error
+        plan = _plan_again(api, namespace, files, pauses, attempt.error)
+
+
+def _plan(api: Api, namespace: str, files: Sequence[LocalFile]) -> list[Json]:
+    return api.post("/v1/uploads", {"namespace": namespace, "files": _rows(files)})["files"]
+
+
+def _plan_again(
+    api: Api, namespace: str, files: Sequence[LocalFile], pauses: Iterator[float], error: RegistryError
+) -> list[Json]:
+    """After the next pause, or a later one if the registry is away too. Raises what went wrong last."""
+    for pause in pauses:
         time.sleep(pause)
+        try:
+            return _plan(api, namespace, files)
+        except Unavailable as away:
+            error = away
+    raise error
 
 
 @dataclass(slots=True)
@@ -126,31 +140,32 @@ class _Attempt:
         upload, piece = part
         if self.error is not None:
             return
-        blocks = _blocks(upload.file.source, piece.start, piece.size_bytes, self._tell)
-        try:
-            self._api.send(piece.put, blocks)
-        except (Unavailable, Conflict, NotFound) as error:
-            self._failed(upload, error)
-            return
+        with self._noted(upload):
+            self._api.send(piece.put, _blocks(upload.file.source, piece.start, piece.size_bytes, self._tell))
+            if self._was_last(upload):
+                self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
+
+    def _complete(self, upload: _Upload) -> None:
+        with self._noted(upload):
+            self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
+
+    def _was_last(self, upload: _Upload) -> bool:
         with self._lock:
             self.came_further = True
             upload.unsent -= 1
-            last = not upload.unsent
-        if last:
-            self._complete(upload)
+            return not upload.unsent
 
-    def _complete(self, upload: _Upload) -> None:
+    @contextmanager
+    def _noted(self, upload: _Upload) -> Generator[None]:
+        """Keeps an error that another attempt may overcome; names the file in one that none will."""
         try:
-            self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
+            yield
         except (Unavailable, Conflict, NotFound) as error:
-            self._failed(upload, error)
+            with self._lock:
+                self.error = error
+                self.broken.append(upload.file)
         except Invalid as error:
-            raise _changed(upload.file) from error
-
-    def _failed(self, upload: _Upload, error: RegistryError) -> None:
-        with self._lock:
-            self.error = error
-            self.broken.append(upload.file)
+            raise _changed(upload.file) if error.code == "digest_differs" else error from error
 
     def _tell(self, count: int) -> None:
         with self._lock:

@@ -14,7 +14,6 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.config import parse_config
 from composer.formats.facts import AdapterFacts, Placed, facts, health, place, read_adapter
-from composer.formats.serving import Loading, loads_in
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -307,45 +306,6 @@ def test_an_untrained_adapter_is_a_warning_and_half_of_one_is_not(
     assert health_of(adapter) == []
     change_tensors(adapter, lambda ts: {n: torch.full_like(t, zero) if "lora_B" in n else t for n, t in ts.items()})
     assert [(finding.code, finding.severity) for finding in health_of(adapter)] == [("zero_adapter", Severity.WARNING)]
-
-
-LOADS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
-    "plain": ({}, {}),
-    "rank 32": ({"r": 32}, {"vllm:16": "rank 32"}),
-    "rank 24 on 32": ({"r": 24}, {"vllm:16": "rank 24"}),
-    "rslora": ({"use_rslora": True}, {"llamacpp": "rsLoRA"}),
-    "ranks differ": (
-        {"rank_pattern": {"q_proj": 2}},
-        dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "different scales"),
-    ),
-    "dora": ({"use_dora": True}, {"vllm:16": "dora", "vllm:32": "dora", "sglang": "dora", "llamacpp": "DoRA"}),
-    "a head": (
-        {"modules_to_save": ["lm_head"]},
-        dict.fromkeys(["vllm:16", "vllm:32", "sglang", "llamacpp"], "modules_to_save"),
-    ),
-    "pissa": ({"init_lora_weights": "pissa"}, dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "pissa")),
-}
-
-
-@pytest.mark.parametrize("case", LOADS)
-def test_servers_refuse_what_their_sources_say(case: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
-    settings, refusals = LOADS[case]
-    adapter = make_adapter(make_model(), **settings)
-    for profile in ("vllm:16", "vllm:32", "sglang", "llamacpp", "peft"):
-        loading = loading_of(adapter, profile)
-        assert loading.loads is (profile not in refusals)
-        assert refusals.get(profile, "") in " ".join(loading.reasons)
-
-
-def loading_of(adapter: Path, profile: str) -> Loading:
-    opened = read_adapter(adapter)
-    return loads_in(opened.config, facts_of(adapter), placed_on(adapter, None), profile)
-
-
-@pytest.mark.parametrize("profile", ["tgi", "vllm:big", "sglang:16", ""])
-def test_an_unknown_server_names_the_known_ones(profile: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
-    with pytest.raises(NotSupported, match="llamacpp"):
-        loading_of(make_adapter(make_model()), profile)
 
 
 @pytest.mark.parametrize("field", ["peft_version", "base_model_name_or_path", "revision"])

@@ -33,7 +33,7 @@ from registry.channels import Expected
 from registry.db import Database, migrate
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.manifest import ManifestFile
-from registry.models import Base, Blob, Channel, Move
+from registry.models import Base, Blob, BlobHolder, Channel, Move
 from registry.names import Digest, RepositoryName, parse_version
 from registry.releases import NewRelease
 from registry.repositories import Kind
@@ -71,6 +71,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number, version in enumerate(VERSIONS):
             sha256 = Digest(f"{number:064x}")
             session.add(Blob(sha256=sha256, size_bytes=1, created_at=START))
+            session.flush()
+            session.add(BlobHolder(sha256=sha256, namespace=NAME.namespace))
             session.flush()
             files = [ManifestFile("adapter_model.safetensors", 1, sha256)]
             new = NewRelease(NAME, Kind.ADAPTER, parse_version(version), None, files, "b" * 64, {})

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from registry.client.push import collect, push
 from registry.errors import Refused
@@ -151,6 +152,24 @@ def test_a_reason_that_was_not_needed_is_not_kept(stocked_embedded: Cli, tmp_pat
     assert release(stocked_embedded, one, "acme/sql:1.0.0", "--allow-breaking", "why not").code == 0
     assert release(stocked_embedded, other, "acme/sql:1.0.1", "--allow-breaking", "why not").code == 0
     assert [row["breaking_reason"] for row in stocked_embedded.json("log", "acme/sql")["items"]] == [None, None]
+
+
+def test_a_composition_is_judged_like_any_other_release(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli, recipe = stocked_embedded, tmp_path / "recipe.yaml"
+    for name in ("sql", "support"):
+        cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    cli.ok("push", world.adapters["sql"], "acme/both:1.0.0", "--base", "tiny")
+    inputs = [{"adapter": "acme/sql"}, {"adapter": "acme/support"}]
+    recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.1.0", "probe": 0}))
+    refused = cli("compose", recipe)
+    assert refused.code == 1
+    assert "Its largest rank is 8, not 4" in refused.err
+    assert [row["version"] for row in cli.json("log", "acme/both")["items"]] == ["1.0.0"]
+    recipe.write_text(recipe.read_text().replace("both:1.1.0", "both:2.0.0"))
+    cli.ok("compose", recipe)
+    composed = cli.json("show", "acme/both:2.0.0")
+    assert composed["servers"], "what a composition made is judged for servers too"
+    assert composed["adapter"]["spectrum"]["rank_95"] > 0
 
 
 def test_a_merged_model_of_another_base_breaks_too(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:

@@ -262,6 +262,14 @@ def test_what_model_signing_signs_is_verified_on_each_of_its_curves(
     assert verify_directory(directory, keys.pem) == fingerprint(keys.pem)
 
 
+def test_a_policy_takes_only_keys_that_can_verify(stocked_embedded: Cli, keys: Keys, tmp_path: Path) -> None:
+    odd = Keys(tmp_path, "odd", ec.SECP256K1())
+    ed = ed25519.Ed25519PrivateKey.generate().public_key()
+    for pem in ("no key", odd.pem, ed.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()):
+        with api_of(stocked_embedded) as api, pytest.raises(Invalid, match="signing key"):
+            api.put("/v1/namespaces/acme", {"require_signature": True, "signing_keys": [keys.pem, pem]})
+
+
 def test_a_key_that_cannot_sign_or_verify_says_so(
     stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:

@@ -151,8 +151,8 @@ def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
     ):
         with pytest.raises(NotFound):
             attempt()
+    reader = replace(mine, grants={"acme": "reader"})
     with pytest.raises(NotAllowed):
-        reader = replace(mine, grants={"acme": "reader"})
         uploads.complete(resources, reader, announced.upload_id)
     uploads.receive(resources, mine, announced.upload_id, file.sha256, [b"mine"], 4)
     assert uploads.readable(resources, mine, file.sha256).size_bytes == 4
@@ -245,7 +245,7 @@ def test_an_expired_upload_in_s3_leaves_nothing(on_s3: Cli) -> None:
         planned = plan(api, content)
         api.send(planned["parts"][0]["put"], iter([content[: 5 << 20]]))
         put(api, b"finished")
-    resources = registry_on_s3(on_s3)
+    resources = registry(on_s3)
     later = resources.clock() + timedelta(days=3)
     assert uploads.sweep(resources, resources.clock()) == 0
     assert uploads.sweep(resources, later) == 1
@@ -254,8 +254,3 @@ def test_an_expired_upload_in_s3_leaves_nothing(on_s3: Cli) -> None:
     resources.close()
     with api_of(on_s3) as api:
         assert all(part["put"] for part in plan(api, content)["parts"])
-
-
-def registry_on_s3(cli: Cli) -> Resources:
-    """Credentials are read when a client is made."""
-    return registry(cli)

@@ -4,6 +4,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 
@@ -43,7 +44,7 @@ def traces(cli: Cli) -> Traces:
             for release in api.pages("/v1/releases", kind=kind, include_yanked=True)
         ]
     unfinished = {str(path.relative_to(home)) for path in (home / "work").rglob("*")}
-    if "AWS_ACCESS_KEY_ID" in cli.served_with:
+    if keeps_blobs_in_s3(cli):
         blobs, arriving = _in_s3(cli)
     else:
         blobs = {path.name for path in (home / "store" / "blobs").rglob("*") if path.is_file()}
@@ -51,8 +52,12 @@ def traces(cli: Cli) -> Traces:
     return Traces(frozenset(blobs), frozenset(unfinished | arriving), tuple(sorted(releases)))
 
 
-def _in_s3(cli: Cli) -> tuple[set[str], set[str]]:
-    """Names of blobs, and the keys of what is neither blob nor finished; past our own store class on purpose."""
+def keeps_blobs_in_s3(cli: Cli) -> bool:
+    return "AWS_ACCESS_KEY_ID" in cli.served_with
+
+
+def s3_of(cli: Cli) -> tuple[Any, str, str]:
+    """boto3, bucket and prefix of the store of the `cli` fixture's server; past our own store class on purpose."""
     told = cli.served_with
     client = boto3.client(
         "s3",
@@ -61,7 +66,20 @@ def _in_s3(cli: Cli) -> tuple[set[str], set[str]]:
         aws_access_key_id=told["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=told["AWS_SECRET_ACCESS_KEY"],
     )
-    bucket, prefix = told["ADAPTORY_STORAGE__BUCKET"], told["ADAPTORY_STORAGE__PREFIX"]
+    return client, told["ADAPTORY_STORAGE__BUCKET"], told["ADAPTORY_STORAGE__PREFIX"]
+
+
+def parts_in(cli: Cli) -> int:
+    """How many parts of unfinished uploads have arrived."""
+    client, bucket, prefix = s3_of(cli)
+    begun = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
+    listed = [client.list_parts(Bucket=bucket, Key=row["Key"], UploadId=row["UploadId"]) for row in begun]
+    return sum(len(one.get("Parts", ())) for one in listed)
+
+
+def _in_s3(cli: Cli) -> tuple[set[str], set[str]]:
+    """Names of blobs, and the keys of what is neither blob nor finished."""
+    client, bucket, prefix = s3_of(cli)
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     keys = {row["Key"].removeprefix(prefix) for page in pages for row in page.get("Contents", ())}
     parts = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())

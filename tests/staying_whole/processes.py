@@ -96,8 +96,8 @@ def work(url: str, journal_path: str, directory: str, seed: int) -> None:
     """Repeats what it was doing when it died, then goes on with acts chosen at random."""
     client = _Client(Api(url), Journal(Path(journal_path)), Path(directory), random.Random(seed))
     lines = client.journal.read()
-    if lines and lines[-1]["state"] == "begin":
-        client.do({key: value for key, value in lines[-1].items() if key != "state"})
+    if lines and lines[-1]["state"] in ("begin", "again"):
+        client.do({key: value for key, value in lines[-1].items() if key not in ("state", "code", "detail")})
     while True:
         client.do(client.next_act())
 
@@ -125,10 +125,12 @@ class _Client:
         while True:
             try:
                 answer = self._ask(act)
-            except (Unavailable, TooMany):
+            except (Unavailable, TooMany) as error:
+                self.journal.note("again", {**act, "code": error.code, "detail": error.detail})
                 time.sleep(0.02)
             except (Refused, Stale, Conflict, NotFound) as error:
                 if error.code in ("upload_unknown", "upload_incomplete"):  # it expired while the server was away
+                    self.journal.note("again", {**act, "code": error.code, "detail": error.detail})
                     continue
                 self.journal.note("refused", {**act, "code": error.code})
                 return

@@ -48,17 +48,18 @@ def test_a_hundred_kills_lose_nothing_and_leave_nothing_torn(
         alive[victim] = begin(victim)
         if victim == "server":
             wait_for_port(port)
-    _let_one_more_act_end(journal)
+    _let_one_more_act_end(journal, alive)
     for process in alive.values():
         kill(process)
     assert broken_promises(place, read_bytes=True) == []
     _assert_nothing_acknowledged_is_lost(place, journal)
 
 
-def _let_one_more_act_end(journal: Journal) -> None:
+def _let_one_more_act_end(journal: Journal, alive: Mapping[str, BaseProcess]) -> None:
     """What was interrupted last can be repeated."""
     before, deadline = len(journal.done), time.monotonic() + 30
     while len(journal.done) < before + 2:
+        assert [role for role, process in alive.items() if not process.is_alive()] == []
         assert time.monotonic() < deadline, journal.read()[-5:]
         time.sleep(0.05)
 

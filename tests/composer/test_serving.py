@@ -1,0 +1,91 @@
+"""Where an adapter loads: what each server refuses, why, and that what was judged once answers for every rank limit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer.errors import NotSupported
+from composer.formats.facts import read_adapter
+from composer.formats.serving import SERVERS, Loading, judge, loads, loads_in, parse_profile
+from tests.composer.test_formats_adapter import Q0, change_tensors, facts_of, placed_on
+from tests.composer.tiny import MakeAdapter, MakeModel
+
+LOADS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "plain": ({}, {}),
+    "rank 32": ({"r": 32}, {"vllm:16": "rank 32"}),
+    "rank 24 on 32": ({"r": 24}, {"vllm:16": "rank 24"}),
+    "rslora": ({"use_rslora": True}, {"llamacpp": "rsLoRA"}),
+    "ranks differ": (
+        {"rank_pattern": {"q_proj": 2}},
+        dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "different scales"),
+    ),
+    "dora": ({"use_dora": True}, {"vllm:16": "dora", "vllm:32": "dora", "sglang": "dora", "llamacpp": "DoRA"}),
+    "a head": (
+        {"modules_to_save": ["lm_head"]},
+        dict.fromkeys(["vllm:16", "vllm:32", "sglang", "llamacpp"], "modules_to_save"),
+    ),
+    "pissa": ({"init_lora_weights": "pissa"}, dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "pissa")),
+}
+
+
+@pytest.mark.parametrize("case", LOADS)
+def test_servers_refuse_what_their_sources_say(case: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    settings, refusals = LOADS[case]
+    adapter = make_adapter(make_model(), **settings)
+    for profile in ("vllm:16", "vllm:32", "sglang", "llamacpp", "peft"):
+        loading = loading_of(adapter, profile)
+        assert loading.loads is (profile not in refusals)
+        assert refusals.get(profile, "") in " ".join(loading.reasons)
+
+
+def loading_of(adapter: Path, profile: str) -> Loading:
+    opened = read_adapter(adapter)
+    return loads_in(opened.config, facts_of(adapter), placed_on(adapter, None), profile)
+
+
+@pytest.mark.parametrize("case", LOADS)
+def test_what_is_judged_once_answers_for_every_rank_limit(
+    case: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    """A search has the mask, the reasons and the rank of a release, and nothing else."""
+    adapter = make_adapter(make_model(), **LOADS[case][0])
+    opened, summary = read_adapter(adapter), facts_of(adapter)
+    mask, refusals = judge(opened.config, summary, placed_on(adapter, None))
+    kept = json.loads(json.dumps(refusals))
+    for server in SERVERS:
+        assert bool(mask & parse_profile(server).bit) == (server not in refusals)
+    for text in ("vllm:8", "vllm:512", "sglang", "lorax", "llamacpp", "peft"):
+        assert loads(mask, kept, summary.rank_max, parse_profile(text)) == loading_of(adapter, text)
+
+
+def test_a_rank_that_no_vllm_takes_is_refused_whatever_its_limit(
+    make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(make_model(), r=513, lora_alpha=513)
+    for profile in ("vllm:512", "vllm"):
+        assert "513 is above 512" in " ".join(loading_of(adapter, profile).reasons)
+    assert loading_of(adapter, "sglang").loads
+
+
+def test_tensors_that_no_flag_announces_are_refused_where_only_factors_are_read(
+    make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(make_model())
+    magnitude = {f"{Q0}.lora_magnitude_vector": torch.ones(16)}
+    change_tensors(adapter, lambda tensors: tensors | magnitude)
+    for profile in ("vllm:16", "sglang", "lorax", "llamacpp"):
+        assert "magnitude" in " ".join(loading_of(adapter, profile).reasons)
+    assert loading_of(adapter, "peft").loads
+
+
+def test_a_release_that_was_never_judged_says_so() -> None:
+    loading = loads(0, {}, 8, parse_profile("vllm:16"))
+    assert (loading.loads, "before this was judged" in loading.reasons[0]) == (False, True)
+
+
+@pytest.mark.parametrize("profile", ["tgi", "vllm:big", "vllm:24", "vllm:", "vllm:٣", "sglang:16", ""])
+def test_an_unknown_server_names_the_known_ones(profile: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    with pytest.raises(NotSupported, match="llamacpp"):
+        loading_of(make_adapter(make_model()), profile)

@@ -1,0 +1,166 @@
+"""How both databases go about a search and a resolve: no statement reads a whole table of what grows with releases.
+
+The plans are those of a registry with thousands of releases whose statistics the database knows. What is interned
+(traits, target sets), small by nature (bases, suites) or empty here (lineage) may be read whole; PostgreSQL also reads
+a table of a few pages whole, as it should: here those with a row for each repository.
+"""
+
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from benchmarks import stock
+from composer.formats.serving import Profile
+from registry import descriptions, resolve, search
+from registry.access import EVERYWHERE
+from registry.audit import Actor
+from registry.db import Database, Session, migrate
+from registry.names import RepositoryName, parse_reference
+from registry.search import VERSION, Order, Place, Query
+from registry.suites import Condition
+from tests import services
+from tests.composer.small_model import save_llama
+
+RELEASES = 10_000
+WITH_RELEASES = ("release_words", "releases", "revisions", "scores")
+WITH_REPOSITORIES = ("channels", "moves", "repositories")
+NOW = datetime(2026, 2, 1, tzinfo=UTC)
+HOST = Actor("host", NOW, {EVERYWHERE: "admin"})
+READER = Actor("reader", NOW, {"team-1": "reader"})
+BASE = stock.BASES[0]
+ACCURATE = Condition("sql-exact", "accuracy", ">=", 0.5)
+FITTING = Query(base=BASE, max_rank=16, targets_within=("q_proj", "v_proj"))
+
+
+@dataclass(frozen=True)
+class Stocked:
+    database: Database
+    name: str
+
+    def plans(self, ask: Any) -> list[tuple[str, list[str]]]:
+        """Of each statement that `ask(session)` sends: its text, and the lines of its plan."""
+        sent: list[tuple[str, Any]] = []
+
+        def remember(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+            sent.append((statement, parameters))
+
+        engine = self.database.engine
+        event.listen(engine, "before_cursor_execute", remember)
+        try:
+            with self.database.read() as session:
+                ask(session)
+        finally:
+            event.remove(engine, "before_cursor_execute", remember)
+        asked = [(text, given) for text, given in sent if text.startswith(("SELECT", "WITH"))]
+        assert asked
+        explain = "EXPLAIN QUERY PLAN" if self.database.is_sqlite else "EXPLAIN"
+        with self.database.read() as session:
+            connection = session.connection()
+            return [
+                (text, [str(row[-1]) for row in connection.exec_driver_sql(f"{explain} {text}", given)])
+                for text, given in asked
+            ]
+
+    def whole_tables(self, plan: Sequence[str], *, in_order: bool) -> list[str]:
+        """Lines of a plan that read a whole growing table. An ordered index may be, where a page soon is full."""
+        growing = (*WITH_RELEASES, *WITH_REPOSITORIES) if self.database.is_sqlite else WITH_RELEASES
+        pattern = r"\bSCAN (\w+)" if self.database.is_sqlite else r"\bSeq Scan on (\w+)"
+        found: list[str] = []
+        for line in plan:
+            match = re.search(pattern, line)
+            if match and re.sub(r"_\d+$", "", match.group(1)) in growing:
+                ordered = self.database.is_sqlite and "USING COVERING INDEX" in line
+                if not (in_order and ordered):
+                    found.append(line)
+        return found
+
+
+@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
+def stocked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Stocked]:
+    directory = tmp_path_factory.mktemp("stocked")
+    if request.param == "SQLite":
+        database = Database(f"sqlite:///{directory / 'registry.db'}")
+        migrate(database)
+    else:
+        database = Database(services.new_database(migrated=True))
+    stock.fill(database, save_llama(directory / "base"), RELEASES)
+    yield Stocked(database, request.param)
+    database.close()
+
+
+NARROW: dict[str, tuple[Query, Order]] = {
+    "what fits": (FITTING, Order()),
+    "what fits, the next page": (FITTING, Order(after=Place(None, 5_000))),
+    "what fits and loads": (Query(base=BASE, loads_in=Profile("vllm", 8), targets_exact=("q_proj", "v_proj")), Order()),
+    "what fits, by version": (FITTING, Order(VERSION)),
+    "what fits, by score": (FITTING, Order("sql-exact.accuracy")),
+    "what fits, by score, the next page": (FITTING, Order("sql-exact.accuracy", after=Place(0.9, 5_000))),
+    "what fits and scores": (
+        Query(base=BASE, max_rank=8, targets_exact=("q_proj", "v_proj"), scores=(ACCURATE,)),
+        Order(),
+    ),
+    "what nothing fits": (Query(base=BASE, max_rank=3), Order()),
+    "what scores as nothing does": (Query(base=BASE, scores=(Condition("sql-exact", "accuracy", ">=", 2.0),)), Order()),
+    "a repository": (Query(repository=RepositoryName("team-1", "adapter-26")), Order(VERSION)),
+    "a namespace that is not there": (Query(namespace="nowhere"), Order()),
+    "a channel that is not there": (Query(channel="nowhere"), Order()),
+    "rare words": (Query(text="adapter 499"), Order()),
+    "small files": (Query(max_size_bytes=1), Order()),
+    "what a stranger may read": (Query(base=BASE), Order()),
+}
+BROAD: dict[str, tuple[Query, Order]] = {
+    "everything": (Query(), Order()),
+    "everything, the next page": (Query(), Order(after=Place(None, 5_000))),
+    "everything by version": (Query(), Order(VERSION)),
+    "a base": (Query(base=BASE), Order()),
+    "a base by score": (Query(base=BASE), Order("sql-exact.nll")),
+    "a channel": (Query(channel=stock.CHANNEL), Order()),
+    "words of all": (Query(text="train ticket"), Order()),
+    "the latest": (Query(base=BASE, latest=True), Order()),
+    "a score of many": (Query(scores=(ACCURATE,)), Order()),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_narrow_search_reads_no_whole_table(stocked: Stocked, name: str) -> None:
+    query, order = NARROW[name]
+    actor = READER if "stranger" in name else HOST
+    for statement, plan in stocked.plans(lambda session: search.search(session, actor, query, order)):
+        assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
+
+
+@pytest.mark.parametrize("name", BROAD)
+def test_a_broad_search_reads_an_index_in_its_order_until_the_page_is_full(stocked: Stocked, name: str) -> None:
+    query, order = BROAD[name]
+    for statement, plan in stocked.plans(lambda session: search.search(session, HOST, query, order)):
+        told = "\n".join([statement, *plan])
+        assert stocked.whole_tables(plan, in_order=True) == [], told
+        whole = any("SCAN" in line for line in plan if "releases" in line or "scores" in line)
+        assert not (whole and any("TEMP B-TREE FOR ORDER BY" in line for line in plan)), told
+
+
+def test_a_page_is_read_by_its_ids(stocked: Stocked) -> None:
+    for statement, plan in stocked.plans(lambda session: descriptions.describe(session, list(range(7_000, 7_050)))):
+        assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
+
+
+@pytest.mark.parametrize("suffix", ["", "@prod", ":1.3.0", ":^1.2", "#{commit}"])
+def test_a_resolve_reads_no_whole_table(stocked: Stocked, suffix: str) -> None:
+    with stocked.database.read() as session:
+        commit = _locate(session, f"{stock.repository_name(77)}:1.3.0").row.commit
+    reference = f"{stock.repository_name(77)}{suffix.format(commit=commit[:9])}"
+    for statement, plan in stocked.plans(lambda session: _locate(session, reference)):
+        assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
+
+
+def test_a_channel_is_resolved_with_one_statement(stocked: Stocked) -> None:
+    assert len(stocked.plans(lambda session: _locate(session, f"{stock.repository_name(77)}@{stock.CHANNEL}"))) == 1
+
+
+def _locate(session: Session, text: str) -> resolve.Located:
+    return resolve.locate(session, parse_reference(text))

@@ -1,0 +1,182 @@
+"""What a pull delivers is what was published, whatever lies in the store, in the cache or in an earlier attempt."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from registry.client.cache import BlobCache
+from registry.client.pieces import PIECE_BYTES
+from registry.client.pull import pull
+from registry.errors import Refused, Unavailable
+from tests.scenarios.test_transfer import hashes, nothing
+from tests.scenarios.traces import api_of, home_of, keeps_blobs_in_s3, s3_of, traces
+from tests.scenarios.world import Cli, World
+
+WEIGHTS = "adapter_model.safetensors"
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (another file system)
+
+
+def pushed(cli: Cli, world: World, version: str = "1.0.0") -> dict[str, str]:
+    """sha256 of each file of the release."""
+    release = cli.json("push", world.adapters["sql"], f"acme/sql:{version}", "--base", "tiny")["release"]
+    return {file["path"]: file["sha256"] for file in release["files"]}
+
+
+def damage(path: Path) -> None:
+    """One bit, as a disk would do it: length and name stay, and so does the read-only mode."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.write(data)
+    path.chmod(mode)
+
+
+def damage_in_store(cli: Cli, sha256: str) -> None:
+    key = f"blobs/sha256/{sha256[:2]}/{sha256}"
+    if not keeps_blobs_in_s3(cli):
+        damage(home_of(cli) / "store" / key)
+        return
+    client, bucket, prefix = s3_of(cli)
+    data = bytearray(client.get_object(Bucket=bucket, Key=prefix + key)["Body"].read())
+    data[-1] ^= 1
+    client.put_object(Bucket=bucket, Key=prefix + key, Body=bytes(data))
+
+
+def lose_in_store(cli: Cli, sha256: str) -> None:
+    key = f"blobs/sha256/{sha256[:2]}/{sha256}"
+    if not keeps_blobs_in_s3(cli):
+        (home_of(cli) / "store" / key).unlink()
+        return
+    client, bucket, prefix = s3_of(cli)
+    client.delete_object(Bucket=bucket, Key=prefix + key)
+
+
+def test_a_blob_damaged_in_the_store_is_named_and_never_delivered_nor_published(
+    stocked: Cli, world: World, tmp_path: Path
+) -> None:
+    digest = pushed(stocked, world)[WEIGHTS]
+    damage_in_store(stocked, digest)
+    refused = stocked("pull", "acme/sql", "-o", tmp_path / "out")
+    assert (refused.code, WEIGHTS in refused.err) == (7, True), refused.err
+    assert not (tmp_path / "out").exists()
+    assert not list((Path(stocked.environment["ADAPTORY_HOME"]) / "cache" / "blobs").glob(digest))
+    refused = stocked("push", world.adapters["sql"], "acme/other:1.0.0", "--base", "tiny")
+    assert (refused.code, WEIGHTS in refused.err) == (7, True), refused.err
+    assert traces(stocked).releases == ("acme/sql:1.0.0",)
+
+
+def test_files_of_two_pulls_are_the_same_read_only_files(stocked: Cli, world: World, tmp_path: Path) -> None:
+    digests = pushed(stocked, world)
+    for name in ("first", "second"):
+        stocked.ok("pull", "acme/sql", "-o", tmp_path / name)
+    cache = Path(stocked.environment["ADAPTORY_HOME"]) / "cache" / "blobs"
+    for path, digest in digests.items():
+        first, second, entry = tmp_path / "first" / path, tmp_path / "second" / path, cache / digest
+        assert first.stat().st_ino == second.stat().st_ino == entry.stat().st_ino
+        assert first.stat().st_mode & 0o222 == 0
+    shutil.rmtree(tmp_path / "first")
+    assert hashes(tmp_path / "second") == digests
+
+
+@pytest.mark.parametrize(
+    "harm", [damage, lambda path: path.write_bytes(b"short"), Path.unlink], ids=["bit", "short", "gone"]
+)
+def test_a_damaged_cache_is_noticed_and_repaired(
+    stocked_embedded: Cli, world: World, tmp_path: Path, harm: Callable[[Path], object]
+) -> None:
+    cli = stocked_embedded
+    digests = pushed(cli, world)
+    cli.ok("pull", "acme/sql", "-o", tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    entry = Path(cli.environment["ADAPTORY_HOME"]) / "cache" / "blobs" / digests[WEIGHTS]
+    entry.chmod(0o644)
+    harm(entry)
+    cli.ok("pull", "acme/sql", "-o", tmp_path / "second")
+    assert hashes(tmp_path / "second") == digests
+    assert (hashes(entry.parent)[digests[WEIGHTS]]) == digests[WEIGHTS]
+
+
+def test_writing_to_a_pulled_file_harms_no_later_pull(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    """Root may write to what is read-only, and the cache has the same file."""
+    cli = stocked_embedded
+    digests = pushed(cli, world)
+    cli.ok("pull", "acme/sql", "-o", tmp_path / "first")
+    damage(tmp_path / "first" / WEIGHTS)
+    cli.ok("pull", "acme/sql", "-o", tmp_path / "second")
+    assert hashes(tmp_path / "second") == digests
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="there is one file system only")
+def test_a_cache_on_another_file_system_is_copied_from(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    if SHARED_MEMORY.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one file system only")
+    digests = pushed(stocked_embedded, world)
+    cache = SHARED_MEMORY / f"adaptory-{os.getpid()}"
+    try:
+        with api_of(stocked_embedded) as api:
+            release = stocked_embedded.json("show", "acme/sql")
+            for name in ("first", "second"):
+                pull(api, release, tmp_path / name, nothing, BlobCache(cache))
+                assert hashes(tmp_path / name) == digests
+        assert hashes(cache) == {digest: digest for digest in digests.values()}
+        damage(cache / digests[WEIGHTS])
+        with api_of(stocked_embedded) as api:
+            pull(api, release, tmp_path / "third", nothing, BlobCache(cache))
+        assert hashes(tmp_path / "third") == digests
+    finally:
+        shutil.rmtree(cache)
+
+
+def test_a_file_of_several_pieces_arrives_whole_and_a_wrong_piece_found_on_disk_is_fetched_again(
+    stocked: Cli, world: World, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    size = 2 * PIECE_BYTES + 12345
+    (adapter / "data.txt").write_bytes(os.urandom(size))
+    release = stocked.json("push", adapter, "acme/sql:1.0.0", "--base", "tiny")["release"]
+    number = [file["path"] for file in release["files"]].index("data.txt")
+    counted: list[int] = []
+    with api_of(stocked) as api:
+        pull(api, release, tmp_path / "out", counted.append)
+        assert hashes(tmp_path / "out") == hashes(adapter)
+        assert sum(counted) == sum(file["size_bytes"] for file in release["files"])
+        partial = tmp_path / f".again.{release['commit'][:12]}.partial"
+        (partial / "files").mkdir(parents=True)
+        (partial / "pieces").mkdir()
+        shutil.copy(adapter / "data.txt", partial / "files" / "data.txt")
+        damage(partial / "files" / "data.txt")
+        for journal in ("0\n1\n2\n", "0\n2\n", "nonsense\n-1\n99\n2"):
+            (partial / "pieces" / str(number)).write_text(journal)
+        counted.clear()
+        pull(api, release, tmp_path / "again", counted.append)
+    assert hashes(tmp_path / "again") == hashes(adapter)
+    assert sum(counted) == sum(file["size_bytes"] for file in release["files"])
+
+
+def test_files_that_a_check_refuses_never_appear(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    pushed(stocked_embedded, world)
+
+    def refuse(directory: Path) -> None:
+        assert (directory / WEIGHTS).exists()
+        raise Refused("not_signed", "Nobody signed this.")
+
+    with api_of(stocked_embedded) as api, pytest.raises(Refused):
+        pull(api, stocked_embedded.json("show", "acme/sql"), tmp_path / "out", nothing, None, refuse)
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_a_lost_blob_is_told_by_the_registry(stocked: Cli, world: World, tmp_path: Path) -> None:
+    digest = pushed(stocked, world)[WEIGHTS]
+    with api_of(stocked) as api:
+        release = stocked.json("show", "acme/sql")
+        lose_in_store(stocked, digest)
+        with pytest.raises(Unavailable) as raised:
+            pull(api, release, tmp_path / "out", nothing)
+    assert raised.value.code == "blob_lost"
+    stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    stocked.ok("pull", "acme/sql", "-o", tmp_path / "out")

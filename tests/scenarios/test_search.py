@@ -1,0 +1,188 @@
+"""Searching as people do: for a base and what is derived from it, for a server, for words, a page at a time."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+from safetensors.torch import load_file, save_file
+
+from registry.schemas.catalog import ReleaseOut
+from registry.schemas.search import FoundOut, ResolvedOut
+from tests.scenarios.conftest import stock
+from tests.scenarios.world import Cli, World, server
+
+
+@pytest.fixture
+def shelf(stocked: Cli, world: World) -> Cli:
+    for name, target in (
+        ("sql", "acme/sql:1.0.0"),
+        ("terraform", "acme/terraform:1.0.0"),
+        ("support", "beta/help:1.0.0"),
+    ):
+        stocked.ok("push", world.adapters[name], target, "--base", "tiny", "--notes", f"Trained on {name} tickets")
+    return stocked
+
+
+def found(cli: Cli, *asked: object) -> list[str]:
+    return [f"{item['repository']}:{item['version']}" for item in cli.json("search", *asked)["items"]]
+
+
+def test_a_platform_engineer_finds_what_the_server_loads_and_why_not_the_rest(shelf: Cli) -> None:
+    asked = ("--base", "tiny", "--max-rank", "4", "--targets-within", "q_proj,v_proj,o_proj")
+    assert found(shelf, *asked) == ["beta/help:1.0.0", "acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    assert found(shelf, *asked, "--loads-in", "vllm:8") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    told = shelf.json("search", *asked, "--loads-in", "vllm:8", "--include", "refused")["items"]
+    loading = {item["repository"]: item["loads_in"] for item in told}
+    assert loading["acme/sql"] == {"profile": "vllm:8", "loads": True, "reasons": [], "way_out": []}
+    assert not loading["beta/help"]["loads"]
+    assert "different scales" in loading["beta/help"]["reasons"][0]
+    assert "vllm:8 refuses it" in shelf.ok("search", "--loads-in", "vllm:8", "--include", "refused").out
+    refused = shelf("search", "--loads-in", "vllm:12")
+    assert refused.code == 2
+    assert "max_lora_rank is one of" in refused.err
+
+
+def test_words_facts_and_channels_narrow_a_search(shelf: Cli) -> None:
+    assert found(shelf, "tickets", "trained") == ["beta/help:1.0.0", "acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    assert found(shelf, "terra") == ["acme/terraform:1.0.0"]
+    assert found(shelf, "SQL") == ["acme/sql:1.0.0"]
+    assert found(shelf, "sqlx") == []
+    assert found(shelf, "--targets-exact", "v_proj,q_proj") == ["acme/sql:1.0.0"]
+    assert found(shelf, "--targets-include", "o_proj") == ["acme/terraform:1.0.0"]
+    assert found(shelf, "--min-rank", "3", "--namespace", "acme") == ["acme/sql:1.0.0"]
+    assert found(shelf, "--repository", "beta/help") == ["beta/help:1.0.0"]
+    assert found(shelf, "--max-size-bytes", "10") == []
+    assert found(shelf, "--alpha", "0") == []
+    shelf.ok("promote", "acme/sql", "--to", "prod")
+    assert found(shelf, "--channel", "prod") == ["acme/sql:1.0.0"]
+    shelf.ok("yank", "acme/sql:1.0.0", "--reason", "wrong data")
+    assert found(shelf, "--channel", "prod") == []
+    assert found(shelf, "--namespace", "acme") == ["acme/terraform:1.0.0"]
+    assert found(shelf, "--namespace", "acme", "--include-yanked") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
+
+
+def test_a_channel_that_falls_back_is_searched_where_it_stands(stocked: Cli, world: World) -> None:
+    for version, name in (("1.0.0", "sql"), ("1.0.1", "other-sql")):
+        stocked.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
+    assert found(stocked, "--channel", "prod") == ["acme/sql:1.0.1"]
+    assert found(stocked, "--latest") == ["acme/sql:1.0.1"]
+    stocked.ok("yank", "acme/sql:1.0.1", "--reason", "wrong data")
+    assert found(stocked, "--channel", "prod") == ["acme/sql:1.0.0"]
+    assert found(stocked, "--latest") == ["acme/sql:1.0.0"]
+
+
+def test_releases_for_a_cast_of_the_base_are_found_on_request_and_say_so(
+    shelf: Cli, world: World, tmp_path: Path
+) -> None:
+    cast = changed_base(world.base, tmp_path / "cast", lambda tensor: tensor.half())
+    tuned = changed_base(world.base, tmp_path / "tuned", lambda tensor: tensor + 1)
+    shelf.ok("base", "add", cast, "--name", "tiny-half", "--derived-from", "tiny", "--relation", "cast")
+    added = shelf.json(
+        "base", "add", tuned, "--name", "tiny-tuned", "--derived-from", "tiny", "--relation", "finetuned"
+    )
+    assert (added["derived_from"]["name"], added["relation"]) == ("tiny", "finetuned")
+    shelf.ok("push", world.adapters["sql"], "acme/half:1.0.0", "--base", "tiny-half")
+    shelf.ok("push", world.adapters["sql"], "acme/tuned:1.0.0", "--base", "tiny-tuned")
+    assert found(shelf, "--base", "tiny-half") == ["acme/half:1.0.0"]
+    told = shelf.json("search", "--base", "tiny-half", "--include", "related", "--namespace", "acme")["items"]
+    assert [(item["repository"], item["related"] and item["related"]["relation"]) for item in told] == [
+        ("acme/half", None), ("acme/terraform", "cast"), ("acme/sql", "cast"),
+    ]  # fmt: skip
+    assert told[1]["related"]["base"]["name"] == "tiny-half"
+    assert told[1]["base"]["name"] == "tiny"
+    assert "not for tiny-half: cast" in shelf.ok("search", "--base", "tiny-half", "--include", "related").out
+    assert "acme/tuned:1.0.0" not in found(shelf, "--base", "tiny", "--include", "related")
+
+
+def test_a_relation_between_bases_is_checked(stocked: Cli, world: World, tmp_path: Path) -> None:
+    cast = changed_base(world.base, tmp_path / "cast", lambda tensor: tensor.half())
+    refused = stocked("base", "add", cast, "--name", "half", "--derived-from", "tiny")
+    assert refused.code == 2
+    assert "both what it is derived from and how" in refused.err
+    stocked.ok("base", "add", cast, "--name", "half")
+    stocked.ok("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "cast")
+    stocked.ok("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "cast")
+    circular = stocked("base", "add", world.base, "--name", "tiny", "--derived-from", "half", "--relation", "cast")
+    assert (circular.code, "itself made from" in circular.err) == (6, True)
+    other = stocked("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "merged")
+    assert (other.code, "cast from the base" in other.err) == (4, True)
+    unknown = stocked("base", "add", cast, "--name", "half", "--derived-from", "nothing", "--relation", "merged")
+    assert unknown.code == 3
+
+
+def changed_base(base: Path, target: Path, change: Callable) -> Path:
+    shutil.copytree(base, target)
+    for shard in target.glob("*.safetensors"):
+        save_file({name: change(tensor) for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    return target
+
+
+def test_pages_do_not_shift_when_releases_arrive(shelf: Cli, world: World) -> None:
+    first = shelf.json("search", "--limit", "2")
+    shelf.ok("push", world.adapters["other-sql"], "acme/newer:1.0.0", "--base", "tiny")
+    second = shelf.json("search", "--limit", "2", "--cursor", first["next"])
+    names = [item["repository"] for item in (*first["items"], *second["items"])]
+    assert names == ["beta/help", "acme/terraform", "acme/sql"]
+    assert second["next"] is None
+    by_version = shelf.json("search", "--sort", "version", "--limit", "1")
+    assert by_version["items"][0]["repository"] == "acme/newer"
+
+
+def test_a_cursor_belongs_to_its_search(shelf: Cli) -> None:
+    cursor = shelf.json("search", "--limit", "1")["next"]
+    for other in (("--sort", "version"), ("--namespace", "acme"), ("--sort", "sql-exact.nll")):
+        refused = shelf("search", "--limit", "1", "--cursor", cursor, *other)
+        assert (refused.code, "not one of this search" in refused.err) == (2, True)
+    assert found(shelf, "--limit", "5", "--cursor", cursor) == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    for forged in ("x", "!!!", "W10", "WyJhIiwgbnVsbCwgMV0"):
+        assert shelf("search", "--cursor", forged).code == 2
+
+
+def test_a_misspelt_parameter_is_named_with_what_was_meant(tmp_path: Path, world: World) -> None:
+    with server(tmp_path / "home") as (url, _), httpx2.Client(base_url=url) as http:
+        stock(Cli({"ADAPTORY_HOME": str(tmp_path / "cli"), "ADAPTORY_URL": url}), world)
+        refused = http.get("/v1/releases", params={"max_rnk": 8}).json()
+        assert (refused["status"], refused["code"], refused["subject"]) == (400, "unknown_parameter", "max_rnk")
+        assert refused["next"] == "Did you mean max_rank?"
+        assert "targets_within" in http.get("/v1/releases", params={"zzz": 1}).json()["next"]
+        repeated = http.get("/v1/releases", params={"targets_within": ["q_proj", "v_proj,o_proj"]})
+        assert repeated.status_code == 200
+        for bad in ({"base": "nothing"}, {"score": "nosuite.accuracy>=0"}, {"sort": "nosuite.accuracy"}):
+            assert http.get("/v1/releases", params=bad).status_code == 404
+        for bad in ({"sort": "oldest"}, {"score": "x"}, {"repository": "x"}, {"channel": "A B"}):
+            assert http.get("/v1/releases", params=bad).status_code == 400
+        for bad in ({"max_rank": "x"}, {"limit": 501}, {"include": "all"}, {"alpha": "nan"}, {"kind": "base"}):
+            assert http.get("/v1/releases", params=bad).status_code == 422
+
+
+def test_the_best_come_first_with_documents_that_keep_to_their_schema(tmp_path: Path, world: World) -> None:
+    with server(tmp_path / "home") as (url, _), httpx2.Client(base_url=url) as http:
+        cli = stock(Cli({"ADAPTORY_HOME": str(tmp_path / "cli"), "ADAPTORY_URL": url}), world)
+        digest = http.get("/v1/suites/guard-exact").json()["digest"]
+        for name, nll in (("sql", 0.5), ("terraform", 0.25), ("support", 0.75)):
+            cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+            score = {"suite_digest": digest, "metric": "nll", "value": nll, "n": 6, "higher_is_better": False}
+            posted = http.post(f"/v1/adapters/acme/{name}/releases/1.0.0/scores", json={"scores": [score]})
+            assert posted.status_code == 200
+        assert found(cli, "--sort", "guard-exact.nll") == [
+            "acme/terraform:1.0.0", "acme/sql:1.0.0", "acme/support:1.0.0",
+        ]  # fmt: skip
+        assert found(cli, "--sort", "guard-exact.nll", "--score", "guard-exact.nll>=0.5") == [
+            "acme/sql:1.0.0", "acme/support:1.0.0",
+        ]  # fmt: skip
+        asked = {"base": "tiny", "loads_in": "vllm:8", "include": "refused,related"}
+        items = http.get("/v1/releases", params=asked).json()["items"]
+        assert len([FoundOut.model_validate(item) for item in items]) == 3
+        assert items[0]["scores"][0]["value"] == 0.75
+        listed = http.get("/v1/adapters/acme/sql/releases").json()["items"]
+        shown = http.get("/v1/adapters/acme/sql/releases/1.0.0").json()
+        assert listed == [shown] == [ReleaseOut.model_validate(shown).model_dump(mode="json")]
+        slim = http.get("/v1/resolve", params={"ref": "acme/sql"}).json()
+        assert ResolvedOut.model_validate(slim).model_dump(mode="json") == slim
+        assert {name: shown[name] for name in ("repository", "version", "commit", "files", "base")} == {
+            name: slim["release"][name] for name in ("repository", "version", "commit", "files", "base")
+        }
+        suite = http.get("/v1/adapters/acme/sql/releases/1.0.0/target-suite").json()
+        assert suite == {"target_suite": None}

@@ -1,0 +1,147 @@
+"""A store that hangs, dies and comes back: told as 503 in good time, nothing half done, no restart needed."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests import services
+from tests.s3_server import S3Server
+from tests.scenarios.conftest import USER, stock
+from tests.scenarios.test_uploads import SMALL_PARTS
+from tests.scenarios.traces import parts_in, s3_of, traces
+from tests.scenarios.world import Cli, World, environment, server
+
+PATIENCE = {
+    "ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1",
+    "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1",
+    "ADAPTORY_STORAGE__ATTEMPTS": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
+    """A server that others do not use: it is stopped and killed here."""
+    services.shared_s3()  # skips or fails where there is none
+    own = S3Server(tmp_path_factory.mktemp("s3"))
+    own.start()
+    yield own
+    own.stop()
+
+
+@pytest.fixture
+def registry(own_s3: S3Server, world: World, tmp_path: Path) -> Generator[Cli]:
+    given = own_s3.environment(f"{tmp_path.name}/") | PATIENCE | SMALL_PARTS | {"ADAPTORY_USER": USER}
+    with server(tmp_path / "server", **given) as (url, _):
+        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given)
+        stock(cli, world)
+        cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+        yield cli
+
+
+def hang(s3: S3Server) -> Callable[[], None]:
+    s3.freeze()
+    return s3.thaw
+
+
+def crash(s3: S3Server) -> Callable[[], None]:
+    port = s3.port
+    s3.stop(kill=True)
+
+    def start_again() -> None:
+        s3.start()
+        assert s3.port == port
+
+    return start_again
+
+
+@pytest.mark.parametrize("harm", [hang, crash])
+def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
+    registry: Cli, own_s3: S3Server, world: World, tmp_path: Path, harm: Callable[[S3Server], Callable[[], None]]
+) -> None:
+    cli, url = registry, registry.environment["ADAPTORY_URL"]
+    files = cli.json("show", "acme/sql")["files"]
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    (adapter / "notes.txt").write_bytes(os.urandom(100_000))
+    new: dict[str, Any] = {"version": "1.1.0", "base": "tiny", "files": files}
+    path = f"{url}/v1/adapters/acme/sql/releases"
+    push = ("push", adapter, "acme/sql:1.2.0", "--base", "tiny")
+    before = traces(cli)
+
+    heal = harm(own_s3)
+    try:
+        for method, route, body in (
+            ("GET", f"{path}/1.0.0/files/{files[0]['path']}", None),
+            ("POST", path, new),
+            ("POST", f"{url}/v1/uploads", {"namespace": "acme", "files": files}),
+        ):
+            started = time.monotonic()
+            answer = httpx2.request(method, route, json=body, timeout=60)
+            assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable"), route
+            assert int(answer.headers["Retry-After"]) > 0
+            assert time.monotonic() - started < 10, route
+        assert httpx2.get(f"{path}/1.0.0").status_code == 200, "what needs no bytes goes on"
+        for command in (push, ("pull", "acme/sql", "-o", tmp_path / "out")):
+            refused = cli(*command)
+            assert refused.code == 7, refused.err
+            assert "Traceback" not in refused.err
+    finally:
+        heal()
+
+    after = traces(cli)
+    assert (after.releases, after.work, after.blobs) == (before.releases, frozenset(), before.blobs)
+    cli.ok(*push)
+    cli.ok("pull", "acme/sql:1.2.0", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_bytes() == (adapter / "notes.txt").read_bytes()
+
+
+def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
+    registry: Cli, own_s3: S3Server, world: World, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    (adapter / "data.txt").write_bytes(os.urandom(80 << 20))
+    command = [sys.executable, "-m", "registry.cli.main", "push", str(adapter), "acme/sql:1.1.0", "--base", "tiny"]
+    with environment(registry.environment, []):
+        push = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while parts_in(registry) < 3:
+        assert push.poll() is None, "it crashed too late to mean anything"
+        time.sleep(0.01)
+    crash(own_s3)()
+    _, err = push.communicate(timeout=120)
+    assert push.returncode == 0, err
+    registry.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "data.txt").read_bytes() == (adapter / "data.txt").read_bytes()
+    assert traces(registry).work == frozenset()
+
+
+def test_the_registry_grows_by_nothing_while_weights_go_by_it(own_s3: S3Server, world: World, tmp_path: Path) -> None:
+    given = own_s3.environment(f"{tmp_path.name}/") | {"ADAPTORY_USER": USER}
+    with server(tmp_path / "server", **given) as (url, process):
+        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given)
+        stock(cli, world)
+        adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+        cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+        cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "small")
+        memory = Path(f"/proc/{process.pid}/status")
+        before = peak_bytes(memory)
+        for number in range(4):
+            (adapter / f"data-{number}").write_bytes(os.urandom(25_000_000))
+        cli.ok("push", adapter, "acme/sql:1.1.0", "--base", "tiny")
+        cli.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / "large")
+        assert peak_bytes(memory) - before < 20_000_000
+        written = sum(path.stat().st_size for path in (tmp_path / "server").rglob("*") if path.is_file())
+        assert written < 20_000_000, "nor does its disk"
+        client, bucket, prefix = s3_of(cli)
+        stored = client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
+        assert sum(row["Size"] for row in stored) > 100_000_000
+
+
+def peak_bytes(status: Path) -> int:
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))

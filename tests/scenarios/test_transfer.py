@@ -1,0 +1,165 @@
+"""Push and pull as people use them: nothing is sent or fetched twice, nothing wrong is kept, a kill costs little."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from registry.client import pieces
+from registry.client.api import Api, Json, Stream
+from registry.client.pull import pull
+from registry.client.push import collect, send
+from registry.errors import Invalid
+from registry.names import Digest
+from registry.storage.blobs import BlobStore
+from tests.scenarios.conftest import USER, stock
+from tests.scenarios.test_uploads import SMALL_PARTS, registry
+from tests.scenarios.traces import api_of, home_of, parts_in, traces
+from tests.scenarios.world import Cli, World, environment, server
+
+BIG_BYTES = 400_000_000
+"""More pieces than are fetched at a time, so that there is a middle to be killed in."""
+
+
+class CountingApi(Api):
+    """The real one, remembering what it moved."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.sent: list[int] = []
+        self.fetched: list[tuple[int, int | None]] = []
+
+    def send(self, put: Json, chunks: Iterable[bytes]) -> None:
+        super().send(put, chunks)
+        self.sent.append(int(put["headers"]["Content-Length"]))
+
+    @contextmanager
+    def stream(self, url: str, start: int = 0, length: int | None = None) -> Generator[Stream]:
+        with super().stream(url, start, length) as stream:
+            self.fetched.append((start, length))
+            yield stream
+
+
+def nothing(_count: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def on_s3(s3_environment: dict[str, str], world: World, tmp_path: Path) -> Generator[Cli]:
+    """A server whose blobs lie in S3, with parts so small that there are many."""
+    given = s3_environment | SMALL_PARTS | {"ADAPTORY_USER": USER}
+    with server(tmp_path / "server", **given) as (url, _):
+        yield stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given), world)
+
+
+def store_of(cli: Cli) -> BlobStore:
+    home = {"ADAPTORY_HOME": str(home_of(cli))}
+    return registry(Cli({**cli.environment, **cli.served_with, **home})).store
+
+
+def test_a_new_version_with_one_changed_file_sends_that_file_alone(stocked: Cli, world: World, tmp_path: Path) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    (adapter / "data.txt").write_bytes(os.urandom(100_000))
+    stocked.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    store, before = store_of(stocked), traces(stocked).blobs
+    written = {digest: store.stat(Digest(digest)) for digest in before}
+    (adapter / "README.md").write_text("better\n")
+    with api_of(stocked) as api:
+        counting = CountingApi(api.url) if stocked.environment.get("ADAPTORY_URL") else None
+        if counting is not None:
+            send(counting, "acme", collect(adapter), nothing)
+            assert counting.sent == [len("better\n")]
+    stocked.ok("push", adapter, "acme/sql:1.0.1", "--base", "tiny")
+    assert traces(stocked).blobs - before == {hashlib.sha256(b"better\n").hexdigest()}
+    assert {digest: store.stat(Digest(digest)) for digest in before} == written, "the others were left alone"
+
+
+def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
+    stocked: Cli, world: World, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    for size in (100_000, 12 << 20):
+        (adapter / "data.txt").write_bytes(os.urandom(size))
+        files = collect(adapter)
+        (adapter / "data.txt").write_bytes(os.urandom(size))
+        with api_of(stocked) as api, pytest.raises(Invalid) as raised:
+            send(api, "acme", files, nothing)
+        assert (raised.value.code, raised.value.subject) == ("digest_differs", "data.txt")
+    promised = {file.manifest.sha256 for file in files if file.manifest.path == "data.txt"}
+    assert not traces(stocked).blobs & promised
+
+
+def test_two_who_push_the_same_bytes_at_once_both_succeed(on_s3: Cli, world: World, tmp_path: Path) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    (adapter / "data.txt").write_bytes(os.urandom(12 << 20))
+    command = [sys.executable, "-m", "registry.cli.main", "push", str(adapter)]
+    with environment(on_s3.environment, []):
+        pushes = [
+            subprocess.Popen(
+                [*command, f"acme/sql-{number}:1.0.0", "--base", "tiny"], stderr=subprocess.PIPE, text=True
+            )
+            for number in range(3)
+        ]
+    for push in pushes:
+        _, err = push.communicate(timeout=120)
+        assert push.returncode == 0, err
+    assert traces(on_s3).work == frozenset()
+
+
+def killed_when(cli: Cli, arguments: list[object], far_enough: Callable[[], bool]) -> None:
+    """`adaptory …` in a process of its own, killed as soon as it has come that far."""
+    with environment(cli.environment, []):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "registry.cli.main", *map(str, arguments)], stderr=subprocess.PIPE
+        )
+    while process.poll() is None and not far_enough():
+        time.sleep(0.002)
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"it was not killed in the middle: {err.decode()}"
+
+
+def test_a_killed_push_and_a_killed_pull_go_on_where_they_stopped(on_s3: Cli, world: World, tmp_path: Path) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    with (adapter / "data.txt").open("wb") as data:
+        data.write(os.urandom(1000))
+        data.truncate(BIG_BYTES)
+    push: list[object] = ["push", adapter, "acme/sql:1.0.0", "--base", "tiny"]
+    killed_when(on_s3, push, lambda: parts_in(on_s3) >= 5)
+    there = parts_in(on_s3)
+    api = CountingApi(on_s3.environment["ADAPTORY_URL"])
+    send(api, "acme", collect(adapter), nothing)
+    assert 5 <= there < 77, "it was killed in the middle"
+    assert sum(api.sent) <= BIG_BYTES + 1_000_000 - there * (5 << 20), "parts that were there are not sent again"
+    release = on_s3.json(*push)["release"]
+    assert traces(on_s3).work == frozenset()
+
+    out = tmp_path / "out"
+    partial = tmp_path / f".out.{release['commit'][:12]}.partial"
+    journal = partial / "pieces" / str([row["path"] for row in release["files"]].index("data.txt"))
+    killed_when(on_s3, ["pull", "acme/sql", "-o", out], lambda: journal.exists() and journal.read_text() != "")
+    done = len(journal.read_text().split())
+    api.fetched.clear()
+    pull(api, release, out, nothing)
+    spans = [(start, length) for start, length in api.fetched if length == pieces.PIECE_BYTES]
+    assert 1 <= done < 11
+    assert len(spans) == 11 - done, "pieces that were there are not fetched again"
+    assert hashes(out) == hashes(adapter)
+    assert not partial.exists()
+    api.close()

@@ -1,0 +1,178 @@
+"""Many clients at once: every accepted move is in the history once and in order, and one of many pushes wins."""
+
+import itertools
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select
+
+from registry.client.api import Api, line_path
+from registry.client.push import collect, push
+from registry.errors import Conflict, NotFound, Refused, RegistryError
+from registry.models import AuditRow, Move, Release
+from registry.names import RepositoryName
+from tests import services
+from tests.staying_whole.conftest import broken_promises, opened
+from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, start, wait_for_port
+from tests.staying_whole.small import write_adapter
+
+CLIENTS = 16
+MOVES = 2_000
+VERSIONS = 6
+
+
+@pytest.fixture
+def url(place: dict[str, str]) -> Generator[str]:
+    """Two server processes over one registry: races are between machines, not only between threads."""
+    ports = [services.free_port() for _ in range(2)]
+    servers = [start(serve, place, port) for port in ports]
+    for port in ports:
+        wait_for_port(port)
+    yield " ".join(f"http://127.0.0.1:{port}" for port in ports)
+    for process in servers:
+        kill(process)
+
+
+@contextmanager
+def clients(url: str) -> Generator[list[Api]]:
+    addresses = url.split()
+    apis = [Api(addresses[number % len(addresses)]) for number in range(CLIENTS)]
+    yield apis
+    for api in apis:
+        api.close()
+
+
+def push_version(api: Api, directory: Path, version: str, seed: int) -> dict[str, object]:
+    files = collect(write_adapter(directory / str(seed), seed))
+    return push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
+
+
+def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]:
+    """Everybody at the same moment; an error of the registry is an answer too."""
+    gate = threading.Barrier(len(apis))
+
+    def run(number: int) -> object:
+        gate.wait()
+        try:
+            return act(number, apis[number])
+        except RegistryError as error:
+            return error
+
+    with ThreadPoolExecutor(len(apis)) as pool:
+        return list(pool.map(run, range(len(apis))))
+
+
+def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_once_in_order(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    with clients(url) as apis:
+        for number in range(VERSIONS):
+            push_version(apis[0], tmp_path, f"1.{number}.0", number)
+        accepted: list[list[int]] = [[] for _ in apis]
+        enough = threading.Event()
+
+        def move(number: int, api: Api) -> None:
+            turn = 0
+            while not enough.is_set():
+                turn += 1
+                try:
+                    if turn % 3 == 0:
+                        told = api.post(f"{CHANNEL}/rollback", {})
+                    else:
+                        told = api.put(CHANNEL, {"version": f"1.{(number + turn) % VERSIONS}.0"})
+                except (Conflict, NotFound, Refused) as error:
+                    if error.code not in ("channel_moved", "raced", "nothing_below", "channel_unknown"):
+                        raise
+                    continue
+                accepted[number].append(told["id"])
+                if len({one for listed in accepted for one in listed}) >= MOVES:
+                    enough.set()
+
+        assert together(apis, move) == [None] * CLIENTS
+        history = list(apis[0].pages(f"{CHANNEL}/history", limit=500))
+
+    resources = opened(place)
+    with resources.read() as session:
+        count = session.scalar(select(func.count()).select_from(Move))
+        told = session.scalars(select(AuditRow.after).where(AuditRow.act.like("channel:%"))).all()
+    resources.close()
+    ids = [move["id"] for move in history]
+    assert len(ids) == count >= MOVES
+    assert ids == sorted(set(ids), reverse=True)
+    assert {move for one in accepted for move in one} == set(ids)
+    assert sorted(after["move"] for after in told if after) == sorted(ids)
+    for later, earlier in itertools.pairwise(history):
+        assert later["from_version"] == earlier["to_version"]
+    assert history[-1]["from_version"] is None
+    for one in accepted:
+        assert one == sorted(one), "a client saw its moves in another order"
+    assert broken_promises(place) == []
+
+
+def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_told(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    with clients(url) as apis:
+        for version in ("1.0.0", "1.0.1", "1.0.2"):
+            offset = int(version[-1]) * 100
+
+            def race(number: int, api: Api, version: str = version, offset: int = offset) -> object:
+                return push_version(api, tmp_path, version, offset + number)
+
+            answers = together(apis, race)
+            winners = [answer for answer in answers if isinstance(answer, dict)]
+            losers = [answer for answer in answers if isinstance(answer, RegistryError)]
+            assert len(winners) == 1, losers
+            assert {error.code for error in losers} <= {"version_exists", "version_taken", "raced"}
+            assert all(isinstance(error, Conflict) for error in losers)
+            shown = apis[0].get(f"{line_path(NAME)}/releases/{version}")
+            assert shown["commit"] == winners[0]["release"]["commit"]
+    assert broken_promises(place, read_bytes=True) == []
+
+
+def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed_in_the_end(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    files = collect(write_adapter(tmp_path / "adapter", 7))
+    with clients(url) as apis:
+
+        def race(_number: int, api: Api) -> object:
+            while True:
+                try:
+                    return push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+                except Conflict as error:
+                    if error.code not in ("raced", "version_taken"):
+                        raise
+
+        answers = together(apis, race)
+        assert all(isinstance(answer, dict) for answer in answers), answers
+        assert [answer["created"] for answer in answers].count(True) == 1  # type: ignore[index]
+    resources = opened(place)
+    with resources.read() as session:
+        assert session.scalar(select(func.count()).select_from(Release)) == 1
+    resources.close()
+    assert broken_promises(place) == []
+
+
+def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    with clients(url) as apis:
+
+        def race(number: int, api: Api) -> object:
+            files = collect(write_adapter(tmp_path / str(number), number))
+            name = RepositoryName("fresh", f"line-{number}")
+            while True:
+                try:
+                    return push(api, files, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+                except Conflict as error:
+                    if error.code != "raced":
+                        raise
+
+        answers = together(apis, race)
+        assert all(isinstance(answer, dict) for answer in answers), answers
+    assert broken_promises(place) == []
