@@ -41,7 +41,7 @@ Rounds = Mapping[str, Sequence[Sample]]
 
 
 def options(description: str | None, rounds: int) -> argparse.Namespace:
-    """`--base`, `--rounds`, `--postgres` and `--quick`, the same everywhere so that one command runs every benchmark."""
+    """`--base`, `--rounds`, `--postgres`, `--quick`: the same everywhere, so that one command runs every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--base", type=Path, default=Path(".demo/base"), help="what examples/make_base.py wrote")
     parser.add_argument("--rounds", type=int, default=rounds)

@@ -8,7 +8,7 @@ import hashlib
 import random
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import combinations, islice
 from pathlib import Path
@@ -86,21 +86,30 @@ def fill(database: Database, checkpoint: Path, releases: int) -> None:
 
 @contextmanager
 def databases(directory: Path, postgres: str | None, checkpoint: Path, releases: int) -> Generator[dict[str, str]]:
-    """A filled database of each kind: name -> URL. PostgreSQL only where there is a server; its database is dropped."""
-    urls = {"SQLite": f"sqlite:///{directory / f'{releases}.db'}"}
-    made = f"bench_{uuid.uuid4().hex[:12]}"
-    if postgres:
-        _administer(postgres, f"CREATE DATABASE {made}")
-        urls["PostgreSQL"] = f"{postgres.rpartition('/')[0]}/{made}"
-    try:
+    """A filled database of each kind: name -> URL. PostgreSQL only where there is a server."""
+    with ExitStack() as stack:
+        urls = {"SQLite": stack.enter_context(empty_database(None, directory / f"{releases}.db"))}
+        if postgres:
+            urls["PostgreSQL"] = stack.enter_context(empty_database(postgres, directory))
         for url in urls.values():
             with closing(Database(url)) as database:
                 migrate(database)
                 fill(database, checkpoint, releases)
         yield urls
+
+
+@contextmanager
+def empty_database(postgres: str | None, file: Path) -> Generator[str]:
+    """The URL of a database of its own on that server, dropped in the end, or of `file` in SQLite."""
+    if postgres is None:
+        yield f"sqlite:///{file}"
+        return
+    made = f"bench_{uuid.uuid4().hex[:12]}"
+    _administer(postgres, f"CREATE DATABASE {made}")
+    try:
+        yield f"{postgres.rpartition('/')[0]}/{made}"
     finally:
-        if postgres:
-            _administer(postgres, f"DROP DATABASE {made} WITH (FORCE)")
+        _administer(postgres, f"DROP DATABASE {made} WITH (FORCE)")
 
 
 def _administer(postgres: str, statement: str) -> None:
@@ -111,7 +120,7 @@ def _administer(postgres: str, statement: str) -> None:
 
 
 def versions(releases: int) -> list[tuple[str, str, int, str]]:
-    """What `fill` writes of each release: repository, base, rank and targets, for a registry that keeps them as tags."""
+    """Of each release that `fill` writes: repository, base, rank and targets, for a registry with tags."""
     chance = random.Random(7)  # noqa: S311
     made = [_facts(chance) for _ in range(releases // RELEASES_EACH * RELEASES_EACH)]
     return [

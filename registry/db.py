@@ -82,6 +82,14 @@ class Database:
             yield session
 
     @contextmanager
+    def snapshot(self) -> Generator[Session]:
+        """A `read` whose statements all see one moment; SQLite's transactions do so anyway."""
+        with self.read() as session:
+            if not self.is_sqlite:
+                session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            yield session
+
+    @contextmanager
     def write(self) -> Generator[Session]:
         """A transaction that is committed when the block ends and rolled back when it raises.
 

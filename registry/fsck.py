@@ -34,10 +34,9 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
 
     `read_bytes` hashes every blob instead of asking for its size alone. `progress` counts what was checked.
     """
-    with resources.read() as session:
+    with resources.database.snapshot() as session:
         findings = [*_check_database(session)]
-    for step in (_check_revisions, _check_channels, _check_releases):
-        with resources.read() as session:
+        for step in (_check_revisions, _check_channels, _check_releases):
             findings += step(session, progress)
     findings += _check_blobs(resources, read_bytes=read_bytes, progress=progress)
     findings += _find_orphans(resources)

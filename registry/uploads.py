@@ -20,7 +20,7 @@ from registry.audit import Actor
 from registry.db import insert_if_absent, rely_on_blobs
 from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.manifest import ManifestFile, check_path, refuse_pickle
-from registry.models import Blob, BlobHolder, Upload
+from registry.models import Blob, BlobHolder, RevisionFile, Upload
 from registry.names import Digest
 from registry.resources import Resources
 from registry.storage.blobs import Arrival, Arrivals, BlobStat, Part, Put
@@ -56,6 +56,9 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
         _check_size(resources, file.path, file.size_bytes)
         refuse_pickle(file.path)
     wanted = {file.sha256: file for file in files}
+    kept = _kept_for_good(resources, namespace, wanted)
+    # Announced before it is looked at: from here on nobody removes a blob that no release names yet.
+    rows = _announce(resources, actor, namespace, [file for file in wanted.values() if file.sha256 not in kept])
     with resources.read() as session:
         held = _held(session, namespace, wanted)
         known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(wanted))))
@@ -64,10 +67,11 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
         return _is_stored(resources, wanted[sha256])
 
     with ThreadPoolExecutor(_PARALLEL, "plan") as pool:
-        stored = dict(zip(held, pool.map(is_stored, held), strict=True))
-        absent = [file for sha256, file in wanted.items() if not stored.get(sha256, False)]
-        rows = _announce(resources, actor, namespace, absent)
-        known -= {sha256 for sha256 in held if not stored[sha256]}
+        stored = {sha256 for sha256, there in zip(held, pool.map(is_stored, held), strict=True) if there}
+        lost = [wanted[sha256] for sha256 in held if sha256 not in stored]
+        rows = {**rows, **_announce(resources, actor, namespace, lost)}
+        absent = [file for sha256, file in wanted.items() if sha256 not in stored]
+        known -= {file.sha256 for file in lost}
 
         def way(file: ManifestFile) -> Announced:
             return _way(resources, file, rows[file.sha256], known=file.sha256 in known)
@@ -187,6 +191,13 @@ def sweep(resources: Resources, now: datetime) -> int:
 def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Digest]:
     query = select(BlobHolder.sha256).where(BlobHolder.namespace == namespace, BlobHolder.sha256.in_(list(digests)))
     return [Digest(sha256) for sha256 in session.scalars(query)]
+
+
+def _kept_for_good(resources: Resources, namespace: str, digests: Iterable[str]) -> set[str]:
+    """Those that the namespace holds and some release names, which is never deleted."""
+    with resources.read() as session:
+        held = _held(session, namespace, digests)
+        return set(session.scalars(select(RevisionFile.sha256).where(RevisionFile.sha256.in_(held))))
 
 
 def _hold(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:

@@ -17,7 +17,6 @@ TOP_LEVEL = {
 }  # fmt: skip
 FORBIDDEN_MODULES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers", "service"}
 FORBIDDEN_CLASSES = re.compile(r".*(Manager|Service|Helper|Utils?)$")
-OPEN_ROUTES = {"alive", "ready"}
 VERBS = {"get", "put", "post", "delete", "patch", "head"}
 # Places of one machine; the brackets keep this file from naming them itself.
 PLACES = re.compile(r"(?<![\w.}])/[w]ork/(?:main|shared)" r"|\.\./shared[/]" r"|/tmp/[v]env" r"|/root[/]")
@@ -99,45 +98,6 @@ def test_only_the_database_commits() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "commit"
     }
     assert commits == {"registry/db.py"}
-
-
-def routes(path: Path) -> Iterator[Function]:
-    for node in functions(path):
-        for decorator in node.decorator_list:
-            if (
-                isinstance(decorator, ast.Call)
-                and isinstance(decorator.func, ast.Attribute)
-                and decorator.func.attr in VERBS
-            ):
-                yield node
-                break
-
-
-def test_every_route_asks_whether_it_may() -> None:
-    found = [(path, node) for path in python_files("registry") for node in routes(path)]
-    silent = {
-        node.name
-        for _, node in found
-        if not any(
-            isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "permit"
-            for call in ast.walk(node)
-        )
-    }
-    assert silent == OPEN_ROUTES
-    assert len(found) > 30
-
-
-def test_permission_is_asked_before_anything_is_read_or_written() -> None:
-    late = []
-    for path in python_files("registry"):
-        for node in routes(path):
-            if node.name in OPEN_ROUTES:
-                continue
-            asked = min(call.lineno for call in ast.walk(node) if isinstance(call, ast.Name) and call.id == "permit")
-            opened = [step.lineno for step in ast.walk(node) if isinstance(step, ast.With | ast.AsyncWith)]
-            if opened and min(opened) < asked:
-                late.append(named(path, node.lineno))
-    assert late == []
 
 
 def test_the_top_level_holds_what_was_agreed_and_nothing_else() -> None:

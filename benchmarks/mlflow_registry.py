@@ -1,0 +1,178 @@
+"""Search and a channel's move beside MLflow's model registry: the same 10,000 versions, eight clients, both databases.
+
+A version in MLflow has its base, rank and targets as tags, and a channel is an alias. Its server runs as it comes, with
+four processes, in an environment of its own (`--venv`, made when it is not there); ours is one process.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from urllib.parse import urlencode
+
+from sqlalchemy import text
+
+from benchmarks import harness, load, resolve, stock
+from benchmarks.load import Request
+from registry.db import Database
+
+CLIENTS, LIMIT = 8, 50
+BASE, RANK = stock.BASES[0], 16
+COMMON = "q_proj,v_proj"
+RARE = "down_proj,gate_proj,k_proj,o_proj"
+SEARCHES = {"search, a full page": COMMON, "search, few": RARE}
+MOVE = "move a channel"
+OURS, THEIRS = "adaptory", "MLflow"
+
+
+def main() -> None:
+    chosen = _options()
+    releases, seconds = (1_000, 1.0) if chosen.quick else (10_000, 4.0)
+    python = _environment(chosen.venv)
+    harness.announce("mlflow_registry", "sqlalchemy", "fastapi", "uvicorn", "psycopg")
+    print(subprocess.run([python.with_name("mlflow"), "--version"], capture_output=True, text=True).stdout.strip())
+    with TemporaryDirectory(prefix="bench-mlflow-") as directory, ExitStack() as stack:
+        home = Path(directory)
+        urls = stack.enter_context(stock.databases(home, chosen.postgres, chosen.base, releases))
+        for kind, url in urls.items():
+            with ExitStack() as servers:
+                theirs = servers.enter_context(_mlflow(python, home, chosen.postgres, kind, releases))
+                requests = {OURS: _ours(url), THEIRS: _theirs(url)}
+                ports = {OURS: resolve.adaptory(url, home, servers), THEIRS: theirs}
+                _check_answers(ports, requests)
+                _compare(kind, ports, requests, chosen.rounds, seconds)
+
+
+def _options() -> argparse.Namespace:
+    venv = Path(gettempdir()) / "adaptory-bench-mlflow"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venv", type=Path, default=venv, help="an environment with MLflow")
+    mine, others = parser.parse_known_args()
+    sys.argv[1:] = others
+    chosen = harness.options(__doc__, rounds=5)
+    chosen.venv = mine.venv
+    return chosen
+
+
+def _environment(directory: Path) -> Path:
+    python = directory / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "mlflow", "psycopg2-binary"], check=True)
+    return python
+
+
+@contextmanager
+def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases: int) -> Generator[int]:
+    """The port of a filled MLflow server on a database of that kind."""
+    with stock.empty_database(postgres if kind == "PostgreSQL" else None, home / "mlflow.db") as url:
+        seen: dict[str, int] = {}
+        lines: list[str] = []
+        for name, *facts in stock.versions(releases):
+            seen[name] = seen.get(name, 0) + 1
+            lines.append(json.dumps([_mlflow_name(name), seen[name], *facts]))
+        fill = [str(python), str(Path(__file__).with_name("mlflow_fill.py")), url]
+        subprocess.run(fill, input="\n".join(lines), text=True, check=True, capture_output=True)
+        port = load.free_port()
+        command = [str(python.with_name("mlflow")), "server", "--backend-store-uri", url, "--port", str(port)]
+        with load.process(port, [*command, "--default-artifact-root", str(home / "artifacts")]):
+            yield port
+
+
+def _mlflow_name(repository: str) -> str:
+    return repository.replace("/", "--")  # it takes no slash
+
+
+def _ours(url: str) -> dict[str, Request]:
+    found: dict[str, Request] = {}
+    for name, targets in SEARCHES.items():
+        asked = {"base": BASE, "min_rank": RANK, "max_rank": RANK, "targets_exact": targets, "limit": LIMIT}
+        found[name] = load.get(f"/v1/releases?{urlencode(asked)}&include_yanked=true")
+    targets_of_moves = _two_versions(url)
+
+    def move(number: int) -> bytes:
+        repository, versions = targets_of_moves[number % len(targets_of_moves)]
+        version = versions[number // len(targets_of_moves) % 2]
+        path = f"/v1/adapters/{repository}/channels/{stock.CHANNEL}"
+        return load.send("PUT", path, lambda _: json.dumps({"version": version}).encode())(number)
+
+    return {**found, MOVE: move}
+
+
+def _theirs(url: str) -> dict[str, Request]:
+    found: dict[str, Request] = {}
+    for name, targets in SEARCHES.items():
+        condition = f"tags.base = '{BASE}' AND tags.rank = '{RANK}' AND tags.targets = '{targets}'"
+        query = urlencode({"filter": condition, "max_results": LIMIT})
+        found[name] = load.get(f"/api/2.0/mlflow/model-versions/search?{query}")
+    targets_of_moves = _two_versions(url)
+
+    def move(number: int) -> bytes:
+        repository, _ = targets_of_moves[number % len(targets_of_moves)]
+        version = number // len(targets_of_moves) % 2 + 2
+        body = {"name": _mlflow_name(repository), "alias": stock.CHANNEL, "version": str(version)}
+        path = "/api/2.0/mlflow/registered-models/alias"
+        return load.send("POST", path, lambda _: json.dumps(body).encode())(number)
+
+    return {**found, MOVE: move}
+
+
+def _two_versions(url: str) -> list[tuple[str, tuple[str, str]]]:
+    """Of each repository two versions that are not on its channel and not yanked, to move it between."""
+    query = "SELECT namespace, name, version FROM releases JOIN repositories ON repositories.id = repository_id "
+    query += "WHERE NOT yanked AND version <> '1.0.0' ORDER BY repositories.id, sort_key"
+    found: dict[str, list[str]] = {}
+    with closing(Database(url)) as database, database.read() as session:
+        for namespace, name, version in session.execute(text(query)):
+            found.setdefault(f"{namespace}/{name}", []).append(version)
+    return [(name, (versions[0], versions[1])) for name, versions in found.items()]
+
+
+def _check_answers(ports: dict[str, int], requests: dict[str, dict[str, Request]]) -> None:
+    """Both find the same number of versions: the figures are of the same question."""
+    keys = {OURS: "items", THEIRS: "model_versions"}
+    for name in SEARCHES:
+        counts: dict[str, int] = {}
+        for case, port in ports.items():
+            with closing(load.Client(port)) as client:
+                counts[case] = len(json.loads(client.call(requests[case][name](0))).get(keys[case], []))
+        print(f"{name}: {counts[OURS]} versions a page")
+        if counts[OURS] != counts[THEIRS] or not counts[OURS]:
+            raise RuntimeError(f"{name} finds {counts}")
+
+
+def _compare(
+    kind: str, ports: dict[str, int], requests: dict[str, dict[str, Request]], rounds: int, seconds: float
+) -> None:
+    rows = [["case", f"{OURS}, requests/s", f"{THEIRS}, requests/s", "times"]]
+    for name in (*SEARCHES, MOVE):
+        rates: dict[str, list[float]] = {case: [] for case in ports}
+        counted: dict[str, Request] = {case: _counting(requests[case][name]) for case in ports}
+        for number in range(rounds + 1):
+            for case, port in ports.items():
+                rate = load.requests_per_second(port, counted[case], CLIENTS, seconds)
+                if number:
+                    rates[case].append(rate)
+        times = [one / other for one, other in zip(rates[OURS], rates[THEIRS], strict=True)]
+        rows.append([name, harness.spread(rates[OURS]), harness.spread(rates[THEIRS]), harness.spread(times)])
+    harness.table(f"{kind}, {CLIENTS} clients, {seconds:g} s a round ({rounds} rounds)", rows)
+
+
+def _counting(request: Request) -> Callable[[int], bytes]:
+    """Goes on where the round before ended, so that every move moves."""
+    made = 0
+
+    def following(_number: int) -> bytes:
+        nonlocal made
+        made += 1
+        return request(made)
+
+    return following
+
+
+if __name__ == "__main__":
+    main()
