@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from itertools import count
+from tempfile import TemporaryFile
 
 START_S = 120
 Request = Callable[[int], bytes]
@@ -37,17 +38,19 @@ def free_port() -> int:
 @contextmanager
 def process(port: int, command: Sequence[str], **environment: str) -> Generator[None]:
     """Yields once the port takes connections. Raises RuntimeError when the process ends or the time is up."""
-    server = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + START_S
-    try:
-        while not _listens(port):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{' '.join(command)} does not answer")
-            time.sleep(0.05)
-        yield
-    finally:
-        server.terminate()
-        server.wait(START_S)
+    with TemporaryFile() as log:
+        server = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
+        try:
+            while not _listens(port):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"{' '.join(command)} does not answer: {log.read()[-2000:]!r}")
+                time.sleep(0.05)
+            yield
+        finally:
+            server.terminate()
+            server.wait(START_S)
 
 
 def _listens(port: int) -> bool:

@@ -8,6 +8,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -22,10 +23,7 @@ from registry.db import Database
 
 CLIENTS, LIMIT = 8, 50
 BASE, RANK = stock.BASES[0], 16
-COMMON = "q_proj,v_proj"
-RARE = "down_proj,gate_proj,k_proj,o_proj"
-SEARCHES = {"search, a full page": COMMON, "search, few": RARE}
-MOVE = "move a channel"
+FULL_PAGE, FEW, MOVE = "search, a full page", "search, few", "move a channel"
 OURS, THEIRS = "adaptory", "MLflow"
 
 
@@ -41,7 +39,8 @@ def main() -> None:
         for kind, url in urls.items():
             with ExitStack() as servers:
                 theirs = servers.enter_context(_mlflow(python, home, chosen.postgres, kind, releases))
-                requests = {OURS: _ours(url), THEIRS: _theirs(url)}
+                searches = _searches(releases)
+                requests = {OURS: _ours(url, searches), THEIRS: _theirs(url, searches)}
                 ports = {OURS: resolve.adaptory(url, home, servers), THEIRS: theirs}
                 _check_answers(ports, requests)
                 _compare(kind, ports, requests, chosen.rounds, seconds)
@@ -83,13 +82,20 @@ def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases:
             yield port
 
 
+def _searches(releases: int) -> dict[str, str]:
+    """Target sets: the one that most versions of that base and rank have, and the one that fewest have."""
+    found = Counter(targets for _, base, rank, targets in stock.versions(releases) if (base, rank) == (BASE, RANK))
+    listed = found.most_common()
+    return {FULL_PAGE: listed[0][0], FEW: listed[-1][0]}
+
+
 def _mlflow_name(repository: str) -> str:
     return repository.replace("/", "--")  # it takes no slash
 
 
-def _ours(url: str) -> dict[str, Request]:
+def _ours(url: str, searches: dict[str, str]) -> dict[str, Request]:
     found: dict[str, Request] = {}
-    for name, targets in SEARCHES.items():
+    for name, targets in searches.items():
         asked = {"base": BASE, "min_rank": RANK, "max_rank": RANK, "targets_exact": targets, "limit": LIMIT}
         found[name] = load.get(f"/v1/releases?{urlencode(asked)}&include_yanked=true")
     targets_of_moves = _two_versions(url)
@@ -103,9 +109,9 @@ def _ours(url: str) -> dict[str, Request]:
     return {**found, MOVE: move}
 
 
-def _theirs(url: str) -> dict[str, Request]:
+def _theirs(url: str, searches: dict[str, str]) -> dict[str, Request]:
     found: dict[str, Request] = {}
-    for name, targets in SEARCHES.items():
+    for name, targets in searches.items():
         condition = f"tags.base = '{BASE}' AND tags.rank = '{RANK}' AND tags.targets = '{targets}'"
         query = urlencode({"filter": condition, "max_results": LIMIT})
         found[name] = load.get(f"/api/2.0/mlflow/model-versions/search?{query}")
@@ -135,7 +141,7 @@ def _two_versions(url: str) -> list[tuple[str, tuple[str, str]]]:
 def _check_answers(ports: dict[str, int], requests: dict[str, dict[str, Request]]) -> None:
     """Both find the same number of versions: the figures are of the same question."""
     keys = {OURS: "items", THEIRS: "model_versions"}
-    for name in SEARCHES:
+    for name in (FULL_PAGE, FEW):
         counts: dict[str, int] = {}
         for case, port in ports.items():
             with closing(load.Client(port)) as client:
@@ -149,7 +155,7 @@ def _compare(
     kind: str, ports: dict[str, int], requests: dict[str, dict[str, Request]], rounds: int, seconds: float
 ) -> None:
     rows = [["case", f"{OURS}, requests/s", f"{THEIRS}, requests/s", "times"]]
-    for name in (*SEARCHES, MOVE):
+    for name in (FULL_PAGE, FEW, MOVE):
         rates: dict[str, list[float]] = {case: [] for case in ports}
         counted: dict[str, Request] = {case: _counting(requests[case][name]) for case in ports}
         for number in range(rounds + 1):

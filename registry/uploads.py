@@ -239,7 +239,9 @@ def _announce(
         rely_on_blobs(session)
         _refuse_leaving(session, [file.sha256 for file in files])
         before = {row.sha256 for row in session.scalars(mine)}
-        _refuse_too_many(session, actor, len(files) - len(before), resources.settings.max_open_uploads)
+        more = {file.sha256 for file in files} - before
+        more.difference_update(_held(session, namespace, more))
+        _refuse_too_many(session, actor, len(more), resources.settings.max_open_uploads)
         for file in files:
             if file.sha256 not in before:
                 insert_if_absent(

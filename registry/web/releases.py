@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 
 from registry import compositions, publishing, releases, repositories
+from registry.access import Role, permit
 from registry.errors import NotFound
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import ResourcesOf
@@ -54,6 +55,8 @@ def publish(
     named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher, response: Response
 ) -> PublishedOut:
     """201 for a new release, 200 for a retry with the same content, 409 for other content under the same version."""
+    if body.allow_breaking is not None:
+        permit(actor, Role.RELEASER, named.name.namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     version = parse_version(body.version) if body.version else None
     push = Push(

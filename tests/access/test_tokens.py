@@ -146,3 +146,11 @@ def test_an_expired_token_is_refused_from_that_moment_on(tmp_path_factory: pytes
             tokens.authenticate(session, secret, NOW + timedelta(days=1))
         assert session.scalar(text("SELECT count(*) FROM audit WHERE act = 'token:create'")) == 1
     resources.close()
+
+
+def test_a_publisher_cannot_let_a_breaking_change_through(house: House) -> None:
+    file = {"path": "weights.safetensors", "size_bytes": 1, "sha256": "2" * 64}
+    body = {"version": "1.2.0", "base": "tiny", "files": [file], "allow_breaking": "in a hurry"}
+    path = f"/v1/adapters/{PRIVATE}/sql/releases"
+    assert house.ask("publisher", "POST", path, json=body).json()["code"] == "role_missing"
+    assert house.ask("releaser", "POST", path, json=body).json()["code"] == "blob_missing"

@@ -17,7 +17,6 @@ TOP_LEVEL = {
 }  # fmt: skip
 FORBIDDEN_MODULES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers", "service"}
 FORBIDDEN_CLASSES = re.compile(r".*(Manager|Service|Helper|Utils?)$")
-VERBS = {"get", "put", "post", "delete", "patch", "head"}
 # Places of one machine; the brackets keep this file from naming them itself.
 PLACES = re.compile(r"(?<![\w.}])/[w]ork/(?:main|shared)" r"|\.\./shared[/]" r"|/tmp/[v]env" r"|/root[/]")
 

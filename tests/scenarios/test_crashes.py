@@ -231,7 +231,7 @@ HEAVY_BYTES = 12 << 20
 def heavy_adapter(world: World, directory: Path, seed: int) -> Path:
     """An adapter with 12 MB beside it, so that there is a middle to be killed in."""
     shutil.copytree(world.adapters["sql"], directory)
-    (directory / "training.log").write_bytes(random.Random(seed).randbytes(HEAVY_BYTES))  # noqa: S311
+    (directory / "training.log").write_bytes(random.Random(seed).randbytes(HEAVY_BYTES))
     return directory
 
 
@@ -268,7 +268,7 @@ def assert_blobs_are_what_their_names_say(cli: Cli) -> None:
 
 def kill_points(seed: int) -> list[int]:
     """How many bytes are written when the end comes: from the first one to nearly all."""
-    chance = random.Random(seed)  # noqa: S311
+    chance = random.Random(seed)
     return [1, *(int(HEAVY_BYTES * chance.uniform(0.02, 0.98)) for _ in range(4)), HEAVY_BYTES]
 
 

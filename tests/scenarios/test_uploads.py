@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from registry import uploads
+from registry import upkeep, uploads
 from registry.audit import Actor
 from registry.client.api import Api
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, TooMany, Usage
@@ -158,6 +158,23 @@ def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
     assert uploads.readable(resources, mine, file.sha256).size_bytes == 4
     with pytest.raises(NotFound):
         uploads.readable(resources, other, file.sha256)
+    resources.close()
+
+
+def test_bytes_that_are_present_are_kept_for_who_was_told_so(embedded: Cli) -> None:
+    """An unused blob is about to be collected when a push is told that it need not send it."""
+    resources = registry(embedded)
+    actor = publisher(resources, "acme")
+    file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
+    upload_id = uploads.plan(resources, actor, "acme", [file])[0].upload_id or ""
+    uploads.receive(resources, actor, upload_id, file.sha256, [b"mine"], 4)
+    later = resources.clock() + timedelta(days=30)
+    much_later = replace(resources, clock=lambda: later)
+    uploads.sweep(resources, later)
+    assert upkeep.collect(much_later, grace=timedelta(days=1), dry_run=True).blobs == 1
+    assert uploads.plan(much_later, replace(actor, at=later), "acme", [file])[0].upload_id is None
+    assert upkeep.collect(much_later, grace=timedelta(days=1)).blobs == 0
+    assert resources.store.stat(file.sha256) is not None
     resources.close()
 
 
