@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= .demo
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test lint fix bench serve migrate snapshots clean
+.PHONY: demo test lint fix bench serve services services-stop migrate snapshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --dir $(DEMO)
@@ -31,6 +31,13 @@ bench: $(VENV)/.dev $(DEMO)/base
 serve: $(VENV)/.demo
 	$(BIN)/adaptory serve
 
+# PostgreSQL and an S3 server for development: eval "$$(make --silent services)" points adaptory at them.
+services: $(VENV)/.dev
+	@$(BIN)/python -m tests.services start .services
+
+services-stop: $(VENV)/.dev
+	$(BIN)/python -m tests.services stop .services
+
 migrate: $(VENV)/.demo
 	$(BIN)/adaptory migrate
 
@@ -42,7 +49,7 @@ $(DEMO)/base: $(VENV)/.dev
 	$(BIN)/python examples/make_base.py $@
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) .services
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm.attributes import set_committed_value
 
 from registry import audit, gates, repositories
 from registry.audit import Act, Actor
@@ -57,7 +58,7 @@ def promote(  # noqa: PLR0913
     move = Move(
         channel_id=channel.id,
         kind="promote",
-        from_release_id=current.to_release_id if current else None,
+        from_release=current.to_release if current else None,
         to_release=release,
         below_id=current.id if current else None,
         actor=actor.name,
@@ -109,7 +110,7 @@ def roll_back(  # noqa: PLR0913
     move = Move(
         channel_id=channel.id,
         kind="rollback",
-        from_release_id=current.to_release_id,
+        from_release=current.to_release,
         to_release=target.to_release,
         below_id=target.below_id,
         actor=actor.name,
@@ -278,4 +279,4 @@ def _set(session: Session, channel: Channel, current: Move | None, move: Move, e
             subject=channel.name,
             next_step="Read the channel again and decide again.",
         )
-    session.refresh(channel)
+    set_committed_value(channel, "move_id", move.id)

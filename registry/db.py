@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from sqlalchemy import DateTime, Dialect, Engine, MetaData, TypeDecorator, create_engine, event, inspect, text
@@ -19,12 +20,12 @@ from sqlalchemy.orm import Session as Session
 
 from registry.errors import Conflict, Invalid, RegistryError, Unavailable
 
-BUSY_TIMEOUT_MS = 10_000
 POOL_SIZE = 40
 _BLOBS_LOCK = 0x424C4F42
 """The key of PostgreSQL's advisory lock between who relies on blobs and who collects them."""
-UNIQUE_VIOLATION = "23505"
-"""PostgreSQL's SQLSTATE."""
+UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
+"""PostgreSQL's SQLSTATEs."""
+_SQLITE_MOST_S = 24 * 3600
 MMAP_BYTES = 256 << 20
 """SQLite's own cache is 2 MB; reading through the page cache made a search over 10,000 releases 2 to 4 times faster."""
 
@@ -63,13 +64,26 @@ CONSTRAINT_ERRORS: dict[str, Callable[[], RegistryError]] = {
 """Broken unique constraints that have words of their own; any other one is a lost race, told with its table."""
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How many seconds PostgreSQL may take to let us in, and any database for one statement, its locks included.
+
+    `statement_s` is None for work that takes as long as it takes.
+    """
+
+    connect_s: int = 5
+    statement_s: float | None = 30.0
+
+
 class Database:
     """An engine and its two doors. A `Session` never leaves the `with` block that opened it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: Patience = Patience()) -> None:
         self.url: URL = make_url(url)
-        self.engine: Engine = _sqlite(self.url) if self.is_sqlite else _postgresql(self.url)
+        self.engine: Engine = _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        self._turn = Lock()
+        self._longest_turn_s = _sqlite_wait_s(patience)
 
     @property
     def is_sqlite(self) -> bool:
@@ -94,13 +108,26 @@ class Database:
         """A transaction that is committed when the block ends and rolled back when it raises.
 
         On SQLite it begins IMMEDIATE: of 400 read-then-write transactions in four threads, 300 failed with "database is
-        locked" under plain BEGIN, none under this.
+        locked" under plain BEGIN, none under this. Its writers of one process wait for each other here, since SQLite's
+        own waiting is to look again after 1 to 100 ms: eight clients were slower together than one alone.
         """
-        with _told(), self._sessions() as session:
+        with _told(), self._writing(), self._sessions() as session:
             if self.is_sqlite:
                 session.connection(execution_options={"begin": "IMMEDIATE"})
             yield session
             session.commit()
+
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        if not self.is_sqlite:
+            yield
+            return
+        if not self._turn.acquire(timeout=self._longest_turn_s):
+            raise Unavailable("database_busy", "Another change takes too long.", next_step="Try again in a moment.")
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def ping(self) -> None:
         with self.read() as session:
@@ -135,10 +162,13 @@ def _advisory_lock(session: Session, function: str) -> None:
         session.execute(text(f"SELECT {function}(:key)"), {"key": _BLOBS_LOCK})
 
 
-def _sqlite(url: URL) -> Engine:
-    engine = create_engine(
-        url, connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT_MS / 1000}, pool_size=POOL_SIZE
-    )
+def _sqlite_wait_s(patience: Patience) -> float:
+    return _SQLITE_MOST_S if patience.statement_s is None else patience.statement_s
+
+
+def _sqlite(url: URL, patience: Patience) -> Engine:
+    connect = {"check_same_thread": False, "timeout": _sqlite_wait_s(patience)}
+    engine = create_engine(url, connect_args=connect, pool_size=POOL_SIZE)
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -147,7 +177,6 @@ def _sqlite(url: URL) -> Engine:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
-            f"busy_timeout={BUSY_TIMEOUT_MS}",
             f"mmap_size={MMAP_BYTES}",
         ):
             connection.execute(f"PRAGMA {pragma}")
@@ -159,12 +188,10 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
-def _postgresql(url: URL) -> Engine:
-    if url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
-    # Compiling a plan takes 100 ms and more, which no statement of ours is long enough to win back.
-    options = f"{url.query.get('options', '')} -c jit=off"
-    return create_engine(url, pool_size=POOL_SIZE, pool_pre_ping=True, connect_args={"options": options})
+def _postgresql(url: URL, patience: Patience) -> Engine:
+    from registry.postgres import postgresql_engine  # psycopg is loaded where it is used
+
+    return postgresql_engine(url, POOL_SIZE, patience.connect_s, patience.statement_s)
 
 
 @contextmanager
@@ -194,9 +221,11 @@ def _told() -> Generator[None]:
             next_step="See that it runs, has space and is migrated.",
         ) from error
     except DBAPIError as error:
-        if error.connection_invalidated:
+        if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY:
             raise Unavailable(
-                "database_unavailable", "The connection to the database was lost.", next_step="Try again."
+                "database_unavailable",
+                f"The database cannot be used: {error.orig}.",
+                next_step="Try again; if it stays so, see that it runs and may be written.",
             ) from error
         raise
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from registry.db import Database, ensure_schema
+from registry.db import Database, Patience, ensure_schema
 from registry.settings import LocalStorage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
@@ -40,7 +40,8 @@ def open_resources(settings: Settings) -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must be at the head."""
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.effective_database_url)
+    patience = Patience(settings.database_connect_timeout_s, settings.database_timeout_s)
+    database = Database(settings.effective_database_url, patience)
     ensure_schema(database, create=settings.database_url is None)
     work = settings.work_directory
     work.mkdir(parents=True, exist_ok=True)

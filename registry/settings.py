@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     """Where the embedded registry keeps its database, its blobs and its work files."""
     database_url: str | None = None
     """A SQLAlchemy URL; `sqlite:///$ADAPTORY_HOME/registry.db` unless set."""
+    database_connect_timeout_s: int = Field(default=5, ge=2)
+    """How long a connection to PostgreSQL is waited for."""
+    database_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
+    """How long the database may take for one statement, the locks that it waits for included."""
     storage: Annotated[LocalStorage | S3Storage, Field(discriminator="kind")] = LocalStorage()
     url: str | None = None
     """The registry that the command line talks to; without it the registry in `home` is opened in this process."""

@@ -106,13 +106,13 @@ def worker() -> None:
 
 def migrate(json: JsonFlag = False) -> None:
     """Bring the database to this version's schema."""
-    from registry.db import Database, head_revision, schema_revision
+    from registry.db import Database, Patience, head_revision, schema_revision
     from registry.db import migrate as run_migrations
 
     settings = load_settings()
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.effective_database_url)
+    database = Database(settings.effective_database_url, Patience(statement_s=None))
     before = schema_revision(database)
     run_migrations(database)
     told = {"database": database.url.render_as_string(hide_password=True), "from": before, "to": head_revision()}
