@@ -119,7 +119,13 @@ def receive(
             subject=sha256,
             next_step="Send them to the url that POST /v1/uploads names.",
         )
-    _check_size(resources, sha256, size_bytes)
+    if size_bytes != row.size_bytes:
+        raise Invalid(
+            "size_differs",
+            f"{row.size_bytes:,} bytes were announced, not {size_bytes:,}.",
+            subject=sha256,
+            next_step="Send the file that was announced.",
+        )
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path = Path(directory) / "blob"
         digest, taken = hashlib.sha256(), 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import chain
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
@@ -81,7 +82,9 @@ def events(
 @router.get("/v1/audit.jsonl")
 def export(resources: ResourcesOf, wanted: Annotated[EventQuery, Depends(event_query)]) -> StreamingResponse:
     """All rows of the filter, a line of JSON each."""
-    return StreamingResponse(_lines(resources, wanted), media_type="application/jsonl")
+    lines = _lines(resources, wanted)
+    first = next(lines, "")  # before the answer begins: what goes wrong can still be told
+    return StreamingResponse(chain([first], lines), media_type="application/jsonl")
 
 
 def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
@@ -102,7 +105,8 @@ def _permit(actor: Actor, job: Job) -> None:
 
 
 @router.get("/healthz")
-def alive() -> dict[str, str]:
+async def alive() -> dict[str, str]:
+    """Asynchronous, since all threads may be waiting for a database that hangs: restarting would not help that."""
     return {"status": "ok"}
 
 

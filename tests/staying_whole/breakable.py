@@ -1,0 +1,141 @@
+"""What a test may break without harming others: a PostgreSQL and a disk of its own; and a request for every route."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from fastapi.routing import APIRoute
+
+from registry.web.app import ROUTERS
+from tests import services
+
+
+@dataclass
+class Postgres:
+    """A cluster that comes back where it was."""
+
+    directory: Path
+
+    def start(self) -> str:
+        return services.start_postgres(self.directory)
+
+    def stop(self) -> None:
+        """As a crash would: no connection is told goodbye."""
+        services.stop_postgres(self.directory)
+
+    def freeze(self) -> None:
+        """Its kernel goes on accepting connections and packets; nobody answers."""
+        for pid in self._pids():
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        for pid in self._pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _pids(self) -> Iterator[int]:
+        first = int((self.directory / "pg" / "cluster" / "postmaster.pid").read_text().splitlines()[0])
+        yield first
+        yield from map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())
+
+
+@dataclass
+class Disk:
+    """A file system of `size_bytes` in memory. Only root can mount one."""
+
+    directory: Path
+    size_bytes: int = 8 << 20
+
+    def mount(self) -> None:
+        self.directory.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={self.size_bytes}", "adaptory-test", str(self.directory)]
+        subprocess.run(command, check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.directory)], check=True)
+
+    def fill(self) -> None:
+        """To the last byte."""
+        with suppress(OSError), (self.directory / "ballast").open("ab", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(min(1 << 16, max(1, shutil.disk_usage(self.directory).free))))
+
+    def free(self) -> None:
+        (self.directory / "ballast").unlink()
+
+
+WITHOUT_DATABASE = {("GET", "/healthz"), ("GET", "/v1/whoami")}
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Ids of things that are there, for the paths of routes: one release of acme/sql, one composition, one upload."""
+
+    version: str
+    composition_id: int
+    job_id: int
+    upload_id: str
+    announced: str
+    sha256: str
+
+    def requests(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """One of each route, which would go through: (method, path, what httpx sends)."""
+        found: list[tuple[str, str, dict[str, Any]]] = []
+        for prefix, router in ROUTERS:
+            for route in router.routes:
+                assert isinstance(route, APIRoute)
+                for method in sorted(route.methods):
+                    template = prefix + route.path
+                    found.append((method, self._path(method, template), self._body(method, template)))
+        return found
+
+    def _path(self, method: str, template: str) -> str:
+        blob = self.announced if method == "PUT" else self.sha256
+        values = {
+            "{namespace}": "acme", "{name}": "sql", "{version}": self.version, "{channel}": "prod", "{base:path}": "tiny",
+            "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob, "{job_id}": self.job_id,
+            "{composition_id}": self.composition_id, "{upload_id}": self.upload_id, "{token_id}": "aaaaaaaaaaaa",
+        }  # fmt: skip
+        for name, value in values.items():
+            template = template.replace(name, str(value))
+        assert "{" not in template, f"say above what {template} is filled with"
+        queries = {"/v1/resolve": "?ref=acme/sql", f"/v1/blobs/{self.announced}": f"?upload={self.upload_id}"}
+        return template + queries.get(template, "")
+
+    def _body(self, method: str, template: str) -> dict[str, Any]:
+        if method in ("GET", "HEAD", "DELETE"):
+            return {}
+        if template.startswith("/v1/blobs/"):
+            return {"content": b"x"}
+        file = {"path": "adapter_model.safetensors", "size_bytes": 10, "sha256": "1" * 64}
+        example = {"prompt": "a", "completion": "b"}
+        score = {"suite_digest": "2" * 64, "metric": "nll", "value": 0.5, "n": 1, "higher_is_better": False}
+        tensor = {"name": "w", "dtype": "F32", "shape": [1], "sha256": "3" * 64}
+        bodies: dict[str, Any] = {
+            "/v1/suites": {"name": "exact", "kind": "target", "chat": False, "examples": [example]},
+            "/v1/bases": {
+                "name": "new", "model_type": "llama", "tied": False, "parameters": 1, "size_bytes": 4,
+                "weights_digest": "4" * 64, "tensors": [tensor],
+            },
+            "/v1/uploads": {"namespace": "acme", "files": [file]},
+            "/v1/compositions": {"recipe": {"inputs": ["acme/sql"], "method": "stack"}, "plan": True},
+            "/v1/namespaces/{namespace}/members": {"user": "ann", "role": "reader"},
+            "releases": {"version": "9.0.0", "base": "tiny", "files": [file]},
+            "scores": {"scores": [score]},
+            "yank": {"reason": "because"},
+            "{channel}": {"version": self.version},
+            "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
+        }  # fmt: skip
+        return {"json": bodies.get(template, bodies.get(template.rpartition("/")[2], {}))}
+
+
+def ask(url: str, request: tuple[str, str, dict[str, Any]], timeout_s: float = 60) -> httpx2.Response:
+    method, path, sent = request
+    return httpx2.request(method, f"{url}{path}", timeout=timeout_s, **sent)
