@@ -68,14 +68,15 @@ def _environment(directory: Path) -> Path:
 @contextmanager
 def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases: int) -> Generator[int]:
     """The port of a filled MLflow server on a database of that kind."""
-    with stock.empty_database(postgres if kind == "PostgreSQL" else None, home / "mlflow.db") as url:
+    with stock.empty_database(postgres if kind == "PostgreSQL" else None, home / "mlflow.db") as named:
+        url = named.replace("postgresql:", "postgresql+psycopg2:")
         seen: dict[str, int] = {}
         lines: list[str] = []
         for name, *facts in stock.versions(releases):
             seen[name] = seen.get(name, 0) + 1
             lines.append(json.dumps([_mlflow_name(name), seen[name], *facts]))
         fill = [str(python), str(Path(__file__).with_name("mlflow_fill.py")), url]
-        subprocess.run(fill, input="\n".join(lines), text=True, check=True, capture_output=True)
+        subprocess.run(fill, input="\n".join(lines), text=True, check=True)
         port = load.free_port()
         command = [str(python.with_name("mlflow")), "server", "--backend-store-uri", url, "--port", str(port)]
         with load.process(port, [*command, "--default-artifact-root", str(home / "artifacts")]):

@@ -79,6 +79,9 @@ def fill(database: Database, checkpoint: Path, releases: int) -> None:
     with database.write() as session:
         for table, rows in tables.items():
             _insert(session, table, iter(rows))
+            if not database.is_sqlite and "id" in table.__table__.c:  # rows that follow go on from there
+                name = table.__tablename__
+                session.execute(text(f"SELECT setval(pg_get_serial_sequence('{name}', 'id'), max(id)) FROM {name}"))  # noqa: S608
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         # What PostgreSQL does by itself some time later.
         connection.execute(text("ANALYZE" if database.is_sqlite else "VACUUM ANALYZE"))

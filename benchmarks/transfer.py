@@ -20,6 +20,7 @@ from boto3.s3.transfer import TransferConfig
 
 from benchmarks import harness
 from benchmarks.harness import Sample
+from composer.hashing import hash_file
 from registry.client.api import Api, Json
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
@@ -27,11 +28,11 @@ from registry.client.push import LocalFile, collect, push, send
 from registry.names import parse_repository
 from tests import s3_server
 from tests.s3_server import BUCKET, S3Server
-from tests.scenarios.world import Cli, build_world, server
+from tests.scenarios.world import Cli, build_world, nothing, server
 
 FILES, PARALLEL = 8, 8
 WHOLE = TransferConfig(multipart_threshold=256 << 20, use_threads=False)
-RAW, RAW_PARTS = "boto3, 8 files at a time", "boto3, its defaults"
+RAW, RAW_HASHED, RAW_PARTS = "boto3, 8 files at a time", "the same, then hashed", "boto3, its defaults"
 
 
 class Bench:
@@ -50,11 +51,11 @@ class Bench:
     def _publish(self) -> Json:
         request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
         name = parse_repository("acme/bench")
-        return push(self.api, collect(self.pushed), name, "adapter", request, lambda _count: None)["release"]
+        return push(self.api, collect(self.pushed), name, "adapter", request, nothing)["release"]
 
     def push_ours(self) -> Sample:
         self._change()
-        return self._timed(lambda: send(self.api, "acme", self._collect(), lambda _count: None))
+        return self._timed(lambda: send(self.api, "acme", self._collect(), nothing))
 
     def push_raw(self, config: TransferConfig, parallel: int) -> Sample:
         self._change()
@@ -66,11 +67,11 @@ class Bench:
 
     def pull_ours(self, cache: BlobCache | None = None) -> Sample:
         target = self.directory / "pulled"
-        sample = self._timed(lambda: pull(self.api, self.release, target, lambda _count: None, cache))
+        sample = self._timed(lambda: pull(self.api, self.release, target, nothing, cache))
         shutil.rmtree(target)
         return sample
 
-    def pull_raw(self, config: TransferConfig, parallel: int) -> Sample:
+    def pull_raw(self, config: TransferConfig, parallel: int, *, hashed: bool = False) -> Sample:
         target = self.directory / "raw"
         target.mkdir()
         rows = [row for row in self.release["files"] if row["path"].startswith("data-")]
@@ -78,6 +79,8 @@ class Bench:
         def one(row: Json) -> None:
             key = f"bench/blobs/sha256/{row['sha256'][:2]}/{row['sha256']}"
             self.client.download_file(BUCKET, key, str(target / row["path"]), Config=config)
+            if hashed and hash_file(target / row["path"]) != row["sha256"]:
+                raise RuntimeError(f"{row['path']} is damaged")
 
         sample = self._timed(lambda: _each(parallel, one, rows))
         shutil.rmtree(target)
@@ -145,6 +148,7 @@ def main() -> None:
         cache = BlobCache(directory / "cache")
         pulls = {
             RAW: lambda: bench.pull_raw(WHOLE, PARALLEL),
+            RAW_HASHED: lambda: bench.pull_raw(WHOLE, PARALLEL, hashed=True),
             RAW_PARTS: lambda: bench.pull_raw(TransferConfig(), 1),
             "adaptory": bench.pull_ours,
             "adaptory, from its cache": lambda: bench.pull_ours(cache),

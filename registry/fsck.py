@@ -18,7 +18,7 @@ from registry.audit import Act
 from registry.errors import RegistryError
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import AuditRow, Blob, BlobHolder, Channel, Move, Release, Repository, Revision, RevisionFile
-from registry.names import Digest
+from registry.names import ABSENT, Digest
 from registry.releases import full_name
 from registry.resources import Resources
 
@@ -32,12 +32,15 @@ _PARALLEL = 8
 def check(resources: Resources, *, read_bytes: bool = False, progress: Progress = lambda _count: None) -> list[Finding]:
     """Errors are broken promises; notices are leftovers that a collection will remove.
 
-    `read_bytes` hashes every blob instead of asking for its size alone. `progress` counts what was checked.
+    `read_bytes` hashes every blob instead of asking for its size alone. `progress` counts what was checked. Raises
+    Unavailable when the store is away as a whole, rather than one finding for each of its blobs.
     """
     with resources.database.snapshot() as session:
         findings = [*_check_database(session)]
         for step in (_check_revisions, _check_channels, _check_releases):
             findings += step(session, progress)
+        findings += _find_leaving(session)
+    resources.store.stat(ABSENT)
     findings += _check_blobs(resources, read_bytes=read_bytes, progress=progress)
     findings += _find_orphans(resources)
     return findings
@@ -171,6 +174,8 @@ def _look(resources: Resources, blob: Blob, *, read_bytes: bool) -> Finding | No
             return _error("blob_corrupt", sha256, f"The bytes of the blob {sha256} are damaged.")
     except RegistryError as error:
         return _error("blob_unreadable", sha256, f"The blob {sha256} cannot be read: {error.detail}")
+    except OSError as error:
+        return _error("blob_unreadable", sha256, f"The blob {sha256} cannot be read: {error.strerror}.")
     return None
 
 
@@ -196,6 +201,14 @@ def _with_names(resources: Resources, finding: Finding) -> Finding:
     if not named:
         return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} No release names it.")
     return Finding(finding.code, finding.severity, finding.subject, f"{finding.message} It is {'; '.join(named)}.")
+
+
+def _find_leaving(session: Session) -> Iterator[Finding]:
+    leaving = select(func.count(), func.min(Blob.removing_at)).where(Blob.removing_at.is_not(None))
+    count, since = session.execute(leaving).one()
+    if count:
+        message = f"{count:,} blobs are being removed, since {since:%Y-%m-%d %H:%M} UTC; `adaptory gc` finishes that."
+        yield Finding("leaving", Severity.NOTICE, "store", message)
 
 
 def _find_orphans(resources: Resources) -> Iterator[Finding]:

@@ -25,6 +25,8 @@ MAX_VERSION_CHARS = 80
 
 Digest = NewType("Digest", str)
 """A sha256 in 64 lower-case hexadecimal digits."""
+ABSENT = Digest("0" * 64)
+"""Which no bytes have: a store that is asked for it says whether it answers."""
 
 
 def parse_digest(text: str) -> Digest:

@@ -3,6 +3,7 @@
 import gc
 import ipaddress
 import signal
+import socket
 import threading
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
@@ -12,13 +13,14 @@ import typer
 from registry.cli import render
 from registry.cli.connect import connected, load_settings
 from registry.cli.render import JsonFlag
-from registry.errors import NotAllowed
+from registry.errors import NotAllowed, Unavailable
 
 if TYPE_CHECKING:
     from registry.resources import Resources
 
 Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 
+BACKLOG = 2048
 STOP_S = 30.0
 """How long a server that stops waits for its worker to hand its job back."""
 
@@ -52,6 +54,7 @@ def serve(
             subject=host,
             next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and make one: `adaptory token create`.",
         )
+    listener = _listen(host, port)
     resources = open_resources(settings)
     if with_tokens:
         _refuse_without_tokens(resources)
@@ -63,13 +66,28 @@ def serve(
     # What lives as long as the process need not be looked at again: full collections took 80 ms each.
     gc.collect()
     gc.freeze()
+    address = f"[{host}]" if ":" in host else host
+    render.say(f"listening on http://{address}:{listener.getsockname()[1]}")
     try:
-        uvicorn.run(application, host=host, port=port, log_level="warning", server_header=False)
+        uvicorn.Server(uvicorn.Config(application, log_level="warning", server_header=False)).run([listener])
     finally:
         stop.set()
         if with_worker:
             thread.join(STOP_S)
         resources.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise Unavailable(
+            "port_unusable",
+            f"{host}:{port} cannot be listened on: {error.strerror or error}.",
+            subject=f"{host}:{port}",
+            next_step="Choose another --port, or stop what listens there.",
+        ) from error
 
 
 def _refuse_without_tokens(resources: "Resources") -> None:

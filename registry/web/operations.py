@@ -15,7 +15,7 @@ from registry.http.pages import Cursor, Limit, decode_number, page
 from registry.http.request import ResourcesOf, RowId
 from registry.http.rules import Caller
 from registry.models import Job
-from registry.names import Digest
+from registry.names import ABSENT
 from registry.resources import Resources
 from registry.schemas import Page
 from registry.schemas.work import AuditOut, JobOut
@@ -24,7 +24,6 @@ from registry.web.views import audit_view, job_view
 router = APIRouter(tags=["operations"])
 
 _EXPORT_ROWS = 1000
-_ABSENT = Digest("0" * 64)
 
 
 @router.get("/v1/jobs")
@@ -114,5 +113,5 @@ async def alive() -> dict[str, str]:
 def ready(resources: ResourcesOf) -> dict[str, str]:
     """503 while the database or the store is away."""
     resources.database.ping()
-    resources.store.stat(_ABSENT)
+    resources.store.stat(ABSENT)
     return {"status": "ok"}

@@ -134,5 +134,5 @@ def _remarks(described: Description, found: Found, profile: Profile | None) -> J
         digest, name = found.base
         related = {"base": {"digest": digest, "name": name}, "relation": relation}
     if profile:
-        loading = loads(row.servers, row.loading, row.rank_max or 0, profile).to_json()
+        loading = loads(row.servers, json.loads(row.loading), row.rank_max or 0, profile).to_json()
     return {"related": related, "loads_in": loading}

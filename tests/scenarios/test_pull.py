@@ -11,9 +11,8 @@ from registry.client.cache import BlobCache
 from registry.client.pieces import PIECE_BYTES
 from registry.client.pull import pull
 from registry.errors import Refused, Unavailable
-from tests.scenarios.test_transfer import hashes, nothing
-from tests.scenarios.traces import api_of, home_of, keeps_blobs_in_s3, s3_of, traces
-from tests.scenarios.world import Cli, World
+from tests.scenarios.traces import api_of, hashes, home_of, keeps_blobs_in_s3, s3_of, traces
+from tests.scenarios.world import Cli, World, nothing
 
 WEIGHTS = "adapter_model.safetensors"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (another file system)

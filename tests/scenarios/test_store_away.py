@@ -15,9 +15,8 @@ import pytest
 from tests import services
 from tests.s3_server import S3Server
 from tests.scenarios.conftest import USER, stock
-from tests.scenarios.test_uploads import SMALL_PARTS
 from tests.scenarios.traces import parts_in, s3_of, traces
-from tests.scenarios.world import Cli, World, environment, server
+from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, server
 
 PATIENCE = {
     "ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1",

@@ -21,9 +21,8 @@ from registry.errors import Invalid
 from registry.names import Digest
 from registry.storage.blobs import BlobStore
 from tests.scenarios.conftest import USER, stock
-from tests.scenarios.test_uploads import SMALL_PARTS, registry
-from tests.scenarios.traces import api_of, home_of, parts_in, traces
-from tests.scenarios.world import Cli, World, environment, server
+from tests.scenarios.traces import api_of, hashes, home_of, opened, parts_in, traces
+from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, nothing, server
 
 BIG_BYTES = 400_000_000
 """More pieces than are fetched at a time, so that there is a middle to be killed in."""
@@ -48,18 +47,6 @@ class CountingApi(Api):
             yield stream
 
 
-def nothing(_count: int) -> None:
-    """Progress that nobody looks at."""
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
-
-
 @pytest.fixture
 def on_s3(s3_environment: dict[str, str], world: World, tmp_path: Path) -> Generator[Cli]:
     """A server whose blobs lie in S3, with parts so small that there are many."""
@@ -70,7 +57,7 @@ def on_s3(s3_environment: dict[str, str], world: World, tmp_path: Path) -> Gener
 
 def store_of(cli: Cli) -> BlobStore:
     home = {"ADAPTORY_HOME": str(home_of(cli))}
-    return registry(Cli({**cli.environment, **cli.served_with, **home})).store
+    return opened(Cli({**cli.environment, **cli.served_with, **home})).store
 
 
 def test_a_new_version_with_one_changed_file_sends_that_file_alone(stocked: Cli, world: World, tmp_path: Path) -> None:

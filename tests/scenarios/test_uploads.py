@@ -17,12 +17,9 @@ from registry.client.api import Api
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, TooMany, Usage
 from registry.manifest import ManifestFile
 from registry.names import Digest
-from registry.resources import Resources, open_resources
-from registry.settings import Settings
-from tests.scenarios.traces import api_of, traces
-from tests.scenarios.world import Cli, World, environment
-
-SMALL_PARTS = {"ADAPTORY_STORAGE__MULTIPART_BYTES": str(11 << 20), "ADAPTORY_STORAGE__PART_BYTES": str(5 << 20)}
+from registry.resources import Resources
+from tests.scenarios.traces import api_of, opened, traces
+from tests.scenarios.world import SMALL_PARTS, Cli, World
 
 
 def row(content: bytes, path: str = "notes.txt") -> dict[str, Any]:
@@ -128,17 +125,12 @@ def test_who_announces_without_sending_is_stopped(embedded: Cli) -> None:
         plan(api, b"one more")
 
 
-def registry(cli: Cli) -> Resources:
-    with environment(cli.environment, ["adaptory"]):
-        return open_resources(Settings())
-
-
 def publisher(resources: Resources, namespace: str) -> Actor:
     return Actor("eve", resources.clock(), {namespace: "publisher"})
 
 
 def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
-    resources = registry(embedded)
+    resources = opened(embedded)
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
     mine, other = publisher(resources, "acme"), publisher(resources, "globex")
     announced = uploads.plan(resources, mine, "acme", [file])[0]
@@ -163,7 +155,7 @@ def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
 
 def test_bytes_that_are_present_are_kept_for_who_was_told_so(embedded: Cli) -> None:
     """An unused blob is about to be collected when a push is told that it need not send it."""
-    resources = registry(embedded)
+    resources = opened(embedded)
     actor = publisher(resources, "acme")
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
     upload_id = uploads.plan(resources, actor, "acme", [file])[0].upload_id or ""
@@ -179,7 +171,7 @@ def test_bytes_that_are_present_are_kept_for_who_was_told_so(embedded: Cli) -> N
 
 
 def test_an_upload_that_nobody_finished_is_forgotten_in_time(embedded: Cli) -> None:
-    resources = registry(embedded)
+    resources = opened(embedded)
     actor = publisher(resources, "acme")
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
     upload_id = uploads.plan(resources, actor, "acme", [file])[0].upload_id or ""
@@ -218,7 +210,7 @@ def test_the_registry_takes_no_bytes_where_the_store_takes_them(on_s3: Cli, worl
         assert raised.value.code == "sent_directly"
 
 
-def test_wrong_bytes_are_never_a_blob_of_the_registry(on_s3: Cli) -> None:
+def test_wrong_bytes_are_never_a_blob_of_the_opened(on_s3: Cli) -> None:
     content = os.urandom(12 << 20)
     with api_of(on_s3) as api:
         planned = plan(api, content)
@@ -262,7 +254,7 @@ def test_an_expired_upload_in_s3_leaves_nothing(on_s3: Cli) -> None:
         planned = plan(api, content)
         api.send(planned["parts"][0]["put"], iter([content[: 5 << 20]]))
         put(api, b"finished")
-    resources = registry(on_s3)
+    resources = opened(on_s3)
     later = resources.clock() + timedelta(days=3)
     assert uploads.sweep(resources, resources.clock()) == 0
     assert uploads.sweep(resources, later) == 1

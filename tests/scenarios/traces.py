@@ -1,5 +1,6 @@
 """What a registry has on disk and in its lists: for tests that ask what a failure left behind."""
 
+import hashlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import boto3
 
 from registry.cli.connect import connected
 from registry.client.api import Api
+from registry.resources import Resources, open_resources
+from registry.settings import Settings
 from tests.scenarios.world import Cli, environment
 
 
@@ -24,6 +27,21 @@ def api_of(cli: Cli) -> Generator[Api]:
     """Calls without the command line's own checks."""
     with environment(cli.environment, ["adaptory"]), connected() as connection:
         yield connection.api
+
+
+def opened(cli: Cli) -> Resources:
+    """What the embedded registry of `cli` holds, for calls below HTTP; to be closed."""
+    with environment(cli.environment, ["adaptory"]):
+        return open_resources(Settings())
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """The sha256 of every file below it, by its relative path."""
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 @dataclass(frozen=True)

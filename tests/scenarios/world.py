@@ -21,6 +21,13 @@ from registry.cli import main as command_line
 from tests import services
 from tests.composer.small_model import save_adapter, save_llama, save_tokenizer
 
+SMALL_PARTS = {"ADAPTORY_STORAGE__MULTIPART_BYTES": str(11 << 20), "ADAPTORY_STORAGE__PART_BYTES": str(5 << 20)}
+"""Of a registry with its blobs in S3, where 11 MiB are large."""
+
+
+def nothing(_count: int) -> None:
+    """Progress that nobody looks at."""
+
 
 @dataclass(frozen=True)
 class World:

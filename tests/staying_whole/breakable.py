@@ -1,9 +1,11 @@
 """What a test may break without harming others: a PostgreSQL and a disk of its own; and a request for every route."""
 
+import hashlib
 import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +15,15 @@ from typing import Any
 import httpx2
 from fastapi.routing import APIRoute
 
+from composer.hashing import weights_digest
+from registry.client.api import Api
+from registry.client.push import collect, push
 from registry.web.app import ROUTERS
+from registry.worker.loop import run_worker
+from registry.worker.steps import KINDS
 from tests import services
+from tests.staying_whole.processes import CHANNEL, NAME, resources
+from tests.staying_whole.small import write_adapter
 
 
 @dataclass
@@ -55,11 +64,10 @@ class Disk:
 
     def mount(self) -> None:
         self.directory.mkdir(parents=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={self.size_bytes}", "adaptory-test", str(self.directory)]
-        subprocess.run(command, check=True)
+        _run("mount", "-t", "tmpfs", "-o", f"size={self.size_bytes}", "adaptory-test", self.directory)
 
     def unmount(self) -> None:
-        subprocess.run(["umount", "--lazy", str(self.directory)], check=True)
+        _run("umount", "--lazy", self.directory)
 
     def fill(self) -> None:
         """To the last byte."""
@@ -69,6 +77,10 @@ class Disk:
 
     def free(self) -> None:
         (self.directory / "ballast").unlink()
+
+
+def _run(program: str, *arguments: object) -> None:
+    subprocess.run([str(shutil.which(program)), *map(str, arguments)], check=True)
 
 
 WITHOUT_DATABASE = {("GET", "/healthz"), ("GET", "/v1/whoami")}
@@ -99,9 +111,10 @@ class Stock:
     def _path(self, method: str, template: str) -> str:
         blob = self.announced if method == "PUT" else self.sha256
         values = {
-            "{namespace}": "acme", "{name}": "sql", "{version}": self.version, "{channel}": "prod", "{base:path}": "tiny",
-            "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob, "{job_id}": self.job_id,
-            "{composition_id}": self.composition_id, "{upload_id}": self.upload_id, "{token_id}": "aaaaaaaaaaaa",
+            "{namespace}": "acme", "{name}": "sql", "{version}": self.version, "{channel}": "prod",
+            "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
+            "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
+            "{token_id}": "aaaaaaaaaaaa",
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -122,7 +135,7 @@ class Stock:
             "/v1/suites": {"name": "exact", "kind": "target", "chat": False, "examples": [example]},
             "/v1/bases": {
                 "name": "new", "model_type": "llama", "tied": False, "parameters": 1, "size_bytes": 4,
-                "weights_digest": "4" * 64, "tensors": [tensor],
+                "weights_digest": weights_digest([("w", "F32", (1,), "3" * 64)]), "tensors": [tensor],
             },
             "/v1/uploads": {"namespace": "acme", "files": [file]},
             "/v1/compositions": {"recipe": {"inputs": ["acme/sql"], "method": "stack"}, "plan": True},
@@ -134,6 +147,28 @@ class Stock:
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
         }  # fmt: skip
         return {"json": bodies.get(template, bodies.get(template.rpartition("/")[2], {}))}
+
+
+def furnish(url: str, directory: Path) -> Stock:
+    """acme/sql:1.0.0 on prod, a composition that was cancelled, and an upload whose bytes have not come."""
+    api = Api(url)
+    files = collect(write_adapter(directory, 1))
+    release = push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)["release"]
+    api.put(CHANNEL, {"version": "1.0.0"})
+    composition = api.post("/v1/compositions", {"recipe": {"inputs": ["acme/sql"], "method": "stack"}, "plan": True})
+    job = api.get("/v1/jobs")["items"][0]
+    api.post(f"/v1/compositions/{composition['id']}/cancel")
+    announced = hashlib.sha256(b"x").hexdigest()
+    row = {"path": "notes.txt", "size_bytes": 1, "sha256": announced}
+    (upload,) = api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"]
+    api.close()
+    stored = next(file["sha256"] for file in release["files"] if file["path"] == "adapter_model.safetensors")
+    return Stock("1.0.0", composition["id"], job["id"], upload["upload"], announced, stored)
+
+
+def do_jobs() -> None:
+    """A worker, in a process of its own."""
+    run_worker(resources(), KINDS, threading.Event())
 
 
 def ask(url: str, request: tuple[str, str, dict[str, Any]], timeout_s: float = 60) -> httpx2.Response:

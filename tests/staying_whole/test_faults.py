@@ -1,0 +1,367 @@
+"""Databases, disks and stores that are away, hang or are full: told in time, nothing half done, no restart needed."""
+
+import hashlib
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx2
+import pytest
+from sqlalchemy import text
+
+from registry import upkeep
+from registry.client.api import Api, Json, line_path
+from registry.client.pull import pull
+from registry.client.push import collect, push, send
+from registry.errors import Unavailable
+from registry.names import Digest
+from registry.settings import S3Storage
+from registry.storage.s3 import S3Store
+from tests import services
+from tests.s3_server import S3Server
+from tests.scenarios.world import Cli
+from tests.staying_whole.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
+from tests.staying_whole.conftest import broken_promises, opened
+from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, start, wait_for_port
+from tests.staying_whole.small import write_adapter, write_base
+
+PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "1", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
+IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A server and a worker, each a process of its own. `directory` is for what a client has."""
+
+    place: Mapping[str, str]
+    url: str
+    directory: Path
+    stock: Stock
+
+    def push(self, version: str, seed: int) -> None:
+        api = Api(self.url)
+        files = collect(write_adapter(self.directory / version, seed))
+        push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
+        api.close()
+
+    def versions(self) -> list[str]:
+        return [row["version"] for row in httpx2.get(f"{self.url}{line_path(NAME)}/releases").json()["items"]]
+
+    def pull(self, version: str) -> bytes:
+        target = self.directory / f"pulled-{version}-{time.monotonic_ns()}"
+        api = Api(self.url)
+        pull(api, api.get(f"{line_path(NAME)}/releases/{version}"), target, lambda _count: None)
+        api.close()
+        return (target / "adapter_model.safetensors").read_bytes()
+
+    def compose(self, *adapters: str) -> Json:
+        """The plan of a composition, once a worker has ended it."""
+        api, deadline = Api(self.url), time.monotonic() + 60
+        made = api.post("/v1/compositions", {"recipe": {"inputs": list(adapters), "method": "stack"}, "plan": True})
+        while made["state"] in ("queued", "running"):
+            assert time.monotonic() < deadline, made
+            time.sleep(0.1)
+            made = api.get(f"/v1/compositions/{made['id']}")
+        api.close()
+        return made
+
+    def assert_well(self) -> None:
+        """Everything works again, by the same processes."""
+        assert httpx2.get(f"{self.url}/readyz", timeout=30).status_code == 200
+        self.push("1.1.0", 11)
+        httpx2.put(f"{self.url}{CHANNEL}", json={"version": "1.1.0"}).raise_for_status()
+        assert self.versions() == ["1.1.0", "1.0.0"]
+        assert self.pull("1.1.0") == (self.directory / "1.1.0" / "adapter_model.safetensors").read_bytes()
+        assert self.compose("acme/sql:1.0.0", "acme/sql:1.1.0")["state"] == "done"
+        assert broken_promises(self.place, read_bytes=True) == []
+
+
+@contextmanager
+def running(place: dict[str, str], directory: Path) -> Generator[Registry]:
+    place = place | {"ADAPTORY_USER": "mia"}
+    Cli(place).ok("base", "add", write_base(directory / "base"), "--name", "tiny")
+    port = services.free_port()
+    server = start(serve, place, port)
+    wait_for_port(port)
+    url = f"http://127.0.0.1:{port}"
+    stock = furnish(url, directory / "1.0.0")
+    worker = start(do_jobs, place)
+    yield Registry(place, url, directory, stock)
+    kill(worker)  # which fails when it has died before
+    kill(server)
+
+
+def assert_told(answer: httpx2.Response, what: object, *codes: str) -> None:
+    assert answer.status_code == 503, (what, answer.status_code, answer.text)
+    assert int(answer.headers["Retry-After"]) > 0, what
+    if answer.request.method != "HEAD":
+        assert answer.json()["code"] in codes, (what, answer.text)
+
+
+@pytest.fixture(scope="module")
+def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[Postgres]:
+    services.shared_postgres()  # skips or fails where there is none
+    own = Postgres(tmp_path_factory.mktemp("postgres"))
+    own.start()
+    yield own
+    own.stop()
+
+
+@pytest.fixture
+def on_postgres(own_postgres: Postgres, tmp_path: Path) -> Generator[Registry]:
+    url = services._create_database(own_postgres.start(), f"t{time.monotonic_ns()}")
+    place = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url, **PATIENCE}
+    Cli(place).ok("migrate")
+    with running(place, tmp_path) as registry:
+        yield registry
+
+
+def crash(postgres: Postgres) -> Callable[[], object]:
+    postgres.stop()
+    return postgres.start
+
+
+def hang(postgres: Postgres) -> Callable[[], object]:
+    postgres.freeze()
+    return postgres.thaw
+
+
+@pytest.mark.parametrize("harm", [crash, hang])
+def test_a_database_that_is_away_is_told_by_every_route_and_is_used_again_when_it_is_back(
+    on_postgres: Registry, own_postgres: Postgres, harm: Callable[[Postgres], Callable[[], object]]
+) -> None:
+    url = on_postgres.url
+    requests = [one for one in on_postgres.stock.requests() if one[:2] not in WITHOUT_DATABASE]
+    assert len(requests) > 60
+    heal = harm(own_postgres)
+    try:
+        with ThreadPoolExecutor(50) as pool:
+            asked = [pool.submit(ask, url, request) for request in requests]
+            for _ in range(5):
+                assert httpx2.get(f"{url}/healthz", timeout=2).status_code == 200, "others waiting are no excuse"
+                time.sleep(0.1)
+            for request, answer in zip(requests, asked, strict=True):
+                assert_told(answer.result(), request, "database_unavailable", "database_busy")
+    finally:
+        heal()
+    on_postgres.assert_well()
+
+
+def test_connections_that_drop_in_the_middle_of_moves_lose_none_that_was_accepted(
+    on_postgres: Registry, own_postgres: Postgres
+) -> None:
+    on_postgres.push("1.1.0", 11)
+    until = time.monotonic() + 4
+
+    def move(number: int) -> list[int]:
+        api, accepted = Api(on_postgres.url), list[int]()
+        while time.monotonic() < until:
+            try:
+                accepted.append(api.put(CHANNEL, {"version": f"1.{number % 2}.0"})["id"])
+            except Unavailable as error:
+                refused.append(error.code)
+        api.close()
+        return accepted
+
+    refused: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        movers = [pool.submit(move, number) for number in range(4)]
+        with services._administration(own_postgres.start()) as administrator:
+            while time.monotonic() < until:
+                administrator.execute(
+                    text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+                )
+                time.sleep(0.1)
+        accepted = [moved for mover in movers for moved in mover.result()]
+    assert set(refused) == {"database_unavailable"}, "of dropped connections the clients are told, of nothing else"
+    assert len(accepted) > 20
+    history = list(Api(on_postgres.url).pages(f"{CHANNEL}/history", limit=500))
+    assert set(accepted) <= {row["id"] for row in history}
+    assert broken_promises(on_postgres.place) == []
+
+
+def test_a_database_that_may_not_be_written_is_told_and_still_answers_questions(
+    on_postgres: Registry, own_postgres: Postgres
+) -> None:
+    name = on_postgres.place["ADAPTORY_DATABASE_URL"].rpartition("/")[2]
+
+    def forbid(what: str) -> None:
+        with services._administration(own_postgres.start()) as administrator:
+            administrator.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = {what}"))
+            administrator.execute(
+                text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+            )
+
+    forbid("on")
+    answer = httpx2.put(f"{on_postgres.url}{CHANNEL}", json={"version": "1.0.0"})
+    assert_told(answer, "promote", "database_unavailable")
+    assert on_postgres.versions() == ["1.0.0"]
+    forbid("off")
+    on_postgres.assert_well()
+
+
+def test_a_statement_that_waits_for_a_lock_too_long_is_told(on_postgres: Registry, own_postgres: Postgres) -> None:
+    held = opened(on_postgres.place)
+    with held.read() as session:
+        session.execute(text("LOCK TABLE channels IN ACCESS EXCLUSIVE MODE"))
+        started = time.monotonic()
+        answer = httpx2.get(f"{on_postgres.url}{CHANNEL}", timeout=60)
+        assert_told(answer, "show", "database_unavailable")
+        assert time.monotonic() - started < 5
+    held.close()
+    assert httpx2.get(f"{on_postgres.url}{CHANNEL}").json()["version"] == "1.0.0"
+
+
+def test_a_sqlite_database_that_another_process_keeps_locked_is_told_and_read_meanwhile(tmp_path: Path) -> None:
+    with running({"ADAPTORY_HOME": str(tmp_path / "home"), **PATIENCE}, tmp_path) as registry:
+        other = sqlite3.connect(tmp_path / "home" / "registry.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            asked = [
+                pool.submit(httpx2.put, f"{registry.url}{CHANNEL}", json={"version": "1.0.0"}, timeout=60)
+                for _ in range(8)
+            ]
+            assert registry.versions() == ["1.0.0"], "readers do not wait for writers"
+            for answer in asked:
+                assert_told(answer.result(), "promote", "database_unavailable", "database_busy")
+        assert time.monotonic() - started < 10
+        other.execute("ROLLBACK")
+        other.close()
+        registry.assert_well()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Generator[Disk]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    small = Disk(tmp_path / "disk")
+    small.mount()
+    yield small
+    small.unmount()
+
+
+def send_a_megabyte(url: str, seed: int) -> httpx2.Response:
+    content = random.Random(seed).randbytes(1 << 20)
+    row = {"path": "notes.txt", "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    planned = httpx2.post(f"{url}/v1/uploads", json={"namespace": "acme", "files": [row]})
+    if planned.status_code != 200:
+        return planned
+    return httpx2.put(f"{url}{planned.json()['files'][0]['put']['url']}", content=content)
+
+
+def test_a_full_blob_store_is_told_and_is_used_again_when_there_is_space(disk: Disk, tmp_path: Path) -> None:
+    store = {"ADAPTORY_STORAGE__KIND": "local", "ADAPTORY_STORAGE__DIRECTORY": str(disk.directory / "store")}
+    with running({"ADAPTORY_HOME": str(tmp_path / "home"), **store, **PATIENCE}, tmp_path) as registry:
+        disk.fill()
+        for seed in range(3):
+            assert_told(send_a_megabyte(registry.url, seed), "upload", "store_full")
+        with pytest.raises(Unavailable, match="No space left"):
+            registry.push("1.1.0", 11)
+        assert registry.versions() == ["1.0.0"]
+        assert registry.pull("1.0.0"), "reading needs no space"
+        assert broken_promises(registry.place, read_bytes=True) == []
+        assert list((disk.directory / "store" / "incoming").iterdir()) == []
+        disk.free()
+        assert send_a_megabyte(registry.url, 0).status_code == 201
+        registry.assert_well()
+
+
+def test_a_full_disk_under_the_database_is_told_and_is_used_again_when_there_is_space(
+    disk: Disk, tmp_path: Path
+) -> None:
+    home = disk.directory / "home"
+    with running({"ADAPTORY_HOME": str(home), **PATIENCE}, tmp_path) as registry:
+        disk.fill()
+        for number in range(2_000):  # its journal may have some space left
+            answer = httpx2.put(f"{registry.url}{CHANNEL}", json={"version": "1.0.0", "reason": str(number) * 500})
+            if answer.status_code == 503:
+                break
+        assert_told(answer, "promote", "database_unavailable")
+        assert_told(send_a_megabyte(registry.url, 1), "upload", "database_unavailable", "store_full", "disk_error")
+        assert registry.versions() == ["1.0.0"]
+        accepted = len(list(Api(registry.url).pages(f"{CHANNEL}/history", limit=500)))
+        assert accepted == 1 + number, "what was answered with 503 was not done"
+        disk.free()
+        assert broken_promises(registry.place) == []
+        registry.assert_well()
+
+
+@pytest.fixture(scope="module")
+def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
+    services.shared_s3()  # skips or fails where there is none
+    own = S3Server(tmp_path_factory.mktemp("s3"))
+    own.start()
+    yield own
+    own.stop()
+
+
+@pytest.fixture
+def on_s3(own_s3: S3Server, tmp_path: Path) -> Generator[Registry]:
+    place = {"ADAPTORY_HOME": str(tmp_path / "home"), **own_s3.environment(f"{tmp_path.name}/"), **IMPATIENT_STORE}
+    with running(place, tmp_path) as registry:
+        yield registry
+
+
+def test_a_store_that_goes_away_between_upload_and_publication_leaves_no_release(
+    on_s3: Registry, own_s3: S3Server
+) -> None:
+    api = Api(on_s3.url)
+    files = collect(write_adapter(on_s3.directory / "1.1.0", 11))
+    send(api, "acme", files, lambda _count: None)
+    own_s3.stop(kill=True)
+    rows = [{"path": f.manifest.path, "size_bytes": f.manifest.size_bytes, "sha256": f.manifest.sha256} for f in files]
+    body = {"version": "1.1.0", "base": "tiny", "files": rows}
+    assert_told(httpx2.post(f"{on_s3.url}{line_path(NAME)}/releases", json=body), "publish", "store_unavailable")
+    assert_told(httpx2.get(f"{on_s3.url}/readyz"), "readyz", "store_unavailable")
+    assert httpx2.get(f"{on_s3.url}/healthz").status_code == 200
+    assert on_s3.versions() == ["1.0.0"]
+    ended = on_s3.compose("acme/sql:1.0.0")
+    assert (ended["state"], ended["error"]["code"]) == ("failed", "store_unavailable")
+    for command in ("gc", "fsck"):
+        told = Cli(dict(on_s3.place))(command)
+        assert (told.code, "store" in told.err) == (7, True), told.err
+    own_s3.start()
+    on_s3.assert_well()
+
+
+class _DiesOfADelete(S3Store):
+    """A store whose server crashes when it is asked to delete."""
+
+    server: S3Server
+
+    def delete(self, sha256: Digest) -> None:
+        self.server.stop(kill=True)
+        super().delete(sha256)
+
+
+def test_a_collection_whose_store_goes_away_is_finished_by_the_next_one(on_s3: Registry, own_s3: S3Server) -> None:
+    api = Api(on_s3.url)
+    unused = collect(write_adapter(on_s3.directory / "unused", 12))
+    send(api, "acme", unused, lambda _count: None)
+    held = opened(on_s3.place)
+    assert isinstance(held.settings.storage, S3Storage)
+    dying = _DiesOfADelete(held.settings.storage)
+    dying.server = own_s3
+    later = replace(held, clock=lambda: datetime.now(UTC) + timedelta(days=2))
+    with pytest.raises(Unavailable):
+        upkeep.collect(replace(later, store=dying), grace=timedelta(0))
+    own_s3.start()
+    assert broken_promises(on_s3.place, read_bytes=True) == []
+    told = Cli(dict(on_s3.place)).ok("fsck").out
+    assert "being removed" in told
+    with pytest.raises(Unavailable) as leaving:
+        send(api, "acme", unused, lambda _count: None)
+    assert leaving.value.code == "blob_leaving"
+    assert upkeep.collect(later, grace=timedelta(0)).blobs == 1  # the other file of the adapter is a release's too
+    held.close()
+    assert "being removed" not in Cli(dict(on_s3.place)).ok("fsck").out
+    send(api, "acme", unused, lambda _count: None)
+    on_s3.assert_well()
