@@ -1,7 +1,8 @@
 """Search and a channel's move beside MLflow's model registry: the same 10,000 versions, eight clients, both databases.
 
-A version in MLflow has its base, rank and targets as tags, and a channel is an alias. Its server runs as it comes, with
-four processes, in an environment of its own (`--venv`, made when it is not there); ours is one process.
+A version in MLflow has the facts and scores that a search of ours can ask for as tags, where its search looks, and a
+channel is an alias. Its server runs as it comes, with four processes, in an environment of its own (`--venv`, made when
+it is not there); ours is one process.
 """
 
 import argparse
@@ -72,9 +73,9 @@ def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases:
         url = named.replace("postgresql:", "postgresql+psycopg2:")
         seen: dict[str, int] = {}
         lines: list[str] = []
-        for name, *facts in stock.versions(releases):
+        for name, tags in stock.versions(releases):
             seen[name] = seen.get(name, 0) + 1
-            lines.append(json.dumps([_mlflow_name(name), seen[name], *facts]))
+            lines.append(json.dumps([_mlflow_name(name), seen[name], tags]))
         fill = [str(python), str(Path(__file__).with_name("mlflow_fill.py")), url]
         subprocess.run(fill, input="\n".join(lines), text=True, check=True)
         port = load.free_port()
@@ -85,8 +86,8 @@ def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases:
 
 def _searches(releases: int) -> dict[str, str]:
     """Target sets: the one that most versions of that base and rank have, and the one that fewest have."""
-    found = Counter(targets for _, base, rank, targets in stock.versions(releases) if (base, rank) == (BASE, RANK))
-    listed = found.most_common()
+    tags = [tags for _, tags in stock.versions(releases)]
+    listed = Counter(one["targets"] for one in tags if (one["base"], one["rank"]) == (BASE, str(RANK))).most_common()
     return {FULL_PAGE: listed[0][0], FEW: listed[-1][0]}
 
 

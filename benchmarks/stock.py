@@ -122,14 +122,19 @@ def _administer(postgres: str, statement: str) -> None:
             connection.execute(text(statement))
 
 
-def versions(releases: int) -> list[tuple[str, str, int, str]]:
-    """Of each release that `fill` writes: repository, base, rank and targets, for a registry with tags."""
+def versions(releases: int) -> list[tuple[str, dict[str, str]]]:
+    """Of each release that `fill` writes: its repository and the facts and scores that can be searched, as tags."""
     chance = random.Random(7)  # noqa: S311
     made = [_facts(chance) for _ in range(releases // RELEASES_EACH * RELEASES_EACH)]
-    return [
-        (repository_name(_repository_of(number)), base, rank, ",".join(TARGETS[target_set]))
-        for number, (base, rank, target_set, _) in enumerate(made, 1)
-    ]
+    found: list[tuple[str, dict[str, str]]] = []
+    for number, facts in enumerate(made, 1):
+        base, rank, target_set, _ = facts
+        shared = ("type", "variant", "alpha", "dtype", "license", "servers")
+        tags = {"base": base, "rank": str(rank), "targets": ",".join(TARGETS[target_set])}
+        tags |= {name: str(value) for name, value in _columns(facts).items() if name in shared}
+        tags |= {f"{SUITES[row['suite_id']]}.{row['metric']}": str(row["value"]) for row in _scores(number, 0, chance)}
+        found.append((repository_name(_repository_of(number)), tags))
+    return found
 
 
 def _insert(session: Session, table: type[Row], rows: Iterator[Mapping[str, Any]]) -> None:

@@ -22,12 +22,11 @@ def run(connection: Connection) -> None:
 engine: Engine = context.config.attributes["engine"]
 with engine.connect() as connection:
     if connection.dialect.name == "sqlite":
-        # A batch alter drops and recreates a table, which would cascade if foreign keys were enforced meanwhile.
-        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-        connection.commit()
+        # A batch alter drops and recreates a table, which would cascade, or fail, if foreign keys were enforced meanwhile.
+        # SQLite heeds this outside of a transaction alone, so it is said below SQLAlchemy, which would begin one; and the
+        # connection is given up afterwards.
+        connection.detach()
+        connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
         connection = connection.execution_options(begin="IMMEDIATE")
     run(connection)
     connection.commit()
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
-        connection.commit()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import or_, select
+from sqlalchemy import String, bindparam, or_, select
 from sqlalchemy.orm import Session, undefer
 
 from composer.formats.checkpoint import Architecture, TensorSpec
@@ -22,6 +22,14 @@ MAX_STEPS, MAX_RELATED = 4, 100
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
 _DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
 _SCHEMES = ("file://", "hf://", "s3://")
+
+_base, _alias = Base.__table__.c, BaseAlias.__table__.c
+_TEXT = bindparam("text", type_=String)
+_BY_DIGEST = select(_base.digest, _base.name).where(_base.digest.between(_TEXT, bindparam("last"))).limit(2)
+_BY_NAME = select(_base.digest, _base.name).where(
+    or_(_base.name == _TEXT, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == _TEXT)))
+)
+"""Built once: most searches ask for a base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +112,8 @@ def find(session: Session, text: str) -> Base:
 
 def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
-    query = select(Base.digest, Base.name)
-    if _DIGEST_LIKE.fullmatch(text):
-        query = query.where(Base.digest.between(text, text.ljust(64, "g")))
-    else:
-        of_alias = select(BaseAlias.base_digest).where(BaseAlias.alias == text)
-        query = query.where(or_(Base.name == text, Base.digest.in_(of_alias)))
-    matches = session.execute(query.limit(2)).all()
+    query = _BY_DIGEST if _DIGEST_LIKE.fullmatch(text) else _BY_NAME
+    matches = session.execute(query, {"text": text, "last": text.ljust(64, "g")}).all()
     if not matches:
         raise NotFound(
             "base_unknown",

@@ -14,6 +14,7 @@ from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, select
 from composer.formats.serving import Profile
 from registry.access import readable_names
 from registry.audit import Actor
+from registry.errors import Usage
 from registry.models import Channel, Move, Release, ReleaseWord, Repository, Score, TargetSet, TargetSetMember, Traits
 from registry.names import RepositoryName
 from registry.repositories import Kind
@@ -106,7 +107,7 @@ def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence
         found["readable"] = sorted(names)
     for number, target in enumerate(query.targets_include):
         found[f"include_{number}"] = target
-    for number, word in enumerate(words(query.text)[:MAX_WORDS]):
+    for number, word in enumerate(_asked_words(query)):
         whole = len(word) == MAX_WORD_CHARACTERS  # longer ones were cut when they were kept
         found |= {f"word_{number}": word, f"word_{number}_end": word if whole else word + LAST}
     for number, (condition, suite) in enumerate(zip(query.scores, suites, strict=True)):
@@ -119,9 +120,21 @@ def form_of(query: Query, values: Mapping[str, Any]) -> Form:
     return Form(
         frozenset(values) | flags,
         len(query.targets_include),
-        len(words(query.text)[:MAX_WORDS]),
+        len(_asked_words(query)),
         tuple(condition.operator for condition in query.scores),
     )
+
+
+def _asked_words(query: Query) -> list[str]:
+    found = words(query.text)
+    if (query.text and not found) or len(found) > MAX_WORDS:
+        raise Usage(
+            "bad_text",
+            f"{query.text[:80]!r} is not 1 to {MAX_WORDS} words.",
+            subject=query.text[:80],
+            next_step="Give beginnings of words: letters and digits.",
+        )
+    return found
 
 
 @lru_cache(512)

@@ -82,6 +82,8 @@ class Database:
         self.url: URL = make_url(url)
         self.engine: Engine = _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reading = sessionmaker(reading, expire_on_commit=False, autoflush=False)
         self._turn = Lock()
         self._longest_turn_s = _sqlite_wait_s(patience)
 
@@ -91,14 +93,18 @@ class Database:
 
     @contextmanager
     def read(self) -> Generator[Session]:
-        """A transaction that writes nothing: closing rolls it back. Rows keep what was loaded of them."""
-        with _told(), self._sessions() as session:
+        """Reads, and writes nothing. Rows keep what was loaded of them.
+
+        PostgreSQL, where each statement sees its own moment anyway, is spared BEGIN and ROLLBACK: two of a resolve's
+        three round trips.
+        """
+        with _told(), self._reading() as session:
             yield session
 
     @contextmanager
     def snapshot(self) -> Generator[Session]:
         """A `read` whose statements all see one moment; SQLite's transactions do so anyway."""
-        with self.read() as session:
+        with _told(), self._sessions() as session:
             if not self.is_sqlite:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ class Wanted:
 class PartialFile:
     """Pieces are written to their place and noted in `journal`, for an attempt that goes on after this one died.
 
-    The file is hashed while it arrives, piece after piece, by whoever brings the next one in order: what they read
-    back is in memory still. Methods may be called from several threads.
+    The file is hashed while it arrives: bytes that come in order as they pass, the others by whoever brings what was
+    missing before them, when they are in memory still. Methods may be called from several threads.
     """
 
     def __init__(self, wanted: Wanted, target: Path, journal: Path) -> None:
@@ -34,7 +34,7 @@ class PartialFile:
 
     def _begin(self, done: set[int]) -> None:
         self.done, self.resumed = done, bool(done)
-        self._hashed, self._digest = 0, hashlib.sha256()
+        self._hashed_bytes, self._judged, self._digest = 0, False, hashlib.sha256()
 
     def _found(self) -> set[int]:
         """Pieces of an earlier attempt. A file of one piece has no journal: its length says whether it is there."""
@@ -78,6 +78,15 @@ class PartialFile:
         finally:
             os.close(descriptor)
 
+    def passing(self, start: int, block: bytes) -> None:
+        """A part of a piece, just written: hashed at once if it is the next."""
+        if start == self._hashed_bytes and self._hashing.acquire(blocking=False):
+            try:
+                if start == self._hashed_bytes:
+                    self._hash([block])
+            finally:
+                self._hashing.release()
+
     def arrived(self, number: int) -> bool | None:
         """Whether the file is what it should be, told to the one who completed it; None to everybody else."""
         with self._marking:
@@ -88,32 +97,32 @@ class PartialFile:
         return self.verdict()
 
     def verdict(self) -> bool | None:
-        while self._hashed in self.done and self._hashing.acquire(blocking=False):
+        while not self._judged and self._next in self.done and self._hashing.acquire(blocking=False):
             try:
-                if self._hashed in self.done and self._hash_next() == self.count:
-                    return self._digest.hexdigest() == self.wanted.sha256
+                if not self._judged and self._next in self.done:
+                    start, length = self.span(self._next)
+                    self._hash(_blocks(self.target, self._hashed_bytes, start + length - self._hashed_bytes))
+                    shortened = self._hashed_bytes < start + length
+                    if shortened or self._hashed_bytes == self.wanted.size_bytes:
+                        self._judged = True
+                        return self._digest.hexdigest() == self.wanted.sha256
             finally:
                 self._hashing.release()
         return None
+
+    @property
+    def _next(self) -> int:
+        return min(self._hashed_bytes // PIECE_BYTES, self.count - 1)
+
+    def _hash(self, blocks: Iterable[bytes]) -> None:
+        for block in blocks:
+            self._digest.update(block)
+            self._hashed_bytes += len(block)
 
     def forget(self) -> None:
         """Begins anew: what an earlier attempt left was not what its journal said."""
         self.journal.unlink(missing_ok=True)
         self._begin(set())
-
-    def sync(self) -> None:
-        descriptor = os.open(self.target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _hash_next(self) -> int:
-        start, length = self.span(self._hashed)
-        for block in _blocks(self.target, start, length):
-            self._digest.update(block)
-        self._hashed += 1
-        return self._hashed
 
 
 def _blocks(path: Path, start: int, size_bytes: int) -> Iterator[bytes]:

@@ -1,23 +1,27 @@
 """The schema that the migrations make is the one that the tables describe, on both databases."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import MetaData, func, insert, select, text
 
-import registry.models  # noqa: F401  (fills the metadata)
+import registry.models
 from registry.db import Database, Row, ensure_schema, head_revision, migrate, schema_revision
 from registry.errors import Unavailable
 from registry.resources import open_resources
 from registry.settings import Settings
 from tests import services
+from tests.scenarios.traces import api_of, opened
 from tests.scenarios.world import Cli
+from tests.staying_whole.small import write_adapter, write_base
 
 
 @pytest.fixture(params=["SQLite", "PostgreSQL"])
@@ -138,3 +142,142 @@ def test_migrations_are_one_line(tmp_path: Path) -> None:
     script = ScriptDirectory.from_config(config)
     assert script.get_heads() == [head_revision()]
     assert len(script.get_bases()) == 1
+
+
+LINE = "/v1/adapters/acme/sql"
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Cli:
+    """A registry of today with something in every table that the first schema had."""
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "today"), "ADAPTORY_USER": "mia"})
+    cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny", "--alias", "Acme/Tiny")
+    for seed, version in enumerate(("1.0.0", "1.1.0", "1.2.0", "2.0.0-rc.1")):
+        adapter = write_adapter(tmp_path / version, seed)
+        cli.ok("push", adapter, f"acme/sql:{version}", "--base", "tiny", "--notes", f"Trained on tickets {seed}")
+    with api_of(cli) as api:
+        examples = [{"prompt": "a", "completion": "b"}]
+        suite = api.post("/v1/suites", {"name": "exact", "kind": "target", "chat": False, "examples": examples})
+        score = {"suite_digest": suite["digest"], "metric": "nll", "n": 1, "higher_is_better": False}
+        for number, of in enumerate((f"{LINE}/releases/1.0.0", f"{LINE}/releases/1.1.0", "/v1/bases/tiny")):
+            api.post(f"{of}/scores", {"scores": [{**score, "value": 0.5 - number / 10}]})
+        api.put(f"{LINE}/gates", {"channel": "prod", "rules": ["exact.nll <= 9"]})
+        for version in ("1.0.0", "1.1.0"):
+            api.put(f"{LINE}/channels/prod", {"version": version, "reason": "better"})
+        api.post(f"{LINE}/channels/prod/rollback", {"reason": "worse"})
+        api.post(f"{LINE}/releases/1.2.0/yank", {"reason": "wrong data"})
+        recipe = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "acme/sum:1.0.0"}
+        made = api.post("/v1/compositions", {"recipe": recipe})
+        api.post(f"/v1/compositions/{made['id']}/cancel")
+    resources = opened(cli)
+    with resources.write() as session:
+        session.add(registry.models.ReleaseInput(release_id=2, input_id=1, composition_id=made["id"], weight=0.5))
+    resources.close()
+    return cli
+
+
+@pytest.fixture
+def first(filled: Cli, database: Database, url: str, tmp_path: Path) -> Cli:
+    """The same registry as it was when the schema was the first."""
+    migrate(database, "0001")
+    tables = MetaData()
+    tables.reflect(database.engine)
+    source = opened(filled)
+    with source.read() as today, database.write() as then:
+        for table in tables.sorted_tables:
+            if table.name == "alembic_version":
+                continue
+            now = Row.metadata.tables[table.name]
+            query = select(*(now.c[column.name] for column in table.columns))
+            rows = [dict(row) for row in today.execute(query).mappings()]
+            assert rows, f"{table.name} is empty"
+            then.execute(insert(table), [_as_it_was(table.name, row, today) for row in rows])
+            if not database.is_sqlite and "id" in table.c:
+                told = text("SELECT setval(pg_get_serial_sequence(:name, 'id'), :last)")
+                then.execute(told, {"name": table.name, "last": then.scalar(select(func.max(table.c.id)))})
+    source.close()
+    home = tmp_path / "then"
+    shutil.copytree(tmp_path / "today" / "store", home / "store")
+    return Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": "mia", "ADAPTORY_DATABASE_URL": url})
+
+
+def _as_it_was(table: str, row: dict[str, Any], today: Any) -> dict[str, Any]:
+    if table == "releases":
+        return {**row, "facts": {name: value for name, value in row["facts"].items() if name != "spectrum"}}
+    if table == "audit":  # what an act changed was part of its detail
+        after = today.get(registry.models.AuditRow, row["id"]).after
+        return {**row, "detail": {**row["detail"], **(after or {})}}
+    return row
+
+
+def test_nothing_starts_on_the_first_schema_and_each_command_says_what_to_run(first: Cli) -> None:
+    for command in (("serve", "--port", 0), ("worker",), ("fsck",), ("gc",), ("list",)):
+        refused = first(*command)
+        assert refused.code == 7, command
+        assert "The database is at schema 0001" in refused.err
+        assert "adaptory migrate" in refused.err
+
+
+def test_a_registry_of_the_first_schema_is_served_as_before_once_it_is_migrated(
+    first: Cli, filled: Cli, tmp_path: Path
+) -> None:
+    told = first.json("migrate")
+    assert (told["from"], told["to"]) == ("0001", head_revision())
+    assert first.json("fsck", "--full") == {"clean": True, "findings": []}
+    for command in (
+        ("list",),
+        ("log", "acme/sql"),
+        ("show", "acme/sql:1.1.0"),
+        ("show", "acme/sql"),
+        ("history", "acme/sql@prod"),
+        ("jobs",),
+        ("search", "--base", "Acme/Tiny", "--max-rank", 4, "--targets-within", "q_proj"),
+        ("search", "--text", "TICKETS 1"),
+        ("search", "--score", "exact.nll <= 0.45"),
+        ("search", "--base", "tiny", "--sort", "exact.nll"),
+        ("search", "--namespace", "acme", "--sort", "version"),
+    ):
+        assert _told(first.json(*command)) == _told(filled.json(*command)), command
+    assert [row["version"] for row in first.json("search", "--text", "TICKETS 1")["items"]] == ["1.1.0"]
+    with api_of(first) as api:
+        assert [row["namespace"] for row in api.pages("/v1/namespaces")] == ["acme"]
+        acts = [row["act"] for row in api.pages("/v1/audit", namespace="acme")]
+        assert {"release:publish", "channel:promote", "channel:rollback", "release:yank"} <= set(acts)
+        assert api.get(f"{LINE}/gates") == {"gates": {"prod": ["exact.nll <= 9.0"]}}
+
+
+def _told(document: dict[str, Any]) -> dict[str, Any]:
+    """Without what the first schema did not keep."""
+    later = ("spectrum", "servers", "loading", "namespace")
+    kept: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            kept[name] = _told(value)
+        elif isinstance(value, list):
+            kept[name] = [_told(item) if isinstance(item, dict) else item for item in value]
+        elif name not in later:
+            kept[name] = value
+    return {name: value for name, value in kept.items() if name not in later}
+
+
+def test_a_migrated_registry_goes_on(first: Cli, tmp_path: Path) -> None:
+    first.ok("migrate")
+    first.ok("pull", "acme/sql@prod", "-o", tmp_path / "pulled")
+    pulled = (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes()
+    assert pulled == (tmp_path / "1.0.0" / "adapter_model.safetensors").read_bytes()
+    with api_of(first) as api:
+        row = api.get(f"{LINE}/releases/1.0.0")["files"][0]
+        assert api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"][0]["present"]
+        assert not api.post("/v1/uploads", {"namespace": "other", "files": [row]})["files"][0]["present"]
+    first.ok("push", write_adapter(tmp_path / "new", 9), "acme/sql", "--base", "tiny", "--bump", "minor")
+    first.ok("promote", "acme/sql:1.1.0", "--to", "prod")
+    first.ok("rollback", "acme/sql@prod", "--reason", "still worse")
+    assert [move["to_version"] for move in first.json("history", "acme/sql@prod")["items"]] == [
+        "1.0.0",
+        "1.1.0",
+        "1.0.0",
+        "1.1.0",
+        "1.0.0",
+    ]
+    first.ok("gc", "--grace-hours", 0)
+    assert first.json("fsck", "--full")["clean"]

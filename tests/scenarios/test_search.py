@@ -151,7 +151,14 @@ def test_a_misspelt_parameter_is_named_with_what_was_meant(tmp_path: Path, world
         assert repeated.status_code == 200
         for bad in ({"base": "nothing"}, {"score": "nosuite.accuracy>=0"}, {"sort": "nosuite.accuracy"}):
             assert http.get("/v1/releases", params=bad).status_code == 404
-        for bad in ({"sort": "oldest"}, {"score": "x"}, {"repository": "x"}, {"channel": "A B"}):
+        for bad in (
+            {"sort": "oldest"},
+            {"text": "%"},
+            {"text": "a b c d e f g h i"},
+            {"score": "x"},
+            {"repository": "x"},
+            {"channel": "A B"},
+        ):
             assert http.get("/v1/releases", params=bad).status_code == 400
         for bad in ({"max_rank": "x"}, {"limit": 501}, {"include": "all"}, {"alpha": "nan"}, {"kind": "base"}):
             assert http.get("/v1/releases", params=bad).status_code == 422

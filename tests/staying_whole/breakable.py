@@ -166,9 +166,11 @@ def furnish(url: str, directory: Path) -> Stock:
     return Stock("1.0.0", composition["id"], job["id"], upload["upload"], announced, stored)
 
 
-def do_jobs() -> None:
-    """A worker, in a process of its own."""
-    run_worker(resources(), KINDS, threading.Event())
+def do_jobs(ready: str) -> None:
+    """A worker, in a process of its own; makes the file `ready` when it has begun."""
+    held = resources()
+    Path(ready).touch()
+    run_worker(held, KINDS, threading.Event())
 
 
 def ask(url: str, request: tuple[str, str, dict[str, Any]], timeout_s: float = 60) -> httpx2.Response:

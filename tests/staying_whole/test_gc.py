@@ -1,0 +1,274 @@
+"""What nobody refers to goes, after the grace and not before; what somebody refers to never goes, whoever pushes."""
+
+import random
+import threading
+import time
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx2
+import pytest
+from sqlalchemy import func, select, update
+
+from registry import fsck
+from registry.client.api import Api, line_path
+from registry.client.push import LocalFile, collect, push, send
+from registry.manifest import ManifestFile
+from registry.models import Blob, Upload
+from registry.names import Digest
+from registry.resources import Resources
+from registry.upkeep import Collected
+from registry.upkeep import collect as collect_garbage
+from tests import services
+from tests.scenarios.world import SMALL_PARTS, Cli
+from tests.staying_whole.conftest import broken_promises, opened
+from tests.staying_whole.processes import NAME, collect_forever, kill, serve, start, wait_for_port
+from tests.staying_whole.small import write_adapter
+
+DAY = timedelta(days=1)
+NONE = timedelta(0)
+
+
+@pytest.fixture
+def url(place: dict[str, str]) -> Generator[str]:
+    port = services.free_port()
+    server = start(serve, place | SMALL_PARTS if "AWS_ACCESS_KEY_ID" in place else place, port)
+    wait_for_port(port)
+    yield f"http://127.0.0.1:{port}"
+    kill(server)
+
+
+@pytest.fixture
+def api(url: str) -> Generator[Api]:
+    opened_api = Api(url)
+    yield opened_api
+    opened_api.close()
+
+
+@pytest.fixture
+def held(place: dict[str, str]) -> Generator[Resources]:
+    resources = opened(place)
+    yield resources
+    resources.close()
+
+
+def after(held: Resources, wait: timedelta) -> Resources:
+    """The same registry, so much later."""
+    return replace(held, clock=lambda: datetime.now(UTC) + wait)
+
+
+def notes(directory: Path, seed: int, size_bytes: int = 1_000) -> list[LocalFile]:
+    """A file that no other has the bytes of."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "notes.txt").write_bytes(random.Random(seed).randbytes(size_bytes))
+    return collect(directory)
+
+
+def digests(held: Resources) -> set[str]:
+    """Blobs as the rows know them, which must be those that are in the store."""
+    with held.read() as session:
+        rows = set(session.scalars(select(Blob.sha256)))
+    assert rows == {stat.sha256 for stat in held.store.iterate()}
+    return rows
+
+
+def release(api: Api, directory: Path, version: str, seed: int) -> set[str]:
+    files = collect(write_adapter(directory / version, seed))
+    push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
+    return {file.manifest.sha256 for file in files}
+
+
+def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_its_own(
+    api: Api, held: Resources, tmp_path: Path
+) -> None:
+    kept = release(api, tmp_path, "1.0.0", 1)
+    unused = notes(tmp_path / "unused", 2)
+    send(api, "acme", unused, lambda _count: None)
+    everything = kept | {unused[0].manifest.sha256}
+    assert digests(held) == everything
+    assert collect_garbage(held, grace=NONE).blobs == 0, "its upload is still waited for"
+    assert collect_garbage(after(held, 1.5 * DAY), grace=2 * DAY).blobs == 0
+    assert digests(held) == everything
+    found = collect_garbage(after(held, 2.5 * DAY), grace=2 * DAY)
+    assert (found.blobs, found.size_bytes) == (1, 1_000)
+    assert digests(held) == kept
+    assert collect_garbage(after(held, 3650 * DAY), grace=NONE).blobs == 0, "what a release names never goes"
+    assert fsck.check(held, read_bytes=True) == []
+    send(api, "acme", unused, lambda _count: None)
+    assert digests(held) == everything, "and it can come again"
+
+
+def test_a_yanked_release_keeps_its_blobs(api: Api, held: Resources, tmp_path: Path) -> None:
+    kept = release(api, tmp_path, "1.0.0", 1)
+    api.post(f"{line_path(NAME)}/releases/1.0.0/yank", {"reason": "wrong data"})
+    assert collect_garbage(after(held, 30 * DAY), grace=NONE) == Collected()
+    assert digests(held) == kept
+
+
+def test_a_dry_run_counts_what_would_go_and_removes_nothing(api: Api, held: Resources, tmp_path: Path) -> None:
+    send(api, "acme", notes(tmp_path / "unused", 2), lambda _count: None)
+    orphan(held, tmp_path, b"left by a crash")
+    later = after(held, 2 * DAY)
+    before = {stat.sha256 for stat in held.store.iterate()}
+    told = collect_garbage(later, grace=NONE, dry_run=True)
+    assert {stat.sha256 for stat in held.store.iterate()} == before
+    done = collect_garbage(later, grace=NONE)
+    assert (told.blobs, told.size_bytes) == (done.blobs, done.size_bytes) == (2, 1_015)
+    assert digests(held) == set()
+
+
+def orphan(held: Resources, directory: Path, content: bytes) -> Digest:
+    """Bytes in the store without a row, as a crash between the two leaves them."""
+    path = directory / "orphan"
+    path.write_bytes(content)
+    sha256 = collect_one(path).sha256
+    held.store.put(sha256, path)
+    return sha256
+
+
+def collect_one(path: Path) -> ManifestFile:
+    alone = path.parent / f"{path.name}-alone"
+    alone.mkdir(exist_ok=True)
+    (alone / path.name).write_bytes(path.read_bytes())
+    return collect(alone)[0].manifest
+
+
+def test_bytes_without_a_row_are_told_by_fsck_and_go_after_the_grace(
+    place: dict[str, str], held: Resources, tmp_path: Path
+) -> None:
+    sha256 = orphan(held, tmp_path, b"left by a crash")
+    (told,) = fsck.check(held)
+    assert (told.code, told.severity) == ("orphans", "notice")
+    assert collect_garbage(held, grace=DAY).blobs == 0
+    assert held.store.stat(sha256) is not None
+    assert collect_garbage(after(held, 2 * DAY), grace=DAY).blobs == 1
+    assert held.store.stat(sha256) is None
+    assert broken_promises(place) == []
+
+
+def test_pushes_arrive_whole_while_a_collection_without_any_grace_runs(
+    place: dict[str, str], url: str, api: Api, tmp_path: Path
+) -> None:
+    release(api, tmp_path, "0.1.0", 1)  # or the first of them would race for the namespace
+    collectors = [start(collect_forever, place) for _ in range(2)]
+    pushes = 6
+
+    def push_some(worker: int) -> None:
+        mine = Api(url)
+        for number in range(pushes):
+            files = collect(write_adapter(tmp_path / f"{worker}-{number}", 100 * worker + number))
+            request = {"version": f"{worker}.{number}.0", "base": "tiny"}
+            push(mine, files, NAME, "adapter", request, lambda _count: None)
+        mine.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(push_some, worker) for worker in (1, 2)]:
+            done.result()
+    for collector in collectors:
+        kill(collector)
+    assert len(list(api.pages(f"{line_path(NAME)}/releases"))) == 1 + 2 * pushes
+    assert broken_promises(place, read_bytes=True) == []
+
+
+def test_a_blob_that_a_dead_run_was_removing_cannot_be_relied_on_until_the_next_run_has_finished(
+    place: dict[str, str], api: Api, held: Resources, tmp_path: Path
+) -> None:
+    files = notes(tmp_path / "unused", 2)
+    sha256 = files[0].manifest.sha256
+    send(api, "acme", files, lambda _count: None)
+    with held.write() as session:
+        session.execute(update(Blob).values(removing_at=datetime.now(UTC), removing_by="dead"))
+    body = {"namespace": "acme", "files": [{"path": "notes.txt", "size_bytes": 1_000, "sha256": sha256}]}
+    refused = httpx2.post(f"{api.url}/v1/uploads", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (503, "blob_leaving")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert "adaptory gc" in refused.json()["next"]
+    assert "adaptory gc` finishes that" in Cli(place).ok("fsck").out
+    assert collect_garbage(held, grace=DAY).blobs == 0, "it may be at work still"
+    assert collect_garbage(after(held, timedelta(hours=2)), grace=DAY).blobs == 1
+    assert digests(held) == set()
+    send(api, "acme", files, lambda _count: None)
+    assert digests(held) == {sha256}
+
+
+def test_several_collections_at_once_remove_everything_once(api: Api, held: Resources, tmp_path: Path) -> None:
+    for number in range(12):
+        send(api, "acme", notes(tmp_path / str(number), number), lambda _count: None)
+    later = after(held, 2 * DAY)
+    together = threading.Barrier(4)
+
+    def run(_number: int) -> int:
+        together.wait()
+        return collect_garbage(later, grace=timedelta(hours=1)).blobs
+
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(run, range(4)))
+    assert sum(counts) == 12, counts
+    assert digests(held) == set()
+
+
+@pytest.mark.parametrize("place", ["PostgreSQL and S3"], indirect=True)
+def test_an_upload_in_parts_that_nobody_goes_on_with_leaves_nothing(
+    place: dict[str, str], api: Api, held: Resources, tmp_path: Path
+) -> None:
+    (file,) = notes(tmp_path / "large", 3, size_bytes=12 << 20)
+    row = {"path": "notes.txt", "size_bytes": file.manifest.size_bytes, "sha256": file.manifest.sha256}
+    (planned,) = api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"]
+    first = planned["parts"][0]
+    api.send(first["put"], [file.source.read_bytes()[: first["size_bytes"]]])
+    assert unfinished(place) == 1
+    assert collect_garbage(held, grace=NONE).unfinished == 0, "it may go on"
+    assert unfinished(place) == 1
+    assert collect_garbage(after(held, 2 * DAY), grace=NONE).unfinished == 1
+    assert unfinished(place) == 0
+    with held.read() as session:
+        assert session.scalar(select(func.count()).select_from(Upload)) == 0
+    send(api, "acme", [file], lambda _count: None)
+    assert digests(held) == {file.manifest.sha256}
+
+
+def unfinished(place: Mapping[str, str]) -> int:
+    client = services.shared_s3().client()
+    found = client.list_multipart_uploads(
+        Bucket=place["ADAPTORY_STORAGE__BUCKET"], Prefix=place["ADAPTORY_STORAGE__PREFIX"]
+    )
+    return len(found.get("Uploads", ()))
+
+
+def test_scratch_files_of_processes_that_died_go_and_those_of_the_living_stay(held: Resources) -> None:
+    left = held.work_directory / "upload-dead"
+    left.mkdir()
+    (left / "blob").write_bytes(b"half of it")
+    assert collect_garbage(held, grace=NONE).unfinished == 0
+    assert left.exists()
+    assert collect_garbage(after(held, 2 * DAY), grace=NONE).unfinished == 1
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("command", ["gc", "fsck"])
+def test_collecting_and_checking_need_the_registry_itself_and_not_its_address(tmp_path: Path, command: str) -> None:
+    refused = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": "http://127.0.0.1:1"})(command)
+    assert refused.code == 2
+    assert "ADAPTORY_URL" in refused.err
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_command_tells_what_it_removed(place: dict[str, str], api: Api, tmp_path: Path) -> None:
+    send(api, "acme", notes(tmp_path / "unused", 2), lambda _count: None)
+    shortly = Cli(place | {"ADAPTORY_UPLOAD_EXPIRES_S": "1"})
+    told = shortly.json("gc", "--grace-hours", "0", "--dry-run")
+    assert told == {"blobs": 0, "size_bytes": 0, "unfinished": 0, "dry_run": True}
+    resources = opened(place)
+    with resources.write() as session:
+        session.execute(update(Upload).values(expires_at=datetime.now(UTC)))
+    resources.close()
+    time.sleep(0.01)
+    assert shortly.json("gc", "--grace-hours", "0") == {
+        "blobs": 1,
+        "size_bytes": 1_000,
+        "unfinished": 0,
+        "dry_run": False,
+    }
