@@ -7,6 +7,7 @@ it is not there); ours is one process.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -42,9 +43,9 @@ def main() -> None:
                 theirs = servers.enter_context(_mlflow(python, home, chosen.postgres, kind, releases))
                 searches = _searches(releases)
                 requests = {OURS: _ours(url, searches), THEIRS: _theirs(url, searches)}
-                ports = {OURS: resolve.adaptory(url, home, servers), THEIRS: theirs}
-                _check_answers(ports, requests)
-                _compare(kind, ports, requests, chosen.rounds, seconds)
+                running = {OURS: resolve.started(url, home, servers), THEIRS: theirs}
+                _check_answers({case: port for case, (port, _) in running.items()}, requests)
+                _compare(kind, running, requests, chosen.rounds, seconds)
 
 
 def _options() -> argparse.Namespace:
@@ -67,8 +68,8 @@ def _environment(directory: Path) -> Path:
 
 
 @contextmanager
-def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases: int) -> Generator[int]:
-    """The port of a filled MLflow server on a database of that kind."""
+def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases: int) -> Generator[tuple[int, int]]:
+    """Port and process id of a filled MLflow server on a database of that kind."""
     with stock.empty_database(postgres if kind == "PostgreSQL" else None, home / "mlflow.db") as named:
         url = named.replace("postgresql:", "postgresql+psycopg2:")
         seen: dict[str, int] = {}
@@ -80,8 +81,8 @@ def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases:
         subprocess.run(fill, input="\n".join(lines), text=True, check=True)
         port = load.free_port()
         command = [str(python.with_name("mlflow")), "server", "--backend-store-uri", url, "--port", str(port)]
-        with load.process(port, [*command, "--default-artifact-root", str(home / "artifacts")]):
-            yield port
+        with load.process(port, [*command, "--default-artifact-root", str(home / "artifacts")]) as process_id:
+            yield port, process_id
 
 
 def _searches(releases: int) -> dict[str, str]:
@@ -154,20 +155,35 @@ def _check_answers(ports: dict[str, int], requests: dict[str, dict[str, Request]
 
 
 def _compare(
-    kind: str, ports: dict[str, int], requests: dict[str, dict[str, Request]], rounds: int, seconds: float
+    kind: str,
+    running: dict[str, tuple[int, int]],
+    requests: dict[str, dict[str, Request]],
+    rounds: int,
+    seconds: float,
 ) -> None:
-    rows = [["case", f"{OURS}, requests/s", f"{THEIRS}, requests/s", "times"]]
+    rows = [
+        ["case", *(f"{case}, {what}" for what in ("requests/s", "ms of CPU") for case in running), "times", "times CPU"]
+    ]
     for name in (FULL_PAGE, FEW, MOVE):
-        rates: dict[str, list[float]] = {case: [] for case in ports}
-        counted: dict[str, Request] = {case: _counting(requests[case][name]) for case in ports}
+        rates: dict[str, list[float]] = {case: [] for case in running}
+        costs: dict[str, list[float]] = {case: [] for case in running}
+        counted: dict[str, Request] = {case: _counting(requests[case][name]) for case in running}
         for number in range(rounds + 1):
-            for case, port in ports.items():
+            for case, (port, process_id) in running.items():
+                before = load.cpu_seconds(process_id)
                 rate = load.requests_per_second(port, counted[case], CLIENTS, seconds)
                 if number:
                     rates[case].append(rate)
+                    costs[case].append((load.cpu_seconds(process_id) - before) / (rate * seconds) * 1e3)
         times = [one / other for one, other in zip(rates[OURS], rates[THEIRS], strict=True)]
-        rows.append([name, harness.spread(rates[OURS]), harness.spread(rates[THEIRS]), harness.spread(times)])
-    harness.table(f"{kind}, {CLIENTS} clients, {seconds:g} s a round ({rounds} rounds)", rows)
+        cheaper = [other / one for one, other in zip(costs[OURS], costs[THEIRS], strict=True)]
+        figures = (*rates.values(), *costs.values(), times, cheaper)
+        rows.append([name, *(harness.spread(values) for values in figures)])
+    title = (
+        f"{kind}, {CLIENTS} clients, {seconds:g} s a round ({rounds} rounds), CPU of the servers without the database's"
+    )
+    harness.table(title, rows)
+    print(f"load average {os.getloadavg()[0]:.1f}")
 
 
 def _counting(request: Request) -> Callable[[int], bytes]:

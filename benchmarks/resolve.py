@@ -39,11 +39,15 @@ def floor(url: str, stack: ExitStack) -> int:
 
 def adaptory(url: str, home: Path, stack: ExitStack) -> int:
     """The port of a server without a worker over that database."""
+    return started(url, home, stack)[0]
+
+
+def started(url: str, home: Path, stack: ExitStack) -> tuple[int, int]:
+    """Its port and its process id."""
     port = load.free_port()
     command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker"]
     environment = {"ADAPTORY_HOME": str(home), "ADAPTORY_DATABASE_URL": url}
-    stack.enter_context(load.process(port, command, **environment))
-    return port
+    return port, stack.enter_context(load.process(port, command, **environment))
 
 
 def _compare(title: str, ports: dict[str, int], rounds: int, seconds: float) -> None:

@@ -22,9 +22,9 @@ def run(connection: Connection) -> None:
 engine: Engine = context.config.attributes["engine"]
 with engine.connect() as connection:
     if connection.dialect.name == "sqlite":
-        # A batch alter drops and recreates a table, which would cascade, or fail, if foreign keys were enforced meanwhile.
-        # SQLite heeds this outside of a transaction alone, so it is said below SQLAlchemy, which would begin one; and the
-        # connection is given up afterwards.
+        # A batch alter drops and recreates a table, which foreign keys, if enforced meanwhile, would forbid.
+        # SQLite heeds this outside of a transaction alone: so it is said below SQLAlchemy, which would begin one, on a
+        # connection that is not used again.
         connection.detach()
         connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
         connection = connection.execution_options(begin="IMMEDIATE")

@@ -76,6 +76,9 @@ def publish(resources: Resources, actor: Actor, push: Push) -> Published:
 
 def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]]:
     """All of a publication but its rows, so that several can be published in one transaction."""
+    for file in push.files:
+        check_path(file.path)
+        refuse_pickle(file.path)
     with resources.read() as session:
         base_digest = bases.find(session, push.base).digest
         architecture = bases.architecture(session, base_digest)
@@ -139,9 +142,6 @@ class _Seen:
 
 
 def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Seen:
-    for file in push.files:
-        check_path(file.path)
-        refuse_pickle(file.path)
     with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
         place = Path(directory) / push.repository.name
         place.mkdir()

@@ -157,10 +157,7 @@ def _start_postgres(data: Path) -> None:
     remembered = data / "port"  # clients find a cluster again that was stopped
     port = free_ports(1, first=int(remembered.read_text()) if remembered.exists() else 0)[0]
     remembered.write_text(str(port))
-    options = (
-        f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off "
-        "-c max_connections=400"
-    )
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c max_connections=400"
     _as_postgres("pg_ctl", "-D", cluster, "-w", "-o", options, "-l", data / "log", "start")
 
 

@@ -13,6 +13,8 @@ from composer.text import LONE_SURROGATE, shown
 _Value = TypeVar("_Value")
 _CONFIG_FILE = "adapter_config.json"
 _CONFIG_BYTES = 10_000_000
+_TEXT_CHARS = 1_000
+_MOST_LISTED = 10
 
 # Flag -> why the plain low-rank formula would be wrong. At most one may be set; storing such an adapter is fine.
 _VARIANTS = {
@@ -119,7 +121,9 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
         return AdapterConfig(peft_type, 0, 0.0, False, {}, {}, False, "none", None, (), "true", raw)
     unknown = sorted(key for key, value in raw.items() if value and key not in _KNOWN and key not in _VARIANTS)
     if unknown:
-        message = f"{subject} has settings that this version does not know: {', '.join(unknown)}."
+        listed = ", ".join(shown(key) for key in unknown[:_MOST_LISTED])
+        more = f" and {len(unknown) - _MOST_LISTED} more" if len(unknown) > _MOST_LISTED else ""
+        message = f"{subject} has settings that this version does not know: {listed}{more}."
         raise NotSupported(
             "unknown_setting", message, subject=subject, next_step="They may change the result; update, or remove them."
         )
@@ -176,8 +180,12 @@ def _json_object(content: bytes, subject: str) -> dict[str, Any]:
 
 
 def _check_text(value: object, name: str, subject: str) -> None:
-    if value is not None and not (isinstance(value, str) and not LONE_SURROGATE.search(value)):
+    if value is None:
+        return
+    if not isinstance(value, str) or LONE_SURROGATE.search(value):
         raise _bad(subject, f"{name} is not text")
+    if len(value) > _TEXT_CHARS:
+        raise _bad(subject, f"{name} has more than {_TEXT_CHARS:,} characters")
 
 
 def _positive_int(value: object, name: str, subject: str) -> int:
@@ -210,6 +218,7 @@ def _pattern(raw: Mapping[str, Any], name: str, subject: str) -> list[tuple[str,
 
 
 def _check_regex(text: str, name: str, subject: str) -> None:
+    _check_text(text, name, subject)
     try:
         compiled(text)
     except ValueError as error:
@@ -227,6 +236,8 @@ def _names(value: object, name: str, subject: str) -> tuple[str, ...]:
     names = cast(list[object], value) if isinstance(value, list) else [None]
     if not all(isinstance(item, str) for item in names):
         raise _bad(subject, f"{name} is not a list of names")
+    for item in names:
+        _check_text(item, name, subject)
     return tuple(cast(list[str], names))
 
 

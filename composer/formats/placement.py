@@ -62,7 +62,8 @@ class _Placement:
     findings: list[Finding] = field(default_factory=list[Finding])
 
     def error(self, code: str, subject: str, message: str) -> None:
-        self.findings.append(Finding(code, Severity.ERROR, subject, message))
+        """A key without a module, such as `lora_A`, is a subject too."""
+        self.findings.append(Finding(code, Severity.ERROR, subject or "(no module)", message))
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.header.tensors[key].shape
@@ -222,7 +223,7 @@ def _check_prefix(placement: _Placement, modules: list[str], subject: str) -> No
     expected = f"{PEFT_PREFIX}{example.removesuffix('.weight')}.lora_A.weight"
     message = f"No tensor matches the base: keys look like {first!r}, where the base expects {expected!r}."
     placement.findings[:] = [finding for finding in placement.findings if finding.code != "unmatched_tensor"]
-    placement.error("wrong_prefix", modules[0] if modules else subject, message)
+    placement.error("wrong_prefix", next(filter(None, modules), first), message)
 
 
 def _check_twice(placement: _Placement) -> None:

@@ -15,6 +15,7 @@ Word = Annotated[str | None, Field(max_length=200)]
 Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=200)]
 
 LISTS = ("include", "targets_within", "targets_include", "targets_exact")
+"""Of names, which have no commas; `score` is a list too, whose items are what they are."""
 
 
 class SearchIn(Wire):
@@ -61,9 +62,10 @@ class SearchIn(Wire):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, given: Any) -> Any:
-        """Not a ValueError for an unknown name: its report would say neither what was meant nor what there is."""
-        parameters = dict(cast(Mapping[str, Any], given))
-        for name in parameters:
+        """From parameters as they are repeated. Not a ValueError for an unknown name: its report would say neither what
+        was meant nor what there is."""
+        parameters: dict[str, Any] = {}
+        for name, values in cast(Mapping[str, list[str]], given).items():
             if name not in cls.model_fields:
                 meant = get_close_matches(name, cls.model_fields, 1)
                 raise Usage(
@@ -72,10 +74,16 @@ class SearchIn(Wire):
                     subject=name[:80],
                     next_step=f"Did you mean {meant[0]}?" if meant else f"There are {', '.join(cls.model_fields)}.",
                 )
-        for name in LISTS:
-            if name in parameters:
-                parameters[name] = [part for text in parameters[name] for part in str(text).split(",") if part]
+            parameters[name] = _value(name, values)
         return parameters
+
+
+def _value(name: str, given: list[str]) -> str | list[str]:
+    if name in LISTS:
+        return [part for text in given for part in text.split(",") if part]
+    if name != "score" and len(given) > 1:
+        raise Usage("repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give one.")
+    return given if name == "score" else given[0]
 
 
 class RelatedOut(Wire):

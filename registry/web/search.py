@@ -5,7 +5,9 @@ import json
 from types import NoneType
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 from composer.formats.serving import Profile, loads, parse_profile
 from registry import resolve, search
@@ -18,7 +20,7 @@ from registry.http.rules import Caller
 from registry.names import parse_part, parse_reference, parse_repository
 from registry.repositories import Kind
 from registry.resolve import Located
-from registry.schemas import MAX_INT64, Page
+from registry.schemas import MAX_INT64, Page, Problem
 from registry.schemas.search import FoundOut, ResolvedOut, SearchIn
 from registry.search import Found, Order, Place
 from registry.suites import parse_condition
@@ -26,9 +28,30 @@ from registry.web.documents import Json, files_of, json_response, release_docume
 
 router = APIRouter(prefix="/v1", tags=["search"])
 
+PARAMETERS = [
+    {"name": name, "in": "query", "required": False, "schema": schema}
+    for name, schema in SearchIn.model_json_schema()["properties"].items()
+]
 
-@router.get("/releases", response_model=Page[FoundOut])
-def search_releases(query: Annotated[SearchIn, Query()], resources: ResourcesOf, actor: Caller) -> Response:
+
+async def _asked(request: Request) -> SearchIn:
+    """Read here, since the framework takes longer to read so many parameters than most searches take altogether."""
+    given: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        given.setdefault(name, []).append(value)
+    try:
+        return SearchIn.model_validate(given)
+    except ValidationError as error:
+        raise RequestValidationError([{**one, "loc": ("query", *one["loc"])} for one in error.errors()]) from error
+
+
+@router.get(
+    "/releases",
+    response_model=Page[FoundOut],
+    responses={422: {"model": Problem}},
+    openapi_extra={"parameters": PARAMETERS},
+)
+def search_releases(query: Annotated[SearchIn, Depends(_asked)], resources: ResourcesOf, actor: Caller) -> Response:
     """Releases across repositories that meet every condition: of what the caller may read."""
     wanted, order = _wanted(query), Order(query.sort, query.limit + 1, _place(query))
     with resources.read() as session:

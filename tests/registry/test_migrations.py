@@ -232,18 +232,18 @@ def test_a_registry_of_the_first_schema_is_served_as_before_once_it_is_migrated(
         ("history", "acme/sql@prod"),
         ("jobs",),
         ("search", "--base", "Acme/Tiny", "--max-rank", 4, "--targets-within", "q_proj"),
-        ("search", "--text", "TICKETS 1"),
+        ("search", "TICKETS", "1"),
         ("search", "--score", "exact.nll <= 0.45"),
         ("search", "--base", "tiny", "--sort", "exact.nll"),
         ("search", "--namespace", "acme", "--sort", "version"),
     ):
         assert _told(first.json(*command)) == _told(filled.json(*command)), command
-    assert [row["version"] for row in first.json("search", "--text", "TICKETS 1")["items"]] == ["1.1.0"]
+    assert [row["version"] for row in first.json("search", "TICKETS", "1")["items"]] == ["1.1.0"]
     with api_of(first) as api:
         assert [row["namespace"] for row in api.pages("/v1/namespaces")] == ["acme"]
         acts = [row["act"] for row in api.pages("/v1/audit", namespace="acme")]
         assert {"release:publish", "channel:promote", "channel:rollback", "release:yank"} <= set(acts)
-        assert api.get(f"{LINE}/gates") == {"gates": {"prod": ["exact.nll <= 9.0"]}}
+        assert api.get(f"{LINE}/gates") == {"gates": {"prod": ["exact.nll <= 9"]}}
 
 
 def _told(document: dict[str, Any]) -> dict[str, Any]:
