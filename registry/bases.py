@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session, undefer
 from composer.formats.checkpoint import Architecture, TensorSpec
 from composer.hashing import architecture_digest, weights_digest
 from registry import audit
+from registry.access import Role, holds, refuse_stranger
 from registry.audit import Act, Actor
 from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.models import Base, BaseAlias, BaseLocation
@@ -245,12 +246,13 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
     origin = find(session, new.derived_from)
     if (base.derived_from, base.relation) == (origin.digest, new.relation):
         return
-    if base.derived_from is not None:
+    refuse_stranger(actor, f"base {base.name}", base.created_by)
+    if base.derived_from is not None and not holds(actor, Role.ADMIN):
         raise Conflict(
             "relation_known",
             f"{base.name!r} is {base.relation} from the base {base.derived_from[:12]} already.",
             subject=base.name,
-            next_step="What a base was made from does not change.",
+            next_step="An admin of the registry may correct it.",
         )
     if base.digest in _origins(session, origin):
         raise Invalid(

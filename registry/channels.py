@@ -8,7 +8,7 @@ from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session, selectinload
 from sqlalchemy.orm.attributes import set_committed_value
 
-from registry import audit, gates, repositories
+from registry import audit, gates, releases, repositories
 from registry.audit import Act, Actor
 from registry.errors import Conflict, NotFound, Refused, Stale, Usage
 from registry.gates import GateResult
@@ -39,6 +39,7 @@ def promote(  # noqa: PLR0913
 ) -> Move:
     """Puts the release on the channel when every gate passes. `force` skips failed gates, and needs a reason."""
     subject = f"{repositories.name_of(release.repository)}@{channel_name}"
+    releases.refuse_unsigned(session, release.repository.namespace, release.signed_by)
     _refuse_unpromotable(release, subject, reason, force=force)
     channel = _find_or_create(session, release.repository, parse_part(channel_name, "channel"))
     _check_expected(channel, expected, subject)

@@ -29,7 +29,7 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
     for name in _suite_names(recipe):
         suites.find(session, name)
     wanted = STEPS[:1] if plan_only else STEPS
-    job = jobs.enqueue(session, actor, "composition", wanted, _owner(recipe))
+    job = jobs.enqueue(session, actor, "composition", wanted, owner(recipe))
     composition = Composition(
         job_id=job.id,
         plan_only=plan_only,
@@ -55,7 +55,7 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
     return composition
 
 
-def _owner(recipe: Recipe) -> str:
+def owner(recipe: Recipe) -> str:
     """The namespace that a composition belongs to: its output's, or for a plan without one its first input's."""
     reference = recipe.adapter or recipe.model or recipe.inputs[0].adapter
     return parse_reference(reference).repository.namespace

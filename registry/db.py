@@ -1,5 +1,6 @@
 """The database: `read()` and `write()`, the only commit, and the name of a constraint turned into an error."""
 
+import fcntl
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from registry.errors import Conflict, Invalid, RegistryError, Unavailable
 
 POOL_SIZE = 40
 _BLOBS_LOCK = 0x424C4F42
+_COLLECTION_LOCK = 0x434F4C4C
 """The key of PostgreSQL's advisory lock between who relies on blobs and who collects them."""
 UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
 """PostgreSQL's SQLSTATEs."""
@@ -147,6 +149,34 @@ def insert_if_absent(session: Session, table: type[Row], **values: Any) -> None:
     """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment."""
     insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
     session.execute(insert(table).values(**values).on_conflict_do_nothing())
+
+
+@contextmanager
+def only_collection(database: Database) -> Generator[None]:
+    """One collection of blobs at a time, on all machines; the lock ends with the process that holds it.
+
+    Two would take each other's marked blobs for those of a dead one, and remove bytes that came again meanwhile.
+    """
+    if database.is_sqlite:
+        with Path(f"{database.url.database}.collecting").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _collecting() from None
+            yield
+        return
+    with _told(), database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        key = {"key": _COLLECTION_LOCK}
+        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), key):
+            raise _collecting()
+        try:
+            yield
+        finally:
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), key)
+
+
+def _collecting() -> Conflict:
+    return Conflict("collecting", "Another collection is running.", next_step="Wait until it has ended.")
 
 
 def rely_on_blobs(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""All that the registry says of releases: three statements for a page of them, however long it is.
+"""All that the registry says of releases: two statements for a page of them or three, however long it is.
 
 Columns of tables, not objects, and JSON as its text: a page of fifty is read many times a second, by nobody who changes
 what it shows, and mostly to be sent on as it is.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import BindParameter, Row, Text, bindparam, cast, select
+from sqlalchemy import BindParameter, Row, Text, bindparam, cast, exists, select
 from sqlalchemy.orm import Session
 
 from registry.models import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
@@ -47,6 +47,7 @@ _RELEASES = (
         _release.yank_reason,
         _release.created_at,
         _release.created_by,
+        exists().where(_input.release_id == _release.id).correlate(Release.__table__).label("composed"),
     )
     .join(Base.__table__, _base.digest == _release.base_digest)
     .where(_release.id.in_(_IDS))
@@ -90,11 +91,12 @@ def describe(session: Session, release_ids: Sequence[int]) -> list[Description]:
     if not release_ids:
         return []
     given = {"ids": release_ids}
+    found = {row[0]: row for row in session.execute(_RELEASES, given).all()}
     scores: dict[int, list[Any]] = {number: [] for number in release_ids}
-    inputs: dict[int, list[Any]] = {number: [] for number in release_ids}
     for row in session.execute(_SCORES, given).all():
         scores[row[0]].append(row)
-    for row in session.execute(_INPUTS, given).all():
+    inputs: dict[int, list[Any]] = {number: [] for number in release_ids}
+    composed = [number for number, row in found.items() if row.composed]
+    for row in session.execute(_INPUTS, {"ids": composed}).all() if composed else ():
         inputs[row.release_id].append(row)
-    found = {row[0]: row for row in session.execute(_RELEASES, given).all()}
     return [Description(found[number], scores[number], inputs[number]) for number in release_ids]

@@ -8,20 +8,30 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.audit import Actor
-from registry.errors import Conflict, NotFound
+from registry.errors import Conflict, NotFound, TooMany
 from registry.models import Job
 
 LEASE = timedelta(seconds=60)
 """How long a silent worker keeps its job."""
 MAX_ATTEMPTS = 3
+MAX_QUEUED = 100
+"""Of one user: who asks for more than the workers can do waits outside."""
 FINISHED = ("done", "refused", "failed", "cancelled")
 
 
 def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], namespace: str) -> Job:
+    waiting = select(func.count()).select_from(Job).where(Job.state == "queued", Job.created_by == actor.name)
+    if (session.scalar(waiting) or 0) >= MAX_QUEUED:
+        raise TooMany(
+            "too_many_jobs",
+            f"{MAX_QUEUED} jobs of {actor.name} wait already.",
+            subject=actor.name,
+            next_step="Wait for some of them, or cancel them: `adaptory jobs`.",
+        )
     job = Job(
         kind=kind,
         namespace=namespace,

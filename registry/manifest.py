@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 from registry.errors import Invalid
@@ -11,6 +13,10 @@ from registry.names import Digest
 
 MAX_FILES = 10_000
 MAX_PATH_CHARACTERS = 400
+MAX_PART_BYTES = 240
+"""File systems take 255, of which the name of an unfinished copy needs some."""
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories of what is not shown, or shows the rest in another order or on another line."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -31,14 +37,15 @@ def check_path(path: str) -> str:
         or path.startswith("/")
         or "\\" in path
         or any(part in {".", ".."} or part.endswith((".", " ")) or ":" in part for part in parts)
-        or any(ord(character) < 32 or ord(character) == 127 or "\ud800" <= character <= "\udfff" for character in path)
+        or any(unicodedata.category(character) in _UNSEEN for character in path)
+        or any(len(part.encode()) > MAX_PART_BYTES for part in parts)
     )
     if bad:
         raise Invalid(
             "bad_path",
             f"{path[:120]!r} cannot be a file of a release.",
             subject=path[:120],
-            next_step="Use relative paths below the pushed directory.",
+            next_step="Use relative paths below the pushed directory, in plain characters and short names.",
         )
     return path
 
@@ -59,11 +66,28 @@ def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
     paths = [check_path(file.path) for file in rows]
     if not rows or len(rows) > MAX_FILES:
         raise Invalid("bad_manifest", f"A release holds 1 to {MAX_FILES:,} files, not {len(rows):,}.")
-    folded = {path.casefold() for path in paths}
-    if len(folded) != len(paths):
-        raise Invalid("bad_manifest", "Two files differ only by upper and lower case, or not at all.")
+    _refuse_one_place(paths)
     document = [{"path": file.path, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in rows]
     return json.dumps({"files": document}, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _refuse_one_place(paths: Iterable[str]) -> None:
+    """Raises Invalid when some file system would put two files, or a file and a directory, in one place."""
+    places = sorted((_place(path), path) for path in paths)
+    for (place, path), (next_place, next_path) in pairwise(places):  # what lies below a path follows it at once
+        if next_place[: len(place)] == place:
+            raise Invalid(
+                "bad_manifest",
+                f"{path} and {next_path} cannot both be: one is a directory of the other, or they differ only by upper "
+                "and lower case, by how an accent is written, or not at all.",
+                subject=next_path,
+                next_step="Rename one of them.",
+            )
+
+
+def _place(path: str) -> list[str]:
+    """Alike for paths that a file system may take for one: Unicode's canonical caseless matching."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold()).split("/")
 
 
 def parse_manifest(manifest: str) -> list[ManifestFile]:

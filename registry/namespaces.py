@@ -35,6 +35,14 @@ def find(session: Session, name: str) -> Namespace:
     return row
 
 
+def find_settled(session: Session, name: str) -> Namespace:
+    """As `find`; nobody changes it until this transaction ends."""
+    row = session.get(Namespace, name, with_for_update={"read": True}, populate_existing=True)
+    if row is None:
+        raise unknown_namespace(name)
+    return row
+
+
 def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
     """A namespace comes to be with its first repository, if an admin of the whole registry makes that."""
     row = session.get(Namespace, name)
@@ -56,6 +64,7 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
 
 def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespace:
     row = find_or_create(session, actor, name)
+    session.refresh(row, with_for_update=True)  # waits for those who publish by what it says now
     before = _settings(row)
     if wanted.public is not None:
         row.public = wanted.public

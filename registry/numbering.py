@@ -3,6 +3,7 @@
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from composer.findings import Finding
 from registry import breaking, repositories
 from registry.breaking import Surface
 from registry.errors import Refused, Usage
@@ -46,24 +47,40 @@ def refuse_breaking(
     """Raises Refused for a breaking change under a number that promises none; `allowed` lets it through.
 
     Returns the reason that was needed, None when nothing breaks. A release is compared with what a range would have
-    resolved to: the highest stable release below it that is not yanked. A pre-release is judged like the release that
-    it leads to.
+    resolved to: the highest stable release below it that is not yanked. The next one above it must not break it either,
+    for it would be an update of this one. A pre-release is judged like the release that it leads to.
     """
-    previous = highest_stable(session, repository, version)
-    if previous is None or breaking.may_break(parse_version(previous.version), version):
-        return None
-    found = breaking.breaks(_surface(previous), new)
+    found, previous = _broken_neighbour(session, repository, version, new)
     if not found or (allowed and allowed.strip()):
         return allowed if found else None
     latest = _highest_number(session, repository) or version
     right = latest.bump(breaking.bump_of("breaking", latest))
     raise Refused(
         "breaking_change",
-        f"{version} would break who follows ^{previous.version}. {' '.join(one.message for one in found)}",
+        f"{version} would break who follows ^{previous}. {' '.join(one.message for one in found)}",
         subject=f"{repositories.name_of(repository)}:{version}",
         next_step=f"Publish it as {right}, which --bump auto finds, or say why not with --allow-breaking REASON.",
         findings=[one.to_json() for one in found],
     )
+
+
+def _broken_neighbour(
+    session: Session, repository: Repository, version: Version, new: Surface
+) -> tuple[list[Finding], Version]:
+    """What breaks between the release and the ones below and above it, and the version whose followers would see it."""
+    below, above = highest_stable(session, repository, version), _lowest_stable(session, repository, version)
+    judged = below is not None and not breaking.may_break(parse_version(below.version), version)
+    if below is not None and judged and (found := breaking.breaks(_surface(below), new)):
+        return found, parse_version(below.version)
+    if version.stable and above is not None and not breaking.may_break(version, parse_version(above.version)):
+        return breaking.breaks(new, _surface(above)), version
+    return [], version
+
+
+def _lowest_stable(session: Session, repository: Repository, above: Version) -> Release | None:
+    query = select(Release).where(Release.repository_id == repository.id, Release.stable, ~Release.yanked)
+    query = query.where(Release.sort_key > above.sort_key)
+    return session.scalars(query.order_by(Release.sort_key).limit(1)).first()
 
 
 def _highest_number(session: Session, repository: Repository) -> Version | None:

@@ -85,7 +85,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         return _retry(existing, new, commit), False
     if new.version is None and (same := _by_content(session, repository, commit, new.base_digest)):
         return same, False
-    _refuse_unsigned(session, new)
+    refuse_unsigned(session, new.repository.namespace, new.signed_by)
     breaking_reason = numbering.refuse_breaking(session, repository, version, surface, new.allow_breaking)
     revision = _revision(session, actor, repository, commit, new.files)
     release = _insert(session, actor, new, version, repository, revision)
@@ -221,15 +221,15 @@ def full_name(release: Release) -> str:
     return f"{repositories.name_of(release.repository)}:{release.version}"
 
 
-def _refuse_unsigned(session: Session, new: NewRelease) -> None:
-    """In the transaction that publishes, so that no policy set meanwhile is missed."""
-    policy = namespaces.find(session, new.repository.namespace)
-    if policy.require_signature and new.signed_by not in {fingerprint(key) for key in policy.signing_keys}:
+def refuse_unsigned(session: Session, namespace: str, signed_by: str | None) -> None:
+    """In the transaction that publishes or promotes, so that no policy set meanwhile is missed."""
+    policy = namespaces.find_settled(session, namespace)
+    if policy.require_signature and signed_by not in {fingerprint(key) for key in policy.signing_keys}:
         raise Refused(
             "unsigned",
             f"{policy.name} takes only releases that one of its keys has signed.",
-            subject=str(new.repository),
-            next_step="Push with --sign KEY.pem.",
+            subject=namespace,
+            next_step="Push it as another version with --sign KEY.pem.",
         )
 
 

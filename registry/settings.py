@@ -45,6 +45,11 @@ class S3Storage(BaseModel):
     """Old stores do not understand the checksums that boto3 sends with its own requests."""
     hash_arrivals: bool = False
     """Read back and hash every file that arrives, also where the store was found to refuse wrong bytes."""
+    direct: bool = False
+    """Let clients write under a blob's final key although the store takes headers that were not signed, as Swift does.
+
+    Spares a copy in the store for each file, and trusts every publisher: one who sent a blob first could end it later.
+    """
 
 
 class Settings(BaseSettings):
@@ -77,7 +82,7 @@ class Settings(BaseSettings):
     """How long a server remembers whom a token stands for, and so how late another server may notice a revocation."""
     rate_limit: str = "6000/minute"
     """Requests a token, or an address without one, may make of one server process; empty for no limit."""
-    max_concurrent_uploads: int = Field(default=64, gt=0)
+    max_concurrent_uploads: int = Field(default=16, gt=0)
     """Bodies of blobs that one token may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """All headers of a request together."""

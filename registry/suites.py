@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 from composer.suite import Suite as SuiteContent
 from registry import audit
-from registry.access import Role, holds
+from registry.access import refuse_stranger
 from registry.audit import Act, Actor
-from registry.errors import Invalid, NotAllowed, NotFound, Usage
+from registry.errors import Invalid, NotFound, Usage
 from registry.models import Base, Release, Score, Suite
 from registry.names import parse_part
 
@@ -84,7 +84,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     if known is not None and known.current:
         return known, False
     replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
-    _refuse_stranger(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
+    refuse_stranger(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
     session.execute(update(Suite).where(Suite.name == content.name).values(current=False))
     suite = known or Suite(
         name=content.name,
@@ -130,6 +130,8 @@ def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
 
 def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
     """Measuring again replaces a score; the audit row keeps what it replaced."""
+    if isinstance(subject, Base):
+        refuse_stranger(actor, f"base {subject.name}", subject.created_by)
     rows: list[Score] = []
     for measurement in measurements:
         if not math.isfinite(measurement.value) or measurement.n < 1:
@@ -145,8 +147,6 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         score = session.scalar(
             select(Score).where(owner, Score.suite_id == suite.id, Score.metric == measurement.metric)
         )
-        if score is not None and isinstance(subject, Base):
-            _refuse_stranger(actor, f"{subject.name} {suite.name}.{measurement.metric}", score.measured_by)
         before = {"value": score.value, "n": score.n} if score else None
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
         score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
@@ -167,17 +167,6 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         )
         rows.append(score)
     return rows
-
-
-def _refuse_stranger(actor: Actor, subject: str, owner: str | None) -> None:
-    """Suites and the scores of bases are everybody's yardstick: who did not make one may not change it."""
-    if owner is not None and owner != actor.name and not holds(actor, Role.ADMIN):
-        raise NotAllowed(
-            "not_yours",
-            f"{subject} is {owner}'s.",
-            subject=subject,
-            next_step=f"Ask {owner} or an admin of the registry, or choose another name.",
-        )
 
 
 def _check_measurement(measurement: Measurement, suite: Suite) -> None:

@@ -15,15 +15,13 @@ from sqlalchemy import ColumnElement, and_, delete, exists, insert, or_, select,
 from sqlalchemy.orm import Session
 
 from registry import uploads
-from registry.db import collect_blobs
+from registry.db import collect_blobs, only_collection
 from registry.models import Blob, RevisionFile, Upload
 from registry.names import Digest
 from registry.resources import Resources
 from registry.storage.blobs import BlobStat
 
-LEASE = timedelta(hours=1)
-"""How long a collection may take over one batch before another one takes it for dead."""
-_BATCH = 500
+_BATCH = 100
 _UNTRACKED = {"synchronize_session": False}
 
 
@@ -49,12 +47,13 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
             unused = list(session.execute(select(Blob.sha256, Blob.size_bytes).where(*_unused(before, now))))
         orphans = [stat for batch in _orphans(resources, before) for stat in batch]
         return Collected(len(unused) + len(orphans), sum(row[1] for row in unused) + sum(o.size_bytes for o in orphans))
-    found.unfinished = uploads.sweep(resources, now)
-    while claimed := _claim(resources, run, before, now, min(grace, LEASE)):
-        _remove(resources, run, claimed, found)
-    for batch in _orphans(resources, before):
-        claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
-        _remove(resources, run, claimed, found)
+    with only_collection(resources.database):
+        found.unfinished = uploads.sweep(resources, now)
+        while claimed := _claim(resources, run, before, now):
+            _remove(resources, run, claimed, found)
+        for batch in _orphans(resources, before):
+            claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
+            _remove(resources, run, claimed, found)
     return found
 
 
@@ -66,13 +65,13 @@ def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _claim(resources: Resources, run: str, before: datetime, now: datetime, lease: timedelta) -> dict[Digest, int]:
-    """Marks the next unused blobs, and those that a collection marked and did not finish, as this run's to remove."""
+def _claim(resources: Resources, run: str, before: datetime, now: datetime) -> dict[Digest, int]:
+    """Marks the next unused blobs, and those that a collection which died had marked, as this run's to remove."""
     with resources.write() as session:
         collect_blobs(session)
         free = or_(
             and_(Blob.removing_at.is_(None), *_unused(before, now)),
-            and_(Blob.removing_at <= now - lease, Blob.removing_by != run),
+            and_(Blob.removing_at.is_not(None), Blob.removing_by != run),
         )
         chosen = select(Blob.sha256).where(free).limit(_BATCH)
         marked = update(Blob).where(Blob.sha256.in_(chosen)).values(removing_at=now, removing_by=run)

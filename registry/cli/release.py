@@ -240,7 +240,8 @@ def _show_release(release: Json) -> None:
 
     facts = release["adapter"] or release["model"]
     inputs = [
-        f"{row['weight']:g} x {row['repository']}:{row['version']} {row['commit'][:12]}" for row in release["inputs"]
+        f"{row['weight']:g} x {row['repository'] or 'hidden'}:{row['version'] or '-'} {row['commit'][:12]}"
+        for row in release["inputs"]
     ]
     pairs: list[tuple[str, Any]] = [
         ("commit", release["commit"]),

@@ -24,11 +24,12 @@ def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(plain(message), file=sys.stderr)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Left-aligned text, right-aligned numbers."""
+    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(title=title or None, title_justify="left", header_style="bold", pad_edge=False, box=None)
@@ -36,7 +37,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows if row[index] is not None)
         shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(cell(value) for value in row))
+        shown.add_row(*(escape(cell(value)) for value in row))
     _console().print(shown)
 
 
@@ -54,6 +55,11 @@ def heading(text: str) -> None:
     _console().print(text, style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
+def plain(text: str) -> str:
+    """What others wrote must not speak to the terminal: control characters are shown, not obeyed."""
+    return "".join(one if one.isprintable() or one == "\n" else f"\\x{ord(one):02x}" for one in text)
+
+
 def cell(value: Any) -> str:
     if value is None:
         return "-"
@@ -62,7 +68,7 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         items = cast(Sequence[Any], value)
         return ", ".join(cell(item) for item in items) or "-"
-    return str(value)
+    return plain(str(value))
 
 
 def with_error(value: float, stderr: float | None) -> str:

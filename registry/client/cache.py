@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from composer.hashing import hash_file
+from registry.names import parse_digest
 
 
 @dataclass(frozen=True, slots=True)
 class BlobCache:
-    """`directory/<sha256>`. Several processes may use it at once."""
+    """`directory/<sha256>`. Several processes may use it at once. Raises Usage for what is no sha256."""
 
     directory: Path
 
     def take(self, sha256: str, target: Path) -> bool:
         """Links the entry to `target`, or copies it to another file system; False when there is no sound one."""
-        entry = self.directory / sha256
+        entry = self._entry(sha256)
         try:
             _link_or_copy(entry, target)
         except FileNotFoundError:
@@ -35,7 +36,7 @@ class BlobCache:
 
     def keep(self, sha256: str, source: Path) -> None:
         """`source` was verified a moment ago; it is read-only from now on."""
-        entry = self.directory / sha256
+        entry = self._entry(sha256)
         if entry.exists():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,9 @@ class BlobCache:
             aside.replace(entry)
         finally:
             aside.unlink(missing_ok=True)
+
+    def _entry(self, sha256: str) -> Path:
+        return self.directory / parse_digest(sha256)  # a digest comes from afar, and with "/" it would be any path
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -4,19 +4,14 @@ import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from registry.manifest import ManifestFile
+
 PIECE_BYTES = 32 << 20
 _BLOCK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    path: str
-    sha256: str
-    size_bytes: int
+_UNIX_BLOCK_BYTES = 512
 
 
 class PartialFile:
@@ -24,9 +19,11 @@ class PartialFile:
 
     The file is hashed while it arrives: bytes that come in order as they pass, the others by whoever brings what was
     missing before them, when they are in memory still. Methods may be called from several threads.
+
+    The size is somebody's claim: until `prepare`, for which `lacking_bytes` must be free, nothing grows with it.
     """
 
-    def __init__(self, wanted: Wanted, target: Path, journal: Path) -> None:
+    def __init__(self, wanted: ManifestFile, target: Path, journal: Path) -> None:
         self.wanted, self.target, self.journal = wanted, target, journal
         self.count = max(1, -(-wanted.size_bytes // PIECE_BYTES))
         self._marking, self._hashing = Lock(), Lock()
@@ -46,8 +43,18 @@ class PartialFile:
         return {int(number) for number in noted if number.isdecimal() and int(number) < self.count}
 
     @property
-    def missing(self) -> list[int]:
-        return [number for number in range(self.count) if number not in self.done]
+    def complete(self) -> bool:
+        return len(self.done) == self.count
+
+    @property
+    def missing(self) -> Iterator[int]:
+        return (number for number in range(self.count) if number not in self.done)
+
+    @property
+    def lacking_bytes(self) -> int:
+        """Of disk; a file that was begun has holes where pieces are missing, and may have parts of them."""
+        allocated = self.target.stat().st_blocks * _UNIX_BLOCK_BYTES if self.target.exists() else 0
+        return max(0, self.wanted.size_bytes - allocated)
 
     @property
     def done_bytes(self) -> int:

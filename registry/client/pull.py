@@ -10,7 +10,8 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from operator import itemgetter
+from dataclasses import dataclass
+from operator import index, itemgetter
 from pathlib import Path
 from tempfile import mkdtemp
 from urllib.parse import quote
@@ -18,9 +19,58 @@ from urllib.parse import quote
 from registry.client.api import Api, Json, release_path
 from registry.client.cache import BlobCache
 from registry.client.parallel import PAUSES_S, Progress, each
-from registry.client.pieces import PartialFile, Wanted
-from registry.errors import Conflict, Unavailable
-from registry.manifest import check_path
+from registry.client.pieces import PartialFile
+from registry.errors import Conflict, Invalid, RegistryError, Unavailable
+from registry.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.names import RepositoryName, Version, parse_digest, parse_repository, parse_version
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    """What a registry answered, once every part of it is what it has to be and `commit` is that of the files.
+
+    Parts of it become paths on this machine, whoever answered.
+    """
+
+    repository: RepositoryName
+    version: Version
+    commit: str
+    path: str
+    files: tuple[ManifestFile, ...]
+
+
+def _parse_release(release: Json) -> _Release:
+    try:
+        files = tuple(
+            ManifestFile(row["path"], _parse_size(row["size_bytes"]), parse_digest(row["sha256"]))
+            for row in release["files"]
+        )
+        repository, version = parse_repository(release["repository"]), parse_version(release["version"])
+        path, claimed, commit = release_path(release), release["commit"], commit_id(canonical_manifest(files))
+    except RegistryError as error:
+        raise _bad_answer(error.code, error.detail) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _bad_answer("bad_answer", f"It is no release: {type(error).__name__} {error}.") from error
+    if claimed != commit:
+        raise _bad_answer(
+            "commit_differs", f"The commit of {repository}:{version} is not that of its files, {commit[:12]}."
+        )
+    return _Release(repository, version, commit, path, files)
+
+
+def _parse_size(value: object) -> int:
+    size_bytes = index(value)  # pyright: ignore[reportArgumentType]  (TypeError for what is no integer)
+    if not 0 <= size_bytes < 1 << 63:
+        raise ValueError("a size beyond 64 bits")
+    return size_bytes
+
+
+def _bad_answer(code: str, why: str) -> Invalid:
+    return Invalid(
+        code,
+        f"The registry's answer cannot be trusted: {why}",
+        next_step="Look at ADAPTORY_URL, and tell those who run the registry (adaptory fsck finds what is damaged).",
+    )
 
 
 def pull(
@@ -34,7 +84,9 @@ def pull(
     """The release's files in a new directory `target`. An interrupted pull goes on where it stopped.
 
     `check` may refuse the verified files, by raising, before they appear. With a `cache` they are links into it.
+    Raises Invalid for an answer that does not hold together, before anything is written.
     """
+    wanted = _parse_release(release)
     if target.exists():
         raise Conflict(
             "output_exists",
@@ -43,11 +95,11 @@ def pull(
             next_step="Name another directory, or remove it.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{release['commit'][:12]}.partial")
+    aside = target.with_name(f".{target.name}.{wanted.commit[:12]}.partial")
     aside.mkdir(exist_ok=True)
     try:
         with _alone(aside, target):
-            _Pull(api, release, aside, progress, cache).run()
+            _Pull(api, wanted, aside, progress, cache).run()
             if check is not None:
                 _checked(check, aside)
             (aside / "files").rename(target)
@@ -64,7 +116,8 @@ def pull(
 
 def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
     """A directory with the release's files, pulled once and shared by every command that needs them."""
-    target = cache / release["commit"] / release["repository"].replace("/", "--")
+    wanted = _parse_release(release)
+    target = cache / wanted.commit / f"{wanted.repository.namespace}--{wanted.repository.name}"
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
@@ -85,17 +138,14 @@ def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
 class _Pull:
     """The files of one release below `aside/files`, and what is known of their pieces below `aside/pieces`."""
 
-    def __init__(self, api: Api, release: Json, aside: Path, progress: Progress, cache: BlobCache | None) -> None:
+    def __init__(self, api: Api, release: _Release, aside: Path, progress: Progress, cache: BlobCache | None) -> None:
         self._api, self._release, self._progress, self._cache = api, release, progress, cache
+        self._aside = aside
         for name in ("files", "pieces"):
             (aside / name).mkdir(exist_ok=True)
         self._files = [
-            PartialFile(
-                Wanted(check_path(row["path"]), row["sha256"], row["size_bytes"]),
-                aside / "files" / row["path"],
-                aside / "pieces" / str(number),
-            )
-            for number, row in enumerate(release["files"])
+            PartialFile(file, aside / "files" / file.path, aside / "pieces" / str(number))
+            for number, file in enumerate(release.files)
         ]
         self._finished: set[str] = set()
         self._urls: dict[str, str] = {}
@@ -104,20 +154,19 @@ class _Pull:
         """A second time for files that an earlier attempt had left wrong; then there is nothing left to be wrong."""
         while pending := [file for file in self._files if file.wanted.path not in self._finished]:
             each(self._look_here, pending)
-            pieces = [(number, file) for file in pending if not self._is_finished(file) for number in file.missing]
+            lacking = [file for file in pending if file.wanted.path not in self._finished]
+            self._make_room(lacking)
+            pieces = [(number, file) for file in lacking for number in file.missing]
             # The first piece of each file first: who goes through a file in order hashes its bytes as they pass.
             each(self._fetch, sorted(pieces, key=itemgetter(0)))
 
-    def _is_finished(self, file: PartialFile) -> bool:
-        return file.wanted.path in self._finished
-
     def _look_here(self, file: PartialFile) -> None:
         """Whole from an earlier attempt, in the cache, or begun; in this order."""
-        if not file.missing and file.verdict():
+        if file.complete and file.verdict():
             self._progress(file.wanted.size_bytes)
             self._finish(file)
             return
-        if not file.missing:
+        if file.complete:
             file.forget()
         file.target.parent.mkdir(parents=True, exist_ok=True)
         if self._cache is not None and self._cache.take(file.wanted.sha256, file.target):
@@ -125,7 +174,19 @@ class _Pull:
             self._finished.add(file.wanted.path)
             return
         self._progress(file.done_bytes)
-        file.prepare()
+
+    def _make_room(self, files: list[PartialFile]) -> None:
+        """Raises Unavailable, and has taken no space, when the disk has not enough for what the registry claims."""
+        lacking_bytes = sum(file.lacking_bytes for file in files)
+        if lacking_bytes > shutil.disk_usage(self._aside).free:
+            raise Unavailable(
+                "disk_full",
+                f"The disk is full: {self._name} needs another {lacking_bytes / 1e6:,.0f} MB.",
+                subject=self._name,
+                next_step="Free some space, or choose another disk, and pull again.",
+            )
+        for file in files:
+            file.prepare()
 
     def _fetch(self, piece: tuple[int, PartialFile]) -> None:
         number, file = piece
@@ -156,8 +217,11 @@ class _Pull:
         self._judge(file, file.arrived(number))
 
     def _url(self, file: PartialFile) -> str:
-        path = f"{release_path(self._release)}/files/{quote(file.wanted.path)}"
-        return self._urls.get(file.wanted.path, path)
+        return self._urls.get(file.wanted.path, f"{self._release.path}/files/{quote(file.wanted.path)}")
+
+    @property
+    def _name(self) -> str:
+        return f"{self._release.repository}:{self._release.version}"
 
     def _judge(self, file: PartialFile, verdict: bool | None) -> None:
         if verdict:
@@ -169,8 +233,7 @@ class _Pull:
             file.target.unlink()
             raise Unavailable(
                 "blob_corrupt",
-                f"{file.wanted.path} of {self._release['repository']}:{self._release['version']} did not arrive as it "
-                "was published.",
+                f"{file.wanted.path} of {self._name} did not arrive as it was published.",
                 subject=file.wanted.path,
                 next_step="Pull again; if it happens again the store is damaged.",
             )

@@ -30,7 +30,12 @@ class Credentials:
     def key(self) -> str:
         """What limits are counted by: the token, without keeping it, or the address of who has none."""
         if self.authorization:
-            return hashlib.sha256(self.authorization.encode()).hexdigest()
+            scheme, _, text = self.authorization.partition(" ")  # however it is spelled, it is one token
+            return hashlib.sha256(f"{scheme.lower()} {text.strip()}".encode()).hexdigest()
+        return self.address
+
+    @property
+    def address(self) -> str:
         return self.source.partition(" ")[0]
 
 

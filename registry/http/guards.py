@@ -19,7 +19,7 @@ from registry.settings import Settings
 
 BLOB_PATHS = "/v1/blobs/"
 """Their size is limited by `max_file_bytes`, where they are received."""
-HEALTH_PATHS = ("/healthz", "/readyz")
+HEALTH_PATHS = ("/healthz",)
 
 
 class BodyLimit:
@@ -88,6 +88,8 @@ class HeaderLimit:
 class CallerLimits:
     """Answers 429 to a caller with too many requests, or too many uploads at a time: counted by token, or by address.
 
+    Tokens that are not in force count by address, since anybody can make up any number of them.
+
     Each server process counts for itself.
     """
 
@@ -102,14 +104,23 @@ class CallerLimits:
         if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
             await self.app(scope, receive, send)
             return
-        key = credentials_of(dict(scope["headers"]), scope.get("client")).key
-        if self._rate is not None and not self._window.hit(self._rate, key):
+        credentials = credentials_of(dict(scope["headers"]), scope.get("client"))
+        key, guesses = credentials.key, f"unauthenticated {credentials.address}"
+
+        async def count_guesses(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 401 and self._rate is not None:
+                self._window.hit(self._rate, guesses)
+            await send(message)
+
+        if self._rate is not None and not (
+            self._window.test(self._rate, guesses) and self._window.hit(self._rate, key)
+        ):
             wait_s = max(1, math.ceil(self._window.get_window_stats(self._rate, key).reset_time - time.time()))
             await problem_response(self._too_fast(), headers={"Retry-After": str(wait_s)})(scope, receive, send)
         elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
             await self._upload(key, scope, receive, send)
         else:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, count_guesses)
 
     async def _upload(self, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         if self._uploads[key] >= self._max_uploads:

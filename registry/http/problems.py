@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -49,6 +49,32 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OSError, _disk_error)
     app.add_exception_handler(UnicodeEncodeError, _unicode_error)
     app.add_exception_handler(Exception, _defect)
+    _describe(app)
+
+
+def _describe(app: FastAPI) -> None:
+    """In the OpenAPI document every operation may answer a problem, in place of the framework's own form of a 422."""
+    of_framework = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = of_framework()
+            components: dict[str, Any] = document["components"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                del components["schemas"][name]
+            components["schemas"]["Problem"] = Problem.model_json_schema()
+            content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+            components["responses"] = {
+                "Problem": {"description": "What went wrong, and what to do.", "content": content}
+            }
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    operation["responses"]["default"] = {"$ref": "#/components/responses/Problem"}
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi
 
 
 def _registry_error(_request: Request, error: Exception) -> JSONResponse:

@@ -1,15 +1,17 @@
 """From a request: what the process holds, and the body as a stream."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, cast
 
-from anyio import from_thread
+from anyio import CapacityLimiter, fail_after, from_thread
 from fastapi import Depends, Path, Request
+from starlette.requests import ClientDisconnect
 
 from registry.errors import Usage
 from registry.resources import Resources
 from registry.schemas import MAX_INT64
 
+BODY_SILENCE_S = 60
 MAX_DIGITS = 18
 """A decimal of so many digits fits the 64 bits of a column, and is far below what `int` refuses to read."""
 
@@ -19,16 +21,30 @@ async def resources_of(request: Request) -> Resources:
     return cast(Resources, request.app.state.resources)
 
 
+def uploads_limiter(request: Request) -> CapacityLimiter:
+    """Threads for bodies alone: whoever sends slowly holds up other senders, not those who ask."""
+    return cast(CapacityLimiter, request.app.state.uploads_limiter)
+
+
 def body_chunks(request: Request) -> Iterator[bytes]:
     """The body, piece by piece, for a route that runs in a worker thread; never the whole of it in memory."""
     stream = request.stream()
-    while True:
-        try:
-            chunk = from_thread.run(stream.__anext__)
-        except StopAsyncIteration:
-            return
+    while (chunk := from_thread.run(_next_chunk, stream)) is not None:
         if chunk:
             yield chunk
+
+
+async def _next_chunk(stream: AsyncGenerator[bytes]) -> bytes | None:
+    """None at the end. Who stops sending must not hold a thread for ever."""
+    try:
+        with fail_after(BODY_SILENCE_S):
+            return await anext(stream, None)
+    except TimeoutError:
+        raise Usage(
+            "body_silent", f"Nothing of the body has come for {BODY_SILENCE_S} s.", next_step="Send the file again."
+        ) from None
+    except ClientDisconnect:
+        raise Usage("body_cut", "The body ended before all of it had come.", next_step="Send the file again.") from None
 
 
 def content_length(request: Request) -> int:

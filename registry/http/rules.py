@@ -63,3 +63,6 @@ Member = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.READER))]
 Contributor = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.PUBLISHER))]
 Operator = Annotated[Actor, Depends(Rule(Where.SITE, Role.ADMIN))]
 Caller = Annotated[Actor, Depends(Rule(Where.INSIDE))]
+
+ASKED_AGAIN = Rule(Where.INSIDE)
+"""For an answer that goes on: who asks may have lost the token since."""

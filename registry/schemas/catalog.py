@@ -169,8 +169,10 @@ class ModelFactsOut(Wire):
 
 
 class InputOut(Wire):
-    repository: str
-    version: str
+    """`repository` and `version` are None where the reader may not see them."""
+
+    repository: str | None
+    version: str | None
     commit: str
     weight: float
 

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from anyio import CapacityLimiter
 from fastapi import APIRouter, FastAPI
 
 from registry.http import problems
@@ -12,6 +13,7 @@ from registry.web import access, bases, blobs, channels, compositions, operation
 from registry.web.repository import REPOSITORY_PREFIXES
 
 DESCRIPTION = "The release registry for LoRA adapters."
+UPLOAD_THREADS = 32
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 ROUTERS: tuple[tuple[str, APIRouter], ...] = (
@@ -28,6 +30,7 @@ def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
     """
     app = FastAPI(title="Adaptory", version=version("adaptory"), description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.resources = resources
+    app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
     app.state.callers = Callers(resources, single_user=not tokens)
     problems.install(app)
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)

@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from registry import uploads
 from registry.access import Role, permit
 from registry.errors import Unavailable
-from registry.http.request import ResourcesOf, body_chunks, content_length
+from registry.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
 from registry.http.rules import Caller
 from registry.manifest import ManifestFile
 from registry.names import Digest, parse_digest, parse_part
@@ -23,6 +25,13 @@ router = APIRouter(prefix="/v1", tags=["blobs"])
 
 _BLOCK_BYTES = 1 << 20
 _URL_EXPIRES_S = 3600
+BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The bytes.", "content": {"application/octet-stream": {}}},
+    206: {"description": "The part of them that Range names.", "content": {"application/octet-stream": {}}},
+    307: {"description": "Where the store gives them out."},
+    416: {"description": "Range begins behind the end."},
+}
+"""What a route that sends a file states."""
 UploadId = Annotated[str, Path(max_length=64)]
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
@@ -43,8 +52,8 @@ def complete_upload(upload_id: UploadId, resources: ResourcesOf, actor: Caller) 
     return CompletedOut(sha256=done.sha256, size_bytes=done.size_bytes)
 
 
-@router.put("/blobs/{sha256}", status_code=201)
-def upload(
+@router.put("/blobs/{sha256}", status_code=201, response_class=Response)
+async def upload(
     sha256: str,
     request: Request,
     resources: ResourcesOf,
@@ -53,18 +62,19 @@ def upload(
 ) -> Response:
     """The bytes themselves, where the store has no address of its own."""
     digest, size = parse_digest(sha256), content_length(request)
-    uploads.receive(resources, actor, upload_id, digest, body_chunks(request), size)
+    receive = partial(uploads.receive, resources, actor, upload_id, digest, body_chunks(request), size)
+    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
     return Response(status_code=201)
 
 
-@router.get("/blobs/{sha256}")
+@router.get("/blobs/{sha256}", response_class=Response, responses=BYTES)
 def download(
     sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Annotated[str | None, Header(alias="Range")] = None
 ) -> Response:
     return blob_response(resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
 
 
-@router.head("/blobs/{sha256}")
+@router.head("/blobs/{sha256}", response_class=Response)
 def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     stat = uploads.readable(resources, actor, parse_digest(sha256))
     return Response(headers=_headers(stat.sha256, stat.size_bytes))

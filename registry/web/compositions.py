@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
@@ -12,7 +12,7 @@ from registry import compositions
 from registry.access import EVERYWHERE, Role, permit
 from registry.audit import Actor
 from registry.http.request import ResourcesOf, RowId
-from registry.http.rules import Caller
+from registry.http.rules import ASKED_AGAIN, Caller
 from registry.jobs import FINISHED
 from registry.models import Composition, Job
 from registry.names import parse_reference
@@ -27,12 +27,13 @@ _POLL_S = 0.5
 
 @router.post("", status_code=202)
 def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
-    """Resolved and locked at once; its steps wait for a worker."""
+    """Resolved and locked at once; its steps wait for a worker. A plan is work too: it takes a publisher."""
     recipe = parse_recipe(body.recipe)
     for source in recipe.inputs:
         permit(actor, Role.READER, parse_reference(source.adapter).repository.namespace)
     for output in filter(None, (recipe.adapter, recipe.model)):
         permit(actor, Role.PUBLISHER, parse_reference(output).repository.namespace)
+    permit(actor, Role.PUBLISHER, compositions.owner(recipe))
     with resources.write() as session:
         composition = compositions.create(session, actor, recipe, plan_only=body.plan)
         return composition_view(*compositions.find(session, composition.id))
@@ -43,11 +44,15 @@ def show(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> Compos
     return _look(resources, actor, composition_id)
 
 
-@router.get("/{composition_id}/events")
-async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> StreamingResponse:
+@router.get(
+    "/{composition_id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller, request: Request) -> StreamingResponse:
     """Server-sent events: the composition each time that it changes, until it is finished."""
     first = await run_in_threadpool(_look, resources, actor, composition_id)
-    return StreamingResponse(_events(resources, actor, first), media_type="text/event-stream")
+    return StreamingResponse(_events(resources, request, first), media_type="text/event-stream")
 
 
 @router.post("/{composition_id}/cancel")
@@ -58,8 +63,11 @@ def cancel(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> Comp
 
 
 def _permit(actor: Actor, composition: Composition, job: Job) -> None:
-    """A composition names releases of other namespaces and shows numbers of theirs: publishers alone look at it."""
-    permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=compositions.unknown(composition.id))
+    """A composition names releases of other namespaces and shows their numbers: who may not read these sees none."""
+    hidden = compositions.unknown(composition.id)
+    permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=hidden)
+    for locked in composition.lock["inputs"]:
+        permit(actor, Role.READER, parse_reference(locked["repository"]).repository.namespace, hidden=hidden)
 
 
 def _look(resources: Resources, actor: Actor, composition_id: int) -> CompositionOut:
@@ -69,10 +77,11 @@ def _look(resources: Resources, actor: Actor, composition_id: int) -> Compositio
         return composition_view(*found)
 
 
-async def _events(resources: Resources, actor: Actor, view: CompositionOut) -> AsyncIterator[str]:
+async def _events(resources: Resources, request: Request, view: CompositionOut) -> AsyncIterator[str]:
     yield f"data: {view.model_dump_json()}\n\n"
     while view.state not in FINISHED:
         await asyncio.sleep(_POLL_S)
+        actor = await ASKED_AGAIN(request)  # a token that was revoked meanwhile ends the stream
         latest = await run_in_threadpool(_look, resources, actor, view.id)
         if latest != view:
             view = latest

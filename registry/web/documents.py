@@ -12,6 +12,8 @@ import orjson
 from starlette.responses import Response
 
 from composer.formats.serving import SERVERS
+from registry.access import may_read
+from registry.audit import Actor
 from registry.db import Session
 from registry.descriptions import Description, describe
 from registry.models import Release
@@ -28,22 +30,23 @@ def json_response(document: Json) -> Response:
     return Response(_dumped(document), media_type="application/json")
 
 
-def release_documents(session: Session, release_ids: Sequence[int]) -> list[Json]:
+def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[Json]:
     """In the order of the ids."""
-    return [release_document(one) for one in describe(session, release_ids)]
+    return [release_document(actor, one) for one in describe(session, release_ids)]
 
 
-def release_view(session: Session, release: Release) -> ReleaseOut:
+def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut:
     """One of them, checked."""
     session.flush()
-    return ReleaseOut.model_validate_json(_dumped(release_documents(session, [release.id])[0]))
+    return ReleaseOut.model_validate_json(_dumped(release_documents(session, actor, [release.id])[0]))
 
 
 def _dumped(document: Json) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_UTC_Z)
 
 
-def release_document(described: Description) -> Json:
+def release_document(actor: Actor, described: Description) -> Json:
+    """As the actor may see it: what went into a release keeps its commit, and its name where the actor may read it."""
     row = described.release
     adapter = row.kind == Kind.ADAPTER
     return {
@@ -63,8 +66,8 @@ def release_document(described: Description) -> Json:
         "files": files_of(row.manifest),
         "inputs": [
             {
-                "repository": f"{source.namespace}/{source.repository}",
-                "version": source.version,
+                "repository": f"{source.namespace}/{source.repository}" if may_read(actor, source.namespace) else None,
+                "version": source.version if may_read(actor, source.namespace) else None,
                 "commit": source.commit,
                 "weight": source.weight,
             }

@@ -78,7 +78,9 @@ def events(
         return page([audit_view(row) for row in rows], limit, [row.id for row in rows])
 
 
-@router.get("/v1/audit.jsonl")
+@router.get(
+    "/v1/audit.jsonl", response_class=StreamingResponse, responses={200: {"content": {"application/jsonl": {}}}}
+)
 def export(resources: ResourcesOf, wanted: Annotated[EventQuery, Depends(event_query)]) -> StreamingResponse:
     """All rows of the filter, a line of JSON each."""
     lines = _lines(resources, wanted)

@@ -25,7 +25,7 @@ from registry.schemas.catalog import (
     UnyankIn,
     YankIn,
 )
-from registry.web.blobs import file_response
+from registry.web.blobs import BYTES, file_response
 from registry.web.documents import json_response, release_documents, release_view
 from registry.web.repository import KindOf, RepositoryOf
 from registry.web.views import repository_page
@@ -73,7 +73,7 @@ def publish(
     published = publishing.publish(resources, actor, push)
     response.status_code = 201 if published.created else 200
     with resources.read() as session:
-        view = release_view(session, session.get_one(Release, published.release_id))
+        view = release_view(session, actor, session.get_one(Release, published.release_id))
         return PublishedOut(release=view, created=published.created, warnings=[f.to_json() for f in published.warnings])
 
 
@@ -85,14 +85,14 @@ def list_releases(
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
-        items = release_documents(session, [row.id for row in rows[:limit]])
+        items = release_documents(session, actor, [row.id for row in rows[:limit]])
     return json_response({"items": items, "next": encode_cursor(rows[limit - 1].sort_key) if rows[limit:] else None})
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}")
 def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> ReleaseOut:
     with resources.read() as session:
-        return release_view(session, releases.find(session, named.name, parse_version(version), named.kind))
+        return release_view(session, actor, releases.find(session, named.name, parse_version(version), named.kind))
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/target-suite")
@@ -110,7 +110,9 @@ def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, act
         return SpectrumOut(**releases.spectrum_of(session, named.name, parse_version(version), named.kind))
 
 
-@repository_routes.get("/{namespace}/{name}/releases/{version}/files/{path:path}")
+@repository_routes.get(
+    "/{namespace}/{name}/releases/{version}/files/{path:path}", response_class=Response, responses=BYTES
+)
 def download_file(
     named: RepositoryOf,
     version: str,
@@ -136,7 +138,7 @@ def download_file(
 def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, releases.yank(session, actor, release, body.reason))
+        return release_view(session, actor, releases.yank(session, actor, release, body.reason))
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
@@ -145,4 +147,4 @@ def unyank(
 ) -> ReleaseOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, releases.unyank(session, actor, release, body.reason if body else ""))
+        return release_view(session, actor, releases.unyank(session, actor, release, body.reason if body else ""))

@@ -58,7 +58,7 @@ def search_releases(query: Annotated[SearchIn, Depends(_asked)], resources: Reso
         found = search.search(session, actor, wanted, order)
         places = found.places[: query.limit]
         items = [
-            release_document(one) | _remarks(one, found, wanted.loads_in)
+            release_document(actor, one) | _remarks(one, found, wanted.loads_in)
             for one in describe(session, [place.release_id for place in places])
         ]
     following = _cursor(query, places[-1]) if len(found.places) > len(places) else None

@@ -1,6 +1,7 @@
 """How much one caller may ask for: headers, bodies, requests, uploads at a time."""
 
 import threading
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from registry.client.inprocess import InProcessTransport
 from registry.resources import open_resources
 from registry.settings import Settings
-from registry.web.app import create_app
+from registry.web.app import UPLOAD_THREADS, create_app
 from tests.access.house import House, build_house
 
 
@@ -104,3 +105,53 @@ def test_the_limits_stay_out_of_the_way_of_the_single_user(tmp_path: Path) -> No
     with httpx2.Client(base_url="http://localhost", transport=transport) as http:
         assert [http.get("/v1/whoami").status_code for _ in range(5)] == [200] * 5
     resources.close()
+
+
+def test_a_token_is_one_caller_however_the_header_is_spelled(furnished: House) -> None:
+    house = limited(furnished, rate_limit="4/minute")
+    secret = house.secrets["reader"]
+    spellings = [f"Bearer {secret}", f"bearer {secret}", f"BEARER  {secret}", f"Bearer {secret} "] * 2
+    codes = [
+        house.ask("nobody", "GET", "/v1/whoami", headers={"Authorization": spelling}).status_code
+        for spelling in spellings
+    ]
+    assert codes == [200] * 4 + [429] * 4
+    house.close()
+
+
+def test_guessed_tokens_are_counted_by_address(furnished: House) -> None:
+    house = limited(furnished, rate_limit="5/minute")
+    codes = []
+    for number in range(8):
+        body = f"adp_{'a' * 12}_{number:064x}"
+        house.secrets["guess"] = f"{body}{zlib.crc32(body.encode()):08x}"
+        codes.append(house.ask("guess", "GET", "/v1/whoami").status_code)
+    assert codes == [401] * 5 + [429] * 3
+    house.close()
+
+
+def test_bodies_that_stall_hold_up_no_one_else(furnished: House) -> None:
+    house = limited(furnished, max_concurrent_uploads=1000)
+    things, go_on = house.things["acme"], threading.Event()
+    path = f"/v1/blobs/{things.announced}?upload={things.upload_id}"
+
+    def stall() -> Iterator[bytes]:
+        yield b"a"
+        go_on.wait(30)
+        yield b"cme!"
+
+    def send() -> None:
+        house.ask("publisher", "PUT", path, content=stall(), headers={"Content-Length": "5"})
+
+    senders = [threading.Thread(target=send) for _ in range(UPLOAD_THREADS)]
+    for sender in senders:
+        sender.start()
+    try:
+        for _ in range(3):
+            assert house.ask("reader", "GET", "/v1/adapters").status_code == 200
+            assert house.ask("nobody", "GET", "/readyz").status_code == 200
+    finally:
+        go_on.set()
+        for sender in senders:
+            sender.join(30)
+    house.close()

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from registry import namespaces, tokens
+from registry import namespaces, releases, tokens
 from registry.access import EVERYWHERE, Role, holds
 from registry.audit import Actor
 from registry.errors import Unauthenticated
+from registry.models import ReleaseInput
+from registry.names import RepositoryName, Version
 from registry.resources import open_resources
 from registry.settings import Settings
 from registry.tokens import NewToken
@@ -154,3 +156,35 @@ def test_a_publisher_cannot_let_a_breaking_change_through(house: House) -> None:
     path = f"/v1/adapters/{PRIVATE}/sql/releases"
     assert house.ask("publisher", "POST", path, json=body).json()["code"] == "role_missing"
     assert house.ask("releaser", "POST", path, json=body).json()["code"] == "blob_missing"
+
+
+def test_nobody_plans_work_for_the_workers_without_being_a_publisher(house: House) -> None:
+    recipe = {"base": "tiny", "inputs": [{"adapter": "open/sql:1.0.0"}], "method": "stack"}
+    body = {"recipe": recipe, "plan": True}
+    for caller, status in {"nobody": 401, "reader": 403, "publisher": 202}.items():
+        assert house.ask(caller, "POST", "/v1/compositions", json=body).status_code == status
+    for _ in range(150):
+        answer = house.ask("publisher", "POST", "/v1/compositions", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (429, "too_many_jobs")
+
+
+def test_who_did_not_register_a_base_changes_neither_its_scores_nor_what_it_was_made_from(house: House) -> None:
+    suite = house.ask("stranger", "GET", "/v1/suites/exact").json()["digest"]
+    score = {"suite_digest": suite, "metric": "nll", "value": 1e9, "n": 1, "higher_is_better": False}
+    answer = house.ask("stranger", "POST", "/v1/bases/tiny/scores", json={"scores": [score]})
+    assert (answer.status_code, answer.json()["code"]) == (403, "not_yours")
+    assert house.ask("operator", "POST", "/v1/bases/tiny/scores", json={"scores": [score]}).status_code == 200
+
+
+def test_the_inputs_of_a_public_release_keep_the_names_of_what_is_private(house: House) -> None:
+    with house.resources.write() as session:
+        public, private = (
+            releases.find(session, RepositoryName(namespace, "sql"), Version(1, 0, 0)) for namespace in ("open", "acme")
+        )
+        session.add(ReleaseInput(release_id=public.id, input_id=private.id, composition_id=None, weight=0.5))
+    path = "/v1/adapters/open/sql/releases/1.0.0"
+    (hidden,) = house.ask("nobody", "GET", path).json()["inputs"]
+    (seen,) = house.ask("reader", "GET", path).json()["inputs"]
+    assert (hidden["repository"], hidden["version"], hidden["weight"]) == (None, None, 0.5)
+    assert (seen["repository"], seen["version"]) == ("acme/sql", "1.0.0")
+    assert "acme" not in house.ask("nobody", "GET", "/v1/releases").text

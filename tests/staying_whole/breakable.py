@@ -105,7 +105,7 @@ class Stock:
                 assert isinstance(route, APIRoute)
                 for method in sorted(route.methods):
                     template = prefix + route.path
-                    found.append((method, self._path(method, template), self._body(method, template)))
+                    found.append((method, self._path(method, template), self.body(method, template)))
         return found
 
     def _path(self, method: str, template: str) -> str:
@@ -122,7 +122,8 @@ class Stock:
         queries = {"/v1/resolve": "?ref=acme/sql", f"/v1/blobs/{self.announced}": f"?upload={self.upload_id}"}
         return template + queries.get(template, "")
 
-    def _body(self, method: str, template: str) -> dict[str, Any]:
+    def body(self, method: str, template: str) -> dict[str, Any]:
+        """What httpx sends to the route."""
         if method in ("GET", "HEAD", "DELETE"):
             return {}
         if template.startswith("/v1/blobs/"):

@@ -69,7 +69,7 @@ def collect_forever() -> None:
     while True:
         try:
             collect_garbage(held, grace=timedelta(0))
-        except Unavailable:
+        except (Unavailable, Conflict):  # away; or the one that was killed has not been noticed yet
             time.sleep(0.05)
 
 

@@ -1,0 +1,159 @@
+"""Requests that the OpenAPI document allows, and some that it forbids, to every route: never an answer that it does not
+state, and never a 5xx."""
+
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from registry.client.api import Api, line_path
+from registry.client.inprocess import InProcessTransport
+from registry.client.push import collect, push
+from registry.errors import Invalid, Refused
+from registry.fsck import check
+from registry.names import RepositoryName
+from registry.resources import Resources, open_resources
+from registry.settings import Settings
+from registry.suites import find as find_suite
+from registry.web.app import create_app
+from tests.access.house import House, build_house
+from tests.access.test_every_route import ROUTES
+from tests.fuzz.malformed import Adapter, malformed
+from tests.scenarios.world import Cli
+from tests.staying_whole.breakable import Stock
+from tests.staying_whole.small import write_base
+
+FACTOR = int(os.environ.get("ADAPTORY_TEST_FUZZ", "1"))
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+GOOD = Stock("1.0.0", 1, 1, "", "", "")
+"""Of which the bodies are used: they lead past the checks of single fields."""
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> House:
+    house = build_house(tmp_path_factory.mktemp("house"))
+    house.close()
+    return house
+
+
+@dataclass(frozen=True)
+class Site:
+    """A furnished registry with an operator's token; `known` are names and ids of things that are there."""
+
+    app: FastAPI
+    headers: Mapping[str, str]
+    known: Mapping[str, Any]
+
+
+@pytest.fixture
+def site(furnished: House, tmp_path: Path) -> Generator[Site]:
+    shutil.copytree(furnished.resources.settings.home_directory, tmp_path / "home")
+    resources = open_resources(Settings(home=tmp_path / "home", access_cache_s=0, rate_limit=""))
+    with resources.read() as session:
+        suite = find_suite(session, "exact").digest
+    things = furnished.things["acme"]
+    known = {
+        "namespace": "acme", "version": "1.0.0", "channel": "prod", "base": "tiny", "suite": "exact",
+        "sha256": things.sha256, "job_id": things.job_id, "composition_id": things.composition_id,
+        "upload_id": things.upload_id, "token_id": furnished.ids["expired"], "path": "weights.safetensors",
+        "ref": "acme/sql:1.0.0", "upload": things.upload_id, "suite_digest": suite, "metric": "nll", "user": "reader",
+        "repository": "acme/sql", "to": "1.0.0", "derived_from": "tiny", "size_bytes": 15, "method": "stack",
+    }  # fmt: skip
+    yield Site(create_app(resources, tokens=True), {"Authorization": f"Bearer {furnished.secrets['operator']}"}, known)
+    resources.close()
+
+
+def led_further(value: Any, known: Mapping[str, Any], chance: st.DataObject) -> Any:
+    """The same document with some of its names and ids exchanged for ones that there are."""
+    if isinstance(value, dict):
+        return {
+            key: known[key] if key in known and chance.draw(st.booleans()) else led_further(item, known, chance)
+            for key, item in value.items()
+        }
+    return [led_further(item, known, chance) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(("method", "path"), [row[:2] for row in ROUTES], ids=[f"{row[0]} {row[1]}" for row in ROUTES])
+def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
+    site: Site, method: str, path: str
+) -> None:
+    operation = schemathesis.openapi.from_asgi("/openapi.json", site.app)[path.replace(":path}", "}")][method]
+    good, past_the_door = GOOD.body(method, path).get("json"), False
+    cases = operation.as_strategy() | operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)
+
+    @settings(max_examples=15 * FACTOR, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(cases, st.data())
+    def ask(case: schemathesis.Case, chance: st.DataObject) -> None:
+        if chance.draw(st.booleans()):
+            name = "merged" if path.startswith("/v1/models") else "sql"
+            case.path_parameters = {key: site.known.get(key, name) for key in case.path_parameters}
+        case.query = led_further(case.query, site.known, chance)
+        if good and isinstance(case.body, dict) and chance.draw(st.booleans()):
+            case.body = good | {key: value for key, value in case.body.items() if chance.draw(st.booleans())}
+        case.body = led_further(case.body, site.known, chance)
+        answer = case.call_and_validate(headers=dict(site.headers), checks=CHECKS)
+        nonlocal past_the_door
+        past_the_door |= answer.status_code != 404
+
+    ask()
+    assert past_the_door, "none of them was about something that is there"
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Generator[Resources]:
+    home = tmp_path / "home"
+    Cli({"ADAPTORY_HOME": str(home)}).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+    resources = open_resources(Settings(home=home))
+    yield resources
+    resources.close()
+
+
+def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_published(
+    embedded: Resources, tmp_path: Path
+) -> None:
+    name = RepositoryName("acme", "sql")
+    api = Api("http://localhost", InProcessTransport(create_app(embedded)))
+    refused: list[str] = []
+
+    @settings(max_examples=100 * FACTOR, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(malformed())
+    def try_to_push(adapter: Adapter) -> None:
+        files = collect(adapter.write(tmp_path / "adapter"))
+        with pytest.raises((Invalid, Refused)) as told:
+            push(api, files, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+        assert told.value.code
+        assert told.value.subject
+        refused.append(told.value.code)
+
+    try_to_push()
+    assert len(refused) >= 100 * FACTOR
+    assert api.get("/v1/releases")["items"] == []
+    assert list(embedded.work_directory.iterdir()) == []
+    assert [finding for finding in check(embedded) if finding.severity == "error"] == []
+    good = collect(Adapter().write(tmp_path / "adapter"))
+    push(api, good, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+    assert api.get(f"{line_path(name)}/releases/1.0.0")["adapter"]["rank_max"] == 4
+    api.close()
