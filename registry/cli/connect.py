@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import NotFound, Unavailable, Usage
+from registry.errors import Invalid, NotFound, Unavailable, Usage
 from registry.names import parse_reference
 
 if TYPE_CHECKING:
@@ -102,7 +102,15 @@ def resolved(connection: Connection, ref: str) -> dict[str, Any]:
     """The release that `ref` names; its warning is told."""
     from registry.cli import render
 
-    found = connection.api.resolve(parse_reference(ref))
+    reference = parse_reference(ref)
+    found = connection.api.resolve(reference)
+    if reference.commit and not str(found["release"]["commit"]).startswith(reference.commit):
+        raise Invalid(
+            "commit_differs",
+            f"The registry answered {ref} with the commit {str(found['release']['commit'])[:40]}.",
+            subject=ref,
+            next_step="Ask who runs the registry.",
+        )
     if found["warning"]:
         render.say(f"warning: {found['warning']}")
     return found["release"]
