@@ -45,7 +45,7 @@ def hostile() -> Generator[HostileRegistry]:
 @contextmanager
 def _listening() -> Generator[HostileRegistry]:
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_arguments: object) -> None:  # noqa: A002  (the library's name)
+        def log_message(self, *_arguments: object) -> None:
             """Quiet."""
 
         def do_GET(self) -> None:
