@@ -125,7 +125,7 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
         more = f" and {len(unknown) - _MOST_LISTED} more" if len(unknown) > _MOST_LISTED else ""
         message = f"{subject} has settings that this version does not know: {listed}{more}."
         raise NotSupported(
-            "unknown_setting", message, subject=subject, next_step="They may change the result; update, or remove them."
+            "unknown_config", message, subject=subject, next_step="They may change the result; update, or remove them."
         )
     flags = [flag for flag in _VARIANTS if raw.get(flag)]
     if len(flags) > 1:

@@ -40,6 +40,7 @@ def serve(
     """Serve the REST API, with a worker beside it: to one user on loopback, or with ADAPTORY_ACCESS=tokens to many."""
     import uvicorn
 
+    from registry.http.protocol import BoundedHttp
     from registry.resources import open_resources
     from registry.web.app import create_app
     from registry.worker.loop import run_worker
@@ -69,7 +70,8 @@ def serve(
     address = f"[{host}]" if ":" in host else host
     render.say(f"listening on http://{address}:{listener.getsockname()[1]}")
     try:
-        uvicorn.Server(uvicorn.Config(application, log_level="warning", server_header=False)).run([listener])
+        config = uvicorn.Config(application, http=BoundedHttp, log_level="warning", server_header=False)
+        uvicorn.Server(config).run([listener])
     finally:
         stop.set()
         if with_worker:

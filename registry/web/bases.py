@@ -17,7 +17,7 @@ from registry.web.views import base_view
 router = APIRouter(prefix="/v1/bases", tags=["bases"])
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses={200: {"model": BaseOut}})
 def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response: Response) -> BaseOut:
     """201 for a new base, 200 for one known already, whose aliases and locations are added to."""
     rows = [TensorRow(row.name, row.dtype, tuple(row.shape), parse_digest(row.sha256)) for row in body.tensors]

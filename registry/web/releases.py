@@ -50,7 +50,7 @@ def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) 
         return repository_page(session, [repositories.find(session, named.name, named.kind)])[0]
 
 
-@repository_routes.post("/{namespace}/{name}/releases", status_code=201)
+@repository_routes.post("/{namespace}/{name}/releases", status_code=201, responses={200: {"model": PublishedOut}})
 def publish(
     named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher, response: Response
 ) -> PublishedOut:

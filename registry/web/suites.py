@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["quality"])
 repository_routes = APIRouter(tags=["quality"])
 
 
-@router.post("/suites", status_code=201)
+@router.post("/suites", status_code=201, responses={200: {"model": SuiteOut}})
 def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, response: Response) -> SuiteOut:
     """The suite with its examples, as composer/suite.py describes it.
 

@@ -235,7 +235,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a regex with flags": (configured(rank_pattern={"(?i)q_proj": 2}), "bad_config", CONFIG),
     "a regex too long": (configured(rank_pattern={"q" * 1001: 2}), "bad_config", CONFIG),
     "a regex too deep": (configured(rank_pattern={"(" * 60 + "q" + ")" * 60: 2}), "bad_config", CONFIG),
-    "a setting of tomorrow": (configured(use_tomorrow=True), "unknown_setting", CONFIG),
+    "a setting of tomorrow": (configured(use_tomorrow=True), "unknown_config", CONFIG),
     "two variants": (configured(use_dora=True, lora_bias=True), "two_variants", CONFIG),
 }
 

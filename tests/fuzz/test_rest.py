@@ -131,11 +131,17 @@ def embedded(tmp_path: Path) -> Generator[Resources]:
     resources.close()
 
 
+@pytest.fixture
+def api(embedded: Resources) -> Generator[Api]:
+    opened = Api("http://localhost", InProcessTransport(create_app(embedded)))
+    yield opened
+    opened.close()
+
+
 def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_published(
-    embedded: Resources, tmp_path: Path
+    embedded: Resources, api: Api, tmp_path: Path
 ) -> None:
     name = RepositoryName("acme", "sql")
-    api = Api("http://localhost", InProcessTransport(create_app(embedded)))
     refused: list[str] = []
 
     @settings(max_examples=100 * FACTOR, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -156,4 +162,3 @@ def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_publis
     good = collect(Adapter().write(tmp_path / "adapter"))
     push(api, good, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
     assert api.get(f"{line_path(name)}/releases/1.0.0")["adapter"]["rank_max"] == 4
-    api.close()

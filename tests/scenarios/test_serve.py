@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx2
 
-from tests.scenarios.world import Cli
+from tests.scenarios.world import Cli, server
 
 
 def test_a_server_says_where_it_listens(tmp_path: Path) -> None:
@@ -25,6 +25,26 @@ def test_a_server_says_where_it_listens(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) in (0, -signal.SIGTERM)
     process.stderr.close()
+
+
+def test_a_header_without_an_end_is_cut_off_and_costs_no_memory(tmp_path: Path) -> None:
+    with server(tmp_path / "home") as (url, process):
+        before = resident_bytes(process.pid)
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
+            line.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Endless: ")
+            sent = 0
+            try:
+                while sent < 64 << 20:
+                    sent += line.send(b"x" * (1 << 16))
+            except OSError:  # hung up
+                pass
+        assert sent < 16 << 20
+        assert resident_bytes(process.pid) - before < 32 << 20
+        assert httpx2.get(f"{url}/healthz").status_code == 200
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_port_in_use_is_told_without_touching_the_registry(tmp_path: Path) -> None:
