@@ -8,11 +8,15 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import services
 from tests.s3_server import S3Server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# How fast inputs are made says how busy the machine is, and how warm its imports: it fails no test.
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
