@@ -3,8 +3,8 @@
 boto3 is asked twice: as the client does it (8 files at a time, each whole, where a download also needs ranges), and as
 it does by itself (one file after another, each in parts by 10 threads). Ours hashes every byte on its way, and syncs
 what it wrote; boto3 hashes what it sends over plain HTTP and nothing that it receives. Client, API and S3 server share
-the cores. This store takes headers that were not signed, so that files are copied once within it unless told to write
-in place, as on a store that ignores such headers. The resident memory of the API process is taken before and after.
+the cores. Files are copied once within the store unless it is told to let them be
+written in place. The resident memory of the API process is taken before and after.
 """
 
 import os

@@ -46,9 +46,10 @@ class S3Storage(BaseModel):
     hash_arrivals: bool = False
     """Read back and hash every file that arrives, also where the store was found to refuse wrong bytes."""
     direct: bool = False
-    """Let clients write under a blob's final key although the store takes headers that were not signed, as Swift does.
+    """Let clients write under a blob's final key where the store refuses wrong bytes: spares it a copy of each file.
 
-    Spares a copy in the store for each file, and trusts every publisher: one who sent a blob first could end it later.
+    For stores that ignore headers which were not signed, or publishers who trust each other: on Swift one who sent a
+    blob first could end it later.
     """
 
 

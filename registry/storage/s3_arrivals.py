@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 from threading import Lock
@@ -30,11 +30,11 @@ _LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chun
 
 
 class S3Arrivals:
-    """A file sent whole goes straight to the key of its blob where a signed request can serve for nothing else.
+    """A file sent whole goes straight to the key of its blob where the settings say `direct` and the store refuses a
+    body of another sha256.
 
-    That is so where the store refuses a body of another sha256, and lets no header that was not signed change what it
-    keeps: on Swift whoever holds the request could send the same bytes once more with an end (`X-Delete-After`), long
-    after others have come to rely on the blob. `direct` in the settings says so for a store without looking.
+    Without `direct` it does not, for a signed request outlives its use: on Swift whoever holds one can send the same
+    bytes once more with a header that was not signed (`X-Delete-After`) and end a blob that others rely on by then.
 
     Everything else is put aside under `incoming/`, read back, hashed and copied: files in parts, whose sha256 no store
     knows; files for a blob that is there already, since the sender must show its own bytes and leave the others alone;
@@ -45,7 +45,6 @@ class S3Arrivals:
         self._bucket, self._storage = bucket, storage
         self._client: Any = bucket.client
         self._checks: bool | None = None
-        self._direct = False
         self._probing = Lock()
 
     def part_bytes(self, size_bytes: int) -> int | None:
@@ -61,7 +60,7 @@ class S3Arrivals:
     def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
             return None
-        direct = self._store_checks() and self._direct and not known
+        direct = self._storage.direct and self._store_checks() and not known
         return self._put_of(arrival, self._bucket.blob(arrival.sha256) if direct else self._aside(arrival), expires_s)
 
     def parts(self, arrival: Arrival, expires_s: int) -> list[Part] | None:
@@ -221,9 +220,7 @@ class S3Arrivals:
             if self._checks is None:
                 probe = Arrival(f"probe-{uuid.uuid4().hex}", Digest(hashlib.sha256(b"right").hexdigest()), 5)
                 refuses = not self._takes(probe, b"wrong")
-                taken = self._takes(probe, b"right", {"X-Delete-After": "86400"})
-                self._direct = self._storage.direct or (taken and not self._ends(probe))
-                if not taken or self._copies_whatever_the_condition(probe):
+                if not self._takes(probe, b"right") or self._copies_whatever_the_condition(probe):
                     raise Unavailable(
                         "store_unfit",
                         "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
@@ -233,18 +230,11 @@ class S3Arrivals:
                 self._checks = refuses and not self._storage.hash_arrivals
             return self._checks
 
-    def _ends(self, probe: Arrival) -> bool:
-        """Whether a header that was not signed has given the object an end."""
-        head = self._bucket.head(self._aside(probe)) or {}
-        return "x-delete-at" in {name.lower() for name in head["ResponseMetadata"]["HTTPHeaders"]}
-
-    def _takes(self, probe: Arrival, body: bytes, stray: Mapping[str, str] | None = None) -> bool:
-        """Sent as a client would send it, with headers that were not signed."""
+    def _takes(self, probe: Arrival, body: bytes) -> bool:
+        """Sent as a client would send it."""
         put = self._put_of(probe, self._aside(probe), 60)
         try:
-            answer = httpx2.put(
-                put.url, content=body, headers={**put.headers, **(stray or {})}, timeout=self._storage.read_timeout_s
-            )
+            answer = httpx2.put(put.url, content=body, headers=put.headers, timeout=self._storage.read_timeout_s)
         except httpx2.TransportError as error:
             raise Unavailable(
                 "store_unavailable", f"The blob store does not answer: {error}.", next_step="Try again."
