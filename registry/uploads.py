@@ -89,9 +89,11 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
     file = ManifestFile("", row.size_bytes, Digest(row.sha256))
     with resources.read() as session:
         held = bool(_held(session, row.namespace, [file.sha256]))
-    if held and _is_stored(resources, file):
-        return file
     arrivals = resources.store.arrivals
+    if held and _is_stored(resources, file):
+        if arrivals is not None:  # another client completed it while this one was still sending
+            arrivals.discard(_arrival(row))
+        return file
     if arrivals is None:
         raise NotFound(
             "upload_incomplete",
