@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from composer.delta import Delta, LowRank, Replacement
+from composer.delta import Additive, Computed, Delta, Replacement
 from composer.findings import Finding, Severity
 from composer.variants import LoadedAdapter
 
@@ -17,8 +17,8 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
     """Hard conflicts between adapters, and between an adapter and a tied weight.
 
     `settings["tied"]` is `refuse` (default), `shared` or `untie`. Error codes: replacement_conflict,
-    replacement_and_delta, tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices: tied_shared,
-    tied_untied. One adapter alone can be in conflict: a tensor saved whole that also has a low-rank pair.
+    replacement_and_delta, two_rescale, tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices:
+    tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that also has a low-rank pair.
     """
     tied = settings.get("tied", "refuse")
     touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
@@ -38,21 +38,39 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
 
 def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
     replacing = [(name, delta) for name, delta in touching if isinstance(delta, Replacement)]
-    adding = [(name, delta) for name, delta in touching if isinstance(delta, LowRank)]
+    adding: list[tuple[str, Additive]] = [
+        (name, delta) for name, delta in touching if not isinstance(delta, Replacement)
+    ]
     if replacing and adding:
         who = f"{replacing[0][0]} replaces {weight} and {adding[0][0]} adds to it"
         return [_error("replacement_and_delta", replacing[0][1].module, f"{who}; the sum has no meaning.")]
     findings = [
         finding for first, other in itertools.pairwise(replacing) if (finding := _check_replacements(first, other))
     ]
+    places: dict[int, list[tuple[str, Additive]]] = defaultdict(list)  # the experts of a stack are places of their own
+    for name, delta in adding:
+        places[delta.begin].append((name, delta))
+    return findings + [finding for place in places.values() for finding in _check_place(weight, place)]
+
+
+def _check_place(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
     shapes = [(name, delta.stored_shape) for name, delta in adding]  # two adapters may have the same name
     if len({shape for _, shape in shapes}) > 1:
         code = "vocabulary_mismatch" if _is_vocabulary(adding[0][1]) else "shape_conflict"
         sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes)
-        findings.append(
-            _error(code, adding[0][1].module, f"The adapters were trained for different shapes of {weight}: {sizes}.")
-        )
-    return findings
+        message = f"The adapters were trained for different shapes of {weight}: {sizes}."
+        return [_error(code, adding[0][1].module, message)]
+    return _check_order(weight, adding)
+
+
+def _check_order(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
+    """Two deltas that each look at the base's own weight were trained in no common order."""
+    reading = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.reads_base]
+    if len(reading) < 2:
+        return []
+    names = " and ".join(name for name, _ in reading)
+    message = f"{names} each rescale {weight} (DoRA, OFT, …): one after the other is another function in either order."
+    return [_error("two_rescale", reading[0][1].module, message)]
 
 
 def _check_replacements(first: tuple[str, Replacement], other: tuple[str, Replacement]) -> Finding | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from composer.checks import structural
-from composer.delta import Delta, Layout, LowRank, Replacement
+from composer.delta import Computed, Delta, Layout, LowRank, Replacement
 from composer.errors import NotSupported, RefusedOutput
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
@@ -60,6 +60,7 @@ def combine(
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
     # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
     deltas = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
+    _refuse_computed(deltas)
     tensors = _tensors(deltas)
     config = _config(loaded, deltas)
     specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
@@ -73,7 +74,7 @@ def combine(
                 file.write(tensor_bytes(tensors[name]))
         write_json(aside / CONFIG_FILE, config)
         write_json(aside / NOTE_FILE, _note(loaded, [weight for _, weight in adapters], method, parsed, note))
-    pairs = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
+    pairs = _pairs(deltas)
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(pairs),
@@ -84,18 +85,29 @@ def combine(
     )
 
 
-def _tensors(deltas: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
+def _pairs(deltas: Sequence[Delta]) -> list[LowRank]:
+    return [delta for delta in deltas if isinstance(delta, LowRank)]
+
+
+def _refuse_computed(deltas: Sequence[Delta]) -> None:
+    for delta in deltas:
+        if isinstance(delta, Computed):
+            message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
+            raise NotSupported("no_factors", message, subject=delta.module, next_step="Merge it into the base.")
+
+
+def _tensors(deltas: Sequence[Delta]) -> dict[str, torch.Tensor]:
     """PEFT's key -> tensor."""
-    targeted = {delta.module for delta in deltas.values() if isinstance(delta, LowRank)}
+    targeted = {delta.module for delta in _pairs(deltas)}
     tensors: dict[str, torch.Tensor] = {}
-    for delta in deltas.values():
+    for delta in deltas:
         path = f"{PEFT_PREFIX}{delta.module}"
         if isinstance(delta, Replacement):
             wrapped = ".base_layer" if delta.module in targeted else ""
             tensors[f"{path}{wrapped}.{delta.weight.rsplit('.', 1)[-1]}"] = delta.tensor
-        elif delta.layout is Layout.EMBEDDING:
+        elif isinstance(delta, LowRank) and delta.layout is Layout.EMBEDDING:
             tensors |= {f"{path}.lora_embedding_A": delta.A_RI, f"{path}.lora_embedding_B": delta.B_OR}
-        else:
+        elif isinstance(delta, LowRank):
             tensors |= {f"{path}.lora_A.weight": delta.A_RI, f"{path}.lora_B.weight": delta.B_OR}
     return tensors
 
@@ -107,8 +119,8 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
 
 
-def _config(loaded: Sequence[LoadedAdapter], deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    pairs = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
+def _config(loaded: Sequence[LoadedAdapter], deltas: Sequence[Delta]) -> dict[str, Any]:
+    pairs = _pairs(deltas)
     if not pairs:
         raise NotSupported("no_pairs", "None of the adapters has a low-rank pair: there is nothing to combine.")
     rank = Counter(delta.rank for delta in pairs).most_common(1)[0][0]
@@ -151,16 +163,16 @@ def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[
     return sorted(names) if covered else paths
 
 
-def _bias(deltas: Mapping[str, Delta]) -> str:
-    targeted = {delta.module for delta in deltas.values() if isinstance(delta, LowRank)}
-    biased = {d.module for d in deltas.values() if isinstance(d, Replacement) and d.weight.endswith(".bias")}
+def _bias(deltas: Sequence[Delta]) -> str:
+    targeted = {delta.module for delta in _pairs(deltas)}
+    biased = {d.module for d in deltas if isinstance(d, Replacement) and d.weight.endswith(".bias")}
     if not biased:
         return "none"
     return "lora_only" if biased <= targeted else "all"
 
 
-def _whole_modules(deltas: Mapping[str, Delta]) -> list[str]:
-    return sorted({d.module for d in deltas.values() if isinstance(d, Replacement) and not d.weight.endswith(".bias")})
+def _whole_modules(deltas: Sequence[Delta]) -> list[str]:
+    return sorted({d.module for d in deltas if isinstance(d, Replacement) and not d.weight.endswith(".bias")})
 
 
 def _note(

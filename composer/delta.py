@@ -1,9 +1,15 @@
 """What one adapter adds to one weight.
 
+Whatever the adapter's type, merging is W + Σ w_i Δ_i(W): a sum over deltas that are taken from the base's own W. Most
+deltas are a short product of factors; the others are computed row by row, some of them with a look at W (DoRA, OFT, …).
+
 Shapes: O outputs and I inputs of the module, R rank. A weight is stored O x I by `nn.Linear`; by GPT-2's `Conv1D` and
-by `nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary.
+by `nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary. A stored tensor of more
+dimensions is seen as a matrix of M rows and N columns: a convolution O x (I * kernel), a stack of experts (E * rows) x
+columns, where `begin` is the first row of the expert.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,8 +28,9 @@ class Layout(StrEnum):
 class LowRank:
     """delta = scale * B @ A, float32, in the orientation PEFT trains: A is R x I, B is O x R.
 
-    `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to. `tied` says that
-    this tensor also serves as another module's weight (an input embedding shared with the output head).
+    `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to, from row `begin` of
+    its matrix. `tied` says that this tensor also serves as another module's weight (an input embedding shared with the
+    output head). `kernel` is the kernel's shape where the weight is a convolution's, whose I counts its elements too.
     """
 
     module: str
@@ -33,6 +40,8 @@ class LowRank:
     B_OR: torch.Tensor
     scale: float
     tied: bool = False
+    begin: int = 0
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -40,7 +49,7 @@ class LowRank:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Shape of W on disk."""
+        """(M, N): the rows of the stored matrix that it adds to, and its columns."""
         outputs, inputs = self.B_OR.shape[0], self.A_RI.shape[1]
         return (outputs, inputs) if self.layout is Layout.LINEAR else (inputs, outputs)
 
@@ -49,6 +58,29 @@ class LowRank:
         if self.layout is Layout.LINEAR:
             return self.B_OR * self.scale, self.A_RI
         return self.A_RI.T * self.scale, self.B_OR.T
+
+
+Rows = Callable[[torch.Tensor, int], torch.Tensor]
+"""(W_MN, first row) -> Δ_MN: what is added to these rows of the stored matrix, in W's dtype (float32 or float64)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A delta that is no short product: `rows` gives its rows when they are needed, from the base's rows.
+
+    `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N.
+    `reads_base` says that Δ depends on W, so that two such deltas of one weight have no order that both were trained
+    in. `whole` says that all M rows are needed at once (a norm over a column of a transposed weight).
+    """
+
+    module: str
+    weight: str
+    stored_shape: tuple[int, int]
+    rows: Rows
+    reads_base: bool = False
+    whole: bool = False
+    tied: bool = False
+    begin: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,4 +93,5 @@ class Replacement:
     tied: bool = False
 
 
-Delta = LowRank | Replacement
+Additive = LowRank | Computed
+Delta = LowRank | Computed | Replacement

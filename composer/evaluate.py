@@ -7,7 +7,7 @@ Shapes: B batch, T tokens, I inputs and O outputs of a module, R rank, V vocabul
 import inspect
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from composer.delta import Delta, Layout, LowRank, Replacement
+from composer.delta import Computed, Delta, Layout, LowRank, Replacement
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.suite import Example, Suite
@@ -27,7 +27,7 @@ from composer.tensors import torch_device, torch_threads
 # Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
-Deltas = Mapping[str, Delta] | Iterable[Delta]
+Deltas = Iterable[Delta]
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,6 @@ def load_model(directory: Path | str, device: str = "auto", dtype: torch.dtype |
     return LoadedModel(model.eval().to(chosen), tokenizer, architecture)
 
 
-def listed(deltas: Deltas) -> list[Delta]:
-    """The deltas themselves, whether they came by weight or in a row."""
-    return list(deltas.values() if isinstance(deltas, Mapping) else deltas)
-
-
 @contextmanager
 def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
     """The model with `deltas` active inside the block, several on one module adding up; its weights stay as they are.
@@ -124,12 +119,17 @@ def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
     no delta can be applied to.
     """
     low_rank: dict[str, list[LowRank]] = defaultdict(list)
+    computed: dict[str, list[Computed]] = defaultdict(list)
     with ExitStack() as undo:
-        for delta in listed(deltas):
+        for delta in deltas:
             if isinstance(delta, LowRank):
                 low_rank[delta.module].append(delta)
+            elif isinstance(delta, Computed):
+                computed[delta.module].append(delta)
             else:
                 undo.enter_context(_replaced(_module(model, delta.module), delta))
+        for path, sums in computed.items():
+            undo.enter_context(_computed(_module(model, path), sums))
         for path, parts in low_rank.items():
             undo.enter_context(_added(_module(model, path), parts))
         yield
@@ -152,6 +152,25 @@ def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
         raise Mismatch("shape_mismatch", f"{wanted}: the model has {found}.", subject=delta.module)
     # The entry is swapped, not its values: a tied parameter is one object in two modules, and the other side stays.
     module._parameters[name] = nn.Parameter(delta.tensor.to(old), requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters[name] = old
+
+
+@contextmanager
+def _computed(module: nn.Module, deltas: Sequence[Computed]) -> Iterator[None]:
+    """The parameter with the deltas added in float32, each taken from the base's own, in its place."""
+    name = deltas[0].weight.rpartition(".")[2]
+    old = module._parameters.get(name)
+    (rows, columns), path = deltas[0].stored_shape, deltas[0].module
+    if old is None or old.numel() != rows * columns:
+        found = "none" if old is None else f"one of shape {tuple(old.shape)}"
+        wanted = f"The delta of {path} is for a {name} of {rows} x {columns}"
+        raise Mismatch("shape_mismatch", f"{wanted}: the model has {found}.", subject=path)
+    W_MN = old.detach().reshape(rows, columns).float().cpu()
+    changed = W_MN + sum(delta.rows(W_MN, 0) for delta in deltas)
+    module._parameters[name] = nn.Parameter(changed.reshape(old.shape).to(old), requires_grad=False)
     try:
         yield
     finally:

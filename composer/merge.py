@@ -1,6 +1,7 @@
 """Merge adapters into a checkpoint: plan which shard is copied and which rewritten, then run the plan and verify it."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from composer.checks import structural
 from composer.chunks import TensorPlan
-from composer.delta import Delta, LowRank
+from composer.delta import Delta, Replacement
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint
@@ -53,7 +54,7 @@ class MergePlan:
 
     @property
     def touched(self) -> list[str]:
-        return [tensor.target.name for shard in self.shards for tensor in shard.tensors if tensor.delta is not None]
+        return [tensor.target.name for shard in self.shards for tensor in shard.tensors if tensor.deltas]
 
     @property
     def size_bytes(self) -> int:
@@ -111,7 +112,9 @@ def plan_merge(
     loaded = [load_deltas(path, checkpoint.architecture) for path, _ in adapters]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
-    deltas = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
+    deltas: dict[str, list[Delta]] = defaultdict(list)
+    for delta in combine_deltas(loaded, [weight for _, weight in adapters], method, parsed):
+        deltas[delta.weight].append(delta)
     config = dict(checkpoint.config)
     head = _untied_head(checkpoint, loaded) if parsed["tied"] == "untie" else None
     if head is not None:
@@ -173,7 +176,7 @@ def run_merge(
 
 
 def _plan_shards(
-    checkpoint: Checkpoint, deltas: Mapping[str, Delta], head: str | None, dtype: str | None
+    checkpoint: Checkpoint, deltas: Mapping[str, Sequence[Delta]], head: str | None, dtype: str | None
 ) -> tuple[ShardPlan, ...]:
     """The output's files: the base's layout, cast where asked, an untied head beside the embedding it came from."""
     shards: list[ShardPlan] = []
@@ -190,7 +193,9 @@ def _plan_shards(
         head_bytes = _first_bytes(path, header.data_begin) if unchanged else encode_header(specs, header.metadata)
         size = len(head_bytes) + sum(spec.size_bytes for spec in specs.values())
         targets = parse_header(head_bytes, size, subject=file).tensors
-        tensors = tuple(TensorPlan(*sources[name], target, deltas.get(name)) for name, target in targets.items())
+        tensors = tuple(
+            TensorPlan(*sources[name], target, tuple(deltas.get(name, ()))) for name, target in targets.items()
+        )
         shards.append(ShardPlan(file, path, head_bytes, size, tensors))
     return tuple(shards)
 
@@ -200,8 +205,9 @@ def _first_bytes(path: Path, count: int) -> bytes:
         return file.read(count)
 
 
-def _output_spec(spec: TensorSpec, name: str, dtype: str | None, deltas: Mapping[str, Delta]) -> TensorSpec:
-    if isinstance(deltas.get(name), LowRank) and spec.dtype not in FLOAT_DTYPES:
+def _output_spec(spec: TensorSpec, name: str, dtype: str | None, deltas: Mapping[str, Sequence[Delta]]) -> TensorSpec:
+    adding = any(not isinstance(delta, Replacement) for delta in deltas.get(name, ()))
+    if adding and spec.dtype not in FLOAT_DTYPES:
         raise NotSupported("dtype", f"{name} is stored as {spec.dtype}, which nothing can be added to.", subject=name)
     return replace(spec, dtype=dtype) if dtype is not None and spec.dtype in FLOAT_DTYPES else spec
 

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from time import perf_counter
 
-from composer.delta import LowRank
+from composer.delta import Computed, Delta, LowRank
 from composer.errors import Mismatch
-from composer.evaluate import Deltas, Encoded, LoadedModel, Measured, encode, listed, measure, ratio
+from composer.evaluate import Deltas, Encoded, LoadedModel, Measured, encode, measure, ratio
+from composer.methods.linear import scaled
 from composer.suite import Suite
 
 
@@ -90,8 +91,13 @@ class ProbeResult:
 
 def weighted_sum(members: Sequence[Member]) -> Deltas:
     """The members' deltas times their weights, side by side: what `stack` makes of them."""
-    parts = [(delta, member.weight) for member in members for delta in listed(member.deltas)]
-    return [replace(delta, scale=delta.scale * w) if isinstance(delta, LowRank) else delta for delta, w in parts]
+    return [_weighted(delta, member.weight) for member in members for delta in member.deltas]
+
+
+def _weighted(delta: Delta, weight: float) -> Delta:
+    if isinstance(delta, LowRank):
+        return replace(delta, scale=delta.scale * weight)
+    return scaled(delta, weight) if isinstance(delta, Computed) else delta
 
 
 def probe(

@@ -6,14 +6,15 @@ from dataclasses import replace
 from math import isfinite
 
 from composer.checks import structural
-from composer.delta import Delta, LowRank, Replacement
+from composer.delta import Additive, Delta, Replacement
 from composer.errors import Mismatch
 from composer.formats.naming import is_head
 from composer.methods.linear import linear, stack
 from composer.settings import effective_weights, parse_settings
 from composer.variants import LoadedAdapter, refuse_errors
 
-Method = Callable[[Sequence[tuple[LowRank, float]], float, Mapping[str, object]], LowRank]
+Method = Callable[[Sequence[tuple[Additive, float]], float, Mapping[str, object]], list[Additive]]
+"""The deltas of one place with their weights, the sum of all adapters' weights, settings -> what is added there."""
 
 METHODS: dict[str, Method] = {"stack": stack, "linear": linear}
 
@@ -23,10 +24,10 @@ def combine_deltas(
     weights: Sequence[float],
     method: str = "stack",
     settings: Mapping[str, object] | None = None,
-) -> dict[str, Delta]:
-    """One delta a weight: low-rank pairs combined by the method, replacements taken over. Keys are checkpoint tensors.
+) -> list[Delta]:
+    """The deltas of all adapters combined by the method, place by place; replacements are taken over.
 
-    With tied=untie the head's delta is keyed by its own tensor's name (`<module>.weight`). Raises Mismatch for a hard
+    With tied=untie the head's delta names a tensor of its own (`<module>.weight`). Raises Mismatch for a hard
     conflict and for a weight that is not finite or scales a replacement; NotSupported for an unknown method or
     setting.
     """
@@ -36,20 +37,19 @@ def combine_deltas(
     if not all(isfinite(weight) for weight in weights):
         raise Mismatch("weights", "A weight is not a finite number.", subject="weights")
     refuse_errors("These adapters cannot be combined", structural(adapters, parsed))
-    low_rank: dict[str, list[tuple[LowRank, float]]] = defaultdict(list)
-    combined: dict[str, Delta] = {}
+    places: dict[tuple[str, int], list[tuple[Additive, float]]] = defaultdict(list)
+    replaced: dict[str, Delta] = {}
     effective = effective_weights(weights, method, parsed)
     for adapter, weight, factor in zip(adapters, weights, effective, strict=True):
         for found in adapter.deltas:
             delta = untied(found) if parsed["tied"] == "untie" else found
             if isinstance(delta, Replacement):
                 _refuse_scaled(adapter.name, delta, factor)
-                combined[delta.weight] = delta
+                replaced[delta.weight] = delta
             else:
-                low_rank[delta.weight].append((delta, weight))
-    for name, parts in low_rank.items():
-        combined[name] = METHODS[method](parts, sum(weights), parsed)
-    return combined
+                places[delta.weight, delta.begin].append((delta, weight))
+    combined = [delta for parts in places.values() for delta in METHODS[method](parts, sum(weights), parsed)]
+    return [*replaced.values(), *combined]
 
 
 def untied(delta: Delta) -> Delta:
