@@ -1,6 +1,6 @@
 """Several adapters -> one ordinary PEFT adapter, exactly: the factors side by side, every scale folded in, s = 1."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, par
 from composer.formats.naming import PEFT_PREFIX, split_key
 from composer.hashing import hash_file
 from composer.methods import combine_deltas
+from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.settings import parse_settings
 from composer.tensors import DTYPE_NAMES, tensor_bytes
@@ -59,7 +60,8 @@ def combine(
     parsed = parse_settings(method, settings or {})
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
     # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
-    deltas = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
+    combined = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
+    deltas = _one_a_place(combined.deltas)
     _refuse_computed(deltas)
     tensors = _tensors(deltas)
     config = _config(loaded, deltas)
@@ -83,6 +85,15 @@ def combine(
         size_bytes=size,
         findings=(*structural(loaded, {"tied": "untie"}), *_dropped_copies(loaded)),
     )
+
+
+def _one_a_place(deltas: Sequence[Delta]) -> list[Delta]:
+    """A sum of low-rank deltas as one: an adapter holds one pair a place."""
+    places: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
+    for delta in _pairs(deltas):
+        places[delta.weight, delta.begin].append(delta)
+    summed = [one for own in places.values() for one in side_by_side(own, [1.0] * len(own))]
+    return [*(delta for delta in deltas if not isinstance(delta, LowRank)), *summed]
 
 
 def _pairs(deltas: Sequence[Delta]) -> list[LowRank]:

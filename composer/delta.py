@@ -26,7 +26,8 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """delta = scale * B @ A, float32, in the orientation PEFT trains: A is R x I, B is O x R.
+    """delta = scale * B @ A in the orientation PEFT trains: A is R x I, B is O x R, each in whatever float dtype the
+    adapter's file has. `stored_factors` are float32.
 
     `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to, from row `begin` of
     its matrix. `tied` says that this tensor also serves as another module's weight (an input embedding shared with the
@@ -56,8 +57,8 @@ class LowRank:
     def stored_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(left, right) with the scale folded into left: W as stored on disk becomes W + left @ right."""
         if self.layout is Layout.LINEAR:
-            return self.B_OR * self.scale, self.A_RI
-        return self.A_RI.T * self.scale, self.B_OR.T
+            return self.B_OR.float() * self.scale, self.A_RI.float()
+        return self.A_RI.T.float() * self.scale, self.B_OR.T.float()
 
 
 Rows = Callable[[torch.Tensor, int], torch.Tensor]
@@ -68,7 +69,8 @@ Rows = Callable[[torch.Tensor, int], torch.Tensor]
 class Computed:
     """A delta that is no short product: `rows` gives its rows when they are needed, from the base's rows.
 
-    `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N.
+    `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N,
+    `layout` and `kernel` say what the rows and columns are, so that it can be compressed to factors.
     `reads_base` says that Δ depends on W, so that two such deltas of one weight have no order that both were trained
     in. `whole` says that all M rows are needed at once (a norm over a column of a transposed weight).
     """
@@ -81,6 +83,8 @@ class Computed:
     whole: bool = False
     tied: bool = False
     begin: int = 0
+    layout: Layout = Layout.LINEAR
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,39 @@
-"""What a method may be told: names, defaults and types. No torch, so that a recipe is judged before any work begins."""
+"""The methods by name, as pipelines of five steps, and what each may be told. No torch: a recipe is judged before work.
+
+calibrate -> space -> sparsify -> combine -> compress: a method is a choice of the five (composer/methods has the math).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
+from dataclasses import dataclass, replace
 from typing import cast
 
 from composer.errors import NotSupported
 from composer.text import shown
+from composer.weights import Weight, real, weights_of
 
 
-def real(value: object) -> float:
-    """A finite number, also one spelled as text. Raises ValueError for everything else."""
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")
-    except OverflowError as error:
-        raise ValueError("a finite number") from error
-    if not isfinite(number):
-        raise ValueError("a finite number")
-    return number
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """`space`: factors (side by side, exact), full (every entry of each delta), core, knots or ctm (a small shared
+    basis). `compress`: to the highest rank of the inputs where neither rank nor energy is set.
+
+    `parity` is PEFT's `combination_type`, whose values are reproduced as they are.
+    """
+
+    space: str = "factors"
+    sparsify: str = "none"
+    combine: str = "sum"
+    calibrate: str = "none"
+    compress: bool = False
+    parity: str = ""
+
+    @property
+    def random(self) -> bool:
+        return self.sparsify in ("dare", "della")
+
+
+_Parse = Callable[[object], object]
+_Setting = tuple[object, _Parse]  # default, parser
 
 
 def _truth(value: object) -> bool:
@@ -27,18 +44,135 @@ def _truth(value: object) -> bool:
     return truths[word]
 
 
-def _tied(value: object) -> str:
-    if value not in ("refuse", "shared", "untie"):
-        raise ValueError("refuse, shared or untie")
-    return str(value)
+def _one_of(*words: str) -> _Parse:
+    def parse(value: object) -> str:
+        if value not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return str(value)
+
+    return parse
 
 
-_Setting = tuple[object, Callable[[object], object]]  # default, parser
-_EVERY_METHOD: dict[str, _Setting] = {"lambda": (1.0, real), "tied": ("refuse", _tied)}
-SETTINGS: dict[str, dict[str, _Setting]] = {
-    "stack": _EVERY_METHOD,
-    "linear": {**_EVERY_METHOD, "normalize": (False, _truth)},
+def _share(value: object) -> float:
+    number = real(value)
+    if not 0 < number <= 1:
+        raise ValueError("above 0, at most 1")
+    return number
+
+
+def _below_one(value: object) -> float:
+    number = real(value)
+    if not 0 <= number < 1:
+        raise ValueError("from 0 to below 1")
+    return number
+
+
+def _whole(least: int, most: int) -> _Parse:
+    def parse(value: object) -> int:
+        number = real(value)
+        if number != int(number) or not least <= number <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
+        return int(number)
+
+    return parse
+
+
+def _optional(parse: _Parse) -> _Parse:
+    return lambda value: None if value is None else parse(value)
+
+
+def _positions(value: object) -> tuple[int, ...]:
+    """Inputs by number, counted from 1: `1`, `1,3` or a list."""
+    listed: Sequence[object] = [value]
+    if isinstance(value, str):
+        listed = value.split(",")
+    elif isinstance(value, list | tuple):
+        listed = cast("Sequence[object]", value)
+    return tuple(cast(int, _whole(1, 1000)(one)) for one in listed)
+
+
+_SEED: dict[str, _Setting] = {"seed": (0, _whole(0, 2**53))}
+_GAUGE: dict[str, _Setting] = {"gauge": ("canonical", _one_of("canonical", "raw"))}
+_EVERY: dict[str, _Setting] = {
+    "lambda": (1.0, real),
+    "tied": ("refuse", _one_of("refuse", "shared", "untie")),
+    "replacements": ("refuse", _one_of("refuse", "delta")),
 }
+_OURS: dict[str, _Setting] = {
+    "rank": (None, _optional(_whole(1, 65_536))),
+    "energy": (None, _optional(_share)),
+    "protect": ((), _positions),
+    "protect_side": ("both", _one_of("both", "input", "output")),
+}
+_STEPS: dict[tuple[str, str], dict[str, _Setting]] = {
+    ("sparsify", "magnitude"): {"density": (0.2, _share), "scope": ("tensor", _one_of("tensor", "model"))},
+    ("sparsify", "dare"): {"density": (0.5, _share), **_SEED},
+    ("sparsify", "della"): {"density": (0.5, _share), "epsilon": (0.15, _below_one), **_SEED},
+    ("sparsify", "breadcrumbs"): {"density": (0.9, _share), "gamma": (0.01, _below_one)},
+    ("sparsify", "sce"): {"density": (0.1, _share)},
+    ("combine", "elect"): {
+        "vote": ("plain", _one_of("plain", "weighted", "count")),
+        "divide": ("count", _one_of("count", "weights", "none")),
+    },
+    ("space", "core"): _GAUGE,
+    ("space", "knots"): {"side": ("output", _one_of("output", "input"))},
+    ("space", "ctm"): {"ctm_rank": (None, _optional(_whole(1, 65_536))), "beta": (0.0, _below_one)},
+    ("calibrate", "pico"): {"restore": ("merged", _one_of("merged", "each", "none")), **_GAUGE},
+}
+_PARITY: dict[str, _Setting] = {"density": (0.2, _share), "rank": (None, _optional(_whole(1, 65_536))), **_SEED}
+
+_FULL = {
+    "ties": Pipeline("full", "magnitude", "elect"),
+    "dare_linear": Pipeline("full", "dare"),
+    "dare_ties": Pipeline("full", "dare", "elect"),
+    "magnitude_prune": Pipeline("full", "magnitude"),
+    "della": Pipeline("full", "della", "elect"),
+    "della_linear": Pipeline("full", "della"),
+    "breadcrumbs": Pipeline("full", "breadcrumbs"),
+    "breadcrumbs_ties": Pipeline("full", "breadcrumbs", "elect"),
+    "sce": Pipeline("full", "sce", "sce"),
+}
+_PLAIN = {
+    "stack": Pipeline(),
+    "linear": Pipeline(),
+    "mean": Pipeline(combine="mean"),
+    "svd": Pipeline("core", compress=True),
+    **_FULL,
+    **{f"{name}_svd": replace(pipeline, compress=True) for name, pipeline in _FULL.items()},
+    "knots_ties": Pipeline("knots", "magnitude", "elect"),
+    "knots_dare_ties": Pipeline("knots", "dare", "elect"),
+    "core_ties": Pipeline("core", "magnitude", "elect"),
+    "core_dare_ties": Pipeline("core", "dare", "elect"),
+    "core_tsv": Pipeline("core", combine="tsv"),
+    "core_iso": Pipeline("core", combine="iso"),
+    "tsv": Pipeline("core", combine="tsv"),
+    "iso": Pipeline("core", combine="iso"),
+    "ctm_mean": Pipeline("ctm", combine="mean"),
+    "ctm_ties": Pipeline("ctm", "magnitude", "elect"),
+    "ctm_dare_ties": Pipeline("ctm", "dare", "elect"),
+}
+_PEFT_TYPES = (
+    "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
+    "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
+)  # fmt: skip
+PIPELINES: dict[str, Pipeline] = {
+    **_PLAIN,
+    **{f"pico_{name}": replace(pipeline, calibrate="pico") for name, pipeline in _PLAIN.items()},
+    **{f"peft_{name}": Pipeline(parity=name) for name in _PEFT_TYPES},
+}
+
+
+def _settings_of(name: str, pipeline: Pipeline) -> dict[str, _Setting]:
+    if pipeline.parity:
+        return {**_EVERY, **_PARITY}
+    steps = [(step, getattr(pipeline, step)) for step in ("calibrate", "space", "sparsify", "combine")]
+    known = {**_EVERY, **_OURS}
+    for step in steps:
+        known |= _STEPS.get(step, {})
+    return known | ({"normalize": (False, _truth)} if name == "linear" else {})
+
+
+SETTINGS: dict[str, dict[str, _Setting]] = {name: _settings_of(name, pipeline) for name, pipeline in PIPELINES.items()}
 
 
 def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, object]:
@@ -51,7 +185,7 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
             "unknown_method",
             f"There is no method {shown(method)}.",
             subject=method,
-            next_step=f"Use one of {', '.join(SETTINGS)}.",
+            next_step=f"Use one of {', '.join(name for name in SETTINGS if not name.startswith('pico_'))}, pico_….",
         )
     known = SETTINGS[method]
     parsed = {name: default for name, (default, _) in known.items()}
@@ -65,13 +199,26 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
             parsed[name] = known[name][1](value)
         except ValueError as error:
             message = f"The setting {name} is {shown(value)}."
-            raise NotSupported("bad_setting", message, subject=name, next_step="Give another value.") from error
+            raise NotSupported("bad_setting", message, subject=name, next_step=f"It is {error}.") from error
+    _check_together(method, parsed)
     return parsed
 
 
-def effective_weights(weights: Sequence[float], method: str, settings: Mapping[str, object]) -> list[float]:
-    """What each adapter is multiplied by in the end, the method's own factors included."""
+def _check_together(method: str, parsed: Mapping[str, object]) -> None:
+    density, epsilon = parsed.get("density"), parsed.get("epsilon")
+    if isinstance(density, float) and isinstance(epsilon, float) and not epsilon < density < 1 - epsilon:
+        message = f"{method} keeps an entry with a probability of density ± epsilon, which leaves 0 to 1 here."
+        raise NotSupported("bad_setting", message, subject="epsilon", next_step="Lower epsilon.")
+
+
+def effective_weights(weights: Sequence[Weight | float], method: str, settings: Mapping[str, object]) -> list[Weight]:
+    """What each adapter is multiplied by in the end, the method's own factors included, where it is a plain sum."""
     parsed = parse_settings(method, settings)
-    total = sum(weights) if parsed.get("normalize") else 1.0
+    given = weights_of(weights)
+    total = sum(weight.value for weight in given) if _divides(method, parsed) else 1.0
     factor = cast(float, parsed["lambda"])
-    return [factor * weight / total if total else 0.0 for weight in weights]
+    return [weight.times(factor / total if total else 0.0) for weight in given]
+
+
+def _divides(method: str, parsed: Mapping[str, object]) -> bool:
+    return bool(parsed.get("normalize")) or PIPELINES[method].combine == "mean"

@@ -1,55 +1,71 @@
-"""Composition methods: a name and a pure function. What each may be told is in composer/settings.py."""
+"""Composition methods: the deltas of several adapters become one list of deltas, place by place.
 
+A place is a checkpoint tensor, or one expert's rows of it. Names and settings are in composer/settings.py; the steps of
+the pipeline calibrate -> space -> sparsify -> combine -> compress are one file each beside this one.
+"""
+
+import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from math import isfinite
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
 
 from composer.checks import structural
-from composer.delta import Additive, Delta, Replacement
+from composer.delta import Additive, Computed, Delta, Replacement
 from composer.errors import Mismatch
+from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.naming import is_head
-from composer.methods.linear import linear, stack
-from composer.settings import effective_weights, parse_settings
+from composer.hashing import hash_file
+from composer.methods.parity import Parity
+from composer.methods.pipeline import Part, Place, Selections, run
+from composer.methods.spectral import Compression
+from composer.settings import PIPELINES, Pipeline, parse_settings
+from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
+from composer.weights import Weight, weights_of
 
-Method = Callable[[Sequence[tuple[Additive, float]], float, Mapping[str, object]], list[Additive]]
-"""The deltas of one place with their weights, the sum of all adapters' weights, settings -> what is added there."""
+__all__ = ["Combination", "Compression", "combine_deltas", "untied"]
 
-METHODS: dict[str, Method] = {"stack": stack, "linear": linear}
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """What is added in the end, and what compression lost, for each module that was compressed."""
+
+    deltas: list[Delta]
+    compressions: list[Compression]
 
 
 def combine_deltas(
     adapters: Sequence[LoadedAdapter],
-    weights: Sequence[float],
+    weights: Sequence[Weight | float],
     method: str = "stack",
     settings: Mapping[str, object] | None = None,
-) -> list[Delta]:
-    """The deltas of all adapters combined by the method, place by place; replacements are taken over.
+) -> Combination:
+    """The deltas of all adapters combined by the method; replacements are taken over.
 
     With tied=untie the head's delta names a tensor of its own (`<module>.weight`). Raises Mismatch for a hard
-    conflict and for a weight that is not finite or scales a replacement; NotSupported for an unknown method or
-    setting.
+    conflict and for a weight that scales a replacement; NotSupported for an unknown method or setting, and where a
+    method needs factors that an adapter does not have.
     """
     parsed = parse_settings(method, settings or {})
-    if len(adapters) != len(weights) or not adapters:
-        raise Mismatch("weights", f"{len(adapters)} adapters have {len(weights)} weights.", subject="weights")
-    if not all(isfinite(weight) for weight in weights):
-        raise Mismatch("weights", "A weight is not a finite number.", subject="weights")
-    refuse_errors("These adapters cannot be combined", structural(adapters, parsed))
-    places: dict[tuple[str, int], list[tuple[Additive, float]]] = defaultdict(list)
-    replaced: dict[str, Delta] = {}
-    effective = effective_weights(weights, method, parsed)
-    for adapter, weight, factor in zip(adapters, weights, effective, strict=True):
-        for found in adapter.deltas:
-            delta = untied(found) if parsed["tied"] == "untie" else found
-            if isinstance(delta, Replacement):
-                _refuse_scaled(adapter.name, delta, factor)
-                replaced[delta.weight] = delta
-            else:
-                places[delta.weight, delta.begin].append((delta, weight))
-    combined = [delta for parts in places.values() for delta in METHODS[method](parts, sum(weights), parsed)]
-    return [*replaced.values(), *combined]
+    given = weights_of(weights)
+    if len(adapters) != len(given) or not adapters:
+        raise Mismatch("weights", f"{len(adapters)} adapters have {len(given)} weights.", subject="weights")
+    loaded = [_with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
+    refuse_errors("These adapters cannot be combined", structural(loaded, parsed))
+    pipeline = PIPELINES[method]
+    replaced, places = _places(loaded, given, parsed, pipeline)
+    if pipeline.parity:
+        parity = Parity.of(pipeline.parity, parsed)
+        rslora = loaded[0].config.use_rslora
+        return Combination([*replaced, *(_like_peft(parity, place, len(loaded), rslora) for place in places)], [])
+    with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
+        selections = Selections.over(places, pipeline, parsed)
+        results = list(pool.map(lambda place: run(pipeline, place, parsed, selections), places))
+    compressions = [compression for _, compression in results if compression is not None]
+    return Combination([*replaced, *(delta for deltas, _ in results for delta in deltas)], compressions)
 
 
 def untied(delta: Delta) -> Delta:
@@ -57,8 +73,60 @@ def untied(delta: Delta) -> Delta:
     return replace(delta, weight=f"{delta.module}.weight") if delta.tied and is_head(delta.module) else delta
 
 
+def _places(
+    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object], pipeline: Pipeline
+) -> tuple[list[Delta], list[Place]]:
+    """(replacements, places). What has the weight 0 is as if it were not there."""
+    parts: dict[tuple[str, int], list[Part]] = defaultdict(list)
+    replaced: dict[str, Delta] = {}
+    factor = float(str(parsed["lambda"]))
+    for index, (adapter, weight) in enumerate(zip(loaded, weights, strict=True)):
+        digest = hash_file(adapter.path / WEIGHTS_FILE) if pipeline.random else ""
+        for found in adapter.deltas:
+            delta = untied(found) if parsed["tied"] == "untie" else found
+            own = weight.of(delta.module)
+            if isinstance(delta, Replacement):
+                divided = own / _total(weights, delta.module) if parsed.get("normalize") else own
+                _refuse_scaled(adapter.name, delta, factor * divided)
+                replaced[delta.weight] = delta
+            elif own:
+                key = f"{digest}/{delta.weight}/{delta.begin}"
+                parts[delta.weight, delta.begin].append(Part(index, delta, own, key))
+    return list(replaced.values()), [Place(own, _total(weights, own[0].delta.module)) for own in parts.values()]
+
+
+def _total(weights: Sequence[Weight], module: str) -> float:
+    return sum(weight.of(module) for weight in weights)
+
+
+def _like_peft(parity: Parity, place: Place, count: int, rslora: bool) -> Additive:
+    parts = [(place.factors(part), part.weight) for part in place.parts]
+    combined = parity.combined(parts, count)
+    # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so that its scale is √r and not 1.
+    return replace(combined, scale=combined.rank**0.5) if rslora else combined
+
+
+def _with_deltas(adapter: LoadedAdapter) -> LoadedAdapter:
+    """A tensor saved whole as the difference that it makes."""
+    deltas = [_as_delta(delta) if isinstance(delta, Replacement) else delta for delta in adapter.deltas]
+    return replace(adapter, deltas=tuple(deltas))
+
+
+def _as_delta(delta: Replacement) -> Computed:
+    tensor = delta.tensor
+    columns = tensor.shape[-1] if tensor.dim() > 1 else 1
+    rows_MN = tensor.reshape(-1, columns)
+
+    def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
+        return rows_MN[begin : begin + W_MN.shape[0]].to(W_MN) - W_MN
+
+    shape = (rows_MN.shape[0], rows_MN.shape[1])
+    # The difference is a plain sum with others' deltas: it reads the base, but not in an order.
+    return Computed(delta.module, delta.weight, shape, rows, tied=delta.tied)
+
+
 def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:
     if weight != 1:
         message = f"{name} saves {delta.weight} whole, which the effective weight {weight:g} cannot scale."
-        next_step = "Give this adapter the weight 1, with lambda and normalize counted in."
+        next_step = "Give this adapter the weight 1, with lambda and normalize counted in, or set replacements=delta."
         raise Mismatch("weighted_replacement", message, subject=delta.module, next_step=next_step)

@@ -1,0 +1,135 @@
+"""Small shared bases: T low-rank deltas of one place as small matrices X_i with Δ_i = P X_i Q^T, never dense.
+
+Shapes: O outputs, I inputs, r_i the ranks, R their sum, p and q columns of P and Q. From QR of the stacked factors,
+B = Q_B R_B and A^T = Q_A R_A, the core of delta i is C_i = R_B[:, i] R_A[:, i]^T and Δ_i = Q_B C_i Q_A^T.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from composer.delta import LowRank
+
+# Singular values below this share of the largest are float32 noise of the factors.
+NOISE = 1e-5
+_MOST_SWEEPS = 1000
+_STEADY = 1e-6
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""(B, A): O x r with the scale folded in, r x I."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """P is O x p, Q is I x q, both with orthonormal columns, and each X_i is p x q. None stands for the identity."""
+
+    P: torch.Tensor | None
+    Q: torch.Tensor | None
+    X: list[torch.Tensor]
+
+    def lift(self, X: torch.Tensor) -> Pair:
+        """(B, A) with B A = P X Q^T: the rank is the smaller side of X."""
+        left = X if self.P is None else self.P @ X
+        if self.Q is None:
+            return (self.P, X) if self.P is not None else (X, torch.eye(X.shape[1]))
+        return left, self.Q.T
+
+
+def pair_of(delta: LowRank) -> Pair:
+    return delta.B_OR.float() * delta.scale, delta.A_RI.float()
+
+
+def canonical(pair: Pair) -> Pair:
+    """The balanced factors U √Σ, √Σ V^T of the same product: what does not depend on how an adapter splits it."""
+    Q_B, R_B = torch.linalg.qr(pair[0])
+    Q_A, R_A = torch.linalg.qr(pair[1].T)
+    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)
+    root = sigma.sqrt()
+    return Q_B @ (U[:, : len(root)] * root), (root[:, None] * Vh[: len(root)]) @ Q_A.T
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Q_B (O x b), Q_A (I x a), their R factors by delta, and the cores C_i (b x a)."""
+
+    Q_B: torch.Tensor
+    Q_A: torch.Tensor
+    R_B: list[torch.Tensor]
+    R_A: list[torch.Tensor]
+
+    @property
+    def each(self) -> list[torch.Tensor]:
+        return [one @ other.T for one, other in zip(self.R_B, self.R_A, strict=True)]
+
+
+def cores(pairs: Sequence[Pair]) -> Cores:
+    """2 (O + I) R^2 flops; everything after it is of the size R."""
+    ranks = [B.shape[1] for B, _ in pairs]
+    Q_B, R_B = torch.linalg.qr(torch.cat([B for B, _ in pairs], dim=1))
+    Q_A, R_A = torch.linalg.qr(torch.cat([A for _, A in pairs]).T)
+    return Cores(Q_B, Q_A, list(R_B.split(ranks, dim=1)), list(R_A.split(ranks, dim=1)))
+
+
+def shared(space: str, pairs: Sequence[Pair], settings: Mapping[str, object]) -> Shared:
+    if space == "knots":
+        return knots(pairs, str(settings["side"]))
+    if space == "ctm":
+        rank = cast("int | None", settings["ctm_rank"]) or max(B.shape[1] for B, _ in pairs)
+        return ctm(pairs, rank, cast(float, settings["beta"]))
+    return core([canonical(pair) for pair in pairs] if settings["gauge"] == "canonical" else pairs)
+
+
+def core(pairs: Sequence[Pair]) -> Shared:
+    """P the left singular vectors of the stacked B, Q the right ones of the stacked A (arXiv 2509.17786).
+
+    Sums need any basis; an elementwise step sees this one.
+    """
+    found = cores(pairs)
+    U = torch.linalg.svd(torch.cat(found.R_B, dim=1))[0]
+    V = torch.linalg.svd(torch.cat(found.R_A, dim=1))[0]
+    return Shared(found.Q_B @ U, found.Q_A @ V, [U.T @ C @ V for C in found.each])
+
+
+def knots(pairs: Sequence[Pair], side: str = "output") -> Shared:
+    """[Δ_1 … Δ_T] = P S [V_1^T … V_T^T], X_i = S V_i^T (arXiv 2410.19735), from the SVD of [C_1 … C_T].
+
+    `input` does it with the transposed deltas. Directions below float32 noise are left out.
+    """
+    if side == "input":
+        turned = knots([(A.T, B.T) for B, A in pairs])
+        return Shared(None, turned.P, [X.T for X in turned.X])
+    found = cores(pairs)
+    U, sigma, _ = torch.linalg.svd(torch.cat(found.each, dim=1), full_matrices=False)
+    U = U[:, sigma > NOISE * sigma[0]]
+    return Shared(found.Q_B @ U, None, [(U.T @ C) @ found.Q_A.T for C in found.each])
+
+
+def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Shared:
+    """The bases of that rank that hold most of all deltas, each counted alike: max Σ |U^T Δ̃_i V|^2 (arXiv 2606.03723).
+
+    Δ̃_i = Δ_i / |Δ_i| (β |Δ_i| + (1 - β) mean |Δ|). Tucker-2 by alternating from the HOSVD, in the core, until the fit
+    moves by less than 1e-6. X_i = U^T Δ_i V of the deltas as they are; what the bases miss is lost.
+    """
+    found = cores(pairs)
+    C_Tba = torch.stack(found.each).double()
+    norms = C_Tba.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    M_Tba = C_Tba * ((beta * norms + (1 - beta) * norms.mean()) / norms)[:, None, None]
+    energy = M_Tba.square().sum()
+    V = _leading(M_Tba.transpose(1, 2), rank)
+    U, fit = V, torch.zeros((), dtype=torch.float64)
+    for _ in range(_MOST_SWEEPS):
+        U = _leading(M_Tba @ V, rank)
+        V = _leading(M_Tba.transpose(1, 2) @ U, rank)
+        now = (U.T @ M_Tba @ V).square().sum()
+        if now - fit <= _STEADY * energy:
+            break
+        fit = now
+    X = [(U.T @ C @ V).float() for C in C_Tba]
+    return Shared(found.Q_B @ U.float(), found.Q_A @ V.float(), X)
+
+
+def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:
+    """The leading left singular vectors of [M_1 … M_T]."""
+    return torch.linalg.svd(torch.cat(list(M_Tbn), dim=1), full_matrices=False)[0][:, :rank]

@@ -1,0 +1,318 @@
+"""The five steps on the deltas of one place: calibrate -> space -> sparsify -> combine -> compress."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import cast
+
+import torch
+
+from composer.delta import Additive, Computed, Layout, LowRank
+from composer.errors import NotSupported
+from composer.methods.basis import Pair, Shared, canonical, pair_of, shared
+from composer.methods.calibrate import norm_of, off, pico, restored
+from composer.methods.join import Join, divisor, joined, sce, sce_weights
+from composer.methods.linear import scaled, side_by_side
+from composer.methods.matrix import Largest, Matrix, largest, square_sum
+from composer.methods.sparsify import Keep, keeps, within
+from composer.methods.spectral import Compression, compress, compress_dense, iso, tsv
+from composer.settings import Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One adapter's delta at a place: `adapter` is its number among the inputs, `key` what random steps know it by."""
+
+    adapter: int
+    delta: Additive
+    weight: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """All deltas of one place. `total` is the sum of all adapters' weights there, also of those without a delta."""
+
+    parts: list[Part]
+    total: float
+
+    @property
+    def module(self) -> str:
+        return self.parts[0].delta.module
+
+    @property
+    def weights(self) -> list[float]:
+        return [part.weight for part in self.parts]
+
+    def factors(self, part: Part) -> LowRank:
+        """Raises NotSupported where a delta has none."""
+        if isinstance(part.delta, LowRank):
+            return part.delta
+        message = f"The delta of {part.delta.module} has no factors, which this method works on."
+        next_step = "Use stack, linear, or a method of full space such as ties."
+        raise NotSupported("no_factors", message, subject=part.delta.module, next_step=next_step)
+
+
+@dataclass(frozen=True, slots=True)
+class Selections:
+    """What was selected over all of an adapter's places at once (scope=model), by (adapter, place)."""
+
+    largest: Mapping[tuple[int, str, int], Largest] = field(default_factory=dict[tuple[int, str, int], Largest])
+
+    @classmethod
+    def over(cls, places: Sequence[Place], pipeline: Pipeline, settings: Mapping[str, object]) -> "Selections":
+        if settings.get("scope") != "model":
+            return cls()
+        if pipeline.space != "full":
+            message = (
+                "scope=model counts the entries of dense deltas; this method works in a small basis of each module."
+            )
+            raise NotSupported("bad_setting", message, subject="scope", next_step="Use ties, or scope=tensor.")
+        found: dict[tuple[int, str, int], Largest] = {}
+        for adapter in sorted({part.adapter for place in places for part in place.parts}):
+            own = [part for place in places for part in place.parts if part.adapter == adapter]
+            matrices = [_dense(part.delta, None) for part in own]
+            entries = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
+            kept = largest(matrices, int(cast(float, settings["density"]) * entries))
+            for part, one in zip(own, kept, strict=True):
+                found[adapter, part.delta.weight, part.delta.begin] = one
+        return cls(found)
+
+    def of(self, part: Part) -> Largest | None:
+        return self.largest.get((part.adapter, part.delta.weight, part.delta.begin))
+
+
+def run(
+    pipeline: Pipeline, place: Place, settings: Mapping[str, object], selections: Selections
+) -> tuple[list[Additive], Compression | None]:
+    """What is added at the place, and what compression lost there, if anything was compressed."""
+    place = _made_room(place, settings)
+    norms = (
+        [abs(part.weight) * norm_of(pair_of(place.factors(part))) for part in place.parts] if _pico(pipeline) else []
+    )
+    if _pico(pipeline):
+        place = _calibrated(place, settings)
+    rank, energy = cast("int | None", settings.get("rank")), cast("float | None", settings.get("energy"))
+    if pipeline.compress and rank is None and energy is None:
+        rank = max((part.delta.rank for part in place.parts if isinstance(part.delta, LowRank)), default=None)
+    compressing = rank is not None or energy is not None
+    if pipeline.space == "full":
+        deltas, lost = _in_full(pipeline, place, settings, selections, (rank, energy) if compressing else None)
+    elif pipeline.space == "factors" and not compressing:
+        deltas, lost = _summed(pipeline, place, settings), None
+    else:
+        deltas, lost = _in_basis(pipeline, place, settings, rank, energy)
+    factor = cast(float, settings["lambda"])
+    if _pico(pipeline) and settings["restore"] == "merged":
+        deltas = _restored(deltas, sum(norms) / len(norms))
+    return [_times(delta, factor) for delta in deltas], lost
+
+
+def _pico(pipeline: Pipeline) -> bool:
+    return pipeline.calibrate == "pico"
+
+
+def _made_room(place: Place, settings: Mapping[str, object]) -> Place:
+    """Every other delta off the spans of the protected inputs' (counted from 1)."""
+    chosen = {position - 1 for position in cast("tuple[int, ...]", settings.get("protect", ()))}
+    protected = [pair_of(place.factors(part)) for part in place.parts if part.adapter in chosen]
+    if not protected:
+        return place
+    side = str(settings["protect_side"])
+
+    def moved(part: Part) -> Part:
+        return (
+            part if part.adapter in chosen else _with(place, part, off(pair_of(place.factors(part)), protected, side))
+        )
+
+    return replace(place, parts=[moved(part) for part in place.parts])
+
+
+def _calibrated(place: Place, settings: Mapping[str, object]) -> Place:
+    pairs = [pair_of(place.factors(part)) for part in place.parts]
+    if settings["gauge"] == "canonical":
+        pairs = [canonical(pair) for pair in pairs]
+    calibrated = pico(pairs)
+    if settings["restore"] == "each":
+        calibrated = restored(calibrated, [norm_of(pair) for pair in pairs])
+    parts = [_with(place, part, pair) for part, pair in zip(place.parts, calibrated, strict=True)]
+    return replace(place, parts=parts)
+
+
+def _with(place: Place, part: Part, pair: Pair) -> Part:
+    return replace(part, delta=_named(place.factors(part), pair))
+
+
+def _named(like: Additive, pair: Pair) -> LowRank:
+    """The factors as a delta of the same place."""
+    B_OR, A_RI = (factor.contiguous() for factor in pair)
+    return LowRank(like.module, like.weight, like.layout, A_RI, B_OR, 1.0, like.tied, like.begin, like.kernel)
+
+
+def _summed(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> list[Additive]:
+    weights = place.weights
+    if pipeline.combine == "mean" or settings.get("normalize"):
+        weights = [weight / divisor(place.total) for weight in weights]
+    if _pico(pipeline):  # whose norm is that of the sum
+        return side_by_side([part.delta for part in place.parts], weights)
+    return [_times(part.delta, weight) for part, weight in zip(place.parts, weights, strict=True)]
+
+
+def _in_basis(
+    pipeline: Pipeline, place: Place, settings: Mapping[str, object], rank: int | None, energy: float | None
+) -> tuple[list[Additive], Compression | None]:
+    """In a small shared basis: nothing of the weight's size is formed but the factors."""
+    like = place.factors(place.parts[0])
+    pairs = [pair_of(place.factors(part)) for part in place.parts]
+    known = {"gauge": "raw", **settings}
+    space = shared("core" if pipeline.space == "factors" else pipeline.space, pairs, known)
+    if pipeline.combine == "tsv":
+        X = tsv(space.X, place.weights, min(like.stored_shape))
+    else:
+        X = _thin(pipeline, place, known, space)
+        X = iso(X) if pipeline.combine == "iso" else X
+    if rank is None and energy is None:
+        return [_named(like, space.lift(X))], None
+    pair, lost = compress(place.module, space, X, rank, energy)
+    return [_named(like, pair)], lost
+
+
+def _thin(pipeline: Pipeline, place: Place, settings: Mapping[str, object], space: Shared) -> torch.Tensor:
+    matrices = [Matrix.of(X) for X in space.X]
+    keep = keeps(pipeline.sparsify, matrices, [part.key for part in place.parts], settings)
+    X_Tpq = torch.stack([keep_i(X, 0) for keep_i, X in zip(keep, space.X, strict=True)])
+    return _join(pipeline, place, settings)(X_Tpq)
+
+
+def _join(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> Join:
+    combine = "mean" if settings.get("normalize") else pipeline.combine
+    return joined("sum" if combine == "iso" else combine, place.weights, place.total, settings)
+
+
+def _in_full(
+    pipeline: Pipeline,
+    place: Place,
+    settings: Mapping[str, object],
+    selections: Selections,
+    budget: tuple[int | None, float | None] | None,
+) -> tuple[list[Additive], Compression | None]:
+    """Entry by entry, so without factors: made row by row when they are written, or compressed here."""
+    first = place.parts[0].delta
+    reading = any(isinstance(part.delta, Computed) and part.delta.reads_base for part in place.parts)
+    if budget is not None and not reading:
+        return _compressed(place, _combined(pipeline, place, settings, selections, None), *budget)
+    if budget is not None:
+        place.factors(next(part for part in place.parts if isinstance(part.delta, Computed) and part.delta.reads_base))
+    made = _Once(lambda: _combined(pipeline, place, settings, selections, None))
+
+    def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
+        matrix = _combined(pipeline, place, settings, selections, W_MN) if reading else made()
+        return matrix.rows(begin, begin + W_MN.shape[0]).to(W_MN)
+
+    computed = Computed(
+        first.module, first.weight, first.stored_shape, rows, reads_base=reading, whole=reading or _whole(place),
+        tied=first.tied, begin=first.begin, layout=first.layout, kernel=first.kernel,
+    )  # fmt: skip
+    return [computed], None
+
+
+def _compressed(
+    place: Place, matrix: Matrix, rank: int | None, energy: float | None
+) -> tuple[list[Additive], Compression | None]:
+    like = place.parts[0].delta
+    (left, right), lost = compress_dense(place.module, matrix, rank, energy)
+    B_OR, A_RI = (left, right) if like.layout is Layout.LINEAR else (right.T, left.T)
+    return [_named(like, (B_OR, A_RI))], lost
+
+
+def _whole(place: Place) -> bool:
+    return any(isinstance(part.delta, Computed) and part.delta.whole for part in place.parts)
+
+
+class _Once:
+    """A matrix that is decided on when it is first needed, by whichever thread comes first."""
+
+    def __init__(self, make: Callable[[], Matrix]) -> None:
+        self._make, self._lock = make, Lock()
+        self._made: Matrix | None = None
+
+    def __call__(self) -> Matrix:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+
+def _dense(delta: Additive, W_MN: torch.Tensor | None) -> Matrix:
+    """The delta as stored, its rows made when asked for. `W_MN` is the base's whole matrix where the delta reads it."""
+    rows, columns = delta.stored_shape
+    if isinstance(delta, LowRank):
+        left, right = (factor.float() for factor in delta.stored_factors())
+        return Matrix((rows, columns), lambda first, last: left[first:last] @ right)
+    if delta.whole:
+        return Matrix.of(delta.rows(torch.zeros(()).expand(rows, columns) if W_MN is None else W_MN, 0).float())
+
+    def make(first: int, last: int) -> torch.Tensor:
+        base = torch.zeros(()).expand(last - first, columns) if W_MN is None else W_MN[first:last]
+        return delta.rows(base.float(), first)
+
+    return Matrix((rows, columns), make)
+
+
+def _combined(
+    pipeline: Pipeline,
+    place: Place,
+    settings: Mapping[str, object],
+    selections: Selections,
+    W_MN: torch.Tensor | None,
+) -> Matrix:
+    """Sparsified and joined, as a matrix of its own. What decides about entries is found out here, in passes."""
+    weighted = pipeline.combine == "sce"
+    matrices = [_dense(_times(part.delta, part.weight) if weighted else part.delta, W_MN) for part in place.parts]
+    chosen = [selections.of(part) for part in place.parts]
+    keep: list[Keep]
+    if all(one is not None for one in chosen):
+        keep = [within(cast(Largest, one)) for one in chosen]
+    else:
+        keep = keeps(pipeline.sparsify, matrices, [part.key for part in place.parts], settings)
+
+    def kept(first: int, last: int) -> torch.Tensor:
+        return torch.stack([keep_i(X.rows(first, last), first) for keep_i, X in zip(keep, matrices, strict=True)])
+
+    if not weighted:
+        join = _join(pipeline, place, settings)
+        return Matrix(matrices[0].shape, lambda first, last: join(kept(first, last)))
+    sparse = [
+        Matrix(X.shape, lambda first, last, X=X, keep_i=keep_i: keep_i(X.rows(first, last), first))
+        for X, keep_i in zip(matrices, keep, strict=True)
+    ]
+    w_T11 = torch.tensor(sce_weights([square_sum(X) for X in sparse]))[:, None, None]
+    return Matrix(matrices[0].shape, lambda first, last: sce(kept(first, last), w_T11))
+
+
+def _times(delta: Additive, factor: float) -> Additive:
+    if isinstance(delta, LowRank):
+        return delta if factor == 1 else replace(delta, scale=delta.scale * factor)
+    return scaled(delta, factor)
+
+
+def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
+    """The sum of a place back to the mean norm that its deltas had before calibration."""
+    found: list[Additive] = []
+    for delta in deltas:
+        if isinstance(delta, LowRank):
+            now = norm_of(pair_of(delta))
+            found.append(_times(delta, norm / now if now else 0.0))
+            continue
+        ratio = _Once(lambda delta=delta: _ratio(delta, norm))
+        found.append(
+            replace(
+                delta, rows=lambda W, begin, delta=delta, ratio=ratio: delta.rows(W, begin) * ratio().rows(0, 1).to(W)
+            )
+        )
+    return found
+
+
+def _ratio(delta: Computed, norm: float) -> Matrix:
+    now = square_sum(_dense(delta, None)) ** 0.5
+    return Matrix.of(torch.tensor([[norm / now if now else 0.0]]))

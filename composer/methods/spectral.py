@@ -1,0 +1,112 @@
+"""Joins by singular vectors, and compression to a rank with the error it makes. Shapes: p x q small, M x N dense."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from composer.methods.basis import NOISE, Pair, Shared
+from composer.methods.matrix import Matrix, square_sum
+
+_OVERSAMPLED = 16
+_PASSES = 3
+_SMALL = 512  # up to this size an exact SVD costs less than a second
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """What a module lost: |Δ - Δ'|_F is `error`, |Δ|_F is `norm`, `rank` is what was kept of `full_rank` directions."""
+
+    module: str
+    rank: int
+    full_rank: int
+    norm: float
+    error: float
+
+    @property
+    def relative(self) -> float:
+        return self.error / self.norm if self.norm else 0.0
+
+
+def tsv(X: Sequence[torch.Tensor], weights: Sequence[float], smaller_side: int) -> torch.Tensor:
+    """TSV-M (arXiv 2412.00081): all singular vectors side by side, each side replaced by its nearest orthonormal set.
+
+    Of each X_i = U_i Σ_i V_i^T the first t_i triples are taken, t_i = its numerical rank or `smaller_side` of the
+    weight / T if that is less; the result is Û⊥ diag(w_i Σ_i) V̂⊥^T. Zero singular values bring no vectors: theirs
+    would be arbitrary.
+    """
+    most = max(1, smaller_side // len(X))
+    U, sigma, V = [], [], []
+    for X_i, weight in zip(X, weights, strict=True):
+        U_i, sigma_i, Vh_i = torch.linalg.svd(X_i, full_matrices=False)
+        t = min(most, int((sigma_i > NOISE * sigma_i[0]).sum()))
+        U.append(U_i[:, :t])
+        sigma.append(weight * sigma_i[:t])
+        V.append(Vh_i[:t].T)
+    return _polar(torch.cat(U, 1)) @ (torch.cat(sigma)[:, None] * _polar(torch.cat(V, 1)).T)
+
+
+def _polar(U_pn: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix with orthonormal columns (rows, if there are more columns than rows)."""
+    left, _, right = torch.linalg.svd(U_pn, full_matrices=False)
+    return left @ right
+
+
+def iso(X: torch.Tensor) -> torch.Tensor:
+    """Iso-C (arXiv 2502.04959): all singular values become their mean, over the numerical rank.
+
+    With n = min(M, N) as for dense task vectors the null space would be filled with an arbitrary rotation.
+    """
+    U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
+    n = int((sigma > NOISE * sigma[0]).sum())
+    return (U[:, :n] * sigma[:n].mean()) @ Vh[:n] if n else torch.zeros_like(X)
+
+
+def kept_rank(sigma: torch.Tensor, norm: float, rank: int | None, energy: float | None) -> int:
+    """How many directions to keep: at most `rank`, and no more than hold that share of |Δ|^2; at least one."""
+    count = len(sigma) if rank is None else min(rank, len(sigma))
+    if energy is not None:
+        share = sigma.double().square().cumsum(0) / max(norm**2, torch.finfo(torch.float64).tiny)
+        # 1e-12: a sum in another order must not ask for one direction more.
+        count = min(count, int(torch.searchsorted(share, energy * (1 - 1e-12))) + 1)
+    return max(1, min(count, int((sigma > NOISE * sigma[0]).sum())))
+
+
+def compress(
+    module: str, space: Shared, X: torch.Tensor, rank: int | None, energy: float | None
+) -> tuple[Pair, Compression]:
+    """P X Q^T to its leading directions, the roots of their sizes on either side. The error is exact."""
+    U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
+    norm = float(sigma.double().norm())
+    count = kept_rank(sigma, norm, rank, energy)
+    root = sigma[:count].sqrt()
+    left, right = U[:, :count] * root, root[:, None] * Vh[:count]
+    pair = (left if space.P is None else space.P @ left, right if space.Q is None else right @ space.Q.T)
+    return pair, Compression(module, count, len(sigma), norm, float(sigma[count:].double().norm()))
+
+
+def compress_dense(module: str, matrix: Matrix, rank: int | None, energy: float | None) -> tuple[Pair, Compression]:
+    """A dense delta to rank r, by a randomized range with power passes (arXiv 0909.4061); the error is measured.
+
+    The dense matrix is in memory while this runs. Where it is small, or r no small part of it, the SVD is exact.
+    """
+    X = torch.cat([rows for _, rows in matrix.blocks()])
+    norm = square_sum(matrix) ** 0.5
+    wanted = min(X.shape) if rank is None else rank
+    size = wanted + _OVERSAMPLED
+    if max(2 * size, _SMALL) >= min(X.shape):
+        U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        Y = X @ torch.randn(X.shape[1], size, generator=generator)
+        for _ in range(_PASSES):
+            Y = X @ torch.linalg.qr(X.T @ torch.linalg.qr(Y)[0])[0]
+        Q = torch.linalg.qr(Y)[0]
+        U, sigma, Vh = torch.linalg.svd(Q.T @ X, full_matrices=False)
+        U = Q @ U
+    count = kept_rank(sigma, norm, rank, energy)
+    root = sigma[:count].sqrt()
+    missed = max(0.0, norm**2 - float(sigma[:count].double().square().sum()))
+    return (U[:, :count] * root, root[:, None] * Vh[:count]), Compression(
+        module, count, min(X.shape), norm, missed**0.5
+    )

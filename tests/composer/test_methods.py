@@ -1,0 +1,281 @@
+"""Every method beside a dense float64 reference, and the laws that each has to keep."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from composer.delta import Additive, Layout, LowRank
+from composer.errors import ComposerError
+from composer.methods.matrix import Matrix
+from composer.methods.pipeline import Part, Place, Selections, run
+from composer.methods.spectral import compress_dense
+from composer.settings import PIPELINES, parse_settings
+from tests.composer import dense_methods as dense
+
+OUTPUTS, INPUTS = 150, 90
+RANKS = (4, 6, 3)
+WEIGHTS = (1.0, 0.5, -0.7)
+METHODS = [name for name, pipeline in PIPELINES.items() if not pipeline.parity and pipeline.calibrate == "none"]
+LOSSLESS = {"density": 1.0, "gamma": 0.0}
+
+
+def low_ranks(seed: int = 0, layout: Layout = Layout.LINEAR) -> list[LowRank]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        LowRank(
+            "m",
+            "m.weight",
+            layout,
+            torch.randn(rank, INPUTS, generator=generator),
+            torch.randn(OUTPUTS, rank, generator=generator) / rank,
+            0.5 + index,
+        )
+        for index, rank in enumerate(RANKS)
+    ]
+
+
+def known(method: str, wanted: dict[str, object]) -> dict[str, object]:
+    """Of the settings those that the method has."""
+    return {name: value for name, value in wanted.items() if name in parse_settings(method, {})}
+
+
+def combined(
+    method: str, deltas: Sequence[Additive], weights: Sequence[float], settings: dict[str, object] | None = None
+) -> torch.Tensor:
+    """What the method adds, dense and as stored, in float64."""
+    parts = [Part(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))]
+    place = Place(parts, sum(weights))
+    parsed = parse_settings(method, settings or {})
+    added, _ = run(PIPELINES[method], place, parsed, Selections.over([place], PIPELINES[method], parsed))
+    return sum((as_stored(delta) for delta in added), torch.zeros(added[0].stored_shape, dtype=torch.float64))
+
+
+def as_stored(delta: Additive) -> torch.Tensor:
+    if isinstance(delta, LowRank):
+        left, right = delta.stored_factors()
+        return left.double() @ right.double()
+    return delta.rows(torch.zeros(delta.stored_shape), 0).double()
+
+
+def pairs(deltas: Sequence[LowRank]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(delta.B_OR.double() * delta.scale, delta.A_RI.double()) for delta in deltas]
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+References = dict[str, Callable[[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]], torch.Tensor]]
+REFERENCES: References = {
+    "stack": lambda X, _: dense.summed(X, WEIGHTS),
+    "linear": lambda X, _: dense.summed(X, WEIGHTS),
+    "mean": lambda X, _: dense.summed(X, WEIGHTS) / sum(WEIGHTS),
+    "svd": lambda X, _: dense.truncated(dense.summed(X, WEIGHTS), max(RANKS)),
+    "ties": lambda X, _: dense.elected([dense.trimmed(x, 0.2) for x in X], WEIGHTS),
+    "ties_svd": lambda X, _: dense.truncated(dense.elected([dense.trimmed(x, 0.2) for x in X], WEIGHTS), max(RANKS)),
+    "magnitude_prune": lambda X, _: dense.summed([dense.trimmed(x, 0.2) for x in X], WEIGHTS),
+    "breadcrumbs": lambda X, _: dense.summed([dense.without_outliers(x, 0.9, 0.01) for x in X], WEIGHTS),
+    "breadcrumbs_ties": lambda X, _: dense.elected([dense.without_outliers(x, 0.9, 0.01) for x in X], WEIGHTS),
+    "sce": lambda X, _: dense.sce(X, WEIGHTS, 0.1),
+    "tsv": lambda X, _: dense.tsv(X, WEIGHTS, RANKS),
+    "iso": lambda X, _: dense.iso(dense.summed(X, WEIGHTS)),
+    "core_ties": lambda _, pairs: _in_core(pairs, canonical=True),
+    "knots_ties": lambda X, _: _in_knots(X),
+    "ctm_mean": lambda X, _: dense.summed(X, WEIGHTS) / sum(WEIGHTS),
+}
+
+
+def _in_core(given: list[tuple[torch.Tensor, torch.Tensor]], canonical: bool) -> torch.Tensor:
+    P, Q, X = dense.in_core(given, canonical)
+    return P @ dense.elected([dense.trimmed(x, 0.2) for x in X], WEIGHTS) @ Q.T
+
+
+def _in_knots(X: list[torch.Tensor]) -> torch.Tensor:
+    P, found = dense.in_knots(X, sum(RANKS))
+    return P @ dense.elected([dense.trimmed(x, 0.2) for x in found], WEIGHTS)
+
+
+@pytest.mark.parametrize("method", REFERENCES)
+def test_a_method_is_its_dense_float64_reference(method: str) -> None:
+    deltas = low_ranks()
+    own = pairs(deltas)
+    settings = {"ctm_rank": sum(RANKS)} if method == "ctm_mean" else {}
+    expected = REFERENCES[method]([B @ A for B, A in own], own)
+    assert error(combined(method, deltas, WEIGHTS, settings), expected) < 2e-5
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("method", ["svd", "ties", "ties_svd", "core_ties", "knots_ties", "tsv"])
+def test_a_weight_that_is_stored_transposed_gets_the_transposed_delta(method: str, layout: Layout) -> None:
+    settings = known(method, {"density": 1.0})
+    plain = combined(method, low_ranks(), WEIGHTS, settings)
+    stored = combined(method, low_ranks(layout=layout), WEIGHTS, settings)
+    assert error(stored if layout is Layout.LINEAR else stored.T, plain) < 2e-5
+
+
+def test_votes_and_divisors_of_an_election_are_settings() -> None:
+    deltas = low_ranks()
+    X = [B @ A for B, A in pairs(deltas)]
+    for vote in ("plain", "weighted", "count"):
+        for divide in ("count", "weights", "none"):
+            ours = combined("ties", deltas, (1.0, 0.5, 0.7), {"vote": vote, "divide": divide, "density": 0.5})
+            theirs = dense.elected([dense.trimmed(x, 0.5) for x in X], (1.0, 0.5, 0.7), vote, divide)
+            assert error(ours, theirs) < 1e-5, (vote, divide)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "iso" not in name and "della" not in name])
+def test_one_adapter_of_weight_one_is_itself_when_nothing_is_dropped(method: str) -> None:
+    delta = low_ranks()[0]
+    ours = combined(method, [delta], [1.0], known(method, {**LOSSLESS, "rank": delta.rank}))
+    assert error(ours, as_stored(delta)) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_adapters_does_not_matter(method: str) -> None:
+    parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
+    parsed = parse_settings(method, {})
+    results = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        place = Place([parts[i] for i in order], sum(WEIGHTS))
+        added, _ = run(PIPELINES[method], place, parsed, Selections())
+        results.append(sum(as_stored(delta) for delta in added))
+    assert error(results[1], results[0]) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deltas_three_times_as_large_give_a_result_three_times_as_large(method: str) -> None:
+    deltas = low_ranks()
+    larger = [LowRank(one.module, one.weight, one.layout, one.A_RI, one.B_OR, 3 * one.scale) for one in deltas]
+    assert error(combined(method, larger, WEIGHTS), 3 * combined(method, deltas, WEIGHTS)) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lambda_scales_the_result(method: str) -> None:
+    deltas = low_ranks()
+    halved = combined(method, deltas, WEIGHTS, {"lambda": 0.5})
+    assert error(halved, 0.5 * combined(method, deltas, WEIGHTS)) < 1e-5
+
+
+@pytest.mark.parametrize("method", [name for name, one in PIPELINES.items() if one.calibrate == "pico"])
+def test_pico_gives_every_method_the_mean_norm_of_its_inputs_back(method: str) -> None:
+    deltas = low_ranks()
+    norms = [abs(w) * float((B @ A).norm()) for w, (B, A) in zip(WEIGHTS, pairs(deltas), strict=True)]
+    ours = combined(method, deltas, WEIGHTS)
+    assert float(ours.norm()) == pytest.approx(sum(norms) / 3, rel=1e-4)
+
+
+def test_pico_damps_the_output_directions_that_adapters_share() -> None:
+    deltas = low_ranks()
+    ours = combined("pico_stack", deltas, WEIGHTS, {"gauge": "raw", "restore": "none"})
+    assert error(ours, dense.summed(dense.pico(pairs(deltas)), WEIGHTS)) < 1e-5
+
+
+def test_a_compression_reports_the_error_that_it_made() -> None:
+    deltas = low_ranks()
+    exact = dense.summed([B @ A for B, A in pairs(deltas)], WEIGHTS)
+    for method in ("svd", "stack", "ties_svd"):
+        parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
+        parsed = parse_settings(method, {"rank": 5, **known(method, {"density": 1.0, "divide": "none"})})
+        (made,), lost = run(PIPELINES[method], Place(parts, 0.8), parsed, Selections())
+        assert lost is not None
+        assert isinstance(made, LowRank)
+        assert (lost.rank, made.rank) == (5, 5)
+        if method != "ties_svd":  # whose dense delta is not the plain sum
+            assert lost.error == pytest.approx(float((as_stored(made) - exact).norm()), rel=1e-4)
+            assert lost.error == pytest.approx(float((dense.truncated(exact, 5) - exact).norm()), rel=1e-4)
+            assert lost.norm == pytest.approx(float(exact.norm()), rel=1e-5)
+
+
+def test_compressing_a_large_dense_delta_loses_hardly_more_than_the_best_rank_does() -> None:
+    X = torch.randn(1100, 700, generator=torch.Generator().manual_seed(5)) @ torch.diag(0.99 ** torch.arange(700.0))
+    (left, right), lost = compress_dense("m", Matrix.of(X), 24, None)
+    best = float((dense.truncated(X.double(), 24) - X.double()).norm())
+    assert float((left @ right - X).norm()) == pytest.approx(lost.error, rel=1e-4)
+    assert best <= lost.error * (1 + 1e-6) <= best * 1.005
+
+
+@pytest.mark.parametrize("method", ["stack", "svd", "ties_svd", "knots_ties"])
+def test_a_share_of_the_energy_decides_the_rank(method: str) -> None:
+    parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
+    ranks = []
+    for energy in (0.5, 0.9, 0.99):
+        (made,), lost = run(
+            PIPELINES[method], Place(parts, 0.8), parse_settings(method, {"energy": energy}), Selections()
+        )
+        assert lost is not None
+        assert isinstance(made, LowRank)
+        assert lost.relative**2 <= 1 - energy + 1e-5
+        ranks.append(made.rank)
+    assert ranks == sorted(set(ranks)), "more energy takes more directions"
+
+
+def test_random_masks_depend_on_seed_and_adapter_and_not_on_rows_or_order() -> None:
+    deltas = low_ranks()
+
+    def made(seed: int) -> Additive:
+        parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
+        (added,), _ = run(
+            PIPELINES["dare_ties"], Place(parts, 0.8), parse_settings("dare_ties", {"seed": seed}), Selections()
+        )
+        return added
+
+    one = made(1)
+    whole = as_stored(one)
+    assert not isinstance(one, LowRank)
+    pieces = [one.rows(torch.zeros(end - begin, INPUTS), begin) for begin, end in ((0, 7), (7, 100), (100, OUTPUTS))]
+    assert torch.equal(torch.cat(pieces).double(), whole)
+    assert torch.equal(as_stored(made(1)), whole)
+    assert not torch.equal(as_stored(made(2)), whole)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_what_is_dropped_at_random_is_made_up_for_on_average(method: str) -> None:
+    delta = low_ranks()[0]
+    settings = [{"seed": seed, "density": 0.5} for seed in range(60)]
+    mean = torch.stack([combined(method, [delta], [1.0], one) for one in settings]).mean(0)
+    assert error(mean, as_stored(delta)) < 0.2  # sqrt((1 - p) / p / 60) is 0.13 where p is 0.5
+
+
+@pytest.mark.parametrize("side", ["input", "output", "both"])
+def test_others_are_moved_off_the_subspaces_of_a_protected_adapter(side: str) -> None:
+    deltas = low_ranks()
+    settings: dict[str, object] = {"protect": "2", "protect_side": side}
+    ours = combined("stack", deltas, WEIGHTS, settings)
+    B, A = pairs(deltas)[1]
+    U, V = torch.linalg.qr(B)[0], torch.linalg.qr(A.T)[0]
+    others = ours - WEIGHTS[1] * B @ A
+    if side != "input":
+        assert float((U.T @ others).norm() / others.norm()) < 1e-5
+    if side != "output":
+        assert float((others @ V).norm() / others.norm()) < 1e-5
+
+
+def test_ties_over_the_whole_model_trims_the_smaller_module_more() -> None:
+    small, large = low_ranks(1), low_ranks(2)
+    small = [LowRank("s", "s.weight", d.layout, d.A_RI, d.B_OR, d.scale / 10) for d in small]
+    places = [Place([Part(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0) for deltas in (small, large)]
+    parsed = parse_settings("magnitude_prune", {"scope": "model", "density": 0.2})
+    pipeline = PIPELINES["magnitude_prune"]
+    selections = Selections.over(places, pipeline, parsed)
+    kept = [int(as_stored(run(pipeline, place, parsed, selections)[0][0]).count_nonzero()) for place in places]
+    assert kept[0] < kept[1] / 10
+    with pytest.raises(ComposerError, match="scope"):
+        Selections.over(places, PIPELINES["core_ties"], parse_settings("core_ties", {"scope": "model"}))
+
+
+def test_equal_magnitudes_are_kept_in_the_order_of_their_places() -> None:
+    A, B = torch.ones(1, 90), torch.ones(150, 1)
+    delta = LowRank("m", "m.weight", Layout.LINEAR, A, B, 1.0)
+    kept = combined("magnitude_prune", [delta], [1.0], {"density": 0.3}).flatten()
+    assert int(kept.count_nonzero()) == int(0.3 * 150 * 90)
+    assert bool(kept[: int(0.3 * 150 * 90)].all())
+
+
+def test_the_subspaces_of_adapters_that_share_them_are_found_by_ctm() -> None:
+    generator = torch.Generator().manual_seed(3)
+    B, A = torch.randn(OUTPUTS, 4, generator=generator), torch.randn(4, INPUTS, generator=generator)
+    mixes = [torch.randn(4, 4, generator=generator) for _ in range(3)]
+    deltas = [LowRank("m", "m.weight", Layout.LINEAR, A, B @ mix, 1.0) for mix in mixes]
+    exact = sum(as_stored(delta) for delta in deltas) / 3
+    assert error(combined("ctm_mean", deltas, [1.0] * 3, {"ctm_rank": 4}), exact) < 1e-5
