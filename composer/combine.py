@@ -1,4 +1,4 @@
-"""Several adapters -> one ordinary PEFT adapter, exactly: the factors side by side, every scale folded in, s = 1."""
+"""Several adapters -> one ordinary PEFT adapter, every scale folded in, s = 1: exactly, or cut to a rank."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,13 @@ from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
 from composer.formats.naming import PEFT_PREFIX, split_key
 from composer.hashing import hash_file
-from composer.methods import combine_deltas
+from composer.methods import Compression, combine_deltas
 from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.settings import parse_settings
 from composer.tensors import DTYPE_NAMES, tensor_bytes
 from composer.variants import LoadedAdapter, load_deltas
+from composer.weights import Weight, parse_weight
 
 _SPARE_BYTES = 1 << 20
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
@@ -30,21 +31,29 @@ _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapp
 
 @dataclass(frozen=True, slots=True)
 class CombineReport:
-    """What was written. `ranks` counts modules by rank."""
+    """What was written. `ranks` counts modules by rank; `compressions` say what each module lost to a rank."""
 
     out_dir: str
     modules: int
     ranks: Mapping[int, int]
     replacements: int
     size_bytes: int
+    compressions: tuple[Compression, ...]
     findings: tuple[Finding, ...]
 
+    @property
+    def lost(self) -> float:
+        """|Δ - Δ'| / |Δ| over the whole model; 0 where nothing was compressed."""
+        norm = sum(one.norm**2 for one in self.compressions)
+        return (sum(one.error**2 for one in self.compressions) / norm) ** 0.5 if norm else 0.0
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]
+        return asdict(self) | {"compressions": rows, "lost": self.lost}
 
 
 def combine(
-    adapters: Sequence[tuple[Path, float]],
+    adapters: Sequence[tuple[Path, Weight | float]],
     out_dir: Path,
     architecture: Architecture | None = None,
     method: str = "stack",
@@ -53,9 +62,10 @@ def combine(
 ) -> CombineReport:
     """Write the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
 
-    Its delta is the method's, exactly: rank is the sum of the ranks, alpha equals the rank (so s = 1, no rsLoRA),
-    patterns say where ranks differ. Without an architecture adapters are matched by their own module names and shapes
-    only. Raises Mismatch, NotSupported, InvalidFile and RefusedOutput like a merge.
+    Its delta is the method's: exactly, with a rank up to the sum of the ranks, or cut to the settings' rank or share of
+    the energy, with the error of each module in the report. Alpha equals the rank (so s = 1, no rsLoRA), patterns say
+    where ranks differ. Without an architecture adapters are matched by their own module names and shapes only. Raises
+    NotSupported for a method of full space without a rank, and what a merge raises.
     """
     parsed = parse_settings(method, settings or {})
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
@@ -83,6 +93,7 @@ def combine(
         ranks=dict(Counter(delta.rank for delta in pairs)),
         replacements=len(deltas) - len(pairs),
         size_bytes=size,
+        compressions=tuple(combined.compressions),
         findings=(*structural(loaded, {"tied": "untie"}), *_dropped_copies(loaded)),
     )
 
@@ -104,7 +115,8 @@ def _refuse_computed(deltas: Sequence[Delta]) -> None:
     for delta in deltas:
         if isinstance(delta, Computed):
             message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
-            raise NotSupported("no_factors", message, subject=delta.module, next_step="Merge it into the base.")
+            next_step = "Cut it to a rank (rank=32 or energy=0.99), or merge it into the base."
+            raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
 
 
 def _tensors(deltas: Sequence[Delta]) -> dict[str, torch.Tensor]:
@@ -188,13 +200,13 @@ def _whole_modules(deltas: Sequence[Delta]) -> list[str]:
 
 def _note(
     loaded: Sequence[LoadedAdapter],
-    weights: Sequence[float],
+    weights: Sequence[Weight | float],
     method: str,
     settings: Mapping[str, object],
     note: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     inputs = [
-        {"name": one.name, "weight": weight, "digest": hash_file(one.path / WEIGHTS_FILE)}
+        {"name": one.name, "weight": parse_weight(weight).to_json(), "digest": hash_file(one.path / WEIGHTS_FILE)}
         for one, weight in zip(loaded, weights, strict=True)
     ]
     return {

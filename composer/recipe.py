@@ -3,9 +3,11 @@
 base: smollm2                        # optional: the base of the inputs
 inputs:
   - {adapter: acme/sql-migration@prod, weight: 1.0, suite: sql-exact}
-  - {adapter: acme/support-macros:^1.0, weight: 0.7}
-method: linear                       # stack | linear
-settings: {normalize: true}          # of the method; tied: shared | untie
+  - adapter: acme/support-macros:^1.0
+    weight: 0.7
+    rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first rule that holds
+method: ties                         # any of docs/composing.md
+settings: {density: 0.4, rank: 32}   # of the method; tied: shared | untie
 adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
 dtype: bfloat16                      # of the merged checkpoint; the base's own when left out
@@ -24,8 +26,9 @@ from typing import Any, cast
 import yaml
 
 from composer.errors import InvalidFile, NotSupported
-from composer.settings import SETTINGS, parse_settings, real
+from composer.settings import SETTINGS, parse_settings
 from composer.text import LONE_SURROGATE, shown
+from composer.weights import Weight, WeightRule, parse_weight
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_INPUTS = 64
@@ -40,6 +43,7 @@ class RecipeInput:
     adapter: str
     weight: float = 1.0
     suite: str | None = None
+    rules: tuple[WeightRule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,9 @@ class Recipe:
     notes: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        inputs = [{"adapter": i.adapter, "weight": i.weight, "suite": i.suite} for i in self.inputs]
+        inputs = [
+            {"adapter": i.adapter, "weight": i.weight, "suite": i.suite, **_rules_json(i.rules)} for i in self.inputs
+        ]
         return {
             "base": self.base,
             "inputs": inputs,
@@ -82,6 +88,12 @@ class LockedInput:
     commit: str
     weight: float
     files: Mapping[str, str]
+    rules: tuple[WeightRule, ...] = ()
+
+    @property
+    def weighted(self) -> Weight:
+        """The weight with its rules."""
+        return Weight(self.weight, self.rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,7 @@ class Lock:
                 "commit": i.commit,
                 "weight": i.weight,
                 "files": dict(i.files),
+                **_rules_json(i.rules),
             }
             for i in self.inputs
         ]
@@ -125,7 +138,15 @@ class Lock:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Lock":
         inputs = tuple(
-            LockedInput(i["repository"], i["version"], i["commit"], i["weight"], i["files"]) for i in document["inputs"]
+            LockedInput(
+                i["repository"],
+                i["version"],
+                i["commit"],
+                i["weight"],
+                i["files"],
+                parse_weight({"rules": i.get("rules", [])}).rules,
+            )
+            for i in document["inputs"]
         )
         return cls(document["base"], document["method"], document["settings"], document["dtype"], inputs)
 
@@ -183,15 +204,22 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
 def _input(row: object, subject: str) -> RecipeInput:
     if isinstance(row, str):
         return RecipeInput(row)
-    fields = _mapping(row, subject, {"adapter", "weight", "suite"})
+    fields = _mapping(row, subject, {"adapter", "weight", "suite", "rules"})
     adapter, weight = _text(fields, "adapter", subject), fields.get("weight", 1.0)
     if adapter is None:
         raise _bad(f"{subject}: adapter", "it is missing")
+    if isinstance(weight, str):
+        raise _bad(f"{subject}: weight", f"{shown(weight)} is not a finite number")
     try:
-        number = real(None if isinstance(weight, str) else weight)
-    except ValueError as error:
-        raise _bad(f"{subject}: weight", f"{shown(weight)} is not a finite number") from error
-    return RecipeInput(adapter, number, _text(fields, "suite", subject))
+        parsed = parse_weight({"value": weight, "rules": fields.get("rules", [])})
+    except NotSupported as error:
+        raise _bad(f"{subject}: weight", error.message.rstrip(".")) from error
+    return RecipeInput(adapter, parsed.value, _text(fields, "suite", subject), parsed.rules)
+
+
+def _rules_json(rules: tuple[WeightRule, ...]) -> dict[str, Any]:
+    """Nothing where there are none, so that a lock without rules has the digest it always had."""
+    return {"rules": [rule.to_json() for rule in rules]} if rules else {}
 
 
 def _check_texts(document: object, subject: str) -> None:

@@ -51,6 +51,11 @@ class WeightRule:
                 return False
         return self.modules is None or fnmatchcase(module, self.modules) or fnmatchcase(module, f"*.{self.modules}")
 
+    def to_json(self) -> dict[str, Any]:
+        layers = {} if self.layers is None else {"layers": f"{self.layers[0]}-{self.layers[1]}"}
+        modules = {} if self.modules is None else {"modules": self.modules}
+        return {**layers, **modules, "weight": self.weight}
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -70,12 +75,7 @@ class Weight:
         """A number where there are no rules: what most recipes say."""
         if not self.rules:
             return self.value
-        rows: list[dict[str, Any]] = []
-        for rule in self.rules:
-            layers = {} if rule.layers is None else {"layers": f"{rule.layers[0]}-{rule.layers[1]}"}
-            modules = {} if rule.modules is None else {"modules": rule.modules}
-            rows.append({**layers, **modules, "weight": rule.weight})
-        return {"value": self.value, "rules": rows}
+        return {"value": self.value, "rules": [rule.to_json() for rule in self.rules]}
 
 
 def parse_weight(value: object) -> Weight:

@@ -23,11 +23,15 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """P is O x p, Q is I x q, both with orthonormal columns, and each X_i is p x q. None stands for the identity."""
+    """P is O x p, Q is I x q, both with orthonormal columns, and each X_i is p x q. None stands for the identity.
+
+    `missed` is |Δ_i - P X_i Q^T|_F of each delta: zero unless the bases are too small for all of them.
+    """
 
     P: torch.Tensor | None
     Q: torch.Tensor | None
     X: list[torch.Tensor]
+    missed: list[float] | None = None
 
     def lift(self, X: torch.Tensor) -> Pair:
         """(B, A) with B A = P X Q^T: the rank is the smaller side of X."""
@@ -76,7 +80,8 @@ def shared(space: str, pairs: Sequence[Pair], settings: Mapping[str, object]) ->
     if space == "knots":
         return knots(pairs, str(settings["side"]))
     if space == "ctm":
-        rank = cast("int | None", settings["ctm_rank"]) or max(B.shape[1] for B, _ in pairs)
+        wanted = cast("int | None", settings["ctm_rank"] or settings.get("rank"))
+        rank = wanted or max(B.shape[1] for B, _ in pairs)
         return ctm(pairs, rank, cast(float, settings["beta"]))
     return core([canonical(pair) for pair in pairs] if settings["gauge"] == "canonical" else pairs)
 
@@ -127,7 +132,11 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Shared:
             break
         fit = now
     X = [(U.T @ C @ V).float() for C in C_Tba]
-    return Shared(found.Q_B @ U.float(), found.Q_A @ V.float(), X)
+    missed = [
+        float((C.square().sum() - X_i.double().square().sum()).clamp(min=0).sqrt())
+        for C, X_i in zip(C_Tba, X, strict=True)
+    ]
+    return Shared(found.Q_B @ U.float(), found.Q_A @ V.float(), X, missed)
 
 
 def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:

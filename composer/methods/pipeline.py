@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import hypot
 from threading import Lock
 from typing import cast
 
@@ -171,10 +172,22 @@ def _in_basis(
     else:
         X = _thin(pipeline, place, known, space)
         X = iso(X) if pipeline.combine == "iso" else X
+    missed = _missed(place, space)
     if rank is None and energy is None:
-        return [_named(like, space.lift(X))], None
+        return [_named(like, space.lift(X))], missed
     pair, lost = compress(place.module, space, X, rank, energy)
-    return [_named(like, pair)], lost
+    return [_named(like, pair)], lost if missed is None else replace(missed, error=hypot(missed.error, lost.error))
+
+
+def _missed(place: Place, space: Shared) -> Compression | None:
+    """What a basis that is too small loses of the deltas, before anything is done with them."""
+    if space.missed is None:
+        return None
+    both = zip(place.weights, space.X, space.missed, strict=True)
+    rows = [(abs(weight) * float(X.double().norm()), abs(weight) * missed) for weight, X, missed in both]
+    error = hypot(*(missed for _, missed in rows))
+    full_rank = sum(place.factors(part).rank for part in place.parts)
+    return Compression(place.module, min(space.X[0].shape), full_rank, hypot(*(norm for norm, _ in rows), error), error)
 
 
 def _thin(pipeline: Pipeline, place: Place, settings: Mapping[str, object], space: Shared) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json as json_module
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,11 +13,22 @@ from registry.cli.connect import Connection, connected
 from registry.cli.render import JsonFlag
 from registry.errors import FAMILIES, Usage
 
+if TYPE_CHECKING:
+    from composer.weights import Weight, WeightRule
+
 Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; tied=untie|shared.")
 ]
-Method = Annotated[str, typer.Option(help="stack or linear.")]
+Method = Annotated[str, typer.Option(help="stack, linear, svd, ties, dare_ties, knots_ties, core_tsv, …")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="N:WHERE=WEIGHT",
+        help="Another weight for the N-th adapter in layers or modules: 2:0-9/mlp.*=0.3",
+    ),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")]
 Json = dict[str, Any]
 
@@ -86,24 +97,52 @@ def combine(  # noqa: PLR0913
     method: Method = "stack",
     set_: Settings = None,
     base: Annotated[Path | None, typer.Option(help="Check the fit to this checkpoint directory.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Recompress to this rank.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut every module to this rank.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Cut to the least rank that keeps this share of the energy, module by module.")
+    ] = None,
+    rule: Rules = None,
     json: JsonFlag = False,
 ) -> None:
-    """Make one PEFT adapter of several, exactly, on local directories, without a registry."""
+    """Make one PEFT adapter of several on local directories, without a registry; tells what a cut to a rank lost."""
     from composer.combine import combine as combine_adapters
-    from composer.errors import NotSupported
     from composer.formats.checkpoint import open_checkpoint
 
-    if rank is not None:
-        raise NotSupported(
-            "recompress", "Recompressing to a rank is not built yet.", next_step="Leave --rank out: the sum is exact."
-        )
     architecture = open_checkpoint(base).architecture if base else None
-    report = combine_adapters(_adapters(adapter), output, architecture, method, _settings(set_))
+    budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
+    settings = {**_settings(set_), **budget}
+    report = combine_adapters(_weighted(adapter, rule), output, architecture, method, settings)
     _warn(report.findings)
     told = report.to_json()
-    shown = [(key, value) for key, value in told.items() if key != "findings"]
-    render.document(told, json, lambda: render.lines(f"combined into {output}", shown))
+    shown = [(key, value) for key, value in told.items() if key not in ("findings", "compressions")]
+    render.document(told, json, lambda: _show_combined(output, shown, told["compressions"]))
+
+
+def _show_combined(output: Path, shown: list[tuple[str, Any]], compressions: list[Json]) -> None:
+    render.lines(f"combined into {output}", shown)
+    worst = sorted(compressions, key=lambda one: -one["relative"])[:5]
+    if worst:
+        rows = [(one["module"], one["rank"], one["full_rank"], f"{one['relative']:.1%}") for one in worst]
+        render.table("modules that lost most", ("module", "rank", "of", "error"), rows)
+
+
+def _weighted(texts: list[str], rules: list[str] | None) -> "list[tuple[Path, Weight]]":
+    """The adapters with their weights and the rules that go with them."""
+    from composer.weights import Weight, parse_rule
+
+    adapters = _adapters(texts)
+    own: list[list[WeightRule]] = [[] for _ in adapters]
+    for text in rules or []:
+        number, colon, rule = text.partition(":")
+        if not colon or not number.isdecimal() or not 1 <= int(number) <= len(adapters):
+            raise Usage(
+                "bad_rule",
+                f"--rule {text} does not begin with the number of an adapter, 1 to {len(adapters)}.",
+                subject=text,
+                next_step="Write --rule 2:0-9=0.5",
+            )
+        own[int(number) - 1].append(parse_rule(rule))
+    return [(path, Weight(weight, tuple(added))) for (path, weight), added in zip(adapters, own, strict=True)]
 
 
 def _adapters(texts: list[str]) -> list[tuple[Path, float]]:

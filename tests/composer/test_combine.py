@@ -149,8 +149,8 @@ def test_a_nan_in_a_factor_names_the_module(tmp_path: Path, make_model: MakeMode
 @pytest.mark.parametrize(
     ("method", "settings", "says"),
     [
-        ("ties", {}, "Use one of stack, linear"),
-        ("stack", {"density": 0.2}, "It knows lambda, tied"),
+        ("averaging", {}, "Use one of stack, linear"),
+        ("stack", {"density": 0.2}, "It knows energy, lambda, protect"),
         ("linear", {"normalize": "perhaps"}, "'perhaps'"),
         ("stack", {"lambda": float("nan")}, "lambda is nan"),
         ("stack", {"tied": "maybe"}, "'maybe'"),

@@ -16,6 +16,7 @@ from composer.formats.checkpoint import Checkpoint, open_checkpoint
 from composer.hashing import hash_checkpoint, hash_file
 from composer.merge import MergePlan, plan_merge, run_merge
 from composer.output import copy_side_files, writing_aside
+from composer.source import write_all
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 
@@ -102,12 +103,12 @@ def test_an_existing_output_and_a_missing_parent_are_refused(plan: MergePlan, tm
     assert list((tmp_path / "there").iterdir()) == []
 
 
-def test_an_interrupted_merge_leaves_nothing(plan: MergePlan, tmp_path: Path) -> None:
-    def interrupt(count: int) -> None:
-        raise KeyboardInterrupt
+def test_a_merge_that_fails_leaves_nothing(plan: MergePlan, tmp_path: Path) -> None:
+    def fail(count: int) -> None:
+        raise ValueError("the caller's own")
 
-    with pytest.raises(KeyboardInterrupt):
-        run_merge(plan, tmp_path / "merged", device="cpu", progress=interrupt)
+    with pytest.raises(ValueError, match="own"):
+        run_merge(plan, tmp_path / "merged", device="cpu", progress=fail)
     assert nothing_is_left(tmp_path)
 
 
@@ -145,27 +146,35 @@ def test_a_disk_that_fills_up_during_a_merge_is_one_clear_error_and_leaves_nothi
     assert [path.name for path in small_disk.iterdir()] == ["another tenant"]
 
 
-@pytest.mark.parametrize("kind", ["copied", "rewritten"])
-def test_a_bit_that_flips_on_the_way_is_noticed(
-    kind: str, plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bit_that_flips_on_the_way_of_a_copied_range_is_noticed(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensor = next(
-        t for shard in plan.shards if shard.rewritten for t in shard.tensors if t.copied is (kind == "copied")
-    )
-    shard = next(shard for shard in plan.shards if tensor in shard.tensors)
-    checks = shards._submit_checks  # pyright: ignore[reportPrivateUsage]
+    copy = shards.copy_range
 
-    def flip_first(checked: shards.ShardPlan, *rest: object) -> object:
-        if checked is shard:
-            directory = next(tmp_path.glob("merged.partial-*"))
-            with (directory / shard.file).open("r+b") as file:
-                file.seek(tensor.target.begin + 1)
-                byte = file.read(1)[0]
-                file.seek(tensor.target.begin + 1)
-                file.write(bytes([byte ^ 0b0100_0000]))
-        return checks(checked, *rest)  # pyright: ignore[reportArgumentType]
+    def flipping(part: shards.Range, source: int, target: int) -> None:
+        copy(part, source, target)
+        flip(target, part.target + part.size_bytes - 1)
 
-    monkeypatch.setattr(shards, "_submit_checks", flip_first)
+    monkeypatch.setattr(shards, "copy_range", flipping)
+    refuses(plan, tmp_path)
+
+
+def test_a_bit_that_flips_on_the_way_of_a_rewritten_tensor_is_noticed(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flipping(file: int, buffer: memoryview, offset: int) -> None:
+        write_all(file, buffer, offset)
+        flip(file, offset + 1)
+
+    monkeypatch.setattr(chunks, "write_all", flipping)
+    refuses(plan, tmp_path)
+
+
+def flip(file: int, offset: int) -> None:
+    os.pwrite(file, bytes([os.pread(file, 1, offset)[0] ^ 0b0100_0000]), offset)
+
+
+def refuses(plan: MergePlan, tmp_path: Path) -> None:
     with pytest.raises(RefusedOutput) as caught:
         run_merge(plan, tmp_path / "merged", device="cpu")
     assert caught.value.code == "verification"

@@ -1,0 +1,138 @@
+"""Rounding to the output's dtype: to the nearest, or by chance that depends on nothing but the place of a value."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer import chunks
+from composer.errors import NotSupported
+from composer.findings import Severity
+from composer.formats.checkpoint import open_checkpoint
+from composer.merge import MergeReport, plan_merge, run_merge
+from composer.rounding import Mode, Rounding, parse_rounding
+from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+
+CHANCE = Rounding(Mode.STOCHASTIC, seed=7)
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype, rounding: Rounding = CHANCE, begin: int = 0) -> torch.Tensor:
+    out = torch.empty(exact.shape, dtype=dtype)
+    rounding.into(out, exact.clone(), "a.weight", begin)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 3e-2, 1.0, 60.0])
+def test_chance_chooses_one_of_the_two_neighbours_and_is_right_on_average(dtype: torch.dtype, size: float) -> None:
+    exact = torch.full((200_000,), 1.2345678 * size)
+    exact[::2] *= -1
+    found = rounded(exact, dtype).double()
+    low = torch.full((), 1.2345678 * size).to(dtype)
+    neighbours = {
+        float(low),
+        float(torch.nextafter(low, torch.tensor(1e4, dtype=dtype))),
+        float(torch.nextafter(low, torch.tensor(-1e4, dtype=dtype))),
+    }
+    values = set(found.abs().unique().tolist())
+    assert len(values) == 2
+    assert values <= neighbours
+    step = max(values) - min(values)
+    assert found.abs().mean() == pytest.approx(exact.abs().double().mean(), abs=step * 0.5 / 200_000**0.5 * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_the_dtype_holds_exactly_is_left_alone(dtype: torch.dtype) -> None:
+    exact = torch.randn(10_000).to(dtype).float()
+    exact[:4] = torch.tensor([0.0, -0.0, 2.0**-24, 65504.0]).to(dtype).float()
+    assert torch.equal(rounded(exact, dtype).float(), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_nan_and_an_infinity_stay_what_they_are(dtype: torch.dtype) -> None:
+    found = rounded(torch.tensor([float("nan"), float("inf"), -float("inf")] * 50), dtype)
+    assert bool(found[::3].isnan().all())
+    assert bool((found[1::3] == float("inf")).all())
+    assert bool((found[2::3] == -float("inf")).all())
+
+
+@pytest.mark.parametrize("begin", [0, 1, 15, 16, 17, 1000])
+def test_any_part_of_a_tensor_is_rounded_as_in_the_whole(begin: int) -> None:
+    exact = torch.randn(2_000)
+    whole = rounded(exact, torch.bfloat16)
+    assert torch.equal(rounded(exact[begin : begin + 777], torch.bfloat16, begin=begin), whole[begin : begin + 777])
+
+
+def test_another_seed_or_tensor_is_another_chance() -> None:
+    exact = torch.randn(2_000)
+    ours, out = rounded(exact, torch.bfloat16), torch.empty(2_000, dtype=torch.bfloat16)
+    assert not torch.equal(rounded(exact, torch.bfloat16, Rounding(Mode.STOCHASTIC, 8)), ours)
+    CHANCE.into(out, exact.clone(), "b.weight", 0)
+    assert not torch.equal(out, ours)
+
+
+@pytest.mark.parametrize(("mode", "seed"), [("up", 0), ("stochastic", -1), ("stochastic", 2**64)])
+def test_an_unknown_rounding_and_a_bad_seed_are_refused(mode: str, seed: int) -> None:
+    with pytest.raises(NotSupported):
+        parse_rounding(mode, seed)
+
+
+def merged(
+    tmp_path: Path, base: Path, adapter: Path, name: str, rounding: Rounding, dtype: str | None = None
+) -> MergeReport:
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)], dtype=dtype, rounding=rounding)
+    return run_merge(plan, tmp_path / name, "cpu")
+
+
+@pytest.fixture
+def small(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, Path]:
+    """A base in bfloat16 and an adapter whose delta is far smaller than a step of most weights."""
+    base = make_model(dtype=torch.bfloat16)
+    return base, make_adapter(base, size=0.002, r=2, lora_alpha=1)
+
+
+def test_a_stochastic_merge_does_not_depend_on_how_it_is_cut(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged(tmp_path, *small, "whole", CHANCE)
+    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
+    merged(tmp_path, *small, "pieces", CHANCE)
+    pieces = tensors_in(tmp_path / "pieces")
+    assert all(torch.equal(tensor, pieces[name]) for name, tensor in tensors_in(tmp_path / "whole").items())
+
+
+def test_a_delta_that_the_nearest_value_swallows_is_told_and_survives_stochastic_rounding_and_fp32(
+    small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    nearest = merged(tmp_path, *small, "nearest", Rounding())
+    (finding,) = nearest.findings
+    assert (finding.code, finding.severity) == ("bf16_swallow", Severity.WARNING)
+    told = nearest.survival.to_json()
+    assert told["lost_share"] > 0.9
+    assert told["error"] > 0.5
+    by_chance = merged(tmp_path, *small, "chance", CHANCE)
+    assert by_chance.findings == ()
+    assert by_chance.survival.to_json()["lost_share"] < nearest.survival.to_json()["lost_share"]
+    exact = merged(tmp_path, *small, "exact", Rounding(), "fp32")
+    assert exact.findings == ()
+    assert exact.survival.to_json()["energy_kept"] == pytest.approx(1, abs=1e-3)
+    assert exact.survival.to_json()["error"] < 1e-3
+
+
+def test_the_survival_report_is_what_the_files_say(
+    make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """Few rows, so that the sample is all of them, against the same merge in float32."""
+    base = make_model(dtype=torch.bfloat16)
+    adapter = make_adapter(base, size=0.02, target_modules=["v_proj"])
+    report = merged(tmp_path, base, adapter, "merged", Rounding())
+    merged(tmp_path, base, adapter, "exact", Rounding(), "fp32")
+    before, after, exact = (tensors_in(path) for path in (base, tmp_path / "merged", tmp_path / "exact"))
+    names = [name for name in before if "v_proj" in name]
+    W, M, E = (torch.cat([side[name].double() for name in names]) for side in (before, after, exact))
+    told = report.survival.to_json()
+    rows = sum(before[name].shape[0] for name in names)
+    assert told["sampled_rows"] <= rows
+    assert told["error"] == pytest.approx(float((M - E).norm() / (E - W).norm()), rel=0.3)
+    assert told["lost_share"] == pytest.approx(float(((M == W) & (E != W)).double().mean()), abs=0.1)
+    assert told["energy_kept"] == pytest.approx(float((M - W).norm() ** 2 / (E - W).norm() ** 2), rel=0.1)
