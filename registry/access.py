@@ -42,8 +42,13 @@ def holds(actor: Actor, role: Role, namespace: str = EVERYWHERE) -> bool:
     return granted is not None and _ORDER[Role(granted)] >= _ORDER[role]
 
 
+def may(actor: Actor, role: Role, namespace: str) -> bool:
+    """By a grant, or as a reader of what is public."""
+    return holds(actor, role, namespace) or (role is Role.READER and namespace in actor.public)
+
+
 def may_read(actor: Actor, namespace: str) -> bool:
-    return holds(actor, Role.READER, namespace) or namespace in actor.public
+    return may(actor, Role.READER, namespace)
 
 
 def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
@@ -51,7 +56,7 @@ def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: Not
 
     Where the actor may not even read, it raises `hidden`, the NotFound of what was asked for.
     """
-    if holds(actor, role, namespace) or (role is Role.READER and namespace in actor.public):
+    if may(actor, role, namespace):
         return
     if namespace == EVERYWHERE or may_read(actor, namespace):
         raise _denied(actor, role, namespace)

@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, Table, insert, select
 from sqlalchemy.orm import Session
 
 from registry.models import AuditRow
+
+_INSERT = insert(cast(Table, AuditRow.__table__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +65,20 @@ def record(  # noqa: PLR0913
     **detail: Any,
 ) -> None:
     """`namespace` is whose admins may read it, None the site's alone; `before` and `after` are what changed."""
-    session.add(
-        AuditRow(
-            at=actor.at,
-            actor=actor.name,
-            act=act,
-            subject=str(subject),
-            namespace=namespace,
-            token_id=actor.token_id,
-            source=actor.source,
-            reason=reason or None,
-            before=dict(before) if before is not None else None,
-            after=dict(after) if after is not None else None,
-            detail=detail,
-        )
-    )
+    values = {
+        "at": actor.at,
+        "actor": actor.name,
+        "act": act,
+        "subject": str(subject),
+        "namespace": namespace,
+        "token_id": actor.token_id,
+        "source": actor.source,
+        "reason": reason or None,
+        "before": dict(before) if before is not None else None,
+        "after": dict(after) if after is not None else None,
+        "detail": detail,
+    }
+    session.execute(_INSERT, values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,22 @@
 """Recipe -> lock -> durable steps; what they found, and lineage."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from composer.recipe import Lock, LockedInput, Recipe
+from composer.recipe import Lock, LockedInput, Recipe, parse_recipe
 from composer.settings import parse_settings
-from registry import audit, bases, gates, jobs, releases, repositories, resolve, suites
-from registry.audit import Act, Actor
-from registry.errors import Invalid, NotFound, Refused, Usage
+from registry import audit, bases, gates, jobs, namespaces, numbering, releases, repositories, resolve, suites, tokens
+from registry.access import EVERYWHERE, Role, may, permit, unknown_namespace
+from registry.audit import Act, Actor, EventQuery
+from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.gates import Within
-from registry.models import Base, Composition, Job, Release
-from registry.names import parse_reference
+from registry.models import Base, Composition, Job, Namespace, Release, ReleaseInput
+from registry.names import RepositoryName, Version, parse_reference
 from registry.releases import full_name
 from registry.repositories import Kind
 
@@ -21,10 +24,20 @@ STEPS = ("check", "combine", "evaluate", "gate", "merge", "publish")
 """resolving and locking happen with the request, so that a recipe that cannot work is refused at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A release that a recipe wants made."""
+
+    repository: RepositoryName
+    version: Version
+    kind: Kind
+
+
 def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -> Composition:
     """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and changes no repository."""
     lock = _lock(session, recipe)
-    _check_outputs(session, recipe, plan_only=plan_only)
+    for target in _targets(recipe, plan_only=plan_only):
+        _check_target(session, actor, lock, target)
     _check_gates(recipe)
     for name in _suite_names(recipe):
         suites.find(session, name)
@@ -48,7 +61,7 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
             session,
             actor,
             Act.COMPOSITION_CREATE,
-            f"composition/{composition.id}",
+            subject(composition),
             namespace=job.namespace,
             after={"lock": lock.digest},
         )
@@ -59,6 +72,38 @@ def owner(recipe: Recipe) -> str:
     """The namespace that a composition belongs to: its output's, or for a plan without one its first input's."""
     reference = recipe.adapter or recipe.model or recipe.inputs[0].adapter
     return parse_reference(reference).repository.namespace
+
+
+def subject(composition: Composition) -> str:
+    return f"composition/{composition.id}"
+
+
+def roles_needed(recipe: Recipe) -> list[tuple[Role, str]]:
+    """Of who composes, by namespace: to read every input, and to publish every output, or the plan without one."""
+    inputs = [(Role.READER, source.adapter) for source in recipe.inputs]
+    outputs = [(Role.PUBLISHER, output) for output in (recipe.adapter, recipe.model) if output]
+    named = [(role, parse_reference(text).repository.namespace) for role, text in (*inputs, *outputs)]
+    return [*named, (Role.PUBLISHER, owner(recipe))]
+
+
+def creator(session: Session, composition: Composition, now: datetime) -> Actor:
+    """Who asked for the composition, with what the token of then allows now. Raises NotAllowed when that is too little.
+
+    The audit row names the token; without one it was the single user of the registry, who may do everything.
+    """
+    asked_for = EventQuery(None, subject=subject(composition), act=Act.COMPOSITION_CREATE)
+    (asked,) = audit.events(session, asked_for, limit=1)
+    grants = tokens.grants_of(session, asked.token_id) if asked.token_id else {EVERYWHERE: Role.ADMIN.value}
+    actor = Actor(asked.actor, now, grants, namespaces.public_names(session), asked.token_id, asked.source)
+    for role, namespace in roles_needed(parse_recipe(composition.recipe)):
+        if not may(actor, role, namespace):
+            raise NotAllowed(
+                "role_lost",
+                f"{actor.name}, who asked for this, is no longer a {role} in {namespace}.",
+                subject=namespace,
+                next_step=f"Ask an admin of {namespace} for the role, and compose again.",
+            )
+    return actor
 
 
 def find(session: Session, composition_id: int) -> tuple[Composition, Job]:
@@ -86,7 +131,7 @@ def of_job(session: Session, job_id: int) -> Composition:
 def cancel(session: Session, actor: Actor, composition_id: int) -> tuple[Composition, Job]:
     composition, job = find(session, composition_id)
     jobs.request_cancel(session, job.id, actor.at)
-    audit.record(session, actor, Act.COMPOSITION_CANCEL, f"composition/{composition.id}", namespace=job.namespace)
+    audit.record(session, actor, Act.COMPOSITION_CANCEL, subject(composition), namespace=job.namespace)
     return composition, job
 
 
@@ -156,8 +201,8 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     return Lock(base.digest, recipe.method, parse_settings(recipe.method, recipe.settings), recipe.dtype, locked)
 
 
-def _check_outputs(session: Session, recipe: Recipe, *, plan_only: bool) -> None:
-    """What can be known now must not fail after an hour of merging."""
+def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
+    """What is to be published, each with its version and in a repository of its own."""
     outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
     if not plan_only and not outputs:
         raise Usage(
@@ -165,8 +210,9 @@ def _check_outputs(session: Session, recipe: Recipe, *, plan_only: bool) -> None
             "The recipe names neither an adapter nor a model to publish.",
             next_step="Add `adapter: NAMESPACE/NAME:VERSION`, or use --plan.",
         )
-    named = [(parse_reference(text), kind) for text, kind in outputs]
-    for reference, kind in named:
+    found: list[_Target] = []
+    for text, kind in outputs:
+        reference = parse_reference(text)
         if reference.version is None:
             raise Usage(
                 "bad_output",
@@ -174,10 +220,50 @@ def _check_outputs(session: Session, recipe: Recipe, *, plan_only: bool) -> None
                 subject=str(reference),
                 next_step="Give the version that is to be published.",
             )
-        repositories.refuse_other_kind(session, reference.repository, kind)
-    if len({reference.repository for reference, _ in named}) < len(named):
+        found.append(_Target(reference.repository, reference.version, kind))
+    if len({target.repository for target in found}) < len(found):
         raise Usage(
             "one_repository", "Adapter and model need two repositories.", next_step="Give one of them another name."
+        )
+    return found
+
+
+def _check_target(session: Session, actor: Actor, lock: Lock, target: _Target) -> None:
+    """What can be known now must not fail after an hour of merging; publishing asks again."""
+    repository = repositories.find_if_any(session, target.repository, target.kind)
+    if repository is not None:
+        query = select(Release).where(Release.repository_id == repository.id, Release.version == str(target.version))
+        if (occupant := session.scalar(query)) is not None:
+            _refuse_other_content(session, occupant, lock)
+            return
+        numbering.refuse_other_base(session, repository, target.version, lock.base)
+    _refuse_namespace(session, actor, target.repository.namespace)
+
+
+def _refuse_other_content(session: Session, occupant: Release, lock: Lock) -> None:
+    """The same lock gives the same files, and publishing these again is no conflict."""
+    query = select(Composition.lock).join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
+    made_from = session.scalars(query.where(ReleaseInput.release_id == occupant.id).limit(1)).first()
+    if made_from is None or made_from["digest"] != lock.digest:
+        raise Conflict(
+            "version_exists",
+            f"{full_name(occupant)} was not made by this recipe; a release never changes.",
+            subject=full_name(occupant),
+            next_step="Give the next version in the recipe.",
+        )
+
+
+def _refuse_namespace(session: Session, actor: Actor, name: str) -> None:
+    """Where nothing unsigned may be published, and where the namespace itself cannot come to be."""
+    namespace = session.get(Namespace, name)
+    if namespace is None:
+        permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
+    elif namespace.require_signature:
+        raise Refused(
+            "unsigned",
+            f"{name} takes only releases that one of its keys has signed, and a composition's have no signature.",
+            subject=name,
+            next_step="Compose into another namespace, pull the result, and push it here with --sign KEY.pem.",
         )
 
 

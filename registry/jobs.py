@@ -1,7 +1,8 @@
 """Jobs as rows: enqueue, claim, note progress, cancel. Nothing here asks what a job does.
 
 queued -> running -> done | refused | failed | cancelled. A worker holds a running job while its heartbeat is fresh;
-afterwards another one takes it over at the first unfinished step.
+afterwards another one takes it over at the first unfinished step. A queued job whose heartbeat is still to come was put
+off until then.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from registry.models import Job
 LEASE = timedelta(seconds=60)
 """How long a silent worker keeps its job."""
 MAX_ATTEMPTS = 3
+PAUSES = (timedelta(seconds=15), timedelta(minutes=5))
+"""Before the second and the third attempt of a job whose stores are away: for a restart, and for a longer repair."""
 MAX_QUEUED = 100
 """Of one user: who asks for more than the workers can do waits outside."""
 FINISHED = ("done", "refused", "failed", "cancelled")
@@ -79,12 +82,13 @@ def claim(session: Session, worker: str, now: datetime) -> Job | None:
 
     Beyond `MAX_ATTEMPTS` the job has killed its workers: who claims it then is to end it.
     """
-    free = or_(Job.state == "queued", and_(Job.state == "running", Job.heartbeat_at < now - LEASE))
+    due = and_(Job.state == "queued", or_(Job.heartbeat_at.is_(None), Job.heartbeat_at <= now))
+    free = or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE))
     oldest = select(Job.id).where(free).order_by(Job.id).limit(1).scalar_subquery()
     taken = (
         update(Job)
         .where(Job.id == oldest, free)
-        .values(state="running", worker=worker, heartbeat_at=now, attempts=Job.attempts + 1)
+        .values(state="running", worker=worker, heartbeat_at=now, attempts=Job.attempts + 1, error=None)
     )
     row = session.execute(taken.returning(Job.id), execution_options={"synchronize_session": False}).first()
     return session.get(Job, row[0], populate_existing=True) if row else None
@@ -122,11 +126,17 @@ def finish(
 def hand_back(session: Session, job_id: int, worker: str) -> None:
     """A worker that is told to stop: the next one goes on at once, and no attempt is counted."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
-    session.execute(held.values(state="queued", worker=None, attempts=Job.attempts - 1))
+    session.execute(held.values(state="queued", worker=None, heartbeat_at=None, attempts=Job.attempts - 1))
+
+
+def put_off(session: Session, job_id: int, worker: str, until: datetime, error: dict[str, Any]) -> None:
+    """A worker whose stores are away: nobody goes on before that moment, and the attempt counts."""
+    held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
+    session.execute(held.values(state="queued", worker=None, heartbeat_at=until, error=error))
 
 
 def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
-    """A waiting job ends at once, a running one when its worker next looks."""
+    """A job that waits for its first step ends at once, another one when a worker next looks and cleans up after it."""
     job = _locked(session, job_id)
     if job.state in FINISHED:
         raise Conflict(
@@ -137,7 +147,9 @@ def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
         )
     job.cancel_requested = True
     if job.state == "queued":
-        job.state, job.finished_at = "cancelled", now
+        job.heartbeat_at = None
+        if all(step["state"] == "waiting" for step in job.steps):
+            job.state, job.finished_at = "cancelled", now
     return job
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import pickletools
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +19,23 @@ MAX_PART_BYTES = 240
 """File systems take 255, of which the name of an unfinished copy needs some."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories of what is not shown, or shows the rest in another order or on another line."""
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+ENDS_BYTES = 64 << 10
+"""How much of a file's beginning and of its end is looked at."""
+_PICKLE_NAME = re.compile(
+    r"\.(?:bin|ckpt|cloudpickle|dill|distcp|joblib|mar|nemo|pckl|pickle|pkl|pt|pt2|pth|ptl)"
+    r"(?:\.(?:tar|tgz|zip|gz|bz2|xz|lzma|zst|lz4|z))*\Z",
+    re.IGNORECASE,
+)
+"""What loaders that unpickle are given by name: alone, packed or compressed. Not .npy and .npz: numpy reads objects out
+of these only when it is told to, and most hold numbers."""
+_OPCODES = "".join(opcode.code for opcode in pickletools.opcodes).encode("latin-1")
+_PICKLE = re.compile(rb"\x80[\x02-\x05][" + re.escape(_OPCODES) + rb"]")
+"""The protocol, from 2 on, and any other opcode; older protocols are text like any other."""
+_TORCH_ENTRY = b"data.pkl"
+"""What torch.save writes first into its zip."""
+_LISTED_TORCH_ENTRY = re.compile(rb"PK\x01\x02.{42}[^\x00-\x1f]{0,400}data\.pkl", re.DOTALL)
+"""The same in the list at a zip's end."""
+_NUMPY_OBJECTS = re.compile(rb"\x93NUMPY.{4,6}\{[^}]*'\|O", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +69,33 @@ def check_path(path: str) -> str:
 
 
 def refuse_pickle(path: str) -> None:
-    if path.lower().endswith(_PICKLES):
-        raise Invalid(
-            "pickle",
-            f"{path} is a pickle, which runs code when it is opened.",
-            subject=path,
-            next_step="Save safetensors (PEFT's save_pretrained does) and leave the pickle out.",
-        )
+    """Raises Invalid by the name alone, before a byte is sent."""
+    if _PICKLE_NAME.search(path):
+        raise _pickle(path)
+
+
+def is_zip(first: bytes) -> bool:
+    return first.startswith(b"PK\x03\x04")
+
+
+def refuse_pickled(path: str, first: bytes, last: bytes = b"") -> None:
+    """Raises Invalid by the bytes at a file's two ends, whatever its name; of what is no zip the first ones suffice."""
+    if _PICKLE.match(first) or _NUMPY_OBJECTS.match(first) or (is_zip(first) and _is_of_torch(first, last)):
+        raise _pickle(path)
+
+
+def _is_of_torch(first: bytes, last: bytes) -> bool:
+    first_entry = first[30 : 30 + int.from_bytes(first[26:28], "little")]
+    return first_entry.endswith(_TORCH_ENTRY) or _LISTED_TORCH_ENTRY.search(last) is not None
+
+
+def _pickle(path: str) -> Invalid:
+    return Invalid(
+        "pickle",
+        f"{path} is a pickle, which runs code when it is opened.",
+        subject=path,
+        next_step="Save safetensors (PEFT's save_pretrained does) and leave the pickle out.",
+    )
 
 
 def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:

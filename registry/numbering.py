@@ -1,5 +1,8 @@
 """Which number a release gets, and whether it may have the one it asks for."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -50,30 +53,62 @@ def refuse_breaking(
     resolved to: the highest stable release below it that is not yanked. The next one above it must not break it either,
     for it would be an update of this one. A pre-release is judged like the release that it leads to.
     """
-    found, previous = _broken_neighbour(session, repository, version, new)
+    found, previous = _broken_neighbour(session, repository, version, lambda _neighbour: new)
     if not found or (allowed and allowed.strip()):
         return allowed if found else None
+    right = _breaking_number(session, repository, version)
+    raise _breaking(
+        repository,
+        version,
+        previous,
+        found,
+        f"Publish it as {right}, which --bump auto finds, or say why not with --allow-breaking REASON.",
+    )
+
+
+def refuse_other_base(session: Session, repository: Repository, version: Version, base_digest: str) -> None:
+    """`refuse_breaking` for a release of which no more than the base is known yet."""
+    found, previous = _broken_neighbour(
+        session, repository, version, lambda neighbour: replace(neighbour, base=base_digest)
+    )
+    if found:
+        right = _breaking_number(session, repository, version)
+        raise _breaking(repository, version, previous, found, f"Publish it as {right}.")
+
+
+def _breaking_number(session: Session, repository: Repository, version: Version) -> Version:
     latest = _highest_number(session, repository) or version
-    right = latest.bump(breaking.bump_of("breaking", latest))
-    raise Refused(
+    return latest.bump(breaking.bump_of("breaking", latest))
+
+
+def _breaking(
+    repository: Repository, version: Version, previous: Version, found: list[Finding], next_step: str
+) -> Refused:
+    return Refused(
         "breaking_change",
         f"{version} would break who follows ^{previous}. {' '.join(one.message for one in found)}",
         subject=f"{repositories.name_of(repository)}:{version}",
-        next_step=f"Publish it as {right}, which --bump auto finds, or say why not with --allow-breaking REASON.",
+        next_step=next_step,
         findings=[one.to_json() for one in found],
     )
 
 
 def _broken_neighbour(
-    session: Session, repository: Repository, version: Version, new: Surface
+    session: Session, repository: Repository, version: Version, beside: Callable[[Surface], Surface]
 ) -> tuple[list[Finding], Version]:
-    """What breaks between the release and the ones below and above it, and the version whose followers would see it."""
+    """What breaks between the release and the ones below and above it, and the version whose followers would see it.
+
+    `beside` gives the release's own surface, as it is to be compared with that of a neighbour.
+    """
     below, above = highest_stable(session, repository, version), _lowest_stable(session, repository, version)
     judged = below is not None and not breaking.may_break(parse_version(below.version), version)
-    if below is not None and judged and (found := breaking.breaks(_surface(below), new)):
-        return found, parse_version(below.version)
+    if below is not None and judged:
+        old = _surface(below)
+        if found := breaking.breaks(old, beside(old)):
+            return found, parse_version(below.version)
     if version.stable and above is not None and not breaking.may_break(version, parse_version(above.version)):
-        return breaking.breaks(new, _surface(above)), version
+        newer = _surface(above)
+        return breaking.breaks(beside(newer), newer), version
     return [], version
 
 

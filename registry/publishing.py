@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from composer.spectrum import spectrum
 from registry import bases, namespaces, releases
 from registry.audit import Actor
 from registry.errors import Invalid, Unavailable, refuse_errors
-from registry.manifest import ManifestFile, check_path, refuse_pickle
+from registry.manifest import ENDS_BYTES, ManifestFile, check_path, is_zip, refuse_pickle, refuse_pickled
 from registry.models import Release
 from registry.names import Digest, RepositoryName, Version
 from registry.releases import Input, NewRelease
@@ -32,6 +33,7 @@ from registry.storage.blobs import BlobStore
 
 _BLOCK_BYTES = 1 << 20
 _CARD_BYTES = 1_000_000
+_PARALLEL = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         architecture = bases.architecture(session, base_digest)
         keys = namespaces.signing_keys(session, push.repository.namespace)
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before a byte of them is read
+    _refuse_pickled(resources, push.files)
     seen = _inspect(resources, push, architecture)
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
     new = NewRelease(
@@ -139,6 +142,22 @@ class _Seen:
     spectrum: Mapping[str, Any] | None = None
     servers: int = 0
     loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None:
+    """Looks into every file but safetensors, whose readers run nothing, and whose first bytes may be anything."""
+
+    def look(file: ManifestFile) -> None:
+        with resources.store.open(file.sha256, 0, ENDS_BYTES) as source:
+            first = source.read()
+        last = b""
+        if is_zip(first):
+            with resources.store.open(file.sha256, max(0, file.size_bytes - ENDS_BYTES)) as source:
+                last = source.read()
+        refuse_pickled(file.path, first, last)
+
+    with ThreadPoolExecutor(_PARALLEL, "look") as pool:
+        list(pool.map(look, [file for file in files if not file.path.endswith(".safetensors")]))
 
 
 def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Seen:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from registry import audit, breaking, namespaces, numbering, repositories, terms
@@ -16,6 +16,7 @@ from registry.models import (
     Base,
     Blob,
     BlobHolder,
+    Namespace,
     Release,
     ReleaseInput,
     Repository,
@@ -222,12 +223,16 @@ def full_name(release: Release) -> str:
 
 
 def refuse_unsigned(session: Session, namespace: str, signed_by: str | None) -> None:
-    """In the transaction that publishes or promotes, so that no policy set meanwhile is missed."""
-    policy = namespaces.find_settled(session, namespace)
+    """In the transaction that publishes, so that no policy set meanwhile is missed."""
+    refuse_without_signature(namespace, namespaces.find_settled(session, namespace), signed_by)
+
+
+def refuse_without_signature(namespace: str, policy: Namespace | Row[*tuple[Any, ...]], signed_by: str | None) -> None:
+    """The policy is a namespace's, read so that nobody changes it until this transaction ends."""
     if policy.require_signature and signed_by not in {fingerprint(key) for key in policy.signing_keys}:
         raise Refused(
             "unsigned",
-            f"{policy.name} takes only releases that one of its keys has signed.",
+            f"{namespace} takes only releases that one of its keys has signed.",
             subject=namespace,
             next_step="Push it as another version with --sign KEY.pem.",
         )

@@ -42,11 +42,12 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
     return repository
 
 
-def refuse_other_kind(session: Session, name: RepositoryName, kind: Kind) -> None:
-    """Raises Conflict when a repository of that name holds another kind of releases."""
+def find_if_any(session: Session, name: RepositoryName, kind: Kind) -> Repository | None:
+    """None where there is none yet. Raises Conflict when a repository of that name holds another kind of releases."""
     repository = _lookup(session, name)
     if repository is not None:
         _check_kind(repository, kind)
+    return repository
 
 
 def _check_kind(repository: Repository, kind: Kind) -> None:

@@ -45,11 +45,11 @@ class S3Storage(BaseModel):
     """Old stores do not understand the checksums that boto3 sends with its own requests."""
     hash_arrivals: bool = False
     """Read back and hash every file that arrives, also where the store was found to refuse wrong bytes."""
-    direct: bool = False
+    direct: bool | Literal["auto"] = "auto"
     """Let clients write under a blob's final key where the store refuses wrong bytes: spares it a copy of each file.
 
-    For stores that ignore headers which were not signed, or publishers who trust each other: on Swift one who sent a
-    blob first could end it later.
+    `auto`: once the store was seen to ignore an end in a header that was not signed. True is for publishers who trust
+    each other: on Swift, which obeys such a header, one who sent a blob first could end it later.
     """
 
 

@@ -131,6 +131,15 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
     )
 
 
+def grants_of(session: Session, token_id: str) -> dict[str, str]:
+    """What its user may do by the token now: nothing once it was revoked.
+
+    For work that goes on after the request: that the token has expired since takes nothing back.
+    """
+    row = session.get_one(Token, token_id)
+    return {} if row.revoked_at else effective_grants(namespaces.roles_of(session, row.user), row.scope)
+
+
 def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
     """In each namespace the lower of the user's role and the token's."""
     found: dict[str, str] = {}

@@ -3,6 +3,7 @@
 import os
 import shutil
 import uuid
+from collections.abc import Generator
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -65,3 +66,13 @@ def s3() -> S3Server:
 def s3_environment(s3: S3Server) -> dict[str, str]:
     """What a registry needs to keep its blobs in a corner of its own."""
     return s3.environment(f"{uuid.uuid4().hex}/")
+
+
+@pytest.fixture(scope="module")
+def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
+    """A server that no other module uses: it may be stopped, frozen and killed."""
+    services.shared_s3()  # skips or fails where there is none
+    own = S3Server(tmp_path_factory.mktemp("s3"))
+    own.start()
+    yield own
+    own.stop()

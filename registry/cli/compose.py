@@ -77,18 +77,29 @@ def merge(  # noqa: PLR0913
     set_: Settings = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own otherwise.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    rounding: Annotated[str, typer.Option(help="To the nearest value, or stochastic.")] = "nearest",
+    seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Take an fp8 base as bfloat16.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Merge adapters into a checkpoint, on local directories, without a registry."""
+    """Merge adapters into a checkpoint, on local directories, without a registry.
+
+    An interrupted merge goes on where it stopped when the same command is given again.
+    """
     from composer.formats.checkpoint import open_checkpoint
     from composer.merge import plan_merge, run_merge
+    from composer.rounding import parse_rounding
 
-    merging = plan_merge(open_checkpoint(base), _adapters(adapter), method, _settings(set_), dtype)
+    checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed)
+    merging = plan_merge(checkpoint, _adapters(adapter), method, _settings(set_), dtype, rounded)
     _warn(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)
+    _warn(report.findings)
     told = report.to_json()
-    render.document(told, json, lambda: render.lines(f"merged into {output}", list(told.items())))
+    shown = [(key, value) for key, value in told.items() if key not in ("findings", "survival")]
+    shown += [(key.replace("_", " "), f"{value:.3g}") for key, value in told["survival"].items()]
+    render.document(told, json, lambda: render.lines(f"merged into {output}", shown))
 
 
 def combine(  # noqa: PLR0913

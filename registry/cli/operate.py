@@ -1,6 +1,5 @@
 """Running a registry: serve, worker, migrate, jobs, cancel."""
 
-import gc
 import ipaddress
 import signal
 import socket
@@ -36,13 +35,14 @@ def serve(
     with_worker: Annotated[
         bool, typer.Option("--worker/--no-worker", help="Do compositions in this process too.")
     ] = True,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="So many processes answer, and this one watches over them; for PostgreSQL."),
+    ] = 1,
 ) -> None:
     """Serve the REST API, with a worker beside it: to one user on loopback, or with ADAPTORY_ACCESS=tokens to many."""
-    import uvicorn
-
-    from registry.http.protocol import BoundedHttp
+    from registry.cli.server import serve_beside, serve_here
     from registry.resources import open_resources
-    from registry.web.app import create_app
     from registry.worker.loop import run_worker
     from registry.worker.steps import KINDS
 
@@ -63,15 +63,13 @@ def serve(
     thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
     if with_worker:
         thread.start()
-    application = create_app(resources, tokens=with_tokens)
-    # What lives as long as the process need not be looked at again: full collections took 80 ms each.
-    gc.collect()
-    gc.freeze()
     address = f"[{host}]" if ":" in host else host
     render.say(f"listening on http://{address}:{listener.getsockname()[1]}")
     try:
-        config = uvicorn.Config(application, http=BoundedHttp, log_level="warning", server_header=False)
-        uvicorn.Server(config).run([listener])
+        if processes == 1:
+            serve_here(resources, listener)
+        else:
+            serve_beside(listener, processes)
     finally:
         stop.set()
         if with_worker:

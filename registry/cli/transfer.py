@@ -1,5 +1,6 @@
 """Bytes in and out: push and pull."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.release import promote_release, show_move
 from registry.cli.render import JsonFlag
-from registry.errors import Usage, refuse_errors
+from registry.errors import Refused, Usage, refuse_errors
 from registry.names import Reference, parse_part, parse_reference
 
 Json = dict[str, Any]
@@ -105,18 +106,58 @@ def pull(
 
 def verify(
     what: Annotated[str, typer.Argument(metavar="DIR|REF", help="A directory or a reference.")],
-    key: Annotated[Path, typer.Option(metavar="PUB.pem", help="The public key that must have signed it.")],
+    key: Annotated[
+        Path | None, typer.Option(metavar="PUB.pem", help="The public key that must have signed every file.")
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Merge a composed model again from its inputs, and compare.")
+    ] = False,
+    base_dir: Annotated[Path | None, typer.Option(help="Where the base is, if not where the registry says.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Whether a key has signed every file, and whether each is still what was signed."""
+    """Whether a key has signed every file and each is still what was signed; whether a merge gives the same again."""
+    from registry.cli.rebuild import rebuilt
     from registry.client.signing import read_public_key, verify_directory
 
-    directory, public_key = Path(what), read_public_key(key)
-    if not directory.is_dir():
-        with connected() as connection:
-            directory = release_directory(connection, resolved(connection, what))
-    told = {"what": what, "signed_by": verify_directory(directory, public_key)}
-    render.document(told, json, lambda: print(f"{what} is signed by {told['signed_by']}"))
+    if key is None and not rebuild:
+        raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
+    if rebuild and Path(what).is_dir():
+        raise Usage(
+            "no_lineage",
+            f"{what} is a directory: only a release has inputs to merge again.",
+            subject=what,
+            next_step="Write REPO:VERSION.",
+        )
+    public_key, directory = read_public_key(key) if key else None, Path(what)
+    told: Json = {"what": what}
+    with ExitStack() as stack:
+        if not directory.is_dir():
+            connection = stack.enter_context(connected())
+            release = resolved(connection, what)
+            directory = release_directory(connection, release)
+            if rebuild:
+                told["rebuild"] = rebuilt(connection, release, directory, base_dir)
+        if public_key:
+            told["signed_by"] = verify_directory(directory, public_key)
+    render.document(told, json, lambda: _show_verified(told))
+    if rebuild and told["rebuild"]["verdict"] == "different":
+        raise Refused(
+            "not_rebuilt",
+            f"{what} is not what its inputs give.",
+            subject=what,
+            next_step="Do not serve it; ask who published it.",
+        )
+
+
+def _show_verified(told: Json) -> None:
+    if "signed_by" in told:
+        print(f"{told['what']} is signed by {told['signed_by']}")
+    if "rebuild" in told:
+        found = told["rebuild"]
+        print(f"{told['what']} made again: {found['verdict']}, {len(found['same'])} files are the same")
+        for row in found["different"]:
+            counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
+            print(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
 
 
 def _single_version(target: str, bump: str | None) -> Reference:

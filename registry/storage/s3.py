@@ -60,7 +60,8 @@ class S3Store:
         return stat
 
     def url(self, sha256: Digest, expires_s: int) -> str | None:
-        request = self._bucket.blob(sha256)
+        # Whoever sent the blob may have sent a false Content-Encoding with it, which clients would believe.
+        request = {**self._bucket.blob(sha256), "ResponseContentEncoding": "identity"}
         return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
 
     def delete(self, sha256: Digest) -> None:

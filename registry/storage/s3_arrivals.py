@@ -2,50 +2,45 @@
 
 import base64
 import hashlib
-import uuid
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection
 from datetime import datetime
-from threading import Lock
+from time import monotonic
 from typing import Any
 
-import httpx2
 from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTypeStubs]
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
-from registry.errors import Conflict, Invalid, Unavailable
-from registry.names import Digest
+from registry.errors import Conflict, Invalid
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, BlobStat, Part, Put
 from registry.storage.s3_bucket import Bucket, code_of, told
+from registry.storage.s3_trial import Trial
 
 INCOMING = "incoming/"
 _MAX_PARTS = 10_000
 _MIB = 1 << 20
 _BLOCK_BYTES = 1 << 20
 _FORGOTTEN = {"NoSuchUpload", "404", "NoSuchKey"}  # Ceph says NoSuchKey of parts
-_CONDITION_FAILED = {"412", "PreconditionFailed"}
 _LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunksize=1024 * _MIB)
 """S3 copies at most 5 GiB in one request."""
 
 
 class S3Arrivals:
-    """A file sent whole goes straight to the key of its blob where the settings say `direct` and the store refuses a
-    body of another sha256.
+    """A file sent whole goes straight to the key of its blob where the store refuses a body of another sha256 and a
+    signed request serves for nothing else, as `Trial` finds or the settings say.
 
-    Without `direct` it does not, for a signed request outlives its use: on Swift whoever holds one can send the same
-    bytes once more with a header that was not signed (`X-Delete-After`) and end a blob that others rely on by then.
+    On Swift it does serve for something else: whoever holds one can send the same bytes once more, with a header that
+    was not signed (`X-Delete-After`), and end a blob that others rely on by then.
 
     Everything else is put aside under `incoming/`, read back, hashed and copied: files in parts, whose sha256 no store
     knows; files for a blob that is there already, since the sender must show its own bytes and leave the others alone;
     and all files where the store does not check.
     """
 
-    def __init__(self, bucket: Bucket, storage: S3Storage) -> None:
+    def __init__(self, bucket: Bucket, storage: S3Storage, clock: Callable[[], float] = monotonic) -> None:
         self._bucket, self._storage = bucket, storage
         self._client: Any = bucket.client
-        self._checks: bool | None = None
-        self._probing = Lock()
+        self._trial = Trial(bucket, storage, self._put_of, self._aside, clock)
 
     def part_bytes(self, size_bytes: int) -> int | None:
         if size_bytes < self._storage.multipart_bytes:
@@ -60,8 +55,8 @@ class S3Arrivals:
     def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
             return None
-        direct = self._storage.direct and self._store_checks() and not known
-        return self._put_of(arrival, self._bucket.blob(arrival.sha256) if direct else self._aside(arrival), expires_s)
+        in_place = not known and self._trial.allows_in_place()
+        return self._put_of(arrival, self._bucket.blob(arrival.sha256) if in_place else self._aside(arrival), expires_s)
 
     def parts(self, arrival: Arrival, expires_s: int) -> list[Part] | None:
         there = self._stored_parts(arrival)
@@ -141,7 +136,7 @@ class S3Arrivals:
         if head is not None:
             return {**head, "aside": True}
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
-        if head is not None and _upload_of(head) == arrival.upload_id and self._store_checks():
+        if head is not None and _upload_of(head) == arrival.upload_id and self._trial.checks_bodies():
             return {**head, "aside": False}
         return None
 
@@ -182,7 +177,7 @@ class S3Arrivals:
 
     def _accept(self, arrival: Arrival, etag: str) -> None:
         """Copies what was hashed and nothing else: who has the signed request could write once more meanwhile."""
-        if arrival.multipart_id is not None or not self._store_checks():
+        if arrival.multipart_id is not None or not self._trial.checks_bodies():
             self._check_digest(arrival, etag)
         named = self._bucket.blob(arrival.sha256)
         if self._bucket.head(named) is not None:
@@ -213,51 +208,6 @@ class S3Arrivals:
         except ClientError as error:
             if code_of(error) not in _FORGOTTEN:
                 raise
-
-    def _store_checks(self) -> bool:
-        """Whether the store refuses a body of another sha256 than the signed one: tried once, with a wrong one."""
-        with self._probing:
-            if self._checks is None:
-                probe = Arrival(f"probe-{uuid.uuid4().hex}", Digest(hashlib.sha256(b"right").hexdigest()), 5)
-                refuses = not self._takes(probe, b"wrong")
-                if not self._takes(probe, b"right") or self._copies_whatever_the_condition(probe):
-                    raise Unavailable(
-                        "store_unfit",
-                        "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
-                        "exchanged after it was checked.",
-                        next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
-                    )
-                self._checks = refuses and not self._storage.hash_arrivals
-            return self._checks
-
-    def _takes(self, probe: Arrival, body: bytes) -> bool:
-        """Sent as a client would send it."""
-        put = self._put_of(probe, self._aside(probe), 60)
-        try:
-            answer = httpx2.put(put.url, content=body, headers=put.headers, timeout=self._storage.read_timeout_s)
-        except httpx2.TransportError as error:
-            raise Unavailable(
-                "store_unavailable", f"The blob store does not answer: {error}.", next_step="Try again."
-            ) from error
-        if answer.status_code >= 500:
-            raise Unavailable(
-                "store_unavailable", f"The blob store answers {answer.status_code}.", next_step="Try again."
-            )
-        return answer.status_code < 300
-
-    def _copies_whatever_the_condition(self, probe: Arrival) -> bool:
-        source, target = self._aside(probe), self._aside(replace(probe, upload_id=f"{probe.upload_id}-copy"))
-        with told(self._bucket.name):
-            try:
-                self._client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')
-            except ClientError as error:
-                if code_of(error) not in _CONDITION_FAILED:
-                    raise
-                return False
-            finally:
-                for named in (source, target):
-                    self._client.delete_object(**named)
-        return True
 
 
 def _upload_of(head: dict[str, Any]) -> str | None:

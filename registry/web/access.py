@@ -111,16 +111,7 @@ def set_member(namespace: str, body: MemberIn, resources: ResourcesOf, actor: Ad
 
 
 def _token_view(row: Token) -> TokenOut:
-    return TokenOut(
-        id=row.id,
-        user=row.user,
-        name=row.name,
-        scope=row.scope,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        expires_at=row.expires_at,
-        revoked_at=row.revoked_at,
-    )
+    return TokenOut.model_validate(row, from_attributes=True)
 
 
 def _namespace_view(row: Namespace) -> NamespaceOut:

@@ -17,9 +17,10 @@ UPLOAD_THREADS = 32
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 ROUTERS: tuple[tuple[str, APIRouter], ...] = (
-    # Search first: they are tried in turn, and it is asked most. Suites before bases: /v1/bases/{base:path} takes all.
-    *(("", part.router) for part in (search, suites, bases, blobs, compositions, operations, access)),
-    *((prefix, part.repository_routes) for part in (releases, channels, suites) for prefix in REPOSITORY_PREFIXES),
+    # They are tried in turn: first what is asked most. Suites before bases: /v1/bases/{base:path} takes all.
+    ("", search.router),
+    *((prefix, part.repository_routes) for part in (channels, releases, suites) for prefix in REPOSITORY_PREFIXES),
+    *(("", part.router) for part in (suites, bases, blobs, compositions, operations, access)),
 )
 
 

@@ -4,13 +4,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
-from registry import channels, gates, releases, repositories
+from registry import channels, gates, repositories
 from registry.http.pages import Cursor, Limit, decode_number, etag, expected_from, page
 from registry.http.request import ResourcesOf
 from registry.http.rules import Admin, Reader, Releaser
 from registry.names import parse_version
 from registry.schemas import Page
 from registry.schemas.quality import ChannelOut, ChannelsOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
+from registry.web.documents import json_response, move_document
 from registry.web.repository import RepositoryOf
 from registry.web.views import channel_view, move_view
 
@@ -42,46 +43,40 @@ def show_channel(
         return channel_view(row, repository, channels.current_of(session, row))
 
 
-@repository_routes.put(CHANNEL)
+@repository_routes.put(CHANNEL, response_model=MoveOut)
 def promote(  # noqa: PLR0913
     named: RepositoryOf,
     channel: str,
     body: PromoteIn,
     resources: ResourcesOf,
     actor: Releaser,
-    response: Response,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
-) -> MoveOut:
+) -> Response:
     """422 with the numbers when a gate fails, 412 when the channel has left the ETag given, 409 after a lost race."""
     expected = expected_from(if_match, if_none_match)
+    wanted = channels.Promotion(named.name, parse_version(body.version), channel, named.kind)
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(body.version), named.kind)
-        move = channels.promote(
-            session, actor, release, channel, reason=body.reason, force=body.force, expected=expected
-        )
-        response.headers["ETag"] = etag(move.id)
-        return move_view(move, release.repository, channel)
+        move = channels.promote(session, actor, wanted, reason=body.reason, force=body.force, expected=expected)
+    return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
-@repository_routes.post(CHANNEL + "/rollback")
-def roll_back(  # noqa: PLR0913
+@repository_routes.post(CHANNEL + "/rollback", response_model=MoveOut)
+def roll_back(
     named: RepositoryOf,
     channel: str,
     body: RollbackIn,
     resources: ResourcesOf,
     actor: Releaser,
-    response: Response,
     if_match: IfMatch = None,
-) -> MoveOut:
+) -> Response:
     to = parse_version(body.to) if body.to else None
     with resources.write() as session:
         repository = repositories.find(session, named.name, named.kind)
         move = channels.roll_back(
             session, actor, repository, channel, to=to, reason=body.reason, expected=expected_from(if_match, None)
         )
-        response.headers["ETag"] = etag(move.id)
-        return move_view(move, repository, channel)
+    return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
 @repository_routes.get(CHANNEL + "/history")
@@ -93,7 +88,7 @@ def history(
         repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
         moves = channels.history(session, row, before=decode_number(cursor), limit=limit + 1)
-        return page([move_view(move, repository, channel) for move in moves], limit, [move.id for move in moves])
+        return page([move_view(move, named.name, channel) for move in moves], limit, [move.id for move in moves])
 
 
 @repository_routes.get("/{namespace}/{name}/gates")

@@ -29,11 +29,8 @@ _POLL_S = 0.5
 def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     """Resolved and locked at once; its steps wait for a worker. A plan is work too: it takes a publisher."""
     recipe = parse_recipe(body.recipe)
-    for source in recipe.inputs:
-        permit(actor, Role.READER, parse_reference(source.adapter).repository.namespace)
-    for output in filter(None, (recipe.adapter, recipe.model)):
-        permit(actor, Role.PUBLISHER, parse_reference(output).repository.namespace)
-    permit(actor, Role.PUBLISHER, compositions.owner(recipe))
+    for role, namespace in compositions.roles_needed(recipe):
+        permit(actor, role, namespace)
     with resources.write() as session:
         composition = compositions.create(session, actor, recipe, plan_only=body.plan)
         return composition_view(*compositions.find(session, composition.id))

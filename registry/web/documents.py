@@ -14,9 +14,11 @@ from starlette.responses import Response
 from composer.formats.serving import SERVERS
 from registry.access import may_read
 from registry.audit import Actor
+from registry.channels import Moved
 from registry.db import Session
 from registry.descriptions import Description, describe
 from registry.models import Release
+from registry.names import RepositoryName
 from registry.repositories import Kind
 from registry.schemas.catalog import Provenance, ReleaseOut
 
@@ -26,8 +28,25 @@ _MANIFEST = '{"files":', "}"
 """What stands around the rows of files in a canonical manifest."""
 
 
-def json_response(document: Json) -> Response:
-    return Response(_dumped(document), media_type="application/json")
+def json_response(document: Json, **headers: str) -> Response:
+    return Response(_dumped(document), media_type="application/json", headers=headers)
+
+
+def move_document(moved: Moved, repository: RepositoryName, channel: str) -> Json:
+    """As MoveOut."""
+    return {
+        "id": moved.id,
+        "repository": str(repository),
+        "channel": channel,
+        "kind": moved.kind,
+        "from_version": moved.from_version,
+        "to_version": moved.to_version,
+        "actor": moved.actor,
+        "reason": moved.reason,
+        "forced": moved.forced,
+        "gates": moved.gates,
+        "at": moved.at,
+    }
 
 
 def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[Json]:

@@ -18,7 +18,7 @@ class NamedRepository:
 
 
 async def kind_of(request: Request) -> Kind:
-    return next(kind for prefix, kind in REPOSITORY_PREFIXES.items() if request.url.path.startswith(prefix))
+    return next(kind for prefix, kind in REPOSITORY_PREFIXES.items() if request.scope["path"].startswith(prefix))
 
 
 KindOf = Annotated[Kind, Depends(kind_of)]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from registry import bases, repositories, resolve, suites
+from registry.channels import Moved
 from registry.db import Session
 from registry.models import (
     AuditRow,
@@ -15,14 +16,16 @@ from registry.models import (
     Score,
     Suite,
 )
+from registry.names import RepositoryName
 from registry.schemas.catalog import (
     BaseOut,
     BaseRef,
     RepositoryOut,
     TensorRow,
 )
-from registry.schemas.quality import ChannelOut, GateResultOut, MoveOut, ScoreOut, SuiteOut
+from registry.schemas.quality import ChannelOut, MoveOut, ScoreOut, SuiteOut
 from registry.schemas.work import AuditOut, CompositionOut, JobOut, ResultRow, StepOut
+from registry.web.documents import move_document
 
 
 def score_view(row: Score) -> ScoreOut:
@@ -104,20 +107,8 @@ def channel_view(row: Channel, repository: Repository, move: Move) -> ChannelOut
     )
 
 
-def move_view(row: Move, repository: Repository, channel: str) -> MoveOut:
-    return MoveOut(
-        id=row.id,
-        repository=str(repositories.name_of(repository)),
-        channel=channel,
-        kind=row.kind,
-        from_version=row.from_release.version if row.from_release else None,
-        to_version=row.to_release.version,
-        actor=row.actor,
-        reason=row.reason,
-        forced=row.forced,
-        gates=[GateResultOut(**gate) for gate in row.gates],
-        at=row.at,
-    )
+def move_view(moved: Moved, repository: RepositoryName, channel: str) -> MoveOut:
+    return MoveOut.model_validate(move_document(moved, repository, channel))
 
 
 def job_view(row: Job) -> JobOut:

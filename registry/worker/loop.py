@@ -6,6 +6,8 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 from composer.errors import ComposerError
 from registry import jobs
@@ -16,6 +18,8 @@ from registry.resources import Resources
 BEAT_S = 10.0
 POLL_S = 1.0
 _PROGRESS_STEP = 0.05
+_OUTAGES = {"store_unavailable", "store_full", "blob_leaving", "database_unavailable", "database_busy"}
+"""Codes of what passes, or what an operator mends, while the job itself is as good as before."""
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,6 @@ class Held:
     resources: Resources
     worker: str
     job_id: int
-    created_by: str
     stop: threading.Event
     lost: threading.Event = field(default_factory=threading.Event)
     _step: str = ""
@@ -110,7 +113,7 @@ def run_one(
         job = jobs.claim(session, worker, resources.clock())
     if job is None:
         return False
-    held = Held(resources, worker, job.id, job.created_by, stop or threading.Event())
+    held = Held(resources, worker, job.id, stop or threading.Event())
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -124,17 +127,7 @@ def run_one(
 
 def _run(held: Held, job: Job, kind: JobKind) -> None:
     try:
-        if job.attempts > jobs.MAX_ATTEMPTS:
-            raise Unavailable(
-                "worker_lost",
-                f"The worker was lost {jobs.MAX_ATTEMPTS} times.",
-                next_step="Look at its log, then start the work again.",
-            )
-        for step in job.steps:
-            if step["state"] != "done":
-                held.start_step(step["name"])
-                kind.steps[step["name"]](held)
-                held.finish_step()
+        _go_on(held, job, kind)
     except Stopping:
         with held.resources.write() as session:
             jobs.hand_back(session, held.job_id, held.worker)
@@ -142,6 +135,9 @@ def _run(held: Held, job: Job, kind: JobKind) -> None:
         _finish(held, kind, "cancelled", None)
     except (RegistryError, ComposerError) as error:
         told = error if isinstance(error, RegistryError) else of_composer(error)
+        if told.code in _OUTAGES and job.attempts < jobs.MAX_ATTEMPTS:
+            _put_off(held, jobs.PAUSES[job.attempts - 1], told)
+            return
         held.fail_step()
         _finish(held, kind, "refused" if told.exit_code == 1 else "failed", told)
     except Exception as error:
@@ -153,24 +149,49 @@ def _run(held: Held, job: Job, kind: JobKind) -> None:
         _finish(held, kind, "done", None)
 
 
+def _go_on(held: Held, job: Job, kind: JobKind) -> None:
+    if job.cancel_requested:
+        raise Released
+    if job.attempts > jobs.MAX_ATTEMPTS:
+        raise Unavailable(
+            "worker_lost",
+            f"The worker was lost {jobs.MAX_ATTEMPTS} times.",
+            next_step="Look at its log, then start the work again.",
+        )
+    for step in job.steps:
+        if step["state"] != "done":
+            held.start_step(step["name"])
+            kind.steps[step["name"]](held)
+            held.finish_step()
+
+
 def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) -> None:
     """Cleans, then says so: a crash in between leaves a job to take over, never a job that ended and left its files."""
     with held.resources.read() as session:
         if jobs.find(session, held.job_id).worker != held.worker:
             return
     kind.clean(held)
-    told = None
-    if error is not None:
-        told = {
-            "code": error.code,
-            "detail": error.detail,
-            "subject": error.subject,
-            "next": error.next_step,
-            "exit_code": error.exit_code,
-            "findings": error.findings,
-        }
+    told = _as_row(error) if error is not None else None
     with held.resources.write() as session:
         jobs.finish(session, held.job_id, held.worker, state, held.resources.clock(), told)
+
+
+def _put_off(held: Held, pause: timedelta, error: RegistryError) -> None:
+    """Whoever goes on finds what the finished steps have left."""
+    log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
+    with held.resources.write() as session:
+        jobs.put_off(session, held.job_id, held.worker, held.resources.clock() + pause, _as_row(error))
+
+
+def _as_row(error: RegistryError) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "detail": error.detail,
+        "subject": error.subject,
+        "next": error.next_step,
+        "exit_code": error.exit_code,
+        "findings": error.findings,
+    }
 
 
 def _beat(held: Held, done: threading.Event) -> None:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.orm import Session
+
 from composer.formats.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
 from composer.hashing import hash_file, verify_checkpoint
 from composer.recipe import Lock, Recipe, parse_recipe
 from composer.settings import effective_weights
 from composer.suite import Suite as SuiteContent
 from registry import bases, compositions, gates, publishing, releases, suites, uploads
-from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
 from registry.gates import Measured
@@ -201,14 +202,19 @@ def merge(held: Held) -> None:
 
 
 def publish(held: Held) -> None:
-    """Bytes of every output first; then all releases, their lineage and scores in one transaction, or none of them."""
+    """Bytes of every output first; then all releases, their lineage and scores in one transaction, or none of them.
+
+    With the roles that the creator has now. Raises NotAllowed when one was taken away; nothing is published then.
+    """
+    with held.resources.read() as session:
+        actor = _creator(held, session)
     combine(held)
     merge(held)
     work = _work(held)
-    actor = Actor(held.created_by, held.resources.clock(), {EVERYWHERE: Role.ADMIN})
     prepared = [publishing.prepare(held.resources, _upload(held, actor, work, output))[0] for output in work.outputs]
     held.check()
     with held.resources.write() as session:
+        actor = _creator(held, session)  # while the bytes were sent, a role may have been taken away
         made = [releases.publish(session, actor, new)[0] for new in prepared]
         composition, _ = compositions.find(session, work.composition_id)
         composition.results = compositions.result_rows(made)
@@ -273,6 +279,10 @@ def _work(held: Held) -> Work:
             member_suites=compositions.member_suites(session, recipe, inputs),
             directory=_directory(held, composition.id),
         )
+
+
+def _creator(held: Held, session: Session) -> Actor:
+    return compositions.creator(session, compositions.of_job(session, held.job_id), held.resources.clock())
 
 
 def _probe(held: Held, work: Work, loaded: "Sequence[LoadedAdapter]") -> "ProbeResult | None":

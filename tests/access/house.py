@@ -15,6 +15,7 @@ from registry import bases, channels, compositions, namespaces, releases, suites
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.bases import NewBase, TensorRow
+from registry.channels import Promotion
 from registry.client.inprocess import InProcessTransport
 from registry.manifest import ManifestFile
 from registry.models import Blob, BlobHolder, Upload
@@ -123,7 +124,7 @@ def _furnish(resources: Resources, namespace: str) -> Things:
                 facts = MODEL_FACTS if kind is Kind.MODEL else FACTS
                 new = NewRelease(RepositoryName(namespace, name), kind, version, None, files, base.digest, facts)
                 release, _ = releases.publish(session, HOST, new)
-                channels.promote(session, HOST, release, "prod")
+                channels.promote(session, HOST, Promotion(new.repository, version, "prod"))
                 suite = suites.find(session, "exact")
                 suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False, {})])
         recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": f"{namespace}/sql:1.0.0"}], "method": "stack"})

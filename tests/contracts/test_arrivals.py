@@ -2,8 +2,14 @@
 
 import hashlib
 import os
+import socket
+import threading
+import time
 import uuid
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
@@ -15,6 +21,8 @@ from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, Part, Put
 from registry.storage.s3 import S3Store
 from registry.storage.s3_arrivals import S3Arrivals
+from registry.storage.s3_bucket import open_bucket
+from registry.storage.s3_trial import SETTLED_S
 from tests.s3_server import BUCKET, S3Server
 
 PART_BYTES = 5 << 20
@@ -25,21 +33,24 @@ TOMORROW = datetime.now(UTC) + timedelta(days=1)
 class Corner:
     """A prefix of its own in the real server, seen by our store and past it."""
 
-    def __init__(self, s3: S3Server, *, hash_arrivals: bool) -> None:
+    def __init__(
+        self, s3: S3Server, *, hash_arrivals: bool = False, endpoint: str | None = None, direct: Any = "auto"
+    ) -> None:
         self.prefix = f"{uuid.uuid4().hex}/"
         self.client = s3.client()
-        self.store = S3Store(
-            S3Storage(
-                kind="s3",
-                bucket=BUCKET,
-                prefix=self.prefix,
-                endpoint_url=s3.endpoint,
-                multipart_bytes=LARGE_BYTES,
-                part_bytes=PART_BYTES,
-                hash_arrivals=hash_arrivals,
-            )
+        storage = S3Storage(
+            kind="s3",
+            bucket=BUCKET,
+            prefix=self.prefix,
+            endpoint_url=endpoint or s3.endpoint,
+            multipart_bytes=LARGE_BYTES,
+            part_bytes=PART_BYTES,
+            hash_arrivals=hash_arrivals,
+            direct=direct,
         )
-        self.arrivals: S3Arrivals = self.store.arrivals
+        self.store = S3Store(storage)
+        self.seconds = 0.0
+        self.arrivals = S3Arrivals(open_bucket(storage), storage, clock=lambda: self.seconds)
 
     def announce(self, content: bytes) -> Arrival:
         """As the registry would, for a blob that nobody has yet."""
@@ -60,6 +71,9 @@ class Corner:
         parts = self.arrivals.parts(arrival, 600)
         assert parts is not None
         return [part for part in parts if part.put is not None]
+
+    def key(self, arrival: Arrival) -> str:
+        return f"{self.prefix}blobs/sha256/{arrival.sha256[:2]}/{arrival.sha256}"
 
     def read(self, sha256: Digest) -> bytes:
         with self.store.open(sha256) as reader:
@@ -86,10 +100,14 @@ def send_parts(parts: list[Part], content: bytes) -> None:
         assert send(part.put, content[start : start + part.size_bytes]) == 200
 
 
-@pytest.fixture(params=["the store checks", "we check"])
-def corner(request: pytest.FixtureRequest, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Corner:
+@pytest.fixture
+def credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.credentials.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(params=["the store checks", "we check"])
+def corner(request: pytest.FixtureRequest, s3: S3Server, credentials: None) -> Corner:
     return Corner(s3, hash_arrivals=request.param == "we check")
 
 
@@ -132,11 +150,9 @@ def test_other_bytes_of_the_same_length_never_become_a_blob(corner: Corner) -> N
 
 @pytest.mark.parametrize("content", [b"what was smuggled", b"short"])
 def test_bytes_that_a_lax_store_let_through_are_found_when_they_are_read_back(
-    s3: S3Server, monkeypatch: pytest.MonkeyPatch, content: bytes
+    s3: S3Server, credentials: None, content: bytes
 ) -> None:
     """Past the signature, the wrong bytes lie where a store that ignores checksums would have put them."""
-    for name, value in s3.credentials.items():
-        monkeypatch.setenv(name, value)
     corner = Corner(s3, hash_arrivals=True)
     arrival = corner.announce(b"what was promised")
     corner.client.put_object(Bucket=BUCKET, Key=f"{corner.prefix}incoming/{arrival.upload_id}", Body=content)
@@ -247,3 +263,93 @@ def test_parts_grow_with_the_file_so_that_there_are_never_more_than_10_000(corne
         assert part_bytes is not None
         assert len(Arrival("", Digest(""), size, None, part_bytes).part_sizes) <= 10_000
         assert sum(Arrival("", Digest(""), size, None, part_bytes).part_sizes) == size
+
+
+def in_place(corner: Corner) -> bool:
+    """Whether the next file would be written under the key of its blob."""
+    path = urlsplit(corner.whole(corner.announce(os.urandom(100))).url).path
+    assert ("/blobs/sha256/" in path) != ("/incoming/" in path)
+    return "/blobs/sha256/" in path
+
+
+def test_a_store_that_obeys_a_header_which_was_not_signed_gets_nothing_in_place(
+    s3: S3Server, credentials: None
+) -> None:
+    corner = Corner(s3)
+    assert not in_place(corner)
+    assert corner.left() == set(), "a process that ends soon asks nothing"
+    corner.seconds += SETTLED_S
+    assert not in_place(corner)
+    time.sleep(3)  # the object should end after one
+    for _ in range(3):
+        corner.seconds += SETTLED_S
+        assert not in_place(corner)
+    assert corner.left() == set()
+
+
+def test_a_store_that_never_sees_such_a_header_gets_files_in_place_once_that_is_known(
+    s3: S3Server, credentials: None
+) -> None:
+    """The real server behind a relay that takes the header away, since no server for tests does so by itself."""
+    with relay(s3.endpoint, {b"X-Delete-After": b"X-Nothing-Else"}) as endpoint:
+        corner = Corner(s3, endpoint=endpoint)
+        corner.seconds += SETTLED_S
+        assert not in_place(corner)
+        assert len(corner.left()) == 1
+        time.sleep(3)
+        assert not in_place(corner), "too early to tell"
+        corner.seconds += SETTLED_S
+        content = os.urandom(1000)
+        arrival = corner.announce(content)
+        put = corner.whole(arrival)
+        assert "/blobs/sha256/" in put.url
+        assert corner.left() == set()
+        assert send(put, content) == 200
+        assert corner.arrivals.finish(arrival).size_bytes == 1000
+        assert corner.read(arrival.sha256) == content
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_an_operator_may_know_better(s3: S3Server, credentials: None, direct: bool) -> None:
+    corner = Corner(s3, direct=direct)
+    assert in_place(corner) is direct
+    corner.seconds += 10 * SETTLED_S
+    assert in_place(corner) is direct
+
+
+def test_a_false_encoding_that_was_sent_with_a_blob_is_not_passed_on(s3: S3Server, credentials: None) -> None:
+    corner = Corner(s3, direct=True)
+    arrival = corner.announce(b"no gzip at all")
+    assert send(corner.whole(arrival), b"no gzip at all", **{"Content-Encoding": "gzip"}) == 200
+    corner.arrivals.finish(arrival)
+    assert corner.client.head_object(Bucket=BUCKET, Key=corner.key(arrival))["ContentEncoding"] == "gzip"
+    url = corner.store.url(arrival.sha256, 60)
+    assert url is not None
+    assert httpx2.get(url).content == b"no gzip at all"
+
+
+@contextmanager
+def relay(endpoint: str, changes: Mapping[bytes, bytes]) -> Generator[str]:
+    """The server by another address, where some words of what is sent become others of the same length."""
+    target = urlsplit(endpoint)
+
+    def pass_on(source: socket.socket, sink: socket.socket, changes: Mapping[bytes, bytes]) -> None:
+        with suppress(OSError):  # either side hung up
+            while data := source.recv(1 << 16):
+                for before, after in changes.items():
+                    data = data.replace(before, after)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def take(listener: socket.socket) -> None:
+        with suppress(OSError):  # closed: the test is over
+            while True:
+                near = listener.accept()[0]
+                far = socket.create_connection((target.hostname, target.port))
+                threading.Thread(target=pass_on, args=(near, far, changes), daemon=True).start()
+                threading.Thread(target=pass_on, args=(far, near, {}), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=take, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)

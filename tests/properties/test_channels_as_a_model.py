@@ -29,7 +29,7 @@ from sqlalchemy import select
 from registry import channels, releases, repositories
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
-from registry.channels import Expected
+from registry.channels import Expected, Moved, Promotion
 from registry.db import Database, migrate
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.manifest import ManifestFile
@@ -106,7 +106,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def live(self) -> tuple[str, ...]:
         return self.moments[-1].live if self.moments else ()
 
-    def attempt(self, change: Callable[[Any, Actor], Move], refusal: type[RegistryError] | None) -> Move | None:
+    def attempt(self, change: Callable[[Any, Actor], Moved], refusal: type[RegistryError] | None) -> Moved | None:
         """Does the change in a transaction of its own, or sees it refused as the model foretold."""
         self.now += timedelta(seconds=1)
         actor = Actor("mia", self.now, {EVERYWHERE: Role.ADMIN})
@@ -128,9 +128,9 @@ class ChannelMachine(RuleBasedStateMachine):
         refusal = Refused if version in self.yanked else Stale if honest is False else None
         expected = self.expectation(honest)
 
-        def change(session: Any, actor: Actor) -> Move:
-            release = releases.find(session, NAME, parse_version(version))
-            return channels.promote(session, actor, release, "prod", reason="r", expected=expected)
+        def change(session: Any, actor: Actor) -> Moved:
+            wanted = Promotion(NAME, parse_version(version), "prod")
+            return channels.promote(session, actor, wanted, reason="r", expected=expected)
 
         self.attempt(change, refusal)
         if refusal is None and self.live[-1:] != (version,):
@@ -158,7 +158,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def roll_back_registry(
         self, to: str | None, expected: Expected | None, refusal: type[RegistryError] | None
     ) -> None:
-        def change(session: Any, actor: Actor) -> Move:
+        def change(session: Any, actor: Actor) -> Moved:
             target = parse_version(to) if to else None
             repository = repositories.find(session, NAME)
             return channels.roll_back(session, actor, repository, "prod", to=target, reason="r", expected=expected)

@@ -13,6 +13,7 @@ from registry import bases, channels, releases, suites
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.bases import NewBase, TensorRow
+from registry.channels import Promotion
 from registry.db import Database, Session
 from registry.manifest import ManifestFile
 from registry.models import Base, Blob, BlobHolder
@@ -145,8 +146,7 @@ def _move_and_yank(session: Session, chance: random.Random, items: list[Item]) -
     for item in items:
         if chance.random() < 0.5:
             channel = chance.choice(CHANNELS)
-            found = releases.find(session, item.repository, item.version)
-            channels.promote(session, HOST, found, channel)
+            channels.promote(session, HOST, Promotion(item.repository, item.version, channel))
             moves.setdefault((item.repository, channel), []).append(item.id)
     for item in items:
         if chance.random() < 0.25:

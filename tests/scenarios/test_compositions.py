@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -263,3 +265,54 @@ def test_inputs_for_another_base_or_yanked_ones_are_refused_at_once(small_team: 
     refused = small_team("compose", write_recipe(tmp_path, inputs=["acme/sql:1.0.0"]))
     assert (refused.code, "leaks" in refused.err) == (1, True)
     assert small_team.json("jobs")["items"] == []
+
+
+def refuse_both(cli: Cli, recipe: Path, code: int, *words: str) -> None:
+    """The plan and the composition itself, before any work."""
+    jobs = cli.json("jobs")
+    for plan in ((), ("--plan",)):
+        refused = cli("compose", recipe, *plan)
+        assert refused.code == code, refused.err
+        assert [word for word in words if word not in refused.err] == []
+    assert cli.json("jobs") == jobs
+
+
+def test_a_version_that_holds_something_else_is_refused_at_once(small_team: Cli, world: World, tmp_path: Path) -> None:
+    one = write_recipe(tmp_path, model=None, probe=0, inputs=["acme/sql"])
+    small_team.ok("push", world.adapters["support"], "acme/assistant:1.0.0", "--base", "tiny")
+    refuse_both(small_team, one, 4, "acme/assistant:1.0.0", "next version")
+
+    one = write_recipe(tmp_path, adapter="acme/assistant:2.0.0", model=None, probe=0, inputs=["acme/sql"])
+    assert small_team.json("compose", one)["state"] == "done"
+    assert small_team.json("compose", one)["state"] == "done", "the same lock is the same release"
+    other = write_recipe(tmp_path, adapter="acme/assistant:2.0.0", model=None, probe=0, inputs=["acme/support"])
+    refuse_both(small_team, other, 4, "acme/assistant:2.0.0")
+
+
+def test_an_output_for_another_base_needs_a_major_number_at_once(small_team: Cli, tmp_path: Path) -> None:
+    other = save_llama(tmp_path / "other", seed=9)
+    small_team.ok("base", "add", other, "--name", "other")
+    model = LlamaForCausalLM.from_pretrained(other)
+    save_adapter(model, tmp_path / "stranger", 1, r=2, lora_alpha=2, target_modules=["q_proj"])
+    small_team.ok("push", tmp_path / "stranger", "acme/stranger:1.0.0", "--base", "other")
+    changes: dict[str, Any] = {"inputs": ["acme/stranger"], "base": None, "model": None, "probe": 0}
+    for version, right in (("1.1.0", "2.0.0"), ("0.9.0", None)):  # below 1.0.0 nobody who follows ^1.0.0 gets it
+        recipe = write_recipe(tmp_path, adapter=f"acme/sql:{version}", **changes)
+        if right is None:
+            assert small_team.json("compose", recipe, "--plan")["state"] == "done"
+        else:
+            refuse_both(small_team, recipe, 1, f"Publish it as {right}", "Its base is")
+    assert small_team.json("compose", write_recipe(tmp_path, adapter="acme/sql:2.0.0", **changes))["state"] == "done"
+
+
+def test_a_namespace_that_takes_only_signed_releases_refuses_a_composition_at_once(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    key = tmp_path / "key.pub.pem"
+    public = ec.generate_private_key(ec.SECP256R1()).public_key()
+    key.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    small_team.ok("namespace", "set", "strict", "--require-signature", "--signing-key", key)
+    for output in ({"adapter": "strict/both:1.0.0", "model": None}, {"model": "strict/merged:1.0.0"}):
+        recipe = write_recipe(tmp_path, probe=0, **output)
+        refuse_both(small_team, recipe, 1, "strict takes only releases", "--sign KEY.pem")
+    assert small_team.json("compose", write_recipe(tmp_path, model=None, probe=0))["state"] == "done"

@@ -1,30 +1,110 @@
 """Starting a server: it says where it listens, and why it cannot."""
 
 import os
+import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import httpx2
+import pytest
 
 from tests.scenarios.world import Cli, server
 
+Found = TypeVar("Found")
+LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
+
+
+@contextmanager
+def served(home: Path, *options: str) -> Generator[tuple[str, subprocess.Popen[str], Path]]:
+    """Its URL, the process that was started, and what that says."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+    command = [sys.executable, "-m", "registry.cli.main", "serve", "--port", "0", "--no-worker", *options]
+    said = home.with_name(f"{home.name}.said")
+    with said.open("w") as log:
+        process = subprocess.Popen(command, env=environment | {"ADAPTORY_HOME": str(home)}, stderr=log, text=True)
+    try:
+        yield eventually(lambda: LISTENING.findall(said.read_text()))[0], process, said
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+def eventually(look: Callable[[], Found], *, within_s: float = 60) -> Found:
+    """What is found once it is true."""
+    deadline = time.monotonic() + within_s
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def children(process: subprocess.Popen[str]) -> set[int]:
+    """The processes that answer for this one."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return {int(pid) for pid in listed if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()}
+
+
+def lives(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
 
 def test_a_server_says_where_it_listens(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
-    command = [sys.executable, "-m", "registry.cli.main", "serve", "--port", "0", "--no-worker"]
-    process = subprocess.Popen(
-        command, env=environment | {"ADAPTORY_HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    assert line.startswith("listening on http://127.0.0.1:")
-    assert httpx2.get(f"{line.split()[-1]}/healthz", timeout=30).status_code == 200
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) in (0, -signal.SIGTERM)
-    process.stderr.close()
+    with served(tmp_path / "home") as (url, process, _):
+        assert httpx2.get(f"{url}/healthz", timeout=30).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_several_processes_answer_without_torch_and_stop_together(tmp_path: Path, stop: signal.Signals) -> None:
+    with served(tmp_path / "home", "--processes", "2") as (url, process, _):
+        assert httpx2.get(f"{url}/v1/releases", timeout=30).json()["items"] == []
+        pids = eventually(lambda: children(process))
+        assert len(pids) == 2
+        assert all("torch" not in Path(f"/proc/{pid}/maps").read_text() for pid in (*pids, process.pid))
+        process.send_signal(stop)
+        assert process.wait(30) == 0
+        assert not any(lives(pid) for pid in pids)
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{url}/healthz")
+
+
+def test_a_process_that_dies_is_replaced_and_named(tmp_path: Path) -> None:
+    with served(tmp_path / "home", "--processes", "2") as (url, process, said):
+        httpx2.get(f"{url}/healthz", timeout=30)
+        victim = max(children(process))
+        os.kill(victim, signal.SIGKILL)
+        eventually(lambda: victim not in (now := children(process)) and len(now) == 2)
+        assert f"{victim}] died" in said.read_text()
+        for _ in range(8):
+            assert httpx2.get(f"{url}/readyz", timeout=30).status_code == 200
+
+
+def test_a_process_that_cannot_start_ends_all_and_says_why(tmp_path: Path) -> None:
+    with served(tmp_path / "home", "--processes", "2") as (url, process, said):
+        httpx2.get(f"{url}/healthz", timeout=30)
+        with closing(sqlite3.connect(tmp_path / "home" / "registry.db")) as database, database:
+            database.execute("UPDATE alembic_version SET version_num = '9999'")
+        os.kill(max(children(process)), signal.SIGKILL)
+        assert process.wait(60) == 7
+        assert "Install a newer adaptory" in said.read_text()
+
+
+def test_server_processes_do_not_outlive_the_one_that_watches_over_them(tmp_path: Path) -> None:
+    with served(tmp_path / "home", "--processes", "2") as (url, process, _):
+        httpx2.get(f"{url}/healthz", timeout=30)
+        pids = children(process)
+        process.kill()
+        eventually(lambda: not any(lives(pid) for pid in pids))
 
 
 def test_a_header_without_an_end_is_cut_off_and_costs_no_memory(tmp_path: Path) -> None:

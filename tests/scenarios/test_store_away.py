@@ -6,16 +6,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests import services
+from registry.jobs import MAX_ATTEMPTS, PAUSES
+from registry.resources import Resources
+from registry.worker.loop import run_one
 from tests.s3_server import S3Server
 from tests.scenarios.conftest import USER, stock
-from tests.scenarios.traces import parts_in, s3_of, traces
+from tests.scenarios.test_crashes import STEPS, begin, team, watched
+from tests.scenarios.traces import opened, parts_in, s3_of, traces
 from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, server
 
 PATIENCE = {
@@ -23,16 +28,6 @@ PATIENCE = {
     "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1",
     "ADAPTORY_STORAGE__ATTEMPTS": "2",
 }
-
-
-@pytest.fixture(scope="module")
-def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
-    """A server that others do not use: it is stopped and killed here."""
-    services.shared_s3()  # skips or fails where there is none
-    own = S3Server(tmp_path_factory.mktemp("s3"))
-    own.start()
-    yield own
-    own.stop()
 
 
 @pytest.fixture
@@ -118,6 +113,113 @@ def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
     registry.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "data.txt").read_bytes() == (adapter / "data.txt").read_bytes()
     assert traces(registry).work == frozenset()
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A composition that waits in a registry whose only worker is the test; `resources` are the worker's.
+
+    Its clock stands still, so that a slow machine waits no pause out.
+    """
+
+    cli: Cli
+    resources: Resources
+    now: datetime
+
+    def run(self, later: timedelta = timedelta(0), **changes: Any) -> tuple[bool, list[str]]:
+        """Was there a job, and which of its steps came to their end?"""
+        seen: list[str] = []
+        held = replace(self.resources, clock=lambda: self.now + later, **changes)
+        return run_one(held, watched(seen), "worker"), seen
+
+    @property
+    def job(self) -> dict[str, Any]:
+        return self.cli.json("jobs", 1)
+
+
+@pytest.fixture
+def workshop(own_s3: S3Server, world: World, tmp_path: Path) -> Generator[Workshop]:
+    given = own_s3.environment(f"{tmp_path.name}/") | PATIENCE
+    cli = team(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **given}), world)
+    begin(cli, tmp_path)
+    resources = opened(cli)
+    yield Workshop(cli, resources, resources.clock())
+    resources.close()
+
+
+@dataclass
+class HarmedStore:
+    """The real store, whose server is harmed when the first shard of the model is put."""
+
+    store: Any
+    harm: Callable[[], Callable[[], None]]
+    heal: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def put(self, sha256: Any, source: Path, *, move: bool = False) -> Any:
+        if self.heal is None and "/model/" in str(source) and source.suffix == ".safetensors":
+            self.heal = self.harm()
+        return self.store.put(sha256, source, move=move)
+
+
+SOON = timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("harm", [hang, crash])
+def test_a_composition_whose_store_goes_away_as_it_publishes_is_published_when_it_is_back(
+    workshop: Workshop, own_s3: S3Server, harm: Callable[[S3Server], Callable[[], None]]
+) -> None:
+    away = HarmedStore(workshop.resources.store, lambda: harm(own_s3))
+    assert workshop.run(store=away) == (True, STEPS[:-1])
+    job = workshop.job
+    assert (job["state"], job["error"]["code"], job["finished_at"]) == ("queued", "store_unavailable", None)
+    assert workshop.run() == (False, []), "it is not tried without a pause"
+    assert away.heal is not None
+    away.heal()
+    assert not {"acme/both:1.0.0", "acme/merged:1.0.0"} & set(traces(workshop.cli).releases)
+    assert workshop.run(PAUSES[0] + SOON) == (True, ["publish"])
+    assert (workshop.job["state"], workshop.job["error"]) == ("done", None)
+    after = traces(workshop.cli)
+    assert set(after.releases) >= {"acme/both:1.0.0", "acme/merged:1.0.0"}
+    assert after.work == frozenset()
+
+
+def test_a_store_that_stays_away_ends_the_job_after_its_last_attempt(workshop: Workshop, own_s3: S3Server) -> None:
+    heal, waited = crash(own_s3), timedelta(0)
+    for pause in PAUSES:
+        assert workshop.run(waited) == (True, [])
+        assert workshop.job["state"] == "queued"
+        assert workshop.run(waited + pause - SOON) == (False, []), "each pause is kept, and the second is longer"
+        waited += pause + SOON
+    assert len(PAUSES) == MAX_ATTEMPTS - 1
+    assert workshop.run(waited) == (True, [])
+    job = workshop.job
+    assert (job["state"], job["error"]["code"], job["error"]["exit_code"]) == ("failed", "store_unavailable", 7)
+    heal()
+    assert traces(workshop.cli).work == frozenset()
+
+
+def test_a_job_that_waits_for_its_store_is_cancelled_and_leaves_nothing(workshop: Workshop, own_s3: S3Server) -> None:
+    away = HarmedStore(workshop.resources.store, lambda: crash(own_s3))
+    workshop.run(store=away)
+    assert (workshop.resources.work_directory / "composition-1" / "model").is_dir()
+    workshop.cli.ok("cancel", 1)
+    assert workshop.run() == (True, []), "no pause keeps a worker from tidying up"
+    assert workshop.job["state"] == "cancelled"
+    assert away.heal is not None
+    away.heal()
+    assert traces(workshop.cli).work == frozenset()
+
+
+def test_a_base_that_is_on_another_host_is_no_outage(workshop: Workshop, world: World, tmp_path: Path) -> None:
+    moved = world.base.rename(tmp_path / "moved")
+    try:
+        assert workshop.run() == (True, STEPS[:2])
+    finally:
+        moved.rename(world.base)
+    assert (workshop.job["state"], workshop.job["error"]["code"]) == ("failed", "base_not_here")
 
 
 def test_the_registry_grows_by_nothing_while_weights_go_by_it(own_s3: S3Server, world: World, tmp_path: Path) -> None:

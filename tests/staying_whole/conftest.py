@@ -1,6 +1,6 @@
 """Registries of both pairings whose processes the tests start and kill."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,9 @@ import pytest
 from registry.fsck import check
 from registry.resources import Resources, open_resources
 from registry.settings import Settings
+from tests import services
 from tests.scenarios.world import Cli, environment
+from tests.staying_whole.breakable import Postgres
 from tests.staying_whole.small import write_base
 
 PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
@@ -19,12 +21,20 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The environment of a registry that knows one base."""
     found = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"}
     if request.param == "PostgreSQL and S3":
-        from tests import services
-
         found |= request.getfixturevalue("s3_environment")
         found["ADAPTORY_DATABASE_URL"] = services.new_database(migrated=True)
     Cli(found).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
     return found
+
+
+@pytest.fixture(scope="module")
+def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[Postgres]:
+    """A cluster that no other module uses: it may be stopped and frozen."""
+    services.shared_postgres()  # skips or fails where there is none
+    own = Postgres(tmp_path_factory.mktemp("postgres"))
+    own.start()
+    yield own
+    own.stop()
 
 
 def opened(place: Mapping[str, str]) -> Resources:

@@ -24,8 +24,11 @@ from registry.errors import Unavailable
 from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.s3 import S3Store
+from registry.worker.loop import run_one
 from tests import services
 from tests.s3_server import S3Server
+from tests.scenarios.test_crashes import LATER, watched
+from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, environment
 from tests.staying_whole.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
 from tests.staying_whole.conftest import broken_promises, opened
@@ -34,6 +37,8 @@ from tests.staying_whole.small import write_adapter, write_base
 
 PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "1", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
 IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}
+
+DROP_OTHERS = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,17 @@ class Registry:
         api.close()
         return (target / "adapter_model.safetensors").read_bytes()
 
-    def compose(self, *adapters: str) -> Json:
-        """The plan of a composition, once a worker has ended it."""
-        api, deadline = Api(self.url), time.monotonic() + 60
-        made = api.post("/v1/compositions", {"recipe": {"inputs": list(adapters), "method": "stack"}, "plan": True})
-        while made["state"] in ("queued", "running"):
+    def plan(self, *adapters: str) -> Json:
+        """The plan of a composition, for the worker to make."""
+        body = {"recipe": {"inputs": list(adapters), "method": "stack"}, "plan": True}
+        return httpx2.post(f"{self.url}/v1/compositions", json=body).raise_for_status().json()
+
+    def watch(self, made: Json, enough: Callable[[Json], bool]) -> Json:
+        deadline = time.monotonic() + 60
+        while not enough(made):
             assert time.monotonic() < deadline, made
             time.sleep(0.1)
-            made = api.get(f"/v1/compositions/{made['id']}")
-        api.close()
+            made = httpx2.get(f"{self.url}/v1/compositions/{made['id']}").raise_for_status().json()
         return made
 
     def assert_well(self) -> None:
@@ -79,8 +86,13 @@ class Registry:
         httpx2.put(f"{self.url}{CHANNEL}", json={"version": "1.1.0"}).raise_for_status()
         assert self.versions() == ["1.1.0", "1.0.0"]
         assert self.pull("1.1.0") == (self.directory / "1.1.0" / "adapter_model.safetensors").read_bytes()
-        assert self.compose("acme/sql:1.0.0", "acme/sql:1.1.0")["state"] == "done"
+        made = self.plan("acme/sql:1.0.0", "acme/sql:1.1.0")
+        assert self.watch(made, has_ended)["state"] == "done"
         assert broken_promises(self.place, read_bytes=True) == []
+
+
+def has_ended(made: Json) -> bool:
+    return made["state"] not in ("queued", "running")
 
 
 @contextmanager
@@ -108,21 +120,17 @@ def assert_told(answer: httpx2.Response, what: object, *codes: str) -> None:
         assert answer.json()["code"] in codes, (what, answer.text)
 
 
-@pytest.fixture(scope="module")
-def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[Postgres]:
-    services.shared_postgres()  # skips or fails where there is none
-    own = Postgres(tmp_path_factory.mktemp("postgres"))
-    own.start()
-    yield own
-    own.stop()
-
-
 @pytest.fixture
-def on_postgres(own_postgres: Postgres, tmp_path: Path) -> Generator[Registry]:
+def place_on_postgres(own_postgres: Postgres, tmp_path: Path) -> dict[str, str]:
     url = services._create_database(own_postgres.start(), f"t{time.monotonic_ns()}")
     place = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url, **PATIENCE}
     Cli(place).ok("migrate")
-    with running(place, tmp_path) as registry:
+    return place
+
+
+@pytest.fixture
+def on_postgres(place_on_postgres: dict[str, str], tmp_path: Path) -> Generator[Registry]:
+    with running(place_on_postgres, tmp_path) as registry:
         yield registry
 
 
@@ -178,9 +186,7 @@ def test_connections_that_drop_in_the_middle_of_moves_lose_none_that_was_accepte
         movers = [pool.submit(move, number) for number in range(4)]
         with services._administration(own_postgres.start()) as administrator:
             while time.monotonic() < until:
-                administrator.execute(
-                    text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-                )
+                administrator.execute(DROP_OTHERS)
                 time.sleep(0.1)
         accepted = [moved for mover in movers for moved in mover.result()]
     assert set(refused) == {"database_unavailable"}, "of dropped connections the clients are told, of nothing else"
@@ -188,6 +194,33 @@ def test_connections_that_drop_in_the_middle_of_moves_lose_none_that_was_accepte
     history = list(Api(on_postgres.url).pages(f"{CHANNEL}/history", limit=500))
     assert set(accepted) <= {row["id"] for row in history}
     assert broken_promises(on_postgres.place) == []
+
+
+def test_a_job_whose_database_crashes_is_ended_well_when_it_is_back(
+    place_on_postgres: dict[str, str], own_postgres: Postgres, tmp_path: Path
+) -> None:
+    cli = Cli(place_on_postgres)
+    cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+    cli.ok("push", write_adapter(tmp_path / "adapter", 1), NAME, "--bump", "minor", "--base", "tiny")
+    with api_of(cli) as api:
+        recipe = {"inputs": [str(NAME)], "method": "stack", "adapter": "acme/both:1.0.0"}
+        api.post("/v1/compositions", {"recipe": recipe})
+
+    def crash_then(name: str) -> None:
+        if name == "combine":
+            own_postgres.stop()
+
+    held = opened(place_on_postgres)
+    with pytest.raises(Unavailable):  # which the loop of a worker waits out
+        run_one(held, watched([], crash_then), "first")
+    own_postgres.start()
+    assert not run_one(held, watched([]), "too early"), "it is the first one's until its lease runs out"
+    seen: list[str] = []
+    assert run_one(replace(held, clock=lambda: datetime.now(UTC) + LATER), watched(seen), "second")
+    held.close()
+    assert seen == ["combine", "evaluate", "gate", "merge", "publish"]
+    assert cli.json("jobs", 1)["state"] == "done"
+    assert cli.json("log", "acme/both")["items"][0]["version"] == "1.0.0"
 
 
 def test_a_database_that_may_not_be_written_is_told_and_still_answers_questions(
@@ -198,9 +231,7 @@ def test_a_database_that_may_not_be_written_is_told_and_still_answers_questions(
     def forbid(what: str) -> None:
         with services._administration(own_postgres.start()) as administrator:
             administrator.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = {what}"))
-            administrator.execute(
-                text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-            )
+            administrator.execute(DROP_OTHERS)
 
     forbid("on")
     answer = httpx2.put(f"{on_postgres.url}{CHANNEL}", json={"version": "1.0.0"})
@@ -301,15 +332,6 @@ def test_a_full_disk_under_the_database_is_told_and_is_used_again_when_there_is_
         registry.assert_well()
 
 
-@pytest.fixture(scope="module")
-def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Generator[S3Server]:
-    services.shared_s3()  # skips or fails where there is none
-    own = S3Server(tmp_path_factory.mktemp("s3"))
-    own.start()
-    yield own
-    own.stop()
-
-
 @pytest.fixture
 def on_s3(own_s3: S3Server, tmp_path: Path) -> Generator[Registry]:
     place = {"ADAPTORY_HOME": str(tmp_path / "home"), **own_s3.environment(f"{tmp_path.name}/"), **IMPATIENT_STORE}
@@ -330,13 +352,14 @@ def test_a_store_that_goes_away_between_upload_and_publication_leaves_no_release
     assert_told(httpx2.get(f"{on_s3.url}/readyz"), "readyz", "store_unavailable")
     assert httpx2.get(f"{on_s3.url}/healthz").status_code == 200
     assert on_s3.versions() == ["1.0.0"]
-    ended = on_s3.compose("acme/sql:1.0.0")
-    assert (ended["state"], ended["error"]["code"]) == ("failed", "store_unavailable")
+    waiting = on_s3.watch(on_s3.plan("acme/sql:1.0.0"), lambda made: made["error"] is not None)
+    assert (waiting["state"], waiting["error"]["code"]) == ("queued", "store_unavailable")
     for command in ("gc", "fsck"):
         told = Cli(dict(on_s3.place))(command)
         assert (told.code, "store" in told.err) == (7, True), told.err
     own_s3.start()
     on_s3.assert_well()
+    assert on_s3.watch(waiting, has_ended)["state"] == "done", "the worker tries again by itself"
 
 
 class _DiesOfADelete(S3Store):

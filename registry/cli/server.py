@@ -1,0 +1,93 @@
+"""The processes that answer: this one alone, or several behind one socket that this one watches over."""
+
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from registry.cli import render
+from registry.cli.connect import load_settings
+from registry.errors import RegistryError, Unavailable
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from registry.resources import Resources
+
+HUNG_S = 30
+"""A process that has not said a word for so long is replaced."""
+
+
+def serve_here(resources: "Resources", listener: socket.socket) -> None:
+    """Answers until this process is told to stop."""
+    from uvicorn import Config, Server
+
+    from registry.http.protocol import BoundedHttp
+
+    config = Config(_application(resources), http=BoundedHttp, log_level="warning", server_header=False)
+    Server(config).run([listener])
+
+
+def serve_beside(listener: socket.socket, processes: int) -> None:
+    """Answers from so many processes until this one is told to stop; one that dies or hangs is replaced.
+
+    Each opens the registry anew, as the environment says. Raises Unavailable when one of them cannot.
+    """
+    from uvicorn import Config
+    from uvicorn.config import STARTUP_FAILURE
+    from uvicorn.supervisors import Multiprocess
+
+    from registry.http.protocol import BoundedHttp
+
+    config = Config(
+        f"{__name__}:child_application",
+        factory=True,
+        http=BoundedHttp,
+        log_level="warning",
+        server_header=False,
+        workers=processes,
+        timeout_worker_healthcheck=HUNG_S,
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # here it tells which process died
+    supervisor = Multiprocess(config, [listener])
+    supervisor.run()
+    if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+        raise Unavailable(
+            "server_failed", "A server process could not start.", next_step="See above for what it says, and repeat."
+        )
+
+
+def child_application() -> "FastAPI":
+    """For the server process that calls it, which lives no longer than the one that watches over it."""
+    from uvicorn.config import STARTUP_FAILURE
+
+    from registry.resources import open_resources
+
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    try:
+        return _application(open_resources(load_settings()))
+    except RegistryError as error:
+        render.fail(error, as_json=False)
+        sys.exit(STARTUP_FAILURE)  # to try again would fail in the same way
+
+
+def _application(resources: "Resources") -> "FastAPI":
+    from registry.web.app import create_app
+
+    application = create_app(resources, tokens=resources.settings.access == "tokens")
+    # What lives as long as the process need not be looked at again: full collections took 80 ms each.
+    gc.collect()
+    gc.freeze()
+    return application
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,117 @@
+"""Pickles are refused whatever their names are: what no loader of a release needs, nobody is led to open."""
+
+import io
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from registry.errors import Invalid
+from registry.manifest import ENDS_BYTES, refuse_pickle, refuse_pickled
+from tests.scenarios.world import Cli, World
+
+
+def written(write: Callable[[io.BytesIO], object]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def zipped(*entries: tuple[str, str]) -> bytes:
+    def write(file: io.BytesIO) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in entries:
+                archive.writestr(name, content)
+
+    return written(write)
+
+
+STATE = {"weight": torch.zeros(50_000)}
+PICKLES: dict[str, bytes] = {
+    "torch.save": written(lambda file: torch.save(STATE, file)),
+    "torch.save of old": written(lambda file: torch.save(STATE, file, _use_new_zipfile_serialization=False)),
+    "torch.save of many tensors": written(lambda file: torch.save([torch.zeros(1) for _ in range(2_000)], file)),
+    "a zip whose pickle comes last": zipped(("readme.txt", "x" * 200_000), ("archive/data.pkl", "cos\nsystem\n")),
+    "objects in numpy's format": written(lambda file: np.save(file, np.array([{}], object), allow_pickle=True)),
+    "a field of objects": written(
+        lambda file: np.save(file, np.zeros(2, [("a", "<f4"), ("b", "O")]), allow_pickle=True)
+    ),
+}
+OTHERS: dict[str, bytes] = {
+    "nothing": b"",
+    "text": b"see data.pkl in archive.zip",
+    "a zip of text": zipped(("readme.txt", "torch.save writes archive/data.pkl " * 100)),
+    "numbers in numpy's format": written(lambda file: np.save(file, np.zeros(4))),
+    "several arrays": written(lambda file: np.savez(file, a=np.zeros(4), b=np.ones(2))),
+}
+
+
+def ends(content: bytes) -> tuple[bytes, bytes]:
+    return content[:ENDS_BYTES], content[-ENDS_BYTES:]
+
+
+@pytest.mark.parametrize("what", list(PICKLES))
+def test_a_pickle_is_known_by_its_bytes(what: str) -> None:
+    with pytest.raises(Invalid, match=r"notes\.txt is a pickle"):
+        refuse_pickled("notes.txt", *ends(PICKLES[what]))
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text() | st.binary(max_size=200_000), lambda inner: st.lists(inner), max_leaves=8
+    ),
+    st.sampled_from([2, 3, 4, 5]),
+)
+def test_whatever_is_pickled_is_known_by_its_first_bytes(value: Any, protocol: int) -> None:
+    with pytest.raises(Invalid):
+        refuse_pickled("x", pickle.dumps(value, protocol)[:ENDS_BYTES])
+
+
+@pytest.mark.parametrize("what", list(OTHERS))
+def test_what_is_no_pickle_passes(what: str) -> None:
+    refuse_pickled("notes.txt", *ends(OTHERS[what]))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.pt", "A.PTH", "m.pth.tar", "x.pkl.gz", "y.joblib", "z.mar", "training_args.bin", "w.dill", "v.pkl.z"]
+)
+def test_names_that_loaders_unpickle_are_refused_before_a_byte_is_sent(name: str) -> None:
+    with pytest.raises(Invalid, match="is a pickle"):
+        refuse_pickle(f"somewhere/{name}")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "bin", "a.bin.json", "notes.pt.md", "x.npy", "x.npz", "model.pte"])
+def test_names_of_other_files_pass(name: str) -> None:
+    refuse_pickle(name)
+
+
+def test_a_pickle_under_the_name_of_a_text_is_not_released(stocked: Cli, world: World, tmp_path: Path) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    for what in ("torch.save", "torch.save of old", "a zip whose pickle comes last"):
+        (adapter / "notes.txt").write_bytes(PICKLES[what])
+        refused = stocked("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+        assert (refused.code, "notes.txt is a pickle" in refused.err) == (6, True), refused.err
+        assert stocked("log", "acme/sql").code == 3
+    for content in OTHERS.values():
+        (adapter / "notes.txt").write_bytes(content)
+        (adapter / "like-a-pickle.safetensors").write_bytes(like_a_pickle())
+        stocked.ok("push", adapter, "acme/sql", "--bump", "patch", "--base", "tiny")
+
+
+def like_a_pickle() -> bytes:
+    """A safetensors file that begins as a pickle of protocol 2 does: its header has 640 bytes."""
+    length = next(
+        length
+        for length in range(640)
+        if save({"a": np.zeros(1, np.float32)}, {"note": "x" * length})[:2] == b"\x80\x02"
+    )
+    return save({"a": np.zeros(1, np.float32)}, {"note": "x" * length})
