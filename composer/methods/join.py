@@ -14,12 +14,12 @@ Join = Callable[[torch.Tensor], torch.Tensor]
 
 def joined(step: str, weights: Sequence[float], total: float, settings: Mapping[str, object]) -> Join:
     """The join of T deltas. `total` is the sum of all adapters' weights, also of those that leave this place alone."""
-    w_T11 = torch.tensor(weights, dtype=torch.float32)[:, None, None]
     if step == "elect":
-        return lambda X_TMN: elect(X_TMN, w_T11, str(settings["vote"]), str(settings["divide"]))
+        return lambda X_TMN: elect(X_TMN, weights, str(settings["vote"]), str(settings["divide"]))
+    w_T = torch.tensor(weights, dtype=torch.float32)
     if step == "mean":
-        w_T11 = w_T11 / divisor(total)
-    return lambda X_TMN: (X_TMN * w_T11).sum(0)
+        w_T = w_T / divisor(total)
+    return lambda X_TMN: torch.tensordot(w_T, X_TMN, dims=1)
 
 
 def divisor(total: float) -> float:
@@ -30,20 +30,35 @@ def divisor(total: float) -> float:
     return total
 
 
-def elect(X_TMN: torch.Tensor, w_T11: torch.Tensor, vote: str = "plain", divide: str = "count") -> torch.Tensor:
+def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide: str = "count") -> torch.Tensor:
     """Each entry takes the sign of the sum of its deltas, and those that have it: Σ_kept w_i X_i / D.
 
     TIES, arXiv 2306.01708, where votes are plain, D counts the kept ones and w = 1. `weighted` votes with w_i X_i,
     `count` with the signs; D may be the kept ones' weights, or 1 (`none`). An even vote is for plus; a zero has no say.
     """
-    votes = {"plain": X_TMN, "weighted": X_TMN * w_T11, "count": X_TMN.sign()}[vote].sum(0)
-    plus_MN = votes >= 0
-    kept = torch.where(plus_MN, X_TMN > 0, X_TMN < 0)
-    total = torch.where(kept, X_TMN * w_T11, 0.0).sum(0)
-    if divide == "none":
-        return total
-    D = (kept * w_T11).sum(0) if divide == "weights" else kept.sum(0)
-    return total / torch.where(D == 0, 1.0, D.to(total.dtype))
+    total_MN, D_MN = _agreeing(X_TMN, w_T, _votes(X_TMN, w_T, vote), divide)
+    return total_MN if D_MN is None else total_MN / torch.where(D_MN == 0, 1.0, D_MN)
+
+
+def _votes(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str) -> torch.Tensor:
+    if vote == "weighted":
+        return torch.tensordot(torch.tensor(w_T, dtype=X_TMN.dtype), X_TMN, dims=1)
+    return (X_TMN if vote == "plain" else X_TMN.sign()).sum(0)
+
+
+def _agreeing(
+    X_TMN: torch.Tensor, w_T: Sequence[float], votes_MN: torch.Tensor, divide: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(Σ w_i X_i over those of the elected sign, what to divide by). One delta after the other, in place."""
+    sign_MN = torch.where(votes_MN >= 0, 1.0, -1.0).to(X_TMN.dtype)
+    total_MN = torch.zeros_like(sign_MN)
+    D_MN = None if divide == "none" else torch.zeros_like(sign_MN)
+    for X_MN, w in zip(X_TMN, w_T, strict=True):
+        agrees_MN = (X_MN * sign_MN).clamp_(min=0)  # |X| where the signs agree
+        total_MN.add_(agrees_MN, alpha=w)
+        if D_MN is not None:
+            D_MN.add_(agrees_MN.gt_(0), alpha=w if divide == "weights" else 1.0)
+    return total_MN.mul_(sign_MN), D_MN
 
 
 def sce_weights(squares: Sequence[float]) -> list[float]:
@@ -52,9 +67,7 @@ def sce_weights(squares: Sequence[float]) -> list[float]:
     return [square / total if total else 0.0 for square in squares]
 
 
-def sce(X_TMN: torch.Tensor, w_T11: torch.Tensor) -> torch.Tensor:
+def sce(X_TMN: torch.Tensor, w_T: Sequence[float]) -> torch.Tensor:
     """`elect` by a plain vote with SCE's weights, divided by the kept ones' weights where they are not nothing."""
-    plus_MN = X_TMN.sum(0) >= 0
-    kept = torch.where(plus_MN, X_TMN > 0, X_TMN < 0)
-    D = (kept * w_T11).sum(0)
-    return torch.where(kept, X_TMN * w_T11, 0.0).sum(0) / D.clamp(min=1e-6)
+    total_MN, D_MN = _agreeing(X_TMN, w_T, X_TMN.sum(0), "weights")
+    return total_MN if D_MN is None else total_MN / D_MN.clamp(min=1e-6)

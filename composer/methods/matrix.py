@@ -13,7 +13,11 @@ import torch
 
 BLOCK_ROWS = 64
 _MAGNITUDE = 0x7FFF_FFFF  # a float32 without its sign: as integers, magnitudes keep their order
+_INFINITY = 0x7F80_0000
 _LOW_BITS = 15
+_NONE = (-1, -1)
+_SAMPLED_EVERY = 8
+_MARGIN = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,46 +47,129 @@ class Matrix:
 class Largest:
     """The k largest magnitudes of one matrix: those above `threshold`, and of those equal to it the first ones.
 
-    `ties_before` counts, for each row, the equal ones in the rows before; None where all of them belong.
+    `cut` is the row and column up to which equal ones belong, that place included; (-1, -1) where none does.
     """
 
     threshold: int
-    ties: int
-    ties_before: torch.Tensor | None
+    cut: tuple[int, int]
 
     def mask(self, X_MN: torch.Tensor, begin: int) -> torch.Tensor:
         """Which entries of the rows from `begin` are among them."""
-        bits = _bits(X_MN)
-        if self.ties_before is None:
-            return bits >= self.threshold
-        equal = bits == self.threshold
-        rank = equal.cumsum(1) + self.ties_before[begin : begin + X_MN.shape[0], None]
-        return (bits > self.threshold) | (equal & (rank <= self.ties))
+        bits, row = _bits(X_MN), self.cut[0] - begin
+        mask = bits > self.threshold
+        mask[: max(0, row)] |= bits[: max(0, row)] == self.threshold
+        if 0 <= row < len(bits):
+            mask[row, : self.cut[1] + 1] |= bits[row, : self.cut[1] + 1] == self.threshold
+        return mask
+
+    def kept(self, X_MN: torch.Tensor, begin: int) -> torch.Tensor:
+        """The rows from `begin` with everything else set to zero, in one pass but for the row of the cut."""
+        row = self.cut[0] - begin
+        if 0 <= row < X_MN.shape[0]:
+            return torch.where(self.mask(X_MN, begin), X_MN, 0.0)
+        return _shrunk(X_MN, self.threshold if row < 0 else self.threshold - 1)
+
+
+def _shrunk(X_MN: torch.Tensor, bits: int) -> torch.Tensor:
+    """Without the magnitudes up to the one of these bits."""
+    if bits < 0:
+        return X_MN
+    return torch.nn.functional.hardshrink(X_MN, float(np.int32(bits).view(np.float32)))
 
 
 def largest(matrices: Sequence[Matrix], k: int) -> list[Largest]:
     """The k largest magnitudes of all matrices together; equal ones are taken in the order of matrices, rows, columns.
 
-    Two passes that count bit patterns: nothing of the matrices' size is kept or sorted.
+    A sample brackets the k-th magnitude, then one pass counts what lies above and keeps the few within. Should the
+    sample have misled, a histogram of bit patterns brackets it for certain. Nothing of the matrices' size is kept.
     """
     total = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     if k <= 0:
-        return [Largest(_MAGNITUDE, 0, torch.zeros(matrix.shape[0], dtype=torch.int64)) for matrix in matrices]
+        return [Largest(_INFINITY, _NONE) for _ in matrices]
     if k >= total:
-        return [Largest(0, 0, None) for _ in matrices]
-    coarse = _histogram(matrices, lambda bits: bits >> _LOW_BITS, 1 << 16)
-    high, above = _reach(coarse, k)
-    fine = _histogram(matrices, lambda bits: bits[bits >> _LOW_BITS == high] & ((1 << _LOW_BITS) - 1), 1 << _LOW_BITS)
-    low, within = _reach(fine, k - above)
-    threshold, ties = (high << _LOW_BITS) | low, k - above - within
-    if ties == int(fine[low]):
-        return [Largest(threshold, ties, None) for _ in matrices]
-    found: list[Largest] = []
+        return [Largest(0, _all_of(matrix)) for matrix in matrices]
+    found = _search(matrices, k, *_guess(matrices, k / total))
+    while found is None:
+        found = _search(matrices, k, *_certain(matrices, k))
+    threshold, ties, equal = found
+    if ties == equal:
+        return [Largest(threshold, _all_of(matrix)) for matrix in matrices]
+    kept: list[Largest] = []
     for matrix in matrices:
-        counts = torch.cat([(_bits(X_MN) == threshold).sum(1) for _, X_MN in matrix.blocks()])
-        found.append(Largest(threshold, max(ties, 0), counts.cumsum(0) - counts))
-        ties -= int(counts.sum())
-    return found
+        cut, ties = _cut(matrix, threshold, ties)
+        kept.append(Largest(threshold, cut))
+    return kept
+
+
+def _all_of(matrix: Matrix) -> tuple[int, int]:
+    return matrix.shape[0], 0
+
+
+def _cut(matrix: Matrix, threshold: int, ties: int) -> tuple[tuple[int, int], int]:
+    """(where the last of that many equal ones lies, how many are left for the next matrix)."""
+    if ties <= 0:
+        return _NONE, 0
+    for first, X_MN in matrix.blocks():
+        places = (_bits(X_MN) == threshold).nonzero()
+        if len(places) >= ties:
+            row, column = places[ties - 1].tolist()
+            return (first + row, column), 0
+        ties -= len(places)
+    return _all_of(matrix), ties
+
+
+def _guess(matrices: Sequence[Matrix], share: float) -> tuple[int, int]:
+    """Bit patterns (low, high) between which the k-th magnitude should lie: every few blocks, every few entries."""
+    sampled: list[torch.Tensor] = []
+    for matrix in matrices:
+        last = -(-matrix.shape[0] // BLOCK_ROWS) - 1
+        for number in {0, last, *range(_SAMPLED_EVERY // 2, last, _SAMPLED_EVERY)}:
+            rows = matrix.make(number * BLOCK_ROWS, min(matrix.shape[0], (number + 1) * BLOCK_ROWS))
+            sampled.append(_bits(rows).reshape(-1)[::_SAMPLED_EVERY])
+    ordered = _descending(torch.cat(sampled))
+    place, margin = share * len(ordered), max(16.0, _MARGIN * len(ordered))
+    first, end = max(0, int(place - margin)), min(len(ordered) - 1, int(place + margin))
+    return int(ordered[end]), int(ordered[first])
+
+
+def _search(matrices: Sequence[Matrix], k: int, low: int, high: int) -> tuple[int, int, int] | None:
+    """(the k-th magnitude's bits, how many equal ones belong, how many there are); None if it is not within."""
+    above, at_high, at_low, inside = 0, 0, 0, [torch.empty(0, dtype=torch.int32)]
+    for matrix in matrices:
+        for _, X_MN in matrix.blocks():
+            bits = _bits(X_MN)
+            above += int((bits > high).sum())
+            near = bits[(bits >= low) & (bits <= high)]
+            at_high += int((near == high).sum())
+            at_low += int((near == low).sum())
+            inside.append(near[(near > low) & (near < high)])
+    wanted = k - above
+    if wanted <= 0:
+        return None
+    if wanted <= at_high:
+        return high, wanted, at_high
+    between = _descending(torch.cat(inside))
+    wanted -= at_high
+    if wanted <= len(between):
+        value = int(between[wanted - 1])
+        return value, wanted - int((between > value).sum()), int((between == value).sum())
+    wanted -= len(between)
+    return (low, wanted, at_low) if low < high and wanted <= at_low else None
+
+
+def _descending(bits: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.sort(bits.numpy())).flip(0)  # numpy sorts integers ten times as fast as torch
+
+
+def _certain(matrices: Sequence[Matrix], k: int) -> tuple[int, int]:
+    """The range of bit patterns that share the k-th magnitude's upper bits."""
+    counts = np.zeros(1 << 16, dtype=np.int64)
+    for matrix in matrices:
+        for _, X_MN in matrix.blocks():
+            counts += np.bincount((_bits(X_MN) >> _LOW_BITS).reshape(-1).numpy(), minlength=len(counts))
+    from_top = np.cumsum(counts[::-1])
+    upper = len(counts) - 1 - int(np.searchsorted(from_top, k))
+    return upper << _LOW_BITS, ((upper + 1) << _LOW_BITS) - 1
 
 
 def count_nonzero(matrix: Matrix) -> int:
@@ -96,20 +183,3 @@ def square_sum(matrix: Matrix) -> float:
 
 def _bits(X_MN: torch.Tensor) -> torch.Tensor:
     return X_MN.contiguous().view(torch.int32) & _MAGNITUDE
-
-
-def _histogram(
-    matrices: Sequence[Matrix], of: Callable[[torch.Tensor], torch.Tensor], bins: int
-) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    counts = np.zeros(bins, dtype=np.int64)
-    for matrix in matrices:
-        for _, X_MN in matrix.blocks():
-            counts += np.bincount(of(_bits(X_MN)).reshape(-1).numpy(), minlength=bins)
-    return counts
-
-
-def _reach(counts: "np.ndarray[tuple[int], np.dtype[np.int64]]", k: int) -> tuple[int, int]:
-    """(the bin, from the top, in which the k-th lies; how many lie above it)."""
-    from_top = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(from_top, k))
-    return len(counts) - 1 - place, int(from_top[place] - counts[::-1][place])

@@ -69,8 +69,8 @@ class Parity:
             tensors = [self._pruned(tensor) for tensor in tensors]
         elif step in ("ties", "magnitude_prune"):
             tensors = [self._trimmed(tensor) for tensor in tensors]
-        X_TMN, w_T11 = torch.stack(list(tensors)), torch.tensor(weights)[:, None, None]
-        return elect(X_TMN, w_T11) if step.endswith("ties") else (X_TMN * w_T11).sum(0)
+        X_TMN = torch.stack(list(tensors))
+        return elect(X_TMN, weights) if step.endswith("ties") else torch.tensordot(torch.tensor(weights), X_TMN, dims=1)
 
     def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.density >= 1:
@@ -80,4 +80,4 @@ class Parity:
 
     def _trimmed(self, tensor: torch.Tensor) -> torch.Tensor:
         (kept,) = largest([Matrix.of(tensor)], int(self.density * tensor.numel()))
-        return torch.where(kept.mask(tensor, 0), tensor, 0.0)
+        return kept.kept(tensor, 0)

@@ -15,7 +15,7 @@ from composer.methods.calibrate import norm_of, off, pico, restored
 from composer.methods.join import Join, divisor, joined, sce, sce_weights
 from composer.methods.linear import scaled, side_by_side
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
-from composer.methods.sparsify import Keep, keeps, within
+from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, tsv
 from composer.settings import Pipeline
 
@@ -285,7 +285,7 @@ def _combined(
     chosen = [selections.of(part) for part in place.parts]
     keep: list[Keep]
     if all(one is not None for one in chosen):
-        keep = [within(cast(Largest, one)) for one in chosen]
+        keep = [cast(Largest, one).kept for one in chosen]
     else:
         keep = keeps(pipeline.sparsify, matrices, [part.key for part in place.parts], settings)
 
@@ -299,8 +299,8 @@ def _combined(
         Matrix(X.shape, lambda first, last, X=X, keep_i=keep_i: keep_i(X.rows(first, last), first))
         for X, keep_i in zip(matrices, keep, strict=True)
     ]
-    w_T11 = torch.tensor(sce_weights([square_sum(X) for X in sparse]))[:, None, None]
-    return Matrix(matrices[0].shape, lambda first, last: sce(kept(first, last), w_T11))
+    own = sce_weights([square_sum(X) for X in sparse])
+    return Matrix(matrices[0].shape, lambda first, last: sce(kept(first, last), own))
 
 
 def _times(delta: Additive, factor: float) -> Additive:

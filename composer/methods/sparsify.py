@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from composer.methods.matrix import BLOCK_ROWS, Largest, Matrix, count_nonzero, largest
+from composer.methods.matrix import BLOCK_ROWS, Matrix, count_nonzero, largest
 
 Keep = Callable[[torch.Tensor, int], torch.Tensor]
 """(X_MN, first row) -> X_MN with the entries that go set to zero; pure."""
@@ -22,7 +22,7 @@ def keeps(step: str, matrices: Sequence[Matrix], keys: Sequence[str], settings: 
     """What each of the T deltas of one place keeps. `keys` name them for the random steps: adapter, tensor, place."""
     if step == "magnitude":
         density = _density(settings)
-        return [_of(largest([matrix], int(density * _entries(matrix)))[0]) for matrix in matrices]
+        return [largest([matrix], int(density * _entries(matrix)))[0].kept for matrix in matrices]
     if step == "dare":
         return [dare(_density(settings), _seed(settings), key) for key in keys]
     if step == "della":
@@ -30,7 +30,7 @@ def keeps(step: str, matrices: Sequence[Matrix], keys: Sequence[str], settings: 
     if step == "breadcrumbs":
         return [breadcrumbs(matrix, _density(settings), cast(float, settings["gamma"])) for matrix in matrices]
     if step == "sce":
-        return [_of(by_variance(matrices, _density(settings)))] * len(matrices)
+        return [by_variance(matrices, _density(settings))] * len(matrices)
     return [lambda X_MN, _begin: X_MN] * len(matrices)
 
 
@@ -69,7 +69,7 @@ def breadcrumbs(matrix: Matrix, density: float, gamma: float) -> Keep:
     outliers = int(gamma * n)
     (kept,) = largest([matrix], min(n, outliers + int(density * n)))
     if not outliers:
-        return _of(kept)
+        return kept.kept
     (dropped,) = largest([matrix], outliers)
     return lambda X_MN, begin: torch.where(kept.mask(X_MN, begin) & ~dropped.mask(X_MN, begin), X_MN, 0.0)
 
@@ -92,17 +92,6 @@ def by_variance(matrices: Sequence[Matrix], density: float) -> Keep:
         return torch.where(kept.mask(varying.rows(begin, begin + X_MN.shape[0]), begin), X_MN, 0.0)
 
     return keep
-
-
-def _of(kept: Largest | Keep) -> Keep:
-    if not isinstance(kept, Largest):
-        return kept
-    return lambda X_MN, begin: torch.where(kept.mask(X_MN, begin), X_MN, 0.0)
-
-
-def within(kept: Largest) -> Keep:
-    """Keeps the entries that a selection over several matrices left to this one."""
-    return _of(kept)
 
 
 def _draws(X_MN: torch.Tensor, begin: int, seed: int, key: str) -> torch.Tensor:
