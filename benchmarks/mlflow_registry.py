@@ -2,7 +2,7 @@
 
 A version in MLflow has the facts and scores that a search of ours can ask for as tags, where its search looks, and a
 channel is an alias. Its server runs as it comes, with four processes, in an environment of its own (`--venv`, made when
-it is not there); ours is one process.
+it is not there); ours is one process, and on PostgreSQL also two.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from registry.db import Database
 CLIENTS, LIMIT = 8, 50
 BASE, RANK = stock.BASES[0], 16
 FULL_PAGE, FEW, MOVE = "search, a full page", "search, few", "move a channel"
-OURS, THEIRS = "adaptory", "MLflow"
+OURS, OURS_TWO, THEIRS = "adaptory", "adaptory, 2 processes", "MLflow"
 
 
 def main() -> None:
@@ -42,8 +42,11 @@ def main() -> None:
             with ExitStack() as servers:
                 theirs = servers.enter_context(_mlflow(python, home, chosen.postgres, kind, releases))
                 searches = _searches(releases)
-                requests = {OURS: _ours(url, searches), THEIRS: _theirs(url, searches)}
                 running = {OURS: resolve.started(url, home, servers), THEIRS: theirs}
+                if kind == "PostgreSQL":
+                    running[OURS_TWO] = resolve.started(url, home, servers, processes=2)
+                ours, others = _ours(url, searches), _theirs(url, searches)
+                requests = {case: others if case == THEIRS else ours for case in running}
                 _check_answers({case: port for case, (port, _) in running.items()}, requests)
                 _compare(kind, running, requests, chosen.rounds, seconds)
 
@@ -143,14 +146,14 @@ def _two_versions(url: str) -> list[tuple[str, tuple[str, str]]]:
 
 def _check_answers(ports: dict[str, int], requests: dict[str, dict[str, Request]]) -> None:
     """Both find the same number of versions: the figures are of the same question."""
-    keys = {OURS: "items", THEIRS: "model_versions"}
     for name in (FULL_PAGE, FEW):
         counts: dict[str, int] = {}
         for case, port in ports.items():
             with closing(load.Client(port)) as client:
-                counts[case] = len(json.loads(client.call(requests[case][name](0))).get(keys[case], []))
+                answer = json.loads(client.call(requests[case][name](0)))
+                counts[case] = len(answer.get("model_versions" if case == THEIRS else "items", []))
         print(f"{name}: {counts[OURS]} versions a page")
-        if counts[OURS] != counts[THEIRS] or not counts[OURS]:
+        if len(set(counts.values())) > 1 or not counts[OURS]:
             raise RuntimeError(f"{name} finds {counts}")
 
 
@@ -161,23 +164,23 @@ def _compare(
     rounds: int,
     seconds: float,
 ) -> None:
-    rows = [
-        ["case", *(f"{case}, {what}" for what in ("requests/s", "ms of CPU") for case in running), "times", "times CPU"]
-    ]
+    ours = [case for case in running if case != THEIRS]
+    heading = [f"{case}, {what}" for what in ("requests/s", "ms of CPU") for case in running]
+    rows = [["case", *heading, *(f"{case}, {what}" for what in ("times", "times CPU") for case in ours)]]
     for name in (FULL_PAGE, FEW, MOVE):
         rates: dict[str, list[float]] = {case: [] for case in running}
         costs: dict[str, list[float]] = {case: [] for case in running}
-        counted: dict[str, Request] = {case: _counting(requests[case][name]) for case in running}
+        of_theirs, of_ours = _counting(requests[THEIRS][name]), _counting(requests[OURS][name])
         for number in range(rounds + 1):
             for case, (port, process_id) in running.items():
                 before = load.cpu_seconds(process_id)
-                rate = load.requests_per_second(port, counted[case], CLIENTS, seconds)
+                rate = load.requests_per_second(port, of_theirs if case == THEIRS else of_ours, CLIENTS, seconds)
                 if number:
                     rates[case].append(rate)
                     costs[case].append((load.cpu_seconds(process_id) - before) / (rate * seconds) * 1e3)
-        times = [one / other for one, other in zip(rates[OURS], rates[THEIRS], strict=True)]
-        cheaper = [other / one for one, other in zip(costs[OURS], costs[THEIRS], strict=True)]
-        figures = (*rates.values(), *costs.values(), times, cheaper)
+        times = [[one / other for one, other in zip(rates[case], rates[THEIRS], strict=True)] for case in ours]
+        cheaper = [[other / one for one, other in zip(costs[case], costs[THEIRS], strict=True)] for case in ours]
+        figures = (*rates.values(), *costs.values(), *times, *cheaper)
         rows.append([name, *(harness.spread(values) for values in figures)])
     title = (
         f"{kind}, {CLIENTS} clients, {seconds:g} s a round ({rounds} rounds), CPU of the servers without the database's"

@@ -42,10 +42,10 @@ def adaptory(url: str, home: Path, stack: ExitStack) -> int:
     return started(url, home, stack)[0]
 
 
-def started(url: str, home: Path, stack: ExitStack) -> tuple[int, int]:
+def started(url: str, home: Path, stack: ExitStack, processes: int = 1) -> tuple[int, int]:
     """Its port and its process id."""
     port = load.free_port()
-    command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker"]
+    command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker", "--processes", str(processes)]
     environment = {"ADAPTORY_HOME": str(home), "ADAPTORY_DATABASE_URL": url}
     return port, stack.enter_context(load.process(port, command, **environment))
 

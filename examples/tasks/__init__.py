@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from . import guard, sql, support, terraform
+from .small import SMALL
 
 DATA_SEED = 20
 HELD_OUT = 32
@@ -44,4 +45,8 @@ TASKS = {
         "support-exact", "target", "Customer messages, answered by a filled-in support macro", support.pairs
     ),
     "guard": Task("guard-general", "guard", "General questions that no adapter here trains on", guard.pairs),
+}
+STUDY_TASKS = {
+    name: Task(f"{name}-exact", "target", f"A small task of the study of pairs: {name}", pairs)
+    for name, pairs in SMALL.items()
 }

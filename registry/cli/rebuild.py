@@ -5,7 +5,7 @@ from typing import Any
 
 from registry.cli import render
 from registry.cli.connect import Connection, base_checkpoint, release_directory, resolved
-from registry.errors import Invalid, Refused
+from registry.errors import Invalid, NotAllowed, Refused
 
 Json = dict[str, Any]
 
@@ -37,6 +37,13 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
             f"The note in {name} tells of other weights than the registry.",
             subject=name,
             next_step="Do not serve it; ask who published it.",
+        )
+    if any(row["repository"] is None for row in release["inputs"]):
+        raise NotAllowed(
+            "hidden_input",
+            f"{name} was made from adapters that you may not read.",
+            subject=name,
+            next_step="Ask an administrator of their namespace.",
         )
     inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in release["inputs"]]
     adapters = [release_directory(connection, found) for found in inputs]

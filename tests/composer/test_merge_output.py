@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from composer import chunks, shards
+from composer import chunks, ranges, shards
 from composer.errors import InvalidFile, NotSupported, RefusedOutput
 from composer.formats.checkpoint import Checkpoint, open_checkpoint
 from composer.hashing import hash_checkpoint, hash_file
@@ -84,7 +84,7 @@ def test_tensors_larger_than_a_chunk_are_merged_the_same(
 ) -> None:
     run_merge(plan, tmp_path / "whole", device="cpu")
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
-    monkeypatch.setattr(shards, "_COPY_BYTES", 100)
+    monkeypatch.setattr(ranges, "_COPY_BYTES", 100)
     run_merge(plan, tmp_path / "pieces", device="cpu")
     whole = tensors_in(tmp_path / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors_in(tmp_path / "pieces").items())
@@ -149,9 +149,9 @@ def test_a_disk_that_fills_up_during_a_merge_is_one_clear_error_and_leaves_nothi
 def test_a_bit_that_flips_on_the_way_of_a_copied_range_is_noticed(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = shards.copy_range
+    copy = ranges.copy_range
 
-    def flipping(part: shards.Range, source: int, target: int) -> None:
+    def flipping(part: ranges.Range, source: int, target: int) -> None:
         copy(part, source, target)
         flip(target, part.target + part.size_bytes - 1)
 

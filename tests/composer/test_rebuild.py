@@ -1,0 +1,180 @@
+"""A merged checkpoint made again from what its note names, and told apart: the same, rounding, another thing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from composer import chunks
+from composer.errors import InvalidFile, Mismatch
+from composer.formats.checkpoint import open_checkpoint
+from composer.formats.header import read_header
+from composer.merge import plan_merge, run_merge
+from composer.rebuild import Rebuilt, plan_rebuild, rebuild, steps_apart
+from composer.rounding import Mode, Rounding
+from tests.composer.tiny import MakeAdapter, MakeModel
+
+
+@pytest.fixture
+def base(make_model: MakeModel) -> Path:
+    base = make_model(dtype=torch.bfloat16, shard="6KB")
+    (base / "tokenizer.json").write_text("{}")
+    return base
+
+
+@pytest.fixture
+def adapters(base: Path, make_adapter: MakeAdapter) -> list[Path]:
+    return [make_adapter(base, "one", seed=1), make_adapter(base, "two", seed=2, target_modules=["q_proj", "up_proj"])]
+
+
+def merged(base: Path, adapters: list[Path], out: Path, **options: object) -> Path:
+    pairs = list(zip(adapters, [0.5, -1.25], strict=True))
+    run_merge(plan_merge(open_checkpoint(base), pairs, **options), out, "cpu")  # pyright: ignore[reportArgumentType]
+    return out
+
+
+def again(base: Path, adapters: list[Path], out: Path) -> Rebuilt:
+    return rebuild(plan_rebuild(out, open_checkpoint(base), adapters), out, "cpu")
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "stacked": {},
+    "a mean in float16": {"method": "linear", "settings": {"normalize": True}, "dtype": "fp16"},
+    "by chance": {"rounding": Rounding(Mode.STOCHASTIC, 5)},
+    "ties": {"method": "ties", "settings": {"density": 0.5}},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_merge_made_again_is_the_same_whatever_the_adapters_order_and_what_a_release_adds(
+    case: str, base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged", **OPTIONS[case])
+    (out / "README.md").write_text("a card that the release has besides")
+    found = again(base, adapters[::-1], out)
+    assert found.verdict == "same"
+    files = {file.name for file in out.iterdir()} - {"adaptory.json", "README.md", "generation_config.json"}
+    assert files <= set(found.same)
+
+
+def test_products_of_other_shapes_may_differ_in_their_last_bit_which_is_told_as_rounding(
+    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of other sizes stand for another machine: another kernel adds in another order."""
+    out = merged(base, adapters, tmp_path / "merged")
+    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
+    assert again(base, adapters, out).verdict in ("same", "rounding")
+
+
+def test_progress_counts_every_byte_once(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    plan, done = plan_rebuild(out, open_checkpoint(base), adapters), list[int]()
+    rebuild(plan, out, "cpu", done.append)
+    assert sum(done) == plan.size_bytes
+
+
+def nudge(file: Path, tensor: str, element: int, by: int) -> None:
+    """Move one bfloat16 element of a file by that many steps of its bits."""
+    entry = read_header(file).tensors[tensor]
+    with file.open("r+b") as opened:
+        opened.seek(entry.begin + 2 * element)
+        bits = int.from_bytes(opened.read(2), "little")
+        opened.seek(entry.begin + 2 * element)
+        opened.write((bits + by).to_bytes(2, "little"))
+
+
+def touched(base: Path, out: Path) -> tuple[Path, str]:
+    """A file of the merged checkpoint, and a tensor in it that the adapters changed."""
+    for file in sorted(out.glob("*.safetensors")):
+        before, after = load_file(base / file.name), load_file(file)
+        for name, tensor in after.items():
+            if not torch.equal(tensor, before[name]):
+                return file, name
+    raise AssertionError("nothing was changed")
+
+
+@pytest.mark.parametrize(("by", "verdict", "counts"), [(1, "rounding", (1, 0)), (2, "different", (0, 1))])
+def test_a_neighbouring_value_is_told_apart_from_another_one(
+    by: int, verdict: str, counts: tuple[int, int], base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    file, tensor = touched(base, out)
+    nudge(file, tensor, 3, by)
+    found = again(base, adapters, out)
+    assert found.verdict == verdict
+    (difference,) = found.different
+    assert (difference.file, difference.neighbours, difference.others) == (file.name, *counts)
+    assert file.name not in found.same
+
+
+def test_a_changed_copy_a_missing_file_and_another_config_are_named(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    names = [file.name for file in sorted(out.glob("*.safetensors"))]
+    copied = next(name for name in names if (out / name).read_bytes() == (base / name).read_bytes())
+    gone = next(name for name in names if name != copied)
+    (out / gone).unlink()
+    content = bytearray((out / copied).read_bytes())
+    content[-1] ^= 1
+    (out / copied).write_bytes(content)
+    (out / "tokenizer.json").write_text("[]")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "vocab_size": 65}))
+    found = again(base, adapters, out)
+    assert found.verdict == "different"
+    assert {one.file: one.why for one in found.different} == {
+        copied: "has other bytes where the base was copied",
+        gone: "is missing",
+        "tokenizer.json": "is another",
+        "config.json": "has other contents",
+    }
+
+
+def test_another_base_gives_another_model(
+    base: Path, adapters: list[Path], tmp_path: Path, make_model: MakeModel
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    other = make_model(dtype=torch.bfloat16, shard="6KB", name="other")
+    for file in other.glob("*.safetensors"):
+        save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert again(other, adapters, out).verdict == "different"
+
+
+def test_an_adapter_that_was_not_merged_is_refused(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    with pytest.raises(Mismatch, match="two that was merged"):
+        plan_rebuild(out, open_checkpoint(base), adapters[:1])
+
+
+@pytest.mark.parametrize("note", [None, {"made": "combine"}, {"made": "merge"}, {"made": "merge", "adapters": [1]}])
+def test_a_directory_without_a_note_of_a_merge_is_refused(
+    note: dict[str, object] | None, base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    shutil.copytree(base, out)
+    if note is not None:
+        (out / "adaptory.json").write_text(json.dumps(note))
+    with pytest.raises(InvalidFile):
+        plan_rebuild(out, open_checkpoint(base), adapters)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "counts"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], (0, 0)),
+        ([0.0], [-0.0], (1, 0)),
+        ([float("inf")], [torch.finfo(torch.bfloat16).max], (0, 1)),
+        ([-1.0], [-1.0078125], (1, 0)),
+        ([-1.0], [1.0], (0, 1)),
+    ],
+)
+def test_steps_are_counted_across_zero_and_signs(one: list[float], other: list[float], counts: tuple[int, int]) -> None:
+    assert steps_apart(torch.tensor(one, dtype=torch.bfloat16), torch.tensor(other, dtype=torch.bfloat16)) == counts
+
+
+def test_integers_are_the_same_or_not() -> None:
+    assert steps_apart(torch.tensor([1, 2]), torch.tensor([1, 3])) == (0, 1)

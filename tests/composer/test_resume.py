@@ -1,0 +1,243 @@
+"""A merge that is killed leaves nothing that looks complete, and the same merge goes on where it stopped."""
+
+import fcntl
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer import output
+from composer.errors import RefusedOutput
+from composer.formats.checkpoint import open_checkpoint
+from composer.merge import MergePlan, plan_merge, run_merge
+from composer.output import writing_aside
+from composer.ranges import Range, copy_range
+from composer.resume import JOURNAL_FILE, Journal
+from tests.composer.tiny import MakeAdapter, MakeModel
+
+# Slowed down after every piece, so that a signal finds it at any point.
+SLOW_MERGE = """
+import sys, time
+from pathlib import Path
+from composer.formats.checkpoint import open_checkpoint
+from composer.merge import plan_merge, run_merge
+base, adapter, out = map(Path, sys.argv[1:])
+plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
+print("ready", flush=True)
+run_merge(plan, out, "cpu", lambda count: time.sleep(0.005))
+"""
+
+
+@pytest.fixture
+def base(make_model: MakeModel) -> Path:
+    return make_model(dtype=torch.bfloat16, shard="6KB")
+
+
+@pytest.fixture
+def adapter(base: Path, make_adapter: MakeAdapter) -> Path:
+    return make_adapter(base)
+
+
+@pytest.fixture
+def plan(base: Path, adapter: Path) -> MergePlan:
+    return plan_merge(open_checkpoint(base), [(adapter, 1.0)])
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def asides(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if ".partial-" in path.name]
+
+
+def interrupt_after_shards(plan: MergePlan, out: Path, count: int) -> None:
+    """Ends the merge as Ctrl-C does, once `count` shards are written down and others are begun."""
+    enough, done = sum(shard.size_bytes for shard in plan.shards[: count + 1]), 0
+
+    def interrupt(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        if done > enough:
+            (aside,) = asides(out.parent)
+            deadline = time.monotonic() + 60
+            while (aside / JOURNAL_FILE).read_text().count("\n") < count and time.monotonic() < deadline:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(plan, out, "cpu", interrupt)
+
+
+def test_an_interrupted_merge_looks_unfinished_and_goes_on_from_its_finished_shards(
+    plan: MergePlan, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    interrupt_after_shards(plan, out, 2)
+    assert not out.exists()
+    (aside,) = asides(tmp_path)
+    assert not (aside / "adaptory.json").exists()
+    report = run_merge(plan, out, "cpu")
+    assert 0 < report.resumed_bytes < plan.size_bytes
+    assert asides(tmp_path) == []
+    whole = run_merge(plan, tmp_path / "at once", "cpu")
+    assert files_of(out) == files_of(tmp_path / "at once")
+    assert report.survival == whole.survival
+
+
+def test_progress_of_a_resumed_merge_counts_every_byte_once(plan: MergePlan, tmp_path: Path) -> None:
+    interrupt_after_shards(plan, tmp_path / "merged", 2)
+    done: list[int] = []
+    run_merge(plan, tmp_path / "merged", "cpu", done.append)
+    assert sum(done) == plan.size_bytes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_merge_killed_at_random_points_ends_with_the_same_bytes(
+    seed: int, plan: MergePlan, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    run_merge(plan, tmp_path / "at once", "cpu")
+    out, chance = tmp_path / "merged", random.Random(seed)
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", SLOW_MERGE, base, adapter, out], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(chance.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if out.exists():
+            break
+    else:
+        run_merge(plan, out, "cpu")
+    assert files_of(out) == files_of(tmp_path / "at once")
+    assert asides(tmp_path) == []
+
+
+def test_a_shard_that_somebody_wrote_to_since_is_written_anew(plan: MergePlan, tmp_path: Path) -> None:
+    interrupt_after_shards(plan, tmp_path / "merged", 2)
+    (aside,) = asides(tmp_path)
+    first = plan.shards[0].file
+    with (aside / first).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    run_merge(plan, tmp_path / "merged", "cpu")
+    run_merge(plan, tmp_path / "at once", "cpu")
+    assert files_of(tmp_path / "merged") == files_of(tmp_path / "at once")
+
+
+def test_a_finished_shard_is_verified_again(plan: MergePlan, tmp_path: Path) -> None:
+    """A disk that lies: other bytes, and yet the size and the time that were written down."""
+    interrupt_after_shards(plan, tmp_path / "merged", 2)
+    (aside,) = asides(tmp_path)
+    shard = aside / (aside / JOURNAL_FILE).read_text().split('"')[1]
+    before = shard.stat()
+    content = bytearray(shard.read_bytes())
+    for place in range(len(content) - 2000, len(content)):
+        content[place] ^= 0b0100_0000
+    shard.write_bytes(content)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(RefusedOutput, match="not written as"):
+        run_merge(plan, tmp_path / "merged", "cpu")
+    assert asides(tmp_path) == []
+
+
+def test_another_merge_to_the_same_place_starts_from_nothing(
+    plan: MergePlan, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    interrupt_after_shards(plan, tmp_path / "merged", 2)
+    other = plan_merge(open_checkpoint(base), [(adapter, 0.5)])
+    assert other.key != plan.key
+    assert run_merge(other, tmp_path / "merged", "cpu").resumed_bytes == 0
+    assert asides(tmp_path) == []
+
+
+def test_a_changed_base_is_another_merge(plan: MergePlan, base: Path) -> None:
+    before, shard = plan.key, base / plan.shards[0].file
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    assert plan.key != before
+
+
+def test_a_base_written_to_during_the_merge_is_refused(plan: MergePlan, base: Path, tmp_path: Path) -> None:
+    def touch(count: int) -> None:
+        os.utime(base / plan.shards[-1].file, ns=(0, 1))
+
+    with pytest.raises(RefusedOutput) as caught:
+        run_merge(plan, tmp_path / "merged", "cpu", touch)
+    assert caught.value.code == "inputs_changed"
+
+
+def test_two_processes_on_one_output_do_not_meet(plan: MergePlan, base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    process = subprocess.Popen([sys.executable, "-c", SLOW_MERGE, base, adapter, out], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    while not list(tmp_path.glob(f"*.partial-*/{JOURNAL_FILE}")) and process.poll() is None:
+        time.sleep(0.001)
+    with pytest.raises(RefusedOutput) as caught:
+        run_merge(plan, out, "cpu")
+    assert caught.value.code in ("busy", "exists")
+    assert process.wait() == 0
+    process.stdout.close()
+    run_merge(plan, tmp_path / "at once", "cpu")
+    assert files_of(out) == files_of(tmp_path / "at once")
+
+
+def test_what_is_in_use_is_not_taken_for_abandoned(tmp_path: Path) -> None:
+    busy, left = tmp_path / "out.partial-busy", tmp_path / "out.partial-left"
+    busy.mkdir()
+    left.mkdir()
+    handle = os.open(busy, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with writing_aside(tmp_path / "out", 0, "mine") as aside:
+        assert aside.name == "out.partial-mine"
+        assert busy.exists()
+        assert not left.exists()
+    os.close(handle)
+
+
+def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = output._finish  # pyright: ignore[reportPrivateUsage]
+
+    def too_late(aside: Path, out_dir: Path) -> None:
+        if not out_dir.exists():
+            out_dir.mkdir()
+            (out_dir / "theirs").touch()
+        finish(aside, out_dir)
+
+    monkeypatch.setattr(output, "_finish", too_late)
+    with pytest.raises(RefusedOutput, match="exists"):
+        run_merge(plan, tmp_path / "merged", "cpu")
+    assert [file.name for file in (tmp_path / "merged").iterdir()] == ["theirs"]
+    assert asides(tmp_path) == []
+
+
+@pytest.mark.parametrize("spoilt", [b'["b", 1', b"\0\0\0\n", b"[1]\n", b'{"b": 1}\n'])
+def test_a_journal_is_believed_up_to_the_line_that_a_crash_spoilt(spoilt: bytes, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(name.encode())
+    journal = Journal(tmp_path)
+    assert not journal.holds("a")
+    (tmp_path / "a").write_bytes(b"a")
+    journal.finish(tmp_path / "a")
+    with (tmp_path / JOURNAL_FILE).open("ab") as file:
+        file.write(spoilt)
+    again = Journal(tmp_path)
+    assert again.holds("a")
+    assert {file.name for file in tmp_path.iterdir()} == {"a", JOURNAL_FILE}
+
+
+def test_copying_a_range_of_nothing_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"abc")
+    with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("w+b") as target:
+        copy_range(Range(tmp_path / "source", 1, 0, 0), source.fileno(), target.fileno())
+        copy_range(Range(tmp_path / "source", 1, 4, 2), source.fileno(), target.fileno())
+    assert (tmp_path / "target").read_bytes() == b"\0\0\0\0bc"
