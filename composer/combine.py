@@ -1,27 +1,20 @@
 """Several adapters -> one ordinary PEFT adapter, every scale folded in, s = 1: exactly, or cut to a rank."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from composer.adapter import one_a_place, pairs_of, write_adapter
 from composer.checks import structural
-from composer.delta import Computed, Delta, Layout, LowRank, Replacement
-from composer.errors import NotSupported, RefusedOutput
+from composer.delta import LowRank
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
-from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
-from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
-from composer.formats.naming import PEFT_PREFIX, split_key
+from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file
 from composer.methods import Compression, combine_deltas
-from composer.methods.linear import side_by_side
-from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.settings import parse_settings
-from composer.tensors import DTYPE_NAMES, tensor_bytes
 from composer.variants import LoadedAdapter, load_deltas
 from composer.weights import Weight, parse_weight
 
@@ -71,22 +64,13 @@ def combine(
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
     # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
-    deltas = _one_a_place(combined.deltas)
-    _refuse_computed(deltas)
-    tensors = _tensors(deltas)
-    config = _config(loaded, deltas)
-    specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
-    _refuse_not_finite(tensors)
-    head = encode_header(specs, {"format": "pt"})
-    size = len(head) + sum(spec.size_bytes for spec in specs.values())
-    with writing_aside(out_dir, size + _SPARE_BYTES) as aside:
-        with (aside / WEIGHTS_FILE).open("wb") as file:
-            file.write(head)
-            for name in parse_header(head, size).tensors:
-                file.write(tensor_bytes(tensors[name]))
-        write_json(aside / CONFIG_FILE, config)
-        write_json(aside / NOTE_FILE, _note(loaded, [weight for _, weight in adapters], method, parsed, note))
-    pairs = _pairs(deltas)
+    deltas = one_a_place(combined.deltas)
+    pairs = pairs_of(deltas)
+    first = loaded[0].config.raw
+    fields = {name: first.get(name) for name in _SHARED_FIELDS}
+    fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
+    told = _note(loaded, [weight for _, weight in adapters], method, parsed, note)
+    size = write_adapter(deltas, out_dir, _targets(loaded, pairs), fields, told)
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(pairs),
@@ -96,75 +80,6 @@ def combine(
         compressions=tuple(combined.compressions),
         findings=(*structural(loaded, {"tied": "untie"}), *_dropped_copies(loaded)),
     )
-
-
-def _one_a_place(deltas: Sequence[Delta]) -> list[Delta]:
-    """A sum of low-rank deltas as one: an adapter holds one pair a place."""
-    places: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
-    for delta in _pairs(deltas):
-        places[delta.weight, delta.begin].append(delta)
-    summed = [one for own in places.values() for one in side_by_side(own, [1.0] * len(own))]
-    return [*(delta for delta in deltas if not isinstance(delta, LowRank)), *summed]
-
-
-def _pairs(deltas: Sequence[Delta]) -> list[LowRank]:
-    return [delta for delta in deltas if isinstance(delta, LowRank)]
-
-
-def _refuse_computed(deltas: Sequence[Delta]) -> None:
-    for delta in deltas:
-        if isinstance(delta, Computed):
-            message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
-            next_step = "Cut it to a rank (rank=32 or energy=0.99), or merge it into the base."
-            raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
-
-
-def _tensors(deltas: Sequence[Delta]) -> dict[str, torch.Tensor]:
-    """PEFT's key -> tensor."""
-    targeted = {delta.module for delta in _pairs(deltas)}
-    tensors: dict[str, torch.Tensor] = {}
-    for delta in deltas:
-        path = f"{PEFT_PREFIX}{delta.module}"
-        if isinstance(delta, Replacement):
-            wrapped = ".base_layer" if delta.module in targeted else ""
-            tensors[f"{path}{wrapped}.{delta.weight.rsplit('.', 1)[-1]}"] = delta.tensor
-        elif isinstance(delta, LowRank) and delta.layout is Layout.EMBEDDING:
-            tensors |= {f"{path}.lora_embedding_A": delta.A_RI, f"{path}.lora_embedding_B": delta.B_OR}
-        elif isinstance(delta, LowRank):
-            tensors |= {f"{path}.lora_A.weight": delta.A_RI, f"{path}.lora_B.weight": delta.B_OR}
-    return tensors
-
-
-def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if DTYPE_NAMES[tensor.dtype] in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
-            message = f"{key} would have a NaN or an infinite value."
-            raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
-
-
-def _config(loaded: Sequence[LoadedAdapter], deltas: Sequence[Delta]) -> dict[str, Any]:
-    pairs = _pairs(deltas)
-    if not pairs:
-        raise NotSupported("no_pairs", "None of the adapters has a low-rank pair: there is nothing to combine.")
-    rank = Counter(delta.rank for delta in pairs).most_common(1)[0][0]
-    ranks = {f"^{delta.module}": delta.rank for delta in pairs if delta.rank != rank}
-    first = loaded[0].config.raw
-    config: dict[str, Any] = {name: first.get(name) for name in _SHARED_FIELDS}
-    return config | {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "use_rslora": False,
-        "fan_in_fan_out": any(adapter.config.fan_in_fan_out for adapter in loaded),
-        "bias": _bias(deltas),
-        "target_modules": _targets(loaded, pairs),
-        "modules_to_save": _whole_modules(deltas) or None,
-        "lora_dropout": 0.0,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
 
 
 def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[str]:
@@ -184,18 +99,6 @@ def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[
         names.update(targets)
     covered = all(any(f".{path}".endswith(f".{name}") for name in names) for path in paths)
     return sorted(names) if covered else paths
-
-
-def _bias(deltas: Sequence[Delta]) -> str:
-    targeted = {delta.module for delta in _pairs(deltas)}
-    biased = {d.module for d in deltas if isinstance(d, Replacement) and d.weight.endswith(".bias")}
-    if not biased:
-        return "none"
-    return "lora_only" if biased <= targeted else "all"
-
-
-def _whole_modules(deltas: Sequence[Delta]) -> list[str]:
-    return sorted({d.module for d in deltas if isinstance(d, Replacement) and not d.weight.endswith(".bias")})
 
 
 def _note(

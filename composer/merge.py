@@ -1,33 +1,44 @@
 """Merge adapters into a checkpoint: plan which shard is copied and which rewritten, then run the plan and verify it."""
 
+import hashlib
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from composer.checks import structural
-from composer.chunks import TensorPlan
+from composer.chunks import Rewriter, TensorPlan
 from composer.delta import Delta, Replacement
-from composer.errors import Mismatch, NotSupported
-from composer.findings import Finding
+from composer.errors import Mismatch, NotSupported, RefusedOutput
+from composer.findings import Finding, Severity
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint
 from composer.formats.facts import WEIGHTS_FILE
-from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
+from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
 from composer.formats.naming import embedding_tensors
+from composer.fp8 import Dequantized, dequantized
 from composer.hashing import architecture_digest, hash_file
 from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
+from composer.resume import Journal
+from composer.rounding import Rounding
 from composer.settings import parse_settings
 from composer.shards import ShardPlan, write_shards
+from composer.survival import Survival, swallowed, whole
 from composer.tensors import TORCH_DTYPES, map_tensor, torch_device
 from composer.variants import LoadedAdapter, load_deltas
+from composer.weights import Weight, parse_weight
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
+_BYTES_VERSION = (
+    1  # raised when the same inputs no longer give the same bytes, so that no merge goes on with an older one's
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +46,11 @@ class AdapterUse:
     """One input of a merge: `digest` is the sha256 of its weights file."""
 
     name: str
-    weight: float
+    weight: Weight
     digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "weight": self.weight.to_json(), "digest": self.digest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,7 @@ class MergePlan:
     settings: Mapping[str, object]
     adapters: tuple[AdapterUse, ...]
     findings: tuple[Finding, ...]
+    rounding: Rounding = field(default_factory=Rounding)
 
     @property
     def touched(self) -> list[str]:
@@ -60,12 +75,23 @@ class MergePlan:
     def size_bytes(self) -> int:
         return sum(shard.size_bytes for shard in self.shards)
 
+    @property
+    def key(self) -> str:
+        """The same for plans that give the same bytes, as long as no input is written to: 12 hex digits."""
+        base = [
+            [shard.file, *(getattr(shard.path.stat(), name) for name in ("st_size", "st_mtime_ns", "st_ino"))]
+            for shard in self.shards
+        ]
+        described = [_BYTES_VERSION, str(self.checkpoint.path.absolute()), base, self.config, self.to_json()]
+        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "method": self.method,
             "settings": dict(self.settings),
             "dtype": self.dtype,
-            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "rounding": asdict(self.rounding),
+            "adapters": [adapter.to_json() for adapter in self.adapters],
             "copied_shards": [shard.file for shard in self.shards if not shard.rewritten],
             "rewritten_shards": [shard.file for shard in self.shards if shard.rewritten],
             "touched_tensors": self.touched,
@@ -76,33 +102,42 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. Bytes were copied by the kernel or rewritten through float32; copied ones were compared."""
+    """What a merge did. Bytes were copied by the kernel or rewritten through float32; copied ones were compared, and
+    `resumed_bytes` of both are from an earlier run that was interrupted, and were verified again.
+
+    `survival` is what rounding left of all deltas together, `findings` says which were too small for the dtype.
+    """
 
     out_dir: str
     touched_tensors: int
     shards: int
     copied_bytes: int
     rewritten_bytes: int
+    resumed_bytes: int
     verified_rows: int
     seconds: float
     device: str
+    survival: Survival
+    findings: tuple[Finding, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        told = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
+        return {**asdict(self), **told}
 
 
 def plan_merge(
     checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Path, float]],
+    adapters: Sequence[tuple[Path, Weight | float]],
     method: str = "stack",
     settings: Mapping[str, object] | None = None,
     dtype: str | None = None,
+    rounding: Rounding | None = None,
 ) -> MergePlan:
-    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Loads the adapters' factors, no base
+    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Looks at the adapters' factors, at no base
     weights.
 
-    `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. Raises Mismatch, NotSupported and
-    InvalidFile for whatever cannot be merged truly.
+    `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` is to the nearest
+    value without another choice. Raises Mismatch, NotSupported and InvalidFile for whatever cannot be merged truly.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise NotSupported(
@@ -113,29 +148,24 @@ def plan_merge(
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     deltas: dict[str, list[Delta]] = defaultdict(list)
-    for delta in combine_deltas(loaded, [weight for _, weight in adapters], method, parsed):
+    for delta in combine_deltas(loaded, [weight for _, weight in adapters], method, parsed).deltas:
         deltas[delta.weight].append(delta)
-    config = dict(checkpoint.config)
     head = _untied_head(checkpoint, loaded) if parsed["tied"] == "untie" else None
-    if head is not None:
-        config["tie_word_embeddings"] = False
-    if dtype is not None:
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix(
-            "torch."
-        )
+    source = dequantized(checkpoint)
     uses = [
-        AdapterUse(one.name, weight, hash_file(one.path / WEIGHTS_FILE))
+        AdapterUse(one.name, parse_weight(weight), hash_file(one.path / WEIGHTS_FILE))
         for one, (_, weight) in zip(loaded, adapters, strict=True)
     ]
     return MergePlan(
         checkpoint=checkpoint,
-        shards=_plan_shards(checkpoint, deltas, head, None if dtype is None else _DTYPES[dtype]),
-        config=config,
+        shards=_plan_shards(_Layout(checkpoint, source, deltas, head, None if dtype is None else _DTYPES[dtype])),
+        config=_config(source.config, head, dtype),
         dtype=dtype,
         method=method,
         settings=parsed,
         adapters=tuple(uses),
-        findings=tuple(structural(loaded, parsed)),
+        findings=(*structural(loaded, parsed), *_missing_tokenizer(checkpoint.path)),
+        rounding=rounding or Rounding(),
     )
 
 
@@ -146,70 +176,119 @@ def run_merge(
     progress: Callable[[int], None] | None = None,
     note: Mapping[str, Any] | None = None,
 ) -> MergeReport:
-    """Write the merged checkpoint to `out_dir`: aside, verified, renamed. Memory is a few chunks a thread besides the
-    factors.
+    """Write the merged checkpoint to `out_dir`: aside, verified, renamed. Memory is a few chunks a thread and the
+    factors of a few tensors, whatever the model's size.
 
-    `device` is `auto` (CUDA when there is one), `cpu` or `cuda:N`. `progress` is called from several threads with the
-    bytes just done, `plan.size_bytes` in all. `note` (a recipe, a lock) goes into adaptory.json. Raises RefusedOutput
-    for a directory that exists, a full disk, a value too large for the output dtype or a result that verification
-    does not confirm.
+    A merge that was killed or interrupted goes on where it stopped when it is run again with the same inputs: whole
+    shards are kept, verified once more. `device` is `auto` (CUDA when there is one), `cpu` or `cuda:N`. `progress` is
+    called from several threads with the bytes just done, `plan.size_bytes` in all. `note` (a recipe, a lock) goes into
+    adaptory.json. Raises RefusedOutput for a directory that exists or is being written, a full disk, inputs that were
+    written to meanwhile, a value too large for the output dtype or a result that verification does not confirm.
     """
     started = time.monotonic()
     chosen = torch_device(device)
-    with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES) as aside:
+    key = plan.key
+    with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES, key) as aside:
+        journal = Journal(aside)
         copy_side_files(plan.checkpoint.path, aside)
         write_json(aside / "config.json", plan.config)
         if plan.checkpoint.index is not None:
-            write_json(aside / INDEX_FILE, _index(plan))
-        write_json(aside / NOTE_FILE, _note(plan, note))
-        written = write_shards(plan.shards, aside, chosen, progress)
+            write_json(aside / INDEX_FILE, index_of(plan))
+        written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
+        if plan.key != key:
+            raise RefusedOutput(
+                "inputs_changed",
+                f"{plan.checkpoint.path} was written to during the merge.",
+                subject=str(plan.checkpoint.path),
+                next_step="Merge again when nobody writes to it.",
+            )
+        write_json(aside / NOTE_FILE, _note(plan, note, written.survivals))
+        journal.close()
+    dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}
     return MergeReport(
         out_dir=str(out_dir),
         touched_tensors=len(plan.touched),
         shards=len(plan.shards),
         copied_bytes=written.copied_bytes,
         rewritten_bytes=written.rewritten_bytes,
+        resumed_bytes=written.resumed_bytes,
         verified_rows=written.verified_rows,
         seconds=time.monotonic() - started,
         device=str(chosen),
+        survival=whole(written.survivals.values()),
+        findings=tuple(swallowed(written.survivals, dtypes, plan.rounding)),
     )
 
 
-def _plan_shards(
-    checkpoint: Checkpoint, deltas: Mapping[str, Sequence[Delta]], head: str | None, dtype: str | None
-) -> tuple[ShardPlan, ...]:
-    """The output's files: the base's layout, cast where asked, an untied head beside the embedding it came from."""
-    shards: list[ShardPlan] = []
-    embedding = embedding_tensors(checkpoint.architecture.tensors)[0] if head is not None else ""
-    for file, header in checkpoint.shards.items():
-        sources = {name: checkpoint.locate(name) for name in header.tensors}
-        if head is not None and (
-            head in sources or (embedding in sources and head not in checkpoint.architecture.tensors)
-        ):
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What decides the output's tensors: the base's, what is done to them, an untied head, and a dtype for all."""
+
+    checkpoint: Checkpoint
+    dequantized: Dequantized
+    deltas: Mapping[str, Sequence[Delta]]
+    head: str | None
+    dtype: str | None
+
+    def sources(self, header: Header) -> dict[str, tuple[Path, TensorEntry]]:
+        """By output name, for one of the base's files: an untied head lies beside the embedding it came from."""
+        checkpoint, head = self.checkpoint, self.head
+        sources = {name: checkpoint.locate(name) for name in header.tensors if name not in self.dequantized.scales}
+        embedding = embedding_tensors(checkpoint.architecture.tensors)[0] if head is not None else ""
+        beside = embedding in sources and head not in checkpoint.architecture.tensors
+        if head is not None and (head in sources or beside):
             sources[head] = checkpoint.locate(embedding)
-        specs = {name: _output_spec(entry.spec, name, dtype, deltas) for name, (_, entry) in sources.items()}
+        return sources
+
+    def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
+        """Raises NotSupported for a tensor that nothing can be added to."""
+        decoded = self.dequantized.tensors.get(name)
+        spec = stored if decoded is None else replace(stored, dtype=decoded.dtype)
+        adding = any(not isinstance(delta, Replacement) for delta in self.deltas.get(name, ()))
+        if adding and spec.dtype not in FLOAT_DTYPES:
+            message = f"{name} is stored as {spec.dtype}, which nothing can be added to."
+            raise NotSupported("dtype", message, subject=name, next_step="Use the unquantized base.")
+        return replace(spec, dtype=self.dtype) if self.dtype is not None and spec.dtype in FLOAT_DTYPES else spec
+
+    def tensor(self, source: tuple[Path, TensorEntry], target: TensorEntry) -> TensorPlan:
+        path, entry = source
+        decoded = self.dequantized.tensors.get(entry.name)
+        return TensorPlan(path, entry, target, tuple(self.deltas.get(target.name, ())), decoded)
+
+
+def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
+    """The output's files: the base's, byte for byte where nothing changes a header."""
+    shards: list[ShardPlan] = []
+    for file, header in layout.checkpoint.shards.items():
+        sources = layout.sources(header)
+        specs = {name: layout.spec(name, entry.spec) for name, (_, entry) in sources.items()}
         unchanged = list(specs.items()) == [(name, entry.spec) for name, entry in header.tensors.items()]
-        path = checkpoint.path / file
+        path = layout.checkpoint.path / file
         head_bytes = _first_bytes(path, header.data_begin) if unchanged else encode_header(specs, header.metadata)
         size = len(head_bytes) + sum(spec.size_bytes for spec in specs.values())
         targets = parse_header(head_bytes, size, subject=file).tensors
-        tensors = tuple(
-            TensorPlan(*sources[name], target, tuple(deltas.get(name, ()))) for name, target in targets.items()
-        )
+        tensors = tuple(layout.tensor(sources[name], target) for name, target in targets.items())
         shards.append(ShardPlan(file, path, head_bytes, size, tensors))
     return tuple(shards)
+
+
+def _config(config: Mapping[str, Any], head: str | None, dtype: str | None) -> dict[str, Any]:
+    untied = {} if head is None else {"tie_word_embeddings": False}
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    cast = {} if dtype is None else {key: str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix("torch.")}
+    return {**config, **untied, **cast}
+
+
+def _missing_tokenizer(path: Path) -> list[Finding]:
+    if any((path / name).is_file() for name in _TOKENIZERS):
+        return []
+    message = f"{path.name} has no tokenizer, and so neither has what is merged."
+    return [Finding("no_tokenizer", Severity.NOTICE, path.name, message)]
 
 
 def _first_bytes(path: Path, count: int) -> bytes:
     with path.open("rb") as file:
         return file.read(count)
-
-
-def _output_spec(spec: TensorSpec, name: str, dtype: str | None, deltas: Mapping[str, Sequence[Delta]]) -> TensorSpec:
-    adding = any(not isinstance(delta, Replacement) for delta in deltas.get(name, ()))
-    if adding and spec.dtype not in FLOAT_DTYPES:
-        raise NotSupported("dtype", f"{name} is stored as {spec.dtype}, which nothing can be added to.", subject=name)
-    return replace(spec, dtype=dtype) if dtype is not None and spec.dtype in FLOAT_DTYPES else spec
 
 
 def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str | None:
@@ -234,7 +313,8 @@ def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None
             )
 
 
-def _index(plan: MergePlan) -> dict[str, Any]:
+def index_of(plan: MergePlan) -> dict[str, Any]:
+    """The output's index file."""
     weight_map = {tensor.target.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     total = sum(tensor.target.size_bytes for shard in plan.shards for tensor in shard.tensors)
     old: Mapping[str, Any] = plan.checkpoint.index or {}
@@ -244,14 +324,17 @@ def _index(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def _note(plan: MergePlan, note: Mapping[str, Any] | None) -> dict[str, Any]:
+def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[str, Survival]) -> dict[str, Any]:
+    changed = {name: survival.to_json() for name, survival in survivals.items() if survival.entries}
     architecture = plan.checkpoint.architecture
     return {
         "made": "merge",
         "base": {"model_type": architecture.model_type, "architecture_digest": architecture_digest(architecture)},
-        "adapters": [asdict(adapter) for adapter in plan.adapters],
+        "adapters": [adapter.to_json() for adapter in plan.adapters],
         "method": plan.method,
         "settings": dict(plan.settings),
         "dtype": plan.dtype,
+        "rounding": asdict(plan.rounding),
+        "survival": {"whole": whole(survivals.values()).to_json(), "tensors": changed},
         "note": dict(note or {}),
     }

@@ -1,6 +1,7 @@
 """Results appear complete or not at all: written aside, synced, renamed."""
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ from composer.errors import RefusedOutput
 from composer.formats.checkpoint import INDEX_FILE, contained
 
 NOTE_FILE = "adaptory.json"
+_ASIDE = ".partial-"
 _SYNC_THREADS = 8
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
@@ -25,40 +27,97 @@ _WEIGHT_SUFFIXES = frozenset({
 
 
 @contextmanager
-def writing_aside(out_dir: Path, size_bytes: int) -> Iterator[Path]:
+def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Iterator[Path]:
     """A directory beside `out_dir` to write about `size_bytes` into, flat; synced and renamed when the block ends well.
 
-    Raises RefusedOutput when `out_dir` exists, its parent does not, or the disk is full, before or while writing.
-    Whatever the block raises, the directory aside is removed.
+    Raises RefusedOutput when `out_dir` exists, its parent does not, another process is writing the same, or the disk is
+    full, before or while writing. When the block raises, the directory aside is removed.
+
+    `key` identifies what is written: a block that was killed or interrupted leaves its directory, and the next one with
+    the same key gets it back, with all that lies in it. Such directories of other keys are removed, unless in use.
     """
-    if out_dir.exists() or out_dir.is_symlink():
-        raise RefusedOutput(
-            "exists", f"{out_dir} exists.", subject=str(out_dir), next_step="Choose another output directory."
-        )
+    _refuse_existing(out_dir)
     parent = out_dir.absolute().parent
     if not parent.is_dir():
         raise RefusedOutput(
             "no_parent", f"{parent} is not a directory.", subject=str(parent), next_step="Create it first."
         )
-    if shutil.disk_usage(parent).free < size_bytes:
-        raise _disk_full(out_dir, size_bytes)
-    aside = parent / f"{out_dir.name}.partial-{secrets.token_hex(4)}"
+    aside = parent / f"{out_dir.name}{_ASIDE}{key or secrets.token_hex(4)}"
+    with _held(aside, out_dir):
+        try:
+            _remove_abandoned(out_dir, aside)
+            if shutil.disk_usage(parent).free + sum(file.stat().st_size for file in aside.iterdir()) < size_bytes:
+                raise _disk_full(out_dir, size_bytes)
+            yield aside
+            _finish(aside, out_dir)
+        except BaseException as error:
+            # What was interrupted can go on later; after an error the same would only happen again.
+            if aside.exists() and (key is None or isinstance(error, Exception)):
+                shutil.rmtree(aside)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise _disk_full(out_dir, size_bytes) from error
+            raise
+
+
+def _finish(aside: Path, out_dir: Path) -> None:
+    # Together, since the file system's journal commits them together: one after the other cost 4 ms a file.
+    with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
+        list(pool.map(sync, list(aside.iterdir())))
+    sync(aside)
     try:
-        aside.mkdir()
-        yield aside
-        # Together, since the journal commits them together: one after the other cost 4 ms a file.
-        with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
-            list(pool.map(sync, list(aside.iterdir())))
-        sync(aside)
         aside.rename(out_dir)
-        sync(parent)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise _disk_full(out_dir, size_bytes) from error
+    except OSError:
+        _refuse_existing(out_dir)  # another process has finished first
         raise
+    sync(out_dir.absolute().parent)
+
+
+@contextmanager
+def _held(aside: Path, out_dir: Path) -> Iterator[None]:
+    """The directory made, and locked against other processes; the kernel lets go of the lock when this one dies."""
+    aside.mkdir(exist_ok=True)
+    handle = os.open(aside, os.O_RDONLY)
+    try:
+        if not _locked(handle):
+            message = f"Another process is writing {out_dir} now."
+            raise RefusedOutput("busy", message, subject=str(out_dir), next_step="Wait for it to end.")
+        # Between the look and the lock it may have finished and been renamed.
+        if not aside.is_dir() or not os.path.samestat(os.fstat(handle), aside.stat()):
+            _refuse_existing(out_dir)
+            raise RefusedOutput(
+                "busy", f"Another process wrote {out_dir} meanwhile.", subject=str(out_dir), next_step="Try again."
+            )
+        yield
     finally:
-        if aside.exists():
-            shutil.rmtree(aside)
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_abandoned(out_dir: Path, aside: Path) -> None:
+    """Directories that a killed process left on the way to the same output: nobody holds their lock any more."""
+    for other in aside.parent.iterdir():
+        if other == aside or not other.name.startswith(f"{out_dir.name}{_ASIDE}") or not other.is_dir():
+            continue
+        handle = os.open(other, os.O_RDONLY)
+        try:
+            if _locked(handle):
+                shutil.rmtree(other)
+        finally:
+            os.close(handle)
+
+
+def _refuse_existing(out_dir: Path) -> None:
+    if out_dir.exists() or out_dir.is_symlink():
+        raise RefusedOutput(
+            "exists", f"{out_dir} exists.", subject=str(out_dir), next_step="Choose another output directory."
+        )
 
 
 def sync(path: Path) -> None:

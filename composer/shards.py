@@ -1,28 +1,37 @@
-"""Run a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and all of it is verified."""
+"""Run a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and all of it is verified.
 
-import errno
+Jobs run in file order, a bounded number of them begun, so that memory is that of a few chunks and a few tensors'
+factors. Each piece is verified by the job that wrote it, while it is in the caches. The disk is kept busy meanwhile:
+what was written is synced piece by piece, by threads of its own.
+"""
+
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-import torch
-
-from composer.chunks import Chunk, Rewriter, TensorPlan, chunks_of, confirm, read_all, write_all
+from composer.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.errors import RefusedOutput
 from composer.formats.header import read_header
+from composer.ranges import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
+from composer.resume import Journal
+from composer.source import write_all
+from composer.survival import Survival, confirm
 from composer.tensors import torch_threads
 
-_COPY_BYTES = 32 << 20  # a large range is split, so that several threads share it
-_COMPARE_BYTES = 1 << 20
-_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+_SYNC_BYTES = 64 << 20
+_SYNC_THREADS = 4
+_AHEAD = 2  # tensors whose factors are made ready while another is written
 
 Progress = Callable[[int], None]
-_Result = TypeVar("_Result")
+Job = Callable[[], Survival | None]
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,186 +51,194 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Written:
+    """`resumed_bytes` are those of shards that an earlier run had finished; `survivals` are by tensor name."""
+
     copied_bytes: int
     rewritten_bytes: int
+    resumed_bytes: int
     verified_rows: int
+    survivals: dict[str, Survival]
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """Bytes that are the same in the base and the output."""
+@dataclass
+class _Target:
+    """An output shard: `fresh` says that it is written now; otherwise an earlier run did, and it is only verified."""
 
-    path: Path
-    source: int
-    target: int
-    size_bytes: int
+    file: int
+    fresh: bool
+    sync: Callable[[int], object]
+    unsynced: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def joined(self, after: "_Range") -> "_Range | None":
-        """Both as one range, when the other follows on both sides."""
-        follows = (self.path, self.source + self.size_bytes, self.target + self.size_bytes)
-        if follows != (after.path, after.source, after.target):
-            return None
-        return replace(self, size_bytes=self.size_bytes + after.size_bytes)
+    def wrote(self, count: int) -> None:
+        """Has the bytes written so far taken to the disk, each time they are enough to be worth it."""
+        with self.lock:
+            self.unsynced += count
+            due = self.fresh and self.unsynced >= _SYNC_BYTES
+            if due:
+                self.unsynced = 0
+        if due:
+            self.sync(self.file)
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Open files by path: base shards to read, output shards to read and write."""
+class _Countdown:
+    """Tells the last of several threads that it is the last."""
 
-    sources: dict[Path, int]
-    targets: dict[str, int]
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._lock = threading.Lock()
+
+    def last(self) -> bool:
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
 
 
 def write_shards(
-    shards: Sequence[ShardPlan], directory: Path, device: torch.device, progress: Progress | None
+    shards: Sequence[ShardPlan], journal: Journal, rewriter: Rewriter, progress: Progress | None
 ) -> Written:
-    """Write all shards into `directory`, synced and verified. Raises what a job raises, once the running ones end."""
-    report = progress or (lambda count: None)
-    rewriter = Rewriter(device)
+    """Write all shards into the journal's directory, synced and verified; those that it has already are verified only.
+
+    Raises what a job raises, once the running ones end.
+    """
     with ExitStack() as stack:
-        files = _open(shards, directory, stack)
+        sources = {path: _opened(path, os.O_RDONLY, stack) for path in _paths(shards)}
         # The pool is the parallelism: chunks are too small to share.
         stack.enter_context(torch_threads(1))
-        pool = stack.enter_context(_cancelling_pool(max(2, os.cpu_count() or 1), "merge"))
+        workers = max(2, os.cpu_count() or 1)
+        pool = stack.enter_context(_cancelling_pool(workers, "merge"))
         # Syncing waits for the disk, so it has threads of its own and hides behind the rest.
-        disk = stack.enter_context(_cancelling_pool(4, "sync"))
-        writing = [_submit_writes(shard, files, pool, rewriter, report) for shard in shards]
-        checking: list[Future[int]] = []
+        disk = stack.enter_context(_cancelling_pool(_SYNC_THREADS, "sync"))
+        changed = [tensor for shard in shards for tensor in shard.tensors if not tensor.copied]
+        works = _ahead(pool, lambda tensor: prepare(tensor, rewriter.device), changed)
         syncing: list[Future[None]] = []
-        for shard, jobs in zip(shards, writing, strict=True):
-            _results(jobs)
-            syncing.append(disk.submit(os.fsync, files.targets[shard.file]))
-            checking += _submit_checks(shard, directory, files, pool)
-        verified_rows = sum(_results(checking))
-        _results(syncing)
-    copied = sum(part.size_bytes for shard in shards for part in _copied_ranges(shard))
-    return Written(copied, sum(shard.size_bytes for shard in shards) - copied, verified_rows)
+        begun: deque[Future[Survival | None]] = deque()
+        ends: list[Future[dict[str, Survival]]] = []
+        resumed = 0
+        for shard in shards:
+            fresh = not journal.holds(shard.file)
+            resumed += 0 if fresh else shard.size_bytes
+            flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if fresh else 0)
+            file = _opened(journal.directory / shard.file, flags, stack)
+            target = _Target(file, fresh, lambda synced: syncing.append(disk.submit(os.fdatasync, synced)))
+            run = _ShardRun(shard, sources, target, rewriter, progress or (lambda count: None))
+            jobs = _submitted(pool, run.jobs(works), begun, 4 * workers)
+            ends.append(disk.submit(_end, run, jobs, journal))
+        survivals = {name: one for end in ends for name, one in end.result().items()}
+        for one in syncing:
+            one.result()
+    copied = sum(part.size_bytes for shard in shards for part in copied_ranges(shard.tensors))
+    rows = sum(one.rows for one in survivals.values())
+    return Written(copied, sum(shard.size_bytes for shard in shards) - copied, resumed, rows, survivals)
 
 
-def _open(shards: Sequence[ShardPlan], directory: Path, stack: ExitStack) -> _Files:
-    def opened(path: Path, flags: int) -> int:
-        file = os.open(path, flags, 0o644)
-        stack.callback(os.close, file)
-        return file
-
-    sources = {
-        path: opened(path, os.O_RDONLY) for path in {tensor.path for shard in shards for tensor in shard.tensors}
-    }
-    targets = {shard.file: opened(directory / shard.file, os.O_RDWR | os.O_CREAT | os.O_EXCL) for shard in shards}
-    for shard in shards:
-        os.ftruncate(targets[shard.file], shard.size_bytes)
-    return _Files(sources, targets)
+def _paths(shards: Sequence[ShardPlan]) -> set[Path]:
+    return {tensor.path for shard in shards for tensor in shard.tensors} | {shard.path for shard in shards}
 
 
-def _submit_writes(
-    shard: ShardPlan, files: _Files, pool: ThreadPoolExecutor, rewriter: Rewriter, report: Progress
-) -> list[Future[None]]:
-    target = files.targets[shard.file]
-
-    def write_head() -> None:
-        write_all(target, memoryview(shard.head), 0)
-        report(len(shard.head))
-
-    def rewrite(chunk: Chunk) -> None:
-        rewriter.rewrite(chunk, files.sources[chunk.tensor.path], target)
-        report(chunk.size_bytes)
-
-    def copy(part: _Range) -> None:
-        _copy(part, files.sources[part.path], target)
-        report(part.size_bytes)
-
-    jobs = [pool.submit(write_head)]
-    for part in _copied_ranges(shard):
-        jobs += [pool.submit(copy, piece) for piece in _pieces(part)]
-    for tensor in shard.tensors:
-        if not tensor.copied:
-            jobs += [pool.submit(rewrite, chunk) for chunk in chunks_of(tensor)]
-    return jobs
+def _opened(path: Path, flags: int, stack: ExitStack) -> int:
+    file = os.open(path, flags, 0o644)
+    stack.callback(os.close, file)
+    return file
 
 
-def _submit_checks(shard: ShardPlan, directory: Path, files: _Files, pool: ThreadPoolExecutor) -> list[Future[int]]:
-    """Jobs that confirm a written shard; each returns the number of rows it recomputed."""
-    target = files.targets[shard.file]
+@dataclass(frozen=True, slots=True)
+class _ShardRun:
+    """The jobs of one shard. Each returns what survived of the tensor that it was the last to write, if it was."""
 
-    def layout() -> int:
-        header = read_header(directory / shard.file)
-        if [*header.tensors.values()] != [tensor.target for tensor in shard.tensors]:
-            raise _unconfirmed(shard.file, "its header is not the planned one")
-        return 0
+    shard: ShardPlan
+    sources: dict[Path, int]
+    target: _Target
+    rewriter: Rewriter
+    report: Progress
 
-    def same(part: _Range) -> int:
-        if not _equal(part, files.sources[part.path], target):
-            raise _unconfirmed(shard.file, f"bytes from {part.target} differ from the base's")
-        return 0
+    def jobs(self, works: Iterator[TensorWork]) -> Iterator[tuple[str, Job]]:
+        """(tensor, job); takes from `works` its own tensors, which come next there."""
+        source = self.sources[self.shard.path]
+        cloned = self.target.fresh and not self.shard.rewritten and cloned_whole(source, self.target.file)
+        if self.target.fresh and not cloned:
+            os.ftruncate(self.target.file, self.shard.size_bytes)
+        yield "", self._head
+        for part in copied_ranges(self.shard.tensors):
+            for piece in pieces(part):
+                yield "", (lambda piece=piece: self._copied(piece, cloned))
+        for tensor in self.shard.tensors:
+            if not tensor.copied:
+                yield from self._rewriting(next(works))
 
-    def recomputed(tensor: TensorPlan) -> int:
-        return confirm(tensor, files.sources[tensor.path], target)
+    def _head(self) -> None:
+        if self.target.fresh:
+            write_all(self.target.file, memoryview(self.shard.head), 0)
+        self.report(len(self.shard.head))
 
-    jobs = [pool.submit(layout)]
-    jobs += [pool.submit(same, piece) for part in _copied_ranges(shard) for piece in _pieces(part)]
-    return jobs + [pool.submit(recomputed, tensor) for tensor in shard.tensors if not tensor.copied]
+    def _copied(self, part: Range, cloned: bool) -> None:
+        """Copy and compare; what shares its blocks with the base is the same as long as there is a file system."""
+        source = self.sources[part.path]
+        if self.target.fresh and not cloned:
+            copy_range(part, source, self.target.file)
+        if not cloned and not equal(part, source, self.target.file):
+            raise unconfirmed(self.shard.file, f"bytes from {part.target} differ from the base's")
+        self.target.wrote(part.size_bytes)
+        self.report(part.size_bytes)
+
+    def _rewriting(self, work: TensorWork) -> Iterator[tuple[str, Job]]:
+        chunks = list(chunks_of(work))
+        countdown = _Countdown(len(chunks))
+        for chunk in chunks:
+            yield work.plan.target.name, (lambda chunk=chunk: self._rewritten(chunk, countdown))
+
+    def _rewritten(self, chunk: Chunk, countdown: _Countdown) -> Survival | None:
+        source = self.sources[chunk.work.plan.path]
+        if self.target.fresh:
+            self.rewriter.rewrite(chunk, source, self.target.file)
+        self.target.wrote(chunk.size_bytes)
+        self.report(chunk.size_bytes)
+        return confirm(chunk.work, source, self.target.file, self.rewriter.rounding) if countdown.last() else None
 
 
-def _unconfirmed(file: str, why: str) -> RefusedOutput:
+def _end(run: _ShardRun, jobs: Sequence[tuple[str, Future[Survival | None]]], journal: Journal) -> dict[str, Survival]:
+    """Waits for a shard's jobs, then has it verified, synced and written down."""
+    results = [(name, job.result()) for name, job in jobs]
+    path = journal.directory / run.shard.file
+    header = read_header(path)
+    if [*header.tensors.values()] != [tensor.target for tensor in run.shard.tensors]:
+        raise unconfirmed(run.shard.file, "its header is not the planned one")
+    if run.target.fresh:
+        os.fsync(run.target.file)
+        journal.finish(path)
+    return {name: survival for name, survival in results if survival is not None}
+
+
+def unconfirmed(file: str, why: str) -> RefusedOutput:
     message = f"{file} was not written as planned: {why}."
     return RefusedOutput("verification", message, subject=file, next_step="Check the disk and memory, and try again.")
 
 
-def _copied_ranges(shard: ShardPlan) -> list[_Range]:
-    """The untouched tensors, neighbours joined: a shard that nothing touches is one range."""
-    ranges: list[_Range] = []
-    for tensor in shard.tensors:
-        part = _Range(tensor.path, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
-        if tensor.copied and part.size_bytes:
-            joined = ranges[-1].joined(part) if ranges else None
-            ranges[-1 if joined else len(ranges) :] = [joined or part]
-    return ranges
+def _ahead(pool: ThreadPoolExecutor, make: Callable[[_Item], _Made], items: Sequence[_Item]) -> Iterator[_Made]:
+    """`make` of each item, in order, made by the pool a little before it is asked for."""
+    waiting: deque[Future[_Made]] = deque()
+    for item in items:
+        waiting.append(pool.submit(make, item))
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
-def _pieces(part: _Range) -> Iterator[_Range]:
-    for done in range(0, part.size_bytes, _COPY_BYTES):
-        size = min(_COPY_BYTES, part.size_bytes - done)
-        yield _Range(part.path, part.source + done, part.target + done, size)
-
-
-def _copy(part: _Range, source: int, target: int) -> None:
-    """Copy inside the kernel; through user space where the file systems cannot."""
-    done = 0
-    while done < part.size_bytes:
-        try:
-            count = os.copy_file_range(source, target, part.size_bytes - done, part.source + done, part.target + done)
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-            count = 0
-        if count == 0:  # not supported here, or the source is shorter than it was: reading tells which
-            _copy_plainly(part, done, source, target)
-            return
-        done += count
-
-
-def _copy_plainly(part: _Range, done: int, source: int, target: int) -> None:
-    buffer = memoryview(bytearray(_COMPARE_BYTES))
-    while done < part.size_bytes:
-        block = buffer[: part.size_bytes - done]
-        read_all(source, block, part.source + done, part.path.name)
-        write_all(target, block, part.target + done)
-        done += block.nbytes
-
-
-def _equal(part: _Range, source: int, target: int) -> bool:
-    ours, theirs = (np.empty(min(_COMPARE_BYTES, part.size_bytes), dtype=np.uint8) for _ in range(2))
-    for done in range(0, part.size_bytes, _COMPARE_BYTES):
-        size = min(_COMPARE_BYTES, part.size_bytes - done)
-        read_all(source, ours.data[:size], part.source + done, part.path.name)
-        read_all(target, theirs.data[:size], part.target + done, "output")
-        if not np.array_equal(ours[:size], theirs[:size]):
-            return False
-    return True
-
-
-def _results(jobs: Sequence[Future[_Result]]) -> list[_Result]:
-    return [job.result() for job in jobs]
+def _submitted(
+    pool: ThreadPoolExecutor,
+    jobs: Iterator[tuple[str, Job]],
+    begun: deque[Future[Survival | None]],
+    most: int,
+) -> list[tuple[str, Future[Survival | None]]]:
+    """All jobs handed to the pool, never more than `most` at a time. Raises what one of them raised."""
+    futures: list[tuple[str, Future[Survival | None]]] = []
+    for name, job in jobs:
+        if len(begun) >= most:
+            begun.popleft().result()
+        begun.append(pool.submit(job))
+        futures.append((name, begun[-1]))
+    return futures
 
 
 @contextmanager

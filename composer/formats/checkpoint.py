@@ -14,6 +14,7 @@ from composer.formats.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntr
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _JSON_BYTES = 100_000_000
+_FP8_METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors"})  # whose weights have scales beside them
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -40,12 +41,16 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file."""
+    """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file.
+
+    `dequantize` says that its fp8 tensors stand for what their scales make of them.
+    """
 
     path: Path
     config: Mapping[str, Any]
     shards: Mapping[str, Header]
     index: Mapping[str, Any] | None
+    dequantize: bool = False
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -62,29 +67,31 @@ class Checkpoint:
         return self.path / shard, self.shards[shard].tensors[name]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
     """Open the checkpoint in directory `path`: reads config, index and headers, no weights.
 
     Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about,
-    pickles), and NotSupported for a quantized base.
+    pickles), and NotSupported for a quantized base; for one in fp8 only without `dequantize`.
     """
     config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
     if config.get("quantization_config"):
         settings = cast(dict[str, Any], config["quantization_config"])
         method = settings.get("quant_method", "quantized")
-        raise NotSupported(
-            "quantized_base",
-            f"{path.name} is quantized ({method}).",
-            subject="config.json",
-            next_step="Use the unquantized base.",
-        )
+        fp8 = method in _FP8_METHODS
+        if not fp8 or not dequantize:
+            raise NotSupported(
+                "quantized_base",
+                f"{path.name} is quantized ({method}).",
+                subject="config.json",
+                next_step="Use the unquantized base" + (", or dequantize this one (--dequantize)." if fp8 else "."),
+            )
     if (path / INDEX_FILE).is_file():
         index = read_json(path / INDEX_FILE, "missing_index", "")
         shards = _read_shards(path, index)
-        return Checkpoint(path, config, shards, index)
+        return Checkpoint(path, config, shards, index, dequantize)
     if not (path / SINGLE_FILE).is_file():
         raise missing_weights(path, SINGLE_FILE)
-    return Checkpoint(path, config, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}, None)
+    return Checkpoint(path, config, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}, None, dequantize)
 
 
 def local_directory(locations: Iterable[str]) -> Path | None:

@@ -1,13 +1,15 @@
 """`adapter_config.json`: every field that changes what an adapter does, and the exact rank and alpha of a module."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import Any, TypeVar, cast
 
 from composer.errors import InvalidFile, NotSupported
+from composer.formats.parts import Options
 from composer.formats.patterns import compiled, matches_end
+from composer.formats.types import MERGE_NEXT, REFUSED, TYPES, AdapterType
 from composer.text import LONE_SURROGATE, shown
 
 _Value = TypeVar("_Value")
@@ -16,30 +18,58 @@ _CONFIG_BYTES = 10_000_000
 _TEXT_CHARS = 1_000
 _MOST_LISTED = 10
 
-# Flag -> why the plain low-rank formula would be wrong. At most one may be set; storing such an adapter is fine.
+# Flag -> why no merge is true to it, empty where the variant is read. At most one may be set; storing it is fine.
 _VARIANTS = {
-    "use_dora": "DoRA rescales the rows of the whole weight",
+    "use_dora": "",
+    "use_bdlora": "",
+    "kasa_config": "",
+    "lora_bias": "",
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens, which no weight can express",
     "use_qalora": "QA-LoRA pools its input and fits a GPTQ base",
-    "use_bdlora": "block-diagonal factors are not read yet",
-    "kasa_config": "KaSA was trained on a truncated base",
     "arrow_config": "Arrow routes between adapters by input",
     "layer_replication": "layer replication repeats layers that the base does not have",
     "megatron_config": "Megatron layers are sharded over files",
-    "target_parameters": "parameters targeted by name (fused experts) are not read yet",
-    "trainable_token_indices": "trained token rows are not read yet",
-    "lora_bias": "a bias of lora_B is not read yet",
 }
-# Training settings that leave no trace in the merged weight, and settings that are read below.
-_KNOWN = frozenset({
+# What may come along with any of them.
+_ADDITIONS = ("target_parameters", "trainable_token_indices")
+# The settings that all types have.
+_COMMON = frozenset({
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-    "fan_in_fan_out", "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "modules_to_save", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "runtime_config", "velora_config", "monteclora_config", "ensure_weight_tying",
+    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "fan_in_fan_out", "bias", "runtime_config",
+})  # fmt: skip
+# LORA's: training settings that leave no trace in the merged weight, and settings that are read below.
+_KNOWN = _COMMON | frozenset({
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "monteclora_config", "ensure_weight_tying",
 })  # fmt: skip
 _IDENTITY = ("peft_version", "base_model_name_or_path", "revision")
+_CONVERT_INIT = (
+    "Convert it with PEFT: save_pretrained(directory, path_initial_model_for_weight_conversion=…) writes a plain LoRA."
+)
 _PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why an adapter cannot be merged truly, and what its owner can do."""
+
+    reason: str
+    way_out: str = MERGE_NEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Block-diagonal factors (BD-LoRA): a module whose path contains one of the names has such an A, or such a B."""
+
+    count: int
+    in_A: tuple[str, ...]
+    in_B: tuple[str, ...]
+
+    def side(self, module: str) -> str:
+        """`A`, `B`, or nothing for a plain pair."""
+        return "A" if any(name in module for name in self.in_A) else "B" * any(name in module for name in self.in_B)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +77,28 @@ class AdapterConfig:
     """A parsed config. `raw` is the whole JSON object; `rank_pattern` and `alpha_pattern` keep its order, which
     matters.
 
-    Only `peft_type` and the identity hints mean anything when `peft_type` is not LORA.
+    Of a type that is no LoRA, rank and alpha are 0 where it has none, and `options` are the settings of
+    composer.formats.types. Of a type that is refused only `peft_type` and the identity hints mean anything.
+    `token_indices` maps an embedding's name (empty: the input embedding) to the rows that are trained on their own.
     """
 
     peft_type: str
-    rank: int
-    alpha: float
-    use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    fan_in_fan_out: bool
-    bias: str
-    target_modules: tuple[str, ...] | str | None
-    modules_to_save: tuple[str, ...]
-    init: str
     raw: Mapping[str, Any]
+    rank: int = 0
+    alpha: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    target_modules: tuple[str, ...] | str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    init: str = "true"
     exclude_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    blocks: Blocks | None = None
+    options: Options = field(default_factory=dict[str, bool | int | float | str])
 
     def rank_for(self, module: str) -> int:
         return _first_match(self.rank_pattern, module, self.rank)
@@ -75,9 +111,14 @@ class AdapterConfig:
         rank = self.rank_for(module)
         return self.alpha_for(module) / (sqrt(rank) if self.use_rslora else rank)
 
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows of this embedding that are trained on their own, in the order in which they are kept."""
+        named = (rows for name, rows in self.token_indices.items() if not name or f".{module}".endswith(f".{name}"))
+        return next(named, ())
+
     @property
     def flags(self) -> tuple[str, ...]:
-        return tuple(flag for flag in _VARIANTS if self.raw.get(flag))
+        return tuple(flag for flag in (*_VARIANTS, *_ADDITIONS) if self.raw.get(flag))
 
     @property
     def variant(self) -> str:
@@ -88,16 +129,19 @@ class AdapterConfig:
             return "dora" if self.flags[0] == "use_dora" else self.flags[0]
         return "rslora" if self.use_rslora else "lora"
 
-    def unsupported(self) -> str | None:
+    def unsupported(self) -> Refusal | None:
         """Why this adapter cannot be merged or combined, or None when it can."""
         if self.peft_type != "LORA":
-            return f"{self.peft_type} is not a LoRA"
-        if self.flags:
-            return f"{self.flags[0]}: {_VARIANTS[self.flags[0]]}"
+            return _refused_type(self)
+        for flag in self.flags:
+            if _VARIANTS.get(flag):
+                return Refusal(f"{flag}: {_VARIANTS[flag]}")
+        if self.init == "loftq":
+            reason = "init_lora_weights=loftq: its factors make up for the error of the quantized base, not of this one"
+            return Refusal(reason, "Serve it on the quantized base that it was trained on.")
         if self.init not in _PLAIN_INITS:
-            return (
-                f"init_lora_weights={self.init}: it changed the base at the start, so the factors do not fit the base"
-            )
+            reason = f"init_lora_weights={self.init}: it changed the base at the start, so the factors do not fit it"
+            return Refusal(reason, _CONVERT_INIT)
         return None
 
     @property
@@ -118,39 +162,65 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
     for name in ("peft_type", *_IDENTITY):
         _check_text(raw.get(name), name, subject)
     if peft_type != "LORA":
-        return AdapterConfig(peft_type, 0, 0.0, False, {}, {}, False, "none", None, (), "true", raw)
-    unknown = sorted(key for key, value in raw.items() if value and key not in _KNOWN and key not in _VARIANTS)
-    if unknown:
-        listed = ", ".join(shown(key) for key in unknown[:_MOST_LISTED])
-        more = f" and {len(unknown) - _MOST_LISTED} more" if len(unknown) > _MOST_LISTED else ""
-        message = f"{subject} has settings that this version does not know: {listed}{more}."
-        raise NotSupported(
-            "unknown_config", message, subject=subject, next_step="They may change the result; update, or remove them."
-        )
+        return _other_type(raw, peft_type, subject)
+    _refuse_unknown(raw, {*_KNOWN, *_VARIANTS, *_ADDITIONS}, subject)
     flags = [flag for flag in _VARIANTS if raw.get(flag)]
     if len(flags) > 1:
         raise NotSupported("two_variants", f"{subject} sets {' and '.join(flags)} together.", subject=subject)
-    rank = _positive_int(raw.get("r", 8), "r", subject)
     return AdapterConfig(
-        peft_type=peft_type,
-        rank=rank,
+        peft_type,
+        raw,
+        rank=_positive_int(raw.get("r", 8), "r", subject),
         alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", subject),
         use_rslora=_flag(raw, "use_rslora", subject),
-        rank_pattern={
-            key: _positive_int(value, f"rank_pattern.{key}", subject)
-            for key, value in _pattern(raw, "rank_pattern", subject)
-        },
-        alpha_pattern={
-            key: _number(value, f"alpha_pattern.{key}", subject)
-            for key, value in _pattern(raw, "alpha_pattern", subject)
-        },
+        rank_pattern=_ranks(raw, subject),
+        alpha_pattern=_alphas(raw, subject),
         fan_in_fan_out=_flag(raw, "fan_in_fan_out", subject),
-        bias=_bias(raw, subject),
+        bias=_bias(raw, "lora", subject),
         target_modules=_targets(raw, "target_modules", subject),
         modules_to_save=_names(raw.get("modules_to_save") or [], "modules_to_save", subject),
         init=_init(raw.get("init_lora_weights", True)),
-        raw=raw,
         exclude_modules=_targets(raw, "exclude_modules", subject),
+        target_parameters=_names(raw.get("target_parameters") or [], "target_parameters", subject),
+        token_indices=_token_indices(raw.get("trainable_token_indices"), "trainable_token_indices", subject),
+        blocks=_blocks(raw.get("use_bdlora"), subject),
+    )
+
+
+def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterConfig:
+    if peft_type not in TYPES:
+        return AdapterConfig(peft_type, raw)
+    kind = TYPES[peft_type]
+    (rank, rank_default), (alpha, alpha_default) = kind.rank, kind.alpha
+    patterns = ("rank_pattern", "alpha_pattern") if kind.patterns else ()
+    _refuse_unknown(raw, {*_COMMON, "init_weights", rank, alpha, *kind.options, *kind.ignored, *patterns}, subject)
+    tokens = raw.get("token_indices") if peft_type == "TRAINABLE_TOKENS" else None
+    return AdapterConfig(
+        peft_type,
+        raw,
+        rank=_positive_int(raw.get(rank, rank_default), rank, subject) if rank else 0,
+        alpha=_number(raw.get(alpha, alpha_default), alpha, subject) if alpha else 0.0,
+        rank_pattern=_ranks(raw, subject) if kind.patterns else {},
+        alpha_pattern=_alphas(raw, subject) if kind.patterns else {},
+        fan_in_fan_out=_flag(raw, "fan_in_fan_out", subject),
+        bias=_bias(raw, peft_type.lower(), subject),
+        target_modules=_targets(raw, "target_modules", subject),
+        modules_to_save=_names(raw.get("modules_to_save") or [], "modules_to_save", subject),
+        exclude_modules=_targets(raw, "exclude_modules", subject),
+        token_indices=_token_indices(tokens, "token_indices", subject),
+        options={name: _option(raw, name, kind, subject) for name in kind.options},
+    )
+
+
+def _refused_type(config: AdapterConfig) -> Refusal | None:
+    if config.peft_type not in TYPES:
+        why = REFUSED.get(config.peft_type, "this version does not know it")
+        return Refusal(f"{shown(config.peft_type)}: {why}")
+    option, why = TYPES[config.peft_type].needs
+    return (
+        Refusal(f"{config.peft_type}: {why}", f"Save it with {option}=True.")
+        if option and not config.options[option]
+        else None
     )
 
 
@@ -179,6 +249,18 @@ def _json_object(content: bytes, subject: str) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
+def _refuse_unknown(raw: Mapping[str, Any], known: Set[str], subject: str) -> None:
+    unknown = sorted(key for key, value in raw.items() if value and key not in known)
+    if not unknown:
+        return
+    listed = ", ".join(shown(key) for key in unknown[:_MOST_LISTED])
+    more = f" and {len(unknown) - _MOST_LISTED} more" if len(unknown) > _MOST_LISTED else ""
+    message = f"{subject} has settings that this version does not know: {listed}{more}."
+    raise NotSupported(
+        "unknown_config", message, subject=subject, next_step="They may change the result; update, or remove them."
+    )
+
+
 def _check_text(value: object, name: str, subject: str) -> None:
     if value is None:
         return
@@ -191,6 +273,12 @@ def _check_text(value: object, name: str, subject: str) -> None:
 def _positive_int(value: object, name: str, subject: str) -> int:
     if type(value) is not int or not 0 < value < 2**31:
         raise _bad(subject, f"{name} is {shown(value)}, not a positive whole number")
+    return value
+
+
+def _whole_number(value: object, name: str, subject: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise _bad(subject, f"{name} is {shown(value)}, not a whole number")
     return value
 
 
@@ -225,11 +313,61 @@ def _check_regex(text: str, name: str, subject: str) -> None:
         raise _bad(subject, f"{name} has the pattern {text[:200]!r}, and {error}") from error
 
 
-def _bias(raw: Mapping[str, Any], subject: str) -> str:
+def _bias(raw: Mapping[str, Any], kind: str, subject: str) -> str:
     bias: object = raw.get("bias") or "none"
-    if bias not in ("none", "lora_only", "all"):
-        raise _bad(subject, f"bias is {shown(bias)}, not none, lora_only or all")
+    if bias not in ("none", f"{kind}_only", "all"):
+        raise _bad(subject, f"bias is {shown(bias)}, not none, {kind}_only or all")
     return str(bias)
+
+
+def _ranks(raw: Mapping[str, Any], subject: str) -> dict[str, int]:
+    name = "rank_pattern"
+    return {key: _positive_int(value, f"{name}.{key}", subject) for key, value in _pattern(raw, name, subject)}
+
+
+def _alphas(raw: Mapping[str, Any], subject: str) -> dict[str, float]:
+    name = "alpha_pattern"
+    return {key: _number(value, f"{name}.{key}", subject) for key, value in _pattern(raw, name, subject)}
+
+
+def _option(raw: Mapping[str, Any], name: str, kind: AdapterType, subject: str) -> bool | int | float | str:
+    default, value = kind.options[name], raw.get(name)
+    if value is None:
+        return default
+    if name in kind.choices:
+        if value not in kind.choices[name]:
+            raise _bad(subject, f"{name} is {shown(value)}, not one of {', '.join(map(str, kind.choices[name]))}")
+        return value
+    if isinstance(default, bool):
+        return _flag(raw, name, subject)
+    if isinstance(default, float):
+        return _number(value, name, subject)
+    return _whole_number(value, name, subject)
+
+
+def _blocks(value: object, subject: str) -> Blocks | None:
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise _bad(subject, "use_bdlora is not an object")
+    given = cast("dict[str, object]", value)
+    sides = (_names(given.get(f"target_modules_bd_{side}") or [], "use_bdlora", subject) for side in "ab")
+    return Blocks(_positive_int(given.get("nblocks", 1), "nblocks", subject), *sides)
+
+
+def _token_indices(value: object, name: str, subject: str) -> dict[str, tuple[int, ...]]:
+    if not value:
+        return {}
+    groups = cast("dict[str, object]", value) if isinstance(value, dict) else {"": value}
+    found: dict[str, tuple[int, ...]] = {}
+    for key, rows in groups.items():
+        if not isinstance(rows, list):
+            raise _bad(subject, f"{name} is not a list of token ids")
+        listed = [_whole_number(row, name, subject) for row in cast("list[object]", rows)]
+        if len(set(listed)) != len(listed):
+            raise _bad(subject, f"{name} names a token twice")
+        found[key] = tuple(listed)
+    return found
 
 
 def _names(value: object, name: str, subject: str) -> tuple[str, ...]:

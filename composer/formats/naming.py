@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from composer.formats.checkpoint import Architecture
 
 PEFT_PREFIX = "base_model.model."
+SHARED = "base_model"
+"""What all modules of an adapter have in common is kept under this name: `base_model.vera_A`."""
+TOKENS = "trainable_tokens_delta"
+"""Despite its name: new rows of an embedding."""
 
 # Suffix of a key -> part. Raw state dicts (DeepSpeed, FSDP) keep the adapter's name, `default`, in the key.
 _PARTS = (
@@ -14,6 +18,8 @@ _PARTS = (
     (re.compile(r"\.lora_embedding_(A|B)(?:\.default)?$"), r"lora_embedding_\1"),
     (re.compile(r"\.lora_(A|B)(?:\.default)?\.bias$"), r"lora_\1_bias"),
     (re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$"), "magnitude"),
+    (re.compile(r"\.(oft_R|gralora_[AB]_general)(?:\.default)?\.weight$"), r"\1"),
+    (re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$"), TOKENS),
     (re.compile(r"\.base_layer\.(weight|bias)$"), r"base_layer.\1"),
     (re.compile(r"\.modules_to_save(?:\.default)?\.([^.]+)$"), r"\1"),
     (re.compile(r"\.original_module\..*$"), "ignored"),
@@ -95,6 +101,11 @@ def embedding_tensors(tensors: Mapping[str, object]) -> list[str]:
 
 def is_head(module: str) -> bool:
     return module.split(".")[-1] in (*_HEADS, "score", "classifier")
+
+
+def head_beside(model_type: str) -> str:
+    """The output head of a model that shares its tensor with the embedding."""
+    return "embed_out" if model_type == "gpt_neox" else "lm_head"
 
 
 def is_embedding(module: str) -> bool:

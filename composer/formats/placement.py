@@ -14,7 +14,7 @@ from composer.formats.patterns import matches_whole
 from composer.formats.targeting import surely_untargeted
 
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 FACTOR_PARTS = frozenset({*_FACTORS, *_FACTORS.values()})
 _PAIR_PARTS = FACTOR_PARTS | {"magnitude", "lora_A_bias", "lora_B_bias"}
@@ -165,7 +165,7 @@ def _linear_kind(placement: _Placement, module: str, target: Target, shape: tupl
         return "linear"
     if architecture is None:
         return "conv1d" if config.fan_in_fan_out else "linear"
-    if architecture.model_type in _CONV1D_MODELS:
+    if architecture.model_type in CONV1D_MODELS:
         return "conv1d"
     transposed = architecture.tensors[target.weight].shape == shape[::-1] != shape
     return "conv1d" if config.fan_in_fan_out and transposed else "linear"

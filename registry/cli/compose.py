@@ -37,7 +37,7 @@ _UNFINISHED = ("queued", "running")
 
 
 def register(root: typer.Typer) -> None:
-    for command in (compose, merge, combine):
+    for command in (compose, merge, combine, convert):
         root.command()(command)
 
 
@@ -127,6 +127,20 @@ def combine(  # noqa: PLR0913
     told = report.to_json()
     shown = [(key, value) for key, value in told.items() if key not in ("findings", "compressions")]
     render.document(told, json, lambda: _show_combined(output, shown, told["compressions"]))
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A directory or file of kohya, diffusers or MLX.")],
+    base: Annotated[Path, typer.Option(help="The base's checkpoint directory: its names decide what is what.")],
+    output: Output,
+    json: JsonFlag = False,
+) -> None:
+    """Write an adapter of another layout as a PEFT adapter that adds the same."""
+    from composer.convert import convert as convert_adapter
+    from composer.formats.checkpoint import open_checkpoint
+
+    told = convert_adapter(source, output, open_checkpoint(base).architecture).to_json()
+    render.document(told, json, lambda: render.lines(f"converted to {output}", list(told.items())))
 
 
 def _show_combined(output: Path, shown: list[tuple[str, Any]], compressions: list[Json]) -> None:

@@ -9,7 +9,7 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
-from registry.errors import NotFound
+from registry.errors import Invalid, NotFound
 from registry.names import parse_channel_reference, parse_reference, parse_repository
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
@@ -35,10 +35,13 @@ def inspect(
     json: JsonFlag = False,
 ) -> None:
     """Facts and health of an adapter, and which servers will load it."""
+    from composer.formats.foreign import PEFT, recognise
     from composer.formats.inspection import inspect as look
     from composer.spectrum import spectrum
 
     directory, architecture = Path(what), None
+    if directory.exists() and (layout := recognise(directory)) != PEFT:
+        raise _another_layout(what, layout)
     if base or not directory.is_dir():
         with connected() as connection:
             if not directory.is_dir():
@@ -57,6 +60,14 @@ def inspect(
     render.document(told, json, lambda: _show_inspection(what, told))
     if any(finding.severity == "error" for finding in seen.findings):
         raise typer.Exit(6)
+
+
+def _another_layout(what: str, layout: str) -> Invalid:
+    from composer.formats.foreign import REFUSED
+
+    why, way_out = REFUSED.get(layout, ("", f"adaptory convert {what} --base DIR -o OUT"))
+    message = f"{what} is an adapter in the layout of {layout}, not PEFT's" + (f"; {why}." if why else ".")
+    return Invalid("another_layout", message, subject=what, next_step=way_out)
 
 
 def list_repositories(

@@ -1,0 +1,120 @@
+"""An adapter in another layout -> PEFT's, exactly: its deltas are read and written with every scale folded in."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from composer.adapter import write_adapter
+from composer.delta import Layout, LowRank
+from composer.errors import InvalidFile, NotSupported
+from composer.formats.checkpoint import Architecture
+from composer.formats.foreign import DIFFUSERS, MLX, Foreign, ForeignModule, metadata_alpha, read_foreign
+from composer.formats.naming import Target, find_weight, is_embedding
+from composer.formats.placement import CONV1D_MODELS
+from composer.hashing import hash_file
+from composer.tensors import map_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What was read and written. `layout` is that of the source."""
+
+    layout: str
+    modules: int
+    rank_max: int
+    out_dir: str
+    size_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertReport:
+    """Read the adapter at `path` (a directory or a file), placed on a base, and write it as a PEFT adapter.
+
+    Raises what `read_foreign` and `write_adapter` raise, and InvalidFile for factors that do not fit the base.
+    """
+    foreign = read_foreign(path, architecture)
+    deltas = [delta for module in foreign.modules for delta in _deltas(foreign, module, architecture)]
+    fields = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
+    source = {"layout": foreign.layout, "file": foreign.weights_path.name, "digest": hash_file(foreign.weights_path)}
+    targets = sorted(delta.module for delta in deltas)
+    size = write_adapter(deltas, out_dir, targets, fields, {"made": "convert", "source": source})
+    return ConvertReport(foreign.layout, len(deltas), max(delta.rank for delta in deltas), str(out_dir), size)
+
+
+def _deltas(foreign: Foreign, module: ForeignModule, architecture: Architecture) -> list[LowRank]:
+    if "magnitude" in module.parts:
+        message = f"{module.module} has a magnitude (DoRA), which plain factors cannot hold."
+        raise NotSupported("dora", message, subject=module.module, next_step="Fuse it into the base with MLX.")
+    A, B = _factors(foreign, module)
+    if A.dim() == 3:  # experts, one after the other
+        # MLX stacks experts under `switch_mlp`; on disk each has a tensor of its own.
+        paths = [module.module.replace(".switch_mlp.", f".experts.{number}.") for number in range(A.shape[0])]
+    else:
+        paths, A, B = [module.module], A[None], B[None]
+    scale = _scale(foreign, module, A.shape[1])
+    return [_placed(path, A[number], B[number], scale, architecture) for number, path in enumerate(paths)]
+
+
+def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) in PEFT's orientation, R x I and O x R; with experts E x R x I and E x O x R."""
+    parts = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
+    if "w1_a" in parts:
+        return _hadamard(module, parts)
+    if not {"A", "B"} <= parts.keys():
+        there = ", ".join(sorted(module.parts))
+        raise InvalidFile("missing_pair", f"{module.module} has only {there}.", subject=module.module)
+    A, B = parts["A"], parts["B"]
+    if foreign.layout == MLX and A.dim() == 2:
+        A, B = A.T, B.T
+    if A.dim() == 4 and A.shape[2:] == (1, 1):  # a linear layer that was trained as a convolution of one pixel
+        A, B = A.flatten(1), B.flatten(1)
+    if A.dim() != B.dim() or A.dim() not in (2, 3) or A.shape[-2] != B.shape[-1]:
+        shapes = f"{list(A.shape)} and {list(B.shape)}"
+        raise InvalidFile("shape_mismatch", f"{module.module} has factors of shape {shapes}.", subject=module.module)
+    return A, B
+
+
+def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """LoHa as a LoRA of rank r^2, exactly: (a b) * (c d) = Σ_ij (a_i * c_j)(b_i * d_j), columns and rows by element."""
+    try:
+        a, b, c, d = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    except KeyError as error:
+        message = f"{module.module} has no {error.args[0]}."
+        raise InvalidFile("missing_pair", message, subject=module.module) from error
+    B = (a[:, :, None] * c[:, None, :]).flatten(1)
+    A = (b[:, None, :] * d[None, :, :]).flatten(0, 1)
+    return A, B
+
+
+def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
+    """alpha / r; for LoHa r is the rank of each factor, whose square is the rank here."""
+    if "w1_a" in module.parts:
+        rank = round(rank**0.5)
+    if "alpha" in module.parts:
+        return float(_tensor(foreign, module.parts["alpha"])) / rank
+    if foreign.layout == DIFFUSERS and (alpha := metadata_alpha(foreign.header)) is not None:
+        return alpha / rank
+    return 1.0 if module.scale is None else module.scale
+
+
+def _placed(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architecture: Architecture) -> LowRank:
+    target = find_weight(path, "weight", architecture)
+    if not isinstance(target, Target):
+        raise InvalidFile("unmatched_tensor", f"{path} is no tensor of the base.", subject=path)
+    layout = Layout.EMBEDDING if is_embedding(path) else Layout.LINEAR
+    if architecture.model_type in CONV1D_MODELS and layout is Layout.LINEAR:
+        layout = Layout.CONV1D
+    delta = LowRank(path, target.weight, layout, A.float().contiguous(), B.float().contiguous(), scale, target.tied)
+    expected = architecture.tensors[target.weight].shape
+    if delta.stored_shape != expected:
+        made, base = (" x ".join(map(str, shape)) for shape in (delta.stored_shape, expected))
+        raise InvalidFile("shape_mismatch", f"{path} is made for {made}; the base's is {base}.", subject=path)
+    return delta
+
+
+def _tensor(foreign: Foreign, key: str) -> torch.Tensor:
+    return map_tensor(foreign.weights_path, foreign.header.tensors[key]).float()

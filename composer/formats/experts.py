@@ -1,0 +1,134 @@
+"""Fused experts: a LoRA on a parameter that stacks all experts of a layer, whether the checkpoint stacks them or not.
+
+PEFT nests its wrappers on the module that holds the parameters: the last one in the module's own order is outermost, so
+`experts.base_layer.lora_A` is gate_up_proj and `experts.lora_A` is down_proj when both are targeted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from composer.formats.checkpoint import Architecture
+from composer.formats.config import AdapterConfig
+from composer.formats.naming import Target, find_weight
+from composer.formats.placed import Piece, Placement, PlacedModule, by
+
+# In the order of transformers' modules. Fused name -> what an expert's own tensors are called, first rows first.
+_SPLIT = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "gate_up_proj_bias": (),
+    "down_proj": (("down_proj",), ("w2",)),
+    "down_proj_bias": (),
+}
+_ORDER = list(_SPLIT)
+_PARENTS = (("", ""), (".mlp.experts", ".block_sparse_moe.experts"))
+# transformers' stacks that are stored as experts x inputs x outputs.
+_TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "openai_privacy_filter"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """A fused parameter as it is in memory: (E, rows, columns), or (rows, columns). `tensors` are an expert's own, in
+    the order of their rows; none where the checkpoint is fused too."""
+
+    weight: str
+    shape: tuple[int, ...]
+    tensors: tuple[tuple[str, ...], ...] = ()
+    rule: str = ""
+
+
+def owner_of(module: str) -> str:
+    """The module that PEFT wraps, of the one that a key names inside of it."""
+    return module.partition(".base_layer")[0]
+
+
+def parameter_of(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> str | None:
+    """The targeted parameter that this pair is for: the one that it fits, and of several the one at its depth."""
+    owner = owner_of(module)
+    targets = [target.rpartition(".") for target in placement.config.target_parameters]
+    named = {name for holder, _, name in targets if not holder or f".{owner}".endswith(f".{holder}")}
+    names = sorted(named, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    depth = module.count(".base_layer")
+    if placement.architecture is not None:
+        stacks = {name: _stack(placement.architecture, owner, name) for name in names}
+        sizes = {a_shape[1], b_shape[0]} if len(a_shape) == len(b_shape) == 2 else set[int]()
+        fitting = [name for name, stack in stacks.items() if stack and set(stack.shape[-2:]) == sizes]
+        if len(fitting) == 1:
+            return fitting[0]
+    return names[len(names) - 1 - depth] if depth < len(names) else None
+
+
+def place_experts(placement: Placement, module: str, parameter: str, parts: dict[str, str]) -> None:
+    """Place a pair of A (E * R, I) and B (O, R * E): one delta an expert, split where the checkpoint splits it."""
+    config, owner = placement.config, owner_of(module)
+    path = f"{owner}.{parameter}"
+    a_shape, b_shape = placement.shape(parts["lora_A"]), placement.shape(parts["lora_B"])
+    rank, stacked = config.rank_for(path), a_shape[0]
+    if len(a_shape) != 2 or len(b_shape) != 2 or stacked != b_shape[1] or stacked % rank:
+        placement.error("rank_mismatch", path, f"{path} has factors of {by(a_shape)} and {by(b_shape)}, rank {rank}.")
+        return
+    experts, size = stacked // rank, (b_shape[0], a_shape[1])
+    stack: _Stack | None = _Stack(path, (experts, *size))
+    if placement.architecture is not None:
+        stack = _stack(placement.architecture, owner, parameter)
+    if stack is None:
+        placement.error("unmatched_tensor", path, f"{parts['lora_A']}: {path} is no tensor of the base.")
+        return
+    transposed = _transposed(placement, stack, size)
+    rows, columns = size[::-1] if transposed else size
+    wanted = (experts, rows, columns) if len(stack.shape) == 3 else (rows, columns)
+    if stack.shape != wanted or (len(wanted) == 2 and experts != 1):
+        message = f"{path} is made for {by((experts, rows, columns))}; the base's is {by(stack.shape)}."
+        placement.error("shape_mismatch", path, message)
+        return
+    placement.modules.append(
+        PlacedModule(
+            path, stack.weight, "experts", False, rank, config.alpha_for(path), config.scale_for(path), stack.shape,
+            parts, stack.rule, "conv1d" if transposed else "linear", tuple(_pieces(stack, experts, size, rows)),
+        )
+    )  # fmt: skip
+
+
+def targets_parameter(config: AdapterConfig, target: str, placed: list[PlacedModule]) -> bool:
+    return any(module.kind == "experts" and f".{module.module}".endswith(f".{target}") for module in placed)
+
+
+def _pieces(stack: _Stack, experts: int, size: tuple[int, int], rows: int) -> Iterator[Piece]:
+    for expert in range(experts):
+        if not stack.tensors:
+            yield Piece(expert, stack.weight, expert * rows, 0, size[0])
+            continue
+        step = size[0] // len(stack.tensors[expert])
+        for part, weight in enumerate(stack.tensors[expert]):
+            yield Piece(expert, weight, 0, part * step, (part + 1) * step)
+
+
+def _transposed(placement: Placement, stack: _Stack, size: tuple[int, int]) -> bool:
+    if len(stack.shape) != 3 or stack.tensors or placement.architecture is None:
+        return False
+    if size[0] == size[1]:
+        return placement.architecture.model_type in _TRANSPOSED_MODELS
+    return stack.shape[1:] == size[::-1]
+
+
+def _stack(architecture: Architecture, owner: str, parameter: str) -> _Stack | None:
+    found = find_weight(owner, parameter, architecture)
+    if isinstance(found, Target):
+        return _Stack(found.weight, architecture.tensors[found.weight].shape, rule=found.rule)
+    for old, new in _PARENTS:
+        for names in _SPLIT.get(parameter, ()):
+            parent = owner.replace(old, new)
+            first = find_weight(f"{parent}.0.{names[0]}", "weight", architecture)
+            if isinstance(first, Target):
+                prefix = first.weight.removesuffix(f".0.{names[0]}.weight")
+                return _unfused(architecture, f"{owner}.{parameter}", prefix, names)
+    return None
+
+
+def _unfused(architecture: Architecture, path: str, prefix: str, names: tuple[str, ...]) -> _Stack | None:
+    tensors: list[tuple[str, ...]] = []
+    while all(f"{prefix}.{len(tensors)}.{name}.weight" in architecture.tensors for name in names):
+        tensors.append(tuple(f"{prefix}.{len(tensors)}.{name}.weight" for name in names))
+    shapes = {architecture.tensors[weight].shape for own in tensors for weight in own}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
+        return None
+    return _Stack(path, (len(tensors), len(names) * shape[0], shape[1]), tuple(tensors), "unfused experts")

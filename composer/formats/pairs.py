@@ -1,0 +1,163 @@
+"""LORA's own parts: pairs of factors on every kind of layer, what variants keep beside them, and trained tokens."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from composer.formats.experts import owner_of, parameter_of, place_experts
+from composer.formats.naming import TOKENS, Target, find_weight, head_beside, is_head
+from composer.formats.placed import Placement, PlacedModule, by
+
+FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+FACTOR_PARTS = frozenset({*FACTORS, *FACTORS.values()})
+PAIR_PARTS = FACTOR_PARTS | {"magnitude", "lora_diag", "lora_A_bias", "lora_B_bias"}
+
+
+def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
+    """Place the pair of a module, if it has one."""
+    found = {part: key for part, key in parts.items() if part in PAIR_PARTS}
+    if not found:
+        return
+    for a, b in FACTORS.items():
+        if (a in found) != (b in found):
+            there, missing = (a, b) if a in found else (b, a)
+            placement.error("missing_pair", module, f"{module} has {there} ({found[there]}) but no {missing}.")
+            return
+    pair = next(((a, b) for a, b in FACTORS.items() if a in found), None)
+    if pair is None:
+        placement.error("missing_pair", module, f"{module} has {', '.join(found)} but no lora_A and lora_B.")
+        return
+    a_shape, b_shape = (placement.shape(found[part]) for part in pair)
+    parameter = parameter_of(placement, module, a_shape, b_shape) if placement.config.target_parameters else None
+    if parameter is not None and pair[0] == "lora_A":
+        place_experts(placement, module, parameter, found)
+    elif _is_sound(placement, module, a_shape, b_shape):
+        _place_on(placement, module, found, a_shape, b_shape)
+
+
+def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
+    """Do the factors' shapes make a pair of the rank that the config says?"""
+    if not 2 <= len(a_shape) == len(b_shape) <= 5 or set(b_shape[2:]) - {1}:
+        message = f"{module} has factors of shape {by(a_shape)} and {by(b_shape)}, which make no pair."
+        placement.error("unsupported_layer", module, message)
+        return False
+    owner, blocks = owner_of(module), placement.config.blocks
+    rank = placement.config.rank_for(owner)
+    cut = blocks.count if blocks is not None and blocks.side(owner) == "B" else 1
+    if len(a_shape) > 2 and b_shape[1] < a_shape[0] == rank and rank % b_shape[1] == 0:
+        message = f"{module} is a convolution in {rank // b_shape[1]} groups, which PEFT itself cannot merge."
+        placement.error("unsupported_layer", module, message)
+        return False
+    if a_shape[0] != b_shape[1] * cut or a_shape[0] != rank:
+        message = f"{module} has rank {a_shape[0]} in A and {b_shape[1] * cut} in B; the config says {rank}."
+        placement.error("rank_mismatch", module, message)
+        return False
+    return True
+
+
+def _place_on(
+    placement: Placement, module: str, found: dict[str, str], a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> None:
+    config, owner = placement.config, owner_of(module)
+    # Inside a wrapped attention the output's projection: `attn.base_layer.out_proj`.
+    path, nested = module.replace(".base_layer", ""), module != owner
+    target = _target(placement, path, next(iter(found.values())))
+    if target is None:
+        return
+    side = config.blocks.side(owner) if config.blocks is not None else ""
+    outputs, inputs = b_shape[0], prod(a_shape[1:]) * (config.blocks.count if config.blocks and side == "A" else 1)
+    kind = _kind(placement, path, target, found, (outputs, inputs), len(a_shape))
+    shape = (inputs, outputs) if kind in ("conv1d", "embedding") else (outputs, inputs)
+    shape = (outputs, *a_shape[1:]) if kind == "convolution" else shape
+    layout = kind if kind in ("conv1d", "embedding") else "linear"
+    if not placement.fits(path, target, shape) or not _magnitude_fits(placement, path, found, outputs):
+        return
+    if side:
+        kind = "block_diagonal"
+    # PEFT applies the attention's output pair twice, in training as in merging.
+    scale = config.scale_for(owner) * (2 if nested else 1)
+    placed = PlacedModule(
+        path, target.weight, kind, target.tied, config.rank_for(owner), config.alpha_for(owner), scale, shape, found,
+        target.rule, layout,
+    )  # fmt: skip
+    placement.modules.append(placed)
+    if "lora_B_bias" in found:
+        _place_bias(placement, placed, outputs)
+
+
+def _target(placement: Placement, path: str, key: str) -> Target | None:
+    """`weight`, or the packed one of an attention."""
+    if placement.architecture is not None:
+        packed = find_weight(path, "in_proj_weight", placement.architecture)
+        if isinstance(packed, Target):
+            return packed
+    return placement.find(path, "weight", key)
+
+
+def _kind(
+    placement: Placement, path: str, target: Target, found: Mapping[str, str], size: tuple[int, int], dimensions: int
+) -> str:
+    if "lora_embedding_A" in found:
+        return "embedding"
+    if dimensions > 2:
+        return "convolution"
+    if "lora_diag" in found:
+        return "kasa"
+    return "conv1d" if placement.transposed(path, target, size) else "linear"
+
+
+def _magnitude_fits(placement: Placement, path: str, found: Mapping[str, str], outputs: int) -> bool:
+    key = found.get("magnitude")
+    if key is None or placement.header.tensors[key].spec.elements == outputs:
+        return True
+    message = f"{path} has a magnitude of shape {by(placement.shape(key))} for {outputs} outputs."
+    placement.error("shape_mismatch", path, message)
+    return False
+
+
+def _place_bias(placement: Placement, pair: PlacedModule, outputs: int) -> None:
+    key = pair.parts["lora_B_bias"]
+    target = placement.find(pair.module, "bias", key)
+    if target is None or not placement.fits(f"{pair.module}.bias", target, (outputs,)):
+        return
+    if placement.shape(key) != (outputs,):
+        message = f"{key} has the shape {by(placement.shape(key))} for {outputs} outputs."
+        placement.error("shape_mismatch", pair.module, message)
+        return
+    placement.modules.append(
+        replace(pair, weight=target.weight, kind="bias", tied=False, rank=0, alpha=0.0, shape=(outputs,), twin=False)
+    )
+
+
+def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
+    """Place the new rows of an embedding; a head that shares its tensor gets them as well."""
+    key = parts.get(TOKENS)
+    target = placement.find(module, "weight", key) if key is not None else None
+    if key is None or target is None:
+        return
+    rows, shape = placement.config.tokens_of(module), placement.shape(key)
+    base = placement.base_shape(target) or (0, *shape[1:])
+    vocabulary = base[0] or max(rows, default=0) + 1
+    if len(shape) != 2 or shape[0] != len(rows) or shape[1:] != base[1:] or max(rows, default=0) >= vocabulary:
+        message = (
+            f"{module} has {by(shape)} trained rows for {len(rows)} token ids up to {max(rows, default=0)}; "
+            f"the base's {target.weight} is {by(base)}."
+        )
+        placement.error("shape_mismatch", module, message)
+        return
+    twin = target.tied and not is_head(module)
+    placed = PlacedModule(
+        module, target.weight, "tokens", target.tied, 0, 0.0, 0.0, base, {TOKENS: key}, target.rule, twin=twin
+    )
+    placement.modules.append(placed)
+    if twin:
+        placement.modules.append(replace(placed, module=head_beside(placement.model_type)))
+
+
+def mark_twins(placement: Placement) -> None:
+    """With ensure_weight_tying both sides of a tied tensor carry the very same pair, which is added once."""
+    if not placement.config.raw.get("ensure_weight_tying"):
+        return
+    tied = {module.module for module in placement.modules if module.tied}
+    if any(map(is_head, tied)) and not all(map(is_head, tied)):
+        placement.modules[:] = [replace(one, twin=True) if one.tied else one for one in placement.modules]

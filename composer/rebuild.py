@@ -1,0 +1,201 @@
+"""Whether a merged checkpoint is what its note says: made again from base and adapters, and compared, nothing written.
+
+On one machine the same inputs give the same bytes, whatever the threads. On another one the float32 products may differ
+in their last bit, before they are rounded: an element that ends in the neighbouring value is then told apart from one
+that is simply another.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from composer.chunks import Chunk, Rewriter, chunks_of, prepare
+from composer.errors import InvalidFile, Mismatch
+from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_json
+from composer.formats.facts import WEIGHTS_FILE
+from composer.hashing import hash_file
+from composer.merge import MergePlan, index_of, plan_merge
+from composer.output import NOTE_FILE
+from composer.ranges import Range, copied_ranges, equal, pieces
+from composer.rounding import parse_rounding
+from composer.shards import Progress, ShardPlan
+from composer.source import Source, source_rows
+from composer.tensors import torch_device, torch_threads
+from composer.weights import parse_weight
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class FileDifference:
+    """`neighbours` elements differ by one step of their dtype, `others` by more; `why` is what else there is to say."""
+
+    file: str
+    neighbours: int
+    others: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What making a merge again has shown: `same` files are equal byte by byte."""
+
+    same: tuple[str, ...]
+    different: tuple[FileDifference, ...]
+
+    @property
+    def verdict(self) -> str:
+        """`same`, `rounding` (nothing but neighbours: another machine's float32) or `different`."""
+        if not self.different:
+            return "same"
+        return "different" if any(one.others or one.why for one in self.different) else "rounding"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, **asdict(self)}
+
+
+def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path]) -> MergePlan:
+    """The plan that the note in `merged` (its adaptory.json) tells of, on this base and the adapters in any order.
+
+    Raises InvalidFile for a directory without such a note, Mismatch for an adapter that is missing or another one, and
+    what `plan_merge` raises.
+    """
+    note = read_json(merged / NOTE_FILE, "missing_note", "Only what `adaptory merge` or a composition made has one.")
+    if note.get("made") != "merge":
+        raise InvalidFile("bad_note", f"{NOTE_FILE} tells of no merge.", subject=NOTE_FILE)
+    by_digest = {hash_file(path / WEIGHTS_FILE): path for path in adapters}
+    used: list[tuple[Path, Any]] = []
+    try:
+        for row in note["adapters"]:
+            if row["digest"] not in by_digest:
+                raise Mismatch(
+                    "other_adapter",
+                    f"None of the given adapters is the {row['name']} that was merged ({row['digest'][:12]}).",
+                    subject=row["name"],
+                    next_step="Pull the releases that the merged one names as its inputs.",
+                )
+            used.append((by_digest[row["digest"]], parse_weight(row["weight"])))
+        rounding = parse_rounding(**note["rounding"])
+        return plan_merge(checkpoint, used, note["method"], note["settings"], note["dtype"], rounding)
+    except (KeyError, TypeError) as error:
+        message = f"{NOTE_FILE} does not say all that a merge is made from ({error})."
+        raise InvalidFile("bad_note", message, subject=NOTE_FILE) from error
+
+
+def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progress | None = None) -> Rebuilt:
+    """Make the plan's files again, a chunk at a time, and compare them with those in `merged`. Memory is a merge's.
+
+    Weights, config and index are compared; the side files (tokenizer, licence) with the base's. `progress` is called
+    from several threads with the bytes just done, `plan.size_bytes` in all. Raises what a merge raises.
+    """
+    found = [
+        *_texts(plan, merged),
+        *_side_files(plan.checkpoint.path, merged, {"config.json", INDEX_FILE, NOTE_FILE}),
+        *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
+    ]
+    same = tuple(one.file for one in found if not one.neighbours and not one.others and not one.why)
+    return Rebuilt(same, tuple(one for one in found if one.file not in same))
+
+
+def _texts(plan: MergePlan, merged: Path) -> list[FileDifference]:
+    texts = {"config.json": plan.config} | ({} if plan.checkpoint.index is None else {INDEX_FILE: index_of(plan)})
+    return [FileDifference(name, 0, 0, _other_json(merged / name, value)) for name, value in texts.items()]
+
+
+def _other_json(path: Path, expected: Mapping[str, Any]) -> str:
+    if not path.is_file():
+        return "is missing"
+    return "" if read_json(path, "missing", "") == json.loads(json.dumps(expected)) else "has other contents"
+
+
+def _side_files(base: Path, merged: Path, known: set[str]) -> list[FileDifference]:
+    """What the output has besides weights must be the base's; what a release adds to it (a card) is not looked at."""
+    names = [file.name for file in sorted(merged.iterdir()) if file.is_file() and file.suffix != ".safetensors"]
+    both = [name for name in names if name not in known and (base / name).is_file()]
+    return [
+        FileDifference(name, 0, 0, "" if hash_file(contained(base, name)) == hash_file(merged / name) else "is another")
+        for name in both
+    ]
+
+
+def _weights(plan: MergePlan, merged: Path, rewriter: Rewriter, report: Progress) -> Iterable[FileDifference]:
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(1))
+        pool = stack.enter_context(ThreadPoolExecutor(max(2, os.cpu_count() or 1), "rebuild"))
+        for shard in plan.shards:
+            path = merged / shard.file
+            if not path.is_file():
+                yield FileDifference(shard.file, 0, 0, "is missing")
+            elif path.stat().st_size != shard.size_bytes:
+                yield FileDifference(shard.file, 0, 0, f"has {path.stat().st_size} bytes, not {shard.size_bytes}")
+            else:
+                yield _compared(shard, path, _Comparing(rewriter, report), pool)
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparing:
+    rewriter: Rewriter
+    report: Progress
+
+    def copied(self, part: Range, source: int, target: int) -> int:
+        """Bytes of pieces that differ."""
+        self.report(part.size_bytes)
+        return 0 if equal(part, source, target) else part.size_bytes
+
+    def chunk(self, chunk: Chunk, source: int, target: int) -> tuple[int, int]:
+        """(neighbours, others) among the chunk's elements."""
+        self.report(chunk.size_bytes)
+        again = self.rewriter.computed(chunk, source)
+        work = chunk.work
+        there = source_rows(Source(target, work.plan.target, work.columns), chunk.begin, chunk.end)
+        return steps_apart(again, there)
+
+
+def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadPoolExecutor) -> FileDifference:
+    neighbours = others = 0
+    why = ""
+    with ExitStack() as stack:
+        target = stack.enter_context(path.open("rb")).fileno()
+        opened = {
+            place: stack.enter_context(place.open("rb")).fileno() for place in {one.path for one in shard.tensors}
+        }
+        if os.pread(target, len(shard.head), 0) != shard.head:
+            why = "has another header"
+        comparing.report(len(shard.head))
+        for part in copied_ranges(shard.tensors):
+            source = opened[part.path]
+            different = sum(pool.map(lambda piece, s=source: comparing.copied(piece, s, target), pieces(part)))
+            why = why or ("has other bytes where the base was copied" if different else "")
+        for tensor in shard.tensors:
+            if tensor.copied:
+                continue
+            source, work = opened[tensor.path], prepare(tensor, comparing.rewriter.device)
+            for near, far in pool.map(lambda chunk, s=source: comparing.chunk(chunk, s, target), chunks_of(work)):
+                neighbours, others = neighbours + near, others + far
+    return FileDifference(shard.file, neighbours, others, why)
+
+
+def steps_apart(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:
+    """(elements that are neighbours in their dtype, elements further apart); of equal bytes neither is counted."""
+    integers = _INTEGERS[one.dtype.itemsize]
+    first, second = one.contiguous().view(integers), other.contiguous().view(integers)
+    if torch.equal(first, second):
+        return 0, 0
+    first, second = first.long(), second.long()
+    if one.is_floating_point():
+        # Sign and magnitude as one ordered number: -0 and 0 are the same, and each step is 1.
+        lowest = torch.iinfo(integers).min
+        first, second = (torch.where(bits < 0, lowest - bits, bits) for bits in (first, second))
+    apart = (first - second).abs()
+    if not one.is_floating_point():
+        return 0, int((apart > 0).sum())
+    differing = one.contiguous().view(integers) != other.contiguous().view(integers)
+    near = differing & (apart <= 1) & one.isfinite() & other.isfinite()
+    return int(near.sum()), int((differing & ~near).sum())

@@ -1,0 +1,187 @@
+"""What a merge wrote, against what it should have: sampled rows computed again in float64, and what rounding left of Δ.
+
+Looking at every value for this would take a third of the merge's time again, so the rows that verification recomputes
+anyway are the sample: at least ten of each tensor, some 20 thousand values of a layer.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+
+from composer.chunks import TensorWork
+from composer.delta import Computed
+from composer.errors import RefusedOutput
+from composer.findings import Finding, Severity
+from composer.rounding import Mode, Rounding
+from composer.source import Source, picked_rows, source_rows
+
+_SAMPLED_ROWS = 8
+_SAMPLED_ELEMENTS = 256  # of a tensor that is only cast or replaced
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
+_COMPUTED_ULPS = 512  # a delta without factors passes norms, rotations or transforms in float32
+_NOTICE, _WARNING = 1e-2, 3e-3  # RMS(Δ)/RMS(W) at which 18 % and 48 % of Δ are lost in bfloat16, Gaussian weights
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """Of sampled rows, or of many tensors' summed up: counts, and squares of norms in float64.
+
+    `lost` entries of Δ changed nothing: the output is what rounding the base alone would give. `weight` is ‖W‖²,
+    `delta` ‖Δ‖², `moved` ‖round(W + Δ) - W‖², `error` ‖round(W + Δ) - W - Δ‖².
+    """
+
+    rows: int = 0
+    entries: int = 0
+    lost: int = 0
+    weight: float = 0.0
+    delta: float = 0.0
+    moved: float = 0.0
+    error: float = 0.0
+
+    def __add__(self, other: "Survival") -> "Survival":
+        return Survival(
+            self.rows + other.rows, self.entries + other.entries, self.lost + other.lost, self.weight + other.weight,
+            self.delta + other.delta, self.moved + other.moved, self.error + other.error,
+        )  # fmt: skip
+
+    @property
+    def size(self) -> float:
+        """RMS(Δ)/RMS(W)."""
+        return sqrt(self.delta / self.weight) if self.weight else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """`lost_share` of Δ's entries, `energy_kept` ‖round(W + Δ) - W‖²/‖Δ‖², `error` ‖round(W + Δ) - W - Δ‖/‖Δ‖."""
+        delta = self.delta or 1.0
+        return {
+            "sampled_rows": self.rows,
+            "relative_size": self.size,
+            "lost_share": self.lost / self.entries if self.entries else 0.0,
+            "energy_kept": self.moved / delta,
+            "error": sqrt(self.error / delta),
+        }
+
+
+def whole(survivals: Iterable[Survival]) -> Survival:
+    return reduce(Survival.__add__, survivals, Survival())
+
+
+def swallowed(survivals: dict[str, Survival], dtypes: dict[str, str], rounding: Rounding) -> list[Finding]:
+    """A finding for the tensors whose deltas are too small for the output's dtype, the smallest of them as subject.
+
+    Nothing for stochastic rounding, which keeps them on average. The thresholds were measured for bfloat16; those of
+    another dtype follow from the size of its steps.
+    """
+    if rounding.mode is Mode.STOCHASTIC:
+        return []
+    found: list[Finding] = []
+    for dtype, finer in (("BF16", 1), ("F16", 8)):
+        sizes = {
+            name: one.size * finer
+            for name, one in survivals.items()
+            if dtypes[name] == dtype and one.delta and one.weight
+        }
+        small = sorted((size, name) for name, size in sizes.items() if size < _NOTICE)
+        if small:
+            severity = Severity.WARNING if small[0][0] < _WARNING else Severity.NOTICE
+            lost = survivals[small[0][1]].to_json()["lost_share"]
+            message = (
+                f"{len(small)} of {len(sizes)} deltas are so small that {dtype} loses much of them, most of all of "
+                f"{small[0][1]} ({lost:.0%} of its entries). Serve the adapter as it is, write fp32 or round "
+                "stochastically."
+            )
+            found.append(Finding(f"{dtype.lower()}_swallow", severity, small[0][1], message, small[0][0] / finer))
+    return found
+
+
+@torch.inference_mode()
+def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> Survival:
+    """Recompute sampled rows of a rewritten tensor in float64 from the base and the deltas; what rounding left of Δ.
+
+    Each written value must lie within half a step of its dtype (a whole one where chance decides), plus the rounding
+    of R float32 additions (of a few hundred where a delta is no product of factors). Raises RefusedOutput naming the
+    tensor otherwise.
+    """
+    name = work.plan.target.name
+    chosen = _chosen(name, work.rows, _SAMPLED_ROWS if work.changed else _SAMPLED_ELEMENTS)
+    if not chosen:
+        return Survival()
+    W, delta, slack = _exact_rows(work, source, chosen)
+    written = picked_rows(Source(target, work.plan.target, work.columns), chosen)
+    exact = W + delta
+    if written.is_floating_point():
+        limits = torch.finfo(written.dtype)
+        slack = slack + exact.abs() * (limits.eps * rounding.steps) * (1 + 1e-6)
+        slack = slack + 2 * rounding.steps * limits.smallest_normal * limits.eps
+    if not bool(((written.double() - exact).abs() <= slack).all()):
+        raise RefusedOutput(
+            "verification",
+            f"{name} was not written as computed.",
+            subject=name,
+            next_step="Check the disk and memory, and try again.",
+        )
+    return _survival(W, delta, written) if work.changed else Survival(rows=len(chosen))
+
+
+def _chosen(name: str, rows: int, count: int) -> list[int]:
+    """Seeded by the name alone: the same merge is checked at the same places. First and last are always among them."""
+    if not rows:
+        return []
+    picks = np.random.default_rng(list(name.encode())).integers(0, rows, count)
+    return sorted({0, rows - 1, *picks.tolist()})
+
+
+def _survival(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> Survival:
+    moved = written.double() - W
+    touched = delta != 0
+    lost = touched & (written == W.to(written.dtype))
+
+    def energy(values: torch.Tensor) -> float:
+        return float(values.square().sum())
+
+    return Survival(
+        rows=W.shape[0], entries=int(touched.sum()), lost=int(lost.sum()), weight=energy(W), delta=energy(delta),
+        moved=energy(moved), error=energy(moved - delta),
+    )  # fmt: skip
+
+
+def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(W, Δ, the error that float32 accumulation may have made), the rows of each in float64."""
+    if work.replacement is not None:
+        W = work.replacement[list(rows)].double()
+        return W, torch.zeros_like(W), torch.zeros_like(W)
+    W = picked_rows(work.source(source), rows).double()
+    delta, slack = torch.zeros_like(W), torch.zeros_like(W)
+
+    def inside(begin: int, count: int) -> tuple[list[int], list[int]]:
+        held = [i for i, row in enumerate(rows) if begin <= row < begin + count]
+        return held, [rows[i] - begin for i in held]
+
+    for factors in work.factors:
+        held, own = inside(factors.begin, factors.left.shape[0])
+        left, right = factors.left[own].double(), factors.right.double()
+        delta[held] += left @ right
+        terms = left.shape[1] + 4
+        # |left| @ |right| bounds every partial sum; by Cauchy and Schwarz the norms do, without a second product.
+        bound = left.norm(dim=1, keepdim=True) * right.norm(dim=0, keepdim=True)
+        slack[held] += (W[held].abs() + bound) * terms * _FLOAT32_EPS
+    for computed in work.computed:
+        held, own = inside(computed.begin, computed.stored_shape[0])
+        if held:
+            added = _computed_rows(work, computed, source, own)
+            delta[held] += added
+            slack[held] += (W[held].abs() + added.abs().amax(dim=1, keepdim=True)) * _COMPUTED_ULPS * _FLOAT32_EPS
+    return W, delta, slack
+
+
+def _computed_rows(work: TensorWork, delta: Computed, source: int, own: Sequence[int]) -> torch.Tensor:
+    def base(begin: int, end: int) -> torch.Tensor:
+        return source_rows(work.source(source), delta.begin + begin, delta.begin + end).double()
+
+    if delta.whole:
+        return delta.rows(base(0, delta.stored_shape[0]), 0)[list(own)]
+    return torch.cat([delta.rows(base(row, row + 1), row) for row in own])

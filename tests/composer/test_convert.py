@@ -1,0 +1,164 @@
+"""Adapters in other layouts, written as their trainers do, become PEFT adapters that do the same."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from composer.convert import convert
+from composer.errors import ComposerError, NotSupported
+from composer.formats.checkpoint import open_checkpoint
+from composer.formats.foreign import recognise
+from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
+
+Tensors = dict[str, torch.Tensor]
+PREFIX = "base_model.model."
+
+
+def factors_of(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """module -> (A, B) of a PEFT adapter."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    modules = {key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors}
+    return {m: (tensors[f"{PREFIX}{m}.lora_A.weight"], tensors[f"{PREFIX}{m}.lora_B.weight"]) for m in sorted(modules)}
+
+
+def as_kohya(adapter: Path, out: Path) -> Path:
+    tensors: Tensors = {}
+    for module, (A, B) in factors_of(adapter).items():
+        flat = "lora_te_" + module.replace(".", "_")
+        tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(8.0)}
+    save_file(tensors, out / "kohya.safetensors", metadata={"ss_network_dim": "4"})
+    return out / "kohya.safetensors"
+
+
+def as_diffusers(adapter: Path, out: Path) -> Path:
+    tensors: Tensors = {}
+    for module, (A, B) in factors_of(adapter).items():
+        tensors |= {f"transformer.{module}.lora_A.weight": A, f"transformer.{module}.lora_B.weight": B}
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    save_file(tensors, out / "pytorch_lora_weights.safetensors", metadata=metadata)
+    return out / "pytorch_lora_weights.safetensors"
+
+
+def as_mlx(adapter: Path, out: Path) -> Path:
+    tensors: Tensors = {}
+    for module, (A, B) in factors_of(adapter).items():
+        tensors |= {f"{module}.lora_a": A.T.contiguous(), f"{module}.lora_b": B.T.contiguous()}
+    directory = out / "mlx"
+    directory.mkdir()
+    save_file(tensors, directory / "adapters.safetensors")
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+LAYOUTS: dict[str, Callable[[Path, Path], Path]] = {"kohya": as_kohya, "diffusers": as_diffusers, "mlx": as_mlx}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_of_another_layout_does_the_same_in_pefts(
+    layout: str, kind: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(kind)
+    targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "down_proj"]
+    original = make_adapter(base, target_modules=targets)  # rank 4, alpha 8
+    source = LAYOUTS[layout](original, tmp_path)
+    assert recognise(source) == layout
+    report = convert(source, tmp_path / "out", open_checkpoint(base).architecture)
+    assert (report.layout, report.rank_max) == (layout, 4)
+    deltas = [
+        {
+            name: module.get_delta_weight("default").detach()
+            for name, module in model.named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
+        for model in (PeftModel.from_pretrained(load_model(base), path) for path in (original, tmp_path / "out"))
+    ]
+    assert deltas[0].keys() == deltas[1].keys()
+    for name, delta in deltas[0].items():
+        assert_close(deltas[1][name], delta, name)
+
+
+def test_a_hadamard_product_becomes_a_lora_of_the_squared_rank(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    generator = torch.Generator().manual_seed(2)
+    a, b, c, d = (torch.randn(*shape, generator=generator) for shape in ((16, 3), (3, 16), (16, 3), (3, 16)))
+    flat = "lora_te_model_layers_0_self_attn_q_proj"
+    parts = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": torch.tensor(6.0)}
+    save_file({f"{flat}.{name}": tensor for name, tensor in parts.items()}, tmp_path / "loha.safetensors")
+    report = convert(tmp_path / "loha.safetensors", tmp_path / "out", open_checkpoint(base).architecture)
+    assert report.rank_max == 9
+    model = PeftModel.from_pretrained(load_model(base), tmp_path / "out")
+    delta = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
+    assert_close(delta, 2.0 * (a @ b) * (c @ d), "q_proj")
+
+
+def test_experts_that_mlx_stacks_get_a_pair_each(tmp_path: Path, make_moe: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    A, B = torch.randn(4, 2, 16, generator=generator), torch.randn(4, 8, 2, generator=generator)
+    directory = tmp_path / "mlx"
+    directory.mkdir()
+    name = "model.layers.0.mlp.switch_mlp.gate_proj"
+    save_file({f"{name}.lora_a": A, f"{name}.lora_b": B}, directory / "adapters.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"scale": 3.0}}))
+    convert(directory, tmp_path / "out", open_checkpoint(make_moe).architecture)
+    for expert, (module, (ours_A, ours_B)) in enumerate(factors_of(tmp_path / "out").items()):
+        assert module == f"model.layers.0.mlp.experts.{expert}.gate_proj"
+        assert_close(ours_B @ ours_A, 3.0 * B[expert] @ A[expert], module)
+
+
+@pytest.fixture
+def make_moe(tmp_path: Path) -> Path:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    return tmp_path / "moe"
+
+
+def test_unknown_keys_and_modules_are_listed(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    architecture = open_checkpoint(base).architecture
+    tensors = load_file(as_kohya(make_adapter(base), tmp_path))
+    save_file(tensors | {"lora_te_x.lora_sideways": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ComposerError, match=r"nothing is known of: 'lora_te_x.lora_sideways'"):
+        convert(tmp_path / "odd.safetensors", tmp_path / "out", architecture)
+    save_file(
+        {f"lora_te_nowhere.{part}.weight": torch.zeros(2, 2) for part in ("lora_down", "lora_up")},
+        tmp_path / "lost.safetensors",
+    )
+    with pytest.raises(ComposerError, match=r"does not have, or has several of: 'lora_te_nowhere'"):
+        convert(tmp_path / "lost.safetensors", tmp_path / "out", architecture)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("adapter.gguf", b"GGUF" + bytes(20), "llama.cpp"),
+        ("model.nemo", b"whatever", "Megatron"),
+        ("adapter_0.pt", b"PK", "pickle"),
+    ],
+)
+def test_what_is_not_converted_is_refused_by_name_with_a_way_out(
+    name: str, content: bytes, says: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NotSupported, match=says) as raised:
+        convert(tmp_path / name, tmp_path / "out", open_checkpoint(make_model()).architecture)
+    assert raised.value.next_step
+
+
+@pytest.mark.parametrize("key", ["dora_scale", "lokr_w1", "lora_mid.weight"])
+def test_parts_without_plain_factors_are_refused_by_name(key: str, tmp_path: Path, make_model: MakeModel) -> None:
+    save_file({f"lora_te_model_layers_0_self_attn_q_proj.{key}": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(NotSupported, match=key):
+        convert(tmp_path / "a.safetensors", tmp_path / "out", open_checkpoint(make_model()).architecture)
