@@ -1,0 +1,108 @@
+"""bitsandbytes' 4-bit weights in a checkpoint: which tensors belong together and what they stand for. No torch."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from composer.errors import InvalidFile
+from composer.formats.header import TensorEntry, TensorSpec
+
+_STATE = ".quant_state.bitsandbytes__nf4"
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
+_STATE_BYTES = 10_000
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+Locate = Callable[[str], tuple[Path, TensorEntry]]
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4:
+    """The packed weight `name`: `shape` and `dtype` are those before it was packed, `block` counts values a scale."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    block: int
+    nested_block: int | None
+    nested_offset: float
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.dtype, self.shape)
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor only helps to decode another one."""
+    return name.endswith(_PARTS)
+
+
+def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
+    """The packed weights of a checkpoint by name. Raises InvalidFile naming one whose description cannot be used."""
+    known = set(names)
+    found: dict[str, Nf4] = {}
+    for name in sorted(known):
+        if name.endswith(_STATE):
+            weight = name.removesuffix(_STATE)
+            found[weight] = _described(weight, known, locate)
+    return found
+
+
+def _described(name: str, known: set[str], locate: Locate) -> Nf4:
+    path, entry = locate(f"{name}{_STATE}")
+    if entry.dtype != "U8" or entry.size_bytes > _STATE_BYTES:
+        raise _bad(name, "its quantization state is no short text")
+    with path.open("rb") as file:
+        file.seek(entry.begin)
+        content = file.read(entry.size_bytes)
+    try:
+        state: object = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _bad(name, "its quantization state is not JSON") from error
+    if not isinstance(state, dict):
+        raise _bad(name, "its quantization state is no object")
+    stated = cast("dict[str, Any]", state)
+    shape = cast("list[Any]", stated.get("shape") if isinstance(stated.get("shape"), list) else [])
+    whole = len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
+    if not whole or stated.get("dtype") not in _DTYPES or not _positive(stated, "blocksize"):
+        raise _bad(name, "its quantization state lacks a shape, dtype or block size that is known")
+    packed = Nf4(name, (shape[0], shape[1]), _DTYPES[stated["dtype"]], stated["blocksize"], *_nested(name, stated))
+    _check_sizes(packed, known, locate)
+    return packed
+
+
+def _nested(name: str, stated: Mapping[str, Any]) -> tuple[int | None, float]:
+    if "nested_blocksize" not in stated:
+        return None, 0.0
+    offset = stated.get("nested_offset")
+    if not _positive(stated, "nested_blocksize") or type(offset) not in (int, float):
+        raise _bad(name, "its quantization state lacks a nested block size or offset")
+    return stated["nested_blocksize"], float(cast(float, offset))
+
+
+def _check_sizes(packed: Nf4, known: set[str], locate: Locate) -> None:
+    values = packed.shape[0] * packed.shape[1]
+    blocks = -(-values // packed.block)
+    wanted = {"": ("U8", -(-values // 2)), ".quant_map": ("F32", 16)}
+    if packed.nested_block is None:
+        wanted[".absmax"] = ("F32", blocks)
+    else:
+        wanted |= {".absmax": ("U8", blocks), ".nested_quant_map": ("F32", 256)}
+        wanted[".nested_absmax"] = ("F32", -(-blocks // packed.nested_block))
+    for suffix, (dtype, elements) in wanted.items():
+        tensor = f"{packed.name}{suffix}"
+        if tensor not in known:
+            raise _bad(packed.name, f"{tensor} is missing")
+        _, entry = locate(tensor)
+        if (entry.dtype, entry.spec.elements) != (dtype, elements):
+            raise _bad(packed.name, f"{tensor} has not the size that its quantization state says")
+
+
+def _positive(stated: Mapping[str, Any], name: str) -> bool:
+    value = stated.get(name)
+    return type(value) is int and 0 < value < 2**31
+
+
+def _bad(name: str, why: str) -> InvalidFile:
+    return InvalidFile("bad_quantization", f"{name} cannot be decoded: {why}.", subject=name)
