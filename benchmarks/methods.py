@@ -1,0 +1,125 @@
+"""What combining three adapters costs at the shapes of a 7B model: every method, and PEFT's own SVD beside ours.
+
+The adapters are random, of rank 16 on all linear weights (224 of them); what a method costs does not depend on values,
+but for `ctm`, which iterates longest on adapters that share nothing. Methods of full space are timed by making every
+row of their result, as a merge does. PEFT is timed on one weight of 4096 x 4096 and its whole is extrapolated.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from benchmarks import harness
+from benchmarks.harness import Sample
+from composer.delta import Computed, Layout, LowRank
+from composer.methods.pipeline import Part, Place, Selections, run
+from composer.settings import PIPELINES, parse_settings
+from composer.tensors import torch_threads
+
+HIDDEN, INNER, LAYERS, RANK, ADAPTERS = 4096, 11008, 32, 16, 3
+SHAPES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (HIDDEN, HIDDEN)),
+    **dict.fromkeys(("gate_proj", "up_proj"), (INNER, HIDDEN)),
+    "down_proj": (HIDDEN, INNER),
+}
+IN_A_BASIS = ("svd", "core_ties", "core_tsv", "core_iso", "knots_ties", "ctm_ties", "pico_svd")
+IN_FULL = ("ties", "dare_ties", "della", "breadcrumbs_ties", "sce")
+PEFT = f"PEFT svd, one weight of {HIDDEN} x {HIDDEN}"
+
+
+def main() -> None:
+    chosen = harness.options(__doc__, rounds=3)
+    harness.announce("methods", "torch", "peft")
+    layers = 2 if chosen.quick else LAYERS
+    whole = [place for layer in range(layers) for place in _places(layer)]
+    model = _peft_model()
+    ours = f"svd to rank {RANK}, {len(whole)} weights"
+    results = harness.interleave(
+        {ours: lambda: _timed(partial(combine, "svd", whole)), PEFT: lambda: _timed(partial(_peft_svd, model))},
+        chosen.rounds,
+    )
+    harness.report("Three adapters of rank 16 as one of rank 16", results, ours)
+    weights = layers * sum(o * i for o, i in SHAPES.values()) / HIDDEN**2
+    pairs = zip(results[ours], results[PEFT], strict=True)
+    times = [weights * theirs.seconds / mine.seconds for mine, theirs in pairs]
+    print(f"\nPEFT's whole is taken as {weights:.0f} times its weight: {harness.spread(times)} times ours")
+    _table(list(_places(0)), chosen.rounds)
+
+
+def _table(layer: list[Place], rounds: int) -> None:
+    """One layer with all methods."""
+    cases = {name: partial(_timed, partial(combine, name, layer)) for name in (*IN_A_BASIS, *IN_FULL)}
+    results = harness.interleave(cases, rounds)
+    rows = [["method", "one layer, s", f"{LAYERS} layers, s"]]
+    for name, samples in results.items():
+        seconds = [sample.seconds for sample in samples]
+        rows.append([name, harness.spread(seconds), harness.spread([LAYERS * one for one in seconds])])
+    harness.table(
+        f"{ADAPTERS} adapters, {len(SHAPES)} weights a layer ({rounds} rounds, {LAYERS} layers computed)", rows
+    )
+
+
+def combine(method: str, places: list[Place]) -> None:
+    """The whole of a method: in a basis its factors, in full space every row."""
+    settings = parse_settings(method, {"rank": RANK} if method in IN_A_BASIS else {})
+    pipeline = PIPELINES[method]
+
+    def one(place: Place) -> None:
+        added, _ = run(pipeline, place, settings, Selections())
+        for delta in added:
+            if isinstance(delta, Computed):
+                rows, columns = delta.stored_shape
+                for begin in range(0, rows, 256):
+                    count = min(256, rows - begin)
+                    delta.rows(torch.zeros(()).expand(count, columns), begin)
+
+    with torch_threads(1), ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, places))
+
+
+def _places(layer: int) -> Iterator[Place]:
+    generator = torch.Generator().manual_seed(layer)
+    for name, (outputs, inputs) in SHAPES.items():
+        parts: list[Part] = []
+        for number in range(ADAPTERS):
+            A = torch.randn(RANK, inputs, generator=generator)
+            B = torch.randn(outputs, RANK, generator=generator)
+            delta = LowRank(f"layers.{layer}.{name}", f"layers.{layer}.{name}.weight", Layout.LINEAR, A, B, 1.0)
+            parts.append(Part(number, delta, 1.0, f"{number}/{layer}/{name}"))
+        yield Place(parts, float(ADAPTERS))
+
+
+def _peft_model() -> object:
+    model = get_peft_model(nn.Sequential(nn.Linear(HIDDEN, HIDDEN)), _config(), "a0")
+    for number in range(1, ADAPTERS):
+        model.add_adapter(f"a{number}", _config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def _config() -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
+
+
+def _peft_svd(model: object) -> None:
+    names = [f"a{number}" for number in range(ADAPTERS)]
+    model.add_weighted_adapter(names, [1.0] * ADAPTERS, "all", combination_type="svd", svd_rank=RANK)  # pyright: ignore
+    model.delete_adapter("all")  # pyright: ignore
+
+
+def _timed(call: partial[None]) -> Sample:
+    started = time.perf_counter()
+    call()
+    return Sample(time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
