@@ -1,68 +1,155 @@
-"""Merging three adapters into the base: the command, the library, PEFT, and the floor of copying the same bytes.
+"""Merging three adapters into a checkpoint: the command, the library, PEFT, mergekit, and the floor of copying it.
 
 Every case is a fresh process that writes a whole checkpoint, and starts with nothing dirty in the page cache. The
 floor is `cp` and an fsync of every file: less cannot be done for a checkpoint that must survive a power cut. PEFT's
-output is neither synced nor verified, so its figures flatter it a little.
+and mergekit's output is neither synced nor verified, so their figures flatter them a little.
+
+Two checkpoints: `--base`, and one of 1.1 billion parameters made for the run, with adapters of rank 16 on every linear
+module; the command alone also merges one of twice the layers, for its memory. mergekit runs where an environment for it
+is named (`--mergekit-venv`, made when it is not there). It takes a LoRA as `model+lora`, merges each into a checkpoint
+of its own on the disk first, and then adds up the differences: that is what the same result costs with it.
 """
 
+import argparse
+import json
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import harness
-from benchmarks.harness import Case, Sample
+from benchmarks.harness import Case, Rounds, Sample
 
 SQL, TERRAFORM, SUPPORT = (
     Path(f"examples/adapters/{name}") for name in ("sql-migration", "terraform-review", "support-macros")
 )
 ADAPTERS = (SQL, TERRAFORM, SUPPORT)
-FLOOR = "cp + fsync"
+FLOOR, OURS, LIBRARY = "cp + fsync", "adaptory merge", "composer: plan and run"
+PEFT, MERGEKIT = "PEFT: one after the other", "mergekit: task_arithmetic"
+LAYERS, RANK, BIG_ROUNDS = 22, 16, 3
 
 
 def main() -> None:
-    chosen = harness.options(__doc__, rounds=7)
-    base = chosen.base.resolve(strict=True)
+    chosen = _options()
     harness.announce("merge", "torch", "peft", "transformers")
+    mergekit = _environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
+    with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-merge-") as name:
+        directory = Path(name)
+        small = chosen.base.resolve(strict=True)
+        cases = _cases(small, directory / "out", ADAPTERS)
+        # Its `cat` gives up on the three: it takes the first one's layers for all, and one of them has other layers.
+        cases["PEFT: cat of two, merge"] = _once("peft_cat", small, directory / "out", SQL, SUPPORT)
+        _told("Three adapters into the base", small, harness.interleave(cases, chosen.rounds))
+        layers, rounds = (2, 1) if chosen.quick else (LAYERS, min(chosen.rounds, BIG_ROUNDS))
+        _large(directory, layers, rounds, mergekit)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+    parser.add_argument("--mergekit-venv", type=Path, help="an environment with mergekit, to measure it too")
+    mine, others = parser.parse_known_args()
+    given, sys.argv[1:] = sys.argv[1:], others
+    chosen = harness.options(__doc__, rounds=7)
+    sys.argv[1:] = given
+    chosen.mergekit_venv = mine.mergekit_venv
+    return chosen
+
+
+def _environment(directory: Path) -> Path:
+    """The mergekit command; says which version it is."""
+    python = directory / "bin" / "python"
+    if not python.with_name("mergekit-yaml").exists():
+        subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "mergekit"], check=True)
+    ask = "from importlib.metadata import version as v; print('mergekit', v('mergekit'), 'with torch', v('torch'))"
+    print(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+    return python.with_name("mergekit-yaml")
+
+
+def _large(directory: Path, layers: int, rounds: int, mergekit: Path | None) -> None:
+    base, *adapters = _made(directory / "large", layers)
+    out = directory / "out"
+    cases = _cases(base, out, adapters)
+    if mergekit:
+        cases[MERGEKIT] = _mergekit(mergekit, base, out, adapters)
+    cases[f"{OURS}, one adapter"] = _ours(base, out, adapters[:1])
+    _told(f"Three adapters of rank {RANK} on all linear modules", base, harness.interleave(cases, rounds))
+    twice, *larger = _made(directory / "twice", 2 * layers)
+    doubled = {FLOOR: _floor(twice, out), OURS: _ours(twice, out, larger)}
+    _told("The same, twice the layers", twice, harness.interleave(doubled, rounds))
+
+
+def _made(directory: Path, layers: int) -> list[Path]:
+    """A base and three adapters."""
+    subprocess.run([sys.executable, "-m", "benchmarks.models", directory, str(layers), str(RANK)], check=True)
+    return [directory / name for name in ("base", "one", "two", "three")]
+
+
+def _told(title: str, base: Path, results: Rounds) -> None:
     size = sum(file.stat().st_size for file in base.iterdir())
-    print(f"base: {size / harness.MB:.0f} MB in {len(list(base.glob('*.safetensors')))} shards, in the page cache")
-    with TemporaryDirectory(dir=base.parent, prefix="bench-merge-") as directory:
-        results = harness.interleave(_cases(base, Path(directory) / "out"), chosen.rounds)
-    harness.report("Three adapters into the base, whole process", results, FLOOR)
+    print(f"\n{size / harness.MB:.0f} MB in {len(list(base.glob('*.safetensors')))} shards, in the page cache;")
+    print(f"load average {os.getloadavg()[0]:.1f}")
+    harness.report(f"{title}, whole process", results, FLOOR)
     own = {name: [sample.inside_s for sample in samples] for name, samples in results.items()}
     inside = {name: [Sample(seconds) for seconds in times if seconds] for name, times in own.items() if all(times)}
-    floor = [replace(sample, peak_rss_bytes=None) for sample in results[FLOOR]]
-    harness.report("The same, without the time of imports", {FLOOR: floor, **inside}, FLOOR)
+    if inside:
+        floor = [replace(sample, peak_rss_bytes=None) for sample in results[FLOOR]]
+        harness.report("The same, without the time of imports", {FLOOR: floor, **inside}, FLOOR)
 
 
-def _cases(base: Path, out: Path) -> dict[str, Case]:
-    def fresh(run: Callable[[], Sample]) -> Case:
-        def case() -> Sample:
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()
-            return run()
-
-        return case
-
-    def once(how: str, *adapters: Path) -> Case:
-        command = [sys.executable, "-m", "benchmarks.merge_once", how, base, out, *adapters]
-        return fresh(lambda: harness.process(command, tells_seconds=True))
-
-    copy = ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/* "$2"', "sh", base, out]
-    command = [harness.ADAPTORY, "merge", "--base", base, "-o", out]
-    command += [word for adapter in ADAPTERS for word in ("--adapter", adapter)]
+def _cases(base: Path, out: Path, adapters: Sequence[Path]) -> dict[str, Case]:
     return {
-        FLOOR: fresh(lambda: harness.process(copy)),
-        "adaptory merge": fresh(lambda: harness.process(command)),
-        "composer: plan and run": once("composer", *ADAPTERS),
-        "composer: imports alone": once("imports"),
-        "PEFT: one after the other": once("peft_in_turn", *ADAPTERS),
-        # Its `cat` gives up on the three: it takes the first one's layers for all, and one of them has other layers.
-        "PEFT: cat of two, merge": once("peft_cat", SQL, SUPPORT),
+        FLOOR: _floor(base, out),
+        OURS: _ours(base, out, adapters),
+        LIBRARY: _once("composer", base, out, *adapters),
+        "composer: imports alone": _once("imports", base, out),
+        PEFT: _once("peft_in_turn", base, out, *adapters),
     }
+
+
+def _floor(base: Path, out: Path) -> Case:
+    copy = ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/* "$2"', "sh", base, out]
+    return _fresh(out, lambda: harness.process(copy))
+
+
+def _ours(base: Path, out: Path, adapters: Sequence[Path]) -> Case:
+    command = [harness.ADAPTORY, "merge", "--base", base, "-o", out]
+    command += [word for adapter in adapters for word in ("--adapter", adapter)]
+    return _fresh(out, lambda: harness.process(command))
+
+
+def _once(how: str, base: Path, out: Path, *adapters: Path) -> Case:
+    command = [sys.executable, "-m", "benchmarks.merge_once", how, base, out, *adapters]
+    return _fresh(out, lambda: harness.process(command, tells_seconds=True))
+
+
+def _mergekit(command: Path, base: Path, out: Path, adapters: Sequence[Path]) -> Case:
+    recipe, cache = out.with_name("mergekit.json"), out.with_name("mergekit-cache")
+    models = [{"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}} for adapter in adapters]
+    wanted = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "bfloat16"}
+    recipe.write_text(json.dumps(wanted))  # YAML too
+    words = [command, recipe, out, "--lora-merge-cache", cache, "--no-copy-tokenizer", "--quiet"]
+
+    def run() -> Sample:
+        try:
+            return harness.process(words)
+        finally:
+            shutil.rmtree(cache, ignore_errors=True)
+
+    return _fresh(out, run)
+
+
+def _fresh(out: Path, run: Callable[[], Sample]) -> Case:
+    def case() -> Sample:
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+        return run()
+
+    return case
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def _peft(base: Path, out: Path, adapters: Sequence[Path], merged: Callable[[Any
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(adapter, adapter_name=name)
     merged(model, names).save_pretrained(out)
-    AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(out)
+    if (base / "tokenizer.json").is_file():
+        AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(out)
     return time.perf_counter() - started
 
 

@@ -64,10 +64,9 @@ def _refuse_others(deltas: Sequence[Delta]) -> None:
             message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
             next_step = "Cut it to a rank (rank=32 or energy=0.99), or merge it into the base."
             raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
-    modules = Counter(delta.module for delta in pairs_of(deltas))
-    if many := [module for module, count in modules.items() if count > 1]:
-        message = f"{many[0]} has several pairs (experts of one tensor), which are not written as one adapter yet."
-        raise NotSupported("experts", message, subject=many[0], next_step="Merge the adapters into the base.")
+        if isinstance(delta, LowRank) and (delta.stacked or not delta.weight.endswith(".weight")):
+            message = f"{delta.module} is an expert of a stack or a packed attention, which is not written yet."
+            raise NotSupported("experts", message, subject=delta.module, next_step="Merge it into the base.")
 
 
 def _tensors(deltas: Sequence[Delta]) -> dict[str, torch.Tensor]:

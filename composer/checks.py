@@ -8,6 +8,7 @@ import torch
 
 from composer.delta import Additive, Computed, Delta, Replacement
 from composer.findings import Finding, Severity
+from composer.formats.naming import is_head
 from composer.variants import LoadedAdapter
 
 _Touch = tuple[str, Delta]  # adapter name, what it does
@@ -17,23 +18,34 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
     """Hard conflicts between adapters, and between an adapter and a tied weight.
 
     `settings["tied"]` is `refuse` (default), `shared` or `untie`. Error codes: replacement_conflict,
-    replacement_and_delta, two_rescale, tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices:
-    tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that also has a low-rank pair.
+    replacement_and_delta, two_rescale, token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch,
+    shape_conflict. Notices: tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that
+    also has a low-rank pair.
     """
     tied = settings.get("tied", "refuse")
     touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
     for adapter in loaded:
         for delta in adapter.deltas:
+            if tied != "untie" and served_by_twin(delta):
+                continue
             # Untied, the head and the embedding are two tensors; shared, they are one.
             side = delta.module if tied == "untie" and delta.tied else ""
             touches[delta.weight, side].append((adapter.name, delta))
     findings: list[Finding] = []
     for (weight, _), touching in touches.items():
         findings += _check_weight(weight, touching)
-    findings += _check_tied(
-        [(name, delta) for touching in touches.values() for name, delta in touching if delta.tied], str(tied)
-    )
-    return findings
+    one_sided = [
+        (name, delta)
+        for touching in touches.values()
+        for name, delta in touching
+        if delta.tied and (tied == "untie" or isinstance(delta, Replacement) or not delta.twin)
+    ]
+    return findings + _check_tied(one_sided, str(tied))
+
+
+def served_by_twin(delta: Delta) -> bool:
+    """Is this the head's side of a change that the embedding's side makes already, as long as they are one tensor?"""
+    return not isinstance(delta, Replacement) and delta.twin and is_head(delta.module)
 
 
 def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
@@ -60,7 +72,18 @@ def _check_place(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fi
         sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes)
         message = f"The adapters were trained for different shapes of {weight}: {sizes}."
         return [_error(code, adding[0][1].module, message)]
-    return _check_order(weight, adding)
+    return _check_order(weight, adding) + _check_rows(weight, adding)
+
+
+def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
+    """A row that two adapters trained anew can only be one of the two."""
+    setting = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.sets_rows]
+    for (name, one), (other_name, other) in itertools.combinations(setting, 2):
+        shared = sorted(one.sets_rows & other.sets_rows)
+        if shared:
+            message = f"{name} and {other_name} both trained token {shared[0]} of {weight} anew ({len(shared)} in all)."
+            return [_error("token_conflict", one.module, message)]
+    return []
 
 
 def _check_order(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:

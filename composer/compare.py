@@ -21,7 +21,7 @@ import numpy as np
 from composer.factors import Float64, blocks, factors, readable
 from composer.formats.facts import Adapter
 from composer.formats.header import FLOAT_DTYPES
-from composer.formats.placement import LOW_RANK_KINDS, Placed, PlacedModule
+from composer.formats.placed import LOW_RANK_KINDS, Placed, PlacedModule
 
 # A difference below this share of the larger norm is float64 rounding.
 _SAME = 1e-9
@@ -116,10 +116,12 @@ class _Side:
 
 
 def compare(old: Adapter, new: Adapter, old_placed: Placed, new_placed: Placed) -> Comparison:
-    """Every module of either adapter, the largest change first. What a variant adds beside s B A (DoRA) is not seen."""
+    """Every module of either adapter, the largest change first. What a variant adds beside s B A (DoRA) is not seen;
+    a delta of another form is left out."""
     before, after = _sides(old, old_placed), _sides(new, new_placed)
     found: list[ModuleChange] = []
-    left_out: list[str] = []
+    others = {module.module for placed in (old_placed, new_placed) for module in placed.adapted}
+    left_out = sorted(others - {name for kind, name in {**before, **after} if kind == "delta"})
     for (kind, name), one, other in ((key, before.get(key), after.get(key)) for key in {**before, **after}):
         sides = [side for side in (one, other) if side]
         reshaped = len({side.placed.shape for side in sides}) > 1

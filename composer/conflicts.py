@@ -1,280 +1,278 @@
 """Whether adapters can be combined, how much they get in each other's way, and on what evidence that is said.
 
-Hard conflicts refuse. A probe is measured damage and may warn. Numbers from the weights alone explain and locate; where
-no measurement backs a threshold they are shown and nothing fails on them.
+Hard conflicts refuse. A probe is measured damage and may warn. Numbers from activations or weights explain and locate;
+where no measurement backs a threshold they are shown, and nothing fails on them unless a policy says so.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from typing import Literal
+from typing import Any
 
+from composer.advice import Case, EvidenceKind, Explanation, explain
+from composer.amplification import AtBase, at_base
 from composer.checks import structural
-from composer.delta import LowRank
+from composer.compared import Compared, compare_all
+from composer.conflict_findings import of_adapters, of_base, of_outcome, of_pair, of_retention, weak_evidence
 from composer.errors import Mismatch
-from composer.findings import Finding, Policy, Severity, Verdict
-from composer.lowrank import Sums, compare
+from composer.findings import HARD, Finding, Policy, Verdict
+from composer.formats.checkpoint import Checkpoint
+from composer.interference import Activations, Directed
+from composer.interval import Interval
+from composer.lowrank import Comparison
+from composer.methods import combine_deltas, with_deltas
+from composer.numbers import Numbers, Size, Together, short
 from composer.probe import Outcome, ProbeResult
-from composer.tensors import torch_threads
+from composer.retention import retained
+from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
+from composer.survival import whole
 from composer.variants import LoadedAdapter
+from composer.weights import Weight
 
-# Unrelated adapters are near 0. At 0.5 the plain sum carries each of two equals 1.5 times along its own direction; the
-# same task trained twice and summed fell from 0.79 to 0.29 exact matches, while the mean was harmless.
-NEAR_DUPLICATE = 0.5
-# Ten times the energy of the other. No measurement backs a cut-off, so this is a notice only.
-DOMINANT_SHARE = 10 / 11
-# Losing more than half of what an adapter gained is worth a warning once it is beyond two standard errors.
-LEAST_KEPT = 0.5
-STANDARD_ERRORS = 2.0
+SCHEMA = 1
+"""Of `ConflictReport.to_json`: another number when a key goes or means something else."""
+MAX_ROWS = 20_000
+"""Rows of modules in the JSON of all pairs together: beyond, each pair keeps those that it shares most in."""
 
-WEAK_EVIDENCE = (
-    "The risk is from weights alone, which is weak evidence: over 91 pairs of real adapters its rank correlation with "
-    "measured damage was about 0.4, and a probe's on four examples 0.96. Give each adapter a suite and probe them."
-)
+_UNITS = {"probe": "nats per token", "activations": "ratio", "weights": "0 to 1"}
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
-    """How two deltas a and b lie to each other, in one module or, summed first, in the whole model.
+class Method:
+    """How the adapters are to be combined: a name and settings of composer/settings.py."""
 
-    Overlaps are shares of energy inside the other's span, mean of both directions; *_excess has chance removed;
-    *_ab is the share of a inside b. `norm_*` are Frobenius norms without weights. `dominance` is the larger one's share
-    of the weighted energy, 0.5 to 1; `interference` 1 for orthogonal, up to 2 for the same, down to 0 for opposite.
-    """
-
-    cosine: float
-    input_overlap: float
-    input_excess: float
-    input_overlap_ab: float
-    input_overlap_ba: float
-    output_overlap: float
-    output_excess: float
-    output_overlap_ab: float
-    output_overlap_ba: float
-    norm_a: float
-    norm_b: float
-    dominance: float
-    interference: float
+    name: str = "stack"
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two adapters. `risk`: what the worse one loses when probed, in nats per token; from weights, a number 0 to 1."""
+    """Two adapters. `risk`: what the worse one loses when probed, in nats per token, within `interval`; from
+    activations, how much stronger one acts than the other on the other's inputs; from weights, a number 0 to 1.
+    """
 
     a: str
     b: str
     risk: float
     risk_stderr: float | None
-    evidence: Literal["probe", "weights"]
+    interval: Interval | None
+    evidence: EvidenceKind
+    explanation: Explanation
     numbers: Numbers
+    layers: Mapping[int, Numbers]
     modules: Mapping[str, Numbers]
     outcome: Outcome | None
 
-    def to_json(self) -> dict[str, object]:
-        modules = [{"module": module, **asdict(numbers)} for module, numbers in self.modules.items()]
+    def to_json(self, most: int = MAX_ROWS) -> dict[str, object]:
+        """With at most so many modules, those first that it shares most in."""
+        ends = (self.interval and self.interval.to_json()) or {"low": None, "high": None}
+        told = list(self.explanation.shares)[:most] if len(self.modules) > most else list(self.modules)
         return {
             "a": self.a,
             "b": self.b,
-            "risk": self.risk,
-            "risk_unit": "nats per token" if self.evidence == "probe" else "0 to 1",
+            "risk": short(self.risk),
+            "risk_unit": _UNITS[self.evidence],
             "risk_stderr": self.risk_stderr,
+            "risk_low": ends["low"],
+            "risk_high": ends["high"],
             "evidence": self.evidence,
-            **asdict(self.numbers),
-            "modules": modules,
-            "probe": asdict(self.outcome) if self.outcome else None,
+            **self.explanation.to_json(),
+            **self.numbers.to_json(),
+            "layers": [{"layer": layer, **numbers.to_json()} for layer, numbers in self.layers.items()],
+            "modules": [{"module": module, **self.modules[module].to_json()} for module in told],
+            "probe": self.outcome.to_json() if self.outcome else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter of the set: its share of the weighted energy, what the method leaves of it, and how large it is."""
+
+    name: str
+    weight: Weight
+    share: float
+    retention: float | None
+    size: Size
+    modules: Mapping[str, Size]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "weight": self.weight.to_json(),
+            "share": short(self.share),
+            "retention": None if self.retention is None else short(self.retention),
+            **self.size.to_json(),
+            "modules": [{"module": module, **size.to_json()} for module, size in self.modules.items()],
         }
 
 
 @dataclass(frozen=True, slots=True)
 class ConflictReport:
-    """The verdict, every pair, the whole set, and the findings behind the verdict.
+    """The members, every pair, the whole set, and the findings, which the policy has judged. The verdict is theirs."""
 
-    `shares` is each adapter's part of the weighted energy, `interference` |sum|^2 over the sum of squares, for all.
-    """
-
+    members: tuple[Member, ...]
     pairs: tuple[Pair, ...]
-    shares: Mapping[str, float]
-    interference: float
+    together: Together
+    layers: Mapping[int, Together]
+    modules: Mapping[str, Together]
     findings: tuple[Finding, ...]
-    probe: ProbeResult | None
+    evidence: ProbeResult | Activations | None
+
+    @property
+    def probe(self) -> ProbeResult | None:
+        return self.evidence if isinstance(self.evidence, ProbeResult) else None
 
     @property
     def verdict(self) -> Verdict:
         return Policy().verdict(self.findings)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The contract's shape, as plain JSON values."""
+        most = max(1, MAX_ROWS // max(1, len(self.pairs)))
         return {
+            "schema": SCHEMA,
             "verdict": str(self.verdict),
-            "pairs": [pair.to_json() for pair in self.pairs],
+            "adapters": [member.to_json() for member in self.members],
+            "pairs": [pair.to_json(most) for pair in self.pairs],
             "whole": {
-                "shares": dict(self.shares),
-                "interference": self.interference,
-                "probe": asdict(self.probe.whole) if self.probe else None,
+                **self.together.to_json(),
+                "shares": {member.name: short(member.share) for member in self.members},
+                "layers": [{"layer": layer, **one.to_json()} for layer, one in self.layers.items()],
+                "modules": [{"module": module, **one.to_json()} for module, one in self.modules.items()],
+                "probe": self.probe.whole.to_json() if self.probe else None,
             },
-            "findings": [asdict(finding) | {"severity": str(finding.severity)} for finding in self.findings],
+            "activations": _activations_json(self.evidence),
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
 
 def conflicts(
     adapters: Sequence[LoadedAdapter],
-    weights: Sequence[float],
+    weights: Sequence[Weight | float],
+    method: Method | None = None,
     *,
-    settings: Mapping[str, object] | None = None,
-    probe: ProbeResult | None = None,
+    evidence: ProbeResult | Activations | None = None,
+    base: Checkpoint | None = None,
+    policy: Policy | None = None,
 ) -> ConflictReport:
-    """Compare adapters module by module and as a whole, from their factors; with a probe, that decides the risk.
+    """Compare adapters module by module, layer by layer and as a whole, from their factors; evidence decides the risk.
 
-    `settings` are the method's (`tied` is the one that matters here). Conflicts are findings, never exceptions; raises
-    Mismatch only for a wrong call: no adapter, two of one name, or not one weight an adapter.
+    `weights` are those given; what the method multiplies them by is counted in. With `base`, sizes are told beside the
+    weights that the deltas are added to, from sampled rows. Deltas without factors are left out of all this, and a
+    finding names them. Conflicts are findings, never exceptions; raises Mismatch only for a wrong call (no adapter, two
+    of one name, or not one weight an adapter), and what `parse_settings` raises.
     """
-    names = [adapter.name for adapter in adapters]
+    names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
     if not names or len(set(names)) < len(names) or len(names) != len(weights):
         message = f"A conflict check takes adapters of different names, each with a weight; not {names}."
         raise Mismatch("conflict_members", message, subject="adapters")
-    modules = _compare_modules(adapters)
-    whole = sum(modules.values(), Sums.zero(len(names)))
-    pairs = tuple(_pair(adapters, (i, j), weights, modules, probe) for i, j in combinations(range(len(names)), 2))
+    settings = parse_settings(how.name, how.settings)
+    if settings["replacements"] == "delta":
+        adapters = [with_deltas(adapter) for adapter in adapters]
+    hard = structural(adapters, settings)
+    compared = compare_all(adapters, effective_weights(weights, how.name, how.settings))
+    rounded = at_base(compared.places, compared.weights, base) if base else {}
+    blocked = any(finding.code in HARD for finding in hard)
+    retention = None if blocked else _retention(adapters, weights, how, compared.total)
+    members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
+    pairs = tuple(_pair(compared, indices, evidence, rules) for indices in combinations(range(len(names)), 2))
     findings = [
-        *structural(adapters, settings or {}),
-        *_not_finite(adapters),
-        *_weak_evidence(pairs),
-        *_zero_deltas(adapters, modules, whole),
-        *(finding for pair in pairs for finding in _pair_findings(pair)),
-        *(_outcome_findings(probe.whole) if probe and len(names) > 2 else []),
+        *hard,
+        *of_adapters(adapters, compared),
+        *of_base({member.name: member.size.amplification for member in members}, rounded, rules),
+        *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in pairs]),
+        *(one for pair in pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
+        *of_retention({member.name: member.retention for member in members}, rules),
     ]
-    shares = dict(zip(names, whole.shares(weights), strict=True))
-    return ConflictReport(pairs, shares, whole.interference(weights), tuple(findings), probe)
+    if isinstance(evidence, ProbeResult) and len(names) > 2:
+        findings += of_outcome(evidence.whole, rules)
+    return ConflictReport(
+        members,
+        pairs,
+        _together(compared.total, list(rounded.values())),
+        {layer: _together(one, []) for layer, one in compared.layers.items()},
+        {
+            module: _together(one, [rounded[module]] if module in rounded else [])
+            for module, one in compared.modules.items()
+        },
+        tuple(rules.judged(findings)),
+        evidence,
+    )
 
 
-def _compare_modules(adapters: Sequence[LoadedAdapter]) -> dict[str, Sums]:
-    by_module = [{delta.module: delta for delta in _low_rank(adapter) if _finite(delta)} for adapter in adapters]
-    compared: dict[str, Sums] = {}
-    # The products are small: on busy cores, waiting for a second thread took 1.4 s where the work is 0.08 s.
-    with torch_threads(1):
-        for module in dict.fromkeys(module for deltas in by_module for module in deltas):
-            deltas = [own.get(module) for own in by_module]
-            # Deltas of different shapes have no inner product; `structural` refuses them with both shapes named.
-            if len({delta.stored_shape for delta in deltas if delta}) == 1:
-                compared[module] = compare(deltas)
-    return compared
+def _together(compared: Comparison, rounded: Sequence[AtBase]) -> Together:
+    survival = whole(one.survival for one in rounded)
+    return Together.of(compared, survival.lost / survival.entries if survival.entries else None)
 
 
-def _numbers(sums: Sums, weights: Sequence[float]) -> Numbers:
-    return Numbers(
-        cosine=sums.cosine(0, 1),
-        input_overlap=(sums.input_overlap(0, 1) + sums.input_overlap(1, 0)) / 2,
-        input_excess=(sums.input_excess(0, 1) + sums.input_excess(1, 0)) / 2,
-        input_overlap_ab=sums.input_overlap(0, 1),
-        input_overlap_ba=sums.input_overlap(1, 0),
-        output_overlap=(sums.output_overlap(0, 1) + sums.output_overlap(1, 0)) / 2,
-        output_excess=(sums.output_excess(0, 1) + sums.output_excess(1, 0)) / 2,
-        output_overlap_ab=sums.output_overlap(0, 1),
-        output_overlap_ba=sums.output_overlap(1, 0),
-        norm_a=sums.norm(0),
-        norm_b=sums.norm(1),
-        dominance=max(sums.shares(weights)),
-        interference=sums.interference(weights),
+def _retention(
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], method: Method, total: Comparison
+) -> list[float] | None:
+    """A plain sum is known from the factors; of another method its own result is compared with each adapter."""
+    pipeline = PIPELINES[method.name]
+    cut = any(method.settings.get(name) for name in ("rank", "energy", "protect"))
+    if pipeline in (Pipeline(), Pipeline(combine="mean")) and not cut:
+        return [total.sums.retention(index) for index in range(len(adapters))]
+    return retained(adapters, combine_deltas(adapters, weights, method.name, method.settings).deltas)
+
+
+def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float] | None) -> Member:
+    touched = {module: one for module, one in compared.modules.items() if module in compared.touched[index]}
+    energies = {module: rounded[module].energy for module in touched if module in rounded}
+    return Member(
+        compared.names[index],
+        compared.weights[index],
+        compared.total.sums.shares()[index],
+        retention[index] if retention else None,
+        Size.of(compared.total, index, sum(energies.values())),
+        {module: Size.of(one, index, energies.get(module)) for module, one in touched.items()},
     )
 
 
 def _pair(
-    adapters: Sequence[LoadedAdapter],
-    indices: tuple[int, int],
-    weights: Sequence[float],
-    modules: Mapping[str, Sums],
-    probe: ProbeResult | None,
+    compared: Compared, indices: tuple[int, int], evidence: ProbeResult | Activations | None, policy: Policy
 ) -> Pair:
-    i, j = indices
-    a, b = adapters[i].name, adapters[j].name
-    own = [weights[i], weights[j]]
-    picked = {module: sums.pick(i, j) for module, sums in modules.items()}
-    numbers = _numbers(sum(picked.values(), Sums.zero(2)), own)
-    shared = {module: _numbers(sums, own) for module, sums in picked.items() if sums.norm(0) and sums.norm(1)}
-    outcome = probe.pair(a, b) if probe else None
-    if outcome:
-        return Pair(a, b, outcome.worst.loss, outcome.worst.loss_stderr, "probe", numbers, shared, outcome)
+    a, b = (compared.names[index] for index in indices)
+    total = compared.total.sums.pick(*indices)
+    picked = {module: one.sums.pick(*indices) for module, one in compared.modules.items()}
+    shared = {module: sums for module, sums in picked.items() if sums.norm(0) and sums.norm(1)}
+    numbers = Numbers.of(total)
+    outcome = evidence.pair(a, b) if isinstance(evidence, ProbeResult) else None
+    directed = evidence.worse(a, b) if isinstance(evidence, Activations) else None
+    case = Case((a, b), (indices[0] + 1, indices[1] + 1), numbers, total, shared, outcome, directed)
+    kind, risk = _risk(numbers, outcome, directed)
+    return Pair(
+        a,
+        b,
+        risk,
+        outcome.worst.loss_stderr if outcome else None,
+        outcome.risk if outcome else None,
+        kind,
+        explain(case, policy),
+        numbers,
+        {layer: Numbers.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
+        {module: Numbers.of(sums) for module, sums in shared.items()},
+        outcome,
+    )
+
+
+def _risk(
+    numbers: Numbers, outcome: Outcome | None, directed: tuple[str, Directed] | None
+) -> tuple[EvidenceKind, float]:
+    if outcome is not None:
+        return "probe", outcome.worst.loss
+    if directed is not None:
+        return "activations", directed[1].ratio
     # The weight statistic that came closest to measured damage: input overlap times dominance, 0.38 [not a law].
-    risk = max(0.0, numbers.input_excess) * numbers.dominance
-    return Pair(a, b, risk, None, "weights", numbers, shared, None)
+    return "weights", max(0.0, numbers.input_excess) * numbers.dominance
 
 
-def _low_rank(adapter: LoadedAdapter) -> list[LowRank]:
-    return [delta for delta in adapter.deltas if isinstance(delta, LowRank)]
-
-
-def _finite(delta: LowRank) -> bool:
-    return bool(delta.A_RI.isfinite().all() and delta.B_OR.isfinite().all())
-
-
-def _not_finite(adapters: Sequence[LoadedAdapter]) -> list[Finding]:
-    found = [(adapter, delta) for adapter in adapters for delta in _low_rank(adapter) if not _finite(delta)]
-    return [
-        Finding("not_finite", Severity.ERROR, delta.module, f"{adapter.name} has NaN or infinity in {delta.module}.")
-        for adapter, delta in found
-    ]
-
-
-def _weak_evidence(pairs: Sequence[Pair]) -> list[Finding]:
-    unprobed = [f"{pair.a} + {pair.b}" for pair in pairs if pair.evidence == "weights"]
-    return [Finding("weak_evidence", Severity.NOTICE, ", ".join(unprobed), WEAK_EVIDENCE)] if unprobed else []
-
-
-def _zero_deltas(adapters: Sequence[LoadedAdapter], modules: Mapping[str, Sums], whole: Sums) -> list[Finding]:
-    findings: list[Finding] = []
-    for index, adapter in enumerate(adapters):
-        touched = [delta.module for delta in _low_rank(adapter) if delta.module in modules and _finite(delta)]
-        zero = [module for module in touched if modules[module].norm(index) == 0]
-        if touched and whole.norm(index) == 0:
-            message = f"{adapter.name} adds nothing: all of its {len(zero)} low-rank deltas are zero. Was it trained?"
-            findings.append(Finding("zero_delta", Severity.WARNING, adapter.name, message, float(len(zero))))
-        elif zero:
-            message = f"{adapter.name} adds nothing to {len(zero)} of its {len(touched)} modules, {zero[0]} first."
-            findings.append(Finding("zero_modules", Severity.NOTICE, adapter.name, message, float(len(zero))))
-    return findings
-
-
-def _pair_findings(pair: Pair) -> list[Finding]:
-    findings: list[Finding] = []
-    numbers, subject = pair.numbers, f"{pair.a} + {pair.b}"
-    if numbers.cosine >= NEAR_DUPLICATE:
-        message = (
-            f"{pair.a} and {pair.b} point the same way (cosine {numbers.cosine:.2f}), like one task trained twice: "
-            "their sum overshoots. Lower the weights to a mean, or keep one."
-        )
-        findings.append(Finding("near_duplicate", Severity.WARNING, subject, message, numbers.cosine))
-    if numbers.dominance >= DOMINANT_SHARE and numbers.norm_a and numbers.norm_b:
-        message = f"One of {pair.a} and {pair.b} brings {numbers.dominance:.0%} of the energy and may drown the other."
-        findings.append(Finding("dominance", Severity.NOTICE, subject, message, numbers.dominance))
-    return findings + (_outcome_findings(pair.outcome) if pair.outcome else [])
-
-
-def _outcome_findings(outcome: Outcome) -> list[Finding]:
-    """What a probe found beyond two standard errors: a member that keeps under half of its gain, a guard made worse."""
-    findings: list[Finding] = []
-    together = " + ".join(outcome.members)
-    for effect in outcome.effects:
-        if not _beyond_error(effect.loss, effect.loss_stderr):
-            continue
-        kept = (
-            "it had gained nothing alone" if effect.kept is None else f"{max(0, effect.kept):.0%} of its gain is left"
-        )
-        message = (
-            f"In {together}, {effect.member} loses {effect.loss:.2f} nats a token on {effect.suite} "
-            f"({effect.alone:.2f} alone, {effect.combined:.2f} combined); {kept}."
-        )
-        severe = effect.kept is not None and effect.kept < LEAST_KEPT
-        severity = Severity.WARNING if severe else Severity.NOTICE
-        findings.append(Finding("probe_loss", severity, f"{together}: {effect.member}", message, effect.loss))
-    for guard in outcome.guards:
-        if _beyond_error(guard.rise, guard.rise_stderr):
-            message = (
-                f"{together} is {guard.rise:.2f} nats a token worse on {guard.suite} than its worst member alone "
-                f"({guard.base:.2f} base, {max(guard.alone.values()):.2f} alone, {guard.combined:.2f} combined)."
-            )
-            findings.append(Finding("probe_guard", Severity.WARNING, f"{together}: {guard.suite}", message, guard.rise))
-    return findings
-
-
-def _beyond_error(value: float, stderr: float | None) -> bool:
-    return stderr is not None and value > STANDARD_ERRORS * stderr
+def _activations_json(evidence: ProbeResult | Activations | None) -> dict[str, object] | None:
+    if not isinstance(evidence, Activations):
+        return None
+    rows: list[dict[str, object]] = []
+    for (victim, intruder), one in evidence.directed.items():
+        told = {name: short(value) for name, value in asdict(one).items() if name != "modules"}
+        modules = [{"module": module, "share": short(share)} for module, share in one.modules.items()]
+        rows.append({"on": victim, "of": intruder, **told, "modules": modules})
+    return {"prompts": evidence.prompts, "directed": rows}

@@ -12,7 +12,7 @@ from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoint import Architecture
 from composer.formats.foreign import DIFFUSERS, MLX, Foreign, ForeignModule, metadata_alpha, read_foreign
 from composer.formats.naming import Target, find_weight, is_embedding
-from composer.formats.placement import CONV1D_MODELS
+from composer.formats.placed import CONV1D_MODELS
 from composer.hashing import hash_file
 from composer.tensors import map_tensor
 

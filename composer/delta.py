@@ -31,7 +31,9 @@ class LowRank:
 
     `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to, from row `begin` of
     its matrix. `tied` says that this tensor also serves as another module's weight (an input embedding shared with the
-    output head). `kernel` is the kernel's shape where the weight is a convolution's, whose I counts its elements too.
+    output head), `twin` that the other module has the very same delta, so that one addition serves both. `kernel` is
+    the kernel's shape where the weight is a convolution's, whose I counts its elements too. `stacked` says, of an
+    expert, which parameter it is a part of in memory, and its first row there.
     """
 
     module: str
@@ -43,6 +45,8 @@ class LowRank:
     tied: bool = False
     begin: int = 0
     kernel: tuple[int, ...] = ()
+    twin: bool = False
+    stacked: tuple[str, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -72,7 +76,8 @@ class Computed:
     `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N,
     `layout` and `kernel` say what the rows and columns are, so that it can be compressed to factors.
     `reads_base` says that Δ depends on W, so that two such deltas of one weight have no order that both were trained
-    in. `whole` says that all M rows are needed at once (a norm over a column of a transposed weight).
+    in. `whole` says that all M rows are needed at once (a norm over a column of a transposed weight). `sets_rows` are
+    rows that become what they are whatever the base has there: two deltas cannot both do that to one row.
     """
 
     module: str
@@ -85,6 +90,8 @@ class Computed:
     begin: int = 0
     layout: Layout = Layout.LINEAR
     kernel: tuple[int, ...] = ()
+    twin: bool = False
+    sets_rows: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

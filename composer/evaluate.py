@@ -1,15 +1,9 @@
-"""A base in memory, adapters applied to it through hooks, and suites turned into scores.
-
-The base's weights are never written: a set of deltas is put on and taken off in milliseconds.
-Shapes: B batch, T tokens, I inputs and O outputs of a module, R rank, V vocabulary.
-"""
+"""A base in memory, and suites turned into scores with adapters active. Shapes: B batch, T tokens, V vocabulary."""
 
 import inspect
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -18,16 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from composer.delta import Computed, Delta, Layout, LowRank, Replacement
-from composer.errors import InvalidFile, Mismatch, NotSupported
+from composer.applied import Deltas, applied
+from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.suite import Example, Suite
 from composer.tensors import torch_device, torch_threads
 
 # Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
-
-Deltas = Iterable[Delta]
 
 
 @dataclass(frozen=True)
@@ -107,112 +99,6 @@ def load_model(directory: Path | str, device: str = "auto", dtype: torch.dtype |
             next_step="Evaluation needs a causal language model with its tokenizer beside it.",
         ) from error
     return LoadedModel(model.eval().to(chosen), tokenizer, architecture)
-
-
-@contextmanager
-def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
-    """The model with `deltas` active inside the block, several on one module adding up; its weights stay as they are.
-
-    A low-rank delta adds scale * (x A^T) B^T to its module's output, in float32 with one rounding to the output's
-    dtype. A replacement takes the parameter's place. Each acts on the module it names, so of a tied weight only on that
-    side. Raises Mismatch naming a module that is missing or has another shape, NotSupported naming one of a class that
-    no delta can be applied to.
-    """
-    low_rank: dict[str, list[LowRank]] = defaultdict(list)
-    computed: dict[str, list[Computed]] = defaultdict(list)
-    with ExitStack() as undo:
-        for delta in deltas:
-            if isinstance(delta, LowRank):
-                low_rank[delta.module].append(delta)
-            elif isinstance(delta, Computed):
-                computed[delta.module].append(delta)
-            else:
-                undo.enter_context(_replaced(_module(model, delta.module), delta))
-        for path, sums in computed.items():
-            undo.enter_context(_computed(_module(model, path), sums))
-        for path, parts in low_rank.items():
-            undo.enter_context(_added(_module(model, path), parts))
-        yield
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise Mismatch("module_missing", f"The model has no module {path}.", subject=path) from error
-
-
-@contextmanager
-def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
-    name = delta.weight.rpartition(".")[2]
-    old = module._parameters.get(name)
-    if old is None or old.shape != delta.tensor.shape:
-        found = "none" if old is None else f"one of shape {tuple(old.shape)}"
-        wanted = f"Replacing {name} of {delta.module} with a tensor of shape {tuple(delta.tensor.shape)}"
-        raise Mismatch("shape_mismatch", f"{wanted}: the model has {found}.", subject=delta.module)
-    # The entry is swapped, not its values: a tied parameter is one object in two modules, and the other side stays.
-    module._parameters[name] = nn.Parameter(delta.tensor.to(old), requires_grad=False)
-    try:
-        yield
-    finally:
-        module._parameters[name] = old
-
-
-@contextmanager
-def _computed(module: nn.Module, deltas: Sequence[Computed]) -> Iterator[None]:
-    """The parameter with the deltas added in float32, each taken from the base's own, in its place."""
-    name = deltas[0].weight.rpartition(".")[2]
-    old = module._parameters.get(name)
-    (rows, columns), path = deltas[0].stored_shape, deltas[0].module
-    if old is None or old.numel() != rows * columns:
-        found = "none" if old is None else f"one of shape {tuple(old.shape)}"
-        wanted = f"The delta of {path} is for a {name} of {rows} x {columns}"
-        raise Mismatch("shape_mismatch", f"{wanted}: the model has {found}.", subject=path)
-    W_MN = old.detach().reshape(rows, columns).float().cpu()
-    changed = W_MN + sum(delta.rows(W_MN, 0) for delta in deltas)
-    module._parameters[name] = nn.Parameter(changed.reshape(old.shape).to(old), requires_grad=False)
-    try:
-        yield
-    finally:
-        module._parameters[name] = old
-
-
-@contextmanager
-def _added(module: nn.Module, parts: Sequence[LowRank]) -> Iterator[None]:
-    path, layout = parts[0].module, parts[0].layout
-    A_RI = torch.cat([part.A_RI.float() for part in parts])
-    B_OR = torch.cat([part.B_OR.float() * part.scale for part in parts], dim=1)
-    weight = _weight_for(module, path, layout, (B_OR.shape[0], A_RI.shape[1]))
-    A_RI, B_OR = A_RI.to(weight.device), B_OR.to(weight.device)
-    # Gemma's embedding scales what it looks up, and so must the part that is added.
-    B_OR = B_OR * getattr(module, "embed_scale", 1.0)
-    A_IR = A_RI.T.contiguous()
-
-    def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.embedding(inputs[0], A_IR) if layout is Layout.EMBEDDING else inputs[0].float() @ A_IR
-        return (output.float() + nn.functional.linear(hidden, B_OR)).to(output.dtype)
-
-    handle = module.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _weight_for(module: nn.Module, path: str, layout: Layout, shape: tuple[int, int]) -> torch.Tensor:
-    """The module's weight, if the module is of the class that the layout says and an O x I delta of `shape` fits it."""
-    classes = {Layout.LINEAR: nn.Linear, Layout.EMBEDDING: nn.Embedding}
-    # transformers' Conv1D is known by its name, so that nothing is imported for models that have none.
-    known = type(module).__name__ == "Conv1D" if layout is Layout.CONV1D else isinstance(module, classes[layout])
-    weight = module._parameters.get("weight")
-    if not known or weight is None:
-        found = type(module).__name__
-        raise NotSupported("module_class", f"{path} is a {found}: a {layout} delta can't be applied.", subject=path)
-    stored = shape if layout is Layout.LINEAR else shape[::-1]
-    if tuple(weight.shape) != stored:
-        message = f"The delta of {path} is for a weight of shape {stored}, the model's is {tuple(weight.shape)}."
-        raise Mismatch("shape_mismatch", message, subject=path)
-    return weight
 
 
 def encode(loaded: LoadedModel, example: Example, chat: bool) -> Encoded:

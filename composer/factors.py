@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from composer.formats.facts import Adapter
 from composer.formats.header import FLOAT_DTYPES, TensorEntry
-from composer.formats.placement import PlacedModule
+from composer.formats.placed import PlacedModule
 
 Float64 = npt.NDArray[np.float64]
 
@@ -26,19 +26,19 @@ def readable(adapter: Adapter, module: PlacedModule) -> bool:
 
 
 def factors(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
-    """(A, B) of a low-rank module, float64, without its scale."""
-    A_RI, B_OR = (_whole(adapter.weights_path, adapter.header.tensors[key]) for key in _pair(module))
-    return A_RI, B_OR
+    """(A, B) of a low-rank module, float64, without its scale; I counts a convolution's kernel."""
+    a, b = (adapter.header.tensors[key] for key in _pair(module))
+    return _float(_matrix(adapter.weights_path, a), a.dtype), _float(_matrix(adapter.weights_path, b), b.dtype)
 
 
 def factor_grams(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
     """(A A^T, B^T B), R x R float64, from blocks of a bounded size: an embedding's factor has 150,000 columns."""
     a, b = (adapter.header.tensors[key] for key in _pair(module))
     gram_A = np.zeros((a.shape[0], a.shape[0]))
-    for block in _columns(_mapped(adapter.weights_path, a), a.dtype):
+    for block in _columns(_matrix(adapter.weights_path, a), a.dtype):
         gram_A += block @ block.T
     gram_B = np.zeros((b.shape[1], b.shape[1]))
-    for block in _rows(_mapped(adapter.weights_path, b), b.dtype):
+    for block in _rows(_matrix(adapter.weights_path, b), b.dtype):
         gram_B += block.T @ block
     return gram_A, gram_B
 
@@ -59,8 +59,8 @@ def _mapped(path: Path, entry: TensorEntry) -> npt.NDArray[Any]:
     return np.memmap(path, dtype=_NUMPY[entry.dtype], mode="r", offset=entry.begin, shape=entry.shape)
 
 
-def _whole(path: Path, entry: TensorEntry) -> Float64:
-    return _float(_mapped(path, entry), entry.dtype)
+def _matrix(path: Path, entry: TensorEntry) -> npt.NDArray[Any]:
+    return _mapped(path, entry).reshape(entry.shape[0], -1)
 
 
 def _columns(array: npt.NDArray[Any], dtype: str) -> Iterator[Float64]:

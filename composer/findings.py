@@ -1,8 +1,45 @@
 """One result of a check, and the policy that turns a list of them into a verdict."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import cast
+
+import yaml
+
+from composer.errors import InvalidFile
+from composer.text import shown
+from composer.weights import real
+
+MAX_POLICY_CHARS = 100_000
+IGNORE = "ignore"
+THRESHOLDS: dict[str, float | None] = {
+    "near_duplicate": 0.5,
+    "dominance": 10 / 11,
+    "probe_loss": None,
+    "probe_guard": 0.02,
+    "amplified": 1.0,
+    "input_overlap": None,
+    "output_overlap": None,
+    "crowding": None,
+    "sign_conflict": None,
+    "low_retention": None,
+}
+"""The codes that hang on a number, with the number from which on each is found; docs/composing.md says of what.
+
+None: no measurement backs a number, so there is no such finding unless a policy gives one. `probe_loss` without one is
+half of what the member had gained.
+"""
+HARD = frozenset({
+    "replacement_conflict", "replacement_and_delta", "two_rescale", "tied_weight", "tied_both_sides",
+    "vocabulary_mismatch", "shape_conflict", "not_finite",
+})  # fmt: skip
+"""What a merge refuses whatever a policy says."""
+CODES = frozenset({
+    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors", "bf16_swallow",
+    "f16_swallow", "tied_shared", "tied_untied",
+})  # fmt: skip
+"""Of the findings that a conflict report may have."""
 
 
 class Severity(StrEnum):
@@ -39,12 +76,78 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Which severity each finding code has in the end. A code not named keeps the severity its check gave it."""
+    """Which severity each finding code has in the end, None for none at all, and from which number on it is found.
 
-    overrides: Mapping[str, Severity] = field(default_factory=dict[str, Severity])
+    A code not named keeps the severity its check gave it, and the number in THRESHOLDS.
+    """
+
+    overrides: Mapping[str, Severity | None] = field(default_factory=dict[str, Severity | None])
+    thresholds: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def threshold(self, code: str) -> float | None:
+        return self.thresholds.get(code, THRESHOLDS[code])
+
+    def judged(self, findings: Iterable[Finding]) -> list[Finding]:
+        """The findings with the severities of this policy, without those it ignores."""
+        severities = [(finding, self.overrides.get(finding.code, finding.severity)) for finding in findings]
+        return [replace(finding, severity=severity) for finding, severity in severities if severity is not None]
 
     def verdict(self, findings: Iterable[Finding]) -> Verdict:
-        severities = {self.overrides.get(finding.code, finding.severity) for finding in findings}
+        severities = {finding.severity for finding in self.judged(findings)}
         if Severity.ERROR in severities:
             return Verdict.REFUSE
         return Verdict.WARN if Severity.WARNING in severities else Verdict.OK
+
+
+def parse_policy(text: str, subject: str = "policy") -> Policy:
+    """YAML: a code of a finding and `notice`, `warning`, `error` or `ignore`; under `thresholds`, a code and a number.
+
+    Raises InvalidFile naming the key: not YAML, no mapping, another value, a number for a code that hangs on none, or a
+    hard conflict, which stays an error.
+    """
+    try:
+        if len(text) > MAX_POLICY_CHARS:
+            raise ValueError(f"it is longer than {MAX_POLICY_CHARS} characters")
+        document: object = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
+    rows = _mapping(document, subject)
+    numbers = _mapping(rows.pop("thresholds", None), f"{subject}: thresholds")
+    return Policy(
+        {code: _severity(code, value, subject) for code, value in rows.items()},
+        {code: _number(code, value, f"{subject}: thresholds") for code, value in numbers.items()},
+    )
+
+
+def _mapping(document: object, subject: str) -> dict[str, object]:
+    if not isinstance(document, dict | None):
+        raise _bad(subject, "it must be a mapping")
+    rows = cast("dict[object, object]", document or {})
+    for key in rows:
+        if not isinstance(key, str):
+            raise _bad(subject, f"{shown(key)} is no code")
+    return dict(cast("dict[str, object]", rows))
+
+
+def _severity(code: str, value: object, subject: str) -> Severity | None:
+    if code not in CODES:
+        raise _bad(f"{subject}: {shown(code)}", f"the codes are {', '.join(sorted(CODES))}")
+    words = [*Severity, IGNORE]
+    if value not in words:
+        raise _bad(f"{subject}: {shown(code)}", f"{shown(value)} is none of {', '.join(words)}")
+    if code in HARD and value != Severity.ERROR:
+        raise _bad(f"{subject}: {code}", "nothing can be merged with this conflict, so it stays an error")
+    return None if value == IGNORE else Severity(str(value))
+
+
+def _number(code: str, value: object, subject: str) -> float:
+    if code not in THRESHOLDS:
+        raise _bad(f"{subject}: {shown(code)}", f"the codes with a number are {', '.join(THRESHOLDS)}")
+    try:
+        return real("" if isinstance(value, str) else value)
+    except ValueError as error:
+        raise _bad(f"{subject}: {code}", f"{shown(value)} is not a finite number") from error
+
+
+def _bad(where: str, why: str) -> InvalidFile:
+    return InvalidFile("bad_policy", f"{where}: {why}.", subject=where, next_step="Correct the policy.")

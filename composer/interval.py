@@ -18,6 +18,10 @@ class Interval:
     def holds(self, value: float) -> bool:
         return self.low <= value < self.high
 
+    def to_json(self) -> dict[str, float] | None:
+        """None where it is open: JSON has no infinity."""
+        return None if inf in (-self.low, self.high) else {"low": self.low, "high": self.high}
+
 
 def interval(value: float, stderr: float | None, n: int, claims: int = 1) -> Interval:
     """Around a mean of `n` measurements, so wide that `claims` of its kind hold together 95 times in 100.

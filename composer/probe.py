@@ -4,7 +4,7 @@ Of everything tried on 91 pairs of real adapters only this predicts the damage: 
 examples a suite against the loss on others, where the best weight statistic reaches 0.38. Nothing is written to disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from time import perf_counter
@@ -12,8 +12,19 @@ from time import perf_counter
 from composer.delta import Computed, Delta, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import Deltas, Encoded, LoadedModel, Measured, encode, measure, ratio
+from composer.interval import Interval, interval
+from composer.methods import combine_deltas
 from composer.methods.linear import scaled
-from composer.suite import Suite
+from composer.suite import Example, Suite
+from composer.variants import LoadedAdapter
+from composer.weights import Weight, parse_weight
+
+LEAST_KEPT = 0.5
+"""Losing more than half of what an adapter gained is worth a warning."""
+USUAL_MOST = 16
+"""Examples a suite that an undecided combination is measured on at most, unless something else is asked for."""
+NOTICEABLE_NATS = 0.02
+"""A loss below this many nats a token changes a token's probability by 2 %: nothing a reader would see."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +33,20 @@ class Member:
 
     name: str
     deltas: Deltas
-    weight: float
+    weight: Weight | float
     suite: Suite
+
+
+Combine = Callable[[Sequence[Member]], Deltas]
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
     """A member's own suite in nats per completion token: the base, the member alone at weight 1, and the combination.
 
-    `loss` is combined - alone, paired by example, with its standard error (None for one example). `kept` is the share
-    of the member's gain that is left, (base - combined) / (base - alone); None when it had no gain.
+    `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
+    it lies in, all members' together in 95 of 100 cases. `kept` is the share of the member's gain that is left,
+    (base - combined) / (base - alone); None when it had no gain.
     """
 
     member: str
@@ -41,7 +56,14 @@ class Effect:
     combined: float
     loss: float
     loss_stderr: float | None
+    loss_interval: Interval
     kept: float | None
+
+    def limit(self, stated: float | None) -> float:
+        """The loss that is too much: the one stated, or half of what the member gained, if that would be noticed."""
+        if stated is not None:
+            return stated
+        return max(NOTICEABLE_NATS, (1 - LEAST_KEPT) * (self.base - self.alone))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +76,14 @@ class SideEffect:
     combined: float
     rise: float
     rise_stderr: float | None
+    rise_interval: Interval
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One combination measured: the effect on each member and on each guard suite."""
+    """One combination measured on `k` examples a suite: the effect on each member and on each guard suite."""
 
+    k: int
     effects: tuple[Effect, ...]
     guards: tuple[SideEffect, ...]
 
@@ -72,10 +96,31 @@ class Outcome:
         """The member that loses most; its loss, in nats per token, is the risk of the combination."""
         return max(self.effects, key=lambda effect: effect.loss)
 
+    @property
+    def risk(self) -> Interval:
+        """What the worst member loses: all members' intervals hold together, so the largest loss is between the largest
+        of their lower and of their upper ends."""
+        intervals = [effect.loss_interval for effect in self.effects]
+        return Interval(max(one.low for one in intervals), max(one.high for one in intervals))
+
+    def is_open(self, stated: float | None) -> bool:
+        """Is it undecided whether some member loses too much? Not when one surely does."""
+        limits = [(effect.loss_interval, effect.limit(stated)) for effect in self.effects]
+        if any(one.low > limit for one, limit in limits):
+            return False
+        return any(one.holds(limit) for one, limit in limits)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "k": self.k,
+            "effects": [asdict(one) | {"loss_interval": one.loss_interval.to_json()} for one in self.effects],
+            "guards": [asdict(one) | {"rise_interval": one.rise_interval.to_json()} for one in self.guards],
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Every pair, and the whole set, measured on `k` examples a suite. For two members the pair is the whole."""
+    """Every pair, and the whole set, measured on `k` examples a suite or more. Of two members the pair is the whole."""
 
     k: int
     pairs: tuple[Outcome, ...]
@@ -86,89 +131,159 @@ class ProbeResult:
         return next((outcome for outcome in self.pairs if set(outcome.members) == {a, b}), None)
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        pairs = [outcome.to_json() for outcome in self.pairs]
+        return {"k": self.k, "pairs": pairs, "whole": self.whole.to_json(), "seconds": self.seconds}
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """`k` examples a suite; twice as many, up to `most`, for a combination that is still undecided about `limit`, the
+    nats per token that a member may lose (None: half of its gain)."""
+
+    k: int = 4
+    most: int = 4
+    limit: float | None = None
 
 
 def weighted_sum(members: Sequence[Member]) -> Deltas:
     """The members' deltas times their weights, side by side: what `stack` makes of them."""
-    return [_weighted(delta, member.weight) for member in members for delta in member.deltas]
+    return [delta for member in members for delta in weighted(member.deltas, member.weight)]
 
 
-def _weighted(delta: Delta, weight: float) -> Delta:
+def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
+    """The deltas times what the weight says of their modules; a tensor saved whole as it is."""
+    own = parse_weight(weight)
+    return [_times(delta, own.of(delta.module)) for delta in deltas]
+
+
+def _times(delta: Delta, weight: float) -> Delta:
     if isinstance(delta, LowRank):
         return replace(delta, scale=delta.scale * weight)
     return scaled(delta, weight) if isinstance(delta, Computed) else delta
+
+
+def by_method(adapters: Sequence[LoadedAdapter], method: str, settings: Mapping[str, object]) -> Combine:
+    """What the method makes of some of the adapters, by their names. Of a pair, `protect` protects those in it.
+
+    Each side of a tied weight is a module of its own in memory, whatever a merge will do with it. What it returns
+    raises what `combine_deltas` does.
+    """
+    loaded = {adapter.name: adapter for adapter in adapters}
+    places = {adapter.name: number for number, adapter in enumerate(adapters, start=1)}
+
+    def combine(members: Sequence[Member]) -> Deltas:
+        chosen = [places[member.name] for member in members]
+        own: dict[str, object] = {**settings, "tied": "untie"}
+        protected = settings.get("protect")
+        if isinstance(protected, list | tuple):
+            own["protect"] = [chosen.index(place) + 1 for place in protected if place in chosen]
+        weights = [member.weight for member in members]
+        return combine_deltas([loaded[member.name] for member in members], weights, method, own).deltas
+
+    return combine
 
 
 def probe(
     loaded: LoadedModel,
     members: Sequence[Member],
     guards: Sequence[Suite] = (),
-    k: int = 4,
+    effort: Effort | int = 4,
+    combine: Combine = weighted_sum,
 ) -> ProbeResult:
-    """Measure every pair and the whole set on `k` examples of each member's suite and of each guard.
+    """Measure every pair and the whole set on examples of each member's suite and of each guard.
 
-    The examples are `suite.sample(k)`: always the same. The base and each member alone are measured once for all pairs,
-    so m > 2 members and g guards cost k m (m + 2) + k g (m^2 + m + 4) / 2 examples. Raises Mismatch for fewer than two
-    members or two of one name, and what `encode` and `applied` raise.
+    The examples are `suite.sample(k)`: always the same, and those of more hold those of fewer, so nothing is measured
+    twice. The base and each member alone are measured once for all pairs, so m > 2 members and g guards cost
+    k m (m + 2) + k g (m^2 + m + 4) / 2 examples for a start. Raises Mismatch for fewer than two members or two of one
+    name, and what `encode`, `applied` and `combine` raise.
     """
+    wanted = Effort(effort, effort) if isinstance(effort, int) else effort
     names = [member.name for member in members]
-    if len(names) < 2 or len(set(names)) < len(names) or k < 1:
-        message = f"A probe takes at least two members with names of their own and k >= 1, not {names} and {k}."
+    if len(names) < 2 or len(set(names)) < len(names) or wanted.k < 1:
+        message = f"A probe takes at least two members with names of their own and k >= 1, not {names} and {wanted.k}."
         raise Mismatch("probe_members", message, subject="members")
     started = perf_counter()
-    bench = _Bench(loaded, {suite.digest: suite for suite in (*(m.suite for m in members), *guards)}, k)
-    base = bench.run((), [member.suite for member in members], guards)
-    alone = {member.name: bench.run(member.deltas, [member.suite], guards) for member in members}
+    bench = _Bench(loaded, combine)
 
     def outcome(chosen: Sequence[Member]) -> Outcome:
-        combined = bench.run(weighted_sum(chosen), [member.suite for member in chosen], guards)
-        return Outcome(
-            tuple(_effect(member, base, alone[member.name], combined) for member in chosen),
-            tuple(_side_effect(guard, base, {m.name: alone[m.name] for m in chosen}, combined) for guard in guards),
-        )
+        """Doubled while it is open and there are examples that it has not seen."""
+        largest = max(len(member.suite.examples) for member in chosen)
+        k = wanted.k
+        found = bench.outcome(chosen, guards, k)
+        while found.is_open(wanted.limit) and k < min(wanted.most, largest):
+            k = min(2 * k, wanted.most)
+            found = bench.outcome(chosen, guards, k)
+        return found
 
     pairs = tuple(outcome(pair) for pair in combinations(members, 2))
     whole = outcome(members) if len(members) > 2 else pairs[0]
-    return ProbeResult(k, pairs, whole, perf_counter() - started)
+    return ProbeResult(wanted.k, pairs, whole, perf_counter() - started)
 
 
 _Run = dict[str, list[Measured]]  # by suite digest
 
 
 class _Bench:
-    """The encoded examples of every suite, and one pass over some of them at a time."""
+    """Passes over examples with the base, a member or a combination active, and what they found: each only once."""
 
-    def __init__(self, loaded: LoadedModel, suites: dict[str, Suite], k: int) -> None:
-        self._loaded = loaded
-        self._encoded: dict[str, list[Encoded]] = {
-            digest: [encode(loaded, example, suite.chat) for example in suite.sample(k)]
-            for digest, suite in suites.items()
+    def __init__(self, loaded: LoadedModel, combine: Combine) -> None:
+        self._loaded, self._combine = loaded, combine
+        self._encoded: dict[tuple[str, Example], Encoded] = {}
+        self._measured: dict[tuple[tuple[str, ...], str, Example], Measured] = {}
+
+    def outcome(self, chosen: Sequence[Member], guards: Sequence[Suite], k: int) -> Outcome:
+        own = [member.suite for member in chosen]
+        base = self._run((), lambda: (), [*own, *guards], k)
+        alone = {
+            member.name: self._run((member.name,), lambda member=member: member.deltas, [member.suite, *guards], k)
+            for member in chosen
+        }
+        names = ("combined", *(member.name for member in chosen))
+        combined = self._run(names, lambda: self._combine(chosen), [*own, *guards], k)
+        return Outcome(
+            k,
+            tuple(_effect(member, base, alone[member.name], combined, len(chosen)) for member in chosen),
+            tuple(_side_effect(guard, base, alone, combined) for guard in guards),
+        )
+
+    def _run(self, who: tuple[str, ...], deltas: Callable[[], Deltas], suites: Sequence[Suite], k: int) -> _Run:
+        examples = {suite.digest: [(suite, example) for example in suite.sample(k)] for suite in suites}
+        missing = [
+            (suite, example)
+            for rows in examples.values()
+            for suite, example in rows
+            if (who, suite.digest, example) not in self._measured
+        ]
+        if missing:
+            encoded = [self._encode(suite, example) for suite, example in missing]
+            for (suite, example), found in zip(missing, measure(self._loaded, encoded, deltas()), strict=True):
+                self._measured[who, suite.digest, example] = found
+        return {
+            digest: [self._measured[who, digest, example] for _, example in rows] for digest, rows in examples.items()
         }
 
-    def run(self, deltas: Deltas, own: Sequence[Suite], guards: Sequence[Suite]) -> _Run:
-        digests = list(dict.fromkeys(suite.digest for suite in (*own, *guards)))
-        measured = measure(self._loaded, [one for digest in digests for one in self._encoded[digest]], deltas)
-        run: _Run = {}
-        for digest in digests:
-            count = len(self._encoded[digest])
-            run[digest], measured = measured[:count], measured[count:]
-        return run
+    def _encode(self, suite: Suite, example: Example) -> Encoded:
+        key = (suite.digest, example)
+        if key not in self._encoded:
+            self._encoded[key] = encode(self._loaded, example, suite.chat)
+        return self._encoded[key]
 
 
-def _effect(member: Member, base: _Run, alone: _Run, combined: _Run) -> Effect:
+def _effect(member: Member, base: _Run, alone: _Run, combined: _Run, members: int) -> Effect:
     digest = member.suite.digest
     before, own, after = (_nll(run[digest]) for run in (base, alone, combined))
     loss, stderr = _difference(combined[digest], alone[digest])
     kept = (before - after) / (before - own) if before > own else None
-    return Effect(member.name, member.suite.name, before, own, after, loss, stderr, kept)
+    sure = interval(loss, stderr, len(alone[digest]), members)
+    return Effect(member.name, member.suite.name, before, own, after, loss, stderr, sure, kept)
 
 
 def _side_effect(guard: Suite, base: _Run, alone: dict[str, _Run], combined: _Run) -> SideEffect:
     each = {name: _nll(run[guard.digest]) for name, run in alone.items()}
     worst = max(each, key=lambda name: each[name])
     rise, stderr = _difference(combined[guard.digest], alone[worst][guard.digest])
-    return SideEffect(guard.name, _nll(base[guard.digest]), each, _nll(combined[guard.digest]), rise, stderr)
+    sure = interval(rise, stderr, len(base[guard.digest]))
+    return SideEffect(guard.name, _nll(base[guard.digest]), each, _nll(combined[guard.digest]), rise, stderr, sure)
 
 
 def _nll(measured: Sequence[Measured]) -> float:

@@ -6,14 +6,14 @@ Nothing here draws: a table is a title, column names and rows of strings, for a 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from composer.conflicts import ConflictReport, Numbers, Pair
+from composer.conflicts import ConflictReport, Pair
 from composer.findings import Finding, Severity
-from composer.probe import Effect, Outcome, ProbeResult, SideEffect
+from composer.interval import Interval
+from composer.numbers import Numbers
+from composer.probe import NOTICEABLE_NATS, Effect, Outcome, ProbeResult, SideEffect
 
-COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference")
+COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "crowding")
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
-# A loss below this many nats a token changes a token's probability by 2 %: nothing a reader would see.
-NOTICEABLE_NATS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +28,33 @@ class Table:
 
 def headlines(report: ConflictReport) -> list[str]:
     """The verdict, then one sentence a pair: its risk, the evidence for it, and what it means."""
-    return [f"Verdict: {report.verdict}.", *(_headline(pair) for pair in report.pairs)]
+    return [f"Verdict: {report.verdict}.", *(headline(pair) for pair in report.pairs)]
+
+
+def headline(pair: Pair) -> str:
+    """The risk of a pair, how good the evidence for it is, and who suffers."""
+    if pair.outcome is None:
+        scale = "of 1, from weights" if pair.evidence == "weights" else "times as strong, from activations"
+        return f"{name(pair)}: risk {pair.risk:.2f} {scale} alone (weak evidence: probe it to know)."
+    worst = pair.outcome.worst
+    risk = f"{name(pair)}: risk {_within(worst.loss, pair.outcome.risk)} nats per token, measured"
+    if worst.loss < NOTICEABLE_NATS:
+        return f"{risk}: combined, both answer their own suites as well as alone."
+    kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
+    return f"{risk}: {worst.member} is the one that suffers{kept}."
+
+
+def causes(pair: Pair) -> str:
+    """The modules that the pair has most in common in, with their shares; empty when it has nothing in common."""
+    told = ", ".join(f"{module} {share:.0%}" for module, share in pair.explanation.causes)
+    return f"{name(pair)} meet most in {told}." if told else ""
 
 
 def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
     """The probe if there is one, the whole-model numbers, and the modules that overlap most."""
-    built = [_probe_table(report.probe)] if report.probe else []
-    built.append(
-        Table(
-            "Whole model, from the factors",
-            ("pair", *COLUMNS),
-            tuple((_name(pair), *_cells(pair.numbers)) for pair in report.pairs),
-            "Overlap: share of one's energy in the other's span, (excess over chance). Interference: 1 independent, "
-            "above 1 they add up, below 1 they cancel. These explain a risk; they do not predict one.",
-        )
-    )
-    rows = [(_name(pair), *row) for pair in report.pairs for row in _worst_modules(pair, worst_modules)]
+    built = [probe_table(report.probe)] if report.probe else []
+    built += [_members(report), _pairs(report)]
+    rows = [(name(pair), *row) for pair in report.pairs for row in _worst_modules(pair, worst_modules)]
     if rows:
         built.append(Table("Modules that share most input directions", ("pair", "module", *COLUMNS), tuple(rows)))
     return built
@@ -51,24 +62,56 @@ def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
 
 def remarks(findings: Iterable[Finding]) -> list[str]:
     """One line a finding, the loudest first; a notice of the probe is left out, since its table says the same."""
-    told = [one for one in findings if not (one.severity is Severity.NOTICE and one.code.startswith("probe_"))]
+    told = [one for one in findings if not (one.severity is Severity.NOTICE and one.code == "probe_loss")]
     told.sort(key=lambda finding: LOUDEST_FIRST.index(finding.severity))
     return [f"{finding.severity}: {finding.message}" for finding in told]
 
 
-def _name(pair: Pair) -> str:
+def advice(report: ConflictReport) -> list[str]:
+    """What can be done, one line each, with the pair that it is for."""
+    return [f"{name(pair)}: {line}" for pair in report.pairs for line in pair.explanation.advice]
+
+
+def name(pair: Pair) -> str:
     return f"{pair.a} + {pair.b}"
 
 
-def _headline(pair: Pair) -> str:
-    if pair.outcome is None:
-        return f"{_name(pair)}: risk {pair.risk:.2f} of 1, from weights alone (weak evidence: probe it to know)."
-    worst = pair.outcome.worst
-    risk = f"{_name(pair)}: risk {_with_error(worst.loss, worst.loss_stderr)} nats per token, measured"
-    if worst.loss < NOTICEABLE_NATS:
-        return f"{risk}: combined, both answer their own suites as well as alone."
-    kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
-    return f"{risk}: {worst.member} is the one that suffers{kept}."
+def probe_table(probe: ProbeResult) -> Table:
+    """Every suite under every combination."""
+    outcomes = [*probe.pairs, *([probe.whole] if len(probe.pairs) > 1 else [])]
+    rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
+    columns = ("combination", "suite", "examples", "base", "alone", "combined", "loss (95 %)", "gain kept")
+    note = f"Nats per token, in {probe.seconds:.0f} s; loss is combined minus alone, with the interval it lies in."
+    return Table("Probe", columns, tuple(rows), note)
+
+
+def _members(report: ConflictReport) -> Table:
+    rows = [
+        (
+            member.name,
+            f"{member.weight.value:.3g}" + (" with rules" if member.weight.rules else ""),
+            f"{member.share:.0%}",
+            "-" if member.retention is None else f"{member.retention:.2f}",
+            f"{member.size.norm:.3g}",
+            f"{member.size.spectral_norm:.3g}",
+            f"{member.size.stable_rank:.1f}",
+            "-" if member.size.amplification is None else f"{member.size.amplification:.3g}",
+        )
+        for member in report.members
+    ]
+    columns = ("adapter", "weight", "energy", "retention", "norm", "spectral norm", "stable rank", "of the base")
+    note = "Retention: how much of it is in the combination (its weight, where the others leave it alone)."
+    return Table("Adapters", columns, tuple(rows), note)
+
+
+def _pairs(report: ConflictReport) -> Table:
+    return Table(
+        "Whole model, from the factors",
+        ("pair", *COLUMNS),
+        tuple((name(pair), *_cells(pair.numbers)) for pair in report.pairs),
+        "Overlap: share of one's energy in the other's span, (excess over chance). Interference: 1 independent, "
+        "above 1 they add up, below 1 they cancel. These explain a risk; they do not predict one.",
+    )
 
 
 def _cells(numbers: Numbers) -> tuple[str, ...]:
@@ -79,35 +122,29 @@ def _cells(numbers: Numbers) -> tuple[str, ...]:
         f"{numbers.norm_a:.3g} : {numbers.norm_b:.3g}",
         f"{numbers.dominance:.0%}",
         f"{numbers.interference:.3f}",
+        f"{numbers.sign_excess:+.3f}",
+        f"{numbers.crowding:.2f}",
     )
 
 
 def _worst_modules(pair: Pair, count: int) -> list[tuple[str, ...]]:
-    ordered = sorted(pair.modules.items(), key=lambda item: -item[1].input_excess * item[1].dominance)
-    return [(module, *_cells(numbers)) for module, numbers in ordered[:count]]
-
-
-def _probe_table(probe: ProbeResult) -> Table:
-    outcomes = [*probe.pairs, *([probe.whole] if len(probe.pairs) > 1 else [])]
-    rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
-    columns = ("combination", "suite", "base", "alone", "combined", "loss", "gain kept")
-    note = f"Nats per token on {probe.k} examples a suite, in {probe.seconds:.0f} s; loss is combined minus alone."
-    return Table("Probe", columns, tuple(rows), note)
+    told = [module for module in pair.explanation.shares if module in pair.modules][:count]
+    return [(module, *_cells(pair.modules[module])) for module in told]
 
 
 def _outcome_rows(outcome: Outcome) -> list[tuple[str, ...]]:
     together = " + ".join(outcome.members)
     lines: list[Effect | SideEffect] = [*outcome.effects, *outcome.guards]
-    return [(together, *_line(line)) for line in lines]
+    return [(together, *_line(line, str(outcome.k))) for line in lines]
 
 
-def _line(line: Effect | SideEffect) -> tuple[str, ...]:
+def _line(line: Effect | SideEffect, k: str) -> tuple[str, ...]:
     if isinstance(line, Effect):
-        loss, kept = _with_error(line.loss, line.loss_stderr), "-" if line.kept is None else f"{line.kept:.0%}"
-        return (line.suite, f"{line.base:.2f}", f"{line.alone:.2f}", f"{line.combined:.2f}", loss, kept)
-    rise, alone = _with_error(line.rise, line.rise_stderr), max(line.alone.values())
-    return (f"{line.suite} (guard)", f"{line.base:.2f}", f"{alone:.2f}", f"{line.combined:.2f}", rise, "-")
+        loss, kept = _within(line.loss, line.loss_interval), "-" if line.kept is None else f"{line.kept:.0%}"
+        return (line.suite, k, f"{line.base:.2f}", f"{line.alone:.2f}", f"{line.combined:.2f}", loss, kept)
+    rise, alone = _within(line.rise, line.rise_interval), max(line.alone.values())
+    return (f"{line.suite} (guard)", k, f"{line.base:.2f}", f"{alone:.2f}", f"{line.combined:.2f}", rise, "-")
 
 
-def _with_error(value: float, stderr: float | None) -> str:
-    return f"{value:+.2f}" if stderr is None else f"{value:+.2f} ± {stderr:.2f}"
+def _within(value: float, sure: Interval) -> str:
+    return f"{value:+.2f}" if sure.to_json() is None else f"{value:+.2f} [{sure.low:+.2f}, {sure.high:+.2f}]"

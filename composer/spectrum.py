@@ -8,7 +8,7 @@ of the factors; the O x I product is never built. Per module: the effective rank
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, sqrt
+from math import exp, isfinite, prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from composer.factors import Float64, factor_grams, readable
 from composer.findings import Finding, Severity
 from composer.formats.facts import Adapter
-from composer.formats.placement import Placed, PlacedModule
+from composer.formats.placed import Placed, PlacedModule
 
 NEAR_ZERO = 0.01
 """Below this share of the whole adapter's root mean square entry a module adds next to nothing."""
@@ -124,7 +124,7 @@ def spectrum(adapter: Adapter, placed: Placed) -> Spectrum | None:
             ModuleSpectrum(
                 module=module.module,
                 rank=module.rank,
-                entries=module.shape[0] * module.shape[1],
+                entries=prod(module.shape),
                 norm=sqrt(float(energy.sum())),
                 effective_rank=_effective_rank(sigma),
                 rank_95=_directions(energy, 0.95),

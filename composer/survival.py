@@ -124,7 +124,7 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> S
             subject=name,
             next_step="Check the disk and memory, and try again.",
         )
-    return _survival(W, delta, written) if work.changed else Survival(rows=len(chosen))
+    return survival_of(W, delta, written) if work.changed else Survival(rows=len(chosen))
 
 
 def _chosen(name: str, rows: int, count: int) -> list[int]:
@@ -135,7 +135,8 @@ def _chosen(name: str, rows: int, count: int) -> list[int]:
     return sorted({0, rows - 1, *picks.tolist()})
 
 
-def _survival(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> Survival:
+def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> Survival:
+    """Of some rows: W and Δ in float64, and the output in its dtype."""
     moved = written.double() - W
     touched = delta != 0
     lost = touched & (written == W.to(written.dtype))

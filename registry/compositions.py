@@ -195,6 +195,7 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
             commit=release.revision.commit,
             weight=source.weight,
             files={file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]},
+            rules=source.rules,
         )
         for source, release in zip(recipe.inputs, found, strict=True)
     )

@@ -61,15 +61,15 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Block-diagonal factors (BD-LoRA): a module whose path contains one of the names has such an A, or such a B."""
+    """Block-diagonal factors (BD-LoRA): a module whose path contains one of the names has such an A (`inner`) or B."""
 
     count: int
-    in_A: tuple[str, ...]
-    in_B: tuple[str, ...]
+    inner: tuple[str, ...]
+    outer: tuple[str, ...]
 
     def side(self, module: str) -> str:
         """`A`, `B`, or nothing for a plain pair."""
-        return "A" if any(name in module for name in self.in_A) else "B" * any(name in module for name in self.in_B)
+        return "A" if any(name in module for name in self.inner) else "B" * any(name in module for name in self.outer)
 
 
 @dataclass(frozen=True, slots=True)

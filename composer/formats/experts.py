@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from composer.formats.checkpoint import Architecture
-from composer.formats.config import AdapterConfig
 from composer.formats.naming import Target, find_weight
-from composer.formats.placed import Piece, Placement, PlacedModule, by
+from composer.formats.placed import Piece, PlacedModule, Placement, by
 
 # In the order of transformers' modules. Fused name -> what an expert's own tensors are called, first rows first.
 _SPLIT = {
@@ -20,7 +19,6 @@ _SPLIT = {
     "down_proj_bias": (),
 }
 _ORDER = list(_SPLIT)
-_PARENTS = (("", ""), (".mlp.experts", ".block_sparse_moe.experts"))
 # transformers' stacks that are stored as experts x inputs x outputs.
 _TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "openai_privacy_filter"})
 
@@ -88,8 +86,11 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
     )  # fmt: skip
 
 
-def targets_parameter(config: AdapterConfig, target: str, placed: list[PlacedModule]) -> bool:
-    return any(module.kind == "experts" and f".{module.module}".endswith(f".{target}") for module in placed)
+def missing_parameters(placement: Placement) -> list[str]:
+    """The targeted parameters that no pair is for, where nothing else was found to be wrong."""
+    placed = [f".{module.module}" for module in placement.modules if module.kind == "experts"]
+    targets = () if placement.findings else placement.config.target_parameters
+    return [target for target in targets if not any(path.endswith(f".{target}") for path in placed)]
 
 
 def _pieces(stack: _Stack, experts: int, size: tuple[int, int], rows: int) -> Iterator[Piece]:
@@ -114,13 +115,11 @@ def _stack(architecture: Architecture, owner: str, parameter: str) -> _Stack | N
     found = find_weight(owner, parameter, architecture)
     if isinstance(found, Target):
         return _Stack(found.weight, architecture.tensors[found.weight].shape, rule=found.rule)
-    for old, new in _PARENTS:
-        for names in _SPLIT.get(parameter, ()):
-            parent = owner.replace(old, new)
-            first = find_weight(f"{parent}.0.{names[0]}", "weight", architecture)
-            if isinstance(first, Target):
-                prefix = first.weight.removesuffix(f".0.{names[0]}.weight")
-                return _unfused(architecture, f"{owner}.{parameter}", prefix, names)
+    for names in _SPLIT.get(parameter, ()):
+        first = find_weight(f"{owner}.0.{names[0]}", "weight", architecture)
+        if isinstance(first, Target):
+            prefix = first.weight.removesuffix(f".0.{names[0]}.weight")
+            return _unfused(architecture, f"{owner}.{parameter}", prefix, names)
     return None
 
 

@@ -15,13 +15,16 @@ from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.config import AdapterConfig, parse_config
 from composer.formats.header import Header, TensorEntry, read_header
 from composer.formats.naming import split_key
-from composer.formats.placement import FACTOR_PARTS, Placed, PlacedModule, place
+from composer.formats.pairs import FACTOR_PARTS
+from composer.formats.placed import Placed, PlacedModule
+from composer.formats.placement import place
 
 __all__ = ["Adapter", "AdapterFacts", "Placed", "PlacedModule", "facts", "health", "place", "read_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _CHUNK_BYTES = 4 << 20
+_PRODUCT = FACTOR_PARTS | {"lora_E", "lora_diag"}
 # dtype -> (unsigned type of the same width, bits without the sign, exponent bits): a float is NaN or Inf when its
 # exponent is all ones.
 _FLOAT_BITS = {
@@ -99,7 +102,7 @@ def read_adapter(path: Path) -> Adapter:
     if not header.tensors:
         raise InvalidFile("empty_adapter", f"{WEIGHTS_FILE} has no tensors.", subject=WEIGHTS_FILE)
     for name, entry in header.tensors.items():
-        if split_key(name).part in FACTOR_PARTS and _is_ungathered(entry):
+        if config.peft_type == "LORA" and split_key(name).part in FACTOR_PARTS and _is_ungathered(entry):
             message = f"{name} has the shape {list(entry.shape)}: it is a shard that was saved without gathering."
             raise InvalidFile(
                 "ungathered", message, subject=name, next_step="Gather the parameters (ZeRO-3, FSDP) and save again."
@@ -109,24 +112,24 @@ def read_adapter(path: Path) -> Adapter:
 
 def facts(config: AdapterConfig, header: Header, placed: Placed) -> AdapterFacts:
     """Sum up an adapter from its config, its header and its placement."""
-    pairs = placed.low_rank
+    adapted = placed.adapted
     sizes: Counter[str] = Counter()
     for entry in header.tensors.values():
         sizes[entry.dtype] += entry.size_bytes
     return AdapterFacts(
         type=config.peft_type.lower(),
         variant=config.variant,
-        rank_max=max((module.rank for module in pairs), default=config.rank),
+        rank_max=max((module.rank for module in adapted), default=0) or config.rank,
         alpha=config.alpha,
-        targets=tuple(sorted({module.module.split(".")[-1] for module in pairs})),
-        modules=len(pairs),
+        targets=tuple(sorted({module.module.split(".")[-1] for module in adapted})),
+        modules=len(adapted),
         parameters=sum(entry.spec.elements for entry in header.tensors.values()),
         size_bytes=header.size_bytes,
         dtype=sizes.most_common(1)[0][0] if sizes else "F32",
         modules_to_save=tuple(sorted({module.module for module in placed.modules if module.kind == "replacement"})),
         use_rslora=config.use_rslora,
-        ranks={module.module: module.rank for module in pairs},
-        alphas={module.module: module.alpha for module in pairs},
+        ranks={module.module: module.rank for module in adapted if module.rank},
+        alphas={module.module: module.alpha for module in adapted if module.rank},
         base_model_name_or_path=config.base_model_name_or_path,
         peft_version=config.peft_version,
     )
@@ -145,9 +148,10 @@ def health(path: Path, header: Header) -> list[Finding]:
         if not finite:
             findings.append(Finding("not_finite", Severity.ERROR, name, f"{name} has a NaN or an infinite value."))
         split = split_key(name)
-        # s * B @ A is zero as soon as one of the two is; a tensor saved whole always acts.
-        pair = split.module if split.part.startswith("lora_") else name
-        zero_parts[pair] = zero_parts.get(pair, False) or (zero and split.part.startswith("lora_"))
+        # s * B @ A is zero as soon as one of the two is; whatever else there is always acts.
+        factor = split.part in _PRODUCT
+        pair = split.module if factor else name
+        zero_parts[pair] = zero_parts.get(pair, False) or (zero and factor)
     if zero_parts and all(zero_parts.values()):
         message = "Every delta of this adapter is zero: it was never trained, or saved before training."
         findings.append(Finding("zero_adapter", Severity.WARNING, path.name, message))

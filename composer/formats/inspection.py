@@ -8,7 +8,7 @@ from composer.findings import Finding
 from composer.formats import facts, serving
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import Adapter, AdapterFacts
-from composer.formats.placement import Placed
+from composer.formats.placed import Placed
 
 
 @dataclass(frozen=True, slots=True)

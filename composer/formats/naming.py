@@ -35,6 +35,7 @@ _RENAMES = (
     ("`language_model.model.`", re.compile(r"^model\.language_model\.(.+)$"), r"language_model.model.\1"),
     ("`language_model.lm_head`", re.compile(r"^(lm_head\..+)$"), r"language_model.\1"),
     ("without `language_model.`", re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
+    ("`block_sparse_moe.`", re.compile(r"^(.+)\.mlp\.((?:gate|experts)\..+)$"), r"\1.block_sparse_moe.\2"),
     ("`visual.`", re.compile(r"^model\.(visual\..+)$"), r"\1"),
 )
 _HEADS = ("lm_head", "embed_out")

@@ -5,8 +5,8 @@ from dataclasses import replace
 from math import prod
 
 from composer.formats.experts import owner_of, parameter_of, place_experts
-from composer.formats.naming import TOKENS, Target, find_weight, head_beside, is_head
-from composer.formats.placed import Placement, PlacedModule, by
+from composer.formats.naming import TOKENS, Target, head_beside, is_head
+from composer.formats.placed import PlacedModule, Placement, by
 
 FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 FACTOR_PARTS = frozenset({*FACTORS, *FACTORS.values()})
@@ -37,22 +37,28 @@ def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> N
 
 def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
     """Do the factors' shapes make a pair of the rank that the config says?"""
-    if not 2 <= len(a_shape) == len(b_shape) <= 5 or set(b_shape[2:]) - {1}:
+    if not _make_a_pair(a_shape, b_shape):
         message = f"{module} has factors of shape {by(a_shape)} and {by(b_shape)}, which make no pair."
         placement.error("unsupported_layer", module, message)
         return False
     owner, blocks = owner_of(module), placement.config.blocks
     rank = placement.config.rank_for(owner)
     cut = blocks.count if blocks is not None and blocks.side(owner) == "B" else 1
-    if len(a_shape) > 2 and b_shape[1] < a_shape[0] == rank and rank % b_shape[1] == 0:
-        message = f"{module} is a convolution in {rank // b_shape[1]} groups, which PEFT itself cannot merge."
+    rank_A, rank_B = a_shape[0], b_shape[1] * cut
+    if a_shape[2:] and rank_B < rank_A == rank and rank % rank_B == 0:
+        message = f"{module} is a convolution in {rank // rank_B} groups, which PEFT itself cannot merge."
         placement.error("unsupported_layer", module, message)
         return False
-    if a_shape[0] != b_shape[1] * cut or a_shape[0] != rank:
-        message = f"{module} has rank {a_shape[0]} in A and {b_shape[1] * cut} in B; the config says {rank}."
+    if rank_A != rank_B or rank_A != rank:
+        message = f"{module} has rank {rank_A} in A and {rank_B} in B; the config says {rank}."
         placement.error("rank_mismatch", module, message)
         return False
     return True
+
+
+def _make_a_pair(a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
+    """Two matrices, or a convolution and one of a single element."""
+    return 2 <= len(a_shape) == len(b_shape) <= 5 and set(b_shape[2:]) <= {1}
 
 
 def _place_on(
@@ -87,10 +93,9 @@ def _place_on(
 
 def _target(placement: Placement, path: str, key: str) -> Target | None:
     """`weight`, or the packed one of an attention."""
-    if placement.architecture is not None:
-        packed = find_weight(path, "in_proj_weight", placement.architecture)
-        if isinstance(packed, Target):
-            return packed
+    packed = f"{path}.in_proj_weight"
+    if placement.architecture is not None and packed in placement.architecture.tensors:
+        return Target(packed, False)
     return placement.find(path, "weight", key)
 
 
@@ -125,7 +130,9 @@ def _place_bias(placement: Placement, pair: PlacedModule, outputs: int) -> None:
         placement.error("shape_mismatch", pair.module, message)
         return
     placement.modules.append(
-        replace(pair, weight=target.weight, kind="bias", tied=False, rank=0, alpha=0.0, shape=(outputs,), twin=False)
+        replace(
+            pair, weight=target.weight, kind="bias", tied=False, rank=0, alpha=0.0, shape=(outputs,), layout="linear"
+        )
     )
 
 

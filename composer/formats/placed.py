@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
@@ -10,7 +11,7 @@ from composer.formats.header import Header
 from composer.formats.naming import Target, find_weight, is_head
 
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding", "convolution"})
 WHOLE_KINDS = frozenset({"replacement", "base_copy"})
 
@@ -120,10 +121,16 @@ class Placement:
             return False
         if self.architecture is None:
             return self.config.fan_in_fan_out
-        if self.model_type in _CONV1D_MODELS:
+        if self.model_type in CONV1D_MODELS:
             return True
         return self.config.fan_in_fan_out and self.base_shape(target) == size[::-1] != size
 
 
 def by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
+
+
+def bias_of(target: Target, outputs: int) -> dict[str, Any]:
+    """What is different when a module's parts act on its bias, which no other module shares."""
+    own = {"weight": target.weight, "kind": "bias", "shape": (outputs,), "layout": "linear"}
+    return own | {"tied": False, "twin": False}

@@ -1,184 +1,146 @@
 """Every tensor of an adapter on the base tensor it acts on, by full path and shape. What does not fit is a finding."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 
 from composer.errors import NotSupported
-from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig, pattern_matches
+from composer.formats.experts import missing_parameters, owner_of
 from composer.formats.header import Header
-from composer.formats.naming import PEFT_PREFIX, Target, find_weight, has_prefix, is_head, split_key
+from composer.formats.naming import PEFT_PREFIX, SHARED, TOKENS, Target, find_weight, split_key
+from composer.formats.pairs import PAIR_PARTS, mark_twins, place_pair, place_tokens
+from composer.formats.parts import Size
 from composer.formats.patterns import matches_whole
+from composer.formats.placed import WHOLE_KINDS, Placed, PlacedModule, Placement, bias_of, by
 from composer.formats.targeting import surely_untargeted
-
-# transformers' models that are built of Conv1D, which stores W as inputs x outputs.
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-_FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
-FACTOR_PARTS = frozenset({*_FACTORS, *_FACTORS.values()})
-_PAIR_PARTS = FACTOR_PARTS | {"magnitude", "lora_A_bias", "lora_B_bias"}
-LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding"})
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedModule:
-    """A module of the adapter and the checkpoint tensor `weight` it acts on.
-
-    `kind` is linear, conv1d or embedding (a low-rank pair), replacement (a tensor saved whole) or base_copy (PEFT's
-    copy of a base weight beside an adapted embedding). `parts` maps lora_A, lora_B, magnitude, … or a parameter's
-    name to the key in the file. `shape` is the base tensor's, as stored. Rank, alpha and scale are 0 where there is
-    no low-rank pair.
-    """
-
-    module: str
-    weight: str
-    kind: str
-    tied: bool
-    rank: int
-    alpha: float
-    scale: float
-    shape: tuple[int, ...]
-    parts: Mapping[str, str]
-    rule: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    modules: list[PlacedModule]
-    findings: list[Finding]
-
-    @property
-    def low_rank(self) -> list[PlacedModule]:
-        return [module for module in self.modules if module.kind in LOW_RANK_KINDS]
-
-
-@dataclass
-class _Placement:
-    config: AdapterConfig
-    header: Header
-    architecture: Architecture | None
-    modules: list[PlacedModule] = field(default_factory=list[PlacedModule])
-    findings: list[Finding] = field(default_factory=list[Finding])
-
-    def error(self, code: str, subject: str, message: str) -> None:
-        """A key without a module, such as `lora_A`, is a subject too."""
-        self.findings.append(Finding(code, Severity.ERROR, subject or "(no module)", message))
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.header.tensors[key].shape
+from composer.formats.types import TYPES, AdapterType
 
 
 def place(config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter") -> Placed:
     """Match every tensor of the adapter with a base tensor.
 
     Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
-    findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, missing_pair, duplicate_tensor,
-    duplicate_target, no_target, untargeted_tensor, pattern_unused, unsupported_layer, empty_adapter. Raises
-    NotSupported for what is not a LoRA.
+    findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, missing_pair, missing_part,
+    duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused, unsupported_layer, empty_adapter.
+    Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
     """
-    if config.peft_type != "LORA":
-        message = f"{subject} is of type {config.peft_type}; only LORA adapters are read."
-        raise NotSupported("adapter_type", message, subject=subject)
-    placement = _Placement(config, header, architecture)
+    if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
+        message = f"{subject} cannot be read: {refusal.reason}."
+        raise NotSupported("adapter_type", message, subject=subject, next_step=refusal.way_out)
+    placement = Placement(config, header, architecture)
     grouped = _group(placement)
+    shared = grouped.pop(SHARED, {}) if config.peft_type != "LORA" else {}
     for module, parts in grouped.items():
-        _place_factors(placement, module, parts)
+        if config.peft_type == "LORA":
+            place_pair(placement, module, parts)
+        else:
+            _place_other(placement, module, parts, shared)
+        place_tokens(placement, module, parts)
         _place_whole_tensors(placement, module, parts)
+    mark_twins(placement)
+    _check_shared(placement, shared)
     _check_prefix(placement, list(grouped), subject)
     _check_twice(placement)
     _check_config_is_used(placement)
     return Placed(placement.modules, placement.findings)
 
 
-def _group(placement: _Placement) -> dict[str, dict[str, str]]:
+def _group(placement: Placement) -> dict[str, dict[str, str]]:
     """Module -> part -> key, in file order."""
-    keys = list(placement.header.tensors)
-    if has_prefix(keys) and not all(key.startswith(PEFT_PREFIX) for key in keys):
-        odd = next(key for key in keys if not key.startswith(PEFT_PREFIX))
+    split = [split_key(key) for key in placement.header.tensors]
+    bare = [one for one in split if not one.key.startswith(PEFT_PREFIX) and one.module != SHARED]
+    if bare and any(one.key.startswith(PEFT_PREFIX) for one in split):
+        odd = bare[0].key
         placement.error("wrong_prefix", odd, f"{odd} lacks the prefix {PEFT_PREFIX!r} that other keys have.")
     grouped: dict[str, dict[str, str]] = defaultdict(dict)
-    for key in keys:
-        split = split_key(key)
-        if split.part == "ignored":
+    for one in split:
+        if one.part == "ignored":
             continue
-        twin = grouped[split.module].setdefault(split.part, key)
-        if twin != key:
-            placement.error("duplicate_tensor", key, f"{key} and {twin} are the same part of one module.")
+        twin = grouped[one.module].setdefault(one.part, one.key)
+        if twin != one.key:
+            placement.error("duplicate_tensor", one.key, f"{one.key} and {twin} are the same part of one module.")
     return grouped
 
 
-def _place_factors(placement: _Placement, module: str, parts: Mapping[str, str]) -> None:
-    found = {part: key for part, key in parts.items() if part in _PAIR_PARTS}
-    if not found:
+def _own_parts(config: AdapterConfig) -> frozenset[str]:
+    """What the type keeps of a module it adapts, besides tensors that are saved whole."""
+    return frozenset({TOKENS, *(PAIR_PARTS if config.peft_type == "LORA" else TYPES[config.peft_type].parts)})
+
+
+def _place_other(placement: Placement, module: str, parts: Mapping[str, str], shared: Mapping[str, str]) -> None:
+    """Place a module of a type that is no LoRA: what its parts fit is in composer.formats.parts."""
+    kind = TYPES[placement.config.peft_type]
+    own = {part: key for part, key in parts.items() if part in kind.parts}
+    target = placement.find(module, "weight", next(iter(own.values()))) if own else None
+    if target is None:
         return
-    for a, b in _FACTORS.items():
-        if (a in found) != (b in found):
-            there, missing = (a, b) if a in found else (b, a)
-            placement.error("missing_pair", module, f"{module} has {there} ({found[there]}) but no {missing}.")
-            return
-    pair = next(((a, b) for a, b in _FACTORS.items() if a in found), None)
-    if pair is None:
-        placement.error("missing_pair", module, f"{module} has {', '.join(found)} but no lora_A and lora_B.")
-        return
-    a_shape, b_shape = (placement.shape(found[part]) for part in pair)
-    if len(a_shape) != 2 or len(b_shape) != 2:
-        message = (
-            f"{module} has factors of shape {_x(a_shape)} and {_x(b_shape)}; only matrices are read, no convolutions."
-        )
+    found = {part: key for part, key in shared.items() if part in kind.shared} | own
+    base, layout = placement.base_shape(target), _layout(placement, module, target, own)
+    rows, columns = (base[0], prod(base[1:])) if len(base) > 1 else (0, 0)
+    size = (rows, columns) if layout == "linear" else (columns, rows)
+    shapes = {part: placement.shape(key) for part, key in found.items()}
+    if base and len(base) != 2 and not kind.convolutions:
+        message = f"{module} is stored as {by(base)}; of {placement.config.peft_type} only matrices are read."
         placement.error("unsupported_layer", module, message)
         return
-    if a_shape[0] != b_shape[1] or a_shape[0] != placement.config.rank_for(module):
-        expected = placement.config.rank_for(module)
-        message = f"{module} has rank {a_shape[0]} in A and {b_shape[1]} in B; the config says {expected}."
-        placement.error("rank_mismatch", module, message)
+    try:
+        made_for = kind.fits(shapes, placement.config.options, size)
+    except KeyError as missing:
+        placement.error("missing_part", module, f"{module} has {', '.join(own)}, but no {missing.args[0]}.")
+    except ValueError as wrong:
+        placement.error("shape_mismatch", module, f"{module} has {wrong}.")
+    else:
+        shape = base or (made_for if layout == "linear" else made_for[::-1])
+        placed = PlacedModule(
+            module, target.weight, "other", target.tied, 0, 0.0, 0.0, shape, found, target.rule, layout
+        )
+        _add_other(placement, placed, size, made_for)
+
+
+def _add_other(placement: Placement, placed: PlacedModule, size: Size, made_for: Size) -> None:
+    if placement.architecture is not None and made_for != size:
+        message = f"{placed.module} is made for {by(made_for)}; the base's {placed.weight} is {by(size)}."
+        placement.error("shape_mismatch", placed.module, message)
         return
-    target = _find(placement, module, "weight", next(iter(found.values())))
-    if target is not None:
-        _add_low_rank(placement, module, target, found)
-
-
-def _add_low_rank(placement: _Placement, module: str, target: Target, found: Mapping[str, str]) -> None:
-    config = placement.config
-    embedding = "lora_embedding_A" in found
-    prefix = "lora_embedding_" if embedding else "lora_"
-    outputs, inputs = placement.shape(found[f"{prefix}B"])[0], placement.shape(found[f"{prefix}A"])[1]
-    kind = "embedding" if embedding else _linear_kind(placement, module, target, (outputs, inputs))
-    shape = (outputs, inputs) if kind == "linear" else (inputs, outputs)
-    if not _fits(placement, module, target, shape):
+    placement.modules.append(placed)
+    if placement.architecture is None or not _acts_on_bias(placement, TYPES[placement.config.peft_type], placed):
         return
-    magnitude = found.get("magnitude")
-    if magnitude is not None and placement.header.tensors[magnitude].spec.elements != outputs:
-        message = f"{module} has a magnitude of shape {_x(placement.shape(magnitude))} for {outputs} outputs."
-        placement.error("shape_mismatch", module, message)
-        return
-    rank, alpha, scale = config.rank_for(module), config.alpha_for(module), config.scale_for(module)
-    placement.modules.append(
-        PlacedModule(module, target.weight, kind, target.tied, rank, alpha, scale, shape, found, target.rule)
-    )
+    bias = find_weight(placed.module, "bias", placement.architecture)
+    if isinstance(bias, Target) and placement.fits(f"{placed.module}.bias", bias, size[:1]):
+        placement.modules.append(replace(placed, **bias_of(bias, size[0])))
 
 
-def _linear_kind(placement: _Placement, module: str, target: Target, shape: tuple[int, int]) -> str:
-    """How the base stores the weight. The model type decides, since a square weight looks the same both ways."""
-    architecture, config = placement.architecture, placement.config
-    if is_head(module):
-        return "linear"
-    if architecture is None:
-        return "conv1d" if config.fan_in_fan_out else "linear"
-    if architecture.model_type in CONV1D_MODELS:
-        return "conv1d"
-    transposed = architecture.tensors[target.weight].shape == shape[::-1] != shape
-    return "conv1d" if config.fan_in_fan_out and transposed else "linear"
+def _layout(placement: Placement, module: str, target: Target, own: Mapping[str, str]) -> str:
+    if any("_embedding_" in part for part in own):
+        return "embedding"
+    size = placement.base_shape(target)[::-1]
+    return "conv1d" if placement.transposed(module, target, (0, 0) if len(size) != 2 else size) else "linear"
 
 
-def _place_whole_tensors(placement: _Placement, module: str, parts: Mapping[str, str]) -> None:
+def _acts_on_bias(placement: Placement, kind: AdapterType, placed: PlacedModule) -> bool:
+    """A feed-forward (IA)3 scales inputs, which a bias has nothing to do with."""
+    feed_forward = "ia3_l" in placed.parts and placement.shape(placed.parts["ia3_l"])[1] > 1
+    return kind.acts_on_bias and not feed_forward
+
+
+def _check_shared(placement: Placement, shared: Mapping[str, str]) -> None:
+    used = TYPES[placement.config.peft_type].shared if placement.config.peft_type != "LORA" else ()
+    for part, key in shared.items():
+        if part not in used:
+            placement.error("unmatched_tensor", key, f"{key} is no part of a {placement.config.peft_type} adapter.")
+
+
+def _place_whole_tensors(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
     for part, key in parts.items():
-        if part in _PAIR_PARTS:
+        if part in _own_parts(placement.config):
             continue
         parameter = part.removeprefix("base_layer.")
-        target = _find(placement, module, parameter, key)
+        target = placement.find(module, parameter, key)
         shape = placement.shape(key)
-        if target is None or not _fits(placement, f"{module}.{parameter}", target, shape):
+        if target is None or not placement.fits(f"{module}.{parameter}", target, shape):
             continue
         kind = "base_copy" if part == "base_layer.weight" else "replacement"
         placement.modules.append(
@@ -186,31 +148,7 @@ def _place_whole_tensors(placement: _Placement, module: str, parts: Mapping[str,
         )
 
 
-def _find(placement: _Placement, module: str, parameter: str, key: str) -> Target | None:
-    if placement.architecture is None:
-        return Target(f"{module}.{parameter}", False)
-    found = find_weight(module, parameter, placement.architecture)
-    if isinstance(found, Target):
-        return found
-    what = f"could be any of {', '.join(found)}" if found else "is no tensor of the base"
-    placement.error("unmatched_tensor", module or key, f"{key}: {module}.{parameter} {what}.")
-    return None
-
-
-def _fits(placement: _Placement, subject: str, target: Target, shape: tuple[int, ...]) -> bool:
-    if placement.architecture is None:
-        return True
-    expected = placement.architecture.tensors[target.weight].shape
-    if shape != expected:
-        placement.error(
-            "shape_mismatch",
-            subject,
-            f"{subject} is made for {_x(shape)}; the base's {target.weight} is {_x(expected)}.",
-        )
-    return shape == expected
-
-
-def _check_prefix(placement: _Placement, modules: list[str], subject: str) -> None:
+def _check_prefix(placement: Placement, modules: list[str], subject: str) -> None:
     """When nothing matches, one finding that shows both sides says more than a hundred unmatched tensors."""
     if not placement.header.tensors:
         placement.error("empty_adapter", subject, f"{subject} has no tensors.")
@@ -226,7 +164,7 @@ def _check_prefix(placement: _Placement, modules: list[str], subject: str) -> No
     placement.error("wrong_prefix", next(filter(None, modules), first), message)
 
 
-def _check_twice(placement: _Placement) -> None:
+def _check_twice(placement: Placement) -> None:
     seen: dict[str, str] = {}
     for placed in placement.modules:
         if placed.kind == "base_copy" or placed.tied:
@@ -238,41 +176,46 @@ def _check_twice(placement: _Placement) -> None:
             )
 
 
-def _check_config_is_used(placement: _Placement) -> None:
+def _check_config_is_used(placement: Placement) -> None:
     """The config's own words must be true of the tensors: PEFT would silently ignore what they miss."""
     config = placement.config
-    pairs = set(_low_rank_modules(placement))
-    if not pairs and placement.findings:
+    adapted = _adapted_paths(placement)
+    if not adapted and placement.findings:
         return
-    targets = config.target_modules
-    if (
-        isinstance(targets, str)
-        and targets != "all-linear"
-        and not any(matches_whole(targets, module) for module in pairs)
-    ):
-        placement.error("no_target", targets, f"No tensor belongs to a module that target_modules {targets!r} matches.")
-    for target in targets if isinstance(targets, tuple) else ():
-        if not any(module == target or module.endswith(f".{target}") for module in pairs):
-            placement.error(
-                "no_target", target, f"target_modules names {target!r}, but no tensor belongs to such a module."
-            )
+    for target in _targets_without_tensors(config, adapted):
+        message = f"target_modules has {target!r}, but no tensor belongs to a module that it matches."
+        placement.error("no_target", target, message)
+    for target in missing_parameters(placement):
+        message = f"target_parameters names {target!r}, but no tensor belongs to such a parameter."
+        placement.error("no_target", target, message)
     for placed in placement.modules:
-        if placed.kind in LOW_RANK_KINDS and surely_untargeted(config, placed.module):
+        if placed.kind in (*WHOLE_KINDS, "tokens", "bias") or placed.module not in adapted:
+            continue
+        if surely_untargeted(config, placed.module):
             message = f"{placed.module} has factors, but the config does not target it: PEFT would ignore them."
             placement.error("untargeted_tensor", placed.module, message)
+    paths = adapted | {placed.module for placed in placement.modules if placed.kind == "experts"}
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
-            if not any(pattern_matches(key, module) for module in pairs):
+            if not any(pattern_matches(key, module) for module in paths):
                 placement.error("pattern_unused", key, f"{name} has {key!r}, which matches no module.")
 
 
-def _low_rank_modules(placement: _Placement) -> Iterator[str]:
-    """Modules with factors, also those that did not fit: they are reported once, not again as a missing target."""
-    for key in placement.header.tensors:
-        split = split_key(key)
-        if split.part in _PAIR_PARTS:
-            yield split.module
+def _targets_without_tensors(config: AdapterConfig, adapted: set[str]) -> list[str]:
+    targets = config.target_modules
+    if isinstance(targets, str):
+        found = targets == "all-linear" or any(matches_whole(targets, module) for module in adapted)
+        return [] if found else [targets]
+    return [
+        target
+        for target in targets or ()
+        if not any(module == target or module.endswith(f".{target}") for module in adapted)
+    ]
 
 
-def _x(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
+def _adapted_paths(placement: Placement) -> set[str]:
+    """The modules that PEFT wrapped, also those that did not fit: they are reported once, not as a missing target."""
+    own = _own_parts(placement.config)
+    split = (split_key(key) for key in placement.header.tensors)
+    tokens = placement.config.peft_type == "TRAINABLE_TOKENS"
+    return {owner_of(one.module) for one in split if one.part in own and (tokens or one.part != TOKENS)}

@@ -11,7 +11,8 @@ from typing import Any
 from composer.errors import NotSupported
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import AdapterFacts
-from composer.formats.placement import FACTOR_PARTS, Placed
+from composer.formats.pairs import FACTOR_PARTS
+from composer.formats.placed import Placed
 
 SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
 """Bit i of a mask of servers stands for SERVERS[i]. Masks are kept: a new server is only ever appended."""
@@ -76,12 +77,13 @@ def parse_profile(text: str) -> Profile:
 def judge(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> tuple[int, dict[str, dict[str, list[str]]]]:
     """(mask, {server: {reasons, way_out}}): the servers that load it if its rank is within their limit, and why the
     others do not. As JSON; `loads` reads it again."""
-    common = _common(config, facts, placed)
+    other = [] if config.peft_type == "LORA" else _other_type(config)
+    common = other or _common(config, facts, placed)
     problems = {
         "vllm": common + _beyond_vllm(facts),
         "sglang": common,
         "lorax": common,
-        "llamacpp": _llamacpp(config, facts, placed),
+        "llamacpp": other or _llamacpp(config, facts, placed),
         "peft": [],
     }
     mask = sum(1 << bit for bit, server in enumerate(SERVERS) if not problems[server])
@@ -115,6 +117,11 @@ def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: Placed, profile
     return loads(*judge(config, facts, placed), facts.rank_max, asked)
 
 
+def _other_type(config: AdapterConfig) -> list[tuple[str, str]]:
+    """Each of these servers loads LoRA alone."""
+    return [(f"{config.peft_type} is refused: only LoRA is loaded", "" if config.unsupported() else _MERGE)]
+
+
 def _beyond_vllm(facts: AdapterFacts) -> list[tuple[str, str]]:
     most = VLLM_RANKS[-1]
     if facts.rank_max <= most:
@@ -126,9 +133,7 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[
     """vLLM, and what is known of SGLang and LoRAX: plain pairs, one scale for all modules."""
     problems: list[tuple[str, str]] = []
     if config.flags:
-        problems.append(
-            (f"{facts.variant} is refused", _MERGE if config.unsupported() is None or facts.variant == "dora" else "")
-        )
+        problems.append((f"{facts.variant} is refused", "" if config.unsupported() else _MERGE))
     if config.init.startswith(_REBASED_INITS):
         problems.append(
             (
@@ -143,6 +148,8 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[
         problems.append((f"modules_to_save is refused ({', '.join(whole)})", _MERGE))
     if config.bias != "none":
         problems.append((f"bias={config.bias} is refused", _MERGE))
+    if any(module.kind == "convolution" for module in placed.modules):
+        problems.append(("convolutions are refused", _MERGE))
     if extra := _extra_parts(config, placed):
         problems.append((f"tensors beside lora_A and lora_B are refused ({extra})", ""))
     if len({module.scale for module in placed.low_rank}) > 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from composer.checks import structural
+from composer.checks import served_by_twin, structural
 from composer.delta import Additive, Computed, Delta, Replacement
 from composer.errors import Mismatch
 from composer.formats.facts import WEIGHTS_FILE
@@ -26,7 +26,7 @@ from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, weights_of
 
-__all__ = ["Combination", "Compression", "combine_deltas", "untied"]
+__all__ = ["Combination", "Compression", "combine_deltas", "untied", "with_deltas"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def combine_deltas(
     given = weights_of(weights)
     if len(adapters) != len(given) or not adapters:
         raise Mismatch("weights", f"{len(adapters)} adapters have {len(given)} weights.", subject="weights")
-    loaded = [_with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
+    loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
     refuse_errors("These adapters cannot be combined", structural(loaded, parsed))
     pipeline = PIPELINES[method]
     replaced, places = _places(loaded, given, parsed, pipeline)
@@ -83,6 +83,8 @@ def _places(
     for index, (adapter, weight) in enumerate(zip(loaded, weights, strict=True)):
         digest = hash_file(adapter.path / WEIGHTS_FILE) if pipeline.random else ""
         for found in adapter.deltas:
+            if parsed["tied"] != "untie" and served_by_twin(found):
+                continue
             delta = untied(found) if parsed["tied"] == "untie" else found
             own = weight.of(delta.module)
             if isinstance(delta, Replacement):
@@ -106,7 +108,7 @@ def _like_peft(parity: Parity, place: Place, count: int, rslora: bool) -> Additi
     return replace(combined, scale=combined.rank**0.5) if rslora else combined
 
 
-def _with_deltas(adapter: LoadedAdapter) -> LoadedAdapter:
+def with_deltas(adapter: LoadedAdapter) -> LoadedAdapter:
     """A tensor saved whole as the difference that it makes."""
     deltas = [_as_delta(delta) if isinstance(delta, Replacement) else delta for delta in adapter.deltas]
     return replace(adapter, deltas=tuple(deltas))

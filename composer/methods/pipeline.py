@@ -147,7 +147,11 @@ def _with(place: Place, part: Part, pair: Pair) -> Part:
 def _named(like: Additive, pair: Pair) -> LowRank:
     """The factors as a delta of the same place."""
     B_OR, A_RI = (factor.contiguous() for factor in pair)
-    return LowRank(like.module, like.weight, like.layout, A_RI, B_OR, 1.0, like.tied, like.begin, like.kernel)
+    if isinstance(like, LowRank):
+        return replace(like, A_RI=A_RI, B_OR=B_OR, scale=1.0)
+    return LowRank(
+        like.module, like.weight, like.layout, A_RI, B_OR, 1.0, like.tied, like.begin, like.kernel, like.twin
+    )
 
 
 def _summed(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> list[Additive]:

@@ -3,6 +3,7 @@
 import json as json_module
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +92,7 @@ def merge(  # noqa: PLR0913
     from composer.rounding import parse_rounding
 
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed)
-    merging = plan_merge(checkpoint, _adapters(adapter), method, _settings(set_), dtype, rounded)
+    merging = plan_merge(checkpoint, _adapters(adapter), method, settings_of(set_), dtype, rounded)
     _warn(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)
@@ -121,7 +122,7 @@ def combine(  # noqa: PLR0913
 
     architecture = open_checkpoint(base).architecture if base else None
     budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
-    settings = {**_settings(set_), **budget}
+    settings = {**settings_of(set_), **budget}
     report = combine_adapters(_weighted(adapter, rule), output, architecture, method, settings)
     _warn(report.findings)
     told = report.to_json()
@@ -153,21 +154,27 @@ def _show_combined(output: Path, shown: list[tuple[str, Any]], compressions: lis
 
 def _weighted(texts: list[str], rules: list[str] | None) -> "list[tuple[Path, Weight]]":
     """The adapters with their weights and the rules that go with them."""
+    adapters = _adapters(texts)
+    weights = with_rules([weight for _, weight in adapters], rules)
+    return [(path, weight) for (path, _), weight in zip(adapters, weights, strict=True)]
+
+
+def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weight]":
+    """The weights, each with the rules `N:WHERE=WEIGHT` for its number, counted from 1."""
     from composer.weights import Weight, parse_rule
 
-    adapters = _adapters(texts)
-    own: list[list[WeightRule]] = [[] for _ in adapters]
+    own: list[list[WeightRule]] = [[] for _ in weights]
     for text in rules or []:
         number, colon, rule = text.partition(":")
-        if not colon or not number.isdecimal() or not 1 <= int(number) <= len(adapters):
+        if not colon or not number.isdecimal() or not 1 <= int(number) <= len(weights):
             raise Usage(
                 "bad_rule",
-                f"--rule {text} does not begin with the number of an adapter, 1 to {len(adapters)}.",
+                f"--rule {text} does not begin with the number of an adapter, 1 to {len(weights)}.",
                 subject=text,
                 next_step="Write --rule 2:0-9=0.5",
             )
         own[int(number) - 1].append(parse_rule(rule))
-    return [(path, Weight(weight, tuple(added))) for (path, weight), added in zip(adapters, own, strict=True)]
+    return [Weight(weight, tuple(added)) for weight, added in zip(weights, own, strict=True)]
 
 
 def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
@@ -193,7 +200,8 @@ def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
     return found
 
 
-def _settings(texts: list[str] | None) -> dict[str, object]:
+def settings_of(texts: list[str] | None) -> dict[str, object]:
+    """`--set KEY=VALUE`, the value as JSON where it is some, and as text otherwise."""
     found: dict[str, object] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")

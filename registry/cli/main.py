@@ -7,7 +7,20 @@ import sys
 import typer
 
 from composer.errors import ComposerError
-from registry.cli import access, base, compose, diff, operate, quality, release, render, search, transfer, upkeep
+from registry.cli import (
+    access,
+    base,
+    compose,
+    conflicts,
+    diff,
+    operate,
+    quality,
+    release,
+    render,
+    search,
+    transfer,
+    upkeep,
+)
 from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {
@@ -31,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for part in (base, access, transfer, release, diff, search, quality, compose, operate, upkeep):
+for part in (base, access, transfer, release, diff, search, quality, conflicts, compose, operate, upkeep):
     part.register(app)
 
 

@@ -13,41 +13,38 @@ Json = dict[str, Any]
 def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Path | None) -> Json:
     """Pulls the inputs, merges them into the base again and compares with the release's files in `directory`.
 
-    The registry says which inputs and weights they were, the release's own note how they were merged; Refused when the
-    two disagree, and for a release that no composition made.
+    The registry says which inputs and weights they were, the release's own note how they were merged. Raises Refused
+    for a release that no composition made, Invalid when the two disagree, NotAllowed for an input that is hidden.
     """
-    from composer.formats.checkpoint import read_json
-    from composer.output import NOTE_FILE
     from composer.rebuild import plan_rebuild, rebuild
+    from registry.client.api import release_path
 
     name = f"{release['repository']}:{release['version']}"
-    if release["kind"] != "model" or not release["inputs"]:
+    lineage: list[Json] = connection.api.get(release_path(release))["inputs"]
+    if release["kind"] != "model" or not lineage:
         raise Refused(
             "no_lineage",
             f"{name} is no merged model that a composition made: there is nothing to make it from again.",
             subject=name,
             next_step="Name a model with inputs (adaptory show REF).",
         )
-    note = read_json(directory / NOTE_FILE, "missing_note", "Ask who published it.")
-    told = [row.get("weight") for row in note.get("adapters", [])]
-    told = [weight["value"] if isinstance(weight, dict) else weight for weight in told]
-    if told != [row["weight"] for row in release["inputs"]]:
-        raise Invalid(
-            "lineage_differs",
-            f"The note in {name} tells of other weights than the registry.",
-            subject=name,
-            next_step="Do not serve it; ask who published it.",
-        )
-    if any(row["repository"] is None for row in release["inputs"]):
+    if any(row["repository"] is None for row in lineage):
         raise NotAllowed(
             "hidden_input",
             f"{name} was made from adapters that you may not read.",
             subject=name,
             next_step="Ask an administrator of their namespace.",
         )
-    inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in release["inputs"]]
+    inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in lineage]
     adapters = [release_directory(connection, found) for found in inputs]
     checkpoint = base_checkpoint(connection.api.base(release["base"]["digest"]), base_dir)
     plan = plan_rebuild(directory, checkpoint, adapters)
+    if [use.weight.value for use in plan.adapters] != [row["weight"] for row in lineage]:
+        raise Invalid(
+            "lineage_differs",
+            f"The note in {name} tells of other weights than the registry.",
+            subject=name,
+            next_step="Do not serve it; ask who published it.",
+        )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()

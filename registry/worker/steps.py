@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from composer.formats.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
 from composer.hashing import hash_file, verify_checkpoint
 from composer.recipe import Lock, Recipe, parse_recipe
-from composer.settings import effective_weights
 from composer.suite import Suite as SuiteContent
+from composer.weights import Weight
 from registry import bases, compositions, gates, publishing, releases, suites, uploads
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
@@ -31,8 +31,7 @@ from registry.suites import Measurement
 from registry.worker.loop import Held, JobKind
 
 if TYPE_CHECKING:
-    from composer.probe import ProbeResult
-    from composer.variants import LoadedAdapter
+    from composer.examine import Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +73,15 @@ class Work:
         )
         return [Output(target, kind, directory) for target, kind, directory in made if target]
 
-    def members(self, held: Held) -> list[tuple[Path, float]]:
-        """Each input's directory, its files verified, and its weight."""
-        found: list[tuple[Path, float]] = []
+    def members(self, held: Held) -> list[tuple[Path, Weight]]:
+        """Each input's directory, its files verified, and its weight with its rules."""
+        found: list[tuple[Path, Weight]] = []
         for locked, files in zip(self.lock.inputs, self.files, strict=True):
             place = self.directory / "inputs" / locked.commit / locked.repository.replace("/", "--")
             place.mkdir(parents=True, exist_ok=True)
             publishing.materialise(held.resources, files, place)
-            found.append((place, locked.weight))
+            found.append((place, locked.weighted))
         return found
-
-    @property
-    def weights(self) -> list[float]:
-        """What each input is multiplied by, the method's own factors included."""
-        given = [locked.weight for locked in self.lock.inputs]
-        return effective_weights(given, self.lock.method, self.lock.settings)
 
     def base_checkpoint(self) -> Checkpoint:
         """The base on this host, its weights verified: a location is a promise that nobody kept watch over."""
@@ -107,15 +100,22 @@ class Work:
 
 def check(held: Held) -> None:
     """Structural checks and the conflict report; a hard conflict ends the composition here."""
-    from composer.conflicts import conflicts
+    from composer.conflicts import Method
+    from composer.examine import examine
     from composer.variants import load_deltas
 
     work = _work(held)
+    members = work.members(held)
     loaded = [
         replace(load_deltas(place, work.architecture), name=f"{locked.repository}:{locked.version}")
-        for (place, _), locked in zip(work.members(held), work.lock.inputs, strict=True)
+        for (place, _), locked in zip(members, work.lock.inputs, strict=True)
     ]
-    report = conflicts(loaded, work.weights, settings=work.lock.settings, probe=_probe(held, work, loaded))
+    report = examine(
+        loaded,
+        [weight for _, weight in members],
+        Method(work.lock.method, work.lock.settings),
+        evidence=_evidence(held, work),
+    )
     _store(held, work, conflicts=report.to_json())
     refuse_errors(report.findings, "recipe", Refused, "Change the recipe.")
 
@@ -285,20 +285,21 @@ def _creator(held: Held, session: Session) -> Actor:
     return compositions.creator(session, compositions.of_job(session, held.job_id), held.resources.clock())
 
 
-def _probe(held: Held, work: Work, loaded: "Sequence[LoadedAdapter]") -> "ProbeResult | None":
-    """The pair measured in memory, where every member has a suite; the report says when the evidence is weaker."""
-    if len(loaded) < 2 or not work.recipe.probe or any(suite is None for suite in work.member_suites):
+def _evidence(held: Held, work: Work) -> "Evidence | None":
+    """A probe in memory, where every member has a suite; the report says when the evidence is weaker."""
+    if not work.recipe.probe or any(suite is None for suite in work.member_suites):
         return None
     from composer.evaluate import load_model
-    from composer.probe import Member, probe
+    from composer.examine import Evidence
+    from composer.probe import USUAL_MOST
 
-    own = _suites(held, [suite for suite in work.member_suites if suite])
-    guards = [suite for suite in _suites(held, work.recipe.evaluate) if suite.kind == "guard"]
-    members = [
-        Member(one.name, one.deltas, weight, suite)
-        for one, weight, suite in zip(loaded, work.weights, own, strict=True)
-    ]
-    return probe(load_model(work.base_checkpoint().path), members, guards, work.recipe.probe)
+    return Evidence(
+        load=lambda: load_model(work.base_checkpoint().path),
+        suites=_suites(held, [suite for suite in work.member_suites if suite]),
+        guards=[suite for suite in _suites(held, work.recipe.evaluate) if suite.kind == "guard"],
+        k=work.recipe.probe,
+        most=USUAL_MOST,
+    )
 
 
 def _suites(held: Held, names: Sequence[str]) -> list[SuiteContent]:

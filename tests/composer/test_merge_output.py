@@ -1,5 +1,6 @@
 """What a merge leaves on the disk: all of it, or nothing; and that verification sees what went wrong on the way."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -201,6 +202,33 @@ def test_a_file_system_without_kernel_copies_is_copied_plainly(
     run_merge(plan, tmp_path / "plain", device="cpu")
     for file in plan.checkpoint.shards:
         assert (tmp_path / "kernel" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_a_file_system_that_shares_blocks_is_asked_to_and_nothing_is_copied_then(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What FICLONE does on btrfs and XFS, which are rarely there, done by copying."""
+    cloned: list[int] = []
+    copied: list[ranges.Range] = []
+    copy = ranges.copy_range
+
+    def clone(target: int, request: int, source: int) -> None:
+        assert request == 0x40049409
+        cloned.append(os.sendfile(target, source, 0, os.fstat(source).st_size))
+
+    def copying(part: ranges.Range, source: int, target: int) -> None:
+        copied.append(part)
+        copy(part, source, target)
+
+    run_merge(plan, tmp_path / "copied", device="cpu")
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    monkeypatch.setattr(shards, "copy_range", copying)
+    run_merge(plan, tmp_path / "cloned", device="cpu")
+    untouched = [shard for shard in plan.shards if not shard.rewritten]
+    assert sorted(cloned) == sorted(shard.size_bytes for shard in untouched)
+    assert {part.path for part in copied}.isdisjoint({shard.path for shard in untouched})
+    for file in plan.checkpoint.shards:
+        assert (tmp_path / "cloned" / file).read_bytes() == (tmp_path / "copied" / file).read_bytes()
 
 
 def test_no_link_is_followed_out_of_the_base(tmp_path: Path) -> None:

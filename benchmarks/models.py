@@ -1,0 +1,119 @@
+"""A checkpoint and adapters of a given size, made in seconds: TinyLlama's shapes, values as wide as trained weights'.
+
+22 layers are 1.1 billion parameters. All values come from one block of normal bfloat16 numbers, read from another place
+for each tensor: no disk or compressor sees a pattern, and nothing here is as slow as a random generator.
+
+`python -m benchmarks.models DIRECTORY LAYERS RANK` writes `base` and adapters `one`, `two`, `three`: in a process
+of its own, since the kernel counts the memory of a benchmark as that of what it starts.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from composer.formats.header import TensorSpec, encode_header
+
+ADAPTERS = ("one", "two", "three")
+HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32_000
+_KEY_VALUE = HIDDEN // HEADS * KEY_VALUE_HEADS
+LINEAR = {  # module -> (outputs, inputs)
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (_KEY_VALUE, HIDDEN),
+    "self_attn.v_proj": (_KEY_VALUE, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}  # fmt: skip
+_BLOCK = 1 << 25  # values, more than the largest tensor but the embedding has
+_SHARDS = 4
+
+
+def make_base(directory: Path, layers: int) -> Path:
+    """A Llama checkpoint in bfloat16, untied, in four shards, without a tokenizer."""
+    directory.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "hidden_act": "silu",
+        "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_VALUE_HEADS, "vocab_size": VOCABULARY, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "eos_token_id": 2, "initializer_range": 0.02,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = list(_tensors(layers))
+    total = sum(spec.size_bytes for _, spec in tensors)
+    weight_map: dict[str, str] = {}
+    values, begin, passed = _Values(0.02), 0, 0
+    for number in range(1, _SHARDS + 1):
+        end = begin
+        while end < len(tensors) and (passed < total * number / _SHARDS or number == _SHARDS):
+            passed += tensors[end][1].size_bytes
+            end += 1
+        file = f"model-{number:05}-of-{_SHARDS:05}.safetensors"
+        _write(directory / file, dict(tensors[begin:end]), values)
+        weight_map |= dict.fromkeys((name for name, _ in tensors[begin:end]), file)
+        begin = end
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def make_adapter(directory: Path, layers: int, rank: int, seed: int) -> Path:
+    """A LoRA in bfloat16 on all seven linear modules of every layer, in PEFT's format."""
+    directory.mkdir()
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "task_type": "CAUSAL_LM", "bias": "none",
+        "target_modules": sorted(name.split(".")[1] for name in LINEAR),
+    }  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    tensors: dict[str, TensorSpec] = {}
+    for layer in range(layers):
+        for name, (outputs, inputs) in LINEAR.items():
+            path = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{path}.lora_A.weight"] = TensorSpec("BF16", (rank, inputs))
+            tensors[f"{path}.lora_B.weight"] = TensorSpec("BF16", (outputs, rank))
+    _write(directory / "adapter_model.safetensors", tensors, _Values(0.016, seed))
+    return directory
+
+
+def _tensors(layers: int) -> Iterator[tuple[str, TensorSpec]]:
+    yield "model.embed_tokens.weight", TensorSpec("BF16", (VOCABULARY, HIDDEN))
+    for layer in range(layers):
+        for name, shape in LINEAR.items():
+            yield f"model.layers.{layer}.{name}.weight", TensorSpec("BF16", shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{name}.weight", TensorSpec("BF16", (HIDDEN,))
+    yield "model.norm.weight", TensorSpec("BF16", (HIDDEN,))
+    yield "lm_head.weight", TensorSpec("BF16", (VOCABULARY, HIDDEN))
+
+
+class _Values:
+    """Bytes of normal bfloat16 values with the given deviation, another run of them for each tensor."""
+
+    def __init__(self, deviation: float, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+        block = self._random.standard_normal(_BLOCK, dtype=np.float32) * np.float32(deviation)
+        self._block: npt.NDArray[np.uint16] = (block.view(np.uint32) >> 16).astype(np.uint16)
+
+    def runs(self, count: int) -> Iterator[bytes]:
+        while count:
+            begin = int(self._random.integers(_BLOCK // 2))
+            run = self._block[begin : begin + count]
+            yield run.tobytes()
+            count -= run.size
+
+
+def _write(path: Path, tensors: Mapping[str, TensorSpec], values: _Values) -> None:
+    with path.open("wb") as file:
+        file.write(encode_header(tensors, {"format": "pt"}))
+        for spec in tensors.values():
+            file.writelines(values.runs(spec.elements))
+
+
+if __name__ == "__main__":
+    _, given, layers, rank = sys.argv
+    Path(given).mkdir()
+    make_base(Path(given) / "base", int(layers))
+    for number, name in enumerate(ADAPTERS, start=1):
+        make_adapter(Path(given) / name, int(layers), int(rank), number)

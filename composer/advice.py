@@ -1,0 +1,181 @@
+"""What the risk of a pair means, which modules cause it, and what can be done about it."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from composer.findings import Policy
+from composer.interference import Directed
+from composer.lowrank import Sums
+from composer.numbers import Numbers, short
+from composer.probe import Effect, Outcome
+from composer.weights import layer_of
+
+EvidenceKind = Literal["probe", "activations", "weights"]
+# From this share on of what two adapters have in common, leaving one kind of module out is worth a try.
+_CONCENTRATED = 0.4
+_TOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """`meaning` is one sentence; `shares` are all modules' parts in what the two have in common, largest first, and sum
+    to 1; `advice` can be followed as it is written, with adapters counted from 1 in the order given."""
+
+    meaning: str
+    shares: Mapping[str, float]
+    advice: tuple[str, ...]
+
+    @property
+    def causes(self) -> list[tuple[str, float]]:
+        return [(module, share) for module, share in self.shares.items() if share > 0][:_TOLD]
+
+    def to_json(self) -> dict[str, object]:
+        causes = [{"module": module, "share": short(share)} for module, share in self.causes]
+        return {"meaning": self.meaning, "causes": causes, "advice": list(self.advice)}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A pair to be explained: names and positions of the two, their numbers, their sums in the whole model and in the
+    modules that both touch, and what was measured: an outcome, or the worse victim with what is done to it."""
+
+    names: tuple[str, str]
+    positions: tuple[int, int]
+    numbers: Numbers
+    total: Sums
+    modules: Mapping[str, Sums]
+    outcome: Outcome | None
+    directed: tuple[str, Directed] | None
+
+    def position(self, name: str) -> int:
+        return self.positions[self.names.index(name)]
+
+    def other(self, name: str) -> str:
+        return self.names[1 - self.names.index(name)]
+
+
+def explain(case: Case, policy: Policy) -> Explanation:
+    shares = _shares(case)
+    return Explanation(_meaning(case, policy), shares, tuple(_advice(case, policy, shares)))
+
+
+def _shares(case: Case) -> dict[str, float]:
+    """On activations, of the intruder's energy on the victim's inputs; otherwise of each one's energy that lies in the
+    other's input span beyond chance, since what shares no input is not triggered together."""
+    if case.directed is not None:
+        found = {module: case.directed[1].modules.get(module, 0.0) for module in case.modules}
+    else:
+        found = {module: _caught(sums, case.total) for module, sums in case.modules.items()}
+    total = sum(found.values())
+    ordered = sorted(found.items(), key=lambda one: -one[1])
+    return {module: share / total if total else 0.0 for module, share in ordered}
+
+
+def _caught(sums: Sums, total: Sums) -> float:
+    shares = [
+        max(0.0, float(sums.inputs[i, 1 - i] - sums.inputs_chance[i, 1 - i])) / float(total.inner[i, i]) for i in (0, 1)
+    ]
+    return sum(shares)
+
+
+def _meaning(case: Case, policy: Policy) -> str:
+    if case.outcome is not None:
+        return _measured(case.outcome, policy)
+    if case.directed is not None:
+        victim, found = case.directed
+        return (
+            f"On these prompts {case.other(victim)} moves activations {found.ratio:.2f} times as far as {victim} does, "
+            f"{found.along:+.2f} of it in {victim}'s own direction."
+        )
+    return (
+        "A number of 0 to 1 from shared input directions and dominance: it tells where to look, not what will happen."
+    )
+
+
+def _measured(outcome: Outcome, policy: Policy) -> str:
+    worst = outcome.worst
+    limit = worst.limit(policy.threshold("probe_loss"))
+    told = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite, and {limit:.2f} would be tolerated"
+    sure = outcome.risk
+    if sure.to_json() is None:
+        return f"{told}: one example tells no error."
+    return f"{told}: the loss of the worse one lies between {sure.low:+.2f} and {sure.high:+.2f} (95 %)."
+
+
+def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str]:
+    advice: list[str] = []
+    numbers = case.numbers
+    near = policy.threshold("near_duplicate")
+    if near is not None and numbers.cosine >= near and numbers.interference > 1:
+        advice.append("They do the same: keep one of them, or take their mean (--method mean).")
+    if case.outcome is None:
+        return [*advice, *_balanced(case, policy), "Measure it: --probe 4, with a suite for each."]
+    stated = policy.threshold("probe_loss")
+    worst = case.outcome.worst
+    if case.outcome.is_open(stated):
+        advice.append(f"Undecided: measure more examples (--probe-max {4 * case.outcome.k}).")
+    if worst.loss > worst.limit(stated):
+        advice += [*_balanced(case, policy), *_relief(case, worst, shares)]
+    return advice
+
+
+def _relief(case: Case, worst: Effect, shares: Mapping[str, float]) -> list[str]:
+    """In the order in which they were worth trying on real adapters; none is sure, so each is to be probed again."""
+    victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
+    advice = [
+        "Shrink the sum: --set lambda=0.7, or --method mean.",
+        f"Protect {worst.member}: --set protect={victim} takes the others off its directions.",
+        "Let fewer entries meet: --method knots_ties.",
+    ]
+    concentrated = _concentrated(shares)
+    if concentrated is not None:
+        where, share, rule = concentrated
+        told = f"{share:.0%} of what they share lies in {where}"
+        advice.append(f"{told}: --rule {intruder}:{rule}=0 leaves {case.other(worst.member)} out there.")
+    return advice
+
+
+def _balanced(case: Case, policy: Policy) -> list[str]:
+    dominant = policy.threshold("dominance")
+    numbers = case.numbers
+    if dominant is None or numbers.dominance < dominant or not min(numbers.norm_a, numbers.norm_b):
+        return []
+    energy = case.total.weighted.diagonal()
+    louder = int(energy[1] > energy[0])
+    factor = float(energy[1 - louder] / energy[louder]) ** 0.5
+    name, position = case.names[louder], case.positions[louder]
+    return [f"{name} is the louder one: {factor:.2g} times its weight (number {position}) makes both equally loud."]
+
+
+def _concentrated(shares: Mapping[str, float]) -> tuple[str, float, str] | None:
+    """The kind of module (q_proj, …) or the third of the layers that holds most, as (words, share, rule)."""
+    kinds: dict[str, float] = defaultdict(float)
+    for module, share in shares.items():
+        kinds[module.rpartition(".")[2]] += share
+    candidates = [(kind, share, kind) for kind, share in kinds.items()] if len(kinds) > 1 else []
+    candidates += _thirds(shares)
+    best = max(candidates, key=lambda one: one[1], default=None)
+    return best if best and best[1] >= _CONCENTRATED else None
+
+
+def _thirds(shares: Mapping[str, float]) -> Sequence[tuple[str, float, str]]:
+    by_layer: dict[int, float] = defaultdict(float)
+    for module, share in shares.items():
+        layer = layer_of(module)
+        if layer is not None:
+            by_layer[layer] += share
+    count = max(by_layer, default=0) + 1
+    if count < 3:
+        return []
+    cuts = [round(count * third / 3) for third in range(4)]
+    return [
+        (
+            f"layers {begin} to {end - 1}",
+            sum(share for layer, share in by_layer.items() if begin <= layer < end),
+            f"{begin}-{end - 1}",
+        )
+        for begin, end in pairwise(cuts)
+    ]

@@ -1,0 +1,159 @@
+"""What a conflict report finds, by code: docs/composing.md lists them with the numbers that they hang on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import inf
+
+from composer.amplification import AtBase
+from composer.compared import Compared, finite
+from composer.delta import Computed, LowRank
+from composer.findings import Finding, Policy, Severity
+from composer.numbers import Numbers
+from composer.probe import NOTICEABLE_NATS, Effect, Outcome
+from composer.rounding import Rounding
+from composer.survival import swallowed
+from composer.variants import LoadedAdapter
+
+WEAK_EVIDENCE = {
+    "weights": (
+        "The risk is from weights alone, which is weak evidence: over 91 pairs of real adapters its rank correlation "
+        "with measured damage was about 0.4, and a probe's on four examples 0.96. Give each adapter a suite and probe "
+        "them."
+    ),
+    "activations": (
+        "The risk is from activations on prompts, which is weak evidence: over 91 pairs of real adapters the rank "
+        "correlation with the loss of the worse member was about 0.4, with who overwrites whom 0.6, and a probe's on "
+        "four examples 0.96. Give each adapter a suite and probe them."
+    ),
+}
+_WATCHED = {
+    "input_overlap": ("input_excess", "share input directions beyond chance"),
+    "output_overlap": ("output_excess", "share output directions beyond chance"),
+    "crowding": ("crowding", "crowd into one output direction"),
+    "sign_conflict": ("sign_excess", "pull entries in different directions more than their angle tells"),
+}
+"""Codes that only a policy gives a number: the number of a pair that they look at, and what it says."""
+
+
+def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared) -> list[Finding]:
+    """NaN or infinity, deltas that add nothing, and deltas without factors."""
+    found: list[Finding] = []
+    for index, adapter in enumerate(adapters):
+        pairs = [delta for delta in adapter.deltas if isinstance(delta, LowRank)]
+        found += [
+            Finding(
+                "not_finite", Severity.ERROR, delta.module, f"{adapter.name} has NaN or infinity in {delta.module}."
+            )
+            for delta in pairs
+            if not finite(delta)
+        ]
+        found += _zero_deltas(adapter.name, index, compared)
+        others = [delta.module for delta in adapter.deltas if isinstance(delta, Computed)]
+        if others:
+            message = (
+                f"{len(others)} deltas of {adapter.name} have no factors ({others[0]} first): the checks of factors "
+                "leave them out, a probe does not."
+            )
+            found.append(Finding("not_factors", Severity.NOTICE, adapter.name, message, float(len(others))))
+    return found
+
+
+def _zero_deltas(name: str, index: int, compared: Compared) -> list[Finding]:
+    touched = compared.touched[index]
+    zero = [module for module in touched if compared.modules[module].sums.norm(index) == 0]
+    if touched and compared.total.sums.norm(index) == 0:
+        message = f"{name} adds nothing: all of its {len(zero)} low-rank deltas are zero. Was it trained?"
+        return [Finding("zero_delta", Severity.WARNING, name, message, float(len(zero)))]
+    if zero:
+        message = f"{name} adds nothing to {len(zero)} of its {len(touched)} modules, {min(zero)} first."
+        return [Finding("zero_modules", Severity.NOTICE, name, message, float(len(zero)))]
+    return []
+
+
+def of_base(sizes: Mapping[str, float | None], rounded: Mapping[str, AtBase], policy: Policy) -> list[Finding]:
+    """Deltas larger than the weights that they are added to, and so small that rounding loses them."""
+    found: list[Finding] = []
+    for name, size in sizes.items():
+        if size is not None and size > _threshold(policy, "amplified"):
+            message = f"{name} is {size:.2g} times as large as the weights it is added to: it replaces them."
+            found.append(Finding("amplified", Severity.WARNING, name, message, size))
+    survivals = {module: one.survival for module, one in rounded.items()}
+    return found + swallowed(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
+
+
+def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[Finding]:
+    """Only where a policy says how little is too little."""
+    least = policy.threshold("low_retention")
+    return [
+        Finding("low_retention", Severity.WARNING, name, f"{share:.0%} of {name} is left in the combination.", share)
+        for name, share in retained.items()
+        if least is not None and share is not None and share < least
+    ]
+
+
+def weak_evidence(pairs: Iterable[tuple[str, str, str]]) -> list[Finding]:
+    """One finding for all pairs (a, b, kind of evidence) of a kind."""
+    named: dict[str, list[str]] = {kind: [] for kind in WEAK_EVIDENCE}
+    for a, b, kind in pairs:
+        if kind in named:
+            named[kind].append(f"{a} + {b}")
+    return [
+        Finding("weak_evidence", Severity.NOTICE, ", ".join(own), WEAK_EVIDENCE[kind])
+        for kind, own in named.items()
+        if own
+    ]
+
+
+def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, policy: Policy) -> list[Finding]:
+    """What the numbers of a pair and its probe say."""
+    (a, b), subject = names, " + ".join(names)
+    found: list[Finding] = []
+    # With weights of different signs, the same direction is taken away and not added twice.
+    if numbers.cosine >= _threshold(policy, "near_duplicate") and numbers.interference > 1:
+        message = (
+            f"{a} and {b} point the same way (cosine {numbers.cosine:.2f}), like one task trained twice: their sum "
+            "overshoots. Lower the weights to a mean, or keep one."
+        )
+        found.append(Finding("near_duplicate", Severity.WARNING, subject, message, numbers.cosine))
+    if numbers.dominance >= _threshold(policy, "dominance") and numbers.norm_a and numbers.norm_b:
+        message = f"One of {a} and {b} brings {numbers.dominance:.0%} of the energy and may drown the other."
+        found.append(Finding("dominance", Severity.NOTICE, subject, message, numbers.dominance))
+    for code, (number, says) in _WATCHED.items():
+        value = getattr(numbers, number)
+        if value >= _threshold(policy, code):
+            message = f"{a} and {b} {says} ({number} {value:.2f})."
+            found.append(Finding(code, Severity.WARNING, subject, message, value))
+    return found + (of_outcome(outcome, policy) if outcome else [])
+
+
+def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
+    """What a probe is sure of: a member that loses too much, or something; a guard made worse. And what stays open."""
+    together, stated = " + ".join(outcome.members), policy.threshold("probe_loss")
+    found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, stated)]
+    if outcome.is_open(stated):
+        message = f"In {together} it is open after {outcome.k} examples whether {outcome.worst.member} loses too much."
+        found.append(Finding("probe_open", Severity.NOTICE, together, message, outcome.worst.loss))
+    for guard in outcome.guards:
+        if guard.rise_interval.low > _threshold(policy, "probe_guard"):
+            message = (
+                f"{together} is {guard.rise:.2f} nats a token worse on {guard.suite} than its worst member alone "
+                f"({guard.base:.2f} base, {max(guard.alone.values()):.2f} alone, {guard.combined:.2f} combined)."
+            )
+            found.append(Finding("probe_guard", Severity.WARNING, f"{together}: {guard.suite}", message, guard.rise))
+    return found
+
+
+def _of_effect(together: str, effect: Effect, stated: float | None) -> list[Finding]:
+    if effect.loss_interval.low <= min(NOTICEABLE_NATS, effect.limit(stated)):
+        return []
+    kept = "it had gained nothing alone" if effect.kept is None else f"{max(0, effect.kept):.0%} of its gain is left"
+    message = (
+        f"In {together}, {effect.member} loses {effect.loss:.2f} nats a token on {effect.suite} "
+        f"({effect.alone:.2f} alone, {effect.combined:.2f} combined); {kept}."
+    )
+    severity = Severity.WARNING if effect.loss_interval.low > effect.limit(stated) else Severity.NOTICE
+    return [Finding("probe_loss", severity, f"{together}: {effect.member}", message, effect.loss)]
+
+
+def _threshold(policy: Policy, code: str) -> float:
+    number = policy.threshold(code)
+    return inf if number is None else number

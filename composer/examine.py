@@ -1,0 +1,89 @@
+"""The whole question of a set of adapters: what evidence there can be, gathered, and the report that stands on it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from composer.checks import structural
+from composer.conflicts import ConflictReport, Method, conflicts
+from composer.errors import InvalidFile
+from composer.evaluate import LoadedModel
+from composer.findings import Policy, Severity
+from composer.formats.checkpoint import Checkpoint
+from composer.interference import MAX_PROMPTS, Activations, activations
+from composer.methods import with_deltas
+from composer.probe import Effort, Member, ProbeResult, by_method, probe, weighted
+from composer.settings import effective_weights, parse_settings
+from composer.suite import Suite
+from composer.variants import LoadedAdapter
+from composer.weights import Weight
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What may be measured: `load` gives the base when it is needed. With a suite for each adapter they are probed, on
+    `k` examples and up to `most`, with guards beside; without, and with prompts, their activations are compared."""
+
+    load: Callable[[], LoadedModel]
+    suites: Sequence[Suite | None] = ()
+    guards: Sequence[Suite] = ()
+    k: int = 0
+    most: int = 0
+    prompts: Sequence[str] = ()
+
+
+def examine(
+    adapters: Sequence[LoadedAdapter],
+    weights: Sequence[Weight | float],
+    method: Method | None = None,
+    *,
+    evidence: Evidence | None = None,
+    base: Checkpoint | None = None,
+    policy: Policy | None = None,
+) -> ConflictReport:
+    """The conflict report on the strongest evidence that there can be: probe, activations, or weights alone.
+
+    Adapters that cannot be combined at all are not measured. Raises what `conflicts`, `probe` and `activations` do.
+    """
+    how, rules = method or Method(), policy or Policy()
+    measured = None
+    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, how.settings):
+        measured = _measured(adapters, weights, how, evidence, rules)
+    return conflicts(adapters, weights, how, evidence=measured, base=base, policy=rules)
+
+
+def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
+    """One prompt a line; empty lines are none. Raises InvalidFile for none at all, or more than MAX_PROMPTS."""
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        message = f"{subject} has {len(prompts)} prompts; 1 to {MAX_PROMPTS} are taken, one a line."
+        raise InvalidFile("bad_prompts", message, subject=subject)
+    return prompts
+
+
+def _blocked(adapters: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> bool:
+    as_deltas = settings.get("replacements") == "delta"
+    loaded = [with_deltas(adapter) for adapter in adapters] if as_deltas else adapters
+    return any(finding.severity is Severity.ERROR for finding in structural(loaded, settings))
+
+
+def _measured(
+    adapters: Sequence[LoadedAdapter],
+    weights: Sequence[Weight | float],
+    how: Method,
+    evidence: Evidence,
+    policy: Policy,
+) -> ProbeResult | Activations | None:
+    suites = [suite for suite in evidence.suites if suite is not None]
+    parsed = parse_settings(how.name, how.settings)
+    given = list(zip(adapters, weights, strict=True))
+    if evidence.k and len(suites) == len(adapters):
+        members = [
+            Member(one.name, one.deltas, weight, suite) for (one, weight), suite in zip(given, suites, strict=True)
+        ]
+        effort = Effort(evidence.k, max(evidence.k, evidence.most), policy.threshold("probe_loss"))
+        return probe(evidence.load(), members, evidence.guards, effort, by_method(adapters, how.name, parsed))
+    if evidence.prompts:
+        own = effective_weights(weights, how.name, how.settings)
+        alone = {one.name: weighted(one.deltas, weight) for one, weight in zip(adapters, own, strict=True)}
+        return activations(evidence.load(), alone, evidence.prompts)
+    return None

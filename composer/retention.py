@@ -1,0 +1,64 @@
+"""How much of each adapter is left in what a method made of them all: <M, Δ_i> / |Δ_i|^2 over the whole model.
+
+Of a plain sum of orthogonal deltas this is the adapter's own weight; of any method it is the weight that explains most
+of M by Δ_i alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from composer.delta import Additive, Computed, Delta, LowRank
+from composer.lowrank import Float64, Grams
+from composer.variants import LoadedAdapter
+
+MAX_DENSE_ENTRIES = 1 << 28
+"""Combined deltas without factors are made entry by entry, here and again by the merge: beyond so many, not here."""
+_BLOCK_ENTRIES = 1 << 22
+
+_Place = tuple[str, int]
+
+
+def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> list[float] | None:
+    """One number an adapter, from its deltas that have factors. None where the combination has none and reads the base,
+    or is too large to be made for this."""
+    merged: dict[_Place, list[Additive]] = defaultdict(list)
+    for delta in combined:
+        if not isinstance(delta, Computed | LowRank):
+            continue
+        merged[delta.module, delta.begin].append(delta)
+    dense = [delta for deltas in merged.values() for delta in deltas if isinstance(delta, Computed)]
+    entries = sum(rows * columns for rows, columns in (delta.stored_shape for delta in dense))
+    if entries > MAX_DENSE_ENTRIES or any(delta.reads_base for delta in dense):
+        return None
+    products, energies = np.zeros(len(adapters)), np.zeros(len(adapters))
+    for index, adapter in enumerate(adapters):
+        for delta in adapter.deltas:
+            if isinstance(delta, LowRank):
+                own, product = _against(delta, merged[delta.module, delta.begin])
+                energies[index] += own
+                products[index] += product
+    return np.divide(products, energies, out=np.zeros_like(products), where=energies > 0).tolist()
+
+
+def _against(delta: LowRank, merged: Sequence[Additive]) -> tuple[float, float]:
+    """(|Δ|^2, <M, Δ>) at one place."""
+    factors = [one for one in merged if isinstance(one, LowRank)]
+    inner: Float64 = Grams.of([delta, *factors]).inner()
+    dense = sum(_dense_product(one, delta) for one in merged if isinstance(one, Computed))
+    return float(inner[0, 0]), float(inner[0, 1:].sum()) + dense
+
+
+def _dense_product(computed: Computed, delta: LowRank) -> float:
+    rows, columns = computed.stored_shape
+    left, right = delta.stored_factors()
+    step = rows if computed.whole else max(1, _BLOCK_ENTRIES // columns)
+    total = 0.0
+    for begin in range(0, rows, step):
+        own = left[begin : begin + step]
+        # W is not looked at: these deltas do not read the base.
+        made = computed.rows(torch.zeros(()).expand(own.shape[0], columns), begin)
+        total += float((made.float() @ right.T * own).sum(dtype=torch.float64))
+    return total

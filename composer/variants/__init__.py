@@ -1,0 +1,189 @@
+"""An adapter's tensors and facts -> what it adds to each weight. What no delta can express is refused by name.
+
+A function for each variant takes a placed module and gives its deltas; they are one file a family beside this one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+import torch
+
+from composer.delta import Delta, Replacement
+from composer.errors import InvalidFile, Mismatch, NotSupported
+from composer.findings import Finding, Severity
+from composer.formats.checkpoint import Architecture
+from composer.formats.config import AdapterConfig
+from composer.formats.facts import Adapter, read_adapter
+from composer.formats.pairs import FACTOR_PARTS
+from composer.formats.placed import Placed, PlacedModule
+from composer.formats.placement import place
+from composer.formats.types import MERGE_NEXT
+from composer.tensors import all_finite, torch_threads
+from composer.variants import lora, products, rescaled, rotations, shared, spectral
+from composer.variants.source import Module
+
+Read = Callable[[Module], list[Delta]]
+
+_KINDS: dict[str, Read] = {
+    "linear": lora.pair,
+    "conv1d": lora.pair,
+    "embedding": lora.pair,
+    "convolution": lora.pair,
+    "block_diagonal": lora.block_diagonal,
+    "experts": lora.experts,
+    "tokens": lora.tokens,
+    "kasa": rescaled.kasa,
+}
+_TYPES: dict[str, Read] = {
+    "ADALORA": products.adalora,
+    "LOHA": products.loha,
+    "LOKR": products.lokr,
+    "DELORA": products.delora,
+    "GRALORA": products.gralora,
+    "MISS": products.miss,
+    "IA3": rescaled.ia3,
+    "HIRA": rescaled.hira,
+    "OFT": rotations.oft,
+    "BOFT": rotations.boft,
+    "HRA": rotations.hra,
+    "ROAD": rotations.road,
+    "VERA": shared.vera,
+    "PVERA": shared.vera,
+    "RANDLORA": shared.randlora,
+    "VBLORA": shared.vblora,
+    "UNILORA": shared.unilora,
+    "FOURIERFT": spectral.fourierft,
+    "C3A": spectral.c3a,
+}
+# What a pair has beside its factors, and the flag without which PEFT would not look at it.
+_EXTRAS = {"magnitude": "use_dora", "lora_diag": "kasa_config", "lora_B_bias": "lora_bias"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter ready for arithmetic. Factors and replacements keep their dtype, mapped from the file where they are
+    in it as they are: whoever computes with them takes them to float32 or float64 first, and only memory that is
+    looked at is used.
+
+    `base_copies` maps a checkpoint tensor to PEFT's copy of it: a merge compares the two.
+    """
+
+    name: str
+    path: Path
+    config: AdapterConfig
+    placed: Placed
+    deltas: Sequence[Delta]
+    base_copies: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+
+class StoredDeltas(Sequence[Delta]):
+    """The deltas of an adapter, made from the file whenever one is asked for: who looks at one after the other holds
+    those of one module, however large the adapter is and however many there are."""
+
+    def __init__(self, adapter: Adapter, modules: Sequence[PlacedModule]) -> None:
+        self._adapter = adapter
+        self._latest: tuple[PlacedModule, list[Delta]] | None = None
+        self._places = [(module, place) for module in modules for place in range(_count(adapter, module))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Delta: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Delta, ...]: ...
+    def __getitem__(self, index: int | slice) -> Delta | tuple[Delta, ...]:
+        if isinstance(index, slice):
+            return tuple(self._delta(*place) for place in self._places[index])
+        return self._delta(*self._places[index])
+
+    def _delta(self, module: PlacedModule, place: int) -> Delta:
+        latest = self._latest
+        if latest is None or latest[0] is not module:
+            self._latest = latest = (module, _read(self._adapter, module))
+        return latest[1][place]
+
+
+def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
+    """Load the adapter in directory `path`, placed on a base (or only on its own names, without one).
+
+    Raises Mismatch when a tensor does not fit the base, NotSupported for what no delta of the base's weights can
+    express (PiSSA, activated LoRA, prompts, …), InvalidFile for a number that is not finite, and what `read_adapter`
+    raises.
+    """
+    adapter = read_adapter(path)
+    refusal = adapter.config.unsupported()
+    if refusal is not None:
+        message = f"{adapter.name} cannot be merged: {refusal.reason}."
+        code = f"variant_{adapter.config.variant[:40]}"
+        raise NotSupported(code, message, subject=adapter.name, next_step=refusal.way_out)
+    placed = place(adapter.config, adapter.header, architecture, adapter.name)
+    refuse_errors(adapter.name, placed.findings)
+    _refuse_parts(adapter, placed)
+    with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
+        for module in placed.adapted:
+            _refuse_not_finite(adapter, module)
+    deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
+    copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
+    return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
+
+
+def refuse_errors(subject: str, findings: list[Finding]) -> None:
+    """Raise Mismatch for the first error among the findings, with the number of others."""
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if errors:
+        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise Mismatch(errors[0].code, f"{subject}: {errors[0].message}{more}", subject=errors[0].subject)
+
+
+def _refuse_parts(adapter: Adapter, placed: Placed) -> None:
+    """Tensors and flags must agree: PEFT ignores a magnitude without `use_dora`, and makes one up that is missing."""
+    if adapter.config.peft_type != "LORA":
+        return
+    wanted = {part for part, flag in _EXTRAS.items() if flag in adapter.config.flags}
+    for module in placed.adapted:
+        if module.kind in ("experts", "tokens"):
+            continue
+        odd = sorted((set(module.parts) - FACTOR_PARTS) ^ wanted)
+        if odd:
+            has = "has a" if odd[0] in module.parts else "lacks the"
+            flag = _EXTRAS.get(odd[0], "no flag that is known")
+            message = f"{adapter.name} cannot be merged: {module.module} {has} {odd[0]}, which goes with {flag}."
+            raise NotSupported(f"part_{odd[0]}", message, subject=module.module, next_step=MERGE_NEXT)
+
+
+def _count(adapter: Adapter, module: PlacedModule) -> int:
+    """How many deltas the module has, without reading it."""
+    if module.kind == "experts":
+        return len(module.pieces)
+    empty = module.kind == "other" and any(0 in adapter.header.tensors[key].shape for key in module.parts.values())
+    return 0 if empty else 1
+
+
+def _read(adapter: Adapter, module: PlacedModule) -> list[Delta]:
+    if module.kind == "replacement":
+        return [Replacement(module.module, module.weight, _whole(adapter, module), module.tied)]
+    return _reader(adapter.config, module)(Module(adapter, module))
+
+
+def _reader(config: AdapterConfig, module: PlacedModule) -> Read:
+    if config.peft_type == "LORA" and module.kind == "bias":
+        return lora.bias
+    if module.kind in _KINDS:
+        return rescaled.dora if "magnitude" in module.parts else _KINDS[module.kind]
+    return _TYPES[config.peft_type]
+
+
+def _refuse_not_finite(adapter: Adapter, module: PlacedModule) -> None:
+    source = Module(adapter, module)
+    if not all(all_finite(source[part]) for part in module.parts):
+        message = f"{adapter.name} has a NaN or an infinite value in {module.module}."
+        next_step = "Train again, or take an earlier save."
+        raise InvalidFile("not_finite", message, subject=module.module, next_step=next_step)
+
+
+def _whole(adapter: Adapter, module: PlacedModule) -> torch.Tensor:
+    (part,) = module.parts
+    return Module(adapter, module)[part]

@@ -1,0 +1,81 @@
+"""The tensors of a placed module, and how what is computed from them becomes a delta of the stored weight.
+
+Shapes: O outputs and I inputs of the module (a kernel's elements counted), R rank; a stored matrix is M x N.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from composer.delta import Computed, Layout, LowRank, Rows
+from composer.errors import InvalidFile
+from composer.formats.config import AdapterConfig
+from composer.formats.facts import Adapter
+from composer.formats.placed import PlacedModule
+from composer.tensors import map_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """`module["lora_A"]` is the part's tensor, mapped from the file."""
+
+    adapter: Adapter
+    placed: PlacedModule
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        return map_tensor(self.adapter.weights_path, self.adapter.header.tensors[self.placed.parts[part]])
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.placed.parts
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.adapter.config
+
+    @property
+    def options(self) -> Mapping[str, bool | int | float | str]:
+        return self.config.options
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.placed.layout)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        shape = self.placed.shape
+        return shape[0], prod(shape[1:])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.stored_shape
+        return (rows, columns) if self.layout is Layout.LINEAR else (columns, rows)
+
+    def low_rank(self, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float = 1.0) -> LowRank:
+        placed, kernel = self.placed, self.placed.shape[2:]
+        return LowRank(
+            placed.module, placed.weight, self.layout, A_RI, B_OR, scale, placed.tied, kernel=kernel, twin=placed.twin
+        )
+
+    def computed(self, rows: Rows, *, reads_base: bool = True, whole: bool = False) -> Computed:
+        """`rows` takes and gives rows of O x I: of a weight that is stored the other way all of them at once."""
+        placed, straight = self.placed, self.layout is Layout.LINEAR
+
+        def turned(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
+            return rows(W_MN.T, 0).T
+
+        return Computed(
+            placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
+            whole=whole or not straight, tied=placed.tied, layout=self.layout, kernel=placed.shape[2:],
+            twin=placed.twin,
+        )  # fmt: skip
+
+    def indices(self, part: str, below: int) -> torch.Tensor:
+        """Whole numbers in [0, below), as int64. Raises InvalidFile for others: a wrong one would read anything."""
+        found = self[part]
+        if found.is_floating_point() or (found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below):
+            key = self.placed.parts[part]
+            raise InvalidFile("bad_index", f"{key} has indices that are not below {below}.", subject=key)
+        return found.long()

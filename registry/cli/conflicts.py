@@ -1,0 +1,224 @@
+"""Conflicts: what adapters would do to each other, on the strongest evidence that there is."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.compose import Method, Rules, Settings, settings_of, with_rules
+from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
+from registry.cli.quality import BaseDir, Device, fetch_suite
+from registry.cli.render import JsonFlag
+from registry.errors import Usage
+from registry.names import parse_reference
+
+if TYPE_CHECKING:
+    from composer.conflicts import ConflictReport
+    from composer.examine import Evidence
+    from composer.formats.checkpoint import Checkpoint
+    from composer.suite import Suite
+    from composer.variants import LoadedAdapter
+
+Json = dict[str, Any]
+
+
+def register(root: typer.Typer) -> None:
+    root.command()(conflicts)
+
+
+def conflicts(  # noqa: PLR0913
+    adapters: Annotated[list[str], typer.Argument(metavar="REF|DIR...", help="Two adapters or more.")],
+    base: Annotated[
+        str | None, typer.Option(help="A registered base or a checkpoint directory; the releases' own otherwise.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="1,0.5,... in the order of the adapters.")] = None,
+    rule: Rules = None,
+    method: Method = "stack",
+    set_: Settings = None,
+    probe: Annotated[int, typer.Option(min=0, help="Measure on so many examples of each member's suite.")] = 0,
+    probe_max: Annotated[
+        int, typer.Option(min=0, help="Up to so many where fewer leave it open; 0 for no more than --probe.")
+    ] = 16,
+    suite: Annotated[
+        list[str] | None, typer.Option("--suite", help="Suite of each adapter, in order, for directories.")
+    ] = None,
+    guard: Annotated[list[str] | None, typer.Option("--guard", help="Guard suites to probe as well.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Without suites: compare activations on these prompts, one a line.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML: how severe each finding is, and from what on.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page of its own.")] = None,
+    modules: Annotated[int, typer.Option(min=0, help="Show so many modules of each pair.")] = 2,
+    device: Device = "auto",
+    base_dir: BaseDir = None,
+    json: JsonFlag = False,
+) -> None:
+    """What adapters would do to each other: measured with --probe, explained from their factors."""
+    from composer.conflicts import Method as Combination
+    from composer.examine import examine
+    from composer.findings import Policy, Verdict, parse_policy
+
+    if len(adapters) < 2:
+        raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
+    given = with_rules(_weights(weights, len(adapters)), rule)
+    rules = parse_policy(_text(policy), str(policy)) if policy else Policy()
+    with connected() as connection:
+        group = _Group(connection, adapters, base, base_dir)
+        evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
+        report = examine(
+            group.load(),
+            given,
+            Combination(method, settings_of(set_)),
+            evidence=evidence,
+            base=group.checkpoint(measured=evidence is not None),
+            policy=rules,
+        )
+    if html:
+        _write_page(html, report)
+    render.document(report.to_json(), json, lambda: _show(report, modules))
+    if report.verdict is Verdict.REFUSE:
+        raise typer.Exit(1)
+
+
+def _show(report: "ConflictReport", modules: int) -> None:
+    """The headline of each pair first and why, then the tables, what else was found, and what to do."""
+    from composer.report import advice, causes, headlines, remarks, tables
+
+    for line in headlines(report):
+        render.heading(line)
+    for pair in report.pairs:
+        print(render.plain(f"{pair.explanation.meaning} {causes(pair)}".strip()))
+    for one in tables(report, worst_modules=modules):
+        render.table(one.title, one.columns, one.rows)
+        if one.note:
+            print(one.note)
+    for line in (*remarks(report.findings), *(f"try: {line}" for line in advice(report))):
+        print(render.plain(line))
+
+
+def _write_page(path: Path, report: "ConflictReport") -> None:
+    from composer.page import page
+
+    try:
+        path.write_text(page(report), encoding="utf-8")
+    except OSError as error:
+        raise Usage("page_unwritable", f"{path} cannot be written: {error.strerror}.", subject=str(path)) from error
+    render.say(f"wrote {path}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage("unreadable", f"{path} cannot be read: {error}.", subject=str(path)) from error
+
+
+class _Group:
+    """Adapters to be compared, wherever they lie, and the base that they share."""
+
+    def __init__(self, connection: Connection, names: list[str], base: str | None, base_dir: Path | None) -> None:
+        self.connection, self.names, self.base_dir = connection, names, base_dir
+        self.releases: list[Json | None] = [
+            None if Path(name).is_dir() else connection.api.resolve(parse_reference(name))["release"] for name in names
+        ]
+        digests = {release["base"]["digest"] for release in self.releases if release}
+        if len(digests) > 1:
+            raise Usage(
+                "bases_differ",
+                "These adapters were made for different bases.",
+                next_step="Compare adapters of one base.",
+            )
+        self.base: Json | None = None
+        if base and Path(base).is_dir():
+            self.base_dir = Path(base)
+        elif base or digests:
+            self.base = connection.api.base(base or next(iter(digests)))
+
+    def load(self) -> "list[LoadedAdapter]":
+        from dataclasses import replace
+
+        from composer.formats.checkpoint import open_checkpoint
+        from composer.variants import load_deltas
+
+        architecture = None
+        if self.base:
+            architecture = self.connection.api.architecture(self.base["digest"])
+        elif self.base_dir:
+            architecture = open_checkpoint(self.base_dir).architecture
+        places = [
+            release_directory(self.connection, release) if release else Path(name)
+            for name, release in zip(self.names, self.releases, strict=True)
+        ]
+        return [
+            replace(load_deltas(place, architecture), name=name) for place, name in zip(places, self.names, strict=True)
+        ]
+
+    def evidence(
+        self, own: list[str], guards: list[str], effort: tuple[int, int], prompts: Path | None, device: str
+    ) -> "Evidence | None":
+        """What may be measured; None where nothing was asked for."""
+        from composer.evaluate import load_model
+        from composer.examine import Evidence, parse_prompts
+
+        k, most = effort
+        if not k and prompts is None:
+            return None
+        if self.base is None and self.base_dir is None:
+            raise Usage("base_missing", "This needs the base's weights.", next_step="Name it with --base.")
+        return Evidence(
+            load=lambda: load_model(self._directory, device),
+            suites=self._suites(own, required=prompts is None) if k else [],
+            guards=[fetch_suite(self.connection, name) for name in guards] if k else [],
+            k=k,
+            most=most,
+            prompts=parse_prompts(_text(prompts), str(prompts)) if prompts else [],
+        )
+
+    def checkpoint(self, *, measured: bool) -> "Checkpoint | None":
+        """The base's weights, where they are at hand: named, or needed for a measurement anyway."""
+        from composer.formats.checkpoint import open_checkpoint
+
+        if not measured and self.base_dir is None:
+            return None
+        return open_checkpoint(self._directory)
+
+    @cached_property
+    def _directory(self) -> Path:
+        """Verified once, if the base is a registered one."""
+        return base_checkpoint(self.base, self.base_dir).path if self.base else (self.base_dir or Path())
+
+    def _suites(self, own: list[str], *, required: bool) -> "list[Suite]":
+        names = own or [release and self._own_suite(release) for release in self.releases]
+        if len(names) != len(self.names) or not all(names):
+            if not required:
+                return []
+            lacking = [name for name, suite in zip(self.names, names, strict=False) if not suite]
+            raise Usage(
+                "suite_missing",
+                f"A probe needs a suite for each adapter; none is known for {', '.join(lacking) or 'some'}.",
+                next_step="Run `adaptory eval REF --suite S`, name one --suite per adapter, or give --prompts F alone.",
+            )
+        return [fetch_suite(self.connection, str(name)) for name in names]
+
+    def _own_suite(self, release: Json) -> str | None:
+        from registry.client.api import release_path
+
+        return self.connection.api.get(f"{release_path(release)}/target-suite")["target_suite"]
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    from composer.weights import real
+
+    try:
+        weights = [real(part) for part in text.split(",")] if text else [1.0] * count
+    except ValueError:
+        weights = []
+    if len(weights) != count:
+        raise Usage(
+            "bad_weights",
+            f"--weights {text} is not {count} numbers.",
+            next_step="Write one number per adapter: 1,0.5,1",
+        )
+    return weights

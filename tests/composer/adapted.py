@@ -1,0 +1,69 @@
+"""Adapters of any type that PEFT knows, trained by chance, and what PEFT itself makes of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from composer.formats.checkpoint import open_checkpoint
+from composer.merge import MergePlan, plan_merge, run_merge
+from tests.composer.tiny import load_model
+
+IDS = torch.arange(20).reshape(2, 10)
+Weights = dict[str, torch.Tensor]
+
+
+def save_adapted(base: Path, config: PeftConfig, directory: Path, seed: int = 1, size: float = 0.3) -> Path:
+    """Every trained number is moved by chance, so that no part of a formula is multiplied with zero."""
+    torch.manual_seed(seed)
+    model = get_peft_model(load_model(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+    model.save_pretrained(directory)
+    return directory
+
+
+def peft_merged(base: Path, adapter: Path) -> Weights:
+    model = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return PeftModel.from_pretrained(load_model(base), adapter).eval()(IDS).logits
+
+
+def logits(checkpoint: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(checkpoint).eval()(IDS).logits
+
+
+def merge(base: Path, adapter: Path, out: Path, **settings: object) -> MergePlan:
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)], settings=settings)
+    run_merge(plan, out, device="cpu")
+    return plan
+
+
+def assert_merged_like_peft(base: Path, adapter: Path, out: Path, tolerance: float = 1e-6) -> None:
+    """Tensor by tensor what PEFT's merge gives, every other one unchanged; and the merged checkpoint, loaded again,
+    computes what PEFT computes with the adapter active."""
+    touched = merge(base, adapter, out).touched
+    expected, merged = peft_merged(base, adapter), load_model(out).state_dict()
+    assert touched
+    assert merged.keys() == expected.keys()
+    assert_all_close(merged, expected, tolerance)
+    # A logit is a sum of thousands of products: their rounding adds up.
+    assert relative(logits(out), peft_logits(base, adapter)) <= 10 * tolerance
+
+
+def assert_all_close(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], tolerance: float) -> None:
+    errors = {name: relative(tensor, theirs[name]) for name, tensor in ours.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= tolerance, f"{worst} differs by {errors[worst]:.2e}"
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-12))

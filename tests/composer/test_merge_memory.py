@@ -1,0 +1,69 @@
+"""What a merge holds in memory and where it computes: mapped factors are given back; a CUDA device gives the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from composer.formats.checkpoint import open_checkpoint
+from composer.formats.header import read_header
+from composer.merge import plan_merge, run_merge
+from composer.rebuild import steps_apart
+from composer.tensors import give_back, map_tensor
+from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+
+MB = 1 << 20
+
+
+def mapped_bytes() -> int:
+    """Resident memory of this process that lies in files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssFile:")[1].split()[0]) * 1024
+
+
+def test_a_mapped_tensor_takes_memory_while_it_is_looked_at_and_is_read_again_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file({"a": torch.arange(8 * MB, dtype=torch.int64), "b": torch.ones(3)}, path)
+    entries = read_header(path).tensors
+    a, b = map_tensor(path, entries["a"]), map_tensor(path, entries["b"])
+    before = mapped_bytes()
+    total = int(a.sum())
+    assert mapped_bytes() - before > 60 * MB
+    give_back(a)
+    assert mapped_bytes() - before < 4 * MB
+    assert int(a.sum()) == total == (8 * MB - 1) * 4 * MB
+    assert b.tolist() == [1, 1, 1]
+
+
+def test_what_is_not_mapped_is_left_alone(tmp_path: Path) -> None:
+    own = torch.arange(5_000)
+    give_back(own)
+    assert torch.equal(own, torch.arange(5_000))
+
+
+def test_a_factor_that_was_given_back_may_be_merged_again(
+    make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = make_model()
+    plan = plan_merge(open_checkpoint(base), [(make_adapter(base), 1.0)])
+    for name in ("one", "two"):
+        run_merge(plan, tmp_path / name, "cpu")
+    two = tensors_in(tmp_path / "two")
+    assert all(torch.equal(tensor, two[name]) for name, tensor in tensors_in(tmp_path / "one").items())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_a_merge_on_cuda_is_deterministic_and_at_most_a_step_from_the_cpus(
+    targets: object, make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = make_model(dtype=torch.bfloat16)
+    plan = plan_merge(open_checkpoint(base), [(make_adapter(base, target_modules=targets), 1.0)])
+    for name, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
+        run_merge(plan, tmp_path / name, device)
+    cpu, one, two = (tensors_in(tmp_path / name) for name in ("cpu", "one", "two"))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name])
+        assert steps_apart(tensor, cpu[name])[1] == 0
