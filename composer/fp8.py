@@ -1,11 +1,10 @@
-"""Weights in 8-bit floats with their scales beside them, as the values they stand for.
+"""Weights in 8-bit floats with their scales beside them, as the values that they stand for.
 
 W = fp8 * scale, whatever the scale is called: `weight_scale_inv`, one for each block of a matrix (DeepSeek-V3, arXiv
 2412.19437, section 3.3), or `weight_scale`, one for a matrix or for each row.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,23 +22,10 @@ _ACTIVATION_SCALES = (".input_scale", ".input_scale_ub", ".output_scale")
 _NEXT = "Use the unquantized base."
 
 
-@dataclass(frozen=True, slots=True)
-class Dequantized:
-    """`tensors` are decoded by name, `scales` have no place in the output, and `config` does not speak of them."""
-
-    tensors: Mapping[str, Decoded]
-    scales: frozenset[str]
-    config: dict[str, Any]
-
-
-def dequantized(checkpoint: Checkpoint) -> Dequantized:
-    """What the fp8 tensors of a checkpoint stand for; nothing unless it was opened with `dequantize`.
-
-    Raises NotSupported naming a tensor without a scale, or one whose scale does not fit it.
+def decoded(checkpoint: Checkpoint) -> tuple[dict[str, Decoded], set[str]]:
+    """(the fp8 tensors by name, the names of their scales). Raises NotSupported naming a tensor without a scale, or one
+    whose scale does not fit it.
     """
-    config = dict(checkpoint.config)
-    if not checkpoint.dequantize:
-        return Dequantized({}, frozenset(), config)
     names = checkpoint.architecture.tensors
     tensors: dict[str, Decoded] = {}
     scales = {name for name in names if name.endswith(_ACTIVATION_SCALES)}
@@ -50,8 +36,7 @@ def dequantized(checkpoint: Checkpoint) -> Dequantized:
                 raise NotSupported("fp8_scale", f"{name} is in fp8 and has no scale.", subject=name, next_step=_NEXT)
             tensors[name] = _decoded(checkpoint, name, scale)
             scales.add(scale)
-    config.pop("quantization_config", None)
-    return Dequantized(tensors, frozenset(scales), config)
+    return tensors, scales
 
 
 def _decoded(checkpoint: Checkpoint, name: str, scale_name: str) -> Decoded:

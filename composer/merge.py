@@ -14,16 +14,17 @@ import torch
 from composer.checks import structural
 from composer.chunks import Rewriter, TensorPlan
 from composer.delta import Delta, Replacement
+from composer.dequantized import Dequantized, dequantized
 from composer.errors import Mismatch, NotSupported, RefusedOutput
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
 from composer.formats.naming import embedding_tensors
-from composer.fp8 import Dequantized, dequantized
 from composer.hashing import architecture_digest, hash_file
 from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
+from composer.quantization_gap import quantized_bases
 from composer.resume import Journal
 from composer.rounding import Rounding
 from composer.settings import parse_settings
@@ -131,8 +132,8 @@ def plan_merge(
     dtype: str | None = None,
     rounding: Rounding | None = None,
 ) -> MergePlan:
-    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Looks at the adapters' factors, at no base
-    weights.
+    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Looks at the adapters' factors, and at a
+    few rows of the base only for an adapter that was trained on a quantized one.
 
     `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` is to the nearest
     value without another choice. Raises Mismatch, NotSupported and InvalidFile for whatever cannot be merged truly.
@@ -162,7 +163,11 @@ def plan_merge(
         method=method,
         settings=parsed,
         adapters=tuple(uses),
-        findings=(*structural(loaded, parsed), *_missing_tokenizer(checkpoint.path)),
+        findings=(
+            *structural(loaded, parsed),
+            *_missing_tokenizer(checkpoint.path),
+            *quantized_bases(checkpoint, loaded),
+        ),
         rounding=rounding or Rounding(),
     )
 
@@ -241,7 +246,7 @@ class _Layout:
     def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
         """Raises NotSupported for a tensor that nothing can be added to."""
         decoded = self.dequantized.tensors.get(name)
-        spec = stored if decoded is None else replace(stored, dtype=decoded.dtype)
+        spec = stored if decoded is None else TensorSpec(decoded.dtype, decoded.shape)
         adding = any(not isinstance(delta, Replacement) for delta in self.deltas.get(name, ()))
         if adding and spec.dtype not in FLOAT_DTYPES:
             message = f"{name} is stored as {spec.dtype}, which nothing can be added to."

@@ -118,7 +118,8 @@ def _map(pair: Pair, measure: str) -> list[str]:
     values = {module: _value(pair, module, measure) for module in pair.modules}
     most = max((abs(value) for value in values.values()), default=0.0) or 1.0
     cells = {(_row(module), _column(module)): module for module in values}
-    columns = list(dict.fromkeys(_column(module) for module in values))
+    # What lies in no layer comes last, as in the rows.
+    columns = list(dict.fromkeys(_column(module) for module in sorted(values, key=lambda one: layer_of(one) is None)))
     lines = [
         f'<div class="scroll measure m-{measure}"><table class="map">',
         f"<caption>{_text(MEASURES[measure])}; the strongest colour is {most:.3g}</caption>",

@@ -20,13 +20,7 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-class _Mapping(mmap.mmap):
-    """A mapped file, of which one tensor is looked at: the one at `begin`."""
-
-    begin = 0
-
-
-_MAPPINGS: WeakValueDictionary[int, _Mapping] = WeakValueDictionary()  # by the address of the tensor
+_MAPPINGS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor
 
 
 def torch_dtype(name: str, subject: str) -> torch.dtype:
@@ -42,7 +36,7 @@ def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
         return torch.empty(entry.shape, dtype=dtype)
     with path.open("rb") as file:
         # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file.
-        mapping = _Mapping(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     view = memoryview(mapping)
     if len(view) < entry.end:
         raise InvalidFile("cut_off", f"{path.name} became shorter while it was read.", subject=path.name)
@@ -51,7 +45,6 @@ def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
         part = bytearray(part)  # a writer that did not align its header
         return torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
     tensor = torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
-    mapping.begin = entry.begin
     _MAPPINGS[tensor.data_ptr()] = mapping
     return tensor
 
@@ -63,8 +56,8 @@ def give_back(tensor: torch.Tensor) -> None:
     """
     mapping = _MAPPINGS.get(tensor.data_ptr())
     if mapping is not None:
-        first = mapping.begin - mapping.begin % mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_DONTNEED, first, mapping.begin + tensor.nbytes - first)
+        # All of it, since the kernel maps the pages around those that are looked at too: 60 kB a tensor.
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
+from composer.formats.quantized import Nf4, is_part, nf4_weights
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ class Architecture:
 class Checkpoint:
     """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file.
 
-    `dequantize` says that its fp8 tensors stand for what their scales make of them.
+    `dequantize` says that its quantized tensors stand for the values they were made from: `architecture` has those.
     """
 
     path: Path
@@ -55,7 +56,15 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> Architecture:
         tensors = {name: entry.spec for header in self.shards.values() for name, entry in header.tensors.items()}
+        if self.packed:
+            tensors = {name: spec for name, spec in tensors.items() if not is_part(name)}
+            tensors |= {name: packed.spec for name, packed in self.packed.items()}
         return Architecture(str(self.config.get("model_type", "")), _is_tied(self.config, tensors), tensors)
+
+    @cached_property
+    def packed(self) -> Mapping[str, Nf4]:
+        """The 4-bit weights by name; none where the checkpoint was not opened to be dequantized."""
+        return nf4_weights(self._places, self.locate) if self.dequantize else {}
 
     @cached_property
     def _places(self) -> dict[str, str]:
@@ -71,20 +80,10 @@ def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
     """Open the checkpoint in directory `path`: reads config, index and headers, no weights.
 
     Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about,
-    pickles), and NotSupported for a quantized base; for one in fp8 only without `dequantize`.
+    pickles), and NotSupported for a quantized base; for one in fp8 or 4-bit NormalFloat only without `dequantize`.
     """
     config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
-    if config.get("quantization_config"):
-        settings = cast(dict[str, Any], config["quantization_config"])
-        method = settings.get("quant_method", "quantized")
-        fp8 = method in _FP8_METHODS
-        if not fp8 or not dequantize:
-            raise NotSupported(
-                "quantized_base",
-                f"{path.name} is quantized ({method}).",
-                subject="config.json",
-                next_step="Use the unquantized base" + (", or dequantize this one (--dequantize)." if fp8 else "."),
-            )
+    _refuse_quantized(path, config, dequantize)
     if (path / INDEX_FILE).is_file():
         index = read_json(path / INDEX_FILE, "missing_index", "")
         shards = _read_shards(path, index)
@@ -92,6 +91,26 @@ def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
     if not (path / SINGLE_FILE).is_file():
         raise missing_weights(path, SINGLE_FILE)
     return Checkpoint(path, config, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}, None, dequantize)
+
+
+def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -> None:
+    if not config.get("quantization_config"):
+        return
+    settings = cast(dict[str, Any], config["quantization_config"])
+    method = str(settings.get("quant_method", "quantized"))[:40]
+    nf4 = method == "bitsandbytes" and settings.get("bnb_4bit_quant_type", "nf4") == "nf4" and bool(_in_4bit(settings))
+    decodable = nf4 or method in _FP8_METHODS
+    if not decodable or not dequantize:
+        raise NotSupported(
+            "quantized_base",
+            f"{path.name} is quantized ({method}).",
+            subject="config.json",
+            next_step="Use the unquantized base" + (", or dequantize this one (--dequantize)." if decodable else "."),
+        )
+
+
+def _in_4bit(settings: Mapping[str, Any]) -> object:
+    return settings.get("load_in_4bit") or settings.get("_load_in_4bit")
 
 
 def local_directory(locations: Iterable[str]) -> Path | None:

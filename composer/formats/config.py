@@ -215,7 +215,7 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
 def _refused_type(config: AdapterConfig) -> Refusal | None:
     if config.peft_type not in TYPES:
         why = REFUSED.get(config.peft_type, "this version does not know it")
-        return Refusal(f"{shown(config.peft_type)}: {why}")
+        return Refusal(f"{shown(config.peft_type)}: {why}", "Serve it with PEFT itself, or train a LoRA.")
     option, why = TYPES[config.peft_type].needs
     return (
         Refusal(f"{config.peft_type}: {why}", f"Save it with {option}=True.")

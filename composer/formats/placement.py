@@ -180,6 +180,8 @@ def _check_config_is_used(placement: Placement) -> None:
     """The config's own words must be true of the tensors: PEFT would silently ignore what they miss."""
     config = placement.config
     adapted = _adapted_paths(placement)
+    if not adapted and config.peft_type != "LORA":
+        placement.error("no_target", config.peft_type, f"No tensor is one of a {config.peft_type} adapter.")
     if not adapted and placement.findings:
         return
     for target in _targets_without_tensors(config, adapted):
@@ -189,15 +191,18 @@ def _check_config_is_used(placement: Placement) -> None:
         message = f"target_parameters names {target!r}, but no tensor belongs to such a parameter."
         placement.error("no_target", target, message)
     for placed in placement.modules:
-        if placed.kind in (*WHOLE_KINDS, "tokens", "bias") or placed.module not in adapted:
-            continue
-        if surely_untargeted(config, placed.module):
+        wrapped = placed.kind not in (*WHOLE_KINDS, "tokens", "bias") and placed.module in adapted
+        if wrapped and surely_untargeted(config, placed.module):
             message = f"{placed.module} has factors, but the config does not target it: PEFT would ignore them."
             placement.error("untargeted_tensor", placed.module, message)
-    paths = adapted | {placed.module for placed in placement.modules if placed.kind == "experts"}
+    _check_patterns(placement, adapted | {placed.module for placed in placement.modules if placed.kind == "experts"})
+
+
+def _check_patterns(placement: Placement, paths: set[str]) -> None:
+    config = placement.config
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
-            if not any(pattern_matches(key, module) for module in paths):
+            if not any(pattern_matches(key, path) for path in paths):
                 placement.error("pattern_unused", key, f"{name} has {key!r}, which matches no module.")
 
 

@@ -7,17 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from composer import report
-from composer.conflicts import ConflictReport, conflicts
-from composer.delta import LowRank
+from composer.conflicts import ConflictReport, Method, conflicts
+from composer.delta import Computed, Delta, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import load_model
-from composer.findings import Severity, Verdict
+from composer.findings import Severity, Verdict, parse_policy
+from composer.formats.checkpoint import open_checkpoint
+from composer.interval import interval
+from composer.methods import combine_deltas
 from composer.probe import Effect, Member, Outcome, ProbeResult, SideEffect, probe
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
+from composer.weights import Weight, WeightRule
 from tests.composer.small_model import save_adapter, save_llama
 
 Load = Callable[..., LoadedAdapter]
@@ -60,10 +65,15 @@ def codes(found: ConflictReport) -> dict[str, Severity]:
     return {finding.code: finding.severity for finding in found.findings}
 
 
+def dense(delta: Delta) -> torch.Tensor:
+    if isinstance(delta, LowRank):
+        return delta.scale * delta.B_OR.double() @ delta.A_RI.double()
+    assert isinstance(delta, Computed)
+    return delta.rows(torch.zeros(delta.stored_shape), 0).double()
+
+
 def stacked(adapter: LoadedAdapter, modules: list[str]) -> torch.Tensor:
-    by_module = {
-        d.module: d.scale * d.B_OR.double() @ d.A_RI.double() for d in adapter.deltas if isinstance(d, LowRank)
-    }
+    by_module = {delta.module: dense(delta) for delta in adapter.deltas}
     return torch.cat([by_module[module].flatten() for module in modules if module in by_module])
 
 
@@ -87,6 +97,7 @@ def test_without_a_probe_the_risk_is_labelled_weak_evidence(red: LoadedAdapter, 
     assert found.pairs[0].evidence == "weights"
     assert 0 <= found.pairs[0].risk <= 1
     assert codes(found) == {"weak_evidence": Severity.NOTICE}
+    assert found.pairs[0].interval is None
     assert "weak evidence" in report.headlines(found)[1]
 
 
@@ -94,7 +105,7 @@ def test_the_same_adapter_twice_is_a_warning_since_the_sum_overshoots(red: Loade
     found = conflicts([red, scaled(red, 1.1, "again")], [1.0, 1.0])
     assert found.verdict is Verdict.WARN
     assert found.pairs[0].numbers.cosine == pytest.approx(1.0)
-    assert found.interference == pytest.approx(1 + 2.2 / 2.21)
+    assert found.together.interference == pytest.approx(1 + 2.2 / 2.21)
     assert codes(found)["near_duplicate"] is Severity.WARNING
 
 
@@ -112,7 +123,7 @@ def test_an_adapter_that_brings_most_of_the_energy_is_noticed_and_not_failed(
     found = conflicts([red, scaled(green, 30.0, "loud")], [1.0, 1.0])
     assert found.verdict is Verdict.OK
     assert codes(found)["dominance"] is Severity.NOTICE
-    assert found.shares["loud"] == pytest.approx(found.pairs[0].numbers.dominance)
+    assert found.members[1].share == pytest.approx(found.pairs[0].numbers.dominance)
     assert "dominance" not in codes(conflicts([red, scaled(green, 30.0, "loud")], [30.0, 1.0]))
 
 
@@ -140,12 +151,13 @@ def test_the_whole_set_and_every_pair_are_reported_for_three(
 ) -> None:
     found = conflicts([red, green, load("blue", 5)], [1.0, 1.0, 0.5])
     assert [(pair.a, pair.b) for pair in found.pairs] == [("red", "green"), ("red", "blue"), ("green", "blue")]
-    assert sum(found.shares.values()) == pytest.approx(1.0)
+    assert sum(member.share for member in found.members) == pytest.approx(1.0)
 
 
 def test_a_report_has_the_contracts_shape(red: LoadedAdapter, green: LoadedAdapter) -> None:
     document = json.loads(json.dumps(conflicts([red, green], [1.0, 1.0]).to_json(), allow_nan=False))
     assert {"verdict", "pairs", "findings"} <= document.keys()
+    assert document["schema"] == 1
     module_numbers = {"cosine", "input_overlap", "output_overlap", "norm_a", "norm_b", "dominance", "interference"}
     assert {"a", "b", "risk", "evidence", "modules"} | module_numbers <= document["pairs"][0].keys()
     assert {"module"} | module_numbers <= document["pairs"][0]["modules"][0].keys()
@@ -171,54 +183,177 @@ def test_one_adapter_alone_is_checked_for_what_it_cannot_be_merged_with(red: Loa
     assert (found.pairs, found.verdict) == ((), Verdict.OK)
 
 
-def outcome(loss: float, kept: float, rise: float, stderr: float) -> ProbeResult:
+def outcome(loss: float, kept: float, rise: float, stderr: float, k: int = 4) -> ProbeResult:
+    """Red had gained 2.5 nats a token and loses `loss`; green loses next to nothing."""
     effects = (
-        Effect("red", "red-exact", 3.0, 0.5, 0.5 + loss, loss, stderr, kept),
-        Effect("green", "green-exact", 2.0, 0.4, 0.41, 0.01, stderr, 0.99),
+        Effect("red", "red-exact", 3.0, 0.5, 0.5 + loss, loss, stderr, interval(loss, stderr, k, 2), kept),
+        Effect("green", "green-exact", 2.0, 0.4, 0.41, 0.01, 0.001, interval(0.01, 0.001, k, 2), 0.99),
     )
-    measured = Outcome(effects, (SideEffect("general", 0.7, {"red": 0.8, "green": 0.9}, 0.9 + rise, rise, stderr),))
-    return ProbeResult(4, (measured,), measured, 1.5)
+    alone = {"red": 0.8, "green": 0.9}
+    guard = SideEffect("general", 0.7, alone, 0.9 + rise, rise, stderr, interval(rise, stderr, k))
+    measured = Outcome(k, effects, (guard,))
+    return ProbeResult(k, (measured,), measured, 1.5)
 
 
 @pytest.mark.parametrize(
     ("result", "expected"),
     [
-        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=0.1), {"probe_loss": Severity.WARNING}),
+        (outcome(loss=2.0, kept=0.2, rise=0.0, stderr=0.1), {"probe_loss": Severity.WARNING}),
         (outcome(loss=0.5, kept=0.8, rise=0.0, stderr=0.1), {"probe_loss": Severity.NOTICE}),
-        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=1.0), {}),
+        (
+            outcome(loss=1.5, kept=0.4, rise=0.0, stderr=0.1),
+            {"probe_loss": Severity.NOTICE, "probe_open": Severity.NOTICE},
+        ),
+        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=1.0), {"probe_open": Severity.NOTICE}),
+        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=0.1, k=16), {"probe_loss": Severity.WARNING}),
+        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=0.02), {"probe_loss": Severity.WARNING}),
         (outcome(loss=0.0, kept=1.0, rise=0.6, stderr=0.1), {"probe_guard": Severity.WARNING}),
     ],
 )
-def test_a_probe_decides_the_risk_and_warns_of_damage_beyond_its_error(
+def test_a_probe_decides_the_risk_and_warns_of_damage_that_it_is_sure_of(
     red: LoadedAdapter, green: LoadedAdapter, result: ProbeResult, expected: dict[str, Severity]
 ) -> None:
-    found = conflicts([red, green], [1.0, 1.0], probe=result)
+    found = conflicts([red, green], [1.0, 1.0], evidence=result)
     assert codes(found) == expected
-    assert found.pairs[0].evidence == "probe"
-    assert found.pairs[0].risk == max(effect.loss for effect in result.whole.effects)
-    assert found.pairs[0].risk_stderr == result.whole.effects[0].loss_stderr
+    (pair,) = found.pairs
+    assert pair.evidence == "probe"
+    assert pair.risk == max(effect.loss for effect in result.whole.effects)
+    assert pair.risk_stderr == result.whole.worst.loss_stderr
+    assert pair.interval == result.whole.risk
+    assert pair.interval.low <= pair.risk <= pair.interval.high
+
+
+def test_a_policy_says_how_much_may_be_lost_and_how_severe_that_is(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    result = outcome(loss=0.5, kept=0.8, rise=0.0, stderr=0.01)
+    strict = parse_policy("{probe_loss: error, thresholds: {probe_loss: 0.1}}")
+    found = conflicts([red, green], [1.0, 1.0], evidence=result, policy=strict)
+    assert (found.verdict, codes(found)["probe_loss"]) == (Verdict.REFUSE, Severity.ERROR)
+    ignored = conflicts([red, green], [1.0, 1.0], evidence=result, policy=parse_policy("probe_loss: ignore"))
+    assert (ignored.verdict, codes(ignored)) == (Verdict.OK, {})
+
+
+@pytest.mark.parametrize("code", ["input_overlap", "output_overlap", "crowding", "sign_conflict", "low_retention"])
+def test_a_number_without_evidence_warns_only_where_a_policy_gives_a_threshold(
+    red: LoadedAdapter, green: LoadedAdapter, code: str
+) -> None:
+    loud = 2.0 if code == "low_retention" else -1.0
+    policy = parse_policy(json.dumps({"thresholds": {code: loud}}))
+    assert codes(conflicts([red, green], [1.0, 1.0], policy=policy))[code] is Severity.WARNING
+    assert code not in codes(conflicts([red, green], [1.0, 1.0]))
 
 
 def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    found = conflicts([red, green], [1.0, 1.0], probe=outcome(1.5, 0.4, 0.6, 0.1))
+    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(1.5, 0.4, 0.6, 0.1))
     verdict, headline = report.headlines(found)
     assert verdict == "Verdict: warn."
-    assert headline.startswith(
-        "red + green: risk +1.50 ± 0.10 nats per token, measured: red is the one that suffers, 40% of its gain is left."
-    )
+    assert headline.startswith("red + green: risk +1.50 [+1.08, +1.92] nats per token, measured: red is the one that")
+    assert headline.endswith("suffers, 40% of its gain is left.")
     first, *others = report.tables(found)
     assert first.title == "Probe"
-    assert first.rows[0] == ("red + green", "red-exact", "3.00", "0.50", "2.00", "+1.50 ± 0.10", "40%")
-    assert first.rows[2] == ("red + green", "general (guard)", "0.70", "0.90", "1.50", "+0.60 ± 0.10", "-")
+    assert first.rows[0] == ("red + green", "red-exact", "4", "3.00", "0.50", "2.00", "+1.50 [+1.08, +1.92]", "40%")
+    assert first.rows[2] == ("red + green", "general (guard)", "4", "0.70", "0.90", "1.50", "+0.60 [+0.28, +0.92]", "-")
     for table in (first, *others):
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
-def test_a_harmless_pair_is_said_to_be_harmless(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    found = conflicts([red, green], [1.0, 1.0], probe=outcome(0.0, 1.0, 0.0, 0.1))
+def test_a_harmless_pair_is_said_to_be_harmless_and_gets_no_advice(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, 0.0, 0.1))
     assert report.headlines(found)[1].endswith("both answer their own suites as well as alone.")
+    assert report.advice(found) == []
+
+
+def test_a_damaged_pair_gets_advice_that_names_positions_modules_and_settings(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    found = conflicts([green, red], [1.0, 1.0], evidence=outcome(2.0, 0.2, 0.0, 0.1))
+    told = " ".join(found.pairs[0].explanation.advice)
+    assert "--set protect=2" in told, "red, the one that suffers, is the second one here"
+    assert "--set lambda=0.7" in told
+    share = found.pairs[0].explanation.shares
+    assert list(share) == [module for module in share if module.endswith("q_proj")], "they meet nowhere else"
+    assert sum(share.values()) == pytest.approx(1.0)
+    assert list(share.values()) == sorted(share.values(), reverse=True)
+
+
+def test_a_loud_adapter_is_told_the_weight_that_makes_both_equally_loud(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    loud = scaled(green, 30.0, "loud")
+    (advice,) = [line for line in conflicts([red, loud], [1.0, 1.0]).pairs[0].explanation.advice if "louder" in line]
+    factor = float(advice.split(": ")[1].split(" times")[0])
+    assert "number 2" in advice
+    assert conflicts([red, loud], [1.0, factor]).pairs[0].numbers.dominance == pytest.approx(0.5, abs=0.02)
+
+
+def test_weights_by_module_count_in_every_weighted_number(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    silent = Weight(1.0, (WeightRule(0.0, modules="q_proj"),))
+    found = conflicts([red, green], [1.0, silent])
+    assert found.pairs[0].modules["model.layers.0.self_attn.q_proj"].dominance == 1.0
+    assert found.pairs[0].numbers.interference == pytest.approx(1.0), "where both are, one has the weight 0"
+    assert found.members[0].retention == pytest.approx(1.0)
+    assert found.members[1].retention is not None
+    assert 0 < found.members[1].retention < 1
+
+
+def test_layers_are_sums_over_their_modules(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    (pair,) = conflicts([red, green], [1.0, 1.0]).pairs
+    assert list(pair.layers) == [0, 1]
+    energies = [layer.norm_a**2 for layer in pair.layers.values()]
+    assert sum(energies) == pytest.approx(pair.numbers.norm_a**2)
+
+
+@pytest.mark.parametrize("method", ["ties", "core_tsv", "svd", "linear"])
+def test_retention_is_of_what_the_method_makes(red: LoadedAdapter, green: LoadedAdapter, method: str) -> None:
+    found = conflicts([red, green], [1.0, 0.5], Method(method))
+    combined = combine_deltas([red, green], [1.0, 0.5], method).deltas
+    everything = sorted({delta.module for one in (red, green) for delta in one.deltas})
+    M = torch.cat([sum(dense(d) for d in combined if d.module == module).flatten() for module in everything])
+    for member, adapter in zip(found.members, (red, green), strict=True):
+        own = {delta.module: dense(delta) for delta in adapter.deltas}
+        shapes = {delta.module: dense(delta).shape for delta in combined}
+        D = torch.cat([own.get(module, torch.zeros(shapes[module])).flatten() for module in everything])
+        assert member.retention == pytest.approx(((M @ D) / (D @ D)).item(), rel=1e-4)
+
+
+def test_with_a_base_at_hand_sizes_are_told_beside_its_weights(
+    base: Path, red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    found = conflicts([red, green], [1.0, 0.5], base=open_checkpoint(base))
+    weights = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    norms = sum(weights[delta.weight].double().square().sum().item() for delta in green.deltas)
+    expected = 0.5 * (sum(dense(delta).square().sum().item() for delta in green.deltas) / norms) ** 0.5
+    assert found.members[1].size.amplification == pytest.approx(expected, rel=0.2), "a sample of rows stands for all"
+    assert conflicts([red, green], [1.0, 1.0]).members[1].size.amplification is None
+    assert "amplified" not in codes(found)
+    assert codes(conflicts([red, scaled(green, 50.0, "loud")], [1.0, 1.0], base=open_checkpoint(base)))["amplified"]
+
+
+def test_what_rounding_will_lose_is_told_before_the_merge(tmp_path: Path, red: LoadedAdapter) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "full"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    found = conflicts([scaled(red, 1e-4, "faint")], [1.0], base=open_checkpoint(tmp_path / "half"))
+    assert codes(found)["bf16_swallow"] is Severity.WARNING
+    assert found.together.lost_share is not None
+    assert found.together.lost_share > 0.9
+
+
+def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    other = Computed("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
+    found = conflicts([red, replace(green, deltas=(*green.deltas, other))], [1.0, 1.0])
+    (told,) = [finding for finding in found.findings if finding.code == "not_factors"]
+    assert (told.subject, told.measure) == ("green", 1.0)
+    assert found.pairs[0].numbers == conflicts([red, green], [1.0, 1.0]).pairs[0].numbers
+
+
+def test_the_rows_of_a_report_are_bounded_and_the_modules_that_matter_stay(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    (pair,) = conflicts([red, green], [1.0, 1.0]).pairs
+    rows = pair.to_json(most=1)["modules"]
+    assert isinstance(rows, list)
+    assert [row["module"] for row in rows] == [next(iter(pair.explanation.shares))]
 
 
 def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
@@ -226,7 +361,7 @@ def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
 ) -> None:
     suites = [Suite(name, "target", "", True, (Example("hi", name), Example("you", name))) for name in ("red", "green")]
     members = [Member(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
-    found = conflicts([red, green], [1.0, 1.0], probe=probe(load_model(base, device="cpu"), members, k=2))
+    found = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device="cpu"), members, effort=2))
     assert found.pairs[0].evidence == "probe"
     assert "weak_evidence" not in codes(found)
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))

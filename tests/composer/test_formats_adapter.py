@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftType
 from safetensors.torch import load_file, save_file
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
@@ -14,6 +15,7 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.config import parse_config
 from composer.formats.facts import AdapterFacts, Placed, facts, health, place, read_adapter
+from composer.formats.types import REFUSED, TYPES
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -161,9 +163,15 @@ MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         added({f"{Q0}.lora_A.default.weight": torch.ones(4, 16)}),
         *("duplicate_tensor", "q_proj", "same part"),
     ),
-    "a convolution": (
+    "a convolution where the base has a matrix": (
         added({f"{Q0[:-6]}k_proj.lora_{part}.weight": torch.ones(4, 4, 1, 1) for part in "AB"}),
-        *("unsupported_layer", "k_proj", "convolutions"),
+        *("shape_mismatch", "k_proj", "4 x 4 x 1 x 1.* 8 x 16"),
+    ),
+    "factors that make no pair": (
+        added(
+            {f"{Q0[:-6]}k_proj.lora_A.weight": torch.ones(4, 4), f"{Q0[:-6]}k_proj.lora_B.weight": torch.ones(4, 4, 2)}
+        ),
+        *("unsupported_layer", "k_proj", "make no pair"),
     ),
     "an unknown part": (added({f"{Q0}.lora_X": torch.ones(4, 4)}), "unmatched_tensor", "q_proj", "lora_X"),
     "some keys without prefix": (
@@ -260,19 +268,36 @@ def test_unknown_settings_that_are_off_do_not_matter(make_model: MakeModel, make
     assert read_adapter(adapter).config.variant == "lora"
 
 
-@pytest.mark.parametrize("peft_type", ["LOHA", "LOKR", "IA3", "VERA", "OFT", "PROMPT_TUNING"])
-def test_other_methods_than_lora_are_refused_by_name(
-    peft_type: str, make_model: MakeModel, make_adapter: MakeAdapter
+@pytest.mark.parametrize(
+    ("peft_type", "reason"),
+    [
+        ("PROMPT_TUNING", "a prompt, not a change of weights"),
+        ("XLORA", "chooses by input"),
+        ("OSF", "decomposition of the base"),
+        ("SHIRA", "not saved"),
+        ("LN_TUNING", "not read yet"),
+        ("TOMORROW", "does not know"),
+    ],
+)
+def test_a_type_that_no_weight_can_express_is_refused_by_name(
+    peft_type: str, reason: str, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     adapter = make_adapter(make_model())
     change_config(adapter, peft_type=peft_type)
-    with pytest.raises(NotSupported, match=peft_type):
+    with pytest.raises(NotSupported, match=f"{peft_type}.*{reason}") as caught:
         placed_on(adapter, None)
+    assert caught.value.code == "adapter_type"
+    assert caught.value.next_step
 
 
 def health_of(adapter: Path) -> list[Finding]:
     opened = read_adapter(adapter)
     return health(opened.weights_path, opened.header)
+
+
+def test_every_type_that_peft_knows_is_read_or_refused_with_a_reason() -> None:
+    assert {kind.value for kind in PeftType} - {"LORA"} <= set(TYPES) | set(REFUSED)
+    assert not set(TYPES) & set(REFUSED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from composer.errors import Mismatch, NotSupported, RefusedOutput
+from composer.errors import Mismatch, RefusedOutput
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import MergePlan, plan_merge, run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
@@ -192,25 +192,6 @@ def test_a_gpt2_checkpoint_without_the_transformer_prefix_is_found(
     merge(base, [(adapter, 1.0)], tmp_path / "merged")
     merged = tensors_in(tmp_path / "merged")
     assert_close(merged["h.0.attn.c_attn.weight"], expected["transformer.h.0.attn.c_attn.weight"], "c_attn")
-
-
-REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "dora": ({"use_dora": True}, "DoRA"),
-    "lora_bias": ({"target_modules": ["c_attn"], "lora_bias": True}, "lora_bias"),
-    "pissa": ({"init_lora_weights": "pissa"}, "pissa"),
-    "olora": ({"init_lora_weights": "olora"}, "olora"),
-    "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_plain_low_rank_sum_is_refused_by_name(
-    case: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
-) -> None:
-    settings, word = REFUSED[case]
-    base = make_model("gpt2" if case == "lora_bias" else "llama")
-    with pytest.raises(NotSupported, match=word):
-        merge(base, [(make_adapter(base, **settings), 1.0)], tmp_path / "merged")
 
 
 def test_two_different_heads_are_a_conflict_and_equal_ones_are_not(

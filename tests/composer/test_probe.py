@@ -1,5 +1,6 @@
 """A probe against the evaluations it stands for."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import LoadedModel, evaluate, load_model
-from composer.probe import Member, probe, weighted_sum
+from composer.interval import interval
+from composer.probe import Effort, Member, probe, weighted, weighted_sum
 from composer.suite import Example, Kind, Suite
+from composer.weights import Weight, WeightRule
 from tests.composer.small_model import save_llama
 
 
@@ -49,7 +52,7 @@ def nll(loaded: LoadedModel, measured: Suite, deltas: object = (), k: int = 3) -
 
 
 def test_every_number_of_a_probe_is_the_evaluation_it_stands_for(loaded: LoadedModel) -> None:
-    result = probe(loaded, MEMBERS, [GUARD], k=3)
+    result = probe(loaded, MEMBERS, [GUARD], 3)
     pair = result.pair("blue", "red")
     assert pair is not None
     red, blue = pair.effects
@@ -65,7 +68,7 @@ def test_every_number_of_a_probe_is_the_evaluation_it_stands_for(loaded: LoadedM
 
 
 def test_three_members_give_three_pairs_and_the_whole(loaded: LoadedModel) -> None:
-    result = probe(loaded, MEMBERS, k=2)
+    result = probe(loaded, MEMBERS, effort=2)
     assert [outcome.members for outcome in result.pairs] == [("red", "green"), ("red", "blue"), ("green", "blue")]
     assert result.whole.members == ("red", "green", "blue")
     whole = nll(loaded, MEMBERS[1].suite, weighted_sum(MEMBERS), k=2)
@@ -74,7 +77,7 @@ def test_three_members_give_three_pairs_and_the_whole(loaded: LoadedModel) -> No
 
 
 def test_a_partner_of_weight_zero_costs_nothing_and_takes_nothing_of_the_gain(loaded: LoadedModel) -> None:
-    result = probe(loaded, [MEMBERS[0], replace(MEMBERS[1], weight=0.0)], k=3)
+    result = probe(loaded, [MEMBERS[0], replace(MEMBERS[1], weight=0.0)], effort=3)
     (pair,) = result.pairs
     assert result.whole == pair
     assert pair.effects[0].loss == pytest.approx(0.0, abs=1e-5)
@@ -83,7 +86,7 @@ def test_a_partner_of_weight_zero_costs_nothing_and_takes_nothing_of_the_gain(lo
 
 def test_the_risk_is_the_loss_of_the_member_that_suffers_most(loaded: LoadedModel) -> None:
     small, large = member("small", 4, size=0.02), member("large", 5, size=1.5)
-    (pair,) = probe(loaded, [small, large], k=4).pairs
+    (pair,) = probe(loaded, [small, large], effort=4).pairs
     assert pair.worst.loss == max(effect.loss for effect in pair.effects)
     assert pair.worst.loss_stderr is not None
     assert pair.worst.loss_stderr > 0
@@ -92,7 +95,7 @@ def test_the_risk_is_the_loss_of_the_member_that_suffers_most(loaded: LoadedMode
 def test_the_gain_kept_is_the_part_of_the_improvement_that_is_left(loaded: LoadedModel) -> None:
     idle = Member("idle", (), 1.0, suite("idle"))
     helpful = trained_to(loaded, MEMBERS[0])
-    (pair,) = probe(loaded, [helpful, idle], k=3).pairs
+    (pair,) = probe(loaded, [helpful, idle], effort=3).pairs
     red, unchanged = pair.effects
     assert red.alone < red.base
     assert red.kept == pytest.approx(1.0, abs=1e-4)
@@ -108,9 +111,68 @@ def trained_to(loaded: LoadedModel, untrained: Member) -> Member:
 
 
 def test_the_same_examples_are_measured_every_time_and_one_example_has_no_error(loaded: LoadedModel) -> None:
-    first, second = probe(loaded, MEMBERS[:2], k=1), probe(loaded, MEMBERS[:2], k=1)
+    first, second = probe(loaded, MEMBERS[:2], effort=1), probe(loaded, MEMBERS[:2], effort=1)
     assert first.pairs == second.pairs
     assert first.pairs[0].effects[0].loss_stderr is None
+    assert first.pairs[0].effects[0].loss_interval.to_json() is None
+    assert first.pairs[0].is_open(None), "one example tells no error"
+    json.dumps(first.to_json(), allow_nan=False)
+
+
+def test_examples_grow_only_for_combinations_that_are_undecided(loaded: LoadedModel) -> None:
+    same = replace(MEMBERS[1], weight=0.0)  # changes nothing: whatever is measured, it is decided
+    result = probe(loaded, [MEMBERS[0], same, MEMBERS[2]], effort=Effort(2, 6, limit=0.01))
+    by_members = {outcome.members: outcome for outcome in result.pairs}
+    for outcome in (*result.pairs, result.whole):
+        assert outcome.k == 6 or not outcome.is_open(0.01), "who stops early has decided"
+        assert outcome.k in (2, 4, 6)
+    assert by_members["red", "green"].effects[0].loss == pytest.approx(0.0, abs=1e-5)
+    patient = probe(loaded, [MEMBERS[0], MEMBERS[2]], effort=Effort(2, 6, limit=1e9))
+    assert patient.pairs[0].k == 2, "nothing can be too much"
+
+
+def test_what_was_grown_is_what_a_larger_start_would_have_measured(loaded: LoadedModel) -> None:
+    chosen = [MEMBERS[0], MEMBERS[1]]
+    first = probe(loaded, chosen, [GUARD], 2).pairs[0]
+    limit = first.worst.loss  # in the middle of its interval, so that two examples leave it open
+    grown = probe(loaded, chosen, [GUARD], Effort(2, 4, limit)).pairs[0]
+    direct = probe(loaded, chosen, [GUARD], 4).pairs[0]
+    assert grown.k == 4
+    for one, other in zip((*grown.effects, *grown.guards), (*direct.effects, *direct.guards), strict=True):
+        assert one.combined == pytest.approx(other.combined, rel=1e-5)
+        assert one.base == pytest.approx(other.base, rel=1e-5)
+
+
+def test_no_example_is_measured_twice(loaded: LoadedModel) -> None:
+    passed: list[int] = []
+    handle = loaded.model.register_forward_hook(lambda _model, _inputs, output: passed.append(output.logits.shape[0]))
+    try:
+        probe(loaded, MEMBERS, [GUARD], Effort(2, 4, limit=-1e9))
+        start = sum(passed)
+        passed.clear()
+        probe(loaded, MEMBERS, [GUARD], Effort(1, 4, limit=None))
+    finally:
+        handle.remove()
+    m, k = len(MEMBERS), 2
+    assert start == k * m * (m + 2) + k * (m**2 + m + 4) // 2, "each suite under the base, its member, pairs and whole"
+    assert sum(passed) <= 2 * start, "four examples cost no more than four from the start"
+
+
+def test_the_interval_holds_all_members_together_and_the_risk_is_of_the_worst(loaded: LoadedModel) -> None:
+    (pair,) = probe(loaded, MEMBERS[:2], effort=4).pairs
+    for effect in pair.effects:
+        assert effect.loss_stderr is not None
+        assert effect.loss_interval == interval(effect.loss, effect.loss_stderr, 4, claims=2)
+    assert pair.risk.low <= pair.worst.loss <= pair.risk.high
+
+
+def test_weights_by_module_are_what_is_added_there(loaded: LoadedModel) -> None:
+    half = Weight(1.0, (WeightRule(0.5, layers=(0, 0)), WeightRule(0.0, modules="v_proj")))
+    found = {delta.module: delta for delta in weighted(MEMBERS[0].deltas, half) if isinstance(delta, LowRank)}
+    assert found["model.layers.0.self_attn.q_proj"].scale == pytest.approx(0.1)
+    assert found["model.layers.0.self_attn.v_proj"].scale == pytest.approx(0.1)
+    assert found["model.layers.1.self_attn.v_proj"].scale == 0.0
+    assert found["model.layers.1.self_attn.q_proj"].scale == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("members", "k"), [(MEMBERS[:1], 4), ([MEMBERS[0], MEMBERS[0]], 4), (MEMBERS, 0)])
@@ -118,4 +180,4 @@ def test_a_probe_of_one_member_of_twins_or_of_no_examples_is_refused(
     loaded: LoadedModel, members: list[Member], k: int
 ) -> None:
     with pytest.raises(Mismatch, match="at least two members"):
-        probe(loaded, members, k=k)
+        probe(loaded, members, effort=k)

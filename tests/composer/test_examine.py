@@ -1,0 +1,170 @@
+"""The strongest evidence that there can be, and the document that tells it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from composer.conflicts import SCHEMA, Method
+from composer.evaluate import LoadedModel, load_model
+from composer.examine import Evidence, examine
+from composer.findings import parse_policy
+from composer.formats.checkpoint import open_checkpoint
+from composer.suite import Example, Suite
+from composer.variants import LoadedAdapter, load_deltas
+from tests.composer.small_model import save_adapter, save_llama
+
+DOCUMENTED = Path(__file__).with_name("conflicts.schema.json")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Path) -> LoadedModel:
+    return load_model(base, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[LoadedAdapter]:
+    from transformers import AutoModelForCausalLM
+
+    found: list[LoadedAdapter] = []
+    for seed, name in enumerate(("red", "green", "blue"), start=1):
+        directory = tmp_path_factory.mktemp("adapters") / name
+        model = AutoModelForCausalLM.from_pretrained(base)
+        save_adapter(model, directory, seed, r=4, target_modules=["q_proj", "v_proj"])
+        found.append(load_deltas(directory, loaded.architecture))
+    return found
+
+
+def suites(count: int) -> list[Suite]:
+    names = ("red", "green", "blue")[:count]
+    return [Suite(name, "target", "", True, (Example("hi", name), Example("you", name))) for name in names]
+
+
+def guard() -> Suite:
+    return Suite("general", "guard", "", True, (Example("who", "me"), Example("what", "that")))
+
+
+def never() -> LoadedModel:
+    raise AssertionError("the base was loaded, and nothing needed it")
+
+
+def test_a_suite_for_each_is_a_probe_prompts_are_activations_and_nothing_is_weights(
+    adapters: list[LoadedAdapter], loaded: LoadedModel
+) -> None:
+    def kinds(evidence: Evidence | None) -> set[str]:
+        return {pair.evidence for pair in examine(adapters, [1.0] * 3, evidence=evidence).pairs}
+
+    assert kinds(Evidence(lambda: loaded, suites(3), k=1, prompts=["hi"])) == {"probe"}
+    assert kinds(Evidence(lambda: loaded, [*suites(2), None], k=1, prompts=["hi"])) == {"activations"}
+    assert kinds(Evidence(never, [*suites(2), None], k=1)) == {"weights"}
+    assert kinds(Evidence(never, suites(3))) == {"weights"}
+    assert kinds(None) == {"weights"}
+
+
+def test_the_evidence_that_is_weak_is_said_to_be(adapters: list[LoadedAdapter], loaded: LoadedModel) -> None:
+    said = {
+        kind: [finding.message for finding in examine(adapters, [1.0] * 3, evidence=evidence).findings]
+        for kind, evidence in (
+            ("weights", None), ("activations", Evidence(lambda: loaded, prompts=["hi"])),
+            ("probe", Evidence(lambda: loaded, suites(3), k=2)),
+        )
+    }  # fmt: skip
+    assert any("from weights alone, which is weak evidence" in one for one in said["weights"])
+    assert any("from activations on prompts, which is weak evidence" in one for one in said["activations"])
+    assert not any("weak evidence" in one for one in said["probe"])
+
+
+@pytest.mark.parametrize("method", ["ties", "knots_ties", "mean", "core_tsv", "dare_ties"])
+def test_a_method_is_probed_as_what_it_makes(adapters: list[LoadedAdapter], loaded: LoadedModel, method: str) -> None:
+    def measured(name: str) -> list[float]:
+        report = examine(adapters, [1.0] * 3, Method(name), evidence=Evidence(lambda: loaded, suites(3), k=2))
+        assert report.probe is not None
+        return [effect.combined for outcome in (*report.probe.pairs, report.probe.whole) for effect in outcome.effects]
+
+    assert all(
+        one != pytest.approx(other, abs=1e-4) for one, other in zip(measured(method), measured("stack"), strict=True)
+    )
+
+
+def test_a_protected_member_is_protected_in_its_pairs_and_in_the_whole(
+    adapters: list[LoadedAdapter], loaded: LoadedModel
+) -> None:
+    how = Method("stack", {"protect": [2]})
+    report = examine(adapters, [1.0] * 3, how, evidence=Evidence(lambda: loaded, suites(3), k=2))
+    plain = examine(adapters, [1.0] * 3, evidence=Evidence(lambda: loaded, suites(3), k=2))
+    assert report.probe is not None
+    assert plain.probe is not None
+    changed = [
+        one.effects[0].combined != pytest.approx(other.effects[0].combined, abs=1e-5)
+        for one, other in zip(report.probe.pairs, plain.probe.pairs, strict=True)
+    ]
+    assert changed == [True, False, True], "red and blue are a pair without the protected one"
+    assert report.members[1].retention == pytest.approx(1.0, abs=1e-4)
+
+
+def test_what_cannot_be_combined_is_not_measured(base: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    saved: list[LoadedAdapter] = []
+    for seed, name in ((1, "one"), (2, "two")):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        save_adapter(model, tmp_path / name, seed, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        saved.append(load_deltas(tmp_path / name, loaded.architecture))
+    report = examine(saved, [1.0, 1.0], evidence=Evidence(never, suites(2), k=2))
+    assert report.verdict == "refuse"
+    as_deltas = Method("stack", {"replacements": "delta"})
+    measured = examine(saved, [1.0, 1.0], as_deltas, evidence=Evidence(lambda: loaded, suites(2), k=2))
+    assert measured.verdict != "refuse"
+    assert measured.pairs[0].evidence == "probe"
+
+
+def test_every_report_is_what_the_documented_schema_says(
+    adapters: list[LoadedAdapter], loaded: LoadedModel, base: Path
+) -> None:
+    """A key more, a key less or another type is a change of the contract: `SCHEMA` counts them."""
+    schema = json.loads(DOCUMENTED.read_text())
+    validator = jsonschema_rs.validator_for(schema)
+    assert schema["properties"]["schema"] == {"const": SCHEMA}
+    evidences: list[Callable[[], Evidence | None]] = [
+        lambda: None,
+        lambda: Evidence(lambda: loaded, prompts=["hi"]),
+        lambda: Evidence(lambda: loaded, suites(3), [guard()], k=2),
+        lambda: Evidence(lambda: loaded, suites(3), k=1),
+    ]
+    for made in evidences:
+        for checkpoint in (None, open_checkpoint(base)):
+            report = examine(adapters, [1.0] * 3, Method("ties"), evidence=made(), base=checkpoint)
+            document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+            errors = [f"{list(error.instance_path)}: {error.message}" for error in validator.iter_errors(document)]
+            assert errors == []
+    assert_strict(schema)
+
+
+def assert_strict(schema: Any) -> None:
+    """Every object of the schema names all of its keys and requires them."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "object" and "properties" in schema:
+            assert schema["additionalProperties"] is False
+            assert sorted(schema["required"]) == sorted(schema["properties"])
+        for value in schema.values():
+            assert_strict(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            assert_strict(value)
+
+
+def test_a_policy_reaches_the_probe_and_the_findings(adapters: list[LoadedAdapter], loaded: LoadedModel) -> None:
+    policy = parse_policy("{probe_loss: error, thresholds: {probe_loss: -1000}}")
+    report = examine(adapters[:2], [1.0, 1.0], evidence=Evidence(lambda: loaded, suites(2), k=2, most=2), policy=policy)
+    assert report.probe is not None
+    sure = [effect for effect in report.probe.whole.effects if effect.loss_interval.low > -1000]
+    assert len([finding for finding in report.findings if finding.code == "probe_loss"]) == len(sure) > 0
+    assert report.verdict == "refuse"

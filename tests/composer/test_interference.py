@@ -1,0 +1,147 @@
+"""Activation interference against the dense products that it stands for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from composer.delta import Delta, Layout, LowRank
+from composer.errors import InvalidFile, Mismatch
+from composer.evaluate import Encoded, LoadedModel, applied, encode_prompt, load_model
+from composer.examine import parse_prompts
+from composer.interference import activation_interference, activations
+from tests.composer.small_model import save_gpt2, save_llama
+
+PROMPTS = ["who are you", "abc", "what is 12 and 30"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(save_llama(tmp_path_factory.mktemp("llama")), device="cpu")
+
+
+def deltas(seed: int, modules: list[str], size: float = 0.2, layout: Layout = Layout.LINEAR) -> list[Delta]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q_proj": (32, 32), "v_proj": (16, 32), "down_proj": (32, 48), "c_attn": (96, 32)}
+    return [
+        LowRank(
+            module, f"{module}.weight", layout,
+            torch.randn(3, shapes[module.rpartition(".")[2]][1], generator=generator),
+            torch.randn(shapes[module.rpartition(".")[2]][0], 3, generator=generator), size,
+        )
+        for module in modules
+    ]  # fmt: skip
+
+
+def encoded(loaded: LoadedModel) -> list[Encoded]:
+    return [Encoded(tuple(encode_prompt(loaded, one, True)), 1) for one in PROMPTS]
+
+
+MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
+
+
+def captured(loaded: LoadedModel, victim: list[Delta]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The inputs of each module with the victim active, and the outputs that its own weight makes of them."""
+    inputs: dict[str, list[torch.Tensor]] = {module: [] for module in MODULES}
+    handles = [
+        loaded.model.get_submodule(module).register_forward_pre_hook(
+            lambda _module, given, module=module: inputs[module].append(given[0][0])
+        )
+        for module in MODULES
+    ]
+    with torch.inference_mode(), applied(loaded.model, victim):
+        for one in encoded(loaded):
+            loaded.model(input_ids=torch.tensor([one.ids]))
+    for handle in handles:
+        handle.remove()
+    both: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in MODULES:
+        X_NI = torch.cat(inputs[module]).double()
+        both[module] = X_NI, X_NI @ loaded.model.get_submodule(module).weight.double().T
+    return both
+
+
+def test_ratio_along_and_across_are_those_of_the_dense_products(loaded: LoadedModel) -> None:
+    victim, intruder = deltas(1, MODULES[:2]), deltas(2, MODULES[1:], size=0.5)
+    found = activation_interference(loaded, encoded(loaded), victim, intruder)
+    own = other = common = 0.0
+    for module, (X_NI, Y_NO) in captured(loaded, victim).items():
+        moved = [
+            sum((X_NI @ (d.scale * d.B_OR @ d.A_RI).double().T for d in one if d.module == module), torch.zeros(()))
+            for one in (victim, intruder)
+        ]
+        base = Y_NO.square().sum()
+        own += (moved[0].square().sum() / base).item()
+        other += (moved[1].square().sum() / base).item()
+        common += ((moved[0] * moved[1]).sum() / base).item()
+    assert found.ratio == pytest.approx((other / own) ** 0.5, rel=1e-4)
+    assert found.along == pytest.approx(common / own, rel=1e-3, abs=1e-5)
+    assert found.across == pytest.approx((other / own - (common / own) ** 2) ** 0.5, rel=1e-4)
+    assert sum(found.modules.values()) == pytest.approx(1.0)
+    assert found.modules[MODULES[0]] == pytest.approx(0.0), "the intruder does nothing there"
+
+
+def test_an_adapter_beside_itself_moves_activations_as_far_and_in_its_own_direction(loaded: LoadedModel) -> None:
+    own = deltas(1, MODULES)
+    found = activation_interference(loaded, encoded(loaded), own, own)
+    assert (found.ratio, found.along) == pytest.approx((1.0, 1.0))
+    assert found.across == pytest.approx(0.0, abs=1e-3)
+    opposite = [replace(delta, scale=-2 * delta.scale) for delta in own if isinstance(delta, LowRank)]
+    against = activation_interference(loaded, encoded(loaded), own, opposite)
+    assert (against.ratio, against.along) == pytest.approx((2.0, -2.0))
+
+
+def test_a_victim_that_does_nothing_has_nothing_to_lose(loaded: LoadedModel) -> None:
+    found = activation_interference(loaded, encoded(loaded), [], deltas(2, MODULES))
+    assert (found.ratio, found.along, found.across) == (0.0, 0.0, 0.0)
+    assert found.intruder > 0
+    nothing = activation_interference(loaded, encoded(loaded), [], [])
+    assert (nothing.ratio, nothing.modules) == (0.0, {})
+
+
+def test_every_ordered_pair_is_told_with_its_own_victim_active(loaded: LoadedModel) -> None:
+    members = {name: deltas(seed, MODULES, size=seed / 10) for seed, name in enumerate(("a", "b", "c"), start=1)}
+    found = activations(loaded, members, PROMPTS)
+    assert set(found.directed) == {(v, i) for v in members for i in members if v != i}
+    direct = activation_interference(loaded, encoded(loaded), members["b"], members["c"])
+    assert found.directed["b", "c"].ratio == pytest.approx(direct.ratio, rel=1e-4)
+    victim, worst = found.worse("a", "c")
+    assert (victim, worst) == ("a", found.directed["a", "c"]), "c is three times as strong"
+
+
+def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.TempPathFactory) -> None:
+    gpt2 = load_model(save_gpt2(tmp_path_factory.mktemp("gpt2")), device="cpu")
+    own = deltas(1, ["transformer.h.0.attn.c_attn"], layout=Layout.CONV1D)
+    vocabulary = gpt2.model.config.vocab_size
+    embedding = LowRank(
+        "transformer.wte",
+        "transformer.wte.weight",
+        Layout.EMBEDDING,
+        torch.randn(2, vocabulary),
+        torch.randn(32, 2),
+        0.1,
+    )
+    found = activations(gpt2, {"one": own, "two": [*own, embedding]}, PROMPTS)
+    assert set(found.directed["one", "two"].modules) == {"transformer.h.0.attn.c_attn", "transformer.wte"}
+    assert found.directed["one", "two"].along == pytest.approx(1.0)
+    assert found.directed["one", "two"].across > 0
+
+
+def test_nothing_stays_on_the_model(loaded: LoadedModel) -> None:
+    activations(loaded, {"a": deltas(1, MODULES), "b": deltas(2, MODULES)}, PROMPTS)
+    assert not any(module._forward_hooks for module in loaded.model.modules())
+
+
+def test_no_prompts_and_a_module_that_is_missing_are_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(Mismatch, match="at least one prompt"):
+        activations(loaded, {"a": deltas(1, MODULES), "b": []}, [])
+    lost = [replace(delta, module="model.layers.9.self_attn.q_proj") for delta in deltas(1, MODULES[:1])]
+    with pytest.raises(Mismatch, match=r"model\.layers\.9"):
+        activations(loaded, {"a": lost, "b": []}, PROMPTS)
+
+
+def test_prompts_are_lines_and_empty_ones_are_none() -> None:
+    assert parse_prompts("one\n\n  \ntwo\n") == ["one", "two"]
+    for text in ("", "\n \n", "x\n" * 1001):
+        with pytest.raises(InvalidFile, match="prompts"):
+            parse_prompts(text)

@@ -1,0 +1,41 @@
+"""Student's t against tables, and what an interval promises against draws."""
+
+from math import inf
+
+import numpy as np
+import pytest
+
+from composer.interval import Interval, interval, quantile
+
+
+@pytest.mark.parametrize(
+    ("probability", "dof", "expected"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 3, 3.18245), (0.9875, 3, 4.17653), (0.975, 7, 2.36462),
+     (0.975, 30, 2.04227), (0.995, 15, 2.94671), (0.975, 100_000, 1.95996)],
+)  # fmt: skip
+def test_quantiles_are_those_of_the_tables(probability: float, dof: int, expected: float) -> None:
+    assert quantile(probability, dof) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_median_is_in_the_middle() -> None:
+    assert quantile(0.5, 5) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 4, 8])
+def test_an_interval_holds_the_mean_nineteen_times_in_twenty(n: int) -> None:
+    draws = np.random.default_rng(n).standard_normal((4000, n)) + 0.3
+    means, errors = draws.mean(axis=1), draws.std(axis=1, ddof=1) / n**0.5
+    held = [interval(mean, error, n).holds(0.3) for mean, error in zip(means, errors, strict=True)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_more_claims_make_it_wider_and_one_measurement_leaves_it_open() -> None:
+    one, both = interval(1.0, 0.1, 4), interval(1.0, 0.1, 4, claims=2)
+    assert both.low < one.low < 1.0 < one.high < both.high
+    assert interval(1.0, None, 1) == Interval(-inf, inf)
+    assert interval(1.0, None, 1).to_json() is None
+    assert one.to_json() == {"low": one.low, "high": one.high}
+
+
+def test_no_spread_is_no_doubt() -> None:
+    assert interval(0.0, 0.0, 4) == Interval(0.0, 0.0)

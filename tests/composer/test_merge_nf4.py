@@ -1,0 +1,85 @@
+"""4-bit bases: merged as the values that they stand for, and adapters that were trained on one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from composer import nf4
+from composer.errors import NotSupported
+from composer.formats.checkpoint import open_checkpoint
+from composer.merge import plan_merge, run_merge
+from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
+
+
+def pack(base: Path) -> dict[str, torch.Tensor]:
+    """The linear layers of a checkpoint in 4 bits, as bitsandbytes stores them; the values that they stand for."""
+    values: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    levels = torch.tensor(nf4.LEVELS)
+    for name, weight in load_file(base / "model.safetensors").items():
+        if not name.endswith("proj.weight"):
+            tensors[name] = values[name] = weight
+            continue
+        blocks = weight.float().reshape(-1, 64)
+        scale = blocks.abs().amax(dim=1)
+        codes = ((blocks / scale[:, None])[..., None] - levels).abs().argmin(-1).reshape(-1, 2).to(torch.uint8)
+        values[name] = (levels[codes.reshape(-1, 64).long()] * scale[:, None]).reshape(weight.shape)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+        tensors[name] = (codes[:, 0] << 4 | codes[:, 1]).reshape(-1, 1)
+        tensors |= {f"{name}.absmax": scale, f"{name}.quant_map": levels.clone()}
+        packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = packed_state
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": quantization}
+    (base / "config.json").write_text(json.dumps(config))
+    return values
+
+
+@pytest.fixture
+def pair(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, Path]:
+    base = make_model(dtype=torch.bfloat16, shard="1GB")
+    return base, make_adapter(base)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", None])
+def test_a_4_bit_checkpoint_is_merged_as_the_values_it_stands_for(
+    dtype: str | None, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = pair
+    values = pack(base)
+    run_merge(
+        plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)], dtype=dtype), tmp_path / "out", "cpu"
+    )
+    merged, factors = tensors_in(tmp_path / "out"), load_file(adapter / "adapter_model.safetensors")
+    assert merged.keys() == values.keys()
+    for name, value in values.items():
+        key = f"base_model.model.{name.removesuffix('weight')}"
+        if f"{key}lora_B.weight" in factors:
+            value = value + 2 * factors[f"{key}lora_B.weight"] @ factors[f"{key}lora_A.weight"]
+        if dtype is None:
+            assert torch.equal(merged[name], value.bfloat16())
+        else:
+            assert_close(merged[name], value, name)
+    load_model(tmp_path / "out")
+
+
+def test_a_4_bit_checkpoint_is_refused_without_being_told_and_says_how(pair: tuple[Path, Path]) -> None:
+    pack(pair[0])
+    with pytest.raises(NotSupported, match="--dequantize"):
+        open_checkpoint(pair[0])
+
+
+def test_an_adapter_that_was_trained_on_a_4_bit_base_says_how_far_the_full_one_is_away(pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    assert not [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "unsloth/llama-3-8b-bnb-4bit"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (found,) = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    assert found.measure is not None
+    assert 0.05 < found.measure < 0.12
+    assert "evaluate" in found.message

@@ -1,0 +1,183 @@
+"""The page of a conflict report: read as a browser reads it, and found to need nothing else."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from composer.conflicts import ConflictReport, conflicts
+from composer.evaluate import load_model
+from composer.examine import Evidence, examine
+from composer.page import MEASURES, page
+from composer.suite import Example, Suite
+from composer.variants import LoadedAdapter, load_deltas
+from tests.composer.handmade import random_factors, write_adapter
+from tests.composer.small_model import save_llama
+
+VOID = {"meta", "input", "br", "link", "img"}
+NASTY = "</style><script>alert('x')</script>&\"'"
+
+
+@dataclass
+class Node:
+    tag: str
+    attributes: dict[str, str | None]
+    text: str = ""
+    children: list["Node"] = field(default_factory=list["Node"])
+
+    def find(self, tag: str) -> list["Node"]:
+        found = [self] if self.tag == tag else []
+        return found + [one for child in self.children for one in child.find(tag)]
+
+    def whole(self) -> str:
+        return self.text + "".join(child.whole() for child in self.children)
+
+
+class Tree(HTMLParser):
+    """A tree of the elements; what is closed must be what was opened last."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.root = Node("root", {})
+        self.open = [self.root]
+        self.feed(text)
+        self.close()
+        assert self.open == [self.root], [node.tag for node in self.open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Node(tag, dict(attrs))
+        assert len(node.attributes) == len(attrs), "no attribute is there twice"
+        self.open[-1].children.append(node)
+        if tag not in VOID:
+            self.open.append(node)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1].text += data
+
+
+MODULES = [
+    *(f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1) for kind in ("q_proj", "v_proj")), "lm_head",
+]  # fmt: skip
+
+
+def adapter(directory: Path, name: str, seed: int, modules: Sequence[str] = MODULES) -> LoadedAdapter:
+    outputs = {"v_proj": 16, "lm_head": 50}
+    factors = {
+        module: random_factors(seed + number, outputs.get(module.rpartition(".")[2], 32), 32)
+        for number, module in enumerate(modules)
+    }
+    write_adapter(directory / str(seed), factors)
+    return replace(load_deltas(directory / str(seed), None), name=name)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> ConflictReport:
+    directory = tmp_path_factory.mktemp("adapters")
+    named = [adapter(directory, name, 10 * number) for number, name in enumerate(("red", NASTY, "blue"))]
+    return conflicts(named, [1.0, 1.0, 0.5])
+
+
+def maps(tree: Node) -> list[Node]:
+    return [node for node in tree.find("div") if "measure" in str(node.attributes.get("class"))]
+
+
+def test_a_page_is_well_formed_and_refers_to_nothing_outside(report: ConflictReport) -> None:
+    text = page(report)
+    tree = Tree(text).root
+    assert text.startswith("<!doctype html>")
+    for tag in ("script", "link", "img", "iframe", "object", "embed", "base", "form"):
+        assert tree.find(tag) == [], tag
+    for reference in ("http:", "https:", "//", "url(", "@import", "javascript:"):
+        assert reference not in text, reference
+    handlers = [
+        name for node in every(tree) for name in node.attributes if name.startswith("on") or name in ("src", "href")
+    ]
+    assert handlers == []
+
+
+def every(node: Node) -> list[Node]:
+    return [node, *(one for child in node.children for one in every(child))]
+
+
+def test_what_strangers_named_is_text_and_never_markup(report: ConflictReport) -> None:
+    text = page(report)
+    assert NASTY not in text
+    assert len(Tree(text).root.find("style")) == 1
+    (heading,) = Tree(text).root.find("h1")
+    assert heading.whole() == f"Conflicts of red, {NASTY}, blue"
+
+
+def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(report: ConflictReport) -> None:
+    tree = Tree(page(report)).root
+    assert len(maps(tree)) == len(report.pairs) * len(MEASURES)
+    shown = {str(node.attributes["class"]).split()[-1]: node for node in reversed(maps(tree))}
+    cosine = shown["m-cosine"]
+    rows = cosine.find("tr")
+    assert [cell.whole() for cell in rows[0].find("th")] == ["layer", "self_attn.q_proj", "self_attn.v_proj", "lm_head"]
+    assert [row.find("th")[0].whole() for row in rows[1:]] == ["0", "1", "other"]
+    first = max(report.pairs, key=lambda pair: pair.risk)
+    module = "model.layers.1.self_attn.v_proj"
+    cell = rows[2].find("td")[1]
+    assert cell.whole() == f"{first.modules[module].cosine:.2f}"
+    assert cell.attributes["title"] == f"{module}: {first.modules[module].cosine:.4g}"
+    assert [one.whole() for one in rows[3].find("td")[:2]] == ["", ""]
+
+
+def test_colour_follows_the_number_and_its_sign(report: ConflictReport) -> None:
+    for node in maps(Tree(page(report)).root):
+        cells = [cell for cell in node.find("td") if cell.attributes]
+        most = max(abs(float(str(cell.attributes["title"]).rpartition(": ")[2])) for cell in cells)
+        for cell in cells:
+            value, shade = float(str(cell.attributes["title"]).rpartition(": ")[2]), str(cell.attributes["class"])
+            assert shade[0] == ("h" if value >= 0 else "c")
+            assert abs(int(shade[1:]) - 8 * abs(value) / most) <= 0.51
+
+
+def test_every_measure_can_be_chosen_and_one_is(report: ConflictReport) -> None:
+    text = page(report)
+    radios = Tree(text).root.find("input")
+    assert [radio.attributes["id"] for radio in radios] == list(MEASURES)
+    assert sum("checked" in radio.attributes for radio in radios) == 1
+    for measure in MEASURES:
+        assert re.search(rf"body:has\(#{measure}:checked\) \.m-{measure}\{{display:block\}}", text)
+    labelled = Tree(text).root.find("label")
+    assert all(label.find("input") and label.whole().strip() for label in labelled)
+
+
+def test_every_table_has_headings_with_a_scope(report: ConflictReport) -> None:
+    for table in Tree(page(report)).root.find("table"):
+        assert {str(heading.attributes["scope"]) for heading in table.find("th")} == {"col", "row"}
+
+
+def test_findings_and_the_verdict_are_words_and_not_only_colours(report: ConflictReport) -> None:
+    tree = Tree(page(report)).root
+    text = tree.whole()
+    assert "Verdict: ok" in text
+    for finding in report.findings:
+        assert finding.message in text
+        assert finding.code in text
+
+
+def test_a_pair_without_common_modules_has_no_map(tmp_path: Path) -> None:
+    one, other = adapter(tmp_path, "one", 1, MODULES[:1]), adapter(tmp_path, "other", 2, MODULES[1:2])
+    tree = Tree(page(conflicts([one, other], [1.0, 1.0]))).root
+    assert (maps(tree), tree.find("input")) == ([], [])
+
+
+def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) -> None:
+    loaded = load_model(save_llama(tmp_path / "base"), device="cpu")
+    adapters = [adapter(tmp_path, name, seed, MODULES[:4]) for seed, name in ((1, "red"), (20, "blue"))]
+    suites = [Suite(f"{one}-exact", "target", "", True, (Example("hi", one), Example("you", one))) for one in "ab"]
+    probed = Evidence(lambda: loaded, suites, k=2)
+    prompted = Evidence(lambda: loaded, prompts=["hello"])
+    for evidence, title, other in ((probed, "Probe", "Activations"), (prompted, "Activations", "Probe")):
+        tree = Tree(page(examine(adapters, [1.0, 1.0], evidence=evidence))).root
+        titles = [node.whole() for node in tree.find("h3")]
+        assert titles.count(title) == 1
+        assert other not in titles

@@ -1,0 +1,67 @@
+"""Policies: which findings count, and from what number on."""
+
+import pytest
+
+from composer.errors import InvalidFile
+from composer.findings import CODES, HARD, THRESHOLDS, Finding, Policy, Severity, Verdict, parse_policy
+
+
+def finding(code: str, severity: Severity) -> Finding:
+    return Finding(code, severity, "m", "said", 1.0)
+
+
+def test_a_policy_gives_severities_and_thresholds_and_leaves_the_rest() -> None:
+    policy = parse_policy("near_duplicate: error\ndominance: ignore\nthresholds: {near_duplicate: 0.6, crowding: 1}\n")
+    found = [finding("near_duplicate", Severity.WARNING), finding("dominance", Severity.WARNING)]
+    assert policy.judged(found) == [finding("near_duplicate", Severity.ERROR)]
+    assert policy.verdict(found) is Verdict.REFUSE
+    assert policy.verdict(found[1:]) is Verdict.OK
+    assert (policy.threshold("near_duplicate"), policy.threshold("crowding")) == (0.6, 1.0)
+    assert policy.threshold("dominance") == THRESHOLDS["dominance"]
+
+
+def test_an_empty_policy_changes_nothing() -> None:
+    assert parse_policy("") == Policy()
+    assert Policy().verdict([finding("x", Severity.NOTICE)]) is Verdict.OK
+    assert Policy().verdict([finding("x", Severity.WARNING)]) is Verdict.WARN
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[1, 2]", "mapping"),
+        ("near_duplicate: [", "not YAML"),
+        ("near_duplicate: fatal", "'fatal' is none of notice, warning, error, ignore"),
+        ("near_duplicate: 1", "1 is none of"),
+        ("near_duplicat: error", "'near_duplicat'"),
+        ("1: error", "1 is no code"),
+        ("thresholds: 3", "thresholds"),
+        ("thresholds: {zero_delta: 3}", "'zero_delta'"),
+        ("thresholds: {crowding: much}", "'much' is not a finite number"),
+        ("thresholds: {crowding: '1'}", "not a finite number"),
+        ("thresholds: {crowding: true}", "not a finite number"),
+        ("thresholds: {crowding: .inf}", "not a finite number"),
+        ("thresholds: {crowding: .nan}", "not a finite number"),
+        ("thresholds: {crowding: 1" + "0" * 4000 + "}", "not a finite number"),
+        ("a: " + "[" * 5000, "not YAML"),
+        ("# " + "x" * 100_001, "longer than"),
+    ],
+)
+def test_what_is_no_policy_is_refused_with_the_key(text: str, named: str) -> None:
+    with pytest.raises(InvalidFile, match="policy") as refused:
+        parse_policy(text)
+    assert named in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("code", sorted(HARD))
+def test_a_hard_conflict_stays_an_error(code: str) -> None:
+    assert parse_policy(f"{code}: error").overrides == {code: Severity.ERROR}
+    for word in ("ignore", "notice", "warning"):
+        with pytest.raises(InvalidFile, match=code):
+            parse_policy(f"{code}: {word}")
+
+
+def test_every_code_with_a_number_is_a_code() -> None:
+    assert set(THRESHOLDS) <= CODES
+    assert HARD <= CODES
