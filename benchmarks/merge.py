@@ -42,7 +42,7 @@ def main() -> None:
         small = chosen.base.resolve(strict=True)
         cases = _cases(small, directory / "out", ADAPTERS)
         # Its `cat` gives up on the three: it takes the first one's layers for all, and one of them has other layers.
-        cases["PEFT: cat of two, merge"] = _once("peft_cat", small, directory / "out", SQL, SUPPORT)
+        cases["PEFT: cat of two, merge"] = once("peft_cat", small, directory / "out", SQL, SUPPORT)
         _told("Three adapters into the base", small, harness.interleave(cases, chosen.rounds))
         layers, rounds = (2, 1) if chosen.quick else (LAYERS, min(chosen.rounds, BIG_ROUNDS))
         _large(directory, layers, rounds, mergekit)
@@ -79,7 +79,7 @@ def _large(directory: Path, layers: int, rounds: int, mergekit: Path | None) -> 
     cases[f"{OURS}, one adapter"] = _ours(base, out, adapters[:1])
     _told(f"Three adapters of rank {RANK} on all linear modules", base, harness.interleave(cases, rounds))
     twice, *larger = _made(directory / "twice", 2 * layers)
-    doubled = {FLOOR: _floor(twice, out), OURS: _ours(twice, out, larger)}
+    doubled = {FLOOR: floor(twice, out), OURS: _ours(twice, out, larger)}
     _told("The same, twice the layers", twice, harness.interleave(doubled, rounds))
 
 
@@ -103,15 +103,15 @@ def _told(title: str, base: Path, results: Rounds) -> None:
 
 def _cases(base: Path, out: Path, adapters: Sequence[Path]) -> dict[str, Case]:
     return {
-        FLOOR: _floor(base, out),
+        FLOOR: floor(base, out),
         OURS: _ours(base, out, adapters),
-        LIBRARY: _once("composer", base, out, *adapters),
-        "composer: imports alone": _once("imports", base, out),
-        PEFT: _once("peft_in_turn", base, out, *adapters),
+        LIBRARY: once("composer", base, out, *adapters),
+        "composer: imports alone": once("imports", base, out),
+        PEFT: once("peft_in_turn", base, out, *adapters),
     }
 
 
-def _floor(base: Path, out: Path) -> Case:
+def floor(base: Path, out: Path) -> Case:
     copy = ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/* "$2"', "sh", base, out]
     return _fresh(out, lambda: harness.process(copy))
 
@@ -122,7 +122,7 @@ def _ours(base: Path, out: Path, adapters: Sequence[Path]) -> Case:
     return _fresh(out, lambda: harness.process(command))
 
 
-def _once(how: str, base: Path, out: Path, *adapters: Path) -> Case:
+def once(how: str, base: Path, out: Path, *adapters: Path) -> Case:
     command = [sys.executable, "-m", "benchmarks.merge_once", how, base, out, *adapters]
     return _fresh(out, lambda: harness.process(command, tells_seconds=True))
 

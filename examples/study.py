@@ -68,9 +68,7 @@ def main() -> None:
                 continue
             row = {"a": one.name, "b": other.name, "weights": weights_say(one, other)}
             row["activations"] = activations_say(loaded, one, other)
-            row["losses"] = {
-                method: losses(loaded, (one, other), method, alone, (guard, guards)) for method in METHODS
-            }
+            row["losses"] = {method: losses(loaded, (one, other), method, alone, (guard, guards)) for method in METHODS}
             row["alone"] = {member.name: summed(alone[member.name]) for member in (one, other)}
             row["base"] = {member.name: summed(base[member.name]) for member in (one, other)}
             out.write(json.dumps(row) + "\n")

@@ -1,10 +1,12 @@
 """Adapters of any type that PEFT knows, trained by chance, and what PEFT itself makes of them."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import MergePlan, plan_merge, run_merge
@@ -24,6 +26,16 @@ def save_adapted(base: Path, config: PeftConfig, directory: Path, seed: int = 1,
                 parameter.add_(torch.randn_like(parameter) * size)
     model.save_pretrained(directory)
     return directory
+
+
+def change_tensors(adapter: Path, change: Callable[[Weights], Weights]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def change_config(adapter: Path, **fields: object) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def peft_merged(base: Path, adapter: Path) -> Weights:

@@ -1,13 +1,34 @@
 """Every type of adapter beside LoRA: merged as PEFT merges it, and refused by name where nothing can be true to it."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
-from tests.composer.adapted import assert_merged_like_peft, save_adapted
-from tests.composer.tiny import MakeModel
+from composer.applied import applied
+from composer.delta import Computed, LowRank
+from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
+from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.formats.facts import read_adapter
+from composer.formats.header import TensorSpec
+from composer.formats.inspection import inspect
+from composer.variants import load_deltas
+from tests.composer.adapted import (
+    assert_all_close,
+    assert_merged_like_peft,
+    change_config,
+    change_tensors,
+    merge,
+    save_adapted,
+)
+from tests.composer.tiny import MakeModel, build_config, tensors_in
 
 BOTH: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "down_proj", "up_proj"]}
 GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
@@ -78,3 +99,206 @@ def test_a_merge_into_gpt2_equals_pefts_own(case: str, tmp_path: Path, make_mode
     base = make_model("gpt2", shard="1GB")
     adapter = save_adapted(base, GPT2_CASES[case], tmp_path / "adapter")
     assert_merged_like_peft(base, adapter, tmp_path / "merged")
+
+
+BIASED: dict[str, peft.PeftConfig] = {
+    "(IA)3": peft.IA3Config(target_modules=["q_proj", "v_proj", "o_proj"], feedforward_modules=["o_proj"]),
+    "RoAd": peft.RoadConfig(group_size=4, target_modules=["q_proj", "v_proj"]),
+    "VeRA with its biases": peft.VeraConfig(r=4, target_modules=["q_proj"], bias="vera_only"),
+    "HRA with all biases": peft.HRAConfig(r=4, target_modules=["q_proj"], bias="all"),
+    "LoHa with a saved head": peft.LoHaConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_biases_and_whole_modules_come_along(case: str, tmp_path: Path) -> None:
+    config = build_config("llama", tied=False)
+    config.attention_bias = True
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    model.save_pretrained(base)
+    adapter = save_adapted(base, BIASED[case], tmp_path / "adapter")
+    assert_merged_like_peft(base, adapter, tmp_path / "merged")
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(8, 6, (3, 2))
+        self.point = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wide(x)
+
+
+@pytest.mark.parametrize("effective", [True, False])
+@pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoKrConfig])
+def test_convolutions_change_as_in_peft(kind: type[peft.PeftConfig], effective: bool, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = Convolution()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings: Any = {"r": 1, "alpha": 2, "target_modules": ["wide", "point"], "use_effective_conv2d": effective}
+    adapted = peft.get_peft_model(model, kind(**settings))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    plain = Convolution()
+    plain.load_state_dict(before)
+    shapes = {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in before.items()}
+    with applied(plain, load_deltas(tmp_path / "adapter", Architecture("", False, shapes)).deltas):
+        assert not torch.equal(plain.wide.weight, before["wide.weight"])
+        assert_all_close(plain.state_dict(), merged, 1e-6)
+
+
+def test_a_module_that_adalora_left_no_rank_adds_nothing(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["AdaLoRA"], tmp_path / "adapter")
+    gone = "model.layers.1.self_attn.k_proj"
+
+    def cut(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = {name: tensor for name, tensor in tensors.items() if gone in name}
+        empty = {name: tensor[:, :0] if "lora_B" in name else tensor[:0] for name, tensor in own.items()}
+        return tensors | {name: tensor.contiguous() for name, tensor in empty.items()}
+
+    change_tensors(adapter, cut)
+    touched = merge(base, adapter, tmp_path / "merged").touched
+    assert "model.layers.0.self_attn.k_proj.weight" in touched
+    assert f"{gone}.weight" not in touched
+
+
+UNSAVED: dict[str, tuple[peft.PeftConfig, str]] = {
+    "VeRA": (peft.VeraConfig(r=4, save_projection=False, **BOTH), "save_projection"),
+    "PVeRA": (peft.PveraConfig(r=4, save_projection=False, **BOTH), "save_projection"),
+    "RandLoRA": (peft.RandLoraConfig(r=4, save_projection=False, **BOTH), "save_projection"),
+    "Uni-LoRA": (peft.UniLoraConfig(r=4, theta_d_length=64, **BOTH), "save_indices"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAVED)
+def test_what_another_machine_would_draw_differently_is_refused(
+    case: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    config, option = UNSAVED[case]
+    base = make_model()
+    adapter = save_adapted(base, config, tmp_path / "adapter")
+    with pytest.raises(NotSupported, match=option) as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert f"{option}=True" in caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "value", "code"),
+    [
+        ("OFT", "use_dora", True, "unknown_config"),
+        ("OFT", "coft", "yes", "bad_config"),
+        ("OFT", "num_cayley_neumann_terms", -1, "bad_config"),
+        ("LoHa", "alpha", "8", "bad_config"),
+        ("LoHa", "r", 0, "bad_config"),
+        ("RoAd 1", "variant", "road_3", "bad_config"),
+        ("MiSS", "init_weights", "new", "bad_config"),
+        ("VeRA", "bias", "lora_only", "bad_config"),
+        ("trained tokens", "token_indices", [1, 1], "bad_config"),
+        ("trained tokens", "token_indices", [-1], "bad_config"),
+    ],
+)
+def test_a_setting_that_is_unknown_or_of_another_kind_is_named(
+    case: str, field: str, value: object, code: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    adapter = save_adapted(make_model(), LLAMA_CASES[case], tmp_path / "adapter")
+    change_config(adapter, **{field: value})
+    with pytest.raises((InvalidFile, NotSupported), match=field) as caught:
+        read_adapter(adapter)
+    assert caught.value.code == code
+
+
+# What may be wrong with a tensor: each makes another shape of it, or moves its numbers out of range.
+HARMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cut": lambda tensor: tensor[: max(1, len(tensor) - 1)],
+    "none of it": lambda tensor: tensor[:0],
+    "transposed": lambda tensor: tensor.mT if tensor.dim() > 1 else tensor[None],
+    "flat": lambda tensor: tensor.flatten(),
+    "one dimension more": lambda tensor: tensor[..., None],
+    "twice as wide": lambda tensor: torch.cat([tensor, tensor], dim=-1),
+    "large numbers": lambda tensor: tensor + 90 if not tensor.is_floating_point() else tensor * 1e3,
+}
+
+
+@pytest.mark.parametrize("case", LLAMA_CASES)
+def test_a_damaged_part_is_an_error_and_never_another_delta(case: str, tmp_path: Path, make_model: MakeModel) -> None:
+    """Whatever is done to one tensor: the composer's own error, or deltas of the base's shape."""
+    base = make_model(shard="1GB")
+    architecture, W = open_checkpoint(base).architecture, tensors_in(base)
+    adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")
+    sound = load_file(adapter / "adapter_model.safetensors")
+    kinds = {name.rpartition("proj.")[2]: name for name in sound}
+    refused: list[ComposerError] = []
+    for name in kinds.values():
+        for harm in HARMS.values():
+            save_file(sound | {name: harm(sound[name]).contiguous()}, adapter / "adapter_model.safetensors")
+            try:
+                deltas = list(load_deltas(adapter, architecture).deltas)
+            except ComposerError as error:
+                refused.append(error)
+                continue
+            for delta in deltas:
+                assert isinstance(delta, LowRank | Computed)
+                W_MN = W[delta.weight].reshape(delta.stored_shape)
+                added = delta.rows(W_MN, 0) if isinstance(delta, Computed) else torch.matmul(*delta.stored_factors())
+                assert added.shape == W_MN.shape
+    assert len(refused) >= 3 * len(kinds)
+    assert all(error.subject for error in refused)
+
+
+def test_a_part_that_is_missing_is_named(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["LoHa"], tmp_path / "adapter")
+    change_tensors(
+        adapter, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("0.self_attn.q_proj.hada_w2_b")}
+    )
+    with pytest.raises(Mismatch, match="no hada_w2_b") as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert caught.value.code == "missing_part"
+    assert caught.value.subject == "model.layers.0.self_attn.q_proj"
+
+
+def test_boft_of_several_factors_is_refused(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["BOFT"], tmp_path / "adapter")
+    change_tensors(adapter, lambda ts: {n: t.repeat(2, 1, 1, 1) if "boft_R" in n else t for n, t in ts.items()})
+    with pytest.raises(Mismatch, match="do not go together: boft_R 2 x"):
+        load_deltas(adapter, open_checkpoint(base).architecture)
+
+
+def test_an_adapter_of_another_base_is_an_error_that_names_the_module(tmp_path: Path, make_model: MakeModel) -> None:
+    gpt2, llama = make_model("gpt2", name="gpt2"), make_model()
+    for case in ("HRA", "C3A", "VeRA"):
+        adapter = save_adapted(llama, LLAMA_CASES[case], tmp_path / case)
+        with pytest.raises(Mismatch, match="No tensor matches the base"):
+            load_deltas(adapter, open_checkpoint(gpt2).architecture)
+
+
+MODULES = {"(IA)3": 6, "trained tokens": 1, "HiRA on the embedding": 4}
+
+
+@pytest.mark.parametrize("case", LLAMA_CASES)
+def test_facts_and_servers_say_what_it_is(case: str, tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")
+    for architecture in (None, open_checkpoint(base).architecture):
+        seen = inspect(adapter, architecture)
+        assert seen.findings == []
+        assert seen.facts.type == LLAMA_CASES[case].peft_type.value.lower()
+        assert seen.facts.variant == seen.facts.type
+        assert seen.facts.modules == MODULES.get(case, 12)
+        assert json.loads(json.dumps(seen.facts.to_json()))["targets"] == list(seen.facts.targets)
+    assert seen.loads_in("peft")["loads"]
+    for server in ("vllm:64", "sglang", "lorax", "llamacpp"):
+        told = seen.loads_in(server)
+        assert not told["loads"]
+        assert any("only LoRA" in reason for reason in told["reasons"])
+        assert any("merge" in way for way in told["way_out"])

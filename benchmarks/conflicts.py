@@ -1,0 +1,87 @@
+"""The conflict report of three adapters at the shapes of a 7B model: all checks, and the pass over Gram matrices alone.
+
+The adapters are random bfloat16 factors of rank 16 on all 224 linear weights; what the checks cost does not depend on
+values. The floor is the two products of factors that everything stands on, one BLAS call a side and weight, in float64.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Sample
+from benchmarks.methods import ADAPTERS, LAYERS, RANK, SHAPES
+from composer.conflicts import conflicts
+from composer.delta import Layout, LowRank
+from composer.lowrank import Grams
+from composer.report import headlines
+from composer.tensors import torch_threads
+from composer.variants import LoadedAdapter, load_deltas
+
+GRAMS = "Gram matrices: norms, cosines, interference"
+FLOOR = "the products alone"
+
+
+def main() -> None:
+    chosen = harness.options(__doc__, rounds=5)
+    harness.announce("conflicts", "torch")
+    layers = 2 if chosen.quick else LAYERS
+    adapters = [_adapter(number, layers) for number in range(ADAPTERS)]
+    places = [
+        [delta for delta in deltas if isinstance(delta, LowRank)]
+        for deltas in zip(*(adapter.deltas for adapter in adapters), strict=True)
+    ]
+    factors = [
+        (torch.cat([one.B_OR for one in deltas], 1).double(), torch.cat([one.A_RI for one in deltas]).double())
+        for deltas in places
+    ]
+    weights = [1.0] * ADAPTERS
+    cases = {
+        FLOOR: partial(_side_by_side, _products, factors),
+        GRAMS: partial(_side_by_side, lambda deltas: Grams.of(deltas).inner(), places),
+        "all checks": partial(conflicts, adapters, weights),
+        "all checks, as JSON": lambda: conflicts(adapters, weights).to_json(),
+    }
+    results = harness.interleave({name: partial(_timed, case) for name, case in cases.items()}, chosen.rounds)
+    harness.report(f"{ADAPTERS} adapters of rank {RANK}, {len(places)} weights", results, FLOOR)
+    print("\n" + "\n".join(headlines(conflicts(adapters, weights))))
+
+
+def _adapter(number: int, layers: int) -> LoadedAdapter:
+    generator = torch.Generator().manual_seed(number)
+    deltas: list[LowRank] = []
+    for layer in range(layers):
+        for name, (outputs, inputs) in SHAPES.items():
+            module = f"model.layers.{layer}.{name}"
+            A_RI = torch.randn(RANK, inputs, generator=generator).bfloat16()
+            B_OR = torch.randn(outputs, RANK, generator=generator).bfloat16()
+            deltas.append(LowRank(module, f"{module}.weight", Layout.LINEAR, A_RI, B_OR, 1.0))
+    any_adapter = load_deltas(Path("examples/adapters/sql-migration"), None)
+    return replace(any_adapter, name=f"adapter {number}", deltas=deltas)
+
+
+def _side_by_side(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
+    with torch_threads(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(work, items))
+
+
+def _products(factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+    B_OR, A_RI = factors
+    B_OR.T @ B_OR, A_RI @ A_RI.T
+
+
+def _timed(run: Callable[[], Any]) -> Sample:
+    started = time.perf_counter()
+    run()
+    return Sample(time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

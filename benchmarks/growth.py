@@ -1,0 +1,113 @@
+"""How the cost of a merge grows: with the adapters (1 to 16), their rank (4 to 128) and the base (0.2 to 2.1 billion).
+
+Each point is a process of its own, timed without its imports, beside the copy of the same checkpoint in the same round.
+Writes the plot of docs/growth.svg.
+"""
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks import harness
+from benchmarks.harness import Case, Sample
+from benchmarks.merge import floor, once
+from benchmarks.models import ADAPTERS as MADE
+
+ADAPTERS, RANKS, LAYERS = (1, 2, 4, 8, 16), (4, 16, 64, 128), (2, 5, 11, 22, 44)
+USUAL_LAYERS, USUAL_RANK, USUAL_ADAPTERS = 11, 16, 3
+PLOT = Path("docs/growth.svg")
+Point = tuple[float, Sequence[Sample], Sequence[Sample]]
+"""(x, merges, copies)."""
+
+
+def main() -> None:
+    chosen = harness.options(__doc__, rounds=3)
+    harness.announce("growth", "torch")
+    cut = 2 if chosen.quick else 9
+    with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-growth-") as name:
+        directory = Path(name)
+        usual = _made(directory / "usual", USUAL_LAYERS, USUAL_RANK)
+        series = {
+            "adapters of rank 16": [_point(count, usual, count, chosen.rounds) for count in ADAPTERS[:cut]],
+            "rank of 3 adapters": [
+                _point(rank, _made(directory / f"rank-{rank}", USUAL_LAYERS, rank), USUAL_ADAPTERS, chosen.rounds)
+                for rank in RANKS[:cut]
+            ],
+            "parameters of the base, billions": [
+                _sized(_made(directory / f"layers-{layers}", layers, USUAL_RANK), chosen.rounds)
+                for layers in LAYERS[:cut]
+            ],
+        }
+    for title, points in series.items():
+        rows = [[title, "merge, s", "times cp + fsync", "peak RSS, MB"]]
+        for x, merges, copies in points:
+            ratios = [one.inside_s / other.seconds for one, other in zip(merges, copies, strict=True) if one.inside_s]
+            memory = [(one.peak_rss_bytes or 0) / harness.MB for one in merges]
+            seconds = [one.inside_s or 0.0 for one in merges]
+            rows.append([f"{x:g}", harness.spread(seconds), harness.spread(ratios), harness.spread(memory)])
+        harness.table(f"By {title} ({chosen.rounds} rounds)", rows)
+    if not chosen.quick:
+        PLOT.write_text(plot(series))
+
+
+def _made(directory: Path, layers: int, rank: int) -> Path:
+    subprocess.run([sys.executable, "-m", "benchmarks.models", directory, str(layers), str(rank)], check=True)
+    return directory
+
+
+def _point(x: float, made: Path, count: int, rounds: int) -> Point:
+    """`count` adapters, the three that there are in turn."""
+    adapters = [made / MADE[number % len(MADE)] for number in range(count)]
+    out = made / "out"
+    cases: dict[str, Case] = {
+        "merge": once("composer", made / "base", out, *adapters),
+        "copy": floor(made / "base", out),
+    }
+    results = harness.interleave(cases, rounds)
+    return x, results["merge"], results["copy"]
+
+
+def _sized(made: Path, rounds: int) -> Point:
+    size = sum(file.stat().st_size for file in (made / "base").glob("*.safetensors"))
+    return _point(round(size / 2e9, 2), made, USUAL_ADAPTERS, rounds)
+
+
+def plot(series: Mapping[str, Sequence[Point]]) -> str:
+    """One panel a series: seconds of the merge and of the copy."""
+    width, height, gap = 240, 190, 60
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {(width + gap) * len(series) + 20} {height + 80}" '
+        'font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for place, (title, points) in enumerate(series.items()):
+        left, bottom = gap + place * (width + gap), height + 20
+        lines = {
+            "#2f7fd1": [(x, median(one.inside_s or 0.0 for one in merges)) for x, merges, _ in points],
+            "#7a869a": [(x, median(one.seconds for one in copies)) for x, _, copies in points],
+        }
+        most_x = max(x for x, _, _ in points)
+        most_y = max(y for line in lines.values() for _, y in line)
+        parts.append(f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">{title}</text>')
+        parts.append(f'<text x="{left - 6}" y="{bottom - height + 14}" text-anchor="end">{most_y:.1f} s</text>')
+        parts.append(f'<path d="M{left} {bottom - height} V{bottom} H{left + width}" fill="none" stroke="#bbb"/>')
+        for colour, line in lines.items():
+            at = [(left + width * x / most_x, bottom - (height - 20) * y / most_y) for x, y in line]
+            parts.append(
+                f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}" fill="none" stroke="{colour}"/>'
+            )
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at]
+        for x, _, _ in points:
+            parts.append(
+                f'<text x="{left + width * x / most_x:.1f}" y="{bottom + 16}" text-anchor="middle">{x:g}</text>'
+            )
+    parts.append(f'<text x="{gap}" y="{height + 76}" fill="#2f7fd1">merge, without imports</text>')
+    parts.append(f'<text x="{gap + 160}" y="{height + 76}" fill="#7a869a">cp + fsync of the same checkpoint</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    main()
