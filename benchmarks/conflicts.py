@@ -4,10 +4,8 @@ The adapters are random bfloat16 factors of rank 16 on all 224 linear weights; w
 values. The floor is the two products of factors that everything stands on, one BLAS call a side and weight, in float64.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,8 +42,8 @@ def main() -> None:
     ]
     weights = [1.0] * ADAPTERS
     cases = {
-        FLOOR: partial(_side_by_side, _products, factors),
-        GRAMS: partial(_side_by_side, lambda deltas: Grams.of(deltas).inner(), places),
+        FLOOR: partial(_each, _products, factors),
+        GRAMS: partial(_each, lambda deltas: Grams.of(deltas).inner(), places),
         "all checks": partial(conflicts, adapters, weights),
         "all checks, as JSON": lambda: conflicts(adapters, weights).to_json(),
     }
@@ -67,9 +65,10 @@ def _adapter(number: int, layers: int) -> LoadedAdapter:
     return replace(any_adapter, name=f"adapter {number}", deltas=deltas)
 
 
-def _side_by_side(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
-    with torch_threads(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(work, items))
+def _each(work: Callable[[Any], Any], items: Sequence[Any]) -> None:
+    with torch_threads(1):
+        for item in items:
+            work(item)
 
 
 def _products(factors: tuple[torch.Tensor, torch.Tensor]) -> None:

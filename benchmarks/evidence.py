@@ -1,4 +1,4 @@
-"""The cost of evidence: one suite evaluated, three adapters compared by their factors, and probed with a guard suite.
+"""The cost of evidence: a suite evaluated, three adapters compared by factors and by activations, and probed.
 
 The floor is a plain forward pass over the same 32 examples, batched in the same way, with all logits: what the
 evaluation stands on. Everything runs in one process, with one torch thread and with torch's own choice of them.
@@ -17,13 +17,15 @@ from benchmarks import harness
 from benchmarks.harness import Case, Sample
 from composer.conflicts import conflicts
 from composer.evaluate import LoadedModel, encode, evaluate, load_model
-from composer.probe import Member, probe
+from composer.interference import activations
+from composer.probe import Effort, Member, probe
 from composer.suite import Suite, parse_suite
 from composer.variants import LoadedAdapter, load_deltas
 
 OWN = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
 GUARD = "guard-general"
 FLOOR = "forward of 32 examples"
+WHOLE = "whole suites"
 
 
 def main() -> None:
@@ -39,21 +41,34 @@ def main() -> None:
         torch.set_num_threads(threads)
         results = harness.interleave(_cases(loaded, adapters), chosen.rounds)
         harness.report(f"Evidence with {threads} torch thread{'s' * (threads > 1)}", results, FLOOR)
+    if not chosen.quick:
+        results = harness.interleave(_probes(loaded, adapters), 1)
+        harness.report("Three pairs and the three together: a probe, and whole suites of 32 examples", results, WHOLE)
 
 
 def _cases(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case]:
     suites = {name: parse_suite(Path(f"examples/suites/{name}.yaml")) for name in (*OWN.values(), GUARD)}
     sql = suites["sql-exact"]
-    members = [Member(one.name, one.deltas, 1.0, suites[OWN[one.name]]) for one in adapters]
     work: dict[str, Callable[[], Any]] = {
         FLOOR: partial(_forward, loaded, sql),
         "eval of the base": partial(evaluate, loaded, sql),
         "eval of an adapter": partial(evaluate, loaded, sql, adapters[0].deltas),
         "conflicts of three": partial(conflicts, adapters, [1.0] * len(adapters)),
-        "probe of three and a guard, K = 2": partial(probe, loaded, members, [suites[GUARD]], 2),
-        "probe of three and a guard, K = 4": partial(probe, loaded, members, [suites[GUARD]], 4),
+        "activations of three on 8 prompts": partial(
+            activations, loaded, {one.name: one.deltas for one in adapters}, [one.prompt for one in sql.sample(8)]
+        ),
     }
     return {name: partial(_timed, run) for name, run in work.items()}
+
+
+def _probes(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case]:
+    suites = {name: parse_suite(Path(f"examples/suites/{name}.yaml")) for name in (*OWN.values(), GUARD)}
+    members = [Member(one.name, one.deltas, 1.0, suites[OWN[one.name]]) for one in adapters]
+    efforts = {WHOLE: 32, "probe, K = 4": 4, "probe, K = 2": 2, "probe, K = 2 to 16": Effort(2, 16)}
+    return {
+        name: partial(_timed, partial(probe, loaded, members, [suites[GUARD]], effort))
+        for name, effort in efforts.items()
+    }
 
 
 def _timed(run: Callable[[], Any]) -> Sample:

@@ -100,17 +100,22 @@ class Policy:
 
 
 def parse_policy(text: str, subject: str = "policy") -> Policy:
-    """YAML: a code of a finding and `notice`, `warning`, `error` or `ignore`; under `thresholds`, a code and a number.
-
-    Raises InvalidFile naming the key: not YAML, no mapping, another value, a number for a code that hangs on none, or a
-    hard conflict, which stays an error.
-    """
+    """The policy in a YAML text. Raises InvalidFile where it is none, and what `read_policy` raises."""
     try:
         if len(text) > MAX_POLICY_CHARS:
             raise ValueError(f"it is longer than {MAX_POLICY_CHARS} characters")
         document: object = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
+    return read_policy(document, subject)
+
+
+def read_policy(document: object, subject: str = "policy") -> Policy:
+    """A code of a finding and `notice`, `warning`, `error` or `ignore`; under `thresholds`, a code and a number.
+
+    Raises InvalidFile naming the key: no mapping, another value, a number for a code that hangs on none, or a hard
+    conflict, which stays an error.
+    """
     rows = _mapping(document, subject)
     numbers = _mapping(rows.pop("thresholds", None), f"{subject}: thresholds")
     return Policy(

@@ -159,10 +159,13 @@ class Grams:
         """2 (O + I) R^2 flops in float64: products of float32 factors lose nothing there, so squaring the condition
         number is harmless. With float32 products singular values below 3e-4 of the largest would be noise.
         """
-        B_OR = torch.cat([delta.B_OR.double() * delta.scale for delta in deltas], dim=1)
-        A_RI = torch.cat([delta.A_RI.double() for delta in deltas])
+        B_OR = torch.cat([delta.B_OR for delta in deltas], dim=1).double()
+        A_RI = torch.cat([delta.A_RI for delta in deltas]).double()
         ranks = tuple(delta.rank for delta in deltas)
-        return cls(B_OR.T @ B_OR, A_RI @ A_RI.T, ranks, (B_OR.shape[0], A_RI.shape[1]))
+        s_R = torch.tensor([delta.scale for delta in deltas], dtype=torch.float64).repeat_interleave(
+            torch.tensor(ranks)
+        )
+        return cls(s_R[:, None] * (B_OR.T @ B_OR) * s_R, A_RI @ A_RI.T, ranks, (B_OR.shape[0], A_RI.shape[1]))
 
     def inner(self) -> Float64:
         """<Delta_i, Delta_j>_F = sum over the entries of (B_i^T B_j) * (A_i A_j^T), scales folded in."""

@@ -14,6 +14,7 @@ dtype: bfloat16                      # of the merged checkpoint; the base's own 
 probe: 2                             # examples of each member's suite for the conflict report; 0 for none
 evaluate: [sql-exact, guard-general] # suites for the candidate
 gates: ["guard-general.nll within 0.2 of base"]
+policy: {near_duplicate: error, thresholds: {probe_loss: 0.1}}   # of the conflict report's findings
 notes: one line
 """
 
@@ -26,6 +27,7 @@ from typing import Any, cast
 import yaml
 
 from composer.errors import InvalidFile, NotSupported
+from composer.findings import read_policy
 from composer.settings import SETTINGS, parse_settings
 from composer.text import LONE_SURROGATE, shown
 from composer.weights import Weight, WeightRule, parse_weight
@@ -59,6 +61,7 @@ class Recipe:
     evaluate: tuple[str, ...] = ()
     gates: tuple[str, ...] = ()
     notes: str = ""
+    policy: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> dict[str, Any]:
         inputs = [
@@ -76,6 +79,7 @@ class Recipe:
             "evaluate": list(self.evaluate),
             "gates": list(self.gates),
             "notes": self.notes,
+            **({"policy": dict(self.policy)} if self.policy else {}),
         }
 
 
@@ -198,7 +202,17 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
         evaluate=_texts(fields, "evaluate", subject),
         gates=_texts(fields, "gates", subject),
         notes=_text(fields, "notes", subject) or "",
+        policy=_policy(fields.get("policy"), f"{subject}: policy"),
     )
+
+
+def _policy(document: object, subject: str) -> Mapping[str, Any]:
+    """As it was given, once it is known to be one."""
+    try:
+        read_policy(document, subject)
+    except InvalidFile as error:
+        raise _bad(error.subject, error.message.removeprefix(f"{error.subject}: ").rstrip(".")) from error
+    return cast("dict[str, Any]", document or {})
 
 
 def _input(row: object, subject: str) -> RecipeInput:

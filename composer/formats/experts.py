@@ -42,17 +42,28 @@ def owner_of(module: str) -> str:
 def parameter_of(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> str | None:
     """The targeted parameter that this pair is for: the one that it fits, and of several the one at its depth."""
     owner = owner_of(module)
-    targets = [target.rpartition(".") for target in placement.config.target_parameters]
-    named = {name for holder, _, name in targets if not holder or f".{owner}".endswith(f".{holder}")}
-    names = sorted(named, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
-    depth = module.count(".base_layer")
+    names = _targeted(placement, owner)
     if placement.architecture is not None:
-        stacks = {name: _stack(placement.architecture, owner, name) for name in names}
         sizes = {a_shape[1], b_shape[0]} if len(a_shape) == len(b_shape) == 2 else set[int]()
+        stacks = {name: _stack(placement.architecture, owner, name) for name in names}
         fitting = [name for name, stack in stacks.items() if stack and set(stack.shape[-2:]) == sizes]
         if len(fitting) == 1:
             return fitting[0]
+    depth = module.count(".base_layer")
     return names[len(names) - 1 - depth] if depth < len(names) else None
+
+
+def _targeted(placement: Placement, owner: str) -> list[str]:
+    """The module's parameters that the config names, in the order of the module itself."""
+    named: set[str] = set()
+    for target in placement.config.target_parameters:
+        holder, _, name = target.rpartition(".")
+        if holder and f".{owner}".endswith(f".{holder}"):
+            named.add(name)
+        elif not holder:  # any module's that has one of this name
+            known = placement.architecture and _stack(placement.architecture, owner, name)
+            named.update([name] if known or (placement.architecture is None and owner.endswith("experts")) else [])
+    return sorted(named, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
 def place_experts(placement: Placement, module: str, parameter: str, parts: dict[str, str]) -> None:

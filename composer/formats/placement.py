@@ -116,8 +116,8 @@ def _add_other(placement: Placement, placed: PlacedModule, size: Size, made_for:
 def _layout(placement: Placement, module: str, target: Target, own: Mapping[str, str]) -> str:
     if any("_embedding_" in part for part in own):
         return "embedding"
-    size = placement.base_shape(target)[::-1]
-    return "conv1d" if placement.transposed(module, target, (0, 0) if len(size) != 2 else size) else "linear"
+    # No factors that would tell more than the model type does: PEFT ignores fan_in_fan_out where it does not hold.
+    return "conv1d" if placement.transposed(module, target, (0, 0)) else "linear"
 
 
 def _acts_on_bias(placement: Placement, kind: AdapterType, placed: PlacedModule) -> bool:
@@ -187,6 +187,8 @@ def _check_config_is_used(placement: Placement) -> None:
     for target in _targets_without_tensors(config, adapted):
         message = f"target_modules has {target!r}, but no tensor belongs to a module that it matches."
         placement.error("no_target", target, message)
+    if config.token_indices and not any(placed.kind == "tokens" for placed in placement.modules):
+        placement.error("no_target", "token_indices", "The config names trained tokens, but no tensor has their rows.")
     for target in missing_parameters(placement):
         message = f"target_parameters names {target!r}, but no tensor belongs to such a parameter."
         placement.error("no_target", target, message)
@@ -223,4 +225,5 @@ def _adapted_paths(placement: Placement) -> set[str]:
     own = _own_parts(placement.config)
     split = (split_key(key) for key in placement.header.tensors)
     tokens = placement.config.peft_type == "TRAINABLE_TOKENS"
-    return {owner_of(one.module) for one in split if one.part in own and (tokens or one.part != TOKENS)}
+    own = own if tokens else own - {TOKENS}
+    return {owner_of(one.module) for one in split if one.part in own and one.module != SHARED}

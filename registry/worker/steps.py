@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
+from composer.findings import read_policy
 from composer.formats.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
 from composer.hashing import hash_file, verify_checkpoint
 from composer.recipe import Lock, Recipe, parse_recipe
@@ -115,6 +116,7 @@ def check(held: Held) -> None:
         [weight for _, weight in members],
         Method(work.lock.method, work.lock.settings),
         evidence=_evidence(held, work),
+        policy=read_policy(work.recipe.policy),
     )
     _store(held, work, conflicts=report.to_json())
     refuse_errors(report.findings, "recipe", Refused, "Change the recipe.")

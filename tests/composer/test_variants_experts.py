@@ -82,6 +82,7 @@ CASES: dict[str, tuple[Callable[..., PreTrainedConfig], int, LoraConfig]] = {
     ),
     "GPT-OSS, stored inputs first": (gpt_oss, 12, lora(GATE, DOWN)),
     "GPT-OSS, square": (gpt_oss, 16, lora(DOWN)),
+    "Mixtral, bare names": (mixtral, 24, lora("gate_up_proj", "down_proj")),
     "a router": (mixtral, 24, lora("mlp.gate.weight")),
 }  # fmt: skip
 

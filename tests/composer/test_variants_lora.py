@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from composer.applied import applied
@@ -21,6 +20,8 @@ from tests.composer.adapted import (
     IDS,
     assert_all_close,
     assert_merged_like_peft,
+    change_config,
+    change_tensors,
     logits,
     merge,
     peft_logits,
@@ -178,13 +179,11 @@ def test_dora_and_a_plain_lora_add_up_from_the_bases_own_weight(tmp_path: Path, 
 
 
 def without_flag(adapter: Path) -> None:
-    text = (adapter / "adapter_config.json").read_text()
-    (adapter / "adapter_config.json").write_text(text.replace('"use_dora": true', '"use_dora": false'))
+    change_config(adapter, use_dora=False)
 
 
 def without_magnitude(adapter: Path) -> None:
-    path = adapter / "adapter_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(path).items() if "magnitude" not in name}, path)
+    change_tensors(adapter, lambda tensors: {name: one for name, one in tensors.items() if "magnitude" not in name})
 
 
 @pytest.mark.parametrize("change", [without_flag, without_magnitude])
@@ -197,6 +196,14 @@ def test_a_magnitude_and_its_flag_must_agree(
     with pytest.raises(NotSupported, match="magnitude, which goes with use_dora") as caught:
         load_deltas(adapter, open_checkpoint(base).architecture)
     assert "self_attn" in caught.value.subject
+
+
+def test_tokens_that_no_tensor_has_are_an_error(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, lora(trainable_token_indices=[1, 2]), tmp_path / "adapter")
+    change_tensors(adapter, lambda tensors: {name: one for name, one in tensors.items() if "token" not in name})
+    with pytest.raises(Mismatch, match="no tensor has their rows"):
+        load_deltas(adapter, open_checkpoint(base).architecture)
 
 
 def test_a_bias_of_b_needs_a_bias_to_be_added_to(tmp_path: Path, make_model: MakeModel) -> None:

@@ -54,6 +54,9 @@ LLAMA_CASES: dict[str, peft.PeftConfig] = {
     "GraLoRA, hybrid": peft.GraloraConfig(r=4, alpha=6, gralora_k=2, hybrid_r=3, **BOTH),
     "DeLoRA": peft.DeloraConfig(r=4, **BOTH),
     "HiRA": peft.HiraConfig(r=4, **BOTH),
+    "(IA)3 with a flag for another model": peft.IA3Config(
+        target_modules=["k_proj"], feedforward_modules=[], fan_in_fan_out=True
+    ),
     "HiRA on the embedding": peft.HiraConfig(r=4, target_modules=["embed_tokens", "v_proj"]),
     "MiSS": peft.MissConfig(r=4, **BOTH),
     "MiSS with a remainder": peft.MissConfig(r=5, **BOTH),
@@ -282,7 +285,7 @@ def test_an_adapter_of_another_base_is_an_error_that_names_the_module(tmp_path: 
             load_deltas(adapter, open_checkpoint(gpt2).architecture)
 
 
-MODULES = {"(IA)3": 6, "trained tokens": 1, "HiRA on the embedding": 4}
+MODULES = {"(IA)3": 6, "(IA)3 with a flag for another model": 3, "trained tokens": 1, "HiRA on the embedding": 4}
 
 
 @pytest.mark.parametrize("case", LLAMA_CASES)

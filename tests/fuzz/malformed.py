@@ -226,6 +226,13 @@ def targets(draw: st.DrawFn, adapter: Adapter) -> None:
     adapter.config[name] = draw(known | numbers | st.integers(min_value=1) | st.just({"q_proj": 1}) | st.just(True))
 
 
+def rows_and_stacks(draw: st.DrawFn, adapter: Adapter) -> None:
+    """Tokens and parameters that the config says are trained, and no tensor is for."""
+    name = draw(st.sampled_from(["trainable_token_indices", "target_parameters"]))
+    ids, paths = st.lists(st.integers(0, 5), min_size=1), st.just(["mlp.experts.gate_up_proj", "down_proj"])
+    adapter.config[name] = draw(junk.filter(bool) | huge.filter(bool) | ids | paths)
+
+
 def identity(draw: st.DrawFn, adapter: Adapter) -> None:
     name = draw(st.sampled_from(["base_model_name_or_path", "peft_version", "revision"]))
     adapter.config[name] = draw(
@@ -248,7 +255,7 @@ def config_no_json(draw: st.DrawFn, adapter: Adapter) -> None:
 HARMS: tuple[Harm, ...] = (
     claimed_length, truncated, too_long, not_safetensors, offsets, overlapping, dtype, shape, entry_fields, names,
     missing, twice, metadata, no_json, not_finite, rank, alpha, peft_type, unknown_setting, two_variants, patterns,
-    flags, targets, identity, config_no_json,
+    flags, targets, rows_and_stacks, identity, config_no_json,
 )  # fmt: skip
 
 

@@ -21,43 +21,43 @@ KINDS: dict[str, tuple[peft.PeftConfig, str, int]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_pushed_shown_found_and_merged(kind: str, cli: Cli, world: World, tmp_path: Path) -> None:
+def test_it_is_pushed_shown_found_and_merged(kind: str, embedded: Cli, world: World, tmp_path: Path) -> None:
     config, variant, rank = KINDS[kind]
     adapter = save_adapted(world.base, config, tmp_path / kind)
-    cli.ok("base", "add", world.base, "--name", "small")
-    inspected = cli.json("inspect", adapter)
+    embedded.ok("base", "add", world.base, "--name", "small")
+    inspected = embedded.json("inspect", adapter)
     assert inspected["adapter"]["variant"] == variant
-    cli.ok("push", adapter, f"acme/{kind}:1.0.0", "--base", "small")
-    shown = cli.json("show", f"acme/{kind}:1.0.0")["adapter"]
+    embedded.ok("push", adapter, f"acme/{kind}:1.0.0", "--base", "small")
+    shown = embedded.json("show", f"acme/{kind}:1.0.0")["adapter"]
     assert (shown["variant"], shown["rank_max"]) == (variant, rank)
     assert {"q_proj", "v_proj"} <= set(shown["targets"])
-    assert cli.json("search", "--loads-in", "vllm:512")["items"] == []
-    assert [found["repository"] for found in cli.json("search", "--loads-in", "peft")["items"]] == [f"acme/{kind}"]
-    cli.ok("merge", "--base", world.base, "--adapter", adapter, "-o", tmp_path / "merged")
+    assert embedded.json("search", "--loads-in", "vllm:512")["items"] == []
+    assert [found["repository"] for found in embedded.json("search", "--loads-in", "peft")["items"]] == [f"acme/{kind}"]
+    embedded.ok("merge", "--base", world.base, "--adapter", adapter, "-o", tmp_path / "merged")
     assert relative(logits(tmp_path / "merged"), peft_logits(world.base, adapter)) <= 1e-5
 
 
 def test_a_conflict_report_of_unlike_types_says_what_it_cannot_compare(
-    cli: Cli, world: World, tmp_path: Path
+    embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     loha = save_adapted(world.base, KINDS["loha"][0], tmp_path / "loha")
-    report = cli.json("conflicts", loha, world.adapters["sql"], "--base", world.base)
+    report = embedded.json("conflicts", loha, world.adapters["sql"], "--base", world.base)
     assert report["verdict"] in ("ok", "warn")
 
 
-def test_two_adapters_that_rescale_one_weight_are_refused(cli: Cli, world: World, tmp_path: Path) -> None:
+def test_two_adapters_that_rescale_one_weight_are_refused(embedded: Cli, world: World, tmp_path: Path) -> None:
     dora, oft = (save_adapted(world.base, KINDS[kind][0], tmp_path / kind) for kind in ("dora", "oft"))
-    ran = cli("merge", "--base", world.base, "--adapter", dora, "--adapter", oft, "-o", tmp_path / "merged")
+    ran = embedded("merge", "--base", world.base, "--adapter", dora, "--adapter", oft, "-o", tmp_path / "merged")
     assert ran.code != 0
     assert "each rescale" in ran.err
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_change_of_type_needs_a_major_bump(cli: Cli, world: World, tmp_path: Path) -> None:
-    cli.ok("base", "add", world.base, "--name", "small")
+def test_a_change_of_type_needs_a_major_bump(embedded: Cli, world: World, tmp_path: Path) -> None:
+    embedded.ok("base", "add", world.base, "--name", "small")
     loha = save_adapted(world.base, KINDS["loha"][0], tmp_path / "loha")
-    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "small")
-    assert cli("push", loha, "acme/sql:1.1.0", "--base", "small").code != 0
-    cli.ok("push", loha, "acme/sql:2.0.0", "--base", "small")
-    changed = cli.json("diff", "acme/sql:1.0.0", "acme/sql:2.0.0")
+    embedded.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "small")
+    assert embedded("push", loha, "acme/sql:1.1.0", "--base", "small").code != 0
+    embedded.ok("push", loha, "acme/sql:2.0.0", "--base", "small")
+    changed = embedded.json("diff", "acme/sql:1.0.0", "acme/sql:2.0.0")
     assert "loha" in str(changed)

@@ -1,0 +1,139 @@
+"""Someone asks what two adapters would do to each other, on whatever evidence there is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.composer.test_page import Tree
+from tests.scenarios.conftest import stock
+from tests.scenarios.world import Cli, World
+
+PAIR = ("acme/sql:1.0.0", "acme/terraform:1.0.0")
+
+
+@pytest.fixture
+def team(embedded: Cli, world: World) -> Cli:
+    cli = stock(embedded, world)
+    for name in ("sql", "terraform"):
+        cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    return cli
+
+
+def test_evidence_grows_from_weights_over_activations_to_a_probe(team: Cli, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("sql 1\n\nterraform 2\n")
+    weights = team.json("conflicts", *PAIR)
+    activations = team.json("conflicts", *PAIR, "--prompts", prompts)
+    fallen_back = team.json("conflicts", *PAIR, "--prompts", prompts, "--probe", "2")
+    for suite, ref in zip(("sql-exact", "terraform-exact"), PAIR, strict=True):
+        team.ok("eval", ref, "--suite", suite)
+    probed = team.json("conflicts", *PAIR, "--probe", "2", "--probe-max", "4", "--guard", "guard-exact")
+    found = [report["pairs"][0]["evidence"] for report in (weights, activations, fallen_back, probed)]
+    assert found == ["weights", "activations", "activations", "probe"]
+    assert activations["activations"]["prompts"] == 2
+    assert probed["pairs"][0]["probe"]["k"] in (2, 4)
+    assert probed["pairs"][0]["risk_low"] <= probed["pairs"][0]["risk"] <= probed["pairs"][0]["risk_high"]
+    assert [guard["suite"] for guard in probed["pairs"][0]["probe"]["guards"]] == ["guard-exact"]
+    assert probed["adapters"][0]["amplification"] > 0, "the base is at hand where it was probed"
+    shown = team.ok("conflicts", *PAIR, "--probe", "2", "--probe-max", "0").out
+    assert "nats per token, measured" in shown
+    assert "Adapters" in shown
+
+
+def test_a_probe_without_suites_says_what_else_there_is(team: Cli) -> None:
+    refused = team("conflicts", *PAIR, "--probe", "2")
+    assert refused.code == 2
+    assert "--prompts" in refused.err
+
+
+def test_method_settings_and_rules_are_those_of_the_combination(team: Cli) -> None:
+    plain = team.json("conflicts", *PAIR)
+    ruled = team.json("conflicts", *PAIR, "--weights", "1,0.5", "--rule", "2:q_proj=0")
+    assert ruled["adapters"][1]["weight"] == {"value": 0.5, "rules": [{"modules": "q_proj", "weight": 0.0}]}
+    assert ruled["whole"]["interference"] == pytest.approx(1.0), "they met in q_proj only"
+    assert plain["whole"]["interference"] != pytest.approx(1.0, abs=1e-6)
+    ties = team.json("conflicts", *PAIR, "--method", "ties", "--set", "density=0.1")
+    assert ties["adapters"][0]["retention"] != pytest.approx(plain["adapters"][0]["retention"], abs=1e-3)
+    for wrong, code in (
+        (("--rule", "3:q_proj=0"), "3:q_proj=0"), (("--method", "tie"), "tie"), (("--set", "colour=1"), "colour"),
+        (("--weights", "1,inf"), "1,inf"),
+    ):  # fmt: skip
+        refused = team("conflicts", *PAIR, *wrong)
+        assert refused.code in (2, 6), refused
+        assert code in refused.err
+
+
+def test_a_policy_decides_the_verdict_and_the_exit_code(team: Cli, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("input_overlap: error\nthresholds: {input_overlap: -1}\n")
+    refused = team("conflicts", *PAIR, "--policy", policy, "--json")
+    assert (refused.code, refused.json["verdict"]) == (1, "refuse")
+    assert {"input_overlap", "weak_evidence"} == {finding["code"] for finding in refused.json["findings"]}
+    policy.write_text("weak_evidence: ignore\n")
+    assert team.json("conflicts", *PAIR, "--policy", policy)["findings"] == []
+    policy.write_text("vocabulary_mismatch: ignore\n")
+    hard = team("conflicts", *PAIR, "--policy", policy)
+    assert hard.code == 6
+    assert "vocabulary_mismatch" in hard.err
+    assert team("conflicts", *PAIR, "--policy", tmp_path / "nowhere.yaml").code == 2
+
+
+def test_the_page_is_one_file_with_the_same_verdict(team: Cli, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    ran = team.ok("conflicts", *PAIR, "--html", page, "--json")
+    assert str(page) in ran.err
+    tree = Tree(page.read_text(encoding="utf-8")).root
+    assert f"Verdict: {ran.json['verdict']}" in tree.whole()
+    assert "acme/sql:1.0.0" in tree.whole()
+    assert team("conflicts", *PAIR, "--html", tmp_path / "no" / "report.html").code == 2
+
+
+def test_directories_are_compared_beside_a_base_without_any_registry_entry(
+    embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    pair = (world.adapters["sql"], world.adapters["terraform"])
+    assert embedded.json("conflicts", *pair)["adapters"][0]["amplification"] is None
+    beside = embedded.json("conflicts", *pair, "--base", world.base)
+    assert beside["adapters"][0]["amplification"] > 0
+    assert beside["whole"]["lost_share"] is not None
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n")
+    assert embedded("conflicts", *pair, "--prompts", prompts).code == 2, "a measurement needs the base's weights"
+    assert embedded.json("conflicts", *pair, "--base", world.base, "--prompts", prompts)["activations"]["prompts"] == 1
+
+
+def test_rules_of_a_recipe_reach_the_lock_the_report_and_the_result(team: Cli, tmp_path: Path) -> None:
+    rules = [{"modules": "q_proj", "weight": 0.0}]
+    recipe = tmp_path / "recipe.yaml"
+    inputs = [{"adapter": PAIR[0]}, {"adapter": PAIR[1], "weight": 0.5, "rules": rules}]
+    recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))
+    done = team.json("compose", recipe, "--follow")
+    assert done["state"] == "done"
+    assert done["lock"]["inputs"][1]["rules"] == rules
+    assert done["conflicts"]["adapters"][1]["weight"]["rules"] == rules
+    assert done["conflicts"]["whole"]["interference"] == pytest.approx(1.0)
+    team.ok("pull", "acme/both:1.0.0", "-o", tmp_path / "both")
+    config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    assert config["r"] == 4, "in q_proj the second one is not there: its rank is the first one's"
+
+
+def test_a_policy_in_a_recipe_can_end_a_composition_and_a_bad_one_is_refused_at_once(team: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    content = {
+        "inputs": [{"adapter": ref} for ref in PAIR],
+        "method": "stack",
+        "adapter": "acme/both:1.0.0",
+        "probe": 0,
+    }
+    recipe.write_text(yaml.safe_dump(content | {"policy": {"crowding": "error", "thresholds": {"crowding": 0.01}}}))
+    ended = team("compose", recipe, "--follow")
+    assert ended.code == 1
+    assert "crowd into one output direction" in ended.err
+    assert team("show", "acme/both:1.0.0").code == 3, "nothing was published"
+    recipe.write_text(yaml.safe_dump(content | {"policy": {"crowding": "fatal"}}))
+    refused = team("compose", recipe)
+    assert refused.code == 6
+    assert "policy" in refused.err
+    assert "'fatal'" in refused.err
