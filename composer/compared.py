@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from composer.delta import LowRank
 from composer.lowrank import Comparison, compare
-from composer.tensors import all_finite, torch_threads
+from composer.tensors import all_finite
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, layer_of
 
@@ -32,12 +32,10 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
     at one place, is left out: other checks name it."""
     places = _places(adapters)
     modules: dict[str, Comparison] = {}
-    # The products are small: on busy cores, waiting for a second thread took 1.4 s where the work is 0.08 s. Python
-    # threads would wait for the interpreter: two took 7 s where one takes 3.
-    with torch_threads(1):
-        for (module, _), deltas in places.items():
-            one = compare(deltas, [weight.of(module) for weight in weights])
-            modules[module] = modules[module] + one if module in modules else one
+    # One after the other: the work is many small calls, and two of Python's threads were no faster than one.
+    for (module, _), deltas in places.items():
+        one = compare(deltas, [weight.of(module) for weight in weights])
+        modules[module] = modules[module] + one if module in modules else one
     nothing = Comparison.zero(len(adapters))
     layers: dict[int, Comparison] = {}
     for module, one in modules.items():

@@ -177,7 +177,7 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> lis
     elif extra := _extra_parts(config, placed):
         problems.append((f"the conversion refuses tensors beside lora_A and lora_B ({extra})", ""))
     elif config.flags and facts.variant != "alora_invocation_tokens":
-        problems.append((f"{facts.variant} is not converted", ""))
+        problems.append((f"{facts.variant} is not converted", "" if config.unsupported() else _MERGE))
     if any(module.tied and module.module.endswith("lm_head") for module in placed.low_rank):
         problems.append(("the conversion refuses an lm_head that is tied to the embedding", _MERGE))
     return problems

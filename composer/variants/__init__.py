@@ -16,6 +16,7 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import Adapter, read_adapter
+from composer.formats.naming import is_head
 from composer.formats.pairs import FACTOR_PARTS
 from composer.formats.placed import Placed, PlacedModule
 from composer.formats.placement import place
@@ -126,6 +127,7 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
         for module in placed.adapted:
             _refuse_not_finite(adapter, module)
     deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
+    _refuse_unlike_twins(adapter, placed)
     copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
     return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
 
@@ -152,6 +154,22 @@ def _refuse_parts(adapter: Adapter, placed: Placed) -> None:
             flag = _EXTRAS.get(odd[0], "no flag that is known")
             message = f"{adapter.name} cannot be merged: {module.module} {has} {odd[0]}, which goes with {flag}."
             raise NotSupported(f"part_{odd[0]}", message, subject=module.module, next_step=MERGE_NEXT)
+
+
+def _refuse_unlike_twins(adapter: Adapter, placed: Placed) -> None:
+    """Both sides of a tied weight have the same pair only if the head's is the embedding's, turned."""
+    twins = [Module(adapter, module) for module in placed.low_rank if module.twin]
+    pairs = [lora.factors(module) if is_head(module.placed.module) else _turned(module) for module in twins]
+    for module, pair in zip(twins[1:], pairs[1:], strict=True):
+        if not all(torch.equal(one, other) for one, other in zip(pairs[0], pair, strict=True)):
+            path = module.placed.module
+            message = f"{adapter.name} says that {path} and its twin are tied, but their factors differ."
+            raise Mismatch("twins_differ", message, subject=path, next_step="Set ensure_weight_tying to false.")
+
+
+def _turned(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+    A_RI, B_OR = lora.factors(module)
+    return B_OR.T, A_RI.T
 
 
 def _count(adapter: Adapter, module: PlacedModule) -> int:

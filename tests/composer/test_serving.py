@@ -26,6 +26,10 @@ LOADS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
         {"modules_to_save": ["lm_head"]},
         dict.fromkeys(["vllm:16", "vllm:32", "sglang", "llamacpp"], "modules_to_save"),
     ),
+    "trained tokens": (
+        {"trainable_token_indices": [1]},
+        dict.fromkeys(["vllm:16", "vllm:32", "sglang", "llamacpp"], "trainable_token_indices"),
+    ),
     "pissa": ({"init_lora_weights": "pissa"}, dict.fromkeys(["vllm:16", "vllm:32", "sglang"], "pissa")),
 }
 

@@ -147,6 +147,16 @@ def test_a_pair_that_both_sides_of_a_tied_weight_share_is_added_once(tmp_path: P
         assert relative(logits(tmp_path / out), peft_logits(base, adapter)) <= 1e-5
 
 
+def test_sides_that_are_said_to_share_a_pair_must_have_the_same(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model(tied=True)
+    config = lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    adapter = save_adapted(base, config, tmp_path / "adapter")
+    change_tensors(adapter, lambda tensors: {n: t + 1 if "lm_head.lora_A" in n else t for n, t in tensors.items()})
+    with pytest.raises(Mismatch, match="their factors differ") as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert caught.value.code == "twins_differ"
+
+
 def test_two_adapters_cannot_train_the_same_token(tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model()
     one, two, far = (

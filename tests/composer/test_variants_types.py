@@ -1,5 +1,6 @@
 """Every type of adapter beside LoRA: merged as PEFT merges it, and refused by name where nothing can be true to it."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.composer.adapted import (
     change_config,
     change_tensors,
     merge,
+    peft_merged,
     save_adapted,
 )
 from tests.composer.tiny import MakeModel, build_config, tensors_in
@@ -283,6 +285,38 @@ def test_an_adapter_of_another_base_is_an_error_that_names_the_module(tmp_path: 
         adapter = save_adapted(llama, LLAMA_CASES[case], tmp_path / case)
         with pytest.raises(Mismatch, match="No tensor matches the base"):
             load_deltas(adapter, open_checkpoint(gpt2).architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", LLAMA_CASES)
+def test_rows_are_the_same_in_any_cut(case: str, dtype: torch.dtype, tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model(shard="1GB")
+    W = tensors_in(base)
+    adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")
+    for delta in load_deltas(adapter, open_checkpoint(base).architecture).deltas:
+        if isinstance(delta, Computed):
+            W_MN = W[delta.weight].reshape(delta.stored_shape).to(dtype)
+            before = W_MN.clone()
+            whole = delta.rows(W_MN, 0)
+            assert whole.dtype is dtype
+            assert torch.equal(W_MN, before)
+            cuts = [0, len(W_MN)] if delta.whole else [0, 1, 6, 11, len(W_MN)]
+            parts = [delta.rows(W_MN[begin:end], begin) for begin, end in itertools.pairwise(cuts)]
+            # A small Δ is the difference of two weights, whose rounding it keeps.
+            assert_all_close({case: torch.cat(parts)}, {case: whole}, 1e-5 if dtype is torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("case", ["OFT", "LoHa", "VeRA", "FourierFT", "RoAd 1", "HiRA on the embedding"])
+def test_a_bf16_merge_rounds_once(case: str, tmp_path: Path, make_model: MakeModel) -> None:
+    exact, base = make_model(shard="1GB", name="exact"), make_model(dtype=torch.bfloat16)
+    rounded = {name: tensor.float() for name, tensor in tensors_in(base).items()}
+    save_file(rounded, exact / "model.safetensors", {"format": "pt"})
+    adapter = save_adapted(exact, LLAMA_CASES[case], tmp_path / "adapter")
+    touched = merge(base, adapter, tmp_path / "merged").touched
+    expected, merged = peft_merged(exact, adapter), tensors_in(tmp_path / "merged")
+    for name in touched:
+        error = (merged[name].double() - expected[name].double()).abs()
+        assert bool((error <= expected[name].double().abs() * 2**-8 * 1.001 + 1e-6).all()), name
 
 
 MODULES = {"(IA)3": 6, "(IA)3 with a flag for another model": 3, "trained tokens": 1, "HiRA on the embedding": 4}
