@@ -50,8 +50,8 @@ def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared) -> list[F
         others = [delta.module for delta in adapter.deltas if isinstance(delta, Computed)]
         if others:
             message = (
-                f"{len(others)} deltas of {adapter.name} have no factors ({others[0]} first): the checks of factors "
-                "leave them out, a probe does not."
+                f"{len(others)} deltas of {adapter.name} have no factors ({others[0]} first): all checks leave them "
+                "out, and so does every risk that is not probed."
             )
             found.append(Finding("not_factors", Severity.NOTICE, adapter.name, message, float(len(others))))
     return found

@@ -176,7 +176,7 @@ def conflicts(
     compared = compare_all(adapters, effective_weights(weights, how.name, how.settings))
     rounded = at_base(compared.places, compared.weights, base) if base else {}
     blocked = any(finding.code in HARD for finding in hard)
-    retention = None if blocked else _retention(adapters, weights, how, compared.total)
+    retention = [None] * len(names) if blocked else _retention(adapters, weights, how, compared.total)
     members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
     pairs = tuple(_pair(compared, indices, evidence, rules) for indices in combinations(range(len(names)), 2))
     findings = [
@@ -210,23 +210,23 @@ def _together(compared: Comparison, rounded: Sequence[AtBase]) -> Together:
 
 def _retention(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], method: Method, total: Comparison
-) -> list[float] | None:
+) -> list[float | None]:
     """A plain sum is known from the factors; of another method its own result is compared with each adapter."""
     pipeline = PIPELINES[method.name]
     cut = any(method.settings.get(name) for name in ("rank", "energy", "protect"))
     if pipeline in (Pipeline(), Pipeline(combine="mean")) and not cut:
-        return [total.sums.retention(index) for index in range(len(adapters))]
+        return [total.sums.retention(i) if total.sums.norm(i) else None for i in range(len(adapters))]
     return retained(adapters, combine_deltas(adapters, weights, method.name, method.settings).deltas)
 
 
-def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float] | None) -> Member:
+def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float | None]) -> Member:
     touched = {module: one for module, one in compared.modules.items() if module in compared.touched[index]}
     energies = {module: rounded[module].energy for module in touched if module in rounded}
     return Member(
         compared.names[index],
         compared.weights[index],
         compared.total.sums.shares()[index],
-        retention[index] if retention else None,
+        retention[index],
         Size.of(compared.total, index, sum(energies.values())),
         {module: Size.of(one, index, energies.get(module)) for module, one in touched.items()},
     )

@@ -10,7 +10,7 @@ from html import escape
 from composer.conflicts import ConflictReport, Pair
 from composer.findings import Finding
 from composer.interference import Activations
-from composer.report import LOUDEST_FIRST, Table, causes, headline, name, probe_table, tables
+from composer.report import LOUDEST_FIRST, Table, causes, headline, probe_table, tables
 from composer.weights import layer_of
 
 MAX_MAPS = 40
@@ -36,11 +36,13 @@ color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.5rem 0 .5rem}h3{font-size:1rem;margin:1.5rem 0 .25rem}
 p{margin:.35rem 0;max-width:60rem}.soft,caption{color:var(--soft)}
 .verdict{font-weight:700}.ok{color:var(--ok)}.warn,.warning{color:var(--warn)}.refuse,.error{color:var(--refuse)}
+section.pair h3{margin-top:0}
 section.pair{border:1px solid var(--line);border-radius:.6rem;background:var(--card);padding:1rem 1.25rem;margin:1rem 0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:.4rem 0}th,td{padding:.22rem .55rem;text-align:left;border-bottom:1px solid var(--line);
+caption{text-align:left;padding:.4rem 0;white-space:nowrap}
+th,td{padding:.22rem .55rem;text-align:left;border-bottom:1px solid var(--line);
 white-space:nowrap}thead th{font-weight:600;vertical-align:bottom}
-.map td{text-align:right;border:1px solid var(--paper)}.map th{border:0}
+.map td{text-align:right;border:1px solid var(--paper)}.map th{border:0}.map td,.map tbody th{padding:.05rem .6rem}
 fieldset{border:1px solid var(--line);border-radius:.6rem;margin:1rem 0;padding:.5rem 1rem}
 label{margin-right:1rem;white-space:nowrap}
 """
@@ -104,8 +106,7 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
 def _pair(pair: Pair, mapped: bool) -> list[str]:
     advice = [f"<li>{_text(line)}</li>" for line in pair.explanation.advice]
     return [
-        f'<section class="pair"><h3>{_text(name(pair))}</h3>',
-        f"<p><strong>{_text(headline(pair))}</strong></p>",
+        f'<section class="pair"><h3>{_text(headline(pair))}</h3>',
         f"<p>{_text(pair.explanation.meaning)} {_text(causes(pair))}</p>",
         *(["<p>What can be done:</p><ul>", *advice, "</ul>"] if advice else []),
         *([line for measure in MEASURES for line in _map(pair, measure)] if mapped else []),
@@ -139,7 +140,7 @@ def _map(pair: Pair, measure: str) -> list[str]:
 def _cell(module: str, value: float, most: float) -> str:
     level = round(abs(value) / most * _STEPS)
     shade = f"{'h' if value >= 0 else 'c'}{level}"
-    return f'<td class="{shade}" title="{_text(module)}: {value:.4g}">{value:.2f}</td>'
+    return f'<td class="{shade}" title="{_text(module)}: {value:.4g}">{round(value, 2) + 0.0:.2f}</td>'
 
 
 def _value(pair: Pair, module: str, measure: str) -> float:

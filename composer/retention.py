@@ -21,9 +21,9 @@ _BLOCK_ENTRIES = 1 << 22
 _Place = tuple[str, int]
 
 
-def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> list[float] | None:
-    """One number an adapter, from its deltas that have factors. None where the combination has none and reads the base,
-    or is too large to be made for this."""
+def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> list[float | None]:
+    """One number an adapter, from its deltas that have factors: None where it has none. None for all where the
+    combination has no factors and reads the base, or is too large to be made for this."""
     merged: dict[_Place, list[Additive]] = defaultdict(list)
     for delta in combined:
         if not isinstance(delta, Computed | LowRank):
@@ -32,7 +32,7 @@ def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> li
     dense = [delta for deltas in merged.values() for delta in deltas if isinstance(delta, Computed)]
     entries = sum(rows * columns for rows, columns in (delta.stored_shape for delta in dense))
     if entries > MAX_DENSE_ENTRIES or any(delta.reads_base for delta in dense):
-        return None
+        return [None] * len(adapters)
     products, energies = np.zeros(len(adapters)), np.zeros(len(adapters))
     for index, adapter in enumerate(adapters):
         for delta in adapter.deltas:
@@ -40,7 +40,8 @@ def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> li
                 own, product = _against(delta, merged[delta.module, delta.begin])
                 energies[index] += own
                 products[index] += product
-    return np.divide(products, energies, out=np.zeros_like(products), where=energies > 0).tolist()
+    both = zip(products.tolist(), energies.tolist(), strict=True)
+    return [product / energy if energy > 0 else None for product, energy in both]
 
 
 def _against(delta: LowRank, merged: Sequence[Additive]) -> tuple[float, float]:

@@ -97,7 +97,7 @@ def run(
     if pipeline.compress and rank is None and energy is None:
         rank = max((part.delta.rank for part in place.parts if isinstance(part.delta, LowRank)), default=None)
     compressing = rank is not None or energy is not None
-    if pipeline.space == "full":
+    if pipeline.space == "full" or (compressing and _plain(pipeline) and _without_factors(place)):
         deltas, lost = _in_full(pipeline, place, settings, selections, (rank, energy) if compressing else None)
     elif pipeline.space == "factors" and not compressing:
         deltas, lost = _summed(pipeline, place, settings), None
@@ -107,6 +107,15 @@ def run(
     if _pico(pipeline) and settings["restore"] == "merged":
         deltas = _restored(deltas, sum(norms) / len(norms))
     return [_times(delta, factor) for delta in deltas], lost
+
+
+def _plain(pipeline: Pipeline) -> bool:
+    """A sum or a mean, which is the same in every space."""
+    return pipeline.combine in ("sum", "mean") and pipeline.sparsify == "none" and pipeline.space in ("factors", "core")
+
+
+def _without_factors(place: Place) -> bool:
+    return any(isinstance(part.delta, Computed) for part in place.parts)
 
 
 def _pico(pipeline: Pipeline) -> bool:

@@ -345,6 +345,8 @@ def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green
     (told,) = [finding for finding in found.findings if finding.code == "not_factors"]
     assert (told.subject, told.measure) == ("green", 1.0)
     assert found.pairs[0].numbers == conflicts([red, green], [1.0, 1.0]).pairs[0].numbers
+    alone = conflicts([red, replace(green, deltas=(other,))], [1.0, 1.0]).members[1]
+    assert (alone.retention, alone.size.norm) == (None, 0.0), "nothing is known of it, and no number says there is"
 
 
 def test_the_rows_of_a_report_are_bounded_and_the_modules_that_matter_stay(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from composer.delta import Additive, Layout, LowRank
+from composer.delta import Additive, Computed, Layout, LowRank
 from composer.errors import ComposerError
 from composer.methods.matrix import Matrix
 from composer.methods.pipeline import Part, Place, Selections, run
@@ -279,3 +279,14 @@ def test_the_subspaces_of_adapters_that_share_them_are_found_by_ctm() -> None:
     deltas = [LowRank("m", "m.weight", Layout.LINEAR, A, B @ mix, 1.0) for mix in mixes]
     exact = sum(as_stored(delta) for delta in deltas) / 3
     assert error(combined("ctm_mean", deltas, [1.0] * 3, {"ctm_rank": 4}), exact) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["stack", "mean", "svd"])
+def test_a_delta_without_factors_is_cut_to_a_rank_like_any_other(method: str) -> None:
+    deltas = low_ranks()
+    dense_one = as_stored(deltas[1]).float()
+    computed = Computed(
+        "m", "m.weight", (OUTPUTS, INPUTS), lambda W, begin: dense_one[begin : begin + W.shape[0]].to(W)
+    )
+    mixed = combined(method, [deltas[0], computed, deltas[2]], WEIGHTS, {"rank": 5})
+    assert error(mixed, combined(method, deltas, WEIGHTS, {"rank": 5})) < 1e-3

@@ -1,6 +1,9 @@
 """The page of a conflict report: read as a browser reads it, and found to need nothing else."""
 
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -17,6 +20,7 @@ from composer.variants import LoadedAdapter, load_deltas
 from tests.composer.handmade import random_factors, write_adapter
 from tests.composer.small_model import save_llama
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "input", "br", "link", "img"}
 NASTY = "</style><script>alert('x')</script>&\"'"
 
@@ -124,7 +128,7 @@ def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(re
     first = max(report.pairs, key=lambda pair: pair.risk)
     module = "model.layers.1.self_attn.v_proj"
     cell = rows[2].find("td")[1]
-    assert cell.whole() == f"{first.modules[module].cosine:.2f}"
+    assert float(cell.whole()) == pytest.approx(first.modules[module].cosine, abs=0.0051)
     assert cell.attributes["title"] == f"{module}: {first.modules[module].cosine:.4g}"
     assert [one.whole() for one in rows[3].find("td")[:2]] == ["", ""]
 
@@ -181,3 +185,36 @@ def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) 
         titles = [node.whole() for node in tree.find("h3")]
         assert titles.count(title) == 1
         assert other not in titles
+
+
+ASK = """<script>
+const seen = () => [...document.querySelectorAll("section.pair")].map(pair => [...pair.querySelectorAll(".measure")]
+  .filter(map => getComputedStyle(map).display !== "none").map(map => map.className.split("m-")[1]));
+const style = getComputedStyle(document.body);
+const told = {first: seen(), paper: style.backgroundColor, ink: style.color, wide: document.body.scrollWidth};
+document.getElementById("crowding").click();
+told.chosen = seen();
+document.title = JSON.stringify(told);
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_the_chosen_measure_alone_in_light_and_in_dark(
+    report: ConflictReport, tmp_path: Path, dark: bool
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page(report).replace("</body>", f"{ASK}</body>"), encoding="utf-8")
+    command = [
+        str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
+        f"--user-data-dir={tmp_path / 'profile'}", *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+        "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    (title,) = Tree(shown).root.find("title")
+    told = json.loads(title.whole())
+    assert told["first"] == [["input_excess"]] * len(report.pairs)
+    assert told["chosen"] == [["crowding"]] * len(report.pairs)
+    paper, ink = (sum(map(int, re.findall(r"\d+", told[name])[:3])) / 765 for name in ("paper", "ink"))
+    assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
+    assert told["wide"] <= 1200, "what is wide scrolls by itself"
