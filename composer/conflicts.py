@@ -23,7 +23,7 @@ from composer.lowrank import Comparison
 from composer.methods import combine_deltas, with_deltas
 from composer.numbers import Numbers, Size, Together, short
 from composer.probe import Outcome, ProbeResult
-from composer.retention import retained
+from composer.retention import retained, too_large
 from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
 from composer.survival import whole
 from composer.tensors import torch_threads
@@ -163,7 +163,8 @@ def conflicts(
     `weights` are those given; what the method multiplies them by is counted in. With `base`, sizes are told beside the
     weights that the deltas are added to, from sampled rows. Deltas without factors are left out of all this, and a
     finding names them. Conflicts are findings, never exceptions; raises Mismatch only for a wrong call (no adapter, two
-    of one name, or not one weight an adapter), and what `parse_settings` raises.
+    of one name, or not one weight an adapter), and where the method can do nothing with such adapters what
+    `combine_deltas` raises.
     """
     names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
     if not names or len(set(names)) < len(names) or len(names) != len(weights):
@@ -216,6 +217,8 @@ def _retention(
     cut = any(method.settings.get(name) for name in ("rank", "energy", "protect"))
     if pipeline in (Pipeline(), Pipeline(combine="mean")) and not cut:
         return [total.sums.retention(i) if total.sums.norm(i) else None for i in range(len(adapters))]
+    if (pipeline.space == "full" or pipeline.parity) and too_large(adapters):
+        return [None] * len(adapters)
     return retained(adapters, combine_deltas(adapters, weights, method.name, method.settings).deltas)
 
 

@@ -15,23 +15,32 @@ from composer.lowrank import Float64, Grams
 from composer.variants import LoadedAdapter
 
 MAX_DENSE_ENTRIES = 1 << 28
-"""Combined deltas without factors are made entry by entry, here and again by the merge: beyond so many, not here."""
+"""Methods of full space make every entry, here and again in the merge: beyond so many, not here."""
 _BLOCK_ENTRIES = 1 << 22
 
 _Place = tuple[str, int]
 
 
+def too_large(adapters: Sequence[LoadedAdapter]) -> bool:
+    """Would dense deltas of all places together have too many entries?"""
+    shapes = {
+        (delta.module, delta.begin): delta.stored_shape
+        for adapter in adapters
+        for delta in adapter.deltas
+        if isinstance(delta, Computed | LowRank)
+    }
+    return sum(rows * columns for rows, columns in shapes.values()) > MAX_DENSE_ENTRIES
+
+
 def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> list[float | None]:
-    """One number an adapter, from its deltas that have factors: None where it has none. None for all where the
-    combination has no factors and reads the base, or is too large to be made for this."""
+    """One number an adapter, from its deltas that have factors: None where it has none, and for all where the
+    combination reads the base."""
     merged: dict[_Place, list[Additive]] = defaultdict(list)
     for delta in combined:
         if not isinstance(delta, Computed | LowRank):
             continue
         merged[delta.module, delta.begin].append(delta)
-    dense = [delta for deltas in merged.values() for delta in deltas if isinstance(delta, Computed)]
-    entries = sum(rows * columns for rows, columns in (delta.stored_shape for delta in dense))
-    if entries > MAX_DENSE_ENTRIES or any(delta.reads_base for delta in dense):
+    if any(isinstance(delta, Computed) and delta.reads_base for deltas in merged.values() for delta in deltas):
         return [None] * len(adapters)
     products, energies = np.zeros(len(adapters)), np.zeros(len(adapters))
     for index, adapter in enumerate(adapters):

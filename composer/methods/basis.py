@@ -107,7 +107,7 @@ def knots(pairs: Sequence[Pair], side: str = "output") -> Shared:
         return Shared(None, turned.P, [X.T for X in turned.X])
     found = cores(pairs)
     U, sigma, _ = torch.linalg.svd(torch.cat(found.each, dim=1), full_matrices=False)
-    U = U[:, sigma > NOISE * sigma[0]]
+    U = U[:, : max(1, int((sigma > NOISE * sigma[0]).sum()))]  # one is left even of deltas that are all zero
     return Shared(found.Q_B @ U, None, [(U.T @ C) @ found.Q_A.T for C in found.each])
 
 
@@ -119,8 +119,9 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Shared:
     """
     found = cores(pairs)
     C_Tba = torch.stack(found.each).double()
-    norms = C_Tba.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-    M_Tba = C_Tba * ((beta * norms + (1 - beta) * norms.mean()) / norms)[:, None, None]
+    norms = C_Tba.flatten(1).norm(dim=1)
+    wanted = beta * norms + (1 - beta) * norms.mean()
+    M_Tba = C_Tba * torch.where(norms > 0, wanted / norms, 0.0)[:, None, None]
     energy = M_Tba.square().sum()
     V = _leading(M_Tba.transpose(1, 2), rank)
     U, fit = V, torch.zeros((), dtype=torch.float64)

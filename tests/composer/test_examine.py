@@ -2,17 +2,21 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pytest
+import torch
 
-from composer.conflicts import SCHEMA, Method
+from composer.conflicts import SCHEMA, Method, conflicts
+from composer.delta import Layout, LowRank
 from composer.evaluate import LoadedModel, load_model
 from composer.examine import Evidence, examine
 from composer.findings import parse_policy
 from composer.formats.checkpoint import open_checkpoint
+from composer.retention import too_large
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
 from tests.composer.small_model import save_adapter, save_llama
@@ -168,3 +172,14 @@ def test_a_policy_reaches_the_probe_and_the_findings(adapters: list[LoadedAdapte
     sure = [effect for effect in report.probe.whole.effects if effect.loss_interval.low > -1000]
     assert len([finding for finding in report.findings if finding.code == "probe_loss"]) == len(sure) > 0
     assert report.verdict == "refuse"
+
+
+def test_dense_deltas_are_counted_before_they_are_made(adapters: list[LoadedAdapter]) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    huge = LowRank(module, f"{module}.weight", Layout.LINEAR, torch.ones(1, 1 << 15), torch.ones(1 << 15, 1), 1.0)
+    large = [replace(one, deltas=(huge,)) for one in adapters[:2]]
+    assert too_large(large)
+    assert not too_large(adapters)
+    for method in ("ties", "ties_svd", "peft_svd"):
+        assert [member.retention for member in conflicts(large, [1.0, 1.0], Method(method)).members] == [None, None]
+    assert conflicts(large, [1.0, 1.0], Method("knots_ties")).members[0].retention is not None

@@ -1,6 +1,7 @@
 """Every method beside a dense float64 reference, and the laws that each has to keep."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -290,3 +291,25 @@ def test_a_delta_without_factors_is_cut_to_a_rank_like_any_other(method: str) ->
     )
     mixed = combined(method, [deltas[0], computed, deltas[2]], WEIGHTS, {"rank": 5})
     assert error(mixed, combined(method, deltas, WEIGHTS, {"rank": 5})) < 1e-3
+
+
+@pytest.mark.parametrize("method", [name for name, pipeline in PIPELINES.items() if not pipeline.parity])
+@pytest.mark.parametrize("zeros", [1, 3])
+@pytest.mark.parametrize("budget", [{}, {"rank": 4}, {"energy": 0.9}])
+def test_adapters_that_were_never_trained_add_nothing_and_break_nothing(
+    method: str, zeros: int, budget: dict[str, object]
+) -> None:
+    deltas = [
+        replace(one, B_OR=torch.zeros_like(one.B_OR)) if index < zeros else one for index, one in enumerate(low_ranks())
+    ]
+    ours = combined(method, deltas, WEIGHTS, budget)
+    assert bool(ours.isfinite().all())
+    if zeros == 3:
+        assert not bool(ours.any())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_in_the_files_own_dtype_give_the_result_of_their_float32_values(method: str) -> None:
+    halves = [replace(one, A_RI=one.A_RI.bfloat16(), B_OR=one.B_OR.half()) for one in low_ranks()]
+    wide = [replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()) for one in halves]
+    assert torch.equal(combined(method, halves, WEIGHTS), combined(method, wide, WEIGHTS))
