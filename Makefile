@@ -26,7 +26,7 @@ fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev $(DEMO)/base
-	for claim in merge startup search resolve hashing evidence conflicts; do $(BIN)/python -m benchmarks.$$claim --base $(DEMO)/base || exit 1; done
+	for claim in merge growth methods startup search resolve hashing evidence conflicts; do $(BIN)/python -m benchmarks.$$claim --base $(DEMO)/base || exit 1; done
 
 serve: $(VENV)/.demo
 	$(BIN)/adaptory serve
