@@ -52,6 +52,7 @@ QUERIES: dict[str, tuple[Query, str]] = {
     "what a channel serves": (Query(channel=stock.CHANNEL), search.NEWEST),
     "words of all": (Query(text="train ticket"), search.NEWEST),
     "words of few": (Query(text="adapter 17 tickets"), search.NEWEST),
+    "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), search.NEWEST),
     "one repository by version": (Query(repository=RepositoryName("team-0", "adapter-17")), search.VERSION),
 }
 OVER_HTTP: dict[str, dict[str, object]] = {
@@ -97,7 +98,7 @@ def _verbs(kind: str, opened: Mapping[int, Database], count: int, rounds: int) -
 def _page(database: Database, query: Query, order: str) -> list[object]:
     with database.read() as session:
         places = search.search(session, HOST, query, Order(order, LIMIT + 1)).places[:LIMIT]
-        return [release_document(one) for one in describe(session, [place.release_id for place in places])]
+        return [release_document(HOST, one) for one in describe(session, [place.release_id for place in places])]
 
 
 def _throughput(kind: str, ports: Mapping[int, int], rounds: int, seconds: float) -> None:

@@ -293,7 +293,7 @@ def _release(number: int, facts: _Facts, traits: Mapping[_Facts, int], chance: r
         "traits_id": traits[facts],
         "size_bytes": told["size_bytes"],
         "facts": told,
-        "provenance": {},
+        "provenance": _provenance(number),
         "spectrum": None,
         "loading": {server: refusal for bit, server in enumerate(SERVERS) if not servers >> bit & 1},
         "breaking_reason": None,
@@ -310,6 +310,12 @@ def _words(number: int) -> _Rows:
     name = repository_name(_repository_of(number)).replace("/", " ")
     for word in terms.words(f"{name} {NOTES}"):
         yield {"word": word, "release_id": number}
+    for entry in terms.stated(_provenance(number)):
+        yield {"word": entry, "release_id": number}
+
+
+def _provenance(number: int) -> dict[str, str]:
+    return {"trainer": "trl 0.20", "run_url": f"https://runs.example/{number}"}
 
 
 def _scores(release: int, traits_id: int, chance: random.Random) -> _Rows:

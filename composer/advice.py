@@ -87,12 +87,10 @@ def _meaning(case: Case, policy: Policy) -> str:
     if case.directed is not None:
         victim, found = case.directed
         return (
-            f"On these prompts {case.other(victim)} moves activations {found.ratio:.2f} times as far as {victim} does, "
-            f"{found.along:+.2f} of it in {victim}'s own direction."
+            f"On these prompts {case.other(victim)} changes {found.intruder:.1%} of what the base's modules give, "
+            f"{found.ratio:.2f} times what {victim} changes, {found.along:+.2f} of it in {victim}'s own direction."
         )
-    return (
-        "A number of 0 to 1 from shared input directions and dominance: it tells where to look, not what will happen."
-    )
+    return "A number of 0 to 1 from shared input directions: it tells where to look, not what will happen."
 
 
 def _measured(outcome: Outcome, policy: Policy) -> str:

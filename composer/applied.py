@@ -35,7 +35,7 @@ def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
             elif isinstance(delta, LowRank) and _is_called(model, delta):
                 hooked[delta.module].append(delta)
             else:
-                path, begin = delta.stacked if isinstance(delta, LowRank) and delta.stacked else (_path(delta), 0)
+                path, begin = delta.stacked or (_path(delta), 0)
                 owner, _, name = path.rpartition(".")
                 added[owner, name].append((delta, begin))
         for (path, name), parts in added.items():
@@ -86,7 +86,7 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
     """The parameter with the deltas added in float32 from their first rows on, each taken from the base's own."""
     old = module._parameters.get(name)
     (rows, columns), path = deltas[0][0].stored_shape, deltas[0][0].module
-    stacked = any(isinstance(delta, LowRank) and delta.stacked for delta, _ in deltas)
+    stacked = any(delta.stacked for delta, _ in deltas)
     needed = max(begin + delta.stored_shape[0] for delta, begin in deltas) * columns
     if old is None or old.numel() % columns or needed > old.numel() or not (stacked or needed == old.numel()):
         found = "none" if old is None else f"one of shape {tuple(old.shape)}"

@@ -87,8 +87,8 @@ def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fin
 
 
 def _check_order(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
-    """Two deltas that each look at the base's own weight were trained in no common order."""
-    reading = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.reads_base]
+    """Two deltas that each rescale the base's own weight were trained in no common order."""
+    reading = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.rescales]
     if len(reading) < 2:
         return []
     names = " and ".join(name for name, _ in reading)

@@ -97,8 +97,9 @@ def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[
         if not isinstance(targets, tuple) or any(adapter.config.raw.get(field) for field in chosen):
             return paths
         names.update(targets)
+    touched = {module.module for adapter in loaded for module in adapter.placed.low_rank}
     covered = all(any(f".{path}".endswith(f".{name}") for name in names) for path in paths)
-    return sorted(names) if covered else paths
+    return sorted(names) if covered and touched <= set(paths) else paths
 
 
 def _note(

@@ -15,14 +15,14 @@ from composer.variants import LoadedAdapter
 
 WEAK_EVIDENCE = {
     "weights": (
-        "The risk is from weights alone, which is weak evidence: over 91 pairs of real adapters its rank correlation "
-        "with measured damage was about 0.4, and a probe's on four examples 0.96. Give each adapter a suite and probe "
-        "them."
+        "The risk is from weights alone, which is weak evidence: over 66 pairs of real adapters its rank correlation "
+        "with measured damage was 0.53 [0.18, 0.78], and a probe's on four examples 0.94. Give each adapter a suite "
+        "and probe them."
     ),
     "activations": (
-        "The risk is from activations on prompts, which is weak evidence: over 91 pairs of real adapters the rank "
-        "correlation with the loss of the worse member was about 0.4, with who overwrites whom 0.6, and a probe's on "
-        "four examples 0.96. Give each adapter a suite and probe them."
+        "The risk is from activations on prompts, which is weaker evidence than a probe: over 66 pairs of real "
+        "adapters its rank correlation with the loss of the worse member was 0.71 [0.34, 0.89], and a probe's on four "
+        "examples 0.94. Give each adapter a suite and probe them."
     ),
 }
 _WATCHED = {

@@ -35,7 +35,7 @@ SCHEMA = 1
 MAX_ROWS = 20_000
 """Rows of modules in the JSON of all pairs together: beyond, each pair keeps those that it shares most in."""
 
-_UNITS = {"probe": "nats per token", "activations": "ratio", "weights": "0 to 1"}
+_UNITS = {"probe": "nats per token", "activations": "share of the base's activations", "weights": "0 to 1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +268,9 @@ def _risk(
     if outcome is not None:
         return "probe", outcome.worst.loss
     if directed is not None:
-        return "activations", directed[1].ratio
-    # The weight statistic that came closest to measured damage: input overlap times dominance, 0.38 [not a law].
-    return "weights", max(0.0, numbers.input_excess) * numbers.dominance
+        return "activations", directed[1].intruder
+    # Of the statistics of weights the closest to measured damage (docs/study.md).
+    return "weights", max(0.0, numbers.input_excess)
 
 
 def _activations_json(evidence: ProbeResult | Activations | None) -> dict[str, object] | None:

@@ -60,7 +60,10 @@ def _deltas(foreign: Foreign, module: ForeignModule, architecture: Architecture)
 
 
 def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) in PEFT's orientation, R x I and O x R; with experts E x R x I and E x O x R."""
+    """(A, B) in PEFT's orientation, R x I and O x R; with experts E x R x I and E x O x R.
+
+    Raises InvalidFile for parts that do not belong together.
+    """
     parts = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
     if "w1_a" in parts:
         return _hadamard(module, parts)
@@ -72,7 +75,8 @@ def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, tor
         A, B = A.T, B.T
     if A.dim() == 4 and A.shape[2:] == (1, 1):  # a linear layer that was trained as a convolution of one pixel
         A, B = A.flatten(1), B.flatten(1)
-    if A.dim() != B.dim() or A.dim() not in (2, 3) or A.shape[-2] != B.shape[-1]:
+    fits = A.dim() == B.dim() and A.dim() in (2, 3) and A.shape[-2] == B.shape[-1] > 0
+    if not fits or (A.dim() == 3 and A.shape[0] != B.shape[0]):
         shapes = f"{list(A.shape)} and {list(B.shape)}"
         raise InvalidFile("shape_mismatch", f"{module.module} has factors of shape {shapes}.", subject=module.module)
     return A, B
@@ -85,6 +89,12 @@ def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[to
     except KeyError as error:
         message = f"{module.module} has no {error.args[0]}."
         raise InvalidFile("missing_pair", message, subject=module.module) from error
+    shapes = [list(part.shape) for part in (a, b, c, d)]
+    rank = a.shape[-1] if a.dim() == 2 else 0
+    wanted = [[shapes[0][0], rank], [rank, shapes[1][-1]]] if rank and b.dim() == 2 else []
+    if shapes != wanted * 2:
+        message = f"{module.module} has factors of the shapes {shapes}, which are no product."
+        raise InvalidFile("shape_mismatch", message, subject=module.module)
     B = (a[:, :, None] * c[:, None, :]).flatten(1)
     A = (b[:, None, :] * d[None, :, :]).flatten(0, 1)
     return A, B
@@ -95,7 +105,11 @@ def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
     if "w1_a" in module.parts:
         rank = round(rank**0.5)
     if "alpha" in module.parts:
-        return float(_tensor(foreign, module.parts["alpha"])) / rank
+        alpha = _tensor(foreign, module.parts["alpha"])
+        if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
+            message = f"{module.parts['alpha']} is no finite number."
+            raise InvalidFile("bad_alpha", message, subject=module.module)
+        return float(alpha) / rank
     if foreign.layout == DIFFUSERS and (alpha := metadata_alpha(foreign.header)) is not None:
         return alpha / rank
     return 1.0 if module.scale is None else module.scale

@@ -75,9 +75,10 @@ class Computed:
 
     `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N,
     `layout` and `kernel` say what the rows and columns are, so that it can be compressed to factors.
-    `reads_base` says that Δ depends on W, so that two such deltas of one weight have no order that both were trained
-    in. `whole` says that all M rows are needed at once (a norm over a column of a transposed weight). `sets_rows` are
-    rows that become what they are whatever the base has there: two deltas cannot both do that to one row.
+    `reads_base` says that `rows` looks at W, `rescales` that two such deltas of one weight have no order that both were
+    trained in (DoRA, OFT, …). `whole` says that all M rows are needed at once (a norm over a column of a transposed
+    weight). `sets_rows` are rows that become what they are whatever the base has there: two deltas cannot both do that
+    to one row. `stacked` as in LowRank.
     """
 
     module: str
@@ -85,6 +86,7 @@ class Computed:
     stored_shape: tuple[int, int]
     rows: Rows
     reads_base: bool = False
+    rescales: bool = False
     whole: bool = False
     tied: bool = False
     begin: int = 0
@@ -92,6 +94,7 @@ class Computed:
     kernel: tuple[int, ...] = ()
     twin: bool = False
     sets_rows: frozenset[int] = frozenset()
+    stacked: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

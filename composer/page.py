@@ -83,11 +83,11 @@ def _tables(report: ConflictReport) -> list[Table]:
 
 def _activations_table(evidence: Activations) -> Table:
     rows = [
-        (victim, intruder, f"{one.ratio:.3f}", f"{one.along:+.3f}", f"{one.across:.3f}", f"{one.victim:.3f}")
+        (victim, intruder, *(f"{value:.3f}" for value in (one.intruder, one.victim, one.ratio, one.along, one.across)))
         for (victim, intruder), one in evidence.directed.items()
     ]
-    columns = ("on the inputs of", "acts", "ratio", "along", "across", "its own size")
-    note = f"On {evidence.prompts} prompts. Ratio: how far the second moves activations, over how far the first does."
+    columns = ("on the inputs of", "acts", "strength", "victim's own", "ratio", "along", "across")
+    note = f"On {evidence.prompts} prompts. Strength: what the second adds, over what the base's modules give."
     return Table("Activations", columns, tuple(rows), note)
 
 

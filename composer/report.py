@@ -34,7 +34,7 @@ def headlines(report: ConflictReport) -> list[str]:
 def headline(pair: Pair) -> str:
     """The risk of a pair, how good the evidence for it is, and who suffers."""
     if pair.outcome is None:
-        scale = "of 1, from weights" if pair.evidence == "weights" else "times as strong, from activations"
+        scale = "of 1, from weights" if pair.evidence == "weights" else "of the base's activations, from prompts"
         return f"{name(pair)}: risk {pair.risk:.2f} {scale} alone (weak evidence: probe it to know)."
     worst = pair.outcome.worst
     risk = f"{name(pair)}: risk {_within(worst.loss, pair.outcome.risk)} nats per token, measured"

@@ -9,7 +9,7 @@ from typing import cast
 
 from composer.errors import NotSupported
 from composer.text import shown
-from composer.weights import Weight, real, weights_of
+from composer.weights import Divided, Weight, real, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +214,13 @@ def _check_together(method: str, parsed: Mapping[str, object]) -> None:
 def effective_weights(weights: Sequence[Weight | float], method: str, settings: Mapping[str, object]) -> list[Weight]:
     """What each adapter is multiplied by in the end, the method's own factors included, where it is a plain sum."""
     parsed = parse_settings(method, settings)
-    given = weights_of(weights)
-    total = sum(weight.value for weight in given) if _divides(method, parsed) else 1.0
-    factor = cast(float, parsed["lambda"])
-    return [weight.times(factor / total if total else 0.0) for weight in given]
+    given = [weight.times(cast(float, parsed["lambda"])) for weight in weights_of(weights)]
+    if not divides(method, parsed):
+        return given
+    among = tuple(weights_of(weights))
+    return [Divided(weight.value, weight.rules, among) for weight in given]
 
 
-def _divides(method: str, parsed: Mapping[str, object]) -> bool:
+def divides(method: str, parsed: Mapping[str, object]) -> bool:
+    """Whether the sum is divided by the sum of the weights."""
     return bool(parsed.get("normalize")) or PIPELINES[method].combine == "mean"

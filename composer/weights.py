@@ -78,6 +78,17 @@ class Weight:
         return {"value": self.value, "rules": [rule.to_json() for rule in self.rules]}
 
 
+@dataclass(frozen=True, slots=True)
+class Divided(Weight):
+    """A weight over the sum of all weights `among`, module by module; 0 where they cancel."""
+
+    among: tuple[Weight, ...] = ()
+
+    def of(self, module: str) -> float:
+        total = sum(weight.of(module) for weight in self.among)
+        return Weight.of(self, module) / total if total else 0.0
+
+
 def parse_weight(value: object) -> Weight:
     """A number, or {value: number, rules: [{layers: "0-9", modules: glob, weight: number}]}.
 

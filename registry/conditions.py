@@ -19,7 +19,7 @@ from registry.models import Channel, Move, Release, ReleaseWord, Repository, Sco
 from registry.names import RepositoryName
 from registry.repositories import Kind
 from registry.suites import Condition
-from registry.terms import MAX_WORD_CHARACTERS, target_set_key, words
+from registry.terms import MAX_WORD_CHARACTERS, parse_stated, target_set_key, words
 
 MAX_WORDS = 8
 """Of a text that is searched for."""
@@ -38,7 +38,8 @@ class Query:
     """All conditions hold together; None and () ask nothing.
 
     `related` also finds releases for casts and quantizations of `base`. `latest` asks for the highest stable release of
-    each repository. `explain` finds what does not load in `loads_in` too, for its reasons to be told.
+    each repository. `explain` finds what does not load in `loads_in` too, for its reasons to be told. `provenance` has
+    texts `NAME:VALUE`, as `terms.parse_stated` reads them.
     """
 
     kind: Kind = Kind.ADAPTER
@@ -60,6 +61,7 @@ class Query:
     scores: Sequence[Condition] = field(default=())
     channel: str | None = None
     text: str = ""
+    provenance: Sequence[str] = ()
     loads_in: Profile | None = None
     explain: bool = False
     include_yanked: bool = False
@@ -74,6 +76,7 @@ class Form:
     asked: frozenset[str]
     includes: int = 0
     words: int = 0
+    stated: int = 0
     operators: tuple[str, ...] = ()
 
 
@@ -110,6 +113,8 @@ def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence
     for number, word in enumerate(_asked_words(query)):
         whole = len(word) == MAX_WORD_CHARACTERS  # longer ones were cut when they were kept
         found |= {f"word_{number}": word, f"word_{number}_end": word if whole else word + LAST}
+    for number, text in enumerate(query.provenance):
+        found[f"stated_{number}"] = parse_stated(text)
     for number, (condition, suite) in enumerate(zip(query.scores, suites, strict=True)):
         found |= {f"suite_{number}": suite, f"metric_{number}": condition.metric, f"score_{number}": condition.value}
     return found | {"kind": str(query.kind)}
@@ -121,6 +126,7 @@ def form_of(query: Query, values: Mapping[str, Any]) -> Form:
         frozenset(values) | flags,
         len(query.targets_include),
         len(_asked_words(query)),
+        len(query.provenance),
         tuple(condition.operator for condition in query.scores),
     )
 
@@ -182,10 +188,7 @@ def on_release(form: Form) -> Conditions:
         asked.append(_of_it(select(_repository.id).where(_repository.id == _release.repository_id, *home)))
     if "channel" in form.asked:
         asked.append(_release.id == _served())
-    asked += [
-        _of_it(select(_word.word).where(_word.release_id == _release.id, begins(number)))
-        for number in range(form.words)
-    ]
+    asked += [_of_it(select(_word.word).where(_word.release_id == _release.id, entry)) for entry in of_words(form)]
     asked += [
         _of_it(select(_score.id).where(_score.release_id == _release.id, *enough(number, operator)))
         for number, operator in enumerate(form.operators)
@@ -209,9 +212,12 @@ def at_home(form: Form) -> Conditions:
     return [condition for name, condition in limits.items() if name in form.asked]
 
 
-def begins(number: int) -> ColumnElement[bool]:
-    """A range, which every database finds in an index, whatever its locale."""
-    return _word.word.between(bindparam(f"word_{number}"), bindparam(f"word_{number}_end"))
+def of_words(form: Form) -> Conditions:
+    """On the index of words. A beginning is a range, which every database finds in an index, whatever its locale."""
+    stated = [_word.word == bindparam(f"stated_{number}") for number in range(form.stated)]
+    return stated + [
+        _word.word.between(bindparam(f"word_{number}"), bindparam(f"word_{number}_end")) for number in range(form.words)
+    ]
 
 
 def enough(number: int, operator: str) -> Conditions:

@@ -1,6 +1,7 @@
 """The database: `read()` and `write()`, the only commit, and the name of a constraint turned into an error."""
 
 import fcntl
+import logging
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.orm import Session as Session
 
 from registry.errors import Conflict, Invalid, RegistryError, Unavailable
+
+log = logging.getLogger(__name__)
 
 POOL_SIZE = 40
 _BLOBS_LOCK = 0x424C4F42
@@ -251,16 +254,18 @@ def _told() -> Generator[None]:
             "database_busy", "All connections to the database are in use.", next_step="Try again in a moment."
         ) from error
     except OperationalError as error:
+        log.warning("The database cannot be used: %s", error.orig)
         raise Unavailable(
             "database_unavailable",
-            f"The database cannot be used: {error.orig}.",
+            "The database cannot be used.",
             next_step="See that it runs, has space and is migrated.",
         ) from error
     except DBAPIError as error:
         if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY:
+            log.warning("The database cannot be used: %s", error.orig)
             raise Unavailable(
                 "database_unavailable",
-                f"The database cannot be used: {error.orig}.",
+                "The database cannot be used.",
                 next_step="Try again; if it stays so, see that it runs and may be written.",
             ) from error
         raise
@@ -315,10 +320,14 @@ def schema_revision(database: Database) -> str | None:
 
 
 def migrate(database: Database, revision: str = "head") -> None:
-    """Runs the migrations up to `revision`; a second process doing the same waits and finds nothing left to do."""
+    """Runs the migrations up to `revision`; a second process doing the same waits and finds nothing left to do.
+
+    Raises Unavailable for a database that a newer version has migrated.
+    """
     from alembic import command
     from alembic.config import Config
 
+    _refuse_newer(schema_revision(database))
     config = Config()
     config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
     config.attributes["engine"] = database.engine
@@ -337,7 +346,11 @@ def ensure_schema(database: Database, *, create: bool) -> None:
             f"The database is at schema {found or 'none'}, this version needs {head}.",
             next_step="Run `adaptory migrate`.",
         )
-    elif found > head:
+    _refuse_newer(found)
+
+
+def _refuse_newer(found: str | None) -> None:
+    if found is not None and found > (head := head_revision()):
         raise Unavailable(
             "schema_new",
             f"The database is at schema {found}, newer than {head}.",

@@ -1,4 +1,4 @@
-"""Does the registry keep its promises? Reads everything, changes nothing, and names what is broken.
+"""Does the registry keep its promises? `check` reads everything, changes nothing, and names what is broken.
 
 Every file of every revision lies in the store, whole; a commit is the hash of its manifest; a channel stands where its
 last move put it and its moves follow one another; every release and every move has its audit row.
@@ -44,6 +44,22 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
     findings += _check_blobs(resources, read_bytes=read_bytes, progress=progress)
     findings += _find_orphans(resources)
     return findings
+
+
+def discard(resources: Resources, findings: Iterable[Finding]) -> list[Digest]:
+    """Deletes from the store the blobs that `check` found damaged, and returns them: the next push that names one then
+    sends its bytes, which it does not while the store has a blob of that size.
+
+    Each is hashed once more, since it may have been restored meanwhile. What has the right bytes is never deleted.
+    """
+    damaged = {Digest(finding.subject) for finding in findings if finding.code == "blob_corrupt"}
+    discarded: list[Digest] = []
+    for sha256 in sorted(damaged):
+        stat = resources.store.stat(sha256)
+        if stat is not None and _digest(resources, sha256) != sha256 and resources.store.stat(sha256) == stat:
+            resources.store.delete(sha256)
+            discarded.append(sha256)
+    return discarded
 
 
 def count(resources: Resources) -> int:

@@ -271,5 +271,5 @@ def _copy_verified(store: BlobStore, file: ManifestFile, target: Path) -> None:
             "blob_corrupt",
             f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
             subject=file.path,
-            next_step="Restore the blob from a backup.",
+            next_step="Whoever runs the registry: `adaptory fsck --full --discard`; then push the file again.",
         )

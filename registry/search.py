@@ -158,7 +158,7 @@ def _read(session: Session, statement: Select[*tuple[Any, ...]], by: _By, values
 def _rare(form: Form) -> tuple[Select[*tuple[Any, ...]], ...]:
     """For each condition with an index of its own: the releases that meet it, given up after `RARE` entries."""
     lists: list[Select[*tuple[Any, ...]]] = [
-        select(_word.release_id).where(conditions.begins(n)) for n in range(form.words)
+        select(_word.release_id).where(entry) for entry in conditions.of_words(form)
     ]
     if "channel" in form.asked:
         of_channel = select(_release.id).join(Channel.__table__, _channel.repository_id == _release.repository_id)

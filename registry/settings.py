@@ -3,9 +3,9 @@
 import getpass
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -29,7 +29,7 @@ class S3Storage(BaseModel):
     """Blobs in S3 or a compatible store; credentials come from boto3's usual chain, never from here."""
 
     model_config = ConfigDict(frozen=True)
-    kind: Literal["s3"]
+    kind: Literal["s3"] = "s3"
     bucket: str
     prefix: str = ""
     endpoint_url: str | None = None
@@ -53,6 +53,17 @@ class S3Storage(BaseModel):
     """
 
 
+def _kind_of(storage: object) -> str:
+    """What is not said follows from the rest: only S3 has a bucket."""
+    if not isinstance(storage, dict):
+        return str(getattr(storage, "kind", "local"))
+    given = cast("dict[str, object]", storage)
+    return str(given.get("kind") or ("s3" if "bucket" in given else "local"))
+
+
+Storage = Annotated[Annotated[LocalStorage, Tag("local")] | Annotated[S3Storage, Tag("s3")], Discriminator(_kind_of)]
+
+
 class Settings(BaseSettings):
     """Environment variables start with `ADAPTORY_`; nested fields are joined by `__` (`ADAPTORY_STORAGE__KIND`)."""
 
@@ -66,7 +77,7 @@ class Settings(BaseSettings):
     """How long a connection to PostgreSQL is waited for."""
     database_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
     """How long the database may take for one statement, the locks that it waits for included."""
-    storage: Annotated[LocalStorage | S3Storage, Field(discriminator="kind")] = LocalStorage()
+    storage: Storage = LocalStorage()
     url: str | None = None
     """The registry that the command line talks to; without it the registry in `home` is opened in this process."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)

@@ -6,9 +6,10 @@ the pipeline calibrate -> space -> sparsify -> combine -> compress are one file 
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -18,10 +19,11 @@ from composer.errors import Mismatch
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.naming import is_head
 from composer.hashing import hash_file
+from composer.methods.join import divisor
 from composer.methods.parity import Parity
-from composer.methods.pipeline import Part, Place, Selections, run
+from composer.methods.pipeline import Part, Place, Selections, prepared, run
 from composer.methods.spectral import Compression
-from composer.settings import PIPELINES, Pipeline, parse_settings
+from composer.settings import PIPELINES, divides, parse_settings
 from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, weights_of
@@ -53,15 +55,19 @@ def combine_deltas(
     given = weights_of(weights)
     if len(adapters) != len(given) or not adapters:
         raise Mismatch("weights", f"{len(adapters)} adapters have {len(given)} weights.", subject="weights")
+    _refuse_idle(adapters, given, parsed)
     loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
+    loaded = [_taking_part(adapter, weight) for adapter, weight in zip(loaded, given, strict=True)]
     refuse_errors("These adapters cannot be combined", structural(loaded, parsed))
     pipeline = PIPELINES[method]
-    replaced, places = _places(loaded, given, parsed, pipeline)
+    replaced, places = _places(loaded, given, method, parsed)
+    if not replaced and not places:
+        message = "Every weight is 0: nothing would be added."
+        raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
     if pipeline.parity:
-        parity = Parity.of(pipeline.parity, parsed)
-        rslora = loaded[0].config.use_rslora
-        return Combination([*replaced, *(_like_peft(parity, place, len(loaded), rslora) for place in places)], [])
+        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [])
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
+        places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
         selections = Selections.over(places, pipeline, parsed)
         results = list(pool.map(lambda place: run(pipeline, place, parsed, selections), places))
     compressions = [compression for _, compression in results if compression is not None]
@@ -73,10 +79,32 @@ def untied(delta: Delta) -> Delta:
     return replace(delta, weight=f"{delta.module}.weight") if delta.tied and is_head(delta.module) else delta
 
 
+def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]) -> None:
+    """What was asked for and cannot have an effect is a slip: a rule for no module, a number of no input."""
+    for position in cast("tuple[int, ...]", parsed.get("protect", ())):
+        if position > len(adapters):
+            message = f"protect names input {position} of {len(adapters)}."
+            raise Mismatch("protect_unknown", message, subject="protect", next_step="Inputs are counted from 1.")
+    for adapter, weight in zip(adapters, weights, strict=True):
+        modules = {module.module for module in adapter.placed.modules} if weight.rules else set[str]()
+        for rule in weight.rules:
+            if not any(rule.holds(module) for module in modules):
+                message = f"The rule {rule.to_json()} holds for no module of {adapter.name}."
+                raise Mismatch("rule_unused", message, subject=adapter.name, next_step="Look at its modules: inspect.")
+
+
+def _taking_part(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
+    """Without what has the weight 0: it is as if it were not there."""
+    if weight.value and all(rule.weight for rule in weight.rules):
+        return adapter
+    return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if weight.of(delta.module)))
+
+
 def _places(
-    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object], pipeline: Pipeline
+    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], method: str, parsed: Mapping[str, object]
 ) -> tuple[list[Delta], list[Place]]:
-    """(replacements, places). What has the weight 0 is as if it were not there."""
+    """(replacements, places)."""
+    pipeline = PIPELINES[method]
     parts: dict[tuple[str, int], list[Part]] = defaultdict(list)
     replaced: dict[str, Delta] = {}
     factor = float(str(parsed["lambda"]))
@@ -88,10 +116,10 @@ def _places(
             delta = untied(found) if parsed["tied"] == "untie" else found
             own = weight.of(delta.module)
             if isinstance(delta, Replacement):
-                divided = own / _total(weights, delta.module) if parsed.get("normalize") else own
+                divided = own / divisor(_total(weights, delta.module)) if divides(method, parsed) else own
                 _refuse_scaled(adapter.name, delta, factor * divided)
                 replaced[delta.weight] = delta
-            elif own:
+            else:
                 key = f"{digest}/{delta.weight}/{delta.begin}"
                 parts[delta.weight, delta.begin].append(Part(index, delta, own, key))
     return list(replaced.values()), [Place(own, _total(weights, own[0].delta.module)) for own in parts.values()]
@@ -101,11 +129,16 @@ def _total(weights: Sequence[Weight], module: str) -> float:
     return sum(weight.of(module) for weight in weights)
 
 
-def _like_peft(parity: Parity, place: Place, count: int, rslora: bool) -> Additive:
-    parts = [(place.factors(part), part.weight) for part in place.parts]
-    combined = parity.combined(parts, count)
-    # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so that its scale is √r and not 1.
-    return replace(combined, scale=combined.rank**0.5) if rslora else combined
+def _like_peft(
+    loaded: Sequence[LoadedAdapter], places: Sequence[Place], combination: str, parsed: Mapping[str, object]
+) -> Iterator[Additive]:
+    parity = Parity.of(combination, parsed)
+    for place in places:
+        parts = [(place.factors(part), part.weight) for part in place.parts]
+        combined = parity.combined(parts, len(loaded))
+        # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so that its scale is √r and not 1.
+        scale = combined.rank**0.5 if loaded[0].config.use_rslora else 1.0
+        yield replace(combined, scale=scale * cast(float, parsed["lambda"]))
 
 
 def with_deltas(adapter: LoadedAdapter) -> LoadedAdapter:
@@ -123,8 +156,7 @@ def _as_delta(delta: Replacement) -> Computed:
         return rows_MN[begin : begin + W_MN.shape[0]].to(W_MN) - W_MN
 
     shape = (rows_MN.shape[0], rows_MN.shape[1])
-    # The difference is a plain sum with others' deltas: it reads the base, but not in an order.
-    return Computed(delta.module, delta.weight, shape, rows, tied=delta.tied)
+    return Computed(delta.module, delta.weight, shape, rows, reads_base=True, tied=delta.tied)
 
 
 def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:

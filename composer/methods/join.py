@@ -7,6 +7,7 @@ import torch
 from composer.errors import Mismatch
 
 SMALLEST_SUM = 1e-8
+_NOTHING = 1e-3
 
 Join = Callable[[torch.Tensor], torch.Tensor]
 """X_TMN -> X_MN."""
@@ -37,7 +38,10 @@ def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide
     `count` with the signs; D may be the kept ones' weights, or 1 (`none`). An even vote is for plus; a zero has no say.
     """
     total_MN, D_MN = _agreeing(X_TMN, w_T, _votes(X_TMN, w_T, vote), divide)
-    return total_MN if D_MN is None else total_MN / torch.where(D_MN == 0, 1.0, D_MN)
+    if D_MN is None:
+        return total_MN
+    nothing = _NOTHING * sum(abs(w) for w in w_T)  # weights that cancel are no divisor
+    return total_MN / torch.where(D_MN.abs() <= nothing, 1.0, D_MN)
 
 
 def _votes(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str) -> torch.Tensor:

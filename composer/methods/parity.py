@@ -37,6 +37,7 @@ class Parity:
 
         Raises Mismatch for unequal ranks where A and B are combined apart.
         """
+        parts = [(replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()), weight) for one, weight in parts]
         if self.combination == "cat":
             A_RI = torch.cat([delta.A_RI * (weight * delta.scale) for delta, weight in parts])
             B_OR = torch.cat([delta.B_OR for delta, _ in parts], dim=1)

@@ -36,6 +36,9 @@ class Place:
 
     parts: list[Part]
     total: float
+    norm: float | None = None
+    """What calibration wants the norm of the result to be."""
+    is_prepared: bool = False
 
     @property
     def module(self) -> str:
@@ -50,7 +53,7 @@ class Place:
         if isinstance(part.delta, LowRank):
             return part.delta
         message = f"The delta of {part.delta.module} has no factors, which this method works on."
-        next_step = "Use stack, linear, or a method of full space such as ties."
+        next_step = "Use stack, linear or ties, without a rank and without protect."
         raise NotSupported("no_factors", message, subject=part.delta.module, next_step=next_step)
 
 
@@ -72,6 +75,7 @@ class Selections:
         found: dict[tuple[int, str, int], Largest] = {}
         for adapter in sorted({part.adapter for place in places for part in place.parts}):
             own = [part for place in places for part in place.parts if part.adapter == adapter]
+            _refuse_reading(own)
             matrices = [_dense(part.delta, None) for part in own]
             entries = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
             kept = largest(matrices, int(cast(float, settings["density"]) * entries))
@@ -83,19 +87,33 @@ class Selections:
         return self.largest.get((part.adapter, part.delta.weight, part.delta.begin))
 
 
+def _refuse_reading(parts: Sequence[Part]) -> None:
+    for part in parts:
+        if isinstance(part.delta, Computed) and part.delta.reads_base:
+            message = f"scope=model counts all entries beforehand; those of {part.delta.module} depend on the base."
+            raise NotSupported("bad_setting", message, subject="scope", next_step="Use scope=tensor.")
+
+
+def prepared(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> Place:
+    """The place with room made for protected inputs, and calibrated: what everything after sees."""
+    if place.is_prepared:
+        return place
+    place = replace(_made_room(place, settings), is_prepared=True)
+    if pipeline.calibrate != "pico":
+        return place
+    norms = [abs(part.weight) * norm_of(pair_of(place.factors(part))) for part in place.parts]
+    wanted = sum(norms) / len(norms) if settings["restore"] == "merged" else None
+    return replace(_calibrated(place, settings), norm=wanted)
+
+
 def run(
     pipeline: Pipeline, place: Place, settings: Mapping[str, object], selections: Selections
 ) -> tuple[list[Additive], Compression | None]:
     """What is added at the place, and what compression lost there, if anything was compressed."""
-    place = _made_room(place, settings)
-    norms = (
-        [abs(part.weight) * norm_of(pair_of(place.factors(part))) for part in place.parts] if _pico(pipeline) else []
-    )
-    if _pico(pipeline):
-        place = _calibrated(place, settings)
+    place = prepared(pipeline, place, settings)
     rank, energy = cast("int | None", settings.get("rank")), cast("float | None", settings.get("energy"))
     if pipeline.compress and rank is None and energy is None:
-        rank = max((part.delta.rank for part in place.parts if isinstance(part.delta, LowRank)), default=None)
+        rank = _usual_rank(place)
     compressing = rank is not None or energy is not None
     if pipeline.space == "full" or (compressing and _plain(pipeline) and _without_factors(place)):
         deltas, lost = _in_full(pipeline, place, settings, selections, (rank, energy) if compressing else None)
@@ -104,9 +122,18 @@ def run(
     else:
         deltas, lost = _in_basis(pipeline, place, settings, rank, energy)
     factor = cast(float, settings["lambda"])
-    if _pico(pipeline) and settings["restore"] == "merged":
-        deltas = _restored(deltas, sum(norms) / len(norms))
-    return [_times(delta, factor) for delta in deltas], lost
+    if place.norm is not None:
+        deltas, ratio = _restored(deltas, place.norm)
+        lost = None if lost is None else lost.times(ratio)
+    return [_times(delta, factor) for delta in deltas], None if lost is None else lost.times(factor)
+
+
+def _usual_rank(place: Place) -> int:
+    ranks = [part.delta.rank for part in place.parts if isinstance(part.delta, LowRank)]
+    if not ranks:
+        message = f"No input has a rank at {place.module}, so none can be taken over."
+        raise NotSupported("no_rank", message, subject=place.module, next_step="Set rank or energy.")
+    return max(ranks)
 
 
 def _plain(pipeline: Pipeline) -> bool:
@@ -116,10 +143,6 @@ def _plain(pipeline: Pipeline) -> bool:
 
 def _without_factors(place: Place) -> bool:
     return any(isinstance(part.delta, Computed) for part in place.parts)
-
-
-def _pico(pipeline: Pipeline) -> bool:
-    return pipeline.calibrate == "pico"
 
 
 def _made_room(place: Place, settings: Mapping[str, object]) -> Place:
@@ -167,7 +190,7 @@ def _summed(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) ->
     weights = place.weights
     if pipeline.combine == "mean" or settings.get("normalize"):
         weights = [weight / divisor(place.total) for weight in weights]
-    if _pico(pipeline):  # whose norm is that of the sum
+    if place.norm is not None:  # that of the sum
         return side_by_side([part.delta for part in place.parts], weights)
     return [_times(part.delta, weight) for part, weight in zip(place.parts, weights, strict=True)]
 
@@ -185,19 +208,23 @@ def _in_basis(
     else:
         X = _thin(pipeline, place, known, space)
         X = iso(X) if pipeline.combine == "iso" else X
-    missed = _missed(place, space)
+    missed = _missed(place, space, divisor(place.total) if pipeline.combine == "mean" else 1.0)
     if rank is None and energy is None:
         return [_named(like, space.lift(X))], missed
     pair, lost = compress(place.module, space, X, rank, energy)
-    return [_named(like, pair)], lost if missed is None else replace(missed, error=hypot(missed.error, lost.error))
+    if missed is not None:
+        lost = replace(missed, rank=lost.rank, error=hypot(missed.error, lost.error))
+    return [_named(like, pair)], lost
 
 
-def _missed(place: Place, space: Shared) -> Compression | None:
+def _missed(place: Place, space: Shared, total: float) -> Compression | None:
     """What a basis that is too small loses of the deltas, before anything is done with them."""
     if space.missed is None:
         return None
     both = zip(place.weights, space.X, space.missed, strict=True)
-    rows = [(abs(weight) * float(X.double().norm()), abs(weight) * missed) for weight, X, missed in both]
+    rows = [
+        (abs(weight / total) * float(X.double().norm()), abs(weight / total) * missed) for weight, X, missed in both
+    ]
     error = hypot(*(missed for _, missed in rows))
     full_rank = sum(place.factors(part).rank for part in place.parts)
     return Compression(place.module, min(space.X[0].shape), full_rank, hypot(*(norm for norm, _ in rows), error), error)
@@ -237,7 +264,7 @@ def _in_full(
 
     computed = Computed(
         first.module, first.weight, first.stored_shape, rows, reads_base=reading, whole=reading or _whole(place),
-        tied=first.tied, begin=first.begin, layout=first.layout, kernel=first.kernel,
+        tied=first.tied, begin=first.begin, layout=first.layout, kernel=first.kernel, stacked=first.stacked,
     )  # fmt: skip
     return [computed], None
 
@@ -322,13 +349,15 @@ def _times(delta: Additive, factor: float) -> Additive:
     return scaled(delta, factor)
 
 
-def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
-    """The sum of a place back to the mean norm that its deltas had before calibration."""
+def _restored(deltas: list[Additive], norm: float) -> tuple[list[Additive], float]:
+    """(the sum of a place back to the mean norm that its deltas had before calibration, by which factor)."""
     found: list[Additive] = []
+    factor = 1.0
     for delta in deltas:
         if isinstance(delta, LowRank):
             now = norm_of(pair_of(delta))
-            found.append(_times(delta, norm / now if now else 0.0))
+            factor = norm / now if now else 0.0
+            found.append(_times(delta, factor))
             continue
         ratio = _Once(lambda delta=delta: _ratio(delta, norm))
         found.append(
@@ -336,7 +365,7 @@ def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
                 delta, rows=lambda W, begin, delta=delta, ratio=ratio: delta.rows(W, begin) * ratio().rows(0, 1).to(W)
             )
         )
-    return found
+    return found, factor
 
 
 def _ratio(delta: Computed, norm: float) -> Matrix:

@@ -1,7 +1,7 @@
 """Joins by singular vectors, and compression to a rank with the error it makes. Shapes: p x q small, M x N dense."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,9 @@ class Compression:
     full_rank: int
     norm: float
     error: float
+
+    def times(self, factor: float) -> "Compression":
+        return replace(self, norm=self.norm * abs(factor), error=self.error * abs(factor))
 
     @property
     def relative(self) -> float:

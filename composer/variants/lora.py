@@ -79,8 +79,8 @@ def tokens(module: Module) -> list[Delta]:
         return delta_MN
 
     changed = Computed(
-        placed.module, placed.weight, module.stored_shape, rows, tied=placed.tied, layout=Layout.EMBEDDING,
-        twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
+        placed.module, placed.weight, module.stored_shape, rows, reads_base=True, tied=placed.tied,
+        layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
     )  # fmt: skip
     return [changed]
 

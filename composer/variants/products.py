@@ -11,26 +11,26 @@ from composer.variants.source import Module
 
 def adalora(module: Module) -> list[Delta]:
     """s B (E * A), s = alpha / (init_r + 1e-5) (arXiv 2303.10512). A module whose budget went to 0 adds nothing."""
-    A_RI, E_R1 = module["lora_A"], module["lora_E"]
+    A_RI, E_R1 = module.value("lora_A"), module.value("lora_E")
     if not len(A_RI):
         return []
     rank = module.config.rank
     alpha = module.config.alpha if module.config.alpha > 0 else rank
-    return [module.low_rank(A_RI * E_R1, module["lora_B"], alpha / (rank + 1e-5))]
+    return [module.low_rank(A_RI * E_R1, module.value("lora_B"), alpha / (rank + 1e-5))]
 
 
 def delora(module: Module) -> list[Delta]:
     """B diag(lambda / (R |A_r| |B_r|)) A, each input scaled by the norm its weights had (arXiv 2503.18225)."""
-    A_RI, B_OR = module["delora_A"], module["delora_B"]
+    A_RI, B_OR = module.value("delora_A"), module.value("delora_B")
     norms_R = (A_RI.norm(dim=1).clamp(min=1e-4) * B_OR.norm(dim=0).clamp(min=1e-4))[:, None]
-    scaled_RI = A_RI * (module["delora_lambda"] / len(A_RI) / norms_R) * module["delora_w_norm"]
+    scaled_RI = A_RI * (module.value("delora_lambda") / len(A_RI) / norms_R) * module.value("delora_w_norm")
     return [module.low_rank(scaled_RI, B_OR)]
 
 
 def gralora(module: Module) -> list[Delta]:
     """Block (j, n) is A[n]'s j-th share of the rank times B[j]'s n-th (arXiv 2505.20355): rank G R in all, and a plain
     pair beside it; s = alpha / (R + hybrid_r)."""
-    A_GIR, B_GRO = module["gralora_A"], module["gralora_B"]
+    A_GIR, B_GRO = module.value("gralora_A"), module.value("gralora_B")
     blocks, rank = A_GIR.shape[0], A_GIR.shape[2]
     # One direction for each (input block n, output block j, q); zero outside of its blocks.
     inner, outer = A_GIR.unflatten(2, (blocks, -1)), B_GRO.unflatten(1, (blocks, -1))
@@ -38,8 +38,8 @@ def gralora(module: Module) -> list[Delta]:
     B_RO = torch.stack([torch.block_diag(*outer[:, n]) for n in range(blocks)]).flatten(0, 1)
     hybrid = int(module.options["hybrid_r"])
     if hybrid:
-        A_RI = torch.cat([A_RI, module["gralora_A_general"]])
-        B_RO = torch.cat([B_RO, module["gralora_B_general"].T])
+        A_RI = torch.cat([A_RI, module.value("gralora_A_general")])
+        B_RO = torch.cat([B_RO, module.value("gralora_B_general").T])
     return [module.low_rank(A_RI, B_RO.T, module.config.alpha / (rank + hybrid))]
 
 
@@ -48,7 +48,7 @@ def miss(module: Module) -> list[Delta]:
     W's own blocks times it as well."""
     if module.options["init_weights"] == "bat":
         return _bat(module)
-    block_RO = module["miss_block"]
+    block_RO = module.value("miss_block")
     outputs, inputs = module.size
     rank = len(block_RO)
     select_RI = torch.eye(rank, dtype=block_RO.dtype).repeat(1, inputs // rank + 1)[:, :inputs]
@@ -56,7 +56,7 @@ def miss(module: Module) -> list[Delta]:
 
 
 def _bat(module: Module) -> list[Delta]:
-    block_PRR = module["miss_block"]
+    block_PRR = module.value("miss_block")
     rank = block_PRR.shape[1]
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
@@ -102,7 +102,9 @@ def lokr(module: Module) -> list[Delta]:
 
 def _kronecker(module: Module, name: str) -> torch.Tensor:
     if name in module:
-        return module[name]
+        return module.value(name)
     if name == "lokr_w2" and "lokr_t2" in module:
-        return torch.einsum("ij...,ip,jr->pr...", module["lokr_t2"], module[f"{name}_a"], module[f"{name}_b"])
-    return module[f"{name}_a"] @ module[f"{name}_b"]
+        return torch.einsum(
+            "ij...,ip,jr->pr...", module.value("lokr_t2"), module.value(f"{name}_a"), module.value(f"{name}_b")
+        )
+    return module.value(f"{name}_a") @ module.value(f"{name}_b")

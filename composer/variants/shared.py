@@ -13,10 +13,10 @@ def vera(module: Module) -> list[Delta]:
     """diag(b) B diag(d) A, cut from the shared A and B (arXiv 2310.11454). Of PVeRA the mean half of d and A."""
     prefix = "pvera_" if "pvera_A" in module else "vera_"
     outputs, inputs = module.size
-    B_OR = module[f"{prefix}B"][:outputs]
+    B_OR = module.value(f"{prefix}B")[:outputs]
     rank = B_OR.shape[1]
-    A_RI = module[f"{prefix}lambda_d"][:rank, None] * module[f"{prefix}A"][:rank, :inputs]
-    return [module.low_rank(A_RI, module[f"{prefix}lambda_b"][:, None] * B_OR)]
+    A_RI = module.value(f"{prefix}lambda_d")[:rank, None] * module.value(f"{prefix}A")[:rank, :inputs]
+    return [module.low_rank(A_RI, module.value(f"{prefix}lambda_b")[:, None] * B_OR)]
 
 
 def randlora(module: Module) -> list[Delta]:
@@ -44,21 +44,22 @@ def vblora(module: Module) -> list[Delta]:
 
 
 def _mixed(module: Module, name: str) -> torch.Tensor:
-    bank_VL = module["vblora_vector_bank"]
+    bank_VL = module.value("vblora_vector_bank")
     if name in module:
-        best, indices = module[name].topk(int(module.options["topk"]), dim=-1)
+        best, indices = module.value(name).topk(int(module.options["topk"]), dim=-1)
         weights = best.softmax(dim=-1)
     else:
         indices = module.indices(f"{name}_topk_indices", len(bank_VL))
-        most = module[f"{name}_topk_weights"]
+        most = module.value(f"{name}_topk_weights")
         weights = torch.cat([most, 1 - most.sum(dim=-1, keepdim=True)], dim=-1)
     return (weights[..., None] * bank_VL[indices]).sum(dim=-2)
 
 
 def unilora(module: Module) -> list[Delta]:
     """B A whose entries are picked from one vector and scaled (arXiv 2506.00799)."""
-    theta = module["unilora_theta_d"]
+    theta = module.value("unilora_theta_d")
     A_RI, B_OR = (
-        theta[module.indices(f"unilora_indices_{side}", len(theta))] * module[f"unilora_scales_{side}"] for side in "AB"
+        theta[module.indices(f"unilora_indices_{side}", len(theta))] * module.value(f"unilora_scales_{side}")
+        for side in "AB"
     )
     return [module.low_rank(A_RI, B_OR)]

@@ -53,6 +53,10 @@ class Module:
         rows, columns = self.stored_shape
         return (rows, columns) if self.layout is Layout.LINEAR else (columns, rows)
 
+    def value(self, part: str) -> torch.Tensor:
+        """In float32, for arithmetic: two mapped parts may differ in dtype, and half precision would round between."""
+        return self[part].float()
+
     def low_rank(self, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float = 1.0) -> LowRank:
         placed, kernel = self.placed, self.placed.shape[2:]
         return LowRank(
@@ -68,8 +72,8 @@ class Module:
 
         return Computed(
             placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
-            whole=whole or not straight, tied=placed.tied, layout=self.layout, kernel=placed.shape[2:],
-            twin=placed.twin,
+            rescales=reads_base, whole=whole or not straight, tied=placed.tied, layout=self.layout,
+            kernel=placed.shape[2:], twin=placed.twin,
         )  # fmt: skip
 
     def indices(self, part: str, below: int) -> torch.Tensor:

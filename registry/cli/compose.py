@@ -80,7 +80,10 @@ def merge(  # noqa: PLR0913
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     rounding: Annotated[str, typer.Option(help="To the nearest value, or stochastic.")] = "nearest",
     seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Take an fp8 base as bfloat16.")] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Take an fp8 or 4-bit base as the values that it stands for.")
+    ] = False,
+    rule: Rules = None,
     json: JsonFlag = False,
 ) -> None:
     """Merge adapters into a checkpoint, on local directories, without a registry.
@@ -92,7 +95,7 @@ def merge(  # noqa: PLR0913
     from composer.rounding import parse_rounding
 
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed)
-    merging = plan_merge(checkpoint, _adapters(adapter), method, settings_of(set_), dtype, rounded)
+    merging = plan_merge(checkpoint, _weighted(adapter, rule), method, settings_of(set_), dtype, rounded)
     _warn(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)

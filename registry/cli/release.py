@@ -9,7 +9,7 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
-from registry.errors import Invalid, NotFound
+from registry.errors import Invalid, NotFound, Usage
 from registry.names import parse_channel_reference, parse_reference, parse_repository
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
@@ -192,15 +192,28 @@ def yank(
 ) -> None:
     """Keep a release from being chosen; who names it exactly still gets it, with a warning."""
     with connected() as connection:
-        release = connection.api.post(f"{_path(resolved(connection, ref))}/yank", {"reason": reason})
+        release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
     render.document(release, json, lambda: print(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
 def unyank(ref: Annotated[str, typer.Argument()], reason: Reason = "", json: JsonFlag = False) -> None:
     """Take a yank back."""
     with connected() as connection:
-        release = connection.api.post(f"{_path(resolved(connection, ref))}/unyank", {"reason": reason})
+        release = connection.api.post(f"{_path(_exactly(connection, ref))}/unyank", {"reason": reason})
     render.document(release, json, lambda: print(f"unyanked {release['repository']}:{release['version']}"))
+
+
+def _exactly(connection: Connection, ref: str) -> Json:
+    """A reference that moves would take the next release when the command is repeated."""
+    named = parse_reference(ref)
+    if named.version is None and named.commit is None:
+        raise Usage(
+            "not_exact",
+            f"{ref} can mean another release tomorrow.",
+            subject=ref,
+            next_step=f"Name the version: {named.repository}:1.2.0, or #COMMIT.",
+        )
+    return resolved(connection, ref)
 
 
 def _path(release: Json) -> str:

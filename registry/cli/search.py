@@ -35,6 +35,10 @@ def search(  # noqa: PLR0913
     variant: Annotated[str | None, typer.Option(help="lora, rslora, dora, …")] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
     license_: Annotated[str | None, typer.Option("--license", help="As the model card says it.")] = None,
+    provenance: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:VALUE", help="trainer:axolotl, hyperparameters.epochs:3, …; may be repeated."),
+    ] = None,
     targets_within: Annotated[str | None, typer.Option(help="Only these modules may be adapted: q_proj,v_proj")] = None,
     targets_include: Annotated[str | None, typer.Option(help="All of these modules are adapted.")] = None,
     targets_exact: Annotated[str | None, typer.Option(help="These modules are adapted, and no others.")] = None,

@@ -46,7 +46,7 @@ def push(  # noqa: PLR0913
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release."""
     from registry.client import push as client
-    from registry.client.signing import signed
+    from registry.client.signing import published_signatures, signed
 
     reference = _single_version(target, bump)
     if channel:
@@ -61,7 +61,8 @@ def push(  # noqa: PLR0913
     with connected() as connection, TemporaryDirectory() as aside:
         request["base"] = _checked_base(connection, directory, base)
         files = client.collect(directory)
-        files = signed(files, sign, Path(aside)) if sign else files
+        if sign:
+            files = signed(files, sign, Path(aside), published_signatures(connection.api, reference, files))
         with render.progress(f"push {target}", sum(file.manifest.size_bytes for file in files)) as done:
             published = client.push(connection.api, files, reference.repository, "adapter", request, done)
         move = promote_release(connection, published["release"], channel, "", force=False) if channel else None

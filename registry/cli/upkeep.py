@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,19 +48,28 @@ def gc(
 
 def fsck(
     full: Annotated[bool, typer.Option("--full", help="Read and hash every blob, not only ask for its size.")] = False,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Delete damaged blobs, so that pushing the same files sends them again.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Check that the registry keeps its promises; changes nothing. Exits 1 when one is broken."""
+    """Check that the registry keeps its promises; changes nothing without --discard. Exits 1 when one is broken."""
     from registry import fsck as promises
 
-    with _own_resources() as resources, render.progress("fsck", promises.count(resources), counts=True) as done:
-        findings = promises.check(resources, read_bytes=full, progress=done)
+    with _own_resources() as resources:
+        with render.progress("fsck", promises.count(resources), counts=True) as done:
+            findings = promises.check(resources, read_bytes=full, progress=done)
+        discarded = promises.discard(resources, findings) if discard else []
     broken = [finding for finding in findings if finding.severity == "error"]
-    told = {"clean": not broken, "findings": [finding.to_json() for finding in findings]}
+    told: dict[str, Any] = {"clean": not broken, "findings": [finding.to_json() for finding in findings]}
+    if discard:
+        told["discarded"] = discarded
 
     def show() -> None:
         for finding in findings:
             print(f"{finding.severity}: {finding.message}")
+        for sha256 in discarded:
+            print(f"discarded the damaged blob {sha256}: push its files again")
         print(f"{len(broken):,} broken promises" if broken else "clean")
 
     render.document(told, json, show)

@@ -5,6 +5,7 @@ would change every directory that has it. An entry is hashed each time it is use
 cannot keep root or a failing disk from changing it; a damaged one is removed and fetched anew.
 """
 
+import errno
 import os
 import shutil
 import uuid
@@ -24,13 +25,16 @@ class BlobCache:
     def take(self, sha256: str, target: Path) -> bool:
         """Links the entry to `target`, or copies it to another file system; False when there is no sound one."""
         entry = self._entry(sha256)
+        aside = self.directory / f".{uuid.uuid4().hex}"
         try:
-            _link_or_copy(entry, target)
+            # Aside first: what lies at `target` may be half of the file, and is all there is if the cache has none.
+            _link_or_copy(entry, aside)
+            if hash_file(aside) == sha256:
+                return _moved(aside, target, sha256)
         except FileNotFoundError:
             return False
-        if hash_file(target) == sha256:
-            return True
-        target.unlink()
+        finally:
+            aside.unlink(missing_ok=True)
         entry.unlink(missing_ok=True)
         return False
 
@@ -52,8 +56,20 @@ class BlobCache:
         return self.directory / parse_digest(sha256)  # a digest comes from afar, and with "/" it would be any path
 
 
+def _moved(source: Path, target: Path, sha256: str) -> bool:
+    """To another file system it is copied, and what was copied is hashed."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        target.unlink(missing_ok=True)
+        shutil.copyfile(source, target)
+        return hash_file(target) == sha256
+    return True
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except FileNotFoundError:

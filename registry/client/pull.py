@@ -4,6 +4,7 @@ Beside the directory-to-be lies one with the unfinished files. What is found the
 hashed like everything else: where it turns out wrong, the file is fetched anew.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -109,7 +110,9 @@ def pull(
             "disk_error",
             f"{target} cannot be written: {error.strerror}.",
             subject=str(target),
-            next_step="Free some space and pull again.",
+            next_step="Free some space and pull again."
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "See that its directory may be written to, and pull again.",
         ) from error
     return target
 

@@ -26,7 +26,10 @@ class LocalFile:
 
 
 def collect(directory: Path) -> list[LocalFile]:
-    """Every file below `directory` but hidden ones, hashed. A link that leads out of it is refused, not followed."""
+    """Every file below `directory` but hidden ones, hashed.
+
+    Raises Invalid, naming it, for what can be no file of a release: a link to a directory or out of this one, a pipe.
+    """
     if not directory.is_dir():
         raise Invalid(
             "missing_directory",
@@ -221,16 +224,19 @@ def _files_below(directory: Path) -> Iterator[Path]:
     home = directory.resolve()
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
-        if any(part.startswith(".") for part in relative.parts) or path.is_dir():
+        if any(part.startswith(".") for part in relative.parts) or (path.is_dir() and not path.is_symlink()):
             continue
-        if not path.resolve().is_relative_to(home) or not path.is_file():
-            raise Invalid(
-                "link_outside",
-                f"{relative} leads out of {directory}.",
-                subject=str(relative),
-                next_step="Copy the file there.",
-            )
+        if not path.resolve().is_relative_to(home):
+            raise _unfit("link_outside", relative, f"leads out of {directory}", "Copy there what it leads to.")
+        if path.is_dir():  # its files would be missing, since links are not followed
+            raise _unfit("link_to_directory", relative, "is a link to a directory", "Copy the directory there.")
+        if not path.is_file():
+            raise _unfit("no_file", relative, "is no regular file", "Move it away.")
         yield path
+
+
+def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:
+    return Invalid(code, f"{path} {what}.", subject=str(path), next_step=next_step)
 
 
 def _blocks(path: Path, start: int, size_bytes: int, tell: Progress) -> Iterator[bytes]:

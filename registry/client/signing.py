@@ -1,45 +1,101 @@
-"""Signing what is pushed and verifying what was pulled, with a key that lies on this machine. No network."""
+"""Signing what is pushed and verifying what was pulled, with a key that lies on this machine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from composer.hashing import hash_file
+from registry.client.api import Api, Json, line_path, release_path
 from registry.client.push import LocalFile
-from registry.errors import Invalid, Refused
+from registry.errors import Invalid, NotFound, Refused
 from registry.manifest import ManifestFile
-from registry.names import Digest
+from registry.names import Digest, Reference
 from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, fingerprint, open_signature, refuse_tampered
 
 
-def signed(files: Sequence[LocalFile], private_key: Path, aside: Path) -> list[LocalFile]:
-    """The files and a new signature over all of them, which is written to the empty directory `aside`.
+def signed(
+    files: Sequence[LocalFile], private_key: Path, aside: Path, published: Iterable[bytes] = ()
+) -> list[LocalFile]:
+    """The files and a signature over all of them, which is written to the empty directory `aside`.
 
-    The key is one of an elliptic curve, in PEM, without a password. Raises Invalid for another one, and Refused when a
-    file is no longer what was collected.
+    It is the first of the `published` ones that this key made over these very files, else a new one: ECDSA is
+    randomised, so signing anew would make other content of the same files. The key is one of an elliptic curve, in PEM,
+    without a password. Raises Invalid for another one, and Refused when a file is no longer what was collected.
     """
     kept = [file for file in files if file.manifest.path != SIGNATURE_FILE]
-    target, release = aside / SIGNATURE_FILE, aside / "release"
-    for file in kept:  # model-signing signs a whole directory, or names in the signature what it left out of one
-        link = release / file.manifest.path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file.source.resolve())
-    public_key = _sign(release, private_key, target)
-    refuse_tampered(
-        open_signature(target.read_bytes(), [public_key]), {file.manifest.path: file.manifest.sha256 for file in kept}
-    )
+    digests = {file.manifest.path: file.manifest.sha256 for file in kept}
+    signer, public_key = _open_key(private_key)
+    target = aside / SIGNATURE_FILE
+    same = next((content for content in published if _holds(content, public_key, digests)), None)
+    if same is not None:
+        target.write_bytes(same)
+    else:
+        _sign(signer, kept, aside / "release", target)
+        refuse_tampered(open_signature(target.read_bytes(), [public_key]), digests)
     manifest = ManifestFile(SIGNATURE_FILE, target.stat().st_size, Digest(hash_file(target)))
     return [*kept, LocalFile(target, manifest)]
 
 
-def _sign(release: Path, private_key: Path, target: Path) -> str:
-    """Writes the signature; returns the public key in PEM."""
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-    from model_signing import hashing, signing
+def published_signatures(api: Api, target: Reference, files: Sequence[LocalFile]) -> Iterator[bytes]:
+    """The signatures, by whomever, of the adapter's releases with the same files: of the one that `target` names, or of
+    any, the highest version first, where a bump will find the version."""
+    digests = {file.manifest.path: file.manifest.sha256 for file in files if file.manifest.path != SIGNATURE_FILE}
+    for release in _releases(api, target):
+        there = {row["path"]: row["sha256"] for row in release["files"]}
+        if there.pop(SIGNATURE_FILE, None) is not None and there == digests:
+            yield _signature_of(api, release)
 
+
+def _releases(api: Api, target: Reference) -> Iterator[Json]:
+    path = f"{line_path(target.repository)}/releases"
+    try:
+        if target.version:
+            yield api.get(f"{path}/{target.version}")
+        else:
+            yield from api.pages(path)
+    except NotFound:  # it is the first of its name
+        return
+
+
+def _signature_of(api: Api, release: Json) -> bytes:
+    """No more than a signature may have, and a byte that shows it."""
+    content = bytearray()
+    with api.stream(f"{release_path(release)}/files/{SIGNATURE_FILE}") as stream:
+        for chunk in stream.chunks:
+            content += chunk
+            if len(content) > MAX_SIGNATURE_BYTES:
+                break
+    return bytes(content[: MAX_SIGNATURE_BYTES + 1])
+
+
+def _holds(content: bytes, public_key: str, digests: Mapping[str, str]) -> bool:
+    try:
+        refuse_tampered(open_signature(content, [public_key]), digests)
+    except (Refused, Invalid):  # another key's, or no signature at all: not ours to judge
+        return False
+    return True
+
+
+def _sign(signer: Any, files: Sequence[LocalFile], release: Path, target: Path) -> None:
+    """model-signing signs a whole directory, or names in the signature what it left out of one: `release` is made so
+    that it has these files and no others."""
+    from model_signing import hashing
+
+    for file in files:
+        link = release / file.manifest.path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.source.resolve())
     hasher: Any = hashing.Config()  # the library's types are incomplete
-    signer: Any = signing.Config()
     hasher.set_allow_symlinks(True).set_ignored_paths(paths=[SIGNATURE_FILE], ignore_git_paths=False)
+    signer.set_hashing_config(hasher).sign(release, target)
+
+
+def _open_key(private_key: Path) -> tuple[Any, str]:
+    """What signs with the key, and its public key in PEM."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+    from model_signing import signing
+
+    signer: Any = signing.Config()
     try:
         public_key = load_pem_private_key(private_key.read_bytes(), None).public_key()
         signer.use_elliptic_key_signer(private_key=private_key)
@@ -50,8 +106,7 @@ def _sign(release: Path, private_key: Path, target: Path) -> str:
             subject=str(private_key),
             next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
         ) from error
-    signer.set_hashing_config(hasher).sign(release, target)
-    return public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    return signer, public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def read_public_key(path: Path) -> str:

@@ -175,7 +175,7 @@ class Traits(Row):
 
 
 class ReleaseWord(Row):
-    """A word of a release's repository or notes: an inverted index that is the same on every database."""
+    """A word of a release's repository or notes, or what it states: an inverted index, the same on every database."""
 
     __tablename__ = "release_words"
     __table_args__ = (Index("ix_release_words_release", "release_id", "word"),)

@@ -15,7 +15,9 @@ Word = Annotated[str | None, Field(max_length=200)]
 Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=200)]
 
 LISTS = ("include", "targets_within", "targets_include", "targets_exact")
-"""Of names, which have no commas; `score` is a list too, whose items are what they are."""
+"""Of names, which have no commas."""
+WHOLE = ("score", "provenance")
+"""Lists whose items are what they are."""
 
 
 class SearchIn(Wire):
@@ -46,6 +48,12 @@ class SearchIn(Wire):
     channel: Word = Field(default=None, description="Served now by the channel of this name.")
     text: str = Field(
         default="", max_length=200, description="Beginnings of words of the name or the notes, all of them."
+    )
+    provenance: list[Annotated[str, Field(max_length=3_000)]] = Field(
+        default=[],
+        max_length=20,
+        description="NAME:VALUE that the release states, whatever the case: trainer:axolotl, data:sha256:ab12, "
+        "hyperparameters.learning_rate:0.003",
     )
     loads_in: Word = Field(default=None, description="vllm:<max_lora_rank>, sglang, lorax, llamacpp or peft")
     include_yanked: bool = False
@@ -81,9 +89,9 @@ class SearchIn(Wire):
 def _value(name: str, given: list[str]) -> str | list[str]:
     if name in LISTS:
         return [part for text in given for part in text.split(",") if part]
-    if name != "score" and len(given) > 1:
+    if name not in WHOLE and len(given) > 1:
         raise Usage("repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give one.")
-    return given if name == "score" else given[0]
+    return given if name in WHOLE else given[0]
 
 
 class RelatedOut(Wire):

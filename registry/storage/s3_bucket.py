@@ -1,5 +1,6 @@
 """A bucket and what goes wrong with it: boto3's answers and errors in our words."""
 
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from registry.errors import NotFound, Unavailable
 from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import blob_key
+
+log = logging.getLogger(__name__)
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
 """Codes of an object that is not there; a bucket that is not there has one of its own and is the operator's fault."""
@@ -84,9 +87,10 @@ def told(subject: str) -> Generator[None]:
                 subject=subject,
                 next_step="Push the file again, or restore the blob from a backup.",
             ) from error
+        log.warning("The blob store does not answer as it should: %s", error)  # its address is nobody else's business
         raise Unavailable(
             "store_unavailable",
-            f"The blob store does not answer as it should: {error}.",
+            "The blob store does not answer as it should.",
             subject=subject,
             next_step="Try again; if it stays so, look at the store and at ADAPTORY_STORAGE__ENDPOINT_URL.",
         ) from error

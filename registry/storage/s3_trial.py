@@ -1,6 +1,7 @@
 """How far a store may be trusted with what others send it: tried by each process, on objects of its own."""
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,6 +15,8 @@ from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, Put
 from registry.storage.s3_bucket import Bucket, code_of, told
+
+log = logging.getLogger(__name__)
 
 SETTLED_S = 10.0
 """So long after an object should have ended, a store that meant to end it has."""
@@ -93,9 +96,8 @@ class Trial:
         try:
             answer = httpx2.put(put.url, content=body, headers=headers, timeout=self._storage.read_timeout_s)
         except httpx2.TransportError as error:
-            raise Unavailable(
-                "store_unavailable", f"The blob store does not answer: {error}.", next_step="Try again."
-            ) from error
+            log.warning("The blob store does not answer: %s", error)
+            raise Unavailable("store_unavailable", "The blob store does not answer.", next_step="Try again.") from error
         if answer.status_code >= 500:
             raise Unavailable(
                 "store_unavailable", f"The blob store answers {answer.status_code}.", next_step="Try again."

@@ -112,6 +112,7 @@ def _wanted(query: SearchIn) -> search.Query:
         scores=[parse_condition(text) for text in query.score],
         channel=parse_part(query.channel, "channel") if query.channel else None,
         text=query.text,
+        provenance=query.provenance,
         loads_in=parse_profile(query.loads_in) if query.loads_in else None,
         explain="refused" in query.include,
         include_yanked=query.include_yanked,

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from composer.convert import convert
-from composer.errors import ComposerError, NotSupported
+from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.foreign import recognise
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
@@ -162,3 +162,25 @@ def test_parts_without_plain_factors_are_refused_by_name(key: str, tmp_path: Pat
     save_file({f"lora_te_model_layers_0_self_attn_q_proj.{key}": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(NotSupported, match=key):
         convert(tmp_path / "a.safetensors", tmp_path / "out", open_checkpoint(make_model()).architecture)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora_down.weight": (2, 16), "lora_up.weight": (16, 2), "alpha": (2,)},
+        {"lora_down.weight": (0, 16), "lora_up.weight": (16, 0), "alpha": ()},
+        {"lora_down.weight": (0, 16), "lora_up.weight": (16, 0)},
+        {"lora_down.weight": (16,), "lora_up.weight": (16, 2)},
+        {"hada_w1_a": (16,), "hada_w1_b": (3, 16), "hada_w2_a": (16, 3), "hada_w2_b": (3, 16)},
+        {"hada_w1_a": (16, 3), "hada_w1_b": (3, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16)},
+        {"hada_w1_a": (16, 3), "hada_w1_b": (3, 16), "hada_w2_a": (8, 3), "hada_w2_b": (3, 16)},
+    ],
+)
+def test_parts_that_do_not_belong_together_name_their_module(
+    parts: dict[str, tuple[int, ...]], tmp_path: Path, make_model: MakeModel
+) -> None:
+    flat = "lora_te_model_layers_0_self_attn_q_proj"
+    save_file({f"{flat}.{name}": torch.ones(shape) for name, shape in parts.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(InvalidFile) as raised:
+        convert(tmp_path / "a.safetensors", tmp_path / "out", open_checkpoint(make_model()).architecture)
+    assert "q_proj" in raised.value.subject

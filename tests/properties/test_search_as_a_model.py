@@ -84,6 +84,12 @@ conditions = st.builds(
     st.sampled_from([">=", "<="]),
     st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]),
 )
+STATEMENTS = (
+    *("trainer:trl 0.20", "TRAINER:axolotl", "trainer:trl", f"run_url:https://runs.example/{'x' * 300}"),
+    *(f"run_url:https://runs.example/{'x' * 299}", "hyperparameters.LR:3e-3", "hyperparameters.modules:v_proj"),
+    *("data:tickets", "data:sha256:AB12", "data:ab12", "data_license:cc-by-4.0", "tags:sql", "license:llama3"),
+)
+NOWHERE = ("trainer:trl", f"run_url:https://runs.example/{'x' * 299}")
 queries = st.builds(
     Query,
     kind=st.sampled_from([Kind.ADAPTER, Kind.ADAPTER, Kind.ADAPTER, Kind.MODEL]),
@@ -104,7 +110,10 @@ queries = st.builds(
     max_size_bytes=maybe(st.sampled_from([1, 10, 1_000])),
     scores=st.lists(conditions, max_size=2).map(tuple),
     channel=maybe(st.sampled_from([*CHANNELS, "nowhere"])),
-    text=st.sampled_from(["", "", "", "tick", "TRAINED tick", "grösse", "adapter 1", "acme", "x" * 50, "zebra"]),
+    text=st.sampled_from(
+        ["", "", "", "tick", "TRAINED tick", "grösse", "adapter 1", "acme", "x" * 50, "zebra", "trainer", "axolotl"]
+    ),
+    provenance=some(STATEMENTS),
     loads_in=maybe(st.sampled_from(PROFILE_NAMES).map(parse_profile)),
     explain=st.booleans(),
     include_yanked=st.booleans(),
@@ -146,6 +155,7 @@ def test_the_model_and_the_registry_agree_on_something(shelf: Shelf, order: str)
         Query(base="quantized", related=True),
         Query(channel="prod"),
         Query(text="tick"),
+        *(Query(provenance=(text,)) for text in STATEMENTS if text not in NOWHERE),
         Query(latest=True),
         Query(loads_in=Profile("vllm", 16)),
         Query(scores=(Condition("sql-exact", "accuracy", ">=", 0.5),)),
@@ -199,9 +209,24 @@ def _is_named(item: Item, query: Query) -> bool:
         and query.repository in (None, item.repository)
         and (query.channel is None or query.channel in item.served)
         and all(any(word.startswith(asked) for word in held) for asked in _words(query.text))
+        and all(_states(item, *text.lower().split(":", 1)) for text in query.provenance)
         and (query.include_yanked or not item.yanked)
         and (item.version.stable or not query.stable)
     )
+
+
+def _states(item: Item, name: str, value: str) -> bool:
+    stated: dict = {"license": item.license, **item.provenance}
+    data = stated.get("data", [])
+    if name.startswith("hyperparameters."):
+        given = stated.get("hyperparameters", {}).get(name.removeprefix("hyperparameters."))
+        return value in given if isinstance(given, list) else given is not None and float(given) == float(value)
+    held = {
+        "data": [row.get(part) for row in data for part in ("name", "digest")],
+        "data_license": [row.get("license") for row in data],
+        "tags": stated.get("tags", []),
+    }.get(name, [stated.get(name)])
+    return value in [str(one).lower() for one in held if one]
 
 
 def _words(text: str) -> list[str]:

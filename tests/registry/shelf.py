@@ -35,6 +35,12 @@ NOTES = ("", "Trained on tickets", "Retrained: Größe, TICKETS and more", "x" *
 SUITES = ("sql-exact", "guard")
 METRICS = {"accuracy": True, "nll": False}
 CHANNELS = ("prod", "canary")
+STATED: tuple[Mapping[str, object], ...] = (
+    {},
+    {"trainer": "TRL 0.20", "hyperparameters": {"lr": 3e-3, "modules": ["q_proj", "v_proj"]}},
+    {"trainer": "Axolotl", "run_url": f"https://runs.example/{'x' * 300}", "hyperparameters": {"lr": "0.0030"}},
+    {"data": [{"name": "Tickets", "digest": "sha256:ab12", "license": "cc-by-4.0"}, {"name": "ab12"}], "tags": ["sql"]},
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Item:
     servers: int
     notes: str
     size_bytes: int
+    provenance: Mapping[str, object]
     yanked: bool = False
     served: frozenset[str] = frozenset()
     scores: Mapping[tuple[str, str], float] = field(default_factory=dict)
@@ -111,6 +118,7 @@ def _publish(session: Session, chance: random.Random, number: int, digests: Mapp
         chance.randrange(1 << len(SERVERS)),
         chance.choice(NOTES),
         size,
+        STATED[number % len(STATED)],
     )
     new = NewRelease(
         name,
@@ -122,7 +130,7 @@ def _publish(session: Session, chance: random.Random, number: int, digests: Mapp
         facts,
         item.notes,
         allow_breaking="a test",
-        provenance={"license": item.license} if item.license else {},
+        provenance={**item.provenance, **({"license": item.license} if item.license else {})},
         servers=item.servers,
     )
     actor = replace(HOST, at=START + timedelta(seconds=number))

@@ -83,10 +83,11 @@ def test_a_database_of_a_newer_adaptory_is_refused_and_says_what_to_do(
         with pytest.raises(Unavailable) as raised:
             ensure_schema(database, create=create)
         assert raised.value.code == "schema_new"
-    ran = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url})("list")
-    assert ran.code == 7
-    assert "9999" in ran.err
-    assert "Install a newer adaptory" in ran.err
+    for command in ("list", "migrate"):
+        ran = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url})(command)
+        assert ran.code == 7
+        assert "9999" in ran.err
+        assert "Install a newer adaptory" in ran.err
 
 
 def test_an_empty_database_that_is_not_embedded_asks_for_adaptory_migrate(url: str, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ NARROW: dict[str, tuple[Query, Order]] = {
     "a namespace that is not there": (Query(namespace="nowhere"), Order()),
     "a channel that is not there": (Query(channel="nowhere"), Order()),
     "rare words": (Query(text="adapter 499"), Order()),
+    "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), Order()),
     "small files": (Query(max_size_bytes=1), Order()),
     "what a stranger may read": (Query(base=BASE), Order()),
 }
@@ -121,6 +122,7 @@ BROAD: dict[str, tuple[Query, Order]] = {
     "a base by score": (Query(base=BASE), Order("sql-exact.nll")),
     "a channel": (Query(channel=stock.CHANNEL), Order()),
     "words of all": (Query(text="train ticket"), Order()),
+    "a trainer of all": (Query(provenance=("trainer:TRL 0.20",)), Order()),
     "the latest": (Query(base=BASE, latest=True), Order()),
     "a score of many": (Query(scores=(ACCURATE,)), Order()),
 }

@@ -55,6 +55,69 @@ def test_a_release_keeps_what_its_card_says_and_what_is_stated_wins(
         assert part in shown
 
 
+def test_whatever_a_release_states_finds_it(stocked: Cli, world: World, documented: Path, tmp_path: Path) -> None:
+    cli = stocked
+    run = f"https://runs.example/{'x' * 900}"
+    stated = STATED.replace("https://runs.example/17", run) + "tags: [SQL, two words]\n"
+    (tmp_path / "stated.yaml").write_text(stated)
+    stating = ("--provenance", tmp_path / "stated.yaml")
+    cli.ok("push", documented, "acme/sql:1.0.0", "--base", "tiny", "--notes", "Trained on tickets", *stating)
+    cli.ok("push", world.adapters["terraform"], "acme/terraform:1.0.0", "--base", "tiny")
+    for text in (
+        "trainer:trl 0.20",
+        "Trainer:TRL 0.20",
+        f"run_url:{run}",
+        "code_commit:0123ABC",
+        "base_license:llama3",
+        "base_model:acme/tiny",
+        "license:mit",
+        "data:acme/queries",
+        "data:sha256:ab12",
+        "data_license:cc-by-4.0",
+        "hyperparameters.learning_rate:0.0001",
+        "hyperparameters.learning_rate:1e-4",
+        "hyperparameters.epochs:3.0",
+        "tags:sql",
+        "tags:two words",
+    ):
+        assert _found(cli, "--provenance", text) == ["acme/sql"], text
+    for text in ("trainer:trl", f"run_url:{run[:-1]}", "data:cc-by-4.0", "hyperparameters.learning_rate:3", "tags:two"):
+        assert _found(cli, "--provenance", text) == [], text
+    assert _found(cli, "--provenance", "trainer:trl 0.20", "--provenance", "tags:sql") == ["acme/sql"]
+    assert _found(cli, "--provenance", "trainer:trl 0.20", "--provenance", "tags:python") == []
+    assert _found(cli, "train", "--provenance", "tags:sql") == ["acme/sql"]
+    for words in ("trainer", "trl", "0123abc", "learning_rate", "= tags"):
+        assert _found(cli, words) == [], words
+    with api_of(cli) as api:
+        both = api.get("/v1/releases", provenance=["data:acme/queries", "license:mit"])["items"]
+        assert [item["provenance"]["trainer"] for item in both] == ["trl 0.20"]
+
+
+def _found(cli: Cli, *asked: object) -> list[str]:
+    return [item["repository"] for item in cli.json("search", *asked)["items"]]
+
+
+@pytest.mark.parametrize("text", ["trainr:x", "trainer", "trainer: ", "hyperparameters:3", "hyperparameters.:3", ":x"])
+def test_a_search_for_what_no_provenance_has_lists_what_there_is(stocked_embedded: Cli, text: str) -> None:
+    refused = stocked_embedded("search", "--provenance", text)
+    assert refused.code == 2
+    assert "trainer" in refused.err
+    assert "hyperparameters.NAME" in refused.err
+
+
+def test_long_lists_among_the_hyperparameters_hide_nothing_else(
+    stocked_embedded: Cli, documented: Path, tmp_path: Path
+) -> None:
+    lists = "".join(f"  list_{number}: {list(range(100))}\n" for number in range(25))
+    (tmp_path / "stated.yaml").write_text(f"hyperparameters:\n{lists}tags: [sql]\ntrainer: trl\n")
+    stocked_embedded.ok(
+        "push", documented, "acme/sql:1.0.0", "--base", "tiny", "--provenance", tmp_path / "stated.yaml"
+    )
+    for text in ("tags:sql", "trainer:trl", "hyperparameters.list_0:99"):
+        assert _found(stocked_embedded, "--provenance", text) == ["acme/sql"], text
+    assert _found(stocked_embedded, "--provenance", "hyperparameters.list_24:99") == []
+
+
 def test_a_card_that_cannot_be_read_is_a_warning_and_no_obstacle(stocked_embedded: Cli, documented: Path) -> None:
     (documented / "README.md").write_text("---\na: &a [x]\nb: *a\nlicense: mit\n---\n")
     published = stocked_embedded.json("push", documented, "acme/sql:1.0.0", "--base", "tiny")

@@ -15,6 +15,7 @@ import pytest
 
 from registry.client import pieces
 from registry.client.api import Api, Json, Stream
+from registry.client.cache import BlobCache
 from registry.client.pull import pull
 from registry.client.push import collect, send
 from registry.errors import Invalid
@@ -143,10 +144,23 @@ def test_a_killed_push_and_a_killed_pull_go_on_where_they_stopped(on_s3: Cli, wo
     killed_when(on_s3, ["pull", "acme/sql", "-o", out], lambda: journal.exists() and journal.read_text() != "")
     done = len(journal.read_text().split())
     api.fetched.clear()
-    pull(api, release, out, nothing)
+    pull(api, release, out, nothing, BlobCache(tmp_path / "cache"))
     spans = [(start, length) for start, length in api.fetched if length == pieces.PIECE_BYTES]
     assert 1 <= done < 11
     assert len(spans) == 11 - done, "pieces that were there are not fetched again"
     assert hashes(out) == hashes(adapter)
     assert not partial.exists()
     api.close()
+
+
+def test_a_cache_without_a_file_leaves_the_begun_one_alone(tmp_path: Path) -> None:
+    cache, begun = BlobCache(tmp_path / "cache"), tmp_path / "begun"
+    begun.write_bytes(b"half of it")
+    assert not cache.take("0" * 64, begun)
+    assert begun.read_bytes() == b"half of it"
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"all of it")
+    cache.keep(hashlib.sha256(b"all of it").hexdigest(), whole)
+    assert cache.take(hashlib.sha256(b"all of it").hexdigest(), begun)
+    assert begun.read_bytes() == b"all of it"
+    assert not list((tmp_path / "cache").glob(".*")), "nothing aside is left"

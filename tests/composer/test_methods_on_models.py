@@ -1,0 +1,156 @@
+"""What methods make of whole adapters: weights of 0, deltas that look at the base, half precision, slips."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from composer.delta import Computed, Delta, LowRank, Replacement
+from composer.errors import ComposerError
+from composer.formats.checkpoint import open_checkpoint
+from composer.methods import combine_deltas
+from composer.settings import PIPELINES, effective_weights
+from composer.variants import LoadedAdapter, load_deltas
+from composer.weights import Weight, parse_rule
+from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+
+PARITY = [name for name in PIPELINES if name.startswith("peft_")]
+
+
+def loaded(base: Path, *adapters: Path) -> list[LoadedAdapter]:
+    architecture = open_checkpoint(base).architecture
+    return [load_deltas(adapter, architecture) for adapter in adapters]
+
+
+def merged(base: Path, deltas: list[Delta]) -> dict[str, torch.Tensor]:
+    """The tensors that change, in float64."""
+    found: dict[str, torch.Tensor] = {}
+    for delta in deltas:
+        W = found.setdefault(delta.weight, tensors_in(base)[delta.weight].double())
+        original = tensors_in(base)[delta.weight].double()
+        if isinstance(delta, Replacement):
+            found[delta.weight] = delta.tensor.double()
+        elif isinstance(delta, Computed):
+            found[delta.weight] = W + delta.rows(original, 0)
+        else:
+            left, right = delta.stored_factors()
+            found[delta.weight] = W + left.double() @ right.double()
+    return found
+
+
+@pytest.mark.parametrize(("method", "settings"), [("ties", {}), ("magnitude_prune", {}), ("dare_linear", {})])
+def test_trained_tokens_are_what_they_are_under_every_method_that_drops_nothing(
+    method: str, settings: dict[str, object], make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    tokens = make_adapter(base, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    name = "model.embed_tokens.weight"
+    plain = merged(base, combine_deltas(loaded(base, tokens), [1.0], "stack").deltas)
+    ours = merged(base, combine_deltas(loaded(base, tokens), [1.0], method, {"density": 1.0, **settings}).deltas)
+    assert torch.allclose(ours[name], plain[name], atol=1e-5)
+    assert not torch.allclose(plain[name], tensors_in(base)[name].double())
+
+
+def test_a_replacement_taken_as_a_delta_is_the_replacement(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    saved = make_adapter(base, modules_to_save=["lm_head"])
+    for method in ("stack", "ties"):
+        settings = {"replacements": "delta"} | ({"density": 1.0} if method == "ties" else {})
+        ours = merged(base, combine_deltas(loaded(base, saved), [1.0], method, settings).deltas)
+        expected = load_file(saved / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+        assert torch.allclose(ours["lm_head.weight"], expected.double(), atol=1e-5)
+    with pytest.raises(ComposerError, match="no factors"):
+        combine_deltas(loaded(base, saved), [1.0], "stack", {"replacements": "delta", "rank": 4})
+
+
+def in_dtype(adapter: Path, dtype: torch.dtype) -> Path:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    return adapter
+
+
+@pytest.mark.parametrize("method", PARITY)
+def test_parity_modes_take_factors_of_any_dtype(method: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    adapters = [in_dtype(make_adapter(base, f"a{i}", seed=i + 1), torch.bfloat16) for i in range(2)]
+    halves = combine_deltas(loaded(base, *adapters), [0.7, 0.5], method).deltas
+    wide = combine_deltas(
+        loaded(base, *(in_dtype(adapter, torch.float32) for adapter in adapters)), [0.7, 0.5], method
+    ).deltas
+    for one, other in zip(halves, wide, strict=True):
+        assert isinstance(one, LowRank)
+        assert isinstance(other, LowRank)
+        assert torch.equal(one.B_OR, other.B_OR)
+        assert torch.equal(one.A_RI, other.A_RI)
+
+
+@pytest.mark.parametrize("method", ["peft_linear", "peft_cat", "peft_ties_svd", "ties", "svd"])
+def test_lambda_is_a_factor_on_every_result(method: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    adapters = [make_adapter(base, f"a{i}", seed=i + 1) for i in range(2)]
+    whole = merged(base, combine_deltas(loaded(base, *adapters), [1.0, 1.0], method).deltas)
+    tenth = merged(base, combine_deltas(loaded(base, *adapters), [1.0, 1.0], method, {"lambda": 0.1}).deltas)
+    for name, W in tensors_in(base).items():
+        if name in whole:
+            assert torch.allclose(tenth[name] - W, 0.1 * (whole[name] - W), atol=1e-6)
+
+
+def test_what_has_the_weight_0_is_as_if_it_were_not_there(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    one, other = make_adapter(base, "a0"), make_adapter(base, "a1", seed=2, modules_to_save=["lm_head"])
+    dora = [make_adapter(base, f"d{i}", seed=i + 3, use_dora=True) for i in range(2)]
+    for method in ("stack", "linear", "ties"):
+        with_it = merged(base, combine_deltas(loaded(base, one, other), [1.0, 0.0], method).deltas)
+        without = merged(base, combine_deltas(loaded(base, one), [1.0], method).deltas)
+        assert with_it.keys() == without.keys()
+        assert all(torch.equal(with_it[name], without[name]) for name in without)
+    assert combine_deltas(loaded(base, *dora), [1.0, 0.0]).deltas
+    with pytest.raises(ComposerError, match="Every weight is 0"):
+        combine_deltas(loaded(base, one), [0.0], "mean")
+
+
+def test_slips_in_weights_and_settings_are_refused(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    both = loaded(base, make_adapter(base, "a0"), make_adapter(base, "a1", seed=2))
+    with pytest.raises(ComposerError, match="protect names input 9 of 2"):
+        combine_deltas(both, [1.0, 1.0], "stack", {"protect": 9})
+    with pytest.raises(ComposerError, match="holds for no module"):
+        combine_deltas(both, [Weight(1.0, (parse_rule("q_prj=0"),)), 1.0])
+    with pytest.raises(ComposerError, match="add up to 0"):
+        combine_deltas(both, [1.0, -1.0], "linear", {"normalize": True})
+    saved = loaded(base, make_adapter(base, "a2", seed=3, modules_to_save=["lm_head"]))
+    with pytest.raises(ComposerError, match="cannot scale"):
+        combine_deltas([*both, *saved], [1.0, 1.0, 1.0], "mean")
+    loha = replace(both[0], deltas=(Computed("m", "m.weight", (8, 8), lambda W, begin: W),))
+    with pytest.raises(ComposerError, match="rank or energy"):
+        combine_deltas([loha], [1.0], "ties_svd")
+
+
+def test_the_model_wide_trim_counts_what_it_filters(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    both = loaded(base, make_adapter(base, "a0"), make_adapter(base, "a1", seed=2))
+    settings = {"scope": "model", "density": 0.2, "restore": "none"}
+    deltas = combine_deltas(both[:1] * 2, [1.0, 1.0], "pico_magnitude_prune", settings).deltas
+    entries = [delta.rows(torch.zeros(delta.stored_shape), 0) for delta in deltas if isinstance(delta, Computed)]
+    share = sum(int(one.count_nonzero()) for one in entries) / sum(one.numel() for one in entries)
+    assert share == pytest.approx(0.2, abs=0.01)
+    dora = loaded(base, make_adapter(base, "d0", use_dora=True))
+    with pytest.raises(ComposerError, match="scope"):
+        combine_deltas(dora, [1.0], "magnitude_prune", {"scope": "model"})
+
+
+def test_effective_weights_of_a_mean_follow_the_rules_of_all() -> None:
+    one, other = effective_weights([Weight(1.0, (parse_rule("0=3"),)), 1.0], "mean", {})
+    assert (one.of("layers.0.q"), other.of("layers.0.q")) == (0.75, 0.25)
+    assert (one.of("layers.1.q"), other.of("layers.1.q")) == (0.5, 0.5)
+
+
+def test_weights_that_cancel_do_not_blow_an_election_up(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    both = loaded(base, make_adapter(base, "a0"), make_adapter(base, "a1", seed=2))
+    settings = {"density": 1.0, "divide": "weights"}
+    for delta in combine_deltas(both, [1.0, -0.9999], "ties", settings).deltas:
+        assert isinstance(delta, Computed)
+        assert float(delta.rows(torch.zeros(delta.stored_shape), 0).abs().max()) < 100
