@@ -82,8 +82,10 @@ def test_the_evidence_that_is_weak_is_said_to_be(adapters: list[LoadedAdapter], 
         )
     }  # fmt: skip
     assert any("from weights alone, which is weak evidence" in one for one in said["weights"])
-    assert any("from activations on prompts, which is weak evidence" in one for one in said["activations"])
-    assert not any("weak evidence" in one for one in said["probe"])
+    assert any(
+        "from activations on prompts, which is weaker evidence than a probe" in one for one in said["activations"]
+    )
+    assert not any("evidence" in one for one in said["probe"])
 
 
 @pytest.mark.parametrize("method", ["ties", "knots_ties", "mean", "core_tsv", "dare_ties"])

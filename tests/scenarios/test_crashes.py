@@ -300,6 +300,8 @@ def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
     for number, enough_bytes in enumerate(kill_points(12), start=1):
         out = tmp_path / f"out-{number}"
         partial = tmp_path / f".out-{number}.{commit[:12]}.partial"
+        # Not from the cache, whose files are there at once.
+        shutil.rmtree(Path(registry.environment["ADAPTORY_HOME"]) / "cache", ignore_errors=True)
         was_killed = run_and_kill(registry, ["pull", "acme/sql", "-o", out], [partial, out], enough_bytes)
         killed += was_killed
         if not out.exists():

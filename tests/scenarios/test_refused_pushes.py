@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import LoHaConfig, get_peft_model
+from peft import LNTuningConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -195,35 +195,38 @@ def test_an_adapter_of_zeros_is_published_with_a_warning(stocked_embedded: Cli, 
     assert traces(stocked_embedded).releases == ("acme/sql:1.0.0",)
 
 
-def test_dora_is_stored_and_shown_but_never_merged_or_composed(
+def test_an_activated_lora_is_stored_and_shown_but_never_merged_or_composed(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     cli = stocked_embedded
     model = LlamaForCausalLM.from_pretrained(world.base)
-    save_adapter(model, tmp_path / "dora", 5, r=2, lora_alpha=4, target_modules=["q_proj"], use_dora=True)
-    pushed = cli.json("push", tmp_path / "dora", "acme/dora:1.0.0", "--base", "tiny")
-    assert pushed["release"]["adapter"]["variant"] == "dora"
-    cli.ok("pull", "acme/dora:1.0.0", "-o", tmp_path / "pulled")
+    activated = {"alora_invocation_tokens": [1, 2]}
+    save_adapter(model, tmp_path / "alora", 5, r=2, lora_alpha=4, target_modules=["q_proj"], **activated)
+    pushed = cli.json("push", tmp_path / "alora", "acme/alora:1.0.0", "--base", "tiny")
+    assert pushed["release"]["adapter"]["variant"] == "alora_invocation_tokens"
+    cli.ok("pull", "acme/alora:1.0.0", "-o", tmp_path / "pulled")
 
-    merged = cli("merge", "--base", world.base, "--adapter", tmp_path / "dora", "-o", tmp_path / "merged")
-    assert (merged.code, "DoRA" in merged.err) == (1, True), merged.err
+    merged = cli("merge", "--base", world.base, "--adapter", tmp_path / "alora", "-o", tmp_path / "merged")
+    assert (merged.code, "invocation tokens" in merged.err) == (1, True), merged.err
     assert not (tmp_path / "merged").exists()
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        yaml.safe_dump({"inputs": ["acme/dora:1.0.0"], "method": "stack", "model": "acme/merged:1.0.0", "probe": 0})
+        yaml.safe_dump({"inputs": ["acme/alora:1.0.0"], "method": "stack", "model": "acme/merged:1.0.0", "probe": 0})
     )
     composed = cli("compose", recipe)
-    assert (composed.code, "DoRA" in composed.err) == (1, True), composed.err
-    assert traces(cli).releases == ("acme/dora:1.0.0",)
+    assert (composed.code, "invocation tokens" in composed.err) == (1, True), composed.err
+    assert traces(cli).releases == ("acme/alora:1.0.0",)
     assert traces(cli).work == frozenset()
 
 
-def test_loha_is_refused_by_name(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+def test_a_type_that_is_no_delta_of_weights_is_refused_by_name(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
     model = LlamaForCausalLM.from_pretrained(world.base)
-    get_peft_model(model, LoHaConfig(r=2, alpha=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "loha")
-    refused = stocked_embedded("push", tmp_path / "loha", "acme/loha:1.0.0", "--base", "tiny")
+    get_peft_model(model, LNTuningConfig(target_modules=["input_layernorm"])).save_pretrained(tmp_path / "norms")
+    refused = stocked_embedded("push", tmp_path / "norms", "acme/norms:1.0.0", "--base", "tiny")
     assert refused.code == 1, "a known format that is not supported is refused; it is not damaged"
-    assert "LOHA" in refused.err
+    assert "LN_TUNING" in refused.err
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
-    merged = stocked_embedded("merge", "--base", world.base, "--adapter", tmp_path / "loha", "-o", tmp_path / "merged")
-    assert (merged.code, "LOHA" in merged.err) == (1, True)
+    merged = stocked_embedded("merge", "--base", world.base, "--adapter", tmp_path / "norms", "-o", tmp_path / "merged")
+    assert (merged.code, "LN_TUNING" in merged.err) == (1, True)
