@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,10 +22,11 @@ from composer.ranges import Range, cloned_whole, copied_ranges, copy_range, equa
 from composer.resume import Journal
 from composer.source import write_all
 from composer.survival import Survival, confirm
-from composer.tensors import torch_threads
+from composer.target import Target
+from composer.tensors import tensor_bytes, torch_threads
 
-_SYNC_BYTES = 64 << 20
 _SYNC_THREADS = 4
+_MOST_WORKERS = 16  # two for a core, one waits for the disk while the other computes; each has 8 MB of buffers
 _AHEAD = 2  # tensors whose factors are made ready while another is written
 
 Progress = Callable[[int], None]
@@ -60,27 +61,6 @@ class Written:
     survivals: dict[str, Survival]
 
 
-@dataclass
-class _Target:
-    """An output shard: `fresh` says that it is written now; otherwise an earlier run did, and it is only verified."""
-
-    file: int
-    fresh: bool
-    sync: Callable[[int], object]
-    unsynced: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def wrote(self, count: int) -> None:
-        """Has the bytes written so far taken to the disk, each time they are enough to be worth it."""
-        with self.lock:
-            self.unsynced += count
-            due = self.fresh and self.unsynced >= _SYNC_BYTES
-            if due:
-                self.unsynced = 0
-        if due:
-            self.sync(self.file)
-
-
 class _Countdown:
     """Tells the last of several threads that it is the last."""
 
@@ -102,10 +82,10 @@ def write_shards(
     Raises what a job raises, once the running ones end.
     """
     with ExitStack() as stack:
-        sources = {path: _opened(path, os.O_RDONLY, stack) for path in _paths(shards)}
+        sources = {path: _opened(path, stack) for path in _paths(shards)}
         # The pool is the parallelism: chunks are too small to share.
         stack.enter_context(torch_threads(1))
-        workers = max(2, os.cpu_count() or 1)
+        workers = min(2 * max(2, os.cpu_count() or 1), _MOST_WORKERS)
         pool = stack.enter_context(_cancelling_pool(workers, "merge"))
         # Syncing waits for the disk, so it has threads of its own and hides behind the rest.
         disk = stack.enter_context(_cancelling_pool(_SYNC_THREADS, "sync"))
@@ -115,12 +95,14 @@ def write_shards(
         begun: deque[Future[Survival | None]] = deque()
         ends: list[Future[dict[str, Survival]]] = []
         resumed = 0
+
+        def sync(file: int) -> None:
+            syncing.append(disk.submit(os.fdatasync, file))
+
         for shard in shards:
             fresh = not journal.holds(shard.file)
             resumed += 0 if fresh else shard.size_bytes
-            flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if fresh else 0)
-            file = _opened(journal.directory / shard.file, flags, stack)
-            target = _Target(file, fresh, lambda synced: syncing.append(disk.submit(os.fdatasync, synced)))
+            target = Target.opened(journal.directory / shard.file, fresh, sync, stack)
             run = _ShardRun(shard, sources, target, rewriter, progress or (lambda count: None))
             jobs = _submitted(pool, run.jobs(works), begun, 4 * workers)
             ends.append(disk.submit(_end, run, jobs, journal))
@@ -136,8 +118,8 @@ def _paths(shards: Sequence[ShardPlan]) -> set[Path]:
     return {tensor.path for shard in shards for tensor in shard.tensors} | {shard.path for shard in shards}
 
 
-def _opened(path: Path, flags: int, stack: ExitStack) -> int:
-    file = os.open(path, flags, 0o644)
+def _opened(path: Path, stack: ExitStack) -> int:
+    file = os.open(path, os.O_RDONLY)
     stack.callback(os.close, file)
     return file
 
@@ -148,7 +130,7 @@ class _ShardRun:
 
     shard: ShardPlan
     sources: dict[Path, int]
-    target: _Target
+    target: Target
     rewriter: Rewriter
     report: Progress
 
@@ -178,7 +160,7 @@ class _ShardRun:
             copy_range(part, source, self.target.file)
         if not cloned and not equal(part, source, self.target.file):
             raise unconfirmed(self.shard.file, f"bytes from {part.target} differ from the base's")
-        self.target.wrote(part.size_bytes)
+        self.target.cached(part.size_bytes)
         self.report(part.size_bytes)
 
     def _rewriting(self, work: TensorWork) -> Iterator[tuple[str, Job]]:
@@ -190,8 +172,8 @@ class _ShardRun:
     def _rewritten(self, chunk: Chunk, countdown: _Countdown) -> Survival | None:
         source = self.sources[chunk.work.plan.path]
         if self.target.fresh:
-            self.rewriter.rewrite(chunk, source, self.target.file)
-        self.target.wrote(chunk.size_bytes)
+            out_MN = self.rewriter.computed(chunk, source)
+            self.target.write(tensor_bytes(out_MN), chunk.offset, out_MN.data_ptr())
         self.report(chunk.size_bytes)
         return confirm(chunk.work, source, self.target.file, self.rewriter.rounding) if countdown.last() else None
 

@@ -17,7 +17,7 @@ from composer.formats.checkpoint import Checkpoint, open_checkpoint
 from composer.hashing import hash_checkpoint, hash_file
 from composer.merge import MergePlan, plan_merge, run_merge
 from composer.output import copy_side_files, writing_aside
-from composer.source import write_all
+from composer.target import Target
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 
@@ -163,11 +163,13 @@ def test_a_bit_that_flips_on_the_way_of_a_copied_range_is_noticed(
 def test_a_bit_that_flips_on_the_way_of_a_rewritten_tensor_is_noticed(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flipping(file: int, buffer: memoryview, offset: int) -> None:
-        write_all(file, buffer, offset)
-        flip(file, offset + 1)
+    write = Target.write
 
-    monkeypatch.setattr(chunks, "write_all", flipping)
+    def flipping(target: Target, buffer: memoryview, offset: int, address: int) -> None:
+        write(target, buffer, offset, address)
+        flip(target.file, offset + 1)
+
+    monkeypatch.setattr(Target, "write", flipping)
     refuses(plan, tmp_path)
 
 
