@@ -2,12 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from composer.delta import Computed, Delta, Layout, LowRank, Replacement
+from composer.delta import Computed, Delta, LowRank, Replacement
 from composer.errors import NotSupported, RefusedOutput
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
@@ -15,22 +16,44 @@ from composer.formats.naming import PEFT_PREFIX, split_key
 from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.tensors import DTYPE_NAMES, tensor_bytes
+from composer.wrapped import Wrapped, wrapped
 
 _SPARE_BYTES = 1 << 20
 
 
-def write_adapter(
-    deltas: Sequence[Delta], out_dir: Path, targets: Sequence[str], fields: Mapping[str, Any], note: Mapping[str, Any]
-) -> int:
-    """Write the deltas to the directory `out_dir`, in float32; return the size of the weights file.
+@dataclass(frozen=True, slots=True)
+class PeftForm:
+    """An adapter as PEFT has it: what it wraps, and tensors that are saved whole."""
 
-    `targets` become `target_modules`, `fields` further fields of the config, `note` what lies beside it. Raises
-    NotSupported for a delta that no LoRA can hold, RefusedOutput for a directory that exists or a value that is not
+    wrapped: list[Wrapped]
+    replacements: list[Replacement]
+
+    @property
+    def modules(self) -> list[str]:
+        return [one.name for one in self.wrapped if not one.is_parameter]
+
+    @property
+    def parameters(self) -> list[str]:
+        return [one.name for one in self.wrapped if one.is_parameter]
+
+
+def peft_form(deltas: Sequence[Delta]) -> PeftForm:
+    """Raises NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
+    _refuse_computed(deltas)
+    pairs = wrapped(_one_a_place(deltas))
+    if not pairs:
+        raise NotSupported("no_pairs", "There is no low-rank pair to write: nothing that an adapter could hold.")
+    return PeftForm(pairs, [delta for delta in deltas if isinstance(delta, Replacement)])
+
+
+def write_adapter(form: PeftForm, out_dir: Path, fields: Mapping[str, Any], note: Mapping[str, Any]) -> int:
+    """Write the adapter to the directory `out_dir`, in float32; return the size of the weights file.
+
+    `fields` are further fields of the config: its targets are every module and parameter by its path, unless they say
+    otherwise. `note` is what lies beside it. Raises RefusedOutput for a directory that exists or a value that is not
     finite.
     """
-    deltas = one_a_place(deltas)
-    _refuse_others(deltas)
-    tensors = _tensors(deltas)
+    tensors = _tensors(form)
     _refuse_not_finite(tensors)
     specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     head = encode_header(specs, {"format": "pt"})
@@ -40,52 +63,36 @@ def write_adapter(
             file.write(head)
             for name in parse_header(head, size).tensors:
                 file.write(tensor_bytes(tensors[name]))
-        write_json(aside / CONFIG_FILE, {**_config(deltas), "target_modules": list(targets), **fields})
+        write_json(aside / CONFIG_FILE, {**_config(form), **fields})
         write_json(aside / NOTE_FILE, note)
     return size
 
 
-def pairs_of(deltas: Sequence[Delta]) -> list[LowRank]:
-    return [delta for delta in deltas if isinstance(delta, LowRank)]
-
-
-def one_a_place(deltas: Sequence[Delta]) -> list[Delta]:
+def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:
     """A sum of low-rank deltas as one: an adapter holds one pair a place."""
     places: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
-    for delta in pairs_of(deltas):
-        places[delta.weight, delta.begin].append(delta)
+    for delta in deltas:
+        if isinstance(delta, LowRank):
+            places[delta.weight, delta.begin].append(delta)
     summed = [one for own in places.values() for one in side_by_side(own, [1.0] * len(own))]
-    return [*(delta for delta in deltas if not isinstance(delta, LowRank)), *summed]
+    return [one for one in summed if isinstance(one, LowRank)]
 
 
-def _refuse_others(deltas: Sequence[Delta]) -> None:
+def _refuse_computed(deltas: Sequence[Delta]) -> None:
     for delta in deltas:
         if isinstance(delta, Computed):
             message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
             next_step = "Cut it to a rank (rank=32 or energy=0.99), or merge it into the base."
             raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
-        if isinstance(delta, LowRank) and (delta.stacked or not delta.weight.endswith(".weight")):
-            message = f"{delta.module} is an expert of a stack or a packed attention, which is not written yet."
-            raise NotSupported("experts", message, subject=delta.module, next_step="Merge it into the base.")
 
 
-def _tensors(deltas: Sequence[Delta]) -> dict[str, torch.Tensor]:
+def _tensors(form: PeftForm) -> dict[str, torch.Tensor]:
     """PEFT's key -> tensor."""
-    targeted = {delta.module for delta in pairs_of(deltas)}
-    tensors: dict[str, torch.Tensor] = {}
-    for delta in deltas:
-        path = f"{PEFT_PREFIX}{delta.module}"
-        if isinstance(delta, Replacement):
-            wrapped = ".base_layer" if delta.module in targeted else ""
-            tensors[f"{path}{wrapped}.{delta.weight.rsplit('.', 1)[-1]}"] = delta.tensor
-        elif isinstance(delta, LowRank) and delta.layout is Layout.EMBEDDING:
-            tensors |= {f"{path}.lora_embedding_A": delta.A_RI, f"{path}.lora_embedding_B": delta.B_OR}
-        elif isinstance(delta, LowRank):
-            ones = (1,) * len(delta.kernel)
-            A, B = delta.A_RI, delta.B_OR
-            if delta.kernel:
-                A, B = A.reshape(delta.rank, -1, *delta.kernel), B.reshape(*B.shape, *ones)
-            tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+    tensors = {f"{PEFT_PREFIX}{key}": tensor for one in form.wrapped for key, tensor in one.tensors.items()}
+    modules = set(form.modules)
+    for delta in form.replacements:
+        inside = ".base_layer" if delta.module in modules else ""
+        tensors[f"{PEFT_PREFIX}{delta.module}{inside}.{delta.weight.rsplit('.', 1)[-1]}"] = delta.tensor
     return tensors
 
 
@@ -96,34 +103,33 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
 
 
-def _config(deltas: Sequence[Delta]) -> dict[str, Any]:
-    pairs = pairs_of(deltas)
-    if not pairs:
-        raise NotSupported("no_pairs", "There is no low-rank pair to write: nothing that an adapter could hold.")
-    rank = Counter(delta.rank for delta in pairs).most_common(1)[0][0]
-    ranks = {f"^{delta.module}": delta.rank for delta in pairs if delta.rank != rank}
+def _config(form: PeftForm) -> dict[str, Any]:
+    rank = Counter(one.rank for one in form.wrapped).most_common(1)[0][0]
+    ranks = {f"^{one.name}": one.rank for one in form.wrapped if one.rank != rank}
+    parameters = {"target_parameters": sorted(form.parameters)} if form.parameters else {}
     return {
+        "target_modules": sorted(form.modules),
+        **parameters,
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
         "use_rslora": False,
-        "bias": _bias(deltas),
-        "modules_to_save": _whole_modules(deltas) or None,
+        "bias": _bias(form),
+        "modules_to_save": _whole_modules(form) or None,
         "lora_dropout": 0.0,
         "inference_mode": True,
         "init_lora_weights": True,
     }
 
 
-def _bias(deltas: Sequence[Delta]) -> str:
-    targeted = {delta.module for delta in pairs_of(deltas)}
-    biased = {d.module for d in deltas if isinstance(d, Replacement) and d.weight.endswith(".bias")}
+def _bias(form: PeftForm) -> str:
+    biased = {delta.module for delta in form.replacements if delta.weight.endswith(".bias")}
     if not biased:
         return "none"
-    return "lora_only" if biased <= targeted else "all"
+    return "lora_only" if biased <= set(form.modules) else "all"
 
 
-def _whole_modules(deltas: Sequence[Delta]) -> list[str]:
-    return sorted({d.module for d in deltas if isinstance(d, Replacement) and not d.weight.endswith(".bias")})
+def _whole_modules(form: PeftForm) -> list[str]:
+    return sorted({delta.module for delta in form.replacements if not delta.weight.endswith(".bias")})

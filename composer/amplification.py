@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from composer.compared import Place
-from composer.delta import Layout, LowRank
+from composer.delta import Layout, LowRank, names_of
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.header import FLOAT_DTYPES
 from composer.source import Source, picked_rows
@@ -37,7 +37,9 @@ def at_base(
     with ExitStack() as stack:
         opened: dict[Path, int] = {}
         for (module, _), deltas in places.items():
-            own = [(one, weight.of(module)) for one, weight in zip(deltas, weights, strict=True) if one is not None]
+            own = [
+                (one, weight.of(*names_of(one))) for one, weight in zip(deltas, weights, strict=True) if one is not None
+            ]
             name = own[0][0].weight
             if name not in base.architecture.tensors or base.architecture.tensors[name].dtype not in FLOAT_DTYPES:
                 continue

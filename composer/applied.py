@@ -12,6 +12,7 @@ from torch import nn
 
 from composer.delta import Additive, Computed, Delta, Layout, LowRank, Replacement
 from composer.errors import Mismatch, NotSupported
+from composer.tensors import execution_device
 
 Deltas = Iterable[Delta]
 
@@ -35,19 +36,19 @@ def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
             elif isinstance(delta, LowRank) and _is_called(model, delta):
                 hooked[delta.module].append(delta)
             else:
-                path, begin = delta.stacked or (_path(delta), 0)
+                path, begin = _path(delta), delta.stacked.begin if delta.stacked else 0
                 owner, _, name = path.rpartition(".")
                 added[owner, name].append((delta, begin))
         for (path, name), parts in added.items():
             undo.enter_context(_changed(_module(model, path), name, parts))
         for path, low_rank in hooked.items():
-            undo.enter_context(_added(_module(model, path), low_rank))
+            undo.enter_context(_added(_module(model, path), low_rank, execution_device(model)))
         yield
 
 
 def _path(delta: Additive) -> str:
-    """The parameter in memory: the module's own of the name that the tensor has on disk."""
-    return f"{delta.module}.{delta.weight.rpartition('.')[2]}"
+    """The parameter in memory: the module's own of the name that the tensor has on disk, or the stack of experts."""
+    return delta.stacked.parameter if delta.stacked else f"{delta.module}.{delta.weight.rpartition('.')[2]}"
 
 
 def _is_called(model: nn.Module, delta: LowRank) -> bool:
@@ -65,10 +66,22 @@ def _module(model: nn.Module, path: str) -> nn.Module:
         raise Mismatch("module_missing", f"The model has no module {path}.", subject=path) from error
 
 
+def _in_memory(module: nn.Module, name: str, path: str) -> nn.Parameter | None:
+    old = module._parameters.get(name)
+    if old is not None and old.is_meta:
+        raise NotSupported(
+            "streamed",
+            f"{path}'s {name} is changed as a whole, and the base does not fit in memory.",
+            subject=path,
+            next_step="Measure on a machine with more memory, or ask for the weight checks alone.",
+        )
+    return old
+
+
 @contextmanager
 def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
     name = delta.weight.rpartition(".")[2]
-    old = module._parameters.get(name)
+    old = _in_memory(module, name, delta.module)
     if old is None or old.shape != delta.tensor.shape:
         found = "none" if old is None else f"one of shape {tuple(old.shape)}"
         wanted = f"Replacing {name} of {delta.module} with a tensor of shape {tuple(delta.tensor.shape)}"
@@ -84,7 +97,7 @@ def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
 @contextmanager
 def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]]) -> Iterator[None]:
     """The parameter with the deltas added in float32 from their first rows on, each taken from the base's own."""
-    old = module._parameters.get(name)
+    old = _in_memory(module, name, deltas[0][0].module)
     (rows, columns), path = deltas[0][0].stored_shape, deltas[0][0].module
     stacked = any(delta.stacked for delta, _ in deltas)
     needed = max(begin + delta.stored_shape[0] for delta, begin in deltas) * columns
@@ -110,12 +123,12 @@ def _product(delta: LowRank) -> torch.Tensor:
 
 
 @contextmanager
-def _added(module: nn.Module, parts: Sequence[LowRank]) -> Iterator[None]:
+def _added(module: nn.Module, parts: Sequence[LowRank], device: torch.device) -> Iterator[None]:
     path, layout = parts[0].module, parts[0].layout
     A_RI = torch.cat([part.A_RI.float() for part in parts])
     B_OR = torch.cat([part.B_OR.float() * part.scale for part in parts], dim=1)
-    weight = _weight_for(module, path, layout, (B_OR.shape[0], A_RI.shape[1]))
-    A_RI, B_OR = A_RI.to(weight.device), B_OR.to(weight.device)
+    _refuse_unlike(module, path, layout, (B_OR.shape[0], A_RI.shape[1]))
+    A_RI, B_OR = A_RI.to(device), B_OR.to(device)
     # Gemma's embedding scales what it looks up, and so must the part that is added.
     B_OR = B_OR * getattr(module, "embed_scale", 1.0)
     A_IR = A_RI.T.contiguous()
@@ -131,8 +144,8 @@ def _added(module: nn.Module, parts: Sequence[LowRank]) -> Iterator[None]:
         handle.remove()
 
 
-def _weight_for(module: nn.Module, path: str, layout: Layout, shape: tuple[int, int]) -> torch.Tensor:
-    """The module's weight, if the module is of the class that the layout says and an O x I delta of `shape` fits it."""
+def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[int, int]) -> None:
+    """Unless the module is of the class that the layout says, and an O x I delta of `shape` fits its weight."""
     classes = {Layout.LINEAR: nn.Linear, Layout.EMBEDDING: nn.Embedding}
     # transformers' Conv1D is known by its name, so that nothing is imported for models that have none.
     known = type(module).__name__ == "Conv1D" if layout is Layout.CONV1D else isinstance(module, classes[layout])
@@ -144,4 +157,3 @@ def _weight_for(module: nn.Module, path: str, layout: Layout, shape: tuple[int, 
     if tuple(weight.shape) != stored:
         message = f"The delta of {path} is for a weight of shape {stored}, the model's is {tuple(weight.shape)}."
         raise Mismatch("shape_mismatch", message, subject=path)
-    return weight

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.adapter import one_a_place, pairs_of, write_adapter
+from composer.adapter import PeftForm, peft_form, write_adapter
 from composer.checks import structural
-from composer.delta import LowRank
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import WEIGHTS_FILE
@@ -18,7 +17,6 @@ from composer.settings import parse_settings
 from composer.variants import LoadedAdapter, load_deltas
 from composer.weights import Weight, parse_weight
 
-_SPARE_BYTES = 1 << 20
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
 
@@ -64,42 +62,47 @@ def combine(
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
     # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
-    deltas = one_a_place(combined.deltas)
-    pairs = pairs_of(deltas)
+    form = peft_form(combined.deltas)
     first = loaded[0].config.raw
     fields = {name: first.get(name) for name in _SHARED_FIELDS}
     fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
     told = _note(loaded, [weight for _, weight in adapters], method, parsed, note)
-    size = write_adapter(deltas, out_dir, _targets(loaded, pairs), fields, told)
+    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), told)
     return CombineReport(
         out_dir=str(out_dir),
-        modules=len(pairs),
-        ranks=dict(Counter(delta.rank for delta in pairs)),
-        replacements=len(deltas) - len(pairs),
+        modules=len(form.wrapped),
+        ranks=dict(Counter(one.rank for one in form.wrapped)),
+        replacements=len(form.replacements),
         size_bytes=size,
         compressions=tuple(combined.compressions),
         findings=(*structural(loaded, {"tied": "untie"}), *_dropped_copies(loaded)),
     )
 
 
-def _targets(loaded: Sequence[LoadedAdapter], pairs: Sequence[LowRank]) -> list[str]:
-    """The adapters' own target names where their union means exactly these modules; otherwise every module by its path.
+def _short_targets(loaded: Sequence[LoadedAdapter], form: PeftForm) -> dict[str, list[str]]:
+    """The adapters' own target names where their union means exactly what is written; nothing where it does not.
 
     Short names are what servers and people read. They are only true when no adapter chose among layers in another
     way: a module that is wrapped without tensors would load as an untrained pair. They do not cover a head that
     weight tying wrapped together with the embedding.
     """
-    paths = sorted(delta.module for delta in pairs)
     chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    names: set[str] = set()
-    for adapter in loaded:
-        targets = adapter.config.target_modules
-        if not isinstance(targets, tuple) or any(adapter.config.raw.get(field) for field in chosen):
-            return paths
-        names.update(targets)
-    touched = {module.module for adapter in loaded for module in adapter.placed.low_rank}
+    short: dict[str, list[str]] = {}
+    placed = [module for adapter in loaded for module in adapter.placed.low_rank if not module.nested]
+    modules = [adapter.config.target_modules for adapter in loaded]
+    if all(isinstance(names, tuple) for names in modules) and not any(
+        adapter.config.raw.get(field) for adapter in loaded for field in chosen
+    ):
+        names = {name for own in modules for name in own or ()}
+        short |= _if_they_cover("target_modules", names, form.modules, {module.module for module in placed})
+    stacks = [module.module for adapter in loaded for module in adapter.placed.modules if module.kind == "experts"]
+    names = {name for adapter in loaded for name in adapter.config.target_parameters}
+    return short | _if_they_cover("target_parameters", names, form.parameters, set(stacks))
+
+
+def _if_they_cover(field: str, names: set[str], paths: Sequence[str], touched: set[str]) -> dict[str, list[str]]:
     covered = all(any(f".{path}".endswith(f".{name}") for name in names) for path in paths)
-    return sorted(names) if covered and touched <= set(paths) else paths
+    return {field: sorted(names)} if names and covered and touched <= set(paths) else {}
 
 
 def _note(

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from composer.delta import LowRank
+from composer.delta import LowRank, names_of
 from composer.lowrank import Comparison, compare
 from composer.tensors import all_finite
 from composer.variants import LoadedAdapter
@@ -34,7 +34,8 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
     modules: dict[str, Comparison] = {}
     # One after the other: the work is many small calls, and two of Python's threads were no faster than one.
     for (module, _), deltas in places.items():
-        one = compare(deltas, [weight.of(module) for weight in weights])
+        names = names_of(next(delta for delta in deltas if delta))
+        one = compare(deltas, [weight.of(*names) for weight in weights])
         modules[module] = modules[module] + one if module in modules else one
     nothing = Comparison.zero(len(adapters))
     layers: dict[int, Comparison] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from composer.adapter import write_adapter
+from composer.adapter import peft_form, write_adapter
 from composer.delta import Layout, LowRank
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoint import Architecture
@@ -40,8 +40,7 @@ def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertRep
     deltas = [delta for module in foreign.modules for delta in _deltas(foreign, module, architecture)]
     fields = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
     source = {"layout": foreign.layout, "file": foreign.weights_path.name, "digest": hash_file(foreign.weights_path)}
-    targets = sorted(delta.module for delta in deltas)
-    size = write_adapter(deltas, out_dir, targets, fields, {"made": "convert", "source": source})
+    size = write_adapter(peft_form(deltas), out_dir, fields, {"made": "convert", "source": source})
     return ConvertReport(foreign.layout, len(deltas), max(delta.rank for delta in deltas), str(out_dir), size)
 
 

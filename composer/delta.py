@@ -25,6 +25,19 @@ class Layout(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Stacked:
+    """Where an expert's delta lies in `parameter`, which stacks all `experts` of a layer in memory: from row `begin` of
+    its matrix, and of the expert's own `outputs` from the `first` on."""
+
+    parameter: str
+    expert: int
+    experts: int
+    first: int
+    outputs: int
+    begin: int
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """delta = scale * B @ A in the orientation PEFT trains: A is R x I, B is O x R, each in whatever float dtype the
     adapter's file has. `stored_factors` are float32.
@@ -32,8 +45,9 @@ class LowRank:
     `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to, from row `begin` of
     its matrix. `tied` says that this tensor also serves as another module's weight (an input embedding shared with the
     output head), `twin` that the other module has the very same delta, so that one addition serves both. `kernel` is
-    the kernel's shape where the weight is a convolution's, whose I counts its elements too. `stacked` says, of an
-    expert, which parameter it is a part of in memory, and its first row there.
+    the kernel's shape where the weight is a convolution's, whose I counts its elements too. `stacked` is set of an
+    expert; `nested` of the output projection of a packed attention, which PEFT wraps inside of the attention's own pair
+    and adds twice (so does `scale`).
     """
 
     module: str
@@ -46,7 +60,8 @@ class LowRank:
     begin: int = 0
     kernel: tuple[int, ...] = ()
     twin: bool = False
-    stacked: tuple[str, int] | None = None
+    stacked: Stacked | None = None
+    nested: bool = False
 
     @property
     def rank(self) -> int:
@@ -94,7 +109,7 @@ class Computed:
     kernel: tuple[int, ...] = ()
     twin: bool = False
     sets_rows: frozenset[int] = frozenset()
-    stacked: tuple[str, int] | None = None
+    stacked: Stacked | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +124,9 @@ class Replacement:
 
 Additive = LowRank | Computed
 Delta = LowRank | Computed | Replacement
+
+
+def names_of(delta: Delta) -> tuple[str, ...]:
+    """What a weight's rule may call it: its module, and the stack that it is an expert of."""
+    stacked = None if isinstance(delta, Replacement) else delta.stacked
+    return (delta.module, stacked.parameter) if stacked else (delta.module,)

@@ -1,4 +1,4 @@
-"""A base in memory, and suites turned into scores with adapters active. Shapes: B batch, T tokens, V vocabulary."""
+"""Suites turned into scores of a base with adapters active. Shapes: B batch, T tokens, V vocabulary."""
 
 import inspect
 import os
@@ -6,33 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from composer.applied import Deltas, applied
-from composer.errors import InvalidFile, Mismatch
-from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.errors import Mismatch
+from composer.model import LoadedModel
 from composer.suite import Example, Suite
-from composer.tensors import torch_device, torch_threads
-
-# Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy.
-BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A causal language model in memory, its tokenizer and its checkpoint's architecture."""
-
-    model: Any  # transformers' classes are imported when a model is loaded, not for annotations
-    tokenizer: Any
-    architecture: Architecture
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+from composer.tensors import torch_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,35 +53,6 @@ class Measured:
     nats: float
     tokens: int
     exact: bool
-
-
-def load_model(directory: Path | str, device: str = "auto", dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load a Hugging Face checkpoint for evaluation. No code from the checkpoint is run and nothing is downloaded.
-
-    `device` auto is CUDA where there is one. `dtype` None is the checkpoint's own: what will be served, and on a CPU
-    with AVX512-BF16 bfloat16 took 0.4 times float32's time; on one without, pass float32. Raises composer's errors for
-    a checkpoint that cannot be read, and InvalidFile when transformers refuses the model or its tokenizer.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    directory = Path(directory)
-    architecture = open_checkpoint(directory).architecture
-    chosen = torch_device(device)
-    # Its bar for reading weights is drawn even where stderr is no terminal.
-    logging.disable_progress_bar()
-    model: Any
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype or "auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidFile(
-            "model_not_loadable",
-            f"{directory}: transformers cannot load it: {error}",
-            subject=str(directory),
-            next_step="Evaluation needs a causal language model with its tokenizer beside it.",
-        ) from error
-    return LoadedModel(model.eval().to(chosen), tokenizer, architecture)
 
 
 def encode(loaded: LoadedModel, example: Example, chat: bool) -> Encoded:
@@ -154,12 +108,10 @@ def measure(
     Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
     cores. `progress` gets the number of examples just done.
     """
-    cores = (os.cpu_count() or 1) if loaded.device.type == "cpu" else 1
-    limit = batch_tokens or BATCH_TOKENS.get(loaded.device.type, BATCH_TOKENS["cpu"])
     # A few examples are spread as well: one batch over all cores would wait at barriers.
-    limit = min(limit, sum(len(one.ids) for one in encoded) // cores + 1)
-    batches = list(_batches(encoded, limit))
-    workers = max(1, min(cores, len(batches)))
+    limit = min(batch_tokens or loaded.batch_tokens, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
+    batches = list(batches_of(encoded, limit))
+    workers = max(1, min(loaded.passes, len(batches)))
     results: dict[int, Measured] = {}
     with (
         applied(loaded.model, deltas),
@@ -174,7 +126,7 @@ def measure(
     return [results[index] for index in range(len(encoded))]
 
 
-def _batches(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
+def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first: the largest memory is needed at once or never."""
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index].ids), index))
     while order:
@@ -185,12 +137,7 @@ def _batches(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def _measure_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[Measured]:
-    length = max(len(one.ids) for one in batch)
-    # Padding is on the right, where a causal model's earlier positions can't see it: no mask, no shifted positions.
-    ids_BT = torch.zeros(len(batch), length, dtype=torch.long)
-    for row, one in enumerate(batch):
-        ids_BT[row, : len(one.ids)] = torch.tensor(one.ids)
-    ids_BT = ids_BT.to(loaded.device)
+    ids_BT = padded(batch).to(loaded.device)
     first = min(one.prompt_tokens for one in batch) - 1
     logits_BTV = _logits_from(loaded.model, ids_BT, first)
     measured: list[Measured] = []
@@ -202,6 +149,15 @@ def _measure_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[Measur
         exact = bool((logits_TV.argmax(dim=-1) == target_T).all())
         measured.append(Measured(nats, one.completion_tokens, exact))
     return measured
+
+
+def padded(batch: Sequence[Encoded]) -> torch.Tensor:
+    """B x T ids. Padding is on the right, where a causal model's earlier positions can't see it: no mask, no shifted
+    positions."""
+    ids_BT = torch.zeros(len(batch), max(len(one.ids) for one in batch), dtype=torch.long)
+    for row, one in enumerate(batch):
+        ids_BT[row, : len(one.ids)] = torch.tensor(one.ids)
+    return ids_BT
 
 
 def _logits_from(model: Any, ids_BT: torch.Tensor, first: int) -> torch.Tensor:

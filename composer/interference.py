@@ -4,7 +4,7 @@ What predicts damage best is how strongly the intruder acts at all on the victim
 pairs (docs/study.md) its rank correlation with the loss of the worse member is 0.71 [0.34, 0.89], that of the ratio to
 the victim's own strength 0.28.
 
-Shapes: T adapters, N tokens, I inputs and O outputs of a module, R the sum of the ranks.
+Shapes: T adapters, N tokens, I inputs and O outputs of a module, R the sum of the ranks; B examples of P positions.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import sqrt
 from threading import Lock
@@ -22,9 +23,10 @@ from torch import nn
 
 from composer.applied import Deltas, applied
 from composer.delta import Delta, Layout, LowRank
-from composer.errors import Mismatch
-from composer.evaluate import Encoded, LoadedModel, encode_prompt
+from composer.errors import Mismatch, NotSupported
+from composer.evaluate import Encoded, batches_of, encode_prompt, padded
 from composer.formats.naming import is_head
+from composer.model import LoadedModel
 from composer.tensors import torch_threads
 
 MAX_PROMPTS = 1000
@@ -124,27 +126,49 @@ def _energies(
         for path, watch in watches.items():
             undo.enter_context(_watched(loaded.model.get_submodule(path), watch))
         undo.enter_context(applied(loaded.model, active))
-        workers = min((os.cpu_count() or 1) if loaded.device.type == "cpu" else 1, len(examples))
+        # What one pass costs beside its tokens is reading the weights: from memory, next to nothing.
+        batches = batches_of(examples, loaded.batch_tokens if loaded.streamed else 1)
+        workers = min(loaded.passes, len(examples))
         undo.enter_context(torch_threads(max(1, (os.cpu_count() or 1) // workers)))
         pool = undo.enter_context(ThreadPoolExecutor(workers, "watch"))
         heads = any(is_head(path) for path in watches)
-        list(pool.map(lambda example: _run(loaded, example, whole=heads), examples))
+        list(pool.map(lambda batch: _run(loaded, [examples[index] for index in batch], whole=heads), batches))
     return {path: watch.energy() for path, watch in watches.items()}
 
 
+_TOKENS: ContextVar[torch.Tensor] = ContextVar("_TOKENS")  # B x P: what is no padding in this thread's forward pass
+
+
 @torch.inference_mode()
-def _run(loaded: LoadedModel, example: Encoded, whole: bool) -> None:
+def _run(loaded: LoadedModel, batch: Sequence[Encoded], whole: bool) -> None:
     # The head is the largest matrix; one position is enough where nobody looks at what it gets.
     sparing = not whole and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
     spared = {"logits_to_keep": 1} if sparing else {}
-    loaded.model(input_ids=torch.tensor([example.ids], device=loaded.device), use_cache=False, **spared)
+    ids_BP = padded(batch)
+    lengths_B1 = torch.tensor([[len(one.ids)] for one in batch])
+    _TOKENS.set(torch.arange(ids_BP.shape[1]) < lengths_B1)
+    loaded.model(input_ids=ids_BP.to(loaded.device), use_cache=False, **spared)
+
+
+def _tokens_of(values: torch.Tensor, path: str) -> torch.Tensor:
+    """B x P x … as N x …, without the padding. Raises NotSupported where a module sees padded tokens in another shape:
+    an expert's own layer, say, that gets those which a router has chosen."""
+    tokens_BP = _TOKENS.get().to(values.device)
+    if values.shape[:2] == tokens_BP.shape:
+        return values[tokens_BP]
+    if not tokens_BP.all():
+        message = f"{path} does not see its tokens as examples x positions, so that padding cannot be left out."
+        raise NotSupported(
+            "padded", message, subject=path, next_step="Give one prompt, or measure where the base fits in memory."
+        )
+    return values.flatten(0, -2)
 
 
 class _Watch:
     """The second moment of the hidden values A x of one module's adapters, all side by side: R x R."""
 
     def __init__(self, deltas: Sequence[tuple[int, LowRank]], count: int) -> None:
-        self._layout, self._count = deltas[0][1].layout, count
+        self._path, self._layout, self._count = deltas[0][1].module, deltas[0][1].layout, count
         self._owner = torch.tensor([index for index, delta in deltas for _ in range(delta.rank)])
         self._A_RI = torch.cat([delta.A_RI.float() for _, delta in deltas])
         B_OR = torch.cat([delta.B_OR.double() * delta.scale for _, delta in deltas], dim=1)
@@ -156,10 +180,11 @@ class _Watch:
     def __call__(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         A_RI = self._A_RI.to(output.device)
         if self._layout is Layout.EMBEDDING:
-            H_NR = nn.functional.embedding(inputs[0], A_RI.T).flatten(0, -2)
+            H_NR = _tokens_of(nn.functional.embedding(inputs[0], A_RI.T), self._path)
         else:
-            H_NR = inputs[0].float().flatten(0, -2) @ A_RI.T
-        moment, base = (H_NR.T @ H_NR).double().cpu(), float(output.float().square().sum())
+            H_NR = _tokens_of(inputs[0], self._path).float() @ A_RI.T
+        W_NO = _tokens_of(output, self._path).float()
+        moment, base = (H_NR.T @ H_NR).double().cpu(), float(W_NO.square().sum())
         with self._lock:  # examples run side by side
             self._moment = self._moment + moment
             self._base += base

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from time import perf_counter
 
-from composer.delta import Computed, Delta, LowRank
+from composer.delta import Computed, Delta, LowRank, names_of
 from composer.errors import Mismatch
-from composer.evaluate import Deltas, Encoded, LoadedModel, Measured, encode, measure, ratio
+from composer.evaluate import Deltas, Encoded, Measured, encode, measure, ratio
 from composer.interval import Interval, interval
 from composer.methods import combine_deltas
 from composer.methods.linear import scaled
+from composer.model import LoadedModel
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, parse_weight
@@ -153,7 +154,7 @@ def weighted_sum(members: Sequence[Member]) -> Deltas:
 def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
     """The deltas times what the weight says of their modules; a tensor saved whole as it is."""
     own = parse_weight(weight)
-    return [_times(delta, own.of(delta.module)) for delta in deltas]
+    return [_times(delta, own.of(*names_of(delta))) for delta in deltas]
 
 
 def _times(delta: Delta, weight: float) -> Delta:

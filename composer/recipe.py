@@ -11,6 +11,7 @@ settings: {density: 0.4, rank: 32}   # of the method; tied: shared | untie
 adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
 dtype: bfloat16                      # of the merged checkpoint; the base's own when left out
+rounding: {mode: stochastic, seed: 7}   # of the merged checkpoint's values; to the nearest when left out
 probe: 2                             # examples of each member's suite for the conflict report; 0 for none
 evaluate: [sql-exact, guard-general] # suites for the candidate
 gates: ["guard-general.nll within 0.2 of base"]
@@ -28,6 +29,7 @@ import yaml
 
 from composer.errors import InvalidFile, NotSupported
 from composer.findings import read_policy
+from composer.rounding import Mode, Rounding, parse_rounding
 from composer.settings import SETTINGS, parse_settings
 from composer.text import LONE_SURROGATE, shown
 from composer.weights import Weight, WeightRule, parse_weight
@@ -62,6 +64,7 @@ class Recipe:
     gates: tuple[str, ...] = ()
     notes: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    rounding: Rounding = field(default_factory=Rounding)
 
     def to_json(self) -> dict[str, Any]:
         inputs = [
@@ -80,6 +83,7 @@ class Recipe:
             "gates": list(self.gates),
             "notes": self.notes,
             **({"policy": dict(self.policy)} if self.policy else {}),
+            **_rounding_json(self.rounding),
         }
 
 
@@ -102,13 +106,14 @@ class LockedInput:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """Everything that decides the result, by digest: two equal locks give the same bytes."""
+    """Everything that decides the result, by digest: two equal locks give the same weights."""
 
     base: str
     method: str
     settings: Mapping[str, Any]
     dtype: str | None
     inputs: tuple[LockedInput, ...]
+    rounding: Rounding = field(default_factory=Rounding)
 
     def to_json(self) -> dict[str, Any]:
         document = self._content()
@@ -137,6 +142,7 @@ class Lock:
             "settings": dict(self.settings),
             "dtype": self.dtype,
             "inputs": inputs,
+            **_rounding_json(self.rounding),
         }
 
     @classmethod
@@ -152,7 +158,8 @@ class Lock:
             )
             for i in document["inputs"]
         )
-        return cls(document["base"], document["method"], document["settings"], document["dtype"], inputs)
+        rounding = parse_rounding(**document["rounding"]) if "rounding" in document else Rounding()
+        return cls(document["base"], document["method"], document["settings"], document["dtype"], inputs, rounding)
 
 
 def load_recipe(text: str, subject: str = "recipe") -> Recipe:
@@ -203,6 +210,7 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
         gates=_texts(fields, "gates", subject),
         notes=_text(fields, "notes", subject) or "",
         policy=_policy(fields.get("policy"), f"{subject}: policy"),
+        rounding=_rounding(fields.get("rounding"), f"{subject}: rounding"),
     )
 
 
@@ -213,6 +221,20 @@ def _policy(document: object, subject: str) -> Mapping[str, Any]:
     except InvalidFile as error:
         raise _bad(error.subject, error.message.removeprefix(f"{error.subject}: ").rstrip(".")) from error
     return cast("dict[str, Any]", document or {})
+
+
+def _rounding(document: object, subject: str) -> Rounding:
+    """Its mode alone, or a mapping."""
+    if document is None:
+        return Rounding()
+    fields = {"mode": document} if isinstance(document, str) else _mapping(document, subject, {"mode", "seed"})
+    seed = fields.get("seed", 0)
+    if type(seed) is not int:
+        raise _bad(f"{subject}: seed", "it must be a whole number")
+    try:
+        return parse_rounding(_text(fields, "mode", subject) or Mode.NEAREST, seed)
+    except NotSupported as error:
+        raise _bad(subject, error.message.rstrip("."), error.next_step) from error
 
 
 def _input(row: object, subject: str) -> RecipeInput:
@@ -234,6 +256,13 @@ def _input(row: object, subject: str) -> RecipeInput:
 def _rules_json(rules: tuple[WeightRule, ...]) -> dict[str, Any]:
     """Nothing where there are none, so that a lock without rules has the digest it always had."""
     return {"rules": [rule.to_json() for rule in rules]} if rules else {}
+
+
+def _rounding_json(rounding: Rounding) -> dict[str, Any]:
+    """Nothing where it is to the nearest, for the same reason."""
+    if rounding.mode is Mode.NEAREST:
+        return {}
+    return {"rounding": {"mode": rounding.mode.value, "seed": rounding.seed}}
 
 
 def _check_texts(document: object, subject: str) -> None:

@@ -90,6 +90,11 @@ def torch_threads(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
+def execution_device(model: torch.nn.Module) -> torch.device:
+    """Where a model takes its input: the device of the first parameter that is in memory, and not left on the disk."""
+    return next((one.device for one in model.parameters() if not one.is_meta), torch.device("cpu"))
+
+
 def torch_device(name: str) -> torch.device:
     """`auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. Raises NotSupported for what is not here."""
     if name == "auto":

@@ -59,13 +59,13 @@ class WeightRule:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """`value`, except where a rule holds: the first one that does decides."""
+    """`value`, except where a rule holds for one of the names: the first one that does decides."""
 
     value: float = 1.0
     rules: tuple[WeightRule, ...] = ()
 
-    def of(self, module: str) -> float:
-        return next((rule.weight for rule in self.rules if rule.holds(module)), self.value)
+    def of(self, *names: str) -> float:
+        return next((rule.weight for rule in self.rules if any(map(rule.holds, names))), self.value)
 
     def times(self, factor: float) -> "Weight":
         rules = tuple(WeightRule(rule.weight * factor, rule.layers, rule.modules) for rule in self.rules)
@@ -84,9 +84,9 @@ class Divided(Weight):
 
     among: tuple[Weight, ...] = ()
 
-    def of(self, module: str) -> float:
-        total = sum(weight.of(module) for weight in self.among)
-        return Weight.of(self, module) / total if total else 0.0
+    def of(self, *names: str) -> float:
+        total = sum(weight.of(*names) for weight in self.among)
+        return Weight.of(self, *names) / total if total else 0.0
 
 
 def parse_weight(value: object) -> Weight:

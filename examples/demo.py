@@ -169,8 +169,9 @@ def generate(story: Story) -> None:
 
     torch.set_num_threads(1)  # one token at a time is too little work to share, least of all on busy cores
 
-    from composer.evaluate import applied, encode, load_model
+    from composer.evaluate import applied, encode
     from composer.evaluate import generate as complete
+    from composer.model import load_model
     from composer.suite import parse_suite
     from composer.variants import load_deltas
 

@@ -19,9 +19,10 @@ from train import ADAPTERS, STUDY
 
 from composer.conflicts import conflicts
 from composer.delta import Delta
-from composer.evaluate import Encoded, LoadedModel, encode, load_model, measure, ratio
+from composer.evaluate import Encoded, encode, measure, ratio
 from composer.interference import activation_interference
 from composer.methods import combine_deltas
+from composer.model import LoadedModel, load_model
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
 

@@ -66,7 +66,12 @@ def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: Not
 def permit_somewhere(actor: Actor, role: Role) -> None:
     """For what no namespace owns, such as bases and suites."""
     if not any(holds(actor, role, namespace) for namespace in actor.grants):
-        raise _denied(actor, role, "any namespace")
+        raise _anonymous(actor) or NotAllowed(
+            "role_missing",
+            f"{actor.name} has the role {role} in no namespace.",
+            subject=actor.name,
+            next_step=f"Use a token of somebody who is {role} of a namespace, or ask an admin of yours for the role.",
+        )
 
 
 def readable(actor: Actor, namespace: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
@@ -107,13 +112,17 @@ def unknown_namespace(namespace: str) -> NotFound:
     )
 
 
+def _anonymous(actor: Actor) -> Unauthenticated | None:
+    if actor.name != ANONYMOUS:
+        return None
+    return Unauthenticated(
+        "token_missing", "This needs a token.", next_step="Set ADAPTORY_TOKEN, or send Authorization: Bearer TOKEN."
+    )
+
+
 def _denied(actor: Actor, role: Role, namespace: str) -> RegistryError:
-    if actor.name == ANONYMOUS:
-        return Unauthenticated(
-            "token_missing", "This needs a token.", next_step="Set ADAPTORY_TOKEN, or send Authorization: Bearer TOKEN."
-        )
     where = "the whole registry" if namespace == EVERYWHERE else namespace
-    return NotAllowed(
+    return _anonymous(actor) or NotAllowed(
         "role_missing",
         f"{actor.name} has not the role {role} in {where}.",
         subject=namespace,

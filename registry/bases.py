@@ -15,6 +15,7 @@ from registry.audit import Act, Actor
 from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.models import Base, BaseAlias, BaseLocation
 from registry.names import Digest, parse_part
+from registry.statements import Prepared
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
 SAME_MODEL = ("cast", "quantized")
@@ -26,11 +27,13 @@ _SCHEMES = ("file://", "hf://", "s3://")
 
 _base, _alias = Base.__table__.c, BaseAlias.__table__.c
 _TEXT = bindparam("text", type_=String)
-_BY_DIGEST = select(_base.digest, _base.name).where(_base.digest.between(_TEXT, bindparam("last"))).limit(2)
-_BY_NAME = select(_base.digest, _base.name).where(
-    or_(_base.name == _TEXT, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == _TEXT)))
+_BY_DIGEST = Prepared(select(_base.digest, _base.name).where(_base.digest.between(_TEXT, bindparam("last"))).limit(2))
+_BY_NAME = Prepared(
+    select(_base.digest, _base.name).where(
+        or_(_base.name == _TEXT, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == _TEXT)))
+    )
 )
-"""Built once: most searches ask for a base."""
+"""Most searches ask for a base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def find(session: Session, text: str) -> Base:
 def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
     query = _BY_DIGEST if _DIGEST_LIKE.fullmatch(text) else _BY_NAME
-    matches = session.execute(query, {"text": text, "last": text.ljust(64, "g")}).all()
+    matches = query.rows(session, {"text": text, "last": text.ljust(64, "g")})
     if not matches:
         raise NotFound(
             "base_unknown",
@@ -124,7 +127,8 @@ def identify(session: Session, text: str) -> tuple[str, str]:
         )
     if len(matches) > 1:
         raise Usage("base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits.")
-    return matches[0].digest, matches[0].name
+    [(digest, name)] = matches
+    return digest, name
 
 
 def architecture(session: Session, digest: str) -> Architecture:

@@ -313,7 +313,9 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
             next_step="Choose another version.",
         )
     if move.to_release_id == current.to_release_id:
-        raise Refused("already_served", f"{subject} already serves {to}.", subject=subject)
+        raise Refused(
+            "already_served", f"{subject} already serves {to}.", subject=subject, next_step="Nothing is to be done."
+        )
     return move
 
 

@@ -37,7 +37,7 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
     """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and changes no repository."""
     lock = _lock(session, recipe)
     for target in _targets(recipe, plan_only=plan_only):
-        _check_target(session, actor, lock, target)
+        _check_target(session, actor, recipe, lock, target)
     _check_gates(recipe)
     for name in _suite_names(recipe):
         suites.find(session, name)
@@ -147,6 +147,7 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
                 "lock_broken",
                 f"{full_name(release)} is not the commit {locked.commit[:12]} that the lock names.",
                 subject=full_name(release),
+                next_step="Whoever runs the registry: `adaptory fsck` finds what was changed.",
             )
         found.append(release)
     return found
@@ -199,7 +200,8 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
         )
         for source, release in zip(recipe.inputs, found, strict=True)
     )
-    return Lock(base.digest, recipe.method, parse_settings(recipe.method, recipe.settings), recipe.dtype, locked)
+    settings = parse_settings(recipe.method, recipe.settings)
+    return Lock(base.digest, recipe.method, settings, recipe.dtype, locked, recipe.rounding)
 
 
 def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
@@ -229,26 +231,26 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
     return found
 
 
-def _check_target(session: Session, actor: Actor, lock: Lock, target: _Target) -> None:
+def _check_target(session: Session, actor: Actor, recipe: Recipe, lock: Lock, target: _Target) -> None:
     """What can be known now must not fail after an hour of merging; publishing asks again."""
     repository = repositories.find_if_any(session, target.repository, target.kind)
     if repository is not None:
         query = select(Release).where(Release.repository_id == repository.id, Release.version == str(target.version))
         if (occupant := session.scalar(query)) is not None:
-            _refuse_other_content(session, occupant, lock)
+            _refuse_other_content(session, occupant, recipe, lock)
             return
         numbering.refuse_other_base(session, repository, target.version, lock.base)
     _refuse_namespace(session, actor, target.repository.namespace)
 
 
-def _refuse_other_content(session: Session, occupant: Release, lock: Lock) -> None:
-    """The same lock gives the same files, and publishing these again is no conflict."""
-    query = select(Composition.lock).join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
-    made_from = session.scalars(query.where(ReleaseInput.release_id == occupant.id).limit(1)).first()
-    if made_from is None or made_from["digest"] != lock.digest:
+def _refuse_other_content(session: Session, occupant: Release, recipe: Recipe, lock: Lock) -> None:
+    """The same recipe and lock give the same files, which name both, and publishing these again is no conflict."""
+    query = select(Composition).join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
+    made_by = session.scalars(query.where(ReleaseInput.release_id == occupant.id).limit(1)).first()
+    if made_by is None or made_by.lock["digest"] != lock.digest or made_by.recipe != recipe.to_json():
         raise Conflict(
             "version_exists",
-            f"{full_name(occupant)} was not made by this recipe; a release never changes.",
+            f"{full_name(occupant)} was not made by this recipe from these inputs; a release never changes.",
             subject=full_name(occupant),
             next_step="Give the next version in the recipe.",
         )

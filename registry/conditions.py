@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, select
+from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, not_, select
 
 from composer.formats.serving import Profile
 from registry.access import readable_names
@@ -18,6 +18,7 @@ from registry.errors import Usage
 from registry.models import Channel, Move, Release, ReleaseWord, Repository, Score, TargetSet, TargetSetMember, Traits
 from registry.names import RepositoryName
 from registry.repositories import Kind
+from registry.statements import among
 from registry.suites import Condition
 from registry.terms import MAX_WORD_CHARACTERS, parse_stated, target_set_key, words
 
@@ -150,7 +151,7 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
     same = ("type", "variant", "dtype", "license", "alpha")
     asked += [_traits[name] == bindparam(name) for name in same if name in form.asked]
     limits: dict[str, ColumnElement[bool]] = {
-        "bases": _traits.base_digest.in_(bindparam("bases", expanding=True)),
+        "bases": among(_traits.base_digest, "bases"),
         "min_rank": _traits.rank_max >= bindparam("min_rank"),
         "max_rank": _traits.rank_max <= bindparam("max_rank"),
         "server": _traits.servers.bitwise_and(bindparam("server")) != 0,
@@ -167,10 +168,10 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
 
 def _within() -> Select[*tuple[Any, ...]]:
     """Sets that have one of the names and none besides: found from the names, not by looking at every set."""
-    names: BindParameter[Any] = bindparam("within", expanding=True)
     other = TargetSetMember.__table__.alias()
-    outside = select(other.c.target).where(other.c.target_set_id == _member.target_set_id, other.c.target.not_in(names))
-    return select(_member.target_set_id).where(_member.target.in_(names), ~outside.exists())
+    of_set = other.c.target_set_id == _member.target_set_id
+    outside = select(other.c.target).where(of_set, not_(among(other.c.target, "within")))
+    return select(_member.target_set_id).where(among(_member.target, "within"), ~outside.exists())
 
 
 def on_release(form: Form) -> Conditions:
@@ -204,7 +205,7 @@ def _of_it(rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
 def at_home(form: Form) -> Conditions:
     """On repositories: those asked for, and those that the actor may read."""
     limits = {
-        "readable": _repository.namespace.in_(bindparam("readable", expanding=True)),
+        "readable": among(_repository.namespace, "readable"),
         "namespace": _repository.namespace == bindparam("namespace"),
         "owner": _repository.namespace == bindparam("owner"),
         "repository": _repository.name == bindparam("repository"),

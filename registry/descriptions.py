@@ -1,102 +1,168 @@
-"""All that the registry says of releases: two statements for a page of them or three, however long it is.
+"""All that the registry says of releases, in one statement for a page of them.
 
-Columns of tables, not objects, and JSON as its text: a page of fifty is read many times a second, by nobody who changes
-what it shows, and mostly to be sent on as it is.
+Texts of JSON are left as they are, and nothing is checked again: a page of fifty is read many times a second, by nobody
+who changes what it shows, and mostly to be sent on.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from sqlalchemy import BindParameter, Row, Text, bindparam, cast, exists, select
+import orjson
+from sqlalchemy import FromClause, Text, cast, select
 from sqlalchemy.orm import Session
 
 from registry.models import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
+from registry.statements import Prepared, among, exact, json_rows, moment
+
+TOGETHER = 100
+"""So many releases a statement: with manifests of 10,000 files each they stay below what a text may be long."""
 
 _base, _input, _release, _repository, _revision, _score, _suite = (
     table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, Suite)
 )
-_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
-_NAMED = (
-    select(
-        _release.id,
-        _repository.namespace,
-        _repository.name.label("repository"),
-        _repository.kind,
-        _release.version,
-        _revision.commit,
-    )
-    .select_from(Release.__table__)
-    .join(Repository.__table__, _repository.id == _release.repository_id)
+
+
+class ReleaseRow(NamedTuple):
+    """`manifest`, `facts`, `provenance` and `loading` are JSON, `created_at` is as documents have it."""
+
+    id: int
+    namespace: str
+    repository: str
+    kind: str
+    version: str
+    commit: str
+    manifest: str
+    base_digest: str
+    base_name: str
+    rank_max: int | None
+    facts: str
+    provenance: str
+    loading: str
+    servers: int
+    breaking_reason: str | None
+    signed_by: str | None
+    notes: str
+    yanked: bool
+    yank_reason: str | None
+    created_at: str
+    created_by: str
+
+
+class ScoreRow(NamedTuple):
+    """Of a current suite; floats as texts. In the order of documents, and unique, by its first three columns."""
+
+    release_id: int
+    suite: str
+    metric: str
+    suite_digest: str
+    value: str
+    stderr: str | None
+    n: int
+    higher_is_better: bool
+    measured_at: str
+
+
+class InputRow(NamedTuple):
+    """A release that went into another one; the weight as a text."""
+
+    release_id: int
+    input_id: int
+    namespace: str
+    repository: str
+    version: str
+    commit: str
+    weight: str
+
+
+_NAMED: FromClause = (
+    Release.__table__.join(Repository.__table__, _repository.id == _release.repository_id)
     .join(Revision.__table__, _revision.id == _release.revision_id)
-)
+)  # fmt: skip
 _RELEASES = (
-    _NAMED.add_columns(
-        _revision.manifest,
-        _base.digest.label("base_digest"),
-        _base.name.label("base_name"),
-        _release.rank_max,
-        cast(_release.facts, Text).label("facts"),
-        cast(_release.provenance, Text).label("provenance"),
-        cast(_release.loading, Text).label("loading"),
-        _release.servers,
-        _release.breaking_reason,
-        _release.signed_by,
-        _release.notes,
-        _release.yanked,
-        _release.yank_reason,
-        _release.created_at,
-        _release.created_by,
-        exists().where(_input.release_id == _release.id).correlate(Release.__table__).label("composed"),
+    select(
+        json_rows(
+            _release.id,
+            _repository.namespace,
+            _repository.name,
+            _repository.kind,
+            _release.version,
+            _revision.commit,
+            _revision.manifest,
+            _base.digest,
+            _base.name,
+            _release.rank_max,
+            cast(_release.facts, Text),
+            cast(_release.provenance, Text),
+            cast(_release.loading, Text),
+            _release.servers,
+            _release.breaking_reason,
+            _release.signed_by,
+            _release.notes,
+            _release.yanked,
+            _release.yank_reason,
+            moment(_release.created_at),
+            _release.created_by,
+        )
     )
-    .join(Base.__table__, _base.digest == _release.base_digest)
-    .where(_release.id.in_(_IDS))
+    .select_from(_NAMED.join(Base.__table__, _base.digest == _release.base_digest))
+    .where(among(_release.id, "ids"))
 )
+# The sum keeps SQLite from going from each suite through all of its scores.
 _SCORES = (
     select(
-        _score.release_id,
-        _suite.name,
-        _suite.digest,
-        _score.metric,
-        _score.value,
-        _score.stderr,
-        _score.n,
-        _score.higher_is_better,
-        _score.measured_at,
+        json_rows(
+            _score.release_id,
+            _suite.name,
+            _score.metric,
+            _suite.digest,
+            exact(_score.value),
+            exact(_score.stderr),
+            _score.n,
+            _score.higher_is_better,
+            moment(_score.measured_at),
+        )
     )
-    .select_from(Score.__table__)
-    .join(Suite.__table__, _suite.id == _score.suite_id)
-    .where(_score.release_id.in_(_IDS), _suite.current)
-    .order_by(_suite.name, _score.metric)
+    .select_from(Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0))
+    .where(among(_score.release_id, "ids"), _suite.current)
 )
 _INPUTS = (
-    _NAMED.add_columns(_input.release_id, _input.weight)
-    .join(ReleaseInput.__table__, _input.input_id == _release.id)
-    .where(_input.release_id.in_(_IDS))
-    .order_by(_release.id)
+    select(
+        json_rows(
+            _input.release_id,
+            _input.input_id,
+            _repository.namespace,
+            _repository.name,
+            _release.version,
+            _revision.commit,
+            exact(_input.weight),
+        )
+    )
+    .select_from(_NAMED.join(ReleaseInput.__table__, _input.input_id == _release.id))
+    .where(among(_input.release_id, "ids"))
 )
+_PAGE = Prepared(select(*(part.scalar_subquery() for part in (_RELEASES, _SCORES, _INPUTS))))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Description:
-    """Rows of plain columns: the release, the scores of current suites by suite and metric, what went into it."""
+    """A release, the scores of current suites by suite and metric, and what went into it."""
 
-    release: Row[*tuple[Any, ...]]
-    scores: Sequence[Row[*tuple[Any, ...]]]
-    inputs: Sequence[Row[*tuple[Any, ...]]]
+    release: ReleaseRow
+    scores: list[ScoreRow] = field(default_factory=list[ScoreRow])
+    inputs: list[InputRow] = field(default_factory=list[InputRow])
 
 
 def describe(session: Session, release_ids: Sequence[int]) -> list[Description]:
     """In the order of the ids."""
-    if not release_ids:
-        return []
-    given = {"ids": release_ids}
-    found = {row[0]: row for row in session.execute(_RELEASES, given).all()}
-    scores: dict[int, list[Any]] = {number: [] for number in release_ids}
-    for row in session.execute(_SCORES, given).all():
-        scores[row[0]].append(row)
-    inputs: dict[int, list[Any]] = {number: [] for number in release_ids}
-    composed = [number for number, row in found.items() if row.composed]
-    for row in session.execute(_INPUTS, {"ids": composed}).all() if composed else ():
-        inputs[row.release_id].append(row)
-    return [Description(found[number], scores[number], inputs[number]) for number in release_ids]
+    found: dict[int, Description] = {}
+    for start in range(0, len(release_ids), TOGETHER):
+        [texts] = _PAGE.rows(session, {"ids": list(release_ids[start : start + TOGETHER])})
+        releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
+        for row in releases:
+            found[row[0]] = Description(ReleaseRow._make(row))
+        for row in sorted(scores):
+            found[row[0]].scores.append(ScoreRow._make(row))
+        for row in sorted(inputs):
+            found[row[0]].inputs.append(InputRow._make(row))
+    return [found[number] for number in release_ids]

@@ -10,6 +10,7 @@ RegistryError
 └── Unavailable  7  a store or a database is away, full or too slow
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,8 +24,8 @@ class RegistryError(Exception):
     exit_code: ClassVar[int]
     status: ClassVar[int]
     title: ClassVar[str]
-    retry_after_s: ClassVar[int | None] = None
-    """When asking again makes sense; None where it does not."""
+    retry_after_s: int | None = None
+    """When asking again makes sense, in seconds; None where it does not. One error may know better than its family."""
 
     def __init__(
         self, code: str, detail: str, *, subject: str = "", next_step: str = "", findings: Sequence[dict[str, Any]] = ()
@@ -92,6 +93,11 @@ class TooMany(Unavailable):
 
     status, title = 429, "Too many requests"
     retry_after_s = 1
+
+    def again_in(self, wait_s: float) -> "TooMany":
+        """The same, to be asked again in so many seconds."""
+        self.retry_after_s = max(1, math.ceil(wait_s))
+        return self
 
 
 FAMILIES: tuple[type[RegistryError], ...] = (

@@ -89,7 +89,7 @@ def parse_rule(text: str) -> Rule:
 
 def parse_rules(texts: Sequence[str]) -> list[Rule]:
     if len(texts) > MAX_RULES:
-        raise Usage("too_many_rules", f"A gate has at most {MAX_RULES} rules.")
+        raise Usage("too_many_rules", f"A gate has at most {MAX_RULES} rules.", next_step="Leave some out.")
     return [parse_rule(text) for text in texts]
 
 

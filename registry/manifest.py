@@ -103,7 +103,11 @@ def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
     rows = sorted(files, key=lambda file: file.path)
     paths = [check_path(file.path) for file in rows]
     if not rows or len(rows) > MAX_FILES:
-        raise Invalid("bad_manifest", f"A release holds 1 to {MAX_FILES:,} files, not {len(rows):,}.")
+        raise Invalid(
+            "bad_manifest",
+            f"A release holds 1 to {MAX_FILES:,} files, not {len(rows):,}.",
+            next_step="Pack many small files into one.",
+        )
     _refuse_one_place(paths)
     document = [{"path": file.path, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in rows]
     return json.dumps({"files": document}, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

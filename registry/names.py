@@ -58,12 +58,12 @@ class RepositoryName:
 
 def parse_repository(text: str) -> RepositoryName:
     namespace, slash, name = text.partition("/")
-    if not slash or "/" in name:
+    if not slash or "/" in name or namespace in ("", ".", "..", "~"):
         raise Usage(
             "bad_repository",
             f"{text[:80]!r} is not a repository.",
             subject=text[:80],
-            next_step="Write it as namespace/name, as in acme/sql.",
+            next_step="Write it as namespace/name, as in acme/sql; a directory is only one when it is there.",
         )
     return RepositoryName(parse_part(namespace, "namespace"), parse_part(name, "repository name"))
 

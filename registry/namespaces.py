@@ -142,5 +142,9 @@ def _checked_keys(keys: Sequence[str]) -> list[str]:
     for key in keys:
         fingerprint(key[:_MAX_KEY_CHARACTERS])
     if len(keys) > MAX_SIGNING_KEYS:
-        raise Invalid("too_many_keys", f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.")
+        raise Invalid(
+            "too_many_keys",
+            f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.",
+            next_step="Name those that still sign.",
+        )
     return list(keys)

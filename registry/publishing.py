@@ -200,7 +200,12 @@ def _signer(resources: Resources, files: Sequence[ManifestFile], keys: Sequence[
     if signature is None:
         return None
     if signature.size_bytes > MAX_SIGNATURE_BYTES:
-        raise Invalid("bad_signature", f"{SIGNATURE_FILE} is too large to be a signature.", subject=SIGNATURE_FILE)
+        raise Invalid(
+            "bad_signature",
+            f"{SIGNATURE_FILE} is too large to be a signature.",
+            subject=SIGNATURE_FILE,
+            next_step="Push it with --sign KEY.pem, which makes one.",
+        )
     with TemporaryDirectory(dir=resources.work_directory, prefix="signature-") as directory:
         materialise(resources, [signature], Path(directory))
         signed = open_signature((Path(directory) / SIGNATURE_FILE).read_bytes(), keys)

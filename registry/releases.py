@@ -169,13 +169,17 @@ def _record_yank(
 def find(session: Session, name: RepositoryName, version: Version, kind: Kind | None = None) -> Release:
     release = _by_version(session, repositories.find(session, name, kind), version)
     if release is None:
-        raise NotFound(
-            "release_unknown",
-            f"{name} has no release {version}.",
-            subject=f"{name}:{version}",
-            next_step=f"`adaptory log {name}` shows its releases.",
-        )
+        raise unknown(name, version)
     return release
+
+
+def unknown(name: RepositoryName, version: Version) -> NotFound:
+    return NotFound(
+        "release_unknown",
+        f"{name} has no release {version}.",
+        subject=f"{name}:{version}",
+        next_step=f"`adaptory log {name}` shows its releases.",
+    )
 
 
 def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: Kind) -> dict[str, Any]:

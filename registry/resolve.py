@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row, Select, bindparam, func, select
 from sqlalchemy.orm import Session
 
-from registry import channels, repositories
+from registry import channels, releases, repositories
 from registry.errors import NotFound, Usage
 from registry.models import Base, Channel, Move, Release, Repository, Revision
 from registry.names import Reference, RepositoryName, parse_version
@@ -181,17 +181,16 @@ def _warn_if_yanked(row: Row[*tuple[Any, ...]]) -> Located:
 
 
 def _nothing(reference: Reference) -> NotFound:
-    next_step = f"`adaptory log {reference.repository}` shows its releases."
     if reference.version:
-        return NotFound(
-            "release_unknown",
-            f"{reference.repository} has no release {reference.version}.",
-            subject=str(reference),
-            next_step=next_step,
-        )
+        return releases.unknown(reference.repository, reference.version)
     what = "no stable release that is not yanked"
     if reference.range:
         what = f"no release in the range {reference.range.text} that is not yanked"
     elif reference.commit:
         what = f"no release with the commit {reference.commit}"
-    return NotFound("no_match", f"{reference.repository} has {what}.", subject=str(reference), next_step=next_step)
+    return NotFound(
+        "no_match",
+        f"{reference.repository} has {what}.",
+        subject=str(reference),
+        next_step=f"`adaptory log {reference.repository}` shows its releases.",
+    )

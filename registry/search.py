@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, String, bindparam, case, cast, func, select, tuple_
+import orjson
+from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, case, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry import bases, conditions, suites
@@ -19,6 +20,7 @@ from registry.conditions import Form
 from registry.conditions import Query as Query
 from registry.errors import Usage
 from registry.models import Channel, Release, ReleaseWord, Repository, Score
+from registry.statements import Prepared, among, json_list
 from registry.suites import HIGHER_IS_BETTER
 
 NEWEST, VERSION = "newest", "version"
@@ -30,7 +32,6 @@ RARE = 500
 _channel, _release, _repository, _score, _word = (
     table.__table__.c for table in (Channel, Release, Repository, Score, ReleaseWord)
 )
-_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,25 +138,25 @@ def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
 
 def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Place]:
     for rare in _rare(form):
-        found = session.scalars(rare, values).all()
+        found = rare.column(session, values)
         if len(found) <= RARE:
             return _read(session, _among_rare(form, by), by, {**values, "ids": found}) if found else []
-    texts = session.scalars(_of_few(form, by), values).all()
+    texts = _of_few(form, by).column(session, values)
     if len(texts) > FEW:
         return _read(session, _of_all(form, by), by, values)
-    ids = [int(number) for text in texts if text for number in text.split(",")]
+    ids = [number for text in texts if text for number in orjson.loads(text)]
     if by.column == "id":
         return [Place(None, number) for number in sorted(ids, reverse=True)[: values["limit"]]]
     return _read(session, _among(by), by, {**values, "ids": ids}) if ids else []
 
 
-def _read(session: Session, statement: Select[*tuple[Any, ...]], by: _By, values: Mapping[str, Any]) -> list[Place]:
-    rows = session.execute(statement, values)
+def _read(session: Session, statement: Prepared, by: _By, values: Mapping[str, Any]) -> list[Place]:
+    rows = statement.rows(session, values)
     return [Place(None if by.column == "id" else key, release_id) for key, release_id in rows]
 
 
 @lru_cache(512)
-def _rare(form: Form) -> tuple[Select[*tuple[Any, ...]], ...]:
+def _rare(form: Form) -> tuple[Prepared, ...]:
     """For each condition with an index of its own: the releases that meet it, given up after `RARE` entries."""
     lists: list[Select[*tuple[Any, ...]]] = [
         select(_word.release_id).where(entry) for entry in conditions.of_words(form)
@@ -172,11 +173,11 @@ def _rare(form: Form) -> tuple[Select[*tuple[Any, ...]], ...]:
     for number, operator in enumerate(form.operators):
         scored = select(_score.release_id).where(*conditions.enough(number, operator))
         lists.append(scored.where(_score.traits_id.in_(conditions.fitting(form))))
-    return tuple(one.limit(RARE + 1) for one in lists)
+    return tuple(Prepared(one.limit(RARE + 1)) for one in lists)
 
 
 @lru_cache(512)
-def _of_few(form: Form, by: _By) -> Select[*tuple[Any, ...]]:
+def _of_few(form: Form, by: _By) -> Prepared:
     """Of each combination of traits that fits, the ids of as many releases as a page has; nothing when many fit.
 
     One text for each: an aggregate is what both databases can make of an ordered and limited part of an index.
@@ -185,25 +186,25 @@ def _of_few(form: Form, by: _By) -> Select[*tuple[Any, ...]]:
     count = select(func.count()).select_from(fitting).scalar_subquery()
     entries = by.select(by.release_id.label("id")).where(by.traits_id == fitting.c.id, *conditions.on_release(form))
     entries = by.page(entries).correlate(fitting).subquery("entries")
-    ids = select(func.aggregate_strings(cast(entries.c.id, String), ",")).scalar_subquery()
-    return select(case((count <= FEW, ids))).select_from(fitting)
+    ids = select(json_list(entries.c.id)).scalar_subquery()
+    return Prepared(select(case((count <= FEW, ids))).select_from(fitting))
 
 
 @lru_cache(512)
-def _of_all(form: Form, by: _By) -> Select[*tuple[Any, ...]]:
+def _of_all(form: Form, by: _By) -> Prepared:
     """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
     entries = by.select(by.key, by.release_id).where(
         (by.traits_id + 0).in_(conditions.fitting(form)), *conditions.on_release(form)
     )
-    return by.page(entries)
+    return Prepared(by.page(entries))
 
 
 @lru_cache(512)
-def _among_rare(form: Form, by: _By) -> Select[*tuple[Any, ...]]:
+def _among_rare(form: Form, by: _By) -> Prepared:
     entries = by.select(by.key, by.release_id).where(_release.traits_id.in_(conditions.fitting(form)))
-    return by.page(entries.where(_release.id.in_(_IDS), *conditions.on_release(form)))
+    return Prepared(by.page(entries.where(among(_release.id, "ids"), *conditions.on_release(form))))
 
 
 @lru_cache(64)
-def _among(by: _By) -> Select[*tuple[Any, ...]]:
-    return by.page(by.select(by.key, by.release_id).where(by.release_id.in_(_IDS)))
+def _among(by: _By) -> Prepared:
+    return Prepared(by.page(by.select(by.key, by.release_id).where(among(by.release_id, "ids"))))

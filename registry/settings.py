@@ -2,10 +2,12 @@
 
 import getpass
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -15,6 +17,13 @@ def _login_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"uid-{os.getuid()}"
+
+
+def _http_url(text: str) -> str:
+    """Empty says that there is none."""
+    if text and not re.match(r"https?://[^/\s]", text):
+        raise PydanticCustomError("url", "it is no address of a registry, such as https://adapters.example")
+    return text
 
 
 class LocalStorage(BaseModel):
@@ -78,7 +87,7 @@ class Settings(BaseSettings):
     database_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
     """How long the database may take for one statement, the locks that it waits for included."""
     storage: Storage = LocalStorage()
-    url: str | None = None
+    url: Annotated[str, AfterValidator(_http_url)] | None = None
     """The registry that the command line talks to; without it the registry in `home` is opened in this process."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
     """The largest file a release may hold."""

@@ -44,21 +44,26 @@ def fingerprint(public_key: str) -> str:
     return _fingerprint(_load(public_key))
 
 
-def open_signature(content: bytes, public_keys: Sequence[str]) -> Signed:
+def open_signature(
+    content: bytes,
+    public_keys: Sequence[str],
+    next_step: str = "Sign it with --sign and a key that is trusted here.",
+) -> Signed:
     """The content of a bundle, once one of the keys has proved to be the one that signed it.
 
-    Raises Refused when none of them is, or when the signed text was changed; Invalid for what is no such bundle.
+    Raises Refused, with that next step, when none of them is, or when the signed text was changed; Invalid for what is
+    no such bundle.
     """
     envelope = _envelope(content)
     keys = [_load(key) for key in public_keys]
     key = next((key for key in keys if _is_by(key, envelope)), None)
     if key is None:
-        known = ", ".join(_fingerprint(one)[:12] for one in keys) or "none is known"
+        known = " or ".join(_fingerprint(one)[:12] for one in keys)
         raise Refused(
             "signature_unknown",
-            f"{SIGNATURE_FILE} was not made by a trusted key ({known}), or was changed afterwards.",
+            f"{SIGNATURE_FILE} was made by another key than {known}, or was changed afterwards.",
             subject=SIGNATURE_FILE,
-            next_step="Sign it with --sign and a key that is trusted here.",
+            next_step=next_step,
         )
     return Signed(_fingerprint(key), _files(envelope.payload))
 

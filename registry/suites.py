@@ -23,6 +23,8 @@ _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=
 
 HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
 """The direction of the metrics that we know; of others the one who records them must be believed."""
+RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
+"""What their values can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +136,6 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         refuse_stranger(actor, f"base {subject.name}", subject.created_by)
     rows: list[Score] = []
     for measurement in measurements:
-        if not math.isfinite(measurement.value) or measurement.n < 1:
-            raise Invalid(
-                "bad_score",
-                f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
-                subject=measurement.metric,
-                next_step="Record a finite value measured on one example or more.",
-            )
         suite = find(session, measurement.suite_digest)
         _check_measurement(measurement, suite)
         owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
@@ -170,7 +165,15 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
 
 
 def _check_measurement(measurement: Measurement, suite: Suite) -> None:
-    """Who records a score does not decide what is better, nor that a suite has more examples than it has."""
+    """Who records a score does not decide what can be measured, what is better, nor how many examples a suite has."""
+    least, most = RANGES.get(measurement.metric, (-math.inf, math.inf))
+    if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < 1:
+        raise Invalid(
+            "bad_score",
+            f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
+            subject=measurement.metric,
+            next_step=f"Record a finite value from {least:g} to {most:g}, measured on one example or more.",
+        )
     better = HIGHER_IS_BETTER.get(measurement.metric, measurement.higher_is_better)
     if measurement.higher_is_better != better or measurement.n > suite.examples:
         raise Invalid(
@@ -188,21 +191,6 @@ def scores_of(session: Session, subject: Release | Base) -> list[Score]:
     return list(
         session.scalars(select(Score).join(Suite).where(owner, Suite.current).order_by(Suite.name, Score.metric))
     )
-
-
-def scores_of_releases(session: Session, release_ids: Sequence[int]) -> dict[int, list[Score]]:
-    """One query for a page of releases."""
-    query = (
-        select(Score)
-        .join(Suite)
-        .where(Score.release_id.in_(release_ids), Suite.current)
-        .order_by(Suite.name, Score.metric)
-    )
-    found: dict[int, list[Score]] = {release_id: [] for release_id in release_ids}
-    for score in session.scalars(query):
-        if score.release_id is not None:
-            found[score.release_id].append(score)
-    return found
 
 
 def _owner_columns(subject: Release | Base) -> dict[str, Any]:

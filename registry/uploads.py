@@ -246,8 +246,9 @@ def _announce(
     with resources.write() as session:
         rely_on_blobs(session)
         _refuse_leaving(session, [file.sha256 for file in files])
-        before = {row.sha256 for row in session.scalars(mine)}
-        more = {file.sha256 for file in files} - before
+        before = {row.sha256: row.expires_at for row in session.scalars(mine)}
+        open_still = {sha256 for sha256, expires_at in before.items() if expires_at >= actor.at}
+        more = {file.sha256 for file in files} - open_still
         more.difference_update(_held(session, namespace, more))
         _refuse_too_many(session, actor, len(more), resources.settings.max_open_uploads)
         for file in files:
@@ -279,15 +280,19 @@ def _announce(
 
 
 def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> None:
+    """What has expired counts no longer, whether it was swept or not: it cannot be sent any more."""
     arrived = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
-    count = select(func.count()).select_from(Upload).where(Upload.created_by == actor.name, ~arrived)
-    if more > 0 and (session.scalar(count) or 0) + more > limit:
+    mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~arrived
+    count, first_end = session.execute(select(func.count(), func.min(Upload.expires_at)).where(mine)).one()
+    if more > 0 and count + more > limit:
+        wait = first_end - actor.at if first_end else timedelta()
         raise TooMany(
             "too_many_uploads",
-            f"{actor.name} has announced {limit:,} files whose bytes have not come.",
+            f"{actor.name} has announced {count:,} files whose bytes have not come; with these {more:,} there would be "
+            f"more than {limit:,}.",
             subject=actor.name,
-            next_step="Send them, or wait until they expire.",
-        )
+            next_step="Send them, announce fewer, or wait as long as Retry-After says, when the first of them expires.",
+        ).again_in(wait.total_seconds())
 
 
 def _way(resources: Resources, file: ManifestFile, announced: tuple[Upload, bool], *, known: bool) -> Announced:

@@ -99,6 +99,11 @@ class AdapterConfig:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     blocks: Blocks | None = None
     options: Options = field(default_factory=dict[str, bool | int | float | str])
+    option_patterns: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+
+    def options_for(self, module: str) -> Options:
+        patterns = self.option_patterns.items()
+        return {**self.options, **{name: _first_match(own, module, self.options[name]) for name, own in patterns}}
 
     def rank_for(self, module: str) -> int:
         return _first_match(self.rank_pattern, module, self.rank)
@@ -173,7 +178,7 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
         rank=_positive_int(raw.get("r", 8), "r", subject),
         alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", subject),
         use_rslora=_flag(raw, "use_rslora", subject),
-        rank_pattern=_ranks(raw, subject),
+        rank_pattern=_counts(raw, "rank_pattern", subject),
         alpha_pattern=_alphas(raw, subject),
         fan_in_fan_out=_flag(raw, "fan_in_fan_out", subject),
         bias=_bias(raw, "lora", subject),
@@ -192,7 +197,7 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
         return AdapterConfig(peft_type, raw)
     kind = TYPES[peft_type]
     (rank, rank_default), (alpha, alpha_default) = kind.rank, kind.alpha
-    patterns = ("rank_pattern", "alpha_pattern") if kind.patterns else ()
+    patterns = [f"{name}_pattern" for name in (*kind.by_module, *(("rank", "alpha") if kind.patterns else ()))]
     _refuse_unknown(raw, {*_COMMON, "init_weights", rank, alpha, *kind.options, *kind.ignored, *patterns}, subject)
     tokens = raw.get("token_indices") if peft_type == "TRAINABLE_TOKENS" else None
     return AdapterConfig(
@@ -200,7 +205,7 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
         raw,
         rank=_positive_int(raw.get(rank, rank_default), rank, subject) if rank else 0,
         alpha=_number(raw.get(alpha, alpha_default), alpha, subject) if alpha else 0.0,
-        rank_pattern=_ranks(raw, subject) if kind.patterns else {},
+        rank_pattern=_counts(raw, "rank_pattern", subject) if kind.patterns else {},
         alpha_pattern=_alphas(raw, subject) if kind.patterns else {},
         fan_in_fan_out=_flag(raw, "fan_in_fan_out", subject),
         bias=_bias(raw, peft_type.lower(), subject),
@@ -209,6 +214,7 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
         exclude_modules=_targets(raw, "exclude_modules", subject),
         token_indices=_token_indices(tokens, "token_indices", subject),
         options={name: _option(raw, name, kind, subject) for name in kind.options},
+        option_patterns={name: _counts(raw, f"{name}_pattern", subject) for name in kind.by_module},
     )
 
 
@@ -320,8 +326,7 @@ def _bias(raw: Mapping[str, Any], kind: str, subject: str) -> str:
     return str(bias)
 
 
-def _ranks(raw: Mapping[str, Any], subject: str) -> dict[str, int]:
-    name = "rank_pattern"
+def _counts(raw: Mapping[str, Any], name: str, subject: str) -> dict[str, int]:
     return {key: _positive_int(value, f"{name}.{key}", subject) for key, value in _pattern(raw, name, subject)}
 
 

@@ -4,7 +4,8 @@ PEFT nests its wrappers on the module that holds the parameters: the last one in
 `experts.base_layer.lora_A` is gate_up_proj and `experts.lora_A` is down_proj when both are targeted.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from composer.formats.checkpoint import Architecture
@@ -63,7 +64,25 @@ def _targeted(placement: Placement, owner: str) -> list[str]:
         elif not holder:  # any module's that has one of this name
             known = placement.architecture and _stack(placement.architecture, owner, name)
             named.update([name] if known or (placement.architecture is None and owner.endswith("experts")) else [])
-    return sorted(named, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    return _ordered(named)
+
+
+def nested_names(parameters: Iterable[str]) -> dict[str, str]:
+    """Path of an adapted parameter -> the module that its pair's keys name: the inverse of `parameter_of`."""
+    owned: dict[str, set[str]] = defaultdict(set)
+    for path in parameters:
+        owner, _, name = path.rpartition(".")
+        owned[owner].add(name)
+    return {
+        f"{owner}.{name}": owner + ".base_layer" * depth
+        for owner, names in owned.items()
+        for depth, name in enumerate(reversed(_ordered(names)))
+    }
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """As the module itself has them."""
+    return sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
 def place_experts(placement: Placement, module: str, parameter: str, parts: dict[str, str]) -> None:

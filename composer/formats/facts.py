@@ -89,7 +89,12 @@ def read_adapter(path: Path) -> Adapter:
     shard of ZeRO-3 or FSDP that was saved without gathering). Raises NotSupported for a setting of a newer PEFT.
     """
     if not path.is_dir():
-        raise InvalidFile("missing_directory", f"{path} is not a directory.", subject=str(path))
+        raise InvalidFile(
+            "missing_directory",
+            f"{path} is not a directory.",
+            subject=str(path),
+            next_step="Name the directory that training wrote.",
+        )
     if not (path / CONFIG_FILE).is_file():
         message = f"{path.name} has no {CONFIG_FILE}."
         raise InvalidFile(

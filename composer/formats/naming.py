@@ -18,7 +18,7 @@ _PARTS = (
     (re.compile(r"\.lora_embedding_(A|B)(?:\.default)?$"), r"lora_embedding_\1"),
     (re.compile(r"\.lora_(A|B)(?:\.default)?\.bias$"), r"lora_\1_bias"),
     (re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$"), "magnitude"),
-    (re.compile(r"\.(oft_R|gralora_[AB]_general)(?:\.default)?\.weight$"), r"\1"),
+    (re.compile(r"\.(oft_R|gralora_[AB]_general|supertuning_lora_[AB])(?:\.default)?\.weight$"), r"\1"),
     (re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$"), TOKENS),
     (re.compile(r"\.base_layer\.(weight|bias)$"), r"base_layer.\1"),
     (re.compile(r"\.modules_to_save(?:\.default)?\.([^.]+)$"), r"\1"),

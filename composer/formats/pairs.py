@@ -84,7 +84,7 @@ def _place_on(
     scale = config.scale_for(owner) * (2 if nested else 1)
     placed = PlacedModule(
         path, target.weight, kind, target.tied, config.rank_for(owner), config.alpha_for(owner), scale, shape, found,
-        target.rule, layout,
+        target.rule, layout, nested=nested,
     )  # fmt: skip
     placement.modules.append(placed)
     if "lora_B_bias" in found:

@@ -210,10 +210,25 @@ def road(shapes: Shapes, options: Options, base: Size) -> Size:
 
 
 def fourierft(shapes: Shapes, options: Options, base: Size) -> Size:
-    """spectrum (n): n of the O * I frequencies."""
+    """spectrum (n): n_frequency of the O * I frequencies, of which another number would be drawn at other places."""
     (count,) = _dims(shapes, "fourierft_spectrum", 1)
+    if count != options["n_frequency"]:
+        raise ValueError(f"{count} coefficients, where the config's n_frequency is {options['n_frequency']}")
     _require(0 in base or count <= base[0] * base[1], shapes, "fourierft_spectrum")
     return base
+
+
+def supertuning(shapes: Shapes, options: Options, base: Size) -> Size:
+    """values (n) and their places (n) in the flat weight; with an r also a plain pair."""
+    _dims(shapes, "supertuning_values", 1)
+    _require(
+        shapes["supertuning_values"] == shapes["supertuning_indices"],
+        shapes, "supertuning_values", "supertuning_indices",
+    )  # fmt: skip
+    if not options["r"]:
+        return base
+    _require(_dims(shapes, "supertuning_lora_A", 2)[0] == options["r"], shapes, "supertuning_lora_A")
+    return lora("supertuning_lora_", shapes, options, base)
 
 
 def _dims(shapes: Shapes, name: str, count: int) -> Shape:

@@ -38,7 +38,7 @@ class PlacedModule:
     base_copy (PEFT's copy of a base weight beside an adapted embedding). `parts` maps lora_A, lora_B, magnitude, … or a
     parameter's name to the key in the file. `shape` is the base tensor's, as stored; 0 where nothing tells. Rank, alpha
     and scale are 0 where there is no low-rank pair. `layout` is composer.delta's. `twin` says that the other side of
-    a tied tensor has the same delta.
+    a tied tensor has the same delta, `nested` that PEFT wraps the module inside of the attention it belongs to.
     """
 
     module: str
@@ -54,6 +54,7 @@ class PlacedModule:
     layout: str = "linear"
     pieces: tuple[Piece, ...] = ()
     twin: bool = False
+    nested: bool = False
 
 
 @dataclass(frozen=True, slots=True)

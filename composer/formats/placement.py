@@ -9,7 +9,7 @@ from composer.errors import NotSupported
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig, pattern_matches
 from composer.formats.experts import missing_parameters, owner_of
-from composer.formats.header import Header
+from composer.formats.header import FLOAT_DTYPES, Header
 from composer.formats.naming import PEFT_PREFIX, SHARED, TOKENS, Target, find_weight, split_key
 from composer.formats.pairs import PAIR_PARTS, mark_twins, place_pair, place_tokens
 from composer.formats.parts import Size
@@ -23,7 +23,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     """Match every tensor of the adapter with a base tensor.
 
     Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
-    findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, missing_pair, missing_part,
+    findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
     duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused, unsupported_layer, empty_adapter.
     Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
     """
@@ -43,6 +43,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     mark_twins(placement)
     _check_shared(placement, shared)
     _check_prefix(placement, list(grouped), subject)
+    _check_dtypes(placement)
     _check_twice(placement)
     _check_config_is_used(placement)
     return Placed(placement.modules, placement.findings)
@@ -87,7 +88,7 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
         placement.error("unsupported_layer", module, message)
         return
     try:
-        made_for = kind.fits(shapes, placement.config.options, size)
+        made_for = kind.fits(shapes, placement.config.options_for(module), size)
     except KeyError as missing:
         placement.error("missing_part", module, f"{module} has {', '.join(own)}, but no {missing.args[0]}.")
     except ValueError as wrong:
@@ -162,6 +163,21 @@ def _check_prefix(placement: Placement, modules: list[str], subject: str) -> Non
     message = f"No tensor matches the base: keys look like {first!r}, where the base expects {expected!r}."
     placement.findings[:] = [finding for finding in placement.findings if finding.code != "unmatched_tensor"]
     placement.error("wrong_prefix", next(filter(None, modules), first), message)
+
+
+def _check_dtypes(placement: Placement) -> None:
+    """What deltas are computed from is plain floating point, but for indices: anything else has lost its scale."""
+    owners = {
+        key: placed.module
+        for placed in placement.modules
+        for part, key in placed.parts.items()
+        if placed.kind not in WHOLE_KINDS and "indices" not in part
+    }
+    for key, module in owners.items():
+        dtype = placement.header.tensors[key].dtype
+        if dtype not in FLOAT_DTYPES:
+            message = f"{key} is stored as {dtype}, not as F32, BF16, F16 or F64: save the adapter in one of those."
+            placement.error("bad_dtype", module, message)
 
 
 def _check_twice(placement: Placement) -> None:

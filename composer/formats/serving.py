@@ -63,14 +63,16 @@ def parse_profile(text: str) -> Profile:
     """
     server, colon, limit = text.partition(":")
     if server not in SERVERS or (colon and server != "vllm"):
+        message = f"There is no profile {text[:80]!r}."
         raise NotSupported(
-            "unknown_profile", f"There is no profile {text[:80]!r}; there are {', '.join(PROFILES)}.", subject=text[:80]
+            "unknown_profile", message, subject=text[:80], next_step=f"Use one of {', '.join(PROFILES)}."
         )
     if server != "vllm":
         return Profile(server)
     if colon and limit not in map(str, VLLM_RANKS):
-        message = f"{text[:80]!r} is no profile (of {', '.join(PROFILES)}): max_lora_rank is one of {VLLM_RANKS}."
-        raise NotSupported("unknown_profile", message, subject=text[:80])
+        message = f"{text[:80]!r} is no profile: vLLM has no such max_lora_rank."
+        ranks = ", ".join(map(str, VLLM_RANKS))
+        raise NotSupported("unknown_profile", message, subject=text[:80], next_step=f"Use vllm:N with N of {ranks}.")
     return Profile(server, int(limit) if colon else VLLM_DEFAULT_RANK)
 
 

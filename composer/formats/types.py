@@ -18,8 +18,9 @@ class AdapterType:
     """`parts` of a module and parts `shared` by all, as in the file; `fits` as in composer.formats.parts.
 
     `rank` and `alpha` are the names and defaults of those settings; `options` maps the settings that change the result
-    to PEFT's defaults, whose type is theirs; `ignored` ones only matter in training, or are seen in the tensors.
-    `acts_on_bias`: what it does to outputs, it does to a bias too. `needs`: an option that has to be on, and why.
+    to PEFT's defaults, whose type is theirs, and those `by_module` have a pattern too; `ignored` ones only matter in
+    training, or are seen in the tensors. `acts_on_bias`: what it does to outputs, it does to a bias too. `needs`: an
+    option that has to be on, and why.
     """
 
     parts: tuple[str, ...]
@@ -28,6 +29,7 @@ class AdapterType:
     rank: tuple[str, int] = ("", 0)
     alpha: tuple[str, float] = ("", 0.0)
     options: Options = field(default_factory=dict[str, bool | int | float | str])
+    by_module: tuple[str, ...] = ()
     choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
     ignored: tuple[str, ...] = ()
     patterns: bool = False
@@ -170,8 +172,15 @@ TYPES: dict[str, AdapterType] = {
     "FOURIERFT": AdapterType(
         ("fourierft_spectrum",),
         parts.fourierft,
-        options={"scaling": 150.0, "random_loc_seed": 777},
-        ignored=("n_frequency", "n_frequency_pattern"),
+        options={"scaling": 150.0, "random_loc_seed": 777, "n_frequency": 1000},
+        by_module=("n_frequency",),
+    ),
+    "SUPERTUNING": AdapterType(
+        ("supertuning_values", "supertuning_indices", "supertuning_lora_A", "supertuning_lora_B"),
+        parts.supertuning,
+        options={"r": 0, "lora_alpha": 0.0, "save_precomputed_indices": True},
+        ignored=("sparsity", "select_top", "lora_dropout"),
+        needs=("save_precomputed_indices", "its places were not saved, and another copy of the base has others"),
     ),
     "TRAINABLE_TOKENS": AdapterType((), lambda shapes, options, base: base, ignored=("token_indices",)),
 }  # fmt: skip
@@ -198,7 +207,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("LN_TUNING", "BEFT"), "it trains norms or biases themselves, which is not read yet"),
     "WAVEFT": "the places of its coefficients are drawn from a seed and not saved",
     "SHIRA": "its mask is drawn again from the base and not saved",
-    "SUPERTUNING": "its sparse weights are not read yet",
     "BONE": "it was replaced by MiSS; PEFT converts it",
 }
 """Type -> why no merge can be true to it."""

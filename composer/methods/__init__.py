@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from composer.checks import served_by_twin, structural
-from composer.delta import Additive, Computed, Delta, Replacement
+from composer.delta import Additive, Computed, Delta, Replacement, names_of
 from composer.errors import Mismatch
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.naming import is_head
@@ -86,9 +86,9 @@ def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], p
             message = f"protect names input {position} of {len(adapters)}."
             raise Mismatch("protect_unknown", message, subject="protect", next_step="Inputs are counted from 1.")
     for adapter, weight in zip(adapters, weights, strict=True):
-        modules = {module.module for module in adapter.placed.modules} if weight.rules else set[str]()
+        names = {name for delta in adapter.deltas for name in names_of(delta)} if weight.rules else set[str]()
         for rule in weight.rules:
-            if not any(rule.holds(module) for module in modules):
+            if not any(map(rule.holds, names)):
                 message = f"The rule {rule.to_json()} holds for no module of {adapter.name}."
                 raise Mismatch("rule_unused", message, subject=adapter.name, next_step="Look at its modules: inspect.")
 
@@ -97,7 +97,7 @@ def _taking_part(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
     """Without what has the weight 0: it is as if it were not there."""
     if weight.value and all(rule.weight for rule in weight.rules):
         return adapter
-    return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if weight.of(delta.module)))
+    return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if weight.of(*names_of(delta))))
 
 
 def _places(
@@ -114,19 +114,19 @@ def _places(
             if parsed["tied"] != "untie" and served_by_twin(found):
                 continue
             delta = untied(found) if parsed["tied"] == "untie" else found
-            own = weight.of(delta.module)
+            own = weight.of(*names_of(delta))
             if isinstance(delta, Replacement):
-                divided = own / divisor(_total(weights, delta.module)) if divides(method, parsed) else own
+                divided = own / divisor(_total(weights, delta)) if divides(method, parsed) else own
                 _refuse_scaled(adapter.name, delta, factor * divided)
                 replaced[delta.weight] = delta
             else:
                 key = f"{digest}/{delta.weight}/{delta.begin}"
                 parts[delta.weight, delta.begin].append(Part(index, delta, own, key))
-    return list(replaced.values()), [Place(own, _total(weights, own[0].delta.module)) for own in parts.values()]
+    return list(replaced.values()), [Place(own, _total(weights, own[0].delta)) for own in parts.values()]
 
 
-def _total(weights: Sequence[Weight], module: str) -> float:
-    return sum(weight.of(module) for weight in weights)
+def _total(weights: Sequence[Weight], delta: Delta) -> float:
+    return sum(weight.of(*names_of(delta)) for weight in weights)
 
 
 def _like_peft(

@@ -182,7 +182,17 @@ def _named(like: Additive, pair: Pair) -> LowRank:
     if isinstance(like, LowRank):
         return replace(like, A_RI=A_RI, B_OR=B_OR, scale=1.0)
     return LowRank(
-        like.module, like.weight, like.layout, A_RI, B_OR, 1.0, like.tied, like.begin, like.kernel, like.twin
+        like.module,
+        like.weight,
+        like.layout,
+        A_RI,
+        B_OR,
+        1.0,
+        like.tied,
+        like.begin,
+        like.kernel,
+        like.twin,
+        like.stacked,
     )
 
 

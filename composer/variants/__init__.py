@@ -57,6 +57,7 @@ _TYPES: dict[str, Read] = {
     "UNILORA": shared.unilora,
     "FOURIERFT": spectral.fourierft,
     "C3A": spectral.c3a,
+    "SUPERTUNING": spectral.supertuning,
 }
 # What a pair has beside its factors, and the flag without which PEFT would not look at it.
 _EXTRAS = {"magnitude": "use_dora", "lora_diag": "kasa_config", "lora_B_bias": "lora_bias"}

@@ -5,7 +5,7 @@ Shapes: O outputs, I inputs, R rank, E experts; W_MN as stored.
 
 import torch
 
-from composer.delta import Computed, Delta, Layout, LowRank
+from composer.delta import Computed, Delta, Layout, LowRank, Stacked
 from composer.formats.naming import TOKENS, split_key
 from composer.formats.placed import Piece
 from composer.variants.source import Module
@@ -49,7 +49,7 @@ def experts(module: Module) -> list[Delta]:
         own = piece.weight.split(".")[-2] if piece.weight.endswith(".weight") else parameter
         A_RI, B_OR = A_ERI[piece.expert], B_ORE[piece.first : piece.last, :, piece.expert]
         name, place = f"{owner}.{piece.expert}.{own}", piece.expert * rows + piece.first
-        stacked = (placed.module, place)
+        stacked = Stacked(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), place)
         return LowRank(name, piece.weight, module.layout, A_RI, B_OR, placed.scale, begin=piece.begin, stacked=stacked)
 
     return [one(piece) for piece in placed.pieces]

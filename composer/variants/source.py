@@ -60,8 +60,9 @@ class Module:
     def low_rank(self, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float = 1.0) -> LowRank:
         placed, kernel = self.placed, self.placed.shape[2:]
         return LowRank(
-            placed.module, placed.weight, self.layout, A_RI, B_OR, scale, placed.tied, kernel=kernel, twin=placed.twin
-        )
+            placed.module, placed.weight, self.layout, A_RI, B_OR, scale, placed.tied, kernel=kernel, twin=placed.twin,
+            nested=placed.nested,
+        )  # fmt: skip
 
     def computed(self, rows: Rows, *, reads_base: bool = True, whole: bool = False) -> Computed:
         """`rows` takes and gives rows of O x I: of a weight that is stored the other way all of them at once."""

@@ -1,4 +1,5 @@
-"""Deltas that are short in another basis: FourierFT, C3A. W_OI are rows of the weight."""
+"""Deltas of few numbers, in another basis or in places of their own: FourierFT, C3A, Super-Tuning. W_OI are rows of
+the weight."""
 
 import torch
 
@@ -30,5 +31,26 @@ def c3a(module: Module) -> list[Delta]:
         row_O, column_I = torch.arange(begin, begin + len(W_OI))[:, None], torch.arange(inputs)
         picked_OI = kernel_PQB[row_O // size, column_I // size, (column_I - row_O) % size]
         return picked_OI.to(W_OI) / inputs
+
+    return [module.computed(rows, reads_base=False)]
+
+
+def supertuning(module: Module) -> list[Delta]:
+    """Values at chosen places of the flat weight, and s B A where there is a rank (arXiv 2607.09287)."""
+    (outputs, inputs), options = module.size, module.options
+    places, values = module.indices("supertuning_indices", outputs * inputs), module["supertuning_values"]
+    rank = int(options["r"])
+    # PEFT's own default, which its config writes down.
+    scale = (float(options["lora_alpha"]) or 2.0 * rank) / rank if rank else 0.0
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        first, last = begin * inputs, (begin + len(W_OI)) * inputs
+        own = (places >= first) & (places < last)
+        delta_OI = torch.zeros_like(W_OI)
+        delta_OI.view(-1).index_add_(0, (places[own] - first).to(W_OI.device), values[own].to(W_OI))
+        if rank:
+            A_RI, B_OR = (module[f"supertuning_lora_{side}"].to(W_OI) for side in "AB")
+            delta_OI.addmm_(B_OR[begin : begin + len(W_OI)], A_RI, alpha=scale)
+        return delta_OI
 
     return [module.computed(rows, reads_base=False)]

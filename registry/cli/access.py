@@ -8,6 +8,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import connected
+from registry.cli.files import read_text
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
@@ -104,7 +105,7 @@ def set_namespace(
     json: JsonFlag = False,
 ) -> None:
     """Make a namespace, or change who may read it and what it takes."""
-    keys = [path.read_text() for path in signing_key] if signing_key else None
+    keys = [read_text(path) for path in signing_key] if signing_key else None
     body = {"public": public, "require_signature": require_signature, "signing_keys": keys}
     with connected() as connection:
         found = connection.api.put(f"/v1/namespaces/{quote(namespace, safe='')}", body)

@@ -11,6 +11,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import Connection, connected
+from registry.cli.files import read_text
 from registry.cli.render import JsonFlag
 from registry.errors import FAMILIES, Usage
 
@@ -55,11 +56,7 @@ def compose(
     """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish."""
     from composer.recipe import load_recipe
 
-    try:
-        text = recipe.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Usage("recipe_unreadable", f"{recipe} cannot be read: {error}.", subject=str(recipe)) from error
-    wanted = load_recipe(text, str(recipe))
+    wanted = load_recipe(read_text(recipe), str(recipe))
     with connected() as connection:
         found = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:

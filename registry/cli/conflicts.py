@@ -9,6 +9,7 @@ import typer
 from registry.cli import render
 from registry.cli.compose import Method, Rules, Settings, settings_of, with_rules
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
+from registry.cli.files import read_text
 from registry.cli.quality import BaseDir, Device, fetch_suite
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -63,7 +64,7 @@ def conflicts(  # noqa: PLR0913
     if len(adapters) < 2:
         raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
     given = with_rules(_weights(weights, len(adapters)), rule)
-    rules = parse_policy(_text(policy), str(policy)) if policy else Policy()
+    rules = parse_policy(read_text(policy), str(policy)) if policy else Policy()
     with connected() as connection:
         group = _Group(connection, adapters, base, base_dir)
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
@@ -104,15 +105,13 @@ def _write_page(path: Path, report: "ConflictReport") -> None:
     try:
         path.write_text(page(report), encoding="utf-8")
     except OSError as error:
-        raise Usage("page_unwritable", f"{path} cannot be written: {error.strerror}.", subject=str(path)) from error
+        raise Usage(
+            "page_unwritable",
+            f"{path} cannot be written: {error.strerror}.",
+            subject=str(path),
+            next_step="Name a file in a directory that is there and may be written.",
+        ) from error
     render.say(f"wrote {path}")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Usage("unreadable", f"{path} cannot be read: {error}.", subject=str(path)) from error
 
 
 class _Group:
@@ -159,8 +158,8 @@ class _Group:
         self, own: list[str], guards: list[str], effort: tuple[int, int], prompts: Path | None, device: str
     ) -> "Evidence | None":
         """What may be measured; None where nothing was asked for."""
-        from composer.evaluate import load_model
         from composer.examine import Evidence, parse_prompts
+        from composer.model import load_model
 
         k, most = effort
         if not k and prompts is None:
@@ -173,7 +172,7 @@ class _Group:
             guards=[fetch_suite(self.connection, name) for name in guards] if k else [],
             k=k,
             most=most,
-            prompts=parse_prompts(_text(prompts), str(prompts)) if prompts else [],
+            prompts=parse_prompts(read_text(prompts), str(prompts)) if prompts else [],
         )
 
     def checkpoint(self, *, measured: bool) -> "Checkpoint | None":

@@ -64,7 +64,7 @@ def evaluate(
 ) -> None:
     """Run suites on a release or a base, and record the scores."""
     from composer.evaluate import evaluate as evaluate_suite
-    from composer.evaluate import load_model
+    from composer.model import load_model
     from composer.variants import load_deltas
     from registry.client.api import release_path
 

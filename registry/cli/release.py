@@ -1,5 +1,6 @@
 """Releases and channels: from list and log to promote, rollback and yank."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -224,13 +225,16 @@ def _path(release: Json) -> str:
 
 def _line(connection: Connection, repository: str) -> str:
     """The route of a repository, whose kind its name does not tell."""
-    path = f"/v1/adapters/{repository}"
-    try:
-        connection.api.get(path)
-    except NotFound:
-        path = f"/v1/models/{repository}"
-        connection.api.get(path)
-    return path
+    for path in (f"/v1/adapters/{repository}", f"/v1/models/{repository}"):
+        with suppress(NotFound):
+            connection.api.get(path)
+            return path
+    raise NotFound(
+        "repository_unknown",
+        f"There is no repository {repository} that you may see.",
+        subject=repository,
+        next_step="`adaptory list` and `adaptory list --models` show what there is; look at ADAPTORY_TOKEN too.",
+    )
 
 
 def promote_release(connection: Connection, release: Json, channel: str, reason: str, *, force: bool) -> Json:

@@ -9,6 +9,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
+from registry.cli.files import read_text
 from registry.cli.release import promote_release, show_move
 from registry.cli.render import JsonFlag
 from registry.errors import Refused, Usage, refuse_errors
@@ -164,9 +165,11 @@ def _show_verified(told: Json) -> None:
 def _single_version(target: str, bump: str | None) -> Reference:
     reference = parse_reference(target)
     if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
+        both = f" and --bump {bump} name" if bump else " names"
         raise Usage(
             "bad_target",
-            f"{target} with --bump {bump} names no single version.",
+            f"{target}{both} no single version.",
+            subject=target,
             next_step="Write REPO:VERSION, or REPO and --bump.",
         )
     return reference
@@ -190,7 +193,7 @@ def _checked_base(connection: Connection, directory: Path, base: str | None) -> 
 def _provenance(path: Path) -> Json:
     from composer.formats.card import load_mapping, parse_provenance
 
-    return parse_provenance(load_mapping(path.read_text("utf-8", "replace"), path.name), path.name)
+    return parse_provenance(load_mapping(read_text(path), path.name), path.name)
 
 
 def _show_push(published: Json, move: Json | None) -> None:

@@ -162,7 +162,7 @@ def _told(url: str) -> Generator[None]:
     except httpx2.TransportError as error:
         raise Unavailable(
             "registry_unreachable",
-            f"{url.partition('?')[0]} does not answer: {error}.",
+            f"{url.partition('?')[0]} does not answer: {str(error).rstrip('.')}.",
             next_step="Look whether it runs, and at ADAPTORY_URL.",
         ) from error
 

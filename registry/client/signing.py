@@ -99,10 +99,11 @@ def _open_key(private_key: Path) -> tuple[Any, str]:
     try:
         public_key = load_pem_private_key(private_key.read_bytes(), None).public_key()
         signer.use_elliptic_key_signer(private_key=private_key)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise Invalid(
             "bad_key",
-            f"{private_key} is no private key that can sign: {error}.",
+            f"{private_key} is no private key that can sign: {why}.",
             subject=str(private_key),
             next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
         ) from error
@@ -114,9 +115,10 @@ def read_public_key(path: Path) -> str:
     try:
         public_key = path.read_text("ascii")
     except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise Invalid(
             "bad_key",
-            f"{path} cannot be read as a key in PEM: {error}.",
+            f"{path} cannot be read as a key in PEM: {why}.",
             subject=str(path),
             next_step="Name the file of the public key.",
         ) from error
@@ -138,7 +140,11 @@ def verify_files(directory: Path, files: Mapping[str, str], public_key: str) -> 
         )
     with (directory / SIGNATURE_FILE).open("rb") as file:
         content = file.read(MAX_SIGNATURE_BYTES + 1)
-    signed = open_signature(content, [public_key])
+    signed = open_signature(
+        content,
+        [public_key],
+        "Verify it with the public key of who signed it, which they tell you; if this is that key, trust it no more.",
+    )
     refuse_tampered(signed, files)
     return signed.fingerprint
 
@@ -146,7 +152,12 @@ def verify_files(directory: Path, files: Mapping[str, str], public_key: str) -> 
 def verify_directory(directory: Path, public_key: str) -> str:
     """Verifies every file below a directory, hidden ones too. Returns and raises like `verify_files`."""
     if not directory.is_dir():
-        raise Invalid("missing_directory", f"{directory} is not a directory.", subject=str(directory))
+        raise Invalid(
+            "missing_directory",
+            f"{directory} is not a directory.",
+            subject=str(directory),
+            next_step="Name the directory that was signed or pulled.",
+        )
     paths = [path for path in sorted(directory.rglob("*")) if not path.is_dir()]
     return verify_files(
         directory, {path.relative_to(directory).as_posix(): hash_file(path) for path in paths}, public_key

@@ -1,6 +1,5 @@
 """What is refused before a route sees it: bodies that are too long, names that are not ours, pages of other sites."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -115,8 +114,8 @@ class CallerLimits:
         if self._rate is not None and not (
             self._window.test(self._rate, guesses) and self._window.hit(self._rate, key)
         ):
-            wait_s = max(1, math.ceil(self._window.get_window_stats(self._rate, key).reset_time - time.time()))
-            await problem_response(self._too_fast(), headers={"Retry-After": str(wait_s)})(scope, receive, send)
+            reset_at = self._window.get_window_stats(self._rate, key).reset_time
+            await problem_response(self._too_fast().again_in(reset_at - time.time()))(scope, receive, send)
         elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
             await self._upload(key, scope, receive, send)
         else:

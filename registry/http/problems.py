@@ -34,7 +34,7 @@ def problem_response(
         findings=error.findings,
     )
     more = dict(headers or {})
-    if "Retry-After" not in more and error.retry_after_s is not None and status == error.status:
+    if error.retry_after_s is not None and status == error.status:
         more["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthenticated):
         more["WWW-Authenticate"] = "Bearer"
@@ -93,9 +93,17 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
             "bad_request",
             f"{where}: {first['msg']}.",
             subject=where,
-            next_step="See /openapi.json for the fields of this request.",
+            next_step=_right_way(first["type"], first.get("ctx", {})),
         )
     )
+
+
+def _right_way(kind: str, context: Mapping[str, Any]) -> str:
+    if kind == "literal_error":
+        return f"Use {context['expected']}."
+    if kind.startswith("datetime"):
+        return "Write a day or a moment, as in 2026-01-31 or 2026-01-31T12:00:00Z."
+    return "See /openapi.json for the fields of this request."
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:

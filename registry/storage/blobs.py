@@ -22,14 +22,18 @@ class BlobStat:
 
 
 class Reader(Protocol):
-    """The part of a binary file that readers of a blob use."""
+    """The part of a binary file that readers of a blob use; closed at the end of its `with`."""
 
     def read(self, size: int = -1, /) -> bytes: ...
     def close(self) -> None: ...
-    def __enter__(self) -> Self: ...
+
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)

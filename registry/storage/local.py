@@ -7,9 +7,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
+from composer.output import sync
 from registry.errors import NotFound, Unavailable
 from registry.names import Digest
 from registry.storage.blobs import BlobStat, Reader, blob_key
@@ -63,7 +63,7 @@ class LocalStore:
                 _make_directory(target.parent)
                 stat = _stat(sha256, aside)
                 aside.replace(target)
-                _sync(target.parent)
+                sync(target.parent)
             finally:
                 aside.unlink(missing_ok=True)
             return stat
@@ -77,7 +77,7 @@ class LocalStore:
                 source.replace(aside)
             else:
                 shutil.copyfile(source, aside)
-            _sync(aside)
+            sync(aside)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -124,7 +124,7 @@ def remove_stale(paths: Iterable[Path], before: datetime) -> int:
     return removed
 
 
-class _Window:
+class _Window(Reader):
     """A binary file that ends after `length` bytes; only what readers of a blob call."""
 
     def __init__(self, file: BinaryIO, length: int) -> None:
@@ -139,14 +139,6 @@ class _Window:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _stat(sha256: Digest, path: Path) -> BlobStat:
     status = path.stat()
@@ -159,13 +151,4 @@ def _make_directory(directory: Path) -> None:
         return
     _make_directory(directory.parent)
     directory.mkdir(exist_ok=True)
-    _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    """A file's bytes, or a directory's names, are on the disk afterwards."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory.parent)

@@ -3,8 +3,7 @@
 from collections.abc import Collection, Iterator
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
@@ -76,7 +75,7 @@ class S3Store:
         return self._arrivals.sweep(before, keep)
 
 
-class _Body:
+class _Body(Reader):
     """A response's body; None is an empty one, which S3 cannot be asked for by range."""
 
     def __init__(self, body: Any) -> None:
@@ -89,11 +88,3 @@ class _Body:
     def close(self) -> None:
         if self._body is not None:
             self._body.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

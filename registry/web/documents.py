@@ -77,7 +77,7 @@ def release_document(actor: Actor, described: Description) -> Json:
         "adapter": orjson.Fragment(row.facts) if adapter else None,
         "model": None if adapter else orjson.Fragment(row.facts),
         "scores": _scores(described),
-        "yanked": row.yanked,
+        "yanked": bool(row.yanked),
         "yank_reason": row.yank_reason,
         "notes": row.notes,
         "created_at": row.created_at,
@@ -88,7 +88,7 @@ def release_document(actor: Actor, described: Description) -> Json:
                 "repository": f"{source.namespace}/{source.repository}" if may_read(actor, source.namespace) else None,
                 "version": source.version if may_read(actor, source.namespace) else None,
                 "commit": source.commit,
-                "weight": source.weight,
+                "weight": float(source.weight),
             }
             for source in described.inputs
         ],
@@ -112,11 +112,11 @@ def _scores(described: Description) -> list[Json]:
             "suite": suite,
             "suite_digest": digest,
             "metric": metric,
-            "value": value,
-            "stderr": stderr,
+            "value": float(value),
+            "stderr": None if stderr is None else float(stderr),
             "n": n,
-            "higher_is_better": higher_is_better,
+            "higher_is_better": bool(higher_is_better),
             "measured": measured,
         }
-        for _, suite, digest, metric, value, stderr, n, higher_is_better, measured in described.scores
+        for _, suite, metric, digest, value, stderr, n, higher_is_better, measured in described.scores
     ]

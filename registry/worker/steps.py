@@ -67,6 +67,11 @@ class Work:
         return self.directory / "model"
 
     @property
+    def note(self) -> dict[str, Any]:
+        """What goes into every output's adaptory.json: who has the files can say what they came from."""
+        return {"recipe": self.recipe.to_json(), "lock": self.lock.to_json()}
+
+    @property
     def outputs(self) -> list[Output]:
         made = (
             (self.recipe.adapter, Kind.ADAPTER, self.adapter_directory),
@@ -135,14 +140,14 @@ def combine(held: Held) -> None:
         work.architecture,
         work.lock.method,
         work.lock.settings,
-        note={"lock": work.lock.to_json()},
+        note=work.note,
     )
 
 
 def evaluate(held: Held) -> None:
     """The candidate on the recipe's suites, with the base in memory and the adapter active."""
     from composer.evaluate import evaluate as evaluate_suite
-    from composer.evaluate import load_model
+    from composer.model import load_model
     from composer.variants import load_deltas
 
     combine(held)  # another host may have done it, on a disk of its own
@@ -197,9 +202,10 @@ def merge(held: Held) -> None:
         work.lock.method,
         work.lock.settings,
         work.lock.dtype,
+        work.lock.rounding,
     )
     done = _Share(held, plan.size_bytes)
-    report = run_merge(plan, work.model_directory, progress=done, note={"lock": work.lock.to_json()})
+    report = run_merge(plan, work.model_directory, progress=done, note=work.note)
     _store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
 
 
@@ -291,8 +297,8 @@ def _evidence(held: Held, work: Work) -> "Evidence | None":
     """A probe in memory, where every member has a suite; the report says when the evidence is weaker."""
     if not work.recipe.probe or any(suite is None for suite in work.member_suites):
         return None
-    from composer.evaluate import load_model
     from composer.examine import Evidence
+    from composer.model import load_model
     from composer.probe import USUAL_MOST
 
     return Evidence(

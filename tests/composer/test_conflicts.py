@@ -14,11 +14,11 @@ from composer import report
 from composer.conflicts import ConflictReport, Method, conflicts
 from composer.delta import Computed, Delta, LowRank
 from composer.errors import Mismatch
-from composer.evaluate import load_model
 from composer.findings import Severity, Verdict, parse_policy
 from composer.formats.checkpoint import open_checkpoint
 from composer.interval import interval
 from composer.methods import combine_deltas
+from composer.model import load_model
 from composer.probe import Effect, Member, Outcome, ProbeResult, SideEffect, probe
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas

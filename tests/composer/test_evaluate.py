@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from composer.delta import Layout, LowRank, Replacement
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
-from composer.evaluate import Encoded, LoadedModel, applied, encode, evaluate, generate, load_model, measure, ratio
+from composer.evaluate import Encoded, applied, encode, evaluate, generate, measure, ratio
+from composer.model import LoadedModel, load_model
 from composer.suite import Example, Suite
 from composer.variants import load_deltas
 from tests.composer.small_model import save_adapter, save_gpt2, save_llama, save_tokenizer

@@ -12,10 +12,10 @@ import torch
 
 from composer.conflicts import SCHEMA, Method, conflicts
 from composer.delta import Layout, LowRank
-from composer.evaluate import LoadedModel, load_model
 from composer.examine import Evidence, examine
 from composer.findings import parse_policy
 from composer.formats.checkpoint import open_checkpoint
+from composer.model import LoadedModel, load_model
 from composer.retention import too_large
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas

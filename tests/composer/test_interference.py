@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from composer.delta import Delta, Layout, LowRank
-from composer.errors import InvalidFile, Mismatch
-from composer.evaluate import Encoded, LoadedModel, applied, encode_prompt, load_model
+from composer.delta import Delta, Layout, LowRank, Replacement
+from composer.errors import InvalidFile, Mismatch, NotSupported
+from composer.evaluate import Encoded, applied, encode_prompt
 from composer.examine import parse_prompts
 from composer.interference import activation_interference, activations
+from composer.model import LoadedModel, load_model
 from tests.composer.small_model import save_gpt2, save_llama
 
 PROMPTS = ["who are you", "abc", "what is 12 and 30"]
@@ -145,3 +146,41 @@ def test_prompts_are_lines_and_empty_ones_are_none() -> None:
     for text in ("", "\n \n", "x\n" * 1001):
         with pytest.raises(InvalidFile, match="prompts"):
             parse_prompts(text)
+
+
+@pytest.fixture(scope="module")
+def streamed(loaded: LoadedModel) -> LoadedModel:
+    """The same base, of which only the embedding and a layer fit in the memory that it is given."""
+    found = load_model(loaded.model.name_or_path, device="cpu", memory=60_000)
+    assert found.streamed
+    assert any(one.is_meta for one in found.model.parameters())
+    return found
+
+
+def test_a_base_that_does_not_fit_in_memory_is_streamed_and_shows_the_same(
+    loaded: LoadedModel, streamed: LoadedModel
+) -> None:
+    members = {"a": deltas(0, MODULES), "b": deltas(1, MODULES[:2])}
+    here, there = activations(loaded, members, PROMPTS), activations(streamed, members, PROMPTS)
+    for pair, one in here.directed.items():
+        assert there.directed[pair].intruder == pytest.approx(one.intruder, rel=1e-5)
+        assert there.directed[pair].ratio == pytest.approx(one.ratio, rel=1e-5)
+        assert there.directed[pair].modules == pytest.approx(one.modules, rel=1e-5)
+    assert any(one.is_meta for one in streamed.model.parameters()), "what was read is given back"
+
+
+def test_prompts_of_different_lengths_share_the_reading_of_a_streamed_base(streamed: LoadedModel) -> None:
+    passes: list[tuple[int, ...]] = []
+    layer = streamed.model.get_submodule("model.layers.1.mlp")
+    handle = layer.register_forward_pre_hook(lambda _module, given: passes.append(tuple(given[0].shape[:2])))
+    activations(streamed, {"a": deltas(0, MODULES), "b": deltas(1, MODULES)}, PROMPTS)
+    handle.remove()
+    assert [rows for rows, _ in passes] == [len(PROMPTS)] * 2, "one pass for each victim"
+
+
+def test_a_delta_that_changes_a_weight_as_a_whole_is_refused_on_a_streamed_base(streamed: LoadedModel) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    whole = Replacement(name, f"{name}.weight", torch.zeros(32, 48))
+    with pytest.raises(NotSupported, match="does not fit in memory") as caught:
+        activations(streamed, {"a": [whole], "b": deltas(1, MODULES)}, PROMPTS)
+    assert caught.value.subject == name

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from composer.conflicts import ConflictReport, conflicts
-from composer.evaluate import load_model
 from composer.examine import Evidence, examine
+from composer.model import load_model
 from composer.page import MEASURES, page
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas

@@ -8,8 +8,9 @@ import torch
 
 from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
-from composer.evaluate import LoadedModel, evaluate, load_model
+from composer.evaluate import evaluate
 from composer.interval import interval
+from composer.model import LoadedModel, load_model
 from composer.probe import Effort, Member, probe, weighted, weighted_sum
 from composer.suite import Example, Kind, Suite
 from composer.weights import Weight, WeightRule

@@ -1,9 +1,12 @@
 """A recipe that cannot be read is one clear error, whatever a stranger wrote into it."""
 
+import json
+
 import pytest
 
 from composer.errors import InvalidFile
-from composer.recipe import load_recipe, parse_recipe
+from composer.recipe import Lock, LockedInput, load_recipe, parse_recipe
+from composer.rounding import Mode, Rounding
 
 BOMB = "\n".join(
     ["a0: &a0 [x, x, x, x, x, x, x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 12)]
@@ -21,6 +24,11 @@ UNREADABLE = {
     "half a surrogate pair": 'inputs: [a/b]\nmethod: stack\nnotes: "\\ud800"',
     "half a surrogate pair in a key": 'inputs: [a/b]\nmethod: stack\n"\\ud800": 1',
     "a hexadecimal key of 5000 digits": "0x" + "f" * 5000 + ": 1",
+    "a rounding that there is not": "inputs: [a/b]\nmethod: stack\nrounding: up",
+    "a rounding that is a list": "inputs: [a/b]\nmethod: stack\nrounding: [stochastic]",
+    "a rounding with another key": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seeds: 1}",
+    "a seed that is no number": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seed: yes}",
+    "a seed of 65 bits": f"inputs: [a/b]\nmethod: stack\nrounding: {{mode: stochastic, seed: {2**64}}}",
 }
 
 
@@ -35,3 +43,45 @@ def test_what_no_recipe_can_say_is_refused_in_a_short_message_that_can_be_stored
 def test_a_recipe_with_numbers_and_settings_is_read() -> None:
     recipe = parse_recipe({"inputs": [{"adapter": "a/b", "weight": 2}], "method": "linear", "settings": {"lambda": 1}})
     assert (recipe.inputs[0].weight, recipe.settings) == (2.0, {"lambda": 1})
+
+
+CHANCE = Rounding(Mode.STOCHASTIC, 2**64 - 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "rounding"),
+    [
+        ({}, Rounding()),
+        ({"rounding": None}, Rounding()),
+        ({"rounding": "nearest"}, Rounding()),
+        ({"rounding": {"mode": "nearest", "seed": 5}}, Rounding(seed=5)),
+        ({"rounding": "stochastic"}, Rounding(Mode.STOCHASTIC)),
+        ({"rounding": {"mode": "stochastic", "seed": CHANCE.seed}}, CHANCE),
+    ],
+)
+def test_a_recipe_says_how_to_round_and_to_the_nearest_where_it_says_nothing(
+    written: dict[str, object], rounding: Rounding
+) -> None:
+    recipe = parse_recipe({"inputs": ["a/b"], "method": "stack", **written})
+    assert recipe.rounding == rounding
+    again = parse_recipe(recipe.to_json())
+    assert again.to_json() == recipe.to_json()
+    assert ("rounding" in recipe.to_json()) == (rounding.mode is Mode.STOCHASTIC)
+
+
+def lock(rounding: Rounding) -> Lock:
+    source = LockedInput("acme/sql", "1.0.0", "c" * 40, 0.5, {"adapter_config.json": "d" * 64})
+    return Lock("b" * 64, "linear", {"normalize": False}, "bfloat16", (source,), rounding)
+
+
+def test_a_lock_that_rounds_to_the_nearest_has_the_digest_it_had_before_it_could_say_so() -> None:
+    digest = "20735b8fa911fb149d4a7a3a20607ab727bea8cf8f3ea17a2a8625fd8199ccd7"
+    assert lock(Rounding()).digest == lock(Rounding(seed=5)).digest == digest
+    assert lock(Rounding()).to_json().keys() == {"base", "method", "settings", "dtype", "inputs", "digest"}
+    seeds = {lock(Rounding(Mode.STOCHASTIC, seed)).digest for seed in (0, 1)}
+    assert len(seeds | {digest}) == 3
+
+
+@pytest.mark.parametrize("rounding", [Rounding(), CHANCE])
+def test_a_lock_reads_back_as_it_was_written(rounding: Rounding) -> None:
+    assert Lock.from_json(json.loads(json.dumps(lock(rounding).to_json()))) == lock(rounding)

@@ -10,6 +10,7 @@ from composer.errors import NotSupported
 from composer.findings import Severity
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import MergeReport, plan_merge, run_merge
+from composer.rounded import round_into
 from composer.rounding import Mode, Rounding, parse_rounding
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
@@ -18,7 +19,7 @@ CHANCE = Rounding(Mode.STOCHASTIC, seed=7)
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype, rounding: Rounding = CHANCE, begin: int = 0) -> torch.Tensor:
     out = torch.empty(exact.shape, dtype=dtype)
-    rounding.into(out, exact.clone(), "a.weight", begin)
+    round_into(rounding, out, exact.clone(), "a.weight", begin)
     return out
 
 
@@ -68,7 +69,7 @@ def test_another_seed_or_tensor_is_another_chance() -> None:
     exact = torch.randn(2_000)
     ours, out = rounded(exact, torch.bfloat16), torch.empty(2_000, dtype=torch.bfloat16)
     assert not torch.equal(rounded(exact, torch.bfloat16, Rounding(Mode.STOCHASTIC, 8)), ours)
-    CHANCE.into(out, exact.clone(), "b.weight", 0)
+    round_into(CHANCE, out, exact.clone(), "b.weight", 0)
     assert not torch.equal(out, ours)
 
 

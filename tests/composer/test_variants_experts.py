@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from composer.applied import applied
-from composer.combine import combine
-from composer.errors import Mismatch, NotSupported
+from composer.errors import Mismatch
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.facts import facts, place, read_adapter
 from composer.variants import load_deltas
@@ -156,11 +155,3 @@ def test_a_targeted_parameter_without_tensors_is_an_error(tmp_path: Path) -> Non
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": [DOWN, "mlp.wrong"]}))
     with pytest.raises(Mismatch, match=r"mlp\.wrong"):
         load_deltas(adapter, open_checkpoint(base).architecture)
-
-
-def test_a_combination_of_stacks_is_not_written_wrongly(tmp_path: Path) -> None:
-    base = save_base(mixtral(), tmp_path / "base")
-    adapter = save_adapted(base, lora(DOWN), tmp_path / "adapter")
-    with pytest.raises(NotSupported, match="expert") as caught:
-        combine([(adapter, 1.0)], tmp_path / "combined", open_checkpoint(base).architecture)
-    assert "experts" in caught.value.subject

@@ -277,3 +277,17 @@ def test_a_converted_pissa_is_a_plain_lora(tmp_path: Path, make_model: MakeModel
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert relative(logits(tmp_path / "merged"), expected) <= 1e-5
     assert isinstance(PeftModel.from_pretrained(load_model(base), tmp_path / "adapter"), PeftModel)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e5m2])
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])
+def test_factors_that_are_no_plain_floating_point_are_refused(
+    part: str, dtype: torch.dtype, tmp_path: Path, make_model: MakeModel
+) -> None:
+    base = make_model()
+    adapter = save_adapted(base, lora(use_dora=True), tmp_path / "adapter")
+    key = f"base_model.model.model.layers.1.self_attn.v_proj.{part}"
+    change_tensors(adapter, lambda tensors: {**tensors, key: tensors[key].to(dtype)})
+    with pytest.raises(Mismatch, match=rf"{part} is stored as (I32|F8_E5M2), .*save the adapter in") as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert (caught.value.code, caught.value.subject) == ("bad_dtype", "model.layers.1.self_attn.v_proj")

@@ -78,6 +78,11 @@ LLAMA_CASES: dict[str, peft.PeftConfig] = {
     "RoAd 1": peft.RoadConfig(group_size=4, **BOTH),
     "RoAd 2": peft.RoadConfig(group_size=8, variant="road_2", **BOTH),
     "RoAd 4": peft.RoadConfig(group_size=4, variant="road_4", **BOTH),
+    "FourierFT, another number for one module": peft.FourierFTConfig(
+        n_frequency=20, n_frequency_pattern={"layers.1.self_attn.q_proj": 30}, **BOTH
+    ),
+    "Super-Tuning": peft.SupertuningConfig(sparsity=0.9, **BOTH),
+    "Super-Tuning with a pair": peft.SupertuningConfig(sparsity=0.8, select_top=False, r=3, lora_alpha=5, **BOTH),
     "trained tokens": peft.TrainableTokensConfig(token_indices=[7, 2, 30], target_modules=["embed_tokens"]),
 }
 GPT2_CASES: dict[str, peft.PeftConfig] = {
@@ -181,6 +186,7 @@ UNSAVED: dict[str, tuple[peft.PeftConfig, str]] = {
     "PVeRA": (peft.PveraConfig(r=4, save_projection=False, **BOTH), "save_projection"),
     "RandLoRA": (peft.RandLoraConfig(r=4, save_projection=False, **BOTH), "save_projection"),
     "Uni-LoRA": (peft.UniLoraConfig(r=4, theta_d_length=64, **BOTH), "save_indices"),
+    "Super-Tuning": (peft.SupertuningConfig(save_precomputed_indices=False, **BOTH), "save_precomputed_indices"),
 }
 
 
@@ -339,3 +345,30 @@ def test_facts_and_servers_say_what_it_is(case: str, tmp_path: Path, make_model:
         assert not told["loads"]
         assert any("only LoRA" in reason for reason in told["reasons"])
         assert any("merge" in way for way in told["way_out"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("case", "part"), [("LoHa", "hada_w1_a"), ("VeRA", "vera_A"), ("trained tokens", "tokens")])
+def test_numbers_that_are_no_plain_floating_point_are_refused(
+    case: str, part: str, dtype: torch.dtype, tmp_path: Path, make_model: MakeModel
+) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")
+    change_tensors(adapter, lambda tensors: {n: t.to(dtype) if part in n else t for n, t in tensors.items()})
+    with pytest.raises(Mismatch, match=rf"{part}.* is stored as (I8|I64|F8_E4M3), .*save the adapter in") as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert caught.value.code == "bad_dtype"
+    assert caught.value.subject.startswith("model.")
+
+
+@pytest.mark.parametrize("fields", [{"n_frequency": 21}, {"n_frequency_pattern": {"layers.0.mlp.up_proj": 5}}])
+def test_another_number_of_coefficients_than_the_config_says_is_refused(
+    fields: dict[str, object], tmp_path: Path, make_model: MakeModel
+) -> None:
+    """PEFT would not load them: it draws as many places as the config says."""
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["FourierFT"], tmp_path / "adapter")
+    change_config(adapter, **fields)
+    with pytest.raises(Mismatch, match=r"20 coefficients, where the config's n_frequency is (21|5)") as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert caught.value.code == "shape_mismatch"

@@ -87,7 +87,9 @@ def test_each_sees_and_does_what_the_role_allows_and_the_audit_says_who_it_was(
     assert stranger.ok("audit", "--jsonl").out.count("\n") == len(
         [row for row in olga.json("audit")["items"] if row["namespace"] == "elsewhere"]
     )
-    assert rita("audit").code == 5
+    refused = rita("audit")
+    assert (refused.code, "rita has the role admin in no namespace" in refused.err) == (5, True)
+    assert "ask an admin of yours" in refused.err
 
 
 def test_a_rollback_is_explained_by_its_audit_row_alone(company: Company, world: World) -> None:

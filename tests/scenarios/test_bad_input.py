@@ -49,6 +49,8 @@ def with_release(tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
         (("show", "acme/sql:01.0.0"), 2, ["01.0.0", "MAJOR.MINOR.PATCH"]),
         (("show", "acme"), 2, ["namespace/name"]),
         (("show", "Acme/SQL"), 2, ["'Acme'"]),
+        (("inspect", "./out"), 2, ["'./out'", "namespace/name", "directory"]),
+        (("verify", "/nowhere", "--rebuild"), 2, ["'/nowhere'", "directory"]),
         (("show", "acme/sql#xyz"), 2, ["'xyz'"]),
         (("base", "show", "Nobody/Knows-This"), 3, ["Nobody/Knows-This", "adaptory base"]),
         (("search", "--base", "unknown"), 3, ["'unknown'", "adaptory base"]),
@@ -56,6 +58,14 @@ def with_release(tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
         (("search", "--score", "sql-exact.accuracy>=nan"), 2, ["nan"]),
         (("promote", "acme/sql:1.0", "--to", "Prod!"), 2, ["Prod!"]),
         (("rollback", "acme/sql"), 2, ["no channel"]),
+        (("rollback", "acme/nope@prod"), 3, ["no repository acme/nope", "adaptory list --models"]),
+        (("log", "nobody/nope"), 3, ["no repository nobody/nope", "ADAPTORY_TOKEN"]),
+        (("search", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm:<max_lora_rank>, sglang"]),
+        (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "next: Use vllm:N with N of 1, 8, 16"]),
+        (("inspect", "acme/sql", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm"]),
+        (("token", "create", "--scope", "acme=king"), 6, ["scope.acme", "next: Use 'reader', 'publisher'"]),
+        (("namespace", "grant", "acme", "bo", "king"), 6, ["role", "next: Use 'reader', 'publisher'"]),
+        (("audit", "--since", "yesterday"), 6, ["since", "next: Write a day", "2026-01-31T12:00:00Z"]),
         (("rollback", "acme/sql@prod"), 1, ["acme/sql@prod", "adaptory history"]),
         (("rollback", "acme/sql@prod", "--to", "1.9.0"), 1, ["never served 1.9.0"]),
         (("gate", "acme/sql@prod", "--rule", "be nice"), 2, ["be nice", "SUITE.METRIC"]),
@@ -84,7 +94,35 @@ def test_a_push_without_a_version_or_with_two_says_how_to_write_it(with_release:
     refused(both, 2, "REPO:VERSION")
     for malformed in ("1.2", "1.2.3+build", "v1.2.3", "1.2.3-", "1.2.3.4"):
         assert with_release("push", adapter, f"acme/sql:{malformed}", "--base", "tiny").code == 2
+    assert "None" not in with_release("push", adapter, "acme/sql", "--base", "tiny").err
     assert traces(with_release).releases == ("acme/sql:1.0.0",)
+
+
+def test_a_file_or_a_directory_that_is_not_there_is_bad_input(with_release: Cli, world: World, tmp_path: Path) -> None:
+    absent, adapter = tmp_path / "absent.pem", world.adapters["sql"]
+    push = ("push", adapter, "acme/sql:1.0.1", "--base", "tiny")
+    for command in (
+        (*push, "--sign", absent),
+        (*push, "--provenance", absent),
+        ("namespace", "set", "acme", "--signing-key", absent),
+        ("pull", "acme/sql", "-o", tmp_path / "out", "--verify", absent),
+        ("conflicts", "acme/sql", "acme/sql", "--policy", absent),
+        ("compose", absent),
+    ):
+        ran = with_release(*command)
+        refused(ran, 6, f"{absent}", "No such file", "next: ")
+        assert "Errno" not in ran.err
+    for command in (("push", absent, "acme/x:1.0.0", "--base", "tiny"), ("push", absent, "acme/x:1.0.0")):
+        refused(with_release(*command), 6, f"{absent} is not a directory", "next: Name the directory")
+    (tmp_path / "latin.yaml").write_bytes(b"trainer: M\xfcller")
+    refused(with_release(*push, "--provenance", tmp_path / "latin.yaml"), 6, "latin.yaml", "not UTF-8 from byte 10")
+    assert traces(with_release).releases == ("acme/sql:1.0.0",)
+
+
+def test_a_key_that_cannot_sign_is_named(with_release: Cli, world: World, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text("not a key")
+    push = ("push", world.adapters["sql"], "acme/sql:1.0.1", "--base", "tiny", "--sign", tmp_path / "key.pem")
+    refused(with_release(*push), 6, "key.pem is no private key", "openssl")
 
 
 def test_errors_are_one_json_document_when_asked_for(with_release: Cli) -> None:
@@ -141,7 +179,7 @@ def test_a_setting_that_the_method_does_not_know_is_refused_before_any_work(with
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml(with_release: Cli, tmp_path: Path) -> None:
-    refused(with_release("compose", tmp_path / "absent.yaml"), 2, "absent.yaml")
+    refused(with_release("compose", tmp_path / "absent.yaml"), 6, "absent.yaml")
     (tmp_path / "broken.yaml").write_text("inputs: [a\nmethod: }")
     refused(with_release("compose", tmp_path / "broken.yaml"), 6, "broken.yaml")
 
@@ -250,6 +288,10 @@ def test_a_home_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
 def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) -> None:
     settings = {"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_MAX_FILE_BYTES": "plenty"}
     refused(Cli(settings)("list"), 2, "ADAPTORY_MAX_FILE_BYTES")
+    for address in ("nonsense", "ftp://example.org", "https://", "adapters.example:8470"):
+        ran = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_URL": address})("list")
+        refused(ran, 2, "ADAPTORY_URL", "https://adapters.example")
+        assert ".." not in ran.err
 
 
 def test_a_file_above_the_limit_is_refused_before_it_is_sent(stocked_embedded: Cli, world: World) -> None:

@@ -284,7 +284,9 @@ def test_a_version_that_holds_something_else_is_refused_at_once(small_team: Cli,
 
     one = write_recipe(tmp_path, adapter="acme/assistant:2.0.0", model=None, probe=0, inputs=["acme/sql"])
     assert small_team.json("compose", one)["state"] == "done"
-    assert small_team.json("compose", one)["state"] == "done", "the same lock is the same release"
+    assert small_team.json("compose", one)["state"] == "done", "the same recipe is the same release"
+    other = write_recipe(tmp_path, adapter="acme/assistant:2.0.0", model=None, probe=0, inputs=["acme/sql"], notes="x")
+    refuse_both(small_team, other, 4, "acme/assistant:2.0.0", "recipe")
     other = write_recipe(tmp_path, adapter="acme/assistant:2.0.0", model=None, probe=0, inputs=["acme/support"])
     refuse_both(small_team, other, 4, "acme/assistant:2.0.0")
 

@@ -202,3 +202,28 @@ def test_a_lost_blob_comes_back_with_the_next_push(stocked_embedded: Cli, world:
             blob.unlink()
     assert not cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["created"]
     cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
+
+
+def test_a_value_that_no_measurement_gives_is_no_score(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    digest = next(one["digest"] for one in cli.json("suite", "list")["items"] if one["name"] == "sql-exact")
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    directions = {"nll": False, "accuracy": True, "points": True}
+    with api_of(cli) as api:
+
+        def record(metric: str, value: float) -> None:
+            score = {"suite_digest": digest, "metric": metric, "value": value, "n": 6}
+            body = {"scores": [score | {"higher_is_better": directions[metric]}]}
+            api.post("/v1/adapters/acme/sql/releases/1.0.0/scores", body)
+
+        for metric, value, allowed in (
+            ("nll", -5.0, "0 to inf"),
+            ("accuracy", 1.01, "0 to 1"),
+            ("accuracy", -0.1, "0"),
+        ):
+            with pytest.raises(Invalid, match="is not a score") as raised:
+                record(metric, value)
+            assert allowed in raised.value.next_step
+        assert cli.json("show", "acme/sql")["scores"] == []
+        for metric, value in (("nll", 0.0), ("nll", 400.0), ("accuracy", 0.0), ("accuracy", 1.0), ("points", -5.0)):
+            record(metric, value)

@@ -1,8 +1,10 @@
 """`adaptory verify REF --rebuild`: a composed model is made again from base and inputs, and compared with its bytes."""
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.scenarios.test_compositions import release_all, write_recipe
 from tests.scenarios.world import Cli, World
@@ -24,6 +26,35 @@ def test_a_composed_model_is_rebuilt_from_its_lineage(composed: Cli) -> None:
     assert found["rebuild"]["different"] == []
     assert "signed_by" not in found
     assert "made again: same" in composed.ok("verify", MODEL, "--rebuild").out
+
+
+def test_a_recipe_that_rounds_by_chance_gives_bytes_that_it_gives_again(composed: Cli, tmp_path: Path) -> None:
+    rounding = {"mode": "stochastic", "seed": 2**64 - 1}
+    weights: list[list[bytes]] = []
+    for name, changes in (("chance", {"rounding": rounding}), ("nearest", {})):
+        output = {"adapter": None, "model": f"acme/{name}:1.0.0", "dtype": "bfloat16", "probe": 0}
+        done = composed.json("compose", write_recipe(tmp_path, **output, **changes))
+        assert done["lock"].get("rounding") == done["recipe"].get("rounding") == changes.get("rounding")
+        assert composed.json("verify", f"acme/{name}:1.0.0", "--rebuild")["rebuild"]["verdict"] == "same"
+        composed.ok("pull", f"acme/{name}:1.0.0", "-o", tmp_path / name)
+        weights.append([file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))])
+    assert weights[0] != weights[1]
+    assert json.loads((tmp_path / "chance" / "adaptory.json").read_text())["rounding"] == rounding
+
+
+def test_every_output_names_the_recipe_and_the_lock_that_it_came_from(composed: Cli, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(write_recipe(tmp_path, probe=0).read_text())
+    for output in ("acme/assistant:1.0.0", MODEL):
+        place = tmp_path / output.partition("/")[2]
+        composed.ok("pull", output, "-o", place)
+        note = json.loads((place / "adaptory.json").read_text())["note"]
+        assert {name: note["recipe"][name] for name in recipe if name != "inputs"} == {
+            name: value for name, value in recipe.items() if name != "inputs"
+        }
+        assert [row["adapter"] for row in note["recipe"]["inputs"]] == [row["adapter"] for row in recipe["inputs"]]
+        assert [row["commit"] for row in note["lock"]["inputs"]] == [
+            composed.json("show", row["adapter"])["commit"] for row in recipe["inputs"]
+        ]
 
 
 def test_bytes_that_the_inputs_do_not_give_are_refused_and_named(composed: Cli) -> None:

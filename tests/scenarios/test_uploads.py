@@ -15,6 +15,7 @@ from registry import upkeep, uploads
 from registry.audit import Actor
 from registry.client.api import Api
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, TooMany, Usage
+from registry.http.problems import problem_response
 from registry.manifest import ManifestFile
 from registry.names import Digest
 from registry.resources import Resources
@@ -123,6 +124,26 @@ def test_who_announces_without_sending_is_stopped(embedded: Cli) -> None:
         assert raised.value.code == "too_many_uploads"
         put(api, b"x")
         plan(api, b"one more")
+
+
+def test_what_has_expired_stops_nobody_and_until_then_one_is_told_how_long_to_wait(embedded: Cli) -> None:
+    resources = opened(Cli(embedded.environment | {"ADAPTORY_MAX_OPEN_UPLOADS": "2"}))
+    lasts_s = resources.settings.upload_expires_s
+    eve = publisher(resources, "acme")
+    one, two, three, four = (ManifestFile("a", 1, Digest(f"{number}" * 64)) for number in range(4))
+    uploads.plan(resources, eve, "acme", [one])
+    later = replace(eve, at=eve.at + timedelta(seconds=600))
+    uploads.plan(resources, later, "acme", [two])
+    with pytest.raises(TooMany, match="announced 2 files") as raised:
+        uploads.plan(resources, later, "acme", [three])
+    assert raised.value.retry_after_s == lasts_s - 600
+    assert problem_response(raised.value).headers["Retry-After"] == str(lasts_s - 600)
+    after = replace(eve, at=eve.at + timedelta(seconds=lasts_s + 1))
+    uploads.plan(resources, after, "acme", [three])
+    for expired in (one, four):
+        with pytest.raises(TooMany):
+            uploads.plan(resources, after, "acme", [expired])
+    resources.close()
 
 
 def publisher(resources: Resources, namespace: str) -> Actor:

@@ -1,0 +1,110 @@
+"""Statements that are asked all the time: compiled once, sent to the driver as they are, answered in few rows.
+
+SQLAlchemy keeps a compiled statement too. But to find it again, to fit lists of values into its text and to wrap what
+comes back takes longer than the databases take for most of what is asked here. And SQLite's driver lets another thread
+in at every row: of eight threads each read a page of fifty in nine times the time of one that is alone, and in little
+more than its time where the page is one row of JSON.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from sqlalchemy import BigInteger, ColumnElement, Dialect, Integer, Select, bindparam
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+Rows = Sequence[Sequence[Any]]
+
+
+class Prepared:
+    """A SELECT with named values, for columns that are used as the driver gives them. `among` takes lists of values."""
+
+    def __init__(self, statement: Select[*tuple[Any, ...]]) -> None:
+        self._statement = statement
+        self._compiled: dict[str, _Compiled] = {}
+
+    def rows(self, session: Session, values: Mapping[str, Any]) -> Rows:
+        """What else is in `values` is ignored."""
+        connection = session.connection()
+        name = connection.dialect.name
+        compiled = self._compiled.get(name)
+        if compiled is None:
+            compiled = self._compiled[name] = _Compiled(self._statement, connection.dialect)
+        return connection.exec_driver_sql(compiled.text, compiled.parameters(values)).all()
+
+    def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
+        """The first column of its rows."""
+        return [row[0] for row in self.rows(session, values)]
+
+
+class _Compiled:
+    """A statement as one kind of database reads it."""
+
+    def __init__(self, statement: Select[*tuple[Any, ...]], dialect: Dialect) -> None:
+        compiled = cast(SQLCompiler, statement.compile(dialect=dialect))
+        self.text = compiled.string
+        self._own = {name: value for name, value in compiled.params.items() if value is not None}
+        self._order = compiled.positiontup
+
+    def parameters(self, values: Mapping[str, Any]) -> Any:
+        given = {**self._own, **values}
+        if self._order is None:
+            return given
+        listed = [given[name] for name in self._order]
+        return tuple([json.dumps(value) if isinstance(value, list | tuple) else value for value in listed])
+
+
+class _Spelled(FunctionElement[Any]):
+    """What SQLite and PostgreSQL spell differently: texts with `{0}`, `{1}` or `{all}` for the arguments."""
+
+    inherit_cache = False
+
+    def __init__(self, sqlite: str, postgresql: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.texts = {"sqlite": sqlite, "postgresql": postgresql}
+
+
+@compiles(_Spelled)
+def _spell(element: _Spelled, compiler: SQLCompiler, **options: Any) -> str:  # pyright: ignore[reportUnusedFunction]
+    arguments = [compiler.process(argument, **options) for argument in element.clauses]
+    return element.texts[compiler.dialect.name].format(*arguments, all=", ".join(arguments))
+
+
+def among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    """The column has one of the values that the parameter lists: texts or whole numbers, as the column does."""
+    kind = "BIGINT" if isinstance(column.type, BigInteger | Integer) else "TEXT"
+    listed = f"{{0}} = ANY (CAST({{1}} AS {kind}[]))"
+    return _Spelled("{0} IN (SELECT value FROM json_each({1}))", listed, column, bindparam(name))
+
+
+def json_list(column: ColumnElement[Any]) -> ColumnElement[str]:
+    """An aggregate: the text of a JSON array of a column's values, null or empty without rows."""
+    return _Spelled("json_group_array({0})", "CAST(json_agg({0}) AS TEXT)", column)
+
+
+def json_rows(*columns: Any) -> ColumnElement[str]:
+    """An aggregate: the text of a JSON array with an array for each row, null or empty without rows.
+
+    Its floats must be `exact`, since SQLite rounds those in JSON to 15 digits.
+    """
+    return _Spelled(
+        "json_group_array(json_array({all}))", "CAST(json_agg(json_build_array({all})) AS TEXT)", *columns
+    )
+
+
+def exact(column: ColumnElement[Any]) -> ColumnElement[str]:
+    """A float as a text that reads back as the same number."""
+    return _Spelled("CASE WHEN {0} IS NOT NULL THEN printf('%!.17g', {0}) END", "CAST({0} AS TEXT)", column)
+
+
+def moment(column: ColumnElement[Any]) -> ColumnElement[str]:
+    """A moment as JSON documents have it: RFC 3339 in UTC, with microseconds where there are some."""
+    text = "replace({}, '.000000', '') || 'Z'"
+    return _Spelled(
+        text.format("replace({0}, ' ', 'T')"),
+        text.format("to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US')"),
+        column,
+    )

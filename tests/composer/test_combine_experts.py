@@ -1,0 +1,142 @@
+"""Combinations of adapters with fused experts or packed attention: they load in PEFT, and merge as their members."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from composer.applied import applied
+from composer.combine import CombineReport, combine
+from composer.errors import NotSupported
+from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.formats.header import TensorSpec
+from composer.merge import plan_merge, run_merge
+from composer.variants import load_deltas
+from composer.weights import Weight, parse_rule
+from tests.composer.adapted import assert_all_close, logits, peft_logits, relative, save_adapted
+from tests.composer.handmade import random_factors, write_adapter
+from tests.composer.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base
+from tests.composer.test_variants_lora import Layers
+from tests.composer.tiny import tensors_in
+
+MODELS = {"Mixtral": mixtral, "Qwen3-MoE": qwen3, "GPT-OSS": gpt_oss}
+METHODS: dict[str, dict[str, object]] = {
+    "stack": {}, "svd": {"rank": 3}, "ties": {"rank": 4, "density": 0.5}, "core_tsv": {}, "knots_ties": {},
+}  # fmt: skip
+Members = list[tuple[Path, Weight | float]]
+
+
+def members_of(base: Path, tmp_path: Path) -> Members:
+    """Two of unlike ranks, one of them on a part of what the other is on."""
+    settings: list[dict[str, Any]] = [{"r": 2, "lora_alpha": 3}, {"r": 3, "use_rslora": True}]
+    targets = [(GATE, DOWN), (DOWN,)]
+    return [
+        (save_adapted(base, lora(*targets[i], **settings[i]), tmp_path / f"member{i}", seed=i + 1), weight)
+        for i, weight in enumerate((0.7, -0.4))
+    ]
+
+
+def merged(base: Path, members: Members, out: Path, method: str = "stack", **settings: object) -> Path:
+    run_merge(plan_merge(open_checkpoint(base), members, method, settings), out, device="cpu")
+    return out
+
+
+def assert_the_same(base: Path, members: Members, tmp_path: Path, method: str, **settings: object) -> CombineReport:
+    """PEFT with the combination, a merge of the combination, and a merge of the members are one model."""
+    combined, known = tmp_path / "combined", open_checkpoint(base).architecture
+    report = combine(members, combined, known, method, settings)
+    direct = merged(base, members, tmp_path / "directly", method, **settings)
+    twice = merged(base, [(combined, 1.0)], tmp_path / "in two steps")
+    assert_all_close(tensors_in(twice), tensors_in(direct), 1e-6)
+    assert relative(peft_logits(base, combined), logits(direct)) <= 1e-5
+    return report
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_stacks_of_experts_are_combined_and_packed_again(model: str, method: str, tmp_path: Path) -> None:
+    base = save_base(MODELS[model](), tmp_path / "base")
+    report = assert_the_same(base, members_of(base, tmp_path), tmp_path, method, **METHODS[method])
+    assert report.modules == 6  # q_proj and two stacks, in two layers
+    config = json.loads((tmp_path / "combined/adapter_config.json").read_text())
+    assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], [DOWN, GATE])
+
+
+def test_a_sum_shares_the_inputs_of_gate_and_up_and_keeps_its_rank(tmp_path: Path) -> None:
+    """The checkpoint splits what PEFT trained as one: put side by side it would have twice the rank."""
+    base = save_base(mixtral(), tmp_path / "base")
+    report = assert_the_same(base, members_of(base, tmp_path), tmp_path, "stack")
+    assert report.ranks == {5: 4, 2: 2}
+
+
+def test_stacks_are_packed_without_a_base_too(tmp_path: Path) -> None:
+    base = save_base(qwen3(), tmp_path / "base")
+    members = members_of(base, tmp_path)
+    combine(members, tmp_path / "combined")
+    direct = merged(base, members, tmp_path / "directly")
+    assert relative(peft_logits(base, tmp_path / "combined"), logits(direct)) <= 1e-5
+
+
+def test_experts_and_parts_of_experts_that_are_left_out_are_zero(tmp_path: Path) -> None:
+    """The last expert, parts of another, and the stack of one layer, which a rule can name as PEFT does."""
+    base = save_base(mixtral(), tmp_path / "base")
+    rules = tuple(parse_rule(f"{glob}=0") for glob in ("experts.3.*", "experts.1.w2", "1/down_proj"))
+    gate = parse_rule("experts.1.w1=0")
+    (one, _), (other, _) = members_of(base, tmp_path)
+    assert_the_same(base, [(one, Weight(1.0, (gate, *rules))), (other, Weight(2.0, rules))], tmp_path, "stack")
+    config = json.loads((tmp_path / "combined/adapter_config.json").read_text())
+    assert config["target_parameters"] == [f"model.layers.{at}" for at in (f"0.{DOWN}", f"0.{GATE}", f"1.{GATE}")]
+
+
+def test_a_router_is_a_stack_of_one(tmp_path: Path) -> None:
+    base = save_base(mixtral(), tmp_path / "base")
+    router = save_adapted(base, lora("mlp.gate.weight", target_modules=[]), tmp_path / "router")
+    assert_the_same(base, [(router, 0.5), *members_of(base, tmp_path)], tmp_path, "stack")
+
+
+def test_an_expert_of_its_own_beside_a_stack_is_refused_by_name(tmp_path: Path) -> None:
+    base = save_base(mixtral(), tmp_path / "base")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3"
+    write_adapter(
+        tmp_path / "old", {name: random_factors(1, outputs=24, inputs=16, rank=3)}, target_modules=["w3"], lora_alpha=6
+    )
+    members: Members = [(tmp_path / "old", 1.0), (save_adapted(base, lora(GATE), tmp_path / "new"), 1.0)]
+    with pytest.raises(NotSupported, match="in a stack") as caught:
+        combine(members, tmp_path / "combined", open_checkpoint(base).architecture)
+    assert (caught.value.subject, caught.value.next_step) == (name, "Merge them into the base.")
+    merged(base, members, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_packed_attention_is_combined_as_peft_merges_it(known: bool, tmp_path: Path) -> None:
+    """Both projections have one rank in PEFT, which applies the output's pair twice."""
+    torch.manual_seed(3)
+    before = Layers().state_dict()
+    deltas: list[dict[str, torch.Tensor]] = []
+    for number, rank in enumerate((2, 3)):
+        layers = Layers()
+        layers.load_state_dict(before)
+        model = get_peft_model(layers, lora(target_modules=["attention"], r=rank))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(tmp_path / str(number))
+        after = model.merge_and_unload().state_dict()
+        deltas.append({name: after[name] - before[name] for name in before})
+    shapes = {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in before.items()}
+    architecture = Architecture("", False, shapes)
+    report = combine(
+        [(tmp_path / "0", 0.5), (tmp_path / "1", 2.0)], tmp_path / "combined", architecture if known else None
+    )
+    assert report.ranks == {5: 1}
+    plain = Layers()
+    plain.load_state_dict(before)
+    ours = PeftModel.from_pretrained(plain, tmp_path / "combined").merge_and_unload().state_dict()
+    wanted = {name: before[name] + 0.5 * deltas[0][name] + 2.0 * deltas[1][name] for name in before}
+    assert_all_close(ours, wanted, 1e-6)
+    plain.load_state_dict(before)
+    with applied(plain, load_deltas(tmp_path / "combined", architecture).deltas):
+        assert_all_close(plain.state_dict(), wanted, 1e-6)
