@@ -188,7 +188,8 @@ def test_a_base_shard_cut_off_after_planning_is_named(plan: MergePlan, tmp_path:
     shard = next(shard for shard in plan.shards if not shard.rewritten)
     with (plan.checkpoint.path / shard.file).open("r+b") as file:
         file.truncate(shard.size_bytes - 16)
-    with pytest.raises(InvalidFile, match="became shorter"):
+    # Where the file system clones, nothing is read, and the header tells.
+    with pytest.raises(InvalidFile, match=rf"became shorter|{shard.file} is not a valid safetensors file"):
         run_merge(plan, tmp_path / "merged", device="cpu")
     assert nothing_is_left(tmp_path)
 
