@@ -139,7 +139,7 @@ def _relief(case: Case, worst: Effect, shares: Mapping[str, float]) -> list[str]
 def _balanced(case: Case, policy: Policy) -> list[str]:
     dominant = policy.threshold("dominance")
     numbers = case.numbers
-    if dominant is None or numbers.dominance < dominant or not min(numbers.norm_a, numbers.norm_b):
+    if dominant is None or not dominant <= numbers.dominance < 1:  # all of it: the other is zero, or has the weight 0
         return []
     energy = case.total.weighted.diagonal()
     louder = int(energy[1] > energy[0])

@@ -1,66 +1,154 @@
-"""How large deltas are beside the weights that they are added to, and what rounding will leave: from sampled rows."""
+"""How large deltas are beside the weights that they are added to, and what rounding will leave.
 
-from collections.abc import Mapping, Sequence
+Norms and rounding are from sampled rows; the weights' largest singular values take passes over all of a weight, so that
+only as many bytes are looked at as a report has time for.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from composer.compared import Place
+from composer.compared import Compared
 from composer.delta import Layout, LowRank, names_of
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.header import FLOAT_DTYPES
-from composer.source import Source, picked_rows
+from composer.source import Source, picked_rows, source_rows
 from composer.survival import Survival, survival_of
 from composer.tensors import TORCH_DTYPES
-from composer.weights import Weight
 
 SAMPLED_ROWS = 32
+SPECTRAL_BYTES = 1 << 30
+"""Of weights whose largest singular value is looked for: about 3 s of one core."""
+_STEPS = 10
+_NOTHING_NEW = 1e-5  # of a direction's length: what float32 leaves of one that was there before
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class AtBase:
-    """Of one place: |W|^2 of the rows that the deltas are for, estimated from the sampled ones; what rounding the
-    weighted sum of the deltas leaves there; and the dtype it is rounded to."""
+    """Of one module: |W|^2 of the rows that the deltas are for, estimated from the sampled ones; what rounding the
+    weighted sum of the deltas leaves there; the dtype it is rounded to; and sigma_1(W), where it was looked for."""
 
     energy: float
     survival: Survival
     dtype: str
+    sigma: float | None = None
 
 
-def at_base(
-    places: Mapping[Place, Sequence[LowRank | None]], weights: Sequence[Weight], base: Checkpoint
-) -> dict[str, AtBase]:
-    """By module, from rows at even distances. What the base does not have as plain floating point is left out."""
+@dataclass(frozen=True, slots=True)
+class BaseWeight:
+    """Rows of a base weight with the deltas that are for them."""
+
+    module: str
+    source: Source
+    deltas: Sequence[tuple[LowRank, float]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.deltas[0][0].stored_shape
+
+    @property
+    def begin(self) -> int:
+        return self.deltas[0][0].begin
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.source.entry.dtype]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+
+def at_base(compared: Compared, base: Checkpoint) -> dict[str, AtBase]:
+    """By module, from rows at even distances. What the base does not have as plain floating point is left out.
+
+    sigma_1(W) is looked for where a delta may be large beside it, at most SPECTRAL_BYTES in all.
+    """
     found: dict[str, AtBase] = {}
     with ExitStack() as stack:
-        opened: dict[Path, int] = {}
-        for (module, _), deltas in places.items():
-            own = [
-                (one, weight.of(*names_of(one))) for one, weight in zip(deltas, weights, strict=True) if one is not None
-            ]
-            name = own[0][0].weight
-            if name not in base.architecture.tensors or base.architecture.tensors[name].dtype not in FLOAT_DTYPES:
-                continue
-            path, entry = base.locate(name)
-            if path not in opened:
-                opened[path] = stack.enter_context(path.open("rb")).fileno()
-            source = Source(opened[path], entry, own[0][0].stored_shape[1])
-            energy, survival = _sampled(source, own, TORCH_DTYPES[entry.dtype])
-            before = found.get(module, AtBase(0.0, Survival(), entry.dtype))
-            found[module] = AtBase(before.energy + energy, before.survival + survival, entry.dtype)
+        weights = list(_weights(compared, base, stack))
+        for weight in weights:
+            energy, survival = _sampled(weight)
+            dtype = weight.source.entry.dtype
+            before = found.get(weight.module, AtBase(0.0, Survival(), dtype))
+            found[weight.module] = AtBase(before.energy + energy, before.survival + survival, dtype)
+        for weight in _worth_a_look(weights, compared, found):
+            sigma = max(found[weight.module].sigma or 0.0, largest_singular_value(weight))
+            found[weight.module] = replace(found[weight.module], sigma=sigma)
     return found
 
 
-def _sampled(source: Source, deltas: Sequence[tuple[LowRank, float]], dtype: torch.dtype) -> tuple[float, Survival]:
-    first = deltas[0][0]
-    count = first.stored_shape[0]
+def _weights(compared: Compared, base: Checkpoint, stack: ExitStack) -> Iterator[BaseWeight]:
+    opened: dict[Path, int] = {}
+    for (module, _), deltas in compared.places.items():
+        both = zip(deltas, compared.weights, strict=True)
+        own = [(one, weight.of(*names_of(one))) for one, weight in both if one is not None]
+        name = own[0][0].weight
+        if name not in base.architecture.tensors or base.architecture.tensors[name].dtype not in FLOAT_DTYPES:
+            continue
+        path, entry = base.locate(name)
+        if path not in opened:
+            opened[path] = stack.enter_context(path.open("rb")).fileno()
+        yield BaseWeight(module, Source(opened[path], entry, own[0][0].stored_shape[1]), own)
+
+
+def _sampled(weight: BaseWeight) -> tuple[float, Survival]:
+    count = weight.shape[0]
     rows = torch.linspace(0, count - 1, min(count, SAMPLED_ROWS)).round().long()
-    W = picked_rows(source, [first.begin + row for row in rows.tolist()]).double()
+    W = picked_rows(weight.source, [weight.begin + row for row in rows.tolist()]).double()
     delta = torch.zeros_like(W)
-    for one, weight in deltas:
+    for one, factor in weight.deltas:
         left, right = (one.B_OR, one.A_RI) if one.layout is Layout.LINEAR else (one.A_RI.T, one.B_OR.T)
-        delta += (left[rows].double() * (one.scale * weight)) @ right.double()
-    survival = survival_of(W, delta, (W + delta).float().to(dtype))
+        delta += (left[rows].double() * (one.scale * factor)) @ right.double()
+    survival = survival_of(W, delta, (W + delta).float().to(weight.dtype))
     return survival.weight * count / len(rows), survival
+
+
+def _worth_a_look(
+    weights: Sequence[BaseWeight], compared: Compared, found: Mapping[str, AtBase]
+) -> Iterator[BaseWeight]:
+    """Those first whose deltas may be largest beside sigma_1(W), which is at least |W| / sqrt(the smaller side)."""
+
+    def most(weight: BaseWeight) -> float:
+        sigma = max(compared.modules[weight.module].weighted_sigmas)
+        energy = found[weight.module].energy
+        return sigma * (min(weight.shape) / energy) ** 0.5 if energy else 0.0
+
+    left = SPECTRAL_BYTES
+    for weight in sorted(weights, key=most, reverse=True):
+        left -= weight.size_bytes
+        if left < 0:
+            return
+        yield weight
+
+
+def largest_singular_value(weight: BaseWeight) -> float:
+    """sigma_1(W) from below, to a percent even where it barely stands out: of W on a Krylov space of W^T W (Lanczos).
+
+    The weight is in memory once, in its own dtype, and taken to float32 a few rows at a time in each of the passes.
+    """
+    rows, columns = weight.shape
+    W_MN = source_rows(weight.source, weight.begin, weight.begin + rows)
+    height = max(1, _BLOCK_ELEMENTS // columns)
+    block = torch.empty(height, columns)
+    v_N = torch.randn(columns, generator=torch.Generator().manual_seed(0))
+    V_NK, Y_MK = torch.zeros(columns, 0), torch.zeros(rows, 0)
+    for _ in range(min(_STEPS, rows + 1, columns)):
+        before = float(v_N.norm())
+        for _ in range(2):  # twice is enough: against what rounding leaves of earlier directions
+            v_N = v_N - V_NK @ (V_NK.T @ v_N)
+        length = float(v_N.norm())
+        if length <= _NOTHING_NEW * before:
+            break
+        v_N, y_M, next_N = v_N / length, torch.empty(rows), torch.zeros(columns)
+        for begin in range(0, rows, height):
+            own = slice(begin, min(begin + height, rows))
+            W_BN = block[: own.stop - begin].copy_(W_MN[own])
+            next_N.addmv_(W_BN.T, torch.mv(W_BN, v_N, out=y_M[own]))
+        V_NK, Y_MK = torch.cat([V_NK, v_N[:, None]], 1), torch.cat([Y_MK, y_M[:, None]], 1)
+        v_N = next_N
+    return float(torch.linalg.svdvals(Y_MK)[0])

@@ -32,7 +32,7 @@ def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
     with ExitStack() as undo:
         for delta in deltas:
             if isinstance(delta, Replacement):
-                undo.enter_context(_replaced(_module(model, delta.module), delta))
+                undo.enter_context(_replaced(module_of(model, delta.module), delta))
             elif isinstance(delta, LowRank) and _is_called(model, delta):
                 hooked[delta.module].append(delta)
             else:
@@ -40,9 +40,9 @@ def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
                 owner, _, name = path.rpartition(".")
                 added[owner, name].append((delta, begin))
         for (path, name), parts in added.items():
-            undo.enter_context(_changed(_module(model, path), name, parts))
+            undo.enter_context(_changed(module_of(model, path), name, parts))
         for path, low_rank in hooked.items():
-            undo.enter_context(_added(_module(model, path), low_rank, execution_device(model)))
+            undo.enter_context(_added(module_of(model, path), low_rank, execution_device(model)))
         yield
 
 
@@ -56,10 +56,11 @@ def _is_called(model: nn.Module, delta: LowRank) -> bool:
     by the attention itself."""
     if delta.stacked or delta.kernel or not delta.weight.endswith(".weight"):
         return False
-    return type(_module(model, delta.module)).__name__ != "NonDynamicallyQuantizableLinear"
+    return type(module_of(model, delta.module)).__name__ != "NonDynamicallyQuantizableLinear"
 
 
-def _module(model: nn.Module, path: str) -> nn.Module:
+def module_of(model: nn.Module, path: str) -> nn.Module:
+    """Raises Mismatch where the model has none."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:

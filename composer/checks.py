@@ -8,7 +8,7 @@ import torch
 
 from composer.delta import Additive, Computed, Delta, Replacement
 from composer.findings import Finding, Severity
-from composer.formats.naming import is_head
+from composer.formats.naming import is_head, is_vocabulary
 from composer.variants import LoadedAdapter
 
 _Touch = tuple[str, Delta]  # adapter name, what it does
@@ -68,7 +68,7 @@ def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
 def _check_place(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
     shapes = [(name, delta.stored_shape) for name, delta in adding]  # two adapters may have the same name
     if len({shape for _, shape in shapes}) > 1:
-        code = "vocabulary_mismatch" if _is_vocabulary(adding[0][1]) else "shape_conflict"
+        code = "vocabulary_mismatch" if is_vocabulary(adding[0][1].module) else "shape_conflict"
         sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes)
         message = f"The adapters were trained for different shapes of {weight}: {sizes}."
         return [_error(code, adding[0][1].module, message)]
@@ -99,7 +99,7 @@ def _check_order(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fi
 def _check_replacements(first: tuple[str, Replacement], other: tuple[str, Replacement]) -> Finding | None:
     (first_name, one), (other_name, two) = first, other
     if one.tensor.shape != two.tensor.shape:
-        code = "vocabulary_mismatch" if _is_vocabulary(one) else "replacement_conflict"
+        code = "vocabulary_mismatch" if is_vocabulary(one.module) else "replacement_conflict"
         shapes = f"{list(one.tensor.shape)} and {list(two.tensor.shape)}"
         message = f"{first_name} and {other_name} both save {one.weight}, with the shapes {shapes}."
         return _error(code, one.module, message)
@@ -137,10 +137,6 @@ def _check_tied(touching: list[_Touch], tied: str) -> list[Finding]:
         return [_error("tied_both_sides", modules[0], message)]
     message = f"{first.module} is changed in the tensor that embedding and head share: the other side changes too."
     return [Finding("tied_shared", Severity.NOTICE, first.module, message)]
-
-
-def _is_vocabulary(delta: Delta) -> bool:
-    return delta.module.split(".")[-1] in ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
 
 def _error(code: str, subject: str, message: str) -> Finding:

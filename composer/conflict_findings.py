@@ -7,7 +7,7 @@ from composer.amplification import AtBase
 from composer.compared import Compared, finite
 from composer.delta import Computed, LowRank
 from composer.findings import Finding, Policy, Severity
-from composer.numbers import Numbers
+from composer.numbers import Numbers, Size
 from composer.probe import NOTICEABLE_NATS, Effect, Outcome
 from composer.rounding import Rounding
 from composer.survival import swallowed
@@ -69,15 +69,31 @@ def _zero_deltas(name: str, index: int, compared: Compared) -> list[Finding]:
     return []
 
 
-def of_base(sizes: Mapping[str, float | None], rounded: Mapping[str, AtBase], policy: Policy) -> list[Finding]:
-    """Deltas larger than the weights that they are added to, and so small that rounding loses them."""
+def of_sizes(sizes: Mapping[str, tuple[Size, Mapping[str, Size]]], policy: Policy) -> list[Finding]:
+    """Deltas larger than the weights that they are added to: of each adapter, as a whole and in the worst module."""
     found: list[Finding] = []
-    for name, size in sizes.items():
-        if size is not None and size > _threshold(policy, "amplified"):
-            message = f"{name} is {size:.2g} times as large as the weights it is added to: it replaces them."
-            found.append(Finding("amplified", Severity.WARNING, name, message, size))
+    most = _threshold(policy, "amplified")
+    for name, (size, modules) in sizes.items():
+        if size.amplification is not None and size.amplification > most:
+            message = (
+                f"{name} is {size.amplification:.2g} times as large as the weights it is added to: it replaces them."
+            )
+            found.append(Finding("amplified", Severity.WARNING, name, message, size.amplification))
+        ratios = {module: one.spectral_amplification or 0.0 for module, one in modules.items()}
+        worst = max(ratios, key=lambda module: ratios[module], default="")
+        if worst and ratios[worst] > most:
+            message = (
+                f"The strongest direction of {name} in {worst} is {ratios[worst]:.2g} times as strong as any of the "
+                "base's there: it replaces what the base does rather than adapt it."
+            )
+            found.append(Finding("amplified", Severity.WARNING, f"{name}: {worst}", message, ratios[worst]))
+    return found
+
+
+def of_rounding(rounded: Mapping[str, AtBase]) -> list[Finding]:
+    """Deltas so small that rounding loses them."""
     survivals = {module: one.survival for module, one in rounded.items()}
-    return found + swallowed(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
+    return swallowed(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
 
 
 def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[Finding]:
@@ -114,7 +130,7 @@ def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, p
             "overshoots. Lower the weights to a mean, or keep one."
         )
         found.append(Finding("near_duplicate", Severity.WARNING, subject, message, numbers.cosine))
-    if numbers.dominance >= _threshold(policy, "dominance") and numbers.norm_a and numbers.norm_b:
+    if _threshold(policy, "dominance") <= numbers.dominance < 1:  # all of it: the other is zero, or has the weight 0
         message = f"One of {a} and {b} brings {numbers.dominance:.0%} of the energy and may drown the other."
         found.append(Finding("dominance", Severity.NOTICE, subject, message, numbers.dominance))
     for code, (number, says) in _WATCHED.items():

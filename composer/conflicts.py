@@ -5,7 +5,7 @@ where no measurement backs a threshold they are shown, and nothing fails on them
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -13,7 +13,15 @@ from composer.advice import Case, EvidenceKind, Explanation, explain
 from composer.amplification import AtBase, at_base
 from composer.checks import structural
 from composer.compared import Compared, compare_all
-from composer.conflict_findings import of_adapters, of_base, of_outcome, of_pair, of_retention, weak_evidence
+from composer.conflict_findings import (
+    of_adapters,
+    of_outcome,
+    of_pair,
+    of_retention,
+    of_rounding,
+    of_sizes,
+    weak_evidence,
+)
 from composer.errors import Mismatch
 from composer.findings import HARD, Finding, Policy, Verdict
 from composer.formats.checkpoint import Checkpoint
@@ -175,7 +183,7 @@ def conflicts(
         adapters = [with_deltas(adapter) for adapter in adapters]
     hard = structural(adapters, settings)
     compared = compare_all(adapters, effective_weights(weights, how.name, how.settings))
-    rounded = at_base(compared.places, compared.weights, base) if base else {}
+    rounded = at_base(compared, base) if base else {}
     blocked = any(finding.code in HARD for finding in hard)
     retention = [None] * len(names) if blocked else _retention(adapters, weights, how, compared.total)
     members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
@@ -183,7 +191,8 @@ def conflicts(
     findings = [
         *hard,
         *of_adapters(adapters, compared),
-        *of_base({member.name: member.size.amplification for member in members}, rounded, rules),
+        *of_sizes({member.name: (member.size, member.modules) for member in members}, rules),
+        *of_rounding(rounded),
         *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in pairs]),
         *(one for pair in pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
         *of_retention({member.name: member.retention for member in members}, rules),
@@ -224,14 +233,20 @@ def _retention(
 
 def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float | None]) -> Member:
     touched = {module: one for module, one in compared.modules.items() if module in compared.touched[index]}
-    energies = {module: rounded[module].energy for module in touched if module in rounded}
+    at = {module: rounded[module] for module in touched if module in rounded}
+    sizes = {
+        module: Size.of(one, index, at[module].energy, at[module].sigma) if module in at else Size.of(one, index, None)
+        for module, one in touched.items()
+    }
+    ratios = [one.spectral_amplification for one in sizes.values() if one.spectral_amplification is not None]
+    size = Size.of(compared.total, index, sum(one.energy for one in at.values()))
     return Member(
         compared.names[index],
         compared.weights[index],
         compared.total.sums.shares()[index],
         retention[index],
-        Size.of(compared.total, index, sum(energies.values())),
-        {module: Size.of(one, index, energies.get(module)) for module, one in touched.items()},
+        replace(size, spectral_amplification=max(ratios, default=None)),
+        sizes,
     )
 
 

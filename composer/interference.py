@@ -21,7 +21,7 @@ from threading import Lock
 import torch
 from torch import nn
 
-from composer.applied import Deltas, applied
+from composer.applied import Deltas, applied, module_of
 from composer.delta import Delta, Layout, LowRank
 from composer.errors import Mismatch, NotSupported
 from composer.evaluate import Encoded, batches_of, encode_prompt, padded
@@ -199,16 +199,9 @@ def _watches(model: nn.Module, adapters: Sequence[Iterable[Delta]]) -> dict[str,
     deltas: dict[str, list[tuple[int, LowRank]]] = defaultdict(list)
     for index, adapter in enumerate(adapters):
         for delta in adapter:
-            if isinstance(delta, LowRank) and not delta.kernel and hasattr(_find(model, delta.module), "weight"):
+            if isinstance(delta, LowRank) and not delta.kernel and hasattr(module_of(model, delta.module), "weight"):
                 deltas[delta.module].append((index, delta))
     return {module: _Watch(own, len(adapters)) for module, own in deltas.items()}
-
-
-def _find(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise Mismatch("module_missing", f"The model has no module {path}.", subject=path) from error
 
 
 @contextmanager

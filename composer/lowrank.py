@@ -262,6 +262,12 @@ class Comparison:
             max(self.crowding, other.crowding),
         )
 
+    @property
+    def weighted_sigmas(self) -> list[float]:
+        """|w| sigma_1 of each delta, of one module."""
+        inner, weighted = self.sums.inner.diagonal(), self.sums.weighted.diagonal()
+        return [float(one) * _quotient(w, i) ** 0.5 for one, w, i in zip(self.sigmas, weighted, inner, strict=True)]
+
 
 def compare(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = None) -> Comparison:
     """T deltas of one module; None where an adapter leaves it alone. Ranks may differ; weights are 1 without any."""

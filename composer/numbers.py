@@ -79,20 +79,24 @@ class Numbers:
 @dataclass(frozen=True, slots=True)
 class Size:
     """How large one delta is: |Delta|_F, the largest sigma_1, |Delta|_F^2 / sigma_1^2 (of several modules the quotient
-    of the sums), and with a base at hand w |Delta|_F / |W|_F, over 1 where it replaces the weight rather than adapt it.
+    of the sums). With a base at hand w |Delta|_F / |W|_F and, of the weights that were looked at, the largest
+    w sigma_1(Delta) / sigma_1(W): over 1 it replaces the weight, or its strongest direction, rather than adapt it.
     """
 
     norm: float
     spectral_norm: float
     stable_rank: float
     amplification: float | None = None
+    spectral_amplification: float | None = None
 
     @classmethod
-    def of(cls, compared: Comparison, index: int, base_energy: float | None) -> "Size":
+    def of(cls, compared: Comparison, index: int, base_energy: float | None, base_sigma: float | None = None) -> "Size":
+        """Of a module, or (without a sigma) of many."""
         sums = compared.sums
         weighted = max(0.0, float(sums.weighted[index, index]))
         amplification = (weighted / base_energy) ** 0.5 if base_energy else None
-        return cls(sums.norm(index), float(compared.sigmas[index]), sums.stable_rank(index), amplification)
+        spectral = compared.weighted_sigmas[index] / base_sigma if base_sigma else None
+        return cls(sums.norm(index), float(compared.sigmas[index]), sums.stable_rank(index), amplification, spectral)
 
     def to_json(self) -> dict[str, float | None]:
         return {name: None if value is None else short(value) for name, value in asdict(self).items()}

@@ -75,7 +75,14 @@ def _finish(aside: Path, out_dir: Path) -> None:
 @contextmanager
 def _held(aside: Path, out_dir: Path) -> Iterator[None]:
     """The directory made, and locked against other processes; the kernel lets go of the lock when this one dies."""
-    aside.mkdir(exist_ok=True)
+    try:
+        aside.mkdir(exist_ok=True)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        parent = str(aside.parent)
+        message = f"Nothing can be written to {parent}: {error.strerror}."
+        raise RefusedOutput("not_writable", message, subject=parent, next_step="Choose another directory.") from error
     handle = os.open(aside, os.O_RDONLY)
     try:
         if not _locked(handle):

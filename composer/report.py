@@ -95,13 +95,31 @@ def _members(report: ConflictReport) -> Table:
             f"{member.size.norm:.3g}",
             f"{member.size.spectral_norm:.3g}",
             f"{member.size.stable_rank:.1f}",
-            "-" if member.size.amplification is None else f"{member.size.amplification:.3g}",
+            _ratio(member.size.amplification),
+            _ratio(member.size.spectral_amplification),
         )
         for member in report.members
     ]
-    columns = ("adapter", "weight", "energy", "retention", "norm", "spectral norm", "stable rank", "of the base")
-    note = "Retention: how much of it is in the combination (its weight, where the others leave it alone)."
+    columns = (
+        "adapter",
+        "weight",
+        "energy",
+        "retention",
+        "norm",
+        "spectral norm",
+        "stable rank",
+        "of the base",
+        "top direction",
+    )
+    note = (
+        "Retention: how much of it is in the combination (its weight, where the others leave it alone). Top direction: "
+        "its strongest one beside the base's, in the worst of the modules that were looked at."
+    )
     return Table("Adapters", columns, tuple(rows), note)
+
+
+def _ratio(size: float | None) -> str:
+    return "-" if size is None else f"{size:.3g}"
 
 
 def _pairs(report: ConflictReport) -> Table:

@@ -5,7 +5,7 @@ anyway are the sample: at least ten of each tensor, some 20 thousand values of a
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from math import sqrt
 from typing import Any
@@ -44,10 +44,7 @@ class Survival:
     error: float = 0.0
 
     def __add__(self, other: "Survival") -> "Survival":
-        return Survival(
-            self.rows + other.rows, self.entries + other.entries, self.lost + other.lost, self.weight + other.weight,
-            self.delta + other.delta, self.moved + other.moved, self.error + other.error,
-        )  # fmt: skip
+        return Survival(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def size(self) -> float:

@@ -88,7 +88,8 @@ def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence
     """
     loading = None if query.explain else query.loads_in
     found: dict[str, Any] = {
-        "bases": bases,
+        "base": bases[0] if len(bases) == 1 else None,
+        "bases": list(bases) if len(bases) > 1 else None,
         "type": query.type,
         "variant": query.variant,
         "dtype": query.dtype,
@@ -98,7 +99,7 @@ def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence
         "max_rank": query.max_rank,
         "server": loading.bit if loading else None,
         "server_rank": loading.max_rank if loading else None,
-        "within": query.targets_within,
+        "within": list(query.targets_within),
         "exact": target_set_key(query.targets_exact) if query.targets_exact else None,
         "size": query.max_size_bytes,
         "namespace": query.namespace,
@@ -106,7 +107,7 @@ def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence
         "repository": query.repository.name if query.repository else None,
         "channel": query.channel,
     }
-    found = {name: value for name, value in found.items() if value is not None and value not in ((), [])}
+    found = {name: value for name, value in found.items() if value is not None and value != []}
     if (names := readable_names(actor)) is not None:
         found["readable"] = sorted(names)
     for number, target in enumerate(query.targets_include):
@@ -151,6 +152,7 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
     same = ("type", "variant", "dtype", "license", "alpha")
     asked += [_traits[name] == bindparam(name) for name in same if name in form.asked]
     limits: dict[str, ColumnElement[bool]] = {
+        "base": _traits.base_digest == bindparam("base"),
         "bases": among(_traits.base_digest, "bases"),
         "min_rank": _traits.rank_max >= bindparam("min_rank"),
         "max_rank": _traits.rank_max <= bindparam("max_rank"),
@@ -164,6 +166,11 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
         having = select(_member.target_set_id).where(_member.target == bindparam(f"include_{number}"))
         asked.append(_traits.target_set_id.in_(having))
     return select(_traits.id).where(*asked)
+
+
+def fits(form: Form, traits_id: ColumnElement[int]) -> ColumnElement[bool]:
+    """Those traits fit: looked up for each release, where `fitting` would list thousands for a page of fifty."""
+    return fitting(form).where(_traits.id == traits_id).correlate_except(Traits.__table__).exists()
 
 
 def _within() -> Select[*tuple[Any, ...]]:

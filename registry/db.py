@@ -31,7 +31,7 @@ _COLLECTION_LOCK = 0x434F4C4C
 UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
 """PostgreSQL's SQLSTATEs."""
 _SQLITE_MOST_S = 24 * 3600
-MMAP_BYTES = 256 << 20
+MMAP_BYTES = 2 << 30
 """SQLite's own cache is 2 MB; reading through the page cache made a search over 10,000 releases 2 to 4 times faster."""
 
 
@@ -222,7 +222,11 @@ def _sqlite(url: URL, patience: Patience) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:  # pyright: ignore[reportUnusedFunction]
-        connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', '')}".rstrip())
+        mode = connection.get_execution_options().get("begin")
+        if mode is None:  # waits for nothing, so that it cannot fail in a way that must be told
+            connection.connection.execute("BEGIN")
+        else:
+            connection.exec_driver_sql(f"BEGIN {mode}")
 
     return engine
 

@@ -6,14 +6,14 @@ who changes what it shows, and mostly to be sent on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 from sqlalchemy import FromClause, Text, cast, select
 from sqlalchemy.orm import Session
 
 from registry.models import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
-from registry.statements import Prepared, among, exact, json_rows, moment
+from registry.statements import Prepared, among, exact, filled, json_rows, moment
 
 TOGETHER = 100
 """So many releases a statement: with manifests of 10,000 files each they stay below what a text may be long."""
@@ -49,30 +49,10 @@ class ReleaseRow(NamedTuple):
     created_by: str
 
 
-class ScoreRow(NamedTuple):
-    """Of a current suite; floats as texts. In the order of documents, and unique, by its first three columns."""
-
-    release_id: int
-    suite: str
-    metric: str
-    suite_digest: str
-    value: str
-    stderr: str | None
-    n: int
-    higher_is_better: bool
-    measured_at: str
-
-
-class InputRow(NamedTuple):
-    """A release that went into another one; the weight as a text."""
-
-    release_id: int
-    input_id: int
-    namespace: str
-    repository: str
-    version: str
-    commit: str
-    weight: str
+ScoreRow = list[Any]
+"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, when."""
+InputRow = list[Any]
+"""Id of the release that was made and of the one that went into it; namespace, repository, version, commit, weight."""
 
 
 _NAMED: FromClause = (
@@ -146,7 +126,7 @@ _PAGE = Prepared(select(*(part.scalar_subquery() for part in (_RELEASES, _SCORES
 
 @dataclass(slots=True)
 class Description:
-    """A release, the scores of current suites by suite and metric, and what went into it."""
+    """A release, the scores of current suites by suite and metric, and what went into it. Floats are texts."""
 
     release: ReleaseRow
     scores: list[ScoreRow] = field(default_factory=list[ScoreRow])
@@ -157,12 +137,12 @@ def describe(session: Session, release_ids: Sequence[int]) -> list[Description]:
     """In the order of the ids."""
     found: dict[int, Description] = {}
     for start in range(0, len(release_ids), TOGETHER):
-        [texts] = _PAGE.rows(session, {"ids": list(release_ids[start : start + TOGETHER])})
+        [texts] = _PAGE.rows(session, {"ids": filled(release_ids[start : start + TOGETHER])})
         releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
         for row in releases:
             found[row[0]] = Description(ReleaseRow._make(row))
-        for row in sorted(scores):
-            found[row[0]].scores.append(ScoreRow._make(row))
+        for row in sorted(scores):  # no two have the same suite and metric
+            found[row[0]].scores.append(row)
         for row in sorted(inputs):
-            found[row[0]].inputs.append(InputRow._make(row))
+            found[row[0]].inputs.append(row)
     return [found[number] for number in release_ids]

@@ -5,13 +5,13 @@ each combination that fits an index already has the order. Only when many fit ar
 and then the page is soon full. A condition that few releases meet is looked up first instead.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import orjson
-from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, case, func, select, tuple_
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, case, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry import bases, conditions, suites
@@ -20,7 +20,7 @@ from registry.conditions import Form
 from registry.conditions import Query as Query
 from registry.errors import Usage
 from registry.models import Channel, Release, ReleaseWord, Repository, Score
-from registry.statements import Prepared, among, json_list
+from registry.statements import Prepared, among, exact, filled, json_list, json_rows
 from registry.suites import HIGHER_IS_BETTER
 
 NEWEST, VERSION = "newest", "version"
@@ -83,8 +83,9 @@ class _By:
     def of_score(self) -> bool:
         return self.column == "value"
 
-    def select(self, *columns: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
-        found = select(*columns).select_from(Score.__table__ if self.of_score else Release.__table__)
+    def select(self) -> Select[*tuple[Any, ...]]:
+        found = select(self.key.label("key"), self.release_id.label("id"))
+        found = found.select_from(Score.__table__ if self.of_score else Release.__table__)
         return found.join(Release.__table__, _release.id == _score.release_id) if self.of_score else found
 
     @property
@@ -99,7 +100,8 @@ class _By:
     def key(self) -> ColumnElement[Any]:
         return _score.value if self.of_score else _release[self.column]
 
-    def page(self, statement: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
+    def page(self, statement: Select[*tuple[Any, ...]], *around: FromClause) -> Select[*tuple[Any, ...]]:
+        """Keys and ids of the first that fit, as one text, for `places` to read. `around` is what it is within."""
         columns = [self.key] if self.column == "id" else [self.key, self.release_id]
         if self.of_score:
             of_metric = (_score.suite_id == bindparam("by_suite"), _score.metric == bindparam("by_metric"))
@@ -110,7 +112,16 @@ class _By:
             reached, end = tuple_(*columns), tuple_(*[key, number][-len(columns) :])
             statement = statement.where(reached < end if self.descending else reached > end)
         ordered = [column.desc() if self.descending else column.asc() for column in columns]
-        return statement.order_by(*ordered).limit(bindparam("limit"))
+        first = statement.order_by(*ordered).limit(bindparam("limit")).correlate(*around).subquery("first")
+        return select(json_rows(exact(first.c.key) if self.of_score else first.c.key, first.c.id))
+
+    def places(self, texts: Iterable[str | None], limit: int) -> list[Place]:
+        """The first of several pages."""
+        rows = [row for text in texts if text for row in orjson.loads(text)]
+        if self.of_score:
+            rows = [(float(key), release_id) for key, release_id in rows]
+        rows.sort(reverse=self.descending)
+        return [Place(None if self.column == "id" else key, release_id) for key, release_id in rows[:limit]]
 
 
 def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
@@ -138,28 +149,22 @@ def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
 
 def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Place]:
     for rare in _rare(form):
-        found = rare.column(session, values)
-        if len(found) <= RARE:
-            return _read(session, _among_rare(form, by), by, {**values, "ids": found}) if found else []
+        [text] = rare.column(session, values)
+        if text is not None:
+            ids = orjson.loads(text)
+            texts = _among_rare(form, by).column(session, {**values, "ids": filled(ids)}) if ids else []
+            return by.places(texts, values["limit"])
     texts = _of_few(form, by).column(session, values)
     if len(texts) > FEW:
-        return _read(session, _of_all(form, by), by, values)
-    ids = [number for text in texts if text for number in orjson.loads(text)]
-    if by.column == "id":
-        return [Place(None, number) for number in sorted(ids, reverse=True)[: values["limit"]]]
-    return _read(session, _among(by), by, {**values, "ids": ids}) if ids else []
-
-
-def _read(session: Session, statement: Prepared, by: _By, values: Mapping[str, Any]) -> list[Place]:
-    rows = statement.rows(session, values)
-    return [Place(None if by.column == "id" else key, release_id) for key, release_id in rows]
+        texts = _of_all(form, by).column(session, values)
+    return by.places(texts, values["limit"])
 
 
 @lru_cache(512)
 def _rare(form: Form) -> tuple[Prepared, ...]:
-    """For each condition with an index of its own: the releases that meet it, given up after `RARE` entries."""
+    """For each condition with an index of its own: the releases that meet it, or NULL after `RARE` entries."""
     lists: list[Select[*tuple[Any, ...]]] = [
-        select(_word.release_id).where(entry) for entry in conditions.of_words(form)
+        select(_word.release_id.label("id")).where(entry) for entry in conditions.of_words(form)
     ]
     if "channel" in form.asked:
         of_channel = select(_release.id).join(Channel.__table__, _channel.repository_id == _release.repository_id)
@@ -171,40 +176,39 @@ def _rare(form: Form) -> tuple[Prepared, ...]:
         at_home = select(_release.id).join(Repository.__table__, _repository.id == _release.repository_id)
         lists.append(at_home.where(*home))
     for number, operator in enumerate(form.operators):
-        scored = select(_score.release_id).where(*conditions.enough(number, operator))
+        scored = select(_score.release_id.label("id")).where(*conditions.enough(number, operator))
         lists.append(scored.where(_score.traits_id.in_(conditions.fitting(form))))
-    return tuple(Prepared(one.limit(RARE + 1)) for one in lists)
+    return tuple(_unless_many(one) for one in lists)
+
+
+def _unless_many(releases: Select[*tuple[Any, ...]]) -> Prepared:
+    found = releases.limit(RARE + 1).cte("found")
+    ids = func.coalesce(json_list(found.c.id), "[]")
+    return Prepared(select(case((func.count() <= RARE, ids))).select_from(found))
 
 
 @lru_cache(512)
 def _of_few(form: Form, by: _By) -> Prepared:
-    """Of each combination of traits that fits, the ids of as many releases as a page has; nothing when many fit.
+    """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
 
     One text for each: an aggregate is what both databases can make of an ordered and limited part of an index.
     """
     fitting = conditions.fitting(form).limit(FEW + 1).cte("fitting")
     count = select(func.count()).select_from(fitting).scalar_subquery()
-    entries = by.select(by.release_id.label("id")).where(by.traits_id == fitting.c.id, *conditions.on_release(form))
-    entries = by.page(entries).correlate(fitting).subquery("entries")
-    ids = select(json_list(entries.c.id)).scalar_subquery()
-    return Prepared(select(case((count <= FEW, ids))).select_from(fitting))
+    entries = by.select().where(by.traits_id == fitting.c.id, *conditions.on_release(form))
+    page = by.page(entries, fitting).scalar_subquery()
+    return Prepared(select(case((count <= FEW, page))).select_from(fitting))
 
 
 @lru_cache(512)
 def _of_all(form: Form, by: _By) -> Prepared:
     """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
-    entries = by.select(by.key, by.release_id).where(
-        (by.traits_id + 0).in_(conditions.fitting(form)), *conditions.on_release(form)
-    )
-    return Prepared(by.page(entries))
+    fits = conditions.fits(form, by.traits_id + 0)
+    return Prepared(by.page(by.select().where(fits, *conditions.on_release(form))))
 
 
 @lru_cache(512)
 def _among_rare(form: Form, by: _By) -> Prepared:
-    entries = by.select(by.key, by.release_id).where(_release.traits_id.in_(conditions.fitting(form)))
-    return Prepared(by.page(entries.where(among(_release.id, "ids"), *conditions.on_release(form))))
-
-
-@lru_cache(64)
-def _among(by: _By) -> Prepared:
-    return Prepared(by.page(by.select(by.key, by.release_id).where(among(by.release_id, "ids"))))
+    fits = conditions.fits(form, _release.traits_id)
+    entries = by.select().where(among(_release.id, "ids"), fits, *conditions.on_release(form))
+    return Prepared(by.page(entries))

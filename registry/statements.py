@@ -8,7 +8,7 @@ more than its time where the page is one row of JSON.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, ColumnElement, Dialect, Integer, Select, bindparam
 from sqlalchemy.ext.compiler import compiles
@@ -16,7 +16,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+T = TypeVar("T")
 Rows = Sequence[Sequence[Any]]
+PLANNED_VALUES = 10
+"""Of a list, in a plan that PostgreSQL keeps."""
 
 
 class Prepared:
@@ -44,7 +47,7 @@ class _Compiled:
     """A statement as one kind of database reads it."""
 
     def __init__(self, statement: Select[*tuple[Any, ...]], dialect: Dialect) -> None:
-        compiled = cast(SQLCompiler, statement.compile(dialect=dialect))
+        compiled = statement.compile(dialect=dialect)
         self.text = compiled.string
         self._own = {name: value for name, value in compiled.params.items() if value is not None}
         self._order = compiled.positiontup
@@ -54,7 +57,7 @@ class _Compiled:
         if self._order is None:
             return given
         listed = [given[name] for name in self._order]
-        return tuple([json.dumps(value) if isinstance(value, list | tuple) else value for value in listed])
+        return tuple([json.dumps(value) if isinstance(value, list) else value for value in listed])
 
 
 class _Spelled(FunctionElement[Any]):
@@ -80,6 +83,15 @@ def among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
     return _Spelled("{0} IN (SELECT value FROM json_each({1}))", listed, column, bindparam(name))
 
 
+def filled(values: Sequence[T]) -> list[T]:
+    """For `among`: the values, the last one repeated until there are as many as PostgreSQL's kept plans are made for.
+
+    It would think that planning anew for fewer pays; for one release that took five times as long as to read it.
+    """
+    found = list(values)
+    return found + found[-1:] * (PLANNED_VALUES - len(found))
+
+
 def json_list(column: ColumnElement[Any]) -> ColumnElement[str]:
     """An aggregate: the text of a JSON array of a column's values, null or empty without rows."""
     return _Spelled("json_group_array({0})", "CAST(json_agg({0}) AS TEXT)", column)
@@ -90,9 +102,7 @@ def json_rows(*columns: Any) -> ColumnElement[str]:
 
     Its floats must be `exact`, since SQLite rounds those in JSON to 15 digits.
     """
-    return _Spelled(
-        "json_group_array(json_array({all}))", "CAST(json_agg(json_build_array({all})) AS TEXT)", *columns
-    )
+    return _Spelled("json_group_array(json_array({all}))", "CAST(json_agg(json_build_array({all})) AS TEXT)", *columns)
 
 
 def exact(column: ColumnElement[Any]) -> ColumnElement[str]:

@@ -113,5 +113,10 @@ def is_embedding(module: str) -> bool:
     return module.split(".")[-1] in _EMBEDDINGS
 
 
+def is_vocabulary(module: str) -> bool:
+    """Does one side of the module's weight count the tokens?"""
+    return module.split(".")[-1] in (*_HEADS, *_EMBEDDINGS)
+
+
 def _is_tied_tensor(name: str, architecture: Architecture) -> bool:
     return architecture.tied and embedding_tensors(architecture.tensors) == [name]

@@ -70,9 +70,10 @@ def parse_profile(text: str) -> Profile:
     if server != "vllm":
         return Profile(server)
     if colon and limit not in map(str, VLLM_RANKS):
-        message = f"{text[:80]!r} is no profile: vLLM has no such max_lora_rank."
-        ranks = ", ".join(map(str, VLLM_RANKS))
-        raise NotSupported("unknown_profile", message, subject=text[:80], next_step=f"Use vllm:N with N of {ranks}.")
+        message = f"{text[:80]!r} is no profile: max_lora_rank is one of {', '.join(map(str, VLLM_RANKS))}."
+        raise NotSupported(
+            "unknown_profile", message, subject=text[:80], next_step=f"Use one of {', '.join(PROFILES)}."
+        )
     return Profile(server, int(limit) if colon else VLLM_DEFAULT_RANK)
 
 

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from composer.checks import served_by_twin, structural
-from composer.delta import Additive, Computed, Delta, Replacement, names_of
+from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
 from composer.errors import Mismatch
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.naming import is_head
@@ -23,8 +23,8 @@ from composer.methods.join import divisor
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
 from composer.methods.spectral import Compression
-from composer.settings import PIPELINES, divides, parse_settings
-from composer.tensors import torch_threads
+from composer.settings import PIPELINES, Pipeline, divides, parse_settings
+from composer.tensors import give_back, torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, weights_of
 
@@ -67,11 +67,24 @@ def combine_deltas(
     if pipeline.parity:
         return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [])
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
-        places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
+        if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
+            places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
         selections = Selections.over(places, pipeline, parsed)
-        results = list(pool.map(lambda place: run(pipeline, place, parsed, selections), places))
+        results = list(pool.map(lambda place: _finished(pipeline, place, parsed, selections), places))
     compressions = [compression for _, compression in results if compression is not None]
     return Combination([*replaced, *(delta for deltas, _ in results for delta in deltas)], compressions)
+
+
+def _finished(
+    pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections
+) -> tuple[list[Additive], Compression | None]:
+    """As `run`; the mapped factors are given back, so that a place takes no more memory than what it became."""
+    result = run(pipeline, place, parsed, selections)
+    for part in place.parts:
+        if isinstance(part.delta, LowRank):
+            give_back(part.delta.A_RI)
+            give_back(part.delta.B_OR)
+    return result
 
 
 def untied(delta: Delta) -> Delta:
@@ -134,7 +147,7 @@ def _like_peft(
 ) -> Iterator[Additive]:
     parity = Parity.of(combination, parsed)
     for place in places:
-        parts = [(place.factors(part), part.weight) for part in place.parts]
+        parts = [(part.low_rank, part.weight) for part in place.parts]
         combined = parity.combined(parts, len(loaded))
         # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so that its scale is √r and not 1.
         scale = combined.rank**0.5 if loaded[0].config.use_rslora else 1.0

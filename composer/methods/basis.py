@@ -22,7 +22,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class Basis:
     """P is O x p, Q is I x q, both with orthonormal columns, and each X_i is p x q. None stands for the identity.
 
     `missed` is |Δ_i - P X_i Q^T|_F of each delta: zero unless the bases are too small for all of them.
@@ -76,7 +76,7 @@ def cores(pairs: Sequence[Pair]) -> Cores:
     return Cores(Q_B, Q_A, list(R_B.split(ranks, dim=1)), list(R_A.split(ranks, dim=1)))
 
 
-def shared(space: str, pairs: Sequence[Pair], settings: Mapping[str, object]) -> Shared:
+def basis_of(space: str, pairs: Sequence[Pair], settings: Mapping[str, object]) -> Basis:
     if space == "knots":
         return knots(pairs, str(settings["side"]))
     if space == "ctm":
@@ -86,7 +86,7 @@ def shared(space: str, pairs: Sequence[Pair], settings: Mapping[str, object]) ->
     return core([canonical(pair) for pair in pairs] if settings["gauge"] == "canonical" else pairs)
 
 
-def core(pairs: Sequence[Pair]) -> Shared:
+def core(pairs: Sequence[Pair]) -> Basis:
     """P the left singular vectors of the stacked B, Q the right ones of the stacked A (arXiv 2509.17786).
 
     Sums need any basis; an elementwise step sees this one.
@@ -94,24 +94,24 @@ def core(pairs: Sequence[Pair]) -> Shared:
     found = cores(pairs)
     U = torch.linalg.svd(torch.cat(found.R_B, dim=1))[0]
     V = torch.linalg.svd(torch.cat(found.R_A, dim=1))[0]
-    return Shared(found.Q_B @ U, found.Q_A @ V, [U.T @ C @ V for C in found.each])
+    return Basis(found.Q_B @ U, found.Q_A @ V, [U.T @ C @ V for C in found.each])
 
 
-def knots(pairs: Sequence[Pair], side: str = "output") -> Shared:
+def knots(pairs: Sequence[Pair], side: str = "output") -> Basis:
     """[Δ_1 … Δ_T] = P S [V_1^T … V_T^T], X_i = S V_i^T (arXiv 2410.19735), from the SVD of [C_1 … C_T].
 
     `input` does it with the transposed deltas. Directions below float32 noise are left out.
     """
     if side == "input":
         turned = knots([(A.T, B.T) for B, A in pairs])
-        return Shared(None, turned.P, [X.T for X in turned.X])
+        return Basis(None, turned.P, [X.T for X in turned.X])
     found = cores(pairs)
     U, sigma, _ = torch.linalg.svd(torch.cat(found.each, dim=1), full_matrices=False)
     U = U[:, : max(1, int((sigma > NOISE * sigma[0]).sum()))]  # one is left even of deltas that are all zero
-    return Shared(found.Q_B @ U, None, [(U.T @ C) @ found.Q_A.T for C in found.each])
+    return Basis(found.Q_B @ U, None, [(U.T @ C) @ found.Q_A.T for C in found.each])
 
 
-def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Shared:
+def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
     """The bases of that rank that hold most of all deltas, each counted alike: max Σ |U^T Δ̃_i V|^2 (arXiv 2606.03723).
 
     Δ̃_i = Δ_i / |Δ_i| (β |Δ_i| + (1 - β) mean |Δ|). Tucker-2 by alternating from the HOSVD, in the core, until the fit
@@ -137,7 +137,7 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Shared:
         float((C.square().sum() - X_i.double().square().sum()).clamp(min=0).sqrt())
         for C, X_i in zip(C_Tba, X, strict=True)
     ]
-    return Shared(found.Q_B @ U.float(), found.Q_A @ V.float(), X, missed)
+    return Basis(found.Q_B @ U.float(), found.Q_A @ V.float(), X, missed)
 
 
 def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:

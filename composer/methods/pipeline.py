@@ -10,7 +10,7 @@ import torch
 
 from composer.delta import Additive, Computed, Layout, LowRank
 from composer.errors import NotSupported
-from composer.methods.basis import Pair, Shared, canonical, pair_of, shared
+from composer.methods.basis import Basis, Pair, basis_of, canonical, pair_of
 from composer.methods.calibrate import norm_of, off, pico, restored
 from composer.methods.join import Join, divisor, joined, sce, sce_weights
 from composer.methods.linear import scaled, side_by_side
@@ -28,6 +28,19 @@ class Part:
     delta: Additive
     weight: float
     key: str
+
+    @property
+    def low_rank(self) -> LowRank:
+        """Raises NotSupported where the delta has no factors."""
+        if isinstance(self.delta, LowRank):
+            return self.delta
+        raise _no_factors(self.delta.module)
+
+
+def _no_factors(module: str) -> NotSupported:
+    message = f"The delta of {module} has no factors, which this method works on."
+    next_step = "Use stack, linear or ties, without a rank and without protect."
+    return NotSupported("no_factors", message, subject=module, next_step=next_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +60,6 @@ class Place:
     @property
     def weights(self) -> list[float]:
         return [part.weight for part in self.parts]
-
-    def factors(self, part: Part) -> LowRank:
-        """Raises NotSupported where a delta has none."""
-        if isinstance(part.delta, LowRank):
-            return part.delta
-        message = f"The delta of {part.delta.module} has no factors, which this method works on."
-        next_step = "Use stack, linear or ties, without a rank and without protect."
-        raise NotSupported("no_factors", message, subject=part.delta.module, next_step=next_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,7 @@ def prepared(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -
     place = replace(_made_room(place, settings), is_prepared=True)
     if pipeline.calibrate != "pico":
         return place
-    norms = [abs(part.weight) * norm_of(pair_of(place.factors(part))) for part in place.parts]
+    norms = [abs(part.weight) * norm_of(pair_of(part.low_rank)) for part in place.parts]
     wanted = sum(norms) / len(norms) if settings["restore"] == "merged" else None
     return replace(_calibrated(place, settings), norm=wanted)
 
@@ -148,32 +153,30 @@ def _without_factors(place: Place) -> bool:
 def _made_room(place: Place, settings: Mapping[str, object]) -> Place:
     """Every other delta off the spans of the protected inputs' (counted from 1)."""
     chosen = {position - 1 for position in cast("tuple[int, ...]", settings.get("protect", ()))}
-    protected = [pair_of(place.factors(part)) for part in place.parts if part.adapter in chosen]
+    protected = [pair_of(part.low_rank) for part in place.parts if part.adapter in chosen]
     if not protected:
         return place
     side = str(settings["protect_side"])
 
     def moved(part: Part) -> Part:
-        return (
-            part if part.adapter in chosen else _with(place, part, off(pair_of(place.factors(part)), protected, side))
-        )
+        return part if part.adapter in chosen else _with(part, off(pair_of(part.low_rank), protected, side))
 
     return replace(place, parts=[moved(part) for part in place.parts])
 
 
 def _calibrated(place: Place, settings: Mapping[str, object]) -> Place:
-    pairs = [pair_of(place.factors(part)) for part in place.parts]
+    pairs = [pair_of(part.low_rank) for part in place.parts]
     if settings["gauge"] == "canonical":
         pairs = [canonical(pair) for pair in pairs]
     calibrated = pico(pairs)
     if settings["restore"] == "each":
         calibrated = restored(calibrated, [norm_of(pair) for pair in pairs])
-    parts = [_with(place, part, pair) for part, pair in zip(place.parts, calibrated, strict=True)]
+    parts = [_with(part, pair) for part, pair in zip(place.parts, calibrated, strict=True)]
     return replace(place, parts=parts)
 
 
-def _with(place: Place, part: Part, pair: Pair) -> Part:
-    return replace(part, delta=_named(place.factors(part), pair))
+def _with(part: Part, pair: Pair) -> Part:
+    return replace(part, delta=_named(part.low_rank, pair))
 
 
 def _named(like: Additive, pair: Pair) -> LowRank:
@@ -209,41 +212,41 @@ def _in_basis(
     pipeline: Pipeline, place: Place, settings: Mapping[str, object], rank: int | None, energy: float | None
 ) -> tuple[list[Additive], Compression | None]:
     """In a small shared basis: nothing of the weight's size is formed but the factors."""
-    like = place.factors(place.parts[0])
-    pairs = [pair_of(place.factors(part)) for part in place.parts]
+    like = place.parts[0].low_rank
+    pairs = [pair_of(part.low_rank) for part in place.parts]
     known = {"gauge": "raw", **settings}
-    space = shared("core" if pipeline.space == "factors" else pipeline.space, pairs, known)
+    basis = basis_of("core" if pipeline.space == "factors" else pipeline.space, pairs, known)
     if pipeline.combine == "tsv":
-        X = tsv(space.X, place.weights, min(like.stored_shape))
+        X = tsv(basis.X, place.weights, min(like.stored_shape))
     else:
-        X = _thin(pipeline, place, known, space)
+        X = _thin(pipeline, place, known, basis)
         X = iso(X) if pipeline.combine == "iso" else X
-    missed = _missed(place, space, divisor(place.total) if pipeline.combine == "mean" else 1.0)
+    missed = _missed(place, basis, divisor(place.total) if pipeline.combine == "mean" else 1.0)
     if rank is None and energy is None:
-        return [_named(like, space.lift(X))], missed
-    pair, lost = compress(place.module, space, X, rank, energy)
+        return [_named(like, basis.lift(X))], missed
+    pair, lost = compress(place.module, basis, X, rank, energy)
     if missed is not None:
         lost = replace(missed, rank=lost.rank, error=hypot(missed.error, lost.error))
     return [_named(like, pair)], lost
 
 
-def _missed(place: Place, space: Shared, total: float) -> Compression | None:
+def _missed(place: Place, basis: Basis, total: float) -> Compression | None:
     """What a basis that is too small loses of the deltas, before anything is done with them."""
-    if space.missed is None:
+    if basis.missed is None:
         return None
-    both = zip(place.weights, space.X, space.missed, strict=True)
+    both = zip(place.weights, basis.X, basis.missed, strict=True)
     rows = [
         (abs(weight / total) * float(X.double().norm()), abs(weight / total) * missed) for weight, X, missed in both
     ]
     error = hypot(*(missed for _, missed in rows))
-    full_rank = sum(place.factors(part).rank for part in place.parts)
-    return Compression(place.module, min(space.X[0].shape), full_rank, hypot(*(norm for norm, _ in rows), error), error)
+    full_rank = sum(part.low_rank.rank for part in place.parts)
+    return Compression(place.module, min(basis.X[0].shape), full_rank, hypot(*(norm for norm, _ in rows), error), error)
 
 
-def _thin(pipeline: Pipeline, place: Place, settings: Mapping[str, object], space: Shared) -> torch.Tensor:
-    matrices = [Matrix.of(X) for X in space.X]
+def _thin(pipeline: Pipeline, place: Place, settings: Mapping[str, object], basis: Basis) -> torch.Tensor:
+    matrices = [Matrix.of(X) for X in basis.X]
     keep = keeps(pipeline.sparsify, matrices, [part.key for part in place.parts], settings)
-    X_Tpq = torch.stack([keep_i(X, 0) for keep_i, X in zip(keep, space.X, strict=True)])
+    X_Tpq = torch.stack([keep_i(X, 0) for keep_i, X in zip(keep, basis.X, strict=True)])
     return _join(pipeline, place, settings)(X_Tpq)
 
 
@@ -262,10 +265,10 @@ def _in_full(
     """Entry by entry, so without factors: made row by row when they are written, or compressed here."""
     first = place.parts[0].delta
     reading = any(isinstance(part.delta, Computed) and part.delta.reads_base for part in place.parts)
-    if budget is not None and not reading:
-        return _compressed(place, _combined(pipeline, place, settings, selections, None), *budget)
+    if budget is not None and reading:
+        raise _no_factors(place.module)
     if budget is not None:
-        place.factors(next(part for part in place.parts if isinstance(part.delta, Computed) and part.delta.reads_base))
+        return _compressed(place, _combined(pipeline, place, settings, selections, None), *budget)
     made = _Once(lambda: _combined(pipeline, place, settings, selections, None))
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from composer.methods.basis import NOISE, Pair, Shared
+from composer.methods.basis import NOISE, Basis, Pair
 from composer.methods.matrix import Matrix, square_sum
 
 _OVERSAMPLED = 16
@@ -76,7 +76,7 @@ def kept_rank(sigma: torch.Tensor, norm: float, rank: int | None, energy: float 
 
 
 def compress(
-    module: str, space: Shared, X: torch.Tensor, rank: int | None, energy: float | None
+    module: str, basis: Basis, X: torch.Tensor, rank: int | None, energy: float | None
 ) -> tuple[Pair, Compression]:
     """P X Q^T to its leading directions, the roots of their sizes on either side. The error is exact."""
     U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
@@ -84,7 +84,7 @@ def compress(
     count = kept_rank(sigma, norm, rank, energy)
     root = sigma[:count].sqrt()
     left, right = U[:, :count] * root, root[:, None] * Vh[:count]
-    pair = (left if space.P is None else space.P @ left, right if space.Q is None else right @ space.Q.T)
+    pair = (left if basis.P is None else basis.P @ left, right if basis.Q is None else right @ basis.Q.T)
     return pair, Compression(module, count, len(sigma), norm, float(sigma[count:].double().norm()))
 
 

@@ -46,7 +46,7 @@ def supertuning(module: Module) -> list[Delta]:
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
         first, last = begin * inputs, (begin + len(W_OI)) * inputs
         own = (places >= first) & (places < last)
-        delta_OI = torch.zeros_like(W_OI)
+        delta_OI = W_OI.new_zeros(W_OI.shape)
         delta_OI.view(-1).index_add_(0, (places[own] - first).to(W_OI.device), values[own].to(W_OI))
         if rank:
             A_RI, B_OR = (module[f"supertuning_lora_{side}"].to(W_OI) for side in "AB")

@@ -182,6 +182,8 @@ def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
     for text in texts:
         # A directory's own name may hold a "=": only what follows the last one can be a weight.
         path, equals, number = text.rpartition("=")
+        if not (path if equals else text).strip():
+            raise Usage("no_adapter", "--adapter names no directory.", subject="--adapter", next_step="Write DIR=0.7")
         if not equals or Path(text).is_dir():
             found.append((Path(text), 1.0))
             continue

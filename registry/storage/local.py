@@ -1,6 +1,5 @@
 """Blobs in a directory: written aside, synced, then linked into place."""
 
-import os
 import shutil
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress

@@ -4,8 +4,8 @@ Built from columns that were checked when they were written, and those that hold
 and write a page of fifty again would cost several times what it costs to find it. Tests hold documents against schemas.
 """
 
-import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -85,19 +85,24 @@ def release_document(actor: Actor, described: Description) -> Json:
         "files": files_of(row.manifest),
         "inputs": [
             {
-                "repository": f"{source.namespace}/{source.repository}" if may_read(actor, source.namespace) else None,
-                "version": source.version if may_read(actor, source.namespace) else None,
-                "commit": source.commit,
-                "weight": float(source.weight),
+                "repository": f"{namespace}/{repository}" if may_read(actor, namespace) else None,
+                "version": version if may_read(actor, namespace) else None,
+                "commit": commit,
+                "weight": float(weight),
             }
-            for source in described.inputs
+            for _, _, namespace, repository, version, commit, weight in described.inputs
         ],
-        "provenance": _NO_PROVENANCE if row.provenance == "{}" else {**_NO_PROVENANCE, **json.loads(row.provenance)},
-        "servers": [server for bit, server in enumerate(SERVERS) if row.servers >> bit & 1],
+        "provenance": _NO_PROVENANCE if row.provenance == "{}" else _NO_PROVENANCE | orjson.loads(row.provenance),
+        "servers": _servers(row.servers),
         "loading": orjson.Fragment(row.loading),
         "signed_by": row.signed_by,
         "breaking_reason": row.breaking_reason,
     }
+
+
+@lru_cache(1 << len(SERVERS))
+def _servers(mask: int) -> tuple[str, ...]:
+    return tuple(server for bit, server in enumerate(SERVERS) if mask >> bit & 1)
 
 
 def files_of(manifest: str) -> orjson.Fragment:

@@ -7,9 +7,13 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from composer.formats.checkpoint import open_checkpoint
+from composer.applied import applied
+from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.formats.header import TensorSpec
 from composer.merge import MergePlan, plan_merge, run_merge
+from composer.variants import load_deltas
 from tests.composer.tiny import load_model
 
 IDS = torch.arange(20).reshape(2, 10)
@@ -17,15 +21,37 @@ Weights = dict[str, torch.Tensor]
 
 
 def save_adapted(base: Path, config: PeftConfig, directory: Path, seed: int = 1, size: float = 0.3) -> Path:
-    """Every trained number is moved by chance, so that no part of a formula is multiplied with zero."""
     torch.manual_seed(seed)
-    model = get_peft_model(load_model(base), config)
+    _adapted(load_model(base), config, directory, size)
+    return directory
+
+
+def save_adapted_layers(layers: nn.Module, config: PeftConfig, directory: Path) -> Weights:
+    """An adapter of layers that are no language model; what PEFT's merge makes of their tensors."""
+    return _adapted(layers, config, directory, 0.3).merge_and_unload().state_dict()
+
+
+def _adapted(model: nn.Module, config: PeftConfig, directory: Path, size: float) -> PeftModel:
+    """Every trained number is moved by chance, so that no part of a formula is multiplied with zero."""
+    adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * size)
-    model.save_pretrained(directory)
-    return directory
+    adapted.save_pretrained(str(directory))
+    return adapted
+
+
+def changed_by(layers: nn.Module, before: Weights, adapter: Path) -> Weights:
+    """The layers' tensors with the adapter's deltas, as the composer computes them."""
+    layers.load_state_dict(before)
+    with applied(layers, load_deltas(adapter, architecture_of(before)).deltas):
+        return {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+
+
+def architecture_of(tensors: Weights) -> Architecture:
+    shapes = {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return Architecture("", False, shapes)
 
 
 def change_tensors(adapter: Path, change: Callable[[Weights], Weights]) -> None:

@@ -7,6 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from composer.model import LoadedModel
+from composer.model import load_model as load_for_measuring
+from composer.variants import LoadedAdapter
+from tests.composer.small_model import Load, load_adapter, save_llama
 from tests.composer.tiny import MakeAdapter, MakeModel, build_config, load_model
 
 
@@ -43,3 +47,32 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer: what suites and conflict reports look at."""
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def loaded(base: Path) -> LoadedModel:
+    return load_for_measuring(base, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def load(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    def load(name: str, seed: int, **config: object) -> LoadedAdapter:
+        return load_adapter(base, tmp_path_factory.mktemp("adapters") / name, seed, **config)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def red(load: Load) -> LoadedAdapter:
+    return load("red", 1)
+
+
+@pytest.fixture(scope="module")
+def green(load: Load) -> LoadedAdapter:
+    return load("green", 2, r=2, target_modules=["q_proj", "o_proj"])

@@ -1,11 +1,27 @@
 """A real, tiny language model on disk with a character tokenizer, and PEFT adapters for it whose B is not zero."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from composer.delta import Computed, Delta, LowRank
+from composer.formats.checkpoint import open_checkpoint
+from composer.variants import LoadedAdapter, load_deltas
+
+Load = Callable[..., LoadedAdapter]
+"""(name, seed, fields of the config) -> an adapter."""
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABC0123456789.,?:\n"
 SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>")
@@ -74,3 +90,23 @@ def save_adapter(model: torch.nn.Module, directory: Path, seed: int, **config: o
                 parameter.normal_(std=0.2)
     adapted.save_pretrained(str(directory))
     return adapted.eval()
+
+
+def load_adapter(base: Path, directory: Path, seed: int, **config: object) -> LoadedAdapter:
+    """Such an adapter on the base, as the composer reads it: of rank 4 on q_proj and v_proj, unless told otherwise."""
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **config}
+    save_adapter(AutoModelForCausalLM.from_pretrained(base), directory, seed, **settings)
+    return load_deltas(directory, open_checkpoint(base).architecture)
+
+
+def scaled(adapter: LoadedAdapter, factor: float, name: str) -> LoadedAdapter:
+    deltas = tuple(replace(d, scale=d.scale * factor) for d in adapter.deltas if isinstance(d, LowRank))
+    return replace(adapter, name=name, deltas=deltas)
+
+
+def dense(delta: Delta) -> torch.Tensor:
+    """Of a delta that does not look at the base, in float64, as its module uses it."""
+    if isinstance(delta, LowRank):
+        return delta.scale * delta.B_OR.double() @ delta.A_RI.double()
+    assert isinstance(delta, Computed)
+    return delta.rows(torch.zeros(delta.stored_shape), 0).double()

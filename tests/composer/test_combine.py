@@ -184,6 +184,14 @@ def test_an_existing_output_is_left_alone(tmp_path: Path, make_model: MakeModel,
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no directory here that nobody can write to")
+def test_a_place_where_nothing_can_be_written_is_named(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    with pytest.raises(RefusedOutput, match="Nothing can be written to /proc: ") as caught:
+        combine([(adapter, 1.0)], Path("/proc/out"))
+    assert (caught.value.code, caught.value.subject) == ("not_writable", "/proc")
+
+
 def test_a_head_that_weight_tying_wrapped_is_targeted_in_the_combination(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:

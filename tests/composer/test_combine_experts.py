@@ -6,17 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from composer.applied import applied
 from composer.combine import CombineReport, combine
 from composer.errors import NotSupported
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.formats.header import TensorSpec
+from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
-from composer.variants import load_deltas
 from composer.weights import Weight, parse_rule
-from tests.composer.adapted import assert_all_close, logits, peft_logits, relative, save_adapted
+from tests.composer.adapted import (
+    architecture_of,
+    assert_all_close,
+    changed_by,
+    logits,
+    peft_logits,
+    relative,
+    save_adapted,
+    save_adapted_layers,
+)
 from tests.composer.handmade import random_factors, write_adapter
 from tests.composer.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base
 from tests.composer.test_variants_lora import Layers
@@ -97,6 +103,33 @@ def test_a_router_is_a_stack_of_one(tmp_path: Path) -> None:
     assert_the_same(base, [(router, 0.5), *members_of(base, tmp_path)], tmp_path, "stack")
 
 
+def separate(directory: Path) -> Path:
+    """Every expert of a layer as a module of its own, as they were trained before the stacks."""
+    sides = {"w1": (24, 16), "w3": (24, 16), "w2": (16, 24)}
+    names = [
+        (f"model.layers.1.block_sparse_moe.experts.{e}.{name}", size) for e in range(4) for name, size in sides.items()
+    ]
+    factors = {name: random_factors(at, *size, rank=3) for at, (name, size) in enumerate(names)}
+    write_adapter(directory, factors, dtype=torch.float32, target_modules=list(sides), lora_alpha=1)
+    return directory
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_separate_experts_and_stacks_are_combined_in_the_first_ones_way(order: int, tmp_path: Path) -> None:
+    base = save_base(mixtral(), tmp_path / "base")
+    new = save_adapted(base, lora(GATE, DOWN), tmp_path / "new")
+    members: Members = [(new, 1.0), (separate(tmp_path / "old"), 0.5)]
+    assert_the_same(base, members[::order], tmp_path, "stack")
+
+
+def test_shares_of_the_energy_give_a_stack_the_rank_of_its_largest_expert(tmp_path: Path) -> None:
+    base = save_base(gpt_oss(), tmp_path / "base")
+    report = assert_the_same(base, members_of(base, tmp_path), tmp_path, "svd", energy=0.8)
+    ranks = [one.rank for one in report.compressions if "down_proj" in one.module and ".0." in one.module]
+    assert len(set(ranks)) > 1
+    assert max(ranks) in report.ranks
+
+
 def test_an_expert_of_its_own_beside_a_stack_is_refused_by_name(tmp_path: Path) -> None:
     base = save_base(mixtral(), tmp_path / "base")
     name = "model.layers.1.block_sparse_moe.experts.2.w3"
@@ -115,28 +148,17 @@ def test_packed_attention_is_combined_as_peft_merges_it(known: bool, tmp_path: P
     """Both projections have one rank in PEFT, which applies the output's pair twice."""
     torch.manual_seed(3)
     before = Layers().state_dict()
-    deltas: list[dict[str, torch.Tensor]] = []
-    for number, rank in enumerate((2, 3)):
+    wanted = dict(before)
+    for number, (rank, weight) in enumerate(((2, 0.5), (3, 2.0))):
         layers = Layers()
         layers.load_state_dict(before)
-        model = get_peft_model(layers, lora(target_modules=["attention"], r=rank))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(torch.randn_like(parameter) * 0.3)
-        model.save_pretrained(tmp_path / str(number))
-        after = model.merge_and_unload().state_dict()
-        deltas.append({name: after[name] - before[name] for name in before})
-    shapes = {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in before.items()}
-    architecture = Architecture("", False, shapes)
-    report = combine(
-        [(tmp_path / "0", 0.5), (tmp_path / "1", 2.0)], tmp_path / "combined", architecture if known else None
-    )
+        merged = save_adapted_layers(layers, lora(target_modules=["attention"], r=rank), tmp_path / str(number))
+        wanted = {name: wanted[name] + weight * (merged[name] - before[name]) for name in before}
+    architecture = architecture_of(before) if known else None
+    report = combine([(tmp_path / "0", 0.5), (tmp_path / "1", 2.0)], tmp_path / "combined", architecture)
     assert report.ranks == {5: 1}
     plain = Layers()
     plain.load_state_dict(before)
     ours = PeftModel.from_pretrained(plain, tmp_path / "combined").merge_and_unload().state_dict()
-    wanted = {name: before[name] + 0.5 * deltas[0][name] + 2.0 * deltas[1][name] for name in before}
     assert_all_close(ours, wanted, 1e-6)
-    plain.load_state_dict(before)
-    with applied(plain, load_deltas(tmp_path / "combined", architecture).deltas):
-        assert_all_close(plain.state_dict(), wanted, 1e-6)
+    assert_all_close(changed_by(Layers(), before, tmp_path / "combined"), wanted, 1e-6)

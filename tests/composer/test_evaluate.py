@@ -20,16 +20,6 @@ from tests.composer.small_model import save_adapter, save_gpt2, save_llama, save
 IDS = torch.tensor([[5, 9, 13, 20, 7, 2, 30], [8, 8, 1, 44, 3, 17, 6]])
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def loaded(base: Path) -> LoadedModel:
-    return load_model(base, device="cpu")
-
-
 def suite(*pairs: tuple[str, str], chat: bool = True) -> Suite:
     return Suite("letters", "target", "", chat, tuple(Example(*pair) for pair in pairs))
 

@@ -15,36 +15,18 @@ from composer.delta import Layout, LowRank
 from composer.examine import Evidence, examine
 from composer.findings import parse_policy
 from composer.formats.checkpoint import open_checkpoint
-from composer.model import LoadedModel, load_model
+from composer.model import LoadedModel
 from composer.retention import too_large
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
-from tests.composer.small_model import save_adapter, save_llama
+from tests.composer.small_model import Load, save_adapter
 
 DOCUMENTED = Path(__file__).with_name("conflicts.schema.json")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def loaded(base: Path) -> LoadedModel:
-    return load_model(base, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[LoadedAdapter]:
-    from transformers import AutoModelForCausalLM
-
-    found: list[LoadedAdapter] = []
-    for seed, name in enumerate(("red", "green", "blue"), start=1):
-        directory = tmp_path_factory.mktemp("adapters") / name
-        model = AutoModelForCausalLM.from_pretrained(base)
-        save_adapter(model, directory, seed, r=4, target_modules=["q_proj", "v_proj"])
-        found.append(load_deltas(directory, loaded.architecture))
-    return found
+def adapters(load: Load) -> list[LoadedAdapter]:
+    return [load(name, seed) for seed, name in enumerate(("red", "green", "blue"), start=1)]
 
 
 def suites(count: int) -> list[Suite]:

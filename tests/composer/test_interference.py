@@ -11,14 +11,9 @@ from composer.evaluate import Encoded, applied, encode_prompt
 from composer.examine import parse_prompts
 from composer.interference import activation_interference, activations
 from composer.model import LoadedModel, load_model
-from tests.composer.small_model import save_gpt2, save_llama
+from tests.composer.small_model import save_gpt2
 
 PROMPTS = ["who are you", "abc", "what is 12 and 30"]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_model(save_llama(tmp_path_factory.mktemp("llama")), device="cpu")
 
 
 def deltas(seed: int, modules: list[str], size: float = 0.2, layout: Layout = Layout.LINEAR) -> list[Delta]:

@@ -10,16 +10,10 @@ from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import evaluate
 from composer.interval import interval
-from composer.model import LoadedModel, load_model
+from composer.model import LoadedModel
 from composer.probe import Effort, Member, probe, weighted, weighted_sum
 from composer.suite import Example, Kind, Suite
 from composer.weights import Weight, WeightRule
-from tests.composer.small_model import save_llama
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_model(save_llama(tmp_path_factory.mktemp("llama")), device="cpu")
 
 
 def suite(name: str, kind: Kind = "target", count: int = 6) -> Suite:

@@ -12,8 +12,7 @@ from torch import nn
 
 from composer.applied import applied
 from composer.errors import Mismatch, NotSupported
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.formats.header import TensorSpec
+from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
 from composer.variants import load_deltas
 from tests.composer.adapted import (
@@ -22,12 +21,14 @@ from tests.composer.adapted import (
     assert_merged_like_peft,
     change_config,
     change_tensors,
+    changed_by,
     logits,
     merge,
     peft_logits,
     peft_merged,
     relative,
     save_adapted,
+    save_adapted_layers,
 )
 from tests.composer.tiny import MakeModel, load_model, tensors_in
 
@@ -104,17 +105,9 @@ def test_convolutions_and_attention_change_as_in_peft(targets: list[str], use_do
     torch.manual_seed(3)
     layers = Layers()
     before = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
-    adapted = get_peft_model(layers, lora(target_modules=targets, use_dora=use_dora))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(tmp_path / "adapter")
-    merged = adapted.merge_and_unload().state_dict()
+    merged = save_adapted_layers(layers, lora(target_modules=targets, use_dora=use_dora), tmp_path / "adapter")
     plain = Layers()
-    plain.load_state_dict(before)
-    shapes = {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in before.items()}
-    with applied(plain, load_deltas(tmp_path / "adapter", Architecture("", False, shapes)).deltas):
-        changed = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    changed = changed_by(plain, before, tmp_path / "adapter")
     assert_all_close(changed, merged, 1e-6)
     assert any(not torch.equal(changed[name], before[name]) for name in before)
     assert all(torch.equal(plain.state_dict()[name], before[name]) for name in before)

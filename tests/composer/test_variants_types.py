@@ -13,12 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from composer.applied import applied
 from composer.delta import Computed, LowRank
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
-from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.formats.checkpoint import open_checkpoint
 from composer.formats.facts import read_adapter
-from composer.formats.header import TensorSpec
 from composer.formats.inspection import inspect
 from composer.variants import load_deltas
 from tests.composer.adapted import (
@@ -26,9 +24,11 @@ from tests.composer.adapted import (
     assert_merged_like_peft,
     change_config,
     change_tensors,
+    changed_by,
     merge,
     peft_merged,
     save_adapted,
+    save_adapted_layers,
 )
 from tests.composer.tiny import MakeModel, build_config, tensors_in
 
@@ -151,18 +151,10 @@ def test_convolutions_change_as_in_peft(kind: type[peft.PeftConfig], effective: 
     model = Convolution()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings: Any = {"r": 1, "alpha": 2, "target_modules": ["wide", "point"], "use_effective_conv2d": effective}
-    adapted = peft.get_peft_model(model, kind(**settings))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(tmp_path / "adapter")
-    merged = adapted.merge_and_unload().state_dict()
-    plain = Convolution()
-    plain.load_state_dict(before)
-    shapes = {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in before.items()}
-    with applied(plain, load_deltas(tmp_path / "adapter", Architecture("", False, shapes)).deltas):
-        assert not torch.equal(plain.wide.weight, before["wide.weight"])
-        assert_all_close(plain.state_dict(), merged, 1e-6)
+    merged = save_adapted_layers(model, kind(**settings), tmp_path / "adapter")
+    changed = changed_by(Convolution(), before, tmp_path / "adapter")
+    assert not torch.equal(changed["wide.weight"], before["wide.weight"])
+    assert_all_close(changed, merged, 1e-6)
 
 
 def test_a_module_that_adalora_left_no_rank_adds_nothing(tmp_path: Path, make_model: MakeModel) -> None:

@@ -61,7 +61,7 @@ def with_release(tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
         (("rollback", "acme/nope@prod"), 3, ["no repository acme/nope", "adaptory list --models"]),
         (("log", "nobody/nope"), 3, ["no repository nobody/nope", "ADAPTORY_TOKEN"]),
         (("search", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm:<max_lora_rank>, sglang"]),
-        (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "next: Use vllm:N with N of 1, 8, 16"]),
+        (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "is one of 1, 8, 16", "next: Use one of vllm"]),
         (("inspect", "acme/sql", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm"]),
         (("token", "create", "--scope", "acme=king"), 6, ["scope.acme", "next: Use 'reader', 'publisher'"]),
         (("namespace", "grant", "acme", "bo", "king"), 6, ["role", "next: Use 'reader', 'publisher'"]),
@@ -189,6 +189,7 @@ def test_weights_that_do_not_parse(with_release: Cli, world: World, tmp_path: Pa
         for command in (("merge", "--base", world.base), ("combine",)):
             adapter = f"{world.adapters['sql']}={number}"
             refused(with_release(*command, "--adapter", adapter, "-o", tmp_path / "out"), 2, "DIR=0.7")
+            refused(with_release(*command, "--adapter", "", "-o", tmp_path / "out"), 2, "names no directory")
     refused(
         with_release("merge", "--base", world.base, "--adapter", "/nowhere=1", "-o", tmp_path / "out"), 6, "/nowhere"
     )

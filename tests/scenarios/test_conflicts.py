@@ -77,7 +77,7 @@ def test_a_policy_decides_the_verdict_and_the_exit_code(team: Cli, tmp_path: Pat
     hard = team("conflicts", *PAIR, "--policy", policy)
     assert hard.code == 6
     assert "vocabulary_mismatch" in hard.err
-    assert team("conflicts", *PAIR, "--policy", tmp_path / "nowhere.yaml").code == 2
+    assert team("conflicts", *PAIR, "--policy", tmp_path / "nowhere.yaml").code == 6
 
 
 def test_the_page_is_one_file_with_the_same_verdict(team: Cli, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ LIES: dict[str, tuple[str, Callable[[Path], Json]]] = {
     ),
     "a commit is another's": ("commit_differs", lambda _: release_of(row(), commit="b" * 40)),
     "a repository is a path": ("bad_repository", lambda _: release_of(row(), repository="../../victim")),
-    "a repository climbs": ("bad_name", lambda _: release_of(row(), repository="../victim")),
+    "a repository climbs": ("bad_repository", lambda _: release_of(row(), repository="../victim")),
     "a version is a path": ("bad_version", lambda _: release_of(row(), version="../../../v1/other")),
     "a file climbs": ("bad_path", lambda _: release_of(row("../../victim/authorized_keys"))),
     "a file is absolute": ("bad_path", lambda victim: release_of(row(str(victim)))),
