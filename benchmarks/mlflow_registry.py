@@ -2,7 +2,7 @@
 
 A version in MLflow has the facts and scores that a search of ours can ask for as tags, where its search looks, and a
 channel is an alias. Its server runs as it comes, with four processes, in an environment of its own (`--venv`, made when
-it is not there); ours is one process, and on PostgreSQL also two.
+it is not there); ours is one process, and also two.
 """
 
 import argparse
@@ -43,8 +43,7 @@ def main() -> None:
                 theirs = servers.enter_context(_mlflow(python, home, chosen.postgres, kind, releases))
                 searches = _searches(releases)
                 running = {OURS: resolve.started(url, home, servers), THEIRS: theirs}
-                if kind == "PostgreSQL":
-                    running[OURS_TWO] = resolve.started(url, home, servers, processes=2)
+                running[OURS_TWO] = resolve.started(url, home, servers, processes=2)
                 ours, others = _ours(url, searches), _theirs(url, searches)
                 requests = {case: others if case == THEIRS else ours for case in running}
                 _check_answers({case: port for case, (port, _) in running.items()}, requests)

@@ -42,7 +42,11 @@ def peft_form(deltas: Sequence[Delta]) -> PeftForm:
     _refuse_computed(deltas)
     pairs = wrapped(_one_a_place(deltas))
     if not pairs:
-        raise NotSupported("no_pairs", "There is no low-rank pair to write: nothing that an adapter could hold.")
+        raise NotSupported(
+            "no_pairs",
+            "There is no low-rank pair to write: nothing that an adapter could hold.",
+            next_step="Combine adapters that change weights, or merge them instead.",
+        )
     return PeftForm(pairs, [delta for delta in deltas if isinstance(delta, Replacement)])
 
 

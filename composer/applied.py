@@ -64,7 +64,12 @@ def module_of(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        raise Mismatch("module_missing", f"The model has no module {path}.", subject=path) from error
+        raise Mismatch(
+            "module_missing",
+            f"The model has no module {path}.",
+            subject=path,
+            next_step="Use the base that the adapter was trained on.",
+        ) from error
 
 
 def _in_memory(module: nn.Module, name: str, path: str) -> nn.Parameter | None:
@@ -86,7 +91,12 @@ def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
     if old is None or old.shape != delta.tensor.shape:
         found = "none" if old is None else f"one of shape {tuple(old.shape)}"
         wanted = f"Replacing {name} of {delta.module} with a tensor of shape {tuple(delta.tensor.shape)}"
-        raise Mismatch("shape_mismatch", f"{wanted}: the model has {found}.", subject=delta.module)
+        raise Mismatch(
+            "shape_mismatch",
+            f"{wanted}: the model has {found}.",
+            subject=delta.module,
+            next_step="Use the base that the adapter was trained on.",
+        )
     # The entry is swapped, not its values: a tied parameter is one object in two modules, and the other side stays.
     module._parameters[name] = nn.Parameter(delta.tensor.to(old), requires_grad=False)
     try:
@@ -105,7 +115,12 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
     if old is None or old.numel() % columns or needed > old.numel() or not (stacked or needed == old.numel()):
         found = "none" if old is None else f"one of shape {tuple(old.shape)}"
         wanted = f"The delta of {path} is for a {name} of {rows} x {columns}"
-        raise Mismatch("shape_mismatch", f"{wanted}: the model has {found}.", subject=path)
+        raise Mismatch(
+            "shape_mismatch",
+            f"{wanted}: the model has {found}.",
+            subject=path,
+            next_step="Use the base that the adapter was trained on.",
+        )
     W_MN = old.detach().reshape(-1, columns).float().cpu()
     changed_MN = W_MN.clone()
     for delta, begin in deltas:
@@ -153,8 +168,15 @@ def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[in
     weight = module._parameters.get("weight")
     if not known or weight is None:
         found = type(module).__name__
-        raise NotSupported("module_class", f"{path} is a {found}: a {layout} delta can't be applied.", subject=path)
+        raise NotSupported(
+            "module_class",
+            f"{path} is a {found}: a {layout} delta can't be applied.",
+            subject=path,
+            next_step="Merge the adapter instead: that works on the weights alone.",
+        )
     stored = shape if layout is Layout.LINEAR else shape[::-1]
     if tuple(weight.shape) != stored:
         message = f"The delta of {path} is for a weight of shape {stored}, the model's is {tuple(weight.shape)}."
-        raise Mismatch("shape_mismatch", message, subject=path)
+        raise Mismatch(
+            "shape_mismatch", message, subject=path, next_step="Use the base that the adapter was trained on."
+        )

@@ -22,6 +22,7 @@ from composer.factors import Float64, blocks, factors, readable
 from composer.formats.facts import Adapter
 from composer.formats.header import FLOAT_DTYPES
 from composer.formats.placed import LOW_RANK_KINDS, Placed, PlacedModule
+from composer.summed import Summed
 
 # A difference below this share of the larger norm is float64 rounding.
 _SAME = 1e-9
@@ -31,7 +32,7 @@ Status = Literal["changed", "same", "added", "removed", "reshaped"]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Change(Summed):
     """Energies (squares of Frobenius norms) of two deltas. They add up over modules; quotients are taken last."""
 
     old: float = 0.0
@@ -40,9 +41,6 @@ class Change:
     difference: float = 0.0
     gained: float = 0.0
     lost: float = 0.0
-
-    def __add__(self, other: "Change") -> "Change":
-        return Change(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def cosine(self) -> float | None:

@@ -177,7 +177,12 @@ def conflicts(
     names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
     if not names or len(set(names)) < len(names) or len(names) != len(weights):
         message = f"A conflict check takes adapters of different names, each with a weight; not {names}."
-        raise Mismatch("conflict_members", message, subject="adapters")
+        raise Mismatch(
+            "conflict_members",
+            message,
+            subject="adapters",
+            next_step="Give each adapter a weight, and each a name of its own.",
+        )
     settings = parse_settings(how.name, how.settings)
     if settings["replacements"] == "delta":
         adapters = [with_deltas(adapter) for adapter in adapters]

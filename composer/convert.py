@@ -68,7 +68,12 @@ def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, tor
         return _hadamard(module, parts)
     if not {"A", "B"} <= parts.keys():
         there = ", ".join(sorted(module.parts))
-        raise InvalidFile("missing_pair", f"{module.module} has only {there}.", subject=module.module)
+        raise InvalidFile(
+            "missing_pair",
+            f"{module.module} has only {there}.",
+            subject=module.module,
+            next_step="Export the adapter again: a module needs all of its factors.",
+        )
     A, B = parts["A"], parts["B"]
     if foreign.layout == MLX and A.dim() == 2:
         A, B = A.T, B.T
@@ -77,7 +82,12 @@ def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, tor
     fits = A.dim() == B.dim() and A.dim() in (2, 3) and A.shape[-2] == B.shape[-1] > 0
     if not fits or (A.dim() == 3 and A.shape[0] != B.shape[0]):
         shapes = f"{list(A.shape)} and {list(B.shape)}"
-        raise InvalidFile("shape_mismatch", f"{module.module} has factors of shape {shapes}.", subject=module.module)
+        raise InvalidFile(
+            "shape_mismatch",
+            f"{module.module} has factors of shape {shapes}.",
+            subject=module.module,
+            next_step="Export the adapter again, or name the base it was trained on.",
+        )
     return A, B
 
 
@@ -87,13 +97,23 @@ def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[to
         a, b, c, d = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     except KeyError as error:
         message = f"{module.module} has no {error.args[0]}."
-        raise InvalidFile("missing_pair", message, subject=module.module) from error
+        raise InvalidFile(
+            "missing_pair",
+            message,
+            subject=module.module,
+            next_step="Export the adapter again: a module needs all of its factors.",
+        ) from error
     shapes = [list(part.shape) for part in (a, b, c, d)]
     rank = a.shape[-1] if a.dim() == 2 else 0
     wanted = [[shapes[0][0], rank], [rank, shapes[1][-1]]] if rank and b.dim() == 2 else []
     if shapes != wanted * 2:
         message = f"{module.module} has factors of the shapes {shapes}, which are no product."
-        raise InvalidFile("shape_mismatch", message, subject=module.module)
+        raise InvalidFile(
+            "shape_mismatch",
+            message,
+            subject=module.module,
+            next_step="Export the adapter again, or name the base it was trained on.",
+        )
     B = (a[:, :, None] * c[:, None, :]).flatten(1)
     A = (b[:, None, :] * d[None, :, :]).flatten(0, 1)
     return A, B
@@ -107,7 +127,7 @@ def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
         alpha = _tensor(foreign, module.parts["alpha"])
         if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
             message = f"{module.parts['alpha']} is no finite number."
-            raise InvalidFile("bad_alpha", message, subject=module.module)
+            raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
         return float(alpha) / rank
     if foreign.layout == DIFFUSERS and (alpha := metadata_alpha(foreign.header)) is not None:
         return alpha / rank
@@ -117,7 +137,12 @@ def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
 def _placed(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architecture: Architecture) -> LowRank:
     target = find_weight(path, "weight", architecture)
     if not isinstance(target, Target):
-        raise InvalidFile("unmatched_tensor", f"{path} is no tensor of the base.", subject=path)
+        raise InvalidFile(
+            "unmatched_tensor",
+            f"{path} is no tensor of the base.",
+            subject=path,
+            next_step="Name the base it was trained on.",
+        )
     layout = Layout.EMBEDDING if is_embedding(path) else Layout.LINEAR
     if architecture.model_type in CONV1D_MODELS and layout is Layout.LINEAR:
         layout = Layout.CONV1D
@@ -125,7 +150,12 @@ def _placed(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architect
     expected = architecture.tensors[target.weight].shape
     if delta.stored_shape != expected:
         made, base = (" x ".join(map(str, shape)) for shape in (delta.stored_shape, expected))
-        raise InvalidFile("shape_mismatch", f"{path} is made for {made}; the base's is {base}.", subject=path)
+        raise InvalidFile(
+            "shape_mismatch",
+            f"{path} is made for {made}; the base's is {base}.",
+            subject=path,
+            next_step="Export the adapter again, or name the base it was trained on.",
+        )
     return delta
 
 

@@ -36,3 +36,9 @@ class NotSupported(ComposerError):
 
 class RefusedOutput(ComposerError):
     """The output directory exists, or the disk cannot take the result."""
+
+
+def became_shorter(subject: str) -> InvalidFile:
+    """The error for a file that ends before its own header says."""
+    message = f"{subject} became shorter while it was read."
+    return InvalidFile("cut_off", message, subject=subject, next_step="Try again when nobody writes to it.")

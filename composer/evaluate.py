@@ -63,14 +63,24 @@ def encode(loaded: LoadedModel, example: Example, chat: bool) -> Encoded:
     """
     eos = loaded.tokenizer.eos_token_id
     if eos is None:
-        raise Mismatch("no_eos", "The base's tokenizer has no end-of-sequence token.", subject="tokenizer")
+        raise Mismatch(
+            "no_eos",
+            "The base's tokenizer has no end-of-sequence token.",
+            subject="tokenizer",
+            next_step="Set eos_token in the base's tokenizer_config.json.",
+        )
     prompt = encode_prompt(loaded, example.prompt, chat)
     completion = loaded.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
     ids = (*prompt, *completion, eos)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) > limit:
         message = f"An example has {len(ids)} tokens, the model's context is {limit}: {example.prompt[:60]!r}."
-        raise Mismatch("example_too_long", message, subject=example.prompt[:60])
+        raise Mismatch(
+            "example_too_long",
+            message,
+            subject=example.prompt[:60],
+            next_step="Shorten the example, or leave it out of the suite.",
+        )
     return Encoded(ids, len(prompt))
 
 
@@ -90,7 +100,9 @@ def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
         turn = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
     if not ids:
-        raise Mismatch("empty_prompt", f"The prompt {prompt!r} has no tokens.", subject="tokenizer")
+        raise Mismatch(
+            "empty_prompt", f"The prompt {prompt!r} has no tokens.", subject="tokenizer", next_step="Leave it out."
+        )
     return list(ids)
 
 

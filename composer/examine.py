@@ -56,7 +56,7 @@ def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
     prompts = [line for line in text.splitlines() if line.strip()]
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         message = f"{subject} has {len(prompts)} prompts; 1 to {MAX_PROMPTS} are taken, one a line."
-        raise InvalidFile("bad_prompts", message, subject=subject)
+        raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write one prompt a line.")
     return prompts
 
 

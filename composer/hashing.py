@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer.errors import InvalidFile, Mismatch
+from composer.errors import Mismatch, became_shorter
 from composer.formats.checkpoint import Architecture, Checkpoint
 from composer.formats.header import TensorEntry
 
@@ -107,7 +107,7 @@ def _hash_range(file: int, begin: int, end: int, subject: str, progress: Progres
     while begin < end:
         count = os.preadv(file, [block[: end - begin]], begin)
         if count == 0:
-            raise InvalidFile("cut_off", f"{subject} became shorter while it was read.", subject=subject)
+            raise became_shorter(subject)
         digest.update(block[:count])
         begin += count
         if progress is not None:

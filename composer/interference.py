@@ -75,7 +75,7 @@ def activation_interference(
 ) -> Directed:
     """The intruder's deltas on the victim's examples, with the victim active. Both are taken as they are, unweighted.
 
-    Deltas without factors, and convolutions, are left out. Raises what `applied` raises.
+    Deltas without factors, convolutions and fused experts are left out. Raises what `applied` raises.
     """
     both = [list(victim), list(intruder)]
     return _directed(_energies(loaded, examples, both[0], both), 0, 1)
@@ -89,7 +89,12 @@ def activations(
     `chat` None is a user turn where the base has a template. Raises Mismatch for no prompt.
     """
     if not prompts:
-        raise Mismatch("no_prompts", "Activations need at least one prompt.", subject="prompts")
+        raise Mismatch(
+            "no_prompts",
+            "Activations need at least one prompt.",
+            subject="prompts",
+            next_step="Give one, or ask for the weight checks alone.",
+        )
     as_turn = loaded.tokenizer.chat_template is not None if chat is None else chat
     ids = [tuple(encode_prompt(loaded, prompt, as_turn)) for prompt in prompts]
     examples = [Encoded(one, len(one)) for one in ids]
@@ -199,9 +204,16 @@ def _watches(model: nn.Module, adapters: Sequence[Iterable[Delta]]) -> dict[str,
     deltas: dict[str, list[tuple[int, LowRank]]] = defaultdict(list)
     for index, adapter in enumerate(adapters):
         for delta in adapter:
-            if isinstance(delta, LowRank) and not delta.kernel and hasattr(module_of(model, delta.module), "weight"):
+            if isinstance(delta, LowRank) and _is_seen(model, delta):
                 deltas[delta.module].append((index, delta))
     return {module: _Watch(own, len(adapters)) for module, own in deltas.items()}
+
+
+def _is_seen(model: nn.Module, delta: LowRank) -> bool:
+    """Does the module that the delta names run on its own? A fused expert and a packed attention's projections do not."""
+    if delta.stacked or delta.nested or delta.kernel:
+        return False
+    return hasattr(module_of(model, delta.module), "weight")
 
 
 @contextmanager

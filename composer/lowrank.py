@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from composer.delta import LowRank
+from composer.summed import Summed
 
 # A direction below this share of the largest singular value is float32 noise in the factors, not part of the span.
 NOISE = 1e-5
@@ -30,7 +31,7 @@ Spectrum = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class Sums(Summed):
     """What T deltas have in common, T x T float64. Sums add up over modules; quotients are taken last.
 
     inner: <Delta_i, Delta_j>; weighted: the same of w_i Delta_i; carried: <w_i Delta_i, Delta_j>.
@@ -65,9 +66,6 @@ class Sums:
     def zero(cls, count: int) -> "Sums":
         square = [np.zeros((count, count)) for _ in fields(cls)[:-1]]
         return cls(*square, np.zeros(count))  # pyright: ignore[reportCallIssue]
-
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def norm(self, i: int) -> float:
         """|Delta_i|_F."""

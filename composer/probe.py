@@ -202,7 +202,7 @@ def probe(
     names = [member.name for member in members]
     if len(names) < 2 or len(set(names)) < len(names) or wanted.k < 1:
         message = f"A probe takes at least two members with names of their own and k >= 1, not {names} and {wanted.k}."
-        raise Mismatch("probe_members", message, subject="members")
+        raise Mismatch("probe_members", message, subject="members", next_step="Give each member a name of its own.")
     started = perf_counter()
     bench = _Bench(loaded, combine)
 

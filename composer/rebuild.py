@@ -69,7 +69,12 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
     """
     note = read_json(merged / NOTE_FILE, "missing_note", "Only what `adaptory merge` or a composition made has one.")
     if note.get("made") != "merge":
-        raise InvalidFile("bad_note", f"{NOTE_FILE} tells of no merge.", subject=NOTE_FILE)
+        raise InvalidFile(
+            "bad_note",
+            f"{NOTE_FILE} tells of no merge.",
+            subject=NOTE_FILE,
+            next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
+        )
     by_digest = {hash_file(path / WEIGHTS_FILE): path for path in adapters}
     used: list[tuple[Path, Any]] = []
     try:
@@ -86,7 +91,12 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
         return plan_merge(checkpoint, used, note["method"], note["settings"], note["dtype"], rounding)
     except (KeyError, TypeError) as error:
         message = f"{NOTE_FILE} does not say all that a merge is made from ({error})."
-        raise InvalidFile("bad_note", message, subject=NOTE_FILE) from error
+        raise InvalidFile(
+            "bad_note",
+            message,
+            subject=NOTE_FILE,
+            next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
+        ) from error
 
 
 def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progress | None = None) -> Rebuilt:

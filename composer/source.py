@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from composer.errors import InvalidFile
+from composer.errors import became_shorter
 from composer.formats.header import TensorEntry
 from composer.tensors import tensor_bytes, torch_dtype
 
@@ -54,7 +54,7 @@ def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
     while buffer.nbytes:
         count = os.preadv(file, [buffer], offset)
         if count == 0:
-            raise InvalidFile("cut_off", f"{subject} became shorter while it was read.", subject=subject)
+            raise became_shorter(subject)
         buffer = buffer[count:]
         offset += count
 

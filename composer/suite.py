@@ -84,7 +84,12 @@ class Suite:
         fields = _fields(document, subject)
         rows = fields["examples"]
         if not isinstance(rows, list):
-            raise InvalidFile("suite_field", f"{subject}: examples must be a list.", subject=subject)
+            raise InvalidFile(
+                "suite_field",
+                f"{subject}: examples must be a list.",
+                subject=subject,
+                next_step="A suite has name, kind and examples of {prompt, completion}.",
+            )
         listed = cast("list[object]", rows)
         places = [f"{subject}, example {number}" for number in range(1, len(listed) + 1)]
         return _suite(fields, list(zip(places, listed, strict=True)), subject)
@@ -103,7 +108,9 @@ def parse_suite(path: Path | str) -> Suite:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
-        raise InvalidFile("suite_yaml", f"{place}: not valid YAML: {problem}.", subject=str(path)) from error
+        raise InvalidFile(
+            "suite_yaml", f"{place}: not valid YAML: {problem}.", subject=str(path), next_step="Correct that line."
+        ) from error
     fields = _fields(document, str(path))
     if not isinstance(fields["examples"], str):
         return Suite.from_json(fields, str(path))
@@ -123,15 +130,27 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise InvalidFile("suite_unreadable", f"{path}: {error.strerror}.", subject=str(path)) from error
+        raise InvalidFile(
+            "suite_unreadable",
+            f"{path}: {error.strerror}.",
+            subject=str(path),
+            next_step="Look at the path and its permissions.",
+        ) from error
     if len(content) > MAX_FILE_BYTES:
         limit = MAX_FILE_BYTES // 2**20
-        raise InvalidFile("suite_too_large", f"{path}: larger than {limit} MiB.", subject=str(path))
+        raise InvalidFile(
+            "suite_too_large",
+            f"{path}: larger than {limit} MiB.",
+            subject=str(path),
+            next_step="Split it into several suites.",
+        )
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InvalidFile("suite_encoding", f"{path}:{line}: not UTF-8.", subject=str(path)) from error
+        raise InvalidFile(
+            "suite_encoding", f"{path}:{line}: not UTF-8.", subject=str(path), next_step="Save it as UTF-8."
+        ) from error
 
 
 def _jsonl(path: Path) -> list[tuple[str, object]]:
@@ -145,14 +164,22 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
         except (ValueError, RecursionError) as error:  # a plain ValueError: a number of over 4300 digits
             problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise InvalidFile(
-                "suite_json", f"{path}:{number}: not valid JSON: {problem}.", subject=str(path)
+                "suite_json",
+                f"{path}:{number}: not valid JSON: {problem}.",
+                subject=str(path),
+                next_step="Correct that line: JSON Lines has one object a line.",
             ) from error
     return rows
 
 
 def _fields(document: object, subject: str) -> Mapping[str, object]:
     if not isinstance(document, dict):
-        raise InvalidFile("suite_field", f"{subject}: a suite is a mapping.", subject=subject)
+        raise InvalidFile(
+            "suite_field",
+            f"{subject}: a suite is a mapping.",
+            subject=subject,
+            next_step="A suite has name, kind and examples of {prompt, completion}.",
+        )
     fields = cast("dict[str, object]", document)
     unknown = sorted(shown(key) for key in fields if key not in FIELDS)
     missing = [key for key in FIELDS if key not in fields and key != "description"]
@@ -176,7 +203,12 @@ def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject
     }
     for rule, holds in checks.items():
         if not holds:
-            raise InvalidFile("suite_field", f"{subject}: {rule}.", subject=subject)
+            raise InvalidFile(
+                "suite_field",
+                f"{subject}: {rule}.",
+                subject=subject,
+                next_step="A suite has name, kind and examples of {prompt, completion}.",
+            )
     examples = tuple(_example(row, place) for place, row in rows)
     return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples)
 
@@ -187,15 +219,28 @@ def _is_text(value: object, least: int) -> bool:
 
 def _example(row: object, place: str) -> Example:
     if not isinstance(row, dict):
-        raise InvalidFile("suite_example", f"{place}: an example is a mapping.", subject=place)
+        raise InvalidFile(
+            "suite_example",
+            f"{place}: an example is a mapping.",
+            subject=place,
+            next_step="Write {prompt: …, completion: …}.",
+        )
     texts = cast("dict[str, object]", row)
     if texts.keys() != {"prompt", "completion"}:
         found = ", ".join(sorted(map(shown, texts))[:4]) or "nothing"
         raise InvalidFile(
-            "suite_example", f"{place}: an example has prompt and completion; found {found}.", subject=place
+            "suite_example",
+            f"{place}: an example has prompt and completion; found {found}.",
+            subject=place,
+            next_step="Write {prompt: …, completion: …}.",
         )
     for key, text in texts.items():
         if not _is_text(text, least=1):
             limit = f"text of 1 to {MAX_TEXT_CHARS} characters"
-            raise InvalidFile("suite_example", f"{place}: {key} must be {limit}.", subject=place)
+            raise InvalidFile(
+                "suite_example",
+                f"{place}: {key} must be {limit}.",
+                subject=place,
+                next_step="Write {prompt: …, completion: …}.",
+            )
     return Example(str(texts["prompt"]), str(texts["completion"]))

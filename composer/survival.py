@@ -5,7 +5,7 @@ anyway are the sample: at least ten of each tensor, some 20 thousand values of a
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from math import sqrt
 from typing import Any
@@ -19,6 +19,7 @@ from composer.errors import RefusedOutput
 from composer.findings import Finding, Severity
 from composer.rounding import Mode, Rounding
 from composer.source import Source, picked_rows, source_rows
+from composer.summed import Summed
 
 _SAMPLED_ROWS = 8
 _SAMPLED_ELEMENTS = 256  # of a tensor that is only cast or replaced
@@ -28,7 +29,7 @@ _NOTICE, _WARNING = 1e-2, 3e-3  # RMS(Δ)/RMS(W) at which 18 % and 48 % of Δ ar
 
 
 @dataclass(frozen=True, slots=True)
-class Survival:
+class Survival(Summed):
     """Of sampled rows, or of many tensors' summed up: counts, and squares of norms in float64.
 
     `lost` entries of Δ changed nothing: the output is what rounding the base alone would give. `weight` is ‖W‖²,
@@ -42,9 +43,6 @@ class Survival:
     delta: float = 0.0
     moved: float = 0.0
     error: float = 0.0
-
-    def __add__(self, other: "Survival") -> "Survival":
-        return Survival(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     @property
     def size(self) -> float:

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from composer.errors import InvalidFile, NotSupported
+from composer.errors import NotSupported, became_shorter
 from composer.formats.header import TensorEntry
 from composer.text import shown
 
@@ -25,7 +25,12 @@ _MAPPINGS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the
 
 def torch_dtype(name: str, subject: str) -> torch.dtype:
     if name not in TORCH_DTYPES:
-        raise NotSupported("dtype", f"{subject} has the dtype {name}, which cannot be computed with.", subject=subject)
+        raise NotSupported(
+            "dtype",
+            f"{subject} has the dtype {name}, which cannot be computed with.",
+            subject=subject,
+            next_step="Save it as float32, bfloat16 or float16.",
+        )
     return TORCH_DTYPES[name]
 
 
@@ -39,7 +44,7 @@ def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     view = memoryview(mapping)
     if len(view) < entry.end:
-        raise InvalidFile("cut_off", f"{path.name} became shorter while it was read.", subject=path.name)
+        raise became_shorter(path.name)
     part = view[entry.begin : entry.end]
     if entry.begin % dtype.itemsize:
         part = bytearray(part)  # a writer that did not align its header

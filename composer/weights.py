@@ -160,4 +160,9 @@ def _number(value: object) -> float:
 
 
 def _bad(why: str) -> NotSupported:
-    return NotSupported("bad_weight", f"A weight cannot be read: {why}.", subject="weight")
+    return NotSupported(
+        "bad_weight",
+        f"A weight cannot be read: {why}.",
+        subject="weight",
+        next_step="Write a number, or {default: 1, rules: [...]}.",
+    )

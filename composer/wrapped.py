@@ -30,28 +30,29 @@ class Wrapped:
 def wrapped(deltas: Iterable[LowRank]) -> list[Wrapped]:
     """The deltas, one a place and each with the scale 1, as what PEFT wraps. Raises NotSupported for an expert with a
     pair of its own beside a stack of others of its layer."""
-    attentions: dict[str, list[LowRank]] = defaultdict(list)
+    modules: dict[str, list[LowRank]] = defaultdict(list)
     stacks: dict[str, list[tuple[Stacked, LowRank]]] = defaultdict(list)
     for delta in deltas:
         if delta.stacked:
             stacks[delta.stacked.parameter].append((delta.stacked, delta))
         else:
-            attentions[delta.module.rpartition(".")[0] if delta.nested else delta.module].append(delta)
-    _refuse_mixed(stacks.values(), [delta for own in attentions.values() for delta in own])
-    modules = [_module(name, own) for name, own in attentions.items()]
-    names = nested_names(stacks)
-    return modules + [_stack(name, names[name], own) for name, own in stacks.items()]
-
-
-def _refuse_mixed(stacks: Iterable[list[tuple[Stacked, LowRank]]], modules: Sequence[LowRank]) -> None:
-    split = {
-        delta.weight.partition(f".{place.expert}.")[0] for own in stacks for place, delta in own if place.experts > 1
-    }
-    for delta in modules:
-        layer, _, rest = delta.weight.rpartition(".weight")[0].rpartition(".")[0].rpartition(".")
-        if layer in split and rest.isdigit():
+            modules[delta.module.rpartition(".")[0] if delta.nested else delta.module].append(delta)
+    split = {_layer_of(delta.weight) for own in stacks.values() for place, delta in own if place.experts > 1}
+    for delta in (delta for own in modules.values() for delta in own):
+        if _layer_of(delta.weight) in split - {None}:
             message = f"{delta.module} is an expert with a pair of its own, in a layer whose others are in a stack."
             raise NotSupported("experts", message, subject=delta.module, next_step="Merge them into the base.")
+    paths = nested_names(stacks)
+    return [
+        *(_module(name, own) for name, own in modules.items()),
+        *(_stack(name, paths[name], own) for name, own in stacks.items()),
+    ]
+
+
+def _layer_of(weight: str) -> str | None:
+    """The experts' layer, of an expert's own tensor (`….experts.3.w1.weight`)."""
+    *layer, expert, _, last = ("", "", *weight.split("."))
+    return ".".join(layer) if last == "weight" and expert.isdigit() else None
 
 
 def _module(name: str, deltas: Sequence[LowRank]) -> Wrapped:

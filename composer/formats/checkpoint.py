@@ -128,7 +128,12 @@ def missing_weights(path: Path, expected: str) -> InvalidFile:
     if pickles:
         message = f"{path.name} has its weights only as a pickle ({pickles[0]}), which runs code when opened."
         return InvalidFile("pickle", message, subject=pickles[0], next_step=CONVERT)
-    return InvalidFile("missing_weights", f"{path.name} has no {expected}.", subject=expected)
+    return InvalidFile(
+        "missing_weights",
+        f"{path.name} has no {expected}.",
+        subject=expected,
+        next_step="Name the directory of a whole checkpoint in safetensors format.",
+    )
 
 
 def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
@@ -137,13 +142,28 @@ def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
         raise InvalidFile(code, f"{path.parent.name} has no {path.name}.", subject=path.name, next_step=next_step)
     contained(path.parent, path.name)
     if path.stat().st_size > _JSON_BYTES:
-        raise InvalidFile("too_large", f"{path.name} is larger than {_JSON_BYTES} bytes.", subject=path.name)
+        raise InvalidFile(
+            "too_large",
+            f"{path.name} is larger than {_JSON_BYTES} bytes.",
+            subject=path.name,
+            next_step="Name a checkpoint's directory: its JSON files are small.",
+        )
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InvalidFile("bad_json", f"{path.name} is not JSON: {error}.", subject=path.name) from error
+        raise InvalidFile(
+            "bad_json",
+            f"{path.name} is not JSON: {error}.",
+            subject=path.name,
+            next_step="Save or download the file again.",
+        ) from error
     if not isinstance(value, dict):
-        raise InvalidFile("bad_json", f"{path.name} is not a JSON object.", subject=path.name)
+        raise InvalidFile(
+            "bad_json",
+            f"{path.name} is not a JSON object.",
+            subject=path.name,
+            next_step="Save or download the file again.",
+        )
     return cast(dict[str, Any], value)
 
 
@@ -165,24 +185,39 @@ def contained(directory: Path, name: str) -> Path:
 def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
     weight_map: object = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InvalidFile("bad_index", f"{INDEX_FILE} has no weight_map.", subject=INDEX_FILE)
+        raise InvalidFile(
+            "bad_index",
+            f"{INDEX_FILE} has no weight_map.",
+            subject=INDEX_FILE,
+            next_step="Save or download the checkpoint again.",
+        )
     wanted = cast(dict[str, object], weight_map)
     shards: dict[str, Header] = {}
     for shard in sorted({str(file) for file in wanted.values()}):
         file = contained(path, shard)
         if not file.is_file():
-            raise InvalidFile("missing_shard", f"{path.name} has no {shard}, which its index names.", subject=shard)
+            raise InvalidFile(
+                "missing_shard",
+                f"{path.name} has no {shard}, which its index names.",
+                subject=shard,
+                next_step="Download the missing file.",
+            )
         shards[shard] = read_header(file)
     for name, shard in wanted.items():
         if name not in shards[str(shard)].tensors:
             raise InvalidFile(
-                "missing_tensor", f"{shard} has no tensor {name!r}, though the index says so.", subject=str(shard)
+                "missing_tensor",
+                f"{shard} has no tensor {name!r}, though the index says so.",
+                subject=str(shard),
+                next_step="Save or download the checkpoint again.",
             )
     for shard, header in shards.items():
         for name in header.tensors:
             if wanted.get(name) != shard:
                 message = f"{shard} has a tensor {name!r} that the index does not place there."
-                raise InvalidFile("unindexed_tensor", message, subject=shard)
+                raise InvalidFile(
+                    "unindexed_tensor", message, subject=shard, next_step="Save or download the checkpoint again."
+                )
     return shards
 
 
@@ -196,7 +231,12 @@ def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bo
             return stated
     architectures: object = config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise InvalidFile("bad_config", "config.json: architectures is not a list.", subject="config.json")
+        raise InvalidFile(
+            "bad_config",
+            "config.json: architectures is not a list.",
+            subject="config.json",
+            next_step="Save or download the checkpoint again.",
+        )
     architectures = cast("list[object]", architectures)
     causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in architectures)
     return causal and not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in tensors)

@@ -171,7 +171,8 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
     _refuse_unknown(raw, {*_KNOWN, *_VARIANTS, *_ADDITIONS}, subject)
     flags = [flag for flag in _VARIANTS if raw.get(flag)]
     if len(flags) > 1:
-        raise NotSupported("two_variants", f"{subject} sets {' and '.join(flags)} together.", subject=subject)
+        message, next_step = f"{subject} sets {' and '.join(flags)} together.", "Leave the one it was trained with."
+        raise NotSupported("two_variants", message, subject=subject, next_step=next_step)
     return AdapterConfig(
         peft_type,
         raw,
@@ -240,7 +241,8 @@ def _first_match(pattern: Mapping[str, _Value], module: str, default: _Value) ->
 
 
 def _bad(subject: str, why: str) -> InvalidFile:
-    return InvalidFile("bad_config", f"{subject} is not a valid adapter config: {why}.", subject=subject)
+    message, next_step = f"{subject} is not a valid adapter config: {why}.", "Save the adapter again with PEFT."
+    return InvalidFile("bad_config", message, subject=subject, next_step=next_step)
 
 
 def _json_object(content: bytes, subject: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from composer.errors import InvalidFile
+from composer.errors import InvalidFile, became_shorter
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.config import AdapterConfig, parse_config
@@ -105,7 +105,12 @@ def read_adapter(path: Path) -> Adapter:
     config = parse_config(contained(path, CONFIG_FILE).read_bytes())
     header = read_header(contained(path, WEIGHTS_FILE))
     if not header.tensors:
-        raise InvalidFile("empty_adapter", f"{WEIGHTS_FILE} has no tensors.", subject=WEIGHTS_FILE)
+        raise InvalidFile(
+            "empty_adapter",
+            f"{WEIGHTS_FILE} has no tensors.",
+            subject=WEIGHTS_FILE,
+            next_step="Save the adapter again after training.",
+        )
     for name, entry in header.tensors.items():
         if config.peft_type == "LORA" and split_key(name).part in FACTOR_PARTS and _is_ungathered(entry):
             message = f"{name} has the shape {list(entry.shape)}: it is a shard that was saved without gathering."
@@ -190,6 +195,6 @@ def _chunks(path: Path, entry: TensorEntry, kind: str) -> Iterator[npt.NDArray[n
         while left:
             block = file.read(min(_CHUNK_BYTES, left))
             if not block or len(block) % width:
-                raise InvalidFile("cut_off", f"{path.name} became shorter while it was read.", subject=path.name)
+                raise became_shorter(path.name)
             left -= len(block)
             yield np.frombuffer(block, dtype=kind)

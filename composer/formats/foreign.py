@@ -93,7 +93,9 @@ def recognise(path: Path) -> str:
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():
-        raise InvalidFile("missing_directory", f"{path} is not there.", subject=str(path))
+        raise InvalidFile(
+            "missing_directory", f"{path} is not there.", subject=str(path), next_step="Name a directory that is there."
+        )
     if (path / MLX_FILE).is_file():
         return MLX
     if (path / CONFIG_FILE).is_file() and not _single(path):
@@ -148,7 +150,9 @@ def read_foreign(path: Path, architecture: Architecture) -> Foreign:
         why, way_out = REFUSED[layout]
         raise NotSupported(f"layout_{layout}", f"{path.name} is {layout}: {why}.", subject=path.name, next_step=way_out)
     if layout == PEFT:
-        raise NotSupported("layout_peft", f"{path.name} is in PEFT's layout already.", subject=path.name)
+        raise NotSupported(
+            "layout_peft", f"{path.name} is in PEFT's layout already.", subject=path.name, next_step="Use it as it is."
+        )
     settings: dict[str, Any] = {}
     if path.is_dir():
         if layout == MLX:
@@ -232,7 +236,12 @@ def _scale(settings: Mapping[str, Any], header: Header, layout: str) -> float | 
         stated: object = settings.get("lora_parameters") or {}
         value: object = cast("dict[str, object]", stated).get("scale", _MLX_SCALE) if isinstance(stated, dict) else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-            raise InvalidFile("bad_config", f"lora_parameters.scale is {shown(value)}, no number.", subject=CONFIG_FILE)
+            raise InvalidFile(
+                "bad_config",
+                f"lora_parameters.scale is {shown(value)}, no number.",
+                subject=CONFIG_FILE,
+                next_step="Write the number that the adapter was trained with.",
+            )
         return float(value)
     return 1.0
 
@@ -252,4 +261,9 @@ def _refuse_listed(names: list[str], subject: str, what: str) -> None:
     if names:
         listed = ", ".join(shown(name) for name in names[:10])
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        raise InvalidFile("unknown_keys", f"{subject} has {what}: {listed}{more}.", subject=names[0][:200])
+        raise InvalidFile(
+            "unknown_keys",
+            f"{subject} has {what}: {listed}{more}.",
+            subject=names[0][:200],
+            next_step="Convert it with the tool that wrote it, or report the layout.",
+        )

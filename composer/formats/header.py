@@ -143,7 +143,12 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
             first = file.read(_LENGTH_BYTES)
             rest = file.read(header_length(first, file_size, limits, path.name))
     except OSError as error:
-        raise InvalidFile("unreadable", f"{path} cannot be read: {error.strerror}.", subject=path.name) from error
+        raise InvalidFile(
+            "unreadable",
+            f"{path} cannot be read: {error.strerror}.",
+            subject=path.name,
+            next_step="Look at the path and its permissions.",
+        ) from error
     return parse_header(first + rest, file_size, limits, path.name)
 
 
@@ -168,7 +173,12 @@ def _pickle(subject: str) -> InvalidFile:
 
 
 def _bad(subject: str, why: str) -> InvalidFile:
-    return InvalidFile("bad_safetensors", f"{subject} is not a valid safetensors file: {why}.", subject=subject)
+    return InvalidFile(
+        "bad_safetensors",
+        f"{subject} is not a valid safetensors file: {why}.",
+        subject=subject,
+        next_step="Save or download the file again.",
+    )
 
 
 def _parse_json(text: bytes, subject: str) -> dict[str, Any]:

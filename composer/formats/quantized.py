@@ -105,4 +105,9 @@ def _positive(stated: Mapping[str, Any], name: str) -> bool:
 
 
 def _bad(name: str, why: str) -> InvalidFile:
-    return InvalidFile("bad_quantization", f"{name} cannot be decoded: {why}.", subject=name)
+    return InvalidFile(
+        "bad_quantization",
+        f"{name} cannot be decoded: {why}.",
+        subject=name,
+        next_step="Save the checkpoint again, or use the unquantized base.",
+    )

@@ -54,7 +54,12 @@ def combine_deltas(
     parsed = parse_settings(method, settings or {})
     given = weights_of(weights)
     if len(adapters) != len(given) or not adapters:
-        raise Mismatch("weights", f"{len(adapters)} adapters have {len(given)} weights.", subject="weights")
+        raise Mismatch(
+            "weights",
+            f"{len(adapters)} adapters have {len(given)} weights.",
+            subject="weights",
+            next_step="Give one weight an adapter.",
+        )
     _refuse_idle(adapters, given, parsed)
     loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
     loaded = [_taking_part(adapter, weight) for adapter, weight in zip(loaded, given, strict=True)]

@@ -138,7 +138,12 @@ def refuse_errors(subject: str, findings: list[Finding]) -> None:
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if errors:
         more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise Mismatch(errors[0].code, f"{subject}: {errors[0].message}{more}", subject=errors[0].subject)
+        raise Mismatch(
+            errors[0].code,
+            f"{subject}: {errors[0].message}{more}",
+            subject=errors[0].subject,
+            next_step="`adaptory inspect` lists all that does not fit.",
+        )
 
 
 def _refuse_parts(adapter: Adapter, placed: Placed) -> None:

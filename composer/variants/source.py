@@ -82,5 +82,10 @@ class Module:
         found = self[part]
         if found.is_floating_point() or (found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below):
             key = self.placed.parts[part]
-            raise InvalidFile("bad_index", f"{key} has indices that are not below {below}.", subject=key)
+            raise InvalidFile(
+                "bad_index",
+                f"{key} has indices that are not below {below}.",
+                subject=key,
+                next_step="Save the adapter again, or name the base it was trained on.",
+            )
         return found.long()

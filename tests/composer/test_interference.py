@@ -1,6 +1,7 @@
 """Activation interference against the dense products that it stands for."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from composer.evaluate import Encoded, applied, encode_prompt
 from composer.examine import parse_prompts
 from composer.interference import activation_interference, activations
 from composer.model import LoadedModel, load_model
-from tests.composer.small_model import save_gpt2
+from composer.variants import load_deltas
+from tests.composer.adapted import save_adapted
+from tests.composer.small_model import save_gpt2, save_tokenizer
+from tests.composer.test_variants_experts import DOWN, GATE, lora, qwen3, save_base
 
 PROMPTS = ["who are you", "abc", "what is 12 and 30"]
 
@@ -179,3 +183,18 @@ def test_a_delta_that_changes_a_weight_as_a_whole_is_refused_on_a_streamed_base(
     with pytest.raises(NotSupported, match="does not fit in memory") as caught:
         activations(streamed, {"a": [whole], "b": deltas(1, MODULES)}, PROMPTS)
     assert caught.value.subject == name
+
+
+def test_fused_experts_act_and_are_not_looked_at(tmp_path: Path) -> None:
+    """No module of the model is one of them; the attention beside them is seen as ever."""
+    base = save_base(qwen3(), tmp_path / "base")
+    save_tokenizer(base)
+    model = load_model(base, device="cpu")
+    members = {
+        name: load_deltas(save_adapted(base, lora(GATE, DOWN), tmp_path / name, seed), model.architecture).deltas
+        for seed, name in enumerate(("red", "green"))
+    }
+    found = activations(model, members, PROMPTS).directed["red", "green"]
+    assert sorted(found.modules) == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    alone = {name: [one for one in own if "q_proj" in one.module] for name, own in members.items()}
+    assert found.ratio != pytest.approx(activations(model, alone, PROMPTS).directed["red", "green"].ratio, rel=1e-6)

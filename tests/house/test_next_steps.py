@@ -1,12 +1,17 @@
-"""Every refusal of the registry says what to do next."""
+"""Every refusal says what to do next."""
 
 import ast
 from pathlib import Path
+from types import ModuleType
 
+import pytest
+
+import composer
 import registry
+from composer import errors
 from registry.errors import FAMILIES
 
-NAMES = {family.__name__ for family in FAMILIES}
+NAMES = {family.__name__ for family in (*FAMILIES, *errors.ComposerError.__subclasses__())}
 
 
 def lines_without(source: str) -> list[int]:
@@ -16,8 +21,13 @@ def lines_without(source: str) -> list[int]:
     return [call.lineno for call in made if all(given.arg != "next_step" for given in call.keywords)]
 
 
-def test_every_error_of_the_registry_says_what_to_do_next() -> None:
-    root = Path(registry.__file__).parent
+@pytest.mark.parametrize("package", [composer, registry], ids=lambda package: package.__name__)
+def test_every_error_says_what_to_do_next(package: ModuleType) -> None:
+    root = Path(str(package.__file__)).parent
     silent = {str(path.relative_to(root)): lines_without(path.read_text()) for path in sorted(root.rglob("*.py"))}
     assert {file: lines for file, lines in silent.items() if lines} == {}
-    assert lines_without('raise Usage("code", "It makes no sense.")') == [1], "it would be seen"
+
+
+def test_an_error_that_says_none_would_be_seen() -> None:
+    assert lines_without('raise Usage("code", "It makes no sense.")') == [1]
+    assert lines_without('raise InvalidFile("code", "It is damaged.", subject="file")') == [1]

@@ -1,0 +1,129 @@
+"""What both databases say to a prepared statement: the same texts, whatever they keep inside."""
+
+from collections.abc import Generator
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Column, Float, MetaData, String, Table, bindparam, insert, select, text
+from sqlalchemy.orm import Session
+
+from registry.db import Database, UtcDateTime, migrate
+from registry.descriptions import TOGETHER, describe
+from registry.models.catalog import Id, Release
+from registry.statements import PLANNED_VALUES, Prepared, among, exact, filled, json_list, json_rows, moment
+from registry.suites import scores_of
+from tests import services
+from tests.registry.shelf import stock
+
+THINGS = Table(
+    "things",
+    MetaData(),
+    Column("id", Id, primary_key=True),
+    Column("name", String(50)),
+    Column("value", Float),
+    Column("at", UtcDateTime),
+)
+NAMES = ("plain", 'with "quotes"', "a,b", "größe", "{}", "")
+
+
+@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
+def database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
+    if request.param == "SQLite":
+        opened = Database(f"sqlite:///{tmp_path_factory.mktemp('statements') / 'registry.db'}")
+        migrate(opened)
+    else:
+        opened = Database(services.new_database(migrated=True))
+    THINGS.create(opened.engine)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def session(database: Database) -> Generator[Session]:
+    """Of a transaction that is not committed."""
+    with database.snapshot() as opened:
+        yield opened
+
+
+def keep(session: Session, **columns: Any) -> None:
+    session.execute(insert(THINGS).values(**columns))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+def test_a_float_reads_back_as_the_same_number(database: Database, value: float) -> None:
+    parameter: Any = bindparam("value", type_=Float())
+    with database.read() as session:
+        [[found]] = Prepared(select(exact(parameter))).rows(session, {"value": value})
+    assert float(found) == value
+
+
+def test_a_float_that_is_not_there_stays_so(session: Session) -> None:
+    keep(session, id=1, value=None)
+    assert Prepared(select(exact(THINGS.c.value))).column(session, {}) == [None]
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "2026-01-02T03:04:05Z"),
+        (datetime(2026, 1, 2, 3, 4, 5, 120_000, tzinfo=UTC), "2026-01-02T03:04:05.120000Z"),
+        (datetime(2026, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), "2026-12-31T23:59:59.999999Z"),
+    ],
+)
+def test_a_moment_is_told_in_utc_as_documents_have_it(
+    database: Database, session: Session, at: datetime, told: str
+) -> None:
+    keep(session, id=1, at=at)
+    if not database.is_sqlite:
+        session.execute(text("SET LOCAL TIME ZONE 'Asia/Kathmandu'"))
+    assert Prepared(select(moment(THINGS.c.at))).column(session, {}) == [told]
+    assert orjson.dumps(at, option=orjson.OPT_UTC_Z) == f'"{told}"'.encode()
+
+
+def test_a_list_of_values_finds_those_and_no_others(session: Session) -> None:
+    for number, name in enumerate(NAMES):
+        keep(session, id=number, name=name)
+    by_name = Prepared(select(THINGS.c.id).where(among(THINGS.c.name, "names")).order_by(THINGS.c.id))
+    assert by_name.column(session, {"names": [NAMES[1], NAMES[3], NAMES[5], "nobody"]}) == [1, 3, 5]
+    assert by_name.column(session, {"names": []}) == []
+    by_number = Prepared(select(THINGS.c.name).where(among(THINGS.c.id, "ids"), THINGS.c.name != bindparam("but")))
+    assert by_number.column(session, {"ids": filled([2, 4, 99]), "but": "{}"}) == ["a,b"]
+
+
+def test_rows_come_as_one_text(session: Session) -> None:
+    rows, names = Prepared(select(json_rows(THINGS.c.id, THINGS.c.name))), Prepared(select(json_list(THINGS.c.name)))
+    assert [orjson.loads(text or "[]") for text in rows.column(session, {})] == [[]]
+    for number, name in enumerate(NAMES):
+        keep(session, id=number, name=name)
+    assert [sorted(orjson.loads(text)) for text in rows.column(session, {})] == [
+        [[number, name] for number, name in enumerate(NAMES)]
+    ]
+    assert [sorted(orjson.loads(text)) for text in names.column(session, {})] == [sorted(NAMES)]
+
+
+@pytest.mark.parametrize("count", [0, 1, PLANNED_VALUES - 1, PLANNED_VALUES, PLANNED_VALUES + 1])
+def test_a_list_is_filled_with_its_own_values(count: int) -> None:
+    values = list(range(count))
+    assert set(filled(values)) == set(values)
+    assert len(filled(values)) == (max(count, PLANNED_VALUES) if count else 0)
+
+
+def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(database: Database) -> None:
+    ids = [item.id for item in reversed(stock(database))]
+    assert len(ids) > TOGETHER
+    with database.read() as session:
+        told = describe(session, ids)
+        kept = {number: scores_of(session, session.get_one(Release, number)) for number in ids}
+        assert describe(session, []) == []
+    assert [one.release.id for one in told] == ids
+    found = {one.release.id: [(*row[1:3], float(row[4]), row[6]) for row in one.scores] for one in told}
+    assert any(found.values())
+    assert found == {
+        number: [(score.suite.name, score.metric, score.value, score.n) for score in scores]
+        for number, scores in kept.items()
+    }
