@@ -210,7 +210,7 @@ def _watches(model: nn.Module, adapters: Sequence[Iterable[Delta]]) -> dict[str,
 
 
 def _is_seen(model: nn.Module, delta: LowRank) -> bool:
-    """Does the module that the delta names run on its own? A fused expert and a packed attention's projections do not."""
+    """Does the delta's module run on its own? A fused expert and the projections of a packed attention do not."""
     if delta.stacked or delta.nested or delta.kernel:
         return False
     return hasattr(module_of(model, delta.module), "weight")

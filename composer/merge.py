@@ -20,7 +20,7 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
-from composer.formats.naming import embedding_tensors
+from composer.formats.naming import embedding_tensors, head_beside, is_head
 from composer.hashing import architecture_digest, hash_file
 from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
@@ -299,9 +299,8 @@ def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str
     tied = [delta for adapter in loaded for delta in adapter.deltas if delta.tied]
     if not tied:
         return None
-    heads = sorted({delta.module for delta in tied if delta.module.split(".")[-1] in ("lm_head", "embed_out")})
-    default = "embed_out" if checkpoint.architecture.model_type == "gpt_neox" else "lm_head"
-    return f"{heads[0] if heads else default}.weight"
+    heads = sorted({delta.module for delta in tied if is_head(delta.module)})
+    return f"{heads[0] if heads else head_beside(checkpoint.architecture.model_type)}.weight"
 
 
 def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:
