@@ -1,14 +1,16 @@
 """safetensors' bytes as torch tensors without copying them, and how many threads work on tensors."""
 
 import mmap
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from weakref import WeakValueDictionary
 
 import torch
 
-from composer.errors import NotSupported, became_shorter
+from composer.errors import NotSupported, RefusedOutput, became_shorter
 from composer.formats.header import TensorEntry
 from composer.text import shown
 
@@ -20,6 +22,7 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
+_ALIGNED = 64  # bytes; what vector instructions like
 _MAPPINGS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor
 
 
@@ -49,13 +52,12 @@ def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     if entry.begin % dtype.itemsize:
         part = bytearray(part)  # a writer that did not align its header
         return torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
-    tensor = torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
-    _MAPPINGS[tensor.data_ptr()] = mapping
-    return tensor
+    return _mapped(mapping, entry.begin, entry.end, dtype).reshape(entry.shape)
 
 
 def give_back(tensor: torch.Tensor) -> None:
-    """Let go of the memory of a tensor that `map_tensor` gave; it is read again when it is looked at again.
+    """Let go of the memory of a mapped tensor (`map_tensor`, `Aside`) and of those mapped together with it; they are
+    read again when they are looked at again.
 
     Nothing happens to any other tensor, nor may the mapped one have been written to.
     """
@@ -63,6 +65,44 @@ def give_back(tensor: torch.Tensor) -> None:
     if mapping is not None:
         # All of it, since the kernel maps the pages around those that are looked at too: 60 kB a tensor.
         mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class Aside:
+    """Tensors that wait on the disk: mapped, they take memory only where they are looked at, until `give_back`.
+
+    The file has no name and goes with the last of them.
+    """
+
+    def __init__(self) -> None:
+        self._file = TemporaryFile(prefix="adaptory-")  # noqa: SIM115 - as long as this object
+        self._end = 0
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same values, mapped together; not for several threads at once. Raises RefusedOutput for a full disk."""
+        begins = [0, *accumulate(-(-one.nbytes // _ALIGNED) * _ALIGNED for one in tensors)]
+        if not begins[-1]:
+            return list(tensors)
+        try:
+            for begin, tensor in zip(begins, tensors, strict=False):
+                self._file.seek(self._end + begin)
+                self._file.write(tensor_bytes(tensor))
+            self._file.truncate(self._end + begins[-1])
+        except OSError as error:
+            message = f"{gettempdir()} has no room for the combined factors: {error.strerror}."
+            next_step = "Free some space, or name another directory (TMPDIR)."
+            raise RefusedOutput("disk_full", message, subject=gettempdir(), next_step=next_step) from error
+        mapping = mmap.mmap(self._file.fileno(), begins[-1], access=mmap.ACCESS_COPY, offset=self._end)
+        self._end += -(-begins[-1] // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        return [
+            _mapped(mapping, begin, begin + one.nbytes, one.dtype).reshape(one.shape) if one.numel() else one
+            for begin, one in zip(begins, tensors, strict=False)
+        ]
+
+
+def _mapped(mapping: mmap.mmap, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.frombuffer(memoryview(mapping)[begin:end], dtype=dtype)
+    _MAPPINGS[tensor.data_ptr()] = mapping
+    return tensor
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

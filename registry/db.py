@@ -31,7 +31,7 @@ _COLLECTION_LOCK = 0x434F4C4C
 UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
 """PostgreSQL's SQLSTATEs."""
 _SQLITE_MOST_S = 24 * 3600
-MMAP_BYTES = 2 << 30
+MMAP_BYTES = 256 << 20
 """SQLite's own cache is 2 MB; reading through the page cache made a search over 10,000 releases 2 to 4 times faster."""
 
 

@@ -23,7 +23,10 @@ PLANNED_VALUES = 10
 
 
 class Prepared:
-    """A SELECT with named values, for columns that are used as the driver gives them. `among` takes lists of values."""
+    """A SELECT with named values, for columns that are used as the driver gives them. `among` takes lists of values.
+
+    It sees what has been flushed.
+    """
 
     def __init__(self, statement: Select[*tuple[Any, ...]]) -> None:
         self._statement = statement

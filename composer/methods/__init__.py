@@ -23,10 +23,13 @@ from composer.methods.join import divisor
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
 from composer.methods.spectral import Compression
-from composer.settings import PIPELINES, Pipeline, divides, parse_settings
-from composer.tensors import give_back, torch_threads
+from composer.settings import PIPELINES, divides, parse_settings
+from composer.tensors import Aside, give_back, torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, weights_of
+
+_TOGETHER = 16  # places whose results are in memory at once
+Result = tuple[list[Additive], Compression | None]
 
 __all__ = ["Combination", "Compression", "combine_deltas", "untied", "with_deltas"]
 
@@ -75,21 +78,32 @@ def combine_deltas(
         if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
         selections = Selections.over(places, pipeline, parsed)
-        results = list(pool.map(lambda place: _finished(pipeline, place, parsed, selections), places))
+        aside, results = Aside(), list[Result]()
+        for begin in range(0, len(places), _TOGETHER):
+            own = places[begin : begin + _TOGETHER]
+            finished = list(pool.map(lambda place: run(pipeline, place, parsed, selections), own))
+            results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
     return Combination([*replaced, *(delta for deltas, _ in results for delta in deltas)], compressions)
 
 
-def _finished(
-    pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections
-) -> tuple[list[Additive], Compression | None]:
-    """As `run`; the mapped factors are given back, so that a place takes no more memory than what it became."""
-    result = run(pipeline, place, parsed, selections)
-    for part in place.parts:
-        if isinstance(part.delta, LowRank):
-            give_back(part.delta.A_RI)
-            give_back(part.delta.B_OR)
-    return result
+def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result]) -> list[Result]:
+    """The results with all factors mapped that are not the inputs' own: what waits to be merged takes no memory,
+    however many places there are, nor do the inputs that were looked at."""
+    inputs = [part.delta for place in places for part in place.parts if isinstance(part.delta, LowRank)]
+    known = {factor.data_ptr() for delta in inputs for factor in (delta.A_RI, delta.B_OR)}
+    made = [
+        delta
+        for deltas, _ in results
+        for delta in deltas
+        if isinstance(delta, LowRank) and not {delta.A_RI.data_ptr(), delta.B_OR.data_ptr()} & known
+    ]
+    mapped = iter(aside.put([factor for delta in made for factor in (delta.A_RI, delta.B_OR)]))
+    by_identity = {id(delta): replace(delta, A_RI=next(mapped), B_OR=next(mapped)) for delta in made}
+    for delta in inputs:
+        give_back(delta.A_RI)
+        give_back(delta.B_OR)
+    return [([by_identity.get(id(delta), delta) for delta in deltas], lost) for deltas, lost in results]
 
 
 def untied(delta: Delta) -> Delta:

@@ -35,8 +35,7 @@ PARAMETERS = [
 
 
 def _asked(request: Request) -> SearchIn:
-    """Read here, since the framework takes longer to read so many parameters than most searches take altogether, and
-    as long for a dependency as for most of these parameters."""
+    """Read here, since the framework takes longer to read so many parameters than most searches take altogether."""
     given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         given.setdefault(name, []).append(value)

@@ -1,0 +1,69 @@
+"""Tensors that wait on the disk until they are merged."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer.delta import LowRank
+from composer.errors import RefusedOutput
+from composer.methods import combine_deltas
+from composer.tensors import Aside, give_back
+from composer.variants import load_deltas
+from tests.composer.tiny import MakeAdapter, MakeModel
+
+SHAPES = [(3, 5), (0, 4), (1,), (70, 130)]
+
+
+def rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_what_is_put_aside_has_the_same_values_also_after_its_memory_was_given_back(dtype: torch.dtype) -> None:
+    aside = Aside()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        given = [(torch.randn(shape) * 50).to(dtype) for shape in SHAPES]
+        mapped = aside.put([*given[:-1], given[-1].T])
+        for one in mapped:
+            give_back(one)
+        assert all(torch.equal(one, other) for one, other in zip(mapped, [*given[:-1], given[-1].T], strict=True))
+
+
+def test_nothing_may_be_put_aside() -> None:
+    assert Aside().put([]) == []
+
+
+def test_what_is_put_aside_takes_no_memory_once_it_is_given_back() -> None:
+    aside, before = Aside(), rss_bytes()
+    for _ in range(20):
+        (mapped,) = aside.put([torch.ones(1 << 20)])
+        assert float(mapped.sum()) == 1 << 20
+        give_back(mapped)
+    assert rss_bytes() - before < 40 << 20, "of 80 MB"
+
+
+def test_a_disk_without_room_is_one_clear_error() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    aside = Aside()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RefusedOutput, match="TMPDIR") as caught:
+            aside.put([torch.ones(1 << 20)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.code == "disk_full"
+
+
+def test_combined_factors_outlive_the_call_that_made_them(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    loaded = [load_deltas(make_adapter(base, name, seed=seed), None) for seed, name in enumerate("ab")]
+    made = [one for one in combine_deltas(loaded, [1.0, 1.0], "svd", {"rank": 3}).deltas if isinstance(one, LowRank)]
+    before = [one.A_RI.clone() for one in made]
+    assert before
+    for one in made:
+        give_back(one.A_RI)
+    assert all(torch.equal(one.A_RI, other) for one, other in zip(made, before, strict=True))
