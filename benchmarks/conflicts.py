@@ -17,9 +17,9 @@ from benchmarks import harness
 from benchmarks.harness import Sample
 from benchmarks.methods import ADAPTERS, LAYERS, RANK, SHAPES
 from composer.conflicts import conflicts
+from composer.conflicts.report import headlines
 from composer.delta import Layout, LowRank
 from composer.lowrank import Grams
-from composer.report import headlines
 from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter, load_deltas
 

@@ -16,10 +16,10 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Case, Sample
 from composer.conflicts import conflicts
+from composer.conflicts.interference import activations
+from composer.conflicts.probe import Effort, Member, probe
 from composer.evaluate import encode, evaluate
-from composer.interference import activations
 from composer.model import LoadedModel, load_model
-from composer.probe import Effort, Member, probe
 from composer.suite import Suite, parse_suite
 from composer.variants import LoadedAdapter, load_deltas
 

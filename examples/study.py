@@ -18,9 +18,9 @@ from tasks import STUDY_TASKS, TASKS, Task
 from train import ADAPTERS, STUDY
 
 from composer.conflicts import conflicts
+from composer.conflicts.interference import activation_interference
 from composer.delta import Delta
 from composer.evaluate import Encoded, encode, measure, ratio
-from composer.interference import activation_interference
 from composer.methods import combine_deltas
 from composer.model import LoadedModel, load_model
 from composer.suite import Example, Suite

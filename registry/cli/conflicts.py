@@ -17,7 +17,7 @@ from registry.names import parse_reference
 
 if TYPE_CHECKING:
     from composer.conflicts import ConflictReport
-    from composer.examine import Evidence
+    from composer.conflicts.examine import Evidence
     from composer.formats.checkpoint import Checkpoint
     from composer.suite import Suite
     from composer.variants import LoadedAdapter
@@ -58,7 +58,7 @@ def conflicts(  # noqa: PLR0913
 ) -> None:
     """What adapters would do to each other: measured with --probe, explained from their factors."""
     from composer.conflicts import Method as Combination
-    from composer.examine import examine
+    from composer.conflicts.examine import examine
     from composer.findings import Policy, Verdict, parse_policy
 
     if len(adapters) < 2:
@@ -85,7 +85,7 @@ def conflicts(  # noqa: PLR0913
 
 def _show(report: "ConflictReport", modules: int) -> None:
     """The headline of each pair first and why, then the tables, what else was found, and what to do."""
-    from composer.report import advice, causes, headlines, remarks, tables
+    from composer.conflicts.report import advice, causes, headlines, remarks, tables
 
     for line in headlines(report):
         render.heading(line)
@@ -100,7 +100,7 @@ def _show(report: "ConflictReport", modules: int) -> None:
 
 
 def _write_page(path: Path, report: "ConflictReport") -> None:
-    from composer.page import page
+    from composer.conflicts.page import page
 
     try:
         path.write_text(page(report), encoding="utf-8")
@@ -158,7 +158,7 @@ class _Group:
         self, own: list[str], guards: list[str], effort: tuple[int, int], prompts: Path | None, device: str
     ) -> "Evidence | None":
         """What may be measured; None where nothing was asked for."""
-        from composer.examine import Evidence, parse_prompts
+        from composer.conflicts.examine import Evidence, parse_prompts
         from composer.model import load_model
 
         k, most = effort

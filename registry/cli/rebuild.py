@@ -16,7 +16,7 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     The registry says which inputs and weights they were, the release's own note how they were merged. Raises Refused
     for a release that no composition made, Invalid when the two disagree, NotAllowed for an input that is hidden.
     """
-    from composer.rebuild import plan_rebuild, rebuild
+    from composer.merge.rebuild import plan_rebuild, rebuild
     from registry.client.api import release_path
 
     name = f"{release['repository']}:{release['version']}"

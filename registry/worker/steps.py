@@ -32,7 +32,7 @@ from registry.suites import Measurement
 from registry.worker.loop import Held, JobKind
 
 if TYPE_CHECKING:
-    from composer.examine import Evidence
+    from composer.conflicts.examine import Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Work:
 def check(held: Held) -> None:
     """Structural checks and the conflict report; a hard conflict ends the composition here."""
     from composer.conflicts import Method
-    from composer.examine import examine
+    from composer.conflicts.examine import examine
     from composer.variants import load_deltas
 
     work = _work(held)
@@ -297,9 +297,9 @@ def _evidence(held: Held, work: Work) -> "Evidence | None":
     """A probe in memory, where every member has a suite; the report says when the evidence is weaker."""
     if not work.recipe.probe or any(suite is None for suite in work.member_suites):
         return None
-    from composer.examine import Evidence
+    from composer.conflicts.examine import Evidence
+    from composer.conflicts.probe import USUAL_MOST
     from composer.model import load_model
-    from composer.probe import USUAL_MOST
 
     return Evidence(
         load=lambda: load_model(work.base_checkpoint().path),

@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from composer import amplification
-from composer.conflicts import ConflictReport, conflicts
+from composer.conflicts import ConflictReport, amplification, conflicts
+from composer.conflicts.report import tables
 from composer.delta import Layout, LowRank
 from composer.findings import Severity
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.header import read_header
-from composer.report import tables
-from composer.source import Source
+from composer.merge.source import Source
 from composer.variants import LoadedAdapter
 from tests.composer.small_model import dense, save_llama, scaled
 

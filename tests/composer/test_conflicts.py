@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer import report
-from composer.conflicts import ConflictReport, Method, conflicts
+from composer.conflicts import ConflictReport, Method, conflicts, report
+from composer.conflicts.interval import interval
+from composer.conflicts.probe import Effect, Member, Outcome, ProbeResult, SideEffect, probe
 from composer.delta import Computed, LowRank
 from composer.errors import Mismatch
 from composer.findings import Severity, Verdict, parse_policy
-from composer.interval import interval
 from composer.methods import combine_deltas
 from composer.model import load_model
-from composer.probe import Effect, Member, Outcome, ProbeResult, SideEffect, probe
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, WeightRule

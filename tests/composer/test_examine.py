@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from composer.conflicts import SCHEMA, Method, conflicts
+from composer.conflicts.examine import Evidence, examine
+from composer.conflicts.retention import too_large
 from composer.delta import Layout, LowRank
-from composer.examine import Evidence, examine
 from composer.findings import parse_policy
 from composer.formats.checkpoint import open_checkpoint
 from composer.model import LoadedModel
-from composer.retention import too_large
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
 from tests.composer.small_model import Load, save_adapter

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from composer.conflicts.examine import parse_prompts
+from composer.conflicts.interference import activation_interference, activations
 from composer.delta import Delta, Layout, LowRank, Replacement
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.evaluate import Encoded, applied, encode_prompt
-from composer.examine import parse_prompts
-from composer.interference import activation_interference, activations
 from composer.model import LoadedModel, load_model
 from composer.variants import load_deltas
 from tests.composer.adapted import save_adapted

@@ -5,7 +5,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from composer.interval import Interval, interval, quantile
+from composer.conflicts.interval import Interval, interval, quantile
 
 
 @pytest.mark.parametrize(

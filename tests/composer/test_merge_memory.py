@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.header import read_header
 from composer.merge import plan_merge, run_merge
-from composer.rebuild import steps_apart
+from composer.merge.rebuild import steps_apart
 from composer.tensors import give_back, map_tensor
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 

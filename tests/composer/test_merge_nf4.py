@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from composer import nf4
 from composer.errors import NotSupported
 from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge, run_merge
+from composer.merge import nf4, plan_merge, run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 

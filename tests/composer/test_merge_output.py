@@ -11,13 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from composer import chunks, ranges, shards
 from composer.errors import InvalidFile, NotSupported, RefusedOutput
 from composer.formats.checkpoint import Checkpoint, open_checkpoint
 from composer.hashing import hash_checkpoint, hash_file
-from composer.merge import MergePlan, plan_merge, run_merge
+from composer.merge import MergePlan, chunks, plan_merge, ranges, run_merge, shards
+from composer.merge.target import Target
 from composer.output import copy_side_files, writing_aside
-from composer.target import Target
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from composer.conflicts import ConflictReport, conflicts
-from composer.examine import Evidence, examine
+from composer.conflicts.examine import Evidence, examine
+from composer.conflicts.page import MEASURES, page
 from composer.model import load_model
-from composer.page import MEASURES, page
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
 from tests.composer.handmade import random_factors, write_adapter

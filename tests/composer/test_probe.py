@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from composer.conflicts.interval import interval
+from composer.conflicts.probe import Effort, Member, probe, weighted, weighted_sum
 from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import evaluate
-from composer.interval import interval
 from composer.model import LoadedModel
-from composer.probe import Effort, Member, probe, weighted, weighted_sum
 from composer.suite import Example, Kind, Suite
 from composer.weights import Weight, WeightRule
 

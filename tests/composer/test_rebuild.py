@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from composer import chunks
 from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.header import read_header
-from composer.merge import plan_merge, run_merge
-from composer.rebuild import Rebuilt, plan_rebuild, rebuild, steps_apart
+from composer.merge import chunks, plan_merge, run_merge
+from composer.merge.rebuild import Rebuilt, plan_rebuild, rebuild, steps_apart
 from composer.rounding import Mode, Rounding
 from tests.composer.tiny import MakeAdapter, MakeModel
 

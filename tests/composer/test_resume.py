@@ -16,9 +16,9 @@ from composer import output
 from composer.errors import RefusedOutput
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import MergePlan, plan_merge, run_merge
+from composer.merge.ranges import Range, copy_range
+from composer.merge.resume import JOURNAL_FILE, Journal
 from composer.output import writing_aside
-from composer.ranges import Range, copy_range
-from composer.resume import JOURNAL_FILE, Journal
 from tests.composer.tiny import MakeAdapter, MakeModel
 
 # Slowed down after every piece, so that a signal finds it at any point.

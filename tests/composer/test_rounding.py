@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer import chunks
 from composer.errors import NotSupported
 from composer.findings import Severity
 from composer.formats.checkpoint import open_checkpoint
-from composer.merge import MergeReport, plan_merge, run_merge
-from composer.rounded import round_into
+from composer.merge import MergeReport, chunks, plan_merge, run_merge
+from composer.merge.rounded import round_into
 from composer.rounding import Mode, Rounding, parse_rounding
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 

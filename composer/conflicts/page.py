@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from composer.conflicts import ConflictReport, Pair
+from composer.conflicts.interference import Activations
+from composer.conflicts.report import LOUDEST_FIRST, Table, causes, headline, probe_table, tables
 from composer.findings import Finding
-from composer.interference import Activations
-from composer.report import LOUDEST_FIRST, Table, causes, headline, probe_table, tables
 from composer.weights import layer_of
 
 MAX_MAPS = 40

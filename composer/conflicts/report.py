@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from composer.conflicts import ConflictReport, Pair
+from composer.conflicts.interval import Interval
+from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Outcome, ProbeResult, SideEffect
 from composer.findings import Finding, Severity
-from composer.interval import Interval
 from composer.numbers import Numbers
-from composer.probe import NOTICEABLE_NATS, Effect, Outcome, ProbeResult, SideEffect
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "crowding")
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from composer.checks import structural
-from composer.chunks import Rewriter, TensorPlan
 from composer.delta import Delta, Replacement
-from composer.dequantized import Dequantized, dequantized
 from composer.errors import Mismatch, NotSupported, RefusedOutput
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint
@@ -22,14 +20,16 @@ from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
 from composer.formats.naming import embedding_tensors, head_beside, is_head
 from composer.hashing import architecture_digest, hash_file
+from composer.merge.chunks import Rewriter, TensorPlan
+from composer.merge.dequantized import Dequantized, dequantized
+from composer.merge.quantization_gap import quantized_bases
+from composer.merge.resume import Journal
+from composer.merge.shards import ShardPlan, write_shards
+from composer.merge.survival import Survival, swallowed, whole
 from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
-from composer.quantization_gap import quantized_bases
-from composer.resume import Journal
 from composer.rounding import Rounding
 from composer.settings import parse_settings
-from composer.shards import ShardPlan, write_shards
-from composer.survival import Survival, swallowed, whole
 from composer.tensors import TORCH_DTYPES, map_tensor, torch_device
 from composer.variants import LoadedAdapter, load_deltas
 from composer.weights import Weight, parse_weight

@@ -12,8 +12,8 @@ from composer.delta import Delta, LowRank
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.header import FLOAT_DTYPES
-from composer.nf4 import rounded
-from composer.source import Source, source_rows
+from composer.merge.nf4 import rounded
+from composer.merge.source import Source, source_rows
 from composer.variants import LoadedAdapter
 
 _IN_FOUR_BITS = re.compile(r"(?:bnb|nf)-?4-?bit|-4bit|-int4|qlora", re.IGNORECASE)

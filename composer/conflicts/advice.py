@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from composer.conflicts.interference import Directed
+from composer.conflicts.probe import Effect, Outcome
 from composer.findings import Policy
-from composer.interference import Directed
 from composer.lowrank import Sums
 from composer.numbers import Numbers, short
-from composer.probe import Effect, Outcome
 from composer.weights import layer_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]

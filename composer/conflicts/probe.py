@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from time import perf_counter
 
+from composer.conflicts.interval import Interval, interval
 from composer.delta import Computed, Delta, LowRank, names_of
 from composer.errors import Mismatch
 from composer.evaluate import Deltas, Encoded, Measured, encode, measure, ratio
-from composer.interval import Interval, interval
 from composer.methods import combine_deltas
 from composer.methods.linear import scaled
 from composer.model import LoadedModel

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from composer.source import write_all
+from composer.merge.source import write_all
 
 BLOCK_BYTES = 4096  # no disk or file system in use asks for more; one that does is written through the page cache
 _SYNC_BYTES = 64 << 20

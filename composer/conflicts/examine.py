@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from composer.checks import structural
 from composer.conflicts import ConflictReport, Method, conflicts
+from composer.conflicts.interference import MAX_PROMPTS, Activations, activations
+from composer.conflicts.probe import Effort, Member, ProbeResult, by_method, probe, weighted
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
-from composer.interference import MAX_PROMPTS, Activations, activations
 from composer.methods import with_deltas
 from composer.model import LoadedModel
-from composer.probe import Effort, Member, ProbeResult, by_method, probe, weighted
 from composer.settings import effective_weights, parse_settings
 from composer.suite import Suite
 from composer.variants import LoadedAdapter

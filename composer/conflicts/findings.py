@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 
-from composer.amplification import AtBase
-from composer.compared import Compared, finite
+from composer.conflicts.amplification import AtBase
+from composer.conflicts.compared import Compared, finite
+from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Outcome
 from composer.delta import Computed, LowRank
 from composer.findings import Finding, Policy, Severity
+from composer.merge.survival import swallowed
 from composer.numbers import Numbers, Size
-from composer.probe import NOTICEABLE_NATS, Effect, Outcome
 from composer.rounding import Rounding
-from composer.survival import swallowed
 from composer.variants import LoadedAdapter
 
 WEAK_EVIDENCE = {

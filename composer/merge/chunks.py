@@ -14,10 +14,10 @@ import torch
 from composer.delta import Computed, Delta, LowRank, Replacement
 from composer.errors import RefusedOutput
 from composer.formats.header import TensorEntry
-from composer.rounded import round_into
+from composer.merge.rounded import round_into
+from composer.merge.source import Decoded, Source, source_rows
+from composer.merge.target import BLOCK_BYTES
 from composer.rounding import Mode, Rounding
-from composer.source import Decoded, Source, source_rows
-from composer.target import BLOCK_BYTES
 from composer.tensors import all_finite, give_back, torch_dtype
 
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB in float32: measured, 16 MiB cost as much CPU time and four times the memory

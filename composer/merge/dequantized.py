@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer import fp8, nf4
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.quantized import is_part
-from composer.source import Decoded
+from composer.merge import fp8, nf4
+from composer.merge.source import Decoded
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from composer.errors import NotSupported
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.header import TensorEntry
-from composer.source import Decoded
+from composer.merge.source import Decoded
 from composer.tensors import map_tensor
 
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from composer.advice import Case, EvidenceKind, Explanation, explain
-from composer.amplification import AtBase, at_base
 from composer.checks import structural
-from composer.compared import Compared, compare_all
-from composer.conflict_findings import (
+from composer.conflicts.advice import Case, EvidenceKind, Explanation, explain
+from composer.conflicts.amplification import AtBase, at_base
+from composer.conflicts.compared import Compared, compare_all
+from composer.conflicts.findings import (
     of_adapters,
     of_outcome,
     of_pair,
@@ -22,18 +22,18 @@ from composer.conflict_findings import (
     of_sizes,
     weak_evidence,
 )
+from composer.conflicts.interference import Activations, Directed
+from composer.conflicts.interval import Interval
+from composer.conflicts.probe import Outcome, ProbeResult
+from composer.conflicts.retention import retained, too_large
 from composer.errors import Mismatch
 from composer.findings import HARD, Finding, Policy, Verdict
 from composer.formats.checkpoint import Checkpoint
-from composer.interference import Activations, Directed
-from composer.interval import Interval
 from composer.lowrank import Comparison
+from composer.merge.survival import whole
 from composer.methods import combine_deltas, with_deltas
 from composer.numbers import Numbers, Size, Together, short
-from composer.probe import Outcome, ProbeResult
-from composer.retention import retained, too_large
 from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
-from composer.survival import whole
 from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter
 from composer.weights import Weight

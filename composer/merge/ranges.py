@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from composer.chunks import TensorPlan
-from composer.source import read_all, write_all
+from composer.merge.chunks import TensorPlan
+from composer.merge.source import read_all, write_all
 
 _COPY_BYTES = 8 << 20  # a large range is split: several threads share it, and it is compared while it is in the caches
 _COMPARE_BYTES = 256 << 10

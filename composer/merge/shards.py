@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from composer.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.errors import RefusedOutput
 from composer.formats.header import read_header
-from composer.ranges import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
-from composer.resume import Journal
-from composer.source import write_all
-from composer.survival import Survival, confirm
-from composer.target import Target
+from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
+from composer.merge.ranges import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
+from composer.merge.resume import Journal
+from composer.merge.source import write_all
+from composer.merge.survival import Survival, confirm
+from composer.merge.target import Target
 from composer.tensors import tensor_bytes, torch_threads
 
 _SYNC_THREADS = 4

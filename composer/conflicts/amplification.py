@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from composer.compared import Compared
+from composer.conflicts.compared import Compared
 from composer.delta import Layout, LowRank, names_of
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.header import FLOAT_DTYPES
-from composer.source import Source, picked_rows, source_rows
-from composer.survival import Survival, survival_of
+from composer.merge.source import Source, picked_rows, source_rows
+from composer.merge.survival import Survival, survival_of
 from composer.tensors import TORCH_DTYPES
 
 SAMPLED_ROWS = 32

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from composer.chunks import Chunk, Rewriter, chunks_of, prepare
 from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_json
 from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file
 from composer.merge import MergePlan, index_of, plan_merge
+from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
+from composer.merge.ranges import Range, copied_ranges, equal, pieces
+from composer.merge.shards import Progress, ShardPlan
+from composer.merge.source import Source, source_rows
 from composer.output import NOTE_FILE
-from composer.ranges import Range, copied_ranges, equal, pieces
 from composer.rounding import parse_rounding
-from composer.shards import Progress, ShardPlan
-from composer.source import Source, source_rows
 from composer.tensors import torch_device, torch_threads
 from composer.weights import parse_weight
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from composer.chunks import TensorWork
 from composer.delta import Computed
 from composer.errors import RefusedOutput
 from composer.findings import Finding, Severity
+from composer.merge.chunks import TensorWork
+from composer.merge.source import Source, picked_rows, source_rows
 from composer.rounding import Mode, Rounding
-from composer.source import Source, picked_rows, source_rows
 from composer.summed import Summed
 
 _SAMPLED_ROWS = 8

@@ -13,7 +13,7 @@ import torch
 
 from composer.formats.header import TensorEntry
 from composer.formats.quantized import Nf4
-from composer.source import Decoded
+from composer.merge.source import Decoded
 from composer.tensors import map_tensor
 
 BLOCK = 64
