@@ -1,6 +1,6 @@
 """Adapters as local files: read, check, combine, merge and evaluate them. Knows nothing of the registry.
 
-formats/    reads checkpoints and adapters of every layout, without torch: headers, configs, facts, which servers load them
+formats/    reads checkpoints and adapters of every layout, without torch: headers, configs, facts, servers
 variants/   what each type of adapter adds to a weight: a Delta (delta.py)
 methods/    several adapters' deltas become one list of deltas
 combine     … written as one PEFT adapter (adapter.py); convert.py does it for another tool's layout

@@ -36,8 +36,8 @@ HARD = frozenset({
 })  # fmt: skip
 """What a merge refuses whatever a policy says."""
 CODES = frozenset({
-    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors", "bf16_swallow",
-    "f16_swallow", "tied_shared", "tied_untied",
+    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "probe_answers", "zero_delta", "zero_modules", "not_factors",
+    "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
 })  # fmt: skip
 """Of the findings that a conflict report may have."""
 

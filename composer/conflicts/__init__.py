@@ -57,12 +57,13 @@ class Method:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two adapters. `risk`: what the worse one loses when probed, in nats per token, within `interval`; from
-    activations, how much stronger one acts than the other on the other's inputs; from weights, a number 0 to 1.
+    activations, how strongly one acts on the other's inputs; from weights, a number 0 to 1. None where one of them has
+    no factors to look at and nothing was probed.
     """
 
     a: str
     b: str
-    risk: float
+    risk: float | None
     risk_stderr: float | None
     interval: Interval | None
     evidence: EvidenceKind
@@ -79,7 +80,7 @@ class Pair:
         return {
             "a": self.a,
             "b": self.b,
-            "risk": short(self.risk),
+            "risk": None if self.risk is None else short(self.risk),
             "risk_unit": _UNITS[self.evidence],
             "risk_stderr": self.risk_stderr,
             "risk_low": ends["low"],
@@ -265,12 +266,13 @@ def _pair(
     numbers = Numbers.of(total)
     outcome = evidence.pair(a, b) if isinstance(evidence, ProbeResult) else None
     directed = evidence.worse(a, b) if isinstance(evidence, Activations) else None
-    case = Case((a, b), (indices[0] + 1, indices[1] + 1), numbers, total, shared, outcome, directed)
+    case = Case((a, b), (indices[0] + 1, indices[1] + 1), numbers, total, shared, outcome, directed, compared.factored)
     kind, risk = _risk(numbers, outcome, directed)
+    known = outcome is not None or all(compared.touched[index] for index in indices)
     return Pair(
         a,
         b,
-        risk,
+        risk if known else None,
         outcome.worst.loss_stderr if outcome else None,
         outcome.risk if outcome else None,
         kind,

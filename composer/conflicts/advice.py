@@ -40,7 +40,8 @@ class Explanation:
 @dataclass(frozen=True, slots=True)
 class Case:
     """A pair to be explained: names and positions of the two, their numbers, their sums in the whole model and in the
-    modules that both touch, and what was measured: an outcome, or the worse victim with what is done to it."""
+    modules that both touch, and what was measured: an outcome, or the worse victim with what is done to it. `factored`
+    as in Compared."""
 
     names: tuple[str, str]
     positions: tuple[int, int]
@@ -49,6 +50,7 @@ class Case:
     modules: Mapping[str, Sums]
     outcome: Outcome | None
     directed: tuple[str, Directed] | None
+    factored: bool
 
     def position(self, name: str) -> int:
         return self.positions[self.names.index(name)]
@@ -115,7 +117,7 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     worst = case.outcome.worst
     if case.outcome.is_open(stated):
         advice.append(f"Undecided: measure more examples (--probe-max {4 * case.outcome.k}).")
-    if worst.loss > worst.limit(stated):
+    if worst.loss > worst.limit(stated) or any(effect.surely_silenced for effect in case.outcome.effects):
         advice += [*_balanced(case, policy), *_relief(case, worst, shares)]
     return advice
 
@@ -123,11 +125,10 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
 def _relief(case: Case, worst: Effect, shares: Mapping[str, float]) -> list[str]:
     """In the order in which they were worth trying on real adapters; none is sure, so each is to be probed again."""
     victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
-    advice = [
-        "Shrink the sum: --set lambda=0.7, or --method mean.",
-        f"Protect {worst.member}: --set protect={victim} takes the others off its directions.",
-        "Let fewer entries meet: --method knots_ties.",
-    ]
+    advice = ["Shrink the sum: --set lambda=0.7, or --method mean."]
+    if case.factored:
+        advice.append(f"Protect {worst.member}: --set protect={victim} takes the others off its directions.")
+    advice.append(f"Let fewer entries meet: --method {'knots_ties' if case.factored else 'ties'}.")
     concentrated = _concentrated(shares)
     if concentrated is not None:
         where, share, rule = concentrated

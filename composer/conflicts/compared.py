@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from composer.delta import LowRank, names_of
+from composer.delta import Computed, LowRank, names_of
 from composer.lowrank import Comparison, compare
 from composer.tensors import all_finite
 from composer.variants import LoadedAdapter
@@ -16,7 +16,8 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`places` holds what can be compared, one delta or None an adapter; `touched` the modules of each adapter."""
+    """`places` holds what can be compared, one delta or None an adapter; `touched` the modules of each adapter.
+    `factored` says that every adapter consists of factors, as some methods want."""
 
     names: Sequence[str]
     weights: Sequence[Weight]
@@ -25,6 +26,7 @@ class Compared:
     layers: Mapping[int, Comparison]
     total: Comparison
     touched: Sequence[frozenset[str]]
+    factored: bool
 
 
 def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) -> Compared:
@@ -55,6 +57,7 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
         dict(sorted(layers.items())),
         sum(modules.values(), nothing),
         touched,
+        not any(isinstance(delta, Computed) for adapter in adapters for delta in adapter.deltas),
     )
 
 

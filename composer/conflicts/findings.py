@@ -145,6 +145,7 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
     """What a probe is sure of: a member that loses too much, or something; a guard made worse. And what stays open."""
     together, stated = " + ".join(outcome.members), policy.threshold("probe_loss")
     found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, stated)]
+    found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced]
     if outcome.is_open(stated):
         message = f"In {together} it is open after {outcome.k} examples whether {outcome.worst.member} loses too much."
         found.append(Finding("probe_open", Severity.NOTICE, together, message, outcome.worst.loss))
@@ -156,6 +157,15 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
             )
             found.append(Finding("probe_guard", Severity.WARNING, f"{together}: {guard.suite}", message, guard.rise))
     return found
+
+
+def _silenced(together: str, effect: Effect) -> Finding:
+    message = (
+        f"In {together}, {effect.member} still answers {effect.still_answered} of the {effect.answered} examples of "
+        f"{effect.suite} word for word that it answers alone."
+    )
+    share = effect.still_answered / effect.answered
+    return Finding("probe_answers", Severity.WARNING, f"{together}: {effect.member}", message, share)
 
 
 def _of_effect(together: str, effect: Effect, stated: float | None) -> list[Finding]:

@@ -1,7 +1,7 @@
 """How sure a mean of few paired measurements is: Student's t, without a table. No torch."""
 
 from dataclasses import dataclass
-from math import atan, cos, inf, pi, sin, sqrt
+from math import atan, comb, cos, inf, pi, sin, sqrt
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
@@ -58,3 +58,9 @@ def _below(t: float, dof: int) -> float:
         term *= cos(theta) ** 2 * k / (k + 1)
     between = (2 / pi) * (theta + sin(theta) * total) if odd else sin(theta) * total
     return 0.5 + between / 2
+
+
+def surely_less(count: int, total: int, share: float) -> bool:
+    """Whether `count` of `total` shows that less than `share` is true of all: the binomial tail is below 5 %."""
+    chance = sum(comb(total, seen) * share**seen * (1 - share) ** (total - seen) for seen in range(count + 1))
+    return chance < 1 - CONFIDENCE

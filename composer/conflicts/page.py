@@ -9,7 +9,7 @@ from html import escape
 
 from composer.conflicts import ConflictReport, Pair
 from composer.conflicts.interference import Activations
-from composer.conflicts.report import LOUDEST_FIRST, Table, causes, headline, probe_table, tables
+from composer.conflicts.report import LOUDEST_FIRST, Table, causes, headline, probe_table, tables, whole_headline
 from composer.findings import Finding
 from composer.weights import layer_of
 
@@ -50,7 +50,7 @@ label{margin-right:1rem;white-space:nowrap}
 
 def page(report: ConflictReport) -> str:
     """The whole page. Everything that comes from adapters, suites or people is escaped."""
-    pairs = sorted(report.pairs, key=lambda pair: -pair.risk)
+    pairs = sorted(report.pairs, key=lambda pair: -(pair.risk or 0.0))
     mapped = [pair for pair in pairs if pair.modules][:MAX_MAPS]
     title = f"Conflicts of {', '.join(member.name for member in report.members)}"
     parts = [
@@ -60,6 +60,7 @@ def page(report: ConflictReport) -> str:
         f"<title>{_text(title)}</title><style>{_STYLE}{_levels()}{_chooser()}</style></head><body><main>",
         f"<h1>{_text(title)}</h1>",
         f'<p>Verdict: <span class="verdict {report.verdict}">{report.verdict}</span></p>',
+        f"<p>{_text(whole)}</p>" if (whole := whole_headline(report)) else "",
         *_findings(report.findings),
         "<h2>Pairs</h2>",
         *_choices(bool(mapped)),

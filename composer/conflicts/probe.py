@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from time import perf_counter
 
-from composer.conflicts.interval import Interval, interval
+from composer.conflicts.interval import Interval, interval, surely_less
 from composer.delta import Computed, Delta, LowRank, names_of
 from composer.errors import Mismatch
 from composer.evaluate import Deltas, Encoded, Measured, encode, measure, ratio
@@ -47,7 +47,8 @@ class Effect:
 
     `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
     it lies in, all members' together in 95 of 100 cases. `kept` is the share of the member's gain that is left,
-    (base - combined) / (base - alone); None when it had no gain.
+    (base - combined) / (base - alone); None when it had no gain. Of the examples the member alone answers `answered`
+    word for word, and combined `still_answered` of those: what a suite of short answers is about.
     """
 
     member: str
@@ -59,6 +60,17 @@ class Effect:
     loss_stderr: float | None
     loss_interval: Interval
     kept: float | None
+    answered: int = 0
+    still_answered: int = 0
+
+    @property
+    def surely_silenced(self) -> bool:
+        """Does it surely lose more than half of its answers?"""
+        return surely_less(self.still_answered, self.answered, LEAST_KEPT)
+
+    @property
+    def maybe_silenced(self) -> bool:
+        return self.still_answered < LEAST_KEPT * self.answered and not self.surely_silenced
 
     def limit(self, stated: float | None) -> float:
         """The loss that is too much: the one stated, or half of what the member gained, if that would be noticed."""
@@ -105,11 +117,11 @@ class Outcome:
         return Interval(max(one.low for one in intervals), max(one.high for one in intervals))
 
     def is_open(self, stated: float | None) -> bool:
-        """Is it undecided whether some member loses too much? Not when one surely does."""
+        """Is it undecided whether some member loses too much, or most of its answers? Not when one surely does."""
         limits = [(effect.loss_interval, effect.limit(stated)) for effect in self.effects]
-        if any(one.low > limit for one, limit in limits):
+        if any(one.low > limit for one, limit in limits) or any(effect.surely_silenced for effect in self.effects):
             return False
-        return any(one.holds(limit) for one, limit in limits)
+        return any(one.holds(limit) for one, limit in limits) or any(effect.maybe_silenced for effect in self.effects)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -276,7 +288,9 @@ def _effect(member: Member, base: _Run, alone: _Run, combined: _Run, members: in
     loss, stderr = _difference(combined[digest], alone[digest])
     kept = (before - after) / (before - own) if before > own else None
     sure = interval(loss, stderr, len(alone[digest]), members)
-    return Effect(member.name, member.suite.name, before, own, after, loss, stderr, sure, kept)
+    answered = [after for own, after in zip(alone[digest], combined[digest], strict=True) if own.exact]
+    still = sum(one.exact for one in answered)
+    return Effect(member.name, member.suite.name, before, own, after, loss, stderr, sure, kept, len(answered), still)
 
 
 def _side_effect(guard: Suite, base: _Run, alone: dict[str, _Run], combined: _Run) -> SideEffect:

@@ -27,21 +27,41 @@ class Table:
 
 
 def headlines(report: ConflictReport) -> list[str]:
-    """The verdict, then one sentence a pair: its risk, the evidence for it, and what it means."""
-    return [f"Verdict: {report.verdict}.", *(headline(pair) for pair in report.pairs)]
+    """The verdict, then one sentence for the whole set where it was measured, and one a pair."""
+    whole = whole_headline(report)
+    told = [f"Verdict: {report.verdict}.", *([whole] if whole else [])]
+    return told + [headline(pair) for pair in report.pairs]
+
+
+def whole_headline(report: ConflictReport) -> str:
+    """The risk of more than two adapters together; empty where that was not measured."""
+    if report.probe is None or len(report.members) < 3:
+        return ""
+    return _measured("All together", report.probe.whole)
 
 
 def headline(pair: Pair) -> str:
     """The risk of a pair, how good the evidence for it is, and who suffers."""
-    if pair.outcome is None:
-        scale = "of 1, from weights" if pair.evidence == "weights" else "of the base's activations, from prompts"
-        return f"{name(pair)}: risk {pair.risk:.2f} {scale} alone (weak evidence: probe it to know)."
-    worst = pair.outcome.worst
-    risk = f"{name(pair)}: risk {_within(worst.loss, pair.outcome.risk)} nats per token, measured"
+    if pair.outcome is not None:
+        return _measured(name(pair), pair.outcome)
+    if pair.risk is None:
+        return f"{name(pair)}: risk unknown; one of them has no factors to look at (probe it to know)."
+    scale = "of 1, from weights" if pair.evidence == "weights" else "of the base's activations, from prompts"
+    return f"{name(pair)}: risk {pair.risk:.2f} {scale} alone (weak evidence: probe it to know)."
+
+
+def _measured(who: str, outcome: Outcome) -> str:
+    worst = outcome.worst
+    risk = f"{who}: risk {_within(worst.loss, outcome.risk)} nats per token, measured"
+    lost = [effect for effect in outcome.effects if effect.surely_silenced or effect.maybe_silenced]
+    silenced = "".join(
+        f" {effect.member} still answers {effect.still_answered} of {effect.answered} word for word." for effect in lost
+    )
     if worst.loss < NOTICEABLE_NATS:
-        return f"{risk}: combined, both answer their own suites as well as alone."
+        everybody = "both" if len(outcome.effects) == 2 else "all"
+        return f"{risk}: combined, {everybody} answer their own suites as well as alone.{silenced}"
     kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
-    return f"{risk}: {worst.member} is the one that suffers{kept}."
+    return f"{risk}: {worst.member} is the one that suffers{kept}.{silenced}"
 
 
 def causes(pair: Pair) -> str:
@@ -80,7 +100,17 @@ def probe_table(probe: ProbeResult) -> Table:
     """Every suite under every combination."""
     outcomes = [*probe.pairs, *([probe.whole] if len(probe.pairs) > 1 else [])]
     rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
-    columns = ("combination", "suite", "examples", "base", "alone", "combined", "loss (95 %)", "gain kept")
+    columns = (
+        "combination",
+        "suite",
+        "examples",
+        "base",
+        "alone",
+        "combined",
+        "loss (95 %)",
+        "gain kept",
+        "answers kept",
+    )
     note = f"Nats per token, in {probe.seconds:.0f} s; loss is combined minus alone, with the interval it lies in."
     return Table("Probe", columns, tuple(rows), note)
 
@@ -159,9 +189,10 @@ def _outcome_rows(outcome: Outcome) -> list[tuple[str, ...]]:
 def _line(line: Effect | SideEffect, k: str) -> tuple[str, ...]:
     if isinstance(line, Effect):
         loss, kept = _within(line.loss, line.loss_interval), "-" if line.kept is None else f"{line.kept:.0%}"
-        return (line.suite, k, f"{line.base:.2f}", f"{line.alone:.2f}", f"{line.combined:.2f}", loss, kept)
+        answers = f"{line.still_answered} of {line.answered}" if line.answered else "-"
+        return (line.suite, k, f"{line.base:.2f}", f"{line.alone:.2f}", f"{line.combined:.2f}", loss, kept, answers)
     rise, alone = _within(line.rise, line.rise_interval), max(line.alone.values())
-    return (f"{line.suite} (guard)", k, f"{line.base:.2f}", f"{alone:.2f}", f"{line.combined:.2f}", rise, "-")
+    return (f"{line.suite} (guard)", k, f"{line.base:.2f}", f"{alone:.2f}", f"{line.combined:.2f}", rise, "-", "-")
 
 
 def _within(value: float, sure: Interval) -> str:

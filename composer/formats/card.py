@@ -101,7 +101,7 @@ def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]
     _take(told, findings, "hyperparameters", given.get("hyperparameters"), _hyperparameters)
     _take(told, findings, "tags", given.get("tags"), _texts)
     if len(told.get("license", "")) > _LICENSE_CHARS:
-        findings.append(_warn("license", f"license has more than {_LICENSE_CHARS} characters; it is left out."))
+        findings.append(_warn("license", f"license has more than {_LICENSE_CHARS} characters."))
         del told["license"]
     return told, findings
 
@@ -138,7 +138,7 @@ def _take(
     try:
         told[name] = read(value)
     except ValueError as error:
-        findings.append(_warn(name, f"{name} of the provenance is left out: {error}."))
+        findings.append(_warn(name, f"{name} of the provenance cannot be used: {error}."))
 
 
 def _text(value: object) -> str:

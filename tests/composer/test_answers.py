@@ -1,0 +1,89 @@
+"""What a probe says of answers, of the whole set, and of adapters that have no factors to look at."""
+
+import json
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoHaConfig, get_peft_model
+
+from composer.conflicts import conflicts
+from composer.conflicts.findings import of_outcome
+from composer.conflicts.interval import interval
+from composer.conflicts.page import page
+from composer.conflicts.probe import Effect, Outcome, ProbeResult
+from composer.conflicts.report import headlines
+from composer.delta import Computed
+from composer.findings import Policy
+from composer.formats.checkpoint import open_checkpoint
+from composer.variants import LoadedAdapter, load_deltas
+from tests.composer.small_model import Load
+from tests.composer.tiny import MakeModel, load_model
+
+
+def answering(answered: int, still: int) -> Outcome:
+    """Red loses far less than half of its gain in nats, but some of its answers."""
+    effects = (
+        Effect("red", "red-exact", 3.0, 0.1, 0.4, 0.3, 0.01, interval(0.3, 0.01, 16, 2), 0.9, answered, still),
+        Effect("green", "green-exact", 2.0, 0.4, 0.4, 0.0, 0.001, interval(0.0, 0.001, 16, 2), 1.0, 16, 16),
+    )
+    return Outcome(16, effects, ())
+
+
+@pytest.mark.parametrize(
+    ("answered", "still", "said"),
+    [
+        (13, 0, ["probe_answers"]),
+        (5, 0, ["probe_answers"]),
+        (4, 0, ["probe_open"]),
+        (3, 1, ["probe_open"]),
+        (16, 9, []),
+        (0, 0, []),
+    ],
+)
+def test_answers_that_are_lost_count_also_where_the_loss_in_nats_is_small(
+    answered: int, still: int, said: list[str]
+) -> None:
+    found = of_outcome(answering(answered, still), Policy())
+    assert [finding.code for finding in found if finding.code != "probe_loss"] == said
+    assert all(f"{still} of the {answered}" in finding.message for finding in found if finding.code == "probe_answers")
+
+
+def test_what_was_measured_of_the_whole_set_is_said_before_the_pairs(
+    red: LoadedAdapter, green: LoadedAdapter, load: Load
+) -> None:
+    measured = ProbeResult(16, (answering(16, 16),), answering(13, 0), 1.0)
+    report = conflicts([red, green, load("blue", 5)], [1.0] * 3, evidence=measured)
+    assert headlines(report)[1].startswith("All together: risk +0.30")
+    assert "red still answers 0 of 13 word for word" in headlines(report)[1]
+    assert headlines(report)[1] in unescape(page(report))
+
+
+def test_adapters_without_factors_have_an_unknown_risk_and_not_none(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model()
+    twins: list[LoadedAdapter] = []
+    for name in ("a", "b"):
+        torch.manual_seed(1)
+        config = LoHaConfig(r=2, alpha=4, target_modules=["q_proj"], init_weights=False)
+        get_peft_model(load_model(base), config).save_pretrained(tmp_path / name)
+        twins.append(load_deltas(tmp_path / name, open_checkpoint(base).architecture))
+    report = conflicts(twins, [1.0, 1.0])
+    assert report.pairs[0].risk is None
+    assert json.loads(json.dumps(report.to_json()))["pairs"][0]["risk"] is None
+    assert "risk unknown" in headlines(report)[1]
+
+
+def test_advice_names_no_method_that_wants_factors_where_an_adapter_has_none(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    measured = ProbeResult(16, (answering(13, 0),), answering(13, 0), 1.0)
+    advised = " ".join(conflicts([red, green], [1.0, 1.0], evidence=measured).pairs[0].explanation.advice)
+    assert "protect=1" in advised
+    assert "knots_ties" in advised
+    other = Computed("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
+    computed = replace(green, deltas=(*green.deltas, other))
+    advised = " ".join(conflicts([red, computed], [1.0, 1.0], evidence=measured).pairs[0].explanation.advice)
+    assert "--method ties" in advised
+    assert "protect" not in advised
