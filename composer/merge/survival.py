@@ -87,7 +87,7 @@ def swallowed(survivals: dict[str, Survival], dtypes: dict[str, str], rounding: 
             message = (
                 f"{len(small)} of {len(sizes)} deltas are so small that {dtype} loses much of them, most of all of "
                 f"{small[0][1]} ({lost:.0%} of its entries). Serve the adapter as it is, write fp32 or round "
-                "stochastically."
+                "stochastically (right on average, and noisier)."
             )
             found.append(Finding(f"{dtype.lower()}_swallow", severity, small[0][1], message, small[0][0] / finer))
     return found

@@ -5,7 +5,7 @@ from typing import Any
 
 from registry.cli import render
 from registry.cli.connect import Connection, base_checkpoint, release_directory, resolved
-from registry.errors import Invalid, NotAllowed, Refused
+from registry.errors import Invalid, NotAllowed, Refused, Usage
 
 Json = dict[str, Any]
 
@@ -47,4 +47,21 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
             next_step="Do not serve it; ask who published it.",
         )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
+        return rebuild(plan, directory, progress=done).to_json()
+
+
+def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path]) -> Json:
+    """The same of what `adaptory merge` wrote into a directory, from the base and the adapters that are named."""
+    from composer.formats.checkpoint import open_checkpoint
+    from composer.merge.rebuild import plan_rebuild, rebuild
+
+    if base_dir is None or not adapters:
+        raise Usage(
+            "no_lineage",
+            f"{directory} is a directory, which does not say where its inputs are.",
+            subject=str(directory),
+            next_step="Add --base-dir DIR, and --adapter DIR for each adapter that was merged.",
+        )
+    plan = plan_rebuild(directory, open_checkpoint(base_dir), adapters)
+    with render.progress(f"rebuild {directory}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()

@@ -115,21 +115,17 @@ def verify(
         bool, typer.Option("--rebuild", help="Merge a composed model again from its inputs, and compare.")
     ] = False,
     base_dir: Annotated[Path | None, typer.Option(help="Where the base is, if not where the registry says.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Of a local merge: each adapter that was merged.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Whether a key has signed every file and each is still what was signed; whether a merge gives the same again."""
-    from registry.cli.rebuild import rebuilt
+    from registry.cli.rebuild import rebuilt, rebuilt_here
     from registry.client.signing import read_public_key, verify_directory
 
     if key is None and not rebuild:
         raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
-    if rebuild and Path(what).is_dir():
-        raise Usage(
-            "no_lineage",
-            f"{what} is a directory: only a release has inputs to merge again.",
-            subject=what,
-            next_step="Write REPO:VERSION.",
-        )
     public_key, directory = read_public_key(key) if key else None, Path(what)
     told: Json = {"what": what}
     with ExitStack() as stack:
@@ -139,6 +135,8 @@ def verify(
             directory = release_directory(connection, release)
             if rebuild:
                 told["rebuild"] = rebuilt(connection, release, directory, base_dir)
+        elif rebuild:
+            told["rebuild"] = rebuilt_here(directory, base_dir, adapter or [])
         if public_key:
             told["signed_by"] = verify_directory(directory, public_key)
     render.document(told, json, lambda: _show_verified(told))
@@ -197,7 +195,9 @@ def _provenance(path: Path) -> Json:
 
 
 def _show_push(published: Json, move: Json | None) -> None:
-    release, new = published["release"], "published" if published["created"] else "already there, nothing to do:"
-    print(f"{new} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
+    release, done = published["release"], "published"
+    if not published["created"]:
+        done = "already there, its lost bytes sent again:" if published["sent"] else "already there, nothing to do:"
+    print(f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
     if move:
         show_move(move)

@@ -80,3 +80,20 @@ def test_what_no_composition_made_has_nothing_to_be_rebuilt_from(composed: Cli, 
 @pytest.mark.parametrize("words", [("acme/sql",), (".", "--rebuild")])
 def test_without_a_question_or_a_release_it_says_what_to_write(words: tuple[str, ...], stocked_embedded: Cli) -> None:
     assert stocked_embedded("verify", *words).code == 2
+
+
+def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapters_that_are_named(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    merged, (sql, other) = tmp_path / "merged", list(world.adapters.values())[:2]
+    stocked_embedded.ok("merge", "--base", world.base, "--adapter", sql, "--adapter", f"{other}=0.5", "-o", merged)
+    named = ("--base-dir", world.base, "--adapter", other, "--adapter", sql)
+    assert stocked_embedded.json("verify", merged, "--rebuild", *named)["rebuild"]["verdict"] == "same"
+    missing = stocked_embedded("verify", merged, "--rebuild", "--base-dir", world.base, "--adapter", sql)
+    assert missing.code == 1
+    assert other.name in missing.err
+    shard = max(merged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    changed = stocked_embedded("verify", merged, "--rebuild", *named)
+    assert changed.code == 1
+    assert shard.name in changed.out
