@@ -83,7 +83,9 @@ def by_variance(matrices: Sequence[Matrix], density: float) -> Keep:
         return lambda X_MN, _begin: X_MN
 
     def variance(first: int, last: int) -> torch.Tensor:
-        return torch.stack([matrix.rows(first, last) for matrix in matrices]).var(dim=0, unbiased=False)
+        # By hand: torch's `var` over a short first dimension takes fifteen times as long.
+        X_TMN = torch.stack([matrix.rows(first, last) for matrix in matrices])
+        return X_TMN.sub_(X_TMN.mean(0)).square_().mean(0)
 
     varying = Matrix(matrices[0].shape, variance)
     (kept,) = largest([varying], int(density * count_nonzero(varying)))
