@@ -147,7 +147,7 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
     found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, stated)]
     found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced]
     if outcome.is_open(stated):
-        message = f"In {together} it is open after {outcome.k} examples whether {outcome.worst.member} loses too much."
+        message = f"In {together} it is open after {_examples(outcome.k)} whether {outcome.worst.member} loses too much."
         found.append(Finding("probe_open", Severity.NOTICE, together, message, outcome.worst.loss))
     for guard in outcome.guards:
         if guard.rise_interval.low > _threshold(policy, "probe_guard"):
@@ -157,6 +157,10 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
             )
             found.append(Finding("probe_guard", Severity.WARNING, f"{together}: {guard.suite}", message, guard.rise))
     return found
+
+
+def _examples(count: int) -> str:
+    return f"{count} example" if count == 1 else f"{count} examples"
 
 
 def _silenced(together: str, effect: Effect) -> Finding:

@@ -194,9 +194,10 @@ class _Group:
             if not required:
                 return []
             lacking = [name for name, suite in zip(self.names, names, strict=False) if not suite]
+            known = f"none is known for {', '.join(lacking)}" if lacking else f"--suite was given {len(names)} times"
             raise Usage(
                 "suite_missing",
-                f"A probe needs a suite for each adapter; none is known for {', '.join(lacking) or 'some'}.",
+                f"A probe needs a suite for each of the {len(self.names)} adapters; {known}.",
                 next_step="Run `adaptory eval REF --suite S`, name one --suite per adapter, or give --prompts F alone.",
             )
         return [fetch_suite(self.connection, str(name)) for name in names]
