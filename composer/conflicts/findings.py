@@ -146,8 +146,9 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
     together, stated = " + ".join(outcome.members), policy.threshold("probe_loss")
     found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, stated)]
     found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced]
-    if outcome.is_open(stated):
-        message = f"In {together} it is open after {_examples(outcome.k)} whether {outcome.worst.member} loses too much."
+    if doubtful := outcome.doubtful(stated):
+        who = " or ".join(doubtful)
+        message = f"In {together} it is open after {_examples(outcome.k)} whether {who} loses too much."
         found.append(Finding("probe_open", Severity.NOTICE, together, message, outcome.worst.loss))
     for guard in outcome.guards:
         if guard.rise_interval.low > _threshold(policy, "probe_guard"):

@@ -118,10 +118,14 @@ class Outcome:
 
     def is_open(self, stated: float | None) -> bool:
         """Is it undecided whether some member loses too much, or most of its answers? Not when one surely does."""
-        limits = [(effect.loss_interval, effect.limit(stated)) for effect in self.effects]
-        if any(one.low > limit for one, limit in limits) or any(effect.surely_silenced for effect in self.effects):
-            return False
-        return any(one.holds(limit) for one, limit in limits) or any(effect.maybe_silenced for effect in self.effects)
+        return bool(self.doubtful(stated))
+
+    def doubtful(self, stated: float | None) -> list[str]:
+        """The members of whom it is undecided."""
+        limits = {effect: (effect.loss_interval, effect.limit(stated)) for effect in self.effects}
+        if any(one.low > limit for one, limit in limits.values()) or any(one.surely_silenced for one in self.effects):
+            return []
+        return [effect.member for effect, (one, limit) in limits.items() if one.holds(limit) or effect.maybe_silenced]
 
     def to_json(self) -> dict[str, object]:
         return {
