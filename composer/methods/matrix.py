@@ -55,7 +55,7 @@ class Largest:
 
     def mask(self, X_MN: torch.Tensor, begin: int) -> torch.Tensor:
         """Which entries of the rows from `begin` are among them."""
-        bits, row = _bits(X_MN), self.cut[0] - begin
+        bits, row = magnitude_bits(X_MN), self.cut[0] - begin
         mask = bits > self.threshold
         mask[: max(0, row)] |= bits[: max(0, row)] == self.threshold
         if 0 <= row < len(bits):
@@ -110,7 +110,7 @@ def _cut(matrix: Matrix, threshold: int, ties: int) -> tuple[tuple[int, int], in
     if ties <= 0:
         return _NONE, 0
     for first, X_MN in matrix.blocks():
-        places = (_bits(X_MN) == threshold).nonzero()
+        places = (magnitude_bits(X_MN) == threshold).nonzero()
         if len(places) >= ties:
             row, column = places[ties - 1].tolist()
             return (first + row, column), 0
@@ -125,7 +125,7 @@ def _guess(matrices: Sequence[Matrix], share: float) -> tuple[int, int]:
         last = -(-matrix.shape[0] // BLOCK_ROWS) - 1
         for number in {0, last, *range(_SAMPLED_EVERY // 2, last, _SAMPLED_EVERY)}:
             rows = matrix.make(number * BLOCK_ROWS, min(matrix.shape[0], (number + 1) * BLOCK_ROWS))
-            sampled.append(_bits(rows).reshape(-1)[::_SAMPLED_EVERY])
+            sampled.append(magnitude_bits(rows).reshape(-1)[::_SAMPLED_EVERY])
     ordered = _descending(torch.cat(sampled))
     place, margin = share * len(ordered), max(16.0, _MARGIN * len(ordered))
     first, end = max(0, int(place - margin)), min(len(ordered) - 1, int(place + margin))
@@ -137,7 +137,7 @@ def _search(matrices: Sequence[Matrix], k: int, low: int, high: int) -> tuple[in
     above, at_high, at_low, inside = 0, 0, 0, [torch.empty(0, dtype=torch.int32)]
     for matrix in matrices:
         for _, X_MN in matrix.blocks():
-            bits = _bits(X_MN)
+            bits = magnitude_bits(X_MN)
             above += int((bits > high).sum())
             near = bits[(bits >= low) & (bits <= high)]
             at_high += int((near == high).sum())
@@ -166,7 +166,7 @@ def _certain(matrices: Sequence[Matrix], k: int) -> tuple[int, int]:
     counts = np.zeros(1 << 16, dtype=np.int64)
     for matrix in matrices:
         for _, X_MN in matrix.blocks():
-            counts += np.bincount((_bits(X_MN) >> _LOW_BITS).reshape(-1).numpy(), minlength=len(counts))
+            counts += np.bincount((magnitude_bits(X_MN) >> _LOW_BITS).reshape(-1).numpy(), minlength=len(counts))
     from_top = np.cumsum(counts[::-1])
     upper = len(counts) - 1 - int(np.searchsorted(from_top, k))
     return upper << _LOW_BITS, ((upper + 1) << _LOW_BITS) - 1
@@ -181,5 +181,6 @@ def square_sum(matrix: Matrix) -> float:
     return sum(float(X_MN.double().square().sum()) for _, X_MN in matrix.blocks())
 
 
-def _bits(X_MN: torch.Tensor) -> torch.Tensor:
+def magnitude_bits(X_MN: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the magnitudes."""
     return X_MN.contiguous().view(torch.int32) & _MAGNITUDE
