@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from composer.errors import NotSupported, RefusedOutput
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
 from composer.formats.naming import PEFT_PREFIX, split_key
+from composer.methods import untied
 from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.tensors import DTYPE_NAMES, tensor_bytes
-from composer.wrapped import Wrapped, wrapped
+from composer.wrapped import Wrapped, by_key, wrapped
 
 _SPARE_BYTES = 1 << 20
 
@@ -37,10 +39,14 @@ class PeftForm:
         return [one.name for one in self.wrapped if one.is_parameter]
 
 
-def peft_form(deltas: Sequence[Delta]) -> PeftForm:
-    """Raises NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
-    _refuse_computed(deltas)
-    pairs = wrapped(_one_a_place(deltas))
+def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
+    """With `one_rank` every pair has the highest rank of all, filled up with zeros, and no pattern is needed. Raises
+    NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
+    _refuse_unheld(deltas)
+    places = _one_a_place(deltas)
+    pairs = wrapped(places)
+    if one_rank and len({one.rank for one in pairs}) > 1:
+        pairs = wrapped(places, max(one.rank for one in pairs))
     if not pairs:
         raise NotSupported(
             "no_pairs",
@@ -75,29 +81,39 @@ def write_adapter(form: PeftForm, out_dir: Path, fields: Mapping[str, Any], note
 def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:
     """A sum of low-rank deltas as one: an adapter holds one pair a place."""
     places: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
-    for delta in deltas:
+    for delta in map(untied, deltas):  # an adapter leaves the weights alone: a tied tensor has two sides
         if isinstance(delta, LowRank):
             places[delta.weight, delta.begin].append(delta)
     summed = [one for own in places.values() for one in side_by_side(own, [1.0] * len(own))]
     return [one for one in summed if isinstance(one, LowRank)]
 
 
-def _refuse_computed(deltas: Sequence[Delta]) -> None:
+def _refuse_unheld(deltas: Sequence[Delta]) -> None:
     for delta in deltas:
+        if isinstance(delta, Replacement):
+            continue
+        if delta.weight.endswith(".bias"):  # whatever its rank: the module's pair is its weight's
+            message = f"What is added to {delta.weight} is a bias's, which no pair of a LoRA can hold."
+            raise NotSupported("bias_delta", message, subject=delta.module, next_step="Merge it into the base.")
         if isinstance(delta, Computed):
             message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
-            next_step = "Cut it to a rank (rank=32 or energy=0.99), or merge it into the base."
+            next_step = "Merge it into the base: it depends on what the base has."
+            if not delta.reads_base:
+                next_step = "Cut it to a rank (rank=32 or energy=0.99), or merge it into the base."
             raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
 
 
 def _tensors(form: PeftForm) -> dict[str, torch.Tensor]:
     """PEFT's key -> tensor."""
-    tensors = {f"{PEFT_PREFIX}{key}": tensor for one in form.wrapped for key, tensor in one.tensors.items()}
     modules = set(form.modules)
-    for delta in form.replacements:
+
+    def key_of(delta: Replacement) -> str:
         inside = ".base_layer" if delta.module in modules else ""
-        tensors[f"{PEFT_PREFIX}{delta.module}{inside}.{delta.weight.rsplit('.', 1)[-1]}"] = delta.tensor
-    return tensors
+        return f"{delta.module}{inside}.{delta.weight.rsplit('.', 1)[-1]}"
+
+    pairs = ((key, tensor) for one in form.wrapped for key, tensor in one.tensors.items())
+    whole = ((key_of(delta), delta.tensor) for delta in form.replacements)
+    return by_key((f"{PEFT_PREFIX}{key}", tensor) for key, tensor in chain(pairs, whole))
 
 
 def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:

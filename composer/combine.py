@@ -8,13 +8,14 @@ from typing import Any
 
 from composer.adapter import PeftForm, peft_form, write_adapter
 from composer.checks import structural
+from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file
 from composer.methods import Compression, combine_deltas
-from composer.settings import parse_settings
-from composer.variants import LoadedAdapter, load_deltas
+from composer.settings import PIPELINES, Pipeline, parse_settings
+from composer.variants import NAME_BASE, LoadedAdapter, load_deltas
 from composer.weights import Weight, parse_weight
 
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
@@ -55,14 +56,17 @@ def combine(
 
     Its delta is the method's: exactly, with a rank up to the sum of the ranks, or cut to the settings' rank or share of
     the energy, with the error of each module in the report. Alpha equals the rank (so s = 1, no rsLoRA), patterns say
-    where ranks differ. Without an architecture adapters are matched by their own module names and shapes only. Raises
-    NotSupported for a method of full space without a rank, and what a merge raises.
+    where ranks differ; with a rank all modules have the same one, filled up with zeros. Without an architecture
+    adapters are matched by their own module names and shapes only. Raises NotSupported for a method of full space
+    without a rank, for more than a sum of stacks of experts without an architecture, and what a merge raises.
     """
     parsed = parse_settings(method, settings or {})
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
+    if architecture is None and not _exact(PIPELINES[method], parsed):
+        _refuse_stacks(loaded, method)
     # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
-    form = peft_form(combined.deltas)
+    form = peft_form(combined.deltas, one_rank=parsed.get("rank") is not None)
     first = loaded[0].config.raw
     fields = {name: first.get(name) for name in _SHARED_FIELDS}
     fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
@@ -77,6 +81,20 @@ def combine(
         compressions=tuple(combined.compressions),
         findings=(*structural(loaded, {"tied": "untie"}), *_dropped_copies(loaded)),
     )
+
+
+def _exact(pipeline: Pipeline, parsed: Mapping[str, object]) -> bool:
+    """Is the result a sum, which does not depend on where one place ends and the next one begins?"""
+    steps = (pipeline.space, pipeline.sparsify, pipeline.calibrate, pipeline.parity)
+    changed = any(parsed.get(name) for name in ("rank", "energy", "protect"))
+    return steps == ("factors", "none", "none", "") and not changed
+
+
+def _refuse_stacks(loaded: Sequence[LoadedAdapter], method: str) -> None:
+    """A checkpoint may keep gate and up of an expert apart: a merge then works on each, and so must an adapter."""
+    for module in (module for adapter in loaded for module in adapter.placed.modules if len(module.pieces) > 1):
+        message = f"{module.module} is a stack of experts; {method} works on its parts, which only a base tells."
+        raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
 
 
 def _short_targets(loaded: Sequence[LoadedAdapter], form: PeftForm) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """An adapter in another layout -> PEFT's, exactly: its deltas are read and written with every scale folded in."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from composer.formats.naming import Target, find_weight, is_embedding
 from composer.formats.placed import CONV1D_MODELS
 from composer.hashing import hash_file
 from composer.tensors import map_tensor
+from composer.wrapped import Wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,39 @@ def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertRep
     """
     foreign = read_foreign(path, architecture)
     deltas = [delta for module in foreign.modules for delta in _deltas(foreign, module, architecture)]
-    fields = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
+    fields: dict[str, Any] = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
     source = {"layout": foreign.layout, "file": foreign.weights_path.name, "digest": hash_file(foreign.weights_path)}
-    size = write_adapter(peft_form(deltas), out_dir, fields, {"made": "convert", "source": source})
+    form, magnitudes = peft_form(deltas), _magnitudes(foreign)
+    if magnitudes:
+        form = replace(form, wrapped=[_with_magnitude(one, magnitudes) for one in form.wrapped])
+    fields["use_dora"] = bool(magnitudes)
+    size = write_adapter(form, out_dir, fields, {"made": "convert", "source": source})
     return ConvertReport(foreign.layout, len(deltas), max(delta.rank for delta in deltas), str(out_dir), size)
 
 
+def _magnitudes(foreign: Foreign) -> dict[str, torch.Tensor]:
+    """Module -> m of DoRA, O; with a norm over the inputs of each output, in MLX as in PEFT."""
+    parts = {module.module: module.parts for module in foreign.modules}
+    return {module: _tensor(foreign, own["magnitude"]) for module, own in parts.items() if "magnitude" in own}
+
+
+def _with_magnitude(module: Wrapped, magnitudes: Mapping[str, torch.Tensor]) -> Wrapped:
+    """PEFT has a magnitude for every module or for none, and for an embedding one of another norm than MLX's."""
+    m_O, B_OR = magnitudes.get(module.name), module.tensors.get(f"{module.name}.lora_B.weight")
+    if m_O is None or B_OR is None:
+        message = f"{module.name} has no magnitude (DoRA) that PEFT could hold, where other modules have."
+        raise NotSupported("dora", message, subject=module.name, next_step="Fuse it into the base with MLX.")
+    if m_O.shape != B_OR.shape[:1]:
+        message = f"{module.name} has a magnitude of shape {list(m_O.shape)} for {B_OR.shape[0]} outputs."
+        raise InvalidFile("shape_mismatch", message, subject=module.name, next_step="Export the adapter again.")
+    return replace(module, tensors={**module.tensors, f"{module.name}.lora_magnitude_vector": m_O})
+
+
 def _deltas(foreign: Foreign, module: ForeignModule, architecture: Architecture) -> list[LowRank]:
-    if "magnitude" in module.parts:
-        message = f"{module.module} has a magnitude (DoRA), which plain factors cannot hold."
-        raise NotSupported("dora", message, subject=module.module, next_step="Fuse it into the base with MLX.")
     A, B = _factors(foreign, module)
     if A.dim() == 3:  # experts, one after the other
-        # MLX stacks experts under `switch_mlp`; on disk each has a tensor of its own.
-        paths = [module.module.replace(".switch_mlp.", f".experts.{number}.") for number in range(A.shape[0])]
+        # MLX stacks experts; on disk each has a tensor of its own.
+        paths = [module.module.replace(".experts.0.", f".experts.{number}.") for number in range(A.shape[0])]
     else:
         paths, A, B = [module.module], A[None], B[None]
     scale = _scale(foreign, module, A.shape[1])

@@ -4,7 +4,7 @@ Shapes: O outputs, I inputs, R rank, E experts.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,10 @@ class Wrapped:
     is_parameter: bool = False
 
 
-def wrapped(deltas: Iterable[LowRank]) -> list[Wrapped]:
-    """The deltas, one a place and each with the scale 1, as what PEFT wraps. Raises NotSupported for an expert with a
-    pair of its own beside a stack of others of its layer."""
+def wrapped(deltas: Sequence[LowRank], least: int = 0) -> list[Wrapped]:
+    """The deltas, one a place and each with the scale 1, as what PEFT wraps; a rank below `least` is filled up with
+    zeros. Raises NotSupported for an expert with a pair of its own beside a stack of others of its layer, and for two
+    tensors of one key."""
     modules: dict[str, list[LowRank]] = defaultdict(list)
     stacks: dict[str, list[tuple[Stacked, LowRank]]] = defaultdict(list)
     for delta in deltas:
@@ -44,9 +45,20 @@ def wrapped(deltas: Iterable[LowRank]) -> list[Wrapped]:
             raise NotSupported("experts", message, subject=delta.module, next_step="Merge them into the base.")
     paths = nested_names(stacks)
     return [
-        *(_module(name, own) for name, own in modules.items()),
-        *(_stack(name, paths[name], own) for name, own in stacks.items()),
+        *(_module(name, own, least) for name, own in modules.items()),
+        *(_stack(name, paths[name], own, least) for name, own in stacks.items()),
     ]
+
+
+def by_key(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Raises NotSupported for two tensors of one key: a file would keep the last of them and lose the other."""
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors:
+        if key in found:
+            message = f"{key} would stand for two tensors, and an adapter holds one."
+            raise NotSupported("two_for_one_key", message, subject=key, next_step="Merge them into the base.")
+        found[key] = tensor
+    return found
 
 
 def _layer_of(weight: str) -> str | None:
@@ -55,33 +67,36 @@ def _layer_of(weight: str) -> str | None:
     return ".".join(layer) if last == "weight" and expert.isdigit() else None
 
 
-def _module(name: str, deltas: Sequence[LowRank]) -> Wrapped:
+def _module(name: str, deltas: Sequence[LowRank], least: int) -> Wrapped:
     """A module's own pair; with a packed attention's goes its output projection's, which has the same rank."""
-    rank = max(delta.rank for delta in deltas)
-    tensors: dict[str, torch.Tensor] = {}
-    for delta in deltas:
-        B_OR, A_RI = _of_rank((delta.B_OR, delta.A_RI), rank)
-        if delta.layout is Layout.EMBEDDING:
-            tensors |= {f"{name}.lora_embedding_A": A_RI, f"{name}.lora_embedding_B": B_OR}
-            continue
-        path = name
-        if delta.nested:
-            path, B_OR = f"{name}.base_layer.{delta.module.rpartition('.')[2]}", B_OR / 2
-        if delta.kernel:
-            ones = (1,) * len(delta.kernel)
-            A_RI, B_OR = A_RI.reshape(rank, -1, *delta.kernel), B_OR.reshape(*B_OR.shape, *ones)
-        tensors |= {f"{path}.lora_A.weight": A_RI, f"{path}.lora_B.weight": B_OR}
-    return Wrapped(name, rank, tensors)
+    rank = max(least, *(delta.rank for delta in deltas))
+    return Wrapped(name, rank, by_key(one for delta in deltas for one in _pair(name, delta, rank)))
 
 
-def _stack(name: str, path: str, deltas: Sequence[tuple[Stacked, LowRank]]) -> Wrapped:
+def _pair(name: str, delta: LowRank, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+    B_OR, A_RI = _of_rank((delta.B_OR, delta.A_RI), rank)
+    if delta.layout is Layout.EMBEDDING:
+        yield f"{name}.lora_embedding_A", A_RI
+        yield f"{name}.lora_embedding_B", B_OR
+        return
+    path = name
+    if delta.nested:
+        path, B_OR = f"{name}.base_layer.{delta.module.rpartition('.')[2]}", B_OR / 2
+    if delta.kernel:
+        ones = (1,) * len(delta.kernel)
+        A_RI, B_OR = A_RI.reshape(rank, -1, *delta.kernel), B_OR.reshape(*B_OR.shape, *ones)
+    yield f"{path}.lora_A.weight", A_RI
+    yield f"{path}.lora_B.weight", B_OR
+
+
+def _stack(name: str, path: str, deltas: Sequence[tuple[Stacked, LowRank]], least: int) -> Wrapped:
     """A (E R x I) with the expert slow, B (O x R E) with the expert fast; R is the largest of the experts' ranks."""
     place, first = deltas[0]
     parts: list[list[tuple[int, Pair]]] = [[] for _ in range(place.experts)]
     for where, delta in deltas:
         parts[where.expert].append((where.first, (delta.B_OR, delta.A_RI)))
     pairs = [_expert(own, place.outputs, first.A_RI.shape[1]) for own in parts]
-    rank = max(A_RI.shape[0] for _, A_RI in pairs)
+    rank = max(least, *(A_RI.shape[0] for _, A_RI in pairs))
     padded = [_of_rank(pair, rank) for pair in pairs]
     A_XI = torch.cat([A_RI for _, A_RI in padded])
     B_OX = torch.stack([B_OR for B_OR, _ in padded], dim=2).flatten(1)

@@ -92,14 +92,14 @@ def granted(actor: Actor, role: Role) -> list[str] | None:
     return sorted(namespace for namespace in actor.grants if holds(actor, role, namespace))
 
 
-def refuse_stranger(actor: Actor, subject: str, owner: str | None) -> None:
+def refuse_stranger(actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name") -> None:
     """Bases, their scores and suites are everybody's yardstick: who did not make one may not change it."""
     if owner is not None and owner != actor.name and not holds(actor, Role.ADMIN):
         raise NotAllowed(
             "not_yours",
             f"{subject} is {owner}'s.",
             subject=subject,
-            next_step=f"Ask {owner} or an admin of the registry, or choose another name.",
+            next_step=f"Ask {owner} or an admin of the registry, or {way_out}.",
         )
 
 

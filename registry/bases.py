@@ -62,7 +62,11 @@ class NewBase:
 
 
 def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
-    """The base and whether it is new. Adding a known base again only adds aliases, locations and its origin."""
+    """The base and whether it is new. Adding a known base again only adds aliases, locations and its origin.
+
+    Those of another's base are for its maker and admins to add: an alias decides what a push is checked against. Raises
+    NotAllowed for others, unless all that they state is there.
+    """
     table = {row.name: row for row in new.tensors}
     architecture = Architecture(
         new.model_type, new.tied, {row.name: TensorSpec(row.dtype, row.shape) for row in new.tensors}
@@ -107,6 +111,24 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
     _add_relation(session, actor, base, new)
     session.flush()
     return base, created
+
+
+def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
+    """The base that it named, which keeps its own name."""
+    row = session.get(BaseAlias, alias)
+    if row is None:
+        raise NotFound(
+            "alias_unknown",
+            f"No base has the alias {alias[:200]!r}.",
+            subject=alias[:200],
+            next_step="`adaptory base list` shows the aliases; a base's own name stays.",
+        )
+    base = session.get_one(Base, row.base_digest)
+    _refuse_stranger(actor, base)
+    session.delete(row)
+    session.flush()
+    audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, before={"alias": alias})
+    return base
 
 
 def find(session: Session, text: str) -> Base:
@@ -197,6 +219,10 @@ def _refuse_taken_name(session: Session, new: NewBase) -> None:
         )
 
 
+def _refuse_stranger(actor: Actor, base: Base) -> None:
+    refuse_stranger(actor, f"base {base.name}", base.created_by, f"use it as it is, by the name {base.name}")
+
+
 def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:
     for alias in wanted:
         if not _ALIAS.fullmatch(alias) or _DIGEST_LIKE.fullmatch(alias):
@@ -210,6 +236,7 @@ def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[st
         row = session.get(BaseAlias, alias)
         owner = owner or (row.base_digest if row else None)
         if owner is None:
+            _refuse_stranger(actor, base)
             session.add(BaseAlias(alias=alias, base_digest=base.digest))
             session.flush()
             audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"alias": alias})
@@ -232,6 +259,7 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
                 next_step=f"Begin it with one of {', '.join(_SCHEMES)}.",
             )
         if session.get(BaseLocation, (base.digest, url)) is None:
+            _refuse_stranger(actor, base)
             session.add(BaseLocation(base_digest=base.digest, url=url))
             session.flush()
             audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"location": url})
@@ -250,7 +278,7 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
     origin = find(session, new.derived_from)
     if (base.derived_from, base.relation) == (origin.digest, new.relation):
         return
-    refuse_stranger(actor, f"base {base.name}", base.created_by)
+    _refuse_stranger(actor, base)
     if base.derived_from is not None and not holds(actor, Role.ADMIN):
         raise Conflict(
             "relation_known",

@@ -7,6 +7,7 @@ last move put it and its moves follow one another; every release and every move 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TypeVar
 
@@ -17,8 +18,19 @@ from composer.findings import Finding, Severity
 from registry.audit import Act
 from registry.errors import RegistryError
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
-from registry.models import AuditRow, Blob, BlobHolder, Channel, Move, Release, Repository, Revision, RevisionFile
-from registry.names import ABSENT, Digest
+from registry.models import (
+    AuditRow,
+    Blob,
+    BlobHolder,
+    Channel,
+    Move,
+    Release,
+    Repository,
+    Revision,
+    RevisionFile,
+    Upload,
+)
+from registry.names import ABSENT, Digest, parse_version
 from registry.releases import full_name
 from registry.resources import Resources
 
@@ -27,6 +39,25 @@ T = TypeVar("T")
 _BATCH = 500
 _BLOCK_BYTES = 1 << 20
 _PARALLEL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much there is to check: so many rows, and the bytes that the store should have of the blobs."""
+
+    releases: int
+    revisions: int
+    channels: int
+    blobs: int
+    size_bytes: int
+
+    @property
+    def steps(self) -> int:
+        """How much `check` reports as progress."""
+        return self.releases + self.revisions + self.channels + self.blobs
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
 
 
 def check(resources: Resources, *, read_bytes: bool = False, progress: Progress = lambda _count: None) -> list[Finding]:
@@ -62,11 +93,14 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> list[Digest]:
     return discarded
 
 
-def count(resources: Resources) -> int:
-    """How much `check` will report as progress."""
+def extent(resources: Resources) -> Extent:
     with resources.read() as session:
-        tables = (Blob, Revision, Channel, Release)
-        return sum(session.scalar(select(func.count()).select_from(table)) or 0 for table in tables)
+        tables = (Release, Revision, Channel)
+        releases, revisions, channels = (
+            session.scalar(select(func.count()).select_from(table)) or 0 for table in tables
+        )
+        blobs, size_bytes = session.execute(select(func.count(), func.coalesce(func.sum(Blob.size_bytes), 0))).one()
+    return Extent(releases, revisions, channels, blobs, int(size_bytes))  # a sum is a Decimal in PostgreSQL
 
 
 def _check_database(session: Session) -> Iterator[Finding]:
@@ -160,7 +194,16 @@ def _check_releases(session: Session, progress: Progress) -> Iterator[Finding]:
             yield _error("audit_differs", name, f"No audit row says who published {name}.")
         if release.rank_max != release.facts.get("rank_max") or release.type != release.facts.get("type"):
             yield _error("facts_differ", name, f"The columns of {name} are not its facts.")
+        if not _is_version(release.version):
+            yield _error("version_unreadable", name, f"Nobody can ask for {name}, nor bump what follows it.")
         progress(1)
+
+
+def _is_version(text: str) -> bool:
+    try:
+        return str(parse_version(text)) == text
+    except RegistryError:
+        return False
 
 
 def _check_blobs(resources: Resources, *, read_bytes: bool, progress: Progress) -> Iterator[Finding]:
@@ -235,16 +278,28 @@ def _find_leaving(session: Session) -> Iterator[Finding]:
 
 
 def _find_orphans(resources: Resources) -> Iterator[Finding]:
+    """Those that somebody has announced wait for that, as a collection does: they may yet become a release's."""
     stats = resources.store.iterate()
-    orphans = size_bytes = 0
+    orphans = size_bytes = announced = 0
+    until = resources.clock()
     while batch := list(islice(stats, _BATCH)):
+        digests = [stat.sha256 for stat in batch]
         with resources.read() as session:
-            known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_([stat.sha256 for stat in batch]))))
+            known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(digests))))
+            still = select(Upload).where(Upload.sha256.in_(digests), Upload.expires_at >= resources.clock())
+            waits = {row.sha256: row.expires_at for row in session.scalars(still.order_by(Upload.expires_at))}
         unknown = [stat for stat in batch if stat.sha256 not in known]
         orphans, size_bytes = orphans + len(unknown), size_bytes + sum(stat.size_bytes for stat in unknown)
+        waited_for = [waits[stat.sha256] for stat in unknown if stat.sha256 in waits]
+        announced, until = announced + len(waited_for), max([until, *waited_for])
     if orphans:
-        message = f"{orphans:,} blobs ({size_bytes:,} bytes) in the store are no release's; `adaptory gc` removes them."
-        yield Finding("orphans", Severity.NOTICE, "store", message)
+        message = (
+            f"{orphans:,} blobs ({size_bytes:,} bytes) in the store are no release's; `adaptory gc` removes them "
+            "when they are older than its --grace-hours"
+        )
+        if announced:
+            message += f", and the {announced:,} that uploads have announced not before {until:%Y-%m-%d %H:%M} UTC"
+        yield Finding("orphans", Severity.NOTICE, "store", f"{message}.")
 
 
 def _stream(session: Session, query: Select[T]) -> Iterable[T]:

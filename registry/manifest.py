@@ -71,7 +71,8 @@ def check_path(path: str) -> str:
 def refuse_pickle(path: str) -> None:
     """Raises Invalid by the name alone, before a byte is sent."""
     if _PICKLE_NAME.search(path):
-        raise _pickle(path)
+        why = "is refused by its name: such files mostly are pickles, which run code when they are opened"
+        raise _pickle(path, why, " Rename it if it is none.")
 
 
 def is_zip(first: bytes) -> bool:
@@ -81,7 +82,7 @@ def is_zip(first: bytes) -> bool:
 def refuse_pickled(path: str, first: bytes, last: bytes = b"") -> None:
     """Raises Invalid by the bytes at a file's two ends, whatever its name; of what is no zip the first ones suffice."""
     if _PICKLE.match(first) or _NUMPY_OBJECTS.match(first) or (is_zip(first) and _is_of_torch(first, last)):
-        raise _pickle(path)
+        raise _pickle(path, "is a pickle, which runs code when it is opened")
 
 
 def _is_of_torch(first: bytes, last: bytes) -> bool:
@@ -89,12 +90,12 @@ def _is_of_torch(first: bytes, last: bytes) -> bool:
     return first_entry.endswith(_TORCH_ENTRY) or _LISTED_TORCH_ENTRY.search(last) is not None
 
 
-def _pickle(path: str) -> Invalid:
+def _pickle(path: str, why: str, otherwise: str = "") -> Invalid:
     return Invalid(
         "pickle",
-        f"{path} is a pickle, which runs code when it is opened.",
+        f"{path} {why}.",
         subject=path,
-        next_step="Save safetensors (PEFT's save_pretrained does) and leave the pickle out.",
+        next_step=f"Save safetensors (PEFT's save_pretrained does) and leave the pickle out.{otherwise}",
     )
 
 

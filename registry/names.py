@@ -15,7 +15,8 @@ from registry.errors import Usage
 _PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # not \d, which takes the digits of every script
+_NUMBER_DIGITS = 18
+_NUMBER = rf"(?:0|[1-9][0-9]{{0,{_NUMBER_DIGITS - 1}}})"  # not \d, which takes the digits of every script
 _IDENTIFIER = rf"(?:{_NUMBER}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
 _VERSION = re.compile(rf"({_NUMBER})\.({_NUMBER})\.({_NUMBER})(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?")
 _EXACT = re.compile(r"\d+\.\d+\.\d+(?:[-+].*)?")
@@ -102,11 +103,21 @@ class Version:
         return core + "".join(_identifier_key(part) for part in self.prerelease)
 
     def bump(self, part: str) -> "Version":
+        """The next one in that part. Raises Usage where its number is the largest that `parse_version` reads."""
         if part == "major":
-            return Version(self.major + 1, 0, 0)
-        if part == "minor":
-            return Version(self.major, self.minor + 1, 0)
-        return Version(self.major, self.minor, self.patch + 1)
+            bumped = Version(self.major + 1, 0, 0)
+        elif part == "minor":
+            bumped = Version(self.major, self.minor + 1, 0)
+        else:
+            bumped = Version(self.major, self.minor, self.patch + 1)
+        if max(bumped.major, bumped.minor, bumped.patch) >= 10**_NUMBER_DIGITS:
+            raise Usage(
+                "version_ended",
+                f"No {part} version follows {self}: a number has at most {_NUMBER_DIGITS} digits.",
+                subject=str(self),
+                next_step="Name a version yourself: REPO:VERSION.",
+            )
+        return bumped
 
 
 def _number_key(number: int) -> str:

@@ -77,7 +77,7 @@ def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespa
             "signing_keys_missing",
             f"{name} cannot require signatures without a key that may sign.",
             subject=name,
-            next_step="Give signing_keys with it.",
+            next_step="Name the keys with it: --signing-key PUB.pem, over REST signing_keys.",
         )
     session.flush()
     after = _settings(row)

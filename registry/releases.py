@@ -238,7 +238,7 @@ def refuse_without_signature(namespace: str, policy: Namespace | Row[*tuple[Any,
             "unsigned",
             f"{namespace} takes only releases that one of its keys has signed.",
             subject=namespace,
-            next_step="Push it as another version with --sign KEY.pem.",
+            next_step="Push it with --sign KEY.pem; what is released already, as another version.",
         )
 
 

@@ -1,6 +1,7 @@
 """One frozen value, built once from the environment and passed in."""
 
 import getpass
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Annotated, Literal, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
 
 def _login_name() -> str:
@@ -23,6 +26,50 @@ def _http_url(text: str) -> str:
     """Empty says that there is none."""
     if text and not re.match(r"https?://[^/\s]", text):
         raise PydanticCustomError("url", "it is no address of a registry, such as https://adapters.example")
+    return text
+
+
+def _database_url(text: str) -> str:
+    """Of the two databases and their drivers that there is code for; empty says that there is none."""
+    from sqlalchemy.engine import make_url  # loaded only where a database is named
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        known = not text or make_url(text).drivername in _DRIVERS
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        known = False
+    if not known:
+        raise PydanticCustomError(
+            "database",
+            "it is neither sqlite nor postgresql, as in sqlite:////var/lib/a.db or postgresql://user@host/name",
+        )
+    return text
+
+
+def _rate(text: str) -> str:
+    """Empty says that there is none."""
+    import limits  # takes a third of this module's time to import, and mostly the default stands
+
+    if not text:
+        return text
+    try:
+        rates = limits.parse_many(text)
+    except ValueError:
+        rates = []
+    if len(rates) != 1 or rates[0].amount < 1:
+        raise PydanticCustomError("rate", "it is no rate, such as 6000/minute; empty is no limit")
+    return text
+
+
+def _addresses(text: str) -> str:
+    """Empty says that there are none."""
+    for part in text.split(",") if text else ():
+        try:
+            ipaddress.ip_network(part.strip())
+        except ValueError:
+            raise PydanticCustomError(
+                "addresses", "it is no list of addresses or networks, such as 10.0.0.7,10.1.0.0/16"
+            ) from None
     return text
 
 
@@ -80,7 +127,7 @@ class Settings(BaseSettings):
 
     home: Path = Path("~/.adaptory")
     """Where the embedded registry keeps its database, its blobs and its work files."""
-    database_url: str | None = None
+    database_url: Annotated[str, AfterValidator(_database_url)] | None = None
     """A SQLAlchemy URL; `sqlite:///$ADAPTORY_HOME/registry.db` unless set."""
     database_connect_timeout_s: int = Field(default=5, ge=2)
     """How long a connection to PostgreSQL is waited for."""
@@ -101,8 +148,11 @@ class Settings(BaseSettings):
     """Who may use a server: `single` answers on loopback to its one user, `tokens` asks everybody for a token."""
     access_cache_s: float = Field(default=5.0, ge=0, le=300)
     """How long a server remembers whom a token stands for, and so how late another server may notice a revocation."""
-    rate_limit: str = "6000/minute"
+    rate_limit: Annotated[str, AfterValidator(_rate)] = "6000/minute"
     """Requests a token, or an address without one, may make of one server process; empty for no limit."""
+    trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
+    """Addresses and networks, with commas between them, whose word on where a request comes from (`X-Forwarded-For`) a
+    server believes; nobody's unless set."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
     """Bodies of blobs that one token may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)

@@ -143,7 +143,7 @@ def _load(public_key: str) -> "EllipticCurvePublicKey":
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ModuleNotFoundError as error:
         raise Unavailable(
-            "extra_missing", "Signatures need cryptography.", next_step='pip install "adaptory[sign]"'
+            "extra_missing", "Signatures need cryptography.", next_step="Install adaptory with its extra `sign`."
         ) from error
     try:
         key = load_pem_public_key(public_key.encode())

@@ -45,13 +45,13 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     if dry_run:
         with resources.read() as session:
             unused = list(session.execute(select(Blob.sha256, Blob.size_bytes).where(*_unused(before, now))))
-        orphans = [stat for batch in _orphans(resources, before) for stat in batch]
+        orphans = [stat for batch in _orphans(resources, before, now) for stat in batch]
         return Collected(len(unused) + len(orphans), sum(row[1] for row in unused) + sum(o.size_bytes for o in orphans))
     with only_collection(resources.database):
         found.unfinished = uploads.sweep(resources, now)
         while claimed := _claim(resources, run, before, now):
             _remove(resources, run, claimed, found)
-        for batch in _orphans(resources, before):
+        for batch in _orphans(resources, before, now):
             claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
             _remove(resources, run, claimed, found)
     return found
@@ -79,13 +79,13 @@ def _claim(resources: Resources, run: str, before: datetime, now: datetime) -> d
     return {Digest(sha256): size_bytes for sha256, size_bytes in rows}
 
 
-def _orphans(resources: Resources, before: datetime) -> Iterator[list[BlobStat]]:
-    """Bytes that have been in the store for longer than the grace and have no row, a batch at a time."""
+def _orphans(resources: Resources, before: datetime, now: datetime) -> Iterator[list[BlobStat]]:
+    """Bytes that have been in the store for longer than the grace and that nobody wants, a batch at a time."""
     old = (stat for stat in resources.store.iterate() if stat.written_at < before)
     while batch := list(islice(old, _BATCH)):
         with resources.read() as session:
-            known = _known(session, [stat.sha256 for stat in batch])
-        if orphans := [stat for stat in batch if stat.sha256 not in known]:
+            wanted = _wanted(session, [stat.sha256 for stat in batch], now)
+        if orphans := [stat for stat in batch if stat.sha256 not in wanted]:
             yield orphans
 
 
@@ -93,9 +93,8 @@ def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Di
     """Gives them a marked row, unless somebody announced or completed the same bytes meanwhile."""
     with resources.write() as session:
         collect_blobs(session)
-        announced = select(Upload.sha256).where(Upload.sha256.in_(sizes), Upload.expires_at >= now)
-        taken = _known(session, sizes) | set(session.scalars(announced))
-        claimed = {sha256: size_bytes for sha256, size_bytes in sizes.items() if sha256 not in taken}
+        wanted = _wanted(session, sizes, now)
+        claimed = {sha256: size_bytes for sha256, size_bytes in sizes.items() if sha256 not in wanted}
         rows = [
             {"sha256": sha256, "size_bytes": size_bytes, "created_at": now, "removing_at": now, "removing_by": run}
             for sha256, size_bytes in claimed.items()
@@ -114,5 +113,9 @@ def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: C
     found.size_bytes += sum(claimed.values())
 
 
-def _known(session: Session, digests: Iterable[Digest]) -> set[str]:
-    return set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(list(digests)))))
+def _wanted(session: Session, digests: Iterable[Digest], now: datetime) -> set[str]:
+    """Those that have a row, or that somebody has announced."""
+    asked = list(digests)
+    known = select(Blob.sha256).where(Blob.sha256.in_(asked))
+    announced = select(Upload.sha256).where(Upload.sha256.in_(asked), Upload.expires_at >= now)
+    return {*session.scalars(known), *session.scalars(announced)}

@@ -54,6 +54,8 @@ _PARTS = {
     },
     MLX: {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"},
 }  # fmt: skip
+# MLX calls an expert's own tensors alike in every model, where some checkpoints have Mixtral's names.
+_MLX_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # What is known, and why it is not converted.
 _PARTS_REFUSED = {
     ".dora_scale": "trainers disagree on the axis of its norm",
@@ -68,7 +70,8 @@ _DIFFUSERS_ROOT = re.compile(r"^(?:unet|transformer|text_encoder(?:_\d)?)\.")
 
 @dataclass(frozen=True, slots=True)
 class ForeignModule:
-    """`module` is the base's path; `parts` maps A, B, alpha, w1_a, … to keys. `scale` is None where alpha / r is."""
+    """`module` is the base's path, for MLX's stack of experts the first one's; `parts` maps A, B, alpha, w1_a, … to
+    keys. `scale` is None where alpha / r is."""
 
     module: str
     parts: Mapping[str, str]
@@ -100,6 +103,9 @@ def recognise(path: Path) -> str:
         return MLX
     if (path / CONFIG_FILE).is_file() and not _single(path):
         return PEFT
+    if (path / "config.json").is_file():
+        message = f"{path.name} is a checkpoint, a whole model and no adapter."
+        raise InvalidFile("a_checkpoint", message, subject=str(path), next_step="Name an adapter's directory.")
     for file in sorted(path.iterdir()):
         if file.suffix in (".gguf", ".nemo") or re.fullmatch(r"adapter_.*\.pt", file.name):
             return _of_file(file)
@@ -206,11 +212,12 @@ def _names(grouped: Mapping[str, object], layout: str, architecture: Architectur
     paths = {name.removesuffix(".weight") for name in architecture.tensors if name.endswith(".weight")}
     if architecture.tied:
         paths.add("lm_head")
-    if layout == MLX:  # whose experts are one stack
-        paths |= {path.replace(".experts.0.", ".switch_mlp.") for path in paths if ".experts.0." in path}
     known: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         known[path].add(path)
+        if layout == MLX and ".experts.0." in path:  # whose experts are one stack
+            block, _, name = path.partition(".experts.0.")
+            known[f"{block}.switch_mlp.{_MLX_EXPERTS.get(name, name)}"].add(path)
         if layout == KOHYA:
             known[path.replace(".", "_")].add(path)
         # Trainers name modules from the model, or from the part of it that they load.
@@ -259,7 +266,7 @@ def metadata_alpha(header: Header) -> float | None:
 
 def _refuse_listed(names: list[str], subject: str, what: str) -> None:
     if names:
-        listed = ", ".join(shown(name) for name in names[:10])
+        listed = ", ".join(repr(name[:200]) for name in names[:10])
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         raise InvalidFile(
             "unknown_keys",

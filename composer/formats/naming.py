@@ -69,8 +69,15 @@ def split_key(key: str) -> Key:
     return Key(key, "", path)
 
 
-def has_prefix(keys: Iterable[str]) -> bool:
-    return any(key.startswith(PEFT_PREFIX) for key in keys)
+def lacks_prefix(keys: Iterable[str]) -> bool:
+    """Is there a module's key, and none with PEFT's prefix?"""
+    modules = [key for key in keys if key.rpartition(".")[0] != SHARED]
+    return bool(modules) and not any(key.startswith(PEFT_PREFIX) for key in modules)
+
+
+def is_raw(key: str) -> bool:
+    """Is the adapter's name in the key, as in a dump of the model's own state?"""
+    return "default" in key.split(".")
 
 
 def find_weight(module: str, parameter: str, architecture: Architecture) -> Target | list[str]:

@@ -6,11 +6,21 @@ from dataclasses import replace
 from math import prod
 
 from composer.errors import NotSupported
+from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig, pattern_matches
 from composer.formats.experts import missing_parameters, owner_of
 from composer.formats.header import FLOAT_DTYPES, Header
-from composer.formats.naming import PEFT_PREFIX, SHARED, TOKENS, Target, find_weight, split_key
+from composer.formats.naming import (
+    PEFT_PREFIX,
+    SHARED,
+    TOKENS,
+    Target,
+    find_weight,
+    is_raw,
+    lacks_prefix,
+    split_key,
+)
 from composer.formats.pairs import PAIR_PARTS, mark_twins, place_pair, place_tokens
 from composer.formats.parts import Size
 from composer.formats.patterns import matches_whole
@@ -25,6 +35,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
     findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
     duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused, unsupported_layer, empty_adapter.
+    Notices: no_prefix, raw_keys.
     Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
     """
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
@@ -46,6 +57,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     _check_dtypes(placement)
     _check_twice(placement)
     _check_config_is_used(placement)
+    _note_other_keys(placement, subject)
     return Placed(placement.modules, placement.findings)
 
 
@@ -135,8 +147,14 @@ def _check_shared(placement: Placement, shared: Mapping[str, str]) -> None:
 
 
 def _place_whole_tensors(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
+    own = _own_parts(placement.config)
+    families = tuple(f"{part.partition('_')[0]}_" for part in own)
     for part, key in parts.items():
-        if part in _own_parts(placement.config):
+        if part in own:
+            continue
+        if any(name.startswith(families) for name in (*module.split("."), part)):
+            message = f"{key} is no part of a {placement.config.peft_type} adapter that is known."
+            placement.error("unmatched_tensor", module or key, message)
             continue
         parameter = part.removeprefix("base_layer.")
         target = placement.find(module, parameter, key)
@@ -163,6 +181,18 @@ def _check_prefix(placement: Placement, modules: list[str], subject: str) -> Non
     message = f"No tensor matches the base: keys look like {first!r}, where the base expects {expected!r}."
     placement.findings[:] = [finding for finding in placement.findings if finding.code != "unmatched_tensor"]
     placement.error("wrong_prefix", next(filter(None, modules), first), message)
+
+
+def _note_other_keys(placement: Placement, subject: str) -> None:
+    """What is read here as if it were named as PEFT does, and elsewhere not at all."""
+    keys = list(placement.header.tensors)
+    if lacks_prefix(keys):
+        message = f"No key has the prefix {PEFT_PREFIX!r}, without which PEFT itself loads nothing."
+        placement.findings.append(Finding("no_prefix", Severity.NOTICE, subject, message))
+    raw = [key for key in keys if is_raw(key)]
+    if raw:
+        message = f"{raw[0]} has the adapter's name in it, as in a raw state dict: it is read without."
+        placement.findings.append(Finding("raw_keys", Severity.NOTICE, subject, message))
 
 
 def _check_dtypes(placement: Placement) -> None:

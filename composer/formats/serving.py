@@ -11,6 +11,7 @@ from typing import Any
 from composer.errors import NotSupported
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import AdapterFacts
+from composer.formats.naming import PEFT_PREFIX, is_raw, lacks_prefix
 from composer.formats.pairs import FACTOR_PARTS
 from composer.formats.placed import Placed
 
@@ -23,6 +24,8 @@ PROFILES = ("vllm:<max_lora_rank>", "sglang", "lorax", "llamacpp", "peft")
 _REBASED_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 _FOLD = "fold: rewrite scales into plain factors (combine with one adapter does it)"
+_FOLD_RANKS = "fold: rewrite scales into plain factors of one rank (combine with one adapter and --rank {} does it)"
+_RENAME = "rename: write it with PEFT's own keys (combine with one adapter does it)"
 _TRUNCATE = "truncate: lower the rank with the error stated"
 _MERGE = "merge: bake it into a checkpoint"
 
@@ -81,13 +84,14 @@ def judge(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> tuple[i
     """(mask, {server: {reasons, way_out}}): the servers that load it if its rank is within their limit, and why the
     others do not. As JSON; `loads` reads it again."""
     other = [] if config.peft_type == "LORA" else _other_type(config)
-    common = other or _common(config, facts, placed)
+    unknown, bare, raw = _unknown(placed), _bare(config, placed), _raw(config, placed)
+    common = (other or _common(config, facts, placed)) + unknown + raw
     problems = {
         "vllm": common + _beyond_vllm(facts),
         "sglang": common,
-        "lorax": common,
-        "llamacpp": other or _llamacpp(config, facts, placed),
-        "peft": [],
+        "lorax": common + bare,
+        "llamacpp": (other or _llamacpp(config, facts, placed)) + unknown + raw,
+        "peft": unknown + bare,
     }
     mask = sum(1 << bit for bit, server in enumerate(SERVERS) if not problems[server])
     refusals = {
@@ -123,6 +127,35 @@ def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: Placed, profile
 def _other_type(config: AdapterConfig) -> list[tuple[str, str]]:
     """Each of these servers loads LoRA alone."""
     return [(f"{config.peft_type} is refused: only LoRA is loaded", "" if config.unsupported() else _MERGE)]
+
+
+def _unknown(placed: Placed) -> list[tuple[str, str]]:
+    found = [finding.subject for finding in placed.findings if finding.code == "unmatched_tensor"]
+    return [(f"tensors match nothing that is known ({found[0]})", "")] if found else []
+
+
+def _bare(config: AdapterConfig, placed: Placed) -> list[tuple[str, str]]:
+    """PEFT and LoRAX look for whole keys; vLLM and the conversion to GGUF take them without PEFT's prefix."""
+    if not lacks_prefix(_keys(placed)):
+        return []
+    return [(f"keys lack the prefix {PEFT_PREFIX!r}: they are left out, and the base is served", _renamed(config))]
+
+
+def _raw(config: AdapterConfig, placed: Placed) -> list[tuple[str, str]]:
+    """PEFT takes such keys; vLLM and the conversion to GGUF raise."""
+    raw = any(map(is_raw, _keys(placed)))
+    return [("keys with the adapter's name in them (.default) are refused", _renamed(config))] if raw else []
+
+
+def _keys(placed: Placed) -> list[str]:
+    return [key for module in placed.modules for key in module.parts.values()]
+
+
+def _renamed(config: AdapterConfig) -> str:
+    """The way to PEFT's own keys: what is no plain pair is not written again."""
+    if config.unsupported():
+        return ""
+    return _RENAME if config.peft_type == "LORA" and not config.flags else _MERGE
 
 
 def _beyond_vllm(facts: AdapterFacts) -> list[tuple[str, str]]:
@@ -170,7 +203,10 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> lis
     """The converter to GGUF keeps one lora_alpha and divides by each tensor's rank."""
     problems: list[tuple[str, str]] = []
     if config.use_rslora or any(module.alpha != config.alpha for module in placed.low_rank):
-        problems.append(("the conversion keeps one lora_alpha: rsLoRA and alpha_pattern come out wrong", _FOLD))
+        # Folded, every scale is 1, which takes another alpha for another rank.
+        ranks = {module.rank for module in placed.low_rank}
+        way_out = _FOLD if len(ranks) == 1 else _FOLD_RANKS.format(max(ranks))
+        problems.append(("the conversion keeps one lora_alpha: rsLoRA and alpha_pattern come out wrong", way_out))
     if (
         facts.variant == "dora"
         or config.bias != "none"

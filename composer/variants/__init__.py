@@ -59,6 +59,7 @@ _TYPES: dict[str, Read] = {
     "C3A": spectral.c3a,
     "SUPERTUNING": spectral.supertuning,
 }
+NAME_BASE = "Name the base that it was trained on: --base."
 # What a pair has beside its factors, and the flag without which PEFT would not look at it.
 _EXTRAS = {"magnitude": "use_dora", "lora_diag": "kasa_config", "lora_B_bias": "lora_bias"}
 
@@ -112,8 +113,8 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     """Load the adapter in directory `path`, placed on a base (or only on its own names, without one).
 
     Raises Mismatch when a tensor does not fit the base, NotSupported for what no delta of the base's weights can
-    express (PiSSA, activated LoRA, prompts, …), InvalidFile for a number that is not finite, and what `read_adapter`
-    raises.
+    express (PiSSA, activated LoRA, prompts, …) or, without a base, of a size that only a base tells (VeRA, OFT, …),
+    InvalidFile for a number that is not finite, and what `read_adapter` raises.
     """
     adapter = read_adapter(path)
     refusal = adapter.config.unsupported()
@@ -124,6 +125,7 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     placed = place(adapter.config, adapter.header, architecture, adapter.name)
     refuse_errors(adapter.name, placed.findings)
     _refuse_parts(adapter, placed)
+    _refuse_unsized(adapter, placed)
     with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
         for module in placed.adapted:
             _refuse_not_finite(adapter, module)
@@ -160,6 +162,14 @@ def _refuse_parts(adapter: Adapter, placed: Placed) -> None:
             flag = _EXTRAS.get(odd[0], "no flag that is known")
             message = f"{adapter.name} cannot be merged: {module.module} {has} {odd[0]}, which goes with {flag}."
             raise NotSupported(f"part_{odd[0]}", message, subject=module.module, next_step=MERGE_NEXT)
+
+
+def _refuse_unsized(adapter: Adapter, placed: Placed) -> None:
+    """Of some types the file does not tell a side of the weight, and without it there is no delta."""
+    for module in placed.modules:
+        if module.kind == "other" and (0 in module.shape or not module.shape):
+            message = f"A file of {adapter.config.peft_type} does not tell the size of {module.module}: its base does."
+            raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
 
 
 def _refuse_unlike_twins(adapter: Adapter, placed: Placed) -> None:

@@ -1,5 +1,6 @@
 """Who may do what: tokens, namespaces, members."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -46,6 +47,12 @@ def create_token(
     json: JsonFlag = False,
 ) -> None:
     """Make a token, which is printed this once. It can do what its user's roles and its scope both allow."""
+    if expires_in_days is not None and not isfinite(expires_in_days):  # which JSON cannot say
+        raise Usage(
+            "bad_lifetime",
+            f"A token cannot last {expires_in_days} days.",
+            next_step="Give a number of days with --expires-in-days, or leave it out for a token without an end.",
+        )
     body: Json = {"user": user, "name": name, "expires_in_days": expires_in_days}
     if scope:
         body["scope"] = dict(_pair(text) for text in scope)

@@ -1,13 +1,15 @@
-"""adaptory base add | list | show"""
+"""adaptory base add | list | show | unalias"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from registry.cli import render
-from registry.cli.connect import connected
+from registry.cli.connect import Connection, connected
 from registry.cli.render import JsonFlag
+from registry.errors import NotAllowed
 
 if TYPE_CHECKING:
     from composer.formats.checkpoint import Checkpoint
@@ -43,8 +45,7 @@ def add(
         identity = hash_checkpoint(checkpoint, done)
     with connected() as connection:
         request = base_request(checkpoint, identity, name, alias or [])
-        origin = {"derived_from": derived_from, "relation": relation}
-        found = connection.api.post("/v1/bases", {**request, **origin})
+        found = _registered(connection, {**request, "derived_from": derived_from, "relation": relation})
     render.document(found, json, lambda: _show(found))
 
 
@@ -69,6 +70,26 @@ def show(base: Annotated[str, typer.Argument(help="Name, alias or digest.")], js
     with connected() as connection:
         found = connection.api.base(base)
     render.document(found, json, lambda: _show(found))
+
+
+@app.command()
+def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it.")], json: JsonFlag = False) -> None:
+    """Take an alias from its base, for who made that and for admins of the registry."""
+    with connected() as connection:
+        found = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}")
+    render.document(found, json, lambda: print(f"{alias} names no base; {found['name']} stays"))
+
+
+def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
+    """Where it lies here was not asked for: to another's base, which takes no locations of us, it is not added."""
+    try:
+        return connection.api.post("/v1/bases", request)
+    except NotAllowed as error:
+        if error.code != "not_yours":
+            raise
+        found = connection.api.post("/v1/bases", {**request, "locations": []})
+        render.say(f"note: {error.detail} {', '.join(request['locations'])} was not added to its locations.")
+        return found
 
 
 def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str]) -> dict[str, Any]:

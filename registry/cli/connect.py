@@ -98,8 +98,8 @@ def connected() -> Generator[Connection]:
         yield Connection(api, settings, resources)
 
 
-def resolved(connection: Connection, ref: str) -> dict[str, Any]:
-    """The release that `ref` names; its warning is told."""
+def resolved(connection: Connection, ref: str, *, warned: bool = False) -> dict[str, Any]:
+    """The release that `ref` names; its warning is told, but to who is `warned`."""
     from registry.cli import render
 
     reference = parse_reference(ref)
@@ -111,7 +111,7 @@ def resolved(connection: Connection, ref: str) -> dict[str, Any]:
             subject=ref,
             next_step="Ask who runs the registry.",
         )
-    if found["warning"]:
+    if found["warning"] and not warned:
         render.say(f"warning: {found['warning']}")
     return found["release"]
 

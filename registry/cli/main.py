@@ -61,7 +61,9 @@ def main() -> None:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        told = Unavailable("extra_missing", f"This needs {error.name}.", next_step=f'pip install "adaptory[{extra}]"')
+        told = Unavailable(
+            "extra_missing", f"This needs {error.name}.", next_step=f"Install adaptory with its extra `{extra}`."
+        )
         sys.exit(render.fail(told, "--json" in sys.argv))
     except OSError as error:
         where = str(error.filename or "")

@@ -4,6 +4,7 @@ import ipaddress
 import signal
 import socket
 import threading
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 
+AUDIT_ROWS = 1000
+"""Of a table, which is read by people."""
 BACKLOG = 2048
 STOP_S = 30.0
 """How long a server that stops waits for its worker to hand its job back."""
@@ -69,7 +72,7 @@ def serve(
         if processes == 1:
             serve_here(resources, listener)
         else:
-            serve_beside(listener, processes)
+            serve_beside(settings, listener, processes)
     finally:
         stop.set()
         if with_worker:
@@ -174,18 +177,21 @@ def audit(  # noqa: PLR0913
     act: Annotated[str | None, typer.Option(help="channel:rollback, release:yank, ...")] = None,
     since: Annotated[str | None, typer.Option(help="From this moment on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
     until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
-    export: Annotated[bool, typer.Option("--jsonl", help="Every row of the filter, a line of JSON each.")] = False,
-    limit: Limit = 1000,
+    export: Annotated[bool, typer.Option("--jsonl", help="The rows of the filter, a line of JSON each.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many: 1000 by default, with --jsonl all.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """What was done: by whom, from where, why, and what it changed; in order."""
     query = {"subject": subject, "namespace": namespace, "by": by, "act": act, "since": since, "until": until}
     with connected() as connection:
         if export:
-            for line in connection.api.lines("/v1/audit.jsonl", **query):
-                print(line)
+            with closing(connection.api.lines("/v1/audit.jsonl", **query)) as lines:
+                for line in islice(lines, limit):
+                    print(line)
             return
-        found = list(islice(connection.api.pages("/v1/audit", **query), limit))
+        found = list(islice(connection.api.pages("/v1/audit", **query), limit or AUDIT_ROWS))
     rows = [
         (row["id"], row["at"][:19], row["actor"], row["act"], row["subject"], render.change(row), row["reason"])
         for row in found

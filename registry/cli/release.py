@@ -200,11 +200,11 @@ def yank(
 def unyank(ref: Annotated[str, typer.Argument()], reason: Reason = "", json: JsonFlag = False) -> None:
     """Take a yank back."""
     with connected() as connection:
-        release = connection.api.post(f"{_path(_exactly(connection, ref))}/unyank", {"reason": reason})
+        release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/unyank", {"reason": reason})
     render.document(release, json, lambda: print(f"unyanked {release['repository']}:{release['version']}"))
 
 
-def _exactly(connection: Connection, ref: str) -> Json:
+def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
     """A reference that moves would take the next release when the command is repeated."""
     named = parse_reference(ref)
     if named.version is None and named.commit is None:
@@ -214,7 +214,7 @@ def _exactly(connection: Connection, ref: str) -> Json:
             subject=ref,
             next_step=f"Name the version: {named.repository}:1.2.0, or #COMMIT.",
         )
-    return resolved(connection, ref)
+    return resolved(connection, ref, warned=warned)
 
 
 def _path(release: Json) -> str:

@@ -138,18 +138,29 @@ def fail(error: RegistryError | ComposerError, as_json: bool) -> int:
             say(f"  {mark}  {finding['rule']}: {finding['detail']}")
         elif finding.get("severity") != "notice" and str(finding.get("message")) not in told.detail:
             say(f"  {finding.get('severity')}: {finding.get('message')}")
-    if told.next_step:
-        say(f"next: {told.next_step}")
+    next_step = _next_step(told)
+    if next_step:
+        say(f"next: {next_step}")
     if as_json:
         problem = {
             "code": told.code,
             "detail": told.detail,
             "subject": told.subject,
-            "next": told.next_step,
+            "next": next_step,
             "findings": told.findings,
         }
         print(json.dumps({"error": problem}, indent=2, ensure_ascii=False))
     return told.exit_code
+
+
+def _next_step(told: RegistryError) -> str:
+    """Of a field of the request, what gave it on the command line: nobody at a terminal reads the OpenAPI document."""
+    if told.code != "bad_request" or "/openapi.json" not in told.next_step:
+        return told.next_step
+    field = told.subject.partition(".")[2]
+    option = f"--{field.partition('.')[0].replace('_', '-')}"
+    given = any(word.partition("=")[0] == option for word in sys.argv)
+    return f"Correct {option if given else field}; --help says what the command takes."
 
 
 def _console() -> Any:

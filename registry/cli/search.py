@@ -51,7 +51,9 @@ def search(  # noqa: PLR0913
     stable: Annotated[bool, typer.Option("--stable", help="No pre-releases.")] = False,
     latest: Annotated[bool, typer.Option("--latest", help="The highest stable release of each repository.")] = False,
     include_yanked: Annotated[bool, typer.Option("--include-yanked")] = False,
-    sort: Annotated[str | None, typer.Option(help="newest, version, or suite.metric: the best first.")] = None,
+    sort: Annotated[
+        str | None, typer.Option(help="newest, version, or suite.metric: the best first, without those that lack it.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
     cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
     json: JsonFlag = False,

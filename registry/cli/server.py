@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from registry.cli import render
 from registry.cli.connect import load_settings
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from registry.resources import Resources
+    from registry.settings import Settings
 
 HUNG_S = 30
 """A process that has not said a word for so long is replaced."""
 
 
 def serve_here(resources: "Resources", listener: socket.socket) -> None:
-    """Answers until this process is told to stop."""
+    """Answers until this process is told to stop; then returns or exits, for the caller to end what is beside it."""
     from uvicorn import Config, Server
 
-    from registry.http.protocol import BoundedHttp
+    # The server raises the signal again when it has ended, and SIGTERM would end the process where it stands.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
+    Server(Config(_application(resources), **_options(resources.settings))).run([listener])
 
-    config = Config(_application(resources), http=BoundedHttp, log_level="warning", server_header=False)
-    Server(config).run([listener])
 
-
-def serve_beside(listener: socket.socket, processes: int) -> None:
+def serve_beside(settings: "Settings", listener: socket.socket, processes: int) -> None:
     """Answers from so many processes until this one is told to stop; one that dies or hangs is replaced.
 
     Each opens the registry anew, as the environment says. Raises Unavailable when one of them cannot.
@@ -42,16 +42,12 @@ def serve_beside(listener: socket.socket, processes: int) -> None:
     from uvicorn.config import STARTUP_FAILURE
     from uvicorn.supervisors import Multiprocess
 
-    from registry.http.protocol import BoundedHttp
-
     config = Config(
         f"{__name__}:child_application",
         factory=True,
-        http=BoundedHttp,
-        log_level="warning",
-        server_header=False,
         workers=processes,
         timeout_worker_healthcheck=HUNG_S,
+        **_options(settings),
     )
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # here it tells which process died
     supervisor = Multiprocess(config, [listener])
@@ -74,6 +70,20 @@ def child_application() -> "FastAPI":
     except RegistryError as error:
         render.fail(error, as_json=False)
         sys.exit(STARTUP_FAILURE)  # to try again would fail in the same way
+
+
+def _options(settings: "Settings") -> dict[str, Any]:
+    """Of every server, however many answer."""
+    from registry.http.protocol import BoundedHttp
+
+    return {
+        "http": BoundedHttp,
+        "log_level": "warning",
+        "server_header": False,
+        # Left to itself it believes every program on this machine what it says of other addresses.
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": settings.trusted_proxies,
+    }
 
 
 def _application(resources: "Resources") -> "FastAPI":

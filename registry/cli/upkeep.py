@@ -57,11 +57,16 @@ def fsck(
     from registry import fsck as promises
 
     with _own_resources() as resources:
-        with render.progress("fsck", promises.count(resources), counts=True) as done:
+        extent, place = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
+        with render.progress("fsck", extent.steps, counts=True) as done:
             findings = promises.check(resources, read_bytes=full, progress=done)
         discarded = promises.discard(resources, findings) if discard else []
     broken = [finding for finding in findings if finding.severity == "error"]
-    told: dict[str, Any] = {"clean": not broken, "findings": [finding.to_json() for finding in findings]}
+    told: dict[str, Any] = {
+        "clean": not broken,
+        "checked": extent.to_json(),
+        "findings": [finding.to_json() for finding in findings],
+    }
     if discard:
         told["discarded"] = discarded
 
@@ -70,7 +75,14 @@ def fsck(
             print(f"{finding.severity}: {finding.message}")
         for sha256 in discarded:
             print(f"discarded the damaged blob {sha256}: push its files again")
-        print(f"{len(broken):,} broken promises" if broken else "clean")
+        verdict = f"{len(broken):,} broken promises" if broken else "clean"
+        if extent.steps:
+            print(
+                f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "
+                f"({render.size(extent.size_bytes)}{', every byte read' if full else ', sizes only'})"
+            )
+        else:
+            print(f"{verdict}, but nothing to check: {place} has no releases and no blobs")
 
     render.document(told, json, show)
     if broken:

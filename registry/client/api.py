@@ -95,7 +95,7 @@ class Api:
             if cursor is None:
                 return
 
-    def lines(self, path: str, **query: Any) -> Iterator[str]:
+    def lines(self, path: str, **query: Any) -> Generator[str]:
         """A streamed answer, line by line."""
         given = {key: value for key, value in query.items() if value is not None}
         with _told(self.url), self._http.stream("GET", path, params=given) as response:

@@ -56,18 +56,23 @@ def collect(directory: Path) -> list[LocalFile]:
 def push(
     api: Api, files: Sequence[LocalFile], name: RepositoryName, kind: str, release: Json, progress: Progress
 ) -> Json:
-    """Sends what the store lacks, then asks for the release. `release` is the request without its files."""
-    send(api, name.namespace, files, progress)
-    return api.post(f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)})
+    """Sends what the store lacks, then asks for the release. `release` is the request without its files.
+
+    The registry's answer, and as `sent` how many files the store lacked.
+    """
+    sent = send(api, name.namespace, files, progress)
+    published = api.post(f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)})
+    return {**published, "sent": sent}
 
 
-def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progress) -> None:
-    """Until the namespace holds every file.
+def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progress) -> int:
+    """Until the namespace holds every file: of how many it lacked bytes when it began.
 
     After a failure it asks anew what is missing, so that nothing arrives twice; it gives up when several attempts in a
     row came no further. Raises Invalid with the name of a file that was changed meanwhile.
     """
     plan, told, pauses = _plan(api, namespace, files), 0, iter(PAUSES_S)
+    lacking = len(_uploads(plan, files))
     while True:
         uploads = _uploads(plan, files)
         there = sum(file.manifest.size_bytes for file in files) - sum(upload.missing_bytes for upload in uploads)
@@ -75,7 +80,7 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
         attempt = _Attempt(api, progress)
         attempt.run(uploads)
         if attempt.error is None:
-            return
+            return lacking
         _refuse_changed(attempt.broken)
         told = there + attempt.told
         if attempt.came_further:

@@ -8,17 +8,18 @@ from urllib.parse import urlsplit
 import limits
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Usage
-from registry.http.callers import credentials_of
+from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauthenticated, Usage
+from registry.http.callers import Callers, Credentials, credentials_of
 from registry.http.problems import problem_response
 from registry.http.request import MAX_DIGITS
-from registry.settings import Settings
 
 BLOB_PATHS = "/v1/blobs/"
 """Their size is limited by `max_file_bytes`, where they are received."""
-HEALTH_PATHS = ("/healthz",)
+HEALTH_PATHS = ("/healthz", "/readyz")
+"""A probe asks often, and from the address of whatever stands in front."""
 
 
 class BodyLimit:
@@ -87,13 +88,17 @@ class HeaderLimit:
 class CallerLimits:
     """Answers 429 to a caller with too many requests, or too many uploads at a time: counted by token, or by address.
 
-    Tokens that are not in force count by address, since anybody can make up any number of them.
+    Tokens that are not in force count by address too, since anybody can make up any number of them. Who has sent too
+    many of those is asked for a right one before anything else is done for it, and then counted by that one alone:
+    others may share the address.
 
     Each server process counts for itself.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, callers: Callers) -> None:
         self.app = app
+        settings = callers.resources.settings
+        self._callers = callers
         self._rate = limits.parse(settings.rate_limit) if settings.rate_limit else None
         self._window = FixedWindowRateLimiter(MemoryStorage())
         self._max_uploads = settings.max_concurrent_uploads
@@ -103,23 +108,45 @@ class CallerLimits:
         if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
             await self.app(scope, receive, send)
             return
-        credentials = credentials_of(dict(scope["headers"]), scope.get("client"))
-        key, guesses = credentials.key, f"unauthenticated {credentials.address}"
+        credentials, rate = credentials_of(dict(scope["headers"]), scope.get("client")), self._rate
 
         async def count_guesses(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 401 and self._rate is not None:
-                self._window.hit(self._rate, guesses)
+            denied = message["type"] == "http.response.start" and message["status"] == 401
+            if denied and rate and credentials.authorization:
+                self._window.hit(rate, _guesses(credentials))
             await send(message)
 
-        if self._rate is not None and not (
-            self._window.test(self._rate, guesses) and self._window.hit(self._rate, key)
-        ):
-            reset_at = self._window.get_window_stats(self._rate, key).reset_time
-            await problem_response(self._too_fast().again_in(reset_at - time.time()))(scope, receive, send)
+        error = await self._refusal(rate, credentials) if rate else None
+        if error is not None:
+            await problem_response(error)(scope, receive, send)
         elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
-            await self._upload(key, scope, receive, send)
+            await self._upload(credentials.key, scope, receive, count_guesses)
         else:
             await self.app(scope, receive, count_guesses)
+
+    async def _refusal(self, rate: limits.RateLimitItem, credentials: Credentials) -> RegistryError | None:
+        """Why the request goes no further, or None; counts it."""
+        guesses = _guesses(credentials)
+        if credentials.authorization and not self._window.test(rate, guesses):
+            try:
+                if self._callers.remembered(credentials) is None:
+                    await run_in_threadpool(self._callers.ask, credentials)
+            except Unauthenticated:
+                return self._too_many(rate, guesses, "tokens that are not in force, from this address")
+            except RegistryError as error:
+                return error
+        if not self._window.hit(rate, credentials.key):
+            whom = "this token" if credentials.authorization else "no token, from this address"
+            return self._too_many(rate, credentials.key, whom)
+        return None
+
+    def _too_many(self, rate: limits.RateLimitItem, key: str, whom: str) -> TooMany:
+        error = TooMany(
+            "too_many_requests",
+            f"More than {rate} with {whom}.",
+            next_step="Wait as long as Retry-After says; ADAPTORY_RATE_LIMIT sets the limit.",
+        )
+        return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
 
     async def _upload(self, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         if self._uploads[key] >= self._max_uploads:
@@ -138,12 +165,10 @@ class CallerLimits:
             if not self._uploads[key]:
                 del self._uploads[key]
 
-    def _too_fast(self) -> TooMany:
-        return TooMany(
-            "too_many_requests",
-            f"More than {self._rate} with this token.",
-            next_step="Wait as long as Retry-After says; ADAPTORY_RATE_LIMIT sets the limit.",
-        )
+
+def _guesses(credentials: Credentials) -> str:
+    """Under which the tokens of an address that are not in force are counted."""
+    return f"guesses {credentials.address}"
 
 
 class SameSite:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ LISTS = ("include", "targets_within", "targets_include", "targets_exact")
 """Of names, which have no commas."""
 WHOLE = ("score", "provenance")
 """Lists whose items are what they are."""
+INCLUDED = {"related": "base", "refused": "loads_in"}
+"""What `include` adds, and the condition that it adds to."""
 
 
 class SearchIn(Wire):
@@ -62,7 +64,7 @@ class SearchIn(Wire):
     sort: str = Field(
         default="newest",
         max_length=150,
-        description="newest, version (the highest first) or suite.metric (the best first)",
+        description="newest, version (the highest first) or suite.metric (the best first, without those that lack it)",
     )
     limit: int = Field(default=50, ge=1, le=500, description="Items a page.")
     cursor: str | None = Field(default=None, max_length=1000, description="`next` of the page before.")
@@ -84,6 +86,19 @@ class SearchIn(Wire):
                 )
             parameters[name] = _value(name, values)
         return parameters
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> Self:
+        """What would be passed over in silence."""
+        for added, condition in INCLUDED.items():
+            if added in self.include and not getattr(self, condition):
+                raise Usage(
+                    "idle_include",
+                    f"include={added} adds nothing to a search without {condition}.",
+                    subject=added,
+                    next_step=f"Say which with {condition} (--{condition.replace('_', '-')}), or leave {added} out.",
+                )
+        return self
 
 
 def _value(name: str, given: list[str]) -> str | list[str]:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Callable, Collection
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
 
@@ -14,7 +14,7 @@ from registry.errors import Conflict, Invalid
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, BlobStat, Part, Put
 from registry.storage.s3_bucket import Bucket, code_of, told
-from registry.storage.s3_trial import Trial
+from registry.storage.s3_trial import PROBE, STALE_S, Trial
 
 INCOMING = "incoming/"
 _MAX_PARTS = 10_000
@@ -37,8 +37,14 @@ class S3Arrivals:
     and all files where the store does not check.
     """
 
-    def __init__(self, bucket: Bucket, storage: S3Storage, clock: Callable[[], float] = monotonic) -> None:
-        self._bucket, self._storage = bucket, storage
+    def __init__(
+        self,
+        bucket: Bucket,
+        storage: S3Storage,
+        clock: Callable[[], float] = monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._bucket, self._storage, self._now = bucket, storage, now
         self._client: Any = bucket.client
         self._trial = Trial(bucket, storage, self._put_of, self._aside, clock)
 
@@ -93,11 +99,13 @@ class S3Arrivals:
             self._client.delete_object(**self._aside(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        """Also ends uploads in parts of our own that a process left when it died."""
-        removed = 0
+        """Also ends uploads in parts of our own, and removes objects of trials, that a process left when it died."""
+        removed, probes_before = 0, self._now() - timedelta(seconds=STALE_S)
         with told(self._bucket.name):
             for row in self._bucket.listed(INCOMING):
-                if row["LastModified"] < before and row["Key"].rpartition("/")[2] not in keep:
+                upload_id = row["Key"].rpartition("/")[2]
+                limit = probes_before if upload_id.startswith(PROBE) else before
+                if row["LastModified"] < limit and upload_id not in keep:
                     self._client.delete_object(Bucket=self._bucket.name, Key=row["Key"])
                     removed += 1
             pages = self._client.get_paginator("list_multipart_uploads")

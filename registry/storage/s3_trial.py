@@ -1,11 +1,13 @@
 """How far a store may be trusted with what others send it: tried by each process, on objects of its own."""
 
+import atexit
 import hashlib
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from threading import Lock
+from threading import Lock, Timer
 
 import httpx2
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
@@ -20,6 +22,10 @@ log = logging.getLogger(__name__)
 
 SETTLED_S = 10.0
 """So long after an object should have ended, a store that meant to end it has."""
+PROBE = "probe-"
+"""What the ids of a trial's own arrivals begin with."""
+STALE_S = 60.0
+"""An object of a trial that is older was left by a process that was killed."""
 _ENDS_SOON = {"X-Delete-After": "1"}
 _RIGHT, _WRONG = b"right", b"wrong"
 _CONDITION_FAILED = {"412", "PreconditionFailed"}
@@ -52,9 +58,8 @@ class Trial:
         copies whatever the condition."""
         with self._lock:
             if self._checks is None:
-                probe = _probe()
-                refuses = not self._takes(probe, _WRONG)
-                if not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe):
+                refuses, copies = self._try(_probe())
+                if copies:
                     raise Unavailable(
                         "store_unfit",
                         "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
@@ -68,7 +73,8 @@ class Trial:
         """Whether a request for a blob's own key serves for its bytes and for nothing else.
 
         Where the settings leave it open: once an object that was sent with an end, in a header that was not signed, has
-        outlived that end. A store need not show ends, so the object is waited for, by a process that lives long enough.
+        outlived that end. A store need not show ends, so the object is waited for, by a process that lives long enough;
+        it goes as soon as that is known, or with the process.
         """
         if not self.checks_bodies():
             return False
@@ -81,13 +87,35 @@ class Trial:
     def _ignores_ends(self) -> bool | None:
         """None when it has only now been asked."""
         if self._ending is None:
-            self._ending = _probe()
-            return None if self._takes(self._ending, _RIGHT, _ENDS_SOON) else True
-        named = self._aside(self._ending)
-        outlived = self._bucket.head(named) is not None
-        with told(named["Key"]):
-            self._bucket.client.delete_object(**named)
+            ending = _probe()
+            if not self._takes(ending, _RIGHT, _ENDS_SOON):
+                return True
+            self._ending = ending
+            atexit.register(self._leave)
+            timer = Timer(SETTLED_S, self._look)
+            timer.daemon = True
+            timer.start()
+            return None
+        outlived = self._bucket.head(self._aside(self._ending)) is not None
+        self._remove(self._ending)
+        atexit.unregister(self._leave)
         return outlived
+
+    def _look(self) -> None:
+        """Also when nobody sends anything more."""
+        with suppress(Unavailable), self._lock:  # it is in the log, and the next file asks again
+            if self._in_place is None:
+                self._in_place = self._ignores_ends()
+
+    def _leave(self) -> None:
+        """Before its time, so that it says nothing."""
+        if self._ending is not None:
+            with suppress(Unavailable):  # it is in the log, and a collection will remove it
+                self._remove(self._ending)
+
+    def _remove(self, probe: Arrival) -> None:
+        with told(self._bucket.name):
+            self._bucket.client.delete_object(**self._aside(probe))
 
     def _takes(self, probe: Arrival, body: bytes, more: Mapping[str, str] | None = None) -> bool:
         """Sent as a client would send it."""
@@ -104,21 +132,27 @@ class Trial:
             )
         return answer.status_code < 300
 
-    def _copies_whatever_the_condition(self, probe: Arrival) -> bool:
-        source, target = self._aside(probe), self._aside(replace(probe, upload_id=f"{probe.upload_id}-copy"))
-        client = self._bucket.client
+    def _try(self, probe: Arrival) -> tuple[bool, bool]:
+        """Whether it refuses wrong bytes, and whether it fails to take the right ones or copies them regardless."""
+        copy = replace(probe, upload_id=f"{probe.upload_id}-copy")
+        refuses = not self._takes(probe, _WRONG)
+        try:
+            return refuses, not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe, copy)
+        finally:
+            self._remove(probe)
+            self._remove(copy)
+
+    def _copies_whatever_the_condition(self, probe: Arrival, copy: Arrival) -> bool:
+        source, target = self._aside(probe), self._aside(copy)
         with told(self._bucket.name):
             try:
-                client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')
+                self._bucket.client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')
             except ClientError as error:
                 if code_of(error) not in _CONDITION_FAILED:
                     raise
                 return False
-            finally:
-                for named in (source, target):
-                    client.delete_object(**named)
         return True
 
 
 def _probe() -> Arrival:
-    return Arrival(f"probe-{uuid.uuid4().hex}", Digest(hashlib.sha256(_RIGHT).hexdigest()), len(_RIGHT))
+    return Arrival(f"{PROBE}{uuid.uuid4().hex}", Digest(hashlib.sha256(_RIGHT).hexdigest()), len(_RIGHT))

@@ -36,7 +36,7 @@ def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
     problems.install(app)
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     if tokens:
-        app.add_middleware(CallerLimits, settings=resources.settings)
+        app.add_middleware(CallerLimits, callers=app.state.callers)
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)

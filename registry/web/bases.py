@@ -40,6 +40,13 @@ def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response:
         return base_view(session, base)
 
 
+@router.delete("/aliases/{alias:path}")
+def remove_alias(alias: str, resources: ResourcesOf, actor: Contributor) -> BaseOut:
+    """For who made the base, and for admins of the registry; answers with the base."""
+    with resources.write() as session:
+        return base_view(session, bases.remove_alias(session, actor, alias))
+
+
 @router.get("")
 def list_bases(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[BaseOut]:
     with resources.read() as session:

@@ -213,6 +213,7 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{namespace}": things.namespace, "{version}": "1.0.0", "{channel}": "prod",
         "{name}": "merged" if path.startswith("/v1/models") else "sql",
         "{path:path}": "weights.safetensors",
+        "{alias:path}": "Acme/Nothing",
         "{base:path}": "tiny", "{suite}": "exact", "{sha256}": things.sha256, "{job_id}": str(things.job_id),
         "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{token_id}": "aaaaaaaaaaaa",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """How much one caller may ask for: headers, bodies, requests, uploads at a time."""
 
 import threading
+import time
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
 def limited(furnished: House, **limits: object) -> House:
     """The same registry behind a server with these limits."""
     home = furnished.resources.settings.home_directory
-    resources = open_resources(Settings(home=home, access_cache_s=0, **limits))  # type: ignore[arg-type]
+    resources = open_resources(Settings(home=home, **{"access_cache_s": 0, **limits}))  # type: ignore[arg-type]
     transport = InProcessTransport(create_app(resources, tokens=True))
     return House(resources, furnished.things, furnished.secrets, furnished.ids, transport)
 
@@ -56,7 +57,16 @@ def test_a_token_that_asks_too_often_is_told_when_to_come_back_and_others_are_no
     assert 1 <= int(answer.headers["Retry-After"]) <= 60
     assert house.ask("publisher", "GET", "/v1/whoami").status_code == 200
     assert house.ask("nobody", "GET", "/v1/whoami").status_code == 200
-    assert all(house.ask("reader", "GET", "/healthz").status_code == 200 for _ in range(10))
+    house.close()
+
+
+@pytest.mark.parametrize("probe", ["/healthz", "/readyz"])
+def test_probes_are_answered_however_many_there_are_and_whatever_else_came_from_their_address(
+    furnished: House, probe: str
+) -> None:
+    house = limited(furnished, rate_limit="2/minute")
+    assert [status for _, status in guess(house, 4)] == [401, 401, 429, 429]
+    assert all(house.ask("nobody", "GET", probe).status_code == 200 for _ in range(10))
     house.close()
 
 
@@ -119,14 +129,77 @@ def test_a_token_is_one_caller_however_the_header_is_spelled(furnished: House) -
     house.close()
 
 
-def test_guessed_tokens_are_counted_by_address(furnished: House) -> None:
-    house = limited(furnished, rate_limit="5/minute")
-    codes = []
-    for number in range(8):
+def guess(house: House, times: int, method: str = "GET", path: str = "/v1/whoami") -> list[tuple[httpx2.Response, int]]:
+    """The answers to so many tokens that look right and are not, and their statuses."""
+    answers: list[tuple[httpx2.Response, int]] = []
+    for number in range(times):
         body = f"adp_{'a' * 12}_{number:064x}"
         house.secrets["guess"] = f"{body}{zlib.crc32(body.encode()):08x}"
-        codes.append(house.ask("guess", "GET", "/v1/whoami").status_code)
-    assert codes == [401] * 5 + [429] * 3
+        answer = house.ask("guess", method, path)
+        answers.append((answer, answer.status_code))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/whoami"), ("POST", "/v1/uploads"), ("PUT", f"/v1/blobs/{'0' * 64}?upload=x")]
+)
+def test_guessed_tokens_are_counted_by_address_whatever_they_are_sent_with(
+    furnished: House, method: str, path: str
+) -> None:
+    house = limited(furnished, rate_limit="5/minute")
+    answers = guess(house, 8, method, path)
+    assert [status for _, status in answers] == [401] * 5 + [429] * 3
+    assert "tokens that are not in force" in answers[-1][0].json()["detail"]
+    house.close()
+
+
+def test_who_guesses_too_often_is_told_how_long_to_wait_and_may_guess_again_then(furnished: House) -> None:
+    house = limited(furnished, rate_limit="3/3seconds")
+    answers = guess(house, 5)
+    assert [status for _, status in answers] == [401, 401, 401, 429, 429]
+    wait_s = int(answers[-1][0].headers["Retry-After"])
+    assert 1 <= wait_s <= 3
+    time.sleep(wait_s)
+    assert [status for _, status in guess(house, 1)] == [401]
+    house.close()
+    house = limited(furnished, rate_limit="3/hour")
+    assert int(guess(house, 5)[-1][0].headers["Retry-After"]) > 60
+    house.close()
+
+
+@pytest.mark.parametrize("cache_s", [0, 60])
+def test_who_has_a_token_is_not_refused_for_what_others_of_the_same_address_guess(
+    furnished: House, cache_s: int
+) -> None:
+    house = limited(furnished, rate_limit="4/minute", access_cache_s=cache_s)
+    assert guess(house, 6)[-1][1] == 429
+    assert [house.ask("reader", "GET", "/v1/whoami").status_code for _ in range(6)] == [200] * 4 + [429] * 2
+    assert house.ask("publisher", "POST", "/v1/uploads", json={"namespace": "acme", "files": []}).status_code != 429
+    assert house.ask("nobody", "GET", "/v1/whoami").status_code == 200, "who sends no token guesses nothing"
+    for spent in ("revoked", "expired"):
+        assert house.ask(spent, "GET", "/v1/whoami").status_code == 429
+    assert guess(house, 1)[0][1] == 429
+    house.close()
+
+
+def test_a_guess_too_many_costs_no_reading_of_its_body(furnished: House) -> None:
+    house = limited(furnished, rate_limit="2/minute")
+    read: list[bytes] = []
+
+    def body() -> Iterator[bytes]:
+        read.append(b"[]")
+        yield b"[]"
+
+    guess(house, 1)
+    assert (house.ask("guess", "POST", "/v1/suites", content=body()).status_code, len(read)) == (401, 1)
+    assert (house.ask("guess", "POST", "/v1/suites", content=body()).status_code, len(read)) == (429, 1)
+    house.close()
+
+
+def test_asking_without_a_token_is_no_guess(furnished: House) -> None:
+    house = limited(furnished, rate_limit="3/minute")
+    assert [house.ask("nobody", "GET", "/v1/jobs").status_code for _ in range(4)] == [401] * 3 + [429]
+    assert guess(house, 1)[0][1] == 401
     house.close()
 
 

@@ -1,6 +1,7 @@
 """A combination is an ordinary PEFT adapter whose forward is the weighted sum of its members' deltas."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
+from composer.adapter import peft_form, write_adapter
 from composer.combine import combine
+from composer.delta import Layout, LowRank, Replacement
 from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
@@ -107,6 +110,44 @@ def test_biases_are_passed_through_where_peft_looks_for_them(
         ours = PeftModel.from_pretrained(load_model(base), tmp_path / "out").eval()(IDS).logits
         theirs = PeftModel.from_pretrained(load_model(base), adapter).eval()(IDS).logits
     assert_close(ours, theirs, "logits")
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 8}, {"energy": 0.9}])
+def test_a_trained_bias_is_refused_by_any_rank_and_merged(
+    settings: dict[str, object], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model("gpt2")
+    adapter = make_adapter(base, target_modules=["c_attn"], lora_bias=True, fan_in_fan_out=True)
+    checkpoint = open_checkpoint(base)
+    with pytest.raises(NotSupported, match=r"attn\.c_attn\.bias") as caught:
+        combine([(adapter, 1.0)], tmp_path / "out", checkpoint.architecture, settings=settings)
+    assert (caught.value.code, caught.value.next_step) == ("bias_delta", "Merge it into the base.")
+    assert not (tmp_path / "out").exists()
+    run_merge(plan_merge(checkpoint, [(adapter, 1.0)]), tmp_path / "merged", device="cpu")
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(load_model(base), adapter).eval()(IDS).logits
+        assert_close(load_model(tmp_path / "merged").eval()(IDS).logits, theirs, "logits")
+
+
+def test_what_no_rank_can_hold_is_not_told_to_be_cut_to_one(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base, use_dora=True)
+    with pytest.raises(NotSupported, match="no LoRA can hold") as caught:
+        combine([(adapter, 1.0)], tmp_path / "out", open_checkpoint(base).architecture)
+    assert caught.value.next_step == "Merge it into the base: it depends on what the base has."
+
+
+def test_two_tensors_of_one_key_are_never_written() -> None:
+    one = LowRank("layer", "layer.weight", Layout.LINEAR, torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    for deltas in (
+        [one, replace(one, weight="layer.other")],
+        [one, *(Replacement("layer", f"{part}.scale", torch.ones(4)) for part in ("one", "two"))],
+    ):
+        with pytest.raises(NotSupported, match="would stand for two tensors") as caught:
+            write_adapter(peft_form(deltas), Path("nowhere"), {}, {})
+        assert (caught.value.code, "layer" in caught.value.subject) == ("two_for_one_key", True)
 
 
 def test_a_weighted_replacement_is_refused(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:

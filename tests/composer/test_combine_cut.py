@@ -13,6 +13,7 @@ from composer.formats.checkpoint import open_checkpoint
 from composer.methods import combine_deltas
 from composer.variants import load_deltas
 from composer.weights import Weight, layer_of, parse_rule
+from tests.composer.adapted import peft_logits, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
 
 
@@ -57,6 +58,18 @@ def test_a_share_of_the_energy_gives_each_module_a_rank_of_its_own(
     assert config["rank_pattern"] == config["alpha_pattern"]
     model = PeftModel.from_pretrained(load_model(base), tmp_path / "out")
     assert any(parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_rank_is_that_of_every_module_and_loses_nothing_where_there_is_less(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base, r=4, rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 3})
+    report = combine([(adapter, 1.0)], tmp_path / "out", settings={"rank": 8})
+    assert (report.ranks, report.lost < 1e-6) == ({8: 6}, True)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (8, {}, {})
+    assert relative(peft_logits(base, tmp_path / "out"), peft_logits(base, adapter)) <= 1e-5
 
 
 def test_a_method_of_full_space_without_a_rank_is_no_adapter(

@@ -86,6 +86,20 @@ def test_stacks_are_packed_without_a_base_too(tmp_path: Path) -> None:
     assert relative(peft_logits(base, tmp_path / "combined"), logits(direct)) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("tsv", {}), ("knots_ties", {}), ("core_ties", {}), ("svd", {"rank": 3}), ("stack", {"rank": 3})],
+)
+def test_what_is_more_than_a_sum_of_stacks_needs_the_base(
+    method: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    """A checkpoint that keeps gate and up apart has two places where the adapters have one."""
+    base = save_base(mixtral(), tmp_path / "base")
+    with pytest.raises(NotSupported, match=r"down_proj is a stack of experts") as caught:
+        combine(members_of(base, tmp_path)[1:], tmp_path / "combined", None, method, settings)
+    assert (caught.value.code, "--base" in caught.value.next_step) == ("needs_base", True)
+
+
 def test_experts_and_parts_of_experts_that_are_left_out_are_zero(tmp_path: Path) -> None:
     """The last expert, parts of another, and the stack of one layer, which a rule can name as PEFT does."""
     base = save_base(mixtral(), tmp_path / "base")

@@ -205,8 +205,28 @@ def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
     assert headline.endswith("suffers, 40% of its gain is left.")
     first, *others = report.tables(found)
     assert first.title == "Probe"
-    assert first.rows[0] == ("red + green", "red-exact", "4", "3.00", "0.50", "2.00", "+1.50 [+1.08, +1.92]", "40%", "-")
-    assert first.rows[2] == ("red + green", "general (guard)", "4", "0.70", "0.90", "1.50", "+0.60 [+0.28, +0.92]", "-", "-")
+    assert first.rows[0] == (
+        "red + green",
+        "red-exact",
+        "4",
+        "3.00",
+        "0.50",
+        "2.00",
+        "+1.50 [+1.08, +1.92]",
+        "40%",
+        "-",
+    )
+    assert first.rows[2] == (
+        "red + green",
+        "general (guard)",
+        "4",
+        "0.70",
+        "0.90",
+        "1.50",
+        "+0.60 [+0.28, +0.92]",
+        "-",
+        "-",
+    )
     for table in (first, *others):
         assert {len(row) for row in table.rows} == {len(table.columns)}
 

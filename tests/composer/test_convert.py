@@ -13,7 +13,9 @@ from composer.convert import convert
 from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.foreign import recognise
-from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
+from tests.composer.adapted import merge, peft_logits, relative
+from tests.composer.test_variants_experts import mixtral, save_base
+from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 Tensors = dict[str, torch.Tensor]
 PREFIX = "base_model.model."
@@ -110,6 +112,116 @@ def test_experts_that_mlx_stacks_get_a_pair_each(tmp_path: Path, make_moe: Path)
     for expert, (module, (ours_A, ours_B)) in enumerate(factors_of(tmp_path / "out").items()):
         assert module == f"model.layers.0.mlp.experts.{expert}.gate_proj"
         assert_close(ours_B @ ours_A, 3.0 * B[expert] @ A[expert], module)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")])
+def test_mixtrals_own_names_of_an_experts_tensors_are_known(ours: str, theirs: str, tmp_path: Path) -> None:
+    base = save_base(mixtral(), tmp_path / "base")
+    outputs, inputs = (16, 24) if ours == "w2" else (24, 16)
+    generator = torch.Generator().manual_seed(2)
+    A, B = torch.randn(4, 2, inputs, generator=generator), torch.randn(4, outputs, 2, generator=generator)
+    name = f"model.layers.1.block_sparse_moe.switch_mlp.{theirs}"
+    source = mlx(tmp_path, {f"{name}.lora_a": A, f"{name}.lora_b": B}, scale=3.0)
+    convert(source, tmp_path / "out", open_checkpoint(base).architecture)
+    before, plan = tensors_in(base), merge(base, tmp_path / "out", tmp_path / "merged")
+    after = tensors_in(tmp_path / "merged")
+    assert plan.touched == [f"model.layers.1.block_sparse_moe.experts.{e}.{ours}.weight" for e in range(4)]
+    for expert, weight in enumerate(plan.touched):
+        assert_close(after[weight], before[weight] + 3.0 * B[expert] @ A[expert], weight)
+
+
+def mlx(directory: Path, tensors: Tensors, **parameters: object) -> Path:
+    (directory / "mlx").mkdir()
+    save_file(tensors, directory / "mlx/adapters.safetensors")
+    (directory / "mlx/adapter_config.json").write_text(json.dumps({"lora_parameters": parameters}))
+    return directory / "mlx"
+
+
+def test_a_head_and_an_embedding_of_one_tensor_are_two_modules(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model(tied=True)
+    generator = torch.Generator().manual_seed(2)
+    sides = {"model.embed_tokens": (64, 16), "lm_head": (16, 64)}  # MLX has inputs first
+    tensors = {
+        f"{module}.lora_{part}": torch.randn(*((inputs, 2) if part == "a" else (2, outputs)), generator=generator)
+        for module, (inputs, outputs) in sides.items()
+        for part in "ab"
+    }
+    convert(mlx(tmp_path, tensors, scale=2.0), tmp_path / "out", open_checkpoint(base).architecture)
+    model = PeftModel.from_pretrained(load_model(base), tmp_path / "out").base_model.model
+    product = {module: 2.0 * tensors[f"{module}.lora_a"] @ tensors[f"{module}.lora_b"] for module in sides}
+    assert_close(model.lm_head.get_delta_weight("default"), product["lm_head"].T, "lm_head")
+    embedded = model.model.embed_tokens.get_delta_weight("default")
+    assert_close(embedded, product["model.embed_tokens"], "model.embed_tokens")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_dora_of_mlx_is_one_of_pefts(
+    kind: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(kind)
+    targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "down_proj"]
+    original = make_adapter(base, target_modules=targets, use_dora=True)
+    convert(as_mlx_dora(original, tmp_path), tmp_path / "out", open_checkpoint(base).architecture)
+    assert relative(peft_logits(base, tmp_path / "out"), peft_logits(base, original)) <= 1e-6
+
+
+def as_mlx_dora(adapter: Path, out: Path) -> Path:
+    suffix, tensors = ".lora_magnitude_vector", load_file(adapter / "adapter_model.safetensors")
+    magnitudes = {key.removeprefix(PREFIX).removesuffix(suffix): m for key, m in tensors.items() if suffix in key}
+    source = as_mlx(adapter, out)
+    known = load_file(source / "adapters.safetensors")
+    save_file(known | {f"{module}.m": m for module, m in magnitudes.items()}, source / "adapters.safetensors")
+    return source
+
+
+def without_one(tensors: Tensors) -> Tensors:
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith("layers.1.self_attn.q_proj.m")}
+
+
+def cut_short(tensors: Tensors) -> Tensors:
+    return tensors | {"model.layers.1.self_attn.q_proj.m": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(without_one, "no magnitude"), (cut_short, r"shape \[3\] for 16 outputs")]
+)
+def test_magnitudes_that_peft_cannot_hold_name_their_module(
+    change: Callable[[Tensors], Tensors],
+    says: str,
+    tmp_path: Path,
+    make_model: MakeModel,
+    make_adapter: MakeAdapter,
+) -> None:
+    base = make_model()
+    source = as_mlx_dora(make_adapter(base, use_dora=True), tmp_path)
+    save_file(change(load_file(source / "adapters.safetensors")), source / "adapters.safetensors")
+    with pytest.raises(ComposerError, match=says) as caught:
+        convert(source, tmp_path / "out", open_checkpoint(base).architecture)
+    assert caught.value.subject == "model.layers.1.self_attn.q_proj"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_magnitude_of_an_embedding_has_another_norm_in_mlx(tmp_path: Path, make_model: MakeModel) -> None:
+    sizes = {"lora_a": (64, 2), "lora_b": (2, 16), "m": (64,)}
+    tensors = {f"model.embed_tokens.{part}": torch.ones(*size) for part, size in sizes.items()}
+    with pytest.raises(NotSupported, match="embed_tokens has no magnitude") as caught:
+        convert(mlx(tmp_path, tensors), tmp_path / "out", open_checkpoint(make_model()).architecture)
+    assert caught.value.next_step == "Fuse it into the base with MLX."
+
+
+def test_modules_that_are_not_found_can_be_told_apart(tmp_path: Path, make_model: MakeModel) -> None:
+    names = [f"model.layers.{layer}.block_sparse_moe.switch_mlp.some_other_proj" for layer in (3, 4)]
+    tensors = {f"{name}.lora_{part}": torch.ones(2, 2) for name in names for part in "ab"}
+    with pytest.raises(InvalidFile) as caught:
+        convert(mlx(tmp_path, tensors), tmp_path / "out", open_checkpoint(make_model()).architecture)
+    assert all(name in caught.value.message for name in names)
+
+
+def test_a_checkpoint_is_told_from_an_adapter(make_model: MakeModel) -> None:
+    for shard in ("8KB", "1GB"):
+        with pytest.raises(InvalidFile, match="is a checkpoint, a whole model and no adapter") as caught:
+            recognise(make_model(shard=shard, name=shard))
+        assert caught.value.next_step == "Name an adapter's directory."
 
 
 @pytest.fixture

@@ -1,14 +1,21 @@
 """Where an adapter loads: what each server refuses, why, and that what was judged once answers for every rank limit."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from composer.combine import combine
 from composer.errors import NotSupported
+from composer.findings import Severity
+from composer.formats.checkpoint import open_checkpoint
 from composer.formats.facts import read_adapter
+from composer.formats.inspection import inspect
 from composer.formats.serving import SERVERS, Loading, judge, loads, loads_in, parse_profile
+from tests.composer.adapted import logits, peft_logits, relative
 from tests.composer.test_formats_adapter import Q0, change_tensors, facts_of, placed_on
 from tests.composer.tiny import MakeAdapter, MakeModel
 
@@ -82,6 +89,67 @@ def test_tensors_that_no_flag_announces_are_refused_where_only_factors_are_read(
     for profile in ("vllm:16", "sglang", "lorax", "llamacpp"):
         assert "magnitude" in " ".join(loading_of(adapter, profile).reasons)
     assert loading_of(adapter, "peft").loads
+
+
+def without_prefix(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def in_a_state_dict(name: str) -> str:
+    return name.replace(".weight", ".default.weight")
+
+
+@pytest.mark.parametrize(
+    ("rename", "code", "refusing"),
+    [(without_prefix, "no_prefix", {"peft", "lorax"}), (in_a_state_dict, "raw_keys", set(SERVERS) - {"peft"})],
+)
+def test_keys_that_a_server_does_not_take_are_told_and_a_combination_has_pefts_own(
+    rename: Callable[[str], str],
+    code: str,
+    refusing: set[str],
+    tmp_path: Path,
+    make_model: MakeModel,
+    make_adapter: MakeAdapter,
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base)
+    trained, untouched = peft_logits(base, adapter), logits(base)
+    change_tensors(adapter, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    seen = inspect(adapter, open_checkpoint(base).architecture)
+    assert [(finding.code, finding.severity) for finding in seen.findings] == [(code, Severity.NOTICE)]
+    assert {server for server in SERVERS if not loading_of(adapter, server).loads} == refusing
+    assert (relative(peft_logits(base, adapter), untouched) > 0.01) is ("peft" not in refusing)
+    for server in refusing:
+        (way_out,) = loading_of(adapter, server).way_out
+        assert "combine with one adapter" in way_out
+    combine([(adapter, 1.0)], tmp_path / "combined")
+    assert relative(peft_logits(base, tmp_path / "combined"), trained) <= 1e-6
+    assert all(loading_of(tmp_path / "combined", server).loads for server in SERVERS)
+
+
+def test_no_server_is_said_to_load_what_is_no_known_part(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    change_tensors(adapter, lambda tensors: tensors | {f"{Q0}.lora_X.weight": torch.ones(4, 16)})
+    seen = inspect(adapter, None)
+    assert [(finding.code, finding.severity) for finding in seen.findings] == [("unmatched_tensor", Severity.ERROR)]
+    assert "q_proj.lora_X.weight is no part of a LORA adapter" in seen.findings[0].message
+    assert seen.facts.modules_to_save == ()
+    for server in SERVERS:
+        assert "q_proj.lora_X" in " ".join(loading_of(adapter, server).reasons)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_rslora": True}, {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 16}}]
+)
+def test_the_way_out_of_a_pattern_leads_to_what_llamacpp_converts(
+    settings: dict[str, object], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(make_model(), **settings)
+    (way_out,) = loading_of(adapter, "llamacpp").way_out
+    rank = re.search(r"--rank (\d+)", way_out)
+    combine([(adapter, 1.0)], tmp_path / "out", settings={"rank": rank[1]} if rank else {})
+    assert bool(rank) is ("rank_pattern" in settings)
+    assert all(loading_of(tmp_path / "out", profile).loads for profile in ("llamacpp", "vllm:16", "sglang"))
 
 
 def test_a_release_that_was_never_judged_says_so() -> None:

@@ -1,15 +1,7 @@
 """What a store promises that takes bytes from clients by itself, asked of S3 whether it checks digests or we do."""
 
-import hashlib
 import os
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
@@ -17,98 +9,15 @@ import pytest
 
 from registry.errors import Conflict, Invalid
 from registry.names import Digest
-from registry.settings import S3Storage
-from registry.storage.blobs import Arrival, Part, Put
-from registry.storage.s3 import S3Store
-from registry.storage.s3_arrivals import S3Arrivals
-from registry.storage.s3_bucket import open_bucket
-from registry.storage.s3_trial import SETTLED_S
+from registry.storage.blobs import Arrival, Part
+from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, send
 from tests.s3_server import BUCKET, S3Server
-
-PART_BYTES = 5 << 20
-LARGE_BYTES = 2 * PART_BYTES + 1000
-TOMORROW = datetime.now(UTC) + timedelta(days=1)
-
-
-class Corner:
-    """A prefix of its own in the real server, seen by our store and past it."""
-
-    def __init__(
-        self, s3: S3Server, *, hash_arrivals: bool = False, endpoint: str | None = None, direct: Any = "auto"
-    ) -> None:
-        self.prefix = f"{uuid.uuid4().hex}/"
-        self.client = s3.client()
-        storage = S3Storage(
-            kind="s3",
-            bucket=BUCKET,
-            prefix=self.prefix,
-            endpoint_url=endpoint or s3.endpoint,
-            multipart_bytes=LARGE_BYTES,
-            part_bytes=PART_BYTES,
-            hash_arrivals=hash_arrivals,
-            direct=direct,
-        )
-        self.store = S3Store(storage)
-        self.seconds = 0.0
-        self.arrivals = S3Arrivals(open_bucket(storage), storage, clock=lambda: self.seconds)
-
-    def announce(self, content: bytes) -> Arrival:
-        """As the registry would, for a blob that nobody has yet."""
-        part_bytes = self.arrivals.part_bytes(len(content))
-        digest = Digest(hashlib.sha256(content).hexdigest())
-        arrival = Arrival(uuid.uuid4().hex, digest, len(content), None, part_bytes)
-        if part_bytes is None:
-            return arrival
-        multipart_id = self.arrivals.begin(arrival)
-        return Arrival(arrival.upload_id, digest, len(content), multipart_id, part_bytes)
-
-    def whole(self, arrival: Arrival, *, known: bool = False) -> Put:
-        put = self.arrivals.whole(arrival, 600, sent_before=False, known=known)
-        assert put is not None
-        return put
-
-    def missing_parts(self, arrival: Arrival) -> list[Part]:
-        parts = self.arrivals.parts(arrival, 600)
-        assert parts is not None
-        return [part for part in parts if part.put is not None]
-
-    def key(self, arrival: Arrival) -> str:
-        return f"{self.prefix}blobs/sha256/{arrival.sha256[:2]}/{arrival.sha256}"
-
-    def read(self, sha256: Digest) -> bytes:
-        with self.store.open(sha256) as reader:
-            return reader.read()
-
-    def left(self) -> set[str]:
-        """Keys of everything but blobs, finished or not."""
-        listed = self.client.list_objects_v2(Bucket=BUCKET, Prefix=self.prefix).get("Contents", ())
-        begun = self.client.list_multipart_uploads(Bucket=BUCKET, Prefix=self.prefix).get("Uploads", ())
-        keys = {row["Key"].removeprefix(self.prefix) for row in (*listed, *begun)}
-        return {key for key in keys if not key.startswith("blobs/")}
-
-
-def send(put: Put | None, content: bytes, **other_headers: str) -> int:
-    assert put is not None
-    return httpx2.put(
-        put.url, content=iter([content]), headers={**put.headers, **other_headers}, timeout=60
-    ).status_code
 
 
 def send_parts(parts: list[Part], content: bytes) -> None:
     for part in parts:
         start = (part.number - 1) * PART_BYTES
         assert send(part.put, content[start : start + part.size_bytes]) == 200
-
-
-@pytest.fixture
-def credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3.credentials.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(params=["the store checks", "we check"])
-def corner(request: pytest.FixtureRequest, s3: S3Server, credentials: None) -> Corner:
-    return Corner(s3, hash_arrivals=request.param == "we check")
 
 
 def test_what_is_sent_whole_becomes_a_blob_and_nothing_else_stays(corner: Corner) -> None:
@@ -265,58 +174,6 @@ def test_parts_grow_with_the_file_so_that_there_are_never_more_than_10_000(corne
         assert sum(Arrival("", Digest(""), size, None, part_bytes).part_sizes) == size
 
 
-def in_place(corner: Corner) -> bool:
-    """Whether the next file would be written under the key of its blob."""
-    path = urlsplit(corner.whole(corner.announce(os.urandom(100))).url).path
-    assert ("/blobs/sha256/" in path) != ("/incoming/" in path)
-    return "/blobs/sha256/" in path
-
-
-def test_a_store_that_obeys_a_header_which_was_not_signed_gets_nothing_in_place(
-    s3: S3Server, credentials: None
-) -> None:
-    corner = Corner(s3)
-    assert not in_place(corner)
-    assert corner.left() == set(), "a process that ends soon asks nothing"
-    corner.seconds += SETTLED_S
-    assert not in_place(corner)
-    time.sleep(3)  # the object should end after one
-    for _ in range(3):
-        corner.seconds += SETTLED_S
-        assert not in_place(corner)
-    assert corner.left() == set()
-
-
-def test_a_store_that_never_sees_such_a_header_gets_files_in_place_once_that_is_known(
-    s3: S3Server, credentials: None
-) -> None:
-    """The real server behind a relay that takes the header away, since no server for tests does so by itself."""
-    with relay(s3.endpoint, {b"X-Delete-After": b"X-Nothing-Else"}) as endpoint:
-        corner = Corner(s3, endpoint=endpoint)
-        corner.seconds += SETTLED_S
-        assert not in_place(corner)
-        assert len(corner.left()) == 1
-        time.sleep(3)
-        assert not in_place(corner), "too early to tell"
-        corner.seconds += SETTLED_S
-        content = os.urandom(1000)
-        arrival = corner.announce(content)
-        put = corner.whole(arrival)
-        assert "/blobs/sha256/" in put.url
-        assert corner.left() == set()
-        assert send(put, content) == 200
-        assert corner.arrivals.finish(arrival).size_bytes == 1000
-        assert corner.read(arrival.sha256) == content
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_an_operator_may_know_better(s3: S3Server, credentials: None, direct: bool) -> None:
-    corner = Corner(s3, direct=direct)
-    assert in_place(corner) is direct
-    corner.seconds += 10 * SETTLED_S
-    assert in_place(corner) is direct
-
-
 def test_a_false_encoding_that_was_sent_with_a_blob_is_not_passed_on(s3: S3Server, credentials: None) -> None:
     corner = Corner(s3, direct=True)
     arrival = corner.announce(b"no gzip at all")
@@ -326,30 +183,3 @@ def test_a_false_encoding_that_was_sent_with_a_blob_is_not_passed_on(s3: S3Serve
     url = corner.store.url(arrival.sha256, 60)
     assert url is not None
     assert httpx2.get(url).content == b"no gzip at all"
-
-
-@contextmanager
-def relay(endpoint: str, changes: Mapping[bytes, bytes]) -> Generator[str]:
-    """The server by another address, where some words of what is sent become others of the same length."""
-    target = urlsplit(endpoint)
-
-    def pass_on(source: socket.socket, sink: socket.socket, changes: Mapping[bytes, bytes]) -> None:
-        with suppress(OSError):  # either side hung up
-            while data := source.recv(1 << 16):
-                for before, after in changes.items():
-                    data = data.replace(before, after)
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    def take(listener: socket.socket) -> None:
-        with suppress(OSError):  # closed: the test is over
-            while True:
-                near = listener.accept()[0]
-                far = socket.create_connection((target.hostname, target.port))
-                threading.Thread(target=pass_on, args=(near, far, changes), daemon=True).start()
-                threading.Thread(target=pass_on, args=(far, near, {}), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=take, args=(listener,), daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)

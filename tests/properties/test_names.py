@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import semantic_version
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from registry import names
@@ -72,9 +72,20 @@ def test_a_version_is_written_as_it_was_read_or_is_refused(text: str) -> None:
 
 @given(versions, st.sampled_from(["major", "minor", "patch"]))
 def test_a_bump_is_the_next_stable_version_above(version: Version, part: str) -> None:
+    assume(getattr(version, part) < 10**18 - 1)
     bumped = version.bump(part)
     assert bumped.stable
     assert bumped > version
+    assert parse_version(str(bumped)) == bumped, "whatever is counted up can be asked for"
+
+
+@pytest.mark.parametrize("part", ["major", "minor", "patch"])
+def test_the_largest_number_is_not_counted_up(part: str) -> None:
+    largest = Version(*[10**18 - 1 if part == one else 0 for one in ("major", "minor", "patch")])
+    assert parse_version(str(largest)) == largest
+    with pytest.raises(Usage, match="at most 18 digits") as raised:
+        largest.bump(part)
+    assert "REPO:VERSION" in raised.value.next_step
 
 
 references = st.one_of(

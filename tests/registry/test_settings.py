@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from registry.settings import LocalStorage, S3Storage, Settings
+from tests.scenarios.test_bad_input import refused
+from tests.scenarios.world import Cli
 
 
 def test_the_kind_of_storage_follows_from_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -14,3 +17,54 @@ def test_the_kind_of_storage_follows_from_the_rest(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("ADAPTORY_STORAGE__DIRECTORY")
     monkeypatch.setenv("ADAPTORY_STORAGE__BUCKET", "adapters")
     assert Settings().storage == S3Storage(bucket="adapters")
+
+
+def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) -> None:
+    settings = {"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_MAX_FILE_BYTES": "plenty"}
+    refused(Cli(settings)("list"), 2, "ADAPTORY_MAX_FILE_BYTES")
+    for address in ("nonsense", "ftp://example.org", "https://", "adapters.example:8470"):
+        ran = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_URL": address})("list")
+        refused(ran, 2, "ADAPTORY_URL", "https://adapters.example")
+        assert ".." not in ran.err
+
+
+@pytest.mark.parametrize(
+    "address", ["mysql://x", "sqlite", "postgresql://h:port/x", "postgresql+psycopg2://h/x", "sqlite+aiosqlite:///x"]
+)
+def test_a_database_that_is_neither_sqlite_nor_postgresql_is_named(tmp_path: Path, address: str) -> None:
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_DATABASE_URL": address})
+    for command in ("list", "migrate", "serve"):
+        refused(cli(command), 2, "ADAPTORY_DATABASE_URL", "sqlite", "postgresql://user@host/name")
+
+
+@pytest.mark.parametrize("rate", ["foo", "0/minute", "-1/minute", "10/minute;5/second", " ", "10"])
+def test_what_is_no_rate_is_refused(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+    monkeypatch.setenv("ADAPTORY_RATE_LIMIT", rate)
+    with pytest.raises(ValidationError, match="6000/minute"):
+        Settings()
+
+
+@pytest.mark.parametrize("rate", ["", "6000/minute", "10 per 2 hours", "30/minute"])
+def test_a_rate_is_so_many_in_a_time_or_no_limit(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+    monkeypatch.setenv("ADAPTORY_RATE_LIMIT", rate)
+    assert Settings().rate_limit == rate
+
+
+def test_proxies_are_addresses_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().trusted_proxies == ""
+    for good in ("127.0.0.1", "10.0.0.7, 10.1.0.0/16,::1"):
+        monkeypatch.setenv("ADAPTORY_TRUSTED_PROXIES", good)
+        assert Settings().trusted_proxies == good
+    for bad in ("*", "proxy.example", "10.1.0.1/16", "10.0.0.7,"):
+        monkeypatch.setenv("ADAPTORY_TRUSTED_PROXIES", bad)
+        with pytest.raises(ValidationError, match="addresses or networks"):
+            Settings()
+
+
+@pytest.mark.parametrize("name", ["ADAPTORY_RATE_LIMIT", "ADAPTORY_TRUSTED_PROXIES"])
+def test_a_server_whose_settings_make_no_sense_says_which_and_does_not_start(tmp_path: Path, name: str) -> None:
+    refused = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), name: "foo"})("serve", "--port", 0)
+    assert refused.code == 2
+    assert name in refused.err
+    assert "listening" not in refused.err
+    assert not (tmp_path / "home").exists()

@@ -1,6 +1,7 @@
 """A server for many: people with roles, a private and a public namespace, and what each of them sees and may do."""
 
 import json
+import shutil
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def test_each_sees_and_does_what_the_role_allows_and_the_audit_says_who_it_was(
     assert nobody("yank", "acme/sql:1.0.0", "--reason", "mine").code == 5
 
     rows = [json.loads(line) for line in ada.ok("audit", "--jsonl", "--namespace", "acme").out.splitlines()]
+    first = ada.ok("audit", "--jsonl", "--namespace", "acme", "--limit", "2").out.splitlines()
+    assert [json.loads(line) for line in first] == rows[:2]
     did = {(row["act"], row["actor"]) for row in rows}
     assert {("release:publish", "pia"), ("channel:promote", "rolf"), ("namespace:set", "ada")} <= did
     assert all(
@@ -90,6 +93,45 @@ def test_each_sees_and_does_what_the_role_allows_and_the_audit_says_who_it_was(
     refused = rita("audit")
     assert (refused.code, "rita has the role admin in no namespace" in refused.err) == (5, True)
     assert "ask an admin of yours" in refused.err
+
+
+def test_a_base_has_the_names_and_places_that_its_maker_and_admins_give_it_and_no_others(
+    company: Company, world: World, tmp_path: Path
+) -> None:
+    olga = company.person("olga")
+    for user, namespace in (("pia", "acme"), ("bob", "elsewhere")):
+        olga.ok("namespace", "grant", namespace, user, "publisher")
+    pia, bob = company.person("pia"), company.person("bob")
+    pia.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny")
+    added = pia.json("base", "show", "tiny")
+
+    again = bob.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny")
+    assert again.err == "", "all that it states is there"
+    elsewhere = shutil.copytree(world.base, tmp_path / "elsewhere")
+    noted = bob.ok("base", "add", elsewhere, "--name", "tiny").err
+    assert "base tiny is pia's" in noted
+    assert "was not added to its locations" in noted
+    for words in (("tiny", "--alias", "Acme/Other"), ("other",)):
+        refused = bob("base", "add", world.base, "--name", *words)
+        assert (refused.code, "Ask pia or an admin" in refused.err, "by the name tiny" in refused.err) == (
+            5,
+            True,
+            True,
+        )
+    assert bob("base", "unalias", "Acme/Tiny").code == 5
+    assert pia.json("base", "show", "tiny") == added
+
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "Acme/Other"}))
+    unknown = pia("push", adapter, "acme/sql:1.0.0")
+    assert (unknown.code, "no base 'Acme/Other'" in unknown.err) == (3, True)
+    olga.ok("base", "add", elsewhere, "--name", "tiny", "--alias", "Acme/Other")
+    assert pia.json("push", adapter, "acme/sql:1.0.0")["release"]["base"]["name"] == "tiny"
+    pia.ok("base", "unalias", "Acme/Other")
+    assert pia("push", adapter, "acme/sql:1.0.1").code == 3
+    (row,) = [row for row in olga.json("audit", "--act", "base:update")["items"] if row["before"]]
+    assert (row["actor"], row["before"], row["subject"]) == ("pia", {"alias": "Acme/Other"}, added["digest"])
 
 
 def test_a_rollback_is_explained_by_its_audit_row_alone(company: Company, world: World) -> None:

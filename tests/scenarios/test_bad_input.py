@@ -63,6 +63,17 @@ def with_release(tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
         (("search", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm:<max_lora_rank>, sglang"]),
         (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "is one of 1, 8, 16", "next: Use one of vllm"]),
         (("inspect", "acme/sql", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm"]),
+        (("search", "--include", "related"), 2, ["without base", "next: Say which with base (--base)"]),
+        (("search", "--include", "refused", "--base", "tiny"), 2, ["without loads_in", "(--loads-in)"]),
+        (("search", "--max-rank", "0"), 6, ["max_rank", "next: Correct --max-rank;"]),
+        (("token", "create", "--name=" + "x" * 101), 6, ["name", "next: Correct --name;"]),
+        (("namespace", "grant", "acme", "a/b", "reader"), 6, ["user", "next: Correct user;"]),
+        (("namespace", "set", "acme", "--require-signature"), 6, ["acme", "--signing-key"]),
+        (("token", "create", "--expires-in-days", "nan"), 2, ["nan days", "--expires-in-days"]),
+        (("token", "create", "--expires-in-days", "inf"), 2, ["inf days", "--expires-in-days"]),
+        (("token", "create", "--expires-in-days", "-1"), 6, ["greater than 0", "next: Correct --expires-in-days;"]),
+        (("base", "unalias", "Nobody/Knows-This"), 3, ["Nobody/Knows-This", "adaptory base list"]),
+        (("base", "unalias", "tiny"), 3, ["a base's own name stays"]),
         (("token", "create", "--scope", "acme=king"), 6, ["scope.acme", "next: Use 'reader', 'publisher'"]),
         (("namespace", "grant", "acme", "bo", "king"), 6, ["role", "next: Use 'reader', 'publisher'"]),
         (("audit", "--since", "yesterday"), 6, ["since", "next: Write a day", "2026-01-31T12:00:00Z"]),
@@ -284,15 +295,6 @@ def test_a_registry_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
 def test_a_home_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     refused(Cli({"ADAPTORY_HOME": str(tmp_path / "home")})("list"), 7, "ADAPTORY_HOME")
-
-
-def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) -> None:
-    settings = {"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_MAX_FILE_BYTES": "plenty"}
-    refused(Cli(settings)("list"), 2, "ADAPTORY_MAX_FILE_BYTES")
-    for address in ("nonsense", "ftp://example.org", "https://", "adapters.example:8470"):
-        ran = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_URL": address})("list")
-        refused(ran, 2, "ADAPTORY_URL", "https://adapters.example")
-        assert ".." not in ran.err
 
 
 def test_a_file_above_the_limit_is_refused_before_it_is_sent(stocked_embedded: Cli, world: World) -> None:

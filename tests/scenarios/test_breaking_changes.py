@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from sqlalchemy import update
 
 from registry.client.push import collect, push
 from registry.errors import Refused
+from registry.models import Release
 from registry.names import parse_repository
 from tests.composer.handmade import random_factors, write_adapter
-from tests.scenarios.traces import api_of
+from tests.scenarios.traces import api_of, opened
 from tests.scenarios.world import Cli, Ran, World
 
 Q0, Q1, V0 = (f"model.layers.{layer}.self_attn.{name}_proj" for layer, name in ((0, "q"), (1, "q"), (0, "v")))
@@ -48,6 +50,33 @@ def test_a_breaking_change_is_refused_with_its_reasons_and_the_number_that_would
     assert "2.0.0" in error["next"]
     assert len(stocked.json("log", "acme/sql")["items"]) == 1
     stocked.ok("push", world.adapters["terraform"], "acme/sql:2.0.0", "--base", "tiny")
+
+
+def test_a_line_at_the_largest_number_is_not_bumped_beyond_what_can_be_asked_for(stocked: Cli, world: World) -> None:
+    last = "acme/sql:999999999999999999.0.0"
+    stocked.ok("push", world.adapters["sql"], last, "--base", "tiny")
+    for bump, name in (("major", "other-sql"), ("auto", "terraform")):
+        refused = stocked("push", world.adapters[name], "acme/sql", "--bump", bump, "--base", "tiny")
+        assert refused.code == 2, refused.err
+        assert "No major version follows 999999999999999999.0.0" in refused.err
+        assert "next: Name a version yourself" in refused.err
+    stocked.ok("push", world.adapters["other-sql"], "acme/sql", "--bump", "minor", "--base", "tiny")
+    stocked.ok("show", "acme/sql:999999999999999999.1.0")
+    stocked.ok("yank", last, "--reason", "a number by mistake")
+    stocked.ok("promote", "acme/sql", "--to", "prod")
+
+
+def test_a_version_that_nobody_can_ask_for_is_told_by_fsck(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:999999999999999999.0.0", "--base", "tiny")
+    cli.ok("fsck")
+    held = opened(cli)
+    with held.write() as session:
+        session.execute(update(Release).values(version="1000000000000000000.0.0"))
+    held.close()
+    found = cli("fsck", "--json")
+    told = {finding["code"]: finding["subject"] for finding in found.json["findings"]}
+    assert (found.code, told["version_unreadable"]) == (1, "acme/sql:1000000000000000000.0.0")
 
 
 def test_auto_counts_up_what_the_change_needs(stocked: Cli, world: World, tmp_path: Path) -> None:

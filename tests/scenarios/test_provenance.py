@@ -139,6 +139,9 @@ def test_what_is_misspelt_is_refused_by_the_command_and_by_the_registry(
     refused = cli("push", documented, "acme/sql:1.0.0", "--base", "tiny", "--provenance", tmp_path / "stated.yaml")
     assert refused.code == 6
     assert "run_ulr" in refused.err
+    (tmp_path / "stated.yaml").write_text("data: [{digest: ab12}]")
+    refused = cli("push", documented, "acme/sql:1.0.0", "--base", "tiny", "--provenance", tmp_path / "stated.yaml")
+    assert (refused.code, "data of the provenance cannot be used: an item has a name" in refused.err) == (6, True)
     with api_of(cli) as api:
         request = {"version": "1.0.0", "base": "tiny", "files": [{"path": "a", "size_bytes": 1, "sha256": "a" * 64}]}
         for stated in ({"run_ulr": "x"}, {"license": "x" * 101}, {"hyperparameters": {"a": {"b": 1}}}):

@@ -151,6 +151,30 @@ def test_bytes_without_a_row_are_told_by_fsck_and_go_after_the_grace(
     assert broken_promises(place) == []
 
 
+def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
+    api: Api, held: Resources, tmp_path: Path
+) -> None:
+    """As after a restore: the database is of a moment when they were on their way, the store of a later one."""
+    sha256 = orphan(held, tmp_path, b"on its way then")
+    orphan(held, tmp_path, b"left by a crash")
+    row = {"path": "notes.txt", "size_bytes": 15, "sha256": sha256}
+    api.post("/v1/uploads", {"namespace": "acme", "files": [row]})
+    with held.read() as session:
+        until = session.scalars(select(Upload.expires_at)).one()
+    (told,) = fsck.check(held)
+    assert "2 blobs (30 bytes)" in told.message
+    assert f"the 1 that uploads have announced not before {until:%Y-%m-%d %H:%M} UTC" in told.message
+    soon = after(held, timedelta(hours=1))
+    assert collect_garbage(soon, grace=NONE, dry_run=True).blobs == 1
+    assert collect_garbage(soon, grace=NONE).blobs == 1
+    assert held.store.stat(sha256) is not None
+    later = after(held, 1.5 * DAY)
+    (told,) = fsck.check(later)
+    assert "announced" not in told.message
+    assert collect_garbage(later, grace=NONE).blobs == 1
+    assert fsck.check(held) == []
+
+
 def test_pushes_arrive_whole_while_a_collection_without_any_grace_runs(
     place: dict[str, str], url: str, api: Api, tmp_path: Path
 ) -> None:

@@ -44,4 +44,4 @@ def test_the_wheel_brings_the_command_the_packages_and_the_migrations(installed:
 def test_a_command_that_needs_an_extra_says_which(installed: Path, tmp_path: Path) -> None:
     refused = run(installed, tmp_path, "merge", "--base", "x", "--adapter", "y", "-o", "z")
     assert refused.returncode == 7
-    assert 'pip install "adaptory[composer]"' in refused.stderr
+    assert "Install adaptory with its extra `composer`." in refused.stderr
