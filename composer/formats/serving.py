@@ -91,7 +91,7 @@ def judge(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> tuple[i
         "sglang": common,
         "lorax": common + bare,
         "llamacpp": (other or _llamacpp(config, facts, placed)) + unknown + raw,
-        "peft": unknown + bare,
+        "peft": unknown + bare + (raw if _raw_beside_pairs(placed) else []),
     }
     mask = sum(1 << bit for bit, server in enumerate(SERVERS) if not problems[server])
     refusals = {
@@ -142,9 +142,15 @@ def _bare(config: AdapterConfig, placed: Placed) -> list[tuple[str, str]]:
 
 
 def _raw(config: AdapterConfig, placed: Placed) -> list[tuple[str, str]]:
-    """PEFT takes such keys; vLLM and the conversion to GGUF raise."""
+    """vLLM and the conversion to GGUF raise at such keys."""
     raw = any(map(is_raw, _keys(placed)))
     return [("keys with the adapter's name in them (.default) are refused", _renamed(config))] if raw else []
+
+
+def _raw_beside_pairs(placed: Placed) -> bool:
+    """PEFT takes such keys of factors, and raises at those of trained tokens and of tensors saved whole."""
+    beside = (module for module in placed.modules if module.kind in ("replacement", "tokens"))
+    return any(is_raw(key) for module in beside for key in module.parts.values())
 
 
 def _keys(placed: Placed) -> list[str]:

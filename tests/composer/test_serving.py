@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from composer.combine import combine
 from composer.errors import NotSupported
@@ -14,10 +15,11 @@ from composer.findings import Severity
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.facts import read_adapter
 from composer.formats.inspection import inspect
+from composer.formats.naming import is_raw
 from composer.formats.serving import SERVERS, Loading, judge, loads, loads_in, parse_profile
 from tests.composer.adapted import logits, peft_logits, relative
 from tests.composer.test_formats_adapter import Q0, change_tensors, facts_of, placed_on
-from tests.composer.tiny import MakeAdapter, MakeModel
+from tests.composer.tiny import MakeAdapter, MakeModel, load_model
 
 LOADS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
     "plain": ({}, {}),
@@ -125,6 +127,27 @@ def test_keys_that_a_server_does_not_take_are_told_and_a_combination_has_pefts_o
     combine([(adapter, 1.0)], tmp_path / "combined")
     assert relative(peft_logits(base, tmp_path / "combined"), trained) <= 1e-6
     assert all(loading_of(tmp_path / "combined", server).loads for server in SERVERS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "leads_to"),
+    [({"modules_to_save": ["lm_head"]}, "combine with one adapter"), ({"trainable_token_indices": [1, 2]}, "merge: ")],
+)
+def test_peft_itself_refuses_a_state_dict_with_more_than_pairs(
+    settings: dict[str, object], leads_to: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base, **settings)
+    state = PeftModel.from_pretrained(load_model(base), adapter).state_dict()
+    change_tensors(adapter, lambda _: {key: tensor.clone() for key, tensor in state.items() if is_raw(key)})
+    with pytest.raises(KeyError):
+        peft_logits(base, adapter)
+    loading = loading_of(adapter, "peft")
+    assert (loading.loads, len(loading.way_out)) == (False, 1)
+    assert leads_to in loading.way_out[0]
+    if "combine" in leads_to:
+        combine([(adapter, 1.0)], tmp_path / "combined")
+        assert loading_of(tmp_path / "combined", "peft").loads
 
 
 def test_no_server_is_said_to_load_what_is_no_known_part(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
