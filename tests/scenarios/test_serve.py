@@ -49,7 +49,15 @@ def eventually(look: Callable[[], Found], *, within_s: float = 60) -> Found:
 def children(process: subprocess.Popen[str]) -> set[int]:
     """The processes that answer for this one."""
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return {int(pid) for pid in listed if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()}
+    return {int(pid) for pid in listed if "spawn_main" in _command_line(pid)}
+
+
+def _command_line(pid: str) -> str:
+    """Empty of a process that is gone since it was listed."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def lives(pid: int) -> bool:
