@@ -5,6 +5,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,9 @@ def plan_merge(
             "dtype", f"{dtype!r} is no output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
     parsed = parse_settings(method, settings or {})
-    loaded = [load_deltas(path, checkpoint.architecture) for path, _ in adapters]
+    with ThreadPoolExecutor(1, "hash") as hashing:
+        digests = [hashing.submit(hash_file, path / WEIGHTS_FILE) for path, _ in adapters]
+        loaded = [load_deltas(path, checkpoint.architecture) for path, _ in adapters]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     deltas: dict[str, list[Delta]] = defaultdict(list)
@@ -152,8 +155,8 @@ def plan_merge(
     head = _untied_head(checkpoint, loaded) if parsed["tied"] == "untie" else None
     source = dequantized(checkpoint)
     uses = [
-        AdapterUse(one.name, parse_weight(weight), hash_file(one.path / WEIGHTS_FILE))
-        for one, (_, weight) in zip(loaded, adapters, strict=True)
+        AdapterUse(one.name, parse_weight(weight), digest.result())
+        for one, (_, weight), digest in zip(loaded, adapters, digests, strict=True)
     ]
     return MergePlan(
         checkpoint=checkpoint,

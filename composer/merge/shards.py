@@ -1,8 +1,8 @@
 """Run a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and all of it is verified.
 
 Jobs run in file order, a bounded number of them begun, so that memory is that of a few chunks and a few tensors'
-factors. Each piece is verified by the job that wrote it, while it is in the caches. The disk is kept busy meanwhile:
-what was written is synced piece by piece, by threads of its own.
+factors. A copied piece is compared by the job that copied it, while it is in the caches. What waits for the disk has
+threads of its own: syncing what was written, and reading samples of each finished tensor back.
 """
 
 import os
@@ -26,11 +26,13 @@ from composer.merge.target import Target
 from composer.tensors import tensor_bytes, torch_threads
 
 _SYNC_THREADS = 4
+_CONFIRMING_THREADS = 2
 _MOST_WORKERS = 16  # two for a core, one waits for the disk while the other computes; each has 8 MB of buffers
 _AHEAD = 2  # tensors whose factors are made ready while another is written
 
 Progress = Callable[[int], None]
-Job = Callable[[], Survival | None]
+Job = Callable[[], Future[Survival] | None]
+Jobs = Sequence[tuple[str, Future[Future[Survival] | None]]]
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
@@ -87,12 +89,12 @@ def write_shards(
         stack.enter_context(torch_threads(1))
         workers = min(2 * max(2, os.cpu_count() or 1), _MOST_WORKERS)
         pool = stack.enter_context(_cancelling_pool(workers, "merge"))
-        # Syncing waits for the disk, so it has threads of its own and hides behind the rest.
+        confirming = stack.enter_context(_cancelling_pool(_CONFIRMING_THREADS, "confirm"))
         disk = stack.enter_context(_cancelling_pool(_SYNC_THREADS, "sync"))
         changed = [tensor for shard in shards for tensor in shard.tensors if not tensor.copied]
         works = _ahead(pool, lambda tensor: prepare(tensor, rewriter.device), changed)
         syncing: list[Future[None]] = []
-        begun: deque[Future[Survival | None]] = deque()
+        begun: deque[Future[Future[Survival] | None]] = deque()
         ends: list[Future[dict[str, Survival]]] = []
         resumed = 0
 
@@ -103,7 +105,7 @@ def write_shards(
             fresh = not journal.holds(shard.file)
             resumed += 0 if fresh else shard.size_bytes
             target = Target.opened(journal.directory / shard.file, fresh, sync, stack)
-            run = _ShardRun(shard, sources, target, rewriter, progress or (lambda count: None))
+            run = _ShardRun(shard, sources, target, rewriter, confirming, progress or (lambda count: None))
             jobs = _submitted(pool, run.jobs(works), begun, 4 * workers)
             ends.append(disk.submit(_end, run, jobs, journal))
         survivals = {name: one for end in ends for name, one in end.result().items()}
@@ -126,12 +128,13 @@ def _opened(path: Path, stack: ExitStack) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _ShardRun:
-    """The jobs of one shard. Each returns what survived of the tensor that it was the last to write, if it was."""
+    """The jobs of one shard. The last to write a tensor has it confirmed, and returns what will have survived of it."""
 
     shard: ShardPlan
     sources: dict[Path, int]
     target: Target
     rewriter: Rewriter
+    confirming: ThreadPoolExecutor
     report: Progress
 
     def jobs(self, works: Iterator[TensorWork]) -> Iterator[tuple[str, Job]]:
@@ -169,18 +172,20 @@ class _ShardRun:
         for chunk in chunks:
             yield work.plan.target.name, (lambda chunk=chunk: self._rewritten(chunk, countdown))
 
-    def _rewritten(self, chunk: Chunk, countdown: _Countdown) -> Survival | None:
+    def _rewritten(self, chunk: Chunk, countdown: _Countdown) -> Future[Survival] | None:
         source = self.sources[chunk.work.plan.path]
         if self.target.fresh:
             out_MN = self.rewriter.computed(chunk, source)
             self.target.write(tensor_bytes(out_MN), chunk.offset, out_MN.data_ptr())
         self.report(chunk.size_bytes)
-        return confirm(chunk.work, source, self.target.file, self.rewriter.rounding) if countdown.last() else None
+        if not countdown.last():
+            return None
+        return self.confirming.submit(confirm, chunk.work, source, self.target.file, self.rewriter.rounding)
 
 
-def _end(run: _ShardRun, jobs: Sequence[tuple[str, Future[Survival | None]]], journal: Journal) -> dict[str, Survival]:
+def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, Survival]:
     """Waits for a shard's jobs, then has it verified, synced and written down."""
-    results = [(name, job.result()) for name, job in jobs]
+    survivals = {name: later.result() for name, job in jobs if (later := job.result())}
     path = journal.directory / run.shard.file
     header = read_header(path)
     if [*header.tensors.values()] != [tensor.target for tensor in run.shard.tensors]:
@@ -188,7 +193,7 @@ def _end(run: _ShardRun, jobs: Sequence[tuple[str, Future[Survival | None]]], jo
     if run.target.fresh:
         os.fsync(run.target.file)
         journal.finish(path)
-    return {name: survival for name, survival in results if survival is not None}
+    return survivals
 
 
 def unconfirmed(file: str, why: str) -> RefusedOutput:
@@ -208,16 +213,13 @@ def _ahead(pool: ThreadPoolExecutor, make: Callable[[_Item], _Made], items: Sequ
 
 
 def _submitted(
-    pool: ThreadPoolExecutor,
-    jobs: Iterator[tuple[str, Job]],
-    begun: deque[Future[Survival | None]],
-    most: int,
-) -> list[tuple[str, Future[Survival | None]]]:
+    pool: ThreadPoolExecutor, jobs: Iterator[tuple[str, Job]], begun: deque[Future[Future[Survival] | None]], most: int
+) -> Jobs:
     """All jobs handed to the pool, never more than `most` at a time. Raises what one of them raised."""
-    futures: list[tuple[str, Future[Survival | None]]] = []
+    futures: list[tuple[str, Future[Future[Survival] | None]]] = []
     for name, job in jobs:
-        if len(begun) >= most:
-            begun.popleft().result()
+        if len(begun) >= most and (later := begun.popleft().result()):
+            later.result()
         begun.append(pool.submit(job))
         futures.append((name, begun[-1]))
     return futures

@@ -46,7 +46,14 @@ def source_rows(source: Source, begin: int, end: int, buffer: torch.Tensor | Non
 
 def picked_rows(source: Source, rows: Sequence[int]) -> torch.Tensor:
     """These rows only, as `source_rows` gives them."""
-    return torch.cat([source_rows(source, row, row + 1) for row in rows])
+    if source.decoded is not None:
+        return torch.cat([source_rows(source, row, row + 1) for row in rows])
+    dtype = torch_dtype(source.entry.dtype, source.entry.name)
+    W_MN = torch.empty((len(rows), source.columns), dtype=dtype)
+    buffer, size = tensor_bytes(W_MN), source.columns * dtype.itemsize
+    for i, row in enumerate(rows):
+        read_all(source.file, buffer[i * size : (i + 1) * size], source.entry.begin + row * size, source.entry.name)
+    return W_MN
 
 
 def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
