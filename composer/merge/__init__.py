@@ -1,103 +1,26 @@
-"""Merge adapters into a checkpoint: plan which shard is copied and which rewritten, then run the plan and verify it."""
+"""Merge adapters into a checkpoint: `plan_merge` decides (plan.py), `run_merge` writes and verifies (shards.py)."""
 
-import hashlib
-import json
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from composer.checks import structural
-from composer.delta import Delta, Replacement
-from composer.errors import Mismatch, NotSupported, RefusedOutput
-from composer.findings import Finding, Severity
-from composer.formats.checkpoint import INDEX_FILE, Checkpoint
-from composer.formats.facts import WEIGHTS_FILE
-from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
-from composer.formats.naming import embedding_tensors, head_beside, is_head
-from composer.hashing import architecture_digest, hash_file
-from composer.merge.chunks import Rewriter, TensorPlan
-from composer.merge.dequantized import Dequantized, dequantized
-from composer.merge.quantization_gap import quantized_bases
+from composer.errors import RefusedOutput
+from composer.findings import Finding
+from composer.formats.checkpoint import INDEX_FILE
+from composer.hashing import architecture_digest
+from composer.merge.chunks import Rewriter
+from composer.merge.plan import AdapterUse, MergePlan, plan_merge
 from composer.merge.resume import Journal
-from composer.merge.shards import ShardPlan, write_shards
+from composer.merge.shards import write_shards
 from composer.merge.survival import Survival, swallowed, whole
-from composer.methods import combine_deltas
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
-from composer.rounding import Rounding
-from composer.settings import parse_settings
-from composer.tensors import TORCH_DTYPES, map_tensor, torch_device
-from composer.variants import LoadedAdapter, load_deltas
-from composer.weights import Weight, parse_weight
+from composer.tensors import torch_device
 
-_DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+__all__ = ["AdapterUse", "MergePlan", "MergeReport", "index_of", "plan_merge", "run_merge"]
+
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
-_BYTES_VERSION = 2  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterUse:
-    """One input of a merge: `digest` is the sha256 of its weights file."""
-
-    name: str
-    weight: Weight
-    digest: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "weight": self.weight.to_json(), "digest": self.digest}
-
-
-@dataclass(frozen=True, slots=True)
-class MergePlan:
-    """All that a merge will do, decided before a byte is written."""
-
-    checkpoint: Checkpoint
-    shards: tuple[ShardPlan, ...]
-    config: Mapping[str, Any]
-    dtype: str | None
-    method: str
-    settings: Mapping[str, object]
-    adapters: tuple[AdapterUse, ...]
-    findings: tuple[Finding, ...]
-    rounding: Rounding = field(default_factory=Rounding)
-
-    @property
-    def touched(self) -> list[str]:
-        return [tensor.target.name for shard in self.shards for tensor in shard.tensors if tensor.deltas]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(shard.size_bytes for shard in self.shards)
-
-    @property
-    def key(self) -> str:
-        """The same for plans that give the same bytes, as long as no input is written to: 12 hex digits."""
-        base = [
-            [shard.file, *(getattr(shard.path.stat(), name) for name in ("st_size", "st_mtime_ns", "st_ino"))]
-            for shard in self.shards
-        ]
-        described = [_BYTES_VERSION, str(self.checkpoint.path.absolute()), base, self.config, self.to_json()]
-        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "settings": dict(self.settings),
-            "dtype": self.dtype,
-            "rounding": asdict(self.rounding),
-            "adapters": [adapter.to_json() for adapter in self.adapters],
-            "copied_shards": [shard.file for shard in self.shards if not shard.rewritten],
-            "rewritten_shards": [shard.file for shard in self.shards if shard.rewritten],
-            "touched_tensors": self.touched,
-            "size_bytes": self.size_bytes,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,56 +46,6 @@ class MergeReport:
     def to_json(self) -> dict[str, Any]:
         told = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
         return {**asdict(self), **told}
-
-
-def plan_merge(
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Path, Weight | float]],
-    method: str = "stack",
-    settings: Mapping[str, object] | None = None,
-    dtype: str | None = None,
-    rounding: Rounding | None = None,
-) -> MergePlan:
-    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Looks at the adapters' factors, and at a
-    few rows of the base only for an adapter that was trained on a quantized one.
-
-    `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` is to the nearest
-    value without another choice. Raises Mismatch, NotSupported and InvalidFile for whatever cannot be merged truly.
-    """
-    if dtype is not None and dtype not in _DTYPES:
-        raise NotSupported(
-            "dtype", f"{dtype!r} is no output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
-        )
-    parsed = parse_settings(method, settings or {})
-    with ThreadPoolExecutor(1, "hash") as hashing:
-        digests = [hashing.submit(hash_file, path / WEIGHTS_FILE) for path, _ in adapters]
-        loaded = [load_deltas(path, checkpoint.architecture) for path, _ in adapters]
-    for adapter in loaded:
-        _refuse_changed_base(checkpoint, adapter)
-    deltas: dict[str, list[Delta]] = defaultdict(list)
-    for delta in combine_deltas(loaded, [weight for _, weight in adapters], method, parsed).deltas:
-        deltas[delta.weight].append(delta)
-    head = _untied_head(checkpoint, loaded) if parsed["tied"] == "untie" else None
-    source = dequantized(checkpoint)
-    uses = [
-        AdapterUse(one.name, parse_weight(weight), digest.result())
-        for one, (_, weight), digest in zip(loaded, adapters, digests, strict=True)
-    ]
-    return MergePlan(
-        checkpoint=checkpoint,
-        shards=_plan_shards(_Layout(checkpoint, source, deltas, head, None if dtype is None else _DTYPES[dtype])),
-        config=_config(source.config, head, dtype),
-        dtype=dtype,
-        method=method,
-        settings=parsed,
-        adapters=tuple(uses),
-        findings=(
-            *structural(loaded, parsed),
-            *_missing_tokenizer(checkpoint.path),
-            *quantized_bases(checkpoint, loaded),
-        ),
-        rounding=rounding or Rounding(),
-    )
 
 
 def run_merge(
@@ -224,98 +97,6 @@ def run_merge(
         survival=whole(written.survivals.values()),
         findings=tuple(swallowed(written.survivals, dtypes, plan.rounding)),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What decides the output's tensors: the base's, what is done to them, an untied head, and a dtype for all."""
-
-    checkpoint: Checkpoint
-    dequantized: Dequantized
-    deltas: Mapping[str, Sequence[Delta]]
-    head: str | None
-    dtype: str | None
-
-    def sources(self, header: Header) -> dict[str, tuple[Path, TensorEntry]]:
-        """By output name, for one of the base's files: an untied head lies beside the embedding it came from."""
-        checkpoint, head = self.checkpoint, self.head
-        sources = {name: checkpoint.locate(name) for name in header.tensors if name not in self.dequantized.scales}
-        embedding = embedding_tensors(checkpoint.architecture.tensors)[0] if head is not None else ""
-        beside = embedding in sources and head not in checkpoint.architecture.tensors
-        if head is not None and (head in sources or beside):
-            sources[head] = checkpoint.locate(embedding)
-        return sources
-
-    def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
-        """Raises NotSupported for a tensor that nothing can be added to."""
-        decoded = self.dequantized.tensors.get(name)
-        spec = stored if decoded is None else TensorSpec(decoded.dtype, decoded.shape)
-        adding = any(not isinstance(delta, Replacement) for delta in self.deltas.get(name, ()))
-        if adding and spec.dtype not in FLOAT_DTYPES:
-            message = f"{name} is stored as {spec.dtype}, which nothing can be added to."
-            raise NotSupported("dtype", message, subject=name, next_step="Use the unquantized base.")
-        return replace(spec, dtype=self.dtype) if self.dtype is not None and spec.dtype in FLOAT_DTYPES else spec
-
-    def tensor(self, source: tuple[Path, TensorEntry], target: TensorEntry) -> TensorPlan:
-        path, entry = source
-        decoded = self.dequantized.tensors.get(entry.name)
-        return TensorPlan(path, entry, target, tuple(self.deltas.get(target.name, ())), decoded)
-
-
-def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
-    """The output's files: the base's, byte for byte where nothing changes a header."""
-    shards: list[ShardPlan] = []
-    for file, header in layout.checkpoint.shards.items():
-        sources = layout.sources(header)
-        specs = {name: layout.spec(name, entry.spec) for name, (_, entry) in sources.items()}
-        unchanged = list(specs.items()) == [(name, entry.spec) for name, entry in header.tensors.items()]
-        path = layout.checkpoint.path / file
-        head_bytes = _first_bytes(path, header.data_begin) if unchanged else encode_header(specs, header.metadata)
-        size = len(head_bytes) + sum(spec.size_bytes for spec in specs.values())
-        targets = parse_header(head_bytes, size, subject=file).tensors
-        tensors = tuple(layout.tensor(sources[name], target) for name, target in targets.items())
-        shards.append(ShardPlan(file, path, head_bytes, size, tensors))
-    return tuple(shards)
-
-
-def _config(config: Mapping[str, Any], head: str | None, dtype: str | None) -> dict[str, Any]:
-    untied = {} if head is None else {"tie_word_embeddings": False}
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    cast = {} if dtype is None else {key: str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix("torch.")}
-    return {**config, **untied, **cast}
-
-
-def _missing_tokenizer(path: Path) -> list[Finding]:
-    if any((path / name).is_file() for name in _TOKENIZERS):
-        return []
-    message = f"{path.name} has no tokenizer, and so neither has what is merged."
-    return [Finding("no_tokenizer", Severity.NOTICE, path.name, message)]
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
-
-
-def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str | None:
-    """Name of the head's own tensor, when an adapter changes the tied one; None when nothing needs untying."""
-    tied = [delta for adapter in loaded for delta in adapter.deltas if delta.tied]
-    if not tied:
-        return None
-    heads = sorted({delta.module for delta in tied if is_head(delta.module)})
-    return f"{heads[0] if heads else head_beside(checkpoint.architecture.model_type)}.weight"
-
-
-def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:
-    """PEFT saves a base weight beside an adapted embedding. If it is not this base's, the adapter fits another."""
-    for weight, copy in adapter.base_copies.items():
-        base = map_tensor(*checkpoint.locate(weight))
-        same = all(torch.equal(a.float(), b.float()) for a, b in zip(base.split(4096), copy.split(4096), strict=True))
-        if not same:
-            message = f"{adapter.name} brings a {weight} that differs from the base's: it was trained on another base."
-            raise Mismatch(
-                "changed_base_layer", message, subject=weight, next_step="Merge it into the base it was trained on."
-            )
 
 
 def index_of(plan: MergePlan) -> dict[str, Any]:
