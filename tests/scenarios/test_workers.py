@@ -1,8 +1,12 @@
 """Workers that are told to stop, to let go, or to go on elsewhere; and what they refuse to begin."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,6 +70,31 @@ def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
         assert run_one(resources, watched(second), "second")
     assert cli.json("jobs", 1)["state"] == "done"
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
+
+
+def test_a_worker_process_that_is_terminated_hands_its_job_back(embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli = team(embedded, world)
+    begin(cli, tmp_path)
+    values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+    worker = subprocess.Popen([sys.executable, "-m", "registry.cli.main", "worker"], env=values | cli.environment)
+    try:
+        within(60, lambda: cli.json("jobs", 1)["state"] == "running")
+        worker.terminate()
+        assert worker.wait(60) == 0
+    finally:
+        worker.kill()
+    assert cli.json("jobs", 1)["state"] == "queued"
+    second: list[str] = []
+    with resources_of(home_directory(cli)) as resources:
+        assert run_one(resources, watched(second), "second"), "it is taken at once, without waiting for a lease"
+    assert second[-1] == "publish"
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
