@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from registry import jobs
 from registry.worker.loop import run_one
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
 from tests.scenarios.traces import traces
@@ -76,16 +77,21 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(embedded: Cli, w
     cli = team(embedded, world)
     begin(cli, tmp_path)
     values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
-    worker = subprocess.Popen([sys.executable, "-m", "registry.cli.main", "worker"], env=values | cli.environment)
-    try:
-        within(60, lambda: cli.json("jobs", 1)["state"] == "running")
-        worker.terminate()
-        assert worker.wait(60) == 0
-    finally:
-        worker.kill()
-    assert cli.json("jobs", 1)["state"] == "queued"
     second: list[str] = []
     with resources_of(home_directory(cli)) as resources:
+
+        def state() -> str:
+            with resources.read() as session:
+                return jobs.find(session, 1).state
+
+        worker = subprocess.Popen([sys.executable, "-m", "registry.cli.main", "worker"], env=values | cli.environment)
+        try:
+            within(60, lambda: state() == "running")
+            worker.terminate()
+            assert worker.wait(60) == 0
+        finally:
+            worker.kill()
+        assert state() == "queued"
         assert run_one(resources, watched(second), "second"), "it is taken at once, without waiting for a lease"
     assert second[-1] == "publish"
 
@@ -94,7 +100,7 @@ def within(seconds: float, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
