@@ -17,6 +17,7 @@ THRESHOLDS: dict[str, float | None] = {
     "near_duplicate": 0.5,
     "dominance": 10 / 11,
     "probe_loss": None,
+    "probe_answers": 0.5,
     "probe_guard": 0.02,
     "amplified": 1.0,
     "input_overlap": None,
@@ -36,7 +37,7 @@ HARD = frozenset({
 })  # fmt: skip
 """What a merge refuses whatever a policy says."""
 CODES = frozenset({
-    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "probe_answers", "zero_delta", "zero_modules", "not_factors",
+    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors",
     "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
 })  # fmt: skip
 """Of the findings that a conflict report may have."""

@@ -7,13 +7,15 @@ from itertools import pairwise
 from typing import Literal
 
 from composer.conflicts.interference import Directed
-from composer.conflicts.probe import Effect, Outcome
-from composer.findings import Policy
+from composer.conflicts.probe import Effect, Limits, Outcome
+from composer.findings import THRESHOLDS, Policy
 from composer.lowrank import Sums
 from composer.numbers import Numbers, short
 from composer.weights import layer_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]
+FROM_WEIGHTS = "A number of 0 to 1 from shared input directions: it tells where to look, not what will happen."
+"""What the risk of a pair means that is neither probed nor told from activations; the same for each of them."""
 # From this share on of what two adapters have in common, leaving one kind of module out is worth a try.
 _CONCENTRATED = 0.4
 _TOLD = 5
@@ -92,12 +94,12 @@ def _meaning(case: Case, policy: Policy) -> str:
             f"On these prompts {case.other(victim)} changes {found.intruder:.1%} of what the base's modules give, "
             f"{found.ratio:.2f} times what {victim} changes, {found.along:+.2f} of it in {victim}'s own direction."
         )
-    return "A number of 0 to 1 from shared input directions: it tells where to look, not what will happen."
+    return FROM_WEIGHTS
 
 
 def _measured(outcome: Outcome, policy: Policy) -> str:
     worst = outcome.worst
-    limit = worst.limit(policy.threshold("probe_loss"))
+    limit = worst.limit(Limits.of(policy))
     told = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite, and {limit:.2f} would be tolerated"
     sure = outcome.risk
     if sure.to_json() is None:
@@ -105,19 +107,29 @@ def _measured(outcome: Outcome, policy: Policy) -> str:
     return f"{told}: the loss of the worse one lies between {sure.low:+.2f} and {sure.high:+.2f} (95 %)."
 
 
+def near_duplicate(numbers: Numbers, policy: Policy) -> bool:
+    """Do the two add up in one direction, as far as the policy lets them?"""
+    # With weights of different signs, the same direction is taken away and not added twice.
+    near = policy.threshold("near_duplicate")
+    return near is not None and numbers.cosine >= near and numbers.interference > 1
+
+
+def alike(numbers: Numbers) -> bool:
+    """Are they as one task trained twice? A policy may ask for less, which does not make them so."""
+    return numbers.cosine >= (THRESHOLDS["near_duplicate"] or 1)
+
+
 def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str]:
     advice: list[str] = []
     numbers = case.numbers
-    near = policy.threshold("near_duplicate")
-    if near is not None and numbers.cosine >= near and numbers.interference > 1:
+    if near_duplicate(numbers, policy) and alike(numbers):
         advice.append("They do the same: keep one of them, or take their mean (--method mean).")
     if case.outcome is None:
         return [*advice, *_balanced(case, policy), "Measure it: --probe 4, with a suite for each."]
-    stated = policy.threshold("probe_loss")
-    worst = case.outcome.worst
-    if case.outcome.is_open(stated):
+    limits, worst = Limits.of(policy), case.outcome.worst
+    if case.outcome.is_open(limits):
         advice.append(f"Undecided: measure more examples (--probe-max {4 * case.outcome.k}).")
-    if worst.loss > worst.limit(stated) or any(effect.surely_silenced for effect in case.outcome.effects):
+    if worst.loss > worst.limit(limits) or any(effect.surely_silenced(limits) for effect in case.outcome.effects):
         advice += [*_balanced(case, policy), *_relief(case, worst, shares)]
     return advice
 

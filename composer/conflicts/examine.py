@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from composer.checks import structural
 from composer.conflicts import ConflictReport, Method, conflicts
 from composer.conflicts.interference import MAX_PROMPTS, Activations, activations
-from composer.conflicts.probe import Effort, Member, ProbeResult, by_method, probe, weighted
+from composer.conflicts.probe import Effort, Limits, Member, ProbeResult, by_method, probe, weighted
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
@@ -80,7 +80,7 @@ def _measured(
         members = [
             Member(one.name, one.deltas, weight, suite) for (one, weight), suite in zip(given, suites, strict=True)
         ]
-        effort = Effort(evidence.k, max(evidence.k, evidence.most), policy.threshold("probe_loss"))
+        effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
         return probe(evidence.load(), members, evidence.guards, effort, by_method(adapters, how.name, parsed))
     if evidence.prompts:
         own = effective_weights(weights, how.name, how.settings)

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 
+from composer.conflicts.advice import alike, near_duplicate
 from composer.conflicts.amplification import AtBase
 from composer.conflicts.compared import Compared, finite
-from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Outcome
+from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Limits, Outcome
 from composer.delta import Computed, LowRank
 from composer.findings import Finding, Policy, Severity
 from composer.merge.survival import swallowed
@@ -123,12 +124,13 @@ def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, p
     """What the numbers of a pair and its probe say."""
     (a, b), subject = names, " + ".join(names)
     found: list[Finding] = []
-    # With weights of different signs, the same direction is taken away and not added twice.
-    if numbers.cosine >= _threshold(policy, "near_duplicate") and numbers.interference > 1:
+    if near_duplicate(numbers, policy):
         message = (
-            f"{a} and {b} point the same way (cosine {numbers.cosine:.2f}), like one task trained twice: their sum "
-            "overshoots. Lower the weights to a mean, or keep one."
+            f"{a} and {b} {_direction(numbers.cosine)} (cosine {round(numbers.cosine, 2) + 0.0:.2f}), and their sum "
+            f"has {numbers.interference:.2f} times the energy of the two apart."
         )
+        if alike(numbers):
+            message += " Like one task trained twice they overshoot: lower the weights to a mean, or keep one."
         found.append(Finding("near_duplicate", Severity.WARNING, subject, message, numbers.cosine))
     if _threshold(policy, "dominance") <= numbers.dominance < 1:  # all of it: the other is zero, or has the weight 0
         message = f"One of {a} and {b} brings {numbers.dominance:.0%} of the energy and may drown the other."
@@ -141,12 +143,20 @@ def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, p
     return found + (of_outcome(outcome, policy) if outcome else [])
 
 
+def _direction(cosine: float) -> str:
+    """In words that are true of any cosine: the policy may have lowered the number to any value."""
+    if abs(cosine) < 0.1:
+        return "are hardly related"
+    way = "the same way" if cosine > 0 else "opposite ways"
+    return f"point {way}" if abs(cosine) >= 0.9 else f"point {'mostly' if abs(cosine) >= 0.5 else 'partly'} {way}"
+
+
 def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
     """What a probe is sure of: a member that loses too much, or something; a guard made worse. And what stays open."""
-    together, stated = " + ".join(outcome.members), policy.threshold("probe_loss")
-    found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, stated)]
-    found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced]
-    if doubtful := outcome.doubtful(stated):
+    together, limits = " + ".join(outcome.members), Limits.of(policy)
+    found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, limits)]
+    found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced(limits)]
+    if doubtful := outcome.doubtful(limits):
         who = " or ".join(doubtful)
         message = f"In {together} it is open after {_examples(outcome.k)} whether {who} loses too much."
         found.append(Finding("probe_open", Severity.NOTICE, together, message, outcome.worst.loss))
@@ -173,15 +183,15 @@ def _silenced(together: str, effect: Effect) -> Finding:
     return Finding("probe_answers", Severity.WARNING, f"{together}: {effect.member}", message, share)
 
 
-def _of_effect(together: str, effect: Effect, stated: float | None) -> list[Finding]:
-    if effect.loss_interval.low <= min(NOTICEABLE_NATS, effect.limit(stated)):
+def _of_effect(together: str, effect: Effect, limits: Limits) -> list[Finding]:
+    if effect.loss_interval.low <= min(NOTICEABLE_NATS, effect.limit(limits)):
         return []
     kept = "it had gained nothing alone" if effect.kept is None else f"{max(0, effect.kept):.0%} of its gain is left"
     message = (
         f"In {together}, {effect.member} loses {effect.loss:.2f} nats a token on {effect.suite} "
         f"({effect.alone:.2f} alone, {effect.combined:.2f} combined); {kept}."
     )
-    severity = Severity.WARNING if effect.loss_interval.low > effect.limit(stated) else Severity.NOTICE
+    severity = Severity.WARNING if effect.loss_interval.low > effect.limit(limits) else Severity.NOTICE
     return [Finding("probe_loss", severity, f"{together}: {effect.member}", message, effect.loss)]
 
 

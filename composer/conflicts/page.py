@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from composer.conflicts import ConflictReport, Pair
+from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.interference import Activations
-from composer.conflicts.report import LOUDEST_FIRST, Table, causes, headline, probe_table, tables, whole_headline
+from composer.conflicts.report import LOUDEST_FIRST, Table, explanation, headline, probe_table, tables, whole_headline
 from composer.findings import Finding
 from composer.weights import layer_of
 
@@ -63,6 +64,7 @@ def page(report: ConflictReport) -> str:
         f"<p>{_text(whole)}</p>" if (whole := whole_headline(report)) else "",
         *_findings(report.findings),
         "<h2>Pairs</h2>",
+        f"<p>{_text(FROM_WEIGHTS)}</p>" if any(pair.evidence == "weights" for pair in pairs) else "",
         *_choices(bool(mapped)),
         *(line for pair in pairs for line in _pair(pair, pair in mapped)),
         f'<p class="soft">Maps are shown for the {MAX_MAPS} pairs of the highest risk.</p>'
@@ -108,7 +110,7 @@ def _pair(pair: Pair, mapped: bool) -> list[str]:
     advice = [f"<li>{_text(line)}</li>" for line in pair.explanation.advice]
     return [
         f'<section class="pair"><h3>{_text(headline(pair))}</h3>',
-        f"<p>{_text(pair.explanation.meaning)} {_text(causes(pair))}</p>",
+        f"<p>{_text(explanation(pair))}</p>",
         *(["<p>What can be done:</p><ul>", *advice, "</ul>"] if advice else []),
         *([line for measure in MEASURES for line in _map(pair, measure)] if mapped else []),
         "</section>",

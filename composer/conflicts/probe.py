@@ -5,7 +5,7 @@ examples a suite against the loss on others, where the best weight statistic rea
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from composer.conflicts.interval import Interval, interval, surely_less
 from composer.delta import Computed, Delta, LowRank, names_of
 from composer.errors import Mismatch
 from composer.evaluate import Deltas, Encoded, Measured, encode, measure, ratio
+from composer.findings import Policy
 from composer.methods import combine_deltas
 from composer.methods.linear import scaled
 from composer.model import LoadedModel
@@ -21,7 +22,7 @@ from composer.variants import LoadedAdapter
 from composer.weights import Weight, parse_weight
 
 LEAST_KEPT = 0.5
-"""Losing more than half of what an adapter gained is worth a warning."""
+"""Losing more than half of what an adapter gained, or of what it answers, is worth a warning."""
 USUAL_MOST = 16
 """Examples a suite that an undecided combination is measured on at most, unless something else is asked for."""
 NOTICEABLE_NATS = 0.02
@@ -39,6 +40,20 @@ class Member:
 
 
 Combine = Callable[[Sequence[Member]], Deltas]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a member may lose before it is too much: `loss` in nats per token (None: half of its gain, or what nobody
+    would notice), and the share of its `answers` that has to be left."""
+
+    loss: float | None = None
+    answers: float = LEAST_KEPT
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Limits":
+        answers = policy.threshold("probe_answers")
+        return cls(policy.threshold("probe_loss"), LEAST_KEPT if answers is None else min(max(answers, 0.0), 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +78,23 @@ class Effect:
     answered: int = 0
     still_answered: int = 0
 
-    @property
-    def surely_silenced(self) -> bool:
-        """Does it surely lose more than half of its answers?"""
-        return surely_less(self.still_answered, self.answered, LEAST_KEPT)
+    def surely_silenced(self, limits: Limits) -> bool:
+        """Is surely less left of its answers than has to be?"""
+        return surely_less(self.still_answered, self.answered, limits.answers)
 
-    @property
-    def maybe_silenced(self) -> bool:
-        return self.still_answered < LEAST_KEPT * self.answered and not self.surely_silenced
+    def silenced(self, limits: Limits) -> bool:
+        """Is less left of them, on these examples?"""
+        return self.still_answered < limits.answers * self.answered
 
-    def limit(self, stated: float | None) -> float:
+    def limit(self, limits: Limits) -> float:
         """The loss that is too much: the one stated, or half of what the member gained, if that would be noticed."""
-        if stated is not None:
-            return stated
+        if limits.loss is not None:
+            return limits.loss
         return max(NOTICEABLE_NATS, (1 - LEAST_KEPT) * (self.base - self.alone))
+
+    def loses_too_much(self, limits: Limits) -> bool:
+        """Surely, nats or answers."""
+        return self.loss_interval.low > self.limit(limits) or self.surely_silenced(limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +134,16 @@ class Outcome:
         intervals = [effect.loss_interval for effect in self.effects]
         return Interval(max(one.low for one in intervals), max(one.high for one in intervals))
 
-    def is_open(self, stated: float | None) -> bool:
-        """Is it undecided whether some member loses too much, or most of its answers? Not when one surely does."""
-        return bool(self.doubtful(stated))
+    def is_open(self, limits: Limits) -> bool:
+        """Is it undecided whether some member loses too much, or too many answers? Not when one surely does."""
+        return bool(self.doubtful(limits))
 
-    def doubtful(self, stated: float | None) -> list[str]:
+    def doubtful(self, limits: Limits) -> list[str]:
         """The members of whom it is undecided."""
-        limits = {effect: (effect.loss_interval, effect.limit(stated)) for effect in self.effects}
-        if any(one.low > limit for one, limit in limits.values()) or any(one.surely_silenced for one in self.effects):
+        if any(effect.loses_too_much(limits) for effect in self.effects):
             return []
-        return [effect.member for effect, (one, limit) in limits.items() if one.holds(limit) or effect.maybe_silenced]
+        undecided = [one for one in self.effects if one.loss_interval.holds(one.limit(limits)) or one.silenced(limits)]
+        return [effect.member for effect in undecided]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -154,12 +172,11 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """`k` examples a suite; twice as many, up to `most`, for a combination that is still undecided about `limit`, the
-    nats per token that a member may lose (None: half of its gain)."""
+    """`k` examples a suite; twice as many, up to `most`, for a combination that is still undecided about `limits`."""
 
     k: int = 4
     most: int = 4
-    limit: float | None = None
+    limits: Limits = field(default_factory=Limits)
 
 
 def weighted_sum(members: Sequence[Member]) -> Deltas:
@@ -227,7 +244,7 @@ def probe(
         largest = max(len(member.suite.examples) for member in chosen)
         k = wanted.k
         found = bench.outcome(chosen, guards, k)
-        while found.is_open(wanted.limit) and k < min(wanted.most, largest):
+        while found.is_open(wanted.limits) and k < min(wanted.most, largest):
             k = min(2 * k, wanted.most)
             found = bench.outcome(chosen, guards, k)
         return found

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from composer.conflicts import ConflictReport, Pair
+from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.interval import Interval
-from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Outcome, ProbeResult, SideEffect
+from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Limits, Outcome, ProbeResult, SideEffect
 from composer.findings import Finding, Severity
 from composer.numbers import Numbers
 
@@ -53,7 +54,7 @@ def headline(pair: Pair) -> str:
 def _measured(who: str, outcome: Outcome) -> str:
     worst = outcome.worst
     risk = f"{who}: risk {_within(worst.loss, outcome.risk)} nats per token, measured"
-    lost = [effect for effect in outcome.effects if effect.surely_silenced or effect.maybe_silenced]
+    lost = [effect for effect in outcome.effects if effect.silenced(Limits())]
     silenced = "".join(
         f" {effect.member} still answers {effect.still_answered} of {effect.answered} word for word." for effect in lost
     )
@@ -62,6 +63,19 @@ def _measured(who: str, outcome: Outcome) -> str:
         return f"{risk}: combined, {everybody} answer their own suites as well as alone.{silenced}"
     kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
     return f"{risk}: {worst.member} is the one that suffers{kept}.{silenced}"
+
+
+def explanations(report: ConflictReport) -> list[str]:
+    """What the risks mean, one line a pair; what is the same for all pairs is said once, before them."""
+    from_weights = any(pair.evidence == "weights" for pair in report.pairs)
+    told = [*([FROM_WEIGHTS] if from_weights else []), *(explanation(pair) for pair in report.pairs)]
+    return [line for line in told if line]
+
+
+def explanation(pair: Pair) -> str:
+    """What the risk of this pair means, if that is its own, and which modules cause it."""
+    own = "" if pair.evidence == "weights" else pair.explanation.meaning
+    return f"{own} {causes(pair)}".strip()
 
 
 def causes(pair: Pair) -> str:

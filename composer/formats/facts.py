@@ -54,7 +54,10 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """Facts of one adapter. `targets` are the last path components of modules; `size_bytes` is the weight file's."""
+    """Facts of one adapter. `targets` are the last path components of modules; `size_bytes` is the weight file's.
+
+    `rank_max` and `alpha` are 0 of a type that has none.
+    """
 
     type: str
     variant: str
@@ -123,14 +126,15 @@ def read_adapter(path: Path) -> Adapter:
 def facts(config: AdapterConfig, header: Header, placed: Placed) -> AdapterFacts:
     """Sum up an adapter from its config, its header and its placement."""
     adapted = placed.adapted
+    side_rank, side_alpha = _side_pair(config)
     sizes: Counter[str] = Counter()
     for entry in header.tensors.values():
         sizes[entry.dtype] += entry.size_bytes
     return AdapterFacts(
         type=config.peft_type.lower(),
         variant=config.variant,
-        rank_max=max((module.rank for module in adapted), default=0) or config.rank,
-        alpha=config.alpha,
+        rank_max=max((module.rank for module in adapted), default=0) or config.rank or side_rank,
+        alpha=config.alpha or side_alpha,
         targets=tuple(sorted({module.module.split(".")[-1] for module in adapted})),
         modules=len(adapted),
         parameters=sum(entry.spec.elements for entry in header.tensors.values()),
@@ -143,6 +147,12 @@ def facts(config: AdapterConfig, header: Header, placed: Placed) -> AdapterFacts
         base_model_name_or_path=config.base_model_name_or_path,
         peft_version=config.peft_version,
     )
+
+
+def _side_pair(config: AdapterConfig) -> tuple[int, float]:
+    """Rank and alpha of the plain pair that Super-Tuning may have beside its values; alpha is 2 r where it has none."""
+    rank = int(config.options.get("r", 0))
+    return rank, (float(config.options["lora_alpha"]) or 2.0 * rank) if rank else 0.0
 
 
 def health(path: Path, header: Header) -> list[Finding]:

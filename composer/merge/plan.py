@@ -33,7 +33,7 @@ from composer.weights import Weight, parse_weight
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_BYTES_VERSION = 2  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
+_BYTES_VERSION = 3  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
 
 
 @dataclass(frozen=True, slots=True)

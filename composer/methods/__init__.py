@@ -152,9 +152,16 @@ def _places(
                 _refuse_scaled(adapter.name, delta, factor * divided)
                 replaced[delta.weight] = delta
             else:
-                key = f"{digest}/{delta.weight}/{delta.begin}"
+                key = f"{digest}/{_own_name(delta)}/{delta.begin}"
                 parts[delta.weight, delta.begin].append(Part(index, delta, own, key))
     return list(replaced.values()), [Place(own, _total(weights, own[0].delta)) for own in parts.values()]
+
+
+def _own_name(delta: Additive) -> str:
+    """The adapter's own name of the tensor, the same with a checkpoint at hand and without: GPT-2's drops a prefix."""
+    if delta.stacked:
+        return f"{delta.stacked.parameter}/{delta.stacked.expert}/{delta.stacked.first}"
+    return f"{delta.module}.{delta.weight.rpartition('.')[2]}"
 
 
 def _total(weights: Sequence[Weight], delta: Delta) -> float:

@@ -85,12 +85,12 @@ def conflicts(  # noqa: PLR0913
 
 def _show(report: "ConflictReport", modules: int) -> None:
     """The headline of each pair first and why, then the tables, what else was found, and what to do."""
-    from composer.conflicts.report import advice, causes, headlines, remarks, tables
+    from composer.conflicts.report import advice, explanations, headlines, remarks, tables
 
     for line in headlines(report):
         render.heading(line)
-    for pair in report.pairs:
-        print(render.plain(f"{pair.explanation.meaning} {causes(pair)}".strip()))
+    for line in explanations(report):
+        print(render.plain(line))
     for one in tables(report, worst_modules=modules):
         render.table(one.title, one.columns, one.rows)
         if one.note:

@@ -14,6 +14,7 @@ from registry.errors import Usage, refuse_errors
 if TYPE_CHECKING:
     from composer.compare import Comparison
     from composer.formats.inspection import Inspection
+    from registry.client.lineage import Composition
 
 Json = dict[str, Any]
 
@@ -22,11 +23,13 @@ TOP_MODULES = 20
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One side: its release as the wire shows it, and the directory of its files if its modules can be compared."""
+    """One side: its release as the wire shows it, the directory of its files if its modules can be compared, and what
+    it was made of if it is a composition."""
 
     name: str
     release: Json
     directory: Path | None
+    made: "Composition | None"
 
 
 def register(root: typer.Typer) -> None:
@@ -41,6 +44,7 @@ def diff(
 ) -> None:
     """What changed: facts, every module's delta, scores with their errors, files, provenance."""
     from registry.client.diff import differences
+    from registry.client.lineage import side_by_side
 
     before, after = _subjects(old, new)
     if bool(before.release["adapter"]) != bool(after.release["adapter"]):
@@ -52,6 +56,7 @@ def diff(
         "old": before.name,
         "new": after.name,
         **differences(before.release, after.release),
+        "composition": side_by_side(before.made, after.made),
         "deltas": deltas.to_json() if deltas else None,
     }
     render.document(told, json, lambda: _show(told, everything=everything))
@@ -67,10 +72,22 @@ def _subjects(*texts: str) -> list[Subject]:
 
 def _release(connection: Connection, text: str) -> Subject:
     from registry.client.api import release_path
+    from registry.client.lineage import fetch_note, of_note, of_release
 
     release = connection.api.get(release_path(resolved(connection, text)))
     directory = release_directory(connection, release) if release["kind"] == "adapter" else None
-    return Subject(f"{release['repository']}:{release['version']}", release, directory)
+    note = _note(directory) if directory else fetch_note(connection.api, release)
+    made = of_release(release, note) or of_note(note)
+    return Subject(f"{release['repository']}:{release['version']}", release, directory, made)
+
+
+def _note(directory: Path) -> bytes:
+    from registry.client.lineage import NOTE_BYTES, NOTE_FILE
+
+    if not (directory / NOTE_FILE).is_file():
+        return b""
+    with (directory / NOTE_FILE).open("rb") as file:
+        return file.read(NOTE_BYTES)
 
 
 def _directory(directory: Path) -> Subject:
@@ -78,6 +95,7 @@ def _directory(directory: Path) -> Subject:
     from composer.formats.card import CARD_FILE, card_provenance
     from composer.formats.serving import SERVERS, judge
     from composer.spectrum import spectrum
+    from registry.client.lineage import of_note
     from registry.client.push import collect
 
     seen = _inspected(directory)
@@ -94,7 +112,7 @@ def _directory(directory: Path) -> Subject:
         "scores": [],
         "files": [{"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256} for file in files],
     }
-    return Subject(str(directory), release, directory)
+    return Subject(str(directory), release, directory, of_note(_note(directory)))
 
 
 def _inspected(directory: Path) -> "Inspection":
@@ -118,7 +136,7 @@ def _show(told: Json, *, everything: bool) -> None:
     render.heading(f"{told['old']} -> {told['new']}: {_verdict(told)}")
     for finding in told["breaking"]:
         print(f"  breaking: {finding['message']}")
-    for what in ("facts", "provenance"):
+    for what in ("composition", "facts", "provenance"):
         rows = [(row["name"], row["old"], row["new"]) for row in told[what]]
         _table(what, ("", "old", "new"), rows)
     if told["deltas"]:

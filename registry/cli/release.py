@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,8 +10,11 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
-from registry.errors import Invalid, NotFound, Usage
+from registry.errors import Invalid, NotFound, RegistryError, Usage
 from registry.names import parse_channel_reference, parse_reference, parse_repository
+
+if TYPE_CHECKING:
+    from registry.client.lineage import Composition
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Json = dict[str, Any]
@@ -105,7 +108,8 @@ def show(ref: Annotated[str, typer.Argument()], json: JsonFlag = False) -> None:
     """Facts, scores, files and lineage of a release."""
     with connected() as connection:
         release = connection.api.get(_path(resolved(connection, ref)))
-    render.document(release, json, lambda: _show_release(release))
+        made = None if json else _made_of(connection, release)
+    render.document(release, json, lambda: _show_release(release, made))
 
 
 def promote(
@@ -248,7 +252,9 @@ def _show_inspection(what: str, told: Json) -> None:
         "type", "variant", "rank_max", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save",
         "base_model_name_or_path",
     )  # fmt: skip
-    render.lines(f"adapter {what}", [*((name, facts[name]) for name in names), ("energy", _used_ranks(facts))])
+    lacking = () if facts["rank_max"] else ("rank_max", "alpha")
+    own = [(name, facts[name]) for name in names if name not in lacking]
+    render.lines(f"adapter {what}", [*own, ("energy", _used_ranks(facts))])
     for finding in told["findings"]:
         print(f"  {finding['severity']}: {finding['message']}")
     rows = [
@@ -263,22 +269,30 @@ def _used_ranks(facts: Json) -> str | None:
     return f"95 % in rank {used['rank_95']}, 99 % in rank {used['rank_99']}" if used else None
 
 
-def _show_release(release: Json) -> None:
+def _made_of(connection: Connection, release: Json) -> "Composition | None":
+    """What is known of it must be shown although the store has lost what its own note tells."""
+    from registry.client.lineage import fetch_note, of_release
+
+    try:
+        note = fetch_note(connection.api, release)
+    except RegistryError as error:
+        render.say(f"warning: {error.detail}")
+        note = b""
+    return of_release(release, note)
+
+
+def _show_release(release: Json, made: "Composition | None") -> None:
     from registry.client.diff import stated_provenance
 
     facts = release["adapter"] or release["model"]
-    inputs = [
-        f"{row['weight']:g} x {row['repository'] or 'hidden'}:{row['version'] or '-'} {row['commit'][:12]}"
-        for row in release["inputs"]
-    ]
     pairs: list[tuple[str, Any]] = [
         ("commit", release["commit"]),
         ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
         ("breaking", release["breaking_reason"]),
         ("signed by", release["signed_by"]),
         ("type", f"{facts['type']}, {facts['variant']}"),
-        ("rank", facts.get("rank_max")),
-        ("alpha", facts.get("alpha")),
+        ("rank", facts.get("rank_max") or None),
+        ("alpha", facts.get("alpha") if facts.get("rank_max") else None),
         ("targets", facts.get("targets")),
         ("modules", facts.get("modules")),
         ("parameters", f"{facts['parameters']:,}"),
@@ -289,7 +303,9 @@ def _show_release(release: Json) -> None:
         ("notes", release["notes"]),
         ("yanked", release["yank_reason"] if release["yanked"] else None),
         ("published", f"{release['created_at'][:19]} by {release['created_by']}"),
-        ("made of", inputs or None),
+        ("made of", list(map(str, made.members)) if made else None),
+        ("method", made.how if made else None),
+        ("rounding", made.rounding if made and release["kind"] == "model" else None),
     ]
     render.lines(f"{release['kind']} {release['repository']}:{release['version']}", pairs)
     if stated := [(name, value) for name, value in stated_provenance(release).items() if value not in (None, [])]:

@@ -78,7 +78,7 @@ def show_releases(found: list[Json]) -> None:
             f"{release['repository']}:{release['version']}",
             release["commit"][:12],
             release["base"]["name"],
-            release["adapter"]["rank_max"] if release["adapter"] else None,
+            (release["adapter"]["rank_max"] or None) if release["adapter"] else None,
             release["adapter"]["targets"] if release["adapter"] else None,
             [f"{score['suite']}.{score['metric']}={score['value']:.3f}" for score in release["scores"]],
             "; ".join(_remarks(release)),

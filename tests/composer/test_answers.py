@@ -16,7 +16,7 @@ from composer.conflicts.page import page
 from composer.conflicts.probe import Effect, Outcome, ProbeResult
 from composer.conflicts.report import headlines
 from composer.delta import Computed
-from composer.findings import Policy
+from composer.findings import Policy, parse_policy
 from composer.formats.checkpoint import open_checkpoint
 from composer.variants import LoadedAdapter, load_deltas
 from tests.composer.small_model import Load
@@ -49,6 +49,26 @@ def test_answers_that_are_lost_count_also_where_the_loss_in_nats_is_small(
     found = of_outcome(answering(answered, still), Policy())
     assert [finding.code for finding in found if finding.code != "probe_loss"] == said
     assert all(f"{still} of the {answered}" in finding.message for finding in found if finding.code == "probe_answers")
+
+
+@pytest.mark.parametrize(
+    ("least", "still", "said"),
+    [
+        (0.9, 9, ["probe_answers"]),
+        (0.9, 12, ["probe_open"]),
+        (0.9, 15, []),
+        (1, 15, ["probe_answers"]),
+        (0.2, 4, []),
+        (0.2, 0, ["probe_answers"]),
+        (0, 0, []),
+        (-1, 0, []),
+        (50, 16, []),
+    ],
+)
+def test_a_policy_says_what_share_of_the_answers_has_to_be_left(least: float, still: int, said: list[str]) -> None:
+    policy = parse_policy(f"thresholds: {{probe_answers: {least}}}")
+    found = of_outcome(answering(16, still), policy)
+    assert [finding.code for finding in found if finding.code != "probe_loss"] == said
 
 
 def test_what_was_measured_of_the_whole_set_is_said_before_the_pairs(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from composer.conflicts import ConflictReport, Method, conflicts, report
+from composer.conflicts.findings import of_pair
 from composer.conflicts.interval import interval
 from composer.conflicts.probe import Effect, Member, Outcome, ProbeResult, SideEffect, probe
 from composer.delta import Computed, LowRank
@@ -60,6 +61,38 @@ def test_the_same_adapter_twice_is_a_warning_since_the_sum_overshoots(red: Loade
     assert found.pairs[0].numbers.cosine == pytest.approx(1.0)
     assert found.together.interference == pytest.approx(1 + 2.2 / 2.21)
     assert codes(found)["near_duplicate"] is Severity.WARNING
+    (same,) = [finding for finding in found.findings if finding.code == "near_duplicate"]
+    assert "point the same way (cosine 1.00)" in same.message
+    assert "one task trained twice" in same.message
+
+
+@pytest.mark.parametrize(
+    ("cosine", "said"),
+    [
+        (-1.0, "point opposite ways (cosine -1.00)"),
+        (-0.6, "point mostly opposite ways (cosine -0.60)"),
+        (-0.2, "point partly opposite ways (cosine -0.20)"),
+        (-0.001, "are hardly related (cosine 0.00)"),
+        (0.09, "are hardly related (cosine 0.09)"),
+        (0.3, "point partly the same way (cosine 0.30)"),
+        (0.7, "point mostly the same way (cosine 0.70)"),
+    ],
+)
+def test_a_lowered_threshold_makes_nobody_alike(
+    red: LoadedAdapter, green: LoadedAdapter, cosine: float, said: str
+) -> None:
+    """The policy may ask for the finding at any cosine; what is said of it has to be true all the same."""
+    numbers = replace(conflicts([red, green], [1.0, 1.0]).pairs[0].numbers, cosine=cosine, interference=1.25)
+    (found,) = of_pair(("red", "green"), numbers, None, parse_policy("thresholds: {near_duplicate: -1, dominance: 2}"))
+    assert said in found.message
+    assert "1.25 times the energy" in found.message
+    assert ("one task trained twice" in found.message) is (cosine >= 0.5)
+
+
+def test_advice_to_keep_one_of_two_is_for_those_that_do_the_same(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    low = parse_policy("thresholds: {near_duplicate: -1}")
+    told = [conflicts([red, other], [1.0, 1.0], policy=low) for other in (green, scaled(red, 1.1, "again"))]
+    assert ["keep one" in " ".join(report.advice(one)) for one in told] == [False, True]
 
 
 def test_an_adapter_that_adds_nothing_is_named(red: LoadedAdapter, green: LoadedAdapter) -> None:

@@ -82,3 +82,63 @@ def test_an_adapter_that_was_trained_on_a_4_bit_base_says_how_far_the_full_one_i
     assert found.measure is not None
     assert 0.05 < found.measure < 0.12
     assert "evaluate" in found.message
+
+
+PEFTS_OWN = """---
+library_name: peft
+---
+## Training procedure
+
+The following `bitsandbytes` quantization config was used during training:
+- quant_method: bitsandbytes
+- load_in_8bit: False
+- load_in_4bit: {}
+- bnb_4bit_quant_type: nf4
+### Framework versions
+
+- PEFT 0.6.0
+"""
+AXOLOTLS = """---
+library_name: peft
+base_model: acme/base
+---
+<details><summary>See axolotl config</summary>
+
+```yaml
+base_model: acme/base
+{}load_in_4bit: true  # to fit
+adapter: qlora
+```
+</details>
+"""
+TAGGED = "---\nbase_model: acme/base\n{}\n---\n# A card\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "evidence"),
+    [
+        (PEFTS_OWN.format("True"), "README.md says load_in_4bit"),
+        (AXOLOTLS.format(""), "README.md says load_in_4bit"),
+        (TAGGED.format("tags: [lora, QLoRA]"), "README.md has the tag qlora"),
+        ("---\nbase_model: [acme/base-bnb-4bit]\n---\n", "README.md names acme/base-bnb-4bit"),
+        (PEFTS_OWN.format("False"), ""),
+        (AXOLOTLS.format("# "), ""),
+        (TAGGED.format("tags: [lora]\nbase_model_relation: quantized"), ""),
+        ("Load it with `load_in_4bit=True`, or in full.\n", ""),
+        ("---\ntags: [qlora\n---\n", ""),
+        ("---\n" + "x" * 70_000, ""),
+    ],
+)
+def test_a_model_card_says_that_the_base_was_in_4_bits(card: str, evidence: str, pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    (adapter / "README.md").write_text(card)
+    found = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    assert [evidence in one.message for one in found] == ([True] if evidence else [])
+
+
+def test_a_card_that_leads_out_of_the_adapter_is_not_read(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    (tmp_path / "elsewhere").write_text(PEFTS_OWN.format("True"))
+    (adapter / "README.md").unlink(missing_ok=True)
+    (adapter / "README.md").symlink_to(tmp_path / "elsewhere")
+    assert not [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from composer.delta import Computed, Delta, LowRank, Replacement
 from composer.errors import ComposerError
-from composer.formats.checkpoint import open_checkpoint
+from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.methods import combine_deltas
 from composer.settings import PIPELINES, effective_weights
 from composer.variants import LoadedAdapter, load_deltas
@@ -154,3 +154,28 @@ def test_weights_that_cancel_do_not_blow_an_election_up(make_model: MakeModel, m
     for delta in combine_deltas(both, [1.0, -0.9999], "ties", settings).deltas:
         assert isinstance(delta, Computed)
         assert float(delta.rows(torch.zeros(delta.stored_shape), 0).abs().max()) < 100
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_masks_are_the_same_with_a_checkpoint_at_hand_and_without(
+    method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    """GPT-2's published checkpoints have names without `transformer.`: a merge knows that, `combine` does not."""
+    base = make_model("gpt2", shard="1GB")
+    adapter = make_adapter(base, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_in(base).items()}
+    save_file(tensors, published / "model.safetensors", {"format": "pt"})
+
+    def rows(architecture: Architecture | None) -> dict[str, torch.Tensor]:
+        deltas = combine_deltas([load_deltas(adapter, architecture)], [1.0], method).deltas
+        names = {delta.module: delta.weight for delta in deltas}
+        assert all(name.startswith("h." if architecture else "transformer.") for name in names.values())
+        return {one.module: one.rows(torch.zeros(one.stored_shape), 0) for one in deltas if isinstance(one, Computed)}
+
+    known, unknown = rows(open_checkpoint(published).architecture), rows(None)
+    assert known.keys() == unknown.keys() != set()
+    assert all(torch.equal(known[module], unknown[module]) for module in known)
+    assert len({tuple((one != 0).flatten().tolist()) for one in known.values()}) == len(known), "each has its own mask"

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from composer.conflicts import ConflictReport, conflicts
+from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.examine import Evidence, examine
 from composer.conflicts.page import MEASURES, page
+from composer.conflicts.report import explanations
 from composer.model import load_model
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
@@ -166,6 +168,14 @@ def test_findings_and_the_verdict_are_words_and_not_only_colours(report: Conflic
     for finding in report.findings:
         assert finding.message in text
         assert finding.code in text
+
+
+def test_what_is_the_same_for_all_pairs_is_said_once(report: ConflictReport) -> None:
+    assert len(report.pairs) > 1
+    assert page(report).count(FROM_WEIGHTS) == 1
+    assert explanations(report).count(FROM_WEIGHTS) == 1
+    assert len(explanations(report)) == 1 + len(report.pairs)
+    assert not any(FROM_WEIGHTS in line for line in explanations(report)[1:])
 
 
 def test_a_pair_without_common_modules_has_no_map(tmp_path: Path) -> None:

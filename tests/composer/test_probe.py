@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer.conflicts.interval import interval
-from composer.conflicts.probe import Effort, Member, probe, weighted, weighted_sum
+from composer.conflicts.probe import Effort, Limits, Member, probe, weighted, weighted_sum
 from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import evaluate
@@ -110,19 +110,19 @@ def test_the_same_examples_are_measured_every_time_and_one_example_has_no_error(
     assert first.pairs == second.pairs
     assert first.pairs[0].effects[0].loss_stderr is None
     assert first.pairs[0].effects[0].loss_interval.to_json() is None
-    assert first.pairs[0].is_open(None), "one example tells no error"
+    assert first.pairs[0].is_open(Limits()), "one example tells no error"
     json.dumps(first.to_json(), allow_nan=False)
 
 
 def test_examples_grow_only_for_combinations_that_are_undecided(loaded: LoadedModel) -> None:
     same = replace(MEMBERS[1], weight=0.0)  # changes nothing: whatever is measured, it is decided
-    result = probe(loaded, [MEMBERS[0], same, MEMBERS[2]], effort=Effort(2, 6, limit=0.01))
+    result = probe(loaded, [MEMBERS[0], same, MEMBERS[2]], effort=Effort(2, 6, Limits(0.01)))
     by_members = {outcome.members: outcome for outcome in result.pairs}
     for outcome in (*result.pairs, result.whole):
-        assert outcome.k == 6 or not outcome.is_open(0.01), "who stops early has decided"
+        assert outcome.k == 6 or not outcome.is_open(Limits(0.01)), "who stops early has decided"
         assert outcome.k in (2, 4, 6)
     assert by_members["red", "green"].effects[0].loss == pytest.approx(0.0, abs=1e-5)
-    patient = probe(loaded, [MEMBERS[0], MEMBERS[2]], effort=Effort(2, 6, limit=1e9))
+    patient = probe(loaded, [MEMBERS[0], MEMBERS[2]], effort=Effort(2, 6, Limits(1e9)))
     assert patient.pairs[0].k == 2, "nothing can be too much"
 
 
@@ -130,7 +130,7 @@ def test_what_was_grown_is_what_a_larger_start_would_have_measured(loaded: Loade
     chosen = [MEMBERS[0], MEMBERS[1]]
     first = probe(loaded, chosen, [GUARD], 2).pairs[0]
     limit = first.worst.loss  # in the middle of its interval, so that two examples leave it open
-    grown = probe(loaded, chosen, [GUARD], Effort(2, 4, limit)).pairs[0]
+    grown = probe(loaded, chosen, [GUARD], Effort(2, 4, Limits(limit))).pairs[0]
     direct = probe(loaded, chosen, [GUARD], 4).pairs[0]
     assert grown.k == 4
     for one, other in zip((*grown.effects, *grown.guards), (*direct.effects, *direct.guards), strict=True):
@@ -142,10 +142,10 @@ def test_no_example_is_measured_twice(loaded: LoadedModel) -> None:
     passed: list[int] = []
     handle = loaded.model.register_forward_hook(lambda _model, _inputs, output: passed.append(output.logits.shape[0]))
     try:
-        probe(loaded, MEMBERS, [GUARD], Effort(2, 4, limit=-1e9))
+        probe(loaded, MEMBERS, [GUARD], Effort(2, 4, Limits(-1e9)))
         start = sum(passed)
         passed.clear()
-        probe(loaded, MEMBERS, [GUARD], Effort(1, 4, limit=None))
+        probe(loaded, MEMBERS, [GUARD], Effort(1, 4))
     finally:
         handle.remove()
     m, k = len(MEMBERS), 2

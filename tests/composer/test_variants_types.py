@@ -339,6 +339,18 @@ def test_facts_and_servers_say_what_it_is(case: str, tmp_path: Path, make_model:
         assert any("merge" in way for way in told["way_out"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "rank", "alpha"),
+    [({"r": 3, "lora_alpha": 5}, 3, 5.0), ({"r": 3}, 3, 6.0), ({}, 0, 0.0)],
+)
+def test_the_rank_of_super_tuning_is_that_of_the_pair_beside_its_values(
+    settings: dict[str, int], rank: int, alpha: float, tmp_path: Path, make_model: MakeModel
+) -> None:
+    config = peft.SupertuningConfig(sparsity=0.8, **settings, **BOTH)
+    seen = inspect(save_adapted(make_model(), config, tmp_path / "adapter"), None)
+    assert (seen.facts.rank_max, seen.facts.alpha) == (rank, alpha)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("case", "part"), [("LoHa", "hada_w1_a"), ("VeRA", "vera_A"), ("trained tokens", "tokens")])
 def test_numbers_that_are_no_plain_floating_point_are_refused(

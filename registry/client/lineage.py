@@ -1,0 +1,172 @@
+"""What something was made of: its members and their weights, as a registry knows them or an adaptory.json tells them,
+and the method that the adaptory.json or a lock names."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from composer.errors import ComposerError
+from composer.settings import parse_settings
+from composer.weights import Weight, WeightRule, parse_weight
+from registry.client.api import Api, Json, release_path
+from registry.errors import Unavailable
+
+NOTE_FILE = "adaptory.json"
+NOTE_BYTES = 64 << 20
+"""What is read of one at most: a merge tells some 300 bytes a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """`name` is a repository, with version and commit; where no registry was asked, a directory and a digest."""
+
+    name: str
+    version: str
+    commit: str
+    weight: Weight
+
+    @property
+    def exactly(self) -> str:
+        return f"{self.version} {self.commit[:12]}".strip()
+
+    def __str__(self) -> str:
+        return f"{weight_words(self.weight)} x {self.name}{':' if self.version else ' '}{self.exactly}"
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """`method` is empty where only the members are known; `dtype` and `rounding` where a merge changes neither."""
+
+    members: tuple[Member, ...]
+    method: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    dtype: str = ""
+    rounding: str = ""
+
+    def own_settings(self) -> dict[str, Any]:
+        """Without those that every method has, where they are at their defaults."""
+        common = parse_settings("stack", {})
+        told = {name: value for name, value in self.settings.items() if value is not None and value != []}
+        return {name: value for name, value in told.items() if name not in common or value != common[name]}
+
+    @property
+    def how(self) -> str:
+        """The method with its settings, in words."""
+        settings = ", ".join(f"{name} {_short(value)}" for name, value in self.own_settings().items())
+        return f"{self.method}: {settings}" if settings else self.method
+
+    def rows(self) -> dict[str, Any]:
+        """A name and a value for each part, to be laid beside another's."""
+        told: dict[str, Any] = {"method": self.method} if self.method else {}
+        told |= {f"settings.{name}": value for name, value in self.own_settings().items()}
+        told |= {name: value for name, value in (("dtype", self.dtype), ("rounding", self.rounding)) if value}
+        for member in self.members:
+            name = f"member {member.name}"
+            value = f"{weight_words(member.weight)} x {member.exactly}"
+            told[name] = f"{told[name]}, {value}" if name in told else value
+        return told
+
+
+def weight_words(weight: Weight) -> str:
+    """`0.8 (0.3 in layers 0-9 of mlp.*)`."""
+    rules = ", ".join(map(rule_words, weight.rules))
+    return f"{weight.value:g} ({rules})" if rules else f"{weight.value:g}"
+
+
+def rule_words(rule: WeightRule) -> str:
+    first, last = rule.layers or (0, 0)
+    layers = "" if rule.layers is None else f"layer {first}" if first == last else f"layers {first}-{last}"
+    return f"{rule.weight:g} in {' of '.join(part for part in (layers, rule.modules) if part)}"
+
+
+def side_by_side(old: Composition | None, new: Composition | None) -> list[Json]:
+    """Rows {name, old, new} of all that either is made of; none where neither is a composition."""
+    before, after = (one.rows() if one else {} for one in (old, new))
+    return [
+        {"name": name, "old": before.get(name), "new": after.get(name)} for name in dict.fromkeys([*before, *after])
+    ]
+
+
+def of_lock(lock: Mapping[str, Any]) -> Composition:
+    members = tuple(
+        Member(str(row["repository"]), str(row["version"]), str(row["commit"]), _weight(row)) for row in lock["inputs"]
+    )
+    return _told(members, lock)
+
+
+def of_note(content: bytes) -> Composition | None:
+    """What an adaptory.json tells; None where it tells of no composition: anybody may have written it."""
+    try:
+        note = json.loads(content)
+        if lock := note["note"].get("lock"):
+            return of_lock(lock)
+        members = [
+            Member(str(row["name"]), "", str(row["digest"]), parse_weight(row["weight"])) for row in note["adapters"]
+        ]
+        return _told(tuple(members), note)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ComposerError):
+        return None
+
+
+def of_release(release: Json, note: bytes) -> Composition | None:
+    """Members and weights as the registry knows them, which also hides those that the reader may not see; rules and
+    method from the release's own `note`, if that tells of the same members. None for what no composition made."""
+    known: list[Json] = release["inputs"]
+    if not known:
+        return None
+    told = of_note(note)
+    same = told is not None and [(one.commit, one.weight.value) for one in told.members] == [
+        (row["commit"], row["weight"]) for row in known
+    ]
+    weights = [one.weight for one in told.members] if told and same else [Weight(row["weight"]) for row in known]
+    members = tuple(
+        Member(row["repository"] or "hidden", row["version"] or "-", row["commit"], weight)
+        for row, weight in zip(known, weights, strict=True)
+    )
+    return replace(told, members=members) if told and same else Composition(members)
+
+
+def fetch_note(api: Api, release: Json) -> bytes:
+    """The adaptory.json of a release that a composition made, verified; empty where there is none to be read.
+
+    Raises Unavailable when other bytes arrive than were published.
+    """
+    row = next((row for row in release["files"] if row["path"] == NOTE_FILE), None)
+    if row is None or not release["inputs"] or row["size_bytes"] > NOTE_BYTES:
+        return b""
+    content = bytearray()
+    with api.stream(f"{release_path(release)}/files/{NOTE_FILE}") as stream:
+        for block in stream.chunks:
+            content += block
+            if len(content) > row["size_bytes"]:
+                break
+    if hashlib.sha256(content).hexdigest() != row["sha256"]:
+        raise Unavailable(
+            "blob_corrupt",
+            f"{NOTE_FILE} of {release['repository']}:{release['version']} did not arrive as it was published.",
+            subject=NOTE_FILE,
+            next_step="Try again; if it happens again the store is damaged.",
+        )
+    return bytes(content)
+
+
+def _told(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Composition:
+    rounding: Mapping[str, Any] = stated.get("rounding") or {}
+    stochastic = rounding.get("mode", "nearest") != "nearest"
+    return Composition(
+        members,
+        str(stated["method"]),
+        dict(stated["settings"]),
+        str(stated.get("dtype") or ""),
+        f"{rounding['mode']}, seed {rounding['seed']}" if stochastic else "",
+    )
+
+
+def _weight(row: Mapping[str, Any]) -> Weight:
+    return parse_weight({"value": row["weight"], "rules": row.get("rules", [])})
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)
