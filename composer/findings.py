@@ -32,8 +32,8 @@ None: no measurement backs a number, so there is no such finding unless a policy
 half of what the member had gained.
 """
 HARD = frozenset({
-    "replacement_conflict", "replacement_and_delta", "two_rescale", "tied_weight", "tied_both_sides",
-    "vocabulary_mismatch", "shape_conflict", "not_finite",
+    "replacement_conflict", "replacement_and_delta", "two_rescale", "token_conflict", "tied_weight",
+    "tied_both_sides", "vocabulary_mismatch", "shape_conflict", "not_finite",
 })  # fmt: skip
 """What a merge refuses whatever a policy says."""
 CODES = frozenset({

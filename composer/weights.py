@@ -88,6 +88,17 @@ class Divided(Weight):
         total = sum(weight.of(*names) for weight in self.among)
         return Weight.of(self, *names) / total if total else 0.0
 
+    def times(self, factor: float) -> "Divided":
+        plain = Weight.times(self, factor)
+        return Divided(plain.value, plain.rules, self.among)
+
+    def to_json(self) -> float | dict[str, Any]:
+        """What it comes to; with rules, what has to be divided and `among` which weights, since modules differ."""
+        if not any(weight.rules for weight in (self, *self.among)):
+            return self.of()
+        rules = [rule.to_json() for rule in self.rules]
+        return {"value": self.value, "rules": rules, "among": [weight.to_json() for weight in self.among]}
+
 
 def parse_weight(value: object) -> Weight:
     """A number, or {value: number, rules: [{layers: "0-9", modules: glob, weight: number}]}.
@@ -116,7 +127,7 @@ def parse_rule(text: str) -> WeightRule:
     layers, slash, modules = selector.partition("/")
     if not slash and not _RANGE.fullmatch(selector):
         layers, modules = "", selector
-    if not equals or not selector:
+    if not equals or not selector or (slash and not (layers and modules)):
         raise _bad(f"{shown(text)} is no rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
     row: dict[str, object] = {"weight": weight}
     return _rule(row | ({"layers": layers} if layers else {}) | ({"modules": modules} if modules else {}))
@@ -164,5 +175,5 @@ def _bad(why: str) -> NotSupported:
         "bad_weight",
         f"A weight cannot be read: {why}.",
         subject="weight",
-        next_step="Write a number, or {default: 1, rules: [...]}.",
+        next_step="Write a number, or {value: 1, rules: [...]}.",
     )

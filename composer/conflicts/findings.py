@@ -158,7 +158,8 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
     found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced(limits)]
     if doubtful := outcome.doubtful(limits):
         who = " or ".join(doubtful)
-        message = f"In {together} it is open after {_examples(outcome.k)} whether {who} loses too much."
+        seen = max(effect.examples for effect in outcome.effects)
+        message = f"In {together} it is open after {_examples(seen)} whether {who} loses too much."
         found.append(Finding("probe_open", Severity.NOTICE, together, message, outcome.worst.loss))
     for guard in outcome.guards:
         if guard.rise_interval.low > _threshold(policy, "probe_guard"):

@@ -1,7 +1,7 @@
 """How sure a mean of few paired measurements is: Student's t, without a table. No torch."""
 
 from dataclasses import dataclass
-from math import atan, comb, cos, inf, pi, sin, sqrt
+from math import atan, cos, exp, inf, lgamma, log, log1p, pi, sin, sqrt
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
@@ -62,5 +62,8 @@ def _below(t: float, dof: int) -> float:
 
 def surely_less(count: int, total: int, share: float) -> bool:
     """Whether `count` of `total` shows that less than `share` is true of all: the binomial tail is below 5 %."""
-    chance = sum(comb(total, seen) * share**seen * (1 - share) ** (total - seen) for seen in range(count + 1))
-    return chance < 1 - CONFIDENCE
+    if not 0 < share < 1:
+        return share >= 1 and count < total
+    ways = [lgamma(total + 1) - lgamma(seen + 1) - lgamma(total - seen + 1) for seen in range(count + 1)]
+    chances = (exp(one + seen * log(share) + (total - seen) * log1p(-share)) for seen, one in enumerate(ways))
+    return sum(chances) < 1 - CONFIDENCE

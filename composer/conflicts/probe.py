@@ -58,7 +58,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """A member's own suite in nats per completion token: the base, the member alone at weight 1, and the combination.
+    """A member's own suite in nats per completion token: the base, the member alone at weight 1, and the combination, on
+    so many `examples` of it.
 
     `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
     it lies in, all members' together in 95 of 100 cases. `kept` is the share of the member's gain that is left,
@@ -75,8 +76,9 @@ class Effect:
     loss_stderr: float | None
     loss_interval: Interval
     kept: float | None
-    answered: int = 0
-    still_answered: int = 0
+    answered: int
+    still_answered: int
+    examples: int
 
     def surely_silenced(self, limits: Limits) -> bool:
         """Is surely less left of its answers than has to be?"""
@@ -108,11 +110,12 @@ class SideEffect:
     rise: float
     rise_stderr: float | None
     rise_interval: Interval
+    examples: int
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One combination measured on `k` examples a suite: the effect on each member and on each guard suite."""
+    """One combination measured on `k` examples a suite, or all that it has: the effect on each member and guard."""
 
     k: int
     effects: tuple[Effect, ...]
@@ -311,15 +314,19 @@ def _effect(member: Member, base: _Run, alone: _Run, combined: _Run, members: in
     sure = interval(loss, stderr, len(alone[digest]), members)
     answered = [after for own, after in zip(alone[digest], combined[digest], strict=True) if own.exact]
     still = sum(one.exact for one in answered)
-    return Effect(member.name, member.suite.name, before, own, after, loss, stderr, sure, kept, len(answered), still)
+    return Effect(
+        member.name, member.suite.name, before, own, after, loss, stderr, sure, kept, len(answered), still,
+        len(alone[digest]),
+    )  # fmt: skip
 
 
 def _side_effect(guard: Suite, base: _Run, alone: dict[str, _Run], combined: _Run) -> SideEffect:
     each = {name: _nll(run[guard.digest]) for name, run in alone.items()}
     worst = max(each, key=lambda name: each[name])
     rise, stderr = _difference(combined[guard.digest], alone[worst][guard.digest])
-    sure = interval(rise, stderr, len(base[guard.digest]))
-    return SideEffect(guard.name, _nll(base[guard.digest]), each, _nll(combined[guard.digest]), rise, stderr, sure)
+    n = len(base[guard.digest])
+    sure = interval(rise, stderr, n)
+    return SideEffect(guard.name, _nll(base[guard.digest]), each, _nll(combined[guard.digest]), rise, stderr, sure, n)
 
 
 def _nll(measured: Sequence[Measured]) -> float:

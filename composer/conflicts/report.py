@@ -197,10 +197,11 @@ def _worst_modules(pair: Pair, count: int) -> list[tuple[str, ...]]:
 def _outcome_rows(outcome: Outcome) -> list[tuple[str, ...]]:
     together = " + ".join(outcome.members)
     lines: list[Effect | SideEffect] = [*outcome.effects, *outcome.guards]
-    return [(together, *_line(line, str(outcome.k))) for line in lines]
+    return [(together, *_line(line)) for line in lines]
 
 
-def _line(line: Effect | SideEffect, k: str) -> tuple[str, ...]:
+def _line(line: Effect | SideEffect) -> tuple[str, ...]:
+    k = str(line.examples)
     if isinstance(line, Effect):
         loss, kept = _within(line.loss, line.loss_interval), "-" if line.kept is None else f"{line.kept:.0%}"
         answers = f"{line.still_answered} of {line.answered}" if line.answered else "-"

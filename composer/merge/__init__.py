@@ -66,19 +66,18 @@ def run_merge(
     """
     started = time.monotonic()
     chosen = torch_device(device)
-    key = plan.key
-    with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES, key) as aside:
+    with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as aside:
         journal = Journal(aside)
         copy_side_files(plan.checkpoint.path, aside)
         write_json(aside / "config.json", plan.config)
         if plan.checkpoint.index is not None:
             write_json(aside / INDEX_FILE, index_of(plan))
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
-        if plan.key != key:
+        if changed := plan.changed_inputs():
             raise RefusedOutput(
                 "inputs_changed",
-                f"{plan.checkpoint.path} was written to during the merge.",
-                subject=str(plan.checkpoint.path),
+                f"{' and '.join(map(str, changed))} changed since the merge was planned.",
+                subject=str(changed[0]),
                 next_step="Merge again when nobody writes to it.",
             )
         write_json(aside / NOTE_FILE, _note(plan, note, written.survivals))

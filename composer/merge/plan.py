@@ -23,6 +23,7 @@ from composer.hashing import hash_file
 from composer.merge.chunks import TensorPlan
 from composer.merge.dequantized import Dequantized, dequantized
 from composer.merge.quantization_gap import quantized_bases
+from composer.merge.resume import Identity, identity
 from composer.merge.shards import ShardPlan
 from composer.methods import combine_deltas
 from composer.rounding import Rounding
@@ -50,7 +51,8 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """All that a merge will do, decided before a byte is written."""
+    """All that a merge will do, decided before a byte is written. `inputs` are the weight files that it was planned
+    from, as they were then."""
 
     checkpoint: Checkpoint
     shards: tuple[ShardPlan, ...]
@@ -60,6 +62,7 @@ class MergePlan:
     settings: Mapping[str, object]
     adapters: tuple[AdapterUse, ...]
     findings: tuple[Finding, ...]
+    inputs: Mapping[Path, Identity]
     rounding: Rounding = field(default_factory=Rounding)
 
     @property
@@ -72,13 +75,14 @@ class MergePlan:
 
     @property
     def key(self) -> str:
-        """The same for plans that give the same bytes, as long as no input is written to: 12 hex digits."""
-        base = [
-            [shard.file, *(getattr(shard.path.stat(), name) for name in ("st_size", "st_mtime_ns", "st_ino"))]
-            for shard in self.shards
-        ]
-        described = [_BYTES_VERSION, str(self.checkpoint.path.absolute()), base, self.config, self.to_json()]
+        """The same for plans that give the same bytes, from inputs that nobody has written to: 12 hex digits."""
+        inputs = [[str(path), *identity] for path, identity in self.inputs.items()]
+        described = [_BYTES_VERSION, str(self.checkpoint.path.absolute()), inputs, self.config, self.to_json()]
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def changed_inputs(self) -> list[Path]:
+        """Files of the base and the adapters that were written to, or removed, since this was planned."""
+        return [path for path, before in self.inputs.items() if not path.is_file() or identity(path) != before]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -114,6 +118,8 @@ def plan_merge(
             "dtype", f"{dtype!r} is no output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
     parsed = parse_settings(method, settings or {})
+    files = [checkpoint.path / file for file in checkpoint.shards] + [path / WEIGHTS_FILE for path, _ in adapters]
+    inputs = {path: identity(path) for path in files if path.is_file()}
     with ThreadPoolExecutor(1, "hash") as hashing:
         digests = [hashing.submit(hash_file, path / WEIGHTS_FILE) for path, _ in adapters]
         loaded = [load_deltas(path, checkpoint.architecture) for path, _ in adapters]
@@ -141,6 +147,7 @@ def plan_merge(
             *_missing_tokenizer(checkpoint.path),
             *quantized_bases(checkpoint, loaded),
         ),
+        inputs=inputs,
         rounding=rounding or Rounding(),
     )
 

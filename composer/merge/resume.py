@@ -13,7 +13,8 @@ from pathlib import Path
 from composer.output import sync
 
 JOURNAL_FILE = ".journal"
-_Identity = tuple[int, int, int]
+Identity = tuple[int, int, int]
+"""Size, inode and time of last change: as long as they are the same, nobody has written to a file."""
 
 
 class Journal:
@@ -24,9 +25,9 @@ class Journal:
         self._path = directory / JOURNAL_FILE
         self._lock = threading.Lock()
         self._finished = {
-            name: identity
-            for name, identity in _read(self._path).items()
-            if (directory / name).is_file() and _identity(directory / name) == identity
+            name: then
+            for name, then in _read(self._path).items()
+            if (directory / name).is_file() and identity(directory / name) == then
         }
         for file in directory.iterdir():
             if file.name not in self._finished:
@@ -47,24 +48,24 @@ class Journal:
     def finish(self, path: Path) -> None:
         """Write down a shard that is verified and synced."""
         with self._lock, self._path.open("a", encoding="utf-8") as file:
-            self._finished[path.name] = _identity(path)
+            self._finished[path.name] = identity(path)
             file.write(_line(path.name, self._finished[path.name]))
             file.flush()
             os.fsync(file.fileno())
 
 
-def _identity(path: Path) -> _Identity:
+def identity(path: Path) -> Identity:
     status = path.stat()
     return status.st_size, status.st_ino, status.st_mtime_ns
 
 
-def _line(name: str, identity: _Identity) -> str:
+def _line(name: str, identity: Identity) -> str:
     return json.dumps([name, *identity]) + "\n"
 
 
-def _read(path: Path) -> dict[str, _Identity]:
+def _read(path: Path) -> dict[str, Identity]:
     """The lines up to the first that a crash or a power cut spoilt: what follows was never promised."""
-    found: dict[str, _Identity] = {}
+    found: dict[str, Identity] = {}
     for line in path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else ():
         try:
             name, size, inode, changed = json.loads(line)

@@ -1,13 +1,14 @@
 """Several deltas of one place -> one, entry by entry. X_TMN are T deltas (rows of them), w_T their weights."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 
 from composer.errors import Mismatch
 
 SMALLEST_SUM = 1e-8
-_NOTHING = 1e-3
+_NOTHING = 1e-3  # of the kept weights' magnitudes
 
 Join = Callable[[torch.Tensor], torch.Tensor]
 """X_TMN -> X_MN."""
@@ -37,10 +38,13 @@ def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide
     TIES, arXiv 2306.01708, where votes are plain, D counts the kept ones and w = 1. `weighted` votes with w_i X_i,
     `count` with the signs; D may be the kept ones' weights, or 1 (`none`). An even vote is for plus; a zero has no say.
     """
-    total_MN, D_MN = _agreeing(X_TMN, w_T, _votes(X_TMN, w_T, vote), divide)
+    votes_MN = _votes(X_TMN, w_T, vote)
+    total_MN, D_MN = _agreeing(X_TMN, w_T, votes_MN, divide)
     if D_MN is None:
         return total_MN
-    nothing = _NOTHING * sum(abs(w) for w in w_T)  # weights that cancel are no divisor
+    nothing: torch.Tensor | float = 0.0
+    if divide == "weights" and min(w_T) < 0 < max(w_T):  # weights that cancel are no divisor
+        nothing = _NOTHING * cast(torch.Tensor, _agreeing(X_TMN, [abs(w) for w in w_T], votes_MN, divide)[1])
     return total_MN / torch.where(D_MN.abs() <= nothing, 1.0, D_MN)
 
 

@@ -26,8 +26,8 @@ from tests.composer.tiny import MakeModel, load_model
 def answering(answered: int, still: int) -> Outcome:
     """Red loses far less than half of its gain in nats, but some of its answers."""
     effects = (
-        Effect("red", "red-exact", 3.0, 0.1, 0.4, 0.3, 0.01, interval(0.3, 0.01, 16, 2), 0.9, answered, still),
-        Effect("green", "green-exact", 2.0, 0.4, 0.4, 0.0, 0.001, interval(0.0, 0.001, 16, 2), 1.0, 16, 16),
+        Effect("red", "red-exact", 3.0, 0.1, 0.4, 0.3, 0.01, interval(0.3, 0.01, 16, 2), 0.9, answered, still, 16),
+        Effect("green", "green-exact", 2.0, 0.4, 0.4, 0.0, 0.001, interval(0.0, 0.001, 16, 2), 1.0, 16, 16, 16),
     )
     return Outcome(16, effects, ())
 

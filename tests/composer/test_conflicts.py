@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from composer.conflicts import ConflictReport, Method, conflicts, report
 from composer.conflicts.findings import of_pair
@@ -16,10 +17,13 @@ from composer.errors import Mismatch
 from composer.findings import Severity, Verdict, parse_policy
 from composer.methods import combine_deltas
 from composer.model import load_model
+from composer.settings import effective_weights
 from composer.suite import Example, Suite
-from composer.variants import LoadedAdapter
+from composer.variants import LoadedAdapter, load_deltas
 from composer.weights import Weight, WeightRule
+from tests.composer.adapted import save_adapted
 from tests.composer.small_model import Load, dense, scaled
+from tests.composer.tiny import MakeModel
 
 
 def codes(found: ConflictReport) -> dict[str, Severity]:
@@ -172,11 +176,11 @@ def test_one_adapter_alone_is_checked_for_what_it_cannot_be_merged_with(red: Loa
 def outcome(loss: float, kept: float, rise: float, stderr: float, k: int = 4) -> ProbeResult:
     """Red had gained 2.5 nats a token and loses `loss`; green loses next to nothing."""
     effects = (
-        Effect("red", "red-exact", 3.0, 0.5, 0.5 + loss, loss, stderr, interval(loss, stderr, k, 2), kept),
-        Effect("green", "green-exact", 2.0, 0.4, 0.41, 0.01, 0.001, interval(0.01, 0.001, k, 2), 0.99),
+        Effect("red", "red-exact", 3.0, 0.5, 0.5 + loss, loss, stderr, interval(loss, stderr, k, 2), kept, 0, 0, k),
+        Effect("green", "green-exact", 2.0, 0.4, 0.41, 0.01, 0.001, interval(0.01, 0.001, k, 2), 0.99, 0, 0, k),
     )
     alone = {"red": 0.8, "green": 0.9}
-    guard = SideEffect("general", 0.7, alone, 0.9 + rise, rise, stderr, interval(rise, stderr, k))
+    guard = SideEffect("general", 0.7, alone, 0.9 + rise, rise, stderr, interval(rise, stderr, k), k)
     measured = Outcome(k, effects, (guard,))
     return ProbeResult(k, (measured,), measured, 1.5)
 
@@ -327,6 +331,29 @@ def test_retention_is_of_what_the_method_makes(red: LoadedAdapter, green: Loaded
         shapes = {delta.module: dense(delta).shape for delta in combined}
         D = torch.cat([own.get(module, torch.zeros(shapes[module])).flatten() for module in everything])
         assert member.retention == pytest.approx(((M @ D) / (D @ D)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["stack", "ties", "svd"])
+def test_two_that_train_one_token_are_a_finding_whatever_the_method(
+    tmp_path: Path, make_model: MakeModel, method: str
+) -> None:
+    base = make_model()
+    loaded = [
+        load_deltas(save_adapted(base, LoraConfig(trainable_token_indices=rows), tmp_path / name), None)
+        for name, rows in (("one", [1, 5]), ("two", [5, 9]))
+    ]
+    found = conflicts(loaded, [1.0, 1.0], Method(method))
+    assert [one.code for one in found.findings if one.severity is Severity.ERROR] == ["token_conflict"]
+    assert found.verdict is Verdict.REFUSE
+
+
+def test_a_mean_tells_the_weights_that_it_comes_to(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    found = conflicts([red, green], [1.0, 3.0], Method("mean"))
+    assert [member.to_json()["weight"] for member in found.members] == [0.25, 0.75]
+    ruled = Weight(1.0, (WeightRule(0.0, modules="q_proj"),))
+    told = conflicts([red, green], [1.0, ruled], Method("mean")).members[0].to_json()
+    assert told["weight"] == {"value": 1.0, "rules": [], "among": [1.0, ruled.to_json()]}
+    assert effective_weights([1.0, 1.0], "mean", {})[0].times(2.0).of("m") == 1.0
 
 
 def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green: LoadedAdapter) -> None:

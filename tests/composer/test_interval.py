@@ -5,7 +5,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from composer.conflicts.interval import Interval, interval, quantile
+from composer.conflicts.interval import Interval, interval, quantile, surely_less
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,24 @@ def test_more_claims_make_it_wider_and_one_measurement_leaves_it_open() -> None:
 
 def test_no_spread_is_no_doubt() -> None:
     assert interval(0.0, 0.0, 4) == Interval(0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "share", "expected"),
+    [(0, 4, 0.5, False), (0, 5, 0.5, True), (4, 16, 0.5, True), (5, 16, 0.5, False), (0, 0, 0.5, False)],
+)
+def test_a_share_is_surely_less_where_the_binomial_tail_says_so(
+    count: int, total: int, share: float, expected: bool
+) -> None:
+    assert surely_less(count, total, share) is expected
+
+
+def test_a_share_can_be_told_from_a_hundred_thousand_examples() -> None:
+    assert surely_less(49_000, 100_000, 0.5)
+    assert not surely_less(49_900, 100_000, 0.5)
+
+
+def test_of_all_that_must_be_left_one_is_missing_or_none() -> None:
+    assert surely_less(15, 16, 1.0)
+    assert not surely_less(16, 16, 1.0)
+    assert not surely_less(0, 16, 0.0)

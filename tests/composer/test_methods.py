@@ -8,6 +8,7 @@ import torch
 
 from composer.delta import Additive, Computed, Layout, LowRank
 from composer.errors import ComposerError
+from composer.methods.join import elect
 from composer.methods.matrix import Matrix
 from composer.methods.pipeline import Part, Place, Selections, run
 from composer.methods.spectral import compress_dense
@@ -313,3 +314,14 @@ def test_factors_in_the_files_own_dtype_give_the_result_of_their_float32_values(
     halves = [replace(one, A_RI=one.A_RI.bfloat16(), B_OR=one.B_OR.half()) for one in low_ranks()]
     wide = [replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()) for one in halves]
     assert torch.equal(combined(method, halves, WEIGHTS), combined(method, wide, WEIGHTS))
+
+
+def test_an_election_divides_by_what_it_keeps_however_large_or_small_the_weights_are() -> None:
+    X_TMN = torch.tensor([[[1.0, 0.0, 4.0]], [[3.0, 2.0, -1.0]]])
+    assert elect(X_TMN, [2000.0, 2000.0], divide="count").tolist() == [[4000.0, 4000.0, 8000.0]]
+    assert elect(X_TMN, [1.0, 0.0005], divide="weights").tolist() == [[pytest.approx(1.001, abs=1e-4), 2.0, 4.0]]
+
+
+def test_weights_that_cancel_are_no_divisor() -> None:
+    X_TMN = torch.tensor([[[1.0, 1.0]], [[3.0, 0.0]]])
+    assert elect(X_TMN, [1.0, -1.0], divide="weights").tolist() == [[-2.0, 1.0]]

@@ -158,10 +158,21 @@ def test_another_merge_to_the_same_place_starts_from_nothing(
     assert asides(tmp_path) == []
 
 
-def test_a_changed_base_is_another_merge(plan: MergePlan, base: Path) -> None:
-    before, shard = plan.key, base / plan.shards[0].file
-    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
-    assert plan.key != before
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_inputs_that_were_written_to_make_another_merge_and_the_old_plan_is_refused(
+    plan: MergePlan, base: Path, adapter: Path, tmp_path: Path, which: str
+) -> None:
+    written = base / plan.shards[0].file if which == "base" else adapter / "adapter_model.safetensors"
+    kept = written.stat()
+    try:
+        os.utime(written, ns=(0, kept.st_mtime_ns + 1))
+        assert plan_merge(open_checkpoint(base), [(adapter, 1.0)]).key != plan.key
+        with pytest.raises(RefusedOutput, match=written.name) as caught:
+            run_merge(plan, tmp_path / "merged", "cpu")
+        assert caught.value.code == "inputs_changed"
+        assert asides(tmp_path) == []
+    finally:
+        os.utime(written, ns=(0, kept.st_mtime_ns))
 
 
 def test_a_base_written_to_during_the_merge_is_refused(plan: MergePlan, base: Path, tmp_path: Path) -> None:
@@ -190,14 +201,15 @@ def test_two_processes_on_one_output_do_not_meet(plan: MergePlan, base: Path, ad
 
 
 def test_what_is_in_use_is_not_taken_for_abandoned(tmp_path: Path) -> None:
-    busy, left = tmp_path / "out.partial-busy", tmp_path / "out.partial-left"
-    busy.mkdir()
-    left.mkdir()
+    busy, left, others = (tmp_path / f"out.partial-{key}" for key in ("b" * 12, "c" * 8, "backup"))
+    for directory in (busy, left, others):
+        directory.mkdir()
     handle = os.open(busy, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with writing_aside(tmp_path / "out", 0, "mine") as aside:
-        assert aside.name == "out.partial-mine"
+    with writing_aside(tmp_path / "out", 0, "a" * 12) as aside:
+        assert aside.name == f"out.partial-{'a' * 12}"
         assert busy.exists()
+        assert others.exists(), "nobody's but its maker's"
         assert not left.exists()
     os.close(handle)
 
