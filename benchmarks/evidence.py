@@ -17,7 +17,7 @@ from benchmarks import harness
 from benchmarks.harness import Case, Sample
 from composer.conflicts import conflicts
 from composer.conflicts.interference import activations
-from composer.conflicts.probe import Effort, Member, probe
+from composer.conflicts.probe import Effort, Probed, probe
 from composer.evaluate import encode, evaluate
 from composer.model import LoadedModel, load_model
 from composer.suite import Suite, parse_suite
@@ -64,7 +64,7 @@ def _cases(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case
 
 def _probes(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case]:
     suites = {name: parse_suite(Path(f"examples/suites/{name}.yaml")) for name in (*OWN.values(), GUARD)}
-    members = [Member(one.name, one.deltas, 1.0, suites[OWN[one.name]]) for one in adapters]
+    members = [Probed(one.name, one.deltas, 1.0, suites[OWN[one.name]]) for one in adapters]
     efforts = {WHOLE: 32, "probe, K = 4": 4, "probe, K = 2": 2, "probe, K = 2 to 16": Effort(2, 16)}
     return {
         name: partial(_timed, partial(probe, loaded, members, [suites[GUARD]], effort))

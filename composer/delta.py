@@ -73,11 +73,10 @@ class LowRank:
         outputs, inputs = self.B_OR.shape[0], self.A_RI.shape[1]
         return (outputs, inputs) if self.layout is Layout.LINEAR else (inputs, outputs)
 
-    def stored_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def stored_factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """(left, right) with the scale folded into left: W as stored on disk becomes W + left @ right."""
-        if self.layout is Layout.LINEAR:
-            return self.B_OR.float() * self.scale, self.A_RI.float()
-        return self.A_RI.T.float() * self.scale, self.B_OR.T.float()
+        left, right = (self.B_OR, self.A_RI) if self.layout is Layout.LINEAR else (self.A_RI.T, self.B_OR.T)
+        return left.to(dtype) * self.scale, right.to(dtype)
 
 
 Rows = Callable[[torch.Tensor, int], torch.Tensor]

@@ -20,8 +20,8 @@ import torch
 from composer.delta import LowRank
 from composer.summed import Summed
 
-# A direction below this share of the largest singular value is float32 noise in the factors, not part of the span.
 NOISE = 1e-5
+"""A direction below this share of the largest singular value is float32 noise in the factors, not part of the span."""
 SAMPLED_SIDE = 128
 """Signs are compared on so many rows and columns: 16 thousand entries a module."""
 
@@ -224,6 +224,11 @@ class Grams:
         return [list(row.split(sizes, dim=1)) for row in (T_RK.T @ self.outputs @ T_RK).split(sizes)]
 
 
+def numerical_rank(sigma: torch.Tensor) -> int:
+    """How many singular values, descending, are more than float32 noise."""
+    return int((sigma > NOISE * sigma[0]).sum()) if len(sigma) else 0
+
+
 def spectrum(near: torch.Tensor, far: torch.Tensor) -> Spectrum:
     """Singular values of a delta, descending without noise, from its r x r Gram matrices, and M_rK of its near side.
 
@@ -234,7 +239,7 @@ def spectrum(near: torch.Tensor, far: torch.Tensor) -> Spectrum:
     half = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     values, vectors = torch.linalg.eigh(half @ near @ half)
     sigma = values.flip(0).clamp(min=0).sqrt()
-    K = int((sigma > NOISE * sigma[0]).sum())
+    K = numerical_rank(sigma)
     return sigma[:K], half @ vectors.flip(1)[:, :K] / sigma[:K]
 
 

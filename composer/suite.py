@@ -26,6 +26,8 @@ Kind = Literal["target", "guard"]
 MAX_FILE_BYTES = 64 * 2**20
 MAX_EXAMPLES = 100_000
 MAX_TEXT_CHARS = 100_000
+_SUITE = "A suite has name, kind and examples of {prompt, completion}."
+_EXAMPLE = "Write {prompt: …, completion: …}."
 FIELDS = ("name", "kind", "description", "chat", "examples")
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -88,7 +90,7 @@ class Suite:
                 "suite_field",
                 f"{subject}: examples must be a list.",
                 subject=subject,
-                next_step="A suite has name, kind and examples of {prompt, completion}.",
+                next_step=_SUITE,
             )
         listed = cast("list[object]", rows)
         places = [f"{subject}, example {number}" for number in range(1, len(listed) + 1)]
@@ -178,7 +180,7 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
             "suite_field",
             f"{subject}: a suite is a mapping.",
             subject=subject,
-            next_step="A suite has name, kind and examples of {prompt, completion}.",
+            next_step=_SUITE,
         )
     fields = cast("dict[str, object]", document)
     unknown = sorted(shown(key) for key in fields if key not in FIELDS)
@@ -207,7 +209,7 @@ def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject
                 "suite_field",
                 f"{subject}: {rule}.",
                 subject=subject,
-                next_step="A suite has name, kind and examples of {prompt, completion}.",
+                next_step=_SUITE,
             )
     examples = tuple(_example(row, place) for place, row in rows)
     return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples)
@@ -223,7 +225,7 @@ def _example(row: object, place: str) -> Example:
             "suite_example",
             f"{place}: an example is a mapping.",
             subject=place,
-            next_step="Write {prompt: …, completion: …}.",
+            next_step=_EXAMPLE,
         )
     texts = cast("dict[str, object]", row)
     if texts.keys() != {"prompt", "completion"}:
@@ -232,7 +234,7 @@ def _example(row: object, place: str) -> Example:
             "suite_example",
             f"{place}: an example has prompt and completion; found {found}.",
             subject=place,
-            next_step="Write {prompt: …, completion: …}.",
+            next_step=_EXAMPLE,
         )
     for key, text in texts.items():
         if not _is_text(text, least=1):
@@ -241,6 +243,6 @@ def _example(row: object, place: str) -> Example:
                 "suite_example",
                 f"{place}: {key} must be {limit}.",
                 subject=place,
-                next_step="Write {prompt: …, completion: …}.",
+                next_step=_EXAMPLE,
             )
     return Example(str(texts["prompt"]), str(texts["completion"]))

@@ -1,6 +1,8 @@
 """safetensors' bytes as torch tensors without copying them, and how many threads work on tensors."""
 
 import mmap
+import os
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -23,6 +25,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 _ALIGNED = 64  # bytes; what vector instructions like
+_ASKING = threading.Lock()
+_asked: list[int] = []  # by the blocks of `torch_threads` that have not ended, after what there was before them
 _MAPPINGS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor
 
 
@@ -43,12 +47,11 @@ def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     if entry.size_bytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < entry.end:
+            raise became_shorter(path.name)
         # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file.
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    view = memoryview(mapping)
-    if len(view) < entry.end:
-        raise became_shorter(path.name)
-    part = view[entry.begin : entry.end]
+    part = memoryview(mapping)[entry.begin : entry.end]
     if entry.begin % dtype.itemsize:
         part = bytearray(part)  # a writer that did not align its header
         return torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
@@ -122,17 +125,25 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def torch_threads(count: int) -> Generator[None]:
-    """Operators use `count` threads inside the block, in every Python thread.
+    """Operators use `count` threads inside the block, in every Python thread; of blocks that overlap, in any order, the
+    last one that has not ended decides.
 
     Threads of one operator wait for each other at a barrier, busily: where the cores are shared with other processes, a
     pool of one-threaded jobs is several times faster than one job of many threads, and nowhere slower.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    with _ASKING:
+        if not _asked:
+            _asked.append(torch.get_num_threads())
+        _asked.append(count)
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _ASKING:
+            _asked.pop(max(place for place, asked in enumerate(_asked) if asked == count))
+            torch.set_num_threads(_asked[-1])
+            if len(_asked) == 1:
+                _asked.clear()
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:

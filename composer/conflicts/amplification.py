@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from composer.conflicts.compared import Compared
-from composer.delta import Layout, LowRank, names_of
+from composer.delta import LowRank, names_of
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.header import FLOAT_DTYPES
 from composer.merge.source import Source, picked_rows, source_rows
@@ -102,8 +102,8 @@ def _sampled(weight: BaseWeight) -> tuple[float, Survival]:
     W = picked_rows(weight.source, [weight.begin + row for row in rows.tolist()]).double()
     delta = torch.zeros_like(W)
     for one, factor in weight.deltas:
-        left, right = (one.B_OR, one.A_RI) if one.layout is Layout.LINEAR else (one.A_RI.T, one.B_OR.T)
-        delta += (left[rows].double() * (one.scale * factor)) @ right.double()
+        left, right = one.stored_factors(torch.float64)
+        delta += (left[rows] * factor) @ right
     survival = survival_of(W, delta, (W + delta).float().to(weight.dtype))
     return survival.weight * count / len(rows), survival
 

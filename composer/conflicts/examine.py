@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from composer.checks import structural
 from composer.conflicts import ConflictReport, Method, conflicts
 from composer.conflicts.interference import MAX_PROMPTS, Activations, activations
-from composer.conflicts.probe import Effort, Limits, Member, ProbeResult, by_method, probe, weighted
+from composer.conflicts.probe import Effort, Limits, Probed, ProbeResult, by_method, probe, weighted
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
@@ -78,7 +78,7 @@ def _measured(
     given = list(zip(adapters, weights, strict=True))
     if evidence.k and len(suites) == len(adapters):
         members = [
-            Member(one.name, one.deltas, weight, suite) for (one, weight), suite in zip(given, suites, strict=True)
+            Probed(one.name, one.deltas, weight, suite) for (one, weight), suite in zip(given, suites, strict=True)
         ]
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
         return probe(evidence.load(), members, evidence.guards, effort, by_method(adapters, how.name, parsed))

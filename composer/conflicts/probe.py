@@ -30,7 +30,7 @@ NOTICEABLE_NATS = 0.02
 
 
 @dataclass(frozen=True)
-class Member:
+class Probed:
     """An adapter to be combined: its deltas, the weight it gets, and the target suite that says what it is for."""
 
     name: str
@@ -39,7 +39,7 @@ class Member:
     suite: Suite
 
 
-Combine = Callable[[Sequence[Member]], Deltas]
+Combine = Callable[[Sequence[Probed]], Deltas]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """A member's own suite in nats per completion token: the base, the member alone at weight 1, and the combination, on
-    so many `examples` of it.
+    """A member's own suite in nats per completion token, on so many `examples` of it: the base, the member alone at
+    weight 1, and the combination.
 
     `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
     it lies in, all members' together in 95 of 100 cases. `kept` is the share of the member's gain that is left,
@@ -182,7 +182,7 @@ class Effort:
     limits: Limits = field(default_factory=Limits)
 
 
-def weighted_sum(members: Sequence[Member]) -> Deltas:
+def weighted_sum(members: Sequence[Probed]) -> Deltas:
     """The members' deltas times their weights, side by side: what `stack` makes of them."""
     return [delta for member in members for delta in weighted(member.deltas, member.weight)]
 
@@ -208,7 +208,7 @@ def by_method(adapters: Sequence[LoadedAdapter], method: str, settings: Mapping[
     loaded = {adapter.name: adapter for adapter in adapters}
     places = {adapter.name: number for number, adapter in enumerate(adapters, start=1)}
 
-    def combine(members: Sequence[Member]) -> Deltas:
+    def combine(members: Sequence[Probed]) -> Deltas:
         chosen = [places[member.name] for member in members]
         own: dict[str, object] = {**settings, "tied": "untie"}
         protected = settings.get("protect")
@@ -222,7 +222,7 @@ def by_method(adapters: Sequence[LoadedAdapter], method: str, settings: Mapping[
 
 def probe(
     loaded: LoadedModel,
-    members: Sequence[Member],
+    members: Sequence[Probed],
     guards: Sequence[Suite] = (),
     effort: Effort | int = 4,
     combine: Combine = weighted_sum,
@@ -242,7 +242,7 @@ def probe(
     started = perf_counter()
     bench = _Bench(loaded, combine)
 
-    def outcome(chosen: Sequence[Member]) -> Outcome:
+    def outcome(chosen: Sequence[Probed]) -> Outcome:
         """Doubled while it is open and there are examples that it has not seen."""
         largest = max(len(member.suite.examples) for member in chosen)
         k = wanted.k
@@ -268,7 +268,7 @@ class _Bench:
         self._encoded: dict[tuple[str, Example], Encoded] = {}
         self._measured: dict[tuple[tuple[str, ...], str, Example], Measured] = {}
 
-    def outcome(self, chosen: Sequence[Member], guards: Sequence[Suite], k: int) -> Outcome:
+    def outcome(self, chosen: Sequence[Probed], guards: Sequence[Suite], k: int) -> Outcome:
         own = [member.suite for member in chosen]
         base = self._run((), lambda: (), [*own, *guards], k)
         alone = {
@@ -306,7 +306,7 @@ class _Bench:
         return self._encoded[key]
 
 
-def _effect(member: Member, base: _Run, alone: _Run, combined: _Run, members: int) -> Effect:
+def _effect(member: Probed, base: _Run, alone: _Run, combined: _Run, members: int) -> Effect:
     digest = member.suite.digest
     before, own, after = (_nll(run[digest]) for run in (base, alone, combined))
     loss, stderr = _difference(combined[digest], alone[digest])

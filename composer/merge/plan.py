@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -95,7 +95,7 @@ class MergePlan:
             "rewritten_shards": [shard.file for shard in self.shards if shard.rewritten],
             "touched_tensors": self.touched,
             "size_bytes": self.size_bytes,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
 
@@ -205,10 +205,16 @@ def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
 
 
 def _config(config: Mapping[str, Any], head: str | None, dtype: str | None) -> dict[str, Any]:
-    untied = {} if head is None else {"tie_word_embeddings": False}
+    """The base's, and that of a language model within it: where it says how it is tied or stored, it says it anew."""
     key = "dtype" if "dtype" in config else "torch_dtype"
-    cast = {} if dtype is None else {key: str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix("torch.")}
-    return {**config, **untied, **cast}
+    new: dict[str, Any] = {} if head is None else {"tie_word_embeddings": False}
+    new |= {} if dtype is None else {key: str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix("torch.")}
+    told: dict[str, Any] = {**config, **new}
+    for name, inner in config.items():
+        if name.endswith("_config") and isinstance(inner, Mapping):
+            own = cast("Mapping[str, Any]", inner)
+            told[name] = {**own, **{known: value for known, value in new.items() if known in own}}
+    return told
 
 
 def _missing_tokenizer(path: Path) -> list[Finding]:

@@ -15,10 +15,10 @@ _STEPS_FLOAT16 = 2.0**24  # of a subnormal float16 in 1
 
 def round_into(rounding: Rounding, out: torch.Tensor, exact: torch.Tensor, name: str, begin: int) -> None:
     """Write `exact`, the values of tensor `name` from element `begin` on, into `out`."""
-    if rounding.mode is Mode.NEAREST or out.dtype not in _DROPPED_BITS or exact.dtype is not torch.float32:
+    if rounding.mode is Mode.NEAREST or out.dtype not in _DROPPED_BITS:
         out.copy_(exact)
     else:
-        _round_by_chance(out, exact, _chances(rounding.seed, name, begin, exact.numel()).reshape(exact.shape))
+        _round_by_chance(out, exact.float(), _chances(rounding.seed, name, begin, exact.numel()).reshape(exact.shape))
 
 
 def _chances(seed: int, name: str, begin: int, count: int) -> torch.Tensor:

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from composer.errors import RefusedOutput
 from composer.formats.header import read_header
 from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.merge.ranges import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
 from composer.merge.resume import Journal
 from composer.merge.source import write_all
-from composer.merge.survival import Survival, confirm
+from composer.merge.survival import Survival, confirm, unconfirmed
 from composer.merge.target import Target
 from composer.tensors import tensor_bytes, torch_threads
 
@@ -194,11 +193,6 @@ def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, Survival]:
         os.fsync(run.target.file)
         journal.finish(path)
     return survivals
-
-
-def unconfirmed(file: str, why: str) -> RefusedOutput:
-    message = f"{file} was not written as planned: {why}."
-    return RefusedOutput("verification", message, subject=file, next_step="Check the disk and memory, and try again.")
 
 
 def _ahead(pool: ThreadPoolExecutor, make: Callable[[_Item], _Made], items: Sequence[_Item]) -> Iterator[_Made]:

@@ -1,7 +1,7 @@
 """What a merge wrote, against what it should have: sampled rows computed again in float64, and what rounding left of Δ.
 
 Looking at every value for this would take a third of the merge's time again, so the rows that verification recomputes
-anyway are the sample: at least ten of each tensor, some 20 thousand values of a layer.
+anyway are the sample: nine or ten of each tensor, some 20 thousand values of a small one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -113,13 +113,14 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> S
         slack = slack + exact.abs() * (limits.eps * rounding.steps) * (1 + 1e-6)
         slack = slack + 2 * rounding.steps * limits.smallest_normal * limits.eps
     if not bool(((written.double() - exact).abs() <= slack).all()):
-        raise RefusedOutput(
-            "verification",
-            f"{name} was not written as computed.",
-            subject=name,
-            next_step="Check the disk and memory, and try again.",
-        )
+        raise unconfirmed(name, "rows of it are not what they should be")
     return survival_of(W, delta, written) if work.changed else Survival(rows=len(chosen))
+
+
+def unconfirmed(subject: str, why: str) -> RefusedOutput:
+    message = f"{subject} was not written as planned: {why}."
+    next_step = "Check the disk and memory, and try again."
+    return RefusedOutput("verification", message, subject=subject, next_step=next_step)
 
 
 def _chosen(name: str, rows: int, count: int) -> list[int]:

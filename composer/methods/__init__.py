@@ -15,7 +15,7 @@ import torch
 
 from composer.checks import served_by_twin, structural
 from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
-from composer.errors import Mismatch
+from composer.errors import Mismatch, NotSupported
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.naming import is_head
 from composer.hashing import hash_file
@@ -23,7 +23,7 @@ from composer.methods.join import divisor
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
 from composer.methods.spectral import Compression
-from composer.settings import PIPELINES, divides, parse_settings
+from composer.settings import PIPELINES, Pipeline, divides, parse_settings
 from composer.tensors import Aside, give_back, torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, weights_of
@@ -81,10 +81,19 @@ def combine_deltas(
         aside, results = Aside(), list[Result]()
         for begin in range(0, len(places), _TOGETHER):
             own = places[begin : begin + _TOGETHER]
-            finished = list(pool.map(lambda place: run(pipeline, place, parsed, selections), own))
+            finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections), own))
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
     return Combination([*replaced, *(delta for deltas, _ in results for delta in deltas)], compressions)
+
+
+def _run(pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections) -> Result:
+    try:
+        return run(pipeline, place, parsed, selections)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        message = f"The factors at {place.module} cannot be decomposed: their product leaves float32 ({error})."
+        next_step = "Look at this adapter's norms (inspect); leave it out, or take a plain sum (stack)."
+        raise NotSupported("not_decomposable", message, subject=place.module, next_step=next_step) from error
 
 
 def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result]) -> list[Result]:
@@ -139,7 +148,7 @@ def _places(
     pipeline = PIPELINES[method]
     parts: dict[tuple[str, int], list[Part]] = defaultdict(list)
     replaced: dict[str, Delta] = {}
-    factor = float(str(parsed["lambda"]))
+    factor = cast(float, parsed["lambda"])
     for index, (adapter, weight) in enumerate(zip(loaded, weights, strict=True)):
         digest = hash_file(adapter.path / WEIGHTS_FILE) if pipeline.random else ""
         for found in adapter.deltas:

@@ -11,9 +11,8 @@ from typing import cast
 import torch
 
 from composer.delta import LowRank
+from composer.lowrank import numerical_rank
 
-# Singular values below this share of the largest are float32 noise of the factors.
-NOISE = 1e-5
 _MOST_SWEEPS = 1000
 _STEADY = 1e-6
 
@@ -35,10 +34,9 @@ class Basis:
 
     def lift(self, X: torch.Tensor) -> Pair:
         """(B, A) with B A = P X Q^T: the rank is the smaller side of X."""
-        left = X if self.P is None else self.P @ X
         if self.Q is None:
             return (self.P, X) if self.P is not None else (X, torch.eye(X.shape[1]))
-        return left, self.Q.T
+        return (X if self.P is None else self.P @ X), self.Q.T
 
 
 def pair_of(delta: LowRank) -> Pair:
@@ -107,7 +105,7 @@ def knots(pairs: Sequence[Pair], side: str = "output") -> Basis:
         return Basis(None, turned.P, [X.T for X in turned.X])
     found = cores(pairs)
     U, sigma, _ = torch.linalg.svd(torch.cat(found.each, dim=1), full_matrices=False)
-    U = U[:, : max(1, int((sigma > NOISE * sigma[0]).sum()))]  # one is left even of deltas that are all zero
+    U = U[:, : max(1, numerical_rank(sigma))]  # one is left even of deltas that are all zero
     return Basis(found.Q_B @ U, None, [(U.T @ C) @ found.Q_A.T for C in found.each])
 
 
@@ -124,7 +122,7 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
     M_Tba = C_Tba * torch.where(norms > 0, wanted / norms, 0.0)[:, None, None]
     energy = M_Tba.square().sum()
     V = _leading(M_Tba.transpose(1, 2), rank)
-    U, fit = V, torch.zeros((), dtype=torch.float64)
+    U, fit = _leading(M_Tba, rank), torch.zeros((), dtype=torch.float64)
     for _ in range(_MOST_SWEEPS):
         U = _leading(M_Tba @ V, rank)
         V = _leading(M_Tba.transpose(1, 2) @ U, rank)

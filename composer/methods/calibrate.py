@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from composer.lowrank import numerical_rank
 from composer.methods.basis import Pair
 
 
@@ -56,4 +57,4 @@ def off(pair: Pair, protected: Sequence[Pair], side: str) -> Pair:
 def _span(columns: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the columns, without directions that are float32 noise."""
     U, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
-    return U[:, sigma > 1e-6 * sigma[0]] if len(sigma) else U
+    return U[:, : numerical_rank(sigma)]

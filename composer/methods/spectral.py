@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from composer.methods.basis import NOISE, Basis, Pair
+from composer.lowrank import numerical_rank
+from composer.methods.basis import Basis, Pair
 from composer.methods.matrix import Matrix, square_sum
 
 _OVERSAMPLED = 16
@@ -42,7 +43,7 @@ def tsv(X: Sequence[torch.Tensor], weights: Sequence[float], smaller_side: int) 
     U, sigma, V = [], [], []
     for X_i, weight in zip(X, weights, strict=True):
         U_i, sigma_i, Vh_i = torch.linalg.svd(X_i, full_matrices=False)
-        t = min(most, int((sigma_i > NOISE * sigma_i[0]).sum()))
+        t = min(most, numerical_rank(sigma_i))
         U.append(U_i[:, :t])
         sigma.append(weight * sigma_i[:t])
         V.append(Vh_i[:t].T)
@@ -61,7 +62,7 @@ def iso(X: torch.Tensor) -> torch.Tensor:
     With n = min(M, N) as for dense task vectors the null space would be filled with an arbitrary rotation.
     """
     U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
-    n = int((sigma > NOISE * sigma[0]).sum())
+    n = numerical_rank(sigma)
     return (U[:, :n] * sigma[:n].mean()) @ Vh[:n] if n else torch.zeros_like(X)
 
 
@@ -72,7 +73,7 @@ def kept_rank(sigma: torch.Tensor, norm: float, rank: int | None, energy: float 
         share = sigma.double().square().cumsum(0) / max(norm**2, torch.finfo(torch.float64).tiny)
         # 1e-12: a sum in another order must not ask for one direction more.
         count = min(count, int(torch.searchsorted(share, energy * (1 - 1e-12))) + 1)
-    return max(1, min(count, int((sigma > NOISE * sigma[0]).sum())))
+    return max(1, min(count, numerical_rank(sigma)))
 
 
 def compress(

@@ -1,4 +1,4 @@
-"""Tensors that wait on the disk until they are merged."""
+"""Tensors that wait on the disk until they are merged, those mapped from a file, and the threads that use them."""
 
 import os
 import resource
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from composer.delta import LowRank
-from composer.errors import RefusedOutput
+from composer.errors import InvalidFile, RefusedOutput
+from composer.formats.header import read_header
 from composer.methods import combine_deltas
-from composer.tensors import Aside, give_back
+from composer.tensors import Aside, give_back, map_tensor, torch_threads
 from composer.variants import load_deltas
 from tests.composer.tiny import MakeAdapter, MakeModel
 
@@ -67,3 +69,24 @@ def test_combined_factors_outlive_the_call_that_made_them(make_model: MakeModel,
     for one in made:
         give_back(one.A_RI)
     assert all(torch.equal(one.A_RI, other) for one, other in zip(made, before, strict=True))
+
+
+def test_a_file_that_was_emptied_since_it_was_opened_is_one_clear_error(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4, 4)}, tmp_path / "w.safetensors")
+    entry = read_header(tmp_path / "w.safetensors").tensors["w"]
+    assert map_tensor(tmp_path / "w.safetensors", entry).sum() == 16
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    with pytest.raises(InvalidFile, match=r"w\.safetensors"):
+        map_tensor(tmp_path / "w.safetensors", entry)
+
+
+def test_blocks_of_threads_that_overlap_leave_what_was_there_before() -> None:
+    before = torch.get_num_threads()
+    first, second = torch_threads(1), torch_threads(before + 1)
+    first.__enter__()
+    second.__enter__()
+    assert torch.get_num_threads() == before + 1
+    first.__exit__(None, None, None)
+    assert torch.get_num_threads() == before + 1, "the second has not ended"
+    second.__exit__(None, None, None)
+    assert torch.get_num_threads() == before

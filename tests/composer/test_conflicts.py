@@ -11,7 +11,7 @@ from peft import LoraConfig
 from composer.conflicts import ConflictReport, Method, conflicts, report
 from composer.conflicts.findings import of_pair
 from composer.conflicts.interval import interval
-from composer.conflicts.probe import Effect, Member, Outcome, ProbeResult, SideEffect, probe
+from composer.conflicts.probe import Effect, Outcome, Probed, ProbeResult, SideEffect, probe
 from composer.delta import Computed, LowRank
 from composer.errors import Mismatch
 from composer.findings import Severity, Verdict, parse_policy
@@ -379,7 +379,7 @@ def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
     base: Path, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     suites = [Suite(name, "target", "", True, (Example("hi", name), Example("you", name))) for name in ("red", "green")]
-    members = [Member(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
+    members = [Probed(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
     found = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device="cpu"), members, effort=2))
     assert found.pairs[0].evidence == "probe"
     assert "weak_evidence" not in codes(found)

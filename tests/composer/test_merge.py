@@ -1,5 +1,6 @@
 """The truth of a merge: what PEFT's own merge gives, tensor by tensor, for every supported kind of adapter."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -179,6 +180,22 @@ def test_untied_the_merged_model_is_the_adapted_model(
     assert not merged.config.tie_word_embeddings
     with torch.no_grad():
         assert_close(merged(ids).logits, adapted(ids).logits, "logits")
+
+
+def test_a_language_model_within_a_model_is_said_to_be_untied_and_cast_too(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(tied=True)
+    adapter = make_adapter(base, target_modules=["lm_head"])
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"] = {"tie_word_embeddings": True, "dtype": "float32", "hidden_size": 16}
+    config["vision_config"] = {"hidden_size": 8}
+    (base / "config.json").write_text(json.dumps(config))
+    merge(base, [(adapter, 1.0)], tmp_path / "merged", settings={"tied": "untie"}, dtype="bf16")
+    told = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert told["text_config"] == {"tie_word_embeddings": False, "dtype": "bfloat16", "hidden_size": 16}
+    assert told["vision_config"] == {"hidden_size": 8}
+    assert told["tie_word_embeddings"] is False
 
 
 def test_a_gpt2_checkpoint_without_the_transformer_prefix_is_found(

@@ -179,3 +179,19 @@ def test_masks_are_the_same_with_a_checkpoint_at_hand_and_without(
     assert known.keys() == unknown.keys() != set()
     assert all(torch.equal(known[module], unknown[module]) for module in known)
     assert len({tuple((one != 0).flatten().tolist()) for one in known.values()}) == len(known), "each has its own mask"
+
+
+@pytest.mark.parametrize("method", ["svd", "ties_svd", "core_ties", "pico_stack"])
+def test_factors_that_no_float32_can_decompose_are_one_clear_error(
+    method: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    adapters = [make_adapter(base, seed=seed) for seed in (1, 2)]
+    for adapter in adapters:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        huge = {name: torch.full_like(tensor, 1e30) for name, tensor in tensors.items()}
+        save_file(huge, adapter / "adapter_model.safetensors")
+    with pytest.raises(ComposerError) as caught:
+        combine_deltas(loaded(base, *adapters), [1.0, 1.0], method)
+    assert caught.value.code == "not_decomposable"
+    assert "q_proj" in caught.value.message

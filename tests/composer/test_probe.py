@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer.conflicts.interval import interval
-from composer.conflicts.probe import Effort, Limits, Member, probe, weighted, weighted_sum
+from composer.conflicts.probe import Effort, Limits, Probed, probe, weighted, weighted_sum
 from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import evaluate
@@ -21,7 +21,7 @@ def suite(name: str, kind: Kind = "target", count: int = 6) -> Suite:
     return Suite(name, kind, "", True, examples)
 
 
-def member(name: str, seed: int, weight: float = 1.0, size: float = 0.2) -> Member:
+def member(name: str, seed: int, weight: float = 1.0, size: float = 0.2) -> Probed:
     generator = torch.Generator().manual_seed(seed)
     deltas = [
         LowRank(
@@ -35,7 +35,7 @@ def member(name: str, seed: int, weight: float = 1.0, size: float = 0.2) -> Memb
         for layer in (0, 1)
         for projection, outputs in (("q_proj", 32), ("v_proj", 16))
     ]
-    return Member(name, deltas, weight, suite(name))
+    return Probed(name, deltas, weight, suite(name))
 
 
 MEMBERS = [member("red", 1), member("green", 2, weight=0.5), member("blue", 3, weight=-2.0)]
@@ -88,7 +88,7 @@ def test_the_risk_is_the_loss_of_the_member_that_suffers_most(loaded: LoadedMode
 
 
 def test_the_gain_kept_is_the_part_of_the_improvement_that_is_left(loaded: LoadedModel) -> None:
-    idle = Member("idle", (), 1.0, suite("idle"))
+    idle = Probed("idle", (), 1.0, suite("idle"))
     helpful = trained_to(loaded, MEMBERS[0])
     (pair,) = probe(loaded, [helpful, idle], effort=3).pairs
     red, unchanged = pair.effects
@@ -97,7 +97,7 @@ def test_the_gain_kept_is_the_part_of_the_improvement_that_is_left(loaded: Loade
     assert unchanged.kept is None
 
 
-def trained_to(loaded: LoadedModel, untrained: Member) -> Member:
+def trained_to(loaded: LoadedModel, untrained: Probed) -> Probed:
     """The member with whichever sign of its deltas helps its suite: to first order, one of the two does."""
     signs = [
         replace(untrained, deltas=[replace(delta, scale=sign * 0.01) for delta in untrained.deltas]) for sign in (1, -1)
@@ -172,7 +172,7 @@ def test_weights_by_module_are_what_is_added_there(loaded: LoadedModel) -> None:
 
 @pytest.mark.parametrize(("members", "k"), [(MEMBERS[:1], 4), ([MEMBERS[0], MEMBERS[0]], 4), (MEMBERS, 0)])
 def test_a_probe_of_one_member_of_twins_or_of_no_examples_is_refused(
-    loaded: LoadedModel, members: list[Member], k: int
+    loaded: LoadedModel, members: list[Probed], k: int
 ) -> None:
     with pytest.raises(Mismatch, match="at least two members"):
         probe(loaded, members, effort=k)

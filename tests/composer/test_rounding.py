@@ -42,6 +42,12 @@ def test_chance_chooses_one_of_the_two_neighbours_and_is_right_on_average(dtype:
     assert float(found.abs().mean()) == pytest.approx(float(exact[1]), abs=allowed)
 
 
+def test_double_precision_is_rounded_by_chance_too() -> None:
+    exact = torch.full((20_000,), 1.2345678)
+    assert torch.equal(rounded(exact.double(), torch.bfloat16), rounded(exact, torch.bfloat16))
+    assert len(rounded(exact.double(), torch.bfloat16).unique()) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_the_dtype_holds_exactly_is_left_alone(dtype: torch.dtype) -> None:
     exact = torch.randn(10_000).to(dtype).float()
