@@ -2,7 +2,8 @@
 
 A version in MLflow has the facts and scores that a search of ours can ask for as tags, where its search looks, and a
 channel is an alias. Its server runs as it comes, with four processes, in an environment of its own (`--venv`, made when
-it is not there); ours is one process, and also two.
+it is not there); ours is one process, and also two. Each is asked the same again and again: after the first time ours
+still finds releases in the database, but tells them from memory.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import String, bindparam, or_, select
+from sqlalchemy import ColumnElement, String, bindparam, or_, select
 from sqlalchemy.orm import Session, undefer
 
 from composer.formats.checkpoint import Architecture, TensorSpec
@@ -28,12 +28,23 @@ _SCHEMES = ("file://", "hf://", "s3://")
 _base, _alias = Base.__table__.c, BaseAlias.__table__.c
 _TEXT = bindparam("text", type_=String)
 _BY_DIGEST = Prepared(select(_base.digest, _base.name).where(_base.digest.between(_TEXT, bindparam("last"))).limit(2))
-_BY_NAME = Prepared(
-    select(_base.digest, _base.name).where(
-        or_(_base.name == _TEXT, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == _TEXT)))
-    )
-)
-"""Most searches ask for a base."""
+
+
+def _called(name: ColumnElement[str]) -> ColumnElement[bool]:
+    return or_(_base.name == name, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == name)))
+
+
+_BY_NAME = Prepared(select(_base.digest, _base.name).where(_called(_TEXT)))
+
+
+def is_name(text: str) -> bool:
+    """A name or an alias, which one base can have; what looks like a digest may begin several."""
+    return _DIGEST_LIKE.fullmatch(text) is None
+
+
+def digest_of(name: ColumnElement[str]) -> ColumnElement[str]:
+    """Within another statement: most searches ask for a base, and are spared one for that."""
+    return select(_base.digest).where(_called(name)).limit(1).scalar_subquery()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +149,7 @@ def find(session: Session, text: str) -> Base:
 
 def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
-    query = _BY_DIGEST if _DIGEST_LIKE.fullmatch(text) else _BY_NAME
+    query = _BY_NAME if is_name(text) else _BY_DIGEST
     matches = query.rows(session, {"text": text, "last": text.ljust(64, "g")})
     if not matches:
         raise NotFound(

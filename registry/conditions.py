@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, not_, select
+from sqlalchemy import BindParameter, ColumnElement, Select, String, bindparam, not_, select
 
 from composer.formats.serving import Profile
+from registry import bases
 from registry.access import readable_names
 from registry.audit import Actor
 from registry.errors import Usage
@@ -81,15 +82,17 @@ class Form:
     operators: tuple[str, ...] = ()
 
 
-def values_of(actor: Actor, query: Query, bases: Sequence[str], suites: Sequence[int]) -> dict[str, Any]:
+def values_of(actor: Actor, query: Query, digests: Sequence[str], suites: Sequence[int]) -> dict[str, Any]:
     """The values of a query by the names that conditions give them; what is not asked is not there.
 
-    `bases` are digests: of the base asked for and of those related to it. `suites` are ids: of those of `query.scores`.
+    `digests` are of the base asked for and of those related to it, or none: then it is asked for by its name. `suites`
+    are ids: of those of `query.scores`.
     """
     loading = None if query.explain else query.loads_in
     found: dict[str, Any] = {
-        "base": bases[0] if len(bases) == 1 else None,
-        "bases": list(bases) if len(bases) > 1 else None,
+        "base_name": None if digests else query.base or None,
+        "base": digests[0] if len(digests) == 1 else None,
+        "bases": list(digests) if len(digests) > 1 else None,
         "type": query.type,
         "variant": query.variant,
         "dtype": query.dtype,
@@ -153,6 +156,7 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
     asked += [_traits[name] == bindparam(name) for name in same if name in form.asked]
     limits: dict[str, ColumnElement[bool]] = {
         "base": _traits.base_digest == bindparam("base"),
+        "base_name": _traits.base_digest == bases.digest_of(bindparam("base_name", type_=String)),
         "bases": among(_traits.base_digest, "bases"),
         "min_rank": _traits.rank_max >= bindparam("min_rank"),
         "max_rank": _traits.rank_max <= bindparam("max_rank"),

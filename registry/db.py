@@ -85,9 +85,10 @@ class Database:
 
     def __init__(self, url: str, patience: Patience = Patience()) -> None:
         self.url: URL = make_url(url)
-        self.engine: Engine = _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience)
+        reading = _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience)
+        transactions = {} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
+        self.engine: Engine = reading.execution_options(**transactions)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
-        reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._reading = sessionmaker(reading, expire_on_commit=False, autoflush=False)
         self._turn = Lock()
         self._longest_turn_s = _sqlite_wait_s(patience)

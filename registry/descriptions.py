@@ -13,7 +13,7 @@ from sqlalchemy import FromClause, Text, cast, select
 from sqlalchemy.orm import Session
 
 from registry.models import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
-from registry.statements import Prepared, among, exact, filled, json_rows, moment
+from registry.statements import Prepared, among, exact, filled, json_list, json_rows, moment
 
 TOGETHER = 100
 """So many releases a statement: with manifests of 10,000 files each they stay below what a text may be long."""
@@ -47,6 +47,7 @@ class ReleaseRow(NamedTuple):
     yank_reason: str | None
     created_at: str
     created_by: str
+    stamp: int
 
 
 ScoreRow = list[Any]
@@ -83,6 +84,7 @@ _RELEASES = (
             _release.yank_reason,
             moment(_release.created_at),
             _release.created_by,
+            _release.stamp,
         )
     )
     .select_from(_NAMED.join(Base.__table__, _base.digest == _release.base_digest))
@@ -121,7 +123,13 @@ _INPUTS = (
     .select_from(_NAMED.join(ReleaseInput.__table__, _input.input_id == _release.id))
     .where(among(_input.release_id, "ids"))
 )
-_PAGE = Prepared(select(*(part.scalar_subquery() for part in (_RELEASES, _SCORES, _INPUTS))))
+_CURRENT_SUITES = select(json_list(_suite.id)).where(_suite.current)
+_PAGE = Prepared(select(*(part.scalar_subquery() for part in (_RELEASES, _SCORES, _INPUTS, _CURRENT_SUITES))))
+_STAMPED = select(json_rows(_release.id, _release.stamp)).where(among(_release.id, "ids"))
+_STAMPS = Prepared(select(*(part.scalar_subquery() for part in (_STAMPED, _CURRENT_SUITES))))
+
+Stamp = tuple[int, str | None]
+"""Of the release, and of which suites are current: two descriptions of a release with the same stamp say the same."""
 
 
 @dataclass(slots=True)
@@ -129,6 +137,7 @@ class Description:
     """A release, the scores of current suites by suite and metric, and what went into it. Floats are texts."""
 
     release: ReleaseRow
+    stamp: Stamp
     scores: list[ScoreRow] = field(default_factory=list[ScoreRow])
     inputs: list[InputRow] = field(default_factory=list[InputRow])
 
@@ -137,12 +146,20 @@ def describe(session: Session, release_ids: Sequence[int]) -> list[Description]:
     """In the order of the ids."""
     found: dict[int, Description] = {}
     for start in range(0, len(release_ids), TOGETHER):
-        [texts] = _PAGE.rows(session, {"ids": filled(release_ids[start : start + TOGETHER])})
+        [(*texts, suites)] = _PAGE.rows(session, {"ids": filled(release_ids[start : start + TOGETHER])})
         releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
-        for row in releases:
-            found[row[0]] = Description(ReleaseRow._make(row))
+        for row in map(ReleaseRow._make, releases):
+            found[row.id] = Description(row, (row.stamp, suites))
         for row in sorted(scores):  # no two have the same suite and metric
             found[row[0]].scores.append(row)
         for row in sorted(inputs):
             found[row[0]].inputs.append(row)
     return [found[number] for number in release_ids]
+
+
+def stamps(session: Session, release_ids: Sequence[int]) -> dict[int, Stamp]:
+    """By id: to ask for them costs a tenth of what it costs to describe."""
+    if not release_ids:
+        return {}
+    [(texts, suites)] = _STAMPS.rows(session, {"ids": filled(release_ids)})
+    return {number: (stamp, suites) for number, stamp in orjson.loads(texts or "[]")}

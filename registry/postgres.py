@@ -35,7 +35,10 @@ class Connection(psycopg.Connection[Any]):
 
 
 def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: float | None) -> Engine:
-    """`connect_s` is 2 at least (libpq's rule); with `statement_s` None statements may take as long as they need."""
+    """`connect_s` is 2 at least (libpq's rule); with `statement_s` None statements may take as long as they need.
+
+    A connection commits by itself: to be told so for each read would cost as much as a statement.
+    """
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
     # Compiling a plan takes 100 ms and more, which no statement of ours is long enough to win back.
@@ -47,6 +50,7 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
     engine = create_engine(
         url,
         pool_size=pool_size,
+        isolation_level="AUTOCOMMIT",
         connect_args={"options": options, "connect_timeout": connect_s},
     )
 

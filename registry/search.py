@@ -53,7 +53,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`base` is (digest, name) of the one asked for; `relations` says how others that were searched follow from it."""
+    """`base` is (digest, name) of the one asked for, where others that follow from it were searched too; `relations`
+    says how they do."""
 
     places: Sequence[Place]
     base: tuple[str, str] | None = None
@@ -62,12 +63,15 @@ class Found:
 
 def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
     """What the actor may read, in order. Raises NotFound for a base or a suite that is not registered."""
-    base = bases.identify(session, query.base) if query.base else None
+    name = query.base if query.base and bases.is_name(query.base) and not query.related else None
+    base = bases.identify(session, query.base) if query.base and not name else None
     relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}
     scored = [suites.find(session, condition.suite).id for condition in query.scores]
     values = conditions.values_of(actor, query, list(relations), scored)
     by, form = _by(session, order, values), conditions.form_of(query, values)
     places = _places(session, form, by, values | {"limit": order.limit})
+    if name and not places:
+        bases.identify(session, name)  # nothing fits, or there is no such base
     return Found(places, base, relations)
 
 

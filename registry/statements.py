@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Dialect, Integer, Select, bindparam
+from sqlalchemy import BigInteger, ColumnElement, Connection, Dialect, Integer, Select, bindparam
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -39,7 +40,7 @@ class Prepared:
         compiled = self._compiled.get(name)
         if compiled is None:
             compiled = self._compiled[name] = _Compiled(self._statement, connection.dialect)
-        return connection.exec_driver_sql(compiled.text, compiled.parameters(values)).all()
+        return compiled.rows(connection, compiled.parameters(values))
 
     def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
         """The first column of its rows."""
@@ -54,6 +55,21 @@ class _Compiled:
         self.text = compiled.string
         self._own = {name: value for name, value in compiled.params.items() if value is not None}
         self._order = compiled.positiontup
+
+    def rows(self, connection: Connection, parameters: Any) -> Rows:
+        """Straight from the driver: SQLAlchemy's way there takes twice as long as SQLite for most of what is asked."""
+        driver: Any = connection.connection.driver_connection
+        errors: type[Exception] = connection.dialect.loaded_dbapi.Error
+        try:
+            return driver.execute(self.text, parameters).fetchall()
+        except errors as error:
+            lost = connection.dialect.is_disconnect(error, driver, None)
+            told: BaseException = DBAPIError.instance(
+                self.text, parameters, error, errors, connection_invalidated=lost, dialect=connection.dialect
+            )
+            if lost:
+                connection.invalidate(error)
+            raise told from error
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
         given = {**self._own, **values}

@@ -15,6 +15,7 @@ from registry.access import refuse_stranger
 from registry.audit import Act, Actor
 from registry.errors import Invalid, NotFound, Usage
 from registry.models import Base, Release, Score, Suite
+from registry.models.catalog import new_stamp
 from registry.names import parse_part
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -134,6 +135,8 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
     """Measuring again replaces a score; the audit row keeps what it replaced."""
     if isinstance(subject, Base):
         refuse_stranger(actor, f"base {subject.name}", subject.created_by)
+    else:
+        subject.stamp = new_stamp()
     rows: list[Score] = []
     for measurement in measurements:
         suite = find(session, measurement.suite_digest)

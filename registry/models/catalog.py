@@ -1,9 +1,10 @@
 """Bases, repositories, revisions and releases."""
 
 from datetime import datetime
+from secrets import randbits
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.db import Row, UtcDateTime
@@ -12,6 +13,12 @@ Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itse
 
 
 ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale would sort by its own mind
+
+
+def new_stamp() -> int:
+    """One that no release has had: a counter would begin again in a database that was restored."""
+    return randbits(62)
+
 
 _ASKED = ("yanked", "stable", "size_bytes", "repository_id")
 """Columns of a release that a search may ask about besides its traits."""
@@ -190,6 +197,7 @@ class Release(Row):
     `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
     `composer.formats.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key.
+    `stamp` is another number whenever what is told of it has changed: by a yank, or by a score.
     """
 
     __tablename__ = "releases"
@@ -231,6 +239,7 @@ class Release(Row):
     notes: Mapped[str]
     yanked: Mapped[bool] = mapped_column(default=False)
     yank_reason: Mapped[str | None]
+    stamp: Mapped[int] = mapped_column(BigInteger, default=new_stamp, onupdate=new_stamp, server_default=text("0"))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
     repository: Mapped[Repository] = relationship(lazy="joined", innerjoin=True)

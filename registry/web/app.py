@@ -10,6 +10,7 @@ from registry.http.callers import Callers
 from registry.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.resources import Resources
 from registry.web import access, bases, blobs, channels, compositions, operations, releases, search, suites
+from registry.web.documents import Documents
 from registry.web.repository import REPOSITORY_PREFIXES
 
 DESCRIPTION = "The release registry for LoRA adapters."
@@ -33,6 +34,7 @@ def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
     app.state.resources = resources
     app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
     app.state.callers = Callers(resources, single_user=not tokens)
+    app.state.documents = Documents()
     problems.install(app)
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     if tokens:

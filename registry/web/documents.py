@@ -4,8 +4,11 @@ Built from columns that were checked when they were written, and those that hold
 and write a page of fifty again would cost several times what it costs to find it. Tests hold documents against schemas.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import orjson
@@ -16,7 +19,7 @@ from registry.access import may_read
 from registry.audit import Actor
 from registry.channels import Moved
 from registry.db import Session
-from registry.descriptions import Description, describe
+from registry.descriptions import Description, Stamp, describe, stamps
 from registry.models import Release
 from registry.names import RepositoryName
 from registry.repositories import Kind
@@ -26,6 +29,8 @@ Json = dict[str, Any]
 _NO_PROVENANCE = Provenance().model_dump()
 _MANIFEST = '{"files":', "}"
 """What stands around the rows of files in a canonical manifest."""
+MAX_KEPT_BYTES = 64 << 20
+"""Some 25,000 documents of an adapter with three files and four scores."""
 
 
 def json_response(document: Json, **headers: str) -> Response:
@@ -58,6 +63,69 @@ def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut
     """One of them, checked."""
     session.flush()
     return ReleaseOut.model_validate_json(_dumped(release_documents(session, actor, [release.id])[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A release's document, and of its row what a search remarks on."""
+
+    stamp: Stamp
+    document: bytes
+    base_digest: str
+    rank_max: int | None
+    servers: int
+    loading: str
+
+    def with_remarks(self, remarks: bytes) -> bytes:
+        """`remarks` are a JSON object, whose fields come after its own."""
+        return self.document[:-1] + b"," + remarks[1:]
+
+
+@dataclass(slots=True)
+class Documents:
+    """Keeps the documents that were asked for last, and asks the database each time whether they are still true.
+
+    Not those that depend on who asks: of releases that others went into.
+    """
+
+    max_bytes: int = MAX_KEPT_BYTES
+    kept_bytes: int = 0
+    _kept: "OrderedDict[int, Told]" = field(default_factory=OrderedDict[int, Told])
+    _lock: Lock = field(default_factory=Lock)
+
+    def page(self, session: Session, actor: Actor, release_ids: Sequence[int]) -> list[Told]:
+        """In the order of the ids."""
+        found = self._true(stamps(session, release_ids))
+        for one in describe(session, [number for number in release_ids if number not in found]):
+            row = one.release
+            document = _dumped(release_document(actor, one))
+            told = Told(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
+            found[row.id] = told
+            if not one.inputs:
+                self._keep(row.id, told)
+        return [found[number] for number in release_ids]
+
+    def _true(self, now: dict[int, Stamp]) -> dict[int, Told]:
+        with self._lock:
+            found = {number: told for number in now if (told := self._kept.get(number)) and told.stamp == now[number]}
+            for number in found:
+                self._kept.move_to_end(number)
+        return found
+
+    def _keep(self, release_id: int, told: Told) -> None:
+        with self._lock:
+            before = self._kept.pop(release_id, None)
+            self._kept[release_id] = told
+            self.kept_bytes += len(told.document) - (len(before.document) if before else 0)
+            while self.kept_bytes > self.max_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self.kept_bytes -= len(oldest.document)
+
+
+def page_response(items: Sequence[bytes], following: str | None) -> Response:
+    """As Page, of documents that are written already."""
+    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
+    return Response(body, media_type="application/json")
 
 
 def _dumped(document: Json) -> bytes:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from types import NoneType
-from typing import Annotated
+from typing import Annotated, cast
 
+import orjson
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -12,7 +13,6 @@ from pydantic import ValidationError
 from composer.formats.serving import Profile, loads, parse_profile
 from registry import resolve, search
 from registry.access import Role, permit
-from registry.descriptions import Description, describe
 from registry.errors import Usage
 from registry.http.pages import decode_cursor, encode_cursor
 from registry.http.request import ResourcesOf
@@ -24,10 +24,11 @@ from registry.schemas import MAX_INT64, Page, Problem
 from registry.schemas.search import FoundOut, ResolvedOut, SearchIn
 from registry.search import Found, Order, Place
 from registry.suites import parse_condition
-from registry.web.documents import Json, files_of, json_response, release_document
+from registry.web.documents import Documents, Json, Told, files_of, json_response, page_response
 
 router = APIRouter(prefix="/v1", tags=["search"])
 
+NO_REMARKS = b'{"related":null,"loads_in":null}'
 PARAMETERS = [
     {"name": name, "in": "query", "required": False, "schema": schema}
     for name, schema in SearchIn.model_json_schema()["properties"].items()
@@ -58,12 +59,10 @@ def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> 
     with resources.read() as session:
         found = search.search(session, actor, wanted, order)
         places = found.places[: query.limit]
-        items = [
-            release_document(actor, one) | _remarks(one, found, wanted.loads_in)
-            for one in describe(session, [place.release_id for place in places])
-        ]
+        told = _documents(request).page(session, actor, [place.release_id for place in places])
+    items = [one.with_remarks(_remarks(one, found, wanted.loads_in)) for one in told]
     following = _cursor(query, places[-1]) if len(found.places) > len(places) else None
-    return json_response({"items": items, "next": following})
+    return page_response(items, following)
 
 
 @router.get("/resolve", response_model=ResolvedOut)
@@ -151,13 +150,18 @@ def _place(query: SearchIn) -> Place | None:
     return Place(key, release_id)
 
 
-def _remarks(described: Description, found: Found, profile: Profile | None) -> Json:
+def _documents(request: Request) -> Documents:
+    return cast(Documents, request.app.state.documents)
+
+
+def _remarks(row: Told, found: Found, profile: Profile | None) -> bytes:
     """What FoundOut has besides a release: is it for another base than asked for, and does the server load it?"""
-    row = described.release
+    if not profile and not (found.base and found.relations[row.base_digest]):
+        return NO_REMARKS
     related = loading = None
     if found.base and (relation := found.relations[row.base_digest]):
         digest, name = found.base
         related = {"base": {"digest": digest, "name": name}, "relation": relation}
     if profile:
         loading = loads(row.servers, json.loads(row.loading), row.rank_max or 0, profile).to_json()
-    return {"related": related, "loads_in": loading}
+    return orjson.dumps({"related": related, "loads_in": loading})

@@ -187,4 +187,5 @@ def test_the_inputs_of_a_public_release_keep_the_names_of_what_is_private(house:
     (seen,) = house.ask("reader", "GET", path).json()["inputs"]
     assert (hidden["repository"], hidden["version"], hidden["weight"]) == (None, None, 0.5)
     assert (seen["repository"], seen["version"]) == ("acme/sql", "1.0.0")
+    assert "acme" in house.ask("reader", "GET", "/v1/releases?namespace=open").text
     assert "acme" not in house.ask("nobody", "GET", "/v1/releases").text

@@ -1,0 +1,98 @@
+"""Documents that are kept are those that would be made anew, whoever has changed what they tell of."""
+
+from collections.abc import Callable, Generator
+
+import pytest
+
+from composer.suite import Suite
+from registry import releases, suites
+from registry.db import Database, Session, migrate
+from registry.models import Release
+from registry.suites import Measurement
+from registry.web.documents import Documents
+from tests import services
+from tests.registry.shelf import HOST, SUITES, Item, stock
+
+Change = Callable[[Session, Release], object]
+
+
+@pytest.fixture(params=["SQLite", "PostgreSQL"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    if request.param == "SQLite":
+        made = f"sqlite:///{tmp_path_factory.mktemp('documents') / 'registry.db'}"
+        database = Database(made)
+        migrate(database)
+        database.close()
+        return made
+    return services.new_database(migrated=True)
+
+
+@pytest.fixture
+def database(url: str) -> Generator[Database]:
+    opened = Database(url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def elsewhere(url: str) -> Generator[Database]:
+    """The same registry, as another process has it."""
+    opened = Database(url)
+    yield opened
+    opened.close()
+
+
+def told(database: Database, documents: Documents, items: list[Item]) -> list[bytes]:
+    with database.read() as session:
+        return [one.document for one in documents.page(session, HOST, [item.id for item in items])]
+
+
+def measured(value: float) -> Change:
+    def record(session: Session, release: Release) -> object:
+        suite = suites.find(session, SUITES[0])
+        return suites.record(session, HOST, release, [Measurement(suite.digest, "accuracy", value, None, 6, True, {})])
+
+    return record
+
+
+def another_suite(session: Session, _release: Release) -> object:
+    examples = [{"prompt": "other", "completion": "x"}]
+    return suites.add(
+        session, HOST, Suite.from_json({"name": SUITES[0], "kind": "target", "chat": False, "examples": examples})
+    )
+
+
+CHANGES: dict[str, Change] = {
+    "yanked": lambda session, release: releases.yank(session, HOST, release, "a reason of its own"),
+    "and no more": lambda session, release: releases.unyank(session, HOST, release),
+    "measured": measured(0.125),
+    "measured again": measured(0.375),
+    "with another suite": another_suite,
+}
+
+
+def test_a_change_made_elsewhere_is_told_at_once(database: Database, elsewhere: Database) -> None:
+    items, documents = stock(database, count=20), Documents()
+    changed = next(item for item in items if not item.yanked)
+    before = told(database, documents, items)
+    assert told(database, documents, items) == before
+    for name, change in CHANGES.items():
+        with elsewhere.write() as session:
+            change(session, session.get_one(Release, changed.id))
+        after = told(database, documents, items)
+        assert after == told(database, Documents(), items), name
+        assert after[items.index(changed)] != before[items.index(changed)], name
+        before = after
+
+
+def test_what_was_asked_for_last_is_kept_within_bounds(database: Database) -> None:
+    items = stock(database, count=20)
+    sizes = [len(document) for document in told(database, Documents(), items)]
+    documents = Documents(max_bytes=sum(sizes[-3:]))
+    assert [len(document) for document in told(database, documents, items)] == sizes
+    assert documents.kept_bytes == sum(sizes[-3:])
+    assert [len(document) for document in told(database, documents, items)] == sizes
+    assert 0 < documents.kept_bytes <= documents.max_bytes
+    tiny = Documents(max_bytes=10)
+    assert [len(document) for document in told(database, tiny, items)] == sizes
+    assert tiny.kept_bytes == 0
