@@ -6,6 +6,7 @@ Shapes: I inputs and O outputs of a module, R rank; a parameter seen as a matrix
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -142,11 +143,9 @@ def _product(delta: LowRank) -> torch.Tensor:
 def _added(module: nn.Module, parts: Sequence[LowRank], device: torch.device) -> Iterator[None]:
     path, layout = parts[0].module, parts[0].layout
     A_RI = torch.cat([part.A_RI.float() for part in parts])
-    B_OR = torch.cat([part.B_OR.float() * part.scale for part in parts], dim=1)
+    B_OR = torch.cat([acting_factor(module, part).float() for part in parts], dim=1)
     _refuse_unlike(module, path, layout, (B_OR.shape[0], A_RI.shape[1]))
     A_RI, B_OR = A_RI.to(device), B_OR.to(device)
-    # Gemma's embedding scales what it looks up, and so must the part that is added.
-    B_OR = B_OR * getattr(module, "embed_scale", 1.0)
     A_IR = A_RI.T.contiguous()
 
     def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -158,6 +157,15 @@ def _added(module: nn.Module, parts: Sequence[LowRank], device: torch.device) ->
         yield
     finally:
         handle.remove()
+
+
+def acting_factor(module: nn.Module, delta: LowRank) -> torch.Tensor:
+    """B_OR in float64 with all that multiplies it on the way to the module's output."""
+    # Gemma's embedding scales what it looks up, by a number that it rounds to its weight's dtype.
+    factor: object = getattr(module, "embed_scale", 1.0)
+    if isinstance(factor, torch.Tensor):
+        factor = factor.to(next(module.parameters()).dtype)
+    return delta.B_OR.double() * (delta.scale * float(cast(float, factor)))
 
 
 def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[int, int]) -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoint import Architecture, Checkpoint, open_checkpoint
+from composer.memory import free_bytes
 from composer.tensors import execution_device, torch_device
 
 # Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy; where
@@ -75,7 +75,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, local_files_only=True, dtype=dtype or "auto", **places
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what they raise over a damaged file has no other base: tokenizers raises just this
         raise InvalidFile(
             "model_not_loadable",
             f"{directory}: transformers cannot load it: {error}",
@@ -95,7 +95,7 @@ def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
 
 
 def _places(device: torch.device, limit: int) -> dict[str, object]:

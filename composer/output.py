@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ from composer.formats.checkpoint import INDEX_FILE, contained
 
 NOTE_FILE = "adaptory.json"
 _ASIDE = ".partial-"
+_KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
+_UNIX_BLOCK_BYTES = 512
 _SYNC_THREADS = 8
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
@@ -34,7 +37,8 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Ite
     full, before or while writing. When the block raises, the directory aside is removed.
 
     `key` identifies what is written: a block that was killed or interrupted leaves its directory, and the next one with
-    the same key gets it back, with all that lies in it. Such directories of other keys are removed, unless in use.
+    the same key gets it back, with all that lies in it. Such directories of other keys are removed, unless in use. Keys
+    are of 12 hexadecimal digits: a directory of another name beside `out_dir` is somebody else's.
     """
     _refuse_existing(out_dir)
     parent = out_dir.absolute().parent
@@ -46,7 +50,9 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Ite
     with _held(aside, out_dir):
         try:
             _remove_abandoned(out_dir, aside)
-            if shutil.disk_usage(parent).free + sum(file.stat().st_size for file in aside.iterdir()) < size_bytes:
+            # What was begun has its full size from the start, and takes up only what was written of it.
+            there = sum(file.stat().st_blocks * _UNIX_BLOCK_BYTES for file in aside.iterdir())
+            if shutil.disk_usage(parent).free + there < size_bytes:
                 raise _disk_full(out_dir, size_bytes)
             yield aside
             _finish(aside, out_dir)
@@ -109,8 +115,9 @@ def _locked(handle: int) -> bool:
 
 def _remove_abandoned(out_dir: Path, aside: Path) -> None:
     """Directories that a killed process left on the way to the same output: nobody holds their lock any more."""
+    ours = re.compile(re.escape(f"{out_dir.name}{_ASIDE}") + _KEY)
     for other in aside.parent.iterdir():
-        if other == aside or not other.name.startswith(f"{out_dir.name}{_ASIDE}") or not other.is_dir():
+        if other == aside or not ours.fullmatch(other.name) or not other.is_dir():
             continue
         handle = os.open(other, os.O_RDONLY)
         try:
@@ -140,21 +147,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy what a checkpoint has besides weights: tokenizer, generation config, licence, …; the config and index are
-    the caller's.
+def side_files(source: Path) -> list[str]:
+    """What a checkpoint has besides weights: tokenizer, generation config, licence, …; the config and index are the
+    caller's.
 
     Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no hidden files.
     """
-    copied: list[str] = []
-    for file in sorted(source.iterdir()):
-        skipped = file.name in ("config.json", INDEX_FILE, NOTE_FILE) or file.name.startswith(".")
-        if skipped or file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json") or not file.is_file():
-            continue
-        if file.stat().st_size <= _SIDE_FILE_BYTES:
-            shutil.copyfile(contained(source, file.name), target / file.name)
-            copied.append(file.name)
-    return copied
+    return [file.name for file in sorted(source.iterdir()) if _is_side_file(file)]
+
+
+def _is_side_file(file: Path) -> bool:
+    if file.name in ("config.json", INDEX_FILE, NOTE_FILE) or file.name.startswith("."):
+        return False
+    if file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json") or not file.is_file():
+        return False
+    return file.stat().st_size <= _SIDE_FILE_BYTES
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    for name in side_files(source):
+        shutil.copyfile(contained(source, name), target / name)
 
 
 def _disk_full(out_dir: Path, size_bytes: int) -> RefusedOutput:

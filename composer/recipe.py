@@ -30,7 +30,7 @@ import yaml
 from composer.errors import InvalidFile, NotSupported
 from composer.findings import read_policy
 from composer.rounding import Mode, Rounding, parse_rounding
-from composer.settings import SETTINGS, parse_settings
+from composer.settings import METHOD_NAMES, SETTINGS, parse_settings
 from composer.text import LONE_SURROGATE, shown
 from composer.weights import Weight, WeightRule, parse_weight
 
@@ -181,8 +181,10 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise _bad(f"{subject}: inputs", f"1 to {MAX_INPUTS} adapters are needed")
     method = _text(fields, "method", subject)
+    if method is None:
+        raise _bad(f"{subject}: method", "it is missing", f"Name one of {METHOD_NAMES}.")
     if method not in SETTINGS:
-        raise _bad(f"{subject}: method", f"{shown(method)} is none of {', '.join(SETTINGS)}")
+        raise _bad(f"{subject}: method", f"there is no method {shown(method)}", f"Use one of {METHOD_NAMES}.")
     dtype = _text(fields, "dtype", subject)
     if dtype is not None and dtype not in DTYPES:
         raise _bad(f"{subject}: dtype", f"{shown(dtype)} is none of {', '.join(DTYPES)}")

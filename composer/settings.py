@@ -171,6 +171,9 @@ def _settings_of(name: str, pipeline: Pipeline) -> dict[str, _Setting]:
 
 SETTINGS: dict[str, dict[str, _Setting]] = {name: _settings_of(name, pipeline) for name, pipeline in PIPELINES.items()}
 
+METHOD_NAMES = ", ".join([*(name for name in SETTINGS if not name.startswith("pico_")), "pico_…"])
+"""For a message: each name but those that Pico's calibration makes of the others."""
+
 
 def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, object]:
     """Settings of a method, complete and typed. Values may be text, as a command line has them.
@@ -182,7 +185,7 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
             "unknown_method",
             f"There is no method {shown(method)}.",
             subject=method,
-            next_step=f"Use one of {', '.join(name for name in SETTINGS if not name.startswith('pico_'))}, pico_….",
+            next_step=f"Use one of {METHOD_NAMES}.",
         )
     known = SETTINGS[method]
     parsed = {name: default for name, (default, _) in known.items()}

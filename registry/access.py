@@ -124,7 +124,7 @@ def _denied(actor: Actor, role: Role, namespace: str) -> RegistryError:
     where = "the whole registry" if namespace == EVERYWHERE else namespace
     return _anonymous(actor) or NotAllowed(
         "role_missing",
-        f"{actor.name} has not the role {role} in {where}.",
+        f"{actor.name} does not have the role {role} in {where}.",
         subject=namespace,
         next_step=f"Ask an admin of {where} for the role, or use a token whose scope has it.",
     )

@@ -1,5 +1,6 @@
 """Recipe -> lock -> durable steps; what they found, and lineage."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -173,6 +174,7 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     found = [
         resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER).release for source in recipe.inputs
     ]
+    _refuse_twice(found)
     base: Base = bases.find(session, recipe.base) if recipe.base else found[0].base
     for release in found:
         if release.base_digest != base.digest:
@@ -202,6 +204,19 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     )
     settings = parse_settings(recipe.method, recipe.settings)
     return Lock(base.digest, recipe.method, settings, recipe.dtype, locked, recipe.rounding)
+
+
+def _refuse_twice(found: Sequence[Release]) -> None:
+    """Lineage knows one weight of a release."""
+    counts = Counter(map(full_name, found))
+    for name, count in counts.items():
+        if count > 1:
+            raise Usage(
+                "input_twice",
+                f"{name} is {count} of the recipe's inputs.",
+                subject=name,
+                next_step="Name it once, with the sum of the weights.",
+            )
 
 
 def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:

@@ -145,11 +145,6 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
     return rules
 
 
-def rules_of(session: Session, repository: Repository, channel: str) -> list[Rule]:
-    row = session.get(Gate, (repository.id, channel))
-    return parse_rules(row.rules) if row else []
-
-
 def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:
     rows = session.scalars(select(Gate).where(Gate.repository_id == repository.id).order_by(Gate.channel))
     return {row.channel: parse_rules(row.rules) for row in rows}

@@ -24,7 +24,7 @@ from registry.models import Blob, BlobHolder, RevisionFile, Upload
 from registry.names import Digest
 from registry.resources import Resources
 from registry.storage.blobs import Arrival, Arrivals, BlobStat, Part, Put
-from registry.storage.local import remove_stale
+from registry.storage.local import remove_stale, unwritable
 
 _PARALLEL = 8
 _SCRATCH = ("upload-*", "inspect-*")
@@ -140,12 +140,7 @@ def receive(
                     digest.update(chunk)
                     file.write(chunk)
         except OSError as error:
-            raise Unavailable(
-                "store_full",
-                f"The upload cannot be written: {error.strerror}.",
-                subject=sha256,
-                next_step="Free some space and repeat.",
-            ) from error
+            raise unwritable("The upload", sha256, error) from error
         if taken != size_bytes or digest.hexdigest() != sha256:
             raise Invalid(
                 "digest_differs",

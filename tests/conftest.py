@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from registry.db import Database, migrate
 from tests import services
 from tests.s3_server import S3Server
 
@@ -54,6 +55,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def postgres_url() -> str:
     return services.shared_postgres()
+
+
+@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
+def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
+    """A database of each kind with our tables, which the tests of a module share."""
+    if request.param == "SQLite":
+        database = Database(f"sqlite:///{tmp_path_factory.mktemp('migrated') / 'registry.db'}")
+        migrate(database)
+    else:
+        database = Database(services.new_database(migrated=True))
+    yield database
+    database.close()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from threading import Lock
 import torch
 from torch import nn
 
-from composer.applied import Deltas, applied, module_of
+from composer.applied import Deltas, acting_factor, applied, module_of
 from composer.delta import Delta, Layout, LowRank
 from composer.errors import Mismatch, NotSupported
 from composer.evaluate import Encoded, batches_of, encode_prompt, padded
@@ -172,11 +172,11 @@ def _tokens_of(values: torch.Tensor, path: str) -> torch.Tensor:
 class _Watch:
     """The second moment of the hidden values A x of one module's adapters, all side by side: R x R."""
 
-    def __init__(self, deltas: Sequence[tuple[int, LowRank]], count: int) -> None:
+    def __init__(self, module: nn.Module, deltas: Sequence[tuple[int, LowRank]], count: int) -> None:
         self._path, self._layout, self._count = deltas[0][1].module, deltas[0][1].layout, count
         self._owner = torch.tensor([index for index, delta in deltas for _ in range(delta.rank)])
         self._A_RI = torch.cat([delta.A_RI.float() for _, delta in deltas])
-        B_OR = torch.cat([delta.B_OR.double() * delta.scale for _, delta in deltas], dim=1)
+        B_OR = torch.cat([acting_factor(module, delta) for _, delta in deltas], dim=1)
         self._gram = B_OR.T @ B_OR
         self._moment = torch.zeros_like(self._gram)
         self._base = 0.0
@@ -206,7 +206,7 @@ def _watches(model: nn.Module, adapters: Sequence[Iterable[Delta]]) -> dict[str,
         for delta in adapter:
             if isinstance(delta, LowRank) and _is_seen(model, delta):
                 deltas[delta.module].append((index, delta))
-    return {module: _Watch(own, len(adapters)) for module, own in deltas.items()}
+    return {path: _Watch(module_of(model, path), own, len(adapters)) for path, own in deltas.items()}
 
 
 def _is_seen(model: nn.Module, delta: LowRank) -> bool:

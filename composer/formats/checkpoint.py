@@ -11,10 +11,12 @@ from urllib.parse import unquote, urlsplit
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
 from composer.formats.quantized import Nf4, is_part, nf4_weights
+from composer.text import LONE_SURROGATE, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _JSON_BYTES = 100_000_000
+_NAME_BYTES = 255  # of a file's, on every file system that is in use
 _FP8_METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors"})  # whose weights have scales beside them
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -85,7 +87,7 @@ def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
     config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
     _refuse_quantized(path, config, dequantize)
     if (path / INDEX_FILE).is_file():
-        index = read_json(path / INDEX_FILE, "missing_index", "")
+        index = read_json(path / INDEX_FILE, "missing_index", "Download the checkpoint again.")
         shards = _read_shards(path, index)
         return Checkpoint(path, config, shards, index, dequantize)
     if not (path / SINGLE_FILE).is_file():
@@ -94,9 +96,17 @@ def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
 
 
 def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -> None:
-    if not config.get("quantization_config"):
+    stated: object = config.get("quantization_config")
+    if not stated:
         return
-    settings = cast(dict[str, Any], config["quantization_config"])
+    if not isinstance(stated, dict):
+        raise InvalidFile(
+            "bad_config",
+            f"config.json: quantization_config is {shown(stated)}, no mapping.",
+            subject="config.json",
+            next_step="Save or download the checkpoint again.",
+        )
+    settings = cast("dict[str, Any]", stated)
     method = str(settings.get("quant_method", "quantized"))[:40]
     nf4 = method == "bitsandbytes" and settings.get("bnb_4bit_quant_type", "nf4") == "nf4" and bool(_in_4bit(settings))
     decodable = nf4 or method in _FP8_METHODS
@@ -183,17 +193,9 @@ def contained(directory: Path, name: str) -> Path:
 
 
 def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
-    weight_map: object = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InvalidFile(
-            "bad_index",
-            f"{INDEX_FILE} has no weight_map.",
-            subject=INDEX_FILE,
-            next_step="Save or download the checkpoint again.",
-        )
-    wanted = cast(dict[str, object], weight_map)
+    wanted = _weight_map(index)
     shards: dict[str, Header] = {}
-    for shard in sorted({str(file) for file in wanted.values()}):
+    for shard in sorted(set(wanted.values())):
         file = contained(path, shard)
         if not file.is_file():
             raise InvalidFile(
@@ -204,11 +206,11 @@ def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
             )
         shards[shard] = read_header(file)
     for name, shard in wanted.items():
-        if name not in shards[str(shard)].tensors:
+        if name not in shards[shard].tensors:
             raise InvalidFile(
                 "missing_tensor",
                 f"{shard} has no tensor {name!r}, though the index says so.",
-                subject=str(shard),
+                subject=shard,
                 next_step="Save or download the checkpoint again.",
             )
     for shard, header in shards.items():
@@ -219,6 +221,32 @@ def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
                     "unindexed_tensor", message, subject=shard, next_step="Save or download the checkpoint again."
                 )
     return shards
+
+
+def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor -> name of its shard. Raises InvalidFile for an index that is of another form."""
+    stated: object = index.get("weight_map")
+    if not isinstance(stated, dict) or not stated:
+        raise _bad_index("has no weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise _bad_index("has metadata that are no mapping")
+    for name, file in cast("dict[str, object]", stated).items():
+        if not _is_name(file):
+            raise _bad_index(f"places {shown(name)} in {shown(file)}, which can be no file")
+    return cast("dict[str, str]", stated)
+
+
+def _is_name(value: object) -> bool:
+    """Can a file have that name?"""
+    if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
+        return False
+    return len(value.encode()) <= _NAME_BYTES
+
+
+def _bad_index(why: str) -> InvalidFile:
+    return InvalidFile(
+        "bad_index", f"{INDEX_FILE} {why}.", subject=INDEX_FILE, next_step="Save or download the checkpoint again."
+    )
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bool:

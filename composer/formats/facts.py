@@ -16,10 +16,7 @@ from composer.formats.config import AdapterConfig, parse_config
 from composer.formats.header import Header, TensorEntry, read_header
 from composer.formats.naming import split_key
 from composer.formats.pairs import FACTOR_PARTS
-from composer.formats.placed import Placed, PlacedModule
-from composer.formats.placement import place
-
-__all__ = ["Adapter", "AdapterFacts", "Placed", "PlacedModule", "facts", "health", "place", "read_adapter"]
+from composer.formats.placed import Placed
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -167,7 +167,7 @@ def read_foreign(path: Path, architecture: Architecture) -> Foreign:
     header = read_header(contained(path.parent, path.name))
     grouped = _grouped(header, layout, path.name)
     named = _names(grouped, layout, architecture, path.name)
-    scale = _scale(settings, header, layout)
+    scale = _scale(settings, layout)
     modules = [ForeignModule(named[raw], parts, None if "alpha" in parts else scale) for raw, parts in grouped.items()]
     return Foreign(layout, path, header, modules)
 
@@ -197,12 +197,11 @@ def _grouped(header: Header, layout: str, subject: str) -> dict[str, dict[str, s
                     subject=key,
                     next_step="Merge it where it was trained, or train a plain LoRA.",
                 )
-        part = next((part for suffix, part in _PARTS[layout].items() if key.endswith(suffix)), None)
-        if part is None:
+        suffix = next((suffix for suffix in _PARTS[layout] if key.endswith(suffix)), None)
+        if suffix is None:
             unknown.append(key)
             continue
-        suffix = next(suffix for suffix in _PARTS[layout] if key.endswith(suffix))
-        grouped[key.removesuffix(suffix)][part] = key
+        grouped[key.removesuffix(suffix)][_PARTS[layout][suffix]] = key
     _refuse_listed(unknown, subject, "keys that nothing is known of")
     return grouped
 
@@ -237,20 +236,20 @@ def _names(grouped: Mapping[str, object], layout: str, architecture: Architectur
     return found
 
 
-def _scale(settings: Mapping[str, Any], header: Header, layout: str) -> float | None:
-    """What a module's delta is multiplied by where no tensor says: None for alpha / r from the metadata's config."""
-    if layout == MLX:
-        stated: object = settings.get("lora_parameters") or {}
-        value: object = cast("dict[str, object]", stated).get("scale", _MLX_SCALE) if isinstance(stated, dict) else None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-            raise InvalidFile(
-                "bad_config",
-                f"lora_parameters.scale is {shown(value)}, no number.",
-                subject=CONFIG_FILE,
-                next_step="Write the number that the adapter was trained with.",
-            )
-        return float(value)
-    return 1.0
+def _scale(settings: Mapping[str, Any], layout: str) -> float:
+    """What a module's delta is multiplied by where no tensor says: as MLX's config does, else by 1."""
+    if layout != MLX:
+        return 1.0
+    stated: object = settings.get("lora_parameters") or {}
+    value: object = cast("dict[str, object]", stated).get("scale", _MLX_SCALE) if isinstance(stated, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise InvalidFile(
+            "bad_config",
+            f"lora_parameters.scale is {shown(value)}, no number.",
+            subject=CONFIG_FILE,
+            next_step="Write the number that the adapter was trained with.",
+        )
+    return float(value)
 
 
 def metadata_alpha(header: Header) -> float | None:

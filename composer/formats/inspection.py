@@ -9,6 +9,7 @@ from composer.formats import facts, serving
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import Adapter, AdapterFacts
 from composer.formats.placed import Placed
+from composer.formats.placement import place
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,6 @@ def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
     Without an architecture the fit is not checked. Raises InvalidFile and NotSupported for what cannot be read.
     """
     adapter = facts.read_adapter(directory)
-    placed = facts.place(adapter.config, adapter.header, architecture, adapter.name)
+    placed = place(adapter.config, adapter.header, architecture, adapter.name)
     summary = facts.facts(adapter.config, adapter.header, placed)
     return Inspection(adapter, placed, summary, [*placed.findings, *facts.health(adapter.weights_path, adapter.header)])

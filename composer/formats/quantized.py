@@ -96,7 +96,7 @@ def _check_sizes(packed: Nf4, known: set[str], locate: Locate) -> None:
             raise _bad(packed.name, f"{tensor} is missing")
         _, entry = locate(tensor)
         if (entry.dtype, entry.spec.elements) != (dtype, elements):
-            raise _bad(packed.name, f"{tensor} has not the size that its quantization state says")
+            raise _bad(packed.name, f"{tensor} does not have the size that its quantization state says")
 
 
 def _positive(stated: Mapping[str, Any], name: str) -> bool:

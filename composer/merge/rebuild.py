@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,13 +20,13 @@ from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_json
 from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file
-from composer.merge import MergePlan, index_of, plan_merge
+from composer.merge import AdapterUse, MergePlan, index_of, plan_merge
 from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
 from composer.merge.ranges import Range, copied_ranges, equal, pieces
 from composer.merge.shards import Progress, ShardPlan
 from composer.merge.source import Source, source_rows
-from composer.output import NOTE_FILE
-from composer.rounding import parse_rounding
+from composer.output import NOTE_FILE, side_files
+from composer.rounding import Rounding, parse_rounding
 from composer.tensors import torch_device, torch_threads
 from composer.weights import parse_weight
 
@@ -75,28 +75,47 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
             subject=NOTE_FILE,
             next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
         )
+    told = _told(note)
     by_digest = {hash_file(path / WEIGHTS_FILE): path for path in adapters}
-    used: list[tuple[Path, Any]] = []
+    for one in told.adapters:
+        if one.digest not in by_digest:
+            raise Mismatch(
+                "other_adapter",
+                f"None of the given adapters is the {one.name} that was merged ({one.digest[:12]}).",
+                subject=one.name,
+                next_step="Pull the releases that the merged one names as its inputs.",
+            )
+    used = [(by_digest[one.digest], one.weight) for one in told.adapters]
+    return plan_merge(checkpoint, used, told.method, told.settings, told.dtype, told.rounding)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a note says that the merge was made from."""
+
+    adapters: tuple[AdapterUse, ...]
+    method: str
+    settings: Mapping[str, object]
+    dtype: str | None
+    rounding: Rounding
+
+
+def _told(note: Mapping[str, Any]) -> _Told:
+    """Raises InvalidFile where something is missing or of another type: anybody may have written it."""
     try:
-        for row in note["adapters"]:
-            if row["digest"] not in by_digest:
-                raise Mismatch(
-                    "other_adapter",
-                    f"None of the given adapters is the {row['name']} that was merged ({row['digest'][:12]}).",
-                    subject=row["name"],
-                    next_step="Pull the releases that the merged one names as its inputs.",
-                )
-            used.append((by_digest[row["digest"]], parse_weight(row["weight"])))
+        method, settings, dtype = note["method"], note["settings"], note["dtype"]
+        if not (isinstance(method, str) and isinstance(settings, dict) and isinstance(dtype, str | None)):
+            raise TypeError("method, settings or dtype")
+        rows = [(str(row["name"]), parse_weight(row["weight"]), str(row["digest"])) for row in note["adapters"]]
         rounding = parse_rounding(**note["rounding"])
-        return plan_merge(checkpoint, used, note["method"], note["settings"], note["dtype"], rounding)
     except (KeyError, TypeError) as error:
-        message = f"{NOTE_FILE} does not say all that a merge is made from ({error})."
         raise InvalidFile(
             "bad_note",
-            message,
+            f"{NOTE_FILE} does not say all that a merge is made from ({error}).",
             subject=NOTE_FILE,
             next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
         ) from error
+    return _Told(tuple(AdapterUse(*row) for row in rows), method, cast("dict[str, object]", settings), dtype, rounding)
 
 
 def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progress | None = None) -> Rebuilt:
@@ -107,7 +126,7 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
     """
     found = [
         *_texts(plan, merged),
-        *_side_files(plan.checkpoint.path, merged, {"config.json", INDEX_FILE, NOTE_FILE}),
+        *_side_files(plan.checkpoint.path, merged),
         *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
     ]
     same = tuple(one.file for one in found if not one.neighbours and not one.others and not one.why)
@@ -122,17 +141,19 @@ def _texts(plan: MergePlan, merged: Path) -> list[FileDifference]:
 def _other_json(path: Path, expected: Mapping[str, Any]) -> str:
     if not path.is_file():
         return "is missing"
-    return "" if read_json(path, "missing", "") == json.loads(json.dumps(expected)) else "has other contents"
+    same = read_json(path, "missing", "Make the merge again.") == json.loads(json.dumps(expected))
+    return "" if same else "has other contents"
 
 
-def _side_files(base: Path, merged: Path, known: set[str]) -> list[FileDifference]:
-    """What the output has besides weights must be the base's; what a release adds to it (a card) is not looked at."""
-    names = [file.name for file in sorted(merged.iterdir()) if file.is_file() and file.suffix != ".safetensors"]
-    both = [name for name in names if name not in known and (base / name).is_file()]
-    return [
-        FileDifference(name, 0, 0, "" if hash_file(contained(base, name)) == hash_file(merged / name) else "is another")
-        for name in both
-    ]
+def _side_files(base: Path, merged: Path) -> list[FileDifference]:
+    """What a merge copies besides weights must be the base's; what a release adds to it (a card) is not looked at."""
+    return [FileDifference(name, 0, 0, _other_copy(merged / name, contained(base, name))) for name in side_files(base)]
+
+
+def _other_copy(path: Path, original: Path) -> str:
+    if not path.is_file():
+        return "is missing"
+    return "" if hash_file(path) == hash_file(original) else "is another"
 
 
 def _weights(plan: MergePlan, merged: Path, rewriter: Rewriter, report: Progress) -> Iterable[FileDifference]:

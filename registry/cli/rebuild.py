@@ -1,5 +1,6 @@
 """A composed model made again from what its release names as its inputs."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,24 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     adapters = [release_directory(connection, found) for found in inputs]
     checkpoint = base_checkpoint(connection.api.base(release["base"]["digest"]), base_dir)
     plan = plan_rebuild(directory, checkpoint, adapters)
-    if [use.weight.value for use in plan.adapters] != [row["weight"] for row in lineage]:
+    # As the bag that they are: the note has them in the recipe's order, the registry in that of their publication.
+    known = Counter(zip(map(_weights_digest, inputs), (row["weight"] for row in lineage), strict=True))
+    if known != Counter((use.digest, use.weight.value) for use in plan.adapters):
         raise Invalid(
             "lineage_differs",
-            f"The note in {name} tells of other weights than the registry.",
+            f"The note in {name} tells of other adapters or weights than the registry.",
             subject=name,
             next_step="Do not serve it; ask who published it.",
         )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()
+
+
+def _weights_digest(release: Json) -> str:
+    """The sha256 of an adapter's weights, which is how a note names it."""
+    from composer.formats.facts import WEIGHTS_FILE
+
+    return next(file["sha256"] for file in release["files"] if file["path"] == WEIGHTS_FILE)
 
 
 def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path]) -> Json:

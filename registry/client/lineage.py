@@ -3,6 +3,7 @@ and the method that the adaptory.json or a lock names."""
 
 import hashlib
 import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -112,20 +113,18 @@ def of_note(content: bytes) -> Composition | None:
 
 def of_release(release: Json, note: bytes) -> Composition | None:
     """Members and weights as the registry knows them, which also hides those that the reader may not see; rules and
-    method from the release's own `note`, if that tells of the same members. None for what no composition made."""
+    method from the release's own `note`, if that tells of the same members, in whatever order: then it is the note's,
+    which is the recipe's. None for what no composition made."""
     known: list[Json] = release["inputs"]
     if not known:
         return None
     told = of_note(note)
-    same = told is not None and [(one.commit, one.weight.value) for one in told.members] == [
-        (row["commit"], row["weight"]) for row in known
-    ]
-    weights = [one.weight for one in told.members] if told and same else [Weight(row["weight"]) for row in known]
-    members = tuple(
-        Member(row["repository"] or "hidden", row["version"] or "-", row["commit"], weight)
-        for row, weight in zip(known, weights, strict=True)
-    )
-    return replace(told, members=members) if told and same else Composition(members)
+    rows: dict[tuple[str, float], list[Json]] = defaultdict(list)
+    for row in known:
+        rows[row["commit"], row["weight"]].append(row)
+    if told and Counter(map(_key, told.members)) == {key: len(alike) for key, alike in rows.items()}:
+        return replace(told, members=tuple(_member(rows[_key(one)].pop(0), one.weight) for one in told.members))
+    return Composition(tuple(_member(row, Weight(row["weight"])) for row in known))
 
 
 def fetch_note(api: Api, release: Json) -> bytes:
@@ -150,6 +149,14 @@ def fetch_note(api: Api, release: Json) -> bytes:
             next_step="Try again; if it happens again the store is damaged.",
         )
     return bytes(content)
+
+
+def _key(member: Member) -> tuple[str, float]:
+    return member.commit, member.weight.value
+
+
+def _member(row: Json, weight: Weight) -> Member:
+    return Member(row["repository"] or "hidden", row["version"] or "-", row["commit"], weight)
 
 
 def _told(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Composition:

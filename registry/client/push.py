@@ -233,11 +233,16 @@ def _files_below(directory: Path) -> Iterator[Path]:
             continue
         if not path.resolve().is_relative_to(home):
             raise _unfit("link_outside", relative, f"leads out of {directory}", "Copy there what it leads to.")
-        if path.is_dir():  # its files would be missing, since links are not followed
-            raise _unfit("link_to_directory", relative, "is a link to a directory", "Copy the directory there.")
-        if not path.is_file():
-            raise _unfit("no_file", relative, "is no regular file", "Move it away.")
+        refuse_no_file(path, relative)
         yield path
+
+
+def refuse_no_file(path: Path, relative: Path) -> None:
+    """Raises Invalid unless it is a file, or a link to one."""
+    if path.is_dir():  # its files would be missing, since links are not followed
+        raise _unfit("link_to_directory", relative, "is a link to a directory", "Copy the directory there.")
+    if not path.is_file():
+        raise _unfit("no_file", relative, "is no regular file", "Move it away.")
 
 
 def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:

@@ -6,7 +6,7 @@ from typing import Any
 
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, line_path, release_path
-from registry.client.push import LocalFile
+from registry.client.push import LocalFile, refuse_no_file
 from registry.errors import Invalid, NotFound, Refused
 from registry.manifest import ManifestFile
 from registry.names import Digest, Reference
@@ -150,7 +150,10 @@ def verify_files(directory: Path, files: Mapping[str, str], public_key: str) -> 
 
 
 def verify_directory(directory: Path, public_key: str) -> str:
-    """Verifies every file below a directory, hidden ones too. Returns and raises like `verify_files`."""
+    """Verifies every file below a directory, hidden ones too. Returns and raises like `verify_files`.
+
+    Raises Invalid for what is no file: behind a link to a directory there may be more than was signed.
+    """
     if not directory.is_dir():
         raise Invalid(
             "missing_directory",
@@ -158,7 +161,9 @@ def verify_directory(directory: Path, public_key: str) -> str:
             subject=str(directory),
             next_step="Name the directory that was signed or pulled.",
         )
-    paths = [path for path in sorted(directory.rglob("*")) if not path.is_dir()]
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    for path in paths:
+        refuse_no_file(path, path.relative_to(directory))
     return verify_files(
         directory, {path.relative_to(directory).as_posix(): hash_file(path) for path in paths}, public_key
     )

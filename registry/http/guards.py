@@ -120,7 +120,7 @@ class CallerLimits:
         if error is not None:
             await problem_response(error)(scope, receive, send)
         elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
-            await self._upload(credentials.key, scope, receive, count_guesses)
+            await self._upload(credentials, scope, receive, count_guesses)
         else:
             await self.app(scope, receive, count_guesses)
 
@@ -136,8 +136,7 @@ class CallerLimits:
             except RegistryError as error:
                 return error
         if not self._window.hit(rate, credentials.key):
-            whom = "this token" if credentials.authorization else "no token, from this address"
-            return self._too_many(rate, credentials.key, whom)
+            return self._too_many(rate, credentials.key, _whom(credentials))
         return None
 
     def _too_many(self, rate: limits.RateLimitItem, key: str, whom: str) -> TooMany:
@@ -148,11 +147,12 @@ class CallerLimits:
         )
         return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
 
-    async def _upload(self, key: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _upload(self, credentials: Credentials, scope: Scope, receive: Receive, send: Send) -> None:
+        key = credentials.key
         if self._uploads[key] >= self._max_uploads:
             error = TooMany(
                 "too_many_uploads",
-                f"This token sends {self._max_uploads} files already.",
+                f"{self._max_uploads} files are being sent already with {_whom(credentials)}.",
                 next_step="Send fewer at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
             )
             await problem_response(error)(scope, receive, send)
@@ -164,6 +164,11 @@ class CallerLimits:
             self._uploads[key] -= 1
             if not self._uploads[key]:
                 del self._uploads[key]
+
+
+def _whom(credentials: Credentials) -> str:
+    """Those who are counted together, in words."""
+    return "this token" if credentials.authorization else "no token, from this address"
 
 
 def _guesses(credentials: Credentials) -> str:

@@ -1,5 +1,6 @@
 """Blobs in a directory: written aside, synced, then linked into place."""
 
+import errno
 import shutil
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -87,12 +88,7 @@ class LocalStore:
         try:
             yield
         except OSError as error:
-            raise Unavailable(
-                "store_full",
-                f"The blob store cannot be written: {error.strerror}.",
-                subject=str(self.directory),
-                next_step="Free some space and repeat.",
-            ) from error
+            raise unwritable("The blob store", str(self.directory), error) from error
 
     def url(self, sha256: Digest, expires_s: int) -> str | None:
         del sha256, expires_s  # a directory has no address; the API streams
@@ -110,6 +106,19 @@ class LocalStore:
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
         del keep  # here an upload is one request
         return remove_stale(self.incoming.iterdir(), before)
+
+
+def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
+    """What to tell of a write that failed: a full disk wants something else than one that refuses or is broken."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Unavailable(
+        "store_full" if full else "store_unavailable",
+        f"{what} cannot be written: {error.strerror}.",
+        subject=subject,
+        next_step="Free some space and repeat."
+        if full
+        else "See on the server that its directory may be written to and that its disk is sound, and repeat.",
+    )
 
 
 def remove_stale(paths: Iterable[Path], before: datetime) -> int:

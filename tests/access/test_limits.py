@@ -100,6 +100,7 @@ def test_uploads_at_a_time_are_limited_by_token_and_free_again_when_they_end(fur
     assert began.wait(20)
     refused = house.ask("publisher", "PUT", path, content=b"acme!")
     assert (refused.status_code, refused.json()["code"]) == (429, "too_many_uploads")
+    assert refused.json()["detail"] == "1 files are being sent already with this token."
     assert int(refused.headers["Retry-After"]) >= 1
     assert house.ask("admin", "PUT", path, content=b"acme!").status_code == 201
     go_on.set()

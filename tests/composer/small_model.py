@@ -9,6 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -76,6 +78,29 @@ def save_gpt2(directory: Path) -> Path:
         initializer_range=0.3,
     )
     GPT2LMHeadModel(config).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_gemma(directory: Path) -> Path:
+    """Its embedding multiplies what it looks up by the root of the hidden size."""
+    torch.manual_seed(1)
+    config = Gemma3TextConfig(
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        pad_token_id=None,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    Gemma3ForCausalLM(config).save_pretrained(directory)
     save_tokenizer(directory)
     return directory
 

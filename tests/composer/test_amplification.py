@@ -73,13 +73,18 @@ def test_only_as_many_weights_are_looked_at_as_there_is_time_for(
     base: Path, red: LoadedAdapter, green: LoadedAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those first where a delta may be largest beside the weight, so that the worst one is found all the same."""
-    checkpoint = open_checkpoint(base)
+    checkpoint, (first, second, third, *others) = open_checkpoint(base), low_rank(red)
+    red = replace(red, deltas=(first, second, replace(third, scale=third.scale * 5), *others))
     everything = conflicts([red, green], [1.0, 1.0], base=checkpoint).members[0]
     monkeypatch.setattr(amplification, "SPECTRAL_BYTES", 4 * 32 * 32 * 2)
     some = conflicts([red, green], [1.0, 1.0], base=checkpoint).members[0]
     looked_at = [one for one in some.modules.values() if one.spectral_amplification is not None]
     assert 0 < len(looked_at) <= 2 < len(everything.modules)
     assert all(one.amplification is not None for one in some.modules.values())
+    worst = max(everything.modules, key=lambda module: everything.modules[module].spectral_amplification or 0.0)
+    assert worst == third.module
+    assert some.modules[worst].spectral_amplification == some.size.spectral_amplification
+    assert some.size.spectral_amplification == pytest.approx(everything.size.spectral_amplification, rel=1e-6)
 
 
 def test_what_rounding_will_lose_is_told_before_the_merge(tmp_path: Path, red: LoadedAdapter) -> None:

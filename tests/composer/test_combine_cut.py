@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import PeftModel
 
 from composer.combine import combine
@@ -12,7 +13,7 @@ from composer.errors import NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.methods import combine_deltas
 from composer.variants import load_deltas
-from composer.weights import Weight, layer_of, parse_rule
+from composer.weights import Weight, layer_of, parse_rule, parse_weight
 from tests.composer.adapted import peft_logits, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
 
@@ -106,6 +107,13 @@ def test_an_adapter_can_have_other_weights_in_some_layers_and_modules(
 
 
 def test_what_no_rule_can_say_is_refused() -> None:
-    for text in ("0.5", "=1", "9-3=1", "q_proj=much", "a b=1", "0-9/=1x"):
+    for text in ("0.5", "=1", "9-3=1", "q_proj=much", "a b=1", "0-9/=1x", "0-9/=0.5", "/q_proj=0.5", "/=1"):
         with pytest.raises(NotSupported, match="weight"):
             parse_rule(text)
+
+
+def test_what_is_advised_where_a_weight_cannot_be_read_can_be_read() -> None:
+    with pytest.raises(NotSupported) as caught:
+        parse_weight("much")
+    advised = caught.value.next_step.partition("{")[2].partition("}")[0]
+    assert parse_weight(yaml.safe_load(f"{{{advised.replace('...', '')}}}")) == Weight(1.0)

@@ -1,5 +1,7 @@
 """Adapters through hooks against PEFT's own models, and scores against transformers' own loss and generation."""
 
+import json
+import shutil
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -15,7 +17,7 @@ from composer.evaluate import Encoded, applied, encode, evaluate, generate, meas
 from composer.model import LoadedModel, load_model
 from composer.suite import Example, Suite
 from composer.variants import load_deltas
-from tests.composer.small_model import save_adapter, save_gpt2, save_llama, save_tokenizer
+from tests.composer.small_model import save_adapter, save_gemma, save_gpt2, save_llama, save_tokenizer
 
 IDS = torch.tensor([[5, 9, 13, 20, 7, 2, 30], [8, 8, 1, 44, 3, 17, 6]])
 
@@ -225,3 +227,40 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_by_name(base: Path, tmp_pat
         (tmp_path / name).write_bytes((base / name).read_bytes())
     with pytest.raises(InvalidFile, match=tmp_path.name):
         load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"hidden_size": 64}),
+        ("config.json", {"num_attention_heads": 5}),
+        ("config.json", {"hidden_size": "x"}),
+        ("tokenizer.json", {"model": {"type": "x"}}),
+    ],
+)
+def test_what_transformers_refuses_in_whatever_way_is_one_error_that_names_the_checkpoint(
+    file: str, change: dict[str, object], base: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(base, tmp_path / "damaged")
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
+    with pytest.raises(InvalidFile, match="transformers cannot load it") as caught:
+        load_model(copy, device="cpu")
+    assert caught.value.code == "model_not_loadable"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_delta_of_an_embedding_that_scales_is_scaled_as_the_embedding_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = save_gemma(tmp_path / "gemma")
+    config = {"r": 4, "target_modules": ["embed_tokens"]}
+    adapted = save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", seed=1, **config)
+    own = load_model(base, device="cpu", dtype=dtype)
+    embedding = own.model.get_submodule("model.embed_tokens")
+    factor = float(embedding.embed_scale.to(dtype))
+    with torch.inference_mode(), applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
+        found = embedding(IDS).float() / factor
+        if dtype == torch.float32:
+            torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
+    merged = adapted.merge_and_unload().get_input_embeddings().weight
+    torch.testing.assert_close(
+        found, merged[IDS], rtol=4 * torch.finfo(dtype).eps, atol=1e-2 if dtype != torch.float32 else 1e-5
+    )

@@ -14,7 +14,9 @@ from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.config import parse_config
-from composer.formats.facts import AdapterFacts, Placed, facts, health, place, read_adapter
+from composer.formats.facts import AdapterFacts, facts, health, read_adapter
+from composer.formats.placed import Placed
+from composer.formats.placement import place
 from composer.formats.types import REFUSED, TYPES
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 

@@ -39,6 +39,9 @@ def test_a_model_without_a_head_of_its_own_is_tied_also_when_the_config_is_silen
         assert open_checkpoint(base).architecture.tied is tied
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def change_index(base: Path, change: Callable[[dict[str, str]], object]) -> None:
     index = json.loads((base / "model.safetensors.index.json").read_text())
     change(index["weight_map"])
@@ -97,6 +100,30 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda base: [file.unlink() for file in base.glob("model*")],
         "missing_weights",
         "model.safetensors",
+    ),
+    **{
+        f"a shard whose name is {what}": (
+            lambda base, name=name: change_index(base, lambda names: names.update({"x": name})),
+            "bad_index",
+            "'x' in",
+        )
+        for what, name in (
+            ("half a text", "a\0b"),
+            ("endless", "x" * 5000),
+            ("half a pair", "\ud800"),
+            ("a list", ["x"]),
+            ("none", None),
+        )
+    },
+    "metadata that are a list": (
+        lambda base: (base / INDEX).write_text(json.dumps(json.loads((base / INDEX).read_text()) | {"metadata": [1]})),
+        "bad_index",
+        "metadata",
+    ),
+    "a quantization that is a text": (
+        lambda base: set_config(base, quantization_config="fp8"),
+        "bad_config",
+        "quantization_config is 'fp8'",
     ),
     "a quantized base": (
         lambda base: set_config(base, quantization_config={"quant_method": "gptq"}),

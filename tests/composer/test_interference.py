@@ -14,7 +14,7 @@ from composer.evaluate import Encoded, applied, encode_prompt
 from composer.model import LoadedModel, load_model
 from composer.variants import load_deltas
 from tests.composer.adapted import save_adapted
-from tests.composer.small_model import save_gpt2, save_tokenizer
+from tests.composer.small_model import save_gemma, save_gpt2, save_tokenizer
 from tests.composer.test_variants_experts import DOWN, GATE, lora, qwen3, save_base
 
 PROMPTS = ["who are you", "abc", "what is 12 and 30"]
@@ -125,6 +125,25 @@ def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.Te
     assert set(found.directed["one", "two"].modules) == {"transformer.h.0.attn.c_attn", "transformer.wte"}
     assert found.directed["one", "two"].along == pytest.approx(1.0)
     assert found.directed["one", "two"].across > 0
+
+
+@pytest.mark.parametrize("memory", [None, 20_000], ids=["in memory", "streamed"])
+def test_an_embedding_that_scales_what_it_looks_up_scales_what_an_adapter_adds(
+    tmp_path: Path, memory: int | None
+) -> None:
+    gemma = load_model(save_gemma(tmp_path / "gemma"), device="cpu", memory=memory)
+    assert gemma.streamed is (memory is not None)
+    path, vocabulary = "model.embed_tokens", gemma.model.config.vocab_size
+    torch.manual_seed(0)
+    own = LowRank(path, f"{path}.weight", Layout.EMBEDDING, torch.randn(2, vocabulary), torch.randn(32, 2), 0.1)
+    ids, embedding = torch.cat([torch.tensor(one.ids) for one in encoded(gemma)]), gemma.model.get_submodule(path)
+    with torch.inference_mode():
+        before = embedding(ids)
+        with applied(gemma.model, [own]):
+            moved = embedding(ids) - before
+    expected = (moved.square().sum() / before.square().sum()).sqrt().item()
+    found = activation_interference(gemma, encoded(gemma), [own], [own])
+    assert (found.victim, found.intruder) == pytest.approx((expected, expected), rel=1e-4)
 
 
 def test_nothing_stays_on_the_model(loaded: LoadedModel) -> None:

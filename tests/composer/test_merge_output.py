@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,16 @@ def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(small_disk
     with pytest.raises(RefusedOutput, match="disk is full") as caught, writing_aside(small_disk / "merged", 2 << 20):
         pytest.fail("nothing should have been started")
     assert caught.value.code == "disk_full"
+
+
+def test_what_a_killed_process_has_not_written_yet_needs_its_space_still(tmp_path: Path) -> None:
+    aside = tmp_path / f"merged.partial-{'a' * 12}"
+    aside.mkdir()
+    with (aside / "shard").open("wb") as shard:
+        shard.truncate(1 << 40)
+    sparse = shutil.disk_usage(tmp_path).free + (1 << 39)
+    with pytest.raises(RefusedOutput, match="disk is full"), writing_aside(tmp_path / "merged", sparse, "a" * 12):
+        pytest.fail("there is no room for it")
 
 
 def test_a_disk_that_fills_up_during_a_merge_is_one_clear_error_and_leaves_nothing(

@@ -133,6 +133,14 @@ def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     }
 
 
+def test_a_side_file_that_is_gone_is_missing(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    (out / "tokenizer.json").unlink()
+    found = again(base, adapters, out)
+    assert found.verdict == "different"
+    assert [(one.file, one.why) for one in found.different] == [("tokenizer.json", "is missing")]
+
+
 def test_another_base_gives_another_model(
     base: Path, adapters: list[Path], tmp_path: Path, make_model: MakeModel
 ) -> None:
@@ -158,6 +166,33 @@ def test_a_directory_without_a_note_of_a_merge_is_refused(
     if note is not None:
         (out / "adaptory.json").write_text(json.dumps(note))
     with pytest.raises(InvalidFile):
+        plan_rebuild(out, open_checkpoint(base), adapters)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": [1]}, {"settings": None}, {"method": 3}, {"dtype": 4}, {"adapters": {"a": 1}}, {"adapters": 1},
+        {"rounding": None}, {"rounding": {"mode": "nearest", "seed": "x"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_note_of_another_form_is_one_clear_error(
+    change: dict[str, object], base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    note = json.loads((out / "adaptory.json").read_text())
+    (out / "adaptory.json").write_text(json.dumps(note | change))
+    with pytest.raises(InvalidFile, match="does not say all that a merge is made from"):
+        plan_rebuild(out, open_checkpoint(base), adapters)
+
+
+def test_a_mistake_of_the_plan_is_not_the_notes(
+    base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    monkeypatch.setattr("composer.merge.plan.combine_deltas", None)
+    with pytest.raises(TypeError):
         plan_rebuild(out, open_checkpoint(base), adapters)
 
 

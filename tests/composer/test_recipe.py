@@ -45,6 +45,15 @@ def test_a_recipe_with_numbers_and_settings_is_read() -> None:
     assert (recipe.inputs[0].weight, recipe.settings) == (2.0, {"lambda": 1})
 
 
+@pytest.mark.parametrize(("written", "why"), [("", "it is missing"), ("method: tie", "no method 'tie'")])
+def test_a_recipe_without_a_method_or_with_an_unknown_one_is_told_which_there_are(written: str, why: str) -> None:
+    with pytest.raises(InvalidFile, match=why) as caught:
+        load_recipe(f"inputs: [a/b]\n{written}")
+    assert len(caught.value.message) < 100
+    assert "stack, linear" in caught.value.next_step
+    assert "pico_stack" not in caught.value.next_step
+
+
 CHANCE = Rounding(Mode.STOCHASTIC, 2**64 - 1)
 
 

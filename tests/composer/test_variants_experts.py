@@ -19,7 +19,8 @@ from transformers import (
 from composer.applied import applied
 from composer.errors import Mismatch
 from composer.formats.checkpoint import open_checkpoint
-from composer.formats.facts import facts, place, read_adapter
+from composer.formats.facts import facts, read_adapter
+from composer.formats.placement import place
 from composer.variants import load_deltas
 from tests.composer.adapted import (
     IDS,

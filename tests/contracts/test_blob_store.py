@@ -1,5 +1,6 @@
 """What every BlobStore promises, asked of each backend that is there."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -16,7 +17,7 @@ from registry.errors import NotFound, Unavailable
 from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import BlobStore, blob_key
-from registry.storage.local import LocalStore
+from registry.storage.local import LocalStore, unwritable
 from registry.storage.s3 import S3Store
 from tests.s3_server import BUCKET, S3Server
 
@@ -207,6 +208,30 @@ def test_a_full_disk_is_unavailable_and_nothing_of_the_blob_stays(tmp_path: Path
             assert files_below(disk) == {disk / "store" / blob_key(kept)}
             assert source.read_bytes() == large, "the source of a failed move is still there"
         assert read(full, kept) == small
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "advice"),
+    [
+        (errno.ENOSPC, "store_full", "Free some space"),
+        (errno.EDQUOT, "store_full", "Free some space"),
+        (errno.EACCES, "store_unavailable", "may be written to"),
+        (errno.EROFS, "store_unavailable", "may be written to"),
+        (errno.EIO, "store_unavailable", "disk is sound"),
+    ],
+)
+def test_only_a_full_disk_asks_for_space(number: int, code: str, advice: str) -> None:
+    told = unwritable("The upload", "x", OSError(number, os.strerror(number)))
+    assert (told.code, advice in told.next_step, os.strerror(number) in told.detail) == (code, True, True)
+
+
+def test_a_directory_that_cannot_be_written_is_unavailable_and_not_full(tmp_path: Path, source: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    sha256 = write(source, b"acme")
+    store.incoming.rmdir()
+    with pytest.raises(Unavailable, match="cannot be written") as raised:
+        store.put(sha256, source)
+    assert raised.value.code == "store_unavailable"
 
 
 @contextmanager

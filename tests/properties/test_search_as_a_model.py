@@ -6,7 +6,7 @@ matter: each is also forced upon it.
 
 import re
 import unicodedata
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -18,12 +18,11 @@ from composer.formats.serving import PROFILES, Profile, parse_profile
 from registry import search
 from registry.access import EVERYWHERE
 from registry.audit import Actor
-from registry.db import Database, migrate
+from registry.db import Database
 from registry.names import RepositoryName
 from registry.repositories import Kind
 from registry.search import NEWEST, VERSION, Order, Query
 from registry.suites import Condition
-from tests import services
 from tests.registry.shelf import BASES, CHANNELS, METRICS, NAMESPACES, RELATIONS, SUITES, TARGETS, Item, stock
 
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
@@ -40,15 +39,9 @@ class Shelf:
     items: list[Item] = field(repr=False)
 
 
-@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
-def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Shelf]:
-    if request.param == "SQLite":
-        database = Database(f"sqlite:///{tmp_path_factory.mktemp('shelf') / 'registry.db'}")
-        migrate(database)
-    else:
-        database = Database(services.new_database(migrated=True))
-    yield Shelf(database, stock(database))
-    database.close()
+@pytest.fixture(scope="module")
+def shelf(migrated: Database) -> Shelf:
+    return Shelf(migrated, stock(migrated))
 
 
 @pytest.fixture(params=[(16, 500), (0, 0), (2, 3)], ids=["as it is", "all in order", "few are few"])

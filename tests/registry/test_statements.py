@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Column, Float, MetaData, String, Table, bindparam, insert, select, text
 from sqlalchemy.orm import Session
 
-from registry.db import Database, UtcDateTime, migrate
+from registry.db import Database, UtcDateTime
 from registry.descriptions import TOGETHER, describe
 from registry.models.catalog import Id, Release
 from registry.statements import PLANNED_VALUES, Prepared, among, exact, filled, json_list, json_rows, moment
 from registry.suites import scores_of
-from tests import services
 from tests.registry.shelf import stock
 
 THINGS = Table(
@@ -30,16 +29,10 @@ THINGS = Table(
 NAMES = ("plain", 'with "quotes"', "a,b", "größe", "{}", "")
 
 
-@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
-def database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
-    if request.param == "SQLite":
-        opened = Database(f"sqlite:///{tmp_path_factory.mktemp('statements') / 'registry.db'}")
-        migrate(opened)
-    else:
-        opened = Database(services.new_database(migrated=True))
-    THINGS.create(opened.engine)
-    yield opened
-    opened.close()
+@pytest.fixture(scope="module")
+def database(migrated: Database) -> Database:
+    THINGS.create(migrated.engine)
+    return migrated
 
 
 @pytest.fixture

@@ -55,6 +55,14 @@ def stocked_embedded(embedded: Cli, world: World) -> Cli:
     return stock(embedded, world)
 
 
+@pytest.fixture
+def team(stocked_embedded: Cli, world: World) -> Cli:
+    """A registry with two adapters, unless a module has a larger team."""
+    for name in ("sql", "terraform"):
+        stocked_embedded.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    return stocked_embedded
+
+
 def stock(cli: Cli, world: World) -> Cli:
     cli.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny-Llama")
     for suite in world.suites.values():

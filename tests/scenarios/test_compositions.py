@@ -253,7 +253,7 @@ def test_a_tied_weight_needs_a_decision(embedded: Cli, tmp_path: Path) -> None:
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
-def test_inputs_for_another_base_or_yanked_ones_are_refused_at_once(small_team: Cli, tmp_path: Path) -> None:
+def test_inputs_for_another_base_twice_or_yanked_are_refused_at_once(small_team: Cli, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", seed=9)
     small_team.ok("base", "add", other, "--name", "other")
     model = LlamaForCausalLM.from_pretrained(other)
@@ -261,6 +261,8 @@ def test_inputs_for_another_base_or_yanked_ones_are_refused_at_once(small_team: 
     small_team.ok("push", tmp_path / "stranger", "acme/stranger:1.0.0", "--base", "other")
     refused = small_team("compose", write_recipe(tmp_path, inputs=["acme/sql", "acme/stranger"], base=None))
     assert (refused.code, "acme/stranger:1.0.0" in refused.err) == (1, True)
+    twice = small_team("compose", write_recipe(tmp_path, inputs=["acme/sql", "acme/support", "acme/sql@prod"]))
+    assert (twice.code, "acme/sql:1.0.0 is 2 of the recipe's inputs" in twice.err) == (2, True)
     small_team.ok("yank", "acme/sql:1.0.0", "--reason", "leaks")
     refused = small_team("compose", write_recipe(tmp_path, inputs=["acme/sql:1.0.0"]))
     assert (refused.code, "leaks" in refused.err) == (1, True)

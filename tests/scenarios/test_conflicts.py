@@ -7,18 +7,9 @@ import pytest
 import yaml
 
 from tests.composer.test_page import Tree
-from tests.scenarios.conftest import stock
 from tests.scenarios.world import Cli, World
 
 PAIR = ("acme/sql:1.0.0", "acme/terraform:1.0.0")
-
-
-@pytest.fixture
-def team(embedded: Cli, world: World) -> Cli:
-    cli = stock(embedded, world)
-    for name in ("sql", "terraform"):
-        cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
-    return cli
 
 
 def test_evidence_grows_from_weights_over_activations_to_a_probe(team: Cli, tmp_path: Path) -> None:

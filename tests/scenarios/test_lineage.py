@@ -9,19 +9,10 @@ import yaml
 
 from composer.weights import parse_rule
 from registry.client.lineage import NOTE_FILE, of_note, of_release, rule_words, side_by_side
-from tests.scenarios.conftest import stock
 from tests.scenarios.world import Cli, World
 
 HOW = "dare_ties_svd: rank 4, density 0.6, seed 3, vote plain, divide count"
 RULED = "0.8 (0.3 in layer 0 of q_proj, 0 in v_proj)"
-
-
-@pytest.fixture
-def team(embedded: Cli, world: World) -> Cli:
-    cli = stock(embedded, world)
-    for name in ("sql", "terraform"):
-        cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
-    return cli
 
 
 def recipe(path: Path, version: str, weight: float = 1.0, **changes: Any) -> Path:
@@ -71,6 +62,19 @@ def test_plan_show_and_diff_tell_rules_method_and_settings(team: Cli, tmp_path: 
     rows = team.json("diff", "acme/sql", "acme/both")["composition"]
     assert {row["old"] for row in rows} == {None}, "one side is enough"
     assert team.json("diff", "acme/sql", "acme/terraform")["composition"] == []
+
+
+def test_members_are_told_in_the_recipes_order_with_its_method_whatever_was_published_first(
+    team: Cli, tmp_path: Path
+) -> None:
+    turned = yaml.safe_load(recipe(tmp_path / "recipe.yaml", "1.0.0").read_text())["inputs"][::-1]
+    team.ok("compose", recipe(tmp_path / "recipe.yaml", "1.0.0", inputs=turned))
+    team.ok("compose", recipe(tmp_path / "recipe.yaml", "1.1.0"))
+    shown = team.ok("show", "acme/both:1.0.0").out
+    assert HOW in shown
+    assert -1 < shown.index("1 x acme/terraform:1.0.0") < shown.index(f"{RULED} x acme/sql:1.0.0")
+    rows = team.json("diff", "acme/both:1.0.0", "acme/both:1.1.0")["composition"]
+    assert [row for row in rows if row["old"] != row["new"]] == []
 
 
 def test_what_was_combined_without_a_registry_is_told_by_its_directory(

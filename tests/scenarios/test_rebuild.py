@@ -28,6 +28,16 @@ def test_a_composed_model_is_rebuilt_from_its_lineage(composed: Cli) -> None:
     assert "made again: same" in composed.ok("verify", MODEL, "--rebuild").out
 
 
+def test_a_recipe_may_name_its_inputs_in_another_order_than_they_were_published_in(
+    composed: Cli, tmp_path: Path
+) -> None:
+    inputs = [{"adapter": "acme/support", "weight": 1.5}, {"adapter": "acme/sql@prod", "weight": 0.5}]
+    composed.ok("compose", write_recipe(tmp_path, inputs=inputs, adapter=None, model="acme/other:1.0.0", probe=0))
+    shown = composed.json("show", "acme/other:1.0.0")["inputs"]
+    assert [row["weight"] for row in shown] == [0.5, 1.5], "the registry's order is not the recipe's"
+    assert composed.json("verify", "acme/other:1.0.0", "--rebuild")["rebuild"]["verdict"] == "same"
+
+
 def test_a_recipe_that_rounds_by_chance_gives_bytes_that_it_gives_again(composed: Cli, tmp_path: Path) -> None:
     rounding = {"mode": "stochastic", "seed": 2**64 - 1}
     weights: list[list[bytes]] = []

@@ -199,6 +199,17 @@ def test_a_missing_and_an_added_file_are_named(signed: Path, keys: Keys) -> None
     assert {finding["subject"] for finding in refused.value.findings} == {"README.md", ".hidden"}
 
 
+def test_what_hides_behind_a_link_to_a_directory_is_not_taken_for_verified(
+    signed: Path, keys: Keys, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").write_text("not signed")
+    (signed / "extra").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Invalid, match="link to a directory") as refused:
+        verify_directory(signed, keys.pem)
+    assert refused.value.subject == "extra"
+
+
 def test_a_tampered_manifest_is_refused_whatever_it_says(signed: Path, keys: Keys) -> None:
     bundle = json.loads((signed / SIGNATURE_FILE).read_text())
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))

@@ -1,0 +1,56 @@
+"""How much memory this process may still take: what is free on the machine, and what its control groups leave of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_LISTING = Path("/proc/self/cgroup")
+_MOUNT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where a group says what it may use and uses, and which line of its memory.stat is the cache it would give up."""
+
+    limit: str
+    usage: str
+    cache: str
+
+
+_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Files("memory.max", "memory.current", "inactive_file")
+
+
+def free_bytes() -> int:
+    listing = _LISTING.read_text() if _LISTING.is_file() else ""
+    return max(0, min([psutil.virtual_memory().available, *left_by_groups(listing, _MOUNT)]))
+
+
+def left_by_groups(listing: str, mount: Path) -> Iterator[int]:
+    """What each group with a limit leaves, of those in /proc/self/cgroup's `listing` and all groups around them.
+
+    Inside a container the listing may name a path of the host, which is not below `mount`: the container's own group
+    is then `mount` itself, which is looked at too.
+    """
+    for line in listing.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, files = (mount / "memory", _V1) if controllers else (mount, _V2)
+        group = root / path.lstrip("/")
+        for place in (group, *group.parents):
+            if place.is_relative_to(root) and (left := _left(place, files)) is not None:
+                yield left
+
+
+def _left(group: Path, files: _Files) -> int | None:
+    """None where the group is not there or has no limit."""
+    try:
+        limit, usage = (int((group / name).read_text()) for name in (files.limit, files.usage))
+        counts = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
+        # As Kubernetes counts: a file that was read once stays in the group's usage, and makes room when it must.
+        return limit - usage + int(counts.get(files.cache, 0))
+    except (OSError, ValueError):
+        return None
