@@ -75,8 +75,14 @@ class LowRank:
 
     def stored_factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """(left, right) with the scale folded into left: W as stored on disk becomes W + left @ right."""
-        left, right = (self.B_OR, self.A_RI) if self.layout is Layout.LINEAR else (self.A_RI.T, self.B_OR.T)
-        return left.to(dtype) * self.scale, right.to(dtype)
+        return self.stored_left(slice(None), dtype), self.stored_right(dtype)
+
+    def stored_left(self, rows: slice | list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        left = self.B_OR if self.layout is Layout.LINEAR else self.A_RI.T
+        return left[rows].to(dtype) * self.scale
+
+    def stored_right(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (self.A_RI if self.layout is Layout.LINEAR else self.B_OR.T).to(dtype)
 
 
 Rows = Callable[[torch.Tensor, int], torch.Tensor]

@@ -102,8 +102,7 @@ def _sampled(weight: BaseWeight) -> tuple[float, Survival]:
     W = picked_rows(weight.source, [weight.begin + row for row in rows.tolist()]).double()
     delta = torch.zeros_like(W)
     for one, factor in weight.deltas:
-        left, right = one.stored_factors(torch.float64)
-        delta += (left[rows] * factor) @ right
+        delta += (one.stored_left(rows.tolist(), torch.float64) * factor) @ one.stored_right(torch.float64)
     survival = survival_of(W, delta, (W + delta).float().to(weight.dtype))
     return survival.weight * count / len(rows), survival
 

@@ -68,10 +68,6 @@ def run_merge(
     chosen = torch_device(device)
     with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as aside:
         journal = Journal(aside)
-        copy_side_files(plan.checkpoint.path, aside)
-        write_json(aside / "config.json", plan.config)
-        if plan.checkpoint.index is not None:
-            write_json(aside / INDEX_FILE, index_of(plan))
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
         if changed := plan.changed_inputs():
             raise RefusedOutput(
@@ -80,6 +76,11 @@ def run_merge(
                 subject=str(changed[0]),
                 next_step="Merge again when nobody writes to it.",
             )
+        # Last, since shards have their full size from the start: without these, nothing loads what a kill leaves.
+        copy_side_files(plan.checkpoint.path, aside)
+        write_json(aside / "config.json", plan.config)
+        if plan.checkpoint.index is not None:
+            write_json(aside / INDEX_FILE, index_of(plan))
         write_json(aside / NOTE_FILE, _note(plan, note, written.survivals))
         journal.close()
     dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}

@@ -6,7 +6,7 @@ of the interpreter. W, left and right are as stored on disk. Shapes: M rows, N c
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from composer.rounding import Mode, Rounding
 from composer.tensors import all_finite, give_back, torch_dtype
 
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB in float32: measured, 16 MiB cost as much CPU time and four times the memory
+_DIRECTIONS = 64  # of factors added in one pass over the rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +41,28 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """left @ right (M x R, R x N), float32, is added to the rows from `begin` of the stored matrix."""
+    """Some directions of one or several deltas, as the adapters have them: what is added to `rows` rows from `begin`.
+
+    Side by side they take one pass over the rows: the product of `left` (some of the rows x R) and `right` (R x N).
+    """
 
     begin: int
-    left: torch.Tensor
-    right: torch.Tensor
+    rows: int
+    parts: tuple[LowRank, ...]
 
     def within(self, chunk: "Chunk") -> tuple[slice, slice] | None:
-        """The rows both have: counted in the chunk, and in `left`."""
-        return _common(chunk, self.begin, self.left.shape[0])
+        """The rows both have: counted in the chunk, and from `begin`."""
+        return _common(chunk, self.begin, self.rows)
+
+    def left(self, own: slice | list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([part.stored_left(own, dtype) for part in self.parts], dim=1)
+
+    def right(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat([part.stored_right(dtype) for part in self.parts])
 
     def to(self, device: torch.device) -> "Factors":
-        return Factors(self.begin, self.left.to(device), self.right.to(device))
+        parts = (replace(part, A_RI=part.A_RI.to(device), B_OR=part.B_OR.to(device)) for part in self.parts)
+        return replace(self, parts=tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +115,11 @@ class Chunk:
 
 
 def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
-    """The tensor's factors in float32, those of one place side by side: its memory until it is written."""
+    """What is to be done to the tensor. On CUDA its factors are uploaded; otherwise nothing is read yet."""
     additions = [delta for delta in tensor.deltas if not isinstance(delta, Replacement)]
     replacement = next((delta.tensor.reshape(-1, 1) for delta in tensor.deltas if isinstance(delta, Replacement)), None)
     computed = [one for one in additions if isinstance(one, Computed)]
-    factors = _side_by_side([one for one in additions if isinstance(one, LowRank)])
+    factors = _together([one for one in additions if isinstance(one, LowRank)])
     shapes = [one.stored_shape for one in additions] + ([tensor.decoded.shape] if tensor.decoded else [])
     columns = 1 if replacement is not None or not shapes else shapes[-1][1]
     rows = tensor.target.spec.elements // max(1, columns)
@@ -119,20 +130,37 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     return TensorWork(tensor, rows, columns, factors, uploaded, computed, replacement)
 
 
-def _side_by_side(deltas: Sequence[LowRank]) -> list[Factors]:
-    """One product for each place: three of rank 16 pass over the rows three times, one of rank 48 once.
-
-    The mapped factors are given back, so that what was merged takes no memory any more.
-    """
-    places: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+def _together(deltas: Sequence[LowRank]) -> list[Factors]:
+    """Three of rank 16 at one place pass over the rows three times, side by side once; so many directions at a time
+    that the memory does not depend on how many adapters there are, nor on their ranks."""
+    places: dict[tuple[int, int], list[LowRank]] = {}
     for delta in deltas:
-        places.setdefault((delta.begin, delta.stored_shape[0]), []).append(delta.stored_factors())
-        give_back(delta.A_RI)
-        give_back(delta.B_OR)
-    return [
-        Factors(begin, torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs]))
-        for (begin, _), pairs in places.items()
-    ]
+        places.setdefault((delta.begin, delta.stored_shape[0]), []).append(delta)
+    return [Factors(*place, block) for place, own in places.items() for block in _blocks(own)]
+
+
+def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
+    block, room = list[LowRank](), _DIRECTIONS
+    for delta in deltas:
+        begin = 0
+        while begin < delta.rank:
+            end = min(delta.rank, begin + room)
+            block.append(replace(delta, A_RI=delta.A_RI[begin:end], B_OR=delta.B_OR[:, begin:end]))
+            room -= end - begin
+            begin = end
+            if not room:
+                yield tuple(block)
+                block, room = [], _DIRECTIONS
+    if block:
+        yield tuple(block)
+
+
+def let_go(work: TensorWork) -> None:
+    """A tensor that is done: its mapped factors take no memory any more."""
+    for delta in work.plan.deltas:
+        if isinstance(delta, LowRank):
+            give_back(delta.A_RI)
+            give_back(delta.B_OR)
 
 
 def chunks_of(work: TensorWork) -> Iterator[Chunk]:
@@ -201,10 +229,7 @@ class Rewriter:
         computed = [(rows, delta.rows(sum_MN[rows], own.start)) for rows, own, delta in _computed_within(chunk)]
         for rows, delta_MN in computed:
             sum_MN[rows] += delta_MN
-        for factors in chunk.work.factors:
-            if common := factors.within(chunk):
-                rows, own = common
-                sum_MN[rows].addmm_(factors.left[own].to(sum_MN.dtype), factors.right.to(sum_MN.dtype))
+        self._add(chunk.work.factors, chunk, sum_MN)
         round_into(self.rounding, out_MN, sum_MN, name, chunk.first_element)
         return _fits(sum_MN, out_MN.dtype) or all_finite(out_MN)
 
@@ -215,15 +240,25 @@ class Rewriter:
             sum_MN = W_MN.to(self.device, non_blocking=True)
             if chunk.work.uploaded:
                 sum_MN = sum_MN.to(_accumulator(W_MN.dtype))
-            for factors in chunk.work.uploaded:
-                if common := factors.within(chunk):
-                    rows, own = common
-                    sum_MN[rows].addmm_(factors.left[own].to(sum_MN.dtype), factors.right.to(sum_MN.dtype))
+            self._add(chunk.work.uploaded, chunk, sum_MN)
             rounded_MN = sum_MN.to(out_MN.dtype)
             out_MN.copy_(rounded_MN, non_blocking=True)
             finite = all_finite(rounded_MN)
             self._local.stream.synchronize()
         return finite
+
+    def _add(self, factors: Sequence[Factors], chunk: Chunk, sum_MN: torch.Tensor) -> None:
+        for one in factors:
+            if common := one.within(chunk):
+                rows, own = common
+                sum_MN[rows].addmm_(one.left(own, sum_MN.dtype), self._right(one, sum_MN.dtype))
+
+    def _right(self, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+        """Kept for this thread's next chunk, which mostly is of the same tensor."""
+        latest: tuple[Factors, torch.Tensor] | None = getattr(self._local, "right", None)
+        if latest is None or latest[0] is not factors or latest[1].dtype is not dtype:
+            latest = self._local.right = (factors, factors.right(dtype))
+        return latest[1]
 
     def _buffer(self, role: str, shape: torch.Size, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """This thread's memory, placed in a block as `offset` is in the file, so that it can be written directly."""

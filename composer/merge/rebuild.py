@@ -21,7 +21,7 @@ from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_
 from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file
 from composer.merge import AdapterUse, MergePlan, index_of, plan_merge
-from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
+from composer.merge.chunks import Chunk, Rewriter, chunks_of, let_go, prepare
 from composer.merge.ranges import Range, copied_ranges, equal, pieces
 from composer.merge.shards import Progress, ShardPlan
 from composer.merge.source import Source, source_rows
@@ -210,6 +210,7 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
             source, work = opened[tensor.path], prepare(tensor, comparing.rewriter.device)
             for near, far in pool.map(lambda chunk, s=source: comparing.chunk(chunk, s, target), chunks_of(work)):
                 neighbours, others = neighbours + near, others + far
+            let_go(work)
     return FileDifference(shard.file, neighbours, others, why)
 
 

@@ -1,8 +1,8 @@
 """Run a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and all of it is verified.
 
-Jobs run in file order, a bounded number of them begun, so that memory is that of a few chunks and a few tensors'
-factors. A copied piece is compared by the job that copied it, while it is in the caches. What waits for the disk has
-threads of its own: syncing what was written, and reading samples of each finished tensor back.
+Jobs run in file order, a bounded number of them begun, so that memory is that of a few chunks. A copied piece is
+compared by the job that copied it, while it is in the caches. What waits for the disk has threads of its own: syncing
+what was written, and reading samples of each finished tensor back.
 """
 
 import os
@@ -13,10 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from composer.formats.header import read_header
-from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
+from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, let_go, prepare
 from composer.merge.ranges import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
 from composer.merge.resume import Journal
 from composer.merge.source import write_all
@@ -27,13 +26,10 @@ from composer.tensors import tensor_bytes, torch_threads
 _SYNC_THREADS = 4
 _CONFIRMING_THREADS = 2
 _MOST_WORKERS = 16  # two for a core, one waits for the disk while the other computes; each has 8 MB of buffers
-_AHEAD = 2  # tensors whose factors are made ready while another is written
 
 Progress = Callable[[int], None]
 Job = Callable[[], Future[Survival] | None]
 Jobs = Sequence[tuple[str, Future[Future[Survival] | None]]]
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,7 @@ def write_shards(
         confirming = stack.enter_context(_cancelling_pool(_CONFIRMING_THREADS, "confirm"))
         disk = stack.enter_context(_cancelling_pool(_SYNC_THREADS, "sync"))
         changed = [tensor for shard in shards for tensor in shard.tensors if not tensor.copied]
-        works = _ahead(pool, lambda tensor: prepare(tensor, rewriter.device), changed)
+        works = (prepare(tensor, rewriter.device) for tensor in changed)
         syncing: list[Future[None]] = []
         begun: deque[Future[Future[Survival] | None]] = deque()
         ends: list[Future[dict[str, Survival]]] = []
@@ -179,7 +175,13 @@ class _ShardRun:
         self.report(chunk.size_bytes)
         if not countdown.last():
             return None
-        return self.confirming.submit(confirm, chunk.work, source, self.target.file, self.rewriter.rounding)
+        return self.confirming.submit(self._confirmed, chunk.work, source)
+
+    def _confirmed(self, work: TensorWork, source: int) -> Survival:
+        try:
+            return confirm(work, source, self.target.file, self.rewriter.rounding)
+        finally:
+            let_go(work)
 
 
 def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, Survival]:
@@ -193,17 +195,6 @@ def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, Survival]:
         os.fsync(run.target.file)
         journal.finish(path)
     return survivals
-
-
-def _ahead(pool: ThreadPoolExecutor, make: Callable[[_Item], _Made], items: Sequence[_Item]) -> Iterator[_Made]:
-    """`make` of each item, in order, made by the pool a little before it is asked for."""
-    waiting: deque[Future[_Made]] = deque()
-    for item in items:
-        waiting.append(pool.submit(make, item))
-        if len(waiting) > _AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _submitted(

@@ -158,15 +158,16 @@ def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[tor
         held = [i for i, row in enumerate(rows) if begin <= row < begin + count]
         return held, [rows[i] - begin for i in held]
 
+    bound, terms = torch.zeros_like(W), torch.zeros(len(rows), 1, dtype=torch.float64)
     for factors in work.factors:
-        held, own = inside(factors.begin, factors.left.shape[0])
-        left, right = factors.left[own].double(), factors.right.double()
+        held, own = inside(factors.begin, factors.rows)
+        left, right = factors.left(own, torch.float64), factors.right(torch.float64)
         delta[held] += left @ right
-        terms = left.shape[1] + 4
         # |left| @ |right| bounds every partial sum; by Cauchy and Schwarz the norms do, without a second product.
         # (Summed squares take a quarter of the time of torch's norm over rows.)
-        bound = left.square().sum(dim=1, keepdim=True).sqrt() * right.square().sum(dim=0, keepdim=True).sqrt()
-        slack[held] += (W[held].abs() + bound) * terms * _FLOAT32_EPS
+        bound[held] += left.square().sum(dim=1, keepdim=True).sqrt() * right.square().sum(dim=0, keepdim=True).sqrt()
+        terms[held] += left.shape[1] + 5
+    slack += (W.abs() + bound) * terms * _FLOAT32_EPS
     for computed in work.computed:
         held, own = inside(computed.begin, computed.stored_shape[0])
         if held:

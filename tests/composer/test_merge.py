@@ -20,6 +20,7 @@ LLAMA_CASES: dict[str, dict[str, object]] = {
     "every linear layer": {"target_modules": "all-linear"},
     "a regex of targets": {"target_modules": r".*layers\.[01]\.mlp\.(up|down)_proj"},
     "some layers only": {"layers_to_transform": [1]},
+    "more directions than are added at once": {"r": 150, "target_modules": ["q_proj", "down_proj"]},
     "rank and alpha patterns": {
         "target_modules": ["q_proj", "v_proj", "down_proj"],
         "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 6},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from composer import output
 from composer.errors import RefusedOutput
@@ -82,7 +83,9 @@ def test_an_interrupted_merge_looks_unfinished_and_goes_on_from_its_finished_sha
     interrupt_after_shards(plan, out, 2)
     assert not out.exists()
     (aside,) = asides(tmp_path)
-    assert not (aside / "adaptory.json").exists()
+    assert {file.name for file in aside.iterdir()} - {shard.file for shard in plan.shards} == {JOURNAL_FILE}
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(aside)
     report = run_merge(plan, out, "cpu")
     assert 0 < report.resumed_bytes < plan.size_bytes
     assert asides(tmp_path) == []
