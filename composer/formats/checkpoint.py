@@ -89,10 +89,12 @@ def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
     if (path / INDEX_FILE).is_file():
         index = read_json(path / INDEX_FILE, "missing_index", "Download the checkpoint again.")
         shards = _read_shards(path, index)
-        return Checkpoint(path, config, shards, index, dequantize)
-    if not (path / SINGLE_FILE).is_file():
+    elif (path / SINGLE_FILE).is_file():
+        index, shards = None, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}
+    else:
         raise missing_weights(path, SINGLE_FILE)
-    return Checkpoint(path, config, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}, None, dequantize)
+    _refuse_packed(path, shards)
+    return Checkpoint(path, config, shards, index, dequantize)
 
 
 def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -> None:
@@ -117,6 +119,15 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
             subject="config.json",
             next_step="Use the unquantized base" + (", or dequantize this one (--dequantize)." if decodable else "."),
         )
+
+
+def _refuse_packed(path: Path, shards: Mapping[str, Header]) -> None:
+    """Old tools packed weights without a word in the config."""
+    for shard, header in shards.items():
+        for name in header.tensors:
+            if name.endswith(".qweight"):
+                message = f"{path.name} is quantized (GPTQ or AWQ: {name})."
+                raise NotSupported("quantized_base", message, subject=shard, next_step="Use the unquantized base.")
 
 
 def _in_4bit(settings: Mapping[str, Any]) -> object:

@@ -202,10 +202,7 @@ class Rewriter:
         on_cuda = self.device.type == "cuda" and not chunk.work.computed and self.rounding.mode is Mode.NEAREST
         finite = self._on_cuda(chunk, W_MN, out_MN) if on_cuda else self._on_cpu(chunk, W_MN, out_MN)
         if not finite:
-            message = f"{target.name} has values that {target.dtype} cannot hold, or a NaN."
-            raise RefusedOutput(
-                "not_finite", message, subject=target.name, next_step="Merge to fp32 or bf16, and check the inputs."
-            )
+            raise _not_finite(target, W_MN)
         return out_MN
 
     def _source(self, chunk: Chunk, source: int) -> torch.Tensor:
@@ -271,6 +268,16 @@ class Rewriter:
             setattr(self._local, key, flat)
         first = (offset - flat.data_ptr()) % BLOCK_BYTES // dtype.itemsize
         return flat[first : first + shape.numel()].view(shape)
+
+
+def _not_finite(target: TensorEntry, W_MN: torch.Tensor) -> RefusedOutput:
+    if all_finite(W_MN):
+        message = f"{target.name} gets values that {target.dtype} cannot hold, or a NaN."
+        next_step = "Merge to fp32 or bf16, and check the adapters (inspect)."
+    else:
+        message = f"{target.name} has a NaN or an infinity in the base already."
+        next_step = "Take another copy of the base."
+    return RefusedOutput("not_finite", message, subject=target.name, next_step=next_step)
 
 
 def _computed_within(chunk: Chunk) -> Iterator[tuple[slice, slice, Computed]]:

@@ -47,9 +47,8 @@ def _decoded(checkpoint: Checkpoint, name: str, scale_name: str) -> Decoded:
     def rows(begin: int, end: int) -> torch.Tensor:
         values = _matrix(path, entry)[begin:end].float()
         scale = _matrix(scale_path, scale_entry).float()
-        of_row = torch.arange(begin, end) // block[0]
-        of_column = torch.arange(values.shape[1]) // block[1]
-        return values * scale[of_row][:, of_column]
+        of_rows = scale[torch.arange(begin, end) // block[0]]
+        return values.mul_(of_rows.repeat_interleave(block[1], dim=1)[:, : values.shape[1]])
 
     return Decoded((entry.shape[0], entry.shape[1]), rows)
 

@@ -102,7 +102,7 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> S
     tensor otherwise.
     """
     name = work.plan.target.name
-    chosen = _chosen(name, work.rows, _SAMPLED_ROWS if work.changed else _SAMPLED_ELEMENTS)
+    chosen = _chosen(name, work.rows, _SAMPLED_ROWS if work.columns > 1 else _SAMPLED_ELEMENTS)
     if not chosen:
         return Survival()
     W, delta, slack = _exact_rows(work, source, chosen)

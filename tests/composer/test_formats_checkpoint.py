@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
@@ -162,3 +163,13 @@ def test_architectures_that_are_no_list_are_named(make_model: MakeModel) -> None
     (base / "config.json").write_text(json.dumps(config | {"architectures": 7}))
     with pytest.raises(InvalidFile, match="architectures"):
         assert open_checkpoint(base).architecture
+
+
+def test_weights_packed_by_an_old_tool_are_refused_though_the_config_is_silent(make_model: MakeModel) -> None:
+    base = make_model(shard="1GB")
+    shard = base / "model.safetensors"
+    tensors = load_file(shard) | {"model.layers.0.self_attn.q_proj.qweight": torch.zeros(2, 2, dtype=torch.int32)}
+    save_file(tensors, shard)
+    with pytest.raises(NotSupported, match="GPTQ or AWQ") as caught:
+        open_checkpoint(base)
+    assert (caught.value.code, caught.value.subject) == ("quantized_base", shard.name)

@@ -1,6 +1,7 @@
 """The truth of a merge: what PEFT's own merge gives, tensor by tensor, for every supported kind of adapter."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -251,6 +252,21 @@ def test_an_embedding_adapter_of_another_base_is_refused(
         stale.unlink()
     with pytest.raises(Mismatch, match="trained on another base"):
         merge(other, [(adapter, 1.0)], tmp_path / "merged")
+
+
+def test_a_nan_of_the_base_is_told_as_the_bases(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base)
+    model = load_model(base)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight")[0, 0] = float("nan")
+    shutil.rmtree(base)
+    model.save_pretrained(base)
+    with pytest.raises(RefusedOutput, match="in the base already") as caught:
+        merge(base, [(adapter, 1.0)], tmp_path / "merged")
+    assert caught.value.subject == "model.layers.0.self_attn.q_proj.weight"
 
 
 def test_a_value_too_large_for_fp16_names_the_tensor(
