@@ -1,7 +1,9 @@
 """The methods once more, on dense float64 matrices and without any of the composer's code: what it is compared with."""
 
+import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 Dense = torch.Tensor
@@ -20,6 +22,36 @@ def without_outliers(X: Dense, density: float, gamma: float) -> Dense:
     mask = torch.zeros(X.numel(), dtype=torch.bool)
     mask[order[outliers : outliers + int(density * X.numel())]] = True
     return torch.where(mask.reshape(X.shape), X, 0.0)
+
+
+def draws(shape: torch.Size, seed: int, key: str) -> torch.Tensor:
+    """Uniform in [0, 2^16): Philox 4x64 of a key each, 64 rows a count, a row in whole 64-bit words."""
+    words = np.frombuffer(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:16], dtype="<u8")
+    quads = -(-shape[1] // 4)
+    found = [
+        np.random.Philox(key=words, counter=np.array([0, 0, 0, block], dtype=np.uint64)).random_raw(64 * quads)
+        for block in range(-(-shape[0] // 64))
+    ]
+    numbers = np.concatenate(found).astype("<u8").view("<u2").reshape(-1, 4 * quads)
+    return torch.from_numpy(numbers[: shape[0], : shape[1]].astype(np.float64))
+
+
+def dare(X: Dense, density: float, seed: int, key: str) -> Dense:
+    return torch.where(draws(X.shape, seed, key) < density * 2**16, X / density, 0.0)
+
+
+def della(X: Dense, density: float, epsilon: float, seed: int, key: str) -> Dense:
+    rank = X.abs().argsort(dim=1, stable=True).argsort(dim=1).double()
+    q = density - epsilon + 2 * epsilon * rank / (X.shape[1] - 1)
+    return torch.where(draws(X.shape, seed, key) < q * 2**16, X / q, 0.0)
+
+
+def in_ctm(Xs: Sequence[Dense], rank: int) -> tuple[Dense, Dense, list[Dense]]:
+    """(U, V, X_i) where the bases hold all there is: then neither depends on the other, and nothing alternates."""
+    same = [X / X.norm() for X in Xs]
+    U = torch.linalg.svd(torch.cat(same, 1), full_matrices=False)[0][:, :rank]
+    V = torch.linalg.svd(torch.cat([X.T for X in same], 1), full_matrices=False)[0][:, :rank]
+    return U, V, [U.T @ X @ V for X in Xs]
 
 
 def elected(Xs: Sequence[Dense], weights: Sequence[float], vote: str = "plain", divide: str = "count") -> Dense:

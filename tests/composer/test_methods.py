@@ -75,34 +75,63 @@ REFERENCES: References = {
     "mean": lambda X, _: dense.summed(X, WEIGHTS) / sum(WEIGHTS),
     "svd": lambda X, _: dense.truncated(dense.summed(X, WEIGHTS), max(RANKS)),
     "ties": lambda X, _: dense.elected([dense.trimmed(x, 0.2) for x in X], WEIGHTS),
-    "ties_svd": lambda X, _: dense.truncated(dense.elected([dense.trimmed(x, 0.2) for x in X], WEIGHTS), max(RANKS)),
     "magnitude_prune": lambda X, _: dense.summed([dense.trimmed(x, 0.2) for x in X], WEIGHTS),
     "breadcrumbs": lambda X, _: dense.summed([dense.without_outliers(x, 0.9, 0.01) for x in X], WEIGHTS),
     "breadcrumbs_ties": lambda X, _: dense.elected([dense.without_outliers(x, 0.9, 0.01) for x in X], WEIGHTS),
     "sce": lambda X, _: dense.sce(X, WEIGHTS, 0.1),
+    "dare_linear": lambda X, _: dense.summed(_dare(X), WEIGHTS),
+    "dare_ties": lambda X, _: dense.elected(_dare(X), WEIGHTS),
+    "della": lambda X, _: dense.elected(_della(X), WEIGHTS),
+    "della_linear": lambda X, _: dense.summed(_della(X), WEIGHTS),
     "tsv": lambda X, _: dense.tsv(X, WEIGHTS, RANKS),
     "iso": lambda X, _: dense.iso(dense.summed(X, WEIGHTS)),
-    "core_ties": lambda _, pairs: _in_core(pairs, canonical=True),
-    "knots_ties": lambda X, _: _in_knots(X),
+    "core_tsv": lambda X, _: dense.tsv(X, WEIGHTS, RANKS),
+    "core_iso": lambda X, _: dense.iso(dense.summed(X, WEIGHTS)),
+    "core_ties": lambda _, pairs: _between(*dense.in_core(pairs, canonical=True), _trimmed),
+    "core_dare_ties": lambda _, pairs: _between(*dense.in_core(pairs, canonical=True), _dare),
+    "knots_ties": lambda X, _: _in_knots(X, _trimmed),
+    "knots_dare_ties": lambda X, _: _in_knots(X, _dare),
     "ctm_mean": lambda X, _: dense.summed(X, WEIGHTS) / sum(WEIGHTS),
+    "ctm_ties": lambda X, _: _between(*dense.in_ctm(X, sum(RANKS)), _trimmed),
+    "ctm_dare_ties": lambda X, _: _between(*dense.in_ctm(X, sum(RANKS)), _dare),
 }
+REFERENCES |= {
+    f"{name}_svd": (lambda X, pairs, exact=REFERENCES[name]: dense.truncated(exact(X, pairs), max(RANKS)))
+    for name in (one.removesuffix("_svd") for one in METHODS if one.endswith("_svd"))
+}
+Thinned = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
-def _in_core(given: list[tuple[torch.Tensor, torch.Tensor]], canonical: bool) -> torch.Tensor:
-    P, Q, X = dense.in_core(given, canonical)
-    return P @ dense.elected([dense.trimmed(x, 0.2) for x in X], WEIGHTS) @ Q.T
+def _trimmed(X: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [dense.trimmed(x, 0.2) for x in X]
 
 
-def _in_knots(X: list[torch.Tensor]) -> torch.Tensor:
+def _dare(X: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [dense.dare(x, 0.5, 0, f"{i}") for i, x in enumerate(X)]
+
+
+def _della(X: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [dense.della(x, 0.5, 0.15, 0, f"{i}") for i, x in enumerate(X)]
+
+
+def _between(P: torch.Tensor, Q: torch.Tensor, X: list[torch.Tensor], thinned: Thinned) -> torch.Tensor:
+    return P @ dense.elected(thinned(X), WEIGHTS) @ Q.T
+
+
+def _in_knots(X: list[torch.Tensor], thinned: Thinned) -> torch.Tensor:
     P, found = dense.in_knots(X, sum(RANKS))
-    return P @ dense.elected([dense.trimmed(x, 0.2) for x in found], WEIGHTS)
+    return P @ dense.elected(thinned(found), WEIGHTS)
 
 
-@pytest.mark.parametrize("method", REFERENCES)
+def test_every_method_has_a_reference() -> None:
+    assert REFERENCES.keys() == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_its_dense_float64_reference(method: str) -> None:
     deltas = low_ranks()
     own = pairs(deltas)
-    settings = {"ctm_rank": sum(RANKS)} if method == "ctm_mean" else {}
+    settings = known(method, {"ctm_rank": sum(RANKS)})
     expected = REFERENCES[method]([B @ A for B, A in own], own)
     assert error(combined(method, deltas, WEIGHTS, settings), expected) < 2e-5
 

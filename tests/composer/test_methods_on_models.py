@@ -111,6 +111,18 @@ def test_what_has_the_weight_0_is_as_if_it_were_not_there(make_model: MakeModel,
         combine_deltas(loaded(base, one), [0.0], "mean")
 
 
+@pytest.mark.parametrize("method", PIPELINES)
+def test_an_adapter_of_weight_0_is_absent_from_every_method(
+    method: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    one, two, idle = (make_adapter(base, f"a{seed}", seed=seed) for seed in (1, 2, 3))
+    with_it = merged(base, combine_deltas(loaded(base, one, idle, two), [1.0, 0.0, 0.5], method).deltas)
+    without = merged(base, combine_deltas(loaded(base, one, two), [1.0, 0.5], method).deltas)
+    assert with_it.keys() == without.keys()
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+
+
 def test_slips_in_weights_and_settings_are_refused(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
     base = make_model()
     both = loaded(base, make_adapter(base, "a0"), make_adapter(base, "a1", seed=2))
