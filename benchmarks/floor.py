@@ -17,7 +17,9 @@ from registry.resolve import OF_CHANNEL
 
 def create_app(database_url: str) -> FastAPI:
     app = FastAPI()
-    engine = Database(database_url).engine  # with the pragmas and the pool of the registry
+    database = Database(database_url)  # with the pragmas and the pool of the registry, and no BEGIN, as that reads
+    reading = {} if database.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
+    engine = database.engine.execution_options(**reading)
     one_row = text("SELECT version FROM releases WHERE id = :id")
 
     @app.get("/releases/{number}")

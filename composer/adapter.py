@@ -60,10 +60,16 @@ def write_adapter(form: PeftForm, out_dir: Path, fields: Mapping[str, Any], note
     """Write the adapter to the directory `out_dir`, in float32; return the size of the weights file.
 
     `fields` are further fields of the config: its targets are every module and parameter by its path, unless they say
-    otherwise. `note` is what lies beside it. Raises RefusedOutput for a directory that exists or a value that is not
-    finite.
+    otherwise. `note` is what lies beside it. Raises what `write_files` raises.
     """
-    tensors = _tensors(form)
+    return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note)
+
+
+def write_files(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], out_dir: Path, note: Mapping[str, Any]
+) -> int:
+    """Write tensors by PEFT's key and the config; return the size of the weights file. Raises RefusedOutput for a
+    directory that exists or a value that is not finite."""
     _refuse_not_finite(tensors)
     specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     head = encode_header(specs, {"format": "pt"})
@@ -73,7 +79,7 @@ def write_adapter(form: PeftForm, out_dir: Path, fields: Mapping[str, Any], note
             file.write(head)
             for name in parse_header(head, size).tensors:
                 file.write(tensor_bytes(tensors[name]))
-        write_json(aside / CONFIG_FILE, {**_config(form), **fields})
+        write_json(aside / CONFIG_FILE, config)
         write_json(aside / NOTE_FILE, note)
     return size
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
-from composer.adapter import peft_form, write_adapter
+from composer.adapter import peft_form, write_adapter, write_files
 from composer.delta import Layout, LowRank
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoint import Architecture
-from composer.formats.foreign import DIFFUSERS, MLX, Foreign, ForeignModule, metadata_alpha, read_foreign
-from composer.formats.naming import Target, find_weight, is_embedding
-from composer.formats.placed import CONV1D_MODELS
+from composer.formats.foreign import Foreign, ForeignModule, metadata_alpha, read_foreign
+from composer.formats.layouts import DIFFUSERS, MLX
+from composer.formats.naming import PEFT_PREFIX, Target, find_weight, is_embedding
+from composer.formats.placed import CONV1D_MODELS, by
+from composer.formats.types import KRONECKER
 from composer.hashing import hash_file
+from composer.kronecker import Kronecker, as_peft, kronecker
 from composer.tensors import map_tensor
 from composer.wrapped import Wrapped
 
@@ -39,15 +42,53 @@ def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertRep
     Raises what `read_foreign` and `write_adapter` raise, and InvalidFile for factors that do not fit the base.
     """
     foreign = read_foreign(path, architecture)
+    note = {"made": "convert", "source": _source(foreign)}
+    if any(part in KRONECKER for module in foreign.modules for part in module.parts):
+        return _convert_kronecker(foreign, architecture, out_dir, note)
     deltas = [delta for module in foreign.modules for delta in _deltas(foreign, module, architecture)]
     fields: dict[str, Any] = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
-    source = {"layout": foreign.layout, "file": foreign.weights_path.name, "digest": hash_file(foreign.weights_path)}
     form, magnitudes = peft_form(deltas), _magnitudes(foreign)
     if magnitudes:
         form = replace(form, wrapped=[_with_magnitude(one, magnitudes) for one in form.wrapped])
     fields["use_dora"] = bool(magnitudes)
-    size = write_adapter(form, out_dir, fields, {"made": "convert", "source": source})
+    size = write_adapter(form, out_dir, fields, note)
     return ConvertReport(foreign.layout, len(deltas), max(delta.rank for delta in deltas), str(out_dir), size)
+
+
+def _source(foreign: Foreign) -> dict[str, str]:
+    path = foreign.weights_path
+    return {"layout": foreign.layout, "file": path.name, "digest": hash_file(path)}
+
+
+def _convert_kronecker(
+    foreign: Foreign, architecture: Architecture, out_dir: Path, note: Mapping[str, Any]
+) -> ConvertReport:
+    """A type of its own in PEFT: no short factors are the same."""
+    tensors, config = as_peft([_kronecker(foreign, module, architecture) for module in foreign.modules])
+    keyed = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    size = write_files(keyed, {**config, "task_type": "CAUSAL_LM"}, out_dir, note)
+    rank = max(config["r"], *config["rank_pattern"].values(), 0)
+    return ConvertReport(foreign.layout, len(foreign.modules), rank, str(out_dir), size)
+
+
+def _kronecker(foreign: Foreign, module: ForeignModule, architecture: Architecture) -> Kronecker:
+    """Raises NotSupported for a module that PEFT has no LoKr for, or none beside others'; InvalidFile for one that does
+    not fit the base."""
+    path = module.module
+    others = sorted(part for part in module.parts if part not in KRONECKER and part != "alpha")
+    if others or not any(part in KRONECKER for part in module.parts):
+        message = (
+            f"{path} has {', '.join(others) or 'an alpha alone'} where other modules have a LoKr: PEFT has one type."
+        )
+        raise NotSupported("mixed_types", message, subject=path, next_step="Merge it where it was trained.")
+    target = _target(path, architecture)
+    if is_embedding(path) or architecture.model_type in CONV1D_MODELS:
+        message = f"{path} is no linear layer, and PEFT has no LoKr for it."
+        raise NotSupported("lokr_layer", message, subject=path, next_step="Merge it where it was trained.")
+    tensors = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
+    found = kronecker(path, tensors, _alpha(foreign, module))
+    _refuse_misfit(path, found.size, architecture.tensors[target.weight].shape)
+    return found
 
 
 def _magnitudes(foreign: Foreign) -> dict[str, torch.Tensor]:
@@ -144,40 +185,48 @@ def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
     """alpha / r; for LoHa r is the rank of each factor, whose square is the rank here."""
     if "w1_a" in module.parts:
         rank = round(rank**0.5)
-    if "alpha" in module.parts:
-        alpha = _tensor(foreign, module.parts["alpha"])
-        if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
-            message = f"{module.parts['alpha']} is no finite number."
-            raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
-        return float(alpha) / rank
+    if (alpha := _alpha(foreign, module)) is not None:
+        return alpha / rank
     if foreign.layout == DIFFUSERS and (alpha := metadata_alpha(foreign.header)) is not None:
         return alpha / rank
     return 1.0 if module.scale is None else module.scale
 
 
+def _alpha(foreign: Foreign, module: ForeignModule) -> float | None:
+    """The module's own."""
+    if "alpha" not in module.parts:
+        return None
+    alpha = _tensor(foreign, module.parts["alpha"])
+    if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
+        message = f"{module.parts['alpha']} is no finite number."
+        raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
+    return float(alpha)
+
+
 def _placed(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architecture: Architecture) -> LowRank:
-    target = find_weight(path, "weight", architecture)
-    if not isinstance(target, Target):
-        raise InvalidFile(
-            "unmatched_tensor",
-            f"{path} is no tensor of the base.",
-            subject=path,
-            next_step="Name the base it was trained on.",
-        )
+    target = _target(path, architecture)
     layout = Layout.EMBEDDING if is_embedding(path) else Layout.LINEAR
     if architecture.model_type in CONV1D_MODELS and layout is Layout.LINEAR:
         layout = Layout.CONV1D
     delta = LowRank(path, target.weight, layout, A.float().contiguous(), B.float().contiguous(), scale, target.tied)
-    expected = architecture.tensors[target.weight].shape
-    if delta.stored_shape != expected:
-        made, base = (" x ".join(map(str, shape)) for shape in (delta.stored_shape, expected))
-        raise InvalidFile(
-            "shape_mismatch",
-            f"{path} is made for {made}; the base's is {base}.",
-            subject=path,
-            next_step="Export the adapter again, or name the base it was trained on.",
-        )
+    _refuse_misfit(path, delta.stored_shape, architecture.tensors[target.weight].shape)
     return delta
+
+
+def _target(path: str, architecture: Architecture) -> Target:
+    target = find_weight(path, "weight", architecture)
+    if not isinstance(target, Target):
+        message = f"{path} is no tensor of the base."
+        next_step = "Name the base it was trained on."
+        raise InvalidFile("unmatched_tensor", message, subject=path, next_step=next_step)
+    return target
+
+
+def _refuse_misfit(path: str, made_for: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if made_for != expected:
+        message = f"{path} is made for {by(made_for)}; the base's is {by(expected)}."
+        next_step = "Export the adapter again, or name the base it was trained on."
+        raise InvalidFile("shape_mismatch", message, subject=path, next_step=next_step)
 
 
 def _tensor(foreign: Foreign, key: str) -> torch.Tensor:

@@ -41,6 +41,17 @@ CODES = frozenset({
     "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
 })  # fmt: skip
 """Of the findings that a conflict report may have."""
+_NEXT_STEPS = {
+    "no_target": "Take the name out of adapter_config.json, or save the adapter again with all of its tensors.",
+    "tied_weight": "Choose with --set tied=untie or --set tied=shared; in a recipe, settings: {tied: untie}.",
+    "tied_both_sides": "Choose --set tied=untie; in a recipe, settings: {tied: untie}.",
+    "replacement_conflict": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
+    "replacement_and_delta": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
+    "two_rescale": "Leave all but one of them out.",
+    "token_conflict": "Leave one of the two out.",
+    "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",
+    "shape_conflict": "Combine adapters of one base.",
+}
 
 
 class Severity(StrEnum):
@@ -73,6 +84,11 @@ class Finding:
             "measure": self.measure,
             "message": self.message,
         }
+
+
+def next_step(code: str, otherwise: str) -> str:
+    """What to do about an error of this code, which the file's owner or the setting of a merge can mend."""
+    return _NEXT_STEPS.get(code, otherwise)
 
 
 @dataclass(frozen=True, slots=True)

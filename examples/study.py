@@ -1,6 +1,7 @@
 """What predicts that two adapters hurt each other: every pair of a dozen small adapters, merged and measured.
 
-    python examples/train.py all --base BASE --out ADAPTERS && python examples/study.py --base BASE --adapters ADAPTERS
+    python examples/train.py study --base BASE --out ADAPTERS
+    python examples/study.py --base BASE --adapters ADAPTERS
 
 Writes one line of JSON a pair to `--out`, and goes on where an earlier run stopped. `study_report.py` makes the tables
 of docs/study.md from it. The examples that a probe sees are held apart from those that the damage is measured on.

@@ -1,7 +1,8 @@
-"""Train the example adapters with PEFT: `python examples/train.py NAME|all --base DIR [--out DIR]`.
+"""Train the example adapters with PEFT: `python examples/train.py NAME|all|study --base DIR [--out DIR]`.
 
-The adapter is written to OUT/NAME as ordinary PEFT files, with the scores of its held-out suite and of the guard suite,
-before and after, printed and put in the model card. One thread: a second one on a shared machine makes steps slower.
+`all` are the demo's adapters, `study` those of docs/study.md. Each is written to OUT/NAME as ordinary PEFT files, with
+the scores of its held-out suite and of the guard suite, before and after, printed and put in the model card. One
+thread: a second one on a shared machine makes steps slower.
 """
 
 import argparse
@@ -73,6 +74,7 @@ STUDY = {
     "sorting": Run("sorting", steps=50, learning_rate=2e-3, lora={"target_modules": ["up_proj", "down_proj"], "r": 8}),
 }
 ALL_RUNS = {**RUNS, **STUDY}
+GROUPS = {"all": list(RUNS), "study": list(STUDY)}
 ALL_TASKS = {**TASKS, **STUDY_TASKS}
 
 
@@ -261,13 +263,13 @@ learning rate {run.learning_rate}, seed {SEED}, {manner}.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the example adapters.")
-    parser.add_argument("name", choices=[*ALL_RUNS, "all"])
+    parser.add_argument("name", choices=[*ALL_RUNS, *GROUPS])
     parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
     parser.add_argument("--out", type=Path, default=ADAPTERS, help="the adapter goes to OUT/NAME")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
-    for name in RUNS if arguments.name == "all" else [arguments.name]:
+    for name in GROUPS.get(arguments.name, [arguments.name]):
         train(name, arguments.base, arguments.out / name)
 
 

@@ -39,9 +39,9 @@ def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -
     lock = _lock(session, recipe)
     for target in _targets(recipe, plan_only=plan_only):
         _check_target(session, actor, recipe, lock, target)
-    _check_gates(recipe)
     for name in _suite_names(recipe):
         suites.find(session, name)
+    _check_gates(session, recipe, lock)
     wanted = STEPS[:1] if plan_only else STEPS
     job = jobs.enqueue(session, actor, "composition", wanted, owner(recipe))
     composition = Composition(
@@ -285,7 +285,9 @@ def _refuse_namespace(session: Session, actor: Actor, name: str) -> None:
         )
 
 
-def _check_gates(recipe: Recipe) -> None:
+def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
+    base = session.get_one(Base, lock.base)
+    measured = gates.scores(session, base)
     for rule in gates.parse_rules(recipe.gates):
         if isinstance(rule, Within) and rule.other == "served":
             raise Usage(
@@ -300,6 +302,13 @@ def _check_gates(recipe: Recipe) -> None:
                 f"{rule}: the recipe does not evaluate {rule.suite}.",
                 subject=str(rule),
                 next_step=f"Add {rule.suite} to `evaluate`.",
+            )
+        if isinstance(rule, Within) and (rule.suite, rule.metric) not in measured:
+            raise Refused(
+                "base_not_evaluated",
+                f"{rule}: the base {base.name} has no {rule.metric} on the current {rule.suite}, so this cannot pass.",
+                subject=str(rule),
+                next_step=f"Run `adaptory eval {base.name} --suite {rule.suite}`, and compose again.",
             )
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from composer.errors import ComposerError, Mismatch, NotSupported, RefusedOutput
 from composer.findings import Finding, Severity
+from composer.findings import next_step as advice
 
 
 class RegistryError(Exception):
@@ -155,6 +156,6 @@ def refuse_errors(
         errors[0].code,
         f"{errors[0].message}{more}",
         subject=errors[0].subject or subject,
-        next_step=next_step,
+        next_step=advice(errors[0].code, next_step),
         findings=[finding.to_json() for finding in findings],
     )

@@ -76,6 +76,12 @@ def new_database(*, migrated: bool = False) -> str:
         return _create_database(url, f"t{uuid.uuid4().hex}", template=_MIGRATED)
 
 
+def copied_database(url: str) -> str:
+    """A database of one's own with all that is in this one, which nobody may be connected to."""
+    with locked(shared_directory() / "databases.lock"):
+        return _create_database(url, f"t{uuid.uuid4().hex}", template=url.rpartition("/")[2])
+
+
 def _create_database(url: str, name: str, template: str = "template1") -> str:
     with _administration(url) as connection:
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))

@@ -153,7 +153,7 @@ def missing_weights(path: Path, expected: str) -> InvalidFile:
         "missing_weights",
         f"{path.name} has no {expected}.",
         subject=expected,
-        next_step="Name the directory of a whole checkpoint in safetensors format.",
+        next_step="Name a directory that has its weights as safetensors.",
     )
 
 

@@ -14,12 +14,11 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.config import AdapterConfig, parse_config
 from composer.formats.header import Header, TensorEntry, read_header
+from composer.formats.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_layout, recognise
 from composer.formats.naming import split_key
 from composer.formats.pairs import FACTOR_PARTS
 from composer.formats.placed import Placed
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _CHUNK_BYTES = 4 << 20
 _PRODUCT = FACTOR_PARTS | {"lora_E", "lora_diag"}
 # dtype -> (unsigned type of the same width, bits without the sign, exponent bits): a float is NaN or Inf when its
@@ -86,7 +85,8 @@ def read_adapter(path: Path) -> Adapter:
     """Open the adapter in directory `path`.
 
     Raises InvalidFile naming the file: missing config, missing or pickled weights, empty or flattened factors (a
-    shard of ZeRO-3 or FSDP that was saved without gathering). Raises NotSupported for a setting of a newer PEFT.
+    shard of ZeRO-3 or FSDP that was saved without gathering), another layout than PEFT's. Raises NotSupported for a
+    setting of a newer PEFT, and for a layout that nothing converts.
     """
     if not path.is_dir():
         raise InvalidFile(
@@ -95,6 +95,8 @@ def read_adapter(path: Path) -> Adapter:
             subject=str(path),
             next_step="Name the directory that training wrote.",
         )
+    if (layout := recognise(path)) != PEFT:
+        raise another_layout(path.name, layout)
     if not (path / CONFIG_FILE).is_file():
         message = f"{path.name} has no {CONFIG_FILE}."
         raise InvalidFile(

@@ -1,9 +1,4 @@
-"""Adapters that are not in PEFT's layout: what a directory or file is, and its tensors by module. No torch.
-
-kohya        `lora_te_…lora_down.weight`, `.lora_up.weight`, `.alpha`; LyCORIS' `hada_*` beside it
-diffusers    `transformer.….lora_A.weight` or `.lora.down.weight`, alpha in the metadata or a tensor
-mlx          adapters.safetensors with `lora_a`, `lora_b` transposed and a scale in adapter_config.json
-"""
+"""Adapters that are not in PEFT's layout: their tensors by module. No torch."""
 
 import json
 import re
@@ -14,39 +9,32 @@ from pathlib import Path
 from typing import Any, cast
 
 from composer.errors import InvalidFile, NotSupported
-from composer.formats.checkpoint import Architecture, contained, missing_weights, read_json
-from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.checkpoint import Architecture, contained, read_json
+from composer.formats.facts import read_adapter
 from composer.formats.header import Header, read_header
-from composer.formats.naming import PEFT_PREFIX
+from composer.formats.layouts import (
+    CONFIG_FILE,
+    DIFFUSERS,
+    DIFFUSERS_ROOT,
+    KOHYA,
+    MLX,
+    PEFT,
+    REFUSED,
+    another_layout,
+    recognise,
+    weights_in,
+)
+from composer.formats.types import KRONECKER
 from composer.text import shown
 
-PEFT, KOHYA, DIFFUSERS, MLX = "peft", "kohya", "diffusers", "mlx"
-MLX_FILE = "adapters.safetensors"
 _MLX_SCALE = 20.0
-_MAGIC = {b"GGUF": "gguf"}
-# layout -> why it is not read, and the way out.
-REFUSED = {
-    "gguf": (
-        "its names and the rows of q and k are those of llama.cpp",
-        "Convert the PEFT adapter that it was made from.",
-    ),
-    "nemo": (
-        "Megatron interleaves the heads in fused weights",
-        "Export it to Hugging Face PEFT with NeMo's own script.",
-    ),
-    "megatron": (
-        "Megatron interleaves the heads in fused weights",
-        "Export it to Hugging Face PEFT where it was trained.",
-    ),
-    "torchtune": ("it is a pickle, with q and k permuted in Meta's format", "Save it with torchtune's PEFT format."),
-}
-
 # Suffix of a key -> part of a module; the parts have PEFT's orientation but for mlx, whose are transposed.
 _PARTS = {
     KOHYA: {
         ".lora_down.weight": "A", ".lora_up.weight": "B", ".lora_A.weight": "A", ".lora_B.weight": "B",
         ".alpha": "alpha",
         ".hada_w1_a": "w1_a", ".hada_w1_b": "w1_b", ".hada_w2_a": "w2_a", ".hada_w2_b": "w2_b",
+        **{f".{part}": part for part in KRONECKER},
     },
     DIFFUSERS: {
         ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora.down.weight": "A", ".lora.up.weight": "B",
@@ -61,11 +49,9 @@ _PARTS_REFUSED = {
     ".dora_scale": "trainers disagree on the axis of its norm",
     ".lora_mid.weight": "it is a Tucker decomposition",
     ".hada_t1": "it is a Tucker decomposition",
-    ".lokr_w1": "a Kronecker product has no short factors",
-    ".lokr_w1_a": "a Kronecker product has no short factors",
+    ".lokr_t2": "it is a Tucker decomposition",
 }
 _KOHYA_ROOT = re.compile(r"^lora_(?:unet|te\d?|transformer)_|^lora_")
-_DIFFUSERS_ROOT = re.compile(r"^(?:unet|transformer|text_encoder(?:_\d)?)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,74 +74,18 @@ class Foreign:
     modules: list[ForeignModule]
 
 
-def recognise(path: Path) -> str:
-    """The layout of an adapter directory or file: peft, kohya, diffusers, mlx, or one of those that are refused.
+def read_foreign(path: Path, architecture: Architecture | None) -> Foreign:
+    """Every tensor of the adapter by module of the base, or by the file's own names without one.
 
-    Raises InvalidFile for what is none of them.
-    """
-    if path.is_file():
-        return _of_file(path)
-    if not path.is_dir():
-        raise InvalidFile(
-            "missing_directory", f"{path} is not there.", subject=str(path), next_step="Name a directory that is there."
-        )
-    if (path / MLX_FILE).is_file():
-        return MLX
-    if (path / CONFIG_FILE).is_file() and not _single(path):
-        return PEFT
-    if (path / "config.json").is_file():
-        message = f"{path.name} is a checkpoint, a whole model and no adapter."
-        raise InvalidFile("a_checkpoint", message, subject=str(path), next_step="Name an adapter's directory.")
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".gguf", ".nemo") or re.fullmatch(r"adapter_.*\.pt", file.name):
-            return _of_file(file)
-    file = _single(path)
-    if file is None:
-        raise missing_weights(path, WEIGHTS_FILE)
-    return _of_file(file)
-
-
-def _single(path: Path) -> Path | None:
-    """The one safetensors file of a directory that is not named as PEFT names it."""
-    found = [file for file in sorted(path.glob("*.safetensors")) if file.name != WEIGHTS_FILE]
-    return found[0] if len(found) == 1 and not (path / WEIGHTS_FILE).is_file() else None
-
-
-def _of_file(path: Path) -> str:
-    if path.suffix == ".nemo":
-        return "nemo"
-    if re.fullmatch(r"adapter_.*\.pt", path.name):
-        return "torchtune"
-    with path.open("rb") as file:
-        if layout := _MAGIC.get(file.read(4)):
-            return layout
-    header = read_header(contained(path.parent, path.name))
-    keys = list(header.tensors)
-    if any(".linear_in." in key or ".linear_out." in key for key in keys):
-        return "megatron"
-    if any(key.startswith("lora_") for key in keys):
-        return KOHYA
-    if any(key.startswith(PEFT_PREFIX) for key in keys):
-        return PEFT
-    if any(_DIFFUSERS_ROOT.match(key) or ".lora.down." in key or ".lora_A." in key for key in keys):
-        return DIFFUSERS
-    raise InvalidFile(
-        "unknown_layout",
-        f"{path.name} is no adapter in a layout that is known; its keys look like {shown(keys[0] if keys else '')}.",
-        subject=path.name,
-        next_step=f"Known are {PEFT}, {KOHYA}, {DIFFUSERS} and {MLX}.",
-    )
-
-
-def read_foreign(path: Path, architecture: Architecture) -> Foreign:
-    """Every tensor of the adapter by module of the base. Raises NotSupported for a layout or part that is refused by
-    name, InvalidFile listing the keys that nothing is known of or that match no module of the base.
+    Raises NotSupported for a layout or part that is refused by name, InvalidFile listing the keys that nothing is known
+    of or that match no module of the base, and what `read_adapter` raises of PEFT's layout.
     """
     layout = recognise(path)
     if layout in REFUSED:
-        why, way_out = REFUSED[layout]
-        raise NotSupported(f"layout_{layout}", f"{path.name} is {layout}: {why}.", subject=path.name, next_step=way_out)
+        raise another_layout(path.name, layout)
     if layout == PEFT:
+        if path.is_dir():
+            read_adapter(path)  # says what is missing
         raise NotSupported(
             "layout_peft", f"{path.name} is in PEFT's layout already.", subject=path.name, next_step="Use it as it is."
         )
@@ -163,10 +93,10 @@ def read_foreign(path: Path, architecture: Architecture) -> Foreign:
     if path.is_dir():
         if layout == MLX:
             settings = _mlx_settings(path)
-        path = path / MLX_FILE if layout == MLX else cast(Path, _single(path))
+        path = cast(Path, weights_in(path))
     header = read_header(contained(path.parent, path.name))
     grouped = _grouped(header, layout, path.name)
-    named = _names(grouped, layout, architecture, path.name)
+    named = _names(grouped, layout, architecture, path.name) if architecture else {raw: raw for raw in grouped}
     scale = _scale(settings, layout)
     modules = [ForeignModule(named[raw], parts, None if "alpha" in parts else scale) for raw, parts in grouped.items()]
     return Foreign(layout, path, header, modules)
@@ -223,7 +153,7 @@ def _names(grouped: Mapping[str, object], layout: str, architecture: Architectur
         for root in ("model.", "language_model.", "transformer."):
             rest = path.removeprefix(root)
             known[rest if layout != KOHYA else rest.replace(".", "_")].add(path)
-    root = {KOHYA: _KOHYA_ROOT, DIFFUSERS: _DIFFUSERS_ROOT}.get(layout)
+    root = {KOHYA: _KOHYA_ROOT, DIFFUSERS: DIFFUSERS_ROOT}.get(layout)
     found: dict[str, str] = {}
     lost: list[str] = []
     for raw in grouped:

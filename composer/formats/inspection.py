@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.findings import Finding
+from composer.findings import Finding, Severity
 from composer.formats import facts, serving
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import Adapter, AdapterFacts
+from composer.formats.foreign import read_foreign
+from composer.formats.foreign_facts import foreign_facts
 from composer.formats.placed import Placed
 from composer.formats.placement import place
 
@@ -35,3 +37,14 @@ def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
     placed = place(adapter.config, adapter.header, architecture, adapter.name)
     summary = facts.facts(adapter.config, adapter.header, placed)
     return Inspection(adapter, placed, summary, [*placed.findings, *facts.health(adapter.weights_path, adapter.header)])
+
+
+def inspect_foreign(path: Path, architecture: Architecture | None) -> tuple[AdapterFacts, list[Finding]]:
+    """The facts of an adapter of another layout that `convert` reads, and what was found.
+
+    Without an architecture the modules keep the file's names. Raises what `read_foreign` raises of what it does not.
+    """
+    foreign = read_foreign(path, architecture)
+    message = f"It is in the layout of {foreign.layout}; `adaptory convert` makes PEFT's of it."
+    findings = [Finding("another_layout", Severity.NOTICE, foreign.weights_path.name, message)]
+    return foreign_facts(foreign), [*findings, *facts.health(foreign.weights_path, foreign.header)]

@@ -35,7 +35,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
     findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
     duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused, unsupported_layer, empty_adapter.
-    Notices: no_prefix, raw_keys.
+    Notices: no_prefix, raw_keys, unused_target.
     Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
     """
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
@@ -230,9 +230,7 @@ def _check_config_is_used(placement: Placement) -> None:
         placement.error("no_target", config.peft_type, f"No tensor is one of a {config.peft_type} adapter.")
     if not adapted and placement.findings:
         return
-    for target in _targets_without_tensors(config, adapted):
-        message = f"target_modules has {target!r}, but no tensor belongs to a module that it matches."
-        placement.error("no_target", target, message)
+    _check_targets(placement, adapted)
     if config.token_indices and not any(placed.kind == "tokens" for placed in placement.modules):
         placement.error("no_target", "token_indices", "The config names trained tokens, but no tensor has their rows.")
     for target in missing_parameters(placement):
@@ -244,6 +242,30 @@ def _check_config_is_used(placement: Placement) -> None:
             message = f"{placed.module} has factors, but the config does not target it: PEFT would ignore them."
             placement.error("untargeted_tensor", placed.module, message)
     _check_patterns(placement, adapted | {placed.module for placed in placement.modules if placed.kind == "experts"})
+
+
+def _check_targets(placement: Placement, adapted: set[str]) -> None:
+    """A general list names modules of many models, and PEFT is content when one of them is there. Nothing at all is an
+    error, and so is a module of the base that the file has lost the tensors of."""
+    targets = placement.config.target_modules
+    lacking = _targets_without_tensors(placement.config, adapted)
+    some = not isinstance(targets, str) and len(lacking) < len(targets or ())
+    for target in lacking:
+        message = f"target_modules has {target!r}, but no tensor belongs to a module that it matches"
+        if some and not _in_base(placement, target):
+            placement.findings.append(Finding("unused_target", Severity.NOTICE, target, f"{message}."))
+        else:
+            where = "; the base has such a module" if some else ""
+            placement.error("no_target", target, f"{message}{where}.")
+
+
+def _in_base(placement: Placement, target: str) -> bool:
+    """Does PEFT wrap a module by this name? Not an expert: those are one parameter in memory, whatever the file has."""
+    if placement.architecture is None:
+        return False
+    matrices = (name for name, entry in placement.architecture.tensors.items() if len(entry.shape) > 1)
+    paths = (name.removesuffix(".weight") for name in matrices if ".experts." not in name)
+    return any(f".{path}".endswith(f".{target}") and not surely_untargeted(placement.config, path) for path in paths)
 
 
 def _check_patterns(placement: Placement, paths: set[str]) -> None:

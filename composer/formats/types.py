@@ -40,7 +40,7 @@ class AdapterType:
 
 _SAVED = "the random projections were not saved (save_projection), and another machine draws others"
 _LYCORIS = ("rank_dropout", "module_dropout", "use_effective_conv2d")
-_KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOGITS = tuple(f"vblora_logits_{side}{end}" for side in "AB" for end in ("", "_topk_indices", "_topk_weights"))
 
@@ -59,7 +59,7 @@ TYPES: dict[str, AdapterType] = {
         _HADAMARD, parts.loha, rank=("r", 8), alpha=("alpha", 8), ignored=_LYCORIS, patterns=True, convolutions=True
     ),
     "LOKR": AdapterType(
-        _KRONECKER,
+        KRONECKER,
         parts.lokr,
         rank=("r", 8),
         alpha=("alpha", 8),

@@ -12,7 +12,7 @@ import torch
 
 from composer.delta import Delta, Replacement
 from composer.errors import InvalidFile, Mismatch, NotSupported
-from composer.findings import Finding, Severity
+from composer.findings import Finding, Severity, next_step
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import Adapter, read_adapter
@@ -144,7 +144,7 @@ def refuse_errors(subject: str, findings: list[Finding]) -> None:
             errors[0].code,
             f"{subject}: {errors[0].message}{more}",
             subject=errors[0].subject,
-            next_step="`adaptory inspect` lists all that does not fit.",
+            next_step=next_step(errors[0].code, "`adaptory inspect` lists all that does not fit."),
         )
 
 

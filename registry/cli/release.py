@@ -1,5 +1,6 @@
 """Releases and channels: from list and log to promote, rollback and yank."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +11,11 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
-from registry.errors import Invalid, NotFound, RegistryError, Usage
+from registry.errors import NotFound, RegistryError, Usage
 from registry.names import parse_channel_reference, parse_reference, parse_repository
 
 if TYPE_CHECKING:
+    from composer.formats.checkpoint import Architecture
     from registry.client.lineage import Composition
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
@@ -31,7 +33,7 @@ def register(root: typer.Typer) -> None:
 
 
 def inspect(
-    what: Annotated[str, typer.Argument(metavar="DIR|REF", help="An adapter directory or a reference.")],
+    what: Annotated[str, typer.Argument(metavar="DIR|REF", help="An adapter's directory or file, or a reference.")],
     base: Annotated[str | None, typer.Option(help="Check the fit to this registered base.")] = None,
     server: Annotated[
         list[str] | None, typer.Option("--loads-in", help="vllm:32, sglang, lorax, llamacpp, peft.")
@@ -39,39 +41,51 @@ def inspect(
     json: JsonFlag = False,
 ) -> None:
     """Facts and health of an adapter, and which servers will load it."""
-    from composer.formats.foreign import PEFT, recognise
-    from composer.formats.inspection import inspect as look
-    from composer.spectrum import spectrum
+    from composer.formats.layouts import PEFT, recognise
 
     directory, architecture = Path(what), None
-    if directory.exists() and (layout := recognise(directory)) != PEFT:
-        raise _another_layout(what, layout)
-    if base or not directory.is_dir():
+    layout = recognise(directory) if directory.exists() else PEFT
+    if base or not directory.exists():
         with connected() as connection:
-            if not directory.is_dir():
+            if not directory.exists():
                 release = connection.api.resolve(parse_reference(what))["release"]
                 directory, base = release_directory(connection, release), base or release["base"]["digest"]
             architecture = connection.api.architecture(base or "")
+    look = _look if layout == PEFT else _look_at_another
+    told: Json = {**look(directory, architecture, server or PROFILES), "layout": layout}
+    render.document(told, json, lambda: _show_inspection(what, told))
+    if any(finding["severity"] == "error" for finding in told["findings"]):
+        raise typer.Exit(6)
+
+
+def _look(directory: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
+    from composer.formats.inspection import inspect as look
+    from composer.spectrum import spectrum
+
     seen = look(directory, architecture)
     used = (
         None if any(finding.severity == "error" for finding in seen.findings) else spectrum(seen.adapter, seen.placed)
     )
-    told = {
+    return {
         "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
         "findings": [finding.to_json() for finding in [*seen.findings, *(used.hints() if used else [])]],
-        "loads_in": [seen.loads_in(profile) for profile in server or PROFILES],
+        "loads_in": [seen.loads_in(profile) for profile in servers],
     }
-    render.document(told, json, lambda: _show_inspection(what, told))
-    if any(finding.severity == "error" for finding in seen.findings):
-        raise typer.Exit(6)
 
 
-def _another_layout(what: str, layout: str) -> Invalid:
-    from composer.formats.foreign import REFUSED
+def _look_at_another(path: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
+    """At an adapter of another layout than PEFT's, which is the only one that servers are known to load."""
+    from composer.formats.inspection import inspect_foreign
+    from composer.formats.serving import Loading, parse_profile
 
-    why, way_out = REFUSED.get(layout, ("", f"adaptory convert {what} --base DIR -o OUT"))
-    message = f"{what} is an adapter in the layout of {layout}, not PEFT's" + (f"; {why}." if why else ".")
-    return Invalid("another_layout", message, subject=what, next_step=way_out)
+    facts, findings = inspect_foreign(path, architecture)
+    way_out = (f"adaptory convert {path} --base BASE -o OUT",)
+    loading = [Loading(str(parse_profile(name)), False, ("not PEFT's layout",), way_out) for name in servers]
+    return {
+        "adapter": facts.to_json() | {"spectrum": None},
+        "findings": [finding.to_json() for finding in findings],
+        "loads_in": [one.to_json() for one in loading],
+    }
 
 
 def list_repositories(
@@ -254,7 +268,8 @@ def _show_inspection(what: str, told: Json) -> None:
     )  # fmt: skip
     lacking = () if facts["rank_max"] else ("rank_max", "alpha")
     own = [(name, facts[name]) for name in names if name not in lacking]
-    render.lines(f"adapter {what}", [*own, ("energy", _used_ranks(facts))])
+    size = ("size", render.size(facts["size_bytes"]))
+    render.lines(f"adapter {what}", [("layout", told["layout"]), *own, size, ("energy", _used_ranks(facts))])
     for finding in told["findings"]:
         print(f"  {finding['severity']}: {finding['message']}")
     rows = [

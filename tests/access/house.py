@@ -2,6 +2,9 @@
 
 import hashlib
 import itertools
+import shutil
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +31,8 @@ from registry.settings import Settings
 from registry.suites import Measurement
 from registry.tokens import NewToken
 from registry.web.app import create_app
+from tests import services
+from tests.scenarios.world import environment
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = Actor("host", NOW, {EVERYWHERE: Role.ADMIN.value}, mints=True)
@@ -59,6 +64,9 @@ class Things:
 
 @dataclass
 class House:
+    """`place` is the environment that leads to its database and its store."""
+
+    place: Mapping[str, str]
     resources: Resources
     things: dict[str, Things]
     secrets: dict[str, str]
@@ -86,14 +94,47 @@ class _Borrowed(httpx2.BaseTransport):
         return self._lender.handle_request(request)
 
 
-def build_house(directory: Path) -> House:
-    resources = open_resources(Settings(home=directory, access_cache_s=0))
+PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
+
+
+def new_place(pairing: str, home: Path) -> dict[str, str]:
+    """An empty one, of either database with either store."""
+    place = {"ADAPTORY_HOME": str(home)}
+    if pairing == "PostgreSQL and S3":
+        place |= services.shared_s3().environment(f"house-{uuid.uuid4().hex}/")
+        place["ADAPTORY_DATABASE_URL"] = services.new_database(migrated=True)
+    return place
+
+
+def copy_of(house: House, home: Path) -> dict[str, str]:
+    """The place of a copy of a house that is closed. Both keep their blobs under one prefix."""
+    shutil.copytree(house.place["ADAPTORY_HOME"], home)
+    place = {**house.place, "ADAPTORY_HOME": str(home)}
+    if url := place.get("ADAPTORY_DATABASE_URL"):
+        place["ADAPTORY_DATABASE_URL"] = services.copied_database(url)
+    return place
+
+
+def opened(place: Mapping[str, str], **limits: object) -> Resources:
+    with environment(place, ["adaptory"]):
+        return open_resources(Settings(**{"access_cache_s": 0, **limits}))  # type: ignore[arg-type]
+
+
+def entered(house: House, place: Mapping[str, str], **limits: object) -> House:
+    """The same things behind another server."""
+    resources = opened(place, **limits)
+    transport = InProcessTransport(create_app(resources, tokens=True))
+    return House(place, resources, house.things, house.secrets, house.ids, transport)
+
+
+def build_house(place: Mapping[str, str]) -> House:
+    resources = opened(place)
     _publish_yardsticks(resources)
     things = {name: _furnish(resources, name) for name in (PRIVATE, PUBLIC, OTHER)}
     with resources.write() as session:
         namespaces.change(session, HOST, PUBLIC, Change(public=True))
     secrets, ids = _hand_out(resources)
-    return House(resources, things, secrets, ids, InProcessTransport(create_app(resources, tokens=True)))
+    return House(place, resources, things, secrets, ids, InProcessTransport(create_app(resources, tokens=True)))
 
 
 def _publish_yardsticks(resources: Resources) -> None:

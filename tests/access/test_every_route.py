@@ -5,7 +5,6 @@ no rule, or a rule of its own that `INSIDE` does not state.
 """
 
 import re
-import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,21 @@ from fastapi.routing import APIRoute
 
 from registry.access import Role
 from registry.http.rules import Rule, Where
-from registry.web.app import ROUTERS, create_app
-from tests.access.house import CALLERS, OTHER, PRIVATE, PUBLIC, ROLES, House, Things, build_house
+from registry.web.app import ROUTERS
+from tests.access.house import (
+    CALLERS,
+    OTHER,
+    PAIRINGS,
+    PRIVATE,
+    PUBLIC,
+    ROLES,
+    House,
+    Things,
+    build_house,
+    copy_of,
+    entered,
+    new_place,
+)
 
 OPEN = {("GET", "/healthz"), ("GET", "/readyz")}
 EVERYBODY = "everybody"
@@ -48,9 +60,9 @@ INSIDE: dict[tuple[str, str], Role | str] = {
 RANK = {role: number for number, role in enumerate(Role)}
 
 
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(tmp_path_factory.mktemp("house"))
+@pytest.fixture(scope="module", params=PAIRINGS)
+def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
+    house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     house.close()
     return house
 
@@ -58,14 +70,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> House:
 @pytest.fixture
 def house(furnished: House, tmp_path: Path) -> Generator[House]:
     """A house of its own for each route: some of them change things."""
-    from registry.client.inprocess import InProcessTransport
-    from registry.resources import open_resources
-    from registry.settings import Settings
-
-    shutil.copytree(furnished.resources.settings.home_directory, tmp_path / "home")
-    resources = open_resources(Settings(home=tmp_path / "home", access_cache_s=0))
-    transport = InProcessTransport(create_app(resources, tokens=True))
-    copy = House(resources, furnished.things, furnished.secrets, furnished.ids, transport)
+    copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
     yield copy
     copy.close()
 

@@ -13,22 +13,20 @@ from registry.client.inprocess import InProcessTransport
 from registry.resources import open_resources
 from registry.settings import Settings
 from registry.web.app import UPLOAD_THREADS, create_app
-from tests.access.house import House, build_house
+from tests.access.house import PAIRINGS, House, build_house, entered, new_place
 
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(tmp_path_factory.mktemp("house"))
+    """Of a directory: bytes that go to S3 do not pass the server, and limits are its own and no database's."""
+    house = build_house(new_place(PAIRINGS[0], tmp_path_factory.mktemp("house")))
     yield house
     house.close()
 
 
 def limited(furnished: House, **limits: object) -> House:
     """The same registry behind a server with these limits."""
-    home = furnished.resources.settings.home_directory
-    resources = open_resources(Settings(home=home, **{"access_cache_s": 0, **limits}))  # type: ignore[arg-type]
-    transport = InProcessTransport(create_app(resources, tokens=True))
-    return House(resources, furnished.things, furnished.secrets, furnished.ids, transport)
+    return entered(furnished, furnished.place, **limits)
 
 
 def test_headers_that_are_too_long_are_answered_431(furnished: House) -> None:

@@ -6,23 +6,24 @@ from datetime import timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from registry import namespaces, releases, tokens
 from registry.access import EVERYWHERE, Role, holds
 from registry.audit import Actor
+from registry.db import Row
 from registry.errors import Unauthenticated
 from registry.models import ReleaseInput
 from registry.names import RepositoryName, Version
 from registry.resources import open_resources
 from registry.settings import Settings
 from registry.tokens import NewToken
-from tests.access.house import HOST, NOW, PRIVATE, House, build_house
+from tests.access.house import HOST, NOW, PAIRINGS, PRIVATE, House, build_house, entered, new_place
 
 
-@pytest.fixture
-def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    built = build_house(tmp_path_factory.mktemp("house"))
+@pytest.fixture(params=PAIRINGS)
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+    built = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     yield built
     built.close()
 
@@ -35,6 +36,10 @@ def test_the_secret_is_shown_once_and_lies_nowhere(house: House) -> None:
     listed = house.ask("publisher", "GET", "/v1/tokens").json()["items"]
     assert {row["name"] for row in listed} == {"publisher", "ci"}
     assert secret not in str(listed)
+    with house.resources.read() as session:
+        rows = [row for table in Row.metadata.sorted_tables for row in session.execute(select(table))]
+    assert rows
+    assert not any(secret[17:60] in str(row) for row in rows)
     house.resources.database.engine.dispose()
     assert all(
         secret[17:60].encode() not in path.read_bytes()
@@ -95,14 +100,9 @@ def test_only_an_admin_of_the_registry_makes_a_token_for_another(house: House) -
 
 
 def test_a_server_that_remembers_tokens_forgets_what_changes_through_it(
-    tmp_path_factory: pytest.TempPathFactory,
+    house: House,
 ) -> None:
-    from registry.client.inprocess import InProcessTransport
-    from registry.web.app import create_app
-
-    house = build_house(tmp_path_factory.mktemp("house"))
-    slow = open_resources(Settings(home=house.resources.settings.home_directory, access_cache_s=300))
-    remembering = House(slow, house.things, house.secrets, house.ids, InProcessTransport(create_app(slow, tokens=True)))
+    remembering = entered(house, house.place, access_cache_s=300)
     for caller in ("reader", "nobody"):
         assert remembering.ask(caller, "GET", "/v1/adapters/open/sql").status_code == 200
     remembering.ask("operator", "PUT", "/v1/namespaces/open", json={"public": False})

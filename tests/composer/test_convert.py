@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from composer.convert import convert
 from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.formats.checkpoint import open_checkpoint
-from composer.formats.foreign import recognise
+from composer.formats.layouts import recognise
 from tests.composer.adapted import merge, peft_logits, relative
 from tests.composer.test_variants_experts import mixtral, save_base
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
@@ -269,7 +269,7 @@ def test_what_is_not_converted_is_refused_by_name_with_a_way_out(
     assert raised.value.next_step
 
 
-@pytest.mark.parametrize("key", ["dora_scale", "lokr_w1", "lora_mid.weight"])
+@pytest.mark.parametrize("key", ["dora_scale", "lokr_t2", "lora_mid.weight"])
 def test_parts_without_plain_factors_are_refused_by_name(key: str, tmp_path: Path, make_model: MakeModel) -> None:
     save_file({f"lora_te_model_layers_0_self_attn_q_proj.{key}": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(NotSupported, match=key):

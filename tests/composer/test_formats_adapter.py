@@ -155,7 +155,11 @@ MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         renamed("layers.2.self_attn.q", "layers.9.self_attn.q"),
         *("unmatched_tensor", "layers.9.self_attn.q_proj", "no tensor of the base"),
     ),
-    "a target for nothing": (configured(target_modules=["q_proj", "v_proj", "qkv"]), "no_target", "qkv", "qkv"),
+    "targets for nothing": (configured(target_modules=["w_pack", "qkv"]), "no_target", "w_pack", "matches"),
+    "a target whose tensors were lost": (
+        configured(target_modules=["q_proj", "v_proj", "k_proj"]),
+        *("no_target", "k_proj", "the base has such a module"),
+    ),
     "a regex for nothing": (configured(target_modules=r".*\.qkv"), "no_target", "qkv", "matches"),
     "another shape": (narrow, "shape_mismatch", "layers.0.self_attn.q_proj", "16 x 8.* 16 x 16"),
     "another rank": (configured(r=8), "rank_mismatch", "q_proj", "rank 4 .* says 8"),

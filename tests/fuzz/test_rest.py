@@ -3,7 +3,6 @@ state, and never a 5xx."""
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from registry.resources import Resources, open_resources
 from registry.settings import Settings
 from registry.suites import find as find_suite
 from registry.web.app import create_app
-from tests.access.house import House, build_house
+from tests.access.house import PAIRINGS, House, build_house, copy_of, new_place, opened
 from tests.access.test_every_route import ROUTES
 from tests.fuzz.malformed import Adapter, malformed
 from tests.scenarios.world import Cli
@@ -61,9 +60,9 @@ OF_WHAT_IS_THERE = {"spectrum_unknown", "upload_incomplete"}
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
 
-@pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(tmp_path_factory.mktemp("house"))
+@pytest.fixture(scope="module", params=PAIRINGS)
+def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
+    house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     house.close()
     return house
 
@@ -79,8 +78,7 @@ class Site:
 
 @pytest.fixture
 def site(furnished: House, tmp_path: Path) -> Generator[Site]:
-    shutil.copytree(furnished.resources.settings.home_directory, tmp_path / "home")
-    resources = open_resources(Settings(home=tmp_path / "home", access_cache_s=0, rate_limit=""))
+    resources = opened(copy_of(furnished, tmp_path / "home"), rate_limit="")
     with resources.read() as session:
         suite = find_suite(session, "exact").digest
     with resources.write() as session:

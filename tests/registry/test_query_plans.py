@@ -167,7 +167,7 @@ def test_a_page_is_read_by_its_ids(stocked: Stocked) -> None:
         assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
 
 
-def test_a_search_for_a_base_and_its_page_are_three_statements(stocked: Stocked) -> None:
+def test_a_search_for_a_base_and_its_page_are_two_statements(stocked: Stocked) -> None:
     def ask(session: Session) -> None:
         found = search.search(session, HOST, FITTING, Order())
         descriptions.describe(session, [place.release_id for place in found.places])

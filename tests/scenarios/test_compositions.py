@@ -213,8 +213,12 @@ def test_a_composition_that_is_refused_publishes_nothing(team: Cli, world: World
     assert settled(team) == before
 
     unmeasured = write_recipe(tmp_path, evaluate=["sql-exact"], gates=["sql-exact.nll within 9 of base"])
-    refused = team("compose", unmeasured, "--follow")
-    assert (refused.code, "evaluate it first" in refused.out) == (1, True), "the base was never measured"
+    jobs = team.json("jobs")
+    for plan in ("--plan", "--follow"):
+        refused = team("compose", unmeasured, plan)
+        assert (refused.code, "the base tiny has no nll on the current sql-exact" in refused.err) == (1, True)
+        assert "next: Run `adaptory eval tiny --suite sql-exact`" in refused.err
+    assert team.json("jobs") == jobs, "what can be known at once is refused before any work"
 
     for plan in (("--plan",), ("--follow",)):
         conflict = write_recipe(tmp_path, inputs=["acme/one:1.0.0", "acme/two:1.0.0"], probe=0)
@@ -223,7 +227,7 @@ def test_a_composition_that_is_refused_publishes_nothing(team: Cli, world: World
         assert "lm_head" in refused.err
     assert settled(team) == before
     states = [job["state"] for job in team.json("jobs")["items"]]
-    assert states == ["refused"] * 4
+    assert states == ["refused"] * 3
 
 
 def test_a_tied_weight_needs_a_decision(embedded: Cli, tmp_path: Path) -> None:
@@ -239,7 +243,7 @@ def test_a_tied_weight_needs_a_decision(embedded: Cli, tmp_path: Path) -> None:
     refused = cli("compose", path)
     assert refused.code == 1
     assert "embed_tokens" in refused.err
-    assert "tied" in refused.err
+    assert "next: Choose with --set tied=untie or --set tied=shared" in refused.err
     assert traces(cli).releases == ("acme/embedding:1.0.0",)
     assert traces(cli).work == frozenset()
 

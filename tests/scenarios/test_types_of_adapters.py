@@ -5,8 +5,11 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.composer.adapted import logits, peft_logits, relative, save_adapted
+from tests.composer.test_convert import as_kohya
 from tests.scenarios.world import Cli, World
 
 QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
@@ -35,6 +38,39 @@ def test_it_is_pushed_shown_found_and_merged(kind: str, embedded: Cli, world: Wo
     assert [found["repository"] for found in embedded.json("search", "--loads-in", "peft")["items"]] == [f"acme/{kind}"]
     embedded.ok("merge", "--base", world.base, "--adapter", adapter, "-o", tmp_path / "merged")
     assert relative(logits(tmp_path / "merged"), peft_logits(world.base, adapter)) <= 1e-5
+
+
+def test_another_layout_is_looked_at_converted_and_elsewhere_named(embedded: Cli, world: World, tmp_path: Path) -> None:
+    kohya, base = tmp_path / "kohya", world.base
+    kohya.mkdir()
+    as_kohya(world.adapters["sql"], kohya)  # rank 4, alpha 8
+    embedded.ok("base", "add", base, "--name", "small")
+    for options in ((), ("--base", "small")):
+        told = embedded.json("inspect", kohya, *options)
+        facts = told["adapter"]
+        assert (told["layout"], facts["type"], facts["rank_max"], facts["alpha"]) == ("kohya", "lora", 4, 8.0)
+        assert {row["loads"] for row in told["loads_in"]} == {False}
+    assert "`adaptory convert` makes PEFT's of it" in embedded.ok("inspect", kohya).out
+    commands: list[tuple[object, ...]] = [
+        ("merge", "--base", base, "--adapter", kohya, "-o", tmp_path / "out"),
+        ("combine", "--base", base, "--adapter", kohya, "-o", tmp_path / "out"),
+        ("conflicts", kohya, world.adapters["support"], "--base", base),
+        ("push", kohya, "acme/kohya:1.0.0", "--base", "small"),
+        ("diff", kohya, world.adapters["sql"]),
+    ]
+    for command in commands:
+        ran = embedded(*command)
+        assert (ran.code, "kohya is an adapter in the layout of kohya" in ran.err) == (6, True), (command, ran)
+        assert "next: Convert it: `adaptory convert" in ran.err
+    embedded.ok("convert", kohya, "--base", base, "-o", tmp_path / "converted")
+    assert embedded.json("inspect", tmp_path / "converted")["layout"] == "peft"
+    embedded.ok("push", tmp_path / "converted", "acme/kohya:1.0.0", "--base", "small")
+
+
+def test_a_look_at_what_cannot_be_converted_is_the_refusal(embedded: Cli, tmp_path: Path) -> None:
+    save_file({"lora_te_q_proj.dora_scale": torch.ones(4, 1)}, tmp_path / "a.safetensors")
+    ran = embedded("inspect", tmp_path / "a.safetensors")
+    assert (ran.code, "trainers disagree" in ran.err, "next: " in ran.err) == (1, True, True)
 
 
 def test_a_conflict_report_of_unlike_types_says_what_it_cannot_compare(
