@@ -135,7 +135,7 @@ def parse_version(text: str) -> Version:
     if match is None:
         raise Usage(
             "bad_version",
-            f"{text[:80]!r} is not a semantic version.",
+            f"{text[:80]!r} is not a semantic version, or not one with numbers below 10^{_NUMBER_DIGITS}.",
             subject=text[:80],
             next_step="Write MAJOR.MINOR.PATCH with an optional -prerelease and no +build, as in 1.2.0 or 2.0.0-rc.1.",
         )

@@ -7,7 +7,7 @@ a table of a few pages whole, as it should: here those with a row for each repos
 
 import re
 import sqlite3
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -162,8 +162,9 @@ def test_a_broad_search_reads_an_index_in_its_order_until_the_page_is_full(stock
         assert not (whole and any("TEMP B-TREE FOR ORDER BY" in line for line in plan)), told
 
 
-def test_a_page_is_read_by_its_ids(stocked: Stocked) -> None:
-    for statement, plan in stocked.plans(lambda session: descriptions.describe(session, list(range(7_000, 7_050)))):
+@pytest.mark.parametrize("told", [descriptions.describe, descriptions.stamps])
+def test_a_page_is_read_by_its_ids(stocked: Stocked, told: Callable[[Session, Sequence[int]], object]) -> None:
+    for statement, plan in stocked.plans(lambda session: told(session, list(range(7_000, 7_050)))):
         assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
 
 

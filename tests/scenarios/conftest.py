@@ -21,6 +21,16 @@ def embedded(tmp_path: Path) -> Cli:
     return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER})
 
 
+@pytest.fixture(params=("SQLite and a directory", "PostgreSQL and S3"))
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Cli:
+    """The whole registry within the command line's own process, on either pairing."""
+    environment = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER}
+    if request.param == "PostgreSQL and S3":
+        environment |= request.getfixturevalue("s3_environment")
+        environment["ADAPTORY_DATABASE_URL"] = request.getfixturevalue("fresh_postgres")
+    return Cli(environment)
+
+
 @pytest.fixture
 def fresh_postgres() -> str:
     """An empty, migrated database of its own."""

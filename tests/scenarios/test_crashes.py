@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -19,7 +19,6 @@ import httpx2
 import pytest
 import yaml
 
-from registry.db import Database
 from registry.models import Job
 from registry.resources import Resources, open_resources
 from registry.settings import Settings
@@ -27,7 +26,7 @@ from registry.worker.loop import Held, JobKind, run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.conftest import USER, stock
 from tests.scenarios.traces import api_of, home_of, traces
-from tests.scenarios.world import Cli, World, server
+from tests.scenarios.world import Cli, World, environment, server
 
 STEPS = list(KINDS["composition"].steps)
 LATER = timedelta(minutes=2)
@@ -57,8 +56,10 @@ def team(cli: Cli, world: World) -> Cli:
 
 
 @contextmanager
-def resources_of(home: Path, later: timedelta = timedelta(0)) -> Generator[Resources]:
-    opened = open_resources(Settings(home=home, user=USER))
+def resources_of(place: Mapping[str, str], later: timedelta = timedelta(0)) -> Generator[Resources]:
+    """Of the registry that this environment leads to."""
+    with environment(place, ["adaptory"]):
+        opened = open_resources(Settings())
     try:
         yield replace(opened, clock=lambda: opened.clock() + later)
     finally:
@@ -89,9 +90,9 @@ def begin(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", STEPS)
 def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends_the_job_the_same(
-    embedded: Cli, world: World, tmp_path: Path, last: str
+    either: Cli, world: World, tmp_path: Path, last: str
 ) -> None:
-    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+    cli, place = team(either, world), either.environment
     begin(cli, tmp_path)
     first: list[str] = []
 
@@ -99,16 +100,16 @@ def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends
         if name == last:
             raise Killed
 
-    with resources_of(home) as resources, pytest.raises(Killed):
+    with resources_of(place) as resources, pytest.raises(Killed):
         run_one(resources, watched(first, die), "first")
     assert first == STEPS[: STEPS.index(last) + 1]
     published = {release for release in traces(cli).releases if "both" in release or "merged" in release}
     assert published == ({"acme/both:1.0.0", "acme/merged:1.0.0"} if last == "publish" else set())
 
-    with resources_of(home) as resources:
+    with resources_of(place) as resources:
         assert not run_one(resources, watched([]), "too early"), "the lease has not run out"
     second: list[str] = []
-    with resources_of(home, LATER) as resources:
+    with resources_of(place, LATER) as resources:
         assert run_one(resources, watched(second), "second")
         assert not run_one(resources, watched([]), "third"), "it is done"
     assert second == STEPS[STEPS.index(last) :], "steps that were noted as done are not redone"
@@ -124,10 +125,10 @@ def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends
 
 
 def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neither(
-    embedded: Cli, world: World, tmp_path: Path
+    either: Cli, world: World, tmp_path: Path
 ) -> None:
     """The adapter's bytes are in the store and the model's are not: the next worker publishes both together."""
-    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+    cli, place = team(either, world), either.environment
     begin(cli, tmp_path)
 
     class DyingStore:
@@ -144,28 +145,28 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
                 raise Killed
             return self.store.put(sha256, source, move=move)
 
-    with resources_of(home) as resources, pytest.raises(Killed):
+    with resources_of(place) as resources, pytest.raises(Killed):
         run_one(replace(resources, store=DyingStore(resources.store)), KINDS, "first")
     assert not {"acme/both:1.0.0", "acme/merged:1.0.0"} & set(traces(cli).releases)
     second: list[str] = []
-    with resources_of(home, LATER) as resources:
+    with resources_of(place, LATER) as resources:
         assert run_one(resources, watched(second), "second")
     assert second == ["publish"]
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
     assert len(cli.json("log", "acme/both")["items"]) == 1
 
 
-def test_a_job_that_kills_every_worker_is_given_up(embedded: Cli, world: World, tmp_path: Path) -> None:
-    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+def test_a_job_that_kills_every_worker_is_given_up(either: Cli, world: World, tmp_path: Path) -> None:
+    cli, place = team(either, world), either.environment
     begin(cli, tmp_path)
 
     def die(_name: str) -> None:
         raise Killed
 
     for attempt in range(3):
-        with resources_of(home, attempt * LATER) as resources, pytest.raises(Killed):
+        with resources_of(place, attempt * LATER) as resources, pytest.raises(Killed):
             run_one(resources, watched([], die), f"worker {attempt}")
-    with resources_of(home, 3 * LATER) as resources:
+    with resources_of(place, 3 * LATER) as resources:
         assert run_one(resources, watched([]), "fourth"), "it ends the job and cleans up after it"
     job = cli.json("jobs", "1")
     assert (job["state"], job["error"]["code"]) == ("failed", "worker_lost")
@@ -195,7 +196,7 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(world: 
             if name == "evaluate":
                 kept.append(candidate.stat().st_mtime_ns)
 
-        with resources_of(home, LATER) as resources:
+        with resources_of({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": USER}, LATER) as resources:
             assert run_one(resources, watched(seen, look), "successor")
         assert seen == ["evaluate", "gate", "merge", "publish"]
         assert kept == [written], "the candidate is the one that the dead worker made"
@@ -353,26 +354,24 @@ def write_single(directory: Path) -> Path:
 
 
 def test_a_silent_worker_that_comes_back_cannot_end_a_job_that_another_has_taken(
-    embedded: Cli, world: World, tmp_path: Path
+    either: Cli, world: World, tmp_path: Path
 ) -> None:
     """The first worker sleeps through its lease in `combine`; the second takes over and is the one that finishes."""
-    cli, home = team(embedded, world), Path(embedded.environment["ADAPTORY_HOME"])
+    cli, place = team(either, world), either.environment
     begin(cli, tmp_path)
     first: list[str] = []
     second: list[str] = []
 
     def oversleep(name: str) -> None:
         if name == "combine":
-            with resources_of(home, LATER) as later:
+            with resources_of(place, LATER) as later:
                 assert run_one(later, watched(second), "second")
 
-    with resources_of(home) as resources:
+    with resources_of(place) as resources:
         run_one(resources, watched(first, oversleep), "first")
     assert (first, second) == (["check", "combine"], STEPS[1:]), "the first lets go as soon as it looks"
-    database = Database(f"sqlite:///{home / 'registry.db'}")
-    with database.read() as session:
+    with resources_of(place) as resources, resources.read() as session:
         job = session.get_one(Job, 1)
         assert (job.state, job.attempts) == ("done", 2)
         assert {step["state"] for step in job.steps} == {"done"}
-    database.close()
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)

@@ -22,7 +22,6 @@ from registry.web.app import create_app
 from registry.worker.loop import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.test_crashes import resources_of, team, write_recipe
-from tests.scenarios.test_workers import home_directory
 from tests.scenarios.traces import traces
 from tests.scenarios.world import Cli, World
 
@@ -67,9 +66,9 @@ class Office:
 
 
 @pytest.fixture
-def office(embedded: Cli, world: World) -> Generator[Office]:
-    cli = team(embedded, world)
-    with resources_of(home_directory(cli)) as resources:
+def office(either: Cli, world: World) -> Generator[Office]:
+    cli = team(either, world)
+    with resources_of(cli.environment) as resources:
         host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
         with resources.write() as session:
             namespaces.set_member(session, host, "acme", "pia", Role.READER)
@@ -150,8 +149,8 @@ def test_an_output_in_a_namespace_that_the_asker_cannot_make_is_refused_at_once(
 
 
 def test_the_single_user_of_a_registry_composes_into_a_namespace_that_is_new(
-    embedded: Cli, world: World, tmp_path: Path
+    either: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli, recipe = team(embedded, world), write_recipe(tmp_path)
+    cli, recipe = team(either, world), write_recipe(tmp_path)
     recipe.write_text(yaml.safe_dump(RECIPE | {"adapter": "new/both:1.0.0", "model": None}))
     assert cli.json("compose", recipe)["result"]["repository"] == "new/both"

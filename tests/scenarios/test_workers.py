@@ -20,15 +20,11 @@ from tests.scenarios.traces import traces
 from tests.scenarios.world import Cli, World
 
 
-def home_directory(cli: Cli) -> Path:
-    return Path(cli.environment["ADAPTORY_HOME"])
-
-
 @pytest.mark.parametrize("step", ["check", "evaluate", "merge"])
 def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
-    embedded: Cli, world: World, tmp_path: Path, step: str
+    either: Cli, world: World, tmp_path: Path, step: str
 ) -> None:
-    cli = team(embedded, world)
+    cli = team(either, world)
     begin(cli, tmp_path)
     before = traces(cli)
 
@@ -37,7 +33,7 @@ def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
             cli.ok("cancel", 1)
             time.sleep(2)  # longer than the first beats, by which the worker learns of it
 
-    with resources_of(home_directory(cli)) as resources:
+    with resources_of(cli.environment) as resources:
         assert run_one(resources, watched([], cancel), "worker")
     assert cli.json("jobs", 1)["state"] == "cancelled"
     after = traces(cli)
@@ -45,18 +41,18 @@ def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
     assert cli("cancel", 1).code == 4
 
 
-def test_a_waiting_composition_is_cancelled_at_once(embedded: Cli, world: World, tmp_path: Path) -> None:
-    cli = team(embedded, world)
+def test_a_waiting_composition_is_cancelled_at_once(either: Cli, world: World, tmp_path: Path) -> None:
+    cli = team(either, world)
     begin(cli, tmp_path)
     assert cli.json("cancel", 1)["state"] == "cancelled"
-    with resources_of(home_directory(cli)) as resources:
+    with resources_of(cli.environment) as resources:
         assert not run_one(resources, watched([]), "worker")
 
 
 def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
-    embedded: Cli, world: World, tmp_path: Path
+    either: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli, stop = team(embedded, world), threading.Event()
+    cli, stop = team(either, world), threading.Event()
     begin(cli, tmp_path)
     first: list[str] = []
     second: list[str] = []
@@ -65,7 +61,7 @@ def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
         if name == "combine":
             stop.set()
 
-    with resources_of(home_directory(cli)) as resources:
+    with resources_of(cli.environment) as resources:
         assert run_one(resources, watched(first, halt), "first", stop)
         assert cli.json("jobs", 1)["state"] == "queued"
         assert run_one(resources, watched(second), "second")
@@ -73,12 +69,12 @@ def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
 
 
-def test_a_worker_process_that_is_terminated_hands_its_job_back(embedded: Cli, world: World, tmp_path: Path) -> None:
-    cli = team(embedded, world)
+def test_a_worker_process_that_is_terminated_hands_its_job_back(either: Cli, world: World, tmp_path: Path) -> None:
+    cli = team(either, world)
     begin(cli, tmp_path)
     values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     second: list[str] = []
-    with resources_of(home_directory(cli)) as resources:
+    with resources_of(cli.environment) as resources:
 
         def state() -> str:
             with resources.read() as session:
@@ -104,29 +100,30 @@ def within(seconds: float, holds: Callable[[], bool]) -> None:
 
 
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
-    embedded: Cli, world: World, tmp_path: Path
+    either: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli, home = team(embedded, world), home_directory(embedded)
+    cli = team(either, world)
+    work = Path(cli.environment["ADAPTORY_HOME"]) / "work"
     begin(cli, tmp_path)
 
     def die(name: str) -> None:
         if name == "merge":
             raise Killed
 
-    with resources_of(home) as resources, pytest.raises(Killed):
+    with resources_of(cli.environment) as resources, pytest.raises(Killed):
         run_one(resources, watched([], die), "first")
-    shutil.rmtree(home / "work")
-    (home / "work").mkdir()
-    with resources_of(home, LATER) as resources:
+    shutil.rmtree(work)
+    work.mkdir()
+    with resources_of(cli.environment, LATER) as resources:
         assert run_one(resources, watched([]), "second")
     assert cli.json("jobs", 1)["state"] == "done"
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
 
 
-def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli, world: World, tmp_path: Path) -> None:
+def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(either: Cli, world: World, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
-    cli = team(embedded, World(base, world.adapters, world.suites))
+    cli = team(either, World(base, world.adapters, world.suites))
     shard = min(base.glob("*.safetensors"))
     save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
     composed = cli("compose", write_recipe(tmp_path))
@@ -147,9 +144,9 @@ def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli,
     ],
 )
 def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
-    embedded: Cli, world: World, tmp_path: Path, change: dict[str, object], code: int, words: str
+    either: Cli, world: World, tmp_path: Path, change: dict[str, object], code: int, words: str
 ) -> None:
-    cli = team(embedded, world)
+    cli = team(either, world)
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text()) | change
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     refused = cli("compose", tmp_path / "recipe.yaml")
@@ -158,10 +155,8 @@ def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
     assert cli.json("jobs")["items"] == []
 
 
-def test_the_probe_measures_the_weights_that_the_method_ends_up_with(
-    embedded: Cli, world: World, tmp_path: Path
-) -> None:
-    cli = team(embedded, world)
+def test_the_probe_measures_the_weights_that_the_method_ends_up_with(either: Cli, world: World, tmp_path: Path) -> None:
+    cli = team(either, world)
     plain = {
         "inputs": [
             {"adapter": "acme/sql", "weight": 0.5, "suite": "sql-exact"},
