@@ -17,9 +17,7 @@ from registry.resolve import OF_CHANNEL
 
 def create_app(database_url: str) -> FastAPI:
     app = FastAPI()
-    database = Database(database_url)  # with the pragmas and the pool of the registry, and no BEGIN, as that reads
-    reading = {} if database.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
-    engine = database.engine.execution_options(**reading)
+    engine = Database(database_url).reading  # pragmas and pool of the registry, and no BEGIN, as that reads
     one_row = text("SELECT version FROM releases WHERE id = :id")
 
     @app.get("/releases/{number}")

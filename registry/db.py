@@ -85,11 +85,11 @@ class Database:
 
     def __init__(self, url: str, patience: Patience = Patience()) -> None:
         self.url: URL = make_url(url)
-        reading = _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience)
+        self.reading: Engine = _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience)
         transactions = {} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
-        self.engine: Engine = reading.execution_options(**transactions)
+        self.engine: Engine = self.reading.execution_options(**transactions)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
-        self._reading = sessionmaker(reading, expire_on_commit=False, autoflush=False)
+        self._reading = sessionmaker(self.reading, expire_on_commit=False, autoflush=False)
         self._turn = Lock()
         self._longest_turn_s = _sqlite_wait_s(patience)
 
