@@ -132,7 +132,7 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
 
 def _together(deltas: Sequence[LowRank]) -> list[Factors]:
     """Three of rank 16 at one place pass over the rows three times, side by side once; so many directions at a time
-    that the memory does not depend on how many adapters there are, nor on their ranks."""
+    that memory hardly grows with the number of adapters and their ranks."""
     places: dict[tuple[int, int], list[LowRank]] = {}
     for delta in deltas:
         places.setdefault((delta.begin, delta.stored_shape[0]), []).append(delta)
