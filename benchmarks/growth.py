@@ -4,6 +4,7 @@ Each point is a process of its own, timed without its imports, beside the copy o
 Writes the plot of docs/growth.svg.
 """
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,8 +60,8 @@ def _made(directory: Path, layers: int, rank: int) -> Path:
 
 
 def _point(x: float, made: Path, count: int, rounds: int) -> Point:
-    """`count` adapters, the three that there are in turn."""
-    adapters = [made / MADE[number % len(MADE)] for number in range(count)]
+    """`count` adapters: copies of the three that there are, since files that are the same share their memory."""
+    adapters = [_copied(made / MADE[number % len(MADE)], made / f"adapter-{number}") for number in range(count)]
     out = made / "out"
     cases: dict[str, Case] = {
         "merge": once("composer", made / "base", out, *adapters),
@@ -68,6 +69,10 @@ def _point(x: float, made: Path, count: int, rounds: int) -> Point:
     }
     results = harness.interleave(cases, rounds)
     return x, results["merge"], results["copy"]
+
+
+def _copied(adapter: Path, copy: Path) -> Path:
+    return copy if copy.exists() else shutil.copytree(adapter, copy)
 
 
 def _sized(made: Path, rounds: int) -> Point:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from composer.adapter import PeftForm, peft_form, write_adapter
-from composer.checks import structural
 from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
@@ -79,7 +78,7 @@ def combine(
         replacements=len(form.replacements),
         size_bytes=size,
         compressions=tuple(combined.compressions),
-        findings=(*structural(loaded, {"tied": "untie"}), *_dropped_copies(loaded)),
+        findings=(*combined.findings, *_dropped_copies(loaded)),
     )
 
 

@@ -78,11 +78,25 @@ class LowRank:
         return self.stored_left(slice(None), dtype), self.stored_right(dtype)
 
     def stored_left(self, rows: slice | list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        left = self.B_OR if self.layout is Layout.LINEAR else self.A_RI.T
-        return left[rows].to(dtype) * self.scale
+        return self._left[rows].to(dtype) * self.scale
 
     def stored_right(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return (self.A_RI if self.layout is Layout.LINEAR else self.B_OR.T).to(dtype)
+        return self._right.to(dtype)
+
+    def stored_left_into(self, rows: slice, out: torch.Tensor) -> None:
+        """The same in memory that is there."""
+        out.copy_(self._left[rows]).mul_(self.scale)
+
+    def stored_right_into(self, out: torch.Tensor) -> None:
+        out.copy_(self._right)
+
+    @property
+    def _left(self) -> torch.Tensor:
+        return self.B_OR if self.layout is Layout.LINEAR else self.A_RI.T
+
+    @property
+    def _right(self) -> torch.Tensor:
+        return self.A_RI if self.layout is Layout.LINEAR else self.B_OR.T
 
 
 Rows = Callable[[torch.Tensor, int], torch.Tensor]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -27,7 +27,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ALIGNED = 64  # bytes; what vector instructions like
 _ASKING = threading.Lock()
 _asked: list[int] = []  # by the blocks of `torch_threads` that have not ended, after what there was before them
-_MAPPINGS: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor
+_AROUND = 64 << 10  # bytes that the kernel maps around a page that is looked at
+_MAPPING = threading.Lock()
+_FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by what tells a file from others
+_ADDRESSES: WeakKeyDictionary[mmap.mmap, int] = WeakKeyDictionary()
 
 
 def torch_dtype(name: str, subject: str) -> torch.dtype:
@@ -42,32 +45,57 @@ def torch_dtype(name: str, subject: str) -> torch.dtype:
 
 
 def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """The tensor at `entry`, mapped: it takes memory only where it is touched. The file must not change meanwhile."""
+    """The tensor at `entry`, mapped: it takes memory only where it is touched. Nobody may write to the file meanwhile,
+    nor to the tensor: all that are made of one file share its mapping. Raises InvalidFile for a file that is too short.
+    """
     dtype = torch_dtype(entry.dtype, entry.name)
     if entry.size_bytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size < entry.end:
-            raise became_shorter(path.name)
-        # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file.
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    part = memoryview(mapping)[entry.begin : entry.end]
-    if entry.begin % dtype.itemsize:
-        part = bytearray(part)  # a writer that did not align its header
+    mapping = _mapping_of(path)
+    if len(mapping) < entry.end:
+        raise became_shorter(path.name)
+    if entry.begin % dtype.itemsize:  # a writer that did not align its header
+        part = bytearray(memoryview(mapping)[entry.begin : entry.end])
         return torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
-    return _mapped(mapping, entry.begin, entry.end, dtype).reshape(entry.shape)
+    return _mapped(mapping, entry.begin, entry.size_bytes, dtype).reshape(entry.shape)
+
+
+def _mapping_of(path: Path) -> mmap.mmap:
+    """One a file, not one a tensor: a process may have 65,530, and each costs memory and a walk to the kernel."""
+    with _MAPPING, path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        mapping = _FILES.get(key)
+        if mapping is None:
+            if not found.st_size:
+                raise became_shorter(path.name)
+            # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file.
+            mapping = _FILES[key] = _known(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        return mapping
+
+
+def _known(mapping: mmap.mmap) -> mmap.mmap:
+    _ADDRESSES[mapping] = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+    return mapping
+
+
+def _mapped(mapping: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(mapping, dtype=dtype, count=size // dtype.itemsize, offset=begin)
 
 
 def give_back(tensor: torch.Tensor) -> None:
-    """Let go of the memory of a mapped tensor (`map_tensor`, `Aside`) and of those mapped together with it; they are
-    read again when they are looked at again.
+    """Let go of the memory of a mapped tensor (`map_tensor`, `Aside`); it is read again when it is looked at again.
 
-    Nothing happens to any other tensor, nor may the mapped one have been written to.
+    Nothing happens to any other tensor.
     """
-    mapping = _MAPPINGS.get(tensor.data_ptr())
-    if mapping is not None:
-        # All of it, since the kernel maps the pages around those that are looked at too: 60 kB a tensor.
-        mapping.madvise(mmap.MADV_DONTNEED)
+    address = tensor.data_ptr()
+    with _MAPPING:
+        for mapping, start in _ADDRESSES.items():
+            if start <= address < start + len(mapping):
+                begin = (address - start) // _AROUND * _AROUND
+                size = address - start + tensor.nbytes - begin
+                mapping.madvise(mmap.MADV_DONTNEED, begin, min(-(-size // _AROUND) * _AROUND, len(mapping) - begin))
+                return
 
 
 class Aside:
@@ -94,18 +122,13 @@ class Aside:
             message = f"{gettempdir()} has no room for the combined factors: {error.strerror}."
             next_step = "Free some space, or name another directory (TMPDIR)."
             raise RefusedOutput("disk_full", message, subject=gettempdir(), next_step=next_step) from error
-        mapping = mmap.mmap(self._file.fileno(), begins[-1], access=mmap.ACCESS_COPY, offset=self._end)
+        with _MAPPING:
+            mapping = _known(mmap.mmap(self._file.fileno(), begins[-1], access=mmap.ACCESS_COPY, offset=self._end))
         self._end += -(-begins[-1] // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return [
-            _mapped(mapping, begin, begin + one.nbytes, one.dtype).reshape(one.shape) if one.numel() else one
+            _mapped(mapping, begin, one.nbytes, one.dtype).reshape(one.shape) if one.numel() else one
             for begin, one in zip(begins, tensors, strict=False)
         ]
-
-
-def _mapped(mapping: mmap.mmap, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.frombuffer(memoryview(mapping)[begin:end], dtype=dtype)
-    _MAPPINGS[tensor.data_ptr()] = mapping
-    return tensor
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

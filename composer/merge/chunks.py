@@ -54,11 +54,19 @@ class Factors:
         """The rows both have: counted in the chunk, and from `begin`."""
         return _common(chunk, self.begin, self.rows)
 
-    def left(self, own: slice | list[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([part.stored_left(own, dtype) for part in self.parts], dim=1)
+    @property
+    def rank(self) -> int:
+        return sum(part.rank for part in self.parts)
 
-    def right(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat([part.stored_right(dtype) for part in self.parts])
+    def left_into(self, own: slice, out_MR: torch.Tensor) -> torch.Tensor:
+        for part, columns in zip(self.parts, out_MR.split([one.rank for one in self.parts], dim=1), strict=True):
+            part.stored_left_into(own, columns)
+        return out_MR
+
+    def right_into(self, out_RN: torch.Tensor) -> torch.Tensor:
+        for part, rows in zip(self.parts, out_RN.split([one.rank for one in self.parts]), strict=True):
+            part.stored_right_into(rows)
+        return out_RN
 
     def to(self, device: torch.device) -> "Factors":
         parts = (replace(part, A_RI=part.A_RI.to(device), B_OR=part.B_OR.to(device)) for part in self.parts)
@@ -248,14 +256,22 @@ class Rewriter:
         for one in factors:
             if common := one.within(chunk):
                 rows, own = common
-                sum_MN[rows].addmm_(one.left(own, sum_MN.dtype), self._right(one, sum_MN.dtype))
+                left_MR = self._scratch("left", torch.Size((own.stop - own.start, one.rank)), sum_MN)
+                sum_MN[rows].addmm_(one.left_into(own, left_MR), self._right(one, sum_MN))
 
-    def _right(self, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+    def _right(self, factors: Factors, sum_MN: torch.Tensor) -> torch.Tensor:
         """Kept for this thread's next chunk, which mostly is of the same tensor."""
         latest: tuple[Factors, torch.Tensor] | None = getattr(self._local, "right", None)
-        if latest is None or latest[0] is not factors or latest[1].dtype is not dtype:
-            latest = self._local.right = (factors, factors.right(dtype))
+        if latest is None or latest[0] is not factors or latest[1].dtype is not sum_MN.dtype:
+            right_RN = self._scratch("right", torch.Size((factors.rank, sum_MN.shape[1])), sum_MN)
+            latest = self._local.right = (factors, factors.right_into(right_RN))
         return latest[1]
+
+    def _scratch(self, role: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+        """Of the dtype and on the device of `like`; on a GPU torch keeps its own memory from chunk to chunk."""
+        if like.device.type == "cpu":
+            return self._buffer(f"{role} factor", shape, like.dtype)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def _buffer(self, role: str, shape: torch.Size, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """This thread's memory, placed in a block as `offset` is in the file, so that it can be written directly."""
@@ -263,7 +279,7 @@ class Rewriter:
         flat = getattr(self._local, key, None)
         spare = BLOCK_BYTES // dtype.itemsize
         if flat is None or flat.numel() < shape.numel() + spare:
-            pinned = self.device.type == "cuda" and role != "sum"
+            pinned = self.device.type == "cuda" and role in ("in", "out")
             flat = torch.empty(max(_CHUNK_ELEMENTS, shape.numel()) + spare, dtype=dtype, pin_memory=pinned)
             setattr(self._local, key, flat)
         first = (offset - flat.data_ptr()) % BLOCK_BYTES // dtype.itemsize

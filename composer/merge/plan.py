@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 
-from composer.checks import structural
 from composer.delta import Delta, Replacement
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity
@@ -126,7 +125,8 @@ def plan_merge(
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     deltas: dict[str, list[Delta]] = defaultdict(list)
-    for delta in combine_deltas(loaded, [weight for _, weight in adapters], method, parsed).deltas:
+    combined = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
+    for delta in combined.deltas:
         deltas[delta.weight].append(delta)
     head = _untied_head(checkpoint, loaded) if parsed["tied"] == "untie" else None
     source = dequantized(checkpoint)
@@ -143,7 +143,7 @@ def plan_merge(
         settings=parsed,
         adapters=tuple(uses),
         findings=(
-            *structural(loaded, parsed),
+            *combined.findings,
             *_missing_tokenizer(checkpoint.path),
             *quantized_bases(checkpoint, loaded),
         ),

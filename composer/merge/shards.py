@@ -101,7 +101,7 @@ def write_shards(
             resumed += 0 if fresh else shard.size_bytes
             target = Target.opened(journal.directory / shard.file, fresh, sync, stack)
             run = _ShardRun(shard, sources, target, rewriter, confirming, progress or (lambda count: None))
-            jobs = _submitted(pool, run.jobs(works), begun, 4 * workers)
+            jobs = _submitted(pool, run.jobs(works), begun, 2 * workers)
             ends.append(disk.submit(_end, run, jobs, journal))
         survivals = {name: one for end in ends for name, one in end.result().items()}
         for one in syncing:

@@ -16,6 +16,7 @@ import torch
 from composer.checks import served_by_twin, structural
 from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
 from composer.errors import Mismatch, NotSupported
+from composer.findings import Finding
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.naming import is_head
 from composer.hashing import hash_file
@@ -36,10 +37,12 @@ __all__ = ["Combination", "Compression", "combine_deltas", "untied", "with_delta
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """What is added in the end, and what compression lost, for each module that was compressed."""
+    """What is added in the end, and what compression lost, for each module that was compressed. `findings` are those
+    of `structural` that are no errors."""
 
     deltas: list[Delta]
     compressions: list[Compression]
+    findings: list[Finding]
 
 
 def combine_deltas(
@@ -66,14 +69,15 @@ def combine_deltas(
     _refuse_idle(adapters, given, parsed)
     loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
     loaded = [_taking_part(adapter, weight) for adapter, weight in zip(loaded, given, strict=True)]
-    refuse_errors("These adapters cannot be combined", structural(loaded, parsed))
+    findings = structural(loaded, parsed)
+    refuse_errors("These adapters cannot be combined", findings)
     pipeline = PIPELINES[method]
     replaced, places = _places(loaded, given, method, parsed)
     if not replaced and not places:
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
     if pipeline.parity:
-        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [])
+        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [], findings)
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
         if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
@@ -84,7 +88,7 @@ def combine_deltas(
             finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections), own))
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
-    return Combination([*replaced, *(delta for deltas, _ in results for delta in deltas)], compressions)
+    return Combination([*replaced, *(delta for deltas, _ in results for delta in deltas)], compressions, findings)
 
 
 def _run(pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections) -> Result:

@@ -36,6 +36,29 @@ def test_a_mapped_tensor_takes_memory_while_it_is_looked_at_and_is_read_again_af
     assert b.tolist() == [1, 1, 1]
 
 
+def mappings_of(path: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def test_all_tensors_of_a_file_share_one_mapping_that_goes_with_the_last_of_them(tmp_path: Path) -> None:
+    """A process may have some 65,000: fewer than many adapters have tensors."""
+    path = tmp_path / "file.safetensors"
+    names = [f"w{number}" for number in range(50)]
+    save_file({name: torch.full((100,), number) for number, name in enumerate(names)}, path)
+    entries = read_header(path).tensors
+    mapped = [map_tensor(path, entries[name]) for name in names]
+    assert mappings_of(path) == 1
+    give_back(mapped[7])
+    assert [int(one[0]) for one in mapped] == list(range(50))
+
+    save_file({name: torch.full((100,), -1) for name in names}, tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").rename(path)
+    assert int(map_tensor(path, entries["w3"])[0]) == -1, "another file of that name is another mapping"
+    assert int(mapped[3][0]) == 3
+    del mapped
+    assert mappings_of(path) == 0
+
+
 def test_what_is_not_mapped_is_left_alone(tmp_path: Path) -> None:
     own = torch.arange(5_000)
     give_back(own)
