@@ -275,7 +275,15 @@ def _announce(
 
 
 def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> None:
-    """What has expired counts no longer, whether it was swept or not: it cannot be sent any more."""
+    """What has expired counts no longer, whether it was swept or not: it cannot be sent any more. Raises TooLarge for
+    what can never be announced together, TooMany for what can be later."""
+    if more > limit:
+        raise TooLarge(
+            "too_many_files",
+            f"{more:,} files are announced at once, more than the {limit:,} that may be open.",
+            subject=actor.name,
+            next_step="Announce them in parts and send each; or raise ADAPTORY_MAX_OPEN_UPLOADS on the registry.",
+        )
     arrived = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
     mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~arrived
     count, first_end = session.execute(select(func.count(), func.min(Upload.expires_at)).where(mine)).one()

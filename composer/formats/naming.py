@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from composer.formats.checkpoint import Architecture
 
@@ -60,6 +61,7 @@ class Target:
     rule: str = ""
 
 
+@lru_cache(maxsize=8192)  # asked three times of every key, and adapters of one model have the same ones
 def split_key(key: str) -> Key:
     path = key.removeprefix(PEFT_PREFIX)
     for pattern, part in _PARTS:
