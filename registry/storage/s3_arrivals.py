@@ -2,9 +2,8 @@
 
 import base64
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
-from time import monotonic
 from typing import Any
 
 from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTypeStubs]
@@ -13,8 +12,8 @@ from botocore.exceptions import ClientError  # pyright: ignore[reportMissingType
 from registry.errors import Conflict, Invalid
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, BlobStat, Part, Put
-from registry.storage.s3_bucket import Bucket, code_of, told
-from registry.storage.s3_trial import PROBE, STALE_S, Trial
+from registry.storage.s3_bucket import NO_HEADERS, Bucket, code_of, told
+from registry.storage.s3_trial import NEVER, PROBE, STALE_S, Trial
 
 INCOMING = "incoming/"
 _MAX_PARTS = 10_000
@@ -29,8 +28,8 @@ class S3Arrivals:
     """A file sent whole goes straight to the key of its blob where the store refuses a body of another sha256 and a
     signed request serves for nothing else, as `Trial` finds or the settings say.
 
-    On Swift it does serve for something else: whoever holds one can send the same bytes once more, with a header that
-    was not signed (`X-Delete-After`), and end a blob that others rely on by then.
+    Whoever holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then with
+    a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
 
     Everything else is put aside under `incoming/`, read back, hashed and copied: files in parts, whose sha256 no store
     knows; files for a blob that is there already, since the sender must show its own bytes and leave the others alone;
@@ -41,12 +40,11 @@ class S3Arrivals:
         self,
         bucket: Bucket,
         storage: S3Storage,
-        clock: Callable[[], float] = monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._bucket, self._storage, self._now = bucket, storage, now
         self._client: Any = bucket.client
-        self._trial = Trial(bucket, storage, self._put_of, self._aside, clock)
+        self._trial = Trial(bucket, storage, self._put_of, self._aside)
 
     def part_bytes(self, size_bytes: int) -> int | None:
         if size_bytes < self._storage.multipart_bytes:
@@ -61,8 +59,9 @@ class S3Arrivals:
     def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
             return None
-        in_place = not known and self._trial.allows_in_place()
-        return self._put_of(arrival, self._bucket.blob(arrival.sha256) if in_place else self._aside(arrival), expires_s)
+        if not known and self._trial.allows_in_place():
+            return self._put_of(arrival, self._bucket.blob(arrival.sha256), expires_s, NEVER)
+        return self._put_of(arrival, self._aside(arrival), expires_s)
 
     def parts(self, arrival: Arrival, expires_s: int) -> list[Part] | None:
         there = self._stored_parts(arrival)
@@ -72,8 +71,11 @@ class S3Arrivals:
         parts: list[Part] = []
         for number, size in enumerate(arrival.part_sizes, start=1):
             params = {**request, "PartNumber": number, "ContentLength": size}
-            sent = number in there and there[number]["Size"] == size
-            parts.append(Part(number, size, None if sent else self._signed("upload_part", params, expires_s)))
+            if number in there and there[number]["Size"] == size:
+                parts.append(Part(number, size, None))
+                continue
+            url = self._bucket.signed_url("upload_part", params, expires_s)
+            parts.append(Part(number, size, Put(url, {"Content-Length": str(size)})))
         return parts
 
     def finish(self, arrival: Arrival) -> BlobStat:
@@ -119,8 +121,10 @@ class S3Arrivals:
     def _aside(self, arrival: Arrival) -> dict[str, str]:
         return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
 
-    def _put_of(self, arrival: Arrival, named: dict[str, str], expires_s: int) -> Put:
-        """Length, sha256 and the upload's id are signed: the request serves these bytes and no others."""
+    def _put_of(
+        self, arrival: Arrival, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
+    ) -> Put:
+        """Length, sha256, the upload and `more` headers are signed: the request serves these bytes and no others."""
         checksum = base64.b64encode(bytes.fromhex(arrival.sha256)).decode()
         params = {
             **named,
@@ -128,15 +132,9 @@ class S3Arrivals:
             "ChecksumSHA256": checksum,
             "Metadata": {"upload": arrival.upload_id},
         }
-        headers = {"x-amz-checksum-sha256": checksum, "x-amz-meta-upload": arrival.upload_id}
-        return self._signed("put_object", params, expires_s, headers)
-
-    def _signed(
-        self, operation: str, params: dict[str, Any], expires_s: int, headers: dict[str, str] | None = None
-    ) -> Put:
-        with told(params["Key"]):
-            url = self._client.generate_presigned_url(operation, Params=params, ExpiresIn=expires_s)
-        return Put(url, {"Content-Length": str(params["ContentLength"]), **(headers or {})})
+        url = self._bucket.signed_url("put_object", params, expires_s, more)
+        headers = {"x-amz-checksum-sha256": checksum, "x-amz-meta-upload": arrival.upload_id, **more}
+        return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
 
     def _arrived(self, arrival: Arrival) -> dict[str, Any] | None:
         """What lies aside, or the blob itself where this very upload wrote it; `aside` says which."""

@@ -1,9 +1,11 @@
 """A bucket and what goes wrong with it: boto3's answers and errors in our words."""
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import boto3  # pyright: ignore[reportMissingTypeStubs]
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
 """Codes of an object that is not there; a bucket that is not there has one of its own and is the operator's fault."""
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_to_sign: ContextVar[Mapping[str, str]] = ContextVar("_to_sign", default=NO_HEADERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,17 @@ class Bucket:
                     return None
                 raise
 
+    def signed_url(
+        self, operation: str, params: Mapping[str, Any], expires_s: int, headers: Mapping[str, str] = NO_HEADERS
+    ) -> str:
+        """`headers` are part of the signature too: those that boto3 has no parameter for."""
+        token = _to_sign.set(headers)
+        try:
+            with told(params["Key"]):
+                return self.client.generate_presigned_url(operation, Params=params, ExpiresIn=expires_s)
+        finally:
+            _to_sign.reset(token)
+
     def listed(self, beginning: str) -> Iterator[dict[str, Any]]:
         """Key, Size and LastModified of every object whose key begins so."""
         with told(self.name):
@@ -71,7 +86,13 @@ def open_bucket(storage: S3Storage) -> Bucket:
     )
     session: Any = boto3.Session()
     client = session.client("s3", endpoint_url=storage.endpoint_url, config=config)
+    client.meta.events.register("before-sign.s3", _add_headers)
     return Bucket(client, storage.bucket, storage.prefix)
+
+
+def _add_headers(request: Any, **_: object) -> None:
+    for name, value in _to_sign.get().items():
+        request.headers[name] = value
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """How far a store may be trusted with what others send it: tried by each process, on objects of its own."""
 
-import atexit
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from threading import Lock, Timer
+from threading import Lock
+from types import MappingProxyType
 
 import httpx2
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
@@ -20,37 +19,32 @@ from registry.storage.s3_bucket import Bucket, code_of, told
 
 log = logging.getLogger(__name__)
 
-SETTLED_S = 10.0
-"""So long after an object should have ended, a store that meant to end it has."""
+NEVER: Mapping[str, str] = MappingProxyType({"X-Delete-After": "9999999999", "X-Delete-At": "9999999999"})
+"""The end of an object that nobody may end: signed, so that its sender cannot name another. A store that knows these
+headers, as Swift does, takes them for the last moment that it knows (in 2286); for others they say nothing."""
 PROBE = "probe-"
 """What the ids of a trial's own arrivals begin with."""
 STALE_S = 60.0
 """An object of a trial that is older was left by a process that was killed."""
-_ENDS_SOON = {"X-Delete-After": "1"}
+_SOON = "60"
 _RIGHT, _WRONG = b"right", b"wrong"
 _CONDITION_FAILED = {"412", "PreconditionFailed"}
 
-SignedPut = Callable[[Arrival, dict[str, str], int], Put]
-"""The request that a sender gets for an object, good for so many seconds."""
+Headers = Iterable[tuple[str, str]]
+SignedPut = Callable[[Arrival, dict[str, str], int, Mapping[str, str]], Put]
+"""The request that a sender gets for an object, good for so many seconds, with further headers signed."""
 
 
 class Trial:
-    """`aside` names the object where an arrival waits; `clock` counts seconds."""
+    """`aside` names the object where an arrival waits."""
 
     def __init__(
-        self,
-        bucket: Bucket,
-        storage: S3Storage,
-        signed_put: SignedPut,
-        aside: Callable[[Arrival], dict[str, str]],
-        clock: Callable[[], float],
+        self, bucket: Bucket, storage: S3Storage, signed_put: SignedPut, aside: Callable[[Arrival], dict[str, str]]
     ) -> None:
         self._bucket, self._storage = bucket, storage
-        self._signed_put, self._aside, self._clock = signed_put, aside, clock
+        self._signed_put, self._aside = signed_put, aside
         self._checks: bool | None = None
         self._in_place = None if storage.direct == "auto" else storage.direct
-        self._ending: Arrival | None = None
-        self._look_at = clock() + SETTLED_S
         self._lock = Lock()
 
     def checks_bodies(self) -> bool:
@@ -72,57 +66,37 @@ class Trial:
     def allows_in_place(self) -> bool:
         """Whether a request for a blob's own key serves for its bytes and for nothing else.
 
-        Where the settings leave it open: once an object that was sent with an end, in a header that was not signed, has
-        outlived that end. A store need not show ends, so the object is waited for, by a process that lives long enough;
-        it goes as soon as that is known, or with the process.
+        Where the settings leave it open: if the store takes right bytes with the signed end, and refuses the same bytes
+        with every other one.
         """
         if not self.checks_bodies():
             return False
         with self._lock:
-            if self._in_place is None and self._clock() >= self._look_at:
-                self._look_at = self._clock() + SETTLED_S
-                self._in_place = self._ignores_ends()
-            return bool(self._in_place)
-
-    def _ignores_ends(self) -> bool | None:
-        """None when it has only now been asked."""
-        if self._ending is None:
-            ending = _probe()
-            if not self._takes(ending, _RIGHT, _ENDS_SOON):
-                return True
-            self._ending = ending
-            atexit.register(self._leave)
-            timer = Timer(SETTLED_S, self._look)
-            timer.daemon = True
-            timer.start()
-            return None
-        outlived = self._bucket.head(self._aside(self._ending)) is not None
-        self._remove(self._ending)
-        atexit.unregister(self._leave)
-        return outlived
-
-    def _look(self) -> None:
-        """Also when nobody sends anything more."""
-        with suppress(Unavailable), self._lock:  # it is in the log, and the next file asks again
             if self._in_place is None:
-                self._in_place = self._ignores_ends()
+                self._in_place = self._holds_to_the_signed_end(_probe())
+            return self._in_place
 
-    def _leave(self) -> None:
-        """Before its time, so that it says nothing."""
-        if self._ending is not None:
-            with suppress(Unavailable):  # it is in the log, and a collection will remove it
-                self._remove(self._ending)
+    def _holds_to_the_signed_end(self, probe: Arrival) -> bool:
+        put = self._signed_put(probe, self._aside(probe), 60, NEVER)
+        try:
+            if not self._accepts(put.url, _RIGHT, put.headers.items()):
+                return False  # something on the way takes away what is signed
+            return not any(self._accepts(put.url, _RIGHT, other) for other in _with_another_end(put.headers))
+        finally:
+            self._remove(probe)
 
     def _remove(self, probe: Arrival) -> None:
         with told(self._bucket.name):
             self._bucket.client.delete_object(**self._aside(probe))
 
-    def _takes(self, probe: Arrival, body: bytes, more: Mapping[str, str] | None = None) -> bool:
+    def _takes(self, probe: Arrival, body: bytes) -> bool:
         """Sent as a client would send it."""
-        put = self._signed_put(probe, self._aside(probe), 60)
-        headers = {**put.headers, **(more or {})}
+        put = self._signed_put(probe, self._aside(probe), 60, {})
+        return self._accepts(put.url, body, put.headers.items())
+
+    def _accepts(self, url: str, body: bytes, headers: Headers) -> bool:
         try:
-            answer = httpx2.put(put.url, content=body, headers=headers, timeout=self._storage.read_timeout_s)
+            answer = httpx2.put(url, content=body, headers=list(headers), timeout=self._storage.read_timeout_s)
         except httpx2.TransportError as error:
             log.warning("The blob store does not answer: %s", error)
             raise Unavailable("store_unavailable", "The blob store does not answer.", next_step="Try again.") from error
@@ -152,6 +126,15 @@ class Trial:
                     raise
                 return False
         return True
+
+
+def _with_another_end(headers: Mapping[str, str]) -> Iterator[Headers]:
+    """In place of the signed one, before it, after it, or none."""
+    signed = [row for row in headers.items() if row[0] in NEVER]
+    others = [row for row in headers.items() if row[0] not in NEVER]
+    soon = [(name, _SOON) for name in NEVER]
+    for end in (soon, soon + signed, signed + soon, []):
+        yield others + end
 
 
 def _probe() -> Arrival:

@@ -48,7 +48,6 @@ class Corner:
         self.arrivals = S3Arrivals(
             open_bucket(storage),
             storage,
-            clock=lambda: self.seconds,
             now=lambda: datetime.now(UTC) + timedelta(seconds=self.seconds),
         )
 

@@ -1,22 +1,16 @@
 """Sending straight to the place of a blob, which a store must be seen to be fit for; trying that leaves nothing."""
 
 import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 
-from registry.names import Digest
-from registry.settings import S3Storage
-from registry.storage import s3_trial
-from registry.storage.blobs import Arrival
-from registry.storage.s3_arrivals import S3Arrivals
-from registry.storage.s3_bucket import open_bucket
-from registry.storage.s3_trial import PROBE, SETTLED_S, STALE_S
+from registry.storage.blobs import Put
+from registry.storage.s3_trial import NEVER, PROBE, STALE_S
 from tests.contracts.corner import TOMORROW, Corner, relay, send
 from tests.s3_server import BUCKET, S3Server
 
@@ -28,76 +22,81 @@ def in_place(corner: Corner) -> bool:
     return "/blobs/sha256/" in path
 
 
-def test_a_store_that_obeys_a_header_which_was_not_signed_gets_nothing_in_place(
+def sent(corner: Corner) -> None:
+    """A file goes the way that it is told, and is a blob then."""
+    content = os.urandom(1000)
+    arrival = corner.announce(content)
+    assert send(corner.whole(arrival), content) == 200
+    assert corner.arrivals.finish(arrival).size_bytes == 1000
+    assert corner.read(arrival.sha256) == content
+
+
+def test_a_store_that_holds_to_what_is_signed_gets_files_in_place_from_the_first_on(
     s3: S3Server, credentials: None
 ) -> None:
     corner = Corner(s3)
-    assert not in_place(corner)
-    assert corner.left() == set(), "a process that ends soon asks nothing"
-    corner.seconds += SETTLED_S
-    assert not in_place(corner)
-    time.sleep(3)  # the object should end after one
-    for _ in range(3):
-        corner.seconds += SETTLED_S
-        assert not in_place(corner)
+    assert in_place(corner)
+    sent(corner)
     assert corner.left() == set()
 
 
-def test_a_store_that_never_sees_such_a_header_gets_files_in_place_once_that_is_known(
-    s3: S3Server, credentials: None
+Rows = list[tuple[str, str]]
+SOON = [("X-Delete-After", "1")]
+ATTACKS: Mapping[str, Callable[[Rows], Rows]] = {
+    "another end": lambda rows: [row for row in rows if row[0] not in NEVER] + SOON,
+    "another one after it": lambda rows: rows + SOON,
+    "another one before it": lambda rows: SOON + rows,
+    "in small letters": lambda rows: [*rows, ("x-delete-after", "1")],
+    "another spelling": lambda rows: [*rows, ("X_Delete_After", "1")],
+    "a moment": lambda rows: [*rows, ("X-Delete-At", str(int(time.time()) + 2))],
+    "no end": lambda rows: [row for row in rows if row[0] not in NEVER],
+    "a list of other objects": lambda rows: [*rows, ("X-Object-Manifest", f"{BUCKET}/")],
+    "a link": lambda rows: [*rows, ("X-Symlink-Target", f"{BUCKET}/other")],
+    "a copy": lambda rows: [*rows, ("X-Copy-From", f"{BUCKET}/other")],
+    "a copy, in the words of S3": lambda rows: [*rows, ("x-amz-copy-source", f"{BUCKET}/other")],
+    "an encoding": lambda rows: [*rows, ("Content-Encoding", "gzip")],
+}
+
+
+def test_who_sends_a_blob_once_more_with_headers_of_his_own_neither_ends_nor_changes_it(corner: Corner) -> None:
+    content = os.urandom(1000)
+    arrival = corner.announce(content)
+    put = corner.whole(arrival)
+    assert send(put, content) == 200
+    corner.arrivals.finish(arrival)
+    corner.client.put_object(Bucket=BUCKET, Key="other", Body=b"what another blob would become")
+    for name, attack in ATTACKS.items():
+        refused = _send_as(put, content, attack(list(put.headers.items())))
+        assert refused in (200, 403), name
+    time.sleep(4)
+    assert corner.read(arrival.sha256) == content
+    address = corner.store.url(arrival.sha256, 60)
+    assert address is not None
+    assert httpx2.get(address).content == content
+
+
+def _send_as(put: Put, content: bytes, rows: Rows) -> int:
+    return httpx2.put(put.url, content=content, headers=rows, timeout=60).status_code
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({b"X-Delete-After": b"X-Nothing-Else"}, id="takes the signed end away"),
+        pytest.param(
+            {b"X-Delete-After: 60": b"X-Nothing-Else: 60", b"X-Delete-At: 60": b"X-Nothing-x: 60"},
+            id="takes another end as well",
+        ),
+    ],
+)
+def test_where_the_end_could_be_another_than_the_signed_one_files_are_copied(
+    s3: S3Server, credentials: None, changes: dict[bytes, bytes]
 ) -> None:
-    """The real server behind a relay that takes the header away, since no server for tests does so by itself."""
-    with relay(s3.endpoint, {b"X-Delete-After": b"X-Nothing-Else"}) as endpoint:
+    """The real server behind a relay that changes headers, since no server for tests does so by itself."""
+    with relay(s3.endpoint, changes) as endpoint:
         corner = Corner(s3, endpoint=endpoint)
-        corner.seconds += SETTLED_S
         assert not in_place(corner)
-        assert len(corner.left()) == 1
-        time.sleep(3)
-        assert not in_place(corner), "too early to tell"
-        corner.seconds += SETTLED_S
-        content = os.urandom(1000)
-        arrival = corner.announce(content)
-        put = corner.whole(arrival)
-        assert "/blobs/sha256/" in put.url
-        assert corner.left() == set()
-        assert send(put, content) == 200
-        assert corner.arrivals.finish(arrival).size_bytes == 1000
-        assert corner.read(arrival.sha256) == content
-
-
-def test_a_trial_ends_by_itself_and_leaves_nothing(
-    s3: S3Server, credentials: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3_trial, "SETTLED_S", 1.0)
-    with relay(s3.endpoint, {b"X-Delete-After": b"X-Nothing-Else"}) as endpoint:
-        corner = Corner(s3, endpoint=endpoint)
-        corner.seconds += SETTLED_S
-        assert not in_place(corner)
-        assert len(corner.left()) == 1
-        deadline = time.monotonic() + 20
-        while corner.left():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert in_place(corner), "and what it found is known"
-
-
-def begin_a_trial_and_end(prefix: str, endpoint: str) -> None:
-    """For a process of its own; says how many objects it has in the store."""
-    storage = S3Storage(bucket=BUCKET, prefix=prefix, endpoint_url=endpoint)
-    seconds = iter((0.0, SETTLED_S, SETTLED_S))
-    arrivals = S3Arrivals(open_bucket(storage), storage, clock=lambda: next(seconds))
-    arrivals.whole(Arrival("an-upload", Digest("0" * 64), 1), 600, sent_before=False, known=False)
-    sys.stdout.write(str(len(list(open_bucket(storage).listed("incoming/")))))
-
-
-def test_a_process_that_ends_before_its_trial_leaves_nothing(s3: S3Server, credentials: None) -> None:
-    with relay(s3.endpoint, {b"X-Delete-After": b"X-Nothing-Else"}) as endpoint:
-        corner = Corner(s3, endpoint=endpoint)
-        call = f"begin_a_trial_and_end({corner.prefix!r}, {endpoint!r})"
-        program = [sys.executable, "-c", f"from tests.contracts.test_trial import *; {call}"]
-        ran = subprocess.run(program, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "1", "")
-    assert corner.left() == set()
+        sent(corner)
 
 
 def test_a_sweep_removes_what_a_killed_process_left_of_a_trial_and_nothing_of_one_under_way(corner: Corner) -> None:
@@ -111,7 +110,4 @@ def test_a_sweep_removes_what_a_killed_process_left_of_a_trial_and_nothing_of_on
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_an_operator_may_know_better(s3: S3Server, credentials: None, direct: bool) -> None:
-    corner = Corner(s3, direct=direct)
-    assert in_place(corner) is direct
-    corner.seconds += 10 * SETTLED_S
-    assert in_place(corner) is direct
+    assert in_place(Corner(s3, direct=direct)) is direct
