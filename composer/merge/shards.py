@@ -26,6 +26,7 @@ from composer.tensors import tensor_bytes, torch_threads
 _SYNC_THREADS = 4
 _CONFIRMING_THREADS = 2
 _MOST_WORKERS = 16  # two for a core, one waits for the disk while the other computes; each has 8 MB of buffers
+_MOST_UNCONFIRMED = 16  # tensors; the factors of each stay in memory until then
 
 Progress = Callable[[int], None]
 Job = Callable[[], Future[Survival] | None]
@@ -89,7 +90,7 @@ def write_shards(
         changed = [tensor for shard in shards for tensor in shard.tensors if not tensor.copied]
         works = (prepare(tensor, rewriter.device) for tensor in changed)
         syncing: list[Future[None]] = []
-        begun: deque[Future[Future[Survival] | None]] = deque()
+        queue = _Queue(pool, 2 * workers)
         ends: list[Future[dict[str, Survival]]] = []
         resumed = 0
 
@@ -101,7 +102,7 @@ def write_shards(
             resumed += 0 if fresh else shard.size_bytes
             target = Target.opened(journal.directory / shard.file, fresh, sync, stack)
             run = _ShardRun(shard, sources, target, rewriter, confirming, progress or (lambda count: None))
-            jobs = _submitted(pool, run.jobs(works), begun, 2 * workers)
+            jobs = [(name, queue.submit(job)) for name, job in run.jobs(works)]
             ends.append(disk.submit(_end, run, jobs, journal))
         survivals = {name: one for end in ends for name, one in end.result().items()}
         for one in syncing:
@@ -197,17 +198,31 @@ def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, Survival]:
     return survivals
 
 
-def _submitted(
-    pool: ThreadPoolExecutor, jobs: Iterator[tuple[str, Job]], begun: deque[Future[Future[Survival] | None]], most: int
-) -> Jobs:
-    """All jobs handed to the pool, never more than `most` at a time. Raises what one of them raised."""
-    futures: list[tuple[str, Future[Future[Survival] | None]]] = []
-    for name, job in jobs:
-        if len(begun) >= most and (later := begun.popleft().result()):
-            later.result()
-        begun.append(pool.submit(job))
-        futures.append((name, begun[-1]))
-    return futures
+class _Queue:
+    """Hands jobs to the pool, never more than `most` that have not ended: whichever ends makes room for the next."""
+
+    def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
+        self._pool = pool
+        self._room = threading.Semaphore(most)
+        self._begun: deque[Future[Future[Survival] | None]] = deque()
+        self._unconfirmed: deque[Future[Survival]] = deque()
+
+    def submit(self, job: Job) -> Future[Future[Survival] | None]:
+        """Waits for room. Raises what an earlier job, or the confirmation that it began, has raised."""
+        self._room.acquire()
+        while self._begun and self._begun[0].done():
+            if later := self._begun.popleft().result():
+                self._unconfirmed.append(later)
+        while self._unconfirmed and (self._unconfirmed[0].done() or len(self._unconfirmed) > _MOST_UNCONFIRMED):
+            self._unconfirmed.popleft().result()
+        self._begun.append(self._pool.submit(self._run, job))
+        return self._begun[-1]
+
+    def _run(self, job: Job) -> Future[Survival] | None:
+        try:
+            return job()
+        finally:
+            self._room.release()
 
 
 @contextmanager
