@@ -1,17 +1,20 @@
 """A search over 1,000 releases and over 100,000, on both databases: what does the size of the registry cost?
 
 Each query is asked as a verb (search and the page's documents, in a read transaction) of each size in turn, so that a
-ratio is of two calls a moment apart; then by eight clients over HTTP.
+ratio is of two calls a moment apart; then by eight clients over HTTP. Words are sown besides, some of them in old
+releases alone; a page of those is short enough to be full at either size.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlencode
+
+from sqlalchemy import insert, text
 
 from benchmarks import harness, load, resolve, stock
 from benchmarks.harness import Case
@@ -21,6 +24,7 @@ from registry.access import EVERYWHERE
 from registry.audit import Actor
 from registry.db import Database
 from registry.descriptions import describe
+from registry.models import ReleaseWord
 from registry.names import RepositoryName
 from registry.search import Order, Query
 from registry.suites import parse_condition
@@ -28,6 +32,18 @@ from registry.web.documents import release_document
 
 SIZES = (1_000, 100_000)
 LIMIT, CLIENTS = 50, 8
+SHORT = 10
+"""A page of what one release in a hundred has, from the smaller registry."""
+SOWN: dict[str, Callable[[int, int], bool]] = {
+    "tenth": lambda number, _: number % 10 == 0,
+    "fiftieth": lambda number, _: number % 50 == 0,
+    "hundredth": lambda number, _: number % 100 == 0,
+    "oldest": lambda number, releases: number <= releases // 50,
+    "older": lambda number, releases: number <= releases // 2,
+    "odd": lambda number, _: number % 2 == 1,
+    "even": lambda number, _: number % 2 == 0,
+}
+"""word -> does the release of this number have it, of so many?"""
 HOST = Actor("host", datetime(2026, 1, 1, tzinfo=UTC), {EVERYWHERE: "admin"})
 BASE = stock.BASES[0]
 TARGETS = ("q_proj", "v_proj")
@@ -55,6 +71,19 @@ QUERIES: dict[str, tuple[Query, str]] = {
     "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), search.NEWEST),
     "one repository by version": (Query(repository=RepositoryName("team-0", "adapter-17")), search.VERSION),
 }
+OF_WORDS: dict[str, tuple[Query, str]] = {
+    "one in ten": (Query(text="tenth"), search.NEWEST),
+    "one in fifty": (Query(text="fiftieth"), search.NEWEST),
+    "one in fifty, of a base": (Query(text="fiftieth", base=BASE), search.NEWEST),
+    "one in a hundred": (Query(text="hundredth"), search.NEWEST),
+    "the oldest fiftieth": (Query(text="oldest"), search.NEWEST),
+    "the oldest fiftieth, by version": (Query(text="oldest"), search.VERSION),
+    "the oldest fiftieth, by score": (Query(text="oldest"), "sql-exact.accuracy"),
+    "the older half": (Query(text="older"), search.NEWEST),
+    "one in fifty of the older half": (Query(text="older fiftieth"), search.NEWEST),
+    "none": (Query(text="nowhere"), search.NEWEST),
+    "two words, each of every second": (Query(text="odd even"), search.NEWEST),
+}
 OVER_HTTP: dict[str, dict[str, object]] = {
     "base, rank, targets": {"base": BASE, "max_rank": 16, "targets_within": "q_proj,v_proj", "limit": LIMIT},
     "nothing fits": {"base": BASE, "max_rank": 3, "targets_within": "q_proj,v_proj", "limit": LIMIT},
@@ -70,34 +99,53 @@ def main() -> None:
         urls = {size: stack.enter_context(stock.databases(home, chosen.postgres, chosen.base, size)) for size in sizes}
         for kind in urls[sizes[0]]:
             opened = {size: stack.enter_context(closing(Database(urls[size][kind]))) for size in sizes}
-            _verbs(kind, opened, count, chosen.rounds)
+            for size, database in opened.items():
+                _sow(database, size)
+            _verbs(kind, opened, QUERIES, LIMIT, count, chosen.rounds)
+            _verbs(kind, opened, OF_WORDS, SHORT, max(2, count // 4), chosen.rounds)
             with ExitStack() as servers:
                 ports = {size: resolve.adaptory(urls[size][kind], home, servers) for size in sizes}
                 _throughput(kind, ports, max(2, chosen.rounds // 3), seconds)
 
 
-def _verbs(kind: str, opened: Mapping[int, Database], count: int, rounds: int) -> None:
+def _sow(database: Database, releases: int) -> None:
+    with database.write() as session:
+        for word, has in SOWN.items():
+            numbers = [number for number in range(1, releases + 1) if has(number, releases)]
+            session.execute(insert(ReleaseWord), [{"word": word, "release_id": number} for number in numbers])
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE" if database.is_sqlite else "VACUUM ANALYZE"))
+
+
+def _verbs(
+    kind: str,
+    opened: Mapping[int, Database],
+    queries: Mapping[str, tuple[Query, str]],
+    limit: int,
+    count: int,
+    rounds: int,
+) -> None:
     cases: dict[str, Case] = {
-        f"{name}, {size:,}": partial(harness.calls, partial(_page, database, *asked), count)
-        for name, asked in QUERIES.items()
+        f"{name}, {size:,}": partial(harness.calls, partial(_page, database, *asked, limit), count)
+        for name, asked in queries.items()
         for size, database in opened.items()
     }
     results = harness.interleave(cases, rounds)
     small, large = opened
     rows = [["query", "found", f"ms at {small:,}", f"ms at {large:,}", "times"]]
-    for name, asked in QUERIES.items():
+    for name, asked in queries.items():
         few, many = results[f"{name}, {small:,}"], results[f"{name}, {large:,}"]
-        found = "/".join(str(len(_page(database, *asked))) for database in opened.values())
+        found = "/".join(str(len(_page(database, *asked, limit))) for database in opened.values())
         times = [one.seconds / other.seconds for one, other in zip(many, few, strict=True)]
         milliseconds = [harness.spread([sample.seconds * 1e3 for sample in samples]) for samples in (few, many)]
         rows.append([name, found, *milliseconds, harness.spread(times)])
-    harness.table(f"{kind}: a page of {LIMIT} as documents, in process ({rounds} rounds of {count})", rows)
+    harness.table(f"{kind}: a page of {limit} as documents, in process ({rounds} rounds of {count})", rows)
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 
-def _page(database: Database, query: Query, order: str) -> list[object]:
+def _page(database: Database, query: Query, order: str, limit: int) -> list[object]:
     with database.read() as session:
-        places = search.search(session, HOST, query, Order(order, LIMIT + 1)).places[:LIMIT]
+        places = search.search(session, HOST, query, Order(order, limit + 1)).places[:limit]
         return [release_document(HOST, one) for one in describe(session, [place.release_id for place in places])]
 
 

@@ -33,6 +33,9 @@ _channel, _member, _move, _release, _repository, _score, _set, _traits, _word = 
     for table in (Channel, TargetSetMember, Move, Release, Repository, Score, TargetSet, Traits, ReleaseWord)
 )
 Conditions = list[ColumnElement[bool]]
+_SAME = ("type", "variant", "dtype", "license", "alpha")
+_LIMITS = ("base", "base_name", "bases", "min_rank", "max_rank", "server", "server_rank", "within", "exact")
+_OF_TRAITS = frozenset({*_SAME, *_LIMITS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +151,15 @@ def _asked_words(query: Query) -> list[str]:
     return found
 
 
+def asks_traits(form: Form) -> bool:
+    return form.includes > 0 or not form.asked.isdisjoint(_OF_TRAITS)
+
+
 @lru_cache(512)
 def fitting(form: Form) -> Select[*tuple[Any, ...]]:
     """The ids of the traits that fit."""
     asked: Conditions = [_traits.kind == bindparam("kind")]
-    same = ("type", "variant", "dtype", "license", "alpha")
-    asked += [_traits[name] == bindparam(name) for name in same if name in form.asked]
+    asked += [_traits[name] == bindparam(name) for name in _SAME if name in form.asked]
     limits: dict[str, ColumnElement[bool]] = {
         "base": _traits.base_digest == bindparam("base"),
         "base_name": _traits.base_digest == bases.digest_of(bindparam("base_name", type_=String)),
@@ -165,7 +171,7 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
         "within": _traits.target_set_id.in_(_within()),
         "exact": _traits.target_set_id.in_(select(_set.id).where(_set.key == bindparam("exact"))),
     }
-    asked += [condition for name, condition in limits.items() if name in form.asked]
+    asked += [limits[name] for name in _LIMITS if name in form.asked]
     for number in range(form.includes):
         having = select(_member.target_set_id).where(_member.target == bindparam(f"include_{number}"))
         asked.append(_traits.target_set_id.in_(having))
@@ -209,8 +215,12 @@ def on_release(form: Form) -> Conditions:
 
 
 def _of_it(rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
-    """There are such rows of the release. Of nothing else around it: a search by a score has scores there too."""
-    return rows.correlate(Release.__table__).exists()
+    """There are such rows of the release. Of nothing else around it: a search by a score has scores there too.
+
+    With an offset PostgreSQL looks them up for each release that is read in order. It would rather collect and sort
+    all that have them: the plan that it keeps for any word and any page takes the word for rare and the page for long.
+    """
+    return rows.correlate(Release.__table__).offset(0).exists()
 
 
 def at_home(form: Form) -> Conditions:
@@ -226,10 +236,24 @@ def at_home(form: Form) -> Conditions:
 
 def of_words(form: Form) -> Conditions:
     """On the index of words. A beginning is a range, which every database finds in an index, whatever its locale."""
-    stated = [_word.word == bindparam(f"stated_{number}") for number in range(form.stated)]
-    return stated + [
-        _word.word.between(bindparam(f"word_{number}"), bindparam(f"word_{number}_end")) for number in range(form.words)
-    ]
+    return [_word.word.between(*ends_of(form, number)) for number in range(form.stated + form.words)]
+
+
+def has_other_words(form: Form, than: int) -> Conditions:
+    """On an entry of the index of words: its release has the other words asked for as well."""
+    other = ReleaseWord.__table__.alias().c
+    of_it = select(other.word).where(other.release_id == _word.release_id).correlate(ReleaseWord.__table__).offset(0)
+    numbers = (number for number in range(form.stated + form.words) if number != than)
+    return [of_it.where(other.word.between(*ends_of(form, number))).exists() for number in numbers]
+
+
+def ends_of(form: Form, number: int) -> tuple[BindParameter[str], BindParameter[str]]:
+    """The least and the greatest word that fit: first of what is stated, which is asked for whole, then of words."""
+    if number < form.stated:
+        stated = bindparam(f"stated_{number}", type_=String)
+        return stated, stated
+    number -= form.stated
+    return bindparam(f"word_{number}", type_=String), bindparam(f"word_{number}_end", type_=String)
 
 
 def enough(number: int, operator: str) -> Conditions:

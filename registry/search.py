@@ -2,16 +2,30 @@
 
 A search costs what its page costs, however many releases there are: what fits is decided on interned traits, and of
 each combination that fits an index already has the order. Only when many fit are all releases looked at in that order,
-and then the page is soon full. A condition that few releases meet is looked up first instead.
+and then the page is soon full. A condition that few releases meet is looked up first instead, and the newest that have
+some words are read from the index of words, since all that have one may be old.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Any
 
 import orjson
-from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, case, func, select, tuple_
+from sqlalchemy import (
+    CTE,
+    BindParameter,
+    ColumnElement,
+    FromClause,
+    Select,
+    bindparam,
+    case,
+    func,
+    literal,
+    select,
+    tuple_,
+)
 from sqlalchemy.orm import Session
 
 from registry import bases, conditions, suites
@@ -28,10 +42,23 @@ FEW = 16
 """So many combinations of traits are merged; with more, the page is filled from all releases in order."""
 RARE = 500
 """A condition that so few releases meet is looked up first, and the others are tried on those."""
+SIDE_BY_SIDE = 2_000
+"""The same, where one index has them side by side: to list as many takes 0.2 ms."""
+MANY_WORDS = 128
+"""Of so many words with one beginning the newest releases are merged; with more, all are looked at in order."""
+ENTRIES, MORE = 2, 4
+"""Of those that meet one condition, as many times the page are tried on the others first, then as many times more."""
+COMMON, SOON = 10, 3
+"""A word that one in so many of the newest releases has does not hold up who reads them by their traits. That is done
+first then; else after so many vain tries of releases with the word."""
+
+_END, _ANY = 2**63 - 1, 2**31 - 1
+"""Above every id, and every number of words."""
 
 _channel, _release, _repository, _score, _word = (
     table.__table__.c for table in (Channel, Release, Repository, Score, ReleaseWord)
 )
+_NEWEST_OF_ALL = Prepared(select(func.max(_release.id)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +178,172 @@ def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
     return _By("value", better, goes_on)
 
 
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    """The newest `count` releases, of those before some other, that have a word with the beginning of that number.
+
+    `words` is how many there are, or more than `MANY_WORDS`; then no release was looked for.
+    """
+
+    number: int
+    words: int
+    count: int
+    ids: Sequence[int]
+
+    @property
+    def are_all(self) -> bool:
+        return len(self.ids) < self.count
+
+
 def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Place]:
-    for rare in _rare(form):
+    words = tuple(range(form.stated + form.words))
+    thinnest: _Newest | None = None
+    if by.column == "id":
+        thinnest, words = _thinnest(session, form, values)
+    if thinnest and thinnest.are_all:
+        return _among(session, form, by, values, [thinnest.ids])
+    for rare in _rare(form, words):
         [text] = rare.column(session, values)
         if text is not None:
             ids = orjson.loads(text)
-            texts = _among_rare(form, by).column(session, {**values, "ids": filled(ids)}) if ids else []
-            return by.places(texts, values["limit"])
+            return _among(session, form, by, values, _newest_first(ids, values) if by.column == "id" else [ids])
+    if thinnest:
+        return _of_word(session, form, by, values, thinnest)
     texts = _of_few(form, by).column(session, values)
     if len(texts) > FEW:
         texts = _of_all(form, by).column(session, values)
     return by.places(texts, values["limit"])
 
 
+def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], thinnest: _Newest) -> list[Place]:
+    """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
+    parts = _read_on(session, form, thinnest, values)
+    found: list[Place] = []
+    further: Sequence[int] | None = ()
+    if not (conditions.asks_traits(form) and _is_common(session, thinnest, values)):
+        found = _among(session, form, by, values, islice(parts, SOON))
+        further = next(parts, None) if len(found) < values["limit"] else None
+    if further is None:
+        return found
+    texts = _of_few(form, by).column(session, values)
+    if len(texts) <= FEW:
+        return by.places(texts, values["limit"])
+    return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
+
+
+def _is_common(session: Session, thinnest: _Newest, values: Mapping[str, Any]) -> bool:
+    [newest] = [values["after_id"]] if "after_id" in values else _NEWEST_OF_ALL.column(session, {})
+    return newest - thinnest.ids[-1] <= COMMON * thinnest.count
+
+
+def _among(
+    session: Session, form: Form, by: _By, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
+) -> list[Place]:
+    """The page from lists of releases, each of which comes wholly before the next in the order."""
+    found: list[Place] = []
+    for ids in parts:
+        if ids:
+            texts = _among_rare(form, by).column(session, {**values, "ids": filled(ids)})
+            found += by.places(texts, values["limit"])
+        if len(found) >= values["limit"]:
+            break
+    return found[: values["limit"]]
+
+
+def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
+    """In parts, since the first is mostly enough."""
+    left = sorted({number for number in ids if number < values.get("after_id", _END)}, reverse=True)
+    count = ENTRIES * values["limit"]
+    while left:
+        yield left[:count]
+        left, count = left[count:], count * MORE
+
+
+def _thinnest(session: Session, form: Form, values: Mapping[str, Any]) -> tuple[_Newest | None, tuple[int, ...]]:
+    """Of the words asked for the first that few releases have, or the one whose releases lie farthest apart; and those
+    that are the beginning of too many words to read them so."""
+    below = values.get("after_id") or _END
+    values = {**values, "below": below, "entries": ENTRIES * values["limit"], "most_words": MANY_WORDS}
+    found: list[_Newest] = []
+    left: list[int] = []
+    for number in range(form.stated + form.words):
+        newest = _newest(session, form, number, values)
+        if newest.words > MANY_WORDS:
+            left.append(number)
+        elif newest.are_all:
+            return newest, ()
+        else:
+            found.append(newest)
+    if not found:
+        return None, tuple(left)
+    thinnest = max(found, key=lambda newest: newest.ids[0] - newest.ids[-1])
+    first = min(newest.ids[0] for newest in found)
+    if thinnest.ids[-1] > first:
+        thinnest = _newest(session, form, thinnest.number, {**values, "below": first + 1, "most_words": _ANY})
+    return thinnest, tuple(left)
+
+
+def _read_on(session: Session, form: Form, newest: _Newest, values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
+    """All with that beginning, more at a time, but for those that lack other words, which a database skips faster."""
+    yield newest.ids
+    while not newest.are_all:
+        further = {"below": newest.ids[-1], "entries": newest.count * MORE, "most_words": _ANY}
+        newest = _newest(session, form, newest.number, {**values, **further}, with_others=True)
+        yield newest.ids
+
+
+def _newest(
+    session: Session, form: Form, number: int, values: Mapping[str, Any], *, with_others: bool = False
+) -> _Newest:
+    texts = _newest_of_each(form, number, with_others).column(session, values)
+    ids = {release_id for text in texts if text for release_id in orjson.loads(text)}
+    return _Newest(number, len(texts), values["entries"], sorted(ids, reverse=True)[: values["entries"]])
+
+
 @lru_cache(512)
-def _rare(form: Form) -> tuple[Prepared, ...]:
-    """For each condition with an index of its own: the releases that meet it, or NULL after `RARE` entries."""
-    lists: list[Select[*tuple[Any, ...]]] = [
-        select(_word.release_id.label("id")).where(entry) for entry in conditions.of_words(form)
-    ]
+def _newest_of_each(form: Form, number: int, with_others: bool) -> Prepared:
+    """For each word with that beginning: the newest releases that have it; NULL when there are many words.
+
+    A word is found from the one before it, and of each the index has its releases in order: to read all entries of the
+    beginning and to sort them would take as long as there are entries.
+    """
+    first, last = conditions.ends_of(form, number)
+    entries = select(_word.release_id.label("id")).where(_word.release_id < bindparam("below"))
+    entries = entries.order_by(_word.release_id.desc()).limit(bindparam("entries"))
+    if with_others:
+        entries = entries.where(*conditions.has_other_words(form, number))
+    if first is last:
+        of_word = entries.where(_word.word == first).subquery("newest")
+        return Prepared(select(json_list(of_word.c.id)))
+    words = _words_between(first, last)
+    newest = entries.where(_word.word == words.c.word).correlate(words).subquery("newest")
+    ids = select(json_list(newest.c.id)).scalar_subquery()
+    count = select(func.count(words.c.word)).scalar_subquery()
+    return Prepared(select(case((count <= bindparam("most_words"), ids))).where(words.c.word.is_not(None)))
+
+
+def _words_between(first: ColumnElement[str], last: ColumnElement[str]) -> CTE:
+    """The different words, one more than `most_words` of them, and NULL after the last."""
+    found = select(literal(1).label("number"), func.min(_word.word).label("word"))
+    words = found.where(_word.word.between(first, last)).cte("words", recursive=True)
+    other = ReleaseWord.__table__.alias().c
+    following = select(func.min(other.word)).where(other.word > words.c.word, other.word <= last).correlate(words)
+    goes_on = words.c.word.is_not(None) & (words.c.number <= bindparam("most_words"))
+    return words.union_all(select(words.c.number + 1, following.scalar_subquery()).where(goes_on))
+
+
+@lru_cache(512)
+def _rare(form: Form, words: tuple[int, ...]) -> tuple[Prepared, ...]:
+    """For each condition with an index of its own: the releases that meet it, or NULL after `RARE` entries.
+
+    `words` are the numbers of those to look for. Scores are looked for among all first, then among what fits: none may
+    be as good, and what fits may be of thousands of combinations of traits.
+    """
+    entry = select(_word.release_id.label("id"))
+    entries = [entry.where(_word.word.between(*conditions.ends_of(form, number))) for number in words]
+    of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
+    scored = [of_release.where(*conditions.enough(number, operator)) for number, operator in enumerate(form.operators)]
+    lists: list[Select[*tuple[Any, ...]]] = []
     if "channel" in form.asked:
         of_channel = select(_release.id).join(Channel.__table__, _channel.repository_id == _release.repository_id)
         lists.append(of_channel.where(_channel.name == bindparam("channel")))
@@ -179,16 +353,17 @@ def _rare(form: Form) -> tuple[Prepared, ...]:
     if home := conditions.at_home(form):
         at_home = select(_release.id).join(Repository.__table__, _repository.id == _release.repository_id)
         lists.append(at_home.where(*home))
-    for number, operator in enumerate(form.operators):
-        scored = select(_score.release_id.label("id")).where(*conditions.enough(number, operator))
-        lists.append(scored.where(_score.traits_id.in_(conditions.fitting(form))))
-    return tuple(_unless_many(one) for one in lists)
+    if conditions.asks_traits(form):
+        lists += [one.where(_score.traits_id.in_(conditions.fitting(form))) for one in scored]
+    return *(_unless_many(one, SIDE_BY_SIDE) for one in [*entries, *scored]), *(
+        _unless_many(one, RARE) for one in lists
+    )
 
 
-def _unless_many(releases: Select[*tuple[Any, ...]]) -> Prepared:
-    found = releases.limit(RARE + 1).cte("found")
+def _unless_many(releases: Select[*tuple[Any, ...]], most: int) -> Prepared:
+    found = releases.limit(most + 1).cte("found")
     ids = func.coalesce(json_list(found.c.id), "[]")
-    return Prepared(select(case((func.count() <= RARE, ids))).select_from(found))
+    return Prepared(select(case((func.count() <= most, ids))).select_from(found))
 
 
 @lru_cache(512)

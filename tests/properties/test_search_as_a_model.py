@@ -44,18 +44,33 @@ def shelf(migrated: Database) -> Shelf:
     return Shelf(migrated, stock(migrated))
 
 
-@pytest.fixture(params=[(16, 500), (0, 0), (2, 3)], ids=["as it is", "all in order", "few are few"])
+WAYS: dict[str, dict[str, int]] = {
+    "as it is": {},
+    "all in order": {"FEW": 0, "RARE": 0, "SIDE_BY_SIDE": 0, "MANY_WORDS": 0},
+    "few are few": {
+        "FEW": 2,
+        "RARE": 3,
+        "SIDE_BY_SIDE": 3,
+        "MANY_WORDS": 1,
+        "ENTRIES": 1,
+        "MORE": 1,
+        "SOON": 1,
+        "COMMON": 2,
+    },
+}
+
+
+@pytest.fixture(params=[*WAYS.values()], ids=[*WAYS])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    few, rare = request.param
-    monkeypatch.setattr(search, "FEW", few)
-    monkeypatch.setattr(search, "RARE", rare)
+    for name, value in request.param.items():
+        monkeypatch.setattr(search, name, value)
     _forget_statements()
     yield
     _forget_statements()
 
 
 def _forget_statements() -> None:
-    """They have both limits in them."""
+    """They have limits in them."""
     search._of_few.cache_clear()
     search._rare.cache_clear()
 
@@ -82,6 +97,10 @@ STATEMENTS = (
     *(f"run_url:https://runs.example/{'x' * 299}", "hyperparameters.LR:3e-3", "hyperparameters.modules:v_proj"),
     *("data:tickets", "data:sha256:AB12", "data:ab12", "data_license:cc-by-4.0", "tags:sql", "license:llama3"),
 )
+TEXTS = (
+    *("", "", "", "tick", "TRAINED tick", "grösse", "adapter 1", "acme", "x" * 50, "zebra", "trainer", "axolotl"),
+    *("a", "1", "t adapter", "adapter acme", "tickets open grösse"),
+)
 NOWHERE = ("trainer:trl", f"run_url:https://runs.example/{'x' * 299}")
 queries = st.builds(
     Query,
@@ -103,9 +122,7 @@ queries = st.builds(
     max_size_bytes=maybe(st.sampled_from([1, 10, 1_000])),
     scores=st.lists(conditions, max_size=2).map(tuple),
     channel=maybe(st.sampled_from([*CHANNELS, "nowhere"])),
-    text=st.sampled_from(
-        ["", "", "", "tick", "TRAINED tick", "grösse", "adapter 1", "acme", "x" * 50, "zebra", "trainer", "axolotl"]
-    ),
+    text=st.sampled_from(TEXTS),
     provenance=some(STATEMENTS),
     loads_in=maybe(st.sampled_from(PROFILE_NAMES).map(parse_profile)),
     explain=st.booleans(),
@@ -131,6 +148,9 @@ orders = st.sampled_from([NEWEST, VERSION, "sql-exact.accuracy", "guard.nll", "g
 @given(query=few_things | queries, order=orders, actor=st.sampled_from(ACTORS), limit=st.sampled_from([1, 3, 50, 500]))
 @example(query=Query(channel="prod"), order=NEWEST, actor=ACTORS[0], limit=3)
 @example(query=Query(base="plain", related=True), order="guard.nll", actor=ACTORS[1], limit=3)
+@example(query=Query(text="a adapter"), order=NEWEST, actor=ACTORS[1], limit=3)
+@example(query=Query(text="tick", base="plain"), order=NEWEST, actor=ACTORS[0], limit=1)
+@example(query=Query(text="a", type="lora"), order=NEWEST, actor=ACTORS[0], limit=3)
 @example(query=Query(), order=VERSION, actor=ACTORS[1], limit=3)
 def test_a_search_finds_what_a_look_at_every_release_finds_page_by_page(
     shelf: Shelf, ways: None, query: Query, order: str, actor: Actor, limit: int

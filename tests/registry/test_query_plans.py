@@ -59,6 +59,16 @@ class Stocked:
                 for text, given in asked
             ]
 
+    def steps(self, ask: Any) -> int:
+        """How many instructions SQLite runs for `ask(session)`, to the hundred."""
+        counted: list[None] = []
+        with self.database.read() as session:
+            driver: Any = session.connection().connection.driver_connection
+            driver.set_progress_handler(lambda: counted.append(None), 100)
+            ask(session)
+            driver.set_progress_handler(None, 0)
+        return 100 * len(counted)
+
     def whole_tables(self, plan: Sequence[str], *, in_order: bool) -> list[str]:
         """Lines of a plan that read a whole growing table. An ordered index may be, where a page soon is full."""
         growing = (*WITH_RELEASES, *WITH_REPOSITORIES) if self.database.is_sqlite else WITH_RELEASES
@@ -126,6 +136,9 @@ NARROW: dict[str, tuple[Query, Order]] = {
     "a namespace that is not there": (Query(namespace="nowhere"), Order()),
     "a channel that is not there": (Query(channel="nowhere"), Order()),
     "rare words": (Query(text="adapter 499"), Order()),
+    "words of old releases": (Query(text="adapter 2"), Order()),
+    "words of old releases, the next page": (Query(text="adapter 2"), Order(after=Place(None, 4_500))),
+    "words of old releases for a base": (Query(text="adapter 2", base=BASE, max_rank=16), Order()),
     "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), Order()),
     "small files": (Query(max_size_bytes=1), Order()),
     "what a stranger may read": (Query(base=BASE), Order()),
@@ -138,6 +151,8 @@ BROAD: dict[str, tuple[Query, Order]] = {
     "a base by score": (Query(base=BASE), Order("sql-exact.nll")),
     "a channel": (Query(channel=stock.CHANNEL), Order()),
     "words of all": (Query(text="train ticket"), Order()),
+    "words of all by version": (Query(text="train ticket"), Order(VERSION)),
+    "words of all by score": (Query(text="train ticket"), Order("sql-exact.accuracy")),
     "a trainer of all": (Query(provenance=("trainer:TRL 0.20",)), Order()),
     "the latest": (Query(base=BASE, latest=True), Order()),
     "a score of many": (Query(scores=(ACCURATE,)), Order()),
@@ -174,6 +189,22 @@ def test_a_search_for_a_base_and_its_page_are_two_statements(stocked: Stocked) -
         descriptions.describe(session, [place.release_id for place in found.places])
 
     assert len(stocked.plans(ask)) == 2
+
+
+@pytest.mark.parametrize(
+    ("query", "most"),
+    [
+        (Query(text="adapter 17"), 25_000),
+        (Query(text="adapter 2"), 80_000),
+        (Query(base=BASE, scores=(Condition("sql-exact", "accuracy", ">=", 2.0),)), 1_000),
+    ],
+    ids=["words of old releases", "a beginning of a hundred such words", "a score that none has"],
+)
+def test_sqlite_does_not_walk_past_the_new_releases_to_old_ones(stocked: Stocked, query: Query, most: int) -> None:
+    """Counted in instructions, which are the same at each run: with the walk they were 62,000, 201,000 and 5,000."""
+    if not stocked.database.is_sqlite:
+        pytest.skip("PostgreSQL does not count")
+    assert stocked.steps(lambda session: search.search(session, HOST, query, Order())) < most
 
 
 @pytest.mark.parametrize("suffix", ["", "@prod", ":1.3.0", ":^1.2", "#{commit}"])
