@@ -149,10 +149,12 @@ class Database:
         self.engine.dispose()
 
 
-def insert_if_absent(session: Session, table: type[Row], **values: Any) -> None:
-    """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment."""
+def insert_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
+    """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment. Did
+    it? Another transaction that adds the same now is waited for."""
     insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
-    session.execute(insert(table).values(**values).on_conflict_do_nothing())
+    result: Any = session.execute(insert(table).values(**values).on_conflict_do_nothing())
+    return result.rowcount == 1
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from registry import audit
 from registry.access import EVERYWHERE, Role, permit, readable, unknown_namespace
 from registry.audit import Act, Actor
+from registry.db import insert_if_absent
 from registry.errors import Invalid
 from registry.models import Member, Namespace
 from registry.names import parse_part
@@ -48,7 +49,9 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
     row = session.get(Namespace, name)
     if row is None:
         permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
-        row = Namespace(
+        new = insert_if_absent(
+            session,
+            Namespace,
             name=parse_part(name, "namespace"),
             public=False,
             require_signature=False,
@@ -56,9 +59,9 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
             created_at=actor.at,
             created_by=actor.name,
         )
-        session.add(row)
-        session.flush()
-        audit.record(session, actor, Act.NAMESPACE_CREATE, name, namespace=name)
+        if new:
+            audit.record(session, actor, Act.NAMESPACE_CREATE, name, namespace=name)
+        row = session.get_one(Namespace, name)
     return row
 
 

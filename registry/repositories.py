@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from registry import audit, namespaces
 from registry.access import readable
 from registry.audit import Act, Actor
+from registry.db import insert_if_absent
 from registry.errors import Conflict, NotFound
 from registry.models import Repository
 from registry.names import RepositoryName
@@ -34,10 +35,11 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
     repository = _lookup(session, name)
     if repository is None:
         namespaces.find_or_create(session, actor, name.namespace)
-        repository = Repository(namespace=name.namespace, name=name.name, kind=kind, created_at=actor.at)
-        session.add(repository)
-        session.flush()
-        audit.record(session, actor, Act.REPOSITORY_CREATE, name, namespace=name.namespace, after={"kind": str(kind)})
+        values = {"namespace": name.namespace, "name": name.name, "kind": kind, "created_at": actor.at}
+        if insert_if_absent(session, Repository, **values):
+            after = {"kind": str(kind)}
+            audit.record(session, actor, Act.REPOSITORY_CREATE, name, namespace=name.namespace, after=after)
+        repository = find(session, name)
     _check_kind(repository, kind)
     return repository
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Generator
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from registry.db import Database, migrate
+from registry.db import Database
 from tests import services
 from tests.s3_server import S3Server
 
@@ -57,14 +56,17 @@ def postgres_url() -> str:
     return services.shared_postgres()
 
 
-@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
+@pytest.fixture(params=services.PAIRINGS)
+def pairing(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment of an empty registry's database and store, of each kind that we support together."""
+    return services.pairing(request.param)
+
+
+@pytest.fixture(scope="module", params=services.DATABASES)
 def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
     """A database of each kind with our tables, which the tests of a module share."""
-    if request.param == "SQLite":
-        database = Database(f"sqlite:///{tmp_path_factory.mktemp('migrated') / 'registry.db'}")
-        migrate(database)
-    else:
-        database = Database(services.new_database(migrated=True))
+    directory = tmp_path_factory.mktemp("migrated")
+    database = Database(services.new_database_of(request.param, directory, migrated=True))
     yield database
     database.close()
 
@@ -73,12 +75,6 @@ def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def s3() -> S3Server:
     """The S3 server of this run, shared by every test."""
     return services.shared_s3()
-
-
-@pytest.fixture
-def s3_environment(s3: S3Server) -> dict[str, str]:
-    """What a registry needs to keep its blobs in a corner of its own."""
-    return s3.environment(f"{uuid.uuid4().hex}/")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from tests.s3_server import S3Server, locked
 REQUIRED = os.environ.get("ADAPTORY_REQUIRE_SERVICES") == "1"
 DIRECTORY = "ADAPTORY_TEST_SERVICES"
 """The environment variable that brings the directory of this run's services to every test process."""
+DATABASES = ("SQLite", "PostgreSQL")
+PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
 _MIGRATED = "migrated"
 _missing: dict[str, str] = {}
 
@@ -61,6 +63,34 @@ def shared_postgres() -> str:
     if postgres_binaries() is None:
         unavailable("PostgreSQL", "apt-get install postgresql")
     return start_postgres(shared_directory() / "postgres")
+
+
+def pairing(name: str) -> dict[str, str]:
+    """The environment of an empty registry's database and store, migrated; where none is named both are in its home."""
+    if name == PAIRINGS[0]:
+        return {}
+    store = shared_s3().environment(f"{uuid.uuid4().hex}/")
+    return {**store, "ADAPTORY_DATABASE_URL": new_database(migrated=True)}
+
+
+def copied_pairing(of: Mapping[str, str]) -> dict[str, str]:
+    """One with all that is in that database, which nobody may be connected to, and with an empty store."""
+    if not of:
+        return {}
+    store = shared_s3().environment(f"{uuid.uuid4().hex}/")
+    return {**store, "ADAPTORY_DATABASE_URL": copied_database(of["ADAPTORY_DATABASE_URL"])}
+
+
+def new_database_of(kind: str, directory: Path, *, migrated: bool = False) -> str:
+    """The URL of a database of one's own; SQLite's is a file in the directory."""
+    if kind == "PostgreSQL":
+        return new_database(migrated=migrated)
+    url = f"sqlite:///{directory / 'registry.db'}"
+    if migrated:
+        database = Database(url)
+        migrate(database)
+        database.close()
+    return url
 
 
 def new_database(*, migrated: bool = False) -> str:

@@ -60,10 +60,11 @@ class Api:
         """Makes a request of an upload's plan; its url is one of the registry, or of the store behind it.
 
         Raises Unavailable when the same may work in a moment, and Conflict when the store refuses it: then the request
-        has expired, or the bytes are not those that it was signed for.
+        has expired, or the bytes are not those that it was signed for. Raises Invalid for another number of bytes.
         """
+        content = _exactly(int(put["headers"]["Content-Length"]), chunks)
         with _told(put["url"]):
-            response = self._http.put(put["url"], content=chunks, headers=put["headers"])
+            response = self._http.put(put["url"], content=content, headers=put["headers"])
         if 400 <= response.status_code < 500 and not _is_problem(response):
             raise Conflict(
                 "store_refused",
@@ -153,6 +154,22 @@ def line_path(name: RepositoryName, kind: str = "adapter") -> str:
 def release_path(release: Json) -> str:
     """Of a release as the wire shows it."""
     return f"/v1/{release['kind']}s/{release['repository']}/releases/{release['version']}"
+
+
+def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """A request that ends before its time would only be told as one that broke off."""
+    left = size_bytes
+    for chunk in chunks:
+        left -= len(chunk)
+        if left < 0:
+            break
+        yield chunk
+    if left:
+        raise Invalid(
+            "size_differs",
+            f"There are {'more' if left < 0 else 'fewer'} bytes to send than the {size_bytes:,} that were announced.",
+            next_step="See that nothing writes to the file, and push again.",
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from registry.manifest import ManifestFile, check_path
 from registry.names import Digest, RepositoryName
 
 _BLOCK_BYTES = 1 << 20
+_CHANGED = ("digest_differs", "size_differs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class _Attempt:
                 self.error = error
                 self.broken.append(upload.file)
         except Invalid as error:
-            raise _changed(upload.file) if error.code == "digest_differs" else error from error
+            raise _changed(upload.file) if error.code in _CHANGED else error from error
 
     def _tell(self, count: int) -> None:
         with self._lock:

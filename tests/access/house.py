@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -94,16 +93,9 @@ class _Borrowed(httpx2.BaseTransport):
         return self._lender.handle_request(request)
 
 
-PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
-
-
 def new_place(pairing: str, home: Path) -> dict[str, str]:
-    """An empty one, of either database with either store."""
-    place = {"ADAPTORY_HOME": str(home)}
-    if pairing == "PostgreSQL and S3":
-        place |= services.shared_s3().environment(f"house-{uuid.uuid4().hex}/")
-        place["ADAPTORY_DATABASE_URL"] = services.new_database(migrated=True)
-    return place
+    """An empty one."""
+    return {"ADAPTORY_HOME": str(home), **services.pairing(pairing)}
 
 
 def copy_of(house: House, home: Path) -> dict[str, str]:

@@ -16,10 +16,10 @@ from fastapi.routing import APIRoute
 from registry.access import Role
 from registry.http.rules import Rule, Where
 from registry.web.app import ROUTERS
+from tests import services
 from tests.access.house import (
     CALLERS,
     OTHER,
-    PAIRINGS,
     PRIVATE,
     PUBLIC,
     ROLES,
@@ -60,7 +60,7 @@ INSIDE: dict[tuple[str, str], Role | str] = {
 RANK = {role: number for number, role in enumerate(Role)}
 
 
-@pytest.fixture(scope="module", params=PAIRINGS)
+@pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
     house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     house.close()

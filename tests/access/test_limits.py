@@ -13,13 +13,14 @@ from registry.client.inprocess import InProcessTransport
 from registry.resources import open_resources
 from registry.settings import Settings
 from registry.web.app import UPLOAD_THREADS, create_app
-from tests.access.house import PAIRINGS, House, build_house, entered, new_place
+from tests import services
+from tests.access.house import House, build_house, entered, new_place
 
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     """Of a directory: bytes that go to S3 do not pass the server, and limits are its own and no database's."""
-    house = build_house(new_place(PAIRINGS[0], tmp_path_factory.mktemp("house")))
+    house = build_house(new_place(services.PAIRINGS[0], tmp_path_factory.mktemp("house")))
     yield house
     house.close()
 
@@ -109,6 +110,7 @@ def test_uploads_at_a_time_are_limited_by_token_and_free_again_when_they_end(fur
 
 
 def test_the_limits_stay_out_of_the_way_of_the_single_user(tmp_path: Path) -> None:
+    """Nobody else shares the registry in a home."""
     resources = open_resources(Settings(home=tmp_path, rate_limit="1/minute"))
     transport = InProcessTransport(create_app(resources))
     with httpx2.Client(base_url="http://localhost", transport=transport) as http:

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,13 +16,12 @@ from registry.db import Row
 from registry.errors import Unauthenticated
 from registry.models import ReleaseInput
 from registry.names import RepositoryName, Version
-from registry.resources import open_resources
-from registry.settings import Settings
 from registry.tokens import NewToken
-from tests.access.house import HOST, NOW, PAIRINGS, PRIVATE, House, build_house, entered, new_place
+from tests import services
+from tests.access.house import HOST, NOW, PRIVATE, House, build_house, entered, new_place, opened
 
 
-@pytest.fixture(params=PAIRINGS)
+@pytest.fixture(params=services.PAIRINGS)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     built = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     yield built
@@ -136,8 +136,8 @@ def test_a_token_never_has_more_than_its_user_nor_more_than_its_scope(
                 assert list(Role).index(limit) >= list(Role).index(role)
 
 
-def test_an_expired_token_is_refused_from_that_moment_on(tmp_path_factory: pytest.TempPathFactory) -> None:
-    resources = open_resources(Settings(home=tmp_path_factory.mktemp("home")))
+def test_an_expired_token_is_refused_from_that_moment_on(pairing: dict[str, str], tmp_path: Path) -> None:
+    resources = opened({"ADAPTORY_HOME": str(tmp_path), **pairing})
     with resources.write() as session:
         namespaces.set_member(session, HOST, EVERYWHERE, "mia", Role.READER)
         _, secret = tokens.create(session, HOST, NewToken("mia", "", {EVERYWHERE: Role.ADMIN}, timedelta(days=1)))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -45,62 +47,34 @@ def save_tokenizer(directory: Path, template: str | None = TEMPLATE) -> PreTrain
     return tokenizer
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": len(SPECIAL) + len(CHARACTERS), "bos_token_id": None, "eos_token_id": 2, "initializer_range": 0.3,
+}  # fmt: skip
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
 def save_llama(directory: Path, seed: int = 0, tied: bool = False) -> Path:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(CHARACTERS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
+    return _saved(LlamaForCausalLM(LlamaConfig(**SIZES, **WIDTHS, tie_word_embeddings=tied)), directory)
 
 
 def save_gpt2(directory: Path) -> Path:
     torch.manual_seed(1)
-    config = GPT2Config(
-        vocab_size=len(SPECIAL) + len(CHARACTERS),
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=128,
-        bos_token_id=None,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    GPT2LMHeadModel(config).save_pretrained(directory)
-    save_tokenizer(directory)
-    return directory
+    return _saved(GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=128)), directory)
 
 
 def save_gemma(directory: Path) -> Path:
     """Its embedding multiplies what it looks up by the root of the hidden size."""
     torch.manual_seed(1)
-    config = Gemma3TextConfig(
-        vocab_size=len(SPECIAL) + len(CHARACTERS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        pad_token_id=None,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    Gemma3ForCausalLM(config).save_pretrained(directory)
+    config = Gemma3TextConfig(**SIZES, **WIDTHS, head_dim=8, tie_word_embeddings=False, pad_token_id=None)
+    return _saved(Gemma3ForCausalLM(config), directory)
+
+
+def _saved(model: PreTrainedModel, directory: Path) -> Path:
+    model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
 

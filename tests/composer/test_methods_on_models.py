@@ -1,6 +1,6 @@
 """What methods make of whole adapters: weights of 0, deltas that look at the base, half precision, slips."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,25 @@ from composer.methods import combine_deltas
 from composer.settings import PIPELINES, effective_weights
 from composer.variants import LoadedAdapter, load_deltas
 from composer.weights import Weight, parse_rule
-from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker, tensors_in
 
 PARITY = [name for name in PIPELINES if name.startswith("peft_")]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A base and three adapters of it, which no test may change."""
+
+    base: Path
+    adapters: tuple[Path, Path, Path]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    directory = tmp_path_factory.mktemp("shared")
+    base, make_adapter = model_maker(directory)(), adapter_maker(directory)
+    one, two, three = (make_adapter(base, f"a{seed}", seed=seed) for seed in (1, 2, 3))
+    return Shared(base, (one, two, three))
 
 
 def loaded(base: Path, *adapters: Path) -> list[LoadedAdapter]:
@@ -87,9 +103,8 @@ def test_parity_modes_take_factors_of_any_dtype(method: str, make_model: MakeMod
 
 
 @pytest.mark.parametrize("method", ["peft_linear", "peft_cat", "peft_ties_svd", "ties", "svd"])
-def test_lambda_is_a_factor_on_every_result(method: str, make_model: MakeModel, make_adapter: MakeAdapter) -> None:
-    base = make_model()
-    adapters = [make_adapter(base, f"a{i}", seed=i + 1) for i in range(2)]
+def test_lambda_is_a_factor_on_every_result(method: str, shared: Shared) -> None:
+    base, adapters = shared.base, shared.adapters[:2]
     whole = merged(base, combine_deltas(loaded(base, *adapters), [1.0, 1.0], method).deltas)
     tenth = merged(base, combine_deltas(loaded(base, *adapters), [1.0, 1.0], method, {"lambda": 0.1}).deltas)
     for name, W in tensors_in(base).items():
@@ -112,11 +127,8 @@ def test_what_has_the_weight_0_is_as_if_it_were_not_there(make_model: MakeModel,
 
 
 @pytest.mark.parametrize("method", PIPELINES)
-def test_an_adapter_of_weight_0_is_absent_from_every_method(
-    method: str, make_model: MakeModel, make_adapter: MakeAdapter
-) -> None:
-    base = make_model()
-    one, two, idle = (make_adapter(base, f"a{seed}", seed=seed) for seed in (1, 2, 3))
+def test_an_adapter_of_weight_0_is_absent_from_every_method(method: str, shared: Shared) -> None:
+    base, (one, two, idle) = shared.base, shared.adapters
     with_it = merged(base, combine_deltas(loaded(base, one, idle, two), [1.0, 0.0, 0.5], method).deltas)
     without = merged(base, combine_deltas(loaded(base, one, two), [1.0, 0.5], method).deltas)
     assert with_it.keys() == without.keys()

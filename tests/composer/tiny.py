@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
@@ -19,6 +20,39 @@ def build_config(kind: str, tied: bool, vocabulary: int = 64) -> LlamaConfig | G
     return LlamaConfig(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=32, )  # fmt: skip
+
+
+def model_maker(directory: Path) -> MakeModel:
+    def make(
+        kind: str = "llama",
+        *,
+        tied: bool = False,
+        dtype: torch.dtype = torch.float32,
+        shard: str = "8KB",
+        name: str = "base",
+        vocabulary: int = 64,
+    ) -> Path:
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(build_config(kind, tied, vocabulary)).to(dtype)
+        model.save_pretrained(directory / name, max_shard_size=shard)
+        return directory / name
+
+    return make
+
+
+def adapter_maker(directory: Path) -> MakeAdapter:
+    def make(base: Path, name: str = "adapter", *, seed: int = 1, size: float = 0.3, **settings: object) -> Path:
+        torch.manual_seed(seed)
+        config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **settings})
+        model = get_peft_model(load_model(base), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * size)
+        model.save_pretrained(directory / name)
+        return directory / name
+
+    return make
 
 
 def load_model(path: Path) -> PreTrainedModel:

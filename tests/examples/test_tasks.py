@@ -21,12 +21,18 @@ tasks = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 targets = pytest.mark.parametrize("task", TARGETS, ids=lambda task: task.suite)
 
 
+@pytest.fixture(scope="module")
+def made_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All suites, by another process: it has another hash seed, so an order taken from a set would show."""
+    directory = tmp_path_factory.mktemp("suites")
+    subprocess.run([sys.executable, EXAMPLES / "make_suites.py", directory], check=True, capture_output=True)
+    return directory
+
+
 @tasks
-def test_the_committed_suite_is_what_another_process_writes(task: Task, tmp_path: Path) -> None:
-    # Another process has another hash seed, so an order taken from a set would show here.
-    subprocess.run([sys.executable, EXAMPLES / "make_suites.py", tmp_path], check=True, capture_output=True)
+def test_the_committed_suite_is_what_another_process_writes(task: Task, made_elsewhere: Path) -> None:
     for name in render(task):
-        assert (SUITES / name).read_text() == (tmp_path / name).read_text()
+        assert (SUITES / name).read_text() == (made_elsewhere / name).read_text()
 
 
 @tasks

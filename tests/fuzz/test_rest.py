@@ -30,11 +30,11 @@ from registry.errors import Invalid, Refused
 from registry.fsck import check
 from registry.models import BaseAlias
 from registry.names import RepositoryName
-from registry.resources import Resources, open_resources
-from registry.settings import Settings
+from registry.resources import Resources
 from registry.suites import find as find_suite
 from registry.web.app import create_app
-from tests.access.house import PAIRINGS, House, build_house, copy_of, new_place, opened
+from tests import services
+from tests.access.house import House, build_house, copy_of, new_place, opened
 from tests.access.test_every_route import ROUTES
 from tests.fuzz.malformed import Adapter, malformed
 from tests.scenarios.world import Cli
@@ -60,7 +60,7 @@ OF_WHAT_IS_THERE = {"spectrum_unknown", "upload_incomplete"}
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
 
-@pytest.fixture(scope="module", params=PAIRINGS)
+@pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
     house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     house.close()
@@ -147,10 +147,10 @@ def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
 
 
 @pytest.fixture
-def embedded(tmp_path: Path) -> Generator[Resources]:
-    home = tmp_path / "home"
-    Cli({"ADAPTORY_HOME": str(home)}).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
-    resources = open_resources(Settings(home=home))
+def embedded(pairing: dict[str, str], tmp_path: Path) -> Generator[Resources]:
+    place = {"ADAPTORY_HOME": str(tmp_path / "home"), **pairing}
+    Cli(place).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+    resources = opened(place)
     yield resources
     resources.close()
 

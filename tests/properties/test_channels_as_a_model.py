@@ -5,12 +5,10 @@ one on top; a rollback takes the top away, then all that are yanked or are what 
 returns to the moment when that version was last live.
 """
 
-import shutil
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -30,7 +28,7 @@ from registry import channels, releases, repositories
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.channels import Expected, Moved, Promotion
-from registry.db import Database, migrate
+from registry.db import Database, Session
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.manifest import ManifestFile
 from registry.models import Base, Blob, BlobHolder, Channel, Move
@@ -38,8 +36,8 @@ from registry.names import Digest, RepositoryName, parse_version
 from registry.releases import NewRelease
 from registry.repositories import Kind
 
-NAME = RepositoryName("acme", "sql")
 VERSIONS = ("1.0.0", "1.1.0", "2.0.0-rc.1", "2.0.0")
+BYTES = {version: Digest(f"{number:064x}") for number, version in enumerate(VERSIONS)}
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 versions = st.sampled_from(VERSIONS)
@@ -55,52 +53,49 @@ class Moment:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with one repository of four releases; each example works on a copy."""
-    path = tmp_path_factory.mktemp("channels") / "template.db"
-    database = Database(f"sqlite:///{path}")
-    migrate(database)
-    actor = Actor("mia", START, {EVERYWHERE: Role.ADMIN})
-    with database.write() as session:
+def stocked(migrated: Database) -> Database:
+    """With a base, and the bytes of four releases."""
+    with migrated.write() as session:
         session.add(
             Base(
                 digest="b" * 64, architecture_digest="c" * 64, name="tiny", model_type="llama", tied=False,
                 parameters=1, size_bytes=4, tensor_count=0, tensors=[], created_at=START, created_by="mia",
             )
         )  # fmt: skip
-        for number, version in enumerate(VERSIONS):
-            sha256 = Digest(f"{number:064x}")
+        for sha256 in BYTES.values():
             session.add(Blob(sha256=sha256, size_bytes=1, created_at=START))
             session.flush()
-            session.add(BlobHolder(sha256=sha256, namespace=NAME.namespace))
+            session.add(BlobHolder(sha256=sha256, namespace="acme"))
             session.flush()
-            files = [ManifestFile("adapter_model.safetensors", 1, sha256)]
-            new = NewRelease(NAME, Kind.ADAPTER, parse_version(version), None, files, "b" * 64, {})
-            releases.publish(session, actor, new)
-    database.close()
-    return path
+    return migrated
 
 
 class ChannelMachine(RuleBasedStateMachine):
-    """Each rule does the same to the registry and to the model, and compares what both say."""
+    """Each rule does the same to the registry and to the model, and compares what both say.
 
-    template: Path
+    Each example has a repository of its own, with four releases, in a database that all of them share.
+    """
+
+    database: Database
+    numbers = itertools.count()
 
     @initialize()
     def open(self) -> None:
-        self.directory = TemporaryDirectory()
-        path = Path(self.directory.name) / "registry.db"
-        shutil.copy(self.template, path)
-        self.database = Database(f"sqlite:///{path}")
+        self.name = RepositoryName("acme", f"sql-{next(self.numbers)}")
         self.now = START
         self.moments: list[Moment] = []
         self.yanked: set[str] = set()
         self.seen: list[tuple[Any, ...]] = []
+        actor = Actor("mia", START, {EVERYWHERE: Role.ADMIN})
+        with self.database.write() as session:
+            for version, sha256 in BYTES.items():
+                files = [ManifestFile("adapter_model.safetensors", 1, sha256)]
+                new = NewRelease(self.name, Kind.ADAPTER, parse_version(version), None, files, "b" * 64, {})
+                releases.publish(session, actor, new)
+            self.repository_id = repositories.find(session, self.name).id
 
-    def teardown(self) -> None:
-        if hasattr(self, "database"):
-            self.database.close()
-            self.directory.cleanup()
+    def channel(self, session: Session) -> Channel | None:
+        return session.scalar(select(Channel).where(Channel.repository_id == self.repository_id))
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -129,7 +124,7 @@ class ChannelMachine(RuleBasedStateMachine):
         expected = self.expectation(honest)
 
         def change(session: Any, actor: Actor) -> Moved:
-            wanted = Promotion(NAME, parse_version(version), "prod")
+            wanted = Promotion(self.name, parse_version(version), "prod")
             return channels.promote(session, actor, wanted, reason="r", expected=expected)
 
         self.attempt(change, refusal)
@@ -160,7 +155,7 @@ class ChannelMachine(RuleBasedStateMachine):
     ) -> None:
         def change(session: Any, actor: Actor) -> Moved:
             target = parse_version(to) if to else None
-            repository = repositories.find(session, NAME)
+            repository = repositories.find(session, self.name)
             return channels.roll_back(session, actor, repository, "prod", to=target, reason="r", expected=expected)
 
         self.attempt(change, refusal)
@@ -169,7 +164,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def yank(self, version: str, back: bool) -> None:
         actor = Actor("mia", self.now, {EVERYWHERE: Role.ADMIN})
         with self.database.write() as session:
-            release = releases.find(session, NAME, parse_version(version))
+            release = releases.find(session, self.name, parse_version(version))
             if back:
                 releases.unyank(session, actor, release)
                 self.yanked.discard(version)
@@ -180,7 +175,7 @@ class ChannelMachine(RuleBasedStateMachine):
     @invariant()
     def the_channel_serves_what_the_model_says(self) -> None:
         with self.database.read() as session:
-            channel = session.scalar(select(Channel))
+            channel = self.channel(session)
             serving = channels.serving(session, channel) if channel is not None else None
             allowed = [version for version in self.live if version not in self.yanked]
             assert (serving.to_release.version if serving else None) == (allowed[-1] if allowed else None)
@@ -188,20 +183,21 @@ class ChannelMachine(RuleBasedStateMachine):
     @invariant()
     def history_only_grows_and_never_changes(self) -> None:
         with self.database.read() as session:
-            moves = session.scalars(select(Move).order_by(Move.id)).all()
+            channel = self.channel(session)
+            mine = Move.channel_id == (channel.id if channel else None)
+            moves = session.scalars(select(Move).where(mine).order_by(Move.id)).all()
             found = [
                 (move.id, move.kind, move.from_release.version if move.from_release else None, move.to_release.version,
                  move.actor, move.reason, move.at) for move in moves
             ]  # fmt: skip
-            channel = session.scalar(select(Channel))
         assert found[: len(self.seen)] == self.seen
         assert [row[1:4] for row in found] == [(m.kind, m.left, m.live[-1]) for m in self.moments]
         assert (channel.move_id if channel else None) == (found[-1][0] if found else None)
         self.seen = found
 
 
-def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(template: Path) -> None:
-    machine = type("Machine", (ChannelMachine,), {"template": template})
+def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(stocked: Database) -> None:
+    machine = type("Machine", (ChannelMachine,), {"database": stocked})
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -210,9 +206,9 @@ def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(te
     )
 
 
-def test_the_model_rolls_back_further_each_time(template: Path) -> None:
+def test_the_model_rolls_back_further_each_time(stocked: Database) -> None:
     """One walk spelled out, so that the rules are read and not only searched."""
-    machine = type("Machine", (ChannelMachine,), {"template": template})()
+    machine = type("Machine", (ChannelMachine,), {"database": stocked})()
     machine.open()
     for version in ("1.0.0", "1.1.0", "2.0.0"):
         machine.promote(version, None)
@@ -228,4 +224,3 @@ def test_the_model_rolls_back_further_each_time(template: Path) -> None:
     machine.the_channel_serves_what_the_model_says()
     machine.history_only_grows_and_never_changes()
     assert [moment.kind for moment in machine.moments].count("rollback") == 4
-    machine.teardown()

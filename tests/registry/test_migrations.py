@@ -24,12 +24,10 @@ from tests.scenarios.world import Cli
 from tests.staying_whole.small import write_adapter, write_base
 
 
-@pytest.fixture(params=["SQLite", "PostgreSQL"])
+@pytest.fixture(params=services.DATABASES)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database."""
-    if request.param == "SQLite":
-        return f"sqlite:///{tmp_path / 'empty.db'}"
-    return services.new_database()
+    return services.new_database_of(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -150,7 +148,10 @@ LINE = "/v1/adapters/acme/sql"
 
 @pytest.fixture
 def filled(tmp_path: Path) -> Cli:
-    """A registry of today with something in every table that the first schema had."""
+    """A registry of today with something in every table that the first schema had.
+
+    Its rows are what is copied into `database`, which is of either kind.
+    """
     cli = Cli({"ADAPTORY_HOME": str(tmp_path / "today"), "ADAPTORY_USER": "mia"})
     cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny", "--alias", "Acme/Tiny")
     for seed, version in enumerate(("1.0.0", "1.1.0", "1.2.0", "2.0.0-rc.1")):

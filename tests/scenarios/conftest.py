@@ -1,12 +1,15 @@
 """The same stories over the embedded registry and over a real server, on both pairings of database and store."""
 
-from collections.abc import Generator
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests import services
-from tests.scenarios.world import Cli, World, build_world, server
+from tests.scenarios.traces import traces
+from tests.scenarios.world import SMALL_PARTS, Cli, World, build_world, server
 
 USER = "mia"
 
@@ -17,52 +20,77 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def embedded(tmp_path: Path) -> Cli:
+def on_disk(tmp_path: Path) -> Cli:
+    """SQLite and a directory within the command line's own process: for what only they can do, or cannot.
+
+    A full disk, no sockets, half a file in a directory; and for commands that look into no registry.
+    """
     return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER})
 
 
-@pytest.fixture(params=("SQLite and a directory", "PostgreSQL and S3"))
-def either(request: pytest.FixtureRequest, tmp_path: Path) -> Cli:
-    """The whole registry within the command line's own process, on either pairing."""
-    environment = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER}
-    if request.param == "PostgreSQL and S3":
-        environment |= request.getfixturevalue("s3_environment")
-        environment["ADAPTORY_DATABASE_URL"] = request.getfixturevalue("fresh_postgres")
-    return Cli(environment)
-
-
 @pytest.fixture
-def fresh_postgres() -> str:
-    """An empty, migrated database of its own."""
-    return services.new_database(migrated=True)
+def embedded(pairing: dict[str, str], tmp_path: Path) -> Cli:
+    """The whole registry within the command line's own process, on either pairing."""
+    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **pairing})
 
 
-WAYS = ("embedded", "server", "server on PostgreSQL and S3")
+WAYS = ("embedded", *services.PAIRINGS)
 
 
 @pytest.fixture(params=WAYS)
 def cli(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Cli]:
-    """The command line against each way of running a registry."""
+    """The command line against each way of running a registry: in its own process, or behind a server of a pairing."""
     if request.param == "embedded":
-        yield request.getfixturevalue("embedded")
+        yield request.getfixturevalue("on_disk")
         return
-    environment = {"ADAPTORY_USER": USER}
-    if request.param == "server on PostgreSQL and S3":
-        environment |= request.getfixturevalue("s3_environment")
-        environment["ADAPTORY_DATABASE_URL"] = request.getfixturevalue("fresh_postgres")
-    with server(tmp_path / "server", **environment) as (url, _):
-        yield Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=environment)
+    with serving(services.pairing(request.param), tmp_path) as cli:
+        yield cli
 
 
-@pytest.fixture
-def stocked(cli: Cli, world: World) -> Cli:
-    """A registry that knows the base and the suites."""
-    return stock(cli, world)
+class Templates:
+    """Registries that know the base and the suites, of each pairing; stocked once, since copying takes far less time.
+
+    Nothing lies in their stores.
+    """
+
+    def __init__(self, world: World, directory: Path) -> None:
+        self._world, self._directory = world, directory
+        self._pairings: dict[str, dict[str, str]] = {}
+
+    def copy(self, name: str, home: Path) -> dict[str, str]:
+        """A pairing of one's own, whose registry has this home."""
+        template = self._directory / name
+        if name not in self._pairings:
+            pairing = services.pairing(name)
+            cli = stock(Cli({"ADAPTORY_HOME": str(template), "ADAPTORY_USER": USER, **pairing}), self._world)
+            assert traces(cli).blobs == frozenset()
+            self._pairings[name] = pairing
+        shutil.copytree(template, home)
+        return services.copied_pairing(self._pairings[name])
 
 
-@pytest.fixture
-def stocked_embedded(embedded: Cli, world: World) -> Cli:
-    return stock(embedded, world)
+@pytest.fixture(scope="session")
+def templates(world: World, tmp_path_factory: pytest.TempPathFactory) -> Templates:
+    return Templates(world, tmp_path_factory.mktemp("templates"))
+
+
+@pytest.fixture(params=WAYS)
+def stocked(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Generator[Cli]:
+    """A registry that knows the base and the suites, in each way of running it; to S3 large files go in small parts."""
+    if request.param == "embedded":
+        templates.copy(services.PAIRINGS[0], tmp_path / "home")
+        yield request.getfixturevalue("on_disk")
+        return
+    pairing = templates.copy(request.param, tmp_path / "server")
+    with serving(pairing and pairing | SMALL_PARTS, tmp_path) as cli:
+        yield cli
+
+
+@pytest.fixture(params=services.PAIRINGS)
+def stocked_embedded(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Cli:
+    """The same within the command line's own process, on either pairing."""
+    pairing = templates.copy(request.param, tmp_path / "home")
+    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **pairing})
 
 
 @pytest.fixture
@@ -71,6 +99,14 @@ def team(stocked_embedded: Cli, world: World) -> Cli:
     for name in ("sql", "terraform"):
         stocked_embedded.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
     return stocked_embedded
+
+
+@contextmanager
+def serving(pairing: Mapping[str, str], directory: Path) -> Generator[Cli]:
+    """The command line against a server of this database and this store."""
+    environment = {"ADAPTORY_USER": USER, **pairing}
+    with server(directory / "server", **environment) as (url, _):
+        yield Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_URL": url}, served_with=environment)
 
 
 def stock(cli: Cli, world: World) -> Cli:

@@ -29,12 +29,9 @@ class Company:
         return Cli({"ADAPTORY_HOME": str(self.home / "nobody"), "ADAPTORY_URL": self.url})
 
 
-@pytest.fixture(params=["SQLite and a directory", "PostgreSQL and S3"])
-def company(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Company]:
-    environment = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_ACCESS_CACHE_S": "0", "ADAPTORY_USER": "host"}
-    if request.param == "PostgreSQL and S3":
-        environment |= request.getfixturevalue("s3_environment")
-        environment["ADAPTORY_DATABASE_URL"] = request.getfixturevalue("fresh_postgres")
+@pytest.fixture
+def company(pairing: dict[str, str], tmp_path: Path) -> Generator[Company]:
+    environment = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_ACCESS_CACHE_S": "0", "ADAPTORY_USER": "host", **pairing}
     host = Cli({"ADAPTORY_HOME": str(tmp_path / "server"), **environment})
     host.ok("namespace", "grant", "*", "olga", "admin")
     host.ok("token", "create", "--user", "olga")
@@ -183,12 +180,11 @@ def test_knowing_the_digest_of_a_private_file_opens_nothing(company: Company, wo
     api.close()
 
 
-def test_a_server_for_many_wants_tokens_and_one_without_stays_on_loopback(tmp_path: Path) -> None:
-    alone = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
-    refused = alone("serve", "--host", "0.0.0.0")  # noqa: S104  (it must not be listened on)
+def test_a_server_for_many_wants_tokens_and_one_without_stays_on_loopback(embedded: Cli) -> None:
+    refused = embedded("serve", "--host", "0.0.0.0")  # noqa: S104  (it must not be listened on)
     assert refused.code == 5
     assert "ADAPTORY_ACCESS=tokens" in refused.err
-    many = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_ACCESS": "tokens"})
+    many = Cli(embedded.environment | {"ADAPTORY_ACCESS": "tokens"})
     refused = many("serve", "--host", "0.0.0.0")  # noqa: S104
     assert refused.code == 5
     assert "token create" in refused.err

@@ -29,10 +29,11 @@ def refused(ran: Ran, code: int, *fragments: str) -> None:
         assert fragment in ran.err
 
 
-@pytest.fixture(scope="module")
-def with_release(tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
-    """One registry for every question here: none of them may change it."""
-    cli = stock(Cli({"ADAPTORY_HOME": str(tmp_path_factory.mktemp("bad-input") / "home")}), world)
+@pytest.fixture(scope="module", params=services.PAIRINGS)
+def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
+    """One registry of each pairing for every question here: none of them may change it."""
+    home = tmp_path_factory.mktemp("bad-input") / "home"
+    cli = stock(Cli({"ADAPTORY_HOME": str(home), **services.pairing(request.param)}), world)
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
     return cli
 
@@ -236,25 +237,25 @@ def small_disk(path: Path, size: str) -> Generator[Path]:
         subprocess.run(["/bin/umount", path], check=True)
 
 
-def test_a_full_disk_ends_a_merge_and_leaves_nothing(embedded: Cli, world: World, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_merge_and_leaves_nothing(on_disk: Cli, world: World, tmp_path: Path) -> None:
     """Once seen before it begins, once when side files fill the disk half way."""
     base = shutil.copytree(world.base, tmp_path / "base")
     with small_disk(tmp_path / "small", "1m") as disk:
         merge = ("merge", "--base", base, "--adapter", world.adapters["sql"], "-o", disk / "merged")
-        refused(embedded(*merge), 7, "disk is full", "Free some space")
+        refused(on_disk(*merge), 7, "disk is full", "Free some space")
         assert list(disk.iterdir()) == []
     (base / "vocabulary.txt").write_bytes(b"x" * (20 << 20))
     with small_disk(tmp_path / "medium", "12m") as disk:
         merge = ("merge", "--base", base, "--adapter", world.adapters["sql"], "-o", disk / "merged")
-        refused(embedded(*merge), 7, "disk is full", "Free some space")
+        refused(on_disk(*merge), 7, "disk is full", "Free some space")
         assert list(disk.iterdir()) == []
 
 
-def test_a_full_disk_ends_a_push_and_leaves_nothing(embedded: Cli, world: World, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_push_and_leaves_nothing(on_disk: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "training.log").write_bytes(b"x" * (8 << 20))
     with small_disk(tmp_path / "small", "6m") as disk:
-        cli = Cli(embedded.environment | {"ADAPTORY_HOME": str(disk)})
+        cli = Cli(on_disk.environment | {"ADAPTORY_HOME": str(disk)})
         cli.ok("base", "add", world.base, "--name", "tiny")
         refused(cli("push", adapter, "acme/sql:1.0.0", "--base", "tiny"), 7, "Free some space")
         left = traces(cli)
@@ -292,9 +293,9 @@ def test_a_registry_that_does_not_answer_is_unavailable(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_home_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_used_is_unavailable(embedded: Cli, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
-    refused(Cli({"ADAPTORY_HOME": str(tmp_path / "home")})("list"), 7, "ADAPTORY_HOME")
+    refused(embedded("list"), 7, "ADAPTORY_HOME")
 
 
 def test_a_file_above_the_limit_is_refused_before_it_is_sent(stocked_embedded: Cli, world: World) -> None:
@@ -324,6 +325,7 @@ def refused_as(answer: httpx2.Response, status: int) -> None:
 
 
 def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Path) -> None:
+    """By headers alone, whatever its database and store are."""
     with server(tmp_path / "home") as (url, _):
         # A name of somebody else that leads to loopback: a page in a browser could ask by it.
         for host in ("evil.example", "localhost.evil.example:8000", "[", "[::1", "127.0.0.1@evil.example:1"):
@@ -335,6 +337,7 @@ def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Pat
 
 
 def test_a_disk_that_cannot_be_written_is_told_by_the_server(tmp_path: Path) -> None:
+    """Of a directory: bytes that go to S3 pass no disk of the server's."""
     content = b"some bytes"
     sha256 = hashlib.sha256(content).hexdigest()
     with server(tmp_path / "home") as (url, _):
@@ -349,8 +352,8 @@ def test_a_disk_that_cannot_be_written_is_told_by_the_server(tmp_path: Path) -> 
         assert httpx2.put(url + path, content=content).status_code == 201
 
 
-def test_a_server_refuses_odd_requests_and_stays_well(tmp_path: Path) -> None:
-    with server(tmp_path / "home", ADAPTORY_MAX_DOCUMENT_BYTES="2000") as (url, process):
+def test_a_server_refuses_odd_requests_and_stays_well(pairing: dict[str, str], tmp_path: Path) -> None:
+    with server(tmp_path / "home", ADAPTORY_MAX_DOCUMENT_BYTES="2000", **pairing) as (url, process):
         long = json.dumps({"recipe": {"notes": "x" * 3000}})
         told = httpx2.post(f"{url}/v1/compositions", content=long, headers={"Content-Type": "application/json"})
         assert (told.status_code, told.json()["code"]) == (413, "body_too_large")

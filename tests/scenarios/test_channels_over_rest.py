@@ -12,24 +12,21 @@ import httpx2
 import pytest
 
 from tests import services
-from tests.scenarios.conftest import USER, stock
-from tests.scenarios.world import Cli, World, server
+from tests.scenarios.conftest import USER, serving, stock
+from tests.scenarios.world import Cli, World
 
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
 
 
-@pytest.fixture(scope="module", params=["SQLite and a directory", "PostgreSQL and S3"])
+@pytest.fixture(scope="module", params=services.PAIRINGS)
 def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World
 ) -> Generator[tuple[Cli, httpx2.Client]]:
     """A real server that knows the base and the suites; each test has a repository of its own in it."""
     directory = tmp_path_factory.mktemp("rest")
-    environment = {"ADAPTORY_USER": USER}
-    if request.param == "PostgreSQL and S3":
-        environment |= services.shared_s3().environment(f"{uuid.uuid4().hex}/")
-        environment["ADAPTORY_DATABASE_URL"] = services.new_database(migrated=True)
-    with server(directory / "server", **environment) as (url, _), httpx2.Client(base_url=url, timeout=30) as client:
-        yield stock(Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_URL": url}), world), client
+    served = serving(services.pairing(request.param), directory)
+    with served as cli, httpx2.Client(base_url=cli.environment["ADAPTORY_URL"], timeout=30) as client:
+        yield stock(cli, world), client
 
 
 @dataclass(frozen=True)

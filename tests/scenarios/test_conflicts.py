@@ -82,17 +82,17 @@ def test_the_page_is_one_file_with_the_same_verdict(team: Cli, tmp_path: Path) -
 
 
 def test_directories_are_compared_beside_a_base_without_any_registry_entry(
-    embedded: Cli, world: World, tmp_path: Path
+    on_disk: Cli, world: World, tmp_path: Path
 ) -> None:
     pair = (world.adapters["sql"], world.adapters["terraform"])
-    assert embedded.json("conflicts", *pair)["adapters"][0]["amplification"] is None
-    beside = embedded.json("conflicts", *pair, "--base", world.base)
+    assert on_disk.json("conflicts", *pair)["adapters"][0]["amplification"] is None
+    beside = on_disk.json("conflicts", *pair, "--base", world.base)
     assert beside["adapters"][0]["amplification"] > 0
     assert beside["whole"]["lost_share"] is not None
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello\n")
-    assert embedded("conflicts", *pair, "--prompts", prompts).code == 2, "a measurement needs the base's weights"
-    assert embedded.json("conflicts", *pair, "--base", world.base, "--prompts", prompts)["activations"]["prompts"] == 1
+    assert on_disk("conflicts", *pair, "--prompts", prompts).code == 2, "a measurement needs the base's weights"
+    assert on_disk.json("conflicts", *pair, "--base", world.base, "--prompts", prompts)["activations"]["prompts"] == 1
 
 
 def test_rules_of_a_recipe_reach_the_lock_the_report_and_the_result(team: Cli, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Processes that die: what they had finished stays finished, what they had not leaves nothing wrong behind."""
 
+import functools
 import hashlib
 import os
 import random
@@ -24,8 +25,9 @@ from registry.resources import Resources, open_resources
 from registry.settings import Settings
 from registry.worker.loop import Held, JobKind, run_one
 from registry.worker.steps import KINDS
+from tests.scenarios import stored
 from tests.scenarios.conftest import USER, stock
-from tests.scenarios.traces import api_of, home_of, traces
+from tests.scenarios.traces import api_of, bytes_in_s3, home_of, keeps_blobs_in_s3, traces
 from tests.scenarios.world import Cli, World, environment, server
 
 STEPS = list(KINDS["composition"].steps)
@@ -49,7 +51,7 @@ def write_recipe(directory: Path) -> Path:
 
 
 def team(cli: Cli, world: World) -> Cli:
-    stock(cli, world)
+    """Two adapters in a registry that knows their base."""
     for name in ("sql", "support"):
         cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
     return cli
@@ -90,9 +92,9 @@ def begin(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", STEPS)
 def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends_the_job_the_same(
-    either: Cli, world: World, tmp_path: Path, last: str
+    stocked_embedded: Cli, world: World, tmp_path: Path, last: str
 ) -> None:
-    cli, place = team(either, world), either.environment
+    cli, place = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
     first: list[str] = []
 
@@ -125,10 +127,10 @@ def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends
 
 
 def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neither(
-    either: Cli, world: World, tmp_path: Path
+    stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     """The adapter's bytes are in the store and the model's are not: the next worker publishes both together."""
-    cli, place = team(either, world), either.environment
+    cli, place = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
 
     class DyingStore:
@@ -156,8 +158,8 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
     assert len(cli.json("log", "acme/both")["items"]) == 1
 
 
-def test_a_job_that_kills_every_worker_is_given_up(either: Cli, world: World, tmp_path: Path) -> None:
-    cli, place = team(either, world), either.environment
+def test_a_job_that_kills_every_worker_is_given_up(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli, place = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
 
     def die(_name: str) -> None:
@@ -173,10 +175,13 @@ def test_a_job_that_kills_every_worker_is_given_up(either: Cli, world: World, tm
     assert not traces(cli).work
 
 
-def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(world: World, tmp_path: Path) -> None:
+def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
+    pairing: dict[str, str], world: World, tmp_path: Path
+) -> None:
     home = tmp_path / "server"
-    with server(home, ADAPTORY_USER=USER) as (url, process):
-        cli = team(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}), world)
+    place = {"ADAPTORY_USER": USER, **pairing}
+    with server(home, **place) as (url, process):
+        cli = team(stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}), world), world)
         started = cli.json("compose", write_recipe(tmp_path))
         states = wait_for(url, started["id"], lambda states: states["evaluate"] == "running")
         process.kill()
@@ -185,8 +190,8 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(world: 
     candidate = home / "work" / f"composition-{started['id']}" / "adapter" / "adapter_model.safetensors"
     written = candidate.stat().st_mtime_ns
 
-    with server(home, ADAPTORY_USER=USER) as (url, _):
-        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url})
+    with server(home, **place) as (url, _):
+        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=place)
         assert set(traces(cli).releases) == {"acme/sql:1.0.0", "acme/support:1.0.0"}, "nothing is half published"
         assert cli.json("jobs", "1")["state"] == "running", "it is the dead worker's until its lease runs out"
         seen: list[str] = []
@@ -196,7 +201,7 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(world: 
             if name == "evaluate":
                 kept.append(candidate.stat().st_mtime_ns)
 
-        with resources_of({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": USER}, LATER) as resources:
+        with resources_of({"ADAPTORY_HOME": str(home), **place}, LATER) as resources:
             assert run_one(resources, watched(seen, look), "successor")
         assert seen == ["evaluate", "gate", "merge", "publish"]
         assert kept == [written], "the candidate is the one that the dead worker made"
@@ -216,16 +221,6 @@ def wait_for(url: str, composition: int, enough: Callable[[dict[str, str]], bool
     raise AssertionError(f"the composition never came that far: {states}")
 
 
-@pytest.fixture(params=["embedded", "server"])
-def registry(request: pytest.FixtureRequest, tmp_path: Path, world: World) -> Generator[Cli]:
-    """In the embedded registry the killed client is the registry as well."""
-    if request.param == "embedded":
-        yield stock(request.getfixturevalue("embedded"), world)
-        return
-    with server(tmp_path / "server", ADAPTORY_USER=USER) as (url, _):
-        yield stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}), world)
-
-
 HEAVY_BYTES = 12 << 20
 
 
@@ -236,7 +231,7 @@ def heavy_adapter(world: World, directory: Path, seed: int) -> Path:
     return directory
 
 
-def bytes_below(places: list[Path]) -> int:
+def bytes_below(*places: Path) -> int:
     total = 0
     for place in places:
         for path in place.rglob("*"):
@@ -245,15 +240,15 @@ def bytes_below(places: list[Path]) -> int:
     return total
 
 
-def run_and_kill(cli: Cli, arguments: list[object], places: list[Path], enough_bytes: int) -> bool:
+def run_and_kill(cli: Cli, arguments: list[object], written_bytes: Callable[[], int], enough_bytes: int) -> bool:
     """`adaptory …` in a process of its own, killed as soon as it has written so much; whether it was still running."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     command = [sys.executable, "-m", "registry.cli.main", *map(str, arguments)]
-    before = bytes_below(places)
+    before = written_bytes()
     process = subprocess.Popen(
         command, env=environment | cli.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    while process.poll() is None and bytes_below(places) < before + enough_bytes:
+    while process.poll() is None and written_bytes() < before + enough_bytes:
         time.sleep(0.002)
     process.kill()
     _, err = process.communicate()
@@ -262,9 +257,8 @@ def run_and_kill(cli: Cli, arguments: list[object], places: list[Path], enough_b
 
 
 def assert_blobs_are_what_their_names_say(cli: Cli) -> None:
-    for path in (home_of(cli) / "store" / "blobs").rglob("*"):
-        if path.is_file():
-            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+    for sha256 in traces(cli).blobs:
+        assert hashlib.sha256(stored.read(cli, sha256)).hexdigest() == sha256
 
 
 def kill_points(seed: int) -> list[int]:
@@ -273,13 +267,19 @@ def kill_points(seed: int) -> list[int]:
     return [1, *(int(HEAVY_BYTES * chance.uniform(0.02, 0.98)) for _ in range(4)), HEAVY_BYTES]
 
 
-def test_a_push_killed_at_any_moment_succeeds_when_it_is_repeated(registry: Cli, world: World, tmp_path: Path) -> None:
-    places = [home_of(registry) / "work", home_of(registry) / "store"]
-    killed = 0
+def test_a_push_killed_at_any_moment_succeeds_when_it_is_repeated(stocked: Cli, world: World, tmp_path: Path) -> None:
+    """In the embedded registry the killed client is the registry as well."""
+    registry, killed = stocked, 0
+
+    def written_bytes() -> int:
+        if keeps_blobs_in_s3(registry):
+            return bytes_in_s3(registry)
+        return bytes_below(home_of(registry) / "work", home_of(registry) / "store")
+
     for number, enough_bytes in enumerate(kill_points(11), start=1):
         adapter = heavy_adapter(world, tmp_path / f"adapter-{number}", number)
         push: list[object] = ["push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny"]
-        killed += run_and_kill(registry, push, places, enough_bytes)
+        killed += run_and_kill(registry, push, written_bytes, enough_bytes)
         assert_blobs_are_what_their_names_say(registry)
         release = registry.json(*push)["release"]
         assert {file["path"] for file in release["files"]} == {path.name for path in adapter.iterdir()}
@@ -291,9 +291,9 @@ def test_a_push_killed_at_any_moment_succeeds_when_it_is_repeated(registry: Cli,
 
 
 def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
-    registry: Cli, world: World, tmp_path: Path
+    stocked: Cli, world: World, tmp_path: Path
 ) -> None:
-    adapter = heavy_adapter(world, tmp_path / "adapter", 0)
+    registry, adapter = stocked, heavy_adapter(world, tmp_path / "adapter", 0)
     registry.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
     expected = {path.name: path.read_bytes() for path in adapter.iterdir()}
     commit = registry.json("show", "acme/sql")["commit"]
@@ -303,7 +303,8 @@ def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
         partial = tmp_path / f".out-{number}.{commit[:12]}.partial"
         # Not from the cache, whose files are there at once.
         shutil.rmtree(Path(registry.environment["ADAPTORY_HOME"]) / "cache", ignore_errors=True)
-        was_killed = run_and_kill(registry, ["pull", "acme/sql", "-o", out], [partial, out], enough_bytes)
+        written_bytes = functools.partial(bytes_below, partial, out)
+        was_killed = run_and_kill(registry, ["pull", "acme/sql", "-o", out], written_bytes, enough_bytes)
         killed += was_killed
         if not out.exists():
             assert was_killed
@@ -334,11 +335,7 @@ def test_a_damaged_blob_is_never_given_out_as_if_it_were_whole(
     cli = stocked_embedded
     release = cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["release"]
     digest = next(file["sha256"] for file in release["files"] if file["path"].endswith(".safetensors"))
-    blob = home_of(cli) / "store" / "blobs" / "sha256" / digest[:2] / digest
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.chmod(0o644)
-    blob.write_bytes(data)
+    stored.damage(cli, digest)
     refused = cli("pull", "acme/sql", "-o", tmp_path / "out")
     assert refused.code == 7
     assert not (tmp_path / "out").exists()
@@ -354,10 +351,10 @@ def write_single(directory: Path) -> Path:
 
 
 def test_a_silent_worker_that_comes_back_cannot_end_a_job_that_another_has_taken(
-    either: Cli, world: World, tmp_path: Path
+    stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     """The first worker sleeps through its lease in `combine`; the second takes over and is the one that finishes."""
-    cli, place = team(either, world), either.environment
+    cli, place = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
     first: list[str] = []
     second: list[str] = []

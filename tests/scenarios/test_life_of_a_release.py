@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import Invalid
+from tests.scenarios import stored
 from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
@@ -196,10 +197,8 @@ def test_a_base_cannot_be_hidden_behind_a_name_that_looks_like_a_digest(stocked_
 
 def test_a_lost_blob_comes_back_with_the_next_push(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli = stocked_embedded
-    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
-    for blob in (Path(cli.environment["ADAPTORY_HOME"]) / "store" / "blobs").rglob("*"):
-        if blob.is_file():
-            blob.unlink()
+    for file in cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["release"]["files"]:
+        stored.lose(cli, file["sha256"])
     assert not cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["created"]
     cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
 

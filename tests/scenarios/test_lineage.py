@@ -9,6 +9,7 @@ import yaml
 
 from composer.weights import parse_rule
 from registry.client.lineage import NOTE_FILE, of_note, of_release, rule_words, side_by_side
+from tests.scenarios import stored
 from tests.scenarios.world import Cli, World
 
 HOW = "dare_ties_svd: rank 4, density 0.6, seed 3, vote plain, divide count"
@@ -110,8 +111,7 @@ def test_a_release_whose_note_the_store_has_lost_is_still_shown(team: Cli, tmp_p
     team.ok("compose", recipe(tmp_path / "recipe.yaml", "1.0.0"))
     files = team.json("show", "acme/both:1.0.0")["files"]
     (lost,) = [file["sha256"] for file in files if file["path"] == NOTE_FILE]
-    (blob,) = [path for path in (tmp_path / "home").rglob(lost) if path.is_file()]
-    blob.unlink()
+    stored.lose(team, lost)
     shown = team("show", "acme/both:1.0.0")
     assert shown.code == 0
     assert "0.8 x acme/sql:1.0.0" in shown.out

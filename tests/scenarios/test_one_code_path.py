@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 
-from tests.scenarios.conftest import USER, stock
-from tests.scenarios.world import Cli, World, environment, server
+from tests import services
+from tests.scenarios.conftest import USER, serving, stock
+from tests.scenarios.world import Cli, World, environment
 
 PASSING = {"created_at", "moved_at", "at", "measured", "finished_at"}
 """Moments, which no two runs share."""
 
 
-@pytest.fixture
-def both(tmp_path: Path, world: World) -> Generator[tuple[Cli, Cli]]:
-    embedded = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER})
-    with server(tmp_path / "server", ADAPTORY_USER=USER) as (url, _):
-        remote = Cli({"ADAPTORY_HOME": str(tmp_path / "client"), "ADAPTORY_URL": url})
-        yield stock(embedded, world), stock(remote, world)
+@pytest.fixture(params=services.PAIRINGS)
+def both(request: pytest.FixtureRequest, tmp_path: Path, world: World) -> Generator[tuple[Cli, Cli]]:
+    """Two registries of one pairing."""
+    own = {"ADAPTORY_HOME": str(tmp_path / "embedded"), "ADAPTORY_USER": USER, **services.pairing(request.param)}
+    with serving(services.pairing(request.param), tmp_path) as remote:
+        yield stock(Cli(own), world), stock(remote, world)
 
 
 def timeless(value: Any) -> Any:
@@ -78,7 +79,7 @@ def without_moments(text: str) -> str:
     return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "MOMENT", text)
 
 
-def test_the_embedded_registry_opens_no_socket_to_anywhere(stocked_embedded: Cli, world: World) -> None:
+def test_the_registry_on_disk_opens_no_socket_to_anywhere(on_disk: Cli, world: World) -> None:
     """An audit hook of the interpreter sees every bind and connect; it cannot be removed, hence the own process."""
     watch = (
         "import socket, sys\n"
@@ -90,7 +91,8 @@ def test_the_embedded_registry_opens_no_socket_to_anywhere(stocked_embedded: Cli
         "main()\n"
     )
     push = ["push", str(world.adapters["sql"]), "acme/sql:1.0.0", "--base", "tiny", "--json"]
-    with environment(stocked_embedded.environment, []):
+    cli = stock(on_disk, world)
+    with environment(cli.environment, []):
         ran = subprocess.run([sys.executable, "-c", watch, *push], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert stocked_embedded.json("show", "acme/sql")["version"] == "1.0.0"
+    assert cli.json("show", "acme/sql")["version"] == "1.0.0"

@@ -11,7 +11,8 @@ from registry.client.cache import BlobCache
 from registry.client.pieces import PIECE_BYTES
 from registry.client.pull import pull
 from registry.errors import Refused, Unavailable
-from tests.scenarios.traces import api_of, hashes, home_of, keeps_blobs_in_s3, s3_of, traces
+from tests.scenarios import stored
+from tests.scenarios.traces import api_of, hashes, traces
 from tests.scenarios.world import Cli, World, nothing
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,31 +36,11 @@ def damage(path: Path) -> None:
     path.chmod(mode)
 
 
-def damage_in_store(cli: Cli, sha256: str) -> None:
-    key = f"blobs/sha256/{sha256[:2]}/{sha256}"
-    if not keeps_blobs_in_s3(cli):
-        damage(home_of(cli) / "store" / key)
-        return
-    client, bucket, prefix = s3_of(cli)
-    data = bytearray(client.get_object(Bucket=bucket, Key=prefix + key)["Body"].read())
-    data[-1] ^= 1
-    client.put_object(Bucket=bucket, Key=prefix + key, Body=bytes(data))
-
-
-def lose_in_store(cli: Cli, sha256: str) -> None:
-    key = f"blobs/sha256/{sha256[:2]}/{sha256}"
-    if not keeps_blobs_in_s3(cli):
-        (home_of(cli) / "store" / key).unlink()
-        return
-    client, bucket, prefix = s3_of(cli)
-    client.delete_object(Bucket=bucket, Key=prefix + key)
-
-
 def test_a_blob_damaged_in_the_store_is_named_and_never_delivered_nor_published(
     stocked: Cli, world: World, tmp_path: Path
 ) -> None:
     digest = pushed(stocked, world)[WEIGHTS]
-    damage_in_store(stocked, digest)
+    stored.damage(stocked, digest)
     refused = stocked("pull", "acme/sql", "-o", tmp_path / "out")
     assert (refused.code, WEIGHTS in refused.err) == (7, True), refused.err
     assert not (tmp_path / "out").exists()
@@ -173,7 +154,7 @@ def test_a_lost_blob_is_told_by_the_registry(stocked: Cli, world: World, tmp_pat
     digest = pushed(stocked, world)[WEIGHTS]
     with api_of(stocked) as api:
         release = stocked.json("show", "acme/sql")
-        lose_in_store(stocked, digest)
+        stored.lose(stocked, digest)
         with pytest.raises(Unavailable) as raised:
             pull(api, release, tmp_path / "out", nothing)
     assert raised.value.code == "blob_lost"

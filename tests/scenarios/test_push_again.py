@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from registry.fsck import check, discard
+from tests.scenarios import stored
 from tests.scenarios.test_signatures import Keys
-from tests.scenarios.traces import hashes, home_of, keeps_blobs_in_s3, opened, s3_of, traces
+from tests.scenarios.traces import hashes, home_of, opened, traces
 from tests.scenarios.world import Cli, World
 
 WEIGHTS = "adapter_model.safetensors"
@@ -31,18 +32,6 @@ def keys(tmp_path: Path) -> Keys:
 def beside(cli: Cli) -> Cli:
     """The command line on the machine of the registry itself, which needs its database and its store."""
     return Cli({**cli.environment, **cli.served_with, "ADAPTORY_HOME": str(home_of(cli)), "ADAPTORY_URL": ""})
-
-
-def overwrite(cli: Cli, sha256: str, content: bytes) -> None:
-    """Past our own store class: what a failing disk does."""
-    key = f"blobs/sha256/{sha256[:2]}/{sha256}"
-    if keeps_blobs_in_s3(cli):
-        client, bucket, prefix = s3_of(cli)
-        client.put_object(Bucket=bucket, Key=f"{prefix}{key}", Body=content)
-        return
-    path = home_of(cli) / "store" / key
-    path.chmod(0o644)
-    path.write_bytes(content)
 
 
 def test_the_same_signed_push_again_changes_nothing(stocked: Cli, adapter: Path, keys: Keys, tmp_path: Path) -> None:
@@ -82,7 +71,7 @@ def test_a_damaged_blob_is_healed_by_fsck_and_the_same_push_again(
     push = ("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
     stocked.ok(*push)
     sha256 = hashlib.sha256((adapter / file).read_bytes()).hexdigest()
-    overwrite(stocked, sha256, os.urandom((adapter / file).stat().st_size))
+    stored.overwrite(stocked, sha256, os.urandom((adapter / file).stat().st_size))
     if file == WEIGHTS:
         refused = stocked(*push)
         assert refused.code != 0
@@ -103,11 +92,11 @@ def test_what_was_restored_after_it_was_found_damaged_is_not_deleted(stocked_emb
     cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
     content = (adapter / WEIGHTS).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    overwrite(cli, sha256, bytes(len(content)))
+    stored.overwrite(cli, sha256, bytes(len(content)))
     held = opened(cli)
     findings = check(held, read_bytes=True)
     assert [finding.subject for finding in findings] == [sha256]
-    overwrite(cli, sha256, content)
+    stored.overwrite(cli, sha256, content)
     assert discard(held, findings) == []
     held.close()
     cli.ok("fsck", "--full")

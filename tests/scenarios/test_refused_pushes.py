@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +16,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from registry.client import push
-from registry.errors import NotFound, RegistryError
+from registry.errors import Invalid, NotFound, RegistryError
 from registry.names import parse_repository
+from tests import services
 from tests.composer.small_model import save_adapter
 from tests.scenarios.conftest import stock
 from tests.scenarios.traces import Traces, api_of, traces
-from tests.scenarios.world import Cli, World
+from tests.scenarios.world import Cli, World, nothing
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Tensors = dict[str, np.ndarray]
@@ -109,10 +111,11 @@ def damaged(world: World, tmp_path: Path, what: str) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
-    """One registry for every refusal: each must leave it as empty as it was."""
-    return stock(Cli({"ADAPTORY_HOME": str(tmp_path_factory.mktemp("refused") / "home")}), world)
+@pytest.fixture(scope="module", params=services.PAIRINGS)
+def untouched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
+    """One registry of each pairing for every refusal: each must leave it as empty as it was."""
+    home = tmp_path_factory.mktemp("refused") / "home"
+    return stock(Cli({"ADAPTORY_HOME": str(home), **services.pairing(request.param)}), world)
 
 
 @pytest.mark.parametrize("what", list(DAMAGED))
@@ -181,8 +184,17 @@ def test_an_upload_whose_bytes_are_others_leaves_nothing(stocked_embedded: Cli) 
         put = api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"][0]["put"]
         for content, claimed in ((b"what was delivered", 18), (b"what was", 17), (b"what was promised and more", 17)):
             with pytest.raises(RegistryError):
-                api.send(put | {"headers": {"Content-Length": str(claimed)}}, iter([content]))
+                api.send(put | {"headers": put["headers"] | {"Content-Length": str(claimed)}}, iter([content]))
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
+
+
+def test_a_file_that_shrinks_while_it_is_pushed_is_named(stocked: Cli, world: World, tmp_path: Path) -> None:
+    directory = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    files = push.collect(directory)
+    os.truncate(directory / WEIGHTS, 100)
+    with api_of(stocked) as api, pytest.raises(Invalid, match=r"adapter_model\.safetensors is not what it was"):
+        push.send(api, "acme", files, nothing)
+    assert traces(stocked).releases == ()
 
 
 def test_an_adapter_of_zeros_is_published_with_a_warning(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:

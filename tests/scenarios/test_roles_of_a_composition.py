@@ -66,8 +66,8 @@ class Office:
 
 
 @pytest.fixture
-def office(either: Cli, world: World) -> Generator[Office]:
-    cli = team(either, world)
+def office(stocked_embedded: Cli, world: World) -> Generator[Office]:
+    cli = team(stocked_embedded, world)
     with resources_of(cli.environment) as resources:
         host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
         with resources.write() as session:
@@ -149,8 +149,8 @@ def test_an_output_in_a_namespace_that_the_asker_cannot_make_is_refused_at_once(
 
 
 def test_the_single_user_of_a_registry_composes_into_a_namespace_that_is_new(
-    either: Cli, world: World, tmp_path: Path
+    stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli, recipe = team(either, world), write_recipe(tmp_path)
+    cli, recipe = team(stocked_embedded, world), write_recipe(tmp_path)
     recipe.write_text(yaml.safe_dump(RECIPE | {"adapter": "new/both:1.0.0", "model": None}))
     assert cli.json("compose", recipe)["result"]["repository"] == "new/both"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from registry.schemas.catalog import ReleaseOut
 from registry.schemas.search import FoundOut, ResolvedOut
-from tests.scenarios.conftest import stock
-from tests.scenarios.world import Cli, World, server
+from tests.scenarios.conftest import serving, stock
+from tests.scenarios.world import Cli, World
 
 
 @pytest.fixture
@@ -130,6 +130,16 @@ def test_pages_do_not_shift_when_releases_arrive(shelf: Cli, world: World) -> No
     assert by_version["items"][0]["repository"] == "acme/newer"
 
 
+def test_words_are_found_a_page_at_a_time_past_newer_releases_without_them(shelf: Cli, world: World) -> None:
+    shelf.ok("push", world.adapters["other-sql"], "acme/newer:1.0.0", "--base", "tiny")
+    asked = ("tickets", "trained", "--limit", "1")
+    first = shelf.json("search", *asked)
+    second = shelf.json("search", *asked, "--cursor", first["next"])
+    last = shelf.json("search", *asked, "--cursor", second["next"])
+    names = [item["repository"] for page in (first, second, last) for item in page["items"]]
+    assert (names, last["next"]) == (["beta/help", "acme/terraform", "acme/sql"], None)
+
+
 def test_a_cursor_belongs_to_its_search(shelf: Cli) -> None:
     cursor = shelf.json("search", "--limit", "1")["next"]
     for other in (("--sort", "version"), ("--namespace", "acme"), ("--sort", "sql-exact.nll")):
@@ -140,9 +150,11 @@ def test_a_cursor_belongs_to_its_search(shelf: Cli) -> None:
         assert shelf("search", "--cursor", forged).code == 2
 
 
-def test_a_misspelt_parameter_is_named_with_what_was_meant(tmp_path: Path, world: World) -> None:
-    with server(tmp_path / "home") as (url, _), httpx2.Client(base_url=url) as http:
-        stock(Cli({"ADAPTORY_HOME": str(tmp_path / "cli"), "ADAPTORY_URL": url}), world)
+def test_a_misspelt_parameter_is_named_with_what_was_meant(
+    pairing: dict[str, str], tmp_path: Path, world: World
+) -> None:
+    with serving(pairing, tmp_path) as cli, httpx2.Client(base_url=cli.environment["ADAPTORY_URL"]) as http:
+        stock(cli, world)
         refused = http.get("/v1/releases", params={"max_rnk": 8}).json()
         assert (refused["status"], refused["code"], refused["subject"]) == (400, "unknown_parameter", "max_rnk")
         assert refused["next"] == "Did you mean max_rank?"
@@ -164,9 +176,11 @@ def test_a_misspelt_parameter_is_named_with_what_was_meant(tmp_path: Path, world
             assert http.get("/v1/releases", params=bad).status_code == 422
 
 
-def test_the_best_come_first_with_documents_that_keep_to_their_schema(tmp_path: Path, world: World) -> None:
-    with server(tmp_path / "home") as (url, _), httpx2.Client(base_url=url) as http:
-        cli = stock(Cli({"ADAPTORY_HOME": str(tmp_path / "cli"), "ADAPTORY_URL": url}), world)
+def test_the_best_come_first_with_documents_that_keep_to_their_schema(
+    pairing: dict[str, str], tmp_path: Path, world: World
+) -> None:
+    with serving(pairing, tmp_path) as cli, httpx2.Client(base_url=cli.environment["ADAPTORY_URL"]) as http:
+        stock(cli, world)
         digest = http.get("/v1/suites/guard-exact").json()["digest"]
         for name, nll in (("sql", 0.5), ("terraform", 0.25), ("support", 0.75)):
             cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -15,7 +14,10 @@ from typing import TypeVar
 
 import httpx2
 import pytest
+from sqlalchemy import text
 
+from tests import services
+from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server
 
 Found = TypeVar("Found")
@@ -73,8 +75,10 @@ def test_a_server_says_where_it_listens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_several_processes_answer_without_torch_and_stop_together(tmp_path: Path, stop: signal.Signals) -> None:
-    with served(tmp_path / "home", "--processes", "2") as (url, process, _):
+def test_several_processes_answer_without_torch_and_stop_together(
+    pairing: dict[str, str], tmp_path: Path, stop: signal.Signals
+) -> None:
+    with served(tmp_path / "home", "--processes", "2", **pairing) as (url, process, _):
         assert httpx2.get(f"{url}/v1/releases", timeout=30).json()["items"] == []
         pids = eventually(lambda: children(process))
         assert len(pids) == 2
@@ -86,8 +90,8 @@ def test_several_processes_answer_without_torch_and_stop_together(tmp_path: Path
             httpx2.get(f"{url}/healthz")
 
 
-def test_a_process_that_dies_is_replaced_and_named(tmp_path: Path) -> None:
-    with served(tmp_path / "home", "--processes", "2") as (url, process, said):
+def test_a_process_that_dies_is_replaced_and_named(pairing: dict[str, str], tmp_path: Path) -> None:
+    with served(tmp_path / "home", "--processes", "2", **pairing) as (url, process, said):
         httpx2.get(f"{url}/healthz", timeout=30)
         victim = max(children(process))
         os.kill(victim, signal.SIGKILL)
@@ -97,11 +101,12 @@ def test_a_process_that_dies_is_replaced_and_named(tmp_path: Path) -> None:
             assert httpx2.get(f"{url}/readyz", timeout=30).status_code == 200
 
 
-def test_a_process_that_cannot_start_ends_all_and_says_why(tmp_path: Path) -> None:
-    with served(tmp_path / "home", "--processes", "2") as (url, process, said):
+def test_a_process_that_cannot_start_ends_all_and_says_why(pairing: dict[str, str], tmp_path: Path) -> None:
+    with served(tmp_path / "home", "--processes", "2", **pairing) as (url, process, said):
         httpx2.get(f"{url}/healthz", timeout=30)
-        with closing(sqlite3.connect(tmp_path / "home" / "registry.db")) as database, database:
-            database.execute("UPDATE alembic_version SET version_num = '9999'")
+        place = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), **pairing})
+        with closing(opened(place)) as resources, resources.write() as session:
+            session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
         os.kill(max(children(process)), signal.SIGKILL)
         assert process.wait(60) == 7
         assert "Install a newer adaptory" in said.read_text()
@@ -123,14 +128,14 @@ def address_in_the_audit(url: str, claimed: str) -> str:
     return str(row["source"]).partition(" ")[0]
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize(("processes", "kind"), [("1", services.PAIRINGS[0]), ("2", services.PAIRINGS[1])])
 def test_what_a_request_says_of_where_it_comes_from_is_believed_of_a_named_proxy_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str, kind: str
 ) -> None:
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # the web server's own, which we do not ask
-    with served(tmp_path / "anybody", "--processes", processes) as (url, _, _):
+    with served(tmp_path / "anybody", "--processes", processes, **services.pairing(kind)) as (url, _, _):
         assert address_in_the_audit(url, "6.6.6.6") == "127.0.0.1"
-    proxy = {"ADAPTORY_TRUSTED_PROXIES": "10.0.0.7,127.0.0.1"}
+    proxy = {"ADAPTORY_TRUSTED_PROXIES": "10.0.0.7,127.0.0.1", **services.pairing(kind)}
     with served(tmp_path / "proxy", "--processes", processes, **proxy) as (url, _, _):
         assert address_in_the_audit(url, "6.6.6.6, 5.5.5.5, 10.0.0.7") == "5.5.5.5", "what the client said is not asked"
 

@@ -17,8 +17,9 @@ import pytest
 from registry.jobs import MAX_ATTEMPTS, PAUSES
 from registry.resources import Resources
 from registry.worker.loop import run_one
+from tests import services
 from tests.s3_server import S3Server
-from tests.scenarios.conftest import USER, stock
+from tests.scenarios.conftest import USER, serving, stock
 from tests.scenarios.test_crashes import STEPS, begin, team, watched
 from tests.scenarios.traces import opened, parts_in, s3_of, traces
 from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, server
@@ -30,11 +31,14 @@ PATIENCE = {
 }
 
 
+def place(own_s3: S3Server, tmp_path: Path) -> dict[str, str]:
+    """A new database, and a corner of the store that these tests take away."""
+    return own_s3.environment(f"{tmp_path.name}/") | {"ADAPTORY_DATABASE_URL": services.new_database(migrated=True)}
+
+
 @pytest.fixture
 def registry(own_s3: S3Server, world: World, tmp_path: Path) -> Generator[Cli]:
-    given = own_s3.environment(f"{tmp_path.name}/") | PATIENCE | SMALL_PARTS | {"ADAPTORY_USER": USER}
-    with server(tmp_path / "server", **given) as (url, _):
-        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given)
+    with serving(place(own_s3, tmp_path) | PATIENCE | SMALL_PARTS, tmp_path) as cli:
         stock(cli, world)
         cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
         yield cli
@@ -139,9 +143,9 @@ class Workshop:
 
 @pytest.fixture
 def workshop(own_s3: S3Server, world: World, tmp_path: Path) -> Generator[Workshop]:
-    given = own_s3.environment(f"{tmp_path.name}/") | PATIENCE
-    cli = team(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **given}), world)
-    begin(cli, tmp_path)
+    given = place(own_s3, tmp_path) | PATIENCE
+    cli = stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **given}), world)
+    begin(team(cli, world), tmp_path)
     resources = opened(cli)
     yield Workshop(cli, resources, resources.clock())
     resources.close()
@@ -223,7 +227,7 @@ def test_a_base_that_is_on_another_host_is_no_outage(workshop: Workshop, world: 
 
 
 def test_the_registry_grows_by_nothing_while_weights_go_by_it(own_s3: S3Server, world: World, tmp_path: Path) -> None:
-    given = own_s3.environment(f"{tmp_path.name}/") | {"ADAPTORY_USER": USER}
+    given = place(own_s3, tmp_path) | {"ADAPTORY_USER": USER}
     with server(tmp_path / "server", **given) as (url, process):
         cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given)
         stock(cli, world)

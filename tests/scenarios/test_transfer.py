@@ -21,9 +21,10 @@ from registry.client.push import collect, send
 from registry.errors import Invalid
 from registry.names import Digest
 from registry.storage.blobs import BlobStore
-from tests.scenarios.conftest import USER, stock
+from tests import services
+from tests.scenarios.conftest import serving, stock
 from tests.scenarios.traces import api_of, hashes, home_of, opened, parts_in, traces
-from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, nothing, server
+from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, nothing
 
 BIG_BYTES = 400_000_000
 """More pieces than are fetched at a time, so that there is a middle to be killed in."""
@@ -49,11 +50,10 @@ class CountingApi(Api):
 
 
 @pytest.fixture
-def on_s3(s3_environment: dict[str, str], world: World, tmp_path: Path) -> Generator[Cli]:
+def on_s3(world: World, tmp_path: Path) -> Generator[Cli]:
     """A server whose blobs lie in S3, with parts so small that there are many."""
-    given = s3_environment | SMALL_PARTS | {"ADAPTORY_USER": USER}
-    with server(tmp_path / "server", **given) as (url, _):
-        yield stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given), world)
+    with serving(services.pairing("PostgreSQL and S3") | SMALL_PARTS, tmp_path) as cli:
+        yield stock(cli, world)
 
 
 def store_of(cli: Cli) -> BlobStore:
@@ -93,11 +93,11 @@ def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
     assert not traces(stocked).blobs & promised
 
 
-def test_two_who_push_the_same_bytes_at_once_both_succeed(on_s3: Cli, world: World, tmp_path: Path) -> None:
+def test_two_who_push_the_same_bytes_at_once_both_succeed(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "data.txt").write_bytes(os.urandom(12 << 20))
     command = [sys.executable, "-m", "registry.cli.main", "push", str(adapter)]
-    with environment(on_s3.environment, []):
+    with environment(stocked.environment, []):
         pushes = [
             subprocess.Popen(
                 [*command, f"acme/sql-{number}:1.0.0", "--base", "tiny"], stderr=subprocess.PIPE, text=True
@@ -107,7 +107,7 @@ def test_two_who_push_the_same_bytes_at_once_both_succeed(on_s3: Cli, world: Wor
     for push in pushes:
         _, err = push.communicate(timeout=120)
         assert push.returncode == 0, err
-    assert traces(on_s3).work == frozenset()
+    assert traces(stocked).work == frozenset()
 
 
 def killed_when(cli: Cli, arguments: list[object], far_enough: Callable[[], bool]) -> None:

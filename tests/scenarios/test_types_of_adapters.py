@@ -67,23 +67,23 @@ def test_another_layout_is_looked_at_converted_and_elsewhere_named(embedded: Cli
     embedded.ok("push", tmp_path / "converted", "acme/kohya:1.0.0", "--base", "small")
 
 
-def test_a_look_at_what_cannot_be_converted_is_the_refusal(embedded: Cli, tmp_path: Path) -> None:
+def test_a_look_at_what_cannot_be_converted_is_the_refusal(on_disk: Cli, tmp_path: Path) -> None:
     save_file({"lora_te_q_proj.dora_scale": torch.ones(4, 1)}, tmp_path / "a.safetensors")
-    ran = embedded("inspect", tmp_path / "a.safetensors")
+    ran = on_disk("inspect", tmp_path / "a.safetensors")
     assert (ran.code, "trainers disagree" in ran.err, "next: " in ran.err) == (1, True, True)
 
 
 def test_a_conflict_report_of_unlike_types_says_what_it_cannot_compare(
-    embedded: Cli, world: World, tmp_path: Path
+    on_disk: Cli, world: World, tmp_path: Path
 ) -> None:
     loha = save_adapted(world.base, KINDS["loha"][0], tmp_path / "loha")
-    report = embedded.json("conflicts", loha, world.adapters["sql"], "--base", world.base)
+    report = on_disk.json("conflicts", loha, world.adapters["sql"], "--base", world.base)
     assert report["verdict"] in ("ok", "warn")
 
 
-def test_two_adapters_that_rescale_one_weight_are_refused(embedded: Cli, world: World, tmp_path: Path) -> None:
+def test_two_adapters_that_rescale_one_weight_are_refused(on_disk: Cli, world: World, tmp_path: Path) -> None:
     dora, oft = (save_adapted(world.base, KINDS[kind][0], tmp_path / kind) for kind in ("dora", "oft"))
-    ran = embedded("merge", "--base", world.base, "--adapter", dora, "--adapter", oft, "-o", tmp_path / "merged")
+    ran = on_disk("merge", "--base", world.base, "--adapter", dora, "--adapter", oft, "-o", tmp_path / "merged")
     assert ran.code != 0
     assert "each rescale" in ran.err
     assert not (tmp_path / "merged").exists()

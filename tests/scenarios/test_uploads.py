@@ -14,11 +14,14 @@ import pytest
 from registry import upkeep, uploads
 from registry.audit import Actor
 from registry.client.api import Api
-from registry.errors import Conflict, Invalid, NotAllowed, NotFound, TooMany, Usage
+from registry.errors import Conflict, Invalid, NotAllowed, NotFound, TooLarge, TooMany, Usage
 from registry.http.problems import problem_response
 from registry.manifest import ManifestFile
 from registry.names import Digest
 from registry.resources import Resources
+from registry.uploads import Announced
+from tests import services
+from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of, opened, traces
 from tests.scenarios.world import SMALL_PARTS, Cli, World
 
@@ -124,6 +127,9 @@ def test_who_announces_without_sending_is_stopped(embedded: Cli) -> None:
         assert raised.value.code == "too_many_uploads"
         put(api, b"x")
         plan(api, b"one more")
+        with pytest.raises(TooLarge) as refused:  # no waiting helps
+            api.post("/v1/uploads", {"namespace": "acme", "files": [row(b"%d" % number) for number in range(4)]})
+        assert (refused.value.code, refused.value.retry_after_s) == ("too_many_files", None)
 
 
 def test_what_has_expired_stops_nobody_and_until_then_one_is_told_how_long_to_wait(embedded: Cli) -> None:
@@ -150,6 +156,16 @@ def publisher(resources: Resources, namespace: str) -> Actor:
     return Actor("eve", resources.clock(), {namespace: "publisher"})
 
 
+def deliver(resources: Resources, actor: Actor, announced: Announced, content: bytes) -> None:
+    """Sent to whom the plan names, be it the store or the registry, and completed."""
+    upload_id = announced.upload_id or ""
+    if announced.put is None:
+        uploads.receive(resources, actor, upload_id, announced.file.sha256, [content], len(content))
+    else:
+        httpx2.put(announced.put.url, content=content, headers=dict(announced.put.headers)).raise_for_status()
+    uploads.complete(resources, actor, upload_id)
+
+
 def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
     resources = opened(embedded)
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
@@ -167,7 +183,7 @@ def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
     reader = replace(mine, grants={"acme": "reader"})
     with pytest.raises(NotAllowed):
         uploads.complete(resources, reader, announced.upload_id)
-    uploads.receive(resources, mine, announced.upload_id, file.sha256, [b"mine"], 4)
+    deliver(resources, mine, announced, b"mine")
     assert uploads.readable(resources, mine, file.sha256).size_bytes == 4
     with pytest.raises(NotFound):
         uploads.readable(resources, other, file.sha256)
@@ -179,8 +195,7 @@ def test_bytes_that_are_present_are_kept_for_who_was_told_so(embedded: Cli) -> N
     resources = opened(embedded)
     actor = publisher(resources, "acme")
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
-    upload_id = uploads.plan(resources, actor, "acme", [file])[0].upload_id or ""
-    uploads.receive(resources, actor, upload_id, file.sha256, [b"mine"], 4)
+    deliver(resources, actor, uploads.plan(resources, actor, "acme", [file])[0], b"mine")
     later = resources.clock() + timedelta(days=30)
     much_later = replace(resources, clock=lambda: later)
     uploads.sweep(resources, later)
@@ -196,9 +211,6 @@ def test_an_upload_that_nobody_finished_is_forgotten_in_time(embedded: Cli) -> N
     actor = publisher(resources, "acme")
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
     upload_id = uploads.plan(resources, actor, "acme", [file])[0].upload_id or ""
-    scratch = resources.work_directory / "upload-of-a-dead-process"
-    scratch.mkdir()
-    (resources.settings.store_directory / "incoming" / "half").write_bytes(b"ha")
     now = resources.clock()
     assert uploads.sweep(resources, now) == 0
     later = now + timedelta(seconds=resources.settings.upload_expires_s + 60)
@@ -206,18 +218,44 @@ def test_an_upload_that_nobody_finished_is_forgotten_in_time(embedded: Cli) -> N
         uploads.complete(resources, replace(actor, at=later), upload_id)
     again = uploads.plan(resources, replace(actor, at=now + timedelta(hours=1)), "acme", [file])[0]
     assert again.upload_id == upload_id
-    assert uploads.sweep(resources, later) == 2
-    uploads.receive(resources, actor, upload_id, file.sha256, [b"mine"], 4)
+    assert uploads.sweep(resources, later) == 0, "it was asked for again since"
+    deliver(resources, actor, again, b"mine")
     assert uploads.sweep(resources, later + timedelta(hours=2)) == 0
     with pytest.raises(NotFound):
         uploads.complete(resources, actor, upload_id)
     resources.close()
 
 
+def swept_in_time(resources: Resources, left: Path) -> bool:
+    """Whether what a dead process left stays as long as an upload may last, and is gone afterwards."""
+    now = resources.clock()
+    too_early, stayed = uploads.sweep(resources, now), left.exists()
+    later = uploads.sweep(resources, now + timedelta(seconds=resources.settings.upload_expires_s + 60))
+    return (too_early, stayed, later, left.exists()) == (0, True, 1, False)
+
+
+def test_what_a_dead_process_was_working_on_is_removed_in_time(embedded: Cli) -> None:
+    resources = opened(embedded)
+    left = resources.work_directory / "upload-of-a-dead-process"
+    left.mkdir()
+    assert swept_in_time(resources, left)
+    resources.close()
+
+
+def test_half_a_blob_of_a_dead_process_is_removed_in_time(on_disk: Cli) -> None:
+    """Of a directory; for what S3 holds of it see below."""
+    resources = opened(on_disk)
+    left = resources.settings.store_directory / "incoming" / "half"
+    left.write_bytes(b"ha")
+    assert swept_in_time(resources, left)
+    resources.close()
+
+
 @pytest.fixture
-def on_s3(s3_environment: dict[str, str], tmp_path: Path) -> Cli:
+def on_s3(tmp_path: Path) -> Cli:
     """The embedded registry with its blobs in S3, where 11 MiB are large."""
-    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **s3_environment, **SMALL_PARTS})
+    given = services.pairing("PostgreSQL and S3") | SMALL_PARTS
+    return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **given})
 
 
 def test_the_registry_takes_no_bytes_where_the_store_takes_them(on_s3: Cli, world: World) -> None:

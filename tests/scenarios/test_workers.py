@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from registry import jobs
 from registry.worker.loop import run_one
+from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
 from tests.scenarios.traces import traces
 from tests.scenarios.world import Cli, World
@@ -22,9 +23,9 @@ from tests.scenarios.world import Cli, World
 
 @pytest.mark.parametrize("step", ["check", "evaluate", "merge"])
 def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
-    either: Cli, world: World, tmp_path: Path, step: str
+    stocked_embedded: Cli, world: World, tmp_path: Path, step: str
 ) -> None:
-    cli = team(either, world)
+    cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
     before = traces(cli)
 
@@ -41,8 +42,8 @@ def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
     assert cli("cancel", 1).code == 4
 
 
-def test_a_waiting_composition_is_cancelled_at_once(either: Cli, world: World, tmp_path: Path) -> None:
-    cli = team(either, world)
+def test_a_waiting_composition_is_cancelled_at_once(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
     assert cli.json("cancel", 1)["state"] == "cancelled"
     with resources_of(cli.environment) as resources:
@@ -50,9 +51,9 @@ def test_a_waiting_composition_is_cancelled_at_once(either: Cli, world: World, t
 
 
 def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
-    either: Cli, world: World, tmp_path: Path
+    stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli, stop = team(either, world), threading.Event()
+    cli, stop = team(stocked_embedded, world), threading.Event()
     begin(cli, tmp_path)
     first: list[str] = []
     second: list[str] = []
@@ -69,8 +70,10 @@ def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
 
 
-def test_a_worker_process_that_is_terminated_hands_its_job_back(either: Cli, world: World, tmp_path: Path) -> None:
-    cli = team(either, world)
+def test_a_worker_process_that_is_terminated_hands_its_job_back(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
     values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     second: list[str] = []
@@ -100,9 +103,9 @@ def within(seconds: float, holds: Callable[[], bool]) -> None:
 
 
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
-    either: Cli, world: World, tmp_path: Path
+    stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
-    cli = team(either, world)
+    cli = team(stocked_embedded, world)
     work = Path(cli.environment["ADAPTORY_HOME"]) / "work"
     begin(cli, tmp_path)
 
@@ -120,10 +123,11 @@ def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
 
 
-def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(either: Cli, world: World, tmp_path: Path) -> None:
+def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli, world: World, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
-    cli = team(either, World(base, world.adapters, world.suites))
+    moved = World(base, world.adapters, world.suites)
+    cli = team(stock(embedded, moved), moved)
     shard = min(base.glob("*.safetensors"))
     save_file({name: tensor * 2 for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
     composed = cli("compose", write_recipe(tmp_path))
@@ -144,9 +148,9 @@ def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(either: Cli, w
     ],
 )
 def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
-    either: Cli, world: World, tmp_path: Path, change: dict[str, object], code: int, words: str
+    stocked_embedded: Cli, world: World, tmp_path: Path, change: dict[str, object], code: int, words: str
 ) -> None:
-    cli = team(either, world)
+    cli = team(stocked_embedded, world)
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text()) | change
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     refused = cli("compose", tmp_path / "recipe.yaml")
@@ -155,8 +159,10 @@ def test_a_recipe_that_cannot_end_well_is_refused_before_any_work(
     assert cli.json("jobs")["items"] == []
 
 
-def test_the_probe_measures_the_weights_that_the_method_ends_up_with(either: Cli, world: World, tmp_path: Path) -> None:
-    cli = team(either, world)
+def test_the_probe_measures_the_weights_that_the_method_ends_up_with(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(stocked_embedded, world)
     plain = {
         "inputs": [
             {"adapter": "acme/sql", "weight": 0.5, "suite": "sql-exact"},

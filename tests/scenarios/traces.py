@@ -1,9 +1,10 @@
 """What a registry has on disk and in its lists: for tests that ask what a failure left behind."""
 
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from registry.cli.connect import connected
 from registry.client.api import Api
 from registry.resources import Resources, open_resources
 from registry.settings import Settings
+from registry.storage.s3_trial import PROBE
 from tests.scenarios.world import Cli, environment
 
 
@@ -71,35 +73,52 @@ def traces(cli: Cli) -> Traces:
 
 
 def keeps_blobs_in_s3(cli: Cli) -> bool:
-    return "AWS_ACCESS_KEY_ID" in cli.served_with
+    return "AWS_ACCESS_KEY_ID" in cli.registry_environment
 
 
 def s3_of(cli: Cli) -> tuple[Any, str, str]:
-    """boto3, bucket and prefix of the store of the `cli` fixture's server; past our own store class on purpose."""
-    told = cli.served_with
-    client = boto3.client(
-        "s3",
-        endpoint_url=told["ADAPTORY_STORAGE__ENDPOINT_URL"],
-        region_name=told["AWS_DEFAULT_REGION"],
-        aws_access_key_id=told["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=told["AWS_SECRET_ACCESS_KEY"],
-    )
+    """boto3, bucket and prefix of the registry's store; past our own store class on purpose."""
+    told = cli.registry_environment
+    names = ("ADAPTORY_STORAGE__ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    client = _client(*(told[name] for name in names))
     return client, told["ADAPTORY_STORAGE__BUCKET"], told["ADAPTORY_STORAGE__PREFIX"]
+
+
+@cache
+def _client(endpoint: str, region: str, key: str, secret: str) -> Any:
+    """Kept, since making one takes longer than asking it."""
+    return boto3.client(
+        "s3", endpoint_url=endpoint, region_name=region, aws_access_key_id=key, aws_secret_access_key=secret
+    )
 
 
 def parts_in(cli: Cli) -> int:
     """How many parts of unfinished uploads have arrived."""
+    return len(list(_arrived(cli)))
+
+
+def _arrived(cli: Cli) -> Iterator[dict[str, Any]]:
     client, bucket, prefix = s3_of(cli)
-    begun = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
-    listed = [client.list_parts(Bucket=bucket, Key=row["Key"], UploadId=row["UploadId"]) for row in begun]
-    return sum(len(one.get("Parts", ())) for one in listed)
+    for row in client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ()):
+        yield from client.list_parts(Bucket=bucket, Key=row["Key"], UploadId=row["UploadId"]).get("Parts", ())
+
+
+def bytes_in_s3(cli: Cli) -> int:
+    """Of blobs and of what has arrived of others."""
+    return sum(row["Size"] for row in (*_objects(cli), *_arrived(cli)))
+
+
+def _objects(cli: Cli) -> Iterator[dict[str, Any]]:
+    client, bucket, prefix = s3_of(cli)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        yield from page.get("Contents", ())
 
 
 def _in_s3(cli: Cli) -> tuple[set[str], set[str]]:
-    """Names of blobs, and the keys of what is neither blob nor finished."""
+    """Names of blobs, and the keys of what is neither blob nor finished, but for what a server tries the store with."""
     client, bucket, prefix = s3_of(cli)
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    keys = {row["Key"].removeprefix(prefix) for page in pages for row in page.get("Contents", ())}
+    keys = {row["Key"].removeprefix(prefix) for row in _objects(cli)}
     parts = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
     blobs = {key for key in keys if key.startswith("blobs/")}
-    return {key.rpartition("/")[2] for key in blobs}, (keys - blobs) | {row["Key"] for row in parts}
+    others = {key for key in keys - blobs if not key.startswith(f"incoming/{PROBE}")}
+    return {key.rpartition("/")[2] for key in blobs}, others | {row["Key"] for row in parts}

@@ -93,6 +93,11 @@ class Cli:
     environment: dict[str, str]
     served_with: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    @property
+    def registry_environment(self) -> Mapping[str, str]:
+        """What the registry itself was started with, in this process or in its server's."""
+        return self.served_with if "ADAPTORY_URL" in self.environment else self.environment
+
     def __call__(self, *arguments: object) -> Ran:
         words = [str(argument) for argument in arguments]
         out, err = io.StringIO(), io.StringIO()

@@ -13,16 +13,11 @@ from tests.scenarios.world import Cli, environment
 from tests.staying_whole.breakable import Postgres
 from tests.staying_whole.small import write_base
 
-PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
 
-
-@pytest.fixture(params=PAIRINGS)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+@pytest.fixture
+def place(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of a registry that knows one base."""
-    found = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"}
-    if request.param == "PostgreSQL and S3":
-        found |= request.getfixturevalue("s3_environment")
-        found["ADAPTORY_DATABASE_URL"] = services.new_database(migrated=True)
+    found = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **pairing}
     Cli(found).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
     return found
 

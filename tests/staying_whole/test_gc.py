@@ -240,7 +240,7 @@ def test_several_collections_at_once_remove_everything_once(api: Api, held: Reso
     assert digests(held) == set()
 
 
-@pytest.mark.parametrize("place", ["PostgreSQL and S3"], indirect=True)
+@pytest.mark.parametrize("pairing", ["PostgreSQL and S3"], indirect=True)
 def test_an_upload_in_parts_that_nobody_goes_on_with_leaves_nothing(
     place: dict[str, str], api: Api, held: Resources, tmp_path: Path
 ) -> None:

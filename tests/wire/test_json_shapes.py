@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests import services
 from tests.scenarios.conftest import stock
 from tests.scenarios.world import Cli, build_world
 from tests.wire import snapshots
@@ -24,12 +25,13 @@ def shape(value: Any) -> Any:
     return NAMES[type(value)]
 
 
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=services.PAIRINGS)
+def documents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One document of each kind, from a registry in which everything has happened once."""
     directory: Path = tmp_path_factory.mktemp("shapes")
     world = build_world(directory)
-    cli = stock(Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_USER": "mia"}), world)
+    place = services.pairing(request.param)
+    cli = stock(Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_USER": "mia", **place}), world)
     pushed = cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--notes", "first")
     evaluated = cli.json("eval", "acme/sql", "--suite", "sql-exact")
     cli.ok("gate", "acme/sql@prod", "--rule", "sql-exact.nll<=1000")
