@@ -106,14 +106,10 @@ def _unheard(driver: Any) -> None:
         driver.cursor_factory = psycopg.Cursor
 
 
-@pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
+@pytest.fixture(scope="module", params=services.DATABASES)
 def stocked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Stocked]:
     directory = tmp_path_factory.mktemp("stocked")
-    if request.param == "SQLite":
-        database = Database(f"sqlite:///{directory / 'registry.db'}")
-        migrate(database)
-    else:
-        database = Database(services.new_database(migrated=True))
+    database = Database(services.new_database_of(request.param, directory, migrated=True))
     stock.fill(database, save_llama(directory / "base"), RELEASES)
     yield Stocked(database, request.param)
     database.close()
