@@ -13,19 +13,7 @@ from itertools import chain, islice
 from typing import Any
 
 import orjson
-from sqlalchemy import (
-    CTE,
-    BindParameter,
-    ColumnElement,
-    FromClause,
-    Select,
-    bindparam,
-    case,
-    func,
-    literal,
-    select,
-    tuple_,
-)
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, case, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry import bases, conditions, suites
@@ -36,6 +24,7 @@ from registry.errors import Usage
 from registry.models import Channel, Release, ReleaseWord, Repository, Score
 from registry.statements import Prepared, among, exact, filled, json_list, json_rows
 from registry.suites import HIGHER_IS_BETTER
+from registry.words import END, ENTRIES, MORE, Newest, read_on, thinnest_of
 
 NEWEST, VERSION = "newest", "version"
 FEW = 16
@@ -44,16 +33,9 @@ RARE = 500
 """A condition that so few releases meet is looked up first, and the others are tried on those."""
 SIDE_BY_SIDE = 2_000
 """The same, where one index has them side by side: to list as many takes 0.2 ms."""
-MANY_WORDS = 128
-"""Of so many words with one beginning the newest releases are merged; with more, all are looked at in order."""
-ENTRIES, MORE = 2, 4
-"""Of those that meet one condition, as many times the page are tried on the others first, then as many times more."""
 COMMON, SOON = 10, 3
 """A word that one in so many of the newest releases has does not hold up who reads them by their traits. That is done
 first then; else after so many vain tries of releases with the word."""
-
-_END, _ANY = 2**63 - 1, 2**31 - 1
-"""Above every id, and every number of words."""
 
 _channel, _release, _repository, _score, _word = (
     table.__table__.c for table in (Channel, Release, Repository, Score, ReleaseWord)
@@ -178,28 +160,11 @@ def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
     return _By("value", better, goes_on)
 
 
-@dataclass(frozen=True, slots=True)
-class _Newest:
-    """The newest `count` releases, of those before some other, that have a word with the beginning of that number.
-
-    `words` is how many there are, or more than `MANY_WORDS`; then no release was looked for.
-    """
-
-    number: int
-    words: int
-    count: int
-    ids: Sequence[int]
-
-    @property
-    def are_all(self) -> bool:
-        return len(self.ids) < self.count
-
-
 def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Place]:
     words = tuple(range(form.stated + form.words))
-    thinnest: _Newest | None = None
+    thinnest: Newest | None = None
     if by.column == "id":
-        thinnest, words = _thinnest(session, form, values)
+        thinnest, words = thinnest_of(session, form, values)
     if thinnest and thinnest.are_all:
         return _among(session, form, by, values, [thinnest.ids])
     for rare in _rare(form, words):
@@ -215,9 +180,9 @@ def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) ->
     return by.places(texts, values["limit"])
 
 
-def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], thinnest: _Newest) -> list[Place]:
+def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], thinnest: Newest) -> list[Place]:
     """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
-    parts = _read_on(session, form, thinnest, values)
+    parts = read_on(session, form, thinnest, values)
     found: list[Place] = []
     further: Sequence[int] | None = ()
     if not (conditions.asks_traits(form) and _is_common(session, thinnest, values)):
@@ -231,7 +196,7 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
     return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
 
 
-def _is_common(session: Session, thinnest: _Newest, values: Mapping[str, Any]) -> bool:
+def _is_common(session: Session, thinnest: Newest, values: Mapping[str, Any]) -> bool:
     [newest] = [values["after_id"]] if "after_id" in values else _NEWEST_OF_ALL.column(session, {})
     return newest - thinnest.ids[-1] <= COMMON * thinnest.count
 
@@ -252,84 +217,11 @@ def _among(
 
 def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
     """In parts, since the first is mostly enough."""
-    left = sorted({number for number in ids if number < values.get("after_id", _END)}, reverse=True)
+    left = sorted({number for number in ids if number < values.get("after_id", END)}, reverse=True)
     count = ENTRIES * values["limit"]
     while left:
         yield left[:count]
         left, count = left[count:], count * MORE
-
-
-def _thinnest(session: Session, form: Form, values: Mapping[str, Any]) -> tuple[_Newest | None, tuple[int, ...]]:
-    """Of the words asked for the first that few releases have, or the one whose releases lie farthest apart; and those
-    that are the beginning of too many words to read them so."""
-    below = values.get("after_id") or _END
-    values = {**values, "below": below, "entries": ENTRIES * values["limit"], "most_words": MANY_WORDS}
-    found: list[_Newest] = []
-    left: list[int] = []
-    for number in range(form.stated + form.words):
-        newest = _newest(session, form, number, values)
-        if newest.words > MANY_WORDS:
-            left.append(number)
-        elif newest.are_all:
-            return newest, ()
-        else:
-            found.append(newest)
-    if not found:
-        return None, tuple(left)
-    thinnest = max(found, key=lambda newest: newest.ids[0] - newest.ids[-1])
-    first = min(newest.ids[0] for newest in found)
-    if thinnest.ids[-1] > first:
-        thinnest = _newest(session, form, thinnest.number, {**values, "below": first + 1, "most_words": _ANY})
-    return thinnest, tuple(left)
-
-
-def _read_on(session: Session, form: Form, newest: _Newest, values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
-    """All with that beginning, more at a time, but for those that lack other words, which a database skips faster."""
-    yield newest.ids
-    while not newest.are_all:
-        further = {"below": newest.ids[-1], "entries": newest.count * MORE, "most_words": _ANY}
-        newest = _newest(session, form, newest.number, {**values, **further}, with_others=True)
-        yield newest.ids
-
-
-def _newest(
-    session: Session, form: Form, number: int, values: Mapping[str, Any], *, with_others: bool = False
-) -> _Newest:
-    texts = _newest_of_each(form, number, with_others).column(session, values)
-    ids = {release_id for text in texts if text for release_id in orjson.loads(text)}
-    return _Newest(number, len(texts), values["entries"], sorted(ids, reverse=True)[: values["entries"]])
-
-
-@lru_cache(512)
-def _newest_of_each(form: Form, number: int, with_others: bool) -> Prepared:
-    """For each word with that beginning: the newest releases that have it; NULL when there are many words.
-
-    A word is found from the one before it, and of each the index has its releases in order: to read all entries of the
-    beginning and to sort them would take as long as there are entries.
-    """
-    first, last = conditions.ends_of(form, number)
-    entries = select(_word.release_id.label("id")).where(_word.release_id < bindparam("below"))
-    entries = entries.order_by(_word.release_id.desc()).limit(bindparam("entries"))
-    if with_others:
-        entries = entries.where(*conditions.has_other_words(form, number))
-    if first is last:
-        of_word = entries.where(_word.word == first).subquery("newest")
-        return Prepared(select(json_list(of_word.c.id)))
-    words = _words_between(first, last)
-    newest = entries.where(_word.word == words.c.word).correlate(words).subquery("newest")
-    ids = select(json_list(newest.c.id)).scalar_subquery()
-    count = select(func.count(words.c.word)).scalar_subquery()
-    return Prepared(select(case((count <= bindparam("most_words"), ids))).where(words.c.word.is_not(None)))
-
-
-def _words_between(first: ColumnElement[str], last: ColumnElement[str]) -> CTE:
-    """The different words, one more than `most_words` of them, and NULL after the last."""
-    found = select(literal(1).label("number"), func.min(_word.word).label("word"))
-    words = found.where(_word.word.between(first, last)).cte("words", recursive=True)
-    other = ReleaseWord.__table__.alias().c
-    following = select(func.min(other.word)).where(other.word > words.c.word, other.word <= last).correlate(words)
-    goes_on = words.c.word.is_not(None) & (words.c.number <= bindparam("most_words"))
-    return words.union_all(select(words.c.number + 1, following.scalar_subquery()).where(goes_on))
 
 
 @lru_cache(512)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from composer.formats.serving import PROFILES, Profile, parse_profile
-from registry import search
+from registry import search, words
 from registry.access import EVERYWHERE
 from registry.audit import Actor
 from registry.db import Database
@@ -63,7 +63,8 @@ WAYS: dict[str, dict[str, int]] = {
 @pytest.fixture(params=[*WAYS.values()], ids=[*WAYS])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in request.param.items():
-        monkeypatch.setattr(search, name, value)
+        for module in [one for one in (search, words) if hasattr(one, name)]:
+            monkeypatch.setattr(module, name, value)
     _forget_statements()
     yield
     _forget_statements()

@@ -20,7 +20,7 @@ from composer.formats.serving import Profile
 from registry import descriptions, resolve, search
 from registry.access import EVERYWHERE
 from registry.audit import Actor
-from registry.db import Database, Session, migrate
+from registry.db import Database, Session
 from registry.names import RepositoryName, parse_reference
 from registry.search import VERSION, Order, Place, Query
 from registry.suites import Condition
