@@ -53,7 +53,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     venv = Path(gettempdir()) / "adaptory-bench-mlflow"
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--venv", type=Path, default=venv, help="an environment with MLflow")
     mine, others = parser.parse_known_args()
     sys.argv[1:] = others

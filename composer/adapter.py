@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from composer.errors import NotSupported, RefusedOutput
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
 from composer.formats.naming import PEFT_PREFIX, split_key
+from composer.hashing import Identity, refuse_changed
 from composer.methods import untied
 from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
@@ -21,6 +23,7 @@ from composer.tensors import DTYPE_NAMES, tensor_bytes
 from composer.wrapped import Wrapped, by_key, wrapped
 
 _SPARE_BYTES = 1 << 20
+NO_INPUTS: Mapping[Path, Identity] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +59,30 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
     return PeftForm(pairs, [delta for delta in deltas if isinstance(delta, Replacement)])
 
 
-def write_adapter(form: PeftForm, out_dir: Path, fields: Mapping[str, Any], note: Mapping[str, Any]) -> int:
+def write_adapter(
+    form: PeftForm,
+    out_dir: Path,
+    fields: Mapping[str, Any],
+    note: Mapping[str, Any],
+    inputs: Mapping[Path, Identity] = NO_INPUTS,
+) -> int:
     """Write the adapter to the directory `out_dir`, in float32; return the size of the weights file.
 
     `fields` are further fields of the config: its targets are every module and parameter by its path, unless they say
     otherwise. `note` is what lies beside it. Raises what `write_files` raises.
     """
-    return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note)
+    return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note, inputs)
 
 
 def write_files(
-    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], out_dir: Path, note: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    out_dir: Path,
+    note: Mapping[str, Any],
+    inputs: Mapping[Path, Identity] = NO_INPUTS,
 ) -> int:
     """Write tensors by PEFT's key and the config; return the size of the weights file. Raises RefusedOutput for a
-    directory that exists or a value that is not finite."""
+    directory that exists, a value that is not finite, and for `inputs` that were written to meanwhile."""
     _refuse_not_finite(tensors)
     specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     head = encode_header(specs, {"format": "pt"})
@@ -81,6 +94,7 @@ def write_files(
                 file.write(tensor_bytes(tensors[name]))
         write_json(aside / CONFIG_FILE, config)
         write_json(aside / NOTE_FILE, note)
+        refuse_changed(inputs)
     return size
 
 

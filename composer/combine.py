@@ -11,7 +11,7 @@ from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import WEIGHTS_FILE
-from composer.hashing import hash_file
+from composer.hashing import hash_file, identities
 from composer.methods import Compression, combine_deltas
 from composer.settings import PIPELINES, Pipeline, parse_settings
 from composer.variants import NAME_BASE, LoadedAdapter, load_deltas
@@ -60,6 +60,7 @@ def combine(
     without a rank, for more than a sum of stacks of experts without an architecture, and what a merge raises.
     """
     parsed = parse_settings(method, settings or {})
+    inputs = identities(path / WEIGHTS_FILE for path, _ in adapters)
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
     if architecture is None and not _exact(PIPELINES[method], parsed):
         _refuse_stacks(loaded, method)
@@ -70,7 +71,7 @@ def combine(
     fields = {name: first.get(name) for name in _SHARED_FIELDS}
     fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
     told = _note(loaded, [weight for _, weight in adapters], method, parsed, note)
-    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), told)
+    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), told, inputs)
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),

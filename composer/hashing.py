@@ -2,18 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer.errors import Mismatch, became_shorter
+from composer.errors import Mismatch, RefusedOutput, became_shorter
 from composer.formats.checkpoint import Architecture, Checkpoint
 from composer.formats.header import TensorEntry
 
 _BLOCK_BYTES = 1 << 20  # measured: 64 KiB to 4 MiB all hash at the speed of sha256sum
 
 Progress = Callable[[int], None]
+Identity = tuple[int, int, int]
+"""Size, inode and time of last change: as long as they are the same, nobody has written to a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,28 @@ class BaseIdentity:
     tensor_hashes: dict[str, str]
     parameters: int
     size_bytes: int
+
+
+def identity(path: Path) -> Identity:
+    status = path.stat()
+    return status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def identities(paths: Iterable[Path]) -> dict[Path, Identity]:
+    """Of those that are files."""
+    return {path: identity(path) for path in paths if path.is_file()}
+
+
+def refuse_changed(inputs: Mapping[Path, Identity]) -> None:
+    """Raises RefusedOutput naming the files that were written to, or removed, since their identities were taken."""
+    changed = [path for path, before in inputs.items() if not path.is_file() or identity(path) != before]
+    if changed:
+        raise RefusedOutput(
+            "inputs_changed",
+            f"{' and '.join(map(str, changed))} changed since this began.",
+            subject=str(changed[0]),
+            next_step="Run it again when nobody writes to it.",
+        )
 
 
 def hash_checkpoint(

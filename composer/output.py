@@ -60,6 +60,8 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Ite
             # What was interrupted can go on later; after an error the same would only happen again.
             if aside.exists() and (key is None or isinstance(error, Exception)):
                 shutil.rmtree(aside)
+            elif aside.exists():
+                error.add_note(f"what is finished lies in {aside}, and the same command goes on with it")
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise _disk_full(out_dir, size_bytes) from error
             raise

@@ -28,6 +28,7 @@ _ALIGNED = 64  # bytes; what vector instructions like
 _ASKING = threading.Lock()
 _asked: list[int] = []  # by the blocks of `torch_threads` that have not ended, after what there was before them
 _AROUND = 64 << 10  # bytes that the kernel maps around a page that is looked at
+_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 _MAPPING = threading.Lock()
 _FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by what tells a file from others
 _ADDRESSES: WeakKeyDictionary[mmap.mmap, int] = WeakKeyDictionary()
@@ -69,8 +70,14 @@ def _mapping_of(path: Path) -> mmap.mmap:
         if mapping is None:
             if not found.st_size:
                 raise became_shorter(path.name)
-            # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file.
-            mapping = _FILES[key] = _known(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file. No memory is
+            # set aside for copies that nobody makes: a file may be larger than all there is.
+            flags = mmap.MAP_PRIVATE | _NO_RESERVE
+            try:
+                fresh = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot be mapped: {error.strerror}", str(path)) from error
+            mapping = _FILES[key] = _known(fresh)
         return mapping
 
 

@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "study.jsonl")
     chosen = parser.parse_args()
+    for directory in (chosen.base, *(chosen.adapters / name for name in STUDY)):
+        if not directory.is_dir():
+            parser.error(f"{directory} is not there: make_base.py and train.py write the base and the adapters.")
     loaded = load_model(chosen.base, "cpu")
     members = list(_members(loaded, chosen.adapters))
     done = _done(chosen.out)

@@ -114,7 +114,10 @@ PAIRED: dict[str, tuple[str, Callable[[Row], float]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).parent / "study.jsonl")
-    rows = [json.loads(line) for line in parser.parse_args().results.read_text().splitlines()]
+    results = parser.parse_args().results
+    if not results.is_file():
+        parser.error(f"{results} is not there: study.py writes it.")
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
     names = sorted({row[side] for row in rows for side in "ab"})
     print(f"{len(names)} adapters, {len(rows)} pairs\n")
     ranked = {method: _paired(rows, names, method) for method in METHODS}

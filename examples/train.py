@@ -267,6 +267,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
     parser.add_argument("--out", type=Path, default=ADAPTERS, help="the adapter goes to OUT/NAME")
     arguments = parser.parse_args()
+    if not arguments.base.is_dir():
+        parser.error(f"{arguments.base} is not there: make_base.py writes it.")
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     for name in GROUPS.get(arguments.name, [arguments.name]):

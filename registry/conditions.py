@@ -194,7 +194,7 @@ def _within() -> Select[*tuple[Any, ...]]:
 def on_release(form: Form) -> Conditions:
     """What traits do not say."""
     asked: Conditions = []
-    if "include_yanked" not in form.asked:
+    if "include_yanked" not in form.asked or "latest" in form.asked:  # a yanked one is never the latest
         asked.append(~_release.yanked)
     if form.asked & {"stable", "latest"}:
         asked.append(_release.stable.is_(True))

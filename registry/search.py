@@ -235,6 +235,10 @@ def _rare(form: Form, words: tuple[int, ...]) -> tuple[Prepared, ...]:
     entries = [entry.where(_word.word.between(*conditions.ends_of(form, number))) for number in words]
     of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
     scored = [of_release.where(*conditions.enough(number, operator)) for number, operator in enumerate(form.operators)]
+    at_home: list[Select[*tuple[Any, ...]]] = []
+    if home := conditions.at_home(form):
+        of_home = select(_release.id).join(Repository.__table__, _repository.id == _release.repository_id)
+        at_home.append(of_home.where(*home))
     lists: list[Select[*tuple[Any, ...]]] = []
     if "channel" in form.asked:
         of_channel = select(_release.id).join(Channel.__table__, _channel.repository_id == _release.repository_id)
@@ -242,14 +246,10 @@ def _rare(form: Form, words: tuple[int, ...]) -> tuple[Prepared, ...]:
     if "size" in form.asked:
         small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
         lists.append(small.where(_release.traits_id.in_(conditions.fitting(form))))
-    if home := conditions.at_home(form):
-        at_home = select(_release.id).join(Repository.__table__, _repository.id == _release.repository_id)
-        lists.append(at_home.where(*home))
     if conditions.asks_traits(form):
         lists += [one.where(_score.traits_id.in_(conditions.fitting(form))) for one in scored]
-    return *(_unless_many(one, SIDE_BY_SIDE) for one in [*entries, *scored]), *(
-        _unless_many(one, RARE) for one in lists
-    )
+    many = [*entries, *scored, *at_home]
+    return *(_unless_many(one, SIDE_BY_SIDE) for one in many), *(_unless_many(one, RARE) for one in lists)
 
 
 def _unless_many(releases: Select[*tuple[Any, ...]], most: int) -> Prepared:

@@ -104,8 +104,8 @@ class S3Storage(BaseModel):
     direct: bool | Literal["auto"] = "auto"
     """Let clients write under a blob's final key where the store refuses wrong bytes: spares it a copy of each file.
 
-    `auto`: once the store was seen to ignore an end in a header that was not signed. True is for publishers who trust
-    each other: on Swift, which obeys such a header, one who sent a blob first could end it later.
+    `auto`: where the store was seen to hold to the end that is signed. True is for publishers who trust each other: on
+    a store that takes another one, who sent a blob first could end it later.
     """
 
 

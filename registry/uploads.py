@@ -282,7 +282,7 @@ def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> N
             "too_many_files",
             f"{more:,} files are announced at once, more than the {limit:,} that may be open.",
             subject=actor.name,
-            next_step="Announce them in parts and send each; or raise ADAPTORY_MAX_OPEN_UPLOADS on the registry.",
+            next_step="Raise ADAPTORY_MAX_OPEN_UPLOADS on the registry, or announce and send them in parts (REST).",
         )
     arrived = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
     mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~arrived

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.errors import RefusedOutput
 from composer.findings import Finding
 from composer.formats.checkpoint import INDEX_FILE
-from composer.hashing import architecture_digest
+from composer.hashing import architecture_digest, refuse_changed
 from composer.merge.chunks import Rewriter
 from composer.merge.plan import AdapterUse, MergePlan, plan_merge
 from composer.merge.resume import Journal
@@ -69,13 +68,7 @@ def run_merge(
     with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as aside:
         journal = Journal(aside)
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
-        if changed := plan.changed_inputs():
-            raise RefusedOutput(
-                "inputs_changed",
-                f"{' and '.join(map(str, changed))} changed since the merge was planned.",
-                subject=str(changed[0]),
-                next_step="Merge again when nobody writes to it.",
-            )
+        refuse_changed(plan.inputs)
         # Last, since shards have their full size from the start: without these, nothing loads what a kill leaves.
         copy_side_files(plan.checkpoint.path, aside)
         write_json(aside / "config.json", plan.config)

@@ -289,7 +289,8 @@ class Rewriter:
 def _not_finite(target: TensorEntry, W_MN: torch.Tensor) -> RefusedOutput:
     if all_finite(W_MN):
         message = f"{target.name} gets values that {target.dtype} cannot hold, or a NaN."
-        next_step = "Merge to fp32 or bf16, and check the adapters (inspect)."
+        wider = "Merge to fp32 or bf16, and check" if target.dtype == "F16" else "Lower the weights, or check"
+        next_step = f"{wider} the adapters (inspect)."
     else:
         message = f"{target.name} has a NaN or an infinity in the base already."
         next_step = "Take another copy of the base."
@@ -309,5 +310,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _fits(exact: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the sum of squares shows that each value is finite in the dtype: five times cheaper than looking at the
     rounded ones. False only says that it does not show."""
+    if dtype is torch.float64:
+        return False
     flat = exact.reshape(-1)
     return float(torch.dot(flat, flat)) < 0.9 * torch.finfo(dtype).max ** 2

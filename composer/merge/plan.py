@@ -18,11 +18,10 @@ from composer.formats.checkpoint import Checkpoint
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
 from composer.formats.naming import embedding_tensors, head_beside, is_head
-from composer.hashing import hash_file
+from composer.hashing import Identity, hash_file, identities
 from composer.merge.chunks import TensorPlan
 from composer.merge.dequantized import Dequantized, dequantized
 from composer.merge.quantization_gap import quantized_bases
-from composer.merge.resume import Identity, identity
 from composer.merge.shards import ShardPlan
 from composer.methods import combine_deltas
 from composer.rounding import Rounding
@@ -33,7 +32,7 @@ from composer.weights import Weight, parse_weight
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_BYTES_VERSION = 3  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
+_BYTES_VERSION = 4  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,6 @@ class MergePlan:
         described = [_BYTES_VERSION, str(self.checkpoint.path.absolute()), inputs, self.config, self.to_json()]
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-    def changed_inputs(self) -> list[Path]:
-        """Files of the base and the adapters that were written to, or removed, since this was planned."""
-        return [path for path, before in self.inputs.items() if not path.is_file() or identity(path) != before]
-
     def to_json(self) -> dict[str, Any]:
         return {
             "method": self.method,
@@ -118,7 +113,7 @@ def plan_merge(
         )
     parsed = parse_settings(method, settings or {})
     files = [checkpoint.path / file for file in checkpoint.shards] + [path / WEIGHTS_FILE for path, _ in adapters]
-    inputs = {path: identity(path) for path in files if path.is_file()}
+    inputs = identities(files)
     with ThreadPoolExecutor(1, "hash") as hashing:
         digests = [hashing.submit(hash_file, path / WEIGHTS_FILE) for path, _ in adapters]
         loaded = [load_deltas(path, checkpoint.architecture) for path, _ in adapters]

@@ -10,11 +10,10 @@ import os
 import threading
 from pathlib import Path
 
+from composer.hashing import Identity, identity
 from composer.output import sync
 
 JOURNAL_FILE = ".journal"
-Identity = tuple[int, int, int]
-"""Size, inode and time of last change: as long as they are the same, nobody has written to a file."""
 
 
 class Journal:
@@ -52,11 +51,6 @@ class Journal:
             file.write(_line(path.name, self._finished[path.name]))
             file.flush()
             os.fsync(file.fileno())
-
-
-def identity(path: Path) -> Identity:
-    status = path.stat()
-    return status.st_size, status.st_ino, status.st_mtime_ns
 
 
 def _line(name: str, identity: Identity) -> str:

@@ -1,5 +1,7 @@
 """Conflicts: what adapters would do to each other, on the strongest evidence that there is."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,8 +67,8 @@ def conflicts(  # noqa: PLR0913
         raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
     given = with_rules(_weights(weights, len(adapters)), rule)
     rules = parse_policy(read_text(policy), str(policy)) if policy else Policy()
-    with connected() as connection:
-        group = _Group(connection, adapters, base, base_dir)
+    with ExitStack() as stack:
+        group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
         report = examine(
             group.load(),
@@ -117,10 +119,13 @@ def _write_page(path: Path, report: "ConflictReport") -> None:
 class _Group:
     """Adapters to be compared, wherever they lie, and the base that they share."""
 
-    def __init__(self, connection: Connection, names: list[str], base: str | None, base_dir: Path | None) -> None:
-        self.connection, self.names, self.base_dir = connection, names, base_dir
+    def __init__(
+        self, connect: Callable[[], Connection], names: list[str], base: str | None, base_dir: Path | None
+    ) -> None:
+        self._connect, self.names, self.base_dir = connect, names, base_dir
         self.releases: list[Json | None] = [
-            None if Path(name).is_dir() else connection.api.resolve(parse_reference(name))["release"] for name in names
+            None if Path(name).is_dir() else self.connection.api.resolve(parse_reference(name))["release"]
+            for name in names
         ]
         digests = {release["base"]["digest"] for release in self.releases if release}
         if len(digests) > 1:
@@ -133,7 +138,12 @@ class _Group:
         if base and Path(base).is_dir():
             self.base_dir = Path(base)
         elif base or digests:
-            self.base = connection.api.base(base or next(iter(digests)))
+            self.base = self.connection.api.base(base or next(iter(digests)))
+
+    @cached_property
+    def connection(self) -> Connection:
+        """Directories need no registry."""
+        return self._connect()
 
     def load(self) -> "list[LoadedAdapter]":
         from dataclasses import replace

@@ -58,11 +58,22 @@ def load_settings() -> "Settings":
     try:
         return Settings()
     except ValidationError as error:
-        first = error.errors()[0]
-        name = "ADAPTORY_" + "__".join(str(part) for part in first["loc"]).upper()
+        name = _variable(error.errors()[0]["loc"])
+        found = [str(one["msg"]) for one in error.errors() if _variable(one["loc"]) == name]
         raise Usage(
-            "bad_setting", f"{name}: {first['msg']}.", subject=name, next_step="Correct the environment variable."
+            "bad_setting",
+            f"{name}: {', or: '.join(found)}.",
+            subject=name,
+            next_step="Correct the environment variable.",
         ) from error
+
+
+def _variable(place: tuple[int | str, ...]) -> str:
+    """The environment variable of a setting: of the store's its place has the kind too, which no name has."""
+    parts = [str(part) for part in place]
+    if parts[0] == "storage" and len(parts) > 2:
+        parts = [parts[0], parts[2]]
+    return f"ADAPTORY_{'__'.join(parts[:2])}".upper()
 
 
 @contextmanager

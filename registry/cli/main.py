@@ -1,5 +1,6 @@
 """`adaptory`: builds the commands; turns an error into a message and an exit code."""
 
+import errno
 import gc
 import logging
 import os
@@ -37,6 +38,7 @@ two adapters of a 7B model take 31 s where the work is 3 s."""
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """Read when transformers is imported: progress and messages on stderr are ours to give."""
 
+INTERRUPTED = 130
 OBJECTS_TO_COLLECT = 50_000
 """New objects after which cycles are looked for (700 in a plain interpreter). Importing torch makes 170,000 that stay:
 looking through them time and again took 0.2 s of its 1.4."""
@@ -72,14 +74,28 @@ def main() -> None:
         )
         sys.exit(render.fail(told, "--json" in sys.argv))
     except OSError as error:
-        where = str(error.filename or "")
-        told = Unavailable(
-            "disk_error",
-            f"{where}: {error.strerror or error}.",
-            subject=where,
-            next_step="See that it can be read and written.",
-        )
-        sys.exit(render.fail(told, "--json" in sys.argv))
+        sys.exit(render.fail(_of_disk(error), "--json" in sys.argv))
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            render.say(": ".join(["interrupted", *_notes_of_interrupt(end)]))
+        raise
+
+
+def _of_disk(error: OSError) -> Unavailable:
+    where = str(error.filename or "")
+    told = ": ".join([*([where] if where else []), str(error.strerror or error)])
+    next_step = "See that it can be read and written."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        next_step = "Allow more open files (ulimit -n): a merge keeps some for each shard."
+    return Unavailable("disk_error", f"{told}.", subject=where, next_step=next_step)
+
+
+def _notes_of_interrupt(end: BaseException) -> list[str]:
+    """What whoever was interrupted had to say."""
+    cause: BaseException | None = end
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return list(getattr(cause, "__notes__", ()))
 
 
 if __name__ == "__main__":

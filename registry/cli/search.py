@@ -49,7 +49,9 @@ def search(  # noqa: PLR0913
     namespace: Annotated[str | None, typer.Option()] = None,
     repository: Annotated[str | None, typer.Option(metavar="REPO")] = None,
     stable: Annotated[bool, typer.Option("--stable", help="No pre-releases.")] = False,
-    latest: Annotated[bool, typer.Option("--latest", help="The highest stable release of each repository.")] = False,
+    latest: Annotated[
+        bool, typer.Option("--latest", help="The highest stable release of each repository that is not yanked.")
+    ] = False,
     include_yanked: Annotated[bool, typer.Option("--include-yanked")] = False,
     sort: Annotated[
         str | None, typer.Option(help="newest, version, or suite.metric: the best first, without those that lack it.")

@@ -60,7 +60,7 @@ class SearchIn(Wire):
     loads_in: Word = Field(default=None, description="vllm:<max_lora_rank>, sglang, lorax, llamacpp or peft")
     include_yanked: bool = False
     stable: bool = Field(default=False, description="No pre-releases.")
-    latest: bool = Field(default=False, description="The highest stable release of each repository.")
+    latest: bool = Field(default=False, description="The highest stable release of each repository that is not yanked.")
     sort: str = Field(
         default="newest",
         max_length=150,

@@ -14,6 +14,13 @@ from registry.storage.blobs import BlobStat, Reader
 from registry.storage.s3_arrivals import S3Arrivals
 from registry.storage.s3_bucket import Bucket, code_of, open_bucket, told
 
+_PLAIN = {
+    "ResponseContentEncoding": "identity",
+    "ResponseContentType": "application/octet-stream",
+    "ResponseContentDisposition": "attachment",
+}
+"""Whoever sent a blob may have sent false headers with it, which clients and browsers would believe."""
+
 
 class S3Store:
     def __init__(self, storage: S3Storage) -> None:
@@ -59,8 +66,7 @@ class S3Store:
         return stat
 
     def url(self, sha256: Digest, expires_s: int) -> str | None:
-        # Whoever sent the blob may have sent a false Content-Encoding with it, which clients would believe.
-        request = {**self._bucket.blob(sha256), "ResponseContentEncoding": "identity"}
+        request = {**self._bucket.blob(sha256), **_PLAIN}
         return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
 
     def delete(self, sha256: Digest) -> None:

@@ -3,9 +3,11 @@
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
+from time import monotonic
 from types import MappingProxyType
 
 import httpx2
@@ -26,6 +28,8 @@ PROBE = "probe-"
 """What the ids of a trial's own arrivals begin with."""
 STALE_S = 60.0
 """An object of a trial that is older was left by a process that was killed."""
+FAILED_S = 5.0
+"""So long a trial that the store did not answer is not begun again: as long as `Retry-After` says."""
 _SOON = "60"
 _RIGHT, _WRONG = b"right", b"wrong"
 _CONDITION_FAILED = {"412", "PreconditionFailed"}
@@ -46,11 +50,12 @@ class Trial:
         self._checks: bool | None = None
         self._in_place = None if storage.direct == "auto" else storage.direct
         self._lock = Lock()
+        self._failed: tuple[float, Unavailable] | None = None
 
     def checks_bodies(self) -> bool:
         """Whether the store refuses a body of another sha256 than the signed one. Raises Unavailable for a store that
         copies whatever the condition."""
-        with self._lock:
+        with self._one_at_a_time():
             if self._checks is None:
                 refuses, copies = self._try(_probe())
                 if copies:
@@ -71,10 +76,23 @@ class Trial:
         """
         if not self.checks_bodies():
             return False
-        with self._lock:
+        with self._one_at_a_time():
             if self._in_place is None:
                 self._in_place = self._holds_to_the_signed_end(_probe())
             return self._in_place
+
+    @contextmanager
+    def _one_at_a_time(self) -> Generator[None]:
+        """Who waited for a trial that failed fails with it: one after the other would wait as long again, each with a
+        thread of the server in hand."""
+        with self._lock:
+            if self._failed and monotonic() < self._failed[0]:
+                raise self._failed[1]
+            try:
+                yield
+            except Unavailable as error:
+                self._failed = (monotonic() + FAILED_S, error)
+                raise
 
     def _holds_to_the_signed_end(self, probe: Arrival) -> bool:
         put = self._signed_put(probe, self._aside(probe), 60, NEVER)

@@ -1,8 +1,10 @@
 """A combination is an ordinary PEFT adapter whose forward is the weighted sum of its members' deltas."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from composer.delta import Layout, LowRank, Replacement
 from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
+from composer.methods import combine_deltas
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -280,3 +283,24 @@ def test_a_tensor_saved_whole_is_refused_by_its_weight_after_lambda_and_normaliz
             combine(members, tmp_path / "out", method=method, settings=settings)
         assert caught.value.code == "weighted_replacement"
     combine([(members[0][0], 0.5)], tmp_path / "out", settings={"lambda": 2.0})
+
+
+@pytest.mark.parametrize("method", ["stack", "svd"])
+def test_an_input_that_is_replaced_meanwhile_is_refused_and_nothing_is_written(
+    method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest would be the new file's, and the numbers the old one's."""
+    base = make_model()
+    one, other = (make_adapter(base, name, seed=seed) for seed, name in enumerate("ab"))
+
+    def replacing(*arguments: Any) -> Any:
+        combined = combine_deltas(*arguments)
+        new = shutil.copyfile(one / "adapter_model.safetensors", tmp_path / "new")
+        new.replace(other / "adapter_model.safetensors")
+        return combined
+
+    monkeypatch.setattr("composer.combine.combine_deltas", replacing)
+    with pytest.raises(RefusedOutput, match=r"b/adapter_model\.safetensors changed") as caught:
+        combine([(one, 1.0), (other, 1.0)], tmp_path / "out", None, method)
+    assert caught.value.code == "inputs_changed"
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []

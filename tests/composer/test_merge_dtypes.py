@@ -1,6 +1,7 @@
 """Checkpoints in fp8: refused by name, or dequantized when told to; and what else a checkpoint may lack."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,35 @@ def test_a_tensor_in_two_shards_is_refused_by_name(make_model: MakeModel) -> Non
     with pytest.raises(InvalidFile, match=name) as caught:
         open_checkpoint(base)
     assert caught.value.subject == two.name
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"target_modules": "all-linear", "r": 70}])
+def test_a_base_in_float64_is_merged_in_float64(
+    make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    single = make_model()
+    adapter = make_adapter(single, **settings)
+    base = shutil.copytree(single, tmp_path / "double")
+    before: dict[str, torch.Tensor] = {}
+    for file in base.glob("*.safetensors"):
+        tensors = {name: tensor.double() + 1e-9 for name, tensor in load_file(file).items()}
+        before |= tensors
+        save_file(tensors, file, {"format": "pt"})
+    merged: dict[str, dict[str, torch.Tensor]] = {}
+    for name, path in (("double", base), ("single", single)):
+        run_merge(plan_merge(open_checkpoint(path), [(adapter, 1.0)]), tmp_path / f"{name}-merged", "cpu")
+        merged[name] = tensors_in(tmp_path / f"{name}-merged")
+    changed = 0
+    for name, tensor in merged["double"].items():
+        assert tensor.dtype is torch.float64
+        if torch.equal(tensor, before[name]):
+            continue
+        changed += 1
+        assert_close(tensor, merged["single"][name], name)
+        lost = tensor - tensor.float().double()
+        assert float(lost.abs().max()) > 0, "more digits than float32 has"
+    assert changed
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)], dtype="fp32")
+    run_merge(plan, tmp_path / "rounded", "cpu")
+    rounded = tensors_in(tmp_path / "rounded")
+    assert all(torch.equal(rounded[name], tensor.float()) for name, tensor in merged["double"].items())

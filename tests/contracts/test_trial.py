@@ -1,15 +1,24 @@
 """Sending straight to the place of a blob, which a store must be seen to be fit for; trying that leaves nothing."""
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
 
-from registry.storage.blobs import Put
+from registry.errors import Unavailable
+from registry.names import Digest
+from registry.settings import S3Storage
+from registry.storage.blobs import Arrival, Put
+from registry.storage.s3_arrivals import S3Arrivals
+from registry.storage.s3_bucket import open_bucket
 from registry.storage.s3_trial import NEVER, PROBE, STALE_S
 from tests.contracts.corner import TOMORROW, Corner, relay, send
 from tests.s3_server import BUCKET, S3Server
@@ -97,6 +106,35 @@ def test_where_the_end_could_be_another_than_the_signed_one_files_are_copied(
         corner = Corner(s3, endpoint=endpoint)
         assert not in_place(corner)
         sent(corner)
+
+
+def test_those_who_wait_for_a_trial_that_the_store_does_not_answer_fail_with_it(credentials: None) -> None:
+    """One after the other they would wait as long again, and take the server's threads meanwhile."""
+    tried = 0
+
+    def take(listener: socket.socket) -> None:
+        nonlocal tried
+        held: list[socket.socket] = []
+        with suppress(OSError):  # closed: the test is over
+            while True:
+                held.append(listener.accept()[0])
+                tried += 1
+
+    def announced(arrivals: S3Arrivals) -> str:
+        arrival = Arrival("an-upload", Digest("0" * 64), 1)
+        with pytest.raises(Unavailable) as raised:
+            arrivals.whole(arrival, 600, sent_before=False, known=False)
+        return raised.value.code
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=take, args=(listener,), daemon=True).start()
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        storage = S3Storage(bucket=BUCKET, endpoint_url=endpoint, read_timeout_s=0.5, attempts=1)
+        arrivals = S3Arrivals(open_bucket(storage), storage)
+        with ThreadPoolExecutor(12) as pool:
+            assert set(pool.map(announced, [arrivals] * 12)) == {"store_unavailable"}
+        listener.shutdown(socket.SHUT_RDWR)
+    assert tried <= 3, "the requests of one trial, not of twelve"
 
 
 def test_a_sweep_removes_what_a_killed_process_left_of_a_trial_and_nothing_of_one_under_way(corner: Corner) -> None:

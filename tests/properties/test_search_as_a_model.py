@@ -171,6 +171,7 @@ def test_the_model_and_the_registry_agree_on_something(shelf: Shelf, order: str)
         Query(text="tick"),
         *(Query(provenance=(text,)) for text in STATEMENTS if text not in NOWHERE),
         Query(latest=True),
+        Query(latest=True, include_yanked=True),
         Query(loads_in=Profile("vllm", 16)),
         Query(scores=(Condition("sql-exact", "accuracy", ">=", 0.5),)),
     ):
@@ -211,7 +212,7 @@ def _is_latest(item: Item, items: list[Item]) -> bool:
     rivals = [
         one.version for one in items if one.repository == item.repository and one.version.stable and not one.yanked
     ]
-    return item.version.stable and item.version >= max(rivals, default=item.version)
+    return item.version.stable and not item.yanked and item.version >= max(rivals)
 
 
 def _is_named(item: Item, query: Query) -> bool:

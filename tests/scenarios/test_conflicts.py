@@ -95,6 +95,14 @@ def test_directories_are_compared_beside_a_base_without_any_registry_entry(
     assert on_disk.json("conflicts", *pair, "--base", world.base, "--prompts", prompts)["activations"]["prompts"] == 1
 
 
+def test_directories_are_compared_without_a_registry_that_could_be_opened(world: World, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("no directory")
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
+    pair = (world.adapters["sql"], world.adapters["terraform"])
+    assert cli.json("conflicts", *pair, "--base", world.base)["pairs"]
+    assert cli("conflicts", world.adapters["sql"], "acme/terraform").code == 7
+
+
 def test_rules_of_a_recipe_reach_the_lock_the_report_and_the_result(team: Cli, tmp_path: Path) -> None:
     rules = [{"modules": "q_proj", "weight": 0.0}]
     recipe = tmp_path / "recipe.yaml"

@@ -1,6 +1,8 @@
 """`adaptory verify REF --rebuild`: a composed model is made again from base and inputs, and compared with its bytes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,30 @@ def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapt
     changed = stocked_embedded("verify", merged, "--rebuild", *named)
     assert changed.code == 1
     assert shard.name in changed.out
+
+
+INTERRUPTED = """
+import os, signal, time
+from composer.merge.resume import Journal
+finish = Journal.finish
+def finish_and_be_interrupted(self, path):
+    finish(self, path)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+Journal.finish = finish_and_be_interrupted
+from registry.cli.main import main
+main()
+"""
+
+
+def test_who_interrupts_a_merge_is_told_what_is_left_and_goes_on_with_it(world: World, tmp_path: Path) -> None:
+    """The signal comes when the first shard is finished: the real command, in a process of its own."""
+    merge = ["merge", "--base", world.base, "--adapter", world.adapters["sql"], "-o", tmp_path / "merged"]
+    words = [sys.executable, "-c", INTERRUPTED, *map(str, merge)]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    (left,) = tmp_path.glob("merged.partial-*")
+    assert (ran.returncode, ran.stdout) == (130, "")
+    assert ran.stderr.splitlines()[-1].startswith(f"interrupted: what is finished lies in {left}")
+    told = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
+    assert told["resumed_bytes"] > 0
+    assert not left.exists()
