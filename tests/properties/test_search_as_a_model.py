@@ -142,7 +142,7 @@ orders = st.sampled_from([NEWEST, VERSION, "sql-exact.accuracy", "guard.nll", "g
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
