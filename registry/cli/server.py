@@ -16,6 +16,8 @@ from registry.errors import RegistryError, Unavailable
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from uvicorn import Config
+    from uvicorn.supervisors import Multiprocess
 
     from registry.resources import Resources
     from registry.settings import Settings
@@ -40,7 +42,6 @@ def serve_beside(settings: "Settings", listener: socket.socket, processes: int) 
     """
     from uvicorn import Config
     from uvicorn.config import STARTUP_FAILURE
-    from uvicorn.supervisors import Multiprocess
 
     config = Config(
         f"{__name__}:child_application",
@@ -50,12 +51,27 @@ def serve_beside(settings: "Settings", listener: socket.socket, processes: int) 
         **_options(settings),
     )
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # here it tells which process died
-    supervisor = Multiprocess(config, [listener])
+    supervisor = _watch(config, listener)
     supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise Unavailable(
             "server_failed", "A server process could not start.", next_step="See above for what it says, and repeat."
         )
+
+
+def _watch(config: "Config", listener: socket.socket) -> "Multiprocess":
+    """What keeps so many processes alive as the configuration says, once it runs."""
+    from uvicorn.supervisors import Multiprocess
+
+    class Watch(Multiprocess):
+        def keep_subprocess_alive(self) -> None:
+            # Each process has its own copy of its end. With ours open too, one that dies when it has just been
+            # asked for a word would be waited for until it counts as hung.
+            for process in self.processes:
+                process.child_conn.close()
+            super().keep_subprocess_alive()
+
+    return Watch(config, [listener])
 
 
 def child_application() -> "FastAPI":

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
+from registry.cli.server import HUNG_S
 from tests import services
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server
@@ -94,8 +95,10 @@ def test_a_process_that_dies_is_replaced_and_named(pairing: dict[str, str], tmp_
     with served(tmp_path / "home", "--processes", "2", **pairing) as (url, process, said):
         httpx2.get(f"{url}/healthz", timeout=30)
         victim = max(children(process))
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(1)  # it is asked for a word that it does not give
         os.kill(victim, signal.SIGKILL)
-        eventually(lambda: victim not in (now := children(process)) and len(now) == 2)
+        eventually(lambda: victim not in (now := children(process)) and len(now) == 2, within_s=HUNG_S - 5)
         assert f"{victim}] died" in said.read_text()
         for _ in range(8):
             assert httpx2.get(f"{url}/readyz", timeout=30).status_code == 200
