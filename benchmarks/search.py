@@ -2,7 +2,7 @@
 
 Each query is asked as a verb (search and the page's documents, in a read transaction) of each size in turn, so that a
 ratio is of two calls a moment apart; then by eight clients over HTTP. Words are sown besides, some of them in old
-releases alone; a page of those is short enough to be full at either size.
+releases alone; a page of those is short enough to be full at either size. A reader may read the oldest releases alone.
 """
 
 import os
@@ -44,7 +44,10 @@ SOWN: dict[str, Callable[[int, int], bool]] = {
     "even": lambda number, _: number % 2 == 0,
 }
 """word -> does the release of this number have it, of so many?"""
-HOST = Actor("host", datetime(2026, 1, 1, tzinfo=UTC), {EVERYWHERE: "admin"})
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+HOST = Actor("host", NOW, {EVERYWHERE: "admin"})
+OF_THE_OLDEST = Actor("reader", NOW, {"team-0": "reader"})
+"""May read the first 500 releases."""
 BASE = stock.BASES[0]
 TARGETS = ("q_proj", "v_proj")
 VLLM = parse_profile("vllm:32")
@@ -84,6 +87,17 @@ OF_WORDS: dict[str, tuple[Query, str]] = {
     "none": (Query(text="nowhere"), search.NEWEST),
     "two words, each of every second": (Query(text="odd even"), search.NEWEST),
 }
+OF_A_READER: dict[str, tuple[Query, str]] = {
+    "everything": (Query(), search.NEWEST),
+    "a base": (Query(base=BASE), search.NEWEST),
+    "a base by version": (Query(base=BASE), search.VERSION),
+    "a base by score": (Query(base=BASE), "sql-exact.accuracy"),
+    "base, rank, targets": (FITTING, search.NEWEST),
+    "base, rank, targets: nothing fits": (Query(base=BASE, max_rank=3), search.NEWEST),
+    "words of all": (Query(text="train ticket"), search.NEWEST),
+    "one in fifty": (Query(text="fiftieth"), search.NEWEST),
+    "a namespace of somebody else": (Query(namespace="team-1"), search.NEWEST),
+}
 OVER_HTTP: dict[str, dict[str, object]] = {
     "base, rank, targets": {"base": BASE, "max_rank": 16, "targets_within": "q_proj,v_proj", "limit": LIMIT},
     "nothing fits": {"base": BASE, "max_rank": 3, "targets_within": "q_proj,v_proj", "limit": LIMIT},
@@ -101,8 +115,9 @@ def main() -> None:
             opened = {size: stack.enter_context(closing(Database(urls[size][kind]))) for size in sizes}
             for size, database in opened.items():
                 _sow(database, size)
-            _verbs(kind, opened, QUERIES, LIMIT, count, chosen.rounds)
-            _verbs(kind, opened, OF_WORDS, SHORT, max(2, count // 4), chosen.rounds)
+            _verbs(kind, opened, (HOST, QUERIES), LIMIT, count, chosen.rounds)
+            _verbs(kind, opened, (HOST, OF_WORDS), SHORT, max(2, count // 4), chosen.rounds)
+            _verbs(kind, opened, (OF_THE_OLDEST, OF_A_READER), SHORT, max(2, count // 4), chosen.rounds)
             with ExitStack() as servers:
                 ports = {size: resolve.adaptory(urls[size][kind], home, servers) for size in sizes}
                 _throughput(kind, ports, max(2, chosen.rounds // 3), seconds)
@@ -120,13 +135,14 @@ def _sow(database: Database, releases: int) -> None:
 def _verbs(
     kind: str,
     opened: Mapping[int, Database],
-    queries: Mapping[str, tuple[Query, str]],
+    asking: tuple[Actor, Mapping[str, tuple[Query, str]]],
     limit: int,
     count: int,
     rounds: int,
 ) -> None:
+    actor, queries = asking
     cases: dict[str, Case] = {
-        f"{name}, {size:,}": partial(harness.calls, partial(_page, database, *asked, limit), count)
+        f"{name}, {size:,}": partial(harness.calls, partial(_page, database, actor, *asked, limit), count)
         for name, asked in queries.items()
         for size, database in opened.items()
     }
@@ -135,18 +151,20 @@ def _verbs(
     rows = [["query", "found", f"ms at {small:,}", f"ms at {large:,}", "times"]]
     for name, asked in queries.items():
         few, many = results[f"{name}, {small:,}"], results[f"{name}, {large:,}"]
-        found = "/".join(str(len(_page(database, *asked, limit))) for database in opened.values())
+        found = "/".join(str(len(_page(database, actor, *asked, limit))) for database in opened.values())
         times = [one.seconds / other.seconds for one, other in zip(many, few, strict=True)]
         milliseconds = [harness.spread([sample.seconds * 1e3 for sample in samples]) for samples in (few, many)]
         rows.append([name, found, *milliseconds, harness.spread(times)])
-    harness.table(f"{kind}: a page of {limit} as documents, in process ({rounds} rounds of {count})", rows)
+    harness.table(
+        f"{kind}: a page of {limit} as documents for the {actor.name}, in process ({rounds} rounds of {count})", rows
+    )
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 
-def _page(database: Database, query: Query, order: str, limit: int) -> list[object]:
+def _page(database: Database, actor: Actor, query: Query, order: str, limit: int) -> list[object]:
     with database.read() as session:
-        places = search.search(session, HOST, query, Order(order, limit + 1)).places[:limit]
-        return [release_document(HOST, one) for one in describe(session, [place.release_id for place in places])]
+        places = search.search(session, actor, query, Order(order, limit + 1)).places[:limit]
+        return [release_document(actor, one) for one in describe(session, [place.release_id for place in places])]
 
 
 def _throughput(kind: str, ports: Mapping[int, int], rounds: int, seconds: float) -> None:

@@ -307,10 +307,9 @@ def _release(number: int, facts: _Facts, traits: Mapping[_Facts, int], chance: r
 
 
 def _words(number: int) -> _Rows:
-    name = repository_name(_repository_of(number)).replace("/", " ")
-    for word in terms.words(f"{name} {NOTES}"):
-        yield {"word": word, "release_id": number}
-    for entry in terms.stated(_provenance(number)):
+    namespace, _, name = repository_name(_repository_of(number)).partition("/")
+    entries = terms.words(f"{namespace} {name} {NOTES}") + terms.stated(_provenance(number))
+    for entry in entries + terms.homes(namespace, name):
         yield {"word": entry, "release_id": number}
 
 

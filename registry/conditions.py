@@ -21,7 +21,7 @@ from registry.names import RepositoryName
 from registry.repositories import Kind
 from registry.statements import among
 from registry.suites import Condition
-from registry.terms import MAX_WORD_CHARACTERS, parse_stated, target_set_key, words
+from registry.terms import MAX_WORD_CHARACTERS, homes, parse_stated, target_set_key, words
 
 MAX_WORDS = 8
 """Of a text that is searched for."""
@@ -84,6 +84,11 @@ class Form:
     stated: int = 0
     operators: tuple[str, ...] = ()
 
+    @property
+    def entries(self) -> int:
+        """How many conditions the index of words answers: what is stated, words, and where to look."""
+        return self.stated + self.words + ("homes" in self.asked)
+
 
 def values_of(actor: Actor, query: Query, digests: Sequence[str], suites: Sequence[int]) -> dict[str, Any]:
     """The values of a query by the names that conditions give them; what is not asked is not there.
@@ -114,8 +119,7 @@ def values_of(actor: Actor, query: Query, digests: Sequence[str], suites: Sequen
         "channel": query.channel,
     }
     found = {name: value for name, value in found.items() if value is not None and value != []}
-    if (names := readable_names(actor)) is not None:
-        found["readable"] = sorted(names)
+    found |= _where(query, readable_names(actor))
     for number, target in enumerate(query.targets_include):
         found[f"include_{number}"] = target
     for number, word in enumerate(_asked_words(query)):
@@ -126,6 +130,18 @@ def values_of(actor: Actor, query: Query, digests: Sequence[str], suites: Sequen
     for number, (condition, suite) in enumerate(zip(query.scores, suites, strict=True)):
         found |= {f"suite_{number}": suite, f"metric_{number}": condition.metric, f"score_{number}": condition.value}
     return found | {"kind": str(query.kind)}
+
+
+def _where(query: Query, readable: set[str] | None) -> dict[str, list[str]]:
+    """`homes` has the entries in the index of words of all places to look in, none when nothing can be found."""
+    owner, name = (query.repository.namespace, query.repository.name) if query.repository else (None, None)
+    asked = {namespace for namespace in (query.namespace, owner) if namespace}
+    found = {} if readable is None else {"readable": sorted(readable)}
+    if readable is None and not asked:
+        return found
+    places = set[str]() if len(asked) > 1 else asked or readable or set[str]()
+    reached = places if readable is None else places & readable
+    return found | {"homes": [homes(place, name)[-1] for place in sorted(reached)]}
 
 
 def form_of(query: Query, values: Mapping[str, Any]) -> Form:
@@ -202,11 +218,15 @@ def on_release(form: Form) -> Conditions:
         asked.append(~_a_higher_one())
     if "size" in form.asked:
         asked.append(_release.size_bytes <= bindparam("size"))
+    if "lowest" in form.asked:
+        asked.append(_release.id.between(bindparam("lowest"), bindparam("highest")))
     if home := at_home(form):
         asked.append(_of_it(select(_repository.id).where(_repository.id == _release.repository_id, *home)))
     if "channel" in form.asked:
         asked.append(_release.id == _served())
-    asked += [_of_it(select(_word.word).where(_word.release_id == _release.id, entry)) for entry in of_words(form)]
+    of_release = select(_word.word).where(_word.release_id == _release.id)
+    numbers = range(form.stated + form.words)  # where it is, is asked above of what says so first
+    asked += [_of_it(of_release.where(is_entry(form, number, _word.word))) for number in numbers]
     asked += [
         _of_it(select(_score.id).where(_score.release_id == _release.id, *enough(number, operator)))
         for number, operator in enumerate(form.operators)
@@ -234,25 +254,30 @@ def at_home(form: Form) -> Conditions:
     return [condition for name, condition in limits.items() if name in form.asked]
 
 
-def of_words(form: Form) -> Conditions:
-    """On the index of words. A beginning is a range, which every database finds in an index, whatever its locale."""
-    return [_word.word.between(*ends_of(form, number)) for number in range(form.stated + form.words)]
+def is_entry(form: Form, number: int, word: ColumnElement[str]) -> ColumnElement[bool]:
+    """That word of the index fits the condition of that number. A beginning is a range, which every database finds in
+    an index, whatever its locale."""
+    ends = ends_of(form, number)
+    return word.between(*ends) if ends else among(word, "homes")
 
 
 def has_other_words(form: Form, than: int) -> Conditions:
     """On an entry of the index of words: its release has the other words asked for as well."""
     other = ReleaseWord.__table__.alias().c
     of_it = select(other.word).where(other.release_id == _word.release_id).correlate(ReleaseWord.__table__).offset(0)
-    numbers = (number for number in range(form.stated + form.words) if number != than)
-    return [of_it.where(other.word.between(*ends_of(form, number))).exists() for number in numbers]
+    numbers = (number for number in range(form.entries) if number != than)
+    return [of_it.where(is_entry(form, number, other.word)).exists() for number in numbers]
 
 
-def ends_of(form: Form, number: int) -> tuple[BindParameter[str], BindParameter[str]]:
-    """The least and the greatest word that fit: first of what is stated, which is asked for whole, then of words."""
+def ends_of(form: Form, number: int) -> tuple[BindParameter[str], BindParameter[str]] | None:
+    """The least and the greatest word that fit: first of what is stated, which is asked for whole, then of words. None
+    for those of `homes`, which are no range."""
     if number < form.stated:
         stated = bindparam(f"stated_{number}", type_=String)
         return stated, stated
     number -= form.stated
+    if number == form.words:
+        return None
     return bindparam(f"word_{number}", type_=String), bindparam(f"word_{number}_end", type_=String)
 
 

@@ -21,10 +21,10 @@ from registry.audit import Actor
 from registry.conditions import Form
 from registry.conditions import Query as Query
 from registry.errors import Usage
-from registry.models import Channel, Release, ReleaseWord, Repository, Score
+from registry.models import Channel, Release, ReleaseWord, Score
 from registry.statements import Prepared, among, exact, filled, json_list, json_rows
 from registry.suites import HIGHER_IS_BETTER
-from registry.words import END, ENTRIES, MORE, Newest, read_on, thinnest_of
+from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
 
 NEWEST, VERSION = "newest", "version"
 FEW = 16
@@ -37,9 +37,7 @@ COMMON, SOON = 10, 3
 """A word that one in so many of the newest releases has does not hold up who reads them by their traits. That is done
 first then; else after so many vain tries of releases with the word."""
 
-_channel, _release, _repository, _score, _word = (
-    table.__table__.c for table in (Channel, Release, Repository, Score, ReleaseWord)
-)
+_channel, _release, _score, _word = (table.__table__.c for table in (Channel, Release, Score, ReleaseWord))
 _NEWEST_OF_ALL = Prepared(select(func.max(_release.id)))
 
 
@@ -77,8 +75,12 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
     relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}
     scored = [suites.find(session, condition.suite).id for condition in query.scores]
     values = conditions.values_of(actor, query, list(relations), scored)
-    by, form = _by(session, order, values), conditions.form_of(query, values)
-    places = _places(session, form, by, values | {"limit": order.limit})
+    by, nowhere = _by(session, order, values), values.get("homes") == []
+    if by.column == "id" and "homes" in values:
+        values |= (ends := reach(session, values))
+        nowhere = not ends
+    form = conditions.form_of(query, values)
+    places = [] if nowhere else _places(session, form, by, values | {"limit": order.limit})
     if name and not places:
         bases.identify(session, name)  # nothing fits, or there is no such base
     return Found(places, base, relations)
@@ -113,11 +115,17 @@ class _By:
     def key(self) -> ColumnElement[Any]:
         return _score.value if self.of_score else _release[self.column]
 
-    def page(self, statement: Select[*tuple[Any, ...]], *around: FromClause) -> Select[*tuple[Any, ...]]:
-        """Keys and ids of the first that fit, as one text, for `places` to read. `around` is what it is within."""
+    def page(
+        self, statement: Select[*tuple[Any, ...]], *around: FromClause, in_order: bool = True
+    ) -> Select[*tuple[Any, ...]]:
+        """Keys and ids of the first that fit, as one text, for `places` to read. `around` is what it is within.
+
+        Scores that are not to be read `in_order` are found from their releases.
+        """
         columns = [self.key] if self.column == "id" else [self.key, self.release_id]
         if self.of_score:
-            of_metric = (_score.suite_id == bindparam("by_suite"), _score.metric == bindparam("by_metric"))
+            suite = _score.suite_id if in_order else _score.suite_id + 0
+            of_metric = (suite == bindparam("by_suite"), _score.metric == bindparam("by_metric"))
             statement = statement.where(*of_metric, _score.release_id.is_not(None))
         if self.goes_on:
             key: BindParameter[Any] = bindparam("after_key")
@@ -161,7 +169,7 @@ def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
 
 
 def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Place]:
-    words = tuple(range(form.stated + form.words))
+    words = tuple(range(form.entries))
     thinnest: Newest | None = None
     if by.column == "id":
         thinnest, words = thinnest_of(session, form, values)
@@ -185,7 +193,10 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
     parts = read_on(session, form, thinnest, values)
     found: list[Place] = []
     further: Sequence[int] | None = ()
-    if not (conditions.asks_traits(form) and _is_common(session, thinnest, values)):
+    asks_traits = conditions.asks_traits(form)
+    if not (asks_traits and _is_common(session, thinnest, values)):
+        if asks_traits and not _any_fits(form).rows(session, values):
+            return found
         found = _among(session, form, by, values, islice(parts, SOON))
         further = next(parts, None) if len(found) < values["limit"] else None
     if further is None:
@@ -194,6 +205,11 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
     if len(texts) <= FEW:
         return by.places(texts, values["limit"])
     return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
+
+
+@lru_cache(512)
+def _any_fits(form: Form) -> Prepared:
+    return Prepared(conditions.fitting(form).limit(1))
 
 
 def _is_common(session: Session, thinnest: Newest, values: Mapping[str, Any]) -> bool:
@@ -232,13 +248,9 @@ def _rare(form: Form, words: tuple[int, ...]) -> tuple[Prepared, ...]:
     be as good, and what fits may be of thousands of combinations of traits.
     """
     entry = select(_word.release_id.label("id"))
-    entries = [entry.where(_word.word.between(*conditions.ends_of(form, number))) for number in words]
+    entries = [entry.where(conditions.is_entry(form, number, _word.word)) for number in words]
     of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
     scored = [of_release.where(*conditions.enough(number, operator)) for number, operator in enumerate(form.operators)]
-    at_home: list[Select[*tuple[Any, ...]]] = []
-    if home := conditions.at_home(form):
-        of_home = select(_release.id).join(Repository.__table__, _repository.id == _release.repository_id)
-        at_home.append(of_home.where(*home))
     lists: list[Select[*tuple[Any, ...]]] = []
     if "channel" in form.asked:
         of_channel = select(_release.id).join(Channel.__table__, _channel.repository_id == _release.repository_id)
@@ -248,7 +260,7 @@ def _rare(form: Form, words: tuple[int, ...]) -> tuple[Prepared, ...]:
         lists.append(small.where(_release.traits_id.in_(conditions.fitting(form))))
     if conditions.asks_traits(form):
         lists += [one.where(_score.traits_id.in_(conditions.fitting(form))) for one in scored]
-    many = [*entries, *scored, *at_home]
+    many = [*entries, *scored]
     return *(_unless_many(one, SIDE_BY_SIDE) for one in many), *(_unless_many(one, RARE) for one in lists)
 
 
@@ -282,4 +294,4 @@ def _of_all(form: Form, by: _By) -> Prepared:
 def _among_rare(form: Form, by: _By) -> Prepared:
     fits = conditions.fits(form, _release.traits_id)
     entries = by.select().where(among(_release.id, "ids"), fits, *conditions.on_release(form))
-    return Prepared(by.page(entries))
+    return Prepared(by.page(entries, in_order=False))

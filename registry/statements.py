@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Connection, Dialect, Integer, Select, bindparam
+from sqlalchemy import BigInteger, ColumnElement, Connection, Dialect, Integer, Select, String, bindparam, column
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
@@ -100,6 +100,13 @@ def among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
     kind = "BIGINT" if isinstance(column.type, BigInteger | Integer) else "TEXT"
     listed = f"{{0}} = ANY (CAST({{1}} AS {kind}[]))"
     return _Spelled("{0} IN (SELECT value FROM json_each({1}))", listed, column, bindparam(name))
+
+
+def listed(name: str) -> ColumnElement[str]:
+    """The column of a table that has the texts that the parameter lists."""
+    # PostgreSQL names the column as the table.
+    texts = _Spelled("json_each({0})", "unnest(CAST({0} AS TEXT[]))", bindparam(name))
+    return texts.table_valued(column("value", String), name="value").c.value
 
 
 def filled(values: Sequence[T]) -> list[T]:

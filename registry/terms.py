@@ -1,5 +1,5 @@
-"""What a release is found by: its target set and its traits, interned, the words of its name and notes, and what its
-provenance states."""
+"""What a release is found by: its target set and its traits, interned, and in the index of words those of its name and
+notes, what its provenance states, and where it is."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def add(session: Session, release: Release) -> None:
     session.add(release)
     session.flush()
     found = words(f"{release.repository.namespace} {release.repository.name} {release.notes}")[:MAX_WORDS]
-    found += stated(release.provenance)
+    found += stated(release.provenance) + homes(release.repository.namespace, release.repository.name)
     session.execute(insert(ReleaseWord), [{"word": word, "release_id": release.id} for word in found])
 
 
@@ -50,6 +50,11 @@ def words(text: str) -> list[str]:
 def stated(provenance: Mapping[str, Any]) -> list[str]:
     """An entry for each value that a provenance, in the form of `composer.formats.card`, states."""
     return list(dict.fromkeys(_entry(name, value) for name, value in _values(provenance)))[:MAX_STATED]
+
+
+def homes(namespace: str, name: str | None = None) -> list[str]:
+    """The entries of what is in that namespace and, with a name, in that repository. No search for words finds them."""
+    return [f"/{namespace}"] + ([f"/{namespace}/{name}"] if name else [])
 
 
 def parse_stated(text: str) -> str:

@@ -1,5 +1,9 @@
 """The newest releases that have some words, read from the index of words: it has the releases of each word in order, so
-that reading costs what a page costs, however many releases have a word and however old they are."""
+that reading costs what a page costs, however many releases have a word and however old they are.
+
+Where a release is, is a word too: so a search by somebody who may read little costs no more than one by who may read
+all.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ from sqlalchemy.orm import Session
 from registry import conditions
 from registry.conditions import Form
 from registry.models import ReleaseWord
-from registry.statements import Prepared, json_list
+from registry.statements import Prepared, json_list, listed
 
 MANY_WORDS = 128
 """Of so many words with one beginning the newest releases are merged; with more, all are looked at in order."""
@@ -30,9 +34,10 @@ _word = ReleaseWord.__table__.c
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """The newest `count` releases, of those before some other, that have a word with the beginning of that number.
+    """The newest `count` releases, of those before some other, that have a word that fits the condition of that number,
+    or all where there are fewer.
 
-    `words` is how many there are, or more than `MANY_WORDS`; then no release was looked for.
+    `words` is how many words fit, or more than `MANY_WORDS`; then no release was looked for.
     """
 
     number: int
@@ -46,13 +51,13 @@ class Newest:
 
 
 def thinnest_of(session: Session, form: Form, values: Mapping[str, Any]) -> tuple[Newest | None, tuple[int, ...]]:
-    """Of the words asked for the first that few releases have, or the one whose releases lie farthest apart; and those
-    that are the beginning of too many words to read them so."""
+    """Of the conditions that words meet the first that few releases meet, or the one whose releases lie farthest apart;
+    and those that too many words meet to read them so."""
     below = values.get("after_id") or END
     values = {**values, "below": below, "entries": ENTRIES * values["limit"], "most_words": MANY_WORDS}
     found: list[Newest] = []
     left: list[int] = []
-    for number in range(form.stated + form.words):
+    for number in range(form.entries):
         newest = _newest(session, form, number, values)
         if newest.words > MANY_WORDS:
             left.append(number)
@@ -62,18 +67,27 @@ def thinnest_of(session: Session, form: Form, values: Mapping[str, Any]) -> tupl
             found.append(newest)
     if not found:
         return None, tuple(left)
-    widest = max(found, key=lambda newest: newest.ids[0] - newest.ids[-1])
     first = min(newest.ids[0] for newest in found)
-    if widest.ids[-1] > first:
-        widest = _newest(session, form, widest.number, {**values, "below": first + 1, "most_words": _ANY})
-    return widest, tuple(left)
+    for place, newest in enumerate(found):
+        if newest.ids[-1] > first:  # none of these can have the others
+            found[place] = _newest(session, form, newest.number, {**values, "below": first + 1, "most_words": _ANY})
+            if found[place].are_all:
+                return found[place], ()
+    return max(found, key=lambda newest: newest.ids[0] - newest.ids[-1]), tuple(left)
+
+
+def reach(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
+    """The `lowest` and the `highest` id of the releases in the places to look in; empty without one."""
+    [(lowest, highest)] = _ends_at_home().rows(session, values)
+    return {} if lowest is None else {"lowest": lowest, "highest": highest}
 
 
 def read_on(session: Session, form: Form, newest: Newest, values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
-    """All with that beginning, more at a time, but for those that lack other words, which a database skips faster."""
+    """All that meet that condition, more at a time, but for those that lack other words: a database skips faster."""
     yield newest.ids
     while not newest.are_all:
-        further = {"below": newest.ids[-1], "entries": newest.count * MORE, "most_words": _ANY}
+        span = newest.ids[0] - newest.ids[-1] + 1
+        further = {"below": newest.ids[-1], "entries": newest.count * MORE, "span": span * MORE, "most_words": _ANY}
         newest = _newest(session, form, newest.number, {**values, **further}, with_others=True)
         yield newest.ids
 
@@ -81,27 +95,63 @@ def read_on(session: Session, form: Form, newest: Newest, values: Mapping[str, A
 def _newest(
     session: Session, form: Form, number: int, values: Mapping[str, Any], *, with_others: bool = False
 ) -> Newest:
+    if conditions.ends_of(form, number) is None:
+        return _newest_at_home(session, form, number, values, with_others)
     texts = _newest_of_each(form, number, with_others).column(session, values)
+    return _newest_of(number, texts, values)
+
+
+def _newest_of(number: int, texts: Sequence[str | None], values: Mapping[str, Any]) -> Newest:
     ids = {release_id for text in texts if text for release_id in orjson.loads(text)}
     return Newest(number, len(texts), values["entries"], sorted(ids, reverse=True)[: values["entries"]])
 
 
+def _newest_at_home(session: Session, form: Form, number: int, values: Mapping[str, Any], with_others: bool) -> Newest:
+    """Of many places each is read as far down as all together go: to read a page of each would take as many times as
+    long as there are places."""
+    homes, below = len(values["homes"]), min(values["below"], values["highest"] + 1)
+    if homes > values["most_words"]:
+        return Newest(number, homes, values["entries"], ())
+    span = values.get("span", ENTRIES * values["entries"]) if homes > 1 else below
+    while True:
+        above = below - span
+        texts = _newest_of_each(form, number, with_others).column(session, {**values, "below": below, "above": above})
+        newest = _newest_of(number, texts, values)
+        if not newest.are_all or above < values["lowest"]:
+            return newest
+        span *= MORE
+
+
+@lru_cache(1)
+def _ends_at_home() -> Prepared:
+    """The ends of each place are looked up in the index, which its entries need not be read for."""
+    home = listed("homes")
+    of_home = _word.word == home
+    lowest, highest = (
+        select(end(_word.release_id)).where(of_home).correlate(home.table).scalar_subquery()
+        for end in (func.min, func.max)
+    )
+    return Prepared(select(func.min(lowest), func.max(highest)).select_from(home.table))
+
+
 @lru_cache(512)
 def _newest_of_each(form: Form, number: int, with_others: bool) -> Prepared:
-    """For each word with that beginning: the newest releases that have it; NULL when there are many words.
+    """For each word that fits: the newest releases that have it; NULL when there are many words.
 
     A word is found from the one before it, and of each the index has its releases in order: to read all entries of the
     beginning and to sort them would take as long as there are entries.
     """
-    first, last = conditions.ends_of(form, number)
+    ends = conditions.ends_of(form, number)
     entries = select(_word.release_id.label("id")).where(_word.release_id < bindparam("below"))
     entries = entries.order_by(_word.release_id.desc()).limit(bindparam("entries"))
+    if not ends:
+        entries = entries.where(_word.release_id > bindparam("above"))
     if with_others:
         entries = entries.where(*conditions.has_other_words(form, number))
-    if first is last:
-        of_word = entries.where(_word.word == first).subquery("newest")
+    if ends and ends[0] is ends[1]:
+        of_word = entries.where(_word.word == ends[0]).subquery("newest")
         return Prepared(select(json_list(of_word.c.id)))
-    words = _words_between(first, last)
+    words = _words_between(*ends) if ends else select(listed("homes").label("word")).cte("words")
     newest = entries.where(_word.word == words.c.word).correlate(words).subquery("newest")
     ids = select(json_list(newest.c.id)).scalar_subquery()
     count = select(func.count(words.c.word)).scalar_subquery()
