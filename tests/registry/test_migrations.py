@@ -13,7 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import MetaData, func, insert, select, text
+from sqlalchemy import Integer, MetaData, func, insert, select, text
 
 import registry.models
 from registry.db import Database, Row, ensure_schema, head_revision, migrate, migrations_directory, schema_revision
@@ -202,7 +202,7 @@ def earlier(filled: Cli, revision: str, database: Database, url: str, tmp_path: 
             assert rows or revision != FIRST, f"{table.name} is empty"
             if rows := [was for row in rows if (was := _as_it_was(table.name, row, today, revision))]:
                 then.execute(insert(table), rows)
-            if not database.is_sqlite and "id" in table.c:
+            if not database.is_sqlite and "id" in table.c and isinstance(table.c["id"].type, Integer):
                 told = text("SELECT setval(pg_get_serial_sequence(:name, 'id'), :last)")
                 then.execute(told, {"name": table.name, "last": then.scalar(select(func.max(table.c.id)))})
     source.close()
