@@ -77,8 +77,8 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
     values = conditions.values_of(actor, query, list(relations), scored)
     by, nowhere = _by(session, order, values), values.get("homes") == []
     if by.column == "id" and "homes" in values:
-        values |= (ends := reach(session, values))
-        nowhere = not ends
+        values |= reach(session, values)
+        nowhere = not values["highest"]
     form = conditions.form_of(query, values)
     places = [] if nowhere else _places(session, form, by, values | {"limit": order.limit})
     if name and not places:

@@ -77,9 +77,14 @@ def thinnest_of(session: Session, form: Form, values: Mapping[str, Any]) -> tupl
 
 
 def reach(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
-    """The `lowest` and the `highest` id of the releases in the places to look in; empty without one."""
+    """The `lowest` and the `highest` id of the releases in the places to look in, 0 for none.
+
+    Of more than `MANY_WORDS` places those of all releases: to ask each would take longer than it helps.
+    """
+    if len(values["homes"]) > MANY_WORDS:
+        return {"lowest": 0, "highest": END}
     [(lowest, highest)] = _ends_at_home().rows(session, values)
-    return {} if lowest is None else {"lowest": lowest, "highest": highest}
+    return {"lowest": lowest or 0, "highest": highest or 0}
 
 
 def read_on(session: Session, form: Form, newest: Newest, values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
@@ -109,9 +114,10 @@ def _newest_of(number: int, texts: Sequence[str | None], values: Mapping[str, An
 def _newest_at_home(session: Session, form: Form, number: int, values: Mapping[str, Any], with_others: bool) -> Newest:
     """Of many places each is read as far down as all together go: to read a page of each would take as many times as
     long as there are places."""
-    homes, below = len(values["homes"]), min(values["below"], values["highest"] + 1)
-    if homes > values["most_words"]:
+    homes = len(values["homes"])
+    if homes > MANY_WORDS:
         return Newest(number, homes, values["entries"], ())
+    below = min(values["below"], values["highest"] + 1)
     span = values.get("span", ENTRIES * values["entries"]) if homes > 1 else below
     while True:
         above = below - span
