@@ -11,8 +11,8 @@ from composer.adapter import peft_form, write_adapter, write_files
 from composer.delta import Layout, LowRank
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoint import Architecture
-from composer.formats.foreign import Foreign, ForeignModule, metadata_alpha, read_foreign
-from composer.formats.layouts import DIFFUSERS, MLX
+from composer.formats.foreign import Foreign, ForeignModule, read_foreign
+from composer.formats.layouts import MLX
 from composer.formats.naming import PEFT_PREFIX, Target, find_weight, is_embedding
 from composer.formats.placed import CONV1D_MODELS, by
 from composer.formats.types import KRONECKER
@@ -186,8 +186,6 @@ def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
     if "w1_a" in module.parts:
         rank = round(rank**0.5)
     if (alpha := _alpha(foreign, module)) is not None:
-        return alpha / rank
-    if foreign.layout == DIFFUSERS and (alpha := metadata_alpha(foreign.header)) is not None:
         return alpha / rank
     return 1.0 if module.scale is None else module.scale
 

@@ -33,7 +33,19 @@ _FENCE = re.compile(rb"---[ \t]*\r?\n")
 _END = re.compile(rb"^(?:---|\.\.\.)[ \t]*\r?$", re.MULTILINE)
 _POWER = re.compile(r"[+-]?\d{1,20}[eE][+-]?\d{1,3}")  # 1e-4, which YAML 1.1 reads as text
 
+_INTEGER_TAG = "tag:yaml.org,2002:int"
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
 Scalar = str | int | float | bool
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 0123456 for an octal number and 1:30 for ninety: here that is a commit, and text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _INTEGER if tag == _INTEGER_TAG else pattern) for tag, pattern in known]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def load_mapping(text: str, subject: str) -> dict[str, Any]:
@@ -42,7 +54,7 @@ def load_mapping(text: str, subject: str) -> dict[str, Any]:
         raise _bad(subject, f"it has more than {FRONT_MATTER_BYTES:,} bytes")
     try:
         _refuse_tricks(text, subject)
-        value: object = yaml.safe_load(text)
+        value: object = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or type(error).__name__}") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in cast("dict[object, object]", value)):

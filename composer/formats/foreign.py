@@ -5,11 +5,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any, cast
 
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoint import Architecture, contained, read_json
+from composer.formats.config import AdapterConfig, parse_config
 from composer.formats.facts import read_adapter
 from composer.formats.header import Header, read_header
 from composer.formats.layouts import (
@@ -28,6 +30,7 @@ from composer.formats.types import KRONECKER
 from composer.text import shown
 
 _MLX_SCALE = 20.0
+_METADATA = "lora_adapter_metadata"
 # Suffix of a key -> part of a module; the parts have PEFT's orientation but for mlx, whose are transposed.
 _PARTS = {
     KOHYA: {
@@ -97,8 +100,11 @@ def read_foreign(path: Path, architecture: Architecture | None) -> Foreign:
     header = read_header(contained(path.parent, path.name))
     grouped = _grouped(header, layout, path.name)
     named = _names(grouped, layout, architecture, path.name) if architecture else {raw: raw for raw in grouped}
-    scale = _scale(settings, layout)
-    modules = [ForeignModule(named[raw], parts, None if "alpha" in parts else scale) for raw, parts in grouped.items()]
+    scale, configs = _scale(settings, layout), _configs(header) if layout == DIFFUSERS else {}
+    modules = [
+        ForeignModule(named[raw], parts, None if "alpha" in parts else _scale_of(raw, parts, header, configs, scale))
+        for raw, parts in grouped.items()
+    ]
     return Foreign(layout, path, header, modules)
 
 
@@ -182,15 +188,52 @@ def _scale(settings: Mapping[str, Any], layout: str) -> float:
     return float(value)
 
 
-def metadata_alpha(header: Header) -> float | None:
-    """lora_alpha that diffusers keeps in the file's metadata, when it is there and is a number."""
+def _configs(header: Header) -> dict[str, AdapterConfig]:
+    """Component -> PEFT's config of it, as diffusers keeps them in the metadata (`transformer.lora_alpha`); {} without.
+
+    Raises InvalidFile for what is malformed, NotSupported for a setting under which the tensors mean something else.
+    """
     try:
-        stated: object = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+        stated: object = json.loads(header.metadata.get(_METADATA, "{}"))
     except (ValueError, RecursionError):
-        return None
-    values = cast("dict[str, object]", stated).items() if isinstance(stated, dict) else ()
-    found = [value for name, value in values if name.split(".")[-1] == "lora_alpha" and type(value) in (int, float)]
-    return float(cast(float, found[0])) if len(found) == 1 else None
+        stated = None
+    if not isinstance(stated, dict):
+        message, next_step = f"{_METADATA} is no JSON object.", "Export the adapter again."
+        raise InvalidFile("bad_config", message, subject=_METADATA, next_step=next_step)
+    fields: dict[str, dict[str, object]] = defaultdict(dict)
+    for name, value in cast("dict[str, object]", stated).items():
+        component, _, field = name.rpartition(".")
+        fields[component][field] = value
+    found: dict[str, AdapterConfig] = {}
+    for component, own in fields.items():
+        subject = f"{_METADATA} of {component}" if component else _METADATA
+        config = parse_config(json.dumps({**own, "peft_type": "LORA"}).encode(), subject)
+        if config.flags or config.unsupported():
+            message = f"{subject} says {', '.join(config.flags) or config.init}: no plain LoRA."
+            next_step = "Merge it where it was trained, or train a plain LoRA."
+            raise NotSupported("diffusers_variant", message, subject=subject, next_step=next_step)
+        found[component] = config
+    return found
+
+
+def _scale_of(
+    raw: str, parts: Mapping[str, str], header: Header, configs: Mapping[str, AdapterConfig], otherwise: float
+) -> float:
+    """Of a module without an alpha of its own. Raises InvalidFile where the configs leave it open."""
+    if not configs or "A" not in parts:
+        return otherwise
+    component, _, module = raw.partition(".")
+    if component not in configs:
+        component, module = next(iter(configs)), raw
+        if len(configs) > 1:
+            message = f"{raw} belongs to none of {', '.join(map(repr, configs))}, so its alpha is not known."
+            next_step = "Export the adapter again, with the metadata of all its parts."
+            raise InvalidFile("bad_config", message, subject=_METADATA, next_step=next_step)
+    config, rank = configs[component], next(iter(header.tensors[parts["A"]].shape), 0)
+    if rank == 0 or ("r" in config.raw and config.rank_for(module) != rank):
+        message = f"{raw} has the rank {rank}; {_METADATA} says {config.rank_for(module)}."
+        raise InvalidFile("rank_mismatch", message, subject=raw, next_step="Export the adapter again.")
+    return config.alpha_for(module) / (sqrt(rank) if config.use_rslora else rank)
 
 
 def _refuse_listed(names: list[str], subject: str, what: str) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from composer.formats.facts import AdapterFacts
-from composer.formats.foreign import Foreign, ForeignModule, metadata_alpha
+from composer.formats.foreign import Foreign, ForeignModule
 from composer.formats.header import TensorEntry
-from composer.formats.layouts import DIFFUSERS, MLX
+from composer.formats.layouts import MLX
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "BF16": "<u2"}
 # The parts whose first side is the rank; a LoKr whose sides are both whole has none of them, and no rank.
@@ -57,12 +57,10 @@ def _rank(foreign: Foreign, module: ForeignModule) -> int:
 
 
 def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
-    """The module's own, the file's, or the one that its scale stands for."""
-    if (key := module.parts.get("alpha")) is not None:
-        stated = _number(foreign.weights_path, foreign.header.tensors[key])
-    else:
-        stated = metadata_alpha(foreign.header) if foreign.layout == DIFFUSERS else None
-    return (module.scale or 1.0) * rank if stated is None else stated
+    """The module's own, or the one that its scale stands for."""
+    key = module.parts.get("alpha")
+    stated = None if key is None else _number(foreign.weights_path, foreign.header.tensors[key])
+    return (1.0 if module.scale is None else module.scale) * rank if stated is None else stated
 
 
 def _number(path: Path, entry: TensorEntry) -> float | None:

@@ -19,6 +19,7 @@ import torch
 from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_json
 from composer.formats.facts import WEIGHTS_FILE
+from composer.formats.header import TensorEntry
 from composer.hashing import hash_file
 from composer.merge import AdapterUse, MergePlan, index_of, plan_merge
 from composer.merge.chunks import Chunk, Rewriter, chunks_of, let_go, prepare
@@ -30,6 +31,10 @@ from composer.rounding import Rounding, parse_rounding
 from composer.tensors import torch_device, torch_threads
 from composer.weights import parse_weight
 
+_ROUNDING_SHARE = 1e-3
+"""Of a 16-bit tensor, as many elements may end in the neighbouring value on another machine, and a few of a small one:
+float32's last bit decides a rounding to 8 bits once in some 10,000 times."""
+_A_FEW = 8
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -208,10 +213,19 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
             if tensor.copied:
                 continue
             source, work = opened[tensor.path], prepare(tensor, comparing.rewriter.device)
-            for near, far in pool.map(lambda chunk, s=source: comparing.chunk(chunk, s, target), chunks_of(work)):
-                neighbours, others = neighbours + near, others + far
+            counts = list(pool.map(lambda chunk, s=source: comparing.chunk(chunk, s, target), chunks_of(work)))
             let_go(work)
+            near, far = (sum(column) for column in zip(*counts, strict=True))
+            neighbours, others = neighbours + near, others + far
+            if near > _roundings(tensor.target):
+                why = why or f"differs by one step in {near} elements of {tensor.target.name}, more than rounding gives"
     return FileDifference(shard.file, neighbours, others, why)
+
+
+def _roundings(target: TensorEntry) -> float:
+    """So many elements may be neighbours: in float32 itself, whose last bit is what differs, all."""
+    elements = target.spec.elements
+    return elements if target.size_bytes > 2 * elements else max(_A_FEW, _ROUNDING_SHARE * elements)
 
 
 def steps_apart(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:

@@ -39,6 +39,7 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in lineage]
     adapters = [release_directory(connection, found) for found in inputs]
     checkpoint = base_checkpoint(connection.api.base(release["base"]["digest"]), base_dir)
+    _refuse_spoiled(release, name, directory)
     plan = plan_rebuild(directory, checkpoint, adapters)
     # As the bag that they are: the note has them in the recipe's order, the registry in that of their publication.
     known = Counter(zip(map(_weights_digest, inputs), (row["weight"] for row in lineage), strict=True))
@@ -51,6 +52,20 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
         )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()
+
+
+def _refuse_spoiled(release: Json, name: str, directory: Path) -> None:
+    """The copy on this machine was verified when it was pulled, some time ago."""
+    from composer.hashing import hash_file
+
+    for row in release["files"]:
+        if hash_file(directory / row["path"]) != row["sha256"]:
+            raise Refused(
+                "spoiled_copy",
+                f"{row['path']} on this machine is not the file that {name} was released with.",
+                subject=row["path"],
+                next_step=f"Remove {directory} and verify again.",
+            )
 
 
 def _weights_digest(release: Json) -> str:

@@ -53,6 +53,7 @@ def test_a_card_says_where_an_adapter_comes_from() -> None:
         ("license: other\nlicense_name: acme-1", {"license": "acme-1"}),
         ("license: [mit, apache-2.0]", {"license": "mit"}),
         ("code_commit: 1234567", {"code_commit": "1234567"}),
+        ("code_commit: 0123456", {"code_commit": "0123456"}),
         ("trainer: 2026-01-02", {"trainer": "2026-01-02"}),
         ("tags: lora", {"tags": ["lora"]}),
         ("datasets: acme/queries", {"data": [{"name": "acme/queries"}]}),

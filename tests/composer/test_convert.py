@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from composer.convert import convert
 from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.formats.checkpoint import open_checkpoint
+from composer.formats.config import parse_config
+from composer.formats.inspection import inspect_foreign
 from composer.formats.layouts import recognise
 from tests.composer.adapted import merge, peft_logits, relative
 from tests.composer.test_variants_experts import mixtral, save_base
@@ -84,6 +86,86 @@ def test_an_adapter_of_another_layout_does_the_same_in_pefts(
     assert deltas[0].keys() == deltas[1].keys()
     for name, delta in deltas[0].items():
         assert_close(deltas[1][name], delta, name)
+
+
+def diffusers(path: Path, metadata: str, components: dict[str, str]) -> Tensors:
+    """Module -> B A of a file with one module for each component."""
+    generator = torch.Generator().manual_seed(2)
+    tensors: Tensors = {}
+    products: Tensors = {}
+    for component, module in components.items():
+        A, B = torch.randn(4, 16, generator=generator), torch.randn(16, 4, generator=generator)
+        tensors |= {f"{component}.{module}.lora_A.weight": A, f"{component}.{module}.lora_B.weight": B}
+        products[module] = B @ A
+    save_file(tensors, path, metadata={"lora_adapter_metadata": metadata})
+    return products
+
+
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
+METADATA = {
+    "rsLoRA": ({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": True}, 4.0, 4.0),
+    "an alpha of one module": (
+        {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"q_proj": 2}},
+        0.5,
+        2.0,
+    ),
+    "no component": ({"r": 4, "lora_alpha": 6}, 1.5, 1.5),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_diffusers_metadata_are_read_as_the_config_that_they_are(
+    name: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    stated, *scales = METADATA[name]
+    file, architecture = tmp_path / "lora.safetensors", open_checkpoint(make_model()).architecture
+    products = diffusers(file, json.dumps(stated), {"transformer": Q})
+    products |= {K: products[Q]}
+    tensors = load_file(file)
+    tensors |= {key.replace("q_proj", "o_proj"): tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(stated)})
+    convert(file, tmp_path / "out", architecture)
+    _assert_scaled(tmp_path / "out", products, dict(zip((Q, K), scales, strict=True)))
+
+
+def _assert_scaled(adapter: Path, products: Tensors, scales: dict[str, float]) -> None:
+    for module, (A, B) in factors_of(adapter).items():
+        assert_close(
+            B @ A * parse_config((adapter / "adapter_config.json").read_bytes()).scale_for(module),
+            products[module] * scales[module],
+            module,
+        )
+
+
+def test_each_component_of_a_diffusers_file_has_its_own_alpha(tmp_path: Path, make_model: MakeModel) -> None:
+    file, architecture = tmp_path / "lora.safetensors", open_checkpoint(make_model()).architecture
+    stated = {"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 2}
+    products = diffusers(file, json.dumps(stated), {"transformer": Q, "text_encoder": K})
+    convert(file, tmp_path / "out", architecture)
+    _assert_scaled(tmp_path / "out", products, {Q: 2.0, K: 0.5})
+    seen = inspect_foreign(file, None)[0]
+    assert sorted(seen.alphas.values()) == [2.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code"),
+    [
+        ('{"transformer.use_dora": true}', "diffusers_variant"),
+        ('{"transformer.r": 8, "transformer.lora_alpha": 8}', "rank_mismatch"),
+        ('{"unet.lora_alpha": 8, "text_encoder.lora_alpha": 8}', "bad_config"),
+        ('{"transformer.lora_alpha": "8"}', "bad_config"),
+        ("[8", "bad_config"),
+    ],
+)
+def test_diffusers_metadata_that_leave_the_scale_open_are_refused(
+    metadata: str, code: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    diffusers(file, metadata, {"transformer": Q})
+    with pytest.raises(ComposerError) as raised:
+        convert(file, tmp_path / "out", open_checkpoint(make_model()).architecture)
+    assert raised.value.code == code
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hadamard_product_becomes_a_lora_of_the_squared_rank(tmp_path: Path, make_model: MakeModel) -> None:

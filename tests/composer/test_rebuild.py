@@ -109,6 +109,18 @@ def test_a_neighbouring_value_is_told_apart_from_another_one(
     assert file.name not in found.same
 
 
+def test_more_neighbours_than_rounding_gives_are_no_rounding(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    file, tensor = touched(base, out)
+    for element in range(20):
+        nudge(file, tensor, element, 1)
+    found = again(base, adapters, out)
+    assert found.verdict == "different"
+    (difference,) = found.different
+    assert (difference.neighbours, difference.others) == (20, 0)
+    assert f"20 elements of {tensor}" in difference.why
+
+
 def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
