@@ -73,17 +73,20 @@ def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_on
         for number in range(VERSIONS):
             push_version(apis[0], tmp_path, f"1.{number}.0", number)
         accepted: list[list[int]] = [[] for _ in apis]
+        asked: dict[int, str] = {}  # the version that a promotion was asked for, by its move
         enough = threading.Event()
 
         def move(number: int, api: Api) -> None:
             turn = 0
             while not enough.is_set():
                 turn += 1
+                version = f"1.{(number + turn) % VERSIONS}.0"
                 try:
                     if turn % 3 == 0:
                         told = api.post(f"{CHANNEL}/rollback", {})
                     else:
-                        told = api.put(CHANNEL, {"version": f"1.{(number + turn) % VERSIONS}.0"})
+                        told = api.put(CHANNEL, {"version": version})
+                        assert asked.setdefault(told["id"], version) == version
                 except (Conflict, NotFound, Refused) as error:
                     if error.code not in ("channel_moved", "raced", "nothing_below", "channel_unknown"):
                         raise
@@ -108,6 +111,7 @@ def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_on
     for later, earlier in itertools.pairwise(history):
         assert later["from_version"] == earlier["to_version"]
     assert history[-1]["from_version"] is None
+    assert asked.items() <= {move["id"]: move["to_version"] for move in history}.items()
     for one in accepted:
         assert one == sorted(one), "a client saw its moves in another order"
     assert broken_promises(place) == []
