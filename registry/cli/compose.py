@@ -101,7 +101,10 @@ def merge(  # noqa: PLR0913
     _warn(report.findings)
     told = report.to_json()
     shown = [(key, value) for key, value in told.items() if key not in ("findings", "survival")]
-    shown += [(key.replace("_", " "), f"{value:.3g}") for key, value in told["survival"].items()]
+    shown += [
+        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3g}")
+        for key, value in told["survival"].items()
+    ]
     render.document(told, json, lambda: render.lines(f"merged into {output}", shown))
 
 

@@ -305,7 +305,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
         ("breaking", release["breaking_reason"]),
         ("signed by", release["signed_by"]),
-        ("type", f"{facts['type']}, {facts['variant']}"),
+        ("type", ", ".join(dict.fromkeys([facts["type"], facts["variant"]]))),
         ("rank", facts.get("rank_max") or None),
         ("alpha", facts.get("alpha") if facts.get("rank_max") else None),
         ("targets", facts.get("targets")),
