@@ -11,21 +11,23 @@ from urllib.parse import unquote, urlsplit
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
 from composer.formats.quantized import Nf4, is_part, nf4_weights
+from composer.formats.tying import embedding_tensors, head_tensors, said_tied, same_bytes
 from composer.text import LONE_SURROGATE, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _JSON_BYTES = 100_000_000
 _NAME_BYTES = 255  # of a file's, on every file system that is in use
-_FP8_METHODS = frozenset({"fp8", "fbgemm_fp8", "compressed-tensors"})  # whose weights have scales beside them
-_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})  # whose weights have scales beside them
+_FP8_FORMATS = (None, "float-quantized")  # of compressed-tensors: the others pack integers, or drop zeros
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """All that a check of an adapter needs to know of a base: no weights, so a registry can keep it.
 
-    `tied` says that the output head shares the input embedding's tensor. `tensors` are named as on disk.
+    `tied` says that the output head shares the input embedding's tensor, or is stored a second time with the same
+    bytes, so that loading makes them one. `tensors` are named as on disk.
     """
 
     model_type: str
@@ -61,7 +63,17 @@ class Checkpoint:
         if self.packed:
             tensors = {name: spec for name, spec in tensors.items() if not is_part(name)}
             tensors |= {name: packed.spec for name, packed in self.packed.items()}
-        return Architecture(str(self.config.get("model_type", "")), _is_tied(self.config, tensors), tensors)
+        tied = said_tied(self.config, tensors) and self.own_head is None
+        return Architecture(str(self.config.get("model_type", "")), tied, tensors)
+
+    @cached_property
+    def own_head(self) -> str | None:
+        """The head whose bytes are not the embedding's, though the config says that both are one: loading believes the
+        file, and so does this. None where the config is right."""
+        heads, embeddings = head_tensors(self._places), embedding_tensors(self._places)
+        if len(heads) != 1 or len(embeddings) != 1 or not said_tied(self.config, self._places):
+            return None
+        return None if same_bytes(self.locate(heads[0]), self.locate(embeddings[0])) else heads[0]
 
     @cached_property
     def packed(self) -> Mapping[str, Nf4]:
@@ -110,15 +122,33 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
         )
     settings = cast("dict[str, Any]", stated)
     method = str(settings.get("quant_method", "quantized"))[:40]
-    nf4 = method == "bitsandbytes" and settings.get("bnb_4bit_quant_type", "nf4") == "nf4" and bool(_in_4bit(settings))
-    decodable = nf4 or method in _FP8_METHODS
+    decodable = _decodable(method, settings)
     if not decodable or not dequantize:
         raise NotSupported(
             "quantized_base",
-            f"{path.name} is quantized ({method}).",
+            f"{path.name} is quantized ({quantization(settings)}).",
             subject="config.json",
             next_step="Use the unquantized base" + (", or dequantize this one (--dequantize)." if decodable else "."),
         )
+
+
+def quantization(settings: Mapping[str, Any]) -> str:
+    """What a config says of how the weights were quantized, in a few words."""
+    told = (settings.get("quant_method", "quantized"), settings.get("format"))
+    return ", ".join(str(word)[:40] for word in told if word)
+
+
+def _decodable(method: str, settings: Mapping[str, Any]) -> bool:
+    if method == "bitsandbytes":
+        return settings.get("bnb_4bit_quant_type", "nf4") == "nf4" and bool(_in_4bit(settings))
+    if method == "compressed-tensors":
+        return not _is_sparse(settings) and settings.get("format") in _FP8_FORMATS
+    return method in _FP8_METHODS
+
+
+def _is_sparse(settings: Mapping[str, Any]) -> bool:
+    stated: object = settings.get("sparsity_config") or {}
+    return not isinstance(stated, dict) or cast("dict[str, Any]", stated).get("format", "dense") != "dense"
 
 
 def _refuse_packed(path: Path, shards: Mapping[str, Header]) -> None:
@@ -258,24 +288,3 @@ def _bad_index(why: str) -> InvalidFile:
     return InvalidFile(
         "bad_index", f"{INDEX_FILE} {why}.", subject=INDEX_FILE, next_step="Save or download the checkpoint again."
     )
-
-
-def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> bool:
-    """Does the head share the embedding's tensor? As the config says; if silent, a causal model without a head does."""
-    nested: object = config.get("text_config")
-    sources = [config, cast("dict[str, Any]", nested)] if isinstance(nested, dict) else [config]
-    for source in sources:
-        stated: object = source.get("tie_word_embeddings")
-        if isinstance(stated, bool):
-            return stated
-    architectures: object = config.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise InvalidFile(
-            "bad_config",
-            "config.json: architectures is not a list.",
-            subject="config.json",
-            next_step="Save or download the checkpoint again.",
-        )
-    architectures = cast("list[object]", architectures)
-    causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in architectures)
-    return causal and not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in tensors)

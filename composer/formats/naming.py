@@ -1,11 +1,12 @@
 """From the keys of an adapter to modules, and from a module to the checkpoint tensor it stands for."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from composer.formats.checkpoint import Architecture
+from composer.formats.tying import EMBEDDINGS, HEADS, embedding_tensors
 
 PEFT_PREFIX = "base_model.model."
 SHARED = "base_model"
@@ -39,8 +40,6 @@ _RENAMES = (
     ("`block_sparse_moe.`", re.compile(r"^(.+)\.mlp\.((?:gate|experts)\..+)$"), r"\1.block_sparse_moe.\2"),
     ("`visual.`", re.compile(r"^model\.(visual\..+)$"), r"\1"),
 )
-_HEADS = ("lm_head", "embed_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +84,9 @@ def is_raw(key: str) -> bool:
 def find_weight(module: str, parameter: str, architecture: Architecture) -> Target | list[str]:
     """The one tensor that is `module.parameter` on disk, or the list of candidates when there is none or several."""
     name = f"{module}.{parameter}"
-    if architecture.tied and parameter == "weight" and module.split(".")[-1] in _HEADS:
-        # Tied wins over an exact hit: loading ties the head again, whatever a file holds under its name.
+    if architecture.tied and parameter == "weight" and module.split(".")[-1] in HEADS:
+        # Tied wins over an exact hit: a head that is stored too has the same bytes (Checkpoint.own_head), and loading
+        # makes both one tensor again.
         embeddings = embedding_tensors(architecture.tensors)
         return Target(embeddings[0], True, "tied to the embedding") if len(embeddings) == 1 else embeddings
     if name in architecture.tensors:
@@ -102,15 +102,8 @@ def find_weight(module: str, parameter: str, architecture: Architecture) -> Targ
     return Target(weight, _is_tied_tensor(weight, architecture), rule)
 
 
-def embedding_tensors(tensors: Mapping[str, object]) -> list[str]:
-    """Tensors that look like a model's input embedding: exactly one in a text model."""
-    return sorted(
-        name for name in tensors if name.split(".")[-2:-1] in [[e] for e in _EMBEDDINGS] and name.endswith(".weight")
-    )
-
-
 def is_head(module: str) -> bool:
-    return module.split(".")[-1] in (*_HEADS, "score", "classifier")
+    return module.split(".")[-1] in (*HEADS, "score", "classifier")
 
 
 def head_beside(model_type: str) -> str:
@@ -119,12 +112,12 @@ def head_beside(model_type: str) -> str:
 
 
 def is_embedding(module: str) -> bool:
-    return module.split(".")[-1] in _EMBEDDINGS
+    return module.split(".")[-1] in EMBEDDINGS
 
 
 def is_vocabulary(module: str) -> bool:
     """Does one side of the module's weight count the tokens?"""
-    return module.split(".")[-1] in (*_HEADS, *_EMBEDDINGS)
+    return module.split(".")[-1] in (*HEADS, *EMBEDDINGS)
 
 
 def _is_tied_tensor(name: str, architecture: Architecture) -> bool:

@@ -2,12 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from composer.formats.checkpoint import Checkpoint
+from composer.errors import NotSupported
+from composer.formats.checkpoint import Checkpoint, quantization
+from composer.formats.header import TensorSpec
 from composer.formats.quantized import is_part
 from composer.merge import fp8, nf4
 from composer.merge.source import Decoded
+
+_INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2"})
+# What tools keep beside, or in place of, a weight whose values they packed. No buffer of a model is called so.
+_PARTS = (
+    "_packed", ".weight_shape", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_zero_point",
+    ".weight_g_idx", ".SCB", ".weight_format", ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".bitmask",
+)  # fmt: skip
+_STATE = ".quant_state."
+_NF4_STATE = f"{_STATE}bitsandbytes__nf4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +33,53 @@ class Dequantized:
 def dequantized(checkpoint: Checkpoint) -> Dequantized:
     """What the quantized tensors of a checkpoint stand for; nothing unless it was opened with `dequantize`.
 
-    Raises NotSupported naming an fp8 tensor without a scale, or one whose scale does not fit it.
+    Raises NotSupported naming an fp8 tensor without a scale, one whose scale does not fit it, or a quantized tensor
+    that nothing here decodes: copied, it would be a weight in a checkpoint whose config does not speak of packing.
     """
     config = dict(checkpoint.config)
     if not checkpoint.dequantize:
+        _refuse_left(checkpoint, frozenset())
         return Dequantized({}, frozenset(), config)
     tensors, scales = fp8.decoded(checkpoint)
     tensors |= {name: nf4.decoded(checkpoint, packed) for name, packed in checkpoint.packed.items()}
     if checkpoint.packed:
         scales |= {name for header in checkpoint.shards.values() for name in header.tensors if is_part(name)}
+    _refuse_left(checkpoint, scales | tensors.keys())
     config.pop("quantization_config", None)
     return Dequantized(tensors, frozenset(scales), config)
+
+
+def _refuse_left(checkpoint: Checkpoint, used: frozenset[str] | set[str]) -> None:
+    """Raises NotSupported for a quantized tensor that no decoder has used. The config may say nothing of it."""
+    left = {
+        name: entry.spec
+        for header in checkpoint.shards.values()
+        for name, entry in header.tensors.items()
+        if name not in used and _is_quantized(name, entry.spec)
+    }
+    if not left:
+        return
+    name = max(left, key=lambda one: left[one].size_bytes)  # a weight rather than what helps to decode it
+    settings = cast("dict[str, Any]", checkpoint.config.get("quantization_config") or {})
+    how = quantization(settings) if settings else "its config does not say how"
+    out = ", or dequantize this one (--dequantize)." if _decodable(checkpoint) else "."
+    raise NotSupported(
+        "quantized_base",
+        f"{checkpoint.path.name} is quantized ({how}): {name} ({left[name].dtype}) would stay as it is packed.",
+        subject=name,
+        next_step=f"Merge into the full-precision base{out}",
+    )
+
+
+def _decodable(checkpoint: Checkpoint) -> bool:
+    """Might it help to open the checkpoint with `dequantize`?"""
+    stored = checkpoint.architecture.tensors.items()
+    return not checkpoint.dequantize and any(
+        name.endswith(_NF4_STATE) or spec.dtype.startswith("F8_E") for name, spec in stored
+    )
+
+
+def _is_quantized(name: str, spec: TensorSpec) -> bool:
+    """By dtype a matrix of weights alone: masks, positions and counters are integers of other names. Weights that are
+    only cast to fp8 have no scale, and are values as they are."""
+    return name.endswith(_PARTS) or _STATE in name or (name.endswith(".weight") and spec.dtype in _INTEGERS)

@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 
-from composer.delta import Delta, Replacement
+from composer.delta import Computed, Delta, Replacement
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
-from composer.formats.naming import embedding_tensors, head_beside, is_head
+from composer.formats.naming import head_beside, is_head
+from composer.formats.tying import embedding_tensors, head_tensors
 from composer.hashing import Identity, hash_file, identities
 from composer.merge.chunks import TensorPlan
 from composer.merge.dequantized import Dequantized, dequantized
@@ -32,7 +33,7 @@ from composer.weights import Weight, parse_weight
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_BYTES_VERSION = 4  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
+_BYTES_VERSION = 5  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +113,17 @@ def plan_merge(
             "dtype", f"{dtype!r} is no output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
     parsed = parse_settings(method, settings or {})
+    source = dequantized(checkpoint)
     files = [checkpoint.path / file for file in checkpoint.shards] + [path / WEIGHTS_FILE for path, _ in adapters]
     inputs = identities(files)
     with ThreadPoolExecutor(1, "hash") as hashing:
         digests = [hashing.submit(hash_file, path / WEIGHTS_FILE) for path, _ in adapters]
-        loaded = [load_deltas(path, checkpoint.architecture) for path, _ in adapters]
+        loaded = [_tokens_on_own_head(checkpoint, load_deltas(path, checkpoint.architecture)) for path, _ in adapters]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
-    deltas: dict[str, list[Delta]] = defaultdict(list)
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
-    for delta in combined.deltas:
-        deltas[delta.weight].append(delta)
     head = _untied_head(checkpoint, loaded) if parsed["tied"] == "untie" else None
-    source = dequantized(checkpoint)
+    deltas = _by_tensor(checkpoint, combined.deltas, head)
     uses = [
         AdapterUse(one.name, parse_weight(weight), digest.result())
         for one, (_, weight), digest in zip(loaded, adapters, digests, strict=True)
@@ -132,7 +131,7 @@ def plan_merge(
     return MergePlan(
         checkpoint=checkpoint,
         shards=_plan_shards(_Layout(checkpoint, source, deltas, head, None if dtype is None else _DTYPES[dtype])),
-        config=_config(source.config, head, dtype),
+        config=_config(source.config, head is not None or checkpoint.own_head is not None, dtype),
         dtype=dtype,
         method=method,
         settings=parsed,
@@ -160,12 +159,22 @@ class _Layout:
     def sources(self, header: Header) -> dict[str, tuple[Path, TensorEntry]]:
         """By output name, for one of the base's files: an untied head lies beside the embedding it came from."""
         checkpoint, head = self.checkpoint, self.head
-        sources = {name: checkpoint.locate(name) for name in header.tensors if name not in self.dequantized.scales}
+        left_out = self.dequantized.scales | self.second_copies
+        sources = {name: checkpoint.locate(name) for name in header.tensors if name not in left_out}
         embedding = embedding_tensors(checkpoint.architecture.tensors)[0] if head is not None else ""
         beside = embedding in sources and head not in checkpoint.architecture.tensors
         if head is not None and (head in sources or beside):
             sources[head] = checkpoint.locate(embedding)
         return sources
+
+    @property
+    def second_copies(self) -> frozenset[str]:
+        """Heads that are the embedding once more, when that changes. Rounded by chance two copies would not stay equal,
+        and loading ties only what is equal; without the second one there is nothing to compare."""
+        architecture = self.checkpoint.architecture
+        changed = self.dtype is not None or any(name in self.deltas for name in embedding_tensors(architecture.tensors))
+        again = architecture.tied and self.head is None and changed
+        return frozenset(head_tensors(architecture.tensors) if again else ())
 
     def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
         """Raises NotSupported for a tensor that nothing can be added to."""
@@ -188,6 +197,8 @@ def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
     shards: list[ShardPlan] = []
     for file, header in layout.checkpoint.shards.items():
         sources = layout.sources(header)
+        if header.tensors and not sources:
+            continue
         specs = {name: layout.spec(name, entry.spec) for name, (_, entry) in sources.items()}
         unchanged = list(specs.items()) == [(name, entry.spec) for name, entry in header.tensors.items()]
         path = layout.checkpoint.path / file
@@ -199,10 +210,10 @@ def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
     return tuple(shards)
 
 
-def _config(config: Mapping[str, Any], head: str | None, dtype: str | None) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], untied: bool, dtype: str | None) -> dict[str, Any]:
     """The base's, and that of a language model within it: where it says how it is tied or stored, it says it anew."""
     key = "dtype" if "dtype" in config else "torch_dtype"
-    new: dict[str, Any] = {} if head is None else {"tie_word_embeddings": False}
+    new: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     new |= {} if dtype is None else {key: str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix("torch.")}
     told: dict[str, Any] = {**config, **new}
     for name, inner in config.items():
@@ -225,12 +236,41 @@ def _first_bytes(path: Path, count: int) -> bytes:
 
 
 def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str | None:
-    """Name of the head's own tensor, when an adapter changes the tied one; None when nothing needs untying."""
+    """Name of the head's own tensor, when an adapter changes the tied one; None when nothing needs untying. One that
+    the base stores keeps its name."""
     tied = [delta for adapter in loaded for delta in adapter.deltas if delta.tied]
     if not tied:
         return None
+    stored = head_tensors(checkpoint.architecture.tensors)
+    if len(stored) == 1:
+        return stored[0]
     heads = sorted({delta.module for delta in tied if is_head(delta.module)})
     return f"{heads[0] if heads else head_beside(checkpoint.architecture.model_type)}.weight"
+
+
+def _by_tensor(checkpoint: Checkpoint, deltas: Sequence[Delta], head: str | None) -> dict[str, list[Delta]]:
+    """The deltas by the output's tensor: that of an untied head is named after its module, which files may call other
+    than memory does."""
+    found: dict[str, list[Delta]] = defaultdict(list)
+    for delta in deltas:
+        new = head is not None and is_head(delta.module) and delta.weight not in checkpoint.architecture.tensors
+        found[head if new and head is not None else delta.weight].append(delta)
+    return found
+
+
+def _tokens_on_own_head(checkpoint: Checkpoint, adapter: LoadedAdapter) -> LoadedAdapter:
+    """Where the config says tied and the files do not, PEFT believes the config for trained tokens alone: the new rows
+    of the embedding are the head's as well, in training and in its merge."""
+    head = checkpoint.own_head
+    if head is None or any(_sets_tokens(delta) and delta.weight == head for delta in adapter.deltas):
+        return adapter
+    module = head.removesuffix(".weight")
+    also = [replace(delta, module=module, weight=head) for delta in adapter.deltas if _sets_tokens(delta)]
+    return replace(adapter, deltas=(*adapter.deltas, *also)) if also else adapter
+
+
+def _sets_tokens(delta: Delta) -> TypeGuard[Computed]:
+    return isinstance(delta, Computed) and bool(delta.sets_rows)
 
 
 def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:

@@ -1,0 +1,68 @@
+"""Whether a model's output head shares the input embedding's tensor: by its config, and by what its files hold."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from composer.errors import InvalidFile
+from composer.formats.header import TensorEntry
+
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+_CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_BLOCK_BYTES = 4 << 20
+
+Place = tuple[Path, TensorEntry]
+
+
+def embedding_tensors(tensors: Iterable[str]) -> list[str]:
+    """Tensors that look like a model's input embedding: exactly one in a text model."""
+    return _weights_of(EMBEDDINGS, tensors)
+
+
+def head_tensors(tensors: Iterable[str]) -> list[str]:
+    """Tensors that look like a model's output head: none where it is tied and stored once."""
+    return _weights_of(HEADS, tensors)
+
+
+def _weights_of(modules: tuple[str, ...], tensors: Iterable[str]) -> list[str]:
+    return sorted(name for name in tensors if name.endswith(".weight") and name.split(".")[-2] in modules)
+
+
+def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
+    """Does the head share the embedding's tensor? As the config says; if silent, a causal model without a head does."""
+    nested: object = config.get("text_config")
+    sources = [config, cast("dict[str, Any]", nested)] if isinstance(nested, dict) else [config]
+    for source in sources:
+        stated: object = source.get("tie_word_embeddings")
+        if isinstance(stated, bool):
+            return stated
+    architectures: object = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise InvalidFile(
+            "bad_config",
+            "config.json: architectures is not a list.",
+            subject="config.json",
+            next_step="Save or download the checkpoint again.",
+        )
+    architectures = cast("list[object]", architectures)
+    causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in architectures)
+    return causal and not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in tensors)
+
+
+def same_bytes(one: Place, other: Place) -> bool:
+    """Are two stored tensors equal, so that loading ties them? transformers (5.24) ties a head that is stored beside
+    the embedding only then. Ends at the first block that differs; another dtype or shape needs no look."""
+    (path, entry), (other_path, other_entry) = one, other
+    if entry.spec != other_entry.spec:
+        return False
+    with path.open("rb") as file, other_path.open("rb") as other_file:
+        file.seek(entry.begin)
+        other_file.seek(other_entry.begin)
+        left = entry.size_bytes
+        while left > 0:
+            count = min(left, _BLOCK_BYTES)
+            if file.read(count) != other_file.read(count):
+                return False
+            left -= count
+    return True
