@@ -141,7 +141,7 @@ def promote(
     """
     release = _asked(session, wanted)
     namespace = wanted.repository.namespace
-    releases.refuse_without_signature(namespace, release, release.signed_by)
+    releases.refuse_without_signature(namespace, release, release.signed_by, published=wanted.release)
     _refuse_unpromotable(release, wanted, reason, force=force)
     current = session.execute(_STATE, {"channel": release.channel_id}).one()
     _check_expected(current.move_id, expected, wanted.subject)

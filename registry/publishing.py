@@ -28,7 +28,7 @@ from registry.releases import Input, NewRelease
 from registry.repositories import Kind
 from registry.resources import Resources
 from registry.schemas.catalog import AdapterFactsOut
-from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, open_signature, refuse_tampered
+from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, doubt, open_signature, refuse_tampered
 from registry.storage.blobs import BlobStore
 
 _BLOCK_BYTES = 1 << 20
@@ -87,6 +87,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         keys = namespaces.signing_keys(session, push.repository.namespace)
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before a byte of them is read
     _refuse_pickled(resources, push.files)
+    signed_by, doubted = _judge_signature(resources, push.files, keys)
     seen = _inspect(resources, push, architecture)
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
     new = NewRelease(
@@ -105,9 +106,9 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         spectrum=seen.spectrum,
         servers=seen.servers,
         loading=seen.loading,
-        signed_by=_signer(resources, push.files, keys) if keys else None,
+        signed_by=signed_by,
     )
-    return new, [*seen.findings, *doubts]
+    return new, [*seen.findings, *doubts, *doubted]
 
 
 def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
@@ -191,14 +192,17 @@ def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card
     )
 
 
-def _signer(resources: Resources, files: Sequence[ManifestFile], keys: Sequence[str]) -> str | None:
+def _judge_signature(
+    resources: Resources, files: Sequence[ManifestFile], keys: Sequence[str]
+) -> tuple[str | None, list[Finding]]:
     """The fingerprint of the key that signed these very files, None when they are not signed.
 
-    Raises Refused for a signature by no key of the namespace, and for a file that is not the signed one.
+    Raises Refused for a signature by no key of the namespace, and for a file that is not the signed one. Where the
+    namespace has no keys nobody can say who signed; a signature of other files is then kept, with a warning.
     """
     signature = next((file for file in files if file.path == SIGNATURE_FILE), None)
     if signature is None:
-        return None
+        return None, []
     if signature.size_bytes > MAX_SIGNATURE_BYTES:
         raise Invalid(
             "bad_signature",
@@ -208,9 +212,14 @@ def _signer(resources: Resources, files: Sequence[ManifestFile], keys: Sequence[
         )
     with TemporaryDirectory(dir=resources.work_directory, prefix="signature-") as directory:
         materialise(resources, [signature], Path(directory))
-        signed = open_signature((Path(directory) / SIGNATURE_FILE).read_bytes(), keys)
-    refuse_tampered(signed, {file.path: file.sha256 for file in files})
-    return signed.fingerprint
+        content = (Path(directory) / SIGNATURE_FILE).read_bytes()
+    digests = {file.path: file.sha256 for file in files}
+    if not keys:
+        doubted = doubt(content, digests)
+        return None, [doubted] if doubted else []
+    signed = open_signature(content, keys)
+    refuse_tampered(signed, digests)
+    return signed.fingerprint, []
 
 
 def _presentable(facts: dict[str, Any]) -> dict[str, Any]:

@@ -231,15 +231,22 @@ def refuse_unsigned(session: Session, namespace: str, signed_by: str | None) -> 
     refuse_without_signature(namespace, namespaces.find_settled(session, namespace), signed_by)
 
 
-def refuse_without_signature(namespace: str, policy: Namespace | Row[*tuple[Any, ...]], signed_by: str | None) -> None:
-    """The policy is a namespace's, read so that nobody changes it until this transaction ends."""
-    if policy.require_signature and signed_by not in {fingerprint(key) for key in policy.signing_keys}:
-        raise Refused(
-            "unsigned",
-            f"{namespace} takes only releases that one of its keys has signed.",
-            subject=namespace,
-            next_step="Push it with --sign KEY.pem; what is released already, as another version.",
-        )
+def refuse_without_signature(
+    namespace: str, policy: Namespace | Row[*tuple[Any, ...]], signed_by: str | None, published: str | None = None
+) -> None:
+    """The policy is a namespace's, read so that nobody changes it until this transaction ends.
+
+    `published` names a release that is out already. Its signature was judged when it came, by the keys of that day: a
+    true one may not have been known as such, and nothing reads it again.
+    """
+    if not policy.require_signature or signed_by in {fingerprint(key) for key in policy.signing_keys}:
+        return
+    detail = f"{namespace} takes only releases that one of its keys has signed"
+    next_step = "Push it with --sign KEY.pem; what is released already, as another version."
+    if published is not None:
+        detail += f", and {published} was not known to be signed by one of them when it was published"
+        next_step = "Publish the same files once more under this policy, as another version, and promote that one."
+    raise Refused("unsigned", f"{detail}.", subject=namespace, next_step=next_step)
 
 
 def _retry(existing: Release, new: NewRelease, commit: str) -> Release:

@@ -74,17 +74,45 @@ def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
     `files` maps paths to the sha256 of what is there; the signature itself is not among what it signs. A signed path
     is compared, never opened.
     """
-    found: list[Finding] = []
-    there = {path: sha256 for path, sha256 in files.items() if path != SIGNATURE_FILE}
-    for path in sorted({*there, *signed.files}):
-        own, expected = there.get(path), signed.files.get(path)
-        if own != expected:
-            what = "is signed, but not there" if own is None else "was changed after it was signed"
-            what = "is not covered by the signature" if expected is None else what
-            found.append(Finding("file_tampered", Severity.ERROR, path[:400], f"{path[:400]!r} {what}."))
+    found = [
+        Finding("file_tampered", Severity.ERROR, path[:400], f"{path[:400]!r} {what}.")
+        for path, what in _differences(signed.files, files)
+    ]
     refuse_errors(
         found, SIGNATURE_FILE, Refused, "Sign the release again if the change is yours; trust it no more if not."
     )
+
+
+def doubt(content: bytes, files: Mapping[str, str]) -> Finding | None:
+    """A warning about a bundle that lists other files than these, or cannot be read; None for one that may be theirs.
+
+    For where no key is trusted yet: what is listed is anybody's text, so that this proves nothing. But whoever trusts
+    the key later cannot use such a release.
+    """
+    try:
+        differences = _differences(_files(_envelope(content).payload), files)
+    except Invalid as error:
+        why = error.detail
+    else:
+        if not differences:
+            return None
+        path, what = differences[0]
+        more = f" ({len(differences) - 1} more like this)" if len(differences) > 1 else ""
+        why = f"{SIGNATURE_FILE} is not a signature of these files: {path[:400]!r} {what}{more}."
+    advice = "Sign them anew (--sign KEY.pem) or leave it out: who verifies this release refuses it."
+    return Finding("signature_stale", Severity.WARNING, SIGNATURE_FILE, f"{why} {advice}")
+
+
+def _differences(signed: Mapping[str, str], files: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The paths that are not as they were signed, and what is the matter with each."""
+    found: list[tuple[str, str]] = []
+    there = {path: sha256 for path, sha256 in files.items() if path != SIGNATURE_FILE}
+    for path in sorted({*there, *signed}):
+        own, expected = there.get(path), signed.get(path)
+        if own != expected:
+            what = "is signed, but not there" if own is None else "was changed after it was signed"
+            found.append((path, "is not covered by the signature" if expected is None else what))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

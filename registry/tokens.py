@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select, true
 from sqlalchemy.orm import Session
 
 from registry import audit, namespaces
@@ -85,14 +85,17 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
 
 
 def revoke(session: Session, actor: Actor, token_id: str) -> Token:
-    """One's own, or as an admin of the registry anybody's. Twice is once."""
-    row = session.get(Token, token_id)
-    if row is None or not (row.user == actor.name or holds(actor, Role.ADMIN)):
+    """One's own, or as an admin of the registry anybody's. Twice is once.
+
+    A token that is narrowed or that expires revokes itself alone: who finds it must not lock its user out.
+    """
+    row = session.scalar(select(Token).where(Token.id == token_id, _in_reach(actor)))
+    if row is None:
         raise NotFound(
             "token_unknown",
-            f"There is no token {token_id[:16]} of yours.",
+            f"There is no token {token_id[:16]} that you may revoke with this one.",
             subject=token_id[:16],
-            next_step="`adaptory token list` shows them.",
+            next_step="`adaptory token list` shows those you may; one with a scope or an expiry revokes itself alone.",
         )
     if row.revoked_at is None:
         row.revoked_at = actor.at
@@ -101,11 +104,9 @@ def revoke(session: Session, actor: Actor, token_id: str) -> Token:
     return row
 
 
-def list_page(session: Session, *, user: str | None, after: str, limit: int) -> list[Token]:
-    """By id; of one user, or of all with None."""
-    query = select(Token).where(Token.id > after).order_by(Token.id).limit(limit)
-    if user is not None:
-        query = query.where(Token.user == user)
+def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list[Token]:
+    """By id, those that the actor may revoke."""
+    query = select(Token).where(_in_reach(actor), Token.id > after).order_by(Token.id).limit(limit)
     return list(session.scalars(query))
 
 
@@ -151,6 +152,13 @@ def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict
         if role and limit:
             found[namespace] = lower(role, limit).value
     return found
+
+
+def _in_reach(actor: Actor) -> ColumnElement[bool]:
+    """What the actor may see and revoke."""
+    if not actor.mints:
+        return Token.id == actor.token_id
+    return true() if holds(actor, Role.ADMIN) else Token.user == actor.name
 
 
 def _checked_scope(scope: Mapping[str, Role]) -> dict[str, str]:

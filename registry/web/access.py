@@ -5,7 +5,7 @@ from datetime import timedelta
 from fastapi import APIRouter, Response
 
 from registry import namespaces, tokens
-from registry.access import EVERYWHERE, Role, holds
+from registry.access import EVERYWHERE, Role
 from registry.http.pages import Cursor, Limit, decode_cursor, page
 from registry.http.request import ResourcesOf
 from registry.http.rules import Admin, Caller, CallersOf, Member, Reader
@@ -46,10 +46,9 @@ def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response:
 
 @router.get("/tokens")
 def list_tokens(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[TokenOut]:
-    """One's own; everybody's for an admin of the registry."""
-    user = None if holds(actor, Role.ADMIN) else actor.name
+    """One's own; everybody's for an admin of the registry; itself alone for a token with a scope or an expiry."""
     with resources.read() as session:
-        rows = tokens.list_page(session, user=user, after=decode_cursor(cursor), limit=limit + 1)
+        rows = tokens.list_page(session, actor, after=decode_cursor(cursor), limit=limit + 1)
         return page([_token_view(row) for row in rows], limit, [row.id for row in rows])
 
 

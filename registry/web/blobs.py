@@ -14,6 +14,7 @@ from registry.access import Role, permit
 from registry.errors import Unavailable
 from registry.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
 from registry.http.rules import Caller
+from registry.http.threads import in_store_threads, streamed
 from registry.manifest import ManifestFile
 from registry.names import Digest, parse_digest, parse_part
 from registry.resources import Resources
@@ -37,6 +38,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @router.post("/uploads")
+@in_store_threads
 def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> UploadOut:
     """For each file: present already, or where and how to PUT its bytes. Ask again to go on after a failure."""
     namespace = parse_part(body.namespace, "namespace")
@@ -46,6 +48,7 @@ def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> Upload
 
 
 @router.post("/uploads/{upload_id}/complete")
+@in_store_threads
 def complete_upload(upload_id: UploadId, resources: ResourcesOf, actor: Caller) -> CompletedOut:
     """Checks size and digest of what was sent; the namespace of the upload may name the blob afterwards."""
     done = uploads.complete(resources, actor, upload_id)
@@ -68,6 +71,7 @@ async def upload(
 
 
 @router.get("/blobs/{sha256}", response_class=Response, responses=BYTES)
+@in_store_threads
 def download(
     sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Annotated[str | None, Header(alias="Range")] = None
 ) -> Response:
@@ -75,6 +79,7 @@ def download(
 
 
 @router.head("/blobs/{sha256}", response_class=Response)
+@in_store_threads
 def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     stat = uploads.readable(resources, actor, parse_digest(sha256))
     return Response(headers=_headers(stat.sha256, stat.size_bytes))
@@ -108,7 +113,7 @@ def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) 
     reader = resources.store.open(stat.sha256, start, length)
     status = 206 if "Content-Range" in headers else 200
     return StreamingResponse(
-        _blocks(reader), status_code=status, headers=headers, media_type="application/octet-stream"
+        streamed(_blocks(reader)), status_code=status, headers=headers, media_type="application/octet-stream"
     )
 
 

@@ -14,6 +14,7 @@ from registry.audit import Actor, EventQuery
 from registry.http.pages import Cursor, Limit, decode_number, page
 from registry.http.request import ResourcesOf, RowId
 from registry.http.rules import Caller
+from registry.http.threads import in_store_threads
 from registry.models import Job
 from registry.names import ABSENT
 from registry.resources import Resources
@@ -112,6 +113,7 @@ async def alive() -> dict[str, str]:
 
 
 @router.get("/readyz")
+@in_store_threads
 def ready(resources: ResourcesOf) -> dict[str, str]:
     """503 while the database or the store is away."""
     resources.database.ping()

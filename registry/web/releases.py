@@ -10,6 +10,7 @@ from registry.errors import NotFound
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import ResourcesOf
 from registry.http.rules import Caller, Publisher, Reader, Releaser
+from registry.http.threads import in_store_threads
 from registry.manifest import ManifestFile
 from registry.models import Release
 from registry.names import Digest, parse_digest, parse_version
@@ -51,6 +52,7 @@ def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) 
 
 
 @repository_routes.post("/{namespace}/{name}/releases", status_code=201, responses={200: {"model": PublishedOut}})
+@in_store_threads
 def publish(
     named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher, response: Response
 ) -> PublishedOut:
@@ -113,6 +115,7 @@ def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, act
 @repository_routes.get(
     "/{namespace}/{name}/releases/{version}/files/{path:path}", response_class=Response, responses=BYTES
 )
+@in_store_threads
 def download_file(
     named: RepositoryOf,
     version: str,

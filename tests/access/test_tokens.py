@@ -92,6 +92,29 @@ def test_a_token_that_is_narrowed_or_expires_makes_no_other(house: House) -> Non
         assert house.ask("weak", "POST", "/v1/tokens", json={}).status_code == 403
 
 
+@pytest.mark.parametrize("user", ["publisher", "operator"])
+@pytest.mark.parametrize("body", [{"scope": {PRIVATE: "reader"}}, {"expires_in_days": 1}])
+def test_a_token_that_is_narrowed_or_expires_sees_and_revokes_itself_alone(
+    house: House, user: str, body: dict[str, object]
+) -> None:
+    made = house.ask(user, "POST", "/v1/tokens", json={"name": "ci", **body}).json()
+    house.secrets["weak"] = made["token"]
+    assert [row["id"] for row in house.ask("weak", "GET", "/v1/tokens").json()["items"]] == [made["id"]]
+    for other in (user, "reader"):
+        refused = house.ask("weak", "DELETE", f"/v1/tokens/{house.ids[other]}")
+        assert (refused.status_code, refused.json()["code"]) == (404, "token_unknown")
+        assert "revokes itself alone" in refused.json()["next"]
+        assert house.ask(other, "GET", "/v1/whoami").status_code == 200
+    assert {user, "ci"} <= {row["name"] for row in house.ask(user, "GET", "/v1/tokens").json()["items"]}
+    assert house.ask("weak", "DELETE", f"/v1/tokens/{made['id']}").status_code == 200
+    assert house.ask("weak", "GET", "/v1/whoami").status_code == 401
+
+
+def test_a_whole_token_revokes_the_narrowed_ones_of_its_user(house: House) -> None:
+    made = house.ask("publisher", "POST", "/v1/tokens", json={"scope": {PRIVATE: "reader"}}).json()
+    assert house.ask("publisher", "DELETE", f"/v1/tokens/{made['id']}").status_code == 200
+
+
 def test_only_an_admin_of_the_registry_makes_a_token_for_another(house: House) -> None:
     assert house.ask("admin", "POST", "/v1/tokens", json={"user": "operator"}).status_code == 403
     made = house.ask("operator", "POST", "/v1/tokens", json={"user": "reader"}).json()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Generator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def filled(tmp_path: Path) -> Cli:
         for version in ("1.0.0", "1.1.0"):
             api.put(f"{LINE}/channels/prod", {"version": version, "reason": "better"})
         api.post(f"{LINE}/channels/prod/rollback", {"reason": "worse"})
-        api.post(f"{LINE}/releases/1.2.0/yank", {"reason": "wrong data"})
+        for step, why in (("yank", "by mistake"), ("unyank", "it was right"), ("yank", "wrong data")):
+            api.post(f"{LINE}/releases/1.2.0/{step}", {"reason": why})
         recipe = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "acme/sum:1.0.0"}
         made = api.post("/v1/compositions", {"recipe": recipe})
         api.post(f"/v1/compositions/{made['id']}/cancel")
@@ -219,10 +221,26 @@ def _as_it_was(table: str, row: dict[str, Any], today: Any, revision: str) -> di
         return row
     if table == "releases":
         return {**row, "facts": {name: value for name, value in row["facts"].items() if name != "spectrum"}}
-    if table == "audit":  # what an act changed was part of its detail
-        after = today.get(registry.models.AuditRow, row["id"]).after
-        return {**row, "detail": {**row["detail"], **(after or {})}}
+    if table == "audit":
+        return {**row, "detail": _first_detail(today.get(registry.models.AuditRow, row["id"]))}
     return row
+
+
+def _first_detail(row: registry.models.AuditRow) -> dict[str, Any]:
+    """What the first schema's `audit.record` was given: nothing had a column of its own."""
+    before, after = row.before or {}, row.after or {}
+    if row.act in ("channel:promote", "channel:rollback"):
+        forced = {"forced": row.detail["forced"]} if row.act == "channel:promote" else {}
+        return {"move": after["move"], "to": after["version"], "reason": row.reason or "", **forced}
+    if row.act == "release:yank":
+        return {"reason": row.reason}
+    if row.act == "release:unyank":
+        return {"was": before["yank_reason"]}
+    if row.act == "gate:set":
+        return {"before": before["rules"], "after": after["rules"]}
+    if row.act == "score:record":
+        return {**row.detail, "before": before.get("value"), "after": after["value"]}
+    return {name: value for name, value in after.items() if name != "signed_by"}
 
 
 def test_nothing_starts_on_an_earlier_schema_and_each_command_says_what_to_run(earlier: Cli, revision: str) -> None:
@@ -262,6 +280,51 @@ def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated
         acts = [row["act"] for row in api.pages("/v1/audit", namespace="acme")]
         assert {"release:publish", "channel:promote", "channel:rollback", "release:yank"} <= set(acts)
         assert api.get(f"{LINE}/gates") == {"gates": {"prod": ["exact.nll <= 9"]}}
+
+
+def test_what_was_done_before_a_migration_is_told_with_its_reason_and_its_change(
+    earlier: Cli, revision: str, filled: Cli
+) -> None:
+    earlier.ok("migrate")
+    was, now = (_acts(cli) for cli in (filled, earlier))
+    if revision != FIRST:
+        assert now == was
+        return
+    assert [row["act"] for row in now] == [row["act"] for row in was]
+    for old, new in zip(was, now, strict=True):
+        lost = {"n", "signed_by", *(("commit",) if old["act"].startswith("channel:") else ())}  # by the first schema
+        assert new["after"] == _without(old["after"], lost), old
+        if old["act"] in ("gate:set", "release:yank", "release:unyank"):
+            assert new["before"] == old["before"], old
+        assert new["reason"] == (old["reason"] if old["act"] != "release:unyank" else None), old
+    table = earlier.ok("audit", "--namespace", "acme").out
+    for told in ("better", "worse", "wrong data", "version: 1.1.0", "yanked: False -> True, yank_reason: wrong data"):
+        assert told in table, table
+
+
+def test_more_old_audit_rows_than_one_batch_has_are_told_with_their_reasons(database: Database) -> None:
+    migrate(database, FIRST)
+    tables = MetaData()
+    tables.reflect(database.engine)
+    old = {"at": datetime.now(UTC), "actor": "mia", "act": "release:yank", "subject": "acme/sql:1.0.0"}
+    details = [{"reason": f"wrong {number}"} if number % 3 else {} for number in range(2_500)]
+    with database.write() as session:
+        session.execute(insert(tables.tables["audit"]), [{**old, "detail": detail} for detail in details])
+    migrate(database)
+    with database.read() as session:
+        rows = session.scalars(select(registry.models.AuditRow).order_by(registry.models.AuditRow.id)).all()
+        assert [row.reason for row in rows] == [detail.get("reason") for detail in details]
+        assert [row.detail for row in rows] == details
+        assert {row.after is None for row in rows if row.reason is None} == {True}
+
+
+def _acts(cli: Cli) -> list[dict[str, Any]]:
+    with api_of(cli) as api:
+        return list(api.pages("/v1/audit"))
+
+
+def _without(change: dict[str, Any] | None, lost: set[str]) -> dict[str, Any] | None:
+    return None if change is None else {name: value for name, value in change.items() if name not in lost}
 
 
 def _told(document: dict[str, Any]) -> dict[str, Any]:

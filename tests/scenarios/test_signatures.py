@@ -180,6 +180,40 @@ def test_a_signature_that_no_policy_asks_for_is_kept_and_claims_nothing(
     assert cli.json("push", signed, "acme/sql:1.0.1", "--base", "tiny")["release"]["signed_by"] == fingerprint(keys.pem)
 
 
+def test_a_signature_of_other_files_is_warned_of_where_no_policy_refuses_it(
+    stocked_embedded: Cli, signed: Path
+) -> None:
+    cli = stocked_embedded
+    assert not [one for one in _warnings(cli, signed, "1.0.0") if one["subject"] == SIGNATURE_FILE]
+    (signed / "README.md").write_text("changed")
+    pushed = cli.ok("push", signed, "acme/sql:1.0.1", "--base", "tiny")
+    assert "warning: model.sig is not a signature of these files: 'README.md' was changed" in pushed.err
+    assert "--sign KEY.pem" in pushed.err
+    for version, content in (("1.0.2", b"no bundle"), ("1.0.3", b"")):
+        (signed / SIGNATURE_FILE).write_bytes(content)
+        (warning,) = (one for one in _warnings(cli, signed, version) if one["code"] == "signature_stale")
+        assert "cannot be read" in warning["message"]
+
+
+def _warnings(cli: Cli, directory: Path, version: str) -> list[dict[str, Any]]:
+    return cli.json("push", directory, f"acme/sql:{version}", "--base", "tiny")["warnings"]
+
+
+def test_a_release_that_came_before_its_key_was_trusted_says_how_it_is_promoted_all_the_same(
+    stocked_embedded: Cli, signed: Path, keys: Keys
+) -> None:
+    cli = stocked_embedded
+    cli.ok("push", signed, "acme/sql:1.0.0", "--base", "tiny")
+    require(cli, keys)
+    refused = cli("promote", "acme/sql:1.0.0", "--to", "prod")
+    assert refused.code == 1
+    assert "acme/sql:1.0.0 was not known to be signed by one of them when it was published" in refused.err
+    assert "as another version" in refused.err
+    published = cli.json("push", signed, "acme/sql:1.0.1", "--base", "tiny")["release"]
+    assert published["signed_by"] == fingerprint(keys.pem)
+    cli.ok("promote", "acme/sql:1.0.1", "--to", "prod")
+
+
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", "README.md"])
 def test_a_tampered_file_is_named(signed: Path, keys: Keys, file: str) -> None:
     assert verify_directory(signed, keys.pem) == fingerprint(keys.pem)

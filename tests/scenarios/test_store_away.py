@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -98,6 +99,34 @@ def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
     cli.ok(*push)
     cli.ok("pull", "acme/sql:1.2.0", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_bytes() == (adapter / "notes.txt").read_bytes()
+
+
+def test_a_hundred_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_and_searching(
+    registry: Cli, own_s3: S3Server
+) -> None:
+    url = registry.environment["ADAPTORY_URL"]
+    (file, *_) = registry.json("show", "acme/sql")["files"]
+    download = f"{url}/v1/adapters/acme/sql/releases/1.0.0/files/{file['path']}"
+    with ThreadPoolExecutor(100) as pool:
+        heal = hang(own_s3)
+        try:
+            downloads = [pool.submit(httpx2.get, download, timeout=60) for _ in range(100)]
+            while not any(one.done() for one in downloads):
+                time.sleep(0.01)
+            for path in ("/v1/resolve?ref=acme/sql:1.0.0", "/v1/releases?namespace=acme"):
+                started = time.monotonic()
+                assert httpx2.get(f"{url}{path}", timeout=60).status_code == 200, path
+                assert time.monotonic() - started < 3, "or it has waited for one of those that hang"
+            answers = [one.result() for one in downloads]
+        finally:
+            heal()
+    assert {answer.status_code for answer in answers} == {503}
+    assert {answer.json()["code"] for answer in answers} == {"store_busy", "store_unavailable"}
+    assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)
+    deadline = time.monotonic() + 60  # the server itself has a hundred requests to forget first
+    while httpx2.get(download, timeout=60).status_code != 307:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(

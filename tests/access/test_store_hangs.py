@@ -1,0 +1,150 @@
+"""A store that hangs: its routes are told 503 in good time, and all others do not notice."""
+
+import threading
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from registry.client.inprocess import InProcessTransport
+from registry.http.threads import STORE_PATIENCE_S, STORE_ROOM, STORE_THREADS
+from registry.web.app import create_app
+from tests import services
+from tests.access.house import PRIVATE, House, build_house, new_place
+
+RELEASES = f"/v1/adapters/{PRIVATE}/sql/releases"
+FILE = f"{RELEASES}/1.0.0/files/weights.safetensors"
+MANY = 2 * (STORE_THREADS + STORE_ROOM)
+SOON_S = 5.0
+"""Far more than an answer takes that waits for nothing, even here and now; the store is let go on much later."""
+WITHOUT_STORE = (f"/v1/resolve?ref={PRIVATE}/sql@prod", f"/v1/releases?namespace={PRIVATE}", RELEASES, "/v1/whoami")
+
+
+@dataclass
+class HangingStore:
+    """The real store, but for a method, or the reading of what it opened, that ends only when it is let go on."""
+
+    store: Any
+    where: str
+    go_on: threading.Event = field(default_factory=threading.Event)
+    asked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def __getattr__(self, name: str) -> Any:
+        return self._hanging(getattr(self.store, name)) if name == self.where else getattr(self.store, name)
+
+    def open(self, *which: Any) -> Any:
+        reader = self.store.open(*which)
+        if self.where == "read":
+            reader.read = self._hanging(reader.read)
+        return reader
+
+    def _hanging(self, method: Any) -> Any:
+        def wait_and_call(*arguments: Any) -> Any:
+            self.asked.release()
+            assert self.go_on.wait(120)
+            return method(*arguments)
+
+        return wait_and_call
+
+
+@dataclass
+class Hung:
+    house: House
+    store: HangingStore
+    pool: ThreadPoolExecutor
+
+    def ask(self, caller: str, method: str, path: str, **request: object) -> "Future[httpx2.Response]":
+        return self.pool.submit(self.house.ask, caller, method, path, **request)
+
+    def fill(self, count: int) -> list["Future[httpx2.Response]"]:
+        """So many downloads, of which as many as there are threads hang in the store by now."""
+        asked = [self.ask("reader", "GET", FILE) for _ in range(count)]
+        for _ in range(STORE_THREADS):
+            assert self.store.asked.acquire(timeout=60)
+        return asked
+
+    def assert_others_do_not_wait(self) -> None:
+        for path in WITHOUT_STORE:
+            assert self.ask("reader", "GET", path).result(SOON_S).status_code == 200, path
+
+
+@contextmanager
+def hung(house: House, where: str) -> Generator[Hung]:
+    store = HangingStore(house.resources.store, where)
+    resources = replace(house.resources, store=store)
+    behind = replace(house, resources=resources, transport=InProcessTransport(create_app(resources, tokens=True)))
+    with ThreadPoolExecutor(MANY + 10) as pool:
+        try:
+            yield Hung(behind, store, pool)
+        finally:
+            store.go_on.set()
+    behind.transport.close()
+
+
+@pytest.fixture(params=services.PAIRINGS)
+def house(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[House]:
+    built = build_house(new_place(request.param, tmp_path))
+    yield built
+    built.close()
+
+
+def test_what_needs_no_store_does_not_wait_while_more_than_all_threads_ask_one_that_hangs(house: House) -> None:
+    with hung(house, "stat") as there:
+        downloads = there.fill(MANY)
+        there.assert_others_do_not_wait()
+        told, waiting = wait(downloads, timeout=STORE_PATIENCE_S + SOON_S)
+        assert len(waiting) == STORE_THREADS, "all were told but those that hang in the store"
+        assert {(one.result().status_code, one.result().json()["code"]) for one in told} == {(503, "store_busy")}
+        assert all(int(one.result().headers["Retry-After"]) > 0 for one in told)
+        there.store.go_on.set()
+        assert {one.result(60).status_code for one in waiting} <= {200, 307}
+        assert there.house.ask("reader", "GET", FILE).status_code in (200, 307), "the threads are free again"
+
+
+def test_every_route_that_asks_the_store_is_told_when_its_threads_are_taken(house: House) -> None:
+    things = house.things[PRIVATE]
+    file = {"path": "weights.safetensors", "size_bytes": 15, "sha256": things.sha256}
+    with hung(house, "stat") as there:
+        there.fill(STORE_THREADS)
+        asked = {
+            (method, path): there.ask("publisher", method, path, **({"json": body} if body else {}))
+            for method, path, body in (
+                ("GET", "/readyz", None),
+                ("GET", FILE, None),
+                ("GET", f"/v1/blobs/{things.sha256}", None),
+                ("HEAD", f"/v1/blobs/{things.sha256}", None),
+                ("POST", "/v1/uploads", {"namespace": PRIVATE, "files": [file]}),
+                ("POST", f"/v1/uploads/{things.upload_id}/complete", None),
+                ("POST", RELEASES, {"version": "3.0.0", "base": "tiny", "files": [file]}),
+            )
+        }
+        for route, one in asked.items():
+            answer = one.result(STORE_PATIENCE_S + SOON_S)
+            assert (answer.status_code, "Retry-After" in answer.headers) == (503, True), route
+
+
+def test_a_request_that_finds_all_threads_taken_gets_one_when_it_is_soon_free(house: House) -> None:
+    with hung(house, "stat") as there:
+        there.fill(STORE_THREADS)
+        late = there.ask("reader", "GET", FILE)
+        _, waiting = wait([late], timeout=STORE_PATIENCE_S / 4)
+        assert waiting
+        there.store.go_on.set()
+        assert late.result(60).status_code in (200, 307)
+
+
+@pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
+def test_a_directory_that_hangs_in_the_middle_of_downloads_holds_up_no_one_else(house: House) -> None:
+    """From S3 the bytes come past the server."""
+    with hung(house, "read") as there:
+        downloads = there.fill(MANY)
+        there.assert_others_do_not_wait()
+        there.store.go_on.set()
+        answers = [one.result(60) for one in downloads]
+        whole = {answer.content for answer in answers if answer.status_code == 200}
+        assert whole == {f"weights of {PRIVATE}".encode()}
