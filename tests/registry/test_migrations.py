@@ -17,6 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Integer, MetaData, func, insert, select, text
 
 import registry.models
+from composer.formats.facts import WEIGHTS_FILE
 from registry.db import Database, Row, ensure_schema, head_revision, migrate, migrations_directory, schema_revision
 from registry.errors import Unavailable
 from registry.resources import open_resources
@@ -148,16 +149,17 @@ FIRST, *FURTHER = sorted(one.revision for one in _script().walk_revisions() if o
 LINE = "/v1/adapters/acme/sql"
 
 
-@pytest.fixture
-def filled(tmp_path: Path) -> Cli:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     """A registry of today with something in every table that the first schema had.
 
     Its rows are what is copied into `database`, which is of either kind.
     """
-    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "today"), "ADAPTORY_USER": "mia"})
-    cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny", "--alias", "Acme/Tiny")
+    directory = tmp_path_factory.mktemp("filled")
+    cli = Cli({"ADAPTORY_HOME": str(directory / "today"), "ADAPTORY_USER": "mia"})
+    cli.ok("base", "add", write_base(directory / "base"), "--name", "tiny", "--alias", "Acme/Tiny")
     for seed, version in enumerate(("1.0.0", "1.1.0", "1.2.0", "2.0.0-rc.1")):
-        adapter = write_adapter(tmp_path / version, seed)
+        adapter = write_adapter(directory / version, seed)
         cli.ok("push", adapter, f"acme/sql:{version}", "--base", "tiny", "--notes", f"Trained on tickets {seed}")
     with api_of(cli) as api:
         examples = [{"prompt": "a", "completion": "b"}]
@@ -209,7 +211,7 @@ def earlier(filled: Cli, revision: str, database: Database, url: str, tmp_path: 
                 then.execute(told, {"name": table.name, "last": then.scalar(select(func.max(table.c.id)))})
     source.close()
     home = tmp_path / "then"
-    shutil.copytree(tmp_path / "today" / "store", home / "store")
+    shutil.copytree(Path(filled.environment["ADAPTORY_HOME"]) / "store", home / "store")
     return Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": "mia", "ADAPTORY_DATABASE_URL": url})
 
 
@@ -341,11 +343,11 @@ def _told(document: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if name not in later}
 
 
-def test_a_migrated_registry_goes_on(earlier: Cli, tmp_path: Path) -> None:
+def test_a_migrated_registry_goes_on(earlier: Cli, filled: Cli, tmp_path: Path) -> None:
     earlier.ok("migrate")
     earlier.ok("pull", "acme/sql@prod", "-o", tmp_path / "pulled")
     pulled = (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes()
-    assert pulled == (tmp_path / "1.0.0" / "adapter_model.safetensors").read_bytes()
+    assert pulled == (Path(filled.environment["ADAPTORY_HOME"]).parent / "1.0.0" / WEIGHTS_FILE).read_bytes()
     with api_of(earlier) as api:
         row = api.get(f"{LINE}/releases/1.0.0")["files"][0]
         assert api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"][0]["present"]
