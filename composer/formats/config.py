@@ -169,7 +169,8 @@ def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
     if peft_type != "LORA":
         return _other_type(raw, peft_type, subject)
     _refuse_unknown(raw, {*_KNOWN, *_VARIANTS, *_ADDITIONS}, subject)
-    flags = [flag for flag in _VARIANTS if raw.get(flag)]
+    stated = {"use_dora", "lora_bias", "use_qalora"}  # the others hold settings
+    flags = [flag for flag in _VARIANTS if (_flag(raw, flag, subject) if flag in stated else raw.get(flag))]
     if len(flags) > 1:
         message, next_step = f"{subject} sets {' and '.join(flags)} together.", "Leave the one it was trained with."
         raise NotSupported("two_variants", message, subject=subject, next_step=next_step)

@@ -10,7 +10,9 @@ from composer.formats.placed import PlacedModule, Placement, by
 
 FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 FACTOR_PARTS = frozenset({*FACTORS, *FACTORS.values()})
-PAIR_PARTS = FACTOR_PARTS | {"magnitude", "lora_diag", "lora_A_bias", "lora_B_bias"}
+# What a pair has beside its factors, and the flag without which PEFT would not look at it.
+_EXTRAS = {"magnitude": "use_dora", "lora_diag": "kasa_config", "lora_B_bias": "lora_bias"}
+PAIR_PARTS = FACTOR_PARTS | {*_EXTRAS, "lora_A_bias"}
 
 
 def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
@@ -76,7 +78,7 @@ def _place_on(
     shape = (inputs, outputs) if kind in ("conv1d", "embedding") else (outputs, inputs)
     shape = (outputs, *a_shape[1:]) if kind == "convolution" else shape
     layout = kind if kind in ("conv1d", "embedding") else "linear"
-    if not placement.fits(path, target, shape) or not _magnitude_fits(placement, path, found, outputs):
+    if not placement.fits(path, target, shape) or not _extras_fit(placement, path, found, outputs):
         return
     if side:
         kind = "block_diagonal"
@@ -111,7 +113,14 @@ def _kind(
     return "conv1d" if placement.transposed(path, target, size) else "linear"
 
 
-def _magnitude_fits(placement: Placement, path: str, found: Mapping[str, str], outputs: int) -> bool:
+def _extras_fit(placement: Placement, path: str, found: Mapping[str, str], outputs: int) -> bool:
+    """Tensors and flags must agree: PEFT ignores a magnitude without `use_dora`, and makes one up that is missing."""
+    wanted = {part for part, flag in _EXTRAS.items() if flag in placement.config.flags}
+    for part in sorted((found.keys() - FACTOR_PARTS) ^ wanted):
+        flag = _EXTRAS.get(part, "no flag that is known")
+        code, has = ("unflagged_part", "has a") if part in found else ("missing_part", "lacks the")
+        placement.error(code, path, f"{path} {has} {part}, which goes with {flag}.")
+        return False
     key = found.get("magnitude")
     if key is None or placement.header.tensors[key].spec.elements == outputs:
         return True

@@ -47,7 +47,7 @@ def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
         )
     architectures = cast("list[object]", architectures)
     causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in architectures)
-    return causal and not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in tensors)
+    return causal and not head_tensors(tensors)
 
 
 def same_bytes(one: Place, other: Place) -> bool:

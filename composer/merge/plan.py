@@ -253,8 +253,8 @@ def _by_tensor(checkpoint: Checkpoint, deltas: Sequence[Delta], head: str | None
     than memory does."""
     found: dict[str, list[Delta]] = defaultdict(list)
     for delta in deltas:
-        new = head is not None and is_head(delta.module) and delta.weight not in checkpoint.architecture.tensors
-        found[head if new and head is not None else delta.weight].append(delta)
+        known = delta.weight in checkpoint.architecture.tensors or not is_head(delta.module)
+        found[delta.weight if known or head is None else head].append(delta)
     return found
 
 

@@ -17,10 +17,8 @@ from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import Adapter, read_adapter
 from composer.formats.naming import is_head
-from composer.formats.pairs import FACTOR_PARTS
 from composer.formats.placed import Placed, PlacedModule
 from composer.formats.placement import place
-from composer.formats.types import MERGE_NEXT
 from composer.tensors import all_finite, torch_threads
 from composer.variants import lora, products, rescaled, rotations, shared, spectral
 from composer.variants.source import Module
@@ -60,8 +58,6 @@ _TYPES: dict[str, Read] = {
     "SUPERTUNING": spectral.supertuning,
 }
 NAME_BASE = "Name the base that it was trained on: --base."
-# What a pair has beside its factors, and the flag without which PEFT would not look at it.
-_EXTRAS = {"magnitude": "use_dora", "lora_diag": "kasa_config", "lora_B_bias": "lora_bias"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +120,6 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
         raise NotSupported(code, message, subject=adapter.name, next_step=refusal.way_out)
     placed = place(adapter.config, adapter.header, architecture, adapter.name)
     refuse_errors(adapter.name, placed.findings)
-    _refuse_parts(adapter, placed)
     _refuse_unsized(adapter, placed)
     with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
         for module in placed.adapted:
@@ -146,22 +141,6 @@ def refuse_errors(subject: str, findings: list[Finding]) -> None:
             subject=errors[0].subject,
             next_step=next_step(errors[0].code, "`adaptory inspect` lists all that does not fit."),
         )
-
-
-def _refuse_parts(adapter: Adapter, placed: Placed) -> None:
-    """Tensors and flags must agree: PEFT ignores a magnitude without `use_dora`, and makes one up that is missing."""
-    if adapter.config.peft_type != "LORA":
-        return
-    wanted = {part for part, flag in _EXTRAS.items() if flag in adapter.config.flags}
-    for module in placed.adapted:
-        if module.kind in ("experts", "tokens"):
-            continue
-        odd = sorted((set(module.parts) - FACTOR_PARTS) ^ wanted)
-        if odd:
-            has = "has a" if odd[0] in module.parts else "lacks the"
-            flag = _EXTRAS.get(odd[0], "no flag that is known")
-            message = f"{adapter.name} cannot be merged: {module.module} {has} {odd[0]}, which goes with {flag}."
-            raise NotSupported(f"part_{odd[0]}", message, subject=module.module, next_step=MERGE_NEXT)
 
 
 def _refuse_unsized(adapter: Adapter, placed: Placed) -> None:

@@ -165,6 +165,11 @@ MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "another rank": (configured(r=8), "rank_mismatch", "q_proj", "rank 4 .* says 8"),
     "a pattern for nothing": (configured(rank_pattern={"k_proj": 2}), "pattern_unused", "k_proj", "rank_pattern"),
     "an A without B": (without(f"{Q0}.lora_B.weight"), "missing_pair", "layers.0.self_attn.q_proj", "no lora_B"),
+    "DoRA without magnitudes": (configured(use_dora=True), *("missing_part", "q_proj", "lacks the magnitude")),
+    "magnitudes without DoRA": (
+        added({f"{Q0}.lora_magnitude_vector": torch.ones(16)}),
+        *("unflagged_part", "layers.0.self_attn.q_proj", "goes with use_dora"),
+    ),
     "a part twice": (
         added({f"{Q0}.lora_A.default.weight": torch.ones(4, 16)}),
         *("duplicate_tensor", "q_proj", "same part"),
@@ -244,6 +249,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a config that is no JSON": (lambda adapter: (adapter / CONFIG).write_text("{"), "bad_config", CONFIG),
     "a config without a type": (configured(peft_type=None), "bad_config", CONFIG),
     "a rank of zero": (configured(r=0), "bad_config", CONFIG),
+    "a flag that is neither true nor false": (configured(use_dora="x"), "bad_config", CONFIG),
     "an alpha that is no number": (configured(lora_alpha="16"), "bad_config", CONFIG),
     "a broken regex": (configured(rank_pattern={"(": 2}), "bad_config", CONFIG),
     "a regex that never ends": (configured(target_modules="(a+)+x"), "bad_config", CONFIG),

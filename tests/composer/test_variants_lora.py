@@ -196,7 +196,7 @@ def test_a_magnitude_and_its_flag_must_agree(
     base = make_model()
     adapter = save_adapted(base, lora(use_dora=True), tmp_path / "adapter")
     change(adapter)
-    with pytest.raises(NotSupported, match="magnitude, which goes with use_dora") as caught:
+    with pytest.raises(Mismatch, match="magnitude, which goes with use_dora") as caught:
         load_deltas(adapter, open_checkpoint(base).architecture)
     assert "self_attn" in caught.value.subject
 
