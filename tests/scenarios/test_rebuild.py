@@ -116,6 +116,7 @@ def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapt
 INTERRUPTED = """
 import os, signal, time
 from composer.merge.resume import Journal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
 finish = Journal.finish
 def finish_and_be_interrupted(self, path):
     finish(self, path)
