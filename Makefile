@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= .demo
-PYTEST_WORKERS ?= 2
+# For two cores: tests wait for a third of their time.
+PYTEST_WORKERS ?= 3
 
 .PHONY: demo test coverage lint fix bench serve services services-stop migrate snapshots clean
 

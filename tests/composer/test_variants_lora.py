@@ -247,7 +247,7 @@ def test_a_flag_that_changes_more_than_weights_is_named(flag: str, tmp_path: Pat
     adapter = save_adapted(base, lora(), tmp_path / "adapter")
     config = adapter / "adapter_config.json"
     config.write_text(
-        config.read_text().replace(f'"{flag}": null', f'"{flag}": 1').replace(f'"{flag}": false', f'"{flag}": 1')
+        config.read_text().replace(f'"{flag}": null', f'"{flag}": 1').replace(f'"{flag}": false', f'"{flag}": true')
     )
     with pytest.raises(NotSupported, match=flag):
         load_deltas(adapter, open_checkpoint(base).architecture)
