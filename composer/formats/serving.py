@@ -12,7 +12,6 @@ from composer.errors import NotSupported
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import AdapterFacts
 from composer.formats.naming import PEFT_PREFIX, is_raw, lacks_prefix
-from composer.formats.pairs import FACTOR_PARTS
 from composer.formats.placed import Placed
 
 SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
@@ -192,7 +191,7 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[
         problems.append((f"bias={config.bias} is refused", _MERGE))
     if any(module.kind == "convolution" for module in placed.modules):
         problems.append(("convolutions are refused", _MERGE))
-    if extra := _extra_parts(config, placed):
+    if extra := _extra_parts(placed):
         problems.append((f"tensors beside lora_A and lora_B are refused ({extra})", ""))
     if len({module.scale for module in placed.low_rank}) > 1:
         problems.append(
@@ -219,7 +218,7 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> lis
         or any(module.kind == "replacement" for module in placed.modules)
     ):
         problems.append(("the conversion refuses DoRA, bias and modules_to_save", _MERGE))
-    elif extra := _extra_parts(config, placed):
+    elif extra := _extra_parts(placed):
         problems.append((f"the conversion refuses tensors beside lora_A and lora_B ({extra})", ""))
     elif config.flags and facts.variant != "alora_invocation_tokens":
         problems.append((f"{facts.variant} is not converted", "" if config.unsupported() else _MERGE))
@@ -228,13 +227,9 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> lis
     return problems
 
 
-def _extra_parts(config: AdapterConfig, placed: Placed) -> str:
-    """What the tensors hold although no flag of the config says so: a magnitude, a bias of a factor, a base's copy."""
-    if config.flags:
-        return ""
-    parts = {part for module in placed.low_rank for part in module.parts if part not in FACTOR_PARTS}
-    parts |= {part for module in placed.modules if module.kind == "base_copy" for part in module.parts}
-    return ", ".join(sorted(parts))
+def _extra_parts(placed: Placed) -> str:
+    """What the tensors hold although no flag of the config says so: a base's copy."""
+    return ", ".join(sorted({part for one in placed.modules if one.kind == "base_copy" for part in one.parts}))
 
 
 def _plain_scale(config: AdapterConfig) -> float:

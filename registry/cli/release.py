@@ -338,7 +338,9 @@ def _show_release(release: Json, made: "Composition | None") -> None:
 
 
 def show_move(move: Json) -> None:
+    """With its moment: to promote what is live already moves nothing, and the answer is the move that once did."""
     forced = " (forced)" if move["forced"] else ""
     way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
-    print(f"{move['repository']}@{move['channel']}: {way} ({move['kind']}{forced}, move {move['id']})")
+    made = f"{move['kind']}{forced}, move {move['id']} at {move['at'][:19]}"
+    print(f"{move['repository']}@{move['channel']}: {way} ({made})")
     render.gate_lines(move["gates"])
