@@ -1,7 +1,7 @@
 """What predicts that two adapters hurt each other: every pair of a dozen small adapters, merged and measured.
 
     python examples/train.py study --base BASE --out ADAPTERS
-    python examples/study.py --base BASE --adapters ADAPTERS
+    python examples/study.py --base BASE --adapters ADAPTERS --out MINE.jsonl
 
 Writes one line of JSON a pair to `--out`, and goes on where an earlier run stopped. `study_report.py` makes the tables
 of docs/study.md from it. The examples that a probe sees are held apart from those that the damage is measured on.
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
     parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "study.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="a file of rows, which is gone on with if it is there")
     chosen = parser.parse_args()
     for directory in (chosen.base, *(chosen.adapters / name for name in STUDY)):
         if not directory.is_dir():
@@ -76,7 +76,7 @@ def main() -> None:
             row["losses"] = {method: losses(loaded, (one, other), method, alone, (guard, guards)) for method in METHODS}
             row["alone"] = {member.name: summed(alone[member.name]) for member in (one, other)}
             row["base"] = {member.name: summed(base[member.name]) for member in (one, other)}
-            out.write(json.dumps(row) + "\n")
+            out.write(_line(row))
             out.flush()
             print(one.name, other.name, {m: round(row["losses"][m]["worse"], 3) for m in METHODS}, flush=True)
 
@@ -154,6 +154,12 @@ def activations_say(loaded: LoadedModel, one: Member, other: Member) -> dict[str
         found = activation_interference(loaded, victim.probe, victim.adapter.deltas, intruder.adapter.deltas)
         told[victim.name] = asdict(found)
     return told
+
+
+def _line(row: dict[str, Any]) -> str:
+    """To five digits: more say nothing, and the rows of all modules are kept beside the tables made of them."""
+    short = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    return json.dumps(short) + "\n"
 
 
 def _mean(measured: Sequence[tuple[float, int]]) -> float:

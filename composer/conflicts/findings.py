@@ -17,13 +17,13 @@ from composer.variants import LoadedAdapter
 WEAK_EVIDENCE = {
     "weights": (
         "The risk is from weights alone, which is weak evidence: over 66 pairs of real adapters its rank correlation "
-        "with measured damage was 0.53 [0.18, 0.78], and a probe's on four examples 0.94. Give each adapter a suite "
+        "with measured damage was 0.50 [0.13, 0.77], and a probe's on four examples 0.93. Give each adapter a suite "
         "and probe them."
     ),
     "activations": (
         "The risk is from activations on prompts, which is weaker evidence than a probe: over 66 pairs of real "
-        "adapters its rank correlation with the loss of the worse member was 0.71 [0.34, 0.89], and a probe's on four "
-        "examples 0.94. Give each adapter a suite and probe them."
+        "adapters its rank correlation with the loss of the worse member was 0.70 [0.33, 0.89], and a probe's on four "
+        "examples 0.93. Give each adapter a suite and probe them."
     ),
 }
 _WATCHED = {

@@ -1,8 +1,8 @@
 """What each adapter does to the activations on another one's examples: weaker evidence than a probe; no suites.
 
 What predicts damage best is how strongly the intruder acts at all on the victim's inputs, |Δ_j x| / |W x|: over 66
-pairs (docs/study.md) its rank correlation with the loss of the worse member is 0.71 [0.34, 0.89], that of the ratio to
-the victim's own strength 0.28.
+pairs (docs/study.md) its rank correlation with the loss of the worse member is 0.70 [0.33, 0.89], that of the ratio to
+the victim's own strength 0.31.
 
 Shapes: T adapters, N tokens, I inputs and O outputs of a module, R the sum of the ranks; B examples of P positions.
 """

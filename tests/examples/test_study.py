@@ -1,0 +1,36 @@
+"""What docs/study.md says is what was measured: the rows of every pair are kept beside it."""
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import study_report
+from study import OLDER
+from train import STUDY
+
+EXAMPLES = Path(study_report.__file__).parent
+ROWS = [json.loads(line) for line in (EXAMPLES / "study.jsonl").read_text().splitlines()]
+DOCUMENT = (EXAMPLES.parent / "docs" / "study.md").read_text()
+
+
+def test_every_pair_of_the_twelve_adapters_was_measured_once() -> None:
+    names = {*OLDER, *STUDY}
+    assert sorted((row["a"], row["b"]) for row in ROWS) == sorted(combinations([*OLDER, *STUDY], 2))
+    assert len(names) == 12
+
+
+def test_the_documents_correlations_are_those_of_the_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Their intervals, which take a minute, are of another number of draws here."""
+    monkeypatch.setattr(study_report, "DRAWS", 5)
+    monkeypatch.setattr(study_report, "PLOT", tmp_path / "study.svg")
+    monkeypatch.setattr("sys.argv", ["study_report.py"])
+    study_report.main()
+    assert _without_intervals(capsys.readouterr().out) == _without_intervals(DOCUMENT)
+
+
+def _without_intervals(text: str) -> list[str]:
+    return [re.sub(r" \[.*?\]", "", line) for line in text.splitlines() if line.startswith("|")]
