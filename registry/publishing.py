@@ -198,7 +198,8 @@ def _judge_signature(
     """The fingerprint of the key that signed these very files, None when they are not signed.
 
     Raises Refused for a signature by no key of the namespace, and for a file that is not the signed one. Where the
-    namespace has no keys nobody can say who signed; a signature of other files is then kept, with a warning.
+    namespace has no keys nobody can say who signed; a signature of other files is then kept, with a warning,
+    unless it is too large to be one.
     """
     signature = next((file for file in files if file.path == SIGNATURE_FILE), None)
     if signature is None:

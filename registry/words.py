@@ -83,7 +83,7 @@ def reach(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
     """
     if len(values["homes"]) > MANY_WORDS:
         return {"lowest": 0, "highest": END}
-    [(lowest, highest)] = _ends_at_home().rows(session, values)
+    [(lowest, highest)] = _ENDS_AT_HOME.rows(session, values)
     return {"lowest": lowest or 0, "highest": highest or 0}
 
 
@@ -128,7 +128,6 @@ def _newest_at_home(session: Session, form: Form, number: int, values: Mapping[s
         span *= MORE
 
 
-@lru_cache(1)
 def _ends_at_home() -> Prepared:
     """The ends of each place are looked up in the index, which its entries need not be read for."""
     home = listed("homes")
@@ -138,6 +137,9 @@ def _ends_at_home() -> Prepared:
         for end in (func.min, func.max)
     )
     return Prepared(select(func.min(lowest), func.max(highest)).select_from(home.table))
+
+
+_ENDS_AT_HOME = _ends_at_home()
 
 
 @lru_cache(512)

@@ -225,7 +225,7 @@ def _scale_of(
     component, _, module = raw.partition(".")
     if component not in configs:
         component, module = next(iter(configs)), raw
-        if len(configs) > 1:
+        if len(configs) > 1 or (component and DIFFUSERS_ROOT.match(raw)):
             message = f"{raw} belongs to none of {', '.join(map(repr, configs))}, so its alpha is not known."
             next_step = "Export the adapter again, with the metadata of all its parts."
             raise InvalidFile("bad_config", message, subject=_METADATA, next_step=next_step)

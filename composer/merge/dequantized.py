@@ -16,6 +16,7 @@ _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4
 _PARTS = (
     "_packed", ".weight_shape", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_zero_point",
     ".weight_g_idx", ".SCB", ".weight_format", ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".bitmask",
+    "_proj_blocks", "_proj_scales", "_proj_scale", "_proj_scale_inv",
 )  # fmt: skip
 _STATE = ".quant_state."
 _NF4_STATE = f"{_STATE}bitsandbytes__nf4"

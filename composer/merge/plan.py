@@ -260,12 +260,13 @@ def _by_tensor(checkpoint: Checkpoint, deltas: Sequence[Delta], head: str | None
 
 def _tokens_on_own_head(checkpoint: Checkpoint, adapter: LoadedAdapter) -> LoadedAdapter:
     """Where the config says tied and the files do not, PEFT believes the config for trained tokens alone: the new rows
-    of the embedding are the head's as well, in training and in its merge."""
+    of the embedding, of no other table, are the head's as well, in training and in its merge."""
     head = checkpoint.own_head
     if head is None or any(_sets_tokens(delta) and delta.weight == head for delta in adapter.deltas):
         return adapter
-    module = head.removesuffix(".weight")
-    also = [replace(delta, module=module, weight=head) for delta in adapter.deltas if _sets_tokens(delta)]
+    (embedding,) = embedding_tensors(checkpoint.architecture.tensors)
+    new = [delta for delta in adapter.deltas if _sets_tokens(delta) and delta.weight == embedding]
+    also = [replace(delta, module=head.removesuffix(".weight"), weight=head) for delta in new]
     return replace(adapter, deltas=(*adapter.deltas, *also)) if also else adapter
 
 

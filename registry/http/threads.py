@@ -27,9 +27,13 @@ STORE_PATIENCE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class _Threads:
-    """`places` is what is waited for. Who has one runs under `unlimited`, for a thread must not be waited for again."""
+    """`places` is what requests wait for. Who has one runs under `unlimited`: a thread must not be waited for again.
+
+    `streams` are for answers that go on: a hundred downloads from a slow disk are no reason to turn others away.
+    """
 
     places: CapacityLimiter
+    streams: CapacityLimiter
     unlimited: CapacityLimiter
 
 
@@ -60,8 +64,8 @@ def in_store_threads(route: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R
 
 async def streamed(blocks: Iterator[bytes]) -> AsyncIterator[bytes]:
     """Blocks that the store gives out. Once an answer has begun it waits its turn: a 503 would come too late."""
-    places = _of_this_loop().places
-    while (block := await to_thread.run_sync(next, blocks, None, limiter=places)) is not None:
+    streams = _of_this_loop().streams
+    while (block := await to_thread.run_sync(next, blocks, None, limiter=streams)) is not None:
         yield block
 
 
@@ -78,7 +82,7 @@ def _of_this_loop() -> _Threads:
     try:
         return _threads.get()
     except LookupError:
-        made = _Threads(CapacityLimiter(STORE_THREADS), CapacityLimiter(math.inf))
+        made = _Threads(CapacityLimiter(STORE_THREADS), CapacityLimiter(STORE_THREADS), CapacityLimiter(math.inf))
         _threads.set(made)
         return made
 

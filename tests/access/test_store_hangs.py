@@ -144,6 +144,8 @@ def test_a_directory_that_hangs_in_the_middle_of_downloads_holds_up_no_one_else(
     with hung(house, "read") as there:
         downloads = there.fill(MANY)
         there.assert_others_do_not_wait()
+        for path in ("/readyz", f"/v1/blobs/{house.things[PRIVATE].sha256}"):
+            assert there.ask("reader", "HEAD" if "blobs" in path else "GET", path).result(SOON_S).status_code == 200
         there.store.go_on.set()
         answers = [one.result(60) for one in downloads]
         whole = {answer.content for answer in answers if answer.status_code == 200}

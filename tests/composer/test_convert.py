@@ -153,6 +153,7 @@ def test_each_component_of_a_diffusers_file_has_its_own_alpha(tmp_path: Path, ma
         ('{"transformer.use_dora": true}', "diffusers_variant"),
         ('{"transformer.r": 8, "transformer.lora_alpha": 8}', "rank_mismatch"),
         ('{"unet.lora_alpha": 8, "text_encoder.lora_alpha": 8}', "bad_config"),
+        ('{"unet.lora_alpha": 8}', "bad_config"),
         ('{"transformer.lora_alpha": "8"}', "bad_config"),
         ("[8", "bad_config"),
     ],

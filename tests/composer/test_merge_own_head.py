@@ -23,12 +23,12 @@ TOKENS = {"trainable_token_indices": [3, 5]}
 TYING = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
 
 
-def with_head(base: Path, noise: float, name: str) -> Path:
+def with_head(base: Path, noise: float, name: str, embedding_name: str = EMBEDDING) -> Path:
     """The tied base with its head in a file of its own: the embedding's bytes, or others."""
     copy = shutil.copytree(base, base.parent / name)
     torch.manual_seed(3)
     index = json.loads((copy / "model.safetensors.index.json").read_text())
-    embedding = load_file(copy / index["weight_map"][EMBEDDING])[EMBEDDING]
+    embedding = load_file(copy / index["weight_map"][embedding_name])[embedding_name]
     save_file({HEAD: embedding + torch.randn_like(embedding) * noise}, copy / "head.safetensors", {"format": "pt"})
     index["weight_map"][HEAD] = "head.safetensors"
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -136,6 +136,19 @@ def test_a_head_with_values_of_its_own_is_merged_apart_as_in_peft(
     assert not is_said_tied(merged)
     assert_all_close(load_model(merged).state_dict(), peft_merged(apart, adapter), 1e-6)
     assert relative(logits(merged), peft_logits(apart, adapter)) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [{"wpe": [0, 1]}, {"wte": [3], "wpe": [0, 1]}], ids=str)
+def test_trained_rows_of_another_table_than_the_embedding_are_not_the_heads(
+    tokens: dict[str, list[int]], make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    apart = with_head(make_model("gpt2", tied=True), 0.5, "apart", "transformer.wte.weight")
+    adapter, merged = (
+        make_adapter(apart, target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=tokens),
+        tmp_path / "merged",
+    )
+    merge(apart, adapter, merged)
+    assert_all_close(load_model(merged).state_dict(), peft_merged(apart, adapter), 1e-6)
 
 
 def test_a_merge_with_a_stored_head_can_be_rebuilt(

@@ -37,6 +37,13 @@ def packed_int4(name: str, weight: torch.Tensor) -> Weights:
     return {f"{name}_packed": words, f"{name}_scale": torch.ones(rows, 1), f"{name}_shape": torch.tensor(weight.shape)}
 
 
+def mxfp4(name: str, weight: torch.Tensor) -> Weights:
+    """As experts are packed that no `.weight` is of."""
+    module, (rows, columns) = name.removesuffix(".weight"), weight.shape
+    blocks = torch.zeros(rows, columns // 32 or 1, 16, dtype=torch.uint8)
+    return {f"{module}_blocks": blocks, f"{module}_scales": blocks[:, :, 0].contiguous()}
+
+
 def fp8(name: str, weight: torch.Tensor) -> Weights:
     scale = weight.abs().amax(dim=1, keepdim=True) / 448
     return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
@@ -77,6 +84,7 @@ def pair(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, Path]:
         (int8, None, r"does not say how\): .*proj.weight \(I8\)"),
         (bitsandbytes_int8, None, r"proj.weight \(I8\)"),
         (packed_int4, None, r"proj.weight_packed \(I32\)"),
+        (mxfp4, None, r"proj_blocks \(U8\)"),
     ],
 )
 def test_what_nothing_decodes_is_refused_though_the_adapter_touches_none_of_it(

@@ -121,6 +121,15 @@ def test_more_neighbours_than_rounding_gives_are_no_rounding(base: Path, adapter
     assert f"20 elements of {tensor}" in difference.why
 
 
+def test_a_tensor_without_elements_is_made_again_too(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    file = base / min(index["weight_map"].values())
+    save_file({**load_file(file), "model.nothing.weight": torch.zeros(0, dtype=torch.bfloat16)}, file)
+    index["weight_map"]["model.nothing.weight"] = file.name
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert again(base, adapters, merged(base, adapters, tmp_path / "merged", dtype="fp32")).verdict == "same"
+
+
 def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:

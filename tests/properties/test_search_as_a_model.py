@@ -47,6 +47,7 @@ def shelf(migrated: Database) -> Shelf:
 WAYS: dict[str, dict[str, int]] = {
     "as it is": {},
     "all in order": {"FEW": 0, "RARE": 0, "SIDE_BY_SIDE": 0, "MANY_WORDS": 0},
+    "little at a time": {"FEW": 0, "RARE": 0, "SIDE_BY_SIDE": 0, "ENTRIES": 1, "MORE": 2},
     "few are few": {
         "FEW": 2,
         "RARE": 3,
