@@ -18,7 +18,7 @@ from tests.staying_whole.processes import Journal, collect_forever, kill, serve,
 KILLS = int(os.environ.get("ADAPTORY_TEST_KILLS", "100"))
 LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
 """What an act takes on an idle machine, and some more: with S3 a push is a dozen requests."""
-LIFE_IN_PUSHES = 1.5
+LIFE_IN_PUSHES = 1.0
 """On a busy machine the longest life is so many pushes instead, or almost none would come to its end."""
 FEW_PUSHES = KILLS / 20
 
