@@ -31,7 +31,7 @@ from composer.rounding import Rounding, parse_rounding
 from composer.tensors import torch_device, torch_threads
 from composer.weights import parse_weight
 
-_ROUNDING_SHARE = {"BF16": 1e-3, "F16": 8e-3}
+_ROUNDING_SHARE = {"F64": 1.0, "F32": 1.0, "F16": 8e-3, "BF16": 1e-3}
 """Of a tensor, as many elements may end in the neighbouring value on another machine, and a few of a small one:
 float32's last bit decides a rounding to 8 bits once in some 10,000 times, to float16's 11 eight times as often."""
 _A_FEW = 8
@@ -224,7 +224,7 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
 
 def _roundings(target: TensorEntry) -> float:
     """So many elements may be neighbours: in float32 itself, whose last bit is what differs, all."""
-    return max(_A_FEW, _ROUNDING_SHARE.get(target.dtype, 1.0) * target.spec.elements)
+    return max(_A_FEW, _ROUNDING_SHARE.get(target.dtype, 0.0) * target.spec.elements)
 
 
 def steps_apart(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:

@@ -18,8 +18,6 @@ from tests.staying_whole.processes import Journal, collect_forever, kill, serve,
 KILLS = int(os.environ.get("ADAPTORY_TEST_KILLS", "100"))
 LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
 """What an act takes on an idle machine, and some more: with S3 a push is a dozen requests."""
-LIFE_IN_PUSHES = 1.0
-"""On a busy machine the longest life is so many pushes instead, or almost none would come to its end."""
 FEW_PUSHES = KILLS / 20
 
 
@@ -45,7 +43,7 @@ def test_a_hundred_kills_lose_nothing_and_leave_nothing_torn(
     alive["client"] = begin("client")
     longest_s = LONGEST_LIFE_S["postgresql" if "ADAPTORY_DATABASE_URL" in place else "sqlite"]
     first_push_s = _first_push_s(journal)
-    longest_s = max(longest_s, LIFE_IN_PUSHES * first_push_s)
+    longest_s = max(longest_s, first_push_s)  # on a busy machine almost none would come to its end otherwise
     record_property("first_push_s", first_push_s)
     alive["collector"] = begin("collector")
     for number in range(KILLS):
