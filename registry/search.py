@@ -20,9 +20,10 @@ from registry import bases, conditions, suites
 from registry.audit import Actor
 from registry.conditions import Form
 from registry.conditions import Query as Query
+from registry.descriptions import CURRENT_SUITES, Stamp
 from registry.errors import Usage
 from registry.models import Channel, Release, ReleaseWord, Score
-from registry.statements import Prepared, among, exact, filled, json_list, json_rows
+from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows
 from registry.suites import HIGHER_IS_BETTER
 from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
 
@@ -50,6 +51,13 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Match(Place):
+    """A release that was found, and its stamp at that moment."""
+
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """`newest`, `version` (the highest first) or `SUITE.METRIC` (the best first, without releases that lack it)."""
 
@@ -63,7 +71,7 @@ class Found:
     """`base` is (digest, name) of the one asked for, where others that follow from it were searched too; `relations`
     says how they do."""
 
-    places: Sequence[Place]
+    places: Sequence[Match]
     base: tuple[str, str] | None = None
     relations: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -99,7 +107,7 @@ class _By:
         return self.column == "value"
 
     def select(self) -> Select[*tuple[Any, ...]]:
-        found = select(self.key.label("key"), self.release_id.label("id"))
+        found = select(self.key.label("key"), self.release_id.label("id"), _release.stamp)
         found = found.select_from(Score.__table__ if self.of_score else Release.__table__)
         return found.join(Release.__table__, _release.id == _score.release_id) if self.of_score else found
 
@@ -118,7 +126,7 @@ class _By:
     def page(
         self, statement: Select[*tuple[Any, ...]], *around: FromClause, in_order: bool = True
     ) -> Select[*tuple[Any, ...]]:
-        """Keys and ids of the first that fit, as one text, for `places` to read. `around` is what it is within.
+        """Keys, ids and stamps of the first that fit, as one text, for `places` to read. `around` is what it is within.
 
         Scores that are not to be read `in_order` are found from their releases.
         """
@@ -128,21 +136,23 @@ class _By:
             of_metric = (suite == bindparam("by_suite"), _score.metric == bindparam("by_metric"))
             statement = statement.where(*of_metric, _score.release_id.is_not(None))
         if self.goes_on:
-            key: BindParameter[Any] = bindparam("after_key")
-            number: BindParameter[Any] = bindparam("after_id")
-            reached, end = tuple_(*columns), tuple_(*[key, number][-len(columns) :])
+            ends: list[BindParameter[Any]] = [bindparam("after_key"), bindparam("after_id")]
+            reached, end = tuple_(*columns), tuple_(*ends[-len(columns) :])
             statement = statement.where(reached < end if self.descending else reached > end)
         ordered = [column.desc() if self.descending else column.asc() for column in columns]
         first = statement.order_by(*ordered).limit(bindparam("limit")).correlate(*around).subquery("first")
-        return select(json_rows(exact(first.c.key) if self.of_score else first.c.key, first.c.id))
+        key = exact(first.c.key) if self.of_score else first.c.key
+        return select(json_rows(key, first.c.id, first.c.stamp))
 
-    def places(self, texts: Iterable[str | None], limit: int) -> list[Place]:
+    def places(self, pages: Rows, limit: int) -> list[Match]:
         """The first of several pages."""
-        rows = [row for text in texts if text for row in orjson.loads(text)]
+        suites = pages[0][1] if pages else None
+        rows = [row for text, _ in pages if text for row in orjson.loads(text)]
         if self.of_score:
-            rows = [(float(key), release_id) for key, release_id in rows]
+            rows = [(float(key), release_id, stamp) for key, release_id, stamp in rows]
         rows.sort(reverse=self.descending)
-        return [Place(None if self.column == "id" else key, release_id) for key, release_id in rows[:limit]]
+        by_id = self.column == "id"
+        return [Match(None if by_id else key, number, (stamp, suites)) for key, number, stamp in rows[:limit]]
 
 
 def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
@@ -168,7 +178,7 @@ def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
     return _By("value", better, goes_on)
 
 
-def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Place]:
+def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Match]:
     words = tuple(range(form.entries))
     thinnest: Newest | None = None
     if by.column == "id":
@@ -182,16 +192,16 @@ def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) ->
             return _among(session, form, by, values, _newest_first(ids, values) if by.column == "id" else [ids])
     if thinnest:
         return _of_word(session, form, by, values, thinnest)
-    texts = _of_few(form, by).column(session, values)
-    if len(texts) > FEW:
-        texts = _of_all(form, by).column(session, values)
-    return by.places(texts, values["limit"])
+    pages = _of_few(form, by).rows(session, values)
+    if len(pages) > FEW:
+        pages = _of_all(form, by).rows(session, values)
+    return by.places(pages, values["limit"])
 
 
-def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], thinnest: Newest) -> list[Place]:
+def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], thinnest: Newest) -> list[Match]:
     """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
     parts = read_on(session, form, thinnest, values)
-    found: list[Place] = []
+    found: list[Match] = []
     further: Sequence[int] | None = ()
     asks_traits = conditions.asks_traits(form)
     if not (asks_traits and _is_common(session, thinnest, values)):
@@ -201,9 +211,9 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
         further = next(parts, None) if len(found) < values["limit"] else None
     if further is None:
         return found
-    texts = _of_few(form, by).column(session, values)
-    if len(texts) <= FEW:
-        return by.places(texts, values["limit"])
+    pages = _of_few(form, by).rows(session, values)
+    if len(pages) <= FEW:
+        return by.places(pages, values["limit"])
     return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
 
 
@@ -219,13 +229,13 @@ def _is_common(session: Session, thinnest: Newest, values: Mapping[str, Any]) ->
 
 def _among(
     session: Session, form: Form, by: _By, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
-) -> list[Place]:
+) -> list[Match]:
     """The page from lists of releases, each of which comes wholly before the next in the order."""
-    found: list[Place] = []
+    found: list[Match] = []
     for ids in parts:
         if ids:
-            texts = _among_rare(form, by).column(session, {**values, "ids": filled(ids)})
-            found += by.places(texts, values["limit"])
+            pages = _among_rare(form, by).rows(session, {**values, "ids": filled(ids)})
+            found += by.places(pages, values["limit"])
         if len(found) >= values["limit"]:
             break
     return found[: values["limit"]]
@@ -280,18 +290,18 @@ def _of_few(form: Form, by: _By) -> Prepared:
     count = select(func.count()).select_from(fitting).scalar_subquery()
     entries = by.select().where(by.traits_id == fitting.c.id, *conditions.on_release(form))
     page = by.page(entries, fitting).scalar_subquery()
-    return Prepared(select(case((count <= FEW, page))).select_from(fitting))
+    return Prepared(select(case((count <= FEW, page)), CURRENT_SUITES).select_from(fitting))
 
 
 @lru_cache(512)
 def _of_all(form: Form, by: _By) -> Prepared:
     """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
     fits = conditions.fits(form, by.traits_id + 0)
-    return Prepared(by.page(by.select().where(fits, *conditions.on_release(form))))
+    return Prepared(by.page(by.select().where(fits, *conditions.on_release(form))).add_columns(CURRENT_SUITES))
 
 
 @lru_cache(512)
 def _among_rare(form: Form, by: _By) -> Prepared:
     fits = conditions.fits(form, _release.traits_id)
     entries = by.select().where(among(_release.id, "ids"), fits, *conditions.on_release(form))
-    return Prepared(by.page(entries, in_order=False))
+    return Prepared(by.page(entries, in_order=False).add_columns(CURRENT_SUITES))

@@ -5,7 +5,7 @@ and write a page of fifty again would cost several times what it costs to find i
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
@@ -19,7 +19,7 @@ from registry.access import may_read
 from registry.audit import Actor
 from registry.channels import Moved
 from registry.db import Session
-from registry.descriptions import Description, Stamp, describe, stamps
+from registry.descriptions import Description, Stamp, describe
 from registry.models import Release
 from registry.names import RepositoryName
 from registry.repositories import Kind
@@ -99,19 +99,19 @@ class Documents:
     _kept: "OrderedDict[int, Told]" = field(default_factory=OrderedDict[int, Told])
     _lock: Lock = field(default_factory=Lock)
 
-    def page(self, session: Session, actor: Actor, release_ids: Sequence[int]) -> list[Told]:
-        """In the order of the ids."""
-        found = self._true(stamps(session, release_ids))
-        for one in describe(session, [number for number in release_ids if number not in found]):
+    def page(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[Told]:
+        """In the order of the ids of `stamps`, which say what is true now."""
+        found = self._true(stamps)
+        for one in describe(session, [number for number in stamps if number not in found]):
             row = one.release
             document = _dumped(release_document(actor, one))
             told = Told(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
             found[row.id] = told
             if not one.inputs:
                 self._keep(row.id, told)
-        return [found[number] for number in release_ids]
+        return [found[number] for number in stamps]
 
-    def _true(self, now: dict[int, Stamp]) -> dict[int, Told]:
+    def _true(self, now: Mapping[int, Stamp]) -> dict[int, Told]:
         with self._lock:
             found = {number: told for number in now if (told := self._kept.get(number)) and told.stamp == now[number]}
             for number in found:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Generator
 import pytest
 
 from composer.suite import Suite
-from registry import releases, suites
+from registry import releases, search, suites
 from registry.db import Database, Session
 from registry.models import Release
+from registry.search import Order, Query
 from registry.suites import Measurement
 from registry.web.documents import Documents
 from tests import services
@@ -38,7 +39,9 @@ def elsewhere(url: str) -> Generator[Database]:
 
 def told(database: Database, documents: Documents, items: list[Item]) -> list[bytes]:
     with database.read() as session:
-        return [one.document for one in documents.page(session, HOST, [item.id for item in items])]
+        found = search.search(session, HOST, Query(include_yanked=True), Order(limit=1_000)).places
+        stamps = {place.release_id: place.stamp for place in found}
+        return [one.document for one in documents.page(session, HOST, {item.id: stamps[item.id] for item in items})]
 
 
 def measured(value: float) -> Change:
