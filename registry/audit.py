@@ -10,8 +10,10 @@ from sqlalchemy import Select, Table, insert, select
 from sqlalchemy.orm import Session
 
 from registry.models import AuditRow
+from registry.statements import Prepared
 
-_INSERT = insert(cast(Table, AuditRow.__table__))
+_audit = cast(Table, AuditRow.__table__)
+_INSERT = Prepared(insert(_audit), sets=[column.name for column in _audit.c if column is not _audit.c.id])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def record(  # noqa: PLR0913
         "after": dict(after) if after is not None else None,
         "detail": detail,
     }
-    session.execute(_INSERT, values)
+    _INSERT.run(session, values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Row, Select, Table, bindparam, insert, select, update
+from sqlalchemy import Select, Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
 from registry import audit, gates, namespaces, releases, repositories
@@ -16,18 +16,18 @@ from registry.models import Base, Channel, Gate, Move, Namespace, Release, Repos
 from registry.names import RepositoryName, Version, parse_part
 from registry.releases import full_name
 from registry.repositories import Kind
+from registry.statements import Prepared
 
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
-_Row = Row[*tuple[Any, ...]]
 _channel, _gate, _move, _namespace, _release, _repository, _revision = (
     table.__table__.c for table in (Channel, Gate, Move, Namespace, Release, Repository, Revision)
 )
 _left = Release.__table__.alias("left")
 
 # A promotion is these five statements, of columns: with objects it took twice as long.
-_ASKED = (
+_ASKED = Prepared(
     select(
         _release.id,
         _release.base_digest,
@@ -59,7 +59,7 @@ other here instead of failing, unless they say what they expect to find."""
 _VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_version")]
 _MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
 """What `Moved` holds, in its order."""
-_STATE = (
+_STATE = Prepared(
     select(_channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
@@ -78,11 +78,15 @@ _HISTORY = (
     .where(_move.channel_id == bindparam("channel"))
     .order_by(_move.id.desc())
 )
-_INSERT = insert(cast(Table, Move.__table__)).returning(_move.id)
-_POINT = (
+_INSERT = Prepared(
+    insert(cast(Table, Move.__table__)).returning(_move.id),
+    sets=[column.name for column in _move if column is not _move.id],
+)
+_POINT = Prepared(
     update(cast(Table, Channel.__table__))
     .where(_channel.id == bindparam("channel"), _channel.move_id.is_not_distinct_from(bindparam("seen")))
-    .returning(_channel.id)
+    .returning(_channel.id),
+    sets=("move_id",),
 )
 
 
@@ -143,7 +147,7 @@ def promote(
     namespace = wanted.repository.namespace
     releases.refuse_without_signature(namespace, release, release.signed_by, published=wanted.release)
     _refuse_unpromotable(release, wanted, reason, force=force)
-    current = session.execute(_STATE, {"channel": release.channel_id}).one()
+    [current] = _STATE.records(session, {"channel": release.channel_id})
     _check_expected(current.move_id, expected, wanted.subject)
     report = _judge(session, release, current.rules)
     passed = all(result.passed for result in report)
@@ -319,7 +323,7 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
     return move
 
 
-def _asked(session: Session, wanted: Promotion) -> _Row:
+def _asked(session: Session, wanted: Promotion) -> Any:
     """Raises NotFound for what there is not, but for the channel: its first move makes it."""
     name = wanted.repository
     values = {
@@ -328,17 +332,17 @@ def _asked(session: Session, wanted: Promotion) -> _Row:
         "named": str(wanted.version),
         "onto": parse_part(wanted.channel, "channel"),
     }
-    row = session.execute(_ASKED, values).one_or_none()
+    row = next(iter(_ASKED.records(session, values)), None)
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
         namespaces.find_settled(session, name.namespace)
         session.add(Channel(repository_id=release.repository_id, name=wanted.channel, move_id=None))
         session.flush()
-        row = session.execute(_ASKED, values).one()
+        [row] = _ASKED.records(session, values)
     return row
 
 
-def _refuse_unpromotable(release: _Row, wanted: Promotion, reason: str, *, force: bool) -> None:
+def _refuse_unpromotable(release: Any, wanted: Promotion, reason: str, *, force: bool) -> None:
     if release.yanked:
         raise Refused(
             "release_yanked",
@@ -355,7 +359,7 @@ def _refuse_unpromotable(release: _Row, wanted: Promotion, reason: str, *, force
         )
 
 
-def _judge(session: Session, release: _Row, texts: Sequence[str] | None) -> list[GateResult]:
+def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[GateResult]:
     rules = gates.parse_rules(texts or ())
     if not rules:
         return []
@@ -384,10 +388,9 @@ def _check_expected(move_id: int | None, expected: Expected | None, subject: str
 
 def _set(session: Session, move: Mapping[str, Any], seen: int | None, expected: Expected | None, subject: str) -> int:
     """The move's id. Compare-and-set: of two moves that saw the same state exactly one gets through."""
-    move_id: int = session.execute(_INSERT, move).scalar_one()
+    [move_id] = _INSERT.column(session, move)
     values = {"channel": move["channel_id"], "seen": seen, "move_id": move_id}
-    won = session.execute(_POINT, values).first()
-    if won is None:
+    if not _POINT.rows(session, values):
         family = Stale if expected else Conflict
         raise family(
             "channel_moved",

@@ -7,7 +7,9 @@ more than its time where the page is one row of JSON.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, ColumnElement, Connection, Dialect, Integer, Select, String, bindparam, column
@@ -15,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.functions import FunctionElement
 
 T = TypeVar("T")
@@ -24,23 +27,36 @@ PLANNED_VALUES = 10
 
 
 class Prepared:
-    """A SELECT with named values, for columns that are used as the driver gives them. `among` takes lists of values.
+    """A statement with named values. `among` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
 
     It sees what has been flushed.
     """
 
-    def __init__(self, statement: Select[*tuple[Any, ...]]) -> None:
+    def __init__(self, statement: Select[*tuple[Any, ...]] | UpdateBase, sets: Sequence[str] | None = None) -> None:
         self._statement = statement
+        self._sets = sets
         self._compiled: dict[str, _Compiled] = {}
 
     def rows(self, session: Session, values: Mapping[str, Any]) -> Rows:
-        """What else is in `values` is ignored."""
+        """As the driver gives them. What else is in `values` is ignored."""
         connection = session.connection()
-        name = connection.dialect.name
-        compiled = self._compiled.get(name)
+        return self._for(connection.dialect).rows(connection, values)
+
+    def run(self, session: Session, values: Mapping[str, Any]) -> None:
+        """For a statement without rows."""
+        connection = session.connection()
+        self._for(connection.dialect).run(connection, values)
+
+    def records(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
+        """Rows by the names of their columns, each value of its column's type."""
+        connection = session.connection()
+        return self._for(connection.dialect).records(connection, values)
+
+    def _for(self, dialect: Dialect) -> "_Compiled":
+        compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = self._compiled[name] = _Compiled(self._statement, connection.dialect)
-        return compiled.rows(connection, compiled.parameters(values))
+            compiled = self._compiled[dialect.name] = _Compiled(self._statement, dialect, self._sets)
+        return compiled
 
     def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
         """The first column of its rows."""
@@ -50,18 +66,46 @@ class Prepared:
 class _Compiled:
     """A statement as one kind of database reads it."""
 
-    def __init__(self, statement: Select[*tuple[Any, ...]], dialect: Dialect) -> None:
-        compiled = statement.compile(dialect=dialect)
+    def __init__(self, statement: Any, dialect: Dialect, sets: Sequence[str] | None) -> None:
+        compiled: SQLCompiler = statement.compile(dialect=dialect, column_keys=sets)
         self.text = compiled.string
         self._own = {name: value for name, value in compiled.params.items() if value is not None}
         self._order = compiled.positiontup
+        types = {name: bound.type.dialect_impl(dialect) for name, bound in compiled.binds.items()}
+        self._sent = [(name, convert) for name, own in types.items() if (convert := own.bind_processor(dialect))]
+        self._statement, self._dialect = statement, dialect
 
-    def rows(self, connection: Connection, parameters: Any) -> Rows:
-        """Straight from the driver: SQLAlchemy's way there takes twice as long as SQLite for most of what is asked."""
+    def rows(self, connection: Connection, values: Mapping[str, Any]) -> Rows:
+        return self._executed(connection, values, lambda cursor: cursor.fetchall())
+
+    def run(self, connection: Connection, values: Mapping[str, Any]) -> None:
+        self._executed(connection, values, lambda cursor: None)
+
+    def records(self, connection: Connection, values: Mapping[str, Any]) -> list[Any]:
+        made, received = self._record
+        found: list[Any] = []
+        for row in self.rows(connection, values):
+            columns = list(row)
+            for place, convert in received:
+                columns[place] = convert(columns[place])
+            found.append(made(*columns))
+        return found
+
+    @cached_property
+    def _record(self) -> tuple[Any, list[tuple[int, Callable[[Any], Any]]]]:
+        """The class of its records, and how those columns come to be of their types that the driver does not know."""
+        columns, dialect = self._statement.exported_columns, self._dialect
+        received = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
+        made = namedtuple("Record", columns.keys())  # pyright: ignore[reportUntypedNamedTuple]
+        return made, [(place, convert) for place, convert in enumerate(received) if convert]
+
+    def _executed(self, connection: Connection, values: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """Straight to the driver: SQLAlchemy's way there takes twice as long as SQLite for most of what is asked."""
+        parameters = self._parameters(values)
         driver: Any = connection.connection.driver_connection
         errors: type[Exception] = connection.dialect.loaded_dbapi.Error
         try:
-            return driver.execute(self.text, parameters).fetchall()
+            return read(driver.execute(self.text, parameters))
         except errors as error:
             lost = connection.dialect.is_disconnect(error, driver, None)
             told: BaseException = DBAPIError.instance(
@@ -71,8 +115,10 @@ class _Compiled:
                 connection.invalidate(error)
             raise told from error
 
-    def parameters(self, values: Mapping[str, Any]) -> Any:
+    def _parameters(self, values: Mapping[str, Any]) -> Any:
         given = {**self._own, **values}
+        for name, convert in self._sent:
+            given[name] = convert(given[name])
         if self._order is None:
             return given
         listed = [given[name] for name in self._order]
