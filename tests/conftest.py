@@ -17,6 +17,10 @@ from registry.db import Database
 from tests import services
 from tests.s3_server import S3Server
 
+# Whoever has a server of their own set up in this shell does not mean the tests to use it.
+for _name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
+    if not _name.startswith(("ADAPTORY_TEST_", "ADAPTORY_REQUIRE_", "ADAPTORY_SNAPSHOTS")):
+        del os.environ[_name]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # How fast inputs are made says how busy the machine is, and how warm its imports: it fails no test.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
