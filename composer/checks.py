@@ -18,7 +18,7 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
     """Hard conflicts between adapters, and between an adapter and a tied weight.
 
     `settings["tied"]` is `refuse` (default), `shared` or `untie`. Error codes: replacement_conflict,
-    replacement_and_delta, two_rescale, token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch,
+    replacement_and_delta, two_rescale, changed_base, token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch,
     shape_conflict. Notices: tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that
     also has a low-rank pair.
     """
@@ -87,7 +87,13 @@ def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fin
 
 
 def _check_order(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
-    """Two deltas that each rescale the base's own weight were trained in no common order."""
+    """Two deltas that each rescale the base's own weight were trained in no common order; one that drops a part of it
+    leaves no base that another was trained on."""
+    alone = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.alone]
+    if alone and len({name for name, _ in adding}) > 1:
+        name, delta = alone[0]
+        message = f"{name} drops directions of {weight} (KaSA), which other adapters were trained with."
+        return [_error("changed_base", delta.module, message)]
     reading = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.rescales]
     if len(reading) < 2:
         return []

@@ -110,7 +110,8 @@ class Computed:
     `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N,
     `layout` and `kernel` say what the rows and columns are, so that it can be compressed to factors.
     `reads_base` says that `rows` looks at W, `rescales` that two such deltas of one weight have no order that both were
-    trained in (DoRA, OFT, …). `whole` says that all M rows are needed at once (a norm over a column of a transposed
+    trained in (DoRA, OFT, …), `alone` that it was trained on another weight than W (KaSA), on which no other delta was.
+    `whole` says that all M rows are needed at once (a norm over a column of a transposed
     weight). `sets_rows` are rows that become what they are whatever the base has there: two deltas cannot both do that
     to one row. `stacked` as in LowRank.
     """
@@ -121,6 +122,7 @@ class Computed:
     rows: Rows
     reads_base: bool = False
     rescales: bool = False
+    alone: bool = False
     whole: bool = False
     tied: bool = False
     begin: int = 0

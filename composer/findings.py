@@ -32,7 +32,7 @@ None: no measurement backs a number, so there is no such finding unless a policy
 half of what the member had gained.
 """
 HARD = frozenset({
-    "replacement_conflict", "replacement_and_delta", "two_rescale", "token_conflict", "tied_weight",
+    "replacement_conflict", "replacement_and_delta", "two_rescale", "changed_base", "token_conflict", "tied_weight",
     "tied_both_sides", "vocabulary_mismatch", "shape_conflict", "not_finite",
 })  # fmt: skip
 """What a merge refuses whatever a policy says."""
@@ -48,6 +48,7 @@ _NEXT_STEPS = {
     "replacement_conflict": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
     "replacement_and_delta": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
     "two_rescale": "Leave all but one of them out.",
+    "changed_base": "Leave it out, or all others.",
     "token_conflict": "Leave one of the two out.",
     "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",
     "shape_conflict": "Combine adapters of one base.",

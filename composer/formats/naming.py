@@ -29,6 +29,10 @@ _PARTS = (
     (re.compile(r"\.([^.]+)$"), r"\1"),
 )
 
+INTO_LANGUAGE_MODEL = "into `language_model.`"
+"""An adapter of the language model alone, on a base that has it beside others."""
+OUT_OF_LANGUAGE_MODEL = "without `language_model.`"
+
 # (rule, pattern, replacement): in-memory name -> on-disk name, for checkpoints that were saved under other names.
 _RENAMES = (
     ("without `transformer.`", re.compile(r"^transformer\.(.+)$"), r"\1"),
@@ -36,10 +40,13 @@ _RENAMES = (
     ("with `model.`", re.compile(r"^((?:layers|embed_tokens|norm)\b.*)$"), r"model.\1"),
     ("`language_model.model.`", re.compile(r"^model\.language_model\.(.+)$"), r"language_model.model.\1"),
     ("`language_model.lm_head`", re.compile(r"^(lm_head\..+)$"), r"language_model.\1"),
-    ("without `language_model.`", re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
+    (OUT_OF_LANGUAGE_MODEL, re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
     ("`block_sparse_moe.`", re.compile(r"^(.+)\.mlp\.((?:gate|experts)\..+)$"), r"\1.block_sparse_moe.\2"),
-    ("`visual.`", re.compile(r"^model\.(visual\..+)$"), r"\1"),
+    ("without `model.`", re.compile(r"^model\.(.+)$"), r"\1"),
+    (INTO_LANGUAGE_MODEL, re.compile(r"^model\.((?:layers|embed_tokens|norm)\b.*)$"), r"language_model.model.\1"),
+    (INTO_LANGUAGE_MODEL, re.compile(r"^model\.((?:layers|embed_tokens|norm)\b.*)$"), r"model.language_model.\1"),
 )
+_OF_A_LANGUAGE_MODEL = re.compile(r"model\.(?:layers|embed_tokens|norm)\b|lm_head\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,13 @@ def find_weight(module: str, parameter: str, architecture: Architecture) -> Targ
         return sorted(hits)
     weight, rule = next(iter(hits.items()))
     return Target(weight, _is_tied_tensor(weight, architecture), rule)
+
+
+def elsewhere(target: Target, architecture: Architecture) -> bool:
+    """Was the module's path in another model than the base, of which a language model is a part, or which is one?"""
+    if target.rule == OUT_OF_LANGUAGE_MODEL:
+        return all(map(_OF_A_LANGUAGE_MODEL.match, architecture.tensors))
+    return target.rule == INTO_LANGUAGE_MODEL
 
 
 def is_head(module: str) -> bool:

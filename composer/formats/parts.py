@@ -74,7 +74,7 @@ def lokr(shapes: Shapes, options: Options, base: Size) -> Size:
 def _kronecker(shapes: Shapes, name: str) -> Size:
     if name in shapes:
         whole = shapes[name]
-        _require(len(whole) in ((2, 4) if name == "lokr_w2" else (2,)), shapes, name)
+        _require(len(whole) in ((2, 3, 4) if name == "lokr_w2" else (2,)), shapes, name)
         return whole[0], prod(whole[1:])
     first, second = _dims(shapes, f"{name}_a", 2), _dims(shapes, f"{name}_b", 2)
     if name == "lokr_w2" and "lokr_t2" in shapes:

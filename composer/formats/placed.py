@@ -8,10 +8,11 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig
 from composer.formats.header import Header
-from composer.formats.naming import Target, find_weight, is_head
+from composer.formats.naming import Target, elsewhere, find_weight, is_head
 
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+OTHER_PATHS = "other_paths"
 LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding", "convolution"})
 WHOLE_KINDS = frozenset({"replacement", "base_copy"})
 
@@ -102,10 +103,17 @@ class Placement:
             return Target(f"{module}.{parameter}", False)
         found = find_weight(module, parameter, self.architecture)
         if isinstance(found, Target):
+            self._note_elsewhere(module, found, self.architecture)
             return found
         what = f"could be any of {', '.join(found)}" if found else "is no tensor of the base"
         self.error("unmatched_tensor", module or key, f"{key}: {module}.{parameter} {what}.")
         return None
+
+    def _note_elsewhere(self, module: str, target: Target, architecture: Architecture) -> None:
+        if any(finding.code == OTHER_PATHS for finding in self.findings) or not elsewhere(target, architecture):
+            return
+        message = f"{module} is {target.weight.rpartition('.')[0]} in the base ({target.rule}): no server looks there."
+        self.findings.append(Finding(OTHER_PATHS, Severity.WARNING, module, message))
 
     def fits(self, subject: str, target: Target, shape: tuple[int, ...]) -> bool:
         expected = self.base_shape(target)

@@ -36,7 +36,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
     unflagged_part, duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused,
     unsupported_layer, empty_adapter.
-    Notices: no_prefix, raw_keys, unused_target.
+    Warning: other_paths. Notices: no_prefix, raw_keys, unused_target.
     Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
     """
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):

@@ -12,7 +12,7 @@ from composer.errors import NotSupported
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import AdapterFacts
 from composer.formats.naming import PEFT_PREFIX, is_raw, lacks_prefix
-from composer.formats.placed import Placed
+from composer.formats.placed import OTHER_PATHS, Placed
 
 SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
 """Bit i of a mask of servers stands for SERVERS[i]. Masks are kept: a new server is only ever appended."""
@@ -83,7 +83,7 @@ def judge(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> tuple[i
     """(mask, {server: {reasons, way_out}}): the servers that load it if its rank is within their limit, and why the
     others do not. As JSON; `loads` reads it again."""
     other = [] if config.peft_type == "LORA" else _other_type(config)
-    unknown, bare, raw = _unknown(placed), _bare(config, placed), _raw(config, placed)
+    unknown, bare, raw = [*_unknown(placed), *_elsewhere(placed)], _bare(config, placed), _raw(config, placed)
     common = (other or _common(config, facts, placed)) + unknown + raw
     problems = {
         "vllm": common + _beyond_vllm(facts),
@@ -131,6 +131,12 @@ def _other_type(config: AdapterConfig) -> list[tuple[str, str]]:
 def _unknown(placed: Placed) -> list[tuple[str, str]]:
     found = [finding.subject for finding in placed.findings if finding.code == "unmatched_tensor"]
     return [(f"tensors match nothing that is known ({found[0]})", "")] if found else []
+
+
+def _elsewhere(placed: Placed) -> list[tuple[str, str]]:
+    if not any(finding.code == OTHER_PATHS for finding in placed.findings):
+        return []
+    return [("its paths are those of another model: where the base has its modules, servers do not look", _MERGE)]
 
 
 def _bare(config: AdapterConfig, placed: Placed) -> list[tuple[str, str]]:

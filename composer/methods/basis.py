@@ -43,13 +43,14 @@ def pair_of(delta: LowRank) -> Pair:
     return delta.B_OR.float() * delta.scale, delta.A_RI.float()
 
 
-def canonical(pair: Pair) -> Pair:
-    """The balanced factors U √Σ, √Σ V^T of the same product: what does not depend on how an adapter splits it."""
+def canonical(pair: Pair, in_output: float = 0.5) -> Pair:
+    """The factors U Σ^p, Σ^(1-p) V^T of the same product, p = `in_output`: what does not depend on how an adapter
+    splits it."""
     Q_B, R_B = torch.linalg.qr(pair[0])
     Q_A, R_A = torch.linalg.qr(pair[1].T)
     U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)
-    root = sigma.sqrt()
-    return Q_B @ (U[:, : len(root)] * root), (root[:, None] * Vh[: len(root)]) @ Q_A.T
+    rank = len(sigma)
+    return Q_B @ (U[:, :rank] * sigma**in_output), (sigma[:, None] ** (1 - in_output) * Vh[:rank]) @ Q_A.T
 
 
 @dataclass(frozen=True, slots=True)

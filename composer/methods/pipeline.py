@@ -167,7 +167,8 @@ def _made_room(place: Place, settings: Mapping[str, object]) -> Place:
 def _calibrated(place: Place, settings: Mapping[str, object]) -> Place:
     pairs = [pair_of(part.low_rank) for part in place.parts]
     if settings["gauge"] == "canonical":
-        pairs = [canonical(pair) for pair in pairs]
+        # All of Σ in B: what crowds a direction is what is written into it.
+        pairs = [canonical(pair, in_output=1.0) for pair in pairs]
     calibrated = pico(pairs)
     if settings["restore"] == "each":
         calibrated = restored(calibrated, [norm_of(pair) for pair in pairs])

@@ -92,8 +92,12 @@ def lokr(module: Module) -> list[Delta]:
     scale = module.config.scale_for(module.placed.module)
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
-        w1, w2 = _kronecker(module, "lokr_w1").to(W_OI), _kronecker(module, "lokr_w2").flatten(1).to(W_OI)
+        w1, w2 = _kronecker(module, "lokr_w1").to(W_OI), _kronecker(module, "lokr_w2").to(W_OI)
         row_O = torch.arange(begin, begin + len(W_OI))
+        if w2.dim() == 3:  # a Conv1d's: PEFT's kron takes w1 for 1 x ..., and so is what it trains
+            left, right = w1[row_O % len(w1)], w2[row_O // len(w1)]
+            return scale * (left[:, None, :, None] * right[:, :, None, :]).flatten(1)
+        w2 = w2.flatten(1)
         left, right = w1[row_O // len(w2)], w2[row_O % len(w2)]
         return scale * (left[:, :, None] * right[:, None, :]).flatten(1)
 

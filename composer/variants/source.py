@@ -64,7 +64,7 @@ class Module:
             nested=placed.nested,
         )  # fmt: skip
 
-    def computed(self, rows: Rows, *, reads_base: bool = True, whole: bool = False) -> Computed:
+    def computed(self, rows: Rows, *, reads_base: bool = True, alone: bool = False, whole: bool = False) -> Computed:
         """`rows` takes and gives rows of O x I: of a weight that is stored the other way all of them at once."""
         placed, straight = self.placed, self.layout is Layout.LINEAR
 
@@ -73,7 +73,7 @@ class Module:
 
         return Computed(
             placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
-            rescales=reads_base, whole=whole or not straight, tied=placed.tied, layout=self.layout,
+            rescales=reads_base, alone=alone, whole=whole or not straight, tied=placed.tied, layout=self.layout,
             kernel=placed.shape[2:], twin=placed.twin,
         )  # fmt: skip
 

@@ -142,10 +142,13 @@ def in_knots(Xs: Sequence[Dense], rank: int) -> tuple[Dense, list[Dense]]:
     return U[:, :rank], [s[:rank, None] * Vh[:rank, i * columns : (i + 1) * columns] for i in range(len(Xs))]
 
 
-def pico(pairs: Sequence[tuple[Dense, Dense]]) -> list[Dense]:
-    """The calibrated deltas, dense."""
+def pico(pairs: Sequence[tuple[Dense, Dense]], *, canonical: bool) -> list[tuple[Dense, Dense]]:
+    """The calibrated pairs."""
+    if canonical:
+        split = [(torch.linalg.svd(B @ A, full_matrices=False), B.shape[1]) for B, A in pairs]
+        pairs = [(U[:, :rank] * s[:rank], Vh[:rank]) for (U, s, Vh), rank in split]
     stacked = torch.cat([B for B, _ in pairs], 1)
     U, s, _ = torch.linalg.svd(stacked, full_matrices=False)
     c = s**2 / (s**2).sum()
     damp = U @ torch.diag(1 / (1 + (len(pairs) - 1) * c)) @ U.T
-    return [damp @ B @ A for B, A in pairs]
+    return [(damp @ B, A) for B, A in pairs]

@@ -198,8 +198,21 @@ def test_pico_gives_every_method_the_mean_norm_of_its_inputs_back(method: str) -
 
 def test_pico_damps_the_output_directions_that_adapters_share() -> None:
     deltas = low_ranks()
-    ours = combined("pico_stack", deltas, WEIGHTS, {"gauge": "raw", "restore": "none"})
-    assert error(ours, dense.summed(dense.pico(pairs(deltas)), WEIGHTS)) < 1e-5
+    for gauge in ("raw", "canonical"):
+        ours = combined("pico_stack", deltas, WEIGHTS, {"gauge": gauge, "restore": "none"})
+        damped = [B @ A for B, A in dense.pico(pairs(deltas), canonical=gauge == "canonical")]
+        assert error(ours, dense.summed(damped, WEIGHTS)) < 1e-5, gauge
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pico_then_a_method_is_that_method_of_the_damped_deltas_at_the_mean_norm(method: str) -> None:
+    deltas = low_ranks()
+    damped = dense.pico(pairs(deltas), canonical=True)
+    expected = REFERENCES[method]([B @ A for B, A in damped], damped)
+    norms = [abs(w) * float((B @ A).norm()) for w, (B, A) in zip(WEIGHTS, pairs(deltas), strict=True)]
+    expected = expected * (sum(norms) / len(norms) / expected.norm())
+    ours = combined(f"pico_{method}", deltas, WEIGHTS, known(method, {"ctm_rank": sum(RANKS)}))
+    assert error(ours, expected) < 5e-5
 
 
 def test_a_compression_reports_the_error_that_it_made() -> None:

@@ -170,6 +170,16 @@ def test_two_dora_adapters_of_one_weight_are_refused(tmp_path: Path, make_model:
     assert caught.value.code == "two_rescale"
 
 
+def test_kasa_and_anything_else_on_one_weight_are_refused(tmp_path: Path, make_model: MakeModel) -> None:
+    base, kasa = make_model(), {"kasa_config": KasaConfig()}
+    dropping = save_adapted(base, lora(**kasa, target_modules=["q_proj"]), tmp_path / "kasa")
+    plain, apart = (save_adapted(base, lora(target_modules=[name]), tmp_path / name) for name in ("q_proj", "v_proj"))
+    with pytest.raises(Mismatch, match="kasa drops directions") as caught:
+        plan_merge(open_checkpoint(base), [(plain, 1.0), (dropping, 1.0)])
+    assert caught.value.code == "changed_base"
+    assert plan_merge(open_checkpoint(base), [(dropping, 1.0), (apart, 1.0)]).touched
+
+
 def test_dora_and_a_plain_lora_add_up_from_the_bases_own_weight(tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model(shard="1GB")
     rescaling = save_adapted(base, lora(use_dora=True), tmp_path / "dora", seed=1)

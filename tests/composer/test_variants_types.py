@@ -139,18 +139,24 @@ class Convolution(nn.Module):
         super().__init__()
         self.wide = nn.Conv2d(8, 6, (3, 2))
         self.point = nn.Conv2d(8, 6, 1)
+        self.line = nn.Conv1d(8, 6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.wide(x)
 
 
+@pytest.mark.parametrize("rank", [1, 64])
 @pytest.mark.parametrize("effective", [True, False])
 @pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.LoKrConfig])
-def test_convolutions_change_as_in_peft(kind: type[peft.PeftConfig], effective: bool, tmp_path: Path) -> None:
+def test_convolutions_change_as_in_peft(
+    kind: type[peft.PeftConfig], effective: bool, rank: int, tmp_path: Path
+) -> None:
     torch.manual_seed(2)
     model = Convolution()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings: Any = {"r": 1, "alpha": 2, "target_modules": ["wide", "point"], "use_effective_conv2d": effective}
+    settings: Any = {"r": rank, "alpha": 2, "target_modules": ["wide", "point"], "use_effective_conv2d": effective}
+    if (kind, effective, rank) != (peft.LoKrConfig, True, 1):  # of which PEFT makes a tensor that it cannot use
+        settings["target_modules"].append("line")
     merged = save_adapted_layers(model, kind(**settings), tmp_path / "adapter")
     changed = changed_by(Convolution(), before, tmp_path / "adapter")
     assert not torch.equal(changed["wide.weight"], before["wide.weight"])
