@@ -27,7 +27,7 @@ def test_a_hundred_kills_lose_nothing_and_leave_nothing_torn(
     seed = int(os.environ.get("ADAPTORY_TEST_SEED", random.SystemRandom().randrange(10**6)))
     record_property("ADAPTORY_TEST_SEED", seed)
     chance = random.Random(seed)
-    place |= {"ADAPTORY_UPLOAD_EXPIRES_S": "2"}  # so that there is garbage to collect
+    place |= {"ADAPTORY_UPLOAD_EXPIRES_S": "15"}  # so that there is garbage to collect, but none of what is on its way
     port, journal = services.free_port(), Journal(tmp_path / "journal")
     url = f"http://127.0.0.1:{port}"
 

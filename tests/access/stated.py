@@ -1,0 +1,80 @@
+"""Whom every route lets in, written down by hand: a rule in the code that says less than this is found.
+
+`reader`             who has that role, or a higher one, in the namespace of the path
+`reader somewhere`   in any namespace
+`operator`           an admin of the whole registry
+`inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
+                     is shown what each may read, `... somewhere` as above
+`open`               whoever asks
+"""
+
+_ROUTES = """
+GET    /v1/releases                                                             inside: everybody
+GET    /v1/resolve                                                              inside: reader
+GET    /v1/{kind}/{namespace}/{name}/channels                                   reader
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         reader
+PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser
+POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/rollback                releaser
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/history                 reader
+GET    /v1/{kind}/{namespace}/{name}/gates                                      reader
+PUT    /v1/{kind}/{namespace}/{name}/gates                                      admin
+GET    /v1/{kind}                                                               inside: everybody
+GET    /v1/{kind}/{namespace}/{name}                                            reader
+POST   /v1/{kind}/{namespace}/{name}/releases                                   publisher
+GET    /v1/{kind}/{namespace}/{name}/releases                                   reader
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}                         reader
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/target-suite            reader
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/spectrum                reader
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/files/{path:path}       reader
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/yank                    releaser
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/unyank                  releaser
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  publisher
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  reader
+POST   /v1/suites                                                               publisher somewhere
+GET    /v1/suites                                                               reader somewhere
+GET    /v1/suites/{suite}                                                       reader somewhere
+POST   /v1/bases/{base:path}/scores                                             publisher somewhere
+GET    /v1/bases/{base:path}/scores                                             reader somewhere
+POST   /v1/bases                                                                publisher somewhere
+DELETE /v1/bases/aliases/{alias:path}                                           publisher somewhere
+GET    /v1/bases                                                                reader somewhere
+GET    /v1/bases/{base:path}                                                    reader somewhere
+POST   /v1/uploads                                                              inside: publisher
+POST   /v1/uploads/{upload_id}/complete                                         inside: publisher
+PUT    /v1/blobs/{sha256}                                                       inside: publisher
+GET    /v1/blobs/{sha256}                                                       inside: reader
+HEAD   /v1/blobs/{sha256}                                                       inside: reader
+POST   /v1/compositions                                                         inside: publisher
+GET    /v1/compositions/{composition_id}                                        inside: publisher
+GET    /v1/compositions/{composition_id}/events                                 inside: publisher
+POST   /v1/compositions/{composition_id}/cancel                                 inside: publisher
+GET    /v1/jobs                                                                 inside: publisher somewhere
+GET    /v1/jobs/{job_id}                                                        inside: publisher
+POST   /v1/jobs/{job_id}/cancel                                                 inside: publisher
+GET    /v1/audit                                                                inside: admin somewhere
+GET    /v1/audit.jsonl                                                          inside: admin somewhere
+GET    /healthz                                                                 open
+GET    /readyz                                                                  open
+GET    /v1/whoami                                                               inside: everybody
+POST   /v1/tokens                                                               reader somewhere
+GET    /v1/tokens                                                               reader somewhere
+DELETE /v1/tokens/{token_id}                                                    reader somewhere
+GET    /v1/namespaces                                                           inside: everybody
+GET    /v1/namespaces/{namespace}                                               reader
+PUT    /v1/namespaces/{namespace}                                               admin
+GET    /v1/namespaces/{namespace}/members                                       admin
+PUT    /v1/namespaces/{namespace}/members                                       admin
+"""
+_KINDS = ("adapters", "models")
+
+
+def _stated() -> dict[tuple[str, str], str]:
+    found: dict[tuple[str, str], str] = {}
+    for line in _ROUTES.strip().splitlines():
+        method, path, whom = line.split(maxsplit=2)
+        found |= {(method, path.replace("{kind}", kind)): whom for kind in _KINDS}
+    return found
+
+
+STATED = _stated()
+"""(method, path) -> whom it lets in."""
