@@ -2,8 +2,8 @@
 
 Delta = s B A has the singular values of s B_half A_half^T, where the halves are square roots of the R x R Gram matrices
 of the factors; the O x I product is never built. Per module: the effective rank exp(H(p)) with p = sigma / sum(sigma)
-(Roy and Vetterli 2007, "The effective rank"), and the least number of directions that hold 95 and 99 % of the energy
-|Delta|_F^2.
+(Roy and Vetterli 2007, "The effective rank"), the share of the energy |Delta|_F^2 that its leading directions hold, and
+the least number of them that hold 95 and 99 %.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,20 +29,23 @@ _NOISE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpectrum:
-    """One delta. `norm` is |Delta|_F with its scale; `entries` is O x I."""
+    """One delta. `norm` is |Delta|_F with its scale; `entries` is O x I. `energy` has the share of |Delta|_F^2 that is
+    left when it is cut to a rank: to 1, 2, 4, … below its own."""
 
     module: str
     rank: int
     entries: int
     norm: float
     effective_rank: float
+    energy: dict[int, float]
     rank_95: int
     rank_99: int
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """All deltas. `rank_95` is the rank to which every module could be cut while 95 % of the whole energy is kept.
+    """All deltas. `energy` is what is left of all when every module is cut to a rank, `rank_95` the rank at which that
+    is 95 %.
 
     `effective_rank` is the mean over modules by their energy. `left_out` names modules without a spectrum: a rank above
     512, a format that is not read, or numbers too large to square.
@@ -51,6 +54,7 @@ class Spectrum:
     modules: tuple[ModuleSpectrum, ...]
     norm: float
     rank_max: int
+    energy: dict[int, float]
     rank_95: int
     rank_99: int
     effective_rank: float
@@ -83,6 +87,7 @@ class Spectrum:
         return {
             "norm": _short(self.norm),
             "effective_rank": _short(self.effective_rank),
+            "energy": _told(self.energy),
             "rank_95": self.rank_95,
             "rank_99": self.rank_99,
             "near_zero": len(self.near_zero),
@@ -96,6 +101,7 @@ class Spectrum:
                 "rank": module.rank,
                 "norm": _short(module.norm),
                 "effective_rank": _short(module.effective_rank),
+                "energy": _told(module.energy),
                 "rank_95": module.rank_95,
                 "rank_99": module.rank_99,
                 "near_zero": module.module in idle,
@@ -127,17 +133,19 @@ def spectrum(adapter: Adapter, placed: Placed) -> Spectrum | None:
                 entries=prod(module.shape),
                 norm=sqrt(float(energy.sum())),
                 effective_rank=_effective_rank(sigma),
+                energy=_by_rank(energy, module.rank),
                 rank_95=_directions(energy, 0.95),
                 rank_99=_directions(energy, 0.99),
             )
         )
     if not rows:
         return None
-    whole = sum(row.norm**2 for row in rows)
+    whole, rank_max = sum(row.norm**2 for row in rows), max(row.rank for row in rows)
     return Spectrum(
         modules=tuple(rows),
         norm=sqrt(whole),
-        rank_max=max(row.rank for row in rows),
+        rank_max=rank_max,
+        energy=_by_rank(by_direction, rank_max),
         rank_95=_directions(by_direction, 0.95),
         rank_99=_directions(by_direction, 0.99),
         effective_rank=sum(row.effective_rank * row.norm**2 for row in rows) / whole if whole else 0.0,
@@ -178,6 +186,17 @@ def _directions(energy: Float64, share: float) -> int:
     total = float(energy.sum())
     # 1e-12: a sum in another order must not ask for one direction more.
     return int(np.searchsorted(np.cumsum(energy), share * total * (1 - 1e-12)) + 1) if total else 0
+
+
+def _by_rank(energy: Float64, rank: int) -> dict[int, float]:
+    """Nothing for a delta of zeros."""
+    held, total = np.cumsum(energy), float(energy.sum())
+    ranks = (1 << power for power in range((rank - 1).bit_length())) if total else ()
+    return {one: float(held[one - 1]) / total for one in ranks}
+
+
+def _told(energy: dict[int, float]) -> dict[str, float]:
+    return {str(rank): round(share, 4) for rank, share in energy.items()}
 
 
 def _short(value: float) -> float:

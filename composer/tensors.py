@@ -27,7 +27,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ALIGNED = 64  # bytes; what vector instructions like
 _ASKING = threading.Lock()
 _asked: list[int] = []  # by the blocks of `torch_threads` that have not ended, after what there was before them
-_AROUND = 64 << 10  # bytes that the kernel maps around a page that is looked at
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 _MAPPING = threading.Lock()
 _FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by what tells a file from others
@@ -91,17 +90,17 @@ def _mapped(mapping: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> to
 
 
 def give_back(tensor: torch.Tensor) -> None:
-    """Let go of the memory of a mapped tensor (`map_tensor`, `Aside`); it is read again when it is looked at again.
+    """Let go of the memory of the file that a mapped tensor is in (`map_tensor`, `Aside`); what is looked at again is
+    read again. Nothing happens to any other tensor.
 
-    Nothing happens to any other tensor.
+    Of the whole file, since the kernel maps as much around a page that is looked at as it has in one piece, megabytes
+    even: whoever looks at a neighbour brings the tensor back.
     """
     address = tensor.data_ptr()
     with _MAPPING:
         for mapping, start in _ADDRESSES.items():
             if start <= address < start + len(mapping):
-                begin = (address - start) // _AROUND * _AROUND
-                size = address - start + tensor.nbytes - begin
-                mapping.madvise(mmap.MADV_DONTNEED, begin, min(-(-size // _AROUND) * _AROUND, len(mapping) - begin))
+                mapping.madvise(mmap.MADV_DONTNEED)
                 return
 
 

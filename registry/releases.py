@@ -131,10 +131,7 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
 
 def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
     """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve, warning."""
-    if not reason.strip():
-        raise Usage(
-            "reason_missing", "A yank needs a reason.", subject=full_name(release), next_step="Say why with --reason."
-        )
+    _need_reason("A yank", release, reason)
     if not release.yanked:
         release.yanked, release.yank_reason = True, reason
         _record_yank(session, actor, release, Act.RELEASE_YANK, reason)
@@ -142,13 +139,21 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
     return release
 
 
-def unyank(session: Session, actor: Actor, release: Release, reason: str = "") -> Release:
+def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
+    _need_reason("Taking a yank back", release, reason)
     if release.yanked:
         before = release.yank_reason
         release.yanked, release.yank_reason = False, None
         _record_yank(session, actor, release, Act.RELEASE_UNYANK, reason, before)
         session.flush()
     return release
+
+
+def _need_reason(act: str, release: Release, reason: str) -> None:
+    if not reason.strip():
+        raise Usage(
+            "reason_missing", f"{act} needs a reason.", subject=full_name(release), next_step="Say why with --reason."
+        )
 
 
 def _record_yank(
@@ -268,10 +273,14 @@ def _by_version(session: Session, repository: Repository, version: Version) -> R
 
 
 def _by_content(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
-    """The highest release of these files for this base: what `--bump` answers when nothing changed since."""
+    """The highest stable release of these files for this base: what `--bump` answers when nothing changed since. What
+    was a pre-release so far is given the number that it led to."""
     query = select(Release).join(Revision, Revision.id == Release.revision_id)
     query = query.where(
-        Release.repository_id == repository.id, Revision.commit == commit, Release.base_digest == base_digest
+        Release.stable,
+        Release.repository_id == repository.id,
+        Revision.commit == commit,
+        Release.base_digest == base_digest,
     )
     return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
 

@@ -22,6 +22,15 @@ def _login_name() -> str:
         return f"uid-{os.getuid()}"
 
 
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _http_url(text: str) -> str:
     """Empty says that there is none."""
     if text and not re.match(r"https?://[^/\s]", text):

@@ -1,6 +1,5 @@
 """Running a registry: serve, worker, migrate, jobs, cancel."""
 
-import ipaddress
 import signal
 import socket
 import threading
@@ -46,12 +45,13 @@ def serve(
     """Serve the REST API, with a worker beside it: to one user on loopback, or with ADAPTORY_ACCESS=tokens to many."""
     from registry.cli.server import serve_beside, serve_here
     from registry.resources import open_resources
+    from registry.settings import is_loopback
     from registry.worker.loop import run_worker
     from registry.worker.steps import KINDS
 
     settings = load_settings()
     with_tokens = settings.access == "tokens"
-    if not with_tokens and not _is_loopback(host):
+    if not with_tokens and not is_loopback(host):
         raise NotAllowed(
             "not_loopback",
             f"Without tokens the registry listens on loopback only, not on {host}.",
@@ -198,12 +198,3 @@ def audit(  # noqa: PLR0913
     ]
     columns = ("id", "at", "actor", "act", "subject", "change", "reason")
     render.document({"items": found, "next": None}, json, lambda: render.table("", columns, rows))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

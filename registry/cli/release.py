@@ -118,10 +118,21 @@ def log(repository: Annotated[str, typer.Argument(metavar="REPO")], json: JsonFl
     render.document({"items": found, "next": None}, json, lambda: show_releases(found))
 
 
-def show(ref: Annotated[str, typer.Argument()], json: JsonFlag = False) -> None:
+def show(
+    ref: Annotated[str, typer.Argument()],
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Instead: what each module uses of its rank, and what a cut would leave.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
     """Facts, scores, files and lineage of a release."""
     with connected() as connection:
-        release = connection.api.get(_path(resolved(connection, ref)))
+        path = _path(resolved(connection, ref))
+        if modules:
+            spectrum = connection.api.get(f"{path}/spectrum")
+            render.document(spectrum, json, lambda: _show_spectrum(ref, spectrum))
+            return
+        release = connection.api.get(path)
         made = None if json else _made_of(connection, release)
     render.document(release, json, lambda: _show_release(release, made))
 
@@ -215,11 +226,15 @@ def yank(
     render.document(release, json, lambda: print(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
-def unyank(ref: Annotated[str, typer.Argument()], reason: Reason = "", json: JsonFlag = False) -> None:
+def unyank(
+    ref: Annotated[str, typer.Argument()],
+    reason: Annotated[str, typer.Option("--reason", help="Why.")],
+    json: JsonFlag = False,
+) -> None:
     """Take a yank back."""
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/unyank", {"reason": reason})
-    render.document(release, json, lambda: print(f"unyanked {release['repository']}:{release['version']}"))
+    render.document(release, json, lambda: print(f"unyanked {release['repository']}:{release['version']}: {reason}"))
 
 
 def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
@@ -277,6 +292,27 @@ def _show_inspection(what: str, told: Json) -> None:
         for one in told["loads_in"]
     ]
     render.table("", ("server", "loads", "why not", "way out"), rows)
+
+
+def _show_spectrum(ref: str, spectrum: Json) -> None:
+    ranks = [*spectrum["energy"]]
+    rows = [
+        (
+            row["module"],
+            row["rank"],
+            f"{row['norm']:.4g}",
+            f"{row['effective_rank']:.1f}",
+            *(f"{row['energy'][rank]:.1%}" if rank in row["energy"] else "" for rank in ranks),
+            row["rank_95"],
+            row["rank_99"],
+            "near zero" if row["near_zero"] else "",
+        )
+        for row in spectrum["modules"]
+    ]
+    cuts = [f"energy at {rank}" for rank in ranks]
+    render.table(ref, ("module", "rank", "norm", "effective rank", *cuts, "95 % in", "99 % in", ""), rows)
+    for module in spectrum["left_out"]:
+        print(f"  {module}: not computed")
 
 
 def _used_ranks(facts: Json) -> str | None:

@@ -15,6 +15,7 @@ from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauth
 from registry.http.callers import Callers, Credentials, credentials_of
 from registry.http.problems import problem_response
 from registry.http.request import MAX_DIGITS
+from registry.settings import is_loopback
 
 BLOB_PATHS = "/v1/blobs/"
 """Their size is limited by `max_file_bytes`, where they are received."""
@@ -194,14 +195,14 @@ class SameSite:
     def _error(self, headers: Mapping[bytes, bytes]) -> RegistryError | None:
         host = headers.get(b"host", b"").decode("latin-1")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if _hostname(f"//{host}") not in self.names:
+        if not self._is_own(_hostname(f"//{host}")):
             return Usage(
                 "unknown_host",
                 f"This registry does not go by the name {host[:200]!r}.",
                 subject=host[:200],
                 next_step=f"Ask for it as {self.names[0]}.",
             )
-        if origin and _hostname(origin) not in self.names:
+        if origin and not self._is_own(_hostname(origin)):
             return NotAllowed(
                 "other_site",
                 f"Pages of {origin[:200]} may not use this registry.",
@@ -209,6 +210,10 @@ class SameSite:
                 next_step=f"Use a page of {self.names[0]}, or a client that is no browser.",
             )
         return None
+
+    def _is_own(self, name: str | None) -> bool:
+        """No page has one of these, or can point a name of its own at an address that is written as one."""
+        return name in self.names or is_loopback(name or "")
 
 
 def _hostname(url: str) -> str | None:

@@ -106,10 +106,12 @@ class ReleaseIn(Wire):
 
 class SpectrumSummary(Wire):
     """`norm` is |Delta|_F of all modules; `rank_95` the rank that every module could be cut to with 95 % of its square
-    left; `effective_rank` exp(entropy of the singular values), the mean by energy; `near_zero` a number of modules."""
+    left, `energy` what is left at ranks 1, 2, 4, …; `effective_rank` exp(entropy of the singular values), the mean by
+    energy; `near_zero` a number of modules."""
 
     norm: float
     effective_rank: float
+    energy: dict[str, float] = Field(default_factory=dict[str, float])
     rank_95: int
     rank_99: int
     near_zero: int
@@ -120,6 +122,7 @@ class ModuleSpectrum(Wire):
     rank: int
     norm: float
     effective_rank: float
+    energy: dict[str, float] = Field(default_factory=dict[str, float])
     rank_95: int
     rank_99: int
     near_zero: bool
@@ -226,8 +229,6 @@ class TargetSuiteOut(Wire):
 
 
 class YankIn(Wire):
+    """Of a yank, and of taking it back."""
+
     reason: str = Field(min_length=1, max_length=1000)
-
-
-class UnyankIn(Wire):
-    reason: str = Field(default="", max_length=1000)

@@ -23,7 +23,6 @@ from registry.schemas.catalog import (
     RepositoryOut,
     SpectrumOut,
     TargetSuiteOut,
-    UnyankIn,
     YankIn,
 )
 from registry.web.blobs import BYTES, file_response
@@ -145,9 +144,7 @@ def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
-def unyank(
-    named: RepositoryOf, version: str, resources: ResourcesOf, actor: Releaser, body: UnyankIn | None = None
-) -> ReleaseOut:
+def unyank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, actor, releases.unyank(session, actor, release, body.reason if body else ""))
+        return release_view(session, actor, releases.unyank(session, actor, release, body.reason))

@@ -47,6 +47,8 @@ def test_the_ranks_that_hold_the_energy_are_counted_in_directions(tmp_path: Path
     energy = [16.0, 2.25, 0.25, 0.01, 0.0001]
     assert (sum(energy[:1]) < 0.95 * sum(energy) < sum(energy[:2]), module.rank_95) == (True, 2)
     assert (sum(energy[:2]) < 0.99 * sum(energy) < sum(energy[:3]), module.rank_99) == (True, 3)
+    assert module.energy == {rank: pytest.approx(sum(energy[:rank]) / sum(energy)) for rank in (1, 2, 4)}
+    assert found.energy == module.energy
     p = [part / 6.11 for part in (4.0, 1.5, 0.5, 0.1, 0.01)]
     assert module.effective_rank == pytest.approx(exp(-sum(part * log(part) for part in p)), rel=1e-6)
 
@@ -56,7 +58,7 @@ def test_equal_directions_are_all_used_and_one_direction_is_one(tmp_path: Path) 
     equal, single = spectrum_of(seen).modules
     assert (equal.rank_95, equal.rank_99) == (6, 6)
     assert equal.effective_rank == pytest.approx(6.0)
-    assert (single.rank_95, single.effective_rank) == (1, pytest.approx(1.0))
+    assert (single.rank_95, single.effective_rank, single.energy) == (1, pytest.approx(1.0), {})
 
 
 def test_a_rank_that_is_not_used_is_a_hint_with_its_number(tmp_path: Path) -> None:

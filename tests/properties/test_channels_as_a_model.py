@@ -166,7 +166,7 @@ class ChannelMachine(RuleBasedStateMachine):
         with self.database.write() as session:
             release = releases.find(session, self.name, parse_version(version))
             if back:
-                releases.unyank(session, actor, release)
+                releases.unyank(session, actor, release, "it was right")
                 self.yanked.discard(version)
             else:
                 releases.yank(session, actor, release, "because")

@@ -61,7 +61,7 @@ def another_suite(session: Session, _release: Release) -> object:
 
 CHANGES: dict[str, Change] = {
     "yanked": lambda session, release: releases.yank(session, HOST, release, "a reason of its own"),
-    "and no more": lambda session, release: releases.unyank(session, HOST, release),
+    "and no more": lambda session, release: releases.unyank(session, HOST, release, "it was right"),
     "measured": measured(0.125),
     "measured again": measured(0.375),
     "with another suite": another_suite,

@@ -131,6 +131,15 @@ def test_in_0_x_a_minor_number_is_enough_and_needed(stocked_embedded: Cli, tmp_p
     assert version_of(release(cli, large, "acme/sql", "--bump", "auto")) == "0.2.0"
 
 
+def test_what_was_a_prerelease_gets_the_number_that_it_led_to(stocked_embedded: Cli, tmp_path: Path) -> None:
+    cli, large = stocked_embedded, adapter(tmp_path / "large", rank=4)
+    assert release(cli, adapter(tmp_path / "small"), "acme/sql:1.0.0").code == 0
+    assert release(cli, large, "acme/sql:2.0.0-rc.1").code == 0
+    for is_new in (True, False):
+        pushed = release(cli, large, "acme/sql", "--bump", "auto", "--json").json
+        assert (pushed["release"]["version"], pushed["created"]) == ("2.0.0", is_new)
+
+
 def test_a_prerelease_is_judged_like_the_release_it_leads_to(stocked_embedded: Cli, tmp_path: Path) -> None:
     cli, large = stocked_embedded, adapter(tmp_path / "large", rank=4)
     assert release(cli, adapter(tmp_path / "small"), "acme/sql:1.0.0").code == 0

@@ -1,5 +1,6 @@
 """Where a release comes from, what its ranks are used for and who loads it: read at the push, kept and shown."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -164,6 +165,11 @@ def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: C
         with pytest.raises(NotFound):
             api.get("/v1/adapters/acme/sql/releases/1.0.1/spectrum")
     assert {name: spectrum[name] for name in summary} == summary
+    assert spectrum["modules"][0]["energy"] == {"1": 0.9379, "2": 0.9965, "4": 0.9977}
+    assert cli.json("show", "acme/sql", "--modules") == spectrum
+    table = cli.ok("show", "acme/sql", "--modules").out
+    assert "energy at 2" in table
+    assert re.search(rf"{re.escape(names[0])} .* 93.8% .* 99.6%", table)
     assert [(row["module"], row["near_zero"]) for row in spectrum["modules"]] == [(names[0], False), (names[1], True)]
     inspected = cli.json("inspect", tmp_path / "a")
     assert inspected["adapter"]["spectrum"] == summary
