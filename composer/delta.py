@@ -9,11 +9,13 @@ dimensions is seen as a matrix of M rows and N columns: a convolution O x (I * k
 columns, where `begin` is the first row of the expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+
+from composer.tensors import read_into
 
 
 class Layout(StrEnum):
@@ -84,11 +86,20 @@ class LowRank:
         return self._right.to(dtype)
 
     def stored_left_into(self, rows: slice, out: torch.Tensor) -> None:
-        """The same in memory that is there."""
-        out.copy_(self._left[rows]).mul_(self.scale)
+        """The same in memory that is there, and in no other."""
+        read_into(out, self._left[rows])
+        out.mul_(self.scale)
 
     def stored_right_into(self, out: torch.Tensor) -> None:
-        out.copy_(self._right)
+        read_into(out, self._right)
+
+    def stored_rows(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(those rows of left, right): as little of the file as that takes."""
+        left, right = torch.empty(len(rows), self.rank, dtype=dtype), torch.empty(self._right.shape, dtype=dtype)
+        for place, row in enumerate(rows):
+            self.stored_left_into(slice(row, row + 1), left[place : place + 1])
+        self.stored_right_into(right)
+        return left, right
 
     @property
     def _left(self) -> torch.Tensor:

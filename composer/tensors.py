@@ -5,10 +5,11 @@ import os
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
 import torch
 
@@ -27,10 +28,21 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ALIGNED = 64  # bytes; what vector instructions like
 _ASKING = threading.Lock()
 _asked: list[int] = []  # by the blocks of `torch_threads` that have not ended, after what there was before them
+_GAPS = 4  # times a row: so much may lie between two that are read together
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 _MAPPING = threading.Lock()
 _FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by what tells a file from others
-_ADDRESSES: WeakKeyDictionary[mmap.mmap, int] = WeakKeyDictionary()
+_PLACES: WeakKeyDictionary[mmap.mmap, "_Place"] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a mapping is in memory, and from which byte on it is of which open file."""
+
+    address: int
+    file: int
+    offset: int
+    subject: str
 
 
 def torch_dtype(name: str, subject: str) -> torch.dtype:
@@ -76,12 +88,16 @@ def _mapping_of(path: Path) -> mmap.mmap:
                 fresh = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             except OSError as error:
                 raise OSError(error.errno, f"cannot be mapped: {error.strerror}", str(path)) from error
-            mapping = _FILES[key] = _known(fresh)
+            mapping = _FILES[key] = _known(fresh, file.fileno(), 0, path.name)
         return mapping
 
 
-def _known(mapping: mmap.mmap) -> mmap.mmap:
-    _ADDRESSES[mapping] = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+def _known(mapping: mmap.mmap, file: int, offset: int, subject: str) -> mmap.mmap:
+    """The file stays open, under a number of its own, for as long as the mapping is there."""
+    own = os.dup(file)
+    finalize(mapping, os.close, own)
+    address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+    _PLACES[mapping] = _Place(address, own, offset, subject)
     return mapping
 
 
@@ -96,12 +112,55 @@ def give_back(tensor: torch.Tensor) -> None:
     Of the whole file, since the kernel maps as much around a page that is looked at as it has in one piece, megabytes
     even: whoever looks at a neighbour brings the tensor back.
     """
+    if found := _found(tensor):
+        found[0].madvise(mmap.MADV_DONTNEED)
+
+
+def _found(tensor: torch.Tensor) -> tuple[mmap.mmap, _Place] | None:
     address = tensor.data_ptr()
     with _MAPPING:
-        for mapping, start in _ADDRESSES.items():
-            if start <= address < start + len(mapping):
-                mapping.madvise(mmap.MADV_DONTNEED)
-                return
+        for mapping, place in _PLACES.items():
+            if place.address <= address < place.address + len(mapping):
+                return mapping, place
+    return None
+
+
+def read_into(out: torch.Tensor, tensor: torch.Tensor) -> None:
+    """`out` gets the values of a matrix, in its own dtype. Those of a mapped one are read from its file, which takes no
+    memory but `out` and as much again: what is looked at in a mapping stays in memory until `give_back`.
+
+    Raises InvalidFile for a file that has become shorter.
+    """
+    found = _found(tensor) if tensor.numel() else None
+    if found is None:
+        out.copy_(tensor)
+    elif tensor.stride(1) == 1:
+        _read_rows(out, tensor, found[1])
+    elif tensor.stride(0) == 1:
+        _read_rows(out.T, tensor.T, found[1])
+    else:
+        out.copy_(tensor)
+
+
+def _read_rows(out: torch.Tensor, tensor: torch.Tensor, place: _Place) -> None:
+    """All in one piece, with what lies between the rows, or a row at a time where that is more than they are."""
+    (rows, columns), between = tensor.shape, tensor.stride(0)
+    begin = place.offset + tensor.data_ptr() - place.address
+    step = rows if between <= _GAPS * columns else 1
+    for row in range(0, rows, step):
+        flat = torch.empty((step - 1) * between + columns, dtype=tensor.dtype)
+        read_all(place.file, tensor_bytes(flat), begin + row * between * tensor.itemsize, place.subject)
+        out[row : row + step].copy_(flat.as_strided((step, columns), (between, 1)))
+
+
+def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
+    """Fill the buffer from `offset`. Raises InvalidFile when the file ends before."""
+    while buffer.nbytes:
+        count = os.preadv(file, [buffer], offset)
+        if count == 0:
+            raise became_shorter(subject)
+        buffer = buffer[count:]
+        offset += count
 
 
 class Aside:
@@ -129,7 +188,8 @@ class Aside:
             next_step = "Free some space, or name another directory (TMPDIR)."
             raise RefusedOutput("disk_full", message, subject=gettempdir(), next_step=next_step) from error
         with _MAPPING:
-            mapping = _known(mmap.mmap(self._file.fileno(), begins[-1], access=mmap.ACCESS_COPY, offset=self._end))
+            fresh = mmap.mmap(self._file.fileno(), begins[-1], access=mmap.ACCESS_COPY, offset=self._end)
+            mapping = _known(fresh, self._file.fileno(), self._end, gettempdir())
         self._end += -(-begins[-1] // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return [
             _mapped(mapping, begin, one.nbytes, one.dtype).reshape(one.shape) if one.numel() else one

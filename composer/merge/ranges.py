@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from composer.merge.chunks import TensorPlan
-from composer.merge.source import read_all, write_all
+from composer.merge.source import write_all
+from composer.tensors import read_all
 
 _COPY_BYTES = 8 << 20  # a large range is split: several threads share it, and it is compared while it is in the caches
 _COMPARE_BYTES = 256 << 10

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from composer.errors import became_shorter
 from composer.formats.header import TensorEntry
-from composer.tensors import tensor_bytes, torch_dtype
+from composer.tensors import read_all, tensor_bytes, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +53,6 @@ def picked_rows(source: Source, rows: Sequence[int]) -> torch.Tensor:
     for i, row in enumerate(rows):
         read_all(source.file, buffer[i * size : (i + 1) * size], source.entry.begin + row * size, source.entry.name)
     return W_MN
-
-
-def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
-    """Fill the buffer from `offset`. Raises InvalidFile when the file ends before."""
-    while buffer.nbytes:
-        count = os.preadv(file, [buffer], offset)
-        if count == 0:
-            raise became_shorter(subject)
-        buffer = buffer[count:]
-        offset += count
 
 
 def write_all(file: int, buffer: memoryview, offset: int) -> None:

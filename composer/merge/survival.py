@@ -162,7 +162,7 @@ def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[tor
     for factors in work.factors:
         held, own = inside(factors.begin, factors.rows)
         for part in factors.parts if held else ():
-            left, right = part.stored_left(own, torch.float64), part.stored_right(torch.float64)
+            left, right = part.stored_rows(own, torch.float64)
             delta[held] += left @ right
             # |left| @ |right| bounds every partial sum; by Cauchy and Schwarz the norms do, without a second product.
             # (Summed squares take a quarter of the time of torch's norm over rows.)

@@ -1,5 +1,7 @@
 """What a merge holds in memory and where it computes: mapped factors are given back; a CUDA device gives the same."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -7,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from composer.delta import LowRank
+from composer.errors import InvalidFile
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.header import TensorSpec, encode_header, parse_header, read_header
 from composer.merge import plan_merge, run_merge
 from composer.merge.rebuild import steps_apart
-from composer.tensors import give_back, map_tensor
+from composer.tensors import Aside, give_back, map_tensor, read_into
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 MB = 1 << 20
@@ -77,6 +81,75 @@ def test_what_is_not_mapped_is_left_alone(tmp_path: Path) -> None:
     own = torch.arange(5_000)
     give_back(own)
     assert torch.equal(own, torch.arange(5_000))
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "whole": lambda matrix: matrix,
+    "rows": lambda matrix: matrix[700:900],
+    "columns": lambda matrix: matrix[:, 16:48],
+    "a few columns of many": lambda matrix: matrix[5:7, 3:4],
+    "rows and columns": lambda matrix: matrix[10:20, :64],
+    "transposed": lambda matrix: matrix.T,
+    "rows of the transposed": lambda matrix: matrix.T[8:9],
+    "columns of the transposed": lambda matrix: matrix.T[:, 100:101],
+    "every other column": lambda matrix: matrix[:, ::2],
+    "nothing": lambda matrix: matrix[:0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_view_of_a_mapped_matrix_is_read_as_it_is(view: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    matrix = torch.randn(1_000, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    save_file({"before": torch.ones(3), "m": matrix}, tmp_path / "file.safetensors")
+    entry = read_header(tmp_path / "file.safetensors").tensors["m"]
+    aside = Aside()
+    aside.put([torch.ones(5)])
+    for source in (map_tensor(tmp_path / "file.safetensors", entry), *aside.put([matrix]), matrix):
+        expected = VIEWS[view](matrix).float()
+        out = torch.full(expected.shape, 7.0)
+        read_into(out, VIEWS[view](source))
+        assert torch.equal(out, expected)
+
+
+def test_a_merge_looks_at_no_factor_where_it_is_mapped(
+    make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """So that what a merge takes does not grow with its adapters, whatever the kernel has of their files."""
+    base = make_model()
+    adapters = [(make_adapter(base, r=rank, target_modules="all-linear"), 1.0) for rank in (4, 16, 80)]
+    plan = plan_merge(open_checkpoint(base), adapters)
+    for path, _ in adapters:
+        for factor in (delta for one in plan.shards for tensor in one.tensors for delta in tensor.deltas):
+            assert isinstance(factor, LowRank)
+            give_back(factor.A_RI)
+            give_back(factor.B_OR)
+        assert resident_of(path / "adapter_model.safetensors") == 0
+    run_merge(plan, tmp_path / "merged", "cpu")
+    assert [resident_of(path / "adapter_model.safetensors") for path, _ in adapters] == [0, 0, 0]
+
+
+def resident_of(path: Path) -> int:
+    """Bytes of the file that this process has in memory, by its mappings."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_an_adapter_that_is_cut_off_meanwhile_is_named(
+    make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = make_model()
+    adapter = make_adapter(base)
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
+    os.truncate(adapter / "adapter_model.safetensors", 4_096)
+    with pytest.raises(InvalidFile, match=r"adapter_model\.safetensors became shorter"):
+        run_merge(plan, tmp_path / "merged", "cpu")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_factor_that_was_given_back_may_be_merged_again(

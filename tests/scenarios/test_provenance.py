@@ -169,7 +169,7 @@ def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: C
     assert cli.json("show", "acme/sql", "--modules") == spectrum
     table = cli.ok("show", "acme/sql", "--modules").out
     assert "energy at 2" in table
-    assert re.search(rf"{re.escape(names[0])} .* 93.8% .* 99.6%", table)
+    assert re.search(rf"{re.escape(names[0])} .* 93.8% .* 99.7%", table)
     assert [(row["module"], row["near_zero"]) for row in spectrum["modules"]] == [(names[0], False), (names[1], True)]
     inspected = cli.json("inspect", tmp_path / "a")
     assert inspected["adapter"]["spectrum"] == summary
