@@ -303,5 +303,5 @@ def _of_all(form: Form, by: _By) -> Prepared:
 @lru_cache(512)
 def _among_rare(form: Form, by: _By) -> Prepared:
     fits = conditions.fits(form, _release.traits_id)
-    entries = by.select().where(among(_release.id, "ids"), fits, *conditions.on_release(form))
+    entries = by.select().where(among(by.release_id, "ids"), fits, *conditions.on_release(form))
     return Prepared(by.page(entries, in_order=False).add_columns(CURRENT_SUITES))

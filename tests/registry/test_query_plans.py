@@ -126,6 +126,10 @@ NARROW: dict[str, tuple[Query, Order]] = {
         Query(base=BASE, max_rank=8, targets_exact=("q_proj", "v_proj"), scores=(ACCURATE,)),
         Order(),
     ),
+    "two scores, by one of them": (
+        Query(scores=(Condition("sql-exact", "accuracy", ">=", 0.3), Condition("sql-exact", "nll", "<=", 0.2))),
+        Order("sql-exact.nll"),
+    ),
     "what nothing fits": (Query(base=BASE, max_rank=3), Order()),
     "what scores as nothing does": (Query(base=BASE, scores=(Condition("sql-exact", "accuracy", ">=", 2.0),)), Order()),
     "a repository": (Query(repository=RepositoryName("team-1", "adapter-26")), Order(VERSION)),

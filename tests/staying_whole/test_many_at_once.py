@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
@@ -46,9 +47,13 @@ def clients(url: str) -> Generator[list[Api]]:
         api.close()
 
 
-def push_version(api: Api, directory: Path, version: str, seed: int) -> dict[str, object]:
+def push_version(api: Api, directory: Path, version: str, seed: int) -> dict[str, Any]:
+    return push_numbered(api, directory, {"version": version}, seed)
+
+
+def push_numbered(api: Api, directory: Path, number: dict[str, str], seed: int) -> dict[str, Any]:
     files = collect(write_adapter(directory / str(seed), seed))
-    return push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
+    return push(api, files, NAME, "adapter", {**number, "base": "tiny"}, lambda _count: None)
 
 
 def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]:
@@ -135,6 +140,17 @@ def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_tol
             assert all(isinstance(error, Conflict) for error in losers)
             shown = apis[0].get(f"{line_path(NAME)}/releases/{version}")
             assert shown["commit"] == winners[0]["release"]["commit"]
+    assert broken_promises(place, read_bytes=True) == []
+
+
+def test_many_pushes_that_ask_for_the_next_number_get_one_each(place: dict[str, str], url: str, tmp_path: Path) -> None:
+    with clients(url) as apis:
+        push_version(apis[0], tmp_path, "1.0.0", 1_000)
+        answers = together(apis, lambda number, api: push_numbered(api, tmp_path, {"bump": "patch"}, 2_000 + number))
+    refused = [answer for answer in answers if not isinstance(answer, dict)]
+    assert refused == []
+    given = [answer["release"]["version"] for answer in answers if isinstance(answer, dict)]
+    assert sorted(given) == sorted(f"1.0.{patch}" for patch in range(1, len(apis) + 1))
     assert broken_promises(place, read_bytes=True) == []
 
 
