@@ -391,8 +391,7 @@ def _set(session: Session, move: Mapping[str, Any], seen: int | None, expected: 
     [move_id] = _INSERT.column(session, move)
     values = {"channel": move["channel_id"], "seen": seen, "move_id": move_id}
     if not _POINT.rows(session, values):
-        family = Stale if expected else Conflict
-        raise family(
+        raise (Stale if expected else Conflict)(
             "channel_moved",
             f"Somebody moved {subject} a moment ago.",
             subject=subject,

@@ -1,7 +1,10 @@
 """Safetensors headers: what is read, and that each way of being wrong is one precise error."""
 
 import json
+import subprocess
+import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,77 @@ def test_pickles_are_refused_by_name_and_by_content(tmp_path: Path) -> None:
 def test_a_header_over_16_megabytes_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(InvalidFile, match="more than the 16000000 allowed"):
         parse_header((16_000_001).to_bytes(8, "little"), 10**9)
+
+
+def many(count: int) -> dict[str, TensorSpec]:
+    name = "base_model.model.model.layers.{}.mlp.experts.{}.down_proj.lora_A.weight"
+    return {name.format(number // 128, number % 128): TensorSpec("BF16", (8, 1)) for number in range(count)}
+
+
+def test_a_header_of_50_000_tensors_is_read() -> None:
+    specs = many(50_000)
+    head = encode_header(specs)
+    read = parse_header(head, len(head) + 50_000 * 16).tensors
+    assert {name: entry.spec for name, entry in read.items()} == specs
+
+
+def test_several_large_headers_at_once_are_each_read(tmp_path: Path) -> None:
+    counts = [12_000, 13_000, 14_000, 15_000]
+    for count in counts:
+        head = encode_header(many(count))
+        assert len(head) > 1_000_000
+        (tmp_path / f"{count}.safetensors").write_bytes(head + bytes(count * 16))
+    with ThreadPoolExecutor(4) as pool:
+        headers = list(pool.map(lambda count: read_header(tmp_path / f"{count}.safetensors"), counts))
+    assert [len(header.tensors) for header in headers] == counts
+
+
+COSTLY = {
+    "empty lists": b'{"a":[' + b"[[]]," * 3_179_000 + b"[]]}",
+    "empty objects": b"{" + b",".join(b'"%x":{}' % number for number in range(1_380_000)) + b"}",
+    "numbers": b'{"a":[1' + b",1" * 7_900_000 + b"]}",
+    "strings with quotes in them": b'{"a":[""' + b',"\\\\\\""' * 1_700_000 + b"]}",
+}
+READ_IN_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from composer.errors import InvalidFile
+from composer.formats.header import read_header
+
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 200_000_000,) * 2)  # of which malloc may reserve 128 MB for a thread
+try:
+    read_header(Path(sys.argv[1]))
+except InvalidFile as error:
+    print(error.code, error.subject, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tells its memory by /proc")
+@pytest.mark.parametrize("case", COSTLY)
+def test_a_header_that_would_cost_much_memory_is_refused_before_it_is_parsed(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(file_with(COSTLY[case]))
+    command = [sys.executable, "-c", READ_IN_LITTLE_MEMORY, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith("bad_safetensors w.safetensors")
+    assert "more than the 1000000 commas and opening brackets" in done.stdout
+
+
+def test_brackets_within_strings_do_not_count() -> None:
+    """kohya's trainer keeps whole JSON documents in its metadata."""
+    told = {"ss_datasets": json.dumps([{"tags": {'a "b" \\': [1, 2]}}] * 100), "ss_end": "\\"}
+    content = file_with({"__metadata__": told, "a": entry(0, 4)}, 4)
+    assert parse_header(content, len(content), Limits(structure=10)).metadata == told
+    with pytest.raises(InvalidFile, match="more than the 9 commas and opening brackets"):
+        parse_header(content, len(content), Limits(structure=9))
+
+
+@pytest.mark.parametrize("string", ['"', '""', "\\", '\\"', '\\\\"[', "[\n,", "é{", '{"a":[1,2]}', "", "\u0000"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_what_counts_is_exactly_what_stands_outside_of_strings(string: str, ascii_only: bool) -> None:
+    content = file_with(json.dumps({"__metadata__": {string: string, "k": string}}, ensure_ascii=ascii_only).encode())
+    assert parse_header(content, len(content), Limits(structure=3)).metadata["k"] == string
+    with pytest.raises(InvalidFile, match="more than the 2 commas"):
+        parse_header(content, len(content), Limits(structure=2))
