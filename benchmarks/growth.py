@@ -4,7 +4,6 @@ Each point is a process of its own, timed without its imports, beside the copy o
 Writes the plot of docs/growth.svg.
 """
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -72,7 +71,12 @@ def _point(x: float, made: Path, count: int, rounds: int) -> Point:
 
 
 def _copied(adapter: Path, copy: Path) -> Path:
-    return copy if copy.exists() else shutil.copytree(adapter, copy)
+    """Written as who made it would: what is copied the kernel keeps in smaller pieces, which take less memory."""
+    if not copy.exists():
+        copy.mkdir()
+        for file in adapter.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+    return copy
 
 
 def _sized(made: Path, rounds: int) -> Point:

@@ -4,6 +4,9 @@ A version in MLflow has the facts and scores that a search of ours can ask for a
 channel is an alias. Its server runs as it comes, with four processes, in an environment of its own (`--venv`, made when
 it is not there); ours is one process, and also two. Each is asked the same again and again: after the first time ours
 still finds releases in the database, but tells them from memory.
+
+Beside them a bare FastAPI route answers the one statement of a resolve, whatever the others are asked: more than it can
+answer is not to be had from a server of this kind on this machine.
 """
 
 import argparse
@@ -12,8 +15,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from urllib.parse import urlencode
@@ -27,7 +31,7 @@ from registry.db import Database
 CLIENTS, LIMIT = 8, 50
 BASE, RANK = stock.BASES[0], 16
 FULL_PAGE, FEW, MOVE = "search, a full page", "search, few", "move a channel"
-OURS, OURS_TWO, THEIRS = "adaptory", "adaptory, 2 processes", "MLflow"
+OURS, OURS_TWO, THEIRS, BARE = "adaptory", "adaptory, 2 processes", "MLflow", "bare route"
 
 
 def main() -> None:
@@ -48,6 +52,8 @@ def main() -> None:
                 ours, others = _ours(url, searches), _theirs(url, searches)
                 requests = {case: others if case == THEIRS else ours for case in running}
                 _check_answers({case: port for case, (port, _) in running.items()}, requests)
+                running[BARE] = resolve.floor(url, servers)
+                requests[BARE] = dict.fromkeys(ours, load.get(resolve.bare_path()))
                 _compare(kind, running, requests, chosen.rounds, seconds)
 
 
@@ -170,11 +176,11 @@ def _compare(
     for name in (FULL_PAGE, FEW, MOVE):
         rates: dict[str, list[float]] = {case: [] for case in running}
         costs: dict[str, list[float]] = {case: [] for case in running}
-        of_theirs, of_ours = _counting(requests[THEIRS][name]), _counting(requests[OURS][name])
+        asked = _counting(requests, name)
         for number in range(rounds + 1):
             for case, (port, process_id) in running.items():
                 before = load.cpu_seconds(process_id)
-                rate = load.requests_per_second(port, of_theirs if case == THEIRS else of_ours, CLIENTS, seconds)
+                rate = load.requests_per_second(port, asked[case], CLIENTS, seconds)
                 if number:
                     rates[case].append(rate)
                     costs[case].append((load.cpu_seconds(process_id) - before) / (rate * seconds) * 1e3)
@@ -189,16 +195,14 @@ def _compare(
     print(f"load average {os.getloadavg()[0]:.1f}")
 
 
-def _counting(request: Request) -> Callable[[int], bytes]:
-    """Goes on where the round before ended, so that every move moves."""
-    made = 0
+def _counting(requests: dict[str, dict[str, Request]], name: str) -> dict[str, Request]:
+    """Each goes on where the round before ended, so that every move moves: on one database all count together."""
+    numbers = {id(one[name]): count() for one in requests.values()}
 
-    def following(_number: int) -> bytes:
-        nonlocal made
-        made += 1
-        return request(made)
+    def following(request: Request) -> Request:
+        return lambda _number: request(next(numbers[id(request)]))
 
-    return following
+    return {case: following(one[name]) for case, one in requests.items()}
 
 
 if __name__ == "__main__":

@@ -27,14 +27,20 @@ def main() -> None:
         urls = stack.enter_context(stock.databases(home, chosen.postgres, chosen.base, releases))
         for name, url in urls.items():
             with ExitStack() as servers:
-                ports = {FLOOR: floor(url, servers), "adaptory serve": adaptory(url, home, servers)}
+                ports = {FLOOR: floor(url, servers)[0], "adaptory serve": adaptory(url, home, servers)}
                 _compare(f"{name}, {releases:,} releases", ports, chosen.rounds, seconds)
 
 
-def floor(url: str, stack: ExitStack) -> int:
+def floor(url: str, stack: ExitStack) -> tuple[int, int]:
+    """The port and the process id of the bare route over that database."""
     port = load.free_port()
-    stack.enter_context(load.process(port, [sys.executable, "-m", "benchmarks.floor", url, str(port)]))
-    return port
+    command = [sys.executable, "-m", "benchmarks.floor", url, str(port)]
+    return port, stack.enter_context(load.process(port, command))
+
+
+def bare_path() -> str:
+    namespace, _, name = REPOSITORY.partition("/")
+    return f"/resolve?{urlencode({'namespace': namespace, 'repository': name, 'channel': stock.CHANNEL})}"
 
 
 def adaptory(url: str, home: Path, stack: ExitStack) -> int:
@@ -51,10 +57,8 @@ def started(url: str, home: Path, stack: ExitStack, processes: int = 1) -> tuple
 
 
 def _compare(title: str, ports: dict[str, int], rounds: int, seconds: float) -> None:
-    namespace, _, name = REPOSITORY.partition("/")
-    bare = urlencode({"namespace": namespace, "repository": name, "channel": stock.CHANNEL})
     paths = {
-        FLOOR: f"/resolve?{bare}",
+        FLOOR: bare_path(),
         "adaptory serve": f"/v1/resolve?{urlencode({'ref': f'{REPOSITORY}@{stock.CHANNEL}'})}",
     }
     rates: dict[tuple[str, int], list[float]] = {(case, clients): [] for clients in CLIENTS for case in ports}
