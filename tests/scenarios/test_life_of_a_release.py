@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import Invalid
+from registry.errors import Invalid, Usage
 from tests.scenarios import stored
 from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of
@@ -95,6 +95,26 @@ def test_yanked_releases_are_skipped_but_still_there_by_name(stocked: Cli, world
     back = stocked.ok("unyank", "acme/sql:1.1.0", "--reason", "the names were invented")
     assert back.err == "", "that it was yanked is why it is unyanked"
     assert stocked.json("show", "acme/sql@prod")["version"] == "1.1.0"
+
+
+def test_a_yank_and_taking_it_back_are_refused_without_a_reason(stocked: Cli, world: World) -> None:
+    release = "/v1/adapters/acme/sql/releases/1.0.0"
+    stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    for act, reason in (("yank", "leaks customer names"), ("unyank", "the names were invented")):
+        before = stocked.json("show", "acme/sql:1.0.0")["yanked"]
+        assert stocked(act, "acme/sql:1.0.0").code == 2
+        blank = stocked(act, "acme/sql:1.0.0", "--reason", " ")
+        assert (blank.code, "Say why with --reason." in blank.err) == (2, True)
+        for body in (None, {}, {"reason": ""}, {"reason": " "}):
+            with api_of(stocked) as api, pytest.raises((Invalid, Usage)):
+                api.post(f"{release}/{act}", body)
+        assert stocked.json("show", "acme/sql:1.0.0")["yanked"] == before
+        stocked.ok(act, "acme/sql:1.0.0", "--reason", reason)
+    told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][1:]
+    assert [(event["act"], event["reason"], event["after"]["yanked"]) for event in told] == [
+        ("release:yank", "leaks customer names", True),
+        ("release:unyank", "the names were invented", False),
+    ]
 
 
 def test_a_gate_refuses_a_worse_release_and_force_leaves_a_trace(stocked: Cli, world: World) -> None:
