@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
+from weakref import ReferenceType, WeakValueDictionary, finalize, ref
 
 import torch
 
@@ -28,18 +28,22 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ALIGNED = 64  # bytes; what vector instructions like
 _ASKING = threading.Lock()
 _asked: list[int] = []  # by the blocks of `torch_threads` that have not ended, after what there was before them
+_OWN = threading.local()
+_KEPT_BYTES = 2 << 20
 _GAPS = 4  # times a row: so much may lie between two that are read together
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 _MAPPING = threading.Lock()
 _FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by what tells a file from others
-_PLACES: WeakKeyDictionary[mmap.mmap, "_Place"] = WeakKeyDictionary()
+_PLACES: "dict[int, _Place]" = {}  # by the address
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a mapping is in memory, and from which byte on it is of which open file."""
 
+    mapping: "ReferenceType[mmap.mmap]"
     address: int
+    size: int
     file: int
     offset: int
     subject: str
@@ -95,10 +99,17 @@ def _mapping_of(path: Path) -> mmap.mmap:
 def _known(mapping: mmap.mmap, file: int, offset: int, subject: str) -> mmap.mmap:
     """The file stays open, under a number of its own, for as long as the mapping is there."""
     own = os.dup(file)
-    finalize(mapping, os.close, own)
     address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
-    _PLACES[mapping] = _Place(address, own, offset, subject)
+    place = _Place(ref(mapping), address, len(mapping), own, offset, subject)
+    _PLACES[address] = place
+    finalize(mapping, _forget, place)
     return mapping
+
+
+def _forget(place: _Place) -> None:
+    os.close(place.file)
+    if _PLACES.get(place.address) is place:  # another one may be there already
+        del _PLACES[place.address]
 
 
 def _mapped(mapping: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -112,16 +123,16 @@ def give_back(tensor: torch.Tensor) -> None:
     Of the whole file, since the kernel maps as much around a page that is looked at as it has in one piece, megabytes
     even: whoever looks at a neighbour brings the tensor back.
     """
-    if found := _found(tensor):
-        found[0].madvise(mmap.MADV_DONTNEED)
+    place = _place_of(tensor)
+    if place and (mapping := place.mapping()) is not None:
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def _found(tensor: torch.Tensor) -> tuple[mmap.mmap, _Place] | None:
+def _place_of(tensor: torch.Tensor) -> _Place | None:
     address = tensor.data_ptr()
-    with _MAPPING:
-        for mapping, place in _PLACES.items():
-            if place.address <= address < place.address + len(mapping):
-                return mapping, place
+    for place in list(_PLACES.values()):  # others come and go meanwhile
+        if place.address <= address < place.address + place.size:
+            return place
     return None
 
 
@@ -131,13 +142,13 @@ def read_into(out: torch.Tensor, tensor: torch.Tensor) -> None:
 
     Raises InvalidFile for a file that has become shorter.
     """
-    found = _found(tensor) if tensor.numel() else None
-    if found is None:
+    place = _place_of(tensor) if tensor.numel() else None
+    if place is None:
         out.copy_(tensor)
     elif tensor.stride(1) == 1:
-        _read_rows(out, tensor, found[1])
+        _read_rows(out, tensor, place)
     elif tensor.stride(0) == 1:
-        _read_rows(out.T, tensor.T, found[1])
+        _read_rows(out.T, tensor.T, place)
     else:
         out.copy_(tensor)
 
@@ -146,11 +157,24 @@ def _read_rows(out: torch.Tensor, tensor: torch.Tensor, place: _Place) -> None:
     """All in one piece, with what lies between the rows, or a row at a time where that is more than they are."""
     (rows, columns), between = tensor.shape, tensor.stride(0)
     begin = place.offset + tensor.data_ptr() - place.address
+    if out.dtype is tensor.dtype and out.is_contiguous() and tensor.is_contiguous():
+        read_all(place.file, tensor_bytes(out), begin, place.subject)
+        return
     step = rows if between <= _GAPS * columns else 1
     for row in range(0, rows, step):
-        flat = torch.empty((step - 1) * between + columns, dtype=tensor.dtype)
+        flat = _scratch((step - 1) * between + columns, tensor.dtype)
         read_all(place.file, tensor_bytes(flat), begin + row * between * tensor.itemsize, place.subject)
         out[row : row + step].copy_(flat.as_strided((step, columns), (between, 1)))
+
+
+def _scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """This thread's, kept from read to read unless it is large: a fresh one costs a page fault for every 4 kB."""
+    size = count * dtype.itemsize
+    if size > _KEPT_BYTES:
+        return torch.empty(count, dtype=dtype)
+    if not hasattr(_OWN, "scratch"):
+        _OWN.scratch = torch.empty(_KEPT_BYTES, dtype=torch.uint8)  # of which only what is used takes memory
+    return _OWN.scratch[:size].view(dtype)
 
 
 def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:

@@ -6,7 +6,7 @@ of the interpreter. W, left and right are as stored on disk. Shapes: M rows, N c
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from composer.rounding import Mode, Rounding
 from composer.tensors import all_finite, give_back, torch_dtype
 
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB in float32: measured, 16 MiB cost as much CPU time and four times the memory
+_KEPT_BYTES = 8 << 20
 _DIRECTIONS = 64  # of factors added in one pass over the rows
 
 
@@ -73,6 +74,28 @@ class Factors:
         return replace(self, parts=tuple(parts))
 
 
+class _Rights:
+    """The right factors of one tensor, made once for all threads; none beyond `_KEPT_BYTES` is kept, so that memory
+    does not grow with adapters and ranks."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def of(self, factors: Factors, columns: int, dtype: torch.dtype) -> torch.Tensor | None:
+        with self._lock:
+            found = self._made.get((id(factors), dtype))
+            size = factors.rank * columns * dtype.itemsize
+            if found is None and size + sum(one.nbytes for one in self._made.values()) <= _KEPT_BYTES:
+                found = factors.right_into(torch.empty(factors.rank, columns, dtype=dtype))
+                self._made[id(factors), dtype] = found
+            return found
+
+    def clear(self) -> None:
+        with self._lock:
+            self._made.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class TensorWork:
     """A tensor whose turn has come. `rows` x `columns` is the matrix that chunks are cut from; a tensor that nothing is
@@ -85,6 +108,7 @@ class TensorWork:
     uploaded: Sequence[Factors]
     computed: Sequence[Computed]
     replacement: torch.Tensor | None
+    rights: _Rights = field(default_factory=_Rights)
 
     @property
     def changed(self) -> bool:
@@ -257,10 +281,15 @@ class Rewriter:
             if common := one.within(chunk):
                 rows, own = common
                 left_MR = self._scratch("left", torch.Size((own.stop - own.start, one.rank)), sum_MN)
-                sum_MN[rows].addmm_(one.left_into(own, left_MR), self._right(one, sum_MN))
+                sum_MN[rows].addmm_(one.left_into(own, left_MR), self._right(chunk.work, one, sum_MN))
 
-    def _right(self, factors: Factors, sum_MN: torch.Tensor) -> torch.Tensor:
-        """Kept for this thread's next chunk, which mostly is of the same tensor."""
+    def _right(self, work: TensorWork, factors: Factors, sum_MN: torch.Tensor) -> torch.Tensor:
+        """All threads' own, or kept for this thread's next chunk, which mostly is of the same tensor."""
+        if (
+            sum_MN.device.type == "cpu"
+            and (shared := work.rights.of(factors, sum_MN.shape[1], sum_MN.dtype)) is not None
+        ):
+            return shared
         latest: tuple[Factors, torch.Tensor] | None = getattr(self._local, "right", None)
         if latest is None or latest[0] is not factors or latest[1].dtype is not sum_MN.dtype:
             right_RN = self._scratch("right", torch.Size((factors.rank, sum_MN.shape[1])), sum_MN)

@@ -176,6 +176,7 @@ class _ShardRun:
         self.report(chunk.size_bytes)
         if not countdown.last():
             return None
+        chunk.work.rights.clear()
         return self.confirming.submit(self._confirmed, chunk.work, source)
 
     def _confirmed(self, work: TensorWork, source: int) -> Survival:
