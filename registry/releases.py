@@ -276,7 +276,7 @@ def _by_version(session: Session, repository: Repository, version: Version) -> R
 
 def _by_content(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
     """The highest stable release of these files for this base: what `--bump` answers when nothing changed since. What
-    was a pre-release so far is given the number that it led to."""
+    was a pre-release alone so far is given a number."""
     query = select(Release).join(Revision, Revision.id == Release.revision_id)
     query = query.where(
         Release.stable,

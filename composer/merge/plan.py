@@ -18,6 +18,7 @@ from composer.formats.checkpoint import Checkpoint
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
 from composer.formats.naming import head_beside, is_head
+from composer.formats.placed import OTHER_PATHS
 from composer.formats.tying import embedding_tensors, head_tensors
 from composer.hashing import Identity, hash_file, identities
 from composer.merge.chunks import TensorPlan
@@ -138,6 +139,7 @@ def plan_merge(
         adapters=tuple(uses),
         findings=(
             *combined.findings,
+            *(finding for one in loaded for finding in one.placed.findings if finding.code == OTHER_PATHS),
             *_missing_tokenizer(checkpoint.path),
             *quantized_bases(checkpoint, loaded),
         ),

@@ -115,11 +115,13 @@ def test_an_adapter_of_the_language_model_alone_finds_it_and_is_told_that_no_ser
     torch.manual_seed(2)
     adapter = adapter_of(LlamaForCausalLM(LlamaConfig(**TEXT)), ["q_proj", "down_proj"], tmp_path / "adapter")
     checkpoint = open_checkpoint(base)
-    changed = merge(base, adapter, tmp_path / "merged").touched
+    plan = merge(base, adapter, tmp_path / "merged")
+    changed = plan.touched
     assert len(changed) == 4
     if "model.layers.0.mlp.down_proj.weight" in changed:  # named so on disk: what it is in memory is not known here
         return
     assert all("language_model" in name for name in changed)
+    assert OTHER_PATHS in {finding.code for finding in plan.findings}
     opened = read_adapter(adapter)
     placed = place(opened.config, opened.header, checkpoint.architecture)
     assert [finding.code for finding in placed.findings] == [OTHER_PATHS]
