@@ -3,6 +3,7 @@
 import mmap
 import os
 import threading
+from bisect import bisect_right, insort
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,17 +35,26 @@ _GAPS = 4  # times a row: so much may lie between two that are read together
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 _MAPPING = threading.Lock()
 _FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by what tells a file from others
-_PLACES: "dict[int, _Place]" = {}  # by the address
+_PLACING = threading.RLock()  # a mapping may end while its thread has it
+_PLACES: "list[_Place]" = []  # by their addresses, which do not overlap
 
 
-@dataclass(frozen=True, slots=True)
+class _Open:
+    """A file that stays open, under a number of its own, for as long as this object."""
+
+    def __init__(self, file: int) -> None:
+        self.number = os.dup(file)
+        finalize(self, os.close, self.number)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Place:
     """Where a mapping is in memory, and from which byte on it is of which open file."""
 
     mapping: "ReferenceType[mmap.mmap]"
     address: int
     size: int
-    file: int
+    file: _Open
     offset: int
     subject: str
 
@@ -92,24 +102,26 @@ def _mapping_of(path: Path) -> mmap.mmap:
                 fresh = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             except OSError as error:
                 raise OSError(error.errno, f"cannot be mapped: {error.strerror}", str(path)) from error
-            mapping = _FILES[key] = _known(fresh, file.fileno(), 0, path.name)
+            mapping = _FILES[key] = _known(fresh, _Open(file.fileno()), 0, path.name)
         return mapping
 
 
-def _known(mapping: mmap.mmap, file: int, offset: int, subject: str) -> mmap.mmap:
-    """The file stays open, under a number of its own, for as long as the mapping is there."""
-    own = os.dup(file)
+def _known(mapping: mmap.mmap, file: _Open, offset: int, subject: str) -> mmap.mmap:
     address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
-    place = _Place(ref(mapping), address, len(mapping), own, offset, subject)
-    _PLACES[address] = place
+    place = _Place(ref(mapping), address, len(mapping), file, offset, subject)
+    with _PLACING:
+        insort(_PLACES, place, key=_address)
     finalize(mapping, _forget, place)
     return mapping
 
 
 def _forget(place: _Place) -> None:
-    os.close(place.file)
-    if _PLACES.get(place.address) is place:  # another one may be there already
-        del _PLACES[place.address]
+    with _PLACING:
+        _PLACES.remove(place)
+
+
+def _address(place: _Place) -> int:
+    return place.address
 
 
 def _mapped(mapping: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -130,10 +142,10 @@ def give_back(tensor: torch.Tensor) -> None:
 
 def _place_of(tensor: torch.Tensor) -> _Place | None:
     address = tensor.data_ptr()
-    for place in list(_PLACES.values()):  # others come and go meanwhile
-        if place.address <= address < place.address + place.size:
-            return place
-    return None
+    with _PLACING:
+        number = bisect_right(_PLACES, address, key=_address) - 1
+        place = _PLACES[number] if number >= 0 else None
+    return place if place and address < place.address + place.size else None
 
 
 def read_into(out: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -158,12 +170,12 @@ def _read_rows(out: torch.Tensor, tensor: torch.Tensor, place: _Place) -> None:
     (rows, columns), between = tensor.shape, tensor.stride(0)
     begin = place.offset + tensor.data_ptr() - place.address
     if out.dtype is tensor.dtype and out.is_contiguous() and tensor.is_contiguous():
-        read_all(place.file, tensor_bytes(out), begin, place.subject)
+        read_all(place.file.number, tensor_bytes(out), begin, place.subject)
         return
     step = rows if between <= _GAPS * columns else 1
     for row in range(0, rows, step):
         flat = _scratch((step - 1) * between + columns, tensor.dtype)
-        read_all(place.file, tensor_bytes(flat), begin + row * between * tensor.itemsize, place.subject)
+        read_all(place.file.number, tensor_bytes(flat), begin + row * between * tensor.itemsize, place.subject)
         out[row : row + step].copy_(flat.as_strided((step, columns), (between, 1)))
 
 
@@ -195,6 +207,7 @@ class Aside:
 
     def __init__(self) -> None:
         self._file = TemporaryFile(prefix="adaptory-")  # noqa: SIM115 - as long as this object
+        self._open = _Open(self._file.fileno())  # one for all that is put into it
         self._end = 0
 
     def put(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -213,7 +226,7 @@ class Aside:
             raise RefusedOutput("disk_full", message, subject=gettempdir(), next_step=next_step) from error
         with _MAPPING:
             fresh = mmap.mmap(self._file.fileno(), begins[-1], access=mmap.ACCESS_COPY, offset=self._end)
-            mapping = _known(fresh, self._file.fileno(), self._end, gettempdir())
+            mapping = _known(fresh, self._open, self._end, gettempdir())
         self._end += -(-begins[-1] // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return [
             _mapped(mapping, begin, one.nbytes, one.dtype).reshape(one.shape) if one.numel() else one
