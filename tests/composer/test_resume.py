@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -61,20 +62,19 @@ def asides(directory: Path) -> list[Path]:
 def interrupt_after_shards(plan: MergePlan, out: Path, count: int) -> None:
     """Ends the merge as Ctrl-C does, once `count` shards are written down and others are begun.
 
-    Nobody waits for long: the one who does may have a part of what is still to be written down.
+    One thread waits for that, the first that has a part of another one: the others may have what is still missing.
     """
-    enough, done = sum(shard.size_bytes for shard in plan.shards[: count + 1]), 0
+    enough, done, waiting = sum(shard.size_bytes for shard in plan.shards[: count + 1]), 0, threading.Lock()
 
     def interrupt(size_bytes: int) -> None:
         nonlocal done
         done += size_bytes
-        if done > enough:
+        if done > enough and waiting.acquire(blocking=False):
             (aside,) = asides(out.parent)
-            deadline = time.monotonic() + 0.5
-            while time.monotonic() < deadline:
-                if (aside / JOURNAL_FILE).read_text().count("\n") >= count:
-                    raise KeyboardInterrupt
+            deadline = time.monotonic() + 60
+            while (aside / JOURNAL_FILE).read_text().count("\n") < count and time.monotonic() < deadline:
                 time.sleep(0.001)
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_merge(plan, out, "cpu", interrupt)

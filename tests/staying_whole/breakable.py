@@ -144,6 +144,7 @@ class Stock:
             "releases": {"version": "9.0.0", "base": "tiny", "files": [file]},
             "scores": {"scores": [score]},
             "yank": {"reason": "because"},
+            "unyank": {"reason": "because"},
             "{channel}": {"version": self.version},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
         }  # fmt: skip
