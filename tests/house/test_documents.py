@@ -17,9 +17,11 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
     (line,) = [line for line in UNIT.read_text().splitlines() if line.startswith("Exec")]
     assert line.startswith("ExecStart=/opt/adaptory/bin/adaptory ")
     name, *options = shlex.split(line)[1:]
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    adaptory = typer.main.get_command(app)
+    # Below its parent, as on a command line: commands are built once a process, and keep how their help was asked for.
+    parent = adaptory.make_context("adaptory", [name])
     assert name == "serve"
-    assert command.make_context(name, options).params["port"] == 8470
+    assert adaptory.commands[name].make_context(name, options, parent).params["port"] == 8470  # type: ignore[attr-defined]
 
 
 def test_the_commands_of_the_readme_write_where_git_does_not_look() -> None:
