@@ -79,34 +79,26 @@ class LowRank:
 
     def stored_factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """(left, right) with the scale folded into left: W as stored on disk becomes W + left @ right."""
-        return self.stored_left(slice(None), dtype), self.stored_right(dtype)
-
-    def stored_left(self, rows: slice | list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self._left[rows].to(dtype) * self.scale
-
-    def stored_right(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self._right.to(dtype)
+        return self._left.to(dtype) * self.scale, self._right.to(dtype)
 
     def stored_left_into(self, rows: slice, out: torch.Tensor) -> None:
-        """The same in memory that is there, and in no other."""
+        """Some rows of it, in memory that is there, and in no other."""
         read_into(out, self._left[rows])
         out.mul_(self.scale)
 
     def stored_right_into(self, out: torch.Tensor) -> None:
         read_into(out, self._right)
 
-    def stored_rows(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(those rows of left, right), in no other memory but a megabyte."""
-        left, right = self._left, torch.empty(self._right.shape, dtype=dtype)
-        self.stored_right_into(right)
-        if left.nbytes <= _AT_ONCE:  # a row at a time takes twenty times as long
-            whole = torch.empty(left.shape, dtype=left.dtype)
-            read_into(whole, left)
-            return whole[rows].to(dtype) * self.scale, right
+    def stored_left_rows(self, rows: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Single rows of it, in no other memory but a megabyte."""
+        if self._left.nbytes <= _AT_ONCE:  # a row at a time takes twenty times as long
+            whole = torch.empty(self._left.shape, dtype=self._left.dtype)
+            read_into(whole, self._left)
+            return whole[rows].to(dtype) * self.scale
         picked = torch.empty(len(rows), self.rank, dtype=dtype)
         for place, row in enumerate(rows):
             self.stored_left_into(slice(row, row + 1), picked[place : place + 1])
-        return picked, right
+        return picked
 
     @property
     def _left(self) -> torch.Tensor:

@@ -163,6 +163,7 @@ def read_into(out: torch.Tensor, tensor: torch.Tensor) -> None:
         _read_rows(out.T, tensor.T, place)
     else:
         out.copy_(tensor)
+        give_back(tensor)
 
 
 def _read_rows(out: torch.Tensor, tensor: torch.Tensor, place: _Place) -> None:

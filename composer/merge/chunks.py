@@ -69,6 +69,11 @@ class Factors:
             part.stored_right_into(rows)
         return out_RN
 
+    def picked(self, own: Sequence[int], columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(those rows of left, right), both in float64."""
+        right_RN = self.right_into(torch.empty(self.rank, columns, dtype=torch.float64))
+        return torch.cat([part.stored_left_rows(own, torch.float64) for part in self.parts], dim=1), right_RN
+
     def to(self, device: torch.device) -> "Factors":
         parts = (replace(part, A_RI=part.A_RI.to(device), B_OR=part.B_OR.to(device)) for part in self.parts)
         return replace(self, parts=tuple(parts))
@@ -159,6 +164,10 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     uploaded = [one.to(device) for one in factors] if device.type == "cuda" and not computed else factors
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+        for delta in additions:
+            if isinstance(delta, LowRank):  # no memory any more, if mapped
+                give_back(delta.A_RI)
+                give_back(delta.B_OR)
     return TensorWork(tensor, rows, columns, factors, uploaded, computed, replacement)
 
 
@@ -185,14 +194,6 @@ def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
                 block, room = [], _DIRECTIONS
     if block:
         yield tuple(block)
-
-
-def let_go(work: TensorWork) -> None:
-    """A tensor that is done: its mapped factors take no memory any more."""
-    for delta in work.plan.deltas:
-        if isinstance(delta, LowRank):
-            give_back(delta.A_RI)
-            give_back(delta.B_OR)
 
 
 def chunks_of(work: TensorWork) -> Iterator[Chunk]:
@@ -285,10 +286,8 @@ class Rewriter:
 
     def _right(self, work: TensorWork, factors: Factors, sum_MN: torch.Tensor) -> torch.Tensor:
         """All threads' own, or kept for this thread's next chunk, which mostly is of the same tensor."""
-        if (
-            sum_MN.device.type == "cpu"
-            and (shared := work.rights.of(factors, sum_MN.shape[1], sum_MN.dtype)) is not None
-        ):
+        on_cpu = sum_MN.device.type == "cpu"
+        if on_cpu and (shared := work.rights.of(factors, sum_MN.shape[1], sum_MN.dtype)) is not None:
             return shared
         latest: tuple[Factors, torch.Tensor] | None = getattr(self._local, "right", None)
         if latest is None or latest[0] is not factors or latest[1].dtype is not sum_MN.dtype:

@@ -22,7 +22,7 @@ from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import TensorEntry
 from composer.hashing import hash_file
 from composer.merge import AdapterUse, MergePlan, index_of, plan_merge
-from composer.merge.chunks import Chunk, Rewriter, chunks_of, let_go, prepare
+from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
 from composer.merge.ranges import Range, copied_ranges, equal, pieces
 from composer.merge.shards import Progress, ShardPlan
 from composer.merge.source import Source, source_rows
@@ -214,7 +214,6 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
                 continue
             source, work = opened[tensor.path], prepare(tensor, comparing.rewriter.device)
             counts = list(pool.map(lambda chunk, s=source: comparing.chunk(chunk, s, target), chunks_of(work)))
-            let_go(work)
             near = sum(neighbouring for neighbouring, _ in counts)
             neighbours, others = neighbours + near, others + sum(further for _, further in counts)
             if near > _roundings(tensor.target):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from composer.formats.header import read_header
-from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, let_go, prepare
+from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.merge.ranges import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
 from composer.merge.resume import Journal
 from composer.merge.source import write_all
@@ -177,13 +177,7 @@ class _ShardRun:
         if not countdown.last():
             return None
         chunk.work.rights.clear()
-        return self.confirming.submit(self._confirmed, chunk.work, source)
-
-    def _confirmed(self, work: TensorWork, source: int) -> Survival:
-        try:
-            return confirm(work, source, self.target.file, self.rewriter.rounding)
-        finally:
-            let_go(work)
+        return self.confirming.submit(confirm, chunk.work, source, self.target.file, self.rewriter.rounding)
 
 
 def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, Survival]:

@@ -314,7 +314,7 @@ def _dense(delta: Additive, W_MN: torch.Tensor | None) -> Matrix:
     """The delta as stored, its rows made when asked for. `W_MN` is the base's whole matrix where the delta reads it."""
     rows, columns = delta.stored_shape
     if isinstance(delta, LowRank):
-        left, right = (factor.float() for factor in delta.stored_factors())
+        left, right = delta.stored_factors()
         return Matrix((rows, columns), lambda first, last: left[first:last] @ right)
     if delta.whole:
         return Matrix.of(delta.rows(torch.zeros(()).expand(rows, columns) if W_MN is None else W_MN, 0).float())
