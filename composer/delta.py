@@ -89,16 +89,18 @@ class LowRank:
     def stored_right_into(self, out: torch.Tensor) -> None:
         read_into(out, self._right)
 
-    def stored_left_rows(self, rows: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Single rows of it, in no other memory but a megabyte."""
-        if self._left.nbytes <= _AT_ONCE:  # a row at a time takes twenty times as long
-            whole = torch.empty(self._left.shape, dtype=self._left.dtype)
-            read_into(whole, self._left)
-            return whole[rows].to(dtype) * self.scale
+    def stored_rows(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(those rows of left, right), in no other memory but a megabyte."""
+        left, right = self._left, torch.empty(self._right.shape, dtype=dtype)
+        self.stored_right_into(right)
+        if left.nbytes <= _AT_ONCE:  # a row at a time takes twenty times as long
+            whole = torch.empty(left.shape, dtype=left.dtype)
+            read_into(whole, left)
+            return whole[rows].to(dtype) * self.scale, right
         picked = torch.empty(len(rows), self.rank, dtype=dtype)
         for place, row in enumerate(rows):
             self.stored_left_into(slice(row, row + 1), picked[place : place + 1])
-        return picked
+        return picked, right
 
     @property
     def _left(self) -> torch.Tensor:

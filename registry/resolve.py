@@ -1,10 +1,9 @@
 """Reference -> release."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Row, Select, bindparam, func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from registry import channels, releases, repositories
@@ -12,6 +11,7 @@ from registry.errors import NotFound, Usage
 from registry.models import Base, Channel, Move, Release, Repository, Revision
 from registry.names import Reference, RepositoryName, parse_version
 from registry.repositories import Kind
+from registry.statements import Prepared
 
 _base, _channel, _move, _release, _repository, _revision = (
     table.__table__.c for table in (Base, Channel, Move, Release, Repository, Revision)
@@ -45,23 +45,24 @@ _IN_REPOSITORY = _FOUND.where(
     _repository.namespace == bindparam("in_namespace"), _repository.name == bindparam("in_repository")
 )
 _HIGHEST_FIRST = _IN_REPOSITORY.order_by(_release.sort_key.desc())
-_OF_VERSION = _IN_REPOSITORY.where(_release.version == bindparam("named"))
+_OF_VERSION = Prepared(_IN_REPOSITORY.where(_release.version == bindparam("named")))
 # Not LIKE, for which no index serves: "g" is above every hexadecimal digit.
-_OF_COMMIT = _HIGHEST_FIRST.where(_revision.commit.between(bindparam("named"), bindparam("last")))
+_OF_COMMIT = Prepared(_HIGHEST_FIRST.where(_revision.commit.between(bindparam("named"), bindparam("last"))))
 OF_CHANNEL = (
     _IN_REPOSITORY.join(Move.__table__, _move.to_release_id == _release.id)
     .join(Channel.__table__, _channel.move_id == _move.id)
     .where(_channel.repository_id == _repository.id, _channel.name == bindparam("named"))
 )
-_HIGHEST_STABLE = _HIGHEST_FIRST.where(_release.stable, ~_release.yanked).limit(1)
-_BY_ID = _FOUND.where(_release.id == bindparam("named"))
+_OF_CHANNEL = Prepared(OF_CHANNEL)
+_HIGHEST_STABLE = Prepared(_HIGHEST_FIRST.where(_release.stable, ~_release.yanked).limit(1))
+_BY_ID = Prepared(_FOUND.where(_release.id == bindparam("named")))
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
     """A row of `_FOUND`. `warning` says that the reference did not lead where it plainly should have."""
 
-    row: Row[*tuple[Any, ...]]
+    row: Any
     warning: str = ""
 
     @property
@@ -125,11 +126,14 @@ def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
     return found
 
 
-def _rows(
-    session: Session, statement: Select[*tuple[Any, ...]], repository: RepositoryName, **named: str
-) -> Sequence[Row[*tuple[Any, ...]]]:
+def _rows(session: Session, statement: Prepared, repository: RepositoryName, **named: str) -> list[Any]:
     home = {"in_namespace": repository.namespace, "in_repository": repository.name}
-    return session.execute(statement, {**home, **named}).all()
+    return statement.records(session, {**home, **named})
+
+
+def _by_id(session: Session, release_id: int) -> Any:
+    [row] = _BY_ID.records(session, {"named": release_id})
+    return row
 
 
 def _by_range(session: Session, reference: Reference) -> Located | None:
@@ -137,7 +141,7 @@ def _by_range(session: Session, reference: Reference) -> Located | None:
     query = select(Release.id, Release.version).where(Release.repository_id == repository.id, ~Release.yanked)
     for release_id, version in session.execute(query.order_by(Release.sort_key.desc())):
         if reference.range and parse_version(version) in reference.range:
-            return Located(session.execute(_BY_ID, {"named": release_id}).one())
+            return Located(_by_id(session, release_id))
     return None
 
 
@@ -155,7 +159,7 @@ def _by_commit(session: Session, reference: Reference) -> Located | None:
 
 
 def _by_channel(session: Session, reference: Reference) -> Located:
-    rows = _rows(session, OF_CHANNEL, reference.repository, named=reference.channel or "")
+    rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel or "")
     if rows and not rows[0].yanked:
         return Located(rows[0])
     repository = repositories.find(session, reference.repository)
@@ -168,14 +172,14 @@ def _by_channel(session: Session, reference: Reference) -> Located:
             subject=str(reference),
             next_step="Promote a release to it.",
         )
-    row = session.execute(_BY_ID, {"named": serving.to_release_id}).one()
+    row = _by_id(session, serving.to_release_id)
     if not rows:  # the channel's first move was committed a moment ago
         return Located(row)
     name, reason = Located(rows[0]).full_name, rows[0].yank_reason
     return Located(row, f"{name} is yanked ({reason}); {reference} gives {row.version}.")
 
 
-def _warn_if_yanked(row: Row[*tuple[Any, ...]]) -> Located:
+def _warn_if_yanked(row: Any) -> Located:
     found = Located(row)
     return Located(row, f"{found.full_name} is yanked: {row.yank_reason}.") if row.yanked else found
 

@@ -102,9 +102,8 @@ def _sampled(weight: BaseWeight) -> tuple[float, Survival]:
     W = picked_rows(weight.source, [weight.begin + row for row in rows.tolist()]).double()
     delta = torch.zeros_like(W)
     for one, factor in weight.deltas:
-        right = torch.empty(one.rank, W.shape[1], dtype=torch.float64)
-        one.stored_right_into(right)
-        delta += (one.stored_left_rows(rows.tolist(), torch.float64) * factor) @ right
+        left, right = one.stored_rows(rows.tolist(), torch.float64)
+        delta += (left * factor) @ right
     survival = survival_of(W, delta, (W + delta).float().to(weight.dtype))
     return survival.weight * count / len(rows), survival
 

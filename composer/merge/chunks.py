@@ -69,11 +69,6 @@ class Factors:
             part.stored_right_into(rows)
         return out_RN
 
-    def picked(self, own: Sequence[int], columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(those rows of left, right), both in float64."""
-        right_RN = self.right_into(torch.empty(self.rank, columns, dtype=torch.float64))
-        return torch.cat([part.stored_left_rows(own, torch.float64) for part in self.parts], dim=1), right_RN
-
     def to(self, device: torch.device) -> "Factors":
         parts = (replace(part, A_RI=part.A_RI.to(device), B_OR=part.B_OR.to(device)) for part in self.parts)
         return replace(self, parts=tuple(parts))

@@ -161,14 +161,14 @@ def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[tor
     bound, terms = torch.zeros_like(W), torch.zeros(len(rows), 1, dtype=torch.float64)
     for factors in work.factors:
         held, own = inside(factors.begin, factors.rows)
-        if held:
-            left, right = factors.picked(own, W.shape[1])
+        for part in factors.parts if held else ():
+            left, right = part.stored_rows(own, torch.float64)
             delta[held] += left @ right
             # |left| @ |right| bounds every partial sum; by Cauchy and Schwarz the norms do, without a second product.
             # (Summed squares take a quarter of the time of torch's norm over rows.)
             norms = left.square().sum(dim=1, keepdim=True).sqrt(), right.square().sum(dim=0, keepdim=True).sqrt()
             bound[held] += norms[0] * norms[1]
-            terms[held] += factors.rank + 5
+        terms[held] += factors.rank + 5
     slack += (W.abs() + bound) * terms * _FLOAT32_EPS
     for computed in work.computed:
         held, own = inside(computed.begin, computed.stored_shape[0])
