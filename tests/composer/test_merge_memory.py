@@ -1,4 +1,4 @@
-"""What a merge holds in memory and where it computes: mapped factors are given back; a CUDA device gives the same."""
+"""What a merge holds in memory, little of it factors, and where it computes: a CUDA device gives the same."""
 
 import os
 from collections.abc import Callable
