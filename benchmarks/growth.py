@@ -1,4 +1,4 @@
-"""How the cost of a merge grows: with the adapters (1 to 16), their rank (4 to 128) and the base (0.2 to 2.1 billion).
+"""How the cost of a merge grows: with the adapters (1 to 16), their rank (4 to 128) and the base (0.1 to 2.1 billion).
 
 Each point is a process of its own, timed without its imports, beside the copy of the same checkpoint in the same round.
 Writes the plot of docs/growth.svg.
@@ -15,9 +15,12 @@ from benchmarks import harness
 from benchmarks.harness import Case, Sample
 from benchmarks.merge import floor, once
 from benchmarks.models import ADAPTERS as MADE
+from benchmarks.models import Size
 
-ADAPTERS, RANKS, LAYERS = (1, 2, 4, 8, 16), (4, 16, 64, 128), (2, 5, 11, 22, 44)
-USUAL_LAYERS, USUAL_RANK, USUAL_ADAPTERS = 11, 16, 3
+ADAPTERS, RANKS = (1, 2, 4, 8, 16), (4, 16, 64, 128)
+SIZES = (Size(3, 1024), Size(2), Size(5), Size(11), Size(22), Size(44))
+"""Of the usual width the embeddings alone have 0.13 billion parameters."""
+USUAL_SIZE, USUAL_RANK, USUAL_ADAPTERS = Size(11), 16, 3
 PLOT = Path("docs/growth.svg")
 Point = tuple[float, Sequence[Sample], Sequence[Sample]]
 """(x, merges, copies)."""
@@ -29,16 +32,16 @@ def main() -> None:
     cut = 2 if chosen.quick else 9
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-growth-") as name:
         directory = Path(name)
-        usual = _made(directory / "usual", USUAL_LAYERS, USUAL_RANK)
+        usual = _made(directory / "usual", USUAL_SIZE, USUAL_RANK)
         series = {
             "adapters of rank 16": [_point(count, usual, count, chosen.rounds) for count in ADAPTERS[:cut]],
             "rank of 3 adapters": [
-                _point(rank, _made(directory / f"rank-{rank}", USUAL_LAYERS, rank), USUAL_ADAPTERS, chosen.rounds)
+                _point(rank, _made(directory / f"rank-{rank}", USUAL_SIZE, rank), USUAL_ADAPTERS, chosen.rounds)
                 for rank in RANKS[:cut]
             ],
             "parameters of the base, billions": [
-                _sized(_made(directory / f"layers-{layers}", layers, USUAL_RANK), chosen.rounds)
-                for layers in LAYERS[:cut]
+                _sized(_made(directory / f"size-{number}", size, USUAL_RANK), chosen.rounds)
+                for number, size in enumerate(SIZES[:cut])
             ],
         }
     for title, points in series.items():
@@ -53,8 +56,9 @@ def main() -> None:
         PLOT.write_text(plot(series))
 
 
-def _made(directory: Path, layers: int, rank: int) -> Path:
-    subprocess.run([sys.executable, "-m", "benchmarks.models", directory, str(layers), str(rank)], check=True)
+def _made(directory: Path, size: Size, rank: int) -> Path:
+    given = map(str, (directory, size.layers, rank, size.width))
+    subprocess.run([sys.executable, "-m", "benchmarks.models", *given], check=True)
     return directory
 
 

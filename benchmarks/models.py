@@ -1,15 +1,17 @@
 """A checkpoint and adapters of a given size, made in seconds: TinyLlama's shapes, values as wide as trained weights'.
 
-22 layers are 1.1 billion parameters. All values come from one block of normal bfloat16 numbers, read from another place
-for each tensor: no disk or compressor sees a pattern, and nothing here is as slow as a random generator.
+22 layers of the usual width are 1.1 billion parameters. All values come from one block of normal bfloat16 numbers, read
+from another place for each tensor: no disk or compressor sees a pattern, and nothing here is as slow as a random
+generator.
 
-`python -m benchmarks.models DIRECTORY LAYERS RANK` writes `base` and adapters `one`, `two`, `three`: in a process
-of its own, since the kernel counts the memory of a benchmark as that of what it starts.
+`python -m benchmarks.models DIRECTORY LAYERS RANK [WIDTH]` writes `base` and adapters `one`, `two`, `three`: in a
+process of its own, since the kernel counts the memory of a benchmark as that of what it starts.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +20,49 @@ import numpy.typing as npt
 from composer.formats.header import TensorSpec, encode_header
 
 ADAPTERS = ("one", "two", "three")
-HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32_000
-_KEY_VALUE = HIDDEN // HEADS * KEY_VALUE_HEADS
-LINEAR = {  # module -> (outputs, inputs)
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (_KEY_VALUE, HIDDEN),
-    "self_attn.v_proj": (_KEY_VALUE, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}  # fmt: skip
+WIDTH, VOCABULARY = 2048, 32_000
 _BLOCK = 1 << 25  # values, more than the largest tensor but the embedding has
 _SHARDS = 4
 
 
-def make_base(directory: Path, layers: int) -> Path:
+@dataclass(frozen=True, slots=True)
+class Size:
+    """`width` is that of the hidden states, a multiple of 512; the others follow from it as in TinyLlama."""
+
+    layers: int
+    width: int = WIDTH
+
+    @property
+    def inner(self) -> int:
+        return self.width * 11 // 4
+
+    @property
+    def key_value(self) -> int:
+        return self.width // 8
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """module -> (outputs, inputs)"""
+        return {
+            "self_attn.q_proj": (self.width, self.width), "self_attn.k_proj": (self.key_value, self.width),
+            "self_attn.v_proj": (self.key_value, self.width), "self_attn.o_proj": (self.width, self.width),
+            "mlp.gate_proj": (self.inner, self.width), "mlp.up_proj": (self.inner, self.width),
+            "mlp.down_proj": (self.width, self.inner),
+        }  # fmt: skip
+
+
+def make_base(directory: Path, size: Size) -> Path:
     """A Llama checkpoint in bfloat16, untied, in four shards, without a tokenizer."""
     directory.mkdir()
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "hidden_act": "silu",
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_VALUE_HEADS, "vocab_size": VOCABULARY, "max_position_embeddings": 2048,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.width, "hidden_act": "silu",
+        "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.width // 64,
+        "num_key_value_heads": size.key_value // 64, "vocab_size": VOCABULARY, "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
         "eos_token_id": 2, "initializer_range": 0.02,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    tensors = list(_tensors(layers))
+    tensors = list(_tensors(size))
     total = sum(spec.size_bytes for _, spec in tensors)
     weight_map: dict[str, str] = {}
     values, begin, passed = _Values(0.02), 0, 0
@@ -59,17 +80,17 @@ def make_base(directory: Path, layers: int) -> Path:
     return directory
 
 
-def make_adapter(directory: Path, layers: int, rank: int, seed: int) -> Path:
+def make_adapter(directory: Path, size: Size, rank: int, seed: int) -> Path:
     """A LoRA in bfloat16 on all seven linear modules of every layer, in PEFT's format."""
     directory.mkdir()
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "task_type": "CAUSAL_LM", "bias": "none",
-        "target_modules": sorted(name.split(".")[1] for name in LINEAR),
+        "target_modules": sorted(name.split(".")[1] for name in size.linear),
     }  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(config))
     tensors: dict[str, TensorSpec] = {}
-    for layer in range(layers):
-        for name, (outputs, inputs) in LINEAR.items():
+    for layer in range(size.layers):
+        for name, (outputs, inputs) in size.linear.items():
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"] = TensorSpec("BF16", (rank, inputs))
             tensors[f"{path}.lora_B.weight"] = TensorSpec("BF16", (outputs, rank))
@@ -77,15 +98,15 @@ def make_adapter(directory: Path, layers: int, rank: int, seed: int) -> Path:
     return directory
 
 
-def _tensors(layers: int) -> Iterator[tuple[str, TensorSpec]]:
-    yield "model.embed_tokens.weight", TensorSpec("BF16", (VOCABULARY, HIDDEN))
-    for layer in range(layers):
-        for name, shape in LINEAR.items():
+def _tensors(size: Size) -> Iterator[tuple[str, TensorSpec]]:
+    yield "model.embed_tokens.weight", TensorSpec("BF16", (VOCABULARY, size.width))
+    for layer in range(size.layers):
+        for name, shape in size.linear.items():
             yield f"model.layers.{layer}.{name}.weight", TensorSpec("BF16", shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"model.layers.{layer}.{name}.weight", TensorSpec("BF16", (HIDDEN,))
-    yield "model.norm.weight", TensorSpec("BF16", (HIDDEN,))
-    yield "lm_head.weight", TensorSpec("BF16", (VOCABULARY, HIDDEN))
+            yield f"model.layers.{layer}.{name}.weight", TensorSpec("BF16", (size.width,))
+    yield "model.norm.weight", TensorSpec("BF16", (size.width,))
+    yield "lm_head.weight", TensorSpec("BF16", (VOCABULARY, size.width))
 
 
 class _Values:
@@ -112,8 +133,9 @@ def _write(path: Path, tensors: Mapping[str, TensorSpec], values: _Values) -> No
 
 
 if __name__ == "__main__":
-    _, given, layers, rank = sys.argv
+    _, given, layers, rank, *width = sys.argv
     Path(given).mkdir()
-    make_base(Path(given) / "base", int(layers))
+    size = Size(int(layers), *map(int, width))
+    make_base(Path(given) / "base", size)
     for number, name in enumerate(ADAPTERS, start=1):
-        make_adapter(Path(given) / name, int(layers), int(rank), number)
+        make_adapter(Path(given) / name, size, int(rank), number)

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sqlalchemy import delete, exists, func, select
+from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from registry.access import Role, may_read, permit
@@ -34,8 +34,8 @@ _SCRATCH = ("upload-*", "inspect-*")
 class Announced:
     """A file of a plan. `upload_id` is None where the namespace holds its bytes.
 
-    Otherwise it is sent whole by `put`, or in `parts`, or `through_the_api` where the store has no address. With
-    neither, all of it has arrived and waits to be completed.
+    Otherwise it is sent whole by `put`, or in `parts` (`part` says how), or `through_the_api` where the store has no
+    address. With neither, all of it has arrived and waits to be completed.
     """
 
     file: ManifestFile
@@ -78,6 +78,23 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
 
         ways = {one.file.sha256: one for one in pool.map(way, absent)}
     return [replace(ways[file.sha256], file=file) if file.sha256 in ways else Announced(file) for file in files]
+
+
+def part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256: Digest) -> Put:
+    """How to send one part of a file that was planned in parts, whose own digest the store checks where it can.
+
+    That spares a wrong part the way to the end; the whole is hashed all the same.
+    """
+    row = _find(resources, actor, upload_id)
+    arrivals, arrival = resources.store.arrivals, _arrival(row)
+    if arrivals is None or arrival.multipart_id is None or number > len(arrival.part_sizes):
+        raise NotFound(
+            "part_unknown",
+            f"Upload {upload_id} has no part {number:,}.",
+            subject=upload_id,
+            next_step="Send the parts that POST /v1/uploads names.",
+        )
+    return arrivals.part(arrival, number, sha256, resources.settings.upload_expires_s)
 
 
 def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile:
@@ -307,10 +324,10 @@ def _way(resources: Resources, file: ManifestFile, announced: tuple[Upload, bool
     if row.part_bytes is None:
         put = arrivals.whole(_arrival(row), expires_s, sent_before=sent_before, known=known)
         return Announced(file, row.id, put)
-    parts = arrivals.parts(_arrival(row), expires_s) if row.multipart_id else None
+    parts = arrivals.parts(_arrival(row)) if row.multipart_id else None
     if parts is None:
         row = _begin_parts(resources, arrivals, row)
-        parts = arrivals.parts(_arrival(row), expires_s)
+        parts = arrivals.parts(_arrival(row))
     return Announced(file, row.id, parts=parts or ())
 
 
@@ -318,11 +335,11 @@ def _begin_parts(resources: Resources, arrivals: Arrivals, row: Upload) -> Uploa
     """Of two that begin the same upload at once, the later one goes on with what the other has begun."""
     multipart_id = arrivals.begin(_arrival(row))
     with resources.write() as session:
+        unchanged = Upload.multipart_id.is_not_distinct_from(row.multipart_id)
+        session.execute(update(Upload).where(Upload.id == row.id, unchanged).values(multipart_id=multipart_id))
         now = session.get(Upload, row.id)
         if now is None:
             raise _unknown(row.id)
-        if now.multipart_id == row.multipart_id:
-            now.multipart_id = multipart_id
     if now.multipart_id != multipart_id:
         arrivals.discard(replace(_arrival(row), multipart_id=multipart_id))
     return now

@@ -1,5 +1,6 @@
 """Push: sends what the store lacks, several pieces at a time, and goes on where an earlier attempt stopped."""
 
+import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,9 +109,12 @@ def _plan_again(
 
 @dataclass(slots=True)
 class _Piece:
-    put: Json
+    """A whole file with its `put`, or the part of one with that number."""
+
     start: int
     size_bytes: int
+    number: int = 1
+    put: Json | None = None
 
 
 @dataclass(slots=True)
@@ -150,9 +154,18 @@ class _Attempt:
         if self.error is not None:
             return
         with self._noted(upload):
-            self._api.send(piece.put, _blocks(upload.file.source, piece.start, piece.size_bytes, self._tell))
+            put = piece.put if piece.put is not None else self._put_of_part(upload, piece)
+            self._api.send(put, _blocks(upload.file.source, piece, self._tell))
             if self._was_last(upload):
                 self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
+
+    def _put_of_part(self, upload: _Upload, piece: _Piece) -> Json:
+        """Hashed right before it is sent: the bytes are read from the disk once."""
+        digest = hashlib.sha256()
+        for block in _blocks(upload.file.source, piece):
+            digest.update(block)
+        path = f"/v1/uploads/{upload.upload_id}/parts/{piece.number}"
+        return self._api.post(path, {"sha256": digest.hexdigest()})
 
     def _complete(self, upload: _Upload) -> None:
         with self._noted(upload):
@@ -193,12 +206,12 @@ def _uploads(plan: Sequence[Json], files: Sequence[LocalFile]) -> list[_Upload]:
 
 def _pieces(row: Json, file: LocalFile) -> list[_Piece]:
     if row["put"] is not None:
-        return [_Piece(row["put"], 0, file.manifest.size_bytes)]
+        return [_Piece(0, file.manifest.size_bytes, put=row["put"])]
     pieces: list[_Piece] = []
     start = 0
     for part in row["parts"]:
-        if part["put"] is not None:
-            pieces.append(_Piece(part["put"], start, part["size_bytes"]))
+        if not part["present"]:
+            pieces.append(_Piece(start, part["size_bytes"], part["number"]))
         start += part["size_bytes"]
     return pieces
 
@@ -250,10 +263,11 @@ def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:
     return Invalid(code, f"{path} {what}.", subject=str(path), next_step=next_step)
 
 
-def _blocks(path: Path, start: int, size_bytes: int, tell: Progress) -> Iterator[bytes]:
+def _blocks(path: Path, piece: _Piece, tell: Progress = lambda count: None) -> Iterator[bytes]:
+    left = piece.size_bytes
     with path.open("rb") as file:
-        file.seek(start)
-        while size_bytes and (block := file.read(min(size_bytes, _BLOCK_BYTES))):
+        file.seek(piece.start)
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
             yield block
             tell(len(block))
-            size_bytes -= len(block)
+            left -= len(block)

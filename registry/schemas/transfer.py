@@ -24,15 +24,23 @@ class PutOut(Wire):
 
 
 class PartOut(Wire):
-    """Parts follow one another in the file and count from 1. `put` is None for one that has arrived."""
+    """Parts follow one another in the file and count from 1. One that is `present` has arrived."""
 
     number: int
     size_bytes: int
-    put: PutOut | None
+    present: bool
+
+
+class PartIn(Wire):
+    """What a part's bytes are."""
+
+    sha256: str
 
 
 class UploadRow(Wire):
     """What to do for a file: nothing if it is `present`; else send it by `put` or in `parts`, then complete `upload`.
+
+    How to send a part is asked with its sha256 at /v1/uploads/{upload}/parts/{number}.
 
     With neither, all of it has arrived and only completing is left. The url of a `put` that begins with `/` is one of
     this registry, which wants the caller's token; any other is of its store, which must not see it.

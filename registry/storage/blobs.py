@@ -65,11 +65,11 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Parts count from 1. `put` is None for one that is there already."""
+    """Parts count from 1."""
 
     number: int
     size_bytes: int
-    put: Put | None
+    present: bool
 
 
 class Arrivals(Protocol):
@@ -93,8 +93,12 @@ class Arrivals(Protocol):
         """
         ...
 
-    def parts(self, arrival: Arrival, expires_s: int) -> list[Part] | None:
-        """How to send each part that has not arrived; None when the store has forgotten the upload: begin again."""
+    def parts(self, arrival: Arrival) -> list[Part] | None:
+        """Which have arrived; none to send where all of it has; None when the store has forgotten it: begin again."""
+        ...
+
+    def part(self, arrival: Arrival, number: int, sha256: Digest, expires_s: int) -> Put:
+        """How to send that part. A store that can refuses bytes of another sha256."""
         ...
 
     def finish(self, arrival: Arrival) -> BlobStat:

@@ -1,25 +1,24 @@
 """Bytes that clients send to S3 by themselves, through requests that we sign and results that we check."""
 
-import base64
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTypeStubs]
-from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
 from registry.errors import Conflict, Invalid
+from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, BlobStat, Part, Put
-from registry.storage.s3_bucket import NO_HEADERS, Bucket, code_of, told
+from registry.storage.s3_bucket import NO_HEADERS, Bucket, told
+from registry.storage.s3_parts import Parts, checksum
 from registry.storage.s3_trial import NEVER, PROBE, STALE_S, Trial
 
 INCOMING = "incoming/"
 _MAX_PARTS = 10_000
 _MIB = 1 << 20
 _BLOCK_BYTES = 1 << 20
-_FORGOTTEN = {"NoSuchUpload", "404", "NoSuchKey"}  # Ceph says NoSuchKey of parts
 _LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunksize=1024 * _MIB)
 """S3 copies at most 5 GiB in one request."""
 
@@ -44,7 +43,8 @@ class S3Arrivals:
     ) -> None:
         self._bucket, self._storage, self._now = bucket, storage, now
         self._client: Any = bucket.client
-        self._trial = Trial(bucket, storage, self._put_of, self._aside)
+        self._parts = Parts(bucket)
+        self._trial = Trial(bucket, storage, self._put_of, self._parts, self._aside)
 
     def part_bytes(self, size_bytes: int) -> int | None:
         if size_bytes < self._storage.multipart_bytes:
@@ -53,8 +53,9 @@ class S3Arrivals:
         return max(self._storage.part_bytes, -(-least // _MIB) * _MIB)
 
     def begin(self, arrival: Arrival) -> str:
+        checked = self._trial.checks_parts()
         with told(arrival.sha256):
-            return self._client.create_multipart_upload(**self._aside(arrival))["UploadId"]
+            return self._parts.begin(self._aside(arrival), checked=checked)
 
     def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
@@ -63,20 +64,19 @@ class S3Arrivals:
             return self._put_of(arrival, self._bucket.blob(arrival.sha256), expires_s, NEVER)
         return self._put_of(arrival, self._aside(arrival), expires_s)
 
-    def parts(self, arrival: Arrival, expires_s: int) -> list[Part] | None:
-        there = self._stored_parts(arrival)
+    def parts(self, arrival: Arrival) -> list[Part] | None:
+        there = self._parts.stored(self._upload(arrival))
         if there is None:
             return None if self._bucket.head(self._aside(arrival)) is None else []
-        request = {**self._aside(arrival), "UploadId": arrival.multipart_id}
-        parts: list[Part] = []
-        for number, size in enumerate(arrival.part_sizes, start=1):
-            params = {**request, "PartNumber": number, "ContentLength": size}
-            if number in there and there[number]["Size"] == size:
-                parts.append(Part(number, size, None))
-                continue
-            url = self._bucket.signed_url("upload_part", params, expires_s)
-            parts.append(Part(number, size, Put(url, {"Content-Length": str(size)})))
-        return parts
+        return [
+            Part(number, size, present=number in there and there[number]["Size"] == size)
+            for number, size in enumerate(arrival.part_sizes, start=1)
+        ]
+
+    def part(self, arrival: Arrival, number: int, sha256: Digest, expires_s: int) -> Put:
+        signed = sha256 if self._trial.checks_parts() else None
+        size = arrival.part_sizes[number - 1]
+        return self._parts.put(self._upload(arrival), number, size, signed, expires_s)
 
     def finish(self, arrival: Arrival) -> BlobStat:
         if arrival.multipart_id is not None:
@@ -97,43 +97,49 @@ class S3Arrivals:
     def discard(self, arrival: Arrival) -> None:
         with told(arrival.sha256):
             if arrival.multipart_id is not None:
-                self._abort(self._aside(arrival)["Key"], arrival.multipart_id)
+                self._parts.abort(self._upload(arrival))
             self._client.delete_object(**self._aside(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        """Also ends uploads in parts of our own, and removes objects of trials, that a process left when it died."""
+        """Also ends uploads in parts of our own, and removes what a trial left, of a process that died."""
         removed, probes_before = 0, self._now() - timedelta(seconds=STALE_S)
+
+        def is_left(key: str, since: datetime) -> bool:
+            upload_id = key.rpartition("/")[2]
+            return since < (probes_before if upload_id.startswith(PROBE) else before) and upload_id not in keep
+
         with told(self._bucket.name):
             for row in self._bucket.listed(INCOMING):
-                upload_id = row["Key"].rpartition("/")[2]
-                limit = probes_before if upload_id.startswith(PROBE) else before
-                if row["LastModified"] < limit and upload_id not in keep:
+                if is_left(row["Key"], row["LastModified"]):
                     self._client.delete_object(Bucket=self._bucket.name, Key=row["Key"])
                     removed += 1
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self._bucket.name, Prefix=self._bucket.prefix):
                 for row in page.get("Uploads", ()):
-                    if row["Initiated"] < before and row["Key"].rpartition("/")[2] not in keep:
-                        self._abort(row["Key"], row["UploadId"])
+                    if is_left(row["Key"], row["Initiated"]):
+                        self._parts.abort({"Bucket": self._bucket.name, "Key": row["Key"], "UploadId": row["UploadId"]})
                         removed += 1
         return removed
 
     def _aside(self, arrival: Arrival) -> dict[str, str]:
         return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
 
+    def _upload(self, arrival: Arrival) -> dict[str, str]:
+        return {**self._aside(arrival), "UploadId": arrival.multipart_id or ""}
+
     def _put_of(
         self, arrival: Arrival, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
     ) -> Put:
         """Length, sha256, the upload and `more` headers are signed: the request serves these bytes and no others."""
-        checksum = base64.b64encode(bytes.fromhex(arrival.sha256)).decode()
+        sha256 = checksum(arrival.sha256)
         params = {
             **named,
             "ContentLength": arrival.size_bytes,
-            "ChecksumSHA256": checksum,
+            "ChecksumSHA256": sha256,
             "Metadata": {"upload": arrival.upload_id},
         }
         url = self._bucket.signed_url("put_object", params, expires_s, more)
-        headers = {"x-amz-checksum-sha256": checksum, "x-amz-meta-upload": arrival.upload_id, **more}
+        headers = {"x-amz-checksum-sha256": sha256, "x-amz-meta-upload": arrival.upload_id, **more}
         return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
 
     def _arrived(self, arrival: Arrival) -> dict[str, Any] | None:
@@ -153,33 +159,14 @@ class S3Arrivals:
             raise _incomplete(arrival)
         return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
 
-    def _stored_parts(self, arrival: Arrival) -> dict[int, dict[str, Any]] | None:
-        request = {**self._aside(arrival), "UploadId": arrival.multipart_id}
-        found: dict[int, dict[str, Any]] = {}
-        with told(arrival.sha256):
-            try:
-                for page in self._client.get_paginator("list_parts").paginate(**request):
-                    found |= {row["PartNumber"]: row for row in page.get("Parts", ())}
-            except ClientError as error:
-                if code_of(error) in _FORGOTTEN:
-                    return None
-                raise
-        return found
-
     def _join_parts(self, arrival: Arrival) -> None:
-        there = self._stored_parts(arrival)
+        there = self._parts.stored(self._upload(arrival))
         if there is None:  # joined before, or never begun: what lies aside will tell
             return
         if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:
             raise _incomplete(arrival)
-        parts = [{"PartNumber": number, "ETag": there[number]["ETag"]} for number in sorted(there)]
-        request = {**self._aside(arrival), "UploadId": arrival.multipart_id, "MultipartUpload": {"Parts": parts}}
         with told(arrival.sha256):
-            try:
-                self._client.complete_multipart_upload(**request)
-            except ClientError as error:
-                if code_of(error) not in _FORGOTTEN:  # another request has joined them meanwhile
-                    raise
+            self._parts.join(self._upload(arrival), there)
 
     def _accept(self, arrival: Arrival, etag: str) -> None:
         """Copies what was hashed and nothing else: who has the signed request could write once more meanwhile."""
@@ -207,13 +194,6 @@ class S3Arrivals:
         if digest.hexdigest() != arrival.sha256:
             self.discard(arrival)
             raise _differs(arrival, f"has the sha256 {digest.hexdigest()}")
-
-    def _abort(self, key: str, multipart_id: str) -> None:
-        try:
-            self._client.abort_multipart_upload(Bucket=self._bucket.name, Key=key, UploadId=multipart_id)
-        except ClientError as error:
-            if code_of(error) not in _FORGOTTEN:
-                raise
 
 
 def _upload_of(head: dict[str, Any]) -> str | None:

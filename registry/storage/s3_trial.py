@@ -9,6 +9,7 @@ from dataclasses import replace
 from threading import Lock
 from time import monotonic
 from types import MappingProxyType
+from typing import Any
 
 import httpx2
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
@@ -18,6 +19,7 @@ from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, Put
 from registry.storage.s3_bucket import Bucket, code_of, told
+from registry.storage.s3_parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +45,17 @@ class Trial:
     """`aside` names the object where an arrival waits."""
 
     def __init__(
-        self, bucket: Bucket, storage: S3Storage, signed_put: SignedPut, aside: Callable[[Arrival], dict[str, str]]
+        self,
+        bucket: Bucket,
+        storage: S3Storage,
+        signed_put: SignedPut,
+        parts: Parts,
+        aside: Callable[[Arrival], dict[str, str]],
     ) -> None:
         self._bucket, self._storage = bucket, storage
-        self._signed_put, self._aside = signed_put, aside
+        self._signed_put, self._parts, self._aside = signed_put, parts, aside
         self._checks: bool | None = None
+        self._checks_parts: bool | None = None
         self._in_place = None if storage.direct == "auto" else storage.direct
         self._lock = Lock()
         self._failed: tuple[float, Unavailable] | None = None
@@ -80,6 +88,13 @@ class Trial:
             if self._in_place is None:
                 self._in_place = self._holds_to_the_signed_end(_probe())
             return self._in_place
+
+    def checks_parts(self) -> bool:
+        """Whether the store refuses a part of another sha256 than the signed one, and joins those that came with it."""
+        with self._one_at_a_time():
+            if self._checks_parts is None:
+                self._checks_parts = self._try_parts(_probe())
+            return self._checks_parts
 
     @contextmanager
     def _one_at_a_time(self) -> Generator[None]:
@@ -134,6 +149,32 @@ class Trial:
             self._remove(probe)
             self._remove(copy)
 
+    def _try_parts(self, probe: Arrival) -> bool:
+        named = self._aside(probe)
+        with told(self._bucket.name):
+            try:
+                upload = {**named, "UploadId": self._parts.begin(named, checked=True)}
+            except ClientError as error:
+                return _knows_no_such_thing(error)
+        put = self._parts.put(upload, 1, probe.size_bytes, probe.sha256, 60)
+        try:
+            if self._accepts(put.url, _WRONG, put.headers.items()):
+                return False
+            return self._accepts(put.url, _RIGHT, put.headers.items()) and self._joins(upload)
+        finally:
+            with told(self._bucket.name):
+                self._parts.abort(upload)
+            self._remove(probe)
+
+    def _joins(self, upload: dict[str, str]) -> bool:
+        there = self._parts.stored(upload)
+        with told(self._bucket.name):
+            try:
+                self._parts.join(upload, there or {})
+            except ClientError as error:
+                return _knows_no_such_thing(error)
+        return True
+
     def _copies_whatever_the_condition(self, probe: Arrival, copy: Arrival) -> bool:
         source, target = self._aside(probe), self._aside(copy)
         with told(self._bucket.name):
@@ -144,6 +185,15 @@ class Trial:
                     raise
                 return False
         return True
+
+
+def _knows_no_such_thing(error: ClientError) -> bool:
+    """False, for a store that refuses what others take; one that fails is not told from one that is away."""
+    response: Any = error.response
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    if status >= 500 and status != 501:
+        raise error
+    return False
 
 
 def _with_another_end(headers: Mapping[str, str]) -> Iterator[Headers]:

@@ -18,7 +18,7 @@ from registry.http.threads import in_store_threads, streamed
 from registry.manifest import ManifestFile
 from registry.names import Digest, parse_digest, parse_part
 from registry.resources import Resources
-from registry.schemas.transfer import CompletedOut, PartOut, PutOut, UploadIn, UploadOut, UploadRow
+from registry.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
 from registry.storage.blobs import BlobStat, Put, Reader
 from registry.uploads import Announced
 
@@ -34,6 +34,7 @@ BYTES: dict[int | str, dict[str, Any]] = {
 }
 """What a route that sends a file states."""
 UploadId = Annotated[str, Path(max_length=64)]
+PartNumber = Annotated[int, Path(ge=1, le=10_000)]
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -45,6 +46,13 @@ def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> Upload
     permit(actor, Role.PUBLISHER, namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     return UploadOut(files=[_upload_row(one) for one in uploads.plan(resources, actor, namespace, files)])
+
+
+@router.post("/uploads/{upload_id}/parts/{number}")
+@in_store_threads
+def plan_part(upload_id: UploadId, number: PartNumber, body: PartIn, resources: ResourcesOf, actor: Caller) -> PutOut:
+    """How to PUT one part of a large file. The store refuses other bytes than those of `sha256` where it can."""
+    return _put_out(uploads.part(resources, actor, upload_id, number, parse_digest(body.sha256)))
 
 
 @router.post("/uploads/{upload_id}/complete")
@@ -119,21 +127,19 @@ def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) 
 
 def _upload_row(announced: Announced) -> UploadRow:
     file, upload_id = announced.file, announced.upload_id
-    put = _put_out(announced.put)
+    put = _put_out(announced.put) if announced.put is not None else None
     if announced.through_the_api:
         put = PutOut(
             url=f"/v1/blobs/{file.sha256}?upload={upload_id}", headers={"Content-Length": str(file.size_bytes)}
         )
-    parts = [
-        PartOut(number=part.number, size_bytes=part.size_bytes, put=_put_out(part.put)) for part in announced.parts
-    ]
+    parts = [PartOut(number=part.number, size_bytes=part.size_bytes, present=part.present) for part in announced.parts]
     return UploadRow(
         path=file.path, sha256=file.sha256, present=upload_id is None, upload=upload_id, put=put, parts=parts
     )
 
 
-def _put_out(put: Put | None) -> PutOut | None:
-    return PutOut(url=put.url, headers=dict(put.headers)) if put is not None else None
+def _put_out(put: Put) -> PutOut:
+    return PutOut(url=put.url, headers=dict(put.headers))
 
 
 def _headers(sha256: Digest, length: int) -> dict[str, str]:

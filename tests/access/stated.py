@@ -40,6 +40,7 @@ DELETE /v1/bases/aliases/{alias:path}                                           
 GET    /v1/bases                                                                reader somewhere
 GET    /v1/bases/{base:path}                                                    reader somewhere
 POST   /v1/uploads                                                              inside: publisher
+POST   /v1/uploads/{upload_id}/parts/{number}                                   inside: publisher
 POST   /v1/uploads/{upload_id}/complete                                         inside: publisher
 PUT    /v1/blobs/{sha256}                                                       inside: publisher
 GET    /v1/blobs/{sha256}                                                       inside: reader

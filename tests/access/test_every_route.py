@@ -214,7 +214,8 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{path:path}": "weights.safetensors",
         "{alias:path}": "Acme/Nothing",
         "{base:path}": "tiny", "{suite}": "exact", "{sha256}": things.sha256, "{job_id}": str(things.job_id),
-        "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{token_id}": "aaaaaaaaaaaa",
+        "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{number}": "1",
+        "{token_id}": "aaaaaaaaaaaa",
     }  # fmt: skip
     for name, value in values.items():
         path = path.replace(name, value)
@@ -241,6 +242,8 @@ def _body(method: str, path: str, things: Things) -> dict[str, Any]:
             "adapter": f"{things.namespace}/sum:1.0.0",
         }
         return {"json": {"recipe": recipe, "plan": False}}
+    if path == "/v1/uploads/{upload_id}/parts/{number}":
+        return {"json": {"sha256": things.announced}}
     if method == "PUT" and path.startswith("/v1/blobs/"):
         return {"content": b"x", "headers": {"Content-Length": "1"}}
     return {"json": {}} if method in ("PUT", "POST") else {}

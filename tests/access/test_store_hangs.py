@@ -119,6 +119,7 @@ def test_every_route_that_asks_the_store_is_told_when_its_threads_are_taken(hous
                 ("GET", f"/v1/blobs/{things.sha256}", None),
                 ("HEAD", f"/v1/blobs/{things.sha256}", None),
                 ("POST", "/v1/uploads", {"namespace": PRIVATE, "files": [file]}),
+                ("POST", f"/v1/uploads/{things.upload_id}/parts/1", {"sha256": things.announced}),
                 ("POST", f"/v1/uploads/{things.upload_id}/complete", None),
                 ("POST", RELEASES, {"version": "3.0.0", "base": "tiny", "files": [file]}),
             )

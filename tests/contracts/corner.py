@@ -67,9 +67,13 @@ class Corner:
         return put
 
     def missing_parts(self, arrival: Arrival) -> list[Part]:
-        parts = self.arrivals.parts(arrival, 600)
+        parts = self.arrivals.parts(arrival)
         assert parts is not None
-        return [part for part in parts if part.put is not None]
+        return [part for part in parts if not part.present]
+
+    def part(self, arrival: Arrival, number: int, content: bytes) -> Put:
+        """How to send the part that would have this content."""
+        return self.arrivals.part(arrival, number, Digest(hashlib.sha256(content).hexdigest()), 600)
 
     def key(self, arrival: Arrival) -> str:
         return f"{self.prefix}blobs/sha256/{arrival.sha256[:2]}/{arrival.sha256}"

@@ -14,10 +14,14 @@ from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, se
 from tests.s3_server import BUCKET, S3Server
 
 
-def send_parts(parts: list[Part], content: bytes) -> None:
+def send_parts(corner: Corner, arrival: Arrival, parts: list[Part], content: bytes) -> None:
     for part in parts:
-        start = (part.number - 1) * PART_BYTES
-        assert send(part.put, content[start : start + part.size_bytes]) == 200
+        mine = of_part(part.number, content)
+        assert send(corner.part(arrival, part.number, mine), mine) == 200
+
+
+def of_part(number: int, content: bytes) -> bytes:
+    return content[(number - 1) * PART_BYTES : number * PART_BYTES]
 
 
 def test_what_is_sent_whole_becomes_a_blob_and_nothing_else_stays(corner: Corner) -> None:
@@ -43,10 +47,13 @@ def test_length_digest_and_upload_are_part_of_the_signature(corner: Corner) -> N
     with pytest.raises(Conflict):
         corner.arrivals.finish(arrival)
     large = corner.announce(os.urandom(LARGE_BYTES))
-    part = corner.missing_parts(large)[-1].put
-    assert part is not None
-    assert parse_qs(urlsplit(part.url).query)["X-Amz-SignedHeaders"][0].split(";") == ["content-length", "host"]
+    part = corner.part(large, 3, b"x" * 1000)
+    signed = parse_qs(urlsplit(part.url).query)["X-Amz-SignedHeaders"][0].split(";")
+    assert signed == ["content-length", "host", "x-amz-checksum-sha256"]
     assert send(part, b"x" * 999, **{"Content-Length": "999"}) == 403
+    assert send(part, b"y" * 1000) == 400, "a wrong part is refused when it comes"
+    assert [one.number for one in corner.missing_parts(large)] == [1, 2, 3]
+    assert send(part, b"x" * 1000) == 200
 
 
 def test_other_bytes_of_the_same_length_never_become_a_blob(corner: Corner) -> None:
@@ -77,7 +84,7 @@ def test_finishing_twice_is_finishing_once(corner: Corner) -> None:
     for content in (b"0123456789", os.urandom(LARGE_BYTES)):
         arrival = corner.announce(content)
         if arrival.multipart_id:
-            send_parts(corner.missing_parts(arrival), content)
+            send_parts(corner, arrival, corner.missing_parts(arrival), content)
         else:
             assert send(corner.whole(arrival), content) == 200
         corner.arrivals.finish(arrival)
@@ -115,11 +122,11 @@ def test_a_large_file_comes_in_parts_in_any_order_and_only_the_missing_ones_are_
     arrival = corner.announce(content)
     assert arrival.part_sizes == [PART_BYTES, PART_BYTES, 1000]
     last, first = corner.missing_parts(arrival)[2], corner.missing_parts(arrival)[0]
-    send_parts([last, first], content)
+    send_parts(corner, arrival, [last, first], content)
     assert [part.number for part in corner.missing_parts(arrival)] == [2]
     with pytest.raises(Conflict):
         corner.arrivals.finish(arrival)
-    send_parts(corner.missing_parts(arrival), content)
+    send_parts(corner, arrival, corner.missing_parts(arrival), content)
     assert corner.missing_parts(arrival) == []
     assert corner.arrivals.finish(arrival).size_bytes == LARGE_BYTES
     assert corner.missing_parts(arrival) == []
@@ -131,7 +138,7 @@ def test_a_large_file_comes_in_parts_in_any_order_and_only_the_missing_ones_are_
 def test_parts_of_another_file_never_become_a_blob(corner: Corner) -> None:
     content = os.urandom(LARGE_BYTES)
     arrival = corner.announce(content)
-    send_parts(corner.missing_parts(arrival), content[:-1] + bytes([content[-1] ^ 1]))
+    send_parts(corner, arrival, corner.missing_parts(arrival), content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(Invalid) as raised:
         corner.arrivals.finish(arrival)
     assert (raised.value.code, raised.value.subject) == ("digest_differs", arrival.sha256)
@@ -142,10 +149,10 @@ def test_parts_of_another_file_never_become_a_blob(corner: Corner) -> None:
 def test_an_upload_that_the_store_forgot_is_begun_again(corner: Corner) -> None:
     content = os.urandom(LARGE_BYTES)
     arrival = corner.announce(content)
-    send_parts(corner.missing_parts(arrival)[:1], content)
+    send_parts(corner, arrival, corner.missing_parts(arrival)[:1], content)
     corner.arrivals.discard(arrival)
     corner.arrivals.discard(arrival)
-    assert corner.arrivals.parts(arrival, 600) is None
+    assert corner.arrivals.parts(arrival) is None
     assert corner.left() == set()
 
 

@@ -20,7 +20,7 @@ from registry.storage.blobs import Arrival, Put
 from registry.storage.s3_arrivals import S3Arrivals
 from registry.storage.s3_bucket import open_bucket
 from registry.storage.s3_trial import NEVER, PROBE, STALE_S
-from tests.contracts.corner import TOMORROW, Corner, relay, send
+from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, relay, send
 from tests.s3_server import BUCKET, S3Server
 
 
@@ -143,6 +143,27 @@ def test_a_sweep_removes_what_a_killed_process_left_of_a_trial_and_nothing_of_on
     assert corner.arrivals.sweep(yesterday, set()) == 0
     corner.seconds += STALE_S + 2
     assert corner.arrivals.sweep(yesterday, set()) == 1
+    assert corner.left() == set()
+
+
+def test_where_the_sha256_of_parts_cannot_be_signed_their_length_alone_is(s3: S3Server, credentials: None) -> None:
+    """The relay takes the sha256 away, so that parts signed with theirs would all be refused."""
+    content = os.urandom(LARGE_BYTES)
+    with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}) as endpoint:
+        corner = Corner(s3, endpoint=endpoint)
+        arrival = corner.announce(content)
+        put = corner.part(arrival, 1, content[:PART_BYTES])
+        assert set(put.headers) == {"Content-Length"}
+        for number in (1, 2, 3):
+            part = content[(number - 1) * PART_BYTES : number * PART_BYTES]
+            assert send(corner.part(arrival, number, part), part) == 200
+        assert corner.arrivals.finish(arrival).size_bytes == LARGE_BYTES
+
+
+def test_trying_parts_leaves_nothing(corner: Corner) -> None:
+    arrival = corner.announce(os.urandom(LARGE_BYTES))
+    assert "x-amz-checksum-sha256" in corner.part(arrival, 1, b"").headers
+    corner.arrivals.discard(arrival)
     assert corner.left() == set()
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from registry.resources import Resources
 from registry.uploads import Announced
 from tests import services
 from tests.scenarios.conftest import USER
-from tests.scenarios.traces import api_of, opened, traces
+from tests.scenarios.traces import api_of, opened, s3_of, traces
 from tests.scenarios.world import SMALL_PARTS, Cli, World
 
 
@@ -42,6 +43,16 @@ def put(api: Api, content: bytes, namespace: str = "acme") -> None:
     planned = plan(api, content, namespace)
     api.send(planned["put"], iter([content]))
     complete(api, planned)
+
+
+def put_of_part(api: Api, planned: Mapping[str, Any], number: int, part: bytes) -> dict[str, Any]:
+    return api.post(f"/v1/uploads/{planned['upload']}/parts/{number}", {"sha256": hashlib.sha256(part).hexdigest()})
+
+
+def send_part(api: Api, planned: Mapping[str, Any], number: int, content: bytes) -> None:
+    """That part of `content`, in parts of 5 MiB."""
+    part = content[(number - 1) * (5 << 20) : number * (5 << 20)]
+    api.send(put_of_part(api, planned, number, part), iter([part]))
 
 
 def test_bytes_are_announced_sent_and_completed_and_present_afterwards(cli: Cli) -> None:
@@ -274,10 +285,8 @@ def test_wrong_bytes_are_never_a_blob_of_the_opened(on_s3: Cli) -> None:
     with api_of(on_s3) as api:
         planned = plan(api, content)
         wrong = b"?" + content[1:]
-        start = 0
         for part in planned["parts"]:
-            api.send(part["put"], iter([wrong[start : start + part["size_bytes"]]]))
-            start += part["size_bytes"]
+            send_part(api, planned, part["number"], wrong)
         with pytest.raises(Invalid) as raised:
             complete(api, planned)
         assert (raised.value.code, raised.value.subject) == ("digest_differs", planned["sha256"])
@@ -288,7 +297,7 @@ def test_wrong_bytes_are_never_a_blob_of_the_opened(on_s3: Cli) -> None:
             pass
         assert not plan(api, content)["present"]
         again = plan(api, content)
-        assert all(part["put"] for part in again["parts"]), "all of it is wanted again"
+        assert not any(part["present"] for part in again["parts"]), "all of it is wanted again"
 
 
 def test_large_files_are_planned_in_parts_and_go_on_where_they_stopped(on_s3: Cli) -> None:
@@ -296,22 +305,58 @@ def test_large_files_are_planned_in_parts_and_go_on_where_they_stopped(on_s3: Cl
     with api_of(on_s3) as api:
         planned = plan(api, content)
         assert [part["size_bytes"] for part in planned["parts"]] == [5 << 20, 5 << 20, 2 << 20]
-        api.send(planned["parts"][1]["put"], iter([content[5 << 20 : 10 << 20]]))
+        send_part(api, planned, 2, content)
         again = plan(api, content)
         assert again["upload"] == planned["upload"]
-        assert [part["number"] for part in again["parts"] if part["put"]] == [1, 3]
-        api.send(again["parts"][0]["put"], iter([content[: 5 << 20]]))
-        api.send(again["parts"][2]["put"], iter([content[10 << 20 :]]))
+        assert [part["number"] for part in again["parts"] if not part["present"]] == [1, 3]
+        send_part(api, again, 1, content)
+        send_part(api, again, 3, content)
         complete(api, again)
         with api.stream(f"/v1/blobs/{planned['sha256']}") as stream:
             assert b"".join(stream.chunks) == content
+
+
+def test_a_wrong_part_is_refused_by_the_store_and_the_others_stay(on_s3: Cli) -> None:
+    content = os.urandom(12 << 20)
+    with api_of(on_s3) as api:
+        planned = plan(api, content)
+        send_part(api, planned, 1, content)
+        second = content[5 << 20 : 10 << 20]
+        promised = put_of_part(api, planned, 2, second)
+        with pytest.raises(Conflict) as raised:
+            api.send(promised, iter([second[:-1] + bytes([second[-1] ^ 1])]))
+        assert raised.value.code == "store_refused"
+        assert [part["present"] for part in plan(api, content)["parts"]] == [True, False, False]
+        api.send(promised, iter([second]))
+        send_part(api, planned, 3, content)
+        complete(api, planned)
+
+
+def test_those_who_announce_the_same_large_file_at_once_send_one_upload(on_s3: Cli) -> None:
+    client, bucket, prefix = s3_of(on_s3)
+    with api_of(on_s3) as api, ThreadPoolExecutor(8) as pool:
+        for count in range(1, 9):
+            content = os.urandom(11 << 20)
+            planned = list(pool.map(lambda _, content=content: plan(api, content)["upload"], range(8)))
+            assert len(set(planned)) == 1
+            begun = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)["Uploads"]
+            assert len(begun) == count, "what the others began has ended"
+
+
+def test_parts_that_were_not_planned_are_unknown(on_s3: Cli) -> None:
+    with api_of(on_s3) as api:
+        for content, number in ((b"sent whole", 1), (os.urandom(12 << 20), 4)):
+            planned = plan(api, content)
+            with pytest.raises(NotFound) as raised:
+                put_of_part(api, planned, number, b"x")
+            assert (raised.value.code, raised.value.subject) == ("part_unknown", planned["upload"])
 
 
 def test_an_expired_upload_in_s3_leaves_nothing(on_s3: Cli) -> None:
     content = os.urandom(12 << 20)
     with api_of(on_s3) as api:
         planned = plan(api, content)
-        api.send(planned["parts"][0]["put"], iter([content[: 5 << 20]]))
+        send_part(api, planned, 1, content)
         put(api, b"finished")
     resources = opened(on_s3)
     later = resources.clock() + timedelta(days=3)
@@ -321,4 +366,4 @@ def test_an_expired_upload_in_s3_leaves_nothing(on_s3: Cli) -> None:
     assert [blob.size_bytes for blob in resources.store.iterate()] == [len(b"finished")]
     resources.close()
     with api_of(on_s3) as api:
-        assert all(part["put"] for part in plan(api, content)["parts"])
+        assert not any(part["present"] for part in plan(api, content)["parts"])
