@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= .demo
-PYTEST_WORKERS ?= 2
+# Many tests wait for a disk or a server.
+PYTEST_WORKERS ?= 4
 
 .PHONY: demo test coverage lint fix bench serve services services-stop migrate snapshots clean
 

@@ -36,6 +36,8 @@ class Actor:
 class Act(StrEnum):
     BASE_ADD = "base:add"
     BASE_UPDATE = "base:update"
+    BLOB_COLLECT = "blob:collect"
+    BLOB_DISCARD = "blob:discard"
     CHANNEL_PROMOTE = "channel:promote"
     CHANNEL_ROLLBACK = "channel:rollback"
     COMPOSITION_CANCEL = "composition:cancel"

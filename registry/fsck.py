@@ -15,7 +15,7 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.orm import Session, selectinload
 
 from composer.findings import Finding, Severity
-from registry.audit import Act
+from registry.audit import Act, Actor, record
 from registry.errors import RegistryError
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import (
@@ -84,10 +84,13 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> list[Digest]:
     Each is hashed once more, since it may have been restored meanwhile. What has the right bytes is never deleted.
     """
     damaged = {Digest(finding.subject) for finding in findings if finding.code == "blob_corrupt"}
+    operator = Actor(resources.settings.user, resources.clock(), {})
     discarded: list[Digest] = []
     for sha256 in sorted(damaged):
         stat = resources.store.stat(sha256)
         if stat is not None and _digest(resources, sha256) != sha256 and resources.store.stat(sha256) == stat:
+            with resources.write() as session:  # first: what was deleted has its row, whatever happens in between
+                record(session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged")
             resources.store.delete(sha256)
             discarded.append(sha256)
     return discarded

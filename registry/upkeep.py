@@ -1,8 +1,8 @@
 """Collect what nobody refers to: unfinished uploads, unused blobs, bytes without a row. Safe while others push.
 
 A blob leaves in three steps: its row is marked in a transaction that checks again that nothing refers to it, then its
-bytes go, then its row. Between the first and the last nobody can come to rely on it, so a crash leaves a marked row,
-which the next collection finishes.
+bytes go, then its row, with one audit row for a batch. Between the first and the last nobody can come to rely on it, so
+a crash leaves a marked row, which the next collection finishes.
 """
 
 import uuid
@@ -14,7 +14,8 @@ from itertools import islice
 from sqlalchemy import ColumnElement, and_, delete, exists, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from registry import uploads
+from registry import audit, uploads
+from registry.audit import Act, Actor
 from registry.db import collect_blobs, only_collection
 from registry.models import Blob, RevisionFile, Upload
 from registry.names import Digest
@@ -107,8 +108,11 @@ def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Di
 def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: Collected) -> None:
     for sha256 in claimed:
         resources.store.delete(sha256)
+    operator = Actor(resources.settings.user, resources.clock(), {})
     with resources.write() as session:
         session.execute(delete(Blob).where(Blob.sha256.in_(claimed), Blob.removing_by == run))
+        if claimed:
+            audit.record(session, operator, Act.BLOB_COLLECT, run, namespace=None, blobs=claimed)
     found.blobs += len(claimed)
     found.size_bytes += sum(claimed.values())
 

@@ -90,7 +90,7 @@ def site(furnished: House, tmp_path: Path) -> Generator[Site]:
         "upload_id": things.upload_id, "token_id": furnished.ids["expired"], "path": "weights.safetensors",
         "ref": "acme/sql:1.0.0", "upload": things.upload_id, "suite_digest": suite, "metric": "nll", "user": "reader",
         "repository": "acme/sql", "to": "1.0.0", "derived_from": "tiny", "size_bytes": 15, "method": "stack",
-        "alias": "tiny-alias",
+        "alias": "tiny-alias", "number": 1,
     }  # fmt: skip
     yield Site(create_app(resources, tokens=True), {"Authorization": f"Bearer {furnished.secrets['operator']}"}, known)
     resources.close()

@@ -78,6 +78,8 @@ def test_a_damaged_blob_is_healed_by_fsck_and_the_same_push_again(
         assert "adaptory fsck --full --discard" in refused.err
     found = beside(stocked)("fsck", "--full", "--discard", "--json")
     assert (found.code, found.json["discarded"]) == (1, [sha256])
+    (told,) = beside(stocked).json("audit", "--act", "blob:discard")["items"]
+    assert (told["subject"], told["reason"]) == (sha256, "damaged")
     mended = stocked.ok(*push).out
     assert mended.startswith("already there, its lost bytes sent again: acme/sql:1.0.0 "), mended
     assert stocked.ok(*push).out.startswith("already there, nothing to do: acme/sql:1.0.0 ")

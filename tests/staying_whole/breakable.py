@@ -114,7 +114,7 @@ class Stock:
             "{namespace}": "acme", "{name}": "sql", "{version}": self.version, "{channel}": "prod",
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
-            "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing",
+            "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1,
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -146,6 +146,7 @@ class Stock:
             "yank": {"reason": "because"},
             "unyank": {"reason": "because"},
             "{channel}": {"version": self.version},
+            "{number}": {"sha256": self.announced},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
         }  # fmt: skip
         return {"json": bodies.get(template, bodies.get(template.rpartition("/")[2], {}))}

@@ -35,7 +35,7 @@ from tests.staying_whole.conftest import broken_promises, opened
 from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, start, wait_for_port
 from tests.staying_whole.small import write_adapter, write_base
 
-PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "1", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
+PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "2", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
 IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}
 
 DROP_OTHERS = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
@@ -43,7 +43,10 @@ DROP_OTHERS = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE
 
 @dataclass(frozen=True)
 class Registry:
-    """A server and a worker, each a process of its own. `directory` is for what a client has."""
+    """A server and a worker, each a process of its own. `directory` is for what a client has.
+
+    `place` is without their impatience: who looks whether all is whole may be slow.
+    """
 
     place: Mapping[str, str]
     url: str
@@ -108,7 +111,8 @@ def running(place: dict[str, str], directory: Path) -> Generator[Registry]:
     while not (directory / "worker").exists():
         assert worker.is_alive()
         time.sleep(0.05)
-    yield Registry(place, url, directory, stock)
+    patient = {name: value for name, value in place.items() if name not in PATIENCE}
+    yield Registry(patient, url, directory, stock)
     kill(worker)  # which fails when it has died before
     kill(server)
 
@@ -242,7 +246,7 @@ def test_a_database_that_may_not_be_written_is_told_and_still_answers_questions(
 
 
 def test_a_statement_that_waits_for_a_lock_too_long_is_told(on_postgres: Registry, own_postgres: Postgres) -> None:
-    held = opened({name: value for name, value in on_postgres.place.items() if name not in PATIENCE})
+    held = opened(on_postgres.place)
     with held.write() as session:
         session.execute(text("LOCK TABLE channels IN ACCESS EXCLUSIVE MODE"))
         started = time.monotonic()

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from registry import fsck
+from registry.audit import Act, EventQuery, events
 from registry.client.api import Api, line_path
 from registry.client.push import LocalFile, collect, push, send
 from registry.db import only_collection
@@ -98,6 +99,9 @@ def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_
     found = collect_garbage(after(held, 2.5 * DAY), grace=2 * DAY)
     assert (found.blobs, found.size_bytes) == (1, 1_000)
     assert digests(held) == kept
+    with held.read() as session:
+        (told,) = events(session, EventQuery(None, act=Act.BLOB_COLLECT))
+    assert (told.namespace, told.detail) == (None, {"blobs": {unused[0].manifest.sha256: 1_000}})
     assert collect_garbage(after(held, 3650 * DAY), grace=NONE).blobs == 0, "what a release names never goes"
     assert fsck.check(held, read_bytes=True) == []
     send(api, "acme", unused, lambda _count: None)
