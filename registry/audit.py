@@ -33,6 +33,11 @@ class Actor:
     mints: bool = False
 
 
+def operator(name: str, at: datetime) -> Actor:
+    """Who runs a command on the registry's own machine, past its doors."""
+    return Actor(name, at, {})
+
+
 class Act(StrEnum):
     BASE_ADD = "base:add"
     BASE_UPDATE = "base:update"

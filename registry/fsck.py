@@ -15,7 +15,9 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.orm import Session, selectinload
 
 from composer.findings import Finding, Severity
-from registry.audit import Act, Actor, record
+from registry import audit
+from registry.audit import Act
+from registry.db import collect_blobs
 from registry.errors import RegistryError
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import (
@@ -84,15 +86,21 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> list[Digest]:
     Each is hashed once more, since it may have been restored meanwhile. What has the right bytes is never deleted.
     """
     damaged = {Digest(finding.subject) for finding in findings if finding.code == "blob_corrupt"}
-    operator = Actor(resources.settings.user, resources.clock(), {})
     discarded: list[Digest] = []
     for sha256 in sorted(damaged):
         stat = resources.store.stat(sha256)
-        if stat is not None and _digest(resources, sha256) != sha256 and resources.store.stat(sha256) == stat:
-            with resources.write() as session:  # first: what was deleted has its row, whatever happens in between
-                record(session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged")
-            resources.store.delete(sha256)
-            discarded.append(sha256)
+        if stat is None or _digest(resources, sha256) == sha256:
+            continue
+        operator = audit.operator(resources.settings.user, resources.clock())
+        with resources.write() as session:
+            collect_blobs(session)
+            if resources.store.stat(sha256) == stat:
+                before = {"size_bytes": stat.size_bytes}
+                audit.record(
+                    session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged", before=before
+                )
+                resources.store.delete(sha256)
+                discarded.append(sha256)
     return discarded
 
 

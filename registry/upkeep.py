@@ -1,8 +1,8 @@
 """Collect what nobody refers to: unfinished uploads, unused blobs, bytes without a row. Safe while others push.
 
 A blob leaves in three steps: its row is marked in a transaction that checks again that nothing refers to it, then its
-bytes go, then its row, with one audit row for a batch. Between the first and the last nobody can come to rely on it, so
-a crash leaves a marked row, which the next collection finishes.
+bytes go, then its row, in one transaction with its audit row. Between the first and the last nobody can come to rely on
+it, so a crash leaves a marked row, which the next collection finishes.
 """
 
 import uuid
@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, and_, delete, exists, insert, or_, select,
 from sqlalchemy.orm import Session
 
 from registry import audit, uploads
-from registry.audit import Act, Actor
+from registry.audit import Act
 from registry.db import collect_blobs, only_collection
 from registry.models import Blob, RevisionFile, Upload
 from registry.names import Digest
@@ -108,11 +108,12 @@ def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Di
 def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: Collected) -> None:
     for sha256 in claimed:
         resources.store.delete(sha256)
-    operator = Actor(resources.settings.user, resources.clock(), {})
+    operator = audit.operator(resources.settings.user, resources.clock())
     with resources.write() as session:
         session.execute(delete(Blob).where(Blob.sha256.in_(claimed), Blob.removing_by == run))
-        if claimed:
-            audit.record(session, operator, Act.BLOB_COLLECT, run, namespace=None, blobs=claimed)
+        for sha256, size_bytes in claimed.items():
+            gone = {"size_bytes": size_bytes}
+            audit.record(session, operator, Act.BLOB_COLLECT, sha256, namespace=None, before=gone, run=run)
     found.blobs += len(claimed)
     found.size_bytes += sum(claimed.values())
 

@@ -94,7 +94,8 @@ def part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256
             subject=upload_id,
             next_step="Send the parts that POST /v1/uploads names.",
         )
-    return arrivals.part(arrival, number, sha256, resources.settings.upload_expires_s)
+    left_s = max(1, int((row.expires_at - actor.at).total_seconds()))
+    return arrivals.part(arrival, number, sha256, left_s)
 
 
 def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile:
@@ -341,7 +342,7 @@ def _begin_parts(resources: Resources, arrivals: Arrivals, row: Upload) -> Uploa
         if now is None:
             raise _unknown(row.id)
     if now.multipart_id != multipart_id:
-        arrivals.discard(replace(_arrival(row), multipart_id=multipart_id))
+        arrivals.abandon(replace(_arrival(row), multipart_id=multipart_id))
     return now
 
 

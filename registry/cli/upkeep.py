@@ -10,7 +10,7 @@ import typer
 from registry.cli import render
 from registry.cli.connect import load_settings
 from registry.cli.render import JsonFlag
-from registry.errors import Usage
+from registry.errors import RegistryError, Usage
 
 if TYPE_CHECKING:
     from registry.resources import Resources
@@ -60,7 +60,11 @@ def fsck(
         extent, place = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
         with render.progress("fsck", extent.steps, counts=True) as done:
             findings = promises.check(resources, read_bytes=full, progress=done)
-        discarded = promises.discard(resources, findings) if discard else []
+        failure, discarded = None, list[str]()
+        try:
+            discarded += promises.discard(resources, findings) if discard else []
+        except RegistryError as error:  # told after what was found, which may have taken hours
+            failure = error
     broken = [finding for finding in findings if finding.severity == "error"]
     told: dict[str, Any] = {
         "clean": not broken,
@@ -85,6 +89,8 @@ def fsck(
             print(f"{verdict}, but nothing to check: {place} has no releases and no blobs")
 
     render.document(told, json, show)
+    if failure is not None:
+        raise failure
     if broken:
         raise typer.Exit(1)
 

@@ -109,12 +109,12 @@ def _plan_again(
 
 @dataclass(slots=True)
 class _Piece:
-    """A whole file with its `put`, or the part of one with that number."""
+    """A whole file with its `put`, or the part of one, whose number it has until it is asked how to send it."""
 
     start: int
     size_bytes: int
-    number: int = 1
     put: Json | None = None
+    number: int | None = None
 
 
 @dataclass(slots=True)
@@ -160,7 +160,7 @@ class _Attempt:
                 self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
 
     def _put_of_part(self, upload: _Upload, piece: _Piece) -> Json:
-        """Hashed right before it is sent: the bytes are read from the disk once."""
+        """Hashed right before it is sent: the second time the bytes come from the page cache."""
         digest = hashlib.sha256()
         for block in _blocks(upload.file.source, piece):
             digest.update(block)
@@ -206,12 +206,12 @@ def _uploads(plan: Sequence[Json], files: Sequence[LocalFile]) -> list[_Upload]:
 
 def _pieces(row: Json, file: LocalFile) -> list[_Piece]:
     if row["put"] is not None:
-        return [_Piece(0, file.manifest.size_bytes, put=row["put"])]
+        return [_Piece(0, file.manifest.size_bytes, row["put"])]
     pieces: list[_Piece] = []
     start = 0
     for part in row["parts"]:
         if not part["present"]:
-            pieces.append(_Piece(start, part["size_bytes"], part["number"]))
+            pieces.append(_Piece(start, part["size_bytes"], number=part["number"]))
         start += part["size_bytes"]
     return pieces
 

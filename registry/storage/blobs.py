@@ -94,7 +94,7 @@ class Arrivals(Protocol):
         ...
 
     def parts(self, arrival: Arrival) -> list[Part] | None:
-        """Which have arrived; none to send where all of it has; None when the store has forgotten it: begin again."""
+        """All of them; [] once they are joined; None when the store has forgotten the upload: begin again."""
         ...
 
     def part(self, arrival: Arrival, number: int, sha256: Digest, expires_s: int) -> Put:
@@ -107,6 +107,10 @@ class Arrivals(Protocol):
         Raises Conflict when something is missing still, and Invalid when the bytes are not what they claim to be,
         which leaves nothing of them.
         """
+        ...
+
+    def abandon(self, arrival: Arrival) -> None:
+        """The parts that came for this `multipart_id` are gone, and nothing else of the upload."""
         ...
 
     def discard(self, arrival: Arrival) -> None:

@@ -16,6 +16,8 @@ from registry.storage.s3_parts import Parts, checksum
 from registry.storage.s3_trial import NEVER, PROBE, STALE_S, Trial
 
 INCOMING = "incoming/"
+CHECKED = "sha256:"
+"""How the `multipart_id` of an upload begins whose parts come with their sha256: they all do, or none does."""
 _MAX_PARTS = 10_000
 _MIB = 1 << 20
 _BLOCK_BYTES = 1 << 20
@@ -55,7 +57,7 @@ class S3Arrivals:
     def begin(self, arrival: Arrival) -> str:
         checked = self._trial.checks_parts()
         with told(arrival.sha256):
-            return self._parts.begin(self._aside(arrival), checked=checked)
+            return (CHECKED if checked else "") + self._parts.begin(self._aside(arrival), checked=checked)
 
     def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
@@ -65,7 +67,8 @@ class S3Arrivals:
         return self._put_of(arrival, self._aside(arrival), expires_s)
 
     def parts(self, arrival: Arrival) -> list[Part] | None:
-        there = self._parts.stored(self._upload(arrival))
+        with told(arrival.sha256):
+            there = self._parts.stored(self._upload(arrival))
         if there is None:
             return None if self._bucket.head(self._aside(arrival)) is None else []
         return [
@@ -74,7 +77,7 @@ class S3Arrivals:
         ]
 
     def part(self, arrival: Arrival, number: int, sha256: Digest, expires_s: int) -> Put:
-        signed = sha256 if self._trial.checks_parts() else None
+        signed = sha256 if (arrival.multipart_id or "").startswith(CHECKED) else None
         size = arrival.part_sizes[number - 1]
         return self._parts.put(self._upload(arrival), number, size, signed, expires_s)
 
@@ -94,10 +97,14 @@ class S3Arrivals:
             raise _incomplete(arrival)
         return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
 
-    def discard(self, arrival: Arrival) -> None:
+    def abandon(self, arrival: Arrival) -> None:
         with told(arrival.sha256):
             if arrival.multipart_id is not None:
                 self._parts.abort(self._upload(arrival))
+
+    def discard(self, arrival: Arrival) -> None:
+        self.abandon(arrival)
+        with told(arrival.sha256):
             self._client.delete_object(**self._aside(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
@@ -125,7 +132,7 @@ class S3Arrivals:
         return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
 
     def _upload(self, arrival: Arrival) -> dict[str, str]:
-        return {**self._aside(arrival), "UploadId": arrival.multipart_id or ""}
+        return {**self._aside(arrival), "UploadId": (arrival.multipart_id or "").removeprefix(CHECKED)}
 
     def _put_of(
         self, arrival: Arrival, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
@@ -160,7 +167,8 @@ class S3Arrivals:
         return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
 
     def _join_parts(self, arrival: Arrival) -> None:
-        there = self._parts.stored(self._upload(arrival))
+        with told(arrival.sha256):
+            there = self._parts.stored(self._upload(arrival))
         if there is None:  # joined before, or never begun: what lies aside will tell
             return
         if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:

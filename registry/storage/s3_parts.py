@@ -8,7 +8,7 @@ from botocore.exceptions import ClientError  # pyright: ignore[reportMissingType
 
 from registry.names import Digest
 from registry.storage.blobs import Put
-from registry.storage.s3_bucket import Bucket, code_of, told
+from registry.storage.s3_bucket import Bucket, code_of
 
 Stored = Mapping[int, Mapping[str, Any]]
 """Number -> what the store says of a part that has arrived."""
@@ -23,7 +23,10 @@ def checksum(sha256: Digest) -> str:
 
 
 class Parts:
-    """`upload` names the object that they become, and as `UploadId` the upload: how boto3 is told of both."""
+    """`upload` names the object that they become, and as `UploadId` the upload: how boto3 is told of both.
+
+    Raises botocore's errors, but for an upload that is gone: another request has joined or ended it meanwhile.
+    """
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -31,9 +34,8 @@ class Parts:
     def begin(self, named: dict[str, str], *, checked: bool) -> str:
         """The id of an upload to the object that is `named`.
 
-        `checked`: every part comes with its sha256, which AWS wants to be told at the beginning.
-
-        Raises botocore's errors: a store may not know such a thing.
+        `checked`: every part comes with its sha256. AWS wants to be told at the beginning, and takes no part of the
+        other kind then.
         """
         how = {"ChecksumAlgorithm": "SHA256"} if checked else {}
         return self._bucket.client.create_multipart_upload(**named, **how)["UploadId"]
@@ -49,19 +51,16 @@ class Parts:
     def stored(self, upload: dict[str, str]) -> Stored | None:
         """None when the store knows no such upload: it was joined, ended or forgotten."""
         found: dict[int, dict[str, Any]] = {}
-        pages = self._bucket.client.get_paginator("list_parts")
-        with told(upload["Key"]):
-            try:
-                for page in pages.paginate(**upload):
-                    found |= {row["PartNumber"]: row for row in page.get("Parts", ())}
-            except ClientError as error:
-                if code_of(error) in _FORGOTTEN:
-                    return None
-                raise
+        try:
+            for page in self._bucket.client.get_paginator("list_parts").paginate(**upload):
+                found |= {row["PartNumber"]: row for row in page.get("Parts", ())}
+        except ClientError as error:
+            if code_of(error) in _FORGOTTEN:
+                return None
+            raise
         return found
 
     def join(self, upload: dict[str, str], there: Stored) -> None:
-        """Raises botocore's errors, but for an upload that another request has joined meanwhile."""
         parts = [
             {"PartNumber": number, **{key: there[number][key] for key in _NAMING if key in there[number]}}
             for number in sorted(there)
@@ -73,7 +72,6 @@ class Parts:
                 raise
 
     def abort(self, upload: dict[str, str]) -> None:
-        """Raises botocore's errors, but for an upload that has ended already."""
         try:
             self._bucket.client.abort_multipart_upload(**upload)
         except ClientError as error:

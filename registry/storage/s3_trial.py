@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
-from registry.errors import Unavailable
+from registry.errors import NotFound, Unavailable
 from registry.names import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, Put
@@ -32,6 +32,8 @@ STALE_S = 60.0
 """An object of a trial that is older was left by a process that was killed."""
 FAILED_S = 5.0
 """So long a trial that the store did not answer is not begun again: as long as `Retry-After` says."""
+NOT_IMPLEMENTED = 501
+"""How some stores refuse a header that they do not know."""
 _SOON = "60"
 _RIGHT, _WRONG = b"right", b"wrong"
 _CONDITION_FAILED = {"412", "PreconditionFailed"}
@@ -63,18 +65,10 @@ class Trial:
     def checks_bodies(self) -> bool:
         """Whether the store refuses a body of another sha256 than the signed one. Raises Unavailable for a store that
         copies whatever the condition."""
-        with self._one_at_a_time():
-            if self._checks is None:
-                refuses, copies = self._try(_probe())
-                if copies:
-                    raise Unavailable(
-                        "store_unfit",
-                        "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
-                        "exchanged after it was checked.",
-                        next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
-                    )
-                self._checks = refuses and not self._storage.hash_arrivals
-            return self._checks
+        if self._checks is None:
+            with self._one_at_a_time():
+                self._checks = self._try(_probe()) if self._checks is None else self._checks
+        return self._checks
 
     def allows_in_place(self) -> bool:
         """Whether a request for a blob's own key serves for its bytes and for nothing else.
@@ -84,17 +78,17 @@ class Trial:
         """
         if not self.checks_bodies():
             return False
-        with self._one_at_a_time():
-            if self._in_place is None:
-                self._in_place = self._holds_to_the_signed_end(_probe())
-            return self._in_place
+        if self._in_place is None:
+            with self._one_at_a_time():
+                self._in_place = self._holds_to_the_signed_end(_probe()) if self._in_place is None else self._in_place
+        return self._in_place
 
     def checks_parts(self) -> bool:
         """Whether the store refuses a part of another sha256 than the signed one, and joins those that came with it."""
-        with self._one_at_a_time():
-            if self._checks_parts is None:
-                self._checks_parts = self._try_parts(_probe())
-            return self._checks_parts
+        if self._checks_parts is None:
+            with self._one_at_a_time():
+                self._checks_parts = self._try_parts() if self._checks_parts is None else self._checks_parts
+        return self._checks_parts
 
     @contextmanager
     def _one_at_a_time(self) -> Generator[None]:
@@ -133,47 +127,66 @@ class Trial:
         except httpx2.TransportError as error:
             log.warning("The blob store does not answer: %s", error)
             raise Unavailable("store_unavailable", "The blob store does not answer.", next_step="Try again.") from error
-        if answer.status_code >= 500:
+        if answer.status_code >= 500 and answer.status_code != NOT_IMPLEMENTED:
             raise Unavailable(
                 "store_unavailable", f"The blob store answers {answer.status_code}.", next_step="Try again."
             )
         return answer.status_code < 300
 
-    def _try(self, probe: Arrival) -> tuple[bool, bool]:
-        """Whether it refuses wrong bytes, and whether it fails to take the right ones or copies them regardless."""
+    def _try(self, probe: Arrival) -> bool:
+        """Whether it refuses wrong bytes; it has to take the right ones, and to copy them on a condition alone."""
         copy = replace(probe, upload_id=f"{probe.upload_id}-copy")
         refuses = not self._takes(probe, _WRONG)
         try:
-            return refuses, not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe, copy)
+            if not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe, copy):
+                raise Unavailable(
+                    "store_unfit",
+                    "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
+                    "exchanged after it was checked.",
+                    next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
+                )
         finally:
             self._remove(probe)
             self._remove(copy)
+        return refuses and not self._storage.hash_arrivals
 
-    def _try_parts(self, probe: Arrival) -> bool:
+    def _try_parts(self) -> bool:
+        """Raises Unavailable for a store that takes no part of either kind: it is not said that it cannot check."""
+        checks = self._joins_right_parts(_probe(), checked=True)
+        if not checks and not self._joins_right_parts(_probe(), checked=False):
+            raise Unavailable(
+                "store_unavailable", "The blob store refuses a file in parts.", next_step="Try again, and look at it."
+            )
+        log.info("The blob store %s the sha256 of parts.", "checks" if checks else "does not check")
+        return checks
+
+    def _joins_right_parts(self, probe: Arrival, *, checked: bool) -> bool:
+        """And refuses wrong ones, where they are `checked`."""
         named = self._aside(probe)
-        with told(self._bucket.name):
-            try:
-                upload = {**named, "UploadId": self._parts.begin(named, checked=True)}
-            except ClientError as error:
-                return _knows_no_such_thing(error)
-        put = self._parts.put(upload, 1, probe.size_bytes, probe.sha256, 60)
+        upload: dict[str, str] | None = None
         try:
-            if self._accepts(put.url, _WRONG, put.headers.items()):
+            with told(self._bucket.name):
+                upload = {**named, "UploadId": self._parts.begin(named, checked=checked)}
+                if not self._takes_right_part(upload, probe, checked=checked):
+                    return False
+                self._parts.join(upload, self._parts.stored(upload) or {})
+                upload = None
+            return self._bucket.head(named) is not None
+        except (NotFound, Unavailable) as error:
+            if isinstance(error.__cause__, ClientError) and _is_refusal(error.__cause__):
                 return False
-            return self._accepts(put.url, _RIGHT, put.headers.items()) and self._joins(upload)
+            raise
         finally:
             with told(self._bucket.name):
-                self._parts.abort(upload)
+                if upload is not None:
+                    self._parts.abort(upload)
             self._remove(probe)
 
-    def _joins(self, upload: dict[str, str]) -> bool:
-        there = self._parts.stored(upload)
-        with told(self._bucket.name):
-            try:
-                self._parts.join(upload, there or {})
-            except ClientError as error:
-                return _knows_no_such_thing(error)
-        return True
+    def _takes_right_part(self, upload: dict[str, str], probe: Arrival, *, checked: bool) -> bool:
+        put = self._parts.put(upload, 1, probe.size_bytes, probe.sha256 if checked else None, 60)
+        if checked and self._accepts(put.url, _WRONG, put.headers.items()):
+            return False
+        return self._accepts(put.url, _RIGHT, put.headers.items())
 
     def _copies_whatever_the_condition(self, probe: Arrival, copy: Arrival) -> bool:
         source, target = self._aside(probe), self._aside(copy)
@@ -187,13 +200,11 @@ class Trial:
         return True
 
 
-def _knows_no_such_thing(error: ClientError) -> bool:
-    """False, for a store that refuses what others take; one that fails is not told from one that is away."""
+def _is_refusal(error: ClientError) -> bool:
+    """A store that refuses is told from one that fails."""
     response: Any = error.response
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    if status >= 500 and status != 501:
-        raise error
-    return False
+    return status < 500 or status == NOT_IMPLEMENTED
 
 
 def _with_another_end(headers: Mapping[str, str]) -> Iterator[Headers]:

@@ -160,6 +160,26 @@ def test_where_the_sha256_of_parts_cannot_be_signed_their_length_alone_is(s3: S3
         assert corner.arrivals.finish(arrival).size_bytes == LARGE_BYTES
 
 
+def test_an_upload_goes_on_as_it_was_begun_whatever_another_process_found(s3: S3Server, credentials: None) -> None:
+    """AWS takes parts with a sha256 or without, as it was told at the beginning."""
+    content = os.urandom(LARGE_BYTES)
+    with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}) as endpoint:
+        doubting = Corner(s3, endpoint=endpoint)
+        unchecked = doubting.announce(content)
+    corner = Corner(s3)
+    assert set(corner.part(unchecked, 1, content[:PART_BYTES]).headers) == {"Content-Length"}
+    assert "x-amz-checksum-sha256" in corner.part(corner.announce(content), 1, content[:PART_BYTES]).headers
+
+
+def test_nothing_is_concluded_from_a_store_that_takes_no_part_at_all(s3: S3Server, credentials: None) -> None:
+    with relay(s3.endpoint, {b"partNumber=": b"partnumber="}) as endpoint:
+        corner = Corner(s3, endpoint=endpoint)
+        with pytest.raises(Unavailable) as raised:
+            corner.announce(os.urandom(LARGE_BYTES))
+    assert raised.value.code == "store_unavailable"
+    assert corner.left() == set()
+
+
 def test_trying_parts_leaves_nothing(corner: Corner) -> None:
     arrival = corner.announce(os.urandom(LARGE_BYTES))
     assert "x-amz-checksum-sha256" in corner.part(arrival, 1, b"").headers

@@ -43,10 +43,8 @@ DROP_OTHERS = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE
 
 @dataclass(frozen=True)
 class Registry:
-    """A server and a worker, each a process of its own. `directory` is for what a client has.
-
-    `place` is without their impatience: who looks whether all is whole may be slow.
-    """
+    """A server and a worker, each a process of its own; `place` is without their impatience, for who looks at it later.
+    `directory` is for what a client has."""
 
     place: Mapping[str, str]
     url: str

@@ -101,7 +101,7 @@ def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_
     assert digests(held) == kept
     with held.read() as session:
         (told,) = events(session, EventQuery(None, act=Act.BLOB_COLLECT))
-    assert (told.namespace, told.detail) == (None, {"blobs": {unused[0].manifest.sha256: 1_000}})
+    assert (told.subject, told.namespace, told.before) == (unused[0].manifest.sha256, None, {"size_bytes": 1_000})
     assert collect_garbage(after(held, 3650 * DAY), grace=NONE).blobs == 0, "what a release names never goes"
     assert fsck.check(held, read_bytes=True) == []
     send(api, "acme", unused, lambda _count: None)
