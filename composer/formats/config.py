@@ -46,9 +46,10 @@ _KNOWN = _COMMON | frozenset({
 })  # fmt: skip
 _IDENTITY = ("peft_version", "base_model_name_or_path", "revision")
 _CONVERT_INIT = (
-    "Convert it with PEFT: save_pretrained(directory, path_initial_model_for_weight_conversion=…) writes a plain LoRA."
+    "Convert it with PEFT: save_pretrained(directory, path_initial_model_for_weight_conversion=…) writes a plain LoRA. "
+    "Where the changed base was saved: adaptory convert ADAPTER --base THAT_BASE --residual-base -o OUT."
 )
-_PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})  # they leave the base alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class AdapterConfig:
         if self.init == "loftq":
             reason = "init_lora_weights=loftq: its factors make up for the error of the quantized base, not of this one"
             return Refusal(reason, "Serve it on the quantized base that it was trained on.")
-        if self.init not in _PLAIN_INITS:
+        if self.init not in PLAIN_INITS:
             reason = f"init_lora_weights={self.init}: it changed the base at the start, so the factors do not fit it"
             return Refusal(reason, _CONVERT_INIT)
         return None

@@ -140,13 +140,19 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A directory or file of kohya, diffusers or MLX.")],
     base: Annotated[Path, typer.Option(help="The base's checkpoint directory: its names decide what is what.")],
     output: Output,
+    residual_base: Annotated[
+        bool,
+        typer.Option("--residual-base", help="The base is what a PiSSA, OLoRA, … adapter left of it."),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Write an adapter of another layout as a PEFT adapter that adds the same."""
     from composer.convert import convert as convert_adapter
+    from composer.convert import convert_rebased
     from composer.formats.checkpoint import open_checkpoint
 
-    told = convert_adapter(source, output, open_checkpoint(base).architecture).to_json()
+    write = convert_rebased if residual_base else convert_adapter
+    told = write(source, output, open_checkpoint(base).architecture).to_json()
     render.document(told, json, lambda: render.lines(f"converted to {output}", list(told.items())))
 
 

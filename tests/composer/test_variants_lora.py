@@ -11,6 +11,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 from torch import nn
 
 from composer.applied import applied
+from composer.convert import convert_rebased
 from composer.errors import Mismatch, NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
@@ -280,6 +281,32 @@ def test_a_converted_pissa_is_a_plain_lora(tmp_path: Path, make_model: MakeModel
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert relative(logits(tmp_path / "merged"), expected) <= 1e-5
     assert isinstance(PeftModel.from_pretrained(load_model(base), tmp_path / "adapter"), PeftModel)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_for_what_its_start_left_of_the_base_it_is_a_plain_lora(
+    init: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    base = make_model(shard="1GB")
+    torch.manual_seed(5)
+    model = get_peft_model(load_model(base), lora(task_type="CAUSAL_LM", init_lora_weights=init))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    with torch.no_grad():
+        expected = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "rest")
+    architecture = open_checkpoint(tmp_path / "rest").architecture
+    told = convert_rebased(tmp_path / "adapter", tmp_path / "plain", architecture)
+    assert (told.layout, told.rank_max) == (init, 4)
+    merge(tmp_path / "rest", tmp_path / "plain", tmp_path / "merged")
+    assert relative(logits(tmp_path / "merged"), expected) <= 1e-5
+    assert relative(peft_logits(tmp_path / "rest", tmp_path / "plain"), expected) <= 1e-5
+    with pytest.raises(NotSupported) as again:
+        convert_rebased(tmp_path / "plain", tmp_path / "twice", architecture)
+    assert again.value.code == "not_rebased"
+    assert not (tmp_path / "twice").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e5m2])
