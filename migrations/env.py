@@ -11,11 +11,17 @@ LOCK = 0x41444150
 
 
 def run(connection: Connection) -> None:
+    """In one transaction that begins before Alembic looks where the database is.
+
+    By itself it begins one for each migration on SQLite, and another process could look between two of them.
+    """
     sqlite = connection.dialect.name == "sqlite"
-    context.configure(connection=connection, target_metadata=Row.metadata, render_as_batch=sqlite, compare_type=True)
-    with context.begin_transaction():
+    with connection.begin():
         if not sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
+        context.configure(
+            connection=connection, target_metadata=Row.metadata, render_as_batch=sqlite, compare_type=True
+        )
         context.run_migrations()
 
 
@@ -29,4 +35,3 @@ with engine.connect() as connection:
         connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
         connection = connection.execution_options(begin="IMMEDIATE")
     run(connection)
-    connection.commit()

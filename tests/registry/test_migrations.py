@@ -15,6 +15,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Integer, MetaData, func, insert, select, text
+from sqlalchemy.exc import ProgrammingError
 
 import registry.models
 from composer.formats.facts import WEIGHTS_FILE
@@ -73,6 +74,16 @@ def test_processes_that_migrate_at_once_do_not_disturb_each_other(url: str, tmp_
     opened = Database(url)
     assert schema_revision(opened) == head_revision()
     opened.close()
+
+
+def test_migrations_that_cannot_all_be_done_leave_the_database_as_it_was(database: Database) -> None:
+    """They are one transaction, so that no other process sees the database between two of them."""
+    migrate(database, "0001")
+    with database.write() as session:
+        session.execute(text("ALTER TABLE releases ADD COLUMN stamp INTEGER"))
+    with pytest.raises((Unavailable, ProgrammingError)):
+        migrate(database)
+    assert schema_revision(database) == "0001"
 
 
 def test_a_database_of_a_newer_adaptory_is_refused_and_says_what_to_do(
