@@ -82,7 +82,7 @@ def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> Co
     written = {name: value for name, value in config.raw.items() if name not in _OF_THE_START}
     source = {"layout": adapter.config.init, "file": WEIGHTS_FILE, "digest": hash_file(adapter.weights_path)}
     size = write_files(tensors, {**written, "init_lora_weights": True}, out_dir, {"made": "convert", "source": source})
-    rank = max(module.rank for module in placed.adapted)
+    rank = max((module.rank for module in placed.adapted), default=0)
     return ConvertReport(adapter.config.init, len(placed.adapted), rank, str(out_dir), size)
 
 
