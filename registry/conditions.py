@@ -19,7 +19,7 @@ from registry.errors import Usage
 from registry.models import Channel, Move, Release, ReleaseWord, Repository, Score, TargetSet, TargetSetMember, Traits
 from registry.names import RepositoryName
 from registry.repositories import Kind
-from registry.statements import among
+from registry.statements import among, one_of
 from registry.suites import Condition
 from registry.terms import MAX_WORD_CHARACTERS, homes, parse_stated, target_set_key, words
 
@@ -184,13 +184,13 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
         "max_rank": _traits.rank_max <= bindparam("max_rank"),
         "server": _traits.servers.bitwise_and(bindparam("server")) != 0,
         "server_rank": _traits.rank_max <= bindparam("server_rank"),
-        "within": _traits.target_set_id.in_(_within()),
-        "exact": _traits.target_set_id.in_(select(_set.id).where(_set.key == bindparam("exact"))),
+        "within": one_of(_traits.target_set_id, _within()),
+        "exact": one_of(_traits.target_set_id, select(_set.id).where(_set.key == bindparam("exact"))),
     }
     asked += [limits[name] for name in _LIMITS if name in form.asked]
     for number in range(form.includes):
         having = select(_member.target_set_id).where(_member.target == bindparam(f"include_{number}"))
-        asked.append(_traits.target_set_id.in_(having))
+        asked.append(one_of(_traits.target_set_id, having))
     return select(_traits.id).where(*asked)
 
 

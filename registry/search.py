@@ -13,7 +13,20 @@ from itertools import chain, islice
 from typing import Any
 
 import orjson
-from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, case, func, select, tuple_
+from sqlalchemy import (
+    CTE,
+    BindParameter,
+    ColumnElement,
+    FromClause,
+    Select,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    select,
+    true,
+    tuple_,
+)
 from sqlalchemy.orm import Session
 
 from registry import bases, conditions, suites
@@ -23,7 +36,7 @@ from registry.conditions import Query as Query
 from registry.descriptions import CURRENT_SUITES, Stamp
 from registry.errors import Usage
 from registry.models import Channel, Release, ReleaseWord, Score
-from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows
+from registry.statements import Prepared, Rows, among, exact, json_list, json_rows
 from registry.suites import HIGHER_IS_BETTER
 from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
 
@@ -106,8 +119,9 @@ class _By:
     def of_score(self) -> bool:
         return self.column == "value"
 
-    def select(self) -> Select[*tuple[Any, ...]]:
-        found = select(self.key.label("key"), self.release_id.label("id"), _release.stamp)
+    def select(self, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+        """Keys, ids and `more` of all."""
+        found = select(self.key.label("key"), self.release_id.label("id"), *more)
         found = found.select_from(Score.__table__ if self.of_score else Release.__table__)
         return found.join(Release.__table__, _release.id == _score.release_id) if self.of_score else found
 
@@ -123,13 +137,17 @@ class _By:
     def key(self) -> ColumnElement[Any]:
         return _score.value if self.of_score else _release[self.column]
 
-    def page(
-        self, statement: Select[*tuple[Any, ...]], *around: FromClause, in_order: bool = True
-    ) -> Select[*tuple[Any, ...]]:
-        """Keys, ids and stamps of the first that fit, as one text, for `places` to read. `around` is what it is within.
+    def page(self, *conditions: ColumnElement[bool], in_order: bool = True) -> Select[*tuple[Any, ...]]:
+        """The first that meet those conditions, as `text` says them.
 
         Scores that are not to be read `in_order` are found from their releases.
         """
+        entries = self.select(_release.stamp).where(*conditions)
+        found = self.first(entries, in_order=in_order).subquery("first")
+        return self.text(found.c, found.c.stamp).add_columns(CURRENT_SUITES)
+
+    def first(self, statement: Select[*tuple[Any, ...]], *, in_order: bool = True) -> Select[*tuple[Any, ...]]:
+        """A page of a selection of releases or scores, in order."""
         columns = [self.key] if self.column == "id" else [self.key, self.release_id]
         if self.of_score:
             suite = _score.suite_id if in_order else _score.suite_id + 0
@@ -139,15 +157,23 @@ class _By:
             ends: list[BindParameter[Any]] = [bindparam("after_key"), bindparam("after_id")]
             reached, end = tuple_(*columns), tuple_(*ends[-len(columns) :])
             statement = statement.where(reached < end if self.descending else reached > end)
-        ordered = [column.desc() if self.descending else column.asc() for column in columns]
-        first = statement.order_by(*ordered).limit(bindparam("limit")).correlate(*around).subquery("first")
-        key = exact(first.c.key) if self.of_score else first.c.key
-        return select(json_rows(key, first.c.id, first.c.stamp))
+        return statement.order_by(*self._ordered(columns)).limit(bindparam("limit"))
+
+    def first_of_all(self, of_each: FromClause, statement: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
+        """A page of what pages have, in order."""
+        return statement.order_by(*self._ordered([of_each.c.key, of_each.c.id])).limit(bindparam("limit"))
+
+    def _ordered(self, columns: Sequence[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+        return [column.desc() if self.descending else column.asc() for column in columns]
+
+    def text(self, first: Any, stamp: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+        """Keys, ids and stamps of a page with those columns as one text, for `places` to read."""
+        return select(json_rows(exact(first.key) if self.of_score else first.key, first.id, stamp))
 
     def places(self, pages: Rows, limit: int) -> list[Match]:
         """The first of several pages."""
         suites = pages[0][1] if pages else None
-        rows = [row for text, _ in pages if text for row in orjson.loads(text)]
+        rows = [row for text, *_ in pages if text for row in orjson.loads(text)]
         if self.of_score:
             rows = [(float(key), release_id, stamp) for key, release_id, stamp in rows]
         rows.sort(reverse=self.descending)
@@ -192,10 +218,8 @@ def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) ->
             return _among(session, form, by, values, _newest_first(ids, values) if by.column == "id" else [ids])
     if thinnest:
         return _of_word(session, form, by, values, thinnest)
-    pages = _of_few(form, by).rows(session, values)
-    if len(pages) > FEW:
-        pages = _of_all(form, by).rows(session, values)
-    return by.places(pages, values["limit"])
+    few = _of_few_if_few(session, form, by, values)
+    return by.places(_of_all(form, by).rows(session, values), values["limit"]) if few is None else few
 
 
 def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], thinnest: Newest) -> list[Match]:
@@ -211,10 +235,18 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
         further = next(parts, None) if len(found) < values["limit"] else None
     if further is None:
         return found
-    pages = _of_few(form, by).rows(session, values)
-    if len(pages) <= FEW:
-        return by.places(pages, values["limit"])
+    few = _of_few_if_few(session, form, by, values)
+    if few is not None:
+        return few
     return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
+
+
+def _of_few_if_few(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Match] | None:
+    """The page from the combinations of traits that fit; None when many fit."""
+    merged = session.connection().dialect.name != "sqlite"
+    pages = (_of_few_merged if merged else _of_few)(form, by).rows(session, values)
+    many = bool(pages) and pages[0][-1] > FEW
+    return None if many else by.places(pages, values["limit"])
 
 
 @lru_cache(512)
@@ -234,7 +266,7 @@ def _among(
     found: list[Match] = []
     for ids in parts:
         if ids:
-            pages = _among_rare(form, by).rows(session, {**values, "ids": filled(ids)})
+            pages = _among_rare(form, by).rows(session, {**values, "ids": list(ids)})
             found += by.places(pages, values["limit"])
         if len(found) >= values["limit"]:
             break
@@ -283,25 +315,50 @@ def _unless_many(releases: Select[*tuple[Any, ...]], most: int) -> Prepared:
 @lru_cache(512)
 def _of_few(form: Form, by: _By) -> Prepared:
     """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
+    With each, how many fit.
 
-    One text for each: an aggregate is what both databases can make of an ordered and limited part of an index.
+    One text for each: an aggregate is what SQLite can make of an ordered and limited part of an index.
     """
-    fitting = conditions.fitting(form).limit(FEW + 1).cte("fitting")
-    count = select(func.count()).select_from(fitting).scalar_subquery()
-    entries = by.select().where(by.traits_id == fitting.c.id, *conditions.on_release(form))
-    page = by.page(entries, fitting).scalar_subquery()
-    return Prepared(select(case((count <= FEW, page)), CURRENT_SUITES).select_from(fitting))
+    fitting, count = _fitting(form)
+    first = by.first(_entries(form, by, fitting, _release.stamp)).correlate(fitting).subquery("first")
+    page = by.text(first.c, first.c.stamp).scalar_subquery()
+    return Prepared(select(case((count <= FEW, page)), CURRENT_SUITES, count).select_from(fitting))
+
+
+@lru_cache(512)
+def _of_few_merged(form: Form, by: _By) -> Prepared:
+    """The same as one text of as many releases as a page has, for which alone stamps are looked up.
+
+    What a combination of traits has beyond the page is read from an index then, and costs little.
+    """
+    fitting, count = _fitting(form)
+    of_each = by.first(_entries(form, by, fitting)).lateral("of_each")
+    merged = select(of_each.c.key, of_each.c.id).select_from(fitting.join(of_each, true())).where(count <= FEW)
+    page = by.first_of_all(of_each, merged).subquery("page")
+    stamp = select(_release.stamp).where(_release.id == page.c.id).scalar_subquery()
+    return Prepared(select(by.text(page.c, stamp).scalar_subquery(), CURRENT_SUITES, count))
+
+
+def _fitting(form: Form) -> tuple[CTE, ColumnElement[int]]:
+    """The combinations of traits that fit, one more than few at most, and their number.
+
+    The limit is in the text: a plan for a limit that is yet unknown reads a tenth of what fits, without an index.
+    """
+    fitting = conditions.fitting(form).limit(literal_column(str(FEW + 1))).cte("fitting")
+    return fitting, select(func.count()).select_from(fitting).scalar_subquery()
+
+
+def _entries(form: Form, by: _By, fitting: CTE, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+    return by.select(*more).where(by.traits_id == fitting.c.id, *conditions.on_release(form))
 
 
 @lru_cache(512)
 def _of_all(form: Form, by: _By) -> Prepared:
     """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
-    fits = conditions.fits(form, by.traits_id + 0)
-    return Prepared(by.page(by.select().where(fits, *conditions.on_release(form))).add_columns(CURRENT_SUITES))
+    return Prepared(by.page(conditions.fits(form, by.traits_id + 0), *conditions.on_release(form)))
 
 
 @lru_cache(512)
 def _among_rare(form: Form, by: _By) -> Prepared:
-    fits = conditions.fits(form, _release.traits_id)
-    entries = by.select().where(among(by.release_id, "ids"), fits, *conditions.on_release(form))
-    return Prepared(by.page(entries, in_order=False).add_columns(CURRENT_SUITES))
+    asked = (conditions.fits(form, _release.traits_id), *conditions.on_release(form))
+    return Prepared(by.page(among(by.release_id, "ids"), *asked, in_order=False))

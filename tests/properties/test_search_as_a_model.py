@@ -74,6 +74,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def _forget_statements() -> None:
     """They have limits in them."""
     search._of_few.cache_clear()
+    search._of_few_merged.cache_clear()
     search._rare.cache_clear()
 
 

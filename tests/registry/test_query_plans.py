@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from benchmarks import stock
 from composer.formats.serving import Profile
@@ -52,13 +53,10 @@ class Stocked:
             _unheard(session.connection().connection.driver_connection)
         asked = [(text, given) for text, given in sent if text.startswith(("SELECT", "WITH"))]
         assert asked
-        explain = "EXPLAIN QUERY PLAN" if self.database.is_sqlite else "EXPLAIN"
+        explain = _sqlite_plan if self.database.is_sqlite else _kept_plan
         with self.database.read() as session:
-            connection = session.connection()
-            return [
-                (text, [str(row[-1]) for row in connection.exec_driver_sql(f"{explain} {text}", given)])
-                for text, given in asked
-            ]
+            driver = session.connection().connection.driver_connection
+            return [(text, explain(driver, text, given)) for text, given in asked]
 
     def steps(self, ask: Any) -> int:
         """How many instructions SQLite runs for `ask(session)`, to the hundred."""
@@ -97,6 +95,23 @@ def _overheard(driver: Any) -> list[tuple[str, Any]]:
 
     driver.cursor_factory = Overheard
     return sent
+
+
+def _sqlite_plan(driver: Any, text: str, given: Any) -> list[str]:
+    return [str(row[-1]) for row in driver.execute(f"EXPLAIN QUERY PLAN {text}", given)]
+
+
+def _kept_plan(driver: Any, text: str, given: Any) -> list[str]:
+    """The plan that PostgreSQL makes once for all values: an EXPLAIN of the statement itself would show another."""
+    names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
+    for number, name in enumerate(names, 1):
+        text = text.replace(f"%({name})s", f"${number}")
+    driver.execute(f"PREPARE explained AS {text}")
+    values = sql.SQL(", ").join(sql.Literal(given[name]) for name in names)
+    called = sql.SQL("EXECUTE explained ({})").format(values) if names else sql.SQL("EXECUTE explained")
+    plan = [str(line) for [line] in driver.execute(sql.SQL("EXPLAIN {}").format(called))]
+    driver.execute("DEALLOCATE explained")
+    return plan
 
 
 def _unheard(driver: Any) -> None:
@@ -171,6 +186,14 @@ def test_a_narrow_search_reads_no_whole_table(stocked: Stocked, name: str) -> No
     actor = READER if "stranger" in name else HOST
     for statement, plan in stocked.plans(lambda session: search.search(session, actor, query, order)):
         assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
+
+
+@pytest.mark.parametrize("name", [name for name in NARROW if name.startswith("what fits") and "and scores" not in name])
+def test_what_fits_is_found_by_an_index_of_traits(stocked: Stocked, name: str) -> None:
+    plans = stocked.plans(lambda session: search.search(session, HOST, *NARROW[name]))
+    lines = [line for _, plan in plans for line in plan if re.search(r"\b(Scan on|SCAN) traits", line)]
+    assert not [line for line in lines if "ix_traits" not in line and "Bitmap Heap" not in line], plans
+    assert any("ix_traits_base" in line for _, plan in plans for line in plan), plans
 
 
 @pytest.mark.parametrize("name", BROAD)
