@@ -17,12 +17,11 @@ from composer.formats.foreign import Foreign, ForeignModule, read_foreign
 from composer.formats.layouts import MLX
 from composer.formats.naming import PEFT_PREFIX, Target, find_weight, is_embedding
 from composer.formats.placed import CONV1D_MODELS, by
-from composer.formats.placement import place
 from composer.formats.types import KRONECKER
 from composer.hashing import hash_file
 from composer.kronecker import Kronecker, as_peft, kronecker
 from composer.tensors import map_tensor
-from composer.variants import refuse_errors
+from composer.variants import place_or_refuse
 from composer.wrapped import Wrapped
 
 _OF_THE_START = {"loftq_config", "corda_config", "lora_ga_config"}
@@ -69,21 +68,17 @@ def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> Co
     that do not fit this one.
     """
     adapter = read_adapter(path)
-    if adapter.config.peft_type != "LORA" or adapter.config.init in PLAIN_INITS:
+    init, config = adapter.config.init, replace(adapter.config, init="true")
+    if config.peft_type != "LORA" or init in PLAIN_INITS:
         message = f"{adapter.name} did not change its base at the start, so no other is left that it would fit."
         raise NotSupported("not_rebased", message, subject=adapter.name, next_step="Use it on its base as it is.")
-    config = replace(adapter.config, init="true")
-    if (refusal := config.unsupported()) is not None:
-        message = f"{adapter.name} cannot be converted: {refusal.reason}."
-        raise NotSupported("variant", message, subject=adapter.name, next_step=refusal.way_out)
-    placed = place(config, adapter.header, architecture, adapter.name)
-    refuse_errors(adapter.name, placed.findings)
+    placed = place_or_refuse(replace(adapter, config=config), architecture, "converted")
     tensors = {key: map_tensor(adapter.weights_path, entry) for key, entry in adapter.header.tensors.items()}
     written = {name: value for name, value in config.raw.items() if name not in _OF_THE_START}
-    source = {"layout": adapter.config.init, "file": WEIGHTS_FILE, "digest": hash_file(adapter.weights_path)}
+    source = {"layout": init, "file": WEIGHTS_FILE, "digest": hash_file(adapter.weights_path)}
     size = write_files(tensors, {**written, "init_lora_weights": True}, out_dir, {"made": "convert", "source": source})
     rank = max((module.rank for module in placed.adapted), default=0)
-    return ConvertReport(adapter.config.init, len(placed.adapted), rank, str(out_dir), size)
+    return ConvertReport(init, len(placed.adapted), rank, str(out_dir), size)
 
 
 def _source(foreign: Foreign) -> dict[str, str]:

@@ -59,6 +59,7 @@ class Act(StrEnum):
     SUITE_ADD = "suite:add"
     TOKEN_CREATE = "token:create"  # noqa: S105  (the name of an act)
     TOKEN_REVOKE = "token:revoke"  # noqa: S105
+    UPLOAD_EXPIRE = "upload:expire"
 
 
 def record(  # noqa: PLR0913

@@ -25,9 +25,8 @@ from registry.errors import Conflict, Invalid, RegistryError, Unavailable
 log = logging.getLogger(__name__)
 
 POOL_SIZE = 40
-_BLOBS_LOCK = 0x424C4F42
-_COLLECTION_LOCK = 0x434F4C4C
-"""The key of PostgreSQL's advisory lock between who relies on blobs and who collects them."""
+_BLOBS_LOCK, _COLLECTION_LOCK = 0x424C4F42, 0x434F4C4C
+"""Keys of PostgreSQL's advisory locks: between who relies on blobs and who collects them, and between collectors."""
 UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
 """PostgreSQL's SQLSTATEs."""
 _SQLITE_MOST_S = 24 * 3600

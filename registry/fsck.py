@@ -79,14 +79,13 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
     return findings
 
 
-def discard(resources: Resources, findings: Iterable[Finding]) -> list[Digest]:
-    """Deletes from the store the blobs that `check` found damaged, and returns them: the next push that names one then
-    sends its bytes, which it does not while the store has a blob of that size.
+def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Digest]:
+    """Deletes from the store the blobs that `check` found damaged, and yields each once it is gone: the next push that
+    names it then sends its bytes, which it does not while the store has a blob of that size.
 
     Each is hashed once more, since it may have been restored meanwhile. What has the right bytes is never deleted.
     """
     damaged = {Digest(finding.subject) for finding in findings if finding.code == "blob_corrupt"}
-    discarded: list[Digest] = []
     for sha256 in sorted(damaged):
         stat = resources.store.stat(sha256)
         if stat is None or _digest(resources, sha256) == sha256:
@@ -94,14 +93,12 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> list[Digest]:
         operator = audit.operator(resources.settings.user, resources.clock())
         with resources.write() as session:
             collect_blobs(session)
-            if resources.store.stat(sha256) == stat:
-                before = {"size_bytes": stat.size_bytes}
-                audit.record(
-                    session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged", before=before
-                )
-                resources.store.delete(sha256)
-                discarded.append(sha256)
-    return discarded
+            if resources.store.stat(sha256) != stat:
+                continue
+            before = {"size_bytes": stat.size_bytes}
+            audit.record(session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged", before=before)
+            resources.store.delete(sha256)
+        yield sha256
 
 
 def extent(resources: Resources) -> Extent:

@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
+from registry import audit
 from registry.access import Role, may_read, permit
-from registry.audit import Actor
+from registry.audit import Act, Actor
 from registry.db import insert_if_absent, rely_on_blobs
 from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.manifest import ManifestFile, check_path, refuse_pickle
@@ -28,6 +29,7 @@ from registry.storage.local import remove_stale, unwritable
 
 _PARALLEL = 8
 _SCRATCH = ("upload-*", "inspect-*")
+_ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +201,12 @@ def sweep(resources: Resources, now: datetime) -> int:
     How many unfinished things were removed. Safe while others upload: what is younger than an upload may last stays.
     """
     before = now - timedelta(seconds=resources.settings.upload_expires_s)
+    operator, expired = audit.operator(resources.settings.user, now), delete(Upload).where(Upload.expires_at < now)
     with resources.write() as session:
-        session.execute(delete(Upload).where(Upload.expires_at < now))
+        session.execute(expired.where(_ARRIVED))  # came to be blobs, whose collection has rows of its own
+        for row in session.scalars(expired.returning(Upload)).all():
+            gone = {"size_bytes": row.size_bytes, "created_by": row.created_by}
+            audit.record(session, operator, Act.UPLOAD_EXPIRE, row.sha256, namespace=row.namespace, before=gone)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))
     removed = resources.store.sweep(before, live)
@@ -302,8 +308,7 @@ def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> N
             subject=actor.name,
             next_step="Raise ADAPTORY_MAX_OPEN_UPLOADS on the registry, or announce and send them in parts (REST).",
         )
-    arrived = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
-    mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~arrived
+    mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~_ARRIVED
     count, first_end = session.execute(select(func.count(), func.min(Upload.expires_at)).where(mine)).one()
     if more > 0 and count + more > limit:
         wait = first_end - actor.at if first_end else timedelta()

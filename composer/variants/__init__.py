@@ -113,13 +113,7 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     InvalidFile for a number that is not finite, and what `read_adapter` raises.
     """
     adapter = read_adapter(path)
-    refusal = adapter.config.unsupported()
-    if refusal is not None:
-        message = f"{adapter.name} cannot be merged: {refusal.reason}."
-        code = f"variant_{adapter.config.variant[:40]}"
-        raise NotSupported(code, message, subject=adapter.name, next_step=refusal.way_out)
-    placed = place(adapter.config, adapter.header, architecture, adapter.name)
-    refuse_errors(adapter.name, placed.findings)
+    placed = place_or_refuse(adapter, architecture, "merged")
     _refuse_unsized(adapter, placed)
     with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
         for module in placed.adapted:
@@ -128,6 +122,18 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     _refuse_unlike_twins(adapter, placed)
     copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
     return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
+
+
+def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: str) -> Placed:
+    """Place an adapter that is about to be `done` (merged, …). Raises NotSupported for what no delta of the base's
+    weights can express, and Mismatch when a tensor does not fit the base."""
+    if (refusal := adapter.config.unsupported()) is not None:
+        message = f"{adapter.name} cannot be {done}: {refusal.reason}."
+        code = f"variant_{adapter.config.variant[:40]}"
+        raise NotSupported(code, message, subject=adapter.name, next_step=refusal.way_out)
+    placed = place(adapter.config, adapter.header, architecture, adapter.name)
+    refuse_errors(adapter.name, placed.findings)
+    return placed
 
 
 def refuse_errors(subject: str, findings: list[Finding]) -> None:

@@ -1,6 +1,5 @@
 """`adaptory`: builds the commands; turns an error into a message and an exit code."""
 
-import errno
 import gc
 import logging
 import os
@@ -63,7 +62,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(prog_name="adaptory")
-    except (RegistryError, ComposerError) as error:
+    except (RegistryError, ComposerError, OSError) as error:
         sys.exit(render.fail(error, "--json" in sys.argv))
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
@@ -73,21 +72,10 @@ def main() -> None:
             "extra_missing", f"This needs {error.name}.", next_step=f"Install adaptory with its extra `{extra}`."
         )
         sys.exit(render.fail(told, "--json" in sys.argv))
-    except OSError as error:
-        sys.exit(render.fail(_of_disk(error), "--json" in sys.argv))
     except SystemExit as end:
         if end.code == INTERRUPTED:
             render.say(": ".join(["interrupted", *_notes_of_interrupt(end)]))
         raise
-
-
-def _of_disk(error: OSError) -> Unavailable:
-    where = str(error.filename or "")
-    told = ": ".join([*([where] if where else []), str(error.strerror or error)])
-    next_step = "See that it can be read and written."
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        next_step = "Allow more open files (ulimit -n): a merge keeps some for each shard."
-    return Unavailable("disk_error", f"{told}.", subject=where, next_step=next_step)
 
 
 def _notes_of_interrupt(end: BaseException) -> list[str]:

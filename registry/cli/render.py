@@ -1,5 +1,6 @@
 """What people see: tables on stdout, messages and progress on stderr; `--json` prints one document instead."""
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -9,10 +10,11 @@ from typing import Annotated, Any, cast
 import typer
 
 from composer.errors import ComposerError
-from registry.errors import RegistryError, of_composer
+from registry.errors import RegistryError, Unavailable, of_composer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Progress = Callable[[int], None]
+Failure = RegistryError | ComposerError | OSError
 
 
 def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
@@ -128,9 +130,9 @@ def progress(label: str, total: int, *, counts: bool = False) -> Generator[Progr
         yield lambda count: bars.advance(task, count)
 
 
-def fail(error: RegistryError | ComposerError, as_json: bool) -> int:
+def fail(error: Failure, as_json: bool) -> int:
     """Says what is wrong and what to do next; returns the exit code of its family."""
-    told = of_composer(error) if isinstance(error, ComposerError) else error
+    told = _told(error)
     say(f"error: {told.detail}")
     for finding in told.findings:
         if "rule" in finding:
@@ -142,15 +144,34 @@ def fail(error: RegistryError | ComposerError, as_json: bool) -> int:
     if next_step:
         say(f"next: {next_step}")
     if as_json:
-        problem = {
-            "code": told.code,
-            "detail": told.detail,
-            "subject": told.subject,
-            "next": next_step,
-            "findings": told.findings,
-        }
-        print(json.dumps({"error": problem}, indent=2, ensure_ascii=False))
+        print(json.dumps({"error": problem(told)}, indent=2, ensure_ascii=False))
     return told.exit_code
+
+
+def problem(error: Failure) -> dict[str, Any]:
+    told = _told(error)
+    return {
+        "code": told.code,
+        "detail": told.detail,
+        "subject": told.subject,
+        "next": _next_step(told),
+        "findings": told.findings,
+    }
+
+
+def _told(error: Failure) -> RegistryError:
+    if isinstance(error, OSError):
+        return _of_disk(error)
+    return of_composer(error) if isinstance(error, ComposerError) else error
+
+
+def _of_disk(error: OSError) -> Unavailable:
+    where = str(error.filename or "")
+    told = ": ".join([*([where] if where else []), str(error.strerror or error)])
+    next_step = "See that it can be read and written."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        next_step = "Allow more open files (ulimit -n): a merge keeps some for each shard."
+    return Unavailable("disk_error", f"{told}.", subject=where, next_step=next_step)
 
 
 def _next_step(told: RegistryError) -> str:

@@ -62,8 +62,8 @@ def fsck(
             findings = promises.check(resources, read_bytes=full, progress=done)
         failure, discarded = None, list[str]()
         try:
-            discarded += promises.discard(resources, findings) if discard else []
-        except RegistryError as error:  # told after what was found, which may have taken hours
+            discarded.extend(promises.discard(resources, findings) if discard else ())
+        except (RegistryError, OSError) as error:  # told after what was found, which may have taken hours
             failure = error
     broken = [finding for finding in findings if finding.severity == "error"]
     told: dict[str, Any] = {
@@ -73,6 +73,8 @@ def fsck(
     }
     if discard:
         told["discarded"] = discarded
+    if failure is not None:
+        told["error"] = render.problem(failure)
 
     def show() -> None:
         for finding in findings:
@@ -90,7 +92,7 @@ def fsck(
 
     render.document(told, json, show)
     if failure is not None:
-        raise failure
+        raise typer.Exit(render.fail(failure, as_json=False))
     if broken:
         raise typer.Exit(1)
 

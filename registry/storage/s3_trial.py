@@ -3,8 +3,7 @@
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from threading import Lock
 from time import monotonic
@@ -56,19 +55,16 @@ class Trial:
     ) -> None:
         self._bucket, self._storage = bucket, storage
         self._signed_put, self._parts, self._aside = signed_put, parts, aside
-        self._checks: bool | None = None
-        self._checks_parts: bool | None = None
-        self._in_place = None if storage.direct == "auto" else storage.direct
+        self._answers: dict[Callable[[], bool], bool] = {}
+        if storage.direct != "auto":
+            self._answers[self._holds_to_the_signed_end] = storage.direct
         self._lock = Lock()
         self._failed: tuple[float, Unavailable] | None = None
 
     def checks_bodies(self) -> bool:
         """Whether the store refuses a body of another sha256 than the signed one. Raises Unavailable for a store that
         copies whatever the condition."""
-        if self._checks is None:
-            with self._one_at_a_time():
-                self._checks = self._try(_probe()) if self._checks is None else self._checks
-        return self._checks
+        return self._answer(self._tells_bodies_apart)
 
     def allows_in_place(self) -> bool:
         """Whether a request for a blob's own key serves for its bytes and for nothing else.
@@ -76,34 +72,29 @@ class Trial:
         Where the settings leave it open: if the store takes right bytes with the signed end, and refuses the same bytes
         with every other one.
         """
-        if not self.checks_bodies():
-            return False
-        if self._in_place is None:
-            with self._one_at_a_time():
-                self._in_place = self._holds_to_the_signed_end(_probe()) if self._in_place is None else self._in_place
-        return self._in_place
+        return self.checks_bodies() and self._answer(self._holds_to_the_signed_end)
 
     def checks_parts(self) -> bool:
         """Whether the store refuses a part of another sha256 than the signed one, and joins those that came with it."""
-        if self._checks_parts is None:
-            with self._one_at_a_time():
-                self._checks_parts = self._try_parts() if self._checks_parts is None else self._checks_parts
-        return self._checks_parts
+        return self._answer(self._tells_parts_apart)
 
-    @contextmanager
-    def _one_at_a_time(self) -> Generator[None]:
-        """Who waited for a trial that failed fails with it: one after the other would wait as long again, each with a
-        thread of the server in hand."""
-        with self._lock:
-            if self._failed and monotonic() < self._failed[0]:
-                raise self._failed[1]
-            try:
-                yield
-            except Unavailable as error:
-                self._failed = (monotonic() + FAILED_S, error)
-                raise
+    def _answer(self, trial: Callable[[], bool]) -> bool:
+        """Of a trial that is made once. Who waited for one that failed fails with it: one after the other would wait as
+        long again, each with a thread of the server in hand."""
+        if trial not in self._answers:
+            with self._lock:
+                if self._failed and monotonic() < self._failed[0]:
+                    raise self._failed[1]
+                try:
+                    if trial not in self._answers:
+                        self._answers[trial] = trial()
+                except Unavailable as error:
+                    self._failed = (monotonic() + FAILED_S, error)
+                    raise
+        return self._answers[trial]
 
-    def _holds_to_the_signed_end(self, probe: Arrival) -> bool:
+    def _holds_to_the_signed_end(self) -> bool:
+        probe = _probe()
         put = self._signed_put(probe, self._aside(probe), 60, NEVER)
         try:
             if not self._accepts(put.url, _RIGHT, put.headers.items()):
@@ -133,8 +124,9 @@ class Trial:
             )
         return answer.status_code < 300
 
-    def _try(self, probe: Arrival) -> bool:
+    def _tells_bodies_apart(self) -> bool:
         """Whether it refuses wrong bytes; it has to take the right ones, and to copy them on a condition alone."""
+        probe = _probe()
         copy = replace(probe, upload_id=f"{probe.upload_id}-copy")
         refuses = not self._takes(probe, _WRONG)
         try:
@@ -150,7 +142,7 @@ class Trial:
             self._remove(copy)
         return refuses and not self._storage.hash_arrivals
 
-    def _try_parts(self) -> bool:
+    def _tells_parts_apart(self) -> bool:
         """Raises Unavailable for a store that takes no part of either kind: it is not said that it cannot check."""
         checks = self._joins_right_parts(_probe(), checked=True)
         if not checks and not self._joins_right_parts(_probe(), checked=False):

@@ -99,7 +99,7 @@ def test_what_was_restored_after_it_was_found_damaged_is_not_deleted(stocked_emb
     findings = check(held, read_bytes=True)
     assert [finding.subject for finding in findings] == [sha256]
     stored.overwrite(cli, sha256, content)
-    assert discard(held, findings) == []
+    assert list(discard(held, findings)) == []
     held.close()
     cli.ok("fsck", "--full")
 

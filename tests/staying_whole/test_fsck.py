@@ -1,12 +1,27 @@
-"""What fsck says of a registry that is well: how much it looked at, or that there was nothing to look at."""
+"""What fsck says: how much it looked at, or that there was nothing to look at; and of damage, whatever happens next."""
 
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from composer.hashing import hash_file
+from registry import fsck
 from registry.client.push import collect
+from registry.db import rely_on_blobs
+from registry.names import Digest
+from registry.storage.blobs import Reader
+from tests.scenarios import stored
+from tests.scenarios.traces import home_of
 from tests.scenarios.world import Cli
+from tests.staying_whole.conftest import opened
 from tests.staying_whole.small import write_adapter
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -41,3 +56,75 @@ def test_a_registry_with_nothing_in_it_is_not_called_clean_without_more(place: d
     assert "nothing to check" in told
     assert place.get("ADAPTORY_DATABASE_URL", place["ADAPTORY_HOME"]).rpartition("/")[2] in told
     assert set(Cli(place).json("fsck")["checked"].values()) == {0}
+
+
+@dataclass
+class RestoredMeanwhile:
+    """The real store, with a blob that somebody restores as soon as its damaged bytes have been read."""
+
+    store: Any
+    restore: Callable[[], None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    @contextmanager
+    def open(self, sha256: Digest) -> Generator[Reader]:
+        with self.store.open(sha256) as damaged:
+            yield damaged
+        self.restore()
+
+
+def test_what_is_restored_between_the_last_look_at_its_bytes_and_its_removal_stays(
+    furnished: Cli, place: dict[str, str], tmp_path: Path
+) -> None:
+    weights = tmp_path / "1.0.0" / WEIGHTS
+    sha256 = hash_file(weights)
+    stored.damage(furnished, sha256)
+
+    def restore() -> None:
+        time.sleep(1.1)  # S3 says in which second a blob was written
+        stored.overwrite(furnished, sha256, weights.read_bytes())
+
+    held = opened(place)
+    found = fsck.check(held, read_bytes=True)
+    assert [finding.subject for finding in found] == [sha256]
+    assert list(fsck.discard(replace(held, store=RestoredMeanwhile(held.store, restore)), found)) == []
+    held.close()
+    furnished.ok("fsck", "--full")
+    assert furnished.json("audit", "--act", "blob:discard")["items"] == [], "nothing is told that was not done"
+
+
+def test_what_was_found_is_told_when_nothing_of_it_can_be_discarded(
+    furnished: Cli, place: dict[str, str], tmp_path: Path
+) -> None:
+    sha256 = hash_file(tmp_path / "1.0.0" / WEIGHTS)
+    stored.damage(furnished, sha256)
+    impatient = Cli(place | {"ADAPTORY_DATABASE_TIMEOUT_S": "1"})
+    held = opened(place)
+    with held.write() as session:
+        rely_on_blobs(session)  # and is in the way for longer than fsck waits
+        told = impatient("fsck", "--full", "--discard", "--json")
+        shown = impatient("fsck", "--full", "--discard")
+    held.close()
+    assert (told.code, told.json["clean"], told.json["discarded"]) == (7, False, [])
+    assert told.json["error"]["code"] == "database_unavailable"
+    assert [(finding["code"], finding["subject"]) for finding in told.json["findings"]] == [("blob_corrupt", sha256)]
+    assert (shown.code, "discarded" in shown.out) == (7, False)
+    assert f"{WEIGHTS} of acme/sql:1.0.0" in shown.out
+    assert "The database cannot be used" in shown.err
+    assert furnished.json("fsck")["clean"], "and nothing was discarded"
+
+
+@pytest.mark.parametrize("pairing", ["SQLite and a directory"], indirect=True)
+def test_what_was_discarded_is_told_when_the_next_one_cannot_be(furnished: Cli, tmp_path: Path) -> None:
+    """In the place of the other is a directory: somebody has made a mistake while restoring."""
+    first, other = sorted(hash_file(tmp_path / version / WEIGHTS) for version in ("1.0.0", "1.1.0"))
+    stored.damage(furnished, first)
+    stored.lose(furnished, other)
+    (home_of(furnished) / "store" / "blobs" / "sha256" / other[:2] / other).mkdir()
+    told = furnished("fsck", "--full", "--discard", "--json")
+    assert (told.code, told.json["discarded"], told.json["error"]["code"]) == (7, [first], "disk_error")
+    assert {finding["subject"] for finding in told.json["findings"]} == {first, other}
+    (row,) = furnished.json("audit", "--act", "blob:discard")["items"]
+    assert row["subject"] == first

@@ -108,6 +108,25 @@ def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_
     assert digests(held) == everything, "and it can come again"
 
 
+def test_an_upload_that_expires_before_its_bytes_come_is_told_to_its_namespace_and_one_that_came_is_not(
+    api: Api, held: Resources, tmp_path: Path
+) -> None:
+    send(api, "acme", notes(tmp_path / "sent", 2), lambda _count: None)
+    sha256 = notes(tmp_path / "announced", 3)[0].manifest.sha256
+    body = {"namespace": "acme", "files": [{"path": "notes.txt", "size_bytes": 1_000, "sha256": sha256}]}
+    api.post("/v1/uploads", body)
+    asked = EventQuery(["acme"], act=Act.UPLOAD_EXPIRE)
+    collect_garbage(held, grace=NONE)
+    with held.read() as session:
+        assert events(session, asked) == [], "it is still waited for"
+    for _ in range(2):
+        collect_garbage(after(held, 2 * DAY), grace=NONE)
+    with held.read() as session:
+        (told,) = events(session, asked)
+    gone = {"size_bytes": 1_000, "created_by": "mia"}
+    assert (told.subject, told.namespace, told.actor, told.before) == (sha256, "acme", "mia", gone)
+
+
 def test_a_yanked_release_keeps_its_blobs(api: Api, held: Resources, tmp_path: Path) -> None:
     kept = release(api, tmp_path, "1.0.0", 1)
     api.post(f"{line_path(NAME)}/releases/1.0.0/yank", {"reason": "wrong data"})
