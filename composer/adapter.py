@@ -16,7 +16,7 @@ from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
 from composer.formats.naming import PEFT_PREFIX, split_key
 from composer.hashing import Identity, refuse_changed
-from composer.methods import untied
+from composer.methods import on_own_head
 from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.tensors import DTYPE_NAMES, tensor_bytes
@@ -101,7 +101,7 @@ def write_files(
 def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:
     """A sum of low-rank deltas as one: an adapter holds one pair a place."""
     places: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
-    for delta in map(untied, deltas):  # an adapter leaves the weights alone: a tied tensor has two sides
+    for delta in map(on_own_head, deltas):  # an adapter leaves the weights alone: a tied tensor has two sides
         if isinstance(delta, LowRank):
             places[delta.weight, delta.begin].append(delta)
     summed = [one for own in places.values() for one in side_by_side(own, [1.0] * len(own))]

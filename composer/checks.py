@@ -17,12 +17,12 @@ _Touch = tuple[str, Delta]  # adapter name, what it does
 def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> list[Finding]:
     """Hard conflicts between adapters, and between an adapter and a tied weight.
 
-    `settings["tied"]` is `refuse` (default), `shared` or `untie`. Error codes: replacement_conflict,
+    `settings["tied"]` is `auto` (default), `untie`, `shared` or `refuse`. Error codes: replacement_conflict,
     replacement_and_delta, two_rescale, changed_base, token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch,
     shape_conflict. Notices: tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that
     also has a low-rank pair.
     """
-    tied = settings.get("tied", "refuse")
+    tied = treatment_of_tied(loaded, settings)
     touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
     for adapter in loaded:
         for delta in adapter.deltas:
@@ -38,9 +38,22 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
         (name, delta)
         for touching in touches.values()
         for name, delta in touching
-        if delta.tied and (tied == "untie" or isinstance(delta, Replacement) or not delta.twin)
+        if delta.tied and (tied == "untie" or _is_one_sided(delta))
     ]
-    return findings + _check_tied(one_sided, str(tied))
+    return findings + _check_tied(one_sided, tied)
+
+
+def treatment_of_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:
+    """`untie`, `shared` or `refuse`, whatever the setting: `auto` unties where the two sides are to differ, since the
+    merged model is the adapted one then alone."""
+    tied = str(settings.get("tied", "auto"))
+    if tied != "auto":
+        return tied
+    return "untie" if any(_is_one_sided(delta) for one in loaded for delta in one.deltas if delta.tied) else "shared"
+
+
+def _is_one_sided(delta: Delta) -> bool:
+    return isinstance(delta, Replacement) or not delta.twin
 
 
 def served_by_twin(delta: Delta) -> bool:

@@ -95,7 +95,7 @@ _SEED: dict[str, _Setting] = {"seed": (0, _whole(0, 2**53))}
 _GAUGE: dict[str, _Setting] = {"gauge": ("canonical", _one_of("canonical", "raw"))}
 _EVERY: dict[str, _Setting] = {
     "lambda": (1.0, real),
-    "tied": ("refuse", _one_of("refuse", "shared", "untie")),
+    "tied": ("auto", _one_of("auto", "untie", "shared", "refuse")),
     "replacements": ("refuse", _one_of("refuse", "delta")),
 }
 _OURS: dict[str, _Setting] = {

@@ -123,7 +123,7 @@ def plan_merge(
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
-    head = _untied_head(checkpoint, loaded) if parsed["tied"] == "untie" else None
+    head = _untied_head(checkpoint, loaded) if combined.untied else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
     uses = [
         AdapterUse(one.name, parse_weight(weight), digest.result())

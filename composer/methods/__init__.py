@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from composer.checks import served_by_twin, structural
+from composer.checks import served_by_twin, structural, treatment_of_tied
 from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding
@@ -32,17 +32,18 @@ from composer.weights import Weight, weights_of
 _TOGETHER = 16  # places whose results are in memory at once
 Result = tuple[list[Additive], Compression | None]
 
-__all__ = ["Combination", "Compression", "combine_deltas", "untied", "with_deltas"]
+__all__ = ["Combination", "Compression", "combine_deltas", "on_own_head", "with_deltas"]
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
     """What is added in the end, and what compression lost, for each module that was compressed. `findings` are those
-    of `structural` that are no errors."""
+    of `structural` that are no errors. `untied`: a tied head's deltas are for a tensor of its own."""
 
     deltas: list[Delta]
     compressions: list[Compression]
     findings: list[Finding]
+    untied: bool
 
 
 def combine_deltas(
@@ -53,7 +54,7 @@ def combine_deltas(
 ) -> Combination:
     """The deltas of all adapters combined by the method; replacements are taken over.
 
-    With tied=untie the head's delta names a tensor of its own (`<module>.weight`). Raises Mismatch for a hard
+    An untied head's delta names a tensor of its own (`<module>.weight`). Raises Mismatch for a hard
     conflict and for a weight that scales a replacement; NotSupported for an unknown method or setting, and where a
     method needs factors that an adapter does not have.
     """
@@ -69,7 +70,8 @@ def combine_deltas(
     _refuse_idle(adapters, given, parsed)
     loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
     loaded = [_taking_part(adapter, weight) for adapter, weight in zip(loaded, given, strict=True)]
-    findings = structural(loaded, parsed)
+    parsed["tied"] = treatment_of_tied(loaded, parsed)
+    findings, untied = structural(loaded, parsed), parsed["tied"] == "untie"
     refuse_errors("These adapters cannot be combined", findings)
     pipeline = PIPELINES[method]
     replaced, places = _places(loaded, given, method, parsed)
@@ -77,7 +79,7 @@ def combine_deltas(
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
     if pipeline.parity:
-        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [], findings)
+        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [], findings, untied)
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
         if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
@@ -88,7 +90,8 @@ def combine_deltas(
             finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections), own))
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
-    return Combination([*replaced, *(delta for deltas, _ in results for delta in deltas)], compressions, findings)
+    deltas = [*replaced, *(delta for own, _ in results for delta in own)]
+    return Combination(deltas, compressions, findings, untied)
 
 
 def _run(pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections) -> Result:
@@ -119,7 +122,7 @@ def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result])
     return [([by_identity.get(id(delta), delta) for delta in deltas], lost) for deltas, lost in results]
 
 
-def untied(delta: Delta) -> Delta:
+def on_own_head(delta: Delta) -> Delta:
     """The delta of a tied output head, addressed to a tensor of its own; every other delta as it is."""
     return replace(delta, weight=f"{delta.module}.weight") if delta.tied and is_head(delta.module) else delta
 
@@ -158,7 +161,7 @@ def _places(
         for found in adapter.deltas:
             if parsed["tied"] != "untie" and served_by_twin(found):
                 continue
-            delta = untied(found) if parsed["tied"] == "untie" else found
+            delta = on_own_head(found) if parsed["tied"] == "untie" else found
             own = weight.of(*names_of(delta))
             if isinstance(delta, Replacement):
                 divided = own / divisor(_total(weights, delta)) if divides(method, parsed) else own

@@ -143,12 +143,13 @@ def test_a_cast_rewrites_every_float_tensor_and_says_so_in_the_config(
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
-def test_a_tied_weight_is_refused_unless_told_how(
+def test_a_tied_weight_is_refused_where_it_is_asked_for(
     targets: list[str], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model(tied=True)
+    adapter = make_adapter(base, target_modules=targets)
     with pytest.raises(Mismatch, match="tied=untie") as caught:
-        merge(base, [(make_adapter(base, target_modules=targets), 1.0)], tmp_path / "merged")
+        merge(base, [(adapter, 1.0)], tmp_path / "merged", settings={"tied": "refuse"})
     assert caught.value.code == "tied_weight"
     assert caught.value.subject.endswith(targets[0])
     assert not (tmp_path / "merged").exists()
@@ -168,20 +169,36 @@ def test_tied_shared_is_pefts_behaviour(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["head", "embedding", "both"])
+@pytest.mark.parametrize("settings", [{}, {"tied": "untie"}], ids=["by itself", "as told"])
 def test_untied_the_merged_model_is_the_adapted_model(
-    kind: str, side: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+    kind: str, side: str, settings: dict[str, object], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model(kind, tied=True)
     embedding = "wte" if kind == "gpt2" else "embed_tokens"
     targets = {"head": ["lm_head"], "embedding": [embedding], "both": ["lm_head", embedding]}[side]
     adapter = make_adapter(base, target_modules=targets)
-    merge(base, [(adapter, 1.0)], tmp_path / "merged", settings={"tied": "untie"})
+    plan = merge(base, [(adapter, 1.0)], tmp_path / "merged", settings=settings)
     ids = torch.arange(20).reshape(2, 10)
     adapted = PeftModel.from_pretrained(load_model(base), adapter).eval()
     merged = load_model(tmp_path / "merged").eval()
     assert not merged.config.tie_word_embeddings
+    assert "tied_untied" in {finding.code for finding in plan.findings}
     with torch.no_grad():
         assert_close(merged(ids).logits, adapted(ids).logits, "logits")
+
+
+def test_a_tied_weight_that_takes_no_part_stays_tied(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(tied=True)
+    head = make_adapter(base, name="head", target_modules=["lm_head"])
+    other = make_adapter(base, name="other", target_modules=["q_proj"])
+    merge(base, [(head, 0.0), (other, 1.0)], tmp_path / "with")
+    merge(base, [(other, 1.0)], tmp_path / "without")
+    assert load_model(tmp_path / "with").config.tie_word_embeddings
+    found, expected = tensors_in(tmp_path / "with"), tensors_in(tmp_path / "without")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_language_model_within_a_model_is_said_to_be_untied_and_cast_too(

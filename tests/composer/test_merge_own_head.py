@@ -87,12 +87,12 @@ def test_a_head_that_is_stored_twice_merges_as_if_it_were_stored_once(
         assert relative(logits(tmp_path / "twice-merged"), peft_logits(twice, adapter)) <= 1e-5
 
 
-def test_a_head_that_is_stored_twice_still_asks_how_to_treat_the_tied_tensor(
+def test_a_head_that_is_stored_twice_asks_as_well_how_to_treat_the_tied_tensor(
     twice: Path, make_adapter: MakeAdapter
 ) -> None:
     adapter = make_adapter(twice, target_modules=["lm_head"])
     with pytest.raises(Mismatch) as caught:
-        plan_merge(open_checkpoint(twice), [(adapter, 1.0)])
+        plan_merge(open_checkpoint(twice), [(adapter, 1.0)], settings={"tied": "refuse"})
     assert caught.value.code == "tied_weight"
 
 
