@@ -230,7 +230,7 @@ def test_a_composition_that_is_refused_publishes_nothing(team: Cli, world: World
     assert states == ["refused"] * 3
 
 
-def test_a_tied_weight_needs_a_decision(embedded: Cli, tmp_path: Path) -> None:
+def test_a_tied_weight_is_untied_unless_the_recipe_decides_otherwise(embedded: Cli, tmp_path: Path) -> None:
     cli, base = embedded, save_llama(tmp_path / "base", seed=4, tied=True)
     cli.ok("base", "add", base, "--name", "tied")
     settings: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "embed_tokens"]}
@@ -239,7 +239,7 @@ def test_a_tied_weight_needs_a_decision(embedded: Cli, tmp_path: Path) -> None:
     recipe = {"inputs": ["acme/embedding:1.0.0"], "method": "stack", "model": "acme/merged:1.0.0", "probe": 0}
     path = tmp_path / "recipe.yaml"
 
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe | {"settings": {"tied": "refuse"}}))
     refused = cli("compose", path)
     assert refused.code == 1
     assert "embed_tokens" in refused.err
@@ -251,7 +251,16 @@ def test_a_tied_weight_needs_a_decision(embedded: Cli, tmp_path: Path) -> None:
     assert cli.json("compose", path)["state"] == "done"
     cli.ok("pull", "acme/merged:1.0.0", "-o", tmp_path / "merged")
     ours = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
-    theirs: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(tmp_path / "embedding"))
+    theirs: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(tmp_path / "embedding")).eval()
+
+    path.write_text(yaml.safe_dump(recipe | {"model": "acme/untied:1.0.0"}))
+    cli.ok("compose", path)
+    cli.ok("pull", "acme/untied:1.0.0", "-o", tmp_path / "untied")
+    untied, ids = LlamaForCausalLM.from_pretrained(tmp_path / "untied").eval(), torch.arange(8)[None]
+    assert not untied.config.tie_word_embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(untied(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
     whole = theirs.merge_and_unload()
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
