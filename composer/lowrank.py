@@ -102,9 +102,10 @@ class Sums(Summed):
         return _quotient(both[i, j], (both[i, i] * both[j, j]) ** 0.5)
 
     def crowding(self, i: int, j: int) -> float:
-        """The share of the strongest direction in both B together, Pico's c_max (arXiv 2604.16826): 1/R when flat.
+        """The share of the strongest direction in both B together, as Pico's c_max (arXiv 2604.16826): 1/R when flat.
 
-        Of the balanced factors U sqrt(S), which do not depend on how an adapter splits its product.
+        Of the balanced factors U sqrt(S), where Pico takes an adapter's own: they do not depend on how it splits its
+        product. The presets `pico_...` have all of S in B instead, where c_max is larger.
         """
         return _quotient(self.crowd_top[i, j], self.crowd[i, j])
 

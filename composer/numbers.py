@@ -13,8 +13,8 @@ class Numbers:
     *_ab is the share of a inside b. *_alignment is the cosine of Delta Delta^T (outputs) or Delta^T Delta (inputs).
     `norm_*` are Frobenius norms without weights. `dominance` is the larger one's share of the weighted energy, 0.5 to
     1; `interference` 1 for orthogonal, up to 2 for the same, down to 0 for opposite. `retention_a` is what the weighted
-    sum of the two holds of a, <M, a> / |a|^2. `crowding` is Pico's c_max. `sign_conflict` is the share of sampled
-    entries of different sign, `sign_excess` what is beyond arccos(cosine) / pi, `sign_weighted` counts by size.
+    sum of the two holds of a, <M, a> / |a|^2. `crowding` is Pico's c_max, of U sqrt(S). `sign_conflict` is the share of
+    sampled entries of different sign, `sign_excess` what is beyond arccos(cosine) / pi, `sign_weighted` counts by size.
     """
 
     cosine: float

@@ -169,6 +169,9 @@ def boft(shapes: Shapes, options: Options, base: Size) -> Size:
     """R (1, blocks, b, b), s (O, 1). With more than one factor the blocks are permuted, which is not read."""
     factors, blocks, side, other = _dims(shapes, "boft_R", 4)
     outputs, one = _dims(shapes, "boft_s", 2)
+    if factors > 1:
+        way_out = "merge it with PEFT, or train with boft_n_butterfly_factor=1"
+        raise ValueError(f"{factors} butterfly factors, whose permutations are not read: {way_out}")
     _require(factors == 1 and side == other and one == 1, shapes, "boft_R", "boft_s")
     return outputs, blocks * side
 

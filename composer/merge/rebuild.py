@@ -90,6 +90,15 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
                 subject=one.name,
                 next_step="Pull the releases that the merged one names as its inputs.",
             )
+    merged_in = {one.digest for one in told.adapters}
+    for digest, path in by_digest.items():
+        if digest not in merged_in:
+            raise Mismatch(
+                "other_adapter",
+                f"{path.name} ({digest[:12]}) is none of the adapters that were merged.",
+                subject=path.name,
+                next_step="Leave it out.",
+            )
     used = [(by_digest[one.digest], one.weight) for one in told.adapters]
     return plan_merge(checkpoint, used, told.method, told.settings, told.dtype, told.rounding)
 
@@ -132,6 +141,7 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
     found = [
         *_texts(plan, merged),
         *_side_files(plan.checkpoint.path, merged),
+        *_more_weights(plan, merged),
         *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
     ]
     same = tuple(one.file for one in found if not one.neighbours and not one.others and not one.why)
@@ -159,6 +169,13 @@ def _other_copy(path: Path, original: Path) -> str:
     if not path.is_file():
         return "is missing"
     return "" if hash_file(path) == hash_file(original) else "is another"
+
+
+def _more_weights(plan: MergePlan, merged: Path) -> list[FileDifference]:
+    """A loader may take them for the model's."""
+    made = {shard.file for shard in plan.shards}
+    found = sorted(path.name for path in merged.glob("*.safetensors"))
+    return [FileDifference(name, 0, 0, "is of no such merge") for name in found if name not in made]
 
 
 def _weights(plan: MergePlan, merged: Path, rewriter: Rewriter, report: Progress) -> Iterable[FileDifference]:
@@ -214,8 +231,10 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
                 continue
             source, work = opened[tensor.path], prepare(tensor, comparing.rewriter.device)
             counts = list(pool.map(lambda chunk, s=source: comparing.chunk(chunk, s, target), chunks_of(work)))
-            near = sum(neighbouring for neighbouring, _ in counts)
-            neighbours, others = neighbours + near, others + sum(further for _, further in counts)
+            near, far = (sum(count[which] for count in counts) for which in (0, 1))
+            neighbours, others = neighbours + near, others + far
+            if far:
+                why = why or f"differs by more than a step in {far} elements of {tensor.target.name}"
             if near > _roundings(tensor.target):
                 why = why or f"differs by one step in {near} elements of {tensor.target.name}, more than rounding gives"
     return FileDifference(shard.file, neighbours, others, why)

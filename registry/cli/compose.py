@@ -100,6 +100,7 @@ def merge(  # noqa: PLR0913
         report = run_merge(merging, output, device, done)
     _warn(report.findings)
     told = report.to_json()
+    told["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
     shown = [(key, value) for key, value in told.items() if key not in ("findings", "survival")]
     shown += [
         (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3g}")

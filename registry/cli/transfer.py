@@ -141,12 +141,10 @@ def verify(
             told["signed_by"] = verify_directory(directory, public_key)
     render.document(told, json, lambda: _show_verified(told))
     if rebuild and told["rebuild"]["verdict"] == "different":
-        raise Refused(
-            "not_rebuilt",
-            f"{what} is not what its inputs give.",
-            subject=what,
-            next_step="Do not serve it; ask who published it.",
-        )
+        next_step = "Do not serve it; ask who published it."
+        if directory == Path(what):
+            next_step = "See that base and adapters are those that were merged. If they are, do not serve it."
+        raise Refused("not_rebuilt", f"{what} is not what its inputs give.", subject=what, next_step=next_step)
 
 
 def _show_verified(told: Json) -> None:

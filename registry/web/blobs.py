@@ -93,13 +93,13 @@ def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     return Response(headers=_headers(stat.sha256, stat.size_bytes))
 
 
-def file_response(resources: Resources, sha256: Digest, byte_range: str | None) -> Response:
-    """As `blob_response`, for a caller that may read a release with these bytes."""
+def file_response(resources: Resources, sha256: Digest, named: str, byte_range: str | None) -> Response:
+    """As `blob_response`, for a caller that may read a release with these bytes, in which they are `named` so."""
     stat = resources.store.stat(sha256)
     if stat is None:
         raise Unavailable(
             "blob_lost",
-            f"The store has lost the bytes of {sha256}.",
+            f"The store has lost the bytes of {named} ({sha256}).",
             subject=sha256,
             next_step="Restore the blob from a backup, or push the same file again.",
         )

@@ -133,7 +133,7 @@ def download_file(
             subject=path[:200],
             next_step=f"`adaptory show {named.name}:{version}` lists its files.",
         )
-    return file_response(resources, Digest(digests[path]), byte_range)
+    return file_response(resources, Digest(digests[path]), f"{path} of {named.name}:{version}", byte_range)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")

@@ -106,6 +106,7 @@ def test_a_neighbouring_value_is_told_apart_from_another_one(
     assert found.verdict == verdict
     (difference,) = found.different
     assert (difference.file, difference.neighbours, difference.others) == (file.name, *counts)
+    assert (tensor in difference.why) is (difference.others > 0)
     assert file.name not in found.same
 
 
@@ -141,6 +142,7 @@ def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     content = bytearray((out / copied).read_bytes())
     content[-1] ^= 1
     (out / copied).write_bytes(content)
+    (out / "more.safetensors").write_bytes(content)
     (out / "tokenizer.json").write_text("[]")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "vocab_size": 65}))
@@ -149,6 +151,7 @@ def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     assert {one.file: one.why for one in found.different} == {
         copied: "has other bytes where the base was copied",
         gone: "is missing",
+        "more.safetensors": "is of no such merge",
         "tokenizer.json": "is another",
         "config.json": "has other contents",
     }
@@ -176,6 +179,10 @@ def test_an_adapter_that_was_not_merged_is_refused(base: Path, adapters: list[Pa
     out = merged(base, adapters, tmp_path / "merged")
     with pytest.raises(Mismatch, match="two that was merged"):
         plan_rebuild(out, open_checkpoint(base), adapters[:1])
+    alone = tmp_path / "alone"
+    run_merge(plan_merge(open_checkpoint(base), [(adapters[0], 1.0)]), alone, "cpu")
+    with pytest.raises(Mismatch, match=r"two \(.*\) is none of the adapters that were merged"):
+        plan_rebuild(alone, open_checkpoint(base), adapters)
 
 
 @pytest.mark.parametrize("note", [None, {"made": "combine"}, {"made": "merge"}, {"made": "merge", "adapters": [1]}])

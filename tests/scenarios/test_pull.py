@@ -158,5 +158,6 @@ def test_a_lost_blob_is_told_by_the_registry(stocked: Cli, world: World, tmp_pat
         with pytest.raises(Unavailable) as raised:
             pull(api, release, tmp_path / "out", nothing)
     assert raised.value.code == "blob_lost"
+    assert f"{WEIGHTS} of acme/sql:1.0.0 ({digest})" in raised.value.detail
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     stocked.ok("pull", "acme/sql", "-o", tmp_path / "out")

@@ -139,3 +139,13 @@ def test_who_interrupts_a_merge_is_told_what_is_left_and_goes_on_with_it(world: 
     told = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
     assert told["resumed_bytes"] > 0
     assert not left.exists()
+
+
+def test_what_a_merge_warns_of_is_in_its_document_too(world: World, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    merge = ("merge", "--base", base, "--adapter", world.adapters["sql"], "-o", tmp_path / "merged")
+    told = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
+    assert "no_tokenizer" in {finding["code"] for finding in told["findings"]}
