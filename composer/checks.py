@@ -3,6 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -38,27 +39,28 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
         (name, delta)
         for touching in touches.values()
         for name, delta in touching
-        if delta.tied and (tied == "untie" or _is_one_sided(delta))
+        if delta.tied and (tied == "untie" or not is_twin(delta))
     ]
     return findings + _check_tied(one_sided, tied)
 
 
 def treatment_of_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:
-    """`untie`, `shared` or `refuse`, whatever the setting: `auto` unties where the two sides are to differ, since the
-    merged model is the adapted one then alone."""
+    """The setting, with `auto` as what it comes to: `untie` where the two sides are to differ, without which the merged
+    model is not the adapted one, `shared` otherwise."""
     tied = str(settings.get("tied", "auto"))
     if tied != "auto":
         return tied
-    return "untie" if any(_is_one_sided(delta) for one in loaded for delta in one.deltas if delta.tied) else "shared"
+    return "untie" if any(delta.tied and not is_twin(delta) for one in loaded for delta in one.deltas) else "shared"
 
 
-def _is_one_sided(delta: Delta) -> bool:
-    return isinstance(delta, Replacement) or not delta.twin
+def is_twin(delta: Delta) -> TypeGuard[Additive]:
+    """Has the other side of the tied weight the very same delta?"""
+    return not isinstance(delta, Replacement) and delta.twin
 
 
 def served_by_twin(delta: Delta) -> bool:
     """Is this the head's side of a change that the embedding's side makes already, as long as they are one tensor?"""
-    return not isinstance(delta, Replacement) and delta.twin and is_head(delta.module)
+    return is_twin(delta) and is_head(delta.module)
 
 
 def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
@@ -145,9 +147,7 @@ def _check_tied(touching: list[_Touch], tied: str) -> list[Finding]:
             )
         ]
     if tied == "untie":
-        message = (
-            f"The output head gets a tensor of its own, since {', '.join(modules)} is changed alone or differently."
-        )
+        message = f"The output head gets a tensor of its own: {' and '.join(modules)} changed."
         return [Finding("tied_untied", Severity.NOTICE, first.module, message)]
     if len(modules) > 1:
         message = (

@@ -7,7 +7,7 @@ inputs:
     weight: 0.7
     rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first rule that holds
 method: ties                         # any of docs/composing.md
-settings: {density: 0.4, rank: 32}   # of the method; tied: shared | untie
+settings: {density: 0.4, rank: 32}   # of the method; tied: auto | untie | shared | refuse
 adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
 dtype: bfloat16                      # of the merged checkpoint; the base's own when left out

@@ -13,7 +13,7 @@ from sqlalchemy import FromClause, Text, cast, select
 from sqlalchemy.orm import Session
 
 from registry.models import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
-from registry.statements import Prepared, among, exact, json_list, json_rows, moment
+from registry.statements import Prepared, among, exact, filled, json_list, json_rows, moment
 
 TOGETHER = 100
 """So many releases a statement: with manifests of 10,000 files each they stay below what a text may be long."""
@@ -144,7 +144,7 @@ def describe(session: Session, release_ids: Sequence[int]) -> list[Description]:
     """In the order of the ids."""
     found: dict[int, Description] = {}
     for start in range(0, len(release_ids), TOGETHER):
-        [(*texts, suites)] = _PAGE.rows(session, {"ids": list(release_ids[start : start + TOGETHER])})
+        [(*texts, suites)] = _PAGE.rows(session, {"ids": filled(release_ids[start : start + TOGETHER])})
         releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
         for row in map(ReleaseRow._make, releases):
             found[row.id] = Description(row, (row.stamp, suites))

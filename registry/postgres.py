@@ -41,9 +41,8 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
     """
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
-    # Compiling a plan takes 100 ms and more, which no statement of ours is long enough to win back. And a plan is kept,
-    # whatever the values: to make one takes as long as a search, which is why searches are written to need but one.
-    options = f"{url.query.get('options', '')} -c jit=off -c plan_cache_mode=force_generic_plan"
+    # Compiling a plan takes 100 ms and more, which no statement of ours is long enough to win back.
+    options = f"{url.query.get('options', '')} -c jit=off"
     if statement_s is not None:
         # A process that hangs in the middle of a transaction must not keep its locks either.
         limit_ms = int(statement_s * 1000)

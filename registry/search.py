@@ -36,7 +36,7 @@ from registry.conditions import Query as Query
 from registry.descriptions import CURRENT_SUITES, Stamp
 from registry.errors import Usage
 from registry.models import Channel, Release, ReleaseWord, Score
-from registry.statements import Prepared, Rows, among, exact, json_list, json_rows
+from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows
 from registry.suites import HIGHER_IS_BETTER
 from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
 
@@ -266,7 +266,7 @@ def _among(
     found: list[Match] = []
     for ids in parts:
         if ids:
-            pages = _among_rare(form, by).rows(session, {**values, "ids": list(ids)})
+            pages = _among_rare(form, by).rows(session, {**values, "ids": filled(ids)})
             found += by.places(pages, values["limit"])
         if len(found) >= values["limit"]:
             break

@@ -204,7 +204,7 @@ def sweep(resources: Resources, now: datetime) -> int:
     operator, expired = audit.operator(resources.settings.user, now), delete(Upload).where(Upload.expires_at < now)
     with resources.write() as session:
         session.execute(expired.where(_ARRIVED))  # came to be blobs, whose collection has rows of its own
-        for row in session.scalars(expired.returning(Upload)).all():
+        for row in session.scalars(expired.where(~_ARRIVED).returning(Upload)).all():
             gone = {"size_bytes": row.size_bytes, "created_by": row.created_by}
             audit.record(session, operator, Act.UPLOAD_EXPIRE, row.sha256, namespace=row.namespace, before=gone)
     with resources.read() as session:

@@ -31,12 +31,12 @@ from composer.findings import HARD, Finding, Policy, Verdict
 from composer.formats.checkpoint import Checkpoint
 from composer.lowrank import Comparison
 from composer.merge.survival import whole
-from composer.methods import combine_deltas, with_deltas
+from composer.methods import combine_deltas, taking_part, with_deltas
 from composer.numbers import Numbers, Size, Together, short
 from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
 from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter
-from composer.weights import Weight
+from composer.weights import Weight, weights_of
 
 SCHEMA = 1
 """Of `ConflictReport.to_json`: another number when a key goes or means something else."""
@@ -187,7 +187,8 @@ def conflicts(
     settings = parse_settings(how.name, how.settings)
     if settings["replacements"] == "delta":
         adapters = [with_deltas(adapter) for adapter in adapters]
-    hard = structural(adapters, settings)
+    parts = map(taking_part, adapters, weights_of(weights))
+    hard = structural(list(parts), settings)
     compared = compare_all(adapters, effective_weights(weights, how.name, how.settings))
     rounded = at_base(compared, base) if base else {}
     blocked = any(finding.code in HARD for finding in hard)

@@ -10,12 +10,12 @@ from composer.conflicts.probe import Effort, Limits, Probed, ProbeResult, by_met
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
-from composer.methods import with_deltas
+from composer.methods import taking_part, with_deltas
 from composer.model import LoadedModel
 from composer.settings import effective_weights, parse_settings
 from composer.suite import Suite
 from composer.variants import LoadedAdapter
-from composer.weights import Weight
+from composer.weights import Weight, weights_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def examine(
     """
     how, rules = method or Method(), policy or Policy()
     measured = None
-    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, how.settings):
+    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, how.settings):
         measured = _measured(adapters, weights, how, evidence, rules)
     return conflicts(adapters, weights, how, evidence=measured, base=base, policy=rules)
 
@@ -60,10 +60,13 @@ def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
     return prompts
 
 
-def _blocked(adapters: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> bool:
+def _blocked(
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: Mapping[str, object]
+) -> bool:
     as_deltas = settings.get("replacements") == "delta"
     loaded = [with_deltas(adapter) for adapter in adapters] if as_deltas else adapters
-    return any(finding.severity is Severity.ERROR for finding in structural(loaded, settings))
+    parts = list(map(taking_part, loaded, weights_of(weights)))
+    return any(finding.severity is Severity.ERROR for finding in structural(parts, settings))
 
 
 def _measured(

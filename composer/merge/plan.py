@@ -34,6 +34,8 @@ from composer.weights import Weight, parse_weight
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_READ_OTHERWISE = {OTHER_PATHS, "no_prefix", "raw_keys"}
+"""Findings about an adapter's keys that are told of a merge, too: what others make of them may be another thing."""
 _BYTES_VERSION = 5  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
 
 
@@ -123,7 +125,7 @@ def plan_merge(
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
-    head = _untied_head(checkpoint, loaded) if combined.untied else None
+    head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
     uses = [
         AdapterUse(one.name, parse_weight(weight), digest.result())
@@ -135,11 +137,11 @@ def plan_merge(
         config=_config(source.config, head is not None or checkpoint.own_head is not None, dtype),
         dtype=dtype,
         method=method,
-        settings=parsed,
+        settings={**parsed, "tied": combined.tied},
         adapters=tuple(uses),
         findings=(
             *combined.findings,
-            *(finding for one in loaded for finding in one.placed.findings if finding.code == OTHER_PATHS),
+            *(finding for one in loaded for finding in one.placed.findings if finding.code in _READ_OTHERWISE),
             *_missing_tokenizer(checkpoint.path),
             *quantized_bases(checkpoint, loaded),
         ),

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from composer.checks import served_by_twin, structural, treatment_of_tied
+from composer.checks import is_twin, served_by_twin, structural, treatment_of_tied
 from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding
@@ -32,18 +32,19 @@ from composer.weights import Weight, weights_of
 _TOGETHER = 16  # places whose results are in memory at once
 Result = tuple[list[Additive], Compression | None]
 
-__all__ = ["Combination", "Compression", "combine_deltas", "on_own_head", "with_deltas"]
+__all__ = ["Combination", "Compression", "combine_deltas", "on_own_head", "taking_part", "with_deltas"]
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
     """What is added in the end, and what compression lost, for each module that was compressed. `findings` are those
-    of `structural` that are no errors. `untied`: a tied head's deltas are for a tensor of its own."""
+    of `structural` that are no errors. `tied` is what became of a tied weight: with `untie` its head's deltas are for a
+    tensor of its own."""
 
     deltas: list[Delta]
     compressions: list[Compression]
     findings: list[Finding]
-    untied: bool
+    tied: str
 
 
 def combine_deltas(
@@ -69,9 +70,9 @@ def combine_deltas(
         )
     _refuse_idle(adapters, given, parsed)
     loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
-    loaded = [_taking_part(adapter, weight) for adapter, weight in zip(loaded, given, strict=True)]
-    parsed["tied"] = treatment_of_tied(loaded, parsed)
-    findings, untied = structural(loaded, parsed), parsed["tied"] == "untie"
+    loaded = [taking_part(adapter, weight) for adapter, weight in zip(loaded, given, strict=True)]
+    parsed["tied"] = tied = treatment_of_tied(loaded, parsed)
+    findings = structural(loaded, parsed)
     refuse_errors("These adapters cannot be combined", findings)
     pipeline = PIPELINES[method]
     replaced, places = _places(loaded, given, method, parsed)
@@ -79,7 +80,7 @@ def combine_deltas(
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
     if pipeline.parity:
-        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [], findings, untied)
+        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [], findings, tied)
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
         if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
@@ -91,7 +92,7 @@ def combine_deltas(
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
-    return Combination(deltas, compressions, findings, untied)
+    return Combination(deltas, compressions, findings, tied)
 
 
 def _run(pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections) -> Result:
@@ -141,11 +142,22 @@ def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], p
                 raise Mismatch("rule_unused", message, subject=adapter.name, next_step="Look at its modules: inspect.")
 
 
-def _taking_part(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
-    """Without what has the weight 0: it is as if it were not there."""
-    if weight.value and all(rule.weight for rule in weight.rules):
+def taking_part(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
+    """Without what has the weight 0: it is as if it were not there. The two sides of a tied weight that rules weigh
+    differently are no twins."""
+    if weight.value and not weight.rules:
         return adapter
-    return replace(adapter, deltas=tuple(delta for delta in adapter.deltas if weight.of(*names_of(delta))))
+    weighed = [(delta, weight.of(*names_of(delta))) for delta in adapter.deltas]
+    sides: dict[str, set[float]] = defaultdict(set)
+    for delta, own in weighed:
+        if is_twin(delta):
+            sides[delta.weight].add(own)
+    kept = [
+        replace(delta, twin=False) if is_twin(delta) and len(sides[delta.weight]) > 1 else delta
+        for delta, own in weighed
+        if own
+    ]
+    return replace(adapter, deltas=tuple(kept))
 
 
 def _places(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; tied=untie|shared.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; tied=auto|untie|shared|refuse."),
 ]
 Method = Annotated[str, typer.Option(help="stack, linear, svd, ties, dare_ties, knots_ties, core_tsv, …")]
 Rules = Annotated[

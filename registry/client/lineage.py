@@ -50,6 +50,8 @@ class Composition:
         """Without those that every method has, where they are at their defaults."""
         common = parse_settings("stack", {})
         told = {name: value for name, value in self.settings.items() if value is not None and value != []}
+        if told.get("tied") == "refuse":  # the default before there was `auto`, and what it passed is what that makes
+            del told["tied"]
         return {name: value for name, value in told.items() if name not in common or value != common[name]}
 
     @property

@@ -18,6 +18,7 @@ from composer.formats.facts import AdapterFacts, facts, health, read_adapter
 from composer.formats.placed import Placed
 from composer.formats.placement import place
 from composer.formats.types import REFUSED, TYPES
+from composer.merge import plan_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -225,6 +226,8 @@ def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeMod
         ["no_prefix", "raw_keys"], Severity.NOTICE
     )
     assert {(module.module, module.weight) for module in placed.modules} == expected
+    told = {finding.code for finding in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings}
+    assert {"no_prefix", "raw_keys"} <= told
 
 
 def drop(name: str) -> Callable[[Path], object]:

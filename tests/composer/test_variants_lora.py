@@ -16,6 +16,7 @@ from composer.errors import Mismatch, NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
 from composer.variants import load_deltas
+from composer.weights import Weight, parse_rule
 from tests.composer.adapted import (
     IDS,
     assert_all_close,
@@ -139,6 +140,32 @@ def test_a_pair_that_both_sides_of_a_tied_weight_share_is_added_once(tmp_path: P
     merge(base, adapter, tmp_path / "untied", tied="untie")
     for out in ("merged", "untied"):
         assert relative(logits(tmp_path / out), peft_logits(base, adapter)) <= 1e-5
+
+
+@pytest.mark.parametrize("rule", ["lm_head=0.5", "lm_head=0", "embed_tokens=0"])
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, {"trainable_token_indices": [4, 11]}]
+)
+def test_sides_that_rules_weigh_differently_are_untied(
+    rule: str, changes: dict[str, object], tmp_path: Path, make_model: MakeModel
+) -> None:
+    base = make_model(tied=True, shard="1GB")
+    adapter = save_adapted(base, lora(**{"target_modules": ["q_proj"], **changes}), tmp_path / "adapter")
+    weight, checkpoint = Weight(1.0, (parse_rule(rule),)), open_checkpoint(base)
+    merged, apart = tmp_path / "merged", tmp_path / "apart"
+    plan = plan_merge(checkpoint, [(adapter, weight)])
+    run_merge(plan, merged, device="cpu")
+    run_merge(plan_merge(checkpoint, [(adapter, weight)], settings={"tied": "untie"}), apart, device="cpu")
+    assert "tied_untied" in {finding.code for finding in plan.findings}
+    assert plan.settings["tied"] == "untie"
+    expected, found = tensors_in(apart), tensors_in(merged)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    head, embedding = (expected[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert not torch.equal(head, embedding)
+    with pytest.raises(Mismatch) as caught:
+        plan_merge(checkpoint, [(adapter, weight)], settings={"tied": "refuse"})
+    assert caught.value.code in ("tied_weight", "token_conflict")
 
 
 def test_sides_that_are_said_to_share_a_pair_must_have_the_same(tmp_path: Path, make_model: MakeModel) -> None:

@@ -102,15 +102,17 @@ def _sqlite_plan(driver: Any, text: str, given: Any) -> list[str]:
 
 
 def _kept_plan(driver: Any, text: str, given: Any) -> list[str]:
-    """The plan that PostgreSQL makes once for all values: an EXPLAIN of the statement itself would show another."""
+    """The plan for any values, which PostgreSQL may keep: an EXPLAIN of the statement itself shows that for these."""
     names = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
     for number, name in enumerate(names, 1):
         text = text.replace(f"%({name})s", f"${number}")
+    driver.execute("SET plan_cache_mode = force_generic_plan")
     driver.execute(f"PREPARE explained AS {text}")
     values = sql.SQL(", ").join(sql.Literal(given[name]) for name in names)
     called = sql.SQL("EXECUTE explained ({})").format(values) if names else sql.SQL("EXECUTE explained")
     plan = [str(line) for [line] in driver.execute(sql.SQL("EXPLAIN {}").format(called))]
     driver.execute("DEALLOCATE explained")
+    driver.execute("RESET plan_cache_mode")
     return plan
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from registry.db import Database, UtcDateTime
 from registry.descriptions import TOGETHER, describe
 from registry.models.catalog import Id, Release
-from registry.statements import Prepared, among, exact, json_list, json_rows, moment, one_of
+from registry.statements import PLANNED_VALUES, Prepared, among, exact, filled, json_list, json_rows, moment, one_of
 from registry.suites import scores_of
 from tests.registry.shelf import stock
 
@@ -85,7 +85,7 @@ def test_a_list_of_values_finds_those_and_no_others(session: Session) -> None:
     assert by_name.column(session, {"names": [NAMES[1], NAMES[3], NAMES[5], "nobody"]}) == [1, 3, 5]
     assert by_name.column(session, {"names": []}) == []
     by_number = Prepared(select(THINGS.c.name).where(among(THINGS.c.id, "ids"), THINGS.c.name != bindparam("but")))
-    assert by_number.column(session, {"ids": [2, 4, 99], "but": "{}"}) == ["a,b"]
+    assert by_number.column(session, {"ids": filled([2, 4, 99]), "but": "{}"}) == ["a,b"]
 
 
 def test_rows_come_as_one_text(session: Session) -> None:
@@ -108,6 +108,13 @@ def test_values_of_other_rows_find_those_and_no_others(session: Session, highest
     assert (
         Prepared(select(THINGS.c.id).where(those).order_by(THINGS.c.id)).column(session, {"highest": highest}) == found
     )
+
+
+@pytest.mark.parametrize("count", [0, 1, PLANNED_VALUES - 1, PLANNED_VALUES, PLANNED_VALUES + 1])
+def test_a_list_is_filled_with_its_own_values(count: int) -> None:
+    values = list(range(count))
+    assert set(filled(values)) == set(values)
+    assert len(filled(values)) == (max(count, PLANNED_VALUES) if count else 0)
 
 
 def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(database: Database) -> None:
