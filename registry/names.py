@@ -6,9 +6,11 @@ acme/sql@prod       what the channel serves   acme/sql#1a2b3c4 the commit, seven
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import total_ordering
-from typing import Any, NewType
+from operator import eq, ge, gt, le, lt
+from typing import NewType
 
 from registry.errors import Usage
 
@@ -19,7 +21,15 @@ _NUMBER_DIGITS = 18
 _NUMBER = rf"(?:0|[1-9][0-9]{{0,{_NUMBER_DIGITS - 1}}})"  # not \d, which takes the digits of every script
 _IDENTIFIER = rf"(?:{_NUMBER}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
 _VERSION = re.compile(rf"({_NUMBER})\.({_NUMBER})\.({_NUMBER})(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?")
-_EXACT = re.compile(r"\d+\.\d+\.\d+(?:[-+].*)?")
+_EXACT = re.compile(r"\d+\.\d+\.\d+(?:[-+]\S*)?")
+_UNKNOWN = rf"({_NUMBER}|[xX*])"
+_PARTIAL = re.compile(
+    rf"v?{_UNKNOWN}(?:\.{_UNKNOWN}(?:\.{_UNKNOWN}(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?(?:\+[0-9A-Za-z.-]+)?)?)?"
+)
+_WORD = re.compile(r"(~>?|\^|[<>]=?|=?)(.*)")
+_SPACED = re.compile(r"(~>?|\^|[<>]=?|=)\s+")
+_BETWEEN = re.compile(r"\s*(\S+)\s+-\s+(\S+)\s*")
+_MAX_RANGE_CHARS = 256
 
 MAX_VERSION_CHARS = 80
 """Keeps `sort_key` within the 200 characters of its column: a pre-release of single digits grows by five for two."""
@@ -91,6 +101,10 @@ class Version:
         return not self.prerelease
 
     @property
+    def core(self) -> tuple[int, int, int]:
+        return self.major, self.minor, self.patch
+
+    @property
     def sort_key(self) -> str:
         """Text whose byte order is the order of semver 2.0.0 section 11, so that a database index sorts releases.
 
@@ -145,37 +159,105 @@ def parse_version(text: str) -> Version:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """An npm range. Pre-releases match only when the range names one of the same MAJOR.MINOR.PATCH.
+    """An npm range: alternatives of bounds that hold together. Pre-releases match only beside a bound that names one of
+    the same MAJOR.MINOR.PATCH, or a user of stable releases would get a candidate.
 
-    semantic-version 2.10 reads three kinds of pre-release bounds unlike npm: `<1.0.0-rc.1` holds 1.0.0-rc.1,
-    `~1.2.0-rc.1` does not hold 1.2.1, and beside a pre-release the other bounds of `>=1.0.0-rc.1 <2.0.0` are dropped.
-    Ranges without pre-releases are exact.
+    The rules are node-semver's (docs: semver ranges): `^1.2`, `~1.2.3`, `>=1.0 <2.0`, `1.x`, `1.0 - 2.0`, `a || b`.
     """
 
     text: str
-    spec: Any  # semantic_version.NpmSpec, a library without types that takes a fifth of the command line's start
+    alternatives: tuple[tuple["_Bound", ...], ...]
 
     def __contains__(self, version: Version) -> bool:
-        import semantic_version  # pyright: ignore[reportMissingTypeStubs]
+        return any(_all_hold(bounds, version) for bounds in self.alternatives)
 
-        # NpmSpec lets <2.0.0 hold 2.0.0-rc.1, which npm does not: a user of stable releases would get a candidate.
-        core = rf"(?<![0-9.]){version.major}\.{version.minor}\.{version.patch}-"
-        named = version.stable or re.search(core, self.text) is not None
-        return named and bool(self.spec.match(semantic_version.Version(str(version))))
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    operator: str
+    version: Version
+
+    def holds(self, version: Version) -> bool:
+        return _COMPARE[self.operator](version, self.version)
+
+
+_COMPARE: dict[str, Callable[[Version, Version], bool]] = {"<": lt, "<=": le, ">": gt, ">=": ge, "=": eq}
+
+
+def _all_hold(bounds: tuple[_Bound, ...], version: Version) -> bool:
+    named = (bound.version.core for bound in bounds if not bound.version.stable)
+    return all(bound.holds(version) for bound in bounds) and (version.stable or version.core in named)
 
 
 def parse_range(text: str) -> Range:
-    import semantic_version  # pyright: ignore[reportMissingTypeStubs]
+    if len(text) <= _MAX_RANGE_CHARS:
+        alternatives = [_bounds(part) for part in text.split("||")]
+        if text.strip() and None not in alternatives:
+            return Range(text, tuple(bounds for bounds in alternatives if bounds is not None))
+    raise Usage(
+        "bad_range",
+        f"{text[:80]!r} is neither a version nor a range.",
+        subject=text[:80],
+        next_step="Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
+    )
 
-    try:
-        return Range(text, semantic_version.NpmSpec(text))
-    except ValueError:
-        raise Usage(
-            "bad_range",
-            f"{text[:80]!r} is neither a version nor a range.",
-            subject=text[:80],
-            next_step="Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
-        ) from None
+
+def _bounds(text: str) -> tuple[_Bound, ...] | None:
+    """Of one alternative; none hold everything. None for what cannot be read."""
+    if between := _BETWEEN.fullmatch(text):
+        first, last = (_Partial.of(one) for one in between.groups())
+        return first and last and (*first.bounds(">="), *last.bounds("<="))
+    found: list[_Bound] = []
+    for word in _SPACED.sub(r"\1", text).split():
+        match = _WORD.fullmatch(word)
+        partial = _Partial.of(match.group(2)) if match else None
+        if match is None or partial is None:
+            return None
+        found += partial.bounds(match.group(1))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """A version of which only the first `known` numbers are said; the others are 0."""
+
+    version: Version
+    known: int
+
+    @classmethod
+    def of(cls, text: str) -> "_Partial | None":
+        match = _PARTIAL.fullmatch(text)
+        if match is None:
+            return None
+        *numbers, prerelease = match.groups()
+        known = next((place for place, number in enumerate(numbers) if number is None or number in "xX*"), 3)
+        core = [int(number) if place < known else 0 for place, number in enumerate(numbers)]
+        named = tuple(prerelease.split(".")) if prerelease and known == 3 else ()
+        return cls(Version(core[0], core[1], core[2], named), known)
+
+    def bounds(self, operator: str) -> tuple[_Bound, ...]:
+        version, known = self.version, self.known
+        lowest = _Bound(">=", version)
+        if operator == "^":
+            leading = next((place for place, number in enumerate(version.core) if number), 2)
+            return (lowest, self._below(min(leading, known - 1))) if known else ()
+        if operator in ("~", "~>"):
+            return (lowest, self._below(min(1, known - 1))) if known else ()
+        if known == 3:
+            return (_Bound(operator or "=", version),)
+        if not known:
+            return (_Bound("<", Version(0, 0, 0, ("0",))),) if operator in ("<", ">") else ()
+        if operator == "<":
+            return (_Bound("<", replace(version, prerelease=("0",))),)
+        after = self._below(known - 1)
+        if operator == ">":
+            return (_Bound(">=", replace(after.version, prerelease=())),)
+        return {">=": (lowest,), "<=": (after,)}.get(operator, (lowest, after))
+
+    def _below(self, place: int) -> _Bound:
+        """Below the next version in that place, and below its pre-releases."""
+        core = [*self.version.core[:place], self.version.core[place] + 1, 0, 0][:3]
+        return _Bound("<", Version(core[0], core[1], core[2], ("0",)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,17 @@ from composer.formats.placed import Piece, PlacedModule, Placement, by
 _SPLIT = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "gate_up_proj_bias": (),
+    "gate_proj": (),
+    "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
     "down_proj_bias": (),
+    "w1": (),
+    "v1": (),
+    "w2": (),
 }
 _ORDER = list(_SPLIT)
 # transformers' stacks that are stored as experts x inputs x outputs.
-_TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "openai_privacy_filter"})
+_TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +49,22 @@ def parameter_of(placement: Placement, module: str, a_shape: tuple[int, ...], b_
     """The targeted parameter that this pair is for: the one that it fits, and of several the one at its depth."""
     owner = owner_of(module)
     names = _targeted(placement, owner)
-    if placement.architecture is not None:
-        sizes = {a_shape[1], b_shape[0]} if len(a_shape) == len(b_shape) == 2 else set[int]()
-        stacks = {name: _stack(placement.architecture, owner, name) for name in names}
-        fitting = [name for name, stack in stacks.items() if stack and set(stack.shape[-2:]) == sizes]
-        if len(fitting) == 1:
-            return fitting[0]
+    fitting = _fitting(placement, owner, names, a_shape, b_shape)
+    if len(fitting) == 1:
+        return fitting[0]
     depth = module.count(".base_layer")
     return names[len(names) - 1 - depth] if depth < len(names) else None
+
+
+def _fitting(
+    placement: Placement, owner: str, names: list[str], a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> list[str]:
+    """Those of the named parameters that the pair's shapes go with."""
+    if placement.architecture is None or not len(a_shape) == len(b_shape) == 2:
+        return []
+    sizes = {a_shape[1], b_shape[0]}
+    stacks = {name: _stack(placement.architecture, owner, name) for name in names}
+    return [name for name, stack in stacks.items() if stack and set(stack.shape[-2:]) == sizes]
 
 
 def _targeted(placement: Placement, owner: str) -> list[str]:
@@ -90,6 +103,13 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
     config, owner = placement.config, owner_of(module)
     path = f"{owner}.{parameter}"
     a_shape, b_shape = placement.shape(parts["lora_A"]), placement.shape(parts["lora_B"])
+    alike = _fitting(placement, owner, _targeted(placement, owner), a_shape, b_shape)
+    if len(alike) > 1 and not set(alike) <= set(_ORDER):
+        message = (
+            f"{owner} has {', '.join(alike)} of one shape, in an order that is not known here. Merge it with PEFT."
+        )
+        placement.error("unsupported_layer", owner, message)
+        return
     rank, stacked = config.rank_for(path), a_shape[0]
     if len(a_shape) != 2 or len(b_shape) != 2 or stacked != b_shape[1] or stacked % rank:
         placement.error("rank_mismatch", path, f"{path} has factors of {by(a_shape)} and {by(b_shape)}, rank {rank}.")
@@ -99,7 +119,7 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
     if placement.architecture is not None:
         stack = _stack(placement.architecture, owner, parameter)
     if stack is None:
-        placement.error("unmatched_tensor", path, f"{parts['lora_A']}: {path} is no tensor of the base.")
+        placement.not_found(owner, parameter, parts["lora_A"])
         return
     transposed = _transposed(placement, stack, size)
     rows, columns = size[::-1] if transposed else size

@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from composer.formats.checkpoint import Architecture
+from composer.formats.renames import stored_name
 from composer.formats.tying import EMBEDDINGS, HEADS, embedding_tensors
 
 PEFT_PREFIX = "base_model.model."
@@ -96,12 +98,14 @@ def find_weight(module: str, parameter: str, architecture: Architecture) -> Targ
         # makes both one tensor again.
         embeddings = embedding_tensors(architecture.tensors)
         return Target(embeddings[0], True, "tied to the embedding") if len(embeddings) == 1 else embeddings
-    if name in architecture.tensors:
-        return Target(name, _is_tied_tensor(name, architecture))
+    stored = stored_name(architecture.model_type, name)
+    for path, rule in ((name, ""), (stored, f"as {architecture.model_type} is stored")):
+        if path in architecture.tensors:
+            return Target(path, _is_tied_tensor(path, architecture), rule)
     hits: dict[str, str] = {}
-    for rule, pattern, replacement in _RENAMES:
-        renamed = pattern.sub(replacement, name)
-        if renamed != name and renamed in architecture.tensors:
+    for path, (rule, pattern, replacement) in product((name, stored), _RENAMES):
+        renamed = pattern.sub(replacement, path)
+        if renamed != path and renamed in architecture.tensors:
             hits.setdefault(renamed, rule)
     if len(hits) != 1:
         return sorted(hits)

@@ -9,6 +9,7 @@ from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig
 from composer.formats.header import Header
 from composer.formats.naming import Target, elsewhere, find_weight, is_head
+from composer.formats.renames import made_by
 
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -105,9 +106,23 @@ class Placement:
         if isinstance(found, Target):
             self._note_elsewhere(module, found, self.architecture)
             return found
-        what = f"could be any of {', '.join(found)}" if found else "is no tensor of the base"
-        self.error("unmatched_tensor", module or key, f"{key}: {module}.{parameter} {what}.")
+        if found:
+            what = f"could be any of {', '.join(found)}"
+            self.error("unmatched_tensor", module or key, f"{key}: {module}.{parameter} {what}.")
+        else:
+            self.not_found(module, parameter, key)
         return None
+
+    def not_found(self, module: str, parameter: str, key: str) -> None:
+        """A finding for what is no tensor of the base, or only a part of one."""
+        path = f"{module}.{parameter}"
+        if how := made_by(self.model_type, path):
+            message = (
+                f"{path} is no tensor on disk: transformers {how} as it loads {self.model_type}. Merge it with PEFT."
+            )
+            self.error("unsupported_layer", module, message)
+        else:
+            self.error("unmatched_tensor", module or key, f"{key}: {path} is no tensor of the base.")
 
     def _note_elsewhere(self, module: str, target: Target, architecture: Architecture) -> None:
         if any(finding.code == OTHER_PATHS for finding in self.findings) or not elsewhere(target, architecture):

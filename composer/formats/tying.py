@@ -8,7 +8,7 @@ from composer.errors import InvalidFile
 from composer.formats.header import TensorEntry
 
 HEADS = ("lm_head", "embed_out")
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _BLOCK_BYTES = 4 << 20
 

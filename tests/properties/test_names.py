@@ -1,6 +1,7 @@
 """Laws of names, versions, ranges and references, beside semantic_version and a small reading of npm's rules."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import semantic_version
@@ -23,13 +24,7 @@ versions = st.builds(Version, numbers, numbers, numbers, prereleases).filter(
 near = st.builds(Version, small, small, small, st.one_of(st.just(()), st.just(("rc", "1")), st.just(("rc", "2"))))
 parts = st.from_regex(r"\A[a-z0-9]([a-z0-9._-]{0,20}[a-z0-9])?\Z")
 repositories = st.builds(RepositoryName, parts, parts)
-# NpmSpec 2.10 reads some pre-release bounds wrongly, which are not searched here: <1.0.0-rc.1 holds 1.0.0-rc.1, and
-# ~1.2.0-rc.1 does not hold 1.2.1.
-stable = near.filter(lambda version: version.stable)
-ranges = st.one_of(
-    st.builds("{}{}".format, st.sampled_from(["^", ">=", ">"]), near),
-    st.builds("{}{}".format, st.sampled_from(["~", "<", "<=", ""]), stable),
-)
+ranges = st.builds("{}{}".format, st.sampled_from(["^", "~", ">=", ">", "<", "<=", ""]), near)
 commits = st.from_regex(r"\A[0-9a-f]{7,40}\Z")
 hostile = st.one_of(st.text(max_size=60), st.text("acme/sql:@#.-_^~<>=|*xX 0129٣\n\0é", max_size=40))
 
@@ -137,9 +132,51 @@ def test_ranges_side_by_side_are_both_and_with_bars_either(one: str, other: str,
     inside, other_inside = version in parse_range(one), version in parse_range(other)
     if version.stable:
         assert (version in parse_range(f"{one} || {other}")) == (inside or other_inside)
-        if "rc" not in one + other:  # the library drops the other bounds beside a pre-release
-            assert (version in parse_range(f"{one} {other}")) == (inside and other_inside)
-        assert inside == (candidate in semantic_version.NpmSpec(one)), "stable versions are the library's business"
+        assert (version in parse_range(f"{one} {other}")) == (inside and other_inside)
+        # The library holds 1.2.1 to be outside ~1.2.0-rc.1.
+        assert inside == (candidate in semantic_version.NpmSpec(one)) or (one[0] == "~" and "rc" in one)
+
+
+EDGES = (
+    *("0.0.0", "0.0.9", "0.9.9", "1.0.0", "1.2.0", "1.2.3", "1.2.9", "1.3.0", "1.9.9", "2.0.0-rc.1", "2.0.0", "2.5.0"),
+    *("3.0.0-rc.1", "3.0.0-rc.2", "3.0.0", "3.0.9", "9.9.9"),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("*", "0.0.0 0.0.9 0.9.9 1.0.0 1.2.0 1.2.3 1.2.9 1.3.0 1.9.9 2.0.0 2.5.0 3.0.0 3.0.9 9.9.9"),
+        ("1.x || >=2.5", "1.0.0 1.2.0 1.2.3 1.2.9 1.3.0 1.9.9 2.5.0 3.0.0 3.0.9 9.9.9"),
+        ("1", "1.0.0 1.2.0 1.2.3 1.2.9 1.3.0 1.9.9"),
+        ("1.2", "1.2.0 1.2.3 1.2.9"),
+        (">1.2", "1.3.0 1.9.9 2.0.0 2.5.0 3.0.0 3.0.9 9.9.9"),
+        ("<=1.2", "0.0.0 0.0.9 0.9.9 1.0.0 1.2.0 1.2.3 1.2.9"),
+        ("<1.x", "0.0.0 0.0.9 0.9.9"),
+        ("^0.0", "0.0.0 0.0.9"),
+        ("^0.x", "0.0.0 0.0.9 0.9.9"),
+        ("~1", "1.0.0 1.2.0 1.2.3 1.2.9 1.3.0 1.9.9"),
+        ("1.2 - 2", "1.2.0 1.2.3 1.2.9 1.3.0 1.9.9 2.0.0 2.5.0"),
+        ("3.0.0-rc.1 - 3.0.0", "3.0.0-rc.1 3.0.0-rc.2 3.0.0"),
+        (">=3.0.0-rc.1 <3.0.0", "3.0.0-rc.1 3.0.0-rc.2"),
+        ("<3.0.0-rc.2", "0.0.0 0.0.9 0.9.9 1.0.0 1.2.0 1.2.3 1.2.9 1.3.0 1.9.9 2.0.0 2.5.0 3.0.0-rc.1"),
+        ("~3.0.0-rc.1", "3.0.0-rc.1 3.0.0-rc.2 3.0.0 3.0.9"),
+        ("^2.0.0-rc.1", "2.0.0-rc.1 2.0.0 2.5.0"),
+        (">= v1.2.3 < 2", "1.2.3 1.2.9 1.3.0 1.9.9"),
+        (">*", ""),
+    ],
+)
+def test_a_range_holds_the_same_of_these_as_with_npm_itself(text: str, held: str) -> None:
+    found = parse_range(text)
+    assert [edge for edge in EDGES if parse_version(edge) in found] == held.split()
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "^", "1.2.3.4", ">>1", "a", "1 -2", "^1.2 junk", "01.2.3", "1" * 300, "1.2.3-"]
+)
+def test_what_is_no_range_is_one_clear_error(text: str) -> None:
+    with pytest.raises(Usage, match="neither a version nor a range"):
+        parse_range(text)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +189,7 @@ def test_ranges_side_by_side_are_both_and_with_bars_either(one: str, other: str,
 @example(text=">=1.0.0 <")
 @example(text="acme/../sql")
 @example(text="acme/sql@prod@prod")
-def test_whatever_is_no_name_is_a_usage_error_and_nothing_else(parse: names.Any, text: str) -> None:
+def test_whatever_is_no_name_is_a_usage_error_and_nothing_else(parse: Any, text: str) -> None:
     refusal: Usage | None = None
     try:
         parse(text)
