@@ -24,6 +24,7 @@ versions = st.builds(Version, numbers, numbers, numbers, prereleases).filter(
 near = st.builds(Version, small, small, small, st.one_of(st.just(()), st.just(("rc", "1")), st.just(("rc", "2"))))
 parts = st.from_regex(r"\A[a-z0-9]([a-z0-9._-]{0,20}[a-z0-9])?\Z")
 repositories = st.builds(RepositoryName, parts, parts)
+stable = near.filter(lambda version: version.stable)
 ranges = st.builds("{}{}".format, st.sampled_from(["^", "~", ">=", ">", "<", "<=", ""]), near)
 commits = st.from_regex(r"\A[0-9a-f]{7,40}\Z")
 hostile = st.one_of(st.text(max_size=60), st.text("acme/sql:@#.-_^~<>=|*xX 0129٣\n\0é", max_size=40))
