@@ -1,7 +1,7 @@
 """Promote, roll back, history: a channel moves by compare-and-set and its moves are never rewritten."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from registry import audit, gates, namespaces, releases, repositories
 from registry.audit import Act, Actor
-from registry.errors import Conflict, NotFound, Refused, Stale, Usage
+from registry.db import insert_if_absent
+from registry.errors import NotFound, Refused, Stale, Usage
 from registry.gates import GateResult
 from registry.models import Base, Channel, Gate, Move, Namespace, Release, Repository, Revision
 from registry.names import RepositoryName, Version, parse_part
@@ -149,6 +150,7 @@ def promote(
     _refuse_unpromotable(release, wanted, reason, force=force)
     [current] = _STATE.records(session, {"channel": release.channel_id})
     _check_expected(current.move_id, expected, wanted.subject)
+    actor = replace(actor, at=max(actor.at, current.at or actor.at))  # who waited here asked before the last move
     report = _judge(session, release, current.rules)
     passed = all(result.passed for result in report)
     results = [result.to_json() for result in report]
@@ -175,7 +177,7 @@ def promote(
         "gates": results,
         "at": actor.at,
     }
-    move_id = _set(session, values, current.move_id, expected, wanted.subject)
+    move_id = _set(session, values, current.move_id, wanted.subject)
     audit.record(
         session,
         actor,
@@ -208,6 +210,7 @@ def roll_back(  # noqa: PLR0913
     subject = f"{repositories.name_of(repository)}@{channel_name}"
     _check_expected(channel.move_id, expected, subject)
     current = current_of(session, channel)
+    actor = replace(actor, at=max(actor.at, current.at))
     target = _served_before(session, channel, current, to, subject) if to else _below(session, current)
     if target is None:
         raise Refused(
@@ -228,7 +231,7 @@ def roll_back(  # noqa: PLR0913
         "gates": [],
         "at": actor.at,
     }
-    move_id = _set(session, values, current.id, expected, subject)
+    move_id = _set(session, values, current.id, subject)
     left, reached = current.to_release, target.to_release
     audit.record(
         session,
@@ -336,8 +339,8 @@ def _asked(session: Session, wanted: Promotion) -> Any:
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
         namespaces.find_settled(session, name.namespace)
-        session.add(Channel(repository_id=release.repository_id, name=wanted.channel, move_id=None))
-        session.flush()
+        # Of those that make it at the same moment one does, and the others wait for what comes of that.
+        insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
         [row] = _ASKED.records(session, values)
     return row
 
@@ -378,23 +381,19 @@ def _locked(repository: Repository, name: str) -> Select[Channel]:
 
 def _check_expected(move_id: int | None, expected: Expected | None, subject: str) -> None:
     if expected is not None and (move_id or NOTHING_YET) != expected.move_id:
-        raise Stale(
-            "channel_moved",
-            f"{subject} has moved since you looked.",
-            subject=subject,
-            next_step="Read the channel again and decide again.",
-        )
+        raise _moved(subject)
 
 
-def _set(session: Session, move: Mapping[str, Any], seen: int | None, expected: Expected | None, subject: str) -> int:
-    """The move's id. Compare-and-set: of two moves that saw the same state exactly one gets through."""
+def _set(session: Session, move: Mapping[str, Any], seen: int | None, subject: str) -> int:
+    """The move's id. Compare-and-set: whatever locks hold, of two moves that saw the same state one gets through."""
     [move_id] = _INSERT.column(session, move)
     values = {"channel": move["channel_id"], "seen": seen, "move_id": move_id}
     if not _POINT.rows(session, values):
-        raise (Stale if expected else Conflict)(
-            "channel_moved",
-            f"Somebody moved {subject} a moment ago.",
-            subject=subject,
-            next_step="Read the channel again and decide again.",
-        )
+        raise _moved(subject)
     return move_id
+
+
+def _moved(subject: str) -> Stale:
+    return Stale(
+        "channel_moved", f"{subject} has moved since you looked.", subject=subject, next_step="Look and decide again."
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -11,7 +12,7 @@ from registry import breaking, repositories
 from registry.breaking import Surface
 from registry.errors import Refused, Usage
 from registry.manifest import parse_manifest
-from registry.models import Release, Repository
+from registry.models import Release, Repository, Revision
 from registry.names import Version, parse_version
 
 BUMPS = ("auto", "major", "minor", "patch")
@@ -38,14 +39,27 @@ def next_version(session: Session, repository: Repository, bump: str | None, new
             subject=str(repositories.name_of(repository)),
             next_step="Write REPO:VERSION, or --bump auto|patch|minor|major.",
         )
+    if bump == "auto":
+        return _auto(session, repository, lambda _previous: new)
     latest = _highest_number(session, repository)
-    if latest is None:
-        return FIRST_VERSION
-    return latest.bump(_needed_bump(session, repository, latest, new) if bump == "auto" else bump)
+    return latest.bump(bump) if latest else FIRST_VERSION
+
+
+def released_as(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
+    """The highest stable release of these files for this base: what `--bump` answers when nothing changed since. What
+    was a pre-release alone so far is given a number."""
+    query = select(Release).join(Revision, Revision.id == Release.revision_id)
+    query = query.where(
+        Release.stable,
+        Release.repository_id == repository.id,
+        Revision.commit == commit,
+        Release.base_digest == base_digest,
+    )
+    return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
 
 
 def refuse_breaking(
-    session: Session, repository: Repository, version: Version, new: Surface, allowed: str | None
+    session: Session, repository: Repository, version: Version, new: Surface, commit: str, allowed: str | None
 ) -> str | None:
     """Raises Refused for a breaking change under a number that promises none; `allowed` lets it through.
 
@@ -56,29 +70,25 @@ def refuse_breaking(
     found, previous = _broken_neighbour(session, repository, version, lambda _neighbour: new)
     if not found or (allowed and allowed.strip()):
         return allowed if found else None
-    right = _breaking_number(session, repository, version)
-    raise _breaking(
-        repository,
-        version,
-        previous,
-        found,
-        f"Publish it as {right}, which --bump auto finds, or say why not with --allow-breaking REASON.",
-    )
+    if same := released_as(session, repository, commit, new.base):
+        right = f"It is released already, as {same.version}: use that"
+    else:
+        number = _auto(session, repository, lambda _previous: new)
+        right = f"Publish it as {number}, which --bump auto finds"
+    next_step = f"{right}, or say why not with --allow-breaking REASON."
+    raise _breaking(repository, version, previous, found, next_step)
 
 
 def refuse_other_base(session: Session, repository: Repository, version: Version, base_digest: str) -> None:
     """`refuse_breaking` for a release of which no more than the base is known yet."""
-    found, previous = _broken_neighbour(
-        session, repository, version, lambda neighbour: replace(neighbour, base=base_digest)
-    )
+
+    def beside(neighbour: Surface) -> Surface:
+        return replace(neighbour, base=base_digest, weights=frozenset())
+
+    found, previous = _broken_neighbour(session, repository, version, beside)
     if found:
-        right = _breaking_number(session, repository, version)
+        right = _auto(session, repository, beside)
         raise _breaking(repository, version, previous, found, f"Publish it as {right}.")
-
-
-def _breaking_number(session: Session, repository: Repository, version: Version) -> Version:
-    latest = _highest_number(session, repository) or version
-    return latest.bump(breaking.bump_of("breaking", latest))
 
 
 def _breaking(
@@ -124,14 +134,20 @@ def _highest_number(session: Session, repository: Repository) -> Version | None:
     return parse_version(latest) if latest else None
 
 
-def _needed_bump(session: Session, repository: Repository, latest: Version, new: Surface) -> str:
-    previous = highest_stable(session, repository)
-    if previous is None:
-        return breaking.bump_of("weights", latest)
-    old = _surface(previous)
-    if breaking.breaks(old, new):
-        return breaking.bump_of("breaking", latest)
-    return breaking.bump_of("files" if old.weights == new.weights else "weights", latest)
+def _auto(session: Session, repository: Repository, beside: Callable[[Surface], Surface]) -> Version:
+    """What `--bump auto` gives, and what a refused release is told to be published as: one answer to both.
+
+    `beside` as for `_broken_neighbour`.
+    """
+    latest, previous = _highest_number(session, repository), highest_stable(session, repository)
+    if latest is None:
+        return FIRST_VERSION
+    change: Literal["breaking", "weights", "files"] = "weights"
+    if previous is not None:
+        old = _surface(previous)
+        new = beside(old)
+        change = "breaking" if breaking.breaks(old, new) else "files" if old.weights == new.weights else "weights"
+    return latest.bump(breaking.bump_of(change, latest))
 
 
 def _surface(release: Release) -> Surface:

@@ -86,10 +86,10 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     existing = _by_version(session, repository, version)
     if existing is not None:
         return _retry(existing, new, commit), False
-    if new.version is None and (same := _by_content(session, repository, commit, new.base_digest)):
+    if new.version is None and (same := numbering.released_as(session, repository, commit, new.base_digest)):
         return same, False
     refuse_unsigned(session, new.repository.namespace, new.signed_by)
-    breaking_reason = numbering.refuse_breaking(session, repository, version, surface, new.allow_breaking)
+    breaking_reason = numbering.refuse_breaking(session, repository, version, surface, commit, new.allow_breaking)
     revision = _revision(session, actor, repository, commit, new.files)
     release = _insert(session, actor, new, version, repository, revision)
     release.breaking_reason = breaking_reason
@@ -116,38 +116,52 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
 
 
 def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
-    """Raises Invalid for a file whose bytes the namespace has not sent: knowing a digest is no right to its content."""
+    """Raises Invalid for a file whose bytes the namespace has not sent, since knowing a digest is no right to its
+    content, or that has another size than they have."""
     query = select(Blob.sha256, Blob.size_bytes).join(BlobHolder, BlobHolder.sha256 == Blob.sha256)
     query = query.where(BlobHolder.namespace == namespace, Blob.sha256.in_({file.sha256 for file in files}))
     query = query.where(Blob.removing_at.is_(None))
     sizes = dict(session.execute(query).all())
     for file in files:
-        if sizes.get(file.sha256) != file.size_bytes:
+        stored = sizes.get(file.sha256)
+        if stored is None:
             raise Invalid(
                 "blob_missing",
                 f"The bytes of {file.path} were not uploaded.",
                 subject=file.path,
                 next_step="Push again; what is there already is not sent twice.",
             )
+        if stored != file.size_bytes:
+            raise Invalid(
+                "size_differs",
+                f"{file.path} is said to have {file.size_bytes:,} bytes; those of its digest are {stored:,}.",
+                subject=file.path,
+                next_step="Look at the file: one digest has one size.",
+            )
 
 
 def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve, warning."""
+    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve, warning.
+
+    Of one that is yanked already another reason is recorded; the same again is a retry.
+    """
     _need_reason("A yank", release, reason)
-    if not release.yanked:
-        release.yanked, release.yank_reason = True, reason
-        _record_yank(session, actor, release, Act.RELEASE_YANK, reason)
-        session.flush()
+    if not (release.yanked and release.yank_reason == reason):
+        _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
     return release
 
 
 def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
+    """Raises Conflict for a release that is not yanked: there is nothing that the reason could be for."""
     _need_reason("Taking a yank back", release, reason)
-    if release.yanked:
-        before = release.yank_reason
-        release.yanked, release.yank_reason = False, None
-        _record_yank(session, actor, release, Act.RELEASE_UNYANK, reason, before)
-        session.flush()
+    if not release.yanked:
+        raise Conflict(
+            "not_yanked",
+            f"{full_name(release)} is not yanked.",
+            subject=full_name(release),
+            next_step="Nothing is to be done; `adaptory audit --subject REF` tells who took a yank back.",
+        )
+    _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
     return release
 
 
@@ -158,9 +172,12 @@ def _need_reason(act: str, release: Release, reason: str) -> None:
         )
 
 
-def _record_yank(
-    session: Session, actor: Actor, release: Release, act: Act, reason: str, yank_reason: str | None = None
+def _set_yank(
+    session: Session, actor: Actor, release: Release, act: Act, reason: str, *, yank_reason: str | None
 ) -> None:
+    before = {"yanked": release.yanked, "yank_reason": release.yank_reason}
+    release.yanked, release.yank_reason = yank_reason is not None, yank_reason
+    session.flush()
     audit.record(
         session,
         actor,
@@ -168,7 +185,7 @@ def _record_yank(
         full_name(release),
         namespace=release.repository.namespace,
         reason=reason,
-        before={"yanked": not release.yanked, "yank_reason": yank_reason},
+        before=before,
         after={"yanked": release.yanked, "yank_reason": release.yank_reason},
     )
 
@@ -272,19 +289,6 @@ def _by_version(session: Session, repository: Repository, version: Version) -> R
     return session.scalar(
         select(Release).where(Release.repository_id == repository.id, Release.version == str(version))
     )
-
-
-def _by_content(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
-    """The highest stable release of these files for this base: what `--bump` answers when nothing changed since. What
-    was a pre-release alone so far is given a number."""
-    query = select(Release).join(Revision, Revision.id == Release.revision_id)
-    query = query.where(
-        Release.stable,
-        Release.repository_id == repository.id,
-        Revision.commit == commit,
-        Release.base_digest == base_digest,
-    )
-    return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
 
 
 def _revision(

@@ -53,7 +53,7 @@ def promote(  # noqa: PLR0913
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """422 with the numbers when a gate fails, 412 when the channel has left the ETag given, 409 after a lost race."""
+    """422 with the numbers when a gate fails, 412 when the channel has left the ETag given."""
     expected = expected_from(if_match, if_none_match)
     wanted = channels.Promotion(named.name, parse_version(body.version), channel, named.kind)
     with resources.write() as session:

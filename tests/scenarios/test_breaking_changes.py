@@ -166,7 +166,22 @@ def test_a_fix_of_an_older_line_is_compared_with_that_line(stocked_embedded: Cli
     assert release(cli, adapter(tmp_path / "fix", seed=1), "acme/sql:1.0.1").code == 0
     refused = release(cli, large, "acme/sql:1.0.2")
     assert refused.code == 1
-    assert "3.0.0" in refused.err
+    assert "released already, as 2.0.0" in refused.err
+    again = release(cli, large, "acme/sql", "--bump", "auto", "--json").json
+    assert (again["release"]["version"], again["created"]) == ("2.0.0", False)
+
+
+def test_a_refused_release_is_told_the_number_that_auto_gives_it(stocked_embedded: Cli, tmp_path: Path) -> None:
+    cli = stocked_embedded
+    for version, rank in (("1.0.0", 2), ("3.0.0", 4)):
+        assert release(cli, adapter(tmp_path / version, rank), f"acme/sql:{version}").code == 0
+    for rank, right in ((3, "3.1.0"), (8, "4.0.0")):
+        directory = adapter(tmp_path / str(rank), rank, seed=rank)
+        refused = release(cli, directory, "acme/sql:1.1.0")
+        assert (refused.code, f"Publish it as {right}, which --bump auto finds" in refused.err) == (1, True), (
+            refused.err
+        )
+        assert version_of(release(cli, directory, "acme/sql", "--bump", "auto")) == right
 
 
 def test_a_breaking_change_goes_through_with_a_reason_that_is_kept_shown_and_audited(

@@ -177,6 +177,17 @@ def test_a_release_cannot_name_bytes_that_nobody_sent_or_a_pickle(stocked_embedd
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
 
 
+def test_a_release_that_names_a_stored_file_with_another_size_is_told_both(stocked: Cli, world: World) -> None:
+    published = stocked.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["release"]
+    (weights,) = [row for row in published["files"] if row["path"] == WEIGHTS]
+    files = [{**row, "size_bytes": 12_345} if row is weights else row for row in published["files"]]
+    with api_of(stocked) as api, pytest.raises(Invalid) as raised:
+        api.post("/v1/adapters/acme/sql/releases", {"version": "1.0.1", "base": "tiny", "files": files})
+    assert (raised.value.code, raised.value.subject) == ("size_differs", WEIGHTS)
+    assert "12,345" in raised.value.detail
+    assert f"{weights['size_bytes']:,}" in raised.value.detail
+
+
 def test_an_upload_whose_bytes_are_others_leaves_nothing(stocked_embedded: Cli) -> None:
     sha256 = hashlib.sha256(b"what was promised").hexdigest()
     row = {"path": "notes.txt", "size_bytes": 17, "sha256": sha256}
