@@ -196,7 +196,7 @@ def fitting(form: Form) -> Select[*tuple[Any, ...]]:
 
 def fits(form: Form, traits_id: ColumnElement[int]) -> ColumnElement[bool]:
     """Those traits fit: looked up for each release, where `fitting` would list thousands for a page of fifty."""
-    return fitting(form).where(_traits.id == traits_id).correlate_except(Traits.__table__).exists()
+    return fitting(form).where(_traits.id == traits_id).correlate_except(Traits.__table__).offset(0).exists()
 
 
 def _within() -> Select[*tuple[Any, ...]]:
@@ -223,7 +223,7 @@ def on_release(form: Form) -> Conditions:
     if home := at_home(form):
         asked.append(_of_it(select(_repository.id).where(_repository.id == _release.repository_id, *home)))
     if "channel" in form.asked:
-        asked.append(_release.id == _served())
+        asked.append(_is_served())
     of_release = select(_word.word).where(_word.release_id == _release.id)
     numbers = range(form.stated + form.words)  # where it is, is asked above of what says so first
     asked += [_of_it(of_release.where(is_entry(form, number, _word.word))) for number in numbers]
@@ -294,12 +294,10 @@ def _a_higher_one() -> ColumnElement[bool]:
     return select(higher.id).where(same, higher.stable, ~higher.yanked).exists()
 
 
-def _served() -> ColumnElement[int]:
-    """What that channel of the release's repository gives out: the first move from the current one down whose release
-    is not yanked."""
-    of_channel = (_channel.repository_id == _release.repository_id) & (_channel.name == bindparam("channel"))
-    start = select(_channel.move_id).where(of_channel).correlate(Release.__table__)
-    moves = start.cte("served", recursive=True, nesting=True)
+def served(current: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
+    """The releases that channels give out, from the ids of their current moves: of each channel the first one from
+    there down that is not yanked."""
+    moves = current.cte("served", recursive=True, nesting=True)
     yanked, given = Release.__table__.alias(), Release.__table__.alias()
     below = (
         select(_move.below_id)
@@ -309,5 +307,16 @@ def _served() -> ColumnElement[int]:
     )
     moves = moves.union_all(below)
     found = select(given.c.id).select_from(given).join(Move.__table__, _move.to_release_id == given.c.id)
-    found = found.join(moves, moves.c.move_id == _move.id).where(~given.c.yanked).limit(1)
-    return found.correlate(Release.__table__).scalar_subquery()
+    return found.join(moves, moves.c.move_id == _move.id).where(~given.c.yanked)
+
+
+def _is_served() -> ColumnElement[bool]:
+    """That channel of the release's repository gives it out: mostly what it was moved to last, which takes a tenth of
+    the time to see."""
+    top = Release.__table__.alias()
+    current = select(_channel.move_id).where(_channel.repository_id == _release.repository_id)
+    current = current.where(_channel.name == bindparam("channel"))
+    further = served(current.correlate(Release.__table__)).correlate(Release.__table__).scalar_subquery()
+    is_last = (top.c.id == _release.id) & ~_release.yanked
+    last = current.join(Move.__table__, _move.id == _channel.move_id).join(top, top.c.id == _move.to_release_id)
+    return _of_it(last.where(is_last | (top.c.yanked & (_release.id == further))))

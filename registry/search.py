@@ -47,6 +47,9 @@ RARE = 500
 """A condition that so few releases meet is looked up first, and the others are tried on those."""
 SIDE_BY_SIDE = 2_000
 """The same, where one index has them side by side: to list as many takes 0.2 ms."""
+SERVED = 10_000
+"""The same for what a channel serves, in an order other than of publication: of what channels serve nothing is known
+about its place there, and whoever reads all in that order may read them all."""
 COMMON, SOON = 10, 3
 """A word that one in so many of the newest releases has does not hold up who reads them by their traits. That is done
 first then; else after so many vain tries of releases with the word."""
@@ -172,8 +175,8 @@ class _By:
 
     def places(self, pages: Rows, limit: int) -> list[Match]:
         """The first of several pages."""
-        suites = pages[0][1] if pages else None
-        rows = [row for text, *_ in pages if text for row in orjson.loads(text)]
+        suites = next((suites for _page, suites, *_ in pages), None)
+        rows = [row for page, *_ in pages if page for row in orjson.loads(page)]
         if self.of_score:
             rows = [(float(key), release_id, stamp) for key, release_id, stamp in rows]
         rows.sort(reverse=self.descending)
@@ -211,7 +214,7 @@ def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) ->
         thinnest, words = thinnest_of(session, form, values)
     if thinnest and thinnest.are_all:
         return _among(session, form, by, values, [thinnest.ids])
-    for rare in _rare(form, words):
+    for rare in _rare(form, by, words):
         [text] = rare.column(session, values)
         if text is not None:
             ids = orjson.loads(text)
@@ -243,9 +246,8 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
 
 def _of_few_if_few(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Match] | None:
     """The page from the combinations of traits that fit; None when many fit."""
-    merged = session.connection().dialect.name != "sqlite"
-    pages = (_of_few_merged if merged else _of_few)(form, by).rows(session, values)
-    many = bool(pages) and pages[0][-1] > FEW
+    pages = _of_few(form, by).rows(session, values)
+    many = any(fitting > FEW for _page, _suites, fitting in pages)
     return None if many else by.places(pages, values["limit"])
 
 
@@ -283,7 +285,7 @@ def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Seq
 
 
 @lru_cache(512)
-def _rare(form: Form, words: tuple[int, ...]) -> tuple[Prepared, ...]:
+def _rare(form: Form, by: _By, words: tuple[int, ...]) -> tuple[Prepared, ...]:
     """For each condition with an index of its own: the releases that meet it, or NULL after `RARE` entries.
 
     `words` are the numbers of those to look for. Scores are looked for among all first, then among what fits: none may
@@ -293,17 +295,17 @@ def _rare(form: Form, words: tuple[int, ...]) -> tuple[Prepared, ...]:
     entries = [entry.where(conditions.is_entry(form, number, _word.word)) for number in words]
     of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
     scored = [of_release.where(*conditions.enough(number, operator)) for number, operator in enumerate(form.operators)]
-    lists: list[Select[*tuple[Any, ...]]] = []
+    found = [_unless_many(one, SIDE_BY_SIDE) for one in (*entries, *scored)]
     if "channel" in form.asked:
-        of_channel = select(_release.id).join(Channel.__table__, _channel.repository_id == _release.repository_id)
-        lists.append(of_channel.where(_channel.name == bindparam("channel")))
+        current = select(_channel.move_id).where(_channel.name == bindparam("channel"))
+        found.append(_unless_many(conditions.served(current), RARE if by.column == "id" else SERVED))
+    lists: list[Select[*tuple[Any, ...]]] = []
     if "size" in form.asked:
         small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
         lists.append(small.where(_release.traits_id.in_(conditions.fitting(form))))
     if conditions.asks_traits(form):
         lists += [one.where(_score.traits_id.in_(conditions.fitting(form))) for one in scored]
-    many = [*entries, *scored]
-    return *(_unless_many(one, SIDE_BY_SIDE) for one in many), *(_unless_many(one, RARE) for one in lists)
+    return *found, *(_unless_many(one, RARE) for one in lists)
 
 
 def _unless_many(releases: Select[*tuple[Any, ...]], most: int) -> Prepared:
@@ -317,26 +319,18 @@ def _of_few(form: Form, by: _By) -> Prepared:
     """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
     With each, how many fit.
 
-    One text for each: an aggregate is what SQLite can make of an ordered and limited part of an index.
+    One text for each: an aggregate is what SQLite can make of an ordered and limited part of an index. PostgreSQL makes
+    one text of all, merged, and looks up the stamps of that page alone.
     """
     fitting, count = _fitting(form)
     first = by.first(_entries(form, by, fitting, _release.stamp)).correlate(fitting).subquery("first")
-    page = by.text(first.c, first.c.stamp).scalar_subquery()
-    return Prepared(select(case((count <= FEW, page)), CURRENT_SUITES, count).select_from(fitting))
-
-
-@lru_cache(512)
-def _of_few_merged(form: Form, by: _By) -> Prepared:
-    """The same as one text of as many releases as a page has, for which alone stamps are looked up.
-
-    What a combination of traits has beyond the page is read from an index then, and costs little.
-    """
-    fitting, count = _fitting(form)
+    each = select(case((count <= FEW, by.text(first.c, first.c.stamp).scalar_subquery())), CURRENT_SUITES, count)
     of_each = by.first(_entries(form, by, fitting)).lateral("of_each")
-    merged = select(of_each.c.key, of_each.c.id).select_from(fitting.join(of_each, true())).where(count <= FEW)
-    page = by.first_of_all(of_each, merged).subquery("page")
+    all_first = select(of_each.c.key, of_each.c.id).select_from(fitting.join(of_each, true())).where(count <= FEW)
+    page = by.first_of_all(of_each, all_first).subquery("page")
     stamp = select(_release.stamp).where(_release.id == page.c.id).scalar_subquery()
-    return Prepared(select(by.text(page.c, stamp).scalar_subquery(), CURRENT_SUITES, count))
+    merged = select(by.text(page.c, stamp).scalar_subquery(), CURRENT_SUITES, count)
+    return Prepared(each.select_from(fitting), postgresql=merged)
 
 
 def _fitting(form: Form) -> tuple[CTE, ColumnElement[int]]:

@@ -29,11 +29,17 @@ PLANNED_VALUES = 10
 class Prepared:
     """A statement with named values. `among` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
 
-    It sees what has been flushed.
+    It sees what has been flushed. `postgresql` asks the same there, in words that SQLite does not have.
     """
 
-    def __init__(self, statement: Select[*tuple[Any, ...]] | UpdateBase, sets: Sequence[str] | None = None) -> None:
-        self._statement = statement
+    def __init__(
+        self,
+        statement: Select[*tuple[Any, ...]] | UpdateBase,
+        sets: Sequence[str] | None = None,
+        *,
+        postgresql: Select[*tuple[Any, ...]] | None = None,
+    ) -> None:
+        self._statements = {"sqlite": statement, "postgresql": statement if postgresql is None else postgresql}
         self._sets = sets
         self._compiled: dict[str, _Compiled] = {}
 
@@ -55,7 +61,7 @@ class Prepared:
     def _for(self, dialect: Dialect) -> "_Compiled":
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = self._compiled[dialect.name] = _Compiled(self._statement, dialect, self._sets)
+            compiled = self._compiled[dialect.name] = _Compiled(self._statements[dialect.name], dialect, self._sets)
         return compiled
 
     def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:

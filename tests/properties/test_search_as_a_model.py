@@ -46,12 +46,13 @@ def shelf(migrated: Database) -> Shelf:
 
 WAYS: dict[str, dict[str, int]] = {
     "as it is": {},
-    "all in order": {"FEW": 0, "RARE": 0, "SIDE_BY_SIDE": 0, "MANY_WORDS": 0},
-    "little at a time": {"FEW": 0, "RARE": 0, "SIDE_BY_SIDE": 0, "ENTRIES": 1, "MORE": 2},
+    "all in order": {"FEW": 0, "RARE": 0, "SIDE_BY_SIDE": 0, "SERVED": 0, "MANY_WORDS": 0},
+    "little at a time": {"FEW": 0, "RARE": 0, "SIDE_BY_SIDE": 0, "SERVED": 0, "ENTRIES": 1, "MORE": 2},
     "few are few": {
         "FEW": 2,
         "RARE": 3,
         "SIDE_BY_SIDE": 3,
+        "SERVED": 3,
         "MANY_WORDS": 1,
         "ENTRIES": 1,
         "MORE": 1,
@@ -74,7 +75,6 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def _forget_statements() -> None:
     """They have limits in them."""
     search._of_few.cache_clear()
-    search._of_few_merged.cache_clear()
     search._rare.cache_clear()
 
 
@@ -150,6 +150,7 @@ orders = st.sampled_from([NEWEST, VERSION, "sql-exact.accuracy", "guard.nll", "g
 )
 @given(query=few_things | queries, order=orders, actor=st.sampled_from(ACTORS), limit=st.sampled_from([1, 3, 50, 500]))
 @example(query=Query(channel="prod"), order=NEWEST, actor=ACTORS[0], limit=3)
+@example(query=Query(channel="prod", include_yanked=True), order=VERSION, actor=ACTORS[0], limit=50)
 @example(query=Query(base="plain", related=True), order="guard.nll", actor=ACTORS[1], limit=3)
 @example(query=Query(text="a adapter"), order=NEWEST, actor=ACTORS[1], limit=3)
 @example(query=Query(text="tick", base="plain"), order=NEWEST, actor=ACTORS[0], limit=1)

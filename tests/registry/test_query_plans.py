@@ -152,6 +152,8 @@ NARROW: dict[str, tuple[Query, Order]] = {
     "a repository": (Query(repository=RepositoryName("team-1", "adapter-26")), Order(VERSION)),
     "a namespace that is not there": (Query(namespace="nowhere"), Order()),
     "a channel that is not there": (Query(channel="nowhere"), Order()),
+    "what a channel serves, by version": (Query(channel=stock.CHANNEL), Order(VERSION)),
+    "what a channel serves for a base, by score": (Query(channel=stock.CHANNEL, base=BASE), Order("sql-exact.nll")),
     "rare words": (Query(text="adapter 499"), Order()),
     "words of old releases": (Query(text="adapter 2"), Order()),
     "words of old releases, the next page": (Query(text="adapter 2"), Order(after=Place(None, 4_500))),
@@ -230,9 +232,10 @@ SHORT: dict[str, tuple[Actor, Query, Order, int]] = {
         1_000,
     ),
     "what a stranger may read": (READER, Query(), Order(), 9_000),
+    "what a channel serves, by version": (HOST, Query(channel=stock.CHANNEL), Order(VERSION), 90_000),
 }
-"""Counted in instructions, which are the same at each run: with a walk they were 62,000, 201,000, 5,000
-and 330,000."""
+"""Counted in instructions, which are the same at each run: with a walk they were 62,000, 201,000, 5,000, 330,000 and
+520,000."""
 
 
 @pytest.mark.parametrize("name", SHORT)
