@@ -3,7 +3,6 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
 
 import torch
 
@@ -39,9 +38,9 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
         (name, delta)
         for touching in touches.values()
         for name, delta in touching
-        if delta.tied and (tied == "untie" or not is_twin(delta))
+        if delta.tied and (tied == "untie" or not delta.twin)
     ]
-    return findings + _check_tied(one_sided, tied)
+    return _check_tied(one_sided, tied) + findings  # what is told first of several says the way out
 
 
 def treatment_of_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:
@@ -50,17 +49,12 @@ def treatment_of_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, ob
     tied = str(settings.get("tied", "auto"))
     if tied != "auto":
         return tied
-    return "untie" if any(delta.tied and not is_twin(delta) for one in loaded for delta in one.deltas) else "shared"
-
-
-def is_twin(delta: Delta) -> TypeGuard[Additive]:
-    """Has the other side of the tied weight the very same delta?"""
-    return not isinstance(delta, Replacement) and delta.twin
+    return "untie" if any(delta.tied and not delta.twin for one in loaded for delta in one.deltas) else "shared"
 
 
 def served_by_twin(delta: Delta) -> bool:
     """Is this the head's side of a change that the embedding's side makes already, as long as they are one tensor?"""
-    return is_twin(delta) and is_head(delta.module)
+    return delta.twin and is_head(delta.module)
 
 
 def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:

@@ -147,12 +147,14 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A tensor saved whole (`modules_to_save`, `bias`): it takes the place of the base's. `tied` as in LowRank."""
+    """A tensor saved whole (`modules_to_save`, `bias`): it takes the place of the base's. `tied` and `twin` as in
+    LowRank."""
 
     module: str
     weight: str
     tensor: torch.Tensor
     tied: bool = False
+    twin: bool = False
 
 
 Additive = LowRank | Computed

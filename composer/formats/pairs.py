@@ -168,12 +168,3 @@ def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) ->
     placement.modules.append(placed)
     if twin:
         placement.modules.append(replace(placed, module=head_beside(placement.model_type)))
-
-
-def mark_twins(placement: Placement) -> None:
-    """With ensure_weight_tying both sides of a tied tensor carry the very same pair, which is added once."""
-    if not placement.config.raw.get("ensure_weight_tying"):
-        return
-    tied = {module.module for module in placement.modules if module.tied}
-    if any(map(is_head, tied)) and not all(map(is_head, tied)):
-        placement.modules[:] = [replace(one, twin=True) if one.tied else one for one in placement.modules]

@@ -21,12 +21,12 @@ from composer.formats.naming import (
     lacks_prefix,
     split_key,
 )
-from composer.formats.pairs import PAIR_PARTS, mark_twins, place_pair, place_tokens
+from composer.formats.pairs import PAIR_PARTS, place_pair, place_tokens
 from composer.formats.parts import Size
 from composer.formats.patterns import matches_whole
 from composer.formats.placed import WHOLE_KINDS, Placed, PlacedModule, Placement, bias_of, by
 from composer.formats.targeting import surely_untargeted
-from composer.formats.types import TYPES, AdapterType
+from composer.formats.types import RETIRED_PARTS, TYPES, AdapterType
 
 
 def place(config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter") -> Placed:
@@ -42,6 +42,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
         message = f"{subject} cannot be read: {refusal.reason}."
         raise NotSupported("adapter_type", message, subject=subject, next_step=refusal.way_out)
+    _refuse_retired(config, header, subject)
     placement = Placement(config, header, architecture)
     grouped = _group(placement)
     shared = grouped.pop(SHARED, {}) if config.peft_type != "LORA" else {}
@@ -52,7 +53,6 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
             _place_other(placement, module, parts, shared)
         place_tokens(placement, module, parts)
         _place_whole_tensors(placement, module, parts)
-    mark_twins(placement)
     _check_shared(placement, shared)
     _check_prefix(placement, list(grouped), subject)
     _check_dtypes(placement)
@@ -60,6 +60,13 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     _check_config_is_used(placement)
     _note_other_keys(placement, subject)
     return Placed(placement.modules, placement.findings)
+
+
+def _refuse_retired(config: AdapterConfig, header: Header, subject: str) -> None:
+    for part in {split_key(key).part for key in header.tensors} & RETIRED_PARTS.keys():
+        reason, way_out = RETIRED_PARTS[part]
+        message = f"{subject} cannot be read: {reason}."
+        raise NotSupported("adapter_type", message, subject=subject, next_step=way_out)
 
 
 def _group(placement: Placement) -> dict[str, dict[str, str]]:

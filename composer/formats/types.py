@@ -186,6 +186,14 @@ TYPES: dict[str, AdapterType] = {
 }  # fmt: skip
 """LORA has a placement of its own (composer.formats.placement); TRAINABLE_TOKENS has only the tokens' rows."""
 
+RETIRED_PARTS = {
+    "oft_r": (
+        "oft_r are OFT's rotations as PEFT had them up to 0.15.2, in a form that no later one reads",
+        "Merge it into its base with PEFT 0.15.2, or train it anew.",
+    )
+}
+"""Part -> why adapters that have it cannot be read, and what can be done."""
+
 _PROMPT = "it is a prompt, not a change of weights"
 _ROUTED = "it chooses by input, which no weight can express"
 _DECOMPOSED = "it depends on a decomposition of the base, or on a network over its weights"

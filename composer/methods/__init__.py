@@ -13,8 +13,8 @@ from typing import cast
 
 import torch
 
-from composer.checks import is_twin, served_by_twin, structural, treatment_of_tied
-from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
+from composer.checks import served_by_twin, structural, treatment_of_tied
+from composer.delta import Additive, Computed, Delta, Layout, LowRank, Replacement, names_of
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding
 from composer.formats.facts import WEIGHTS_FILE
@@ -75,7 +75,8 @@ def combine_deltas(
     findings = structural(loaded, parsed)
     refuse_errors("These adapters cannot be combined", findings)
     pipeline = PIPELINES[method]
-    replaced, places = _places(loaded, given, method, parsed)
+    heads = {} if pipeline.parity else _heads_alike(loaded)  # PEFT combines each side by itself
+    replaced, places = _places(loaded, given, method, parsed, heads)
     if not replaced and not places:
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
@@ -92,6 +93,8 @@ def combine_deltas(
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
+    if tied == "untie":
+        deltas += [_for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
     return Combination(deltas, compressions, findings, tied)
 
 
@@ -123,6 +126,23 @@ def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result])
     return [([by_identity.get(id(delta), delta) for delta in deltas], lost) for deltas, lost in results]
 
 
+def _heads_alike(loaded: Sequence[LoadedAdapter]) -> dict[str, str]:
+    """Tied tensor -> its head, where every adapter changes both sides alike. They are combined once, as the embedding,
+    whether they stay one tensor or not: a mask by chance, or a basis of one side's inputs, would make them differ."""
+    tied = [delta for adapter in loaded for delta in adapter.deltas if delta.tied]
+    apart = {delta.weight for delta in tied if not delta.twin}
+    return {delta.weight: delta.module for delta in tied if served_by_twin(delta) and delta.weight not in apart}
+
+
+def _for_head(delta: Delta, head: str) -> Delta:
+    """What an embedding's tensor gets, for the head that was tied to it."""
+    own: dict[str, str] = {"module": head, "weight": f"{head}.weight"}
+    if isinstance(delta, Replacement):
+        return replace(delta, **own)
+    delta = replace(delta, **own, layout=Layout.LINEAR)
+    return replace(delta, A_RI=delta.B_OR.T, B_OR=delta.A_RI.T) if isinstance(delta, LowRank) else delta
+
+
 def on_own_head(delta: Delta) -> Delta:
     """The delta of a tied output head, addressed to a tensor of its own; every other delta as it is."""
     return replace(delta, weight=f"{delta.module}.weight") if delta.tied and is_head(delta.module) else delta
@@ -150,10 +170,10 @@ def taking_part(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
     weighed = [(delta, weight.of(*names_of(delta))) for delta in adapter.deltas]
     sides: dict[str, set[float]] = defaultdict(set)
     for delta, own in weighed:
-        if is_twin(delta):
+        if delta.twin:
             sides[delta.weight].add(own)
     kept = [
-        replace(delta, twin=False) if is_twin(delta) and len(sides[delta.weight]) > 1 else delta
+        replace(delta, twin=False) if delta.twin and len(sides[delta.weight]) > 1 else delta
         for delta, own in weighed
         if own
     ]
@@ -161,9 +181,13 @@ def taking_part(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
 
 
 def _places(
-    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], method: str, parsed: Mapping[str, object]
+    loaded: Sequence[LoadedAdapter],
+    weights: Sequence[Weight],
+    method: str,
+    parsed: Mapping[str, object],
+    heads: Mapping[str, str],
 ) -> tuple[list[Delta], list[Place]]:
-    """(replacements, places)."""
+    """(replacements, places), without those of `heads`."""
     pipeline = PIPELINES[method]
     parts: dict[tuple[str, int], list[Part]] = defaultdict(list)
     replaced: dict[str, Delta] = {}
@@ -171,7 +195,7 @@ def _places(
     for index, (adapter, weight) in enumerate(zip(loaded, weights, strict=True)):
         digest = hash_file(adapter.path / WEIGHTS_FILE) if pipeline.random else ""
         for found in adapter.deltas:
-            if parsed["tied"] != "untie" and served_by_twin(found):
+            if served_by_twin(found) and (parsed["tied"] != "untie" or found.weight in heads):
                 continue
             delta = on_own_head(found) if parsed["tied"] == "untie" else found
             own = weight.of(*names_of(delta))

@@ -16,12 +16,12 @@ from composer.findings import Finding, Severity, next_step
 from composer.formats.checkpoint import Architecture
 from composer.formats.config import AdapterConfig
 from composer.formats.facts import Adapter, read_adapter
-from composer.formats.naming import is_head
 from composer.formats.placed import Placed, PlacedModule
 from composer.formats.placement import place
 from composer.tensors import all_finite, torch_threads
 from composer.variants import lora, products, rescaled, rotations, shared, spectral
 from composer.variants.source import Module
+from composer.variants.twins import with_twins
 
 Read = Callable[[Module], list[Delta]]
 
@@ -118,8 +118,8 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
         for module in placed.adapted:
             _refuse_not_finite(adapter, module)
+    placed = with_twins(adapter, placed, on_a_base=architecture is not None)
     deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
-    _refuse_unlike_twins(adapter, placed)
     copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
     return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
 
@@ -157,22 +157,6 @@ def _refuse_unsized(adapter: Adapter, placed: Placed) -> None:
             raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
 
 
-def _refuse_unlike_twins(adapter: Adapter, placed: Placed) -> None:
-    """Both sides of a tied weight have the same pair only if the head's is the embedding's, turned."""
-    twins = [Module(adapter, module) for module in placed.low_rank if module.twin]
-    pairs = [lora.factors(module) if is_head(module.placed.module) else _turned(module) for module in twins]
-    for module, pair in zip(twins[1:], pairs[1:], strict=True):
-        if not all(torch.equal(one, other) for one, other in zip(pairs[0], pair, strict=True)):
-            path = module.placed.module
-            message = f"{adapter.name} says that {path} and its twin are tied, but their factors differ."
-            raise Mismatch("twins_differ", message, subject=path, next_step="Set ensure_weight_tying to false.")
-
-
-def _turned(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
-    A_RI, B_OR = lora.factors(module)
-    return B_OR.T, A_RI.T
-
-
 def _count(adapter: Adapter, module: PlacedModule) -> int:
     """How many deltas the module has, without reading it."""
     if module.kind == "experts":
@@ -183,7 +167,7 @@ def _count(adapter: Adapter, module: PlacedModule) -> int:
 
 def _read(adapter: Adapter, module: PlacedModule) -> list[Delta]:
     if module.kind == "replacement":
-        return [Replacement(module.module, module.weight, _whole(adapter, module), module.tied)]
+        return [Replacement(module.module, module.weight, _whole(adapter, module), module.tied, module.twin)]
     return _reader(adapter.config, module)(Module(adapter, module))
 
 

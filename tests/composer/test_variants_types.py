@@ -283,6 +283,16 @@ def test_boft_of_several_factors_is_refused(tmp_path: Path, make_model: MakeMode
         load_deltas(adapter, open_checkpoint(base).architecture)
 
 
+def test_rotations_of_an_old_peft_are_refused_with_the_way_out(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["OFT"], tmp_path / "adapter")
+    change_tensors(adapter, lambda ts: {n.replace("oft_R.weight", "oft_r"): torch.zeros(4, 4, 4) for n in ts})
+    for architecture in (None, open_checkpoint(base).architecture):
+        with pytest.raises(NotSupported, match=r"oft_r .* up to 0\.15\.2") as caught:
+            load_deltas(adapter, architecture)
+        assert caught.value.next_step == "Merge it into its base with PEFT 0.15.2, or train it anew."
+
+
 def test_an_adapter_of_another_base_is_an_error_that_names_the_module(tmp_path: Path, make_model: MakeModel) -> None:
     gpt2, llama = make_model("gpt2", name="gpt2"), make_model()
     for case in ("HRA", "C3A", "VeRA"):
