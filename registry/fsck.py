@@ -5,8 +5,9 @@ last move put it and its moves follow one another; every release and every move 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TypeVar
@@ -35,6 +36,7 @@ from registry.models import (
 from registry.names import ABSENT, Digest, parse_version
 from registry.releases import full_name
 from registry.resources import Resources
+from registry.storage.blobs import BlobStat
 
 Progress = Callable[[int], None]
 T = TypeVar("T")
@@ -90,15 +92,26 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Diges
         stat = resources.store.stat(sha256)
         if stat is None or _digest(resources, sha256) == sha256:
             continue
-        operator = audit.operator(resources.settings.user, resources.clock())
-        with resources.write() as session:
-            collect_blobs(session)
-            if resources.store.stat(sha256) != stat:
+        with _as_it_was(resources, stat) as session:
+            if session is None:
                 continue
-            before = {"size_bytes": stat.size_bytes}
-            audit.record(session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged", before=before)
+            operator = audit.operator(resources.settings.user, resources.clock())
+            gone = {"size_bytes": stat.size_bytes}
+            audit.record(session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged", before=gone)
+        # In a transaction of its own: what fails from here on leaves a row too many, and never a deletion without one.
+        with _as_it_was(resources, stat) as session:
+            if session is None:
+                continue
             resources.store.delete(sha256)
         yield sha256
+
+
+@contextmanager
+def _as_it_was(resources: Resources, stat: BlobStat) -> Generator[Session | None]:
+    """A transaction during which nobody comes to rely on the blob; None where it has been written anew."""
+    with resources.write() as session:
+        collect_blobs(session)
+        yield session if resources.store.stat(stat.sha256) == stat else None
 
 
 def extent(resources: Resources) -> Extent:

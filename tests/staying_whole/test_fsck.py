@@ -95,6 +95,35 @@ def test_what_is_restored_between_the_last_look_at_its_bytes_and_its_removal_sta
     assert furnished.json("audit", "--act", "blob:discard")["items"] == [], "nothing is told that was not done"
 
 
+@dataclass
+class DiesOnceDeleted:
+    """The real store, whose process ends as soon as a blob is gone."""
+
+    store: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def delete(self, sha256: Digest) -> None:
+        self.store.delete(sha256)
+        raise SystemExit
+
+
+def test_no_blob_is_discarded_without_an_audit_row_wherever_it_ends(
+    furnished: Cli, place: dict[str, str], tmp_path: Path
+) -> None:
+    sha256 = hash_file(tmp_path / "1.0.0" / WEIGHTS)
+    stored.damage(furnished, sha256)
+    held = opened(place)
+    found = fsck.check(held, read_bytes=True)
+    with pytest.raises(SystemExit):
+        list(fsck.discard(replace(held, store=DiesOnceDeleted(held.store)), found))
+    assert held.store.stat(Digest(sha256)) is None
+    held.close()
+    (row,) = furnished.json("audit", "--act", "blob:discard")["items"]
+    assert (row["subject"], row["reason"]) == (sha256, "damaged")
+
+
 def test_what_was_found_is_told_when_nothing_of_it_can_be_discarded(
     furnished: Cli, place: dict[str, str], tmp_path: Path
 ) -> None:
