@@ -152,10 +152,9 @@ def promote(
     _check_expected(current.move_id, expected, wanted.subject)
     actor = replace(actor, at=max(actor.at, current.at or actor.at))  # who waited here asked before the last move
     report = _judge(session, release, current.rules)
-    passed = all(result.passed for result in report)
+    failed = sum(not result.passed for result in report)
     results = [result.to_json() for result in report]
-    if not passed and not force:
-        failed = sum(not result.passed for result in report)
+    if failed and not force:
         raise Refused(
             "gate_failed",
             f"{wanted.release} does not pass {failed} of {len(report)} gates of {wanted.subject}.",
@@ -173,7 +172,7 @@ def promote(
         "below_id": current.move_id,
         "actor": actor.name,
         "reason": reason,
-        "forced": not passed,
+        "forced": failed > 0,
         "gates": results,
         "at": actor.at,
     }
@@ -187,11 +186,11 @@ def promote(
         reason=reason,
         before=_serves(current.move_id, current.to_version, current.commit) if current.move_id else None,
         after=_serves(move_id, str(wanted.version), release.commit),
-        forced=not passed,
+        forced=failed > 0,
         gates=results,
     )
     version = str(wanted.version)
-    return Moved(move_id, "promote", current.to_version, version, actor.name, reason, not passed, results, actor.at)
+    return Moved(move_id, "promote", current.to_version, version, actor.name, reason, failed > 0, results, actor.at)
 
 
 def roll_back(  # noqa: PLR0913

@@ -11,32 +11,37 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
 
-from sqlalchemy import ColumnElement, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from registry import audit, uploads
+from registry import audit
 from registry.audit import Act
 from registry.db import collect_blobs, only_collection
 from registry.models import Blob, RevisionFile, Upload
 from registry.names import Digest
 from registry.resources import Resources
 from registry.storage.blobs import BlobStat
+from registry.storage.local import remove_stale
+from registry.uploads import ARRIVED
 
 _BATCH = 100
+_UPLOADS_BATCH = 1_000
+_SCRATCH = ("upload-*", "inspect-*", "signature-*")
 _UNTRACKED = {"synchronize_session": False}
 
 
 @dataclass(slots=True)
 class Collected:
-    """`unfinished` are uploads and scratch files of processes that died."""
+    """`unfinished` and `leftovers` are those of `Swept`."""
 
     blobs: int = 0
     size_bytes: int = 0
     unfinished: int = 0
+    leftovers: int = 0
 
 
 def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) -> Collected:
-    """Removes what has been unused for `grace`; with `dry_run` only counts the blobs.
+    """Removes what has been unused for `grace`; with `dry_run` only counts blobs and uploads.
 
     The grace is what a push may take between the check that a blob is there and the release that names it.
     """
@@ -45,17 +50,71 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     found = Collected()
     if dry_run:
         with resources.read() as session:
-            unused = list(session.execute(select(Blob.sha256, Blob.size_bytes).where(*_unused(before, now))))
-        orphans = [stat for batch in _orphans(resources, before, now) for stat in batch]
-        return Collected(len(unused) + len(orphans), sum(row[1] for row in unused) + sum(o.size_bytes for o in orphans))
+            sizes = list(session.scalars(select(Blob.size_bytes).where(*_unused(before, now))))
+            found.unfinished = _count_expired(session, now)
+        sizes += [stat.size_bytes for batch in _orphans(resources, before, now) for stat in batch]
+        found.blobs, found.size_bytes = len(sizes), sum(sizes)
+        return found
     with only_collection(resources.database):
-        found.unfinished = uploads.sweep(resources, now)
+        swept = sweep(resources, now)
+        found.unfinished, found.leftovers = swept.uploads, swept.leftovers
         while claimed := _claim(resources, run, before, now):
             _remove(resources, run, claimed, found)
         for batch in _orphans(resources, before, now):
             claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
             _remove(resources, run, claimed, found)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """`uploads` expired before their bytes came; `leftovers` are what came of them, and of processes that died."""
+
+    uploads: int
+    leftovers: int
+
+
+def sweep(resources: Resources, now: datetime) -> Swept:
+    """Forgets uploads that were waited for too long, and removes what came of them and of processes that died.
+
+    Safe while others upload: what is younger than an upload may last stays.
+    """
+    before = now - timedelta(seconds=resources.settings.upload_expires_s)
+    forgotten = 0
+    while (count := _forget_expired(resources, now)) is not None:
+        forgotten += count
+    with resources.read() as session:
+        live = set(session.scalars(select(Upload.id)))
+    leftovers = resources.store.sweep(before, live)
+    for pattern in _SCRATCH:
+        leftovers += remove_stale(resources.work_directory.glob(pattern), before)
+    return Swept(forgotten, leftovers)
+
+
+def _count_expired(session: Session, now: datetime) -> int:
+    """Of uploads that `sweep` would count."""
+    return session.scalar(select(func.count()).select_from(Upload).where(Upload.expires_at < now, ~ARRIVED)) or 0
+
+
+def _forget_expired(resources: Resources, now: datetime) -> int | None:
+    """The next uploads that expired: of how many the bytes never came. None when there are no more.
+
+    A transaction for each batch, since there may be as many as all users together may have announced in a day.
+    """
+    operator = audit.operator(resources.settings.user, now)
+    with resources.write() as session:
+        expired = select(Upload.id, ARRIVED).where(Upload.expires_at < now).limit(_UPLOADS_BATCH)
+        arrived = dict(session.execute(expired).all())
+        if not arrived:
+            return None
+        still = (Upload.id.in_(arrived), Upload.expires_at < now)  # and not announced anew meanwhile
+        unfinished = [
+            row for row in session.scalars(delete(Upload).where(*still).returning(Upload)).all() if not arrived[row.id]
+        ]
+        for row in unfinished:  # what came is a blob, whose collection has a row of its own
+            lost = {"size_bytes": row.size_bytes, "created_by": row.created_by}
+            audit.record(session, operator, Act.UPLOAD_EXPIRE, row.sha256, namespace=row.namespace, before=lost)
+    return len(unfinished)
 
 
 def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:

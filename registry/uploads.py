@@ -8,16 +8,15 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
-from registry import audit
 from registry.access import Role, may_read, permit
-from registry.audit import Act, Actor
+from registry.audit import Actor
 from registry.db import insert_if_absent, rely_on_blobs
 from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.manifest import ManifestFile, check_path, refuse_pickle
@@ -25,11 +24,11 @@ from registry.models import Blob, BlobHolder, RevisionFile, Upload
 from registry.names import Digest
 from registry.resources import Resources
 from registry.storage.blobs import Arrival, Arrivals, BlobStat, Part, Put
-from registry.storage.local import remove_stale, unwritable
+from registry.storage.local import unwritable
 
 _PARALLEL = 8
-_SCRATCH = ("upload-*", "inspect-*")
-_ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
+ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
+"""The namespace of the upload holds its blob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,26 +194,6 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
     return stat
 
 
-def sweep(resources: Resources, now: datetime) -> int:
-    """Forgets uploads that were waited for too long, and removes what came of them and of processes that died.
-
-    How many unfinished things were removed. Safe while others upload: what is younger than an upload may last stays.
-    """
-    before = now - timedelta(seconds=resources.settings.upload_expires_s)
-    operator, expired = audit.operator(resources.settings.user, now), delete(Upload).where(Upload.expires_at < now)
-    with resources.write() as session:
-        session.execute(expired.where(_ARRIVED))  # came to be blobs, whose collection has rows of its own
-        for row in session.scalars(expired.where(~_ARRIVED).returning(Upload)).all():
-            gone = {"size_bytes": row.size_bytes, "created_by": row.created_by}
-            audit.record(session, operator, Act.UPLOAD_EXPIRE, row.sha256, namespace=row.namespace, before=gone)
-    with resources.read() as session:
-        live = set(session.scalars(select(Upload.id)))
-    removed = resources.store.sweep(before, live)
-    for pattern in _SCRATCH:
-        removed += remove_stale(resources.work_directory.glob(pattern), before)
-    return removed
-
-
 def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Digest]:
     query = select(BlobHolder.sha256).where(BlobHolder.namespace == namespace, BlobHolder.sha256.in_(list(digests)))
     return [Digest(sha256) for sha256 in session.scalars(query)]
@@ -308,7 +287,7 @@ def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> N
             subject=actor.name,
             next_step="Raise ADAPTORY_MAX_OPEN_UPLOADS on the registry, or announce and send them in parts (REST).",
         )
-    mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~_ARRIVED
+    mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~ARRIVED
     count, first_end = session.execute(select(func.count(), func.min(Upload.expires_at)).where(mine)).one()
     if more > 0 and count + more > limit:
         wait = first_end - actor.at if first_end else timedelta()

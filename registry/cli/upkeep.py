@@ -25,7 +25,7 @@ def gc(
     grace_hours: Annotated[
         float, typer.Option(min=0, help="Keep what is younger; a push must not take longer than this.")
     ] = 24.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the blobs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count blobs and uploads.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Remove unfinished uploads and blobs that no release names. Safe while others push and pull."""
@@ -37,13 +37,13 @@ def gc(
         "blobs": found.blobs,
         "size_bytes": found.size_bytes,
         "unfinished": found.unfinished,
+        "leftovers": found.leftovers,
         "dry_run": dry_run,
     }
     verb = "would remove" if dry_run else "removed"
-    size = render.size(found.size_bytes)
-    render.document(
-        told, json, lambda: print(f"{verb} {found.blobs:,} blobs ({size}), {found.unfinished:,} unfinished uploads")
-    )
+    counts = f"{found.blobs:,} blobs ({render.size(found.size_bytes)}), {found.unfinished:,} unfinished uploads"
+    more = f", {found.leftovers:,} leftovers" if found.leftovers else ""
+    render.document(told, json, lambda: print(f"{verb} {counts}{more}"))
 
 
 def fsck(

@@ -1,8 +1,11 @@
 """Several transfers at a time, and patience between attempts."""
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from registry.errors import Unavailable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,3 +25,16 @@ def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def patiently(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
+    """The answer to what may be asked twice: after a pause again, while the registry or its store is away. Raises what
+    went wrong last when there are no more pauses."""
+    while True:
+        try:
+            return ask()
+        except Unavailable:
+            pause = next(pauses, None)
+            if pause is None:
+                raise
+            time.sleep(pause)

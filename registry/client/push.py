@@ -10,7 +10,7 @@ from threading import Lock
 
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, line_path
-from registry.client.parallel import PAUSES_S, Progress, each
+from registry.client.parallel import PAUSES_S, Progress, each, patiently
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.manifest import ManifestFile, check_path
 from registry.names import Digest, RepositoryName
@@ -63,7 +63,8 @@ def push(
     The registry's answer, and as `sent` how many files the store lacked.
     """
     sent = send(api, name.namespace, files, progress)
-    published = api.post(f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)})
+    path, body = f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)}
+    published = patiently(lambda: api.post(path, body), iter(PAUSES_S))
     return {**published, "sent": sent}
 
 
@@ -73,7 +74,8 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
     After a failure it asks anew what is missing, so that nothing arrives twice; it gives up when several attempts in a
     row came no further. Raises Invalid with the name of a file that was changed meanwhile.
     """
-    plan, told, pauses = _plan(api, namespace, files), 0, iter(PAUSES_S)
+    pauses = iter(PAUSES_S)
+    plan, told = patiently(lambda: _plan(api, namespace, files), pauses), 0
     lacking = len(_uploads(plan, files))
     while True:
         uploads = _uploads(plan, files)
@@ -87,24 +89,15 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
         told = there + attempt.told
         if attempt.came_further:
             pauses = iter(PAUSES_S)
-        plan = _plan_again(api, namespace, files, pauses, attempt.error)
+        pause = next(pauses, None)
+        if pause is None:
+            raise attempt.error
+        time.sleep(pause)
+        plan = patiently(lambda: _plan(api, namespace, files), pauses)
 
 
 def _plan(api: Api, namespace: str, files: Sequence[LocalFile]) -> list[Json]:
     return api.post("/v1/uploads", {"namespace": namespace, "files": _rows(files)})["files"]
-
-
-def _plan_again(
-    api: Api, namespace: str, files: Sequence[LocalFile], pauses: Iterator[float], error: RegistryError
-) -> list[Json]:
-    """After the next pause, or a later one if the registry is away too. Raises what went wrong last."""
-    for pause in pauses:
-        time.sleep(pause)
-        try:
-            return _plan(api, namespace, files)
-        except Unavailable as away:
-            error = away
-    raise error
 
 
 @dataclass(slots=True)

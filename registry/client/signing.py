@@ -1,11 +1,13 @@
 """Signing what is pushed and verifying what was pulled, with a key that lies on this machine."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, line_path, release_path
+from registry.client.parallel import PAUSES_S, patiently
 from registry.client.push import LocalFile, refuse_no_file
 from registry.errors import Invalid, NotFound, Refused
 from registry.manifest import ManifestFile
@@ -43,7 +45,7 @@ def published_signatures(api: Api, target: Reference, files: Sequence[LocalFile]
     for release in _releases(api, target):
         there = {row["path"]: row["sha256"] for row in release["files"]}
         if there.pop(SIGNATURE_FILE, None) is not None and there == digests:
-            yield _signature_of(api, release)
+            yield patiently(partial(_signature_of, api, release), iter(PAUSES_S))
 
 
 def _releases(api: Api, target: Reference) -> Iterator[Json]:

@@ -15,15 +15,17 @@ from typing import Any
 import httpx2
 import pytest
 
+from registry.client.push import collect, push, send
 from registry.jobs import MAX_ATTEMPTS, PAUSES
+from registry.names import parse_repository
 from registry.resources import Resources
 from registry.worker.loop import run_one
 from tests import services
 from tests.s3_server import S3Server
 from tests.scenarios.conftest import USER, serving, stock
 from tests.scenarios.test_crashes import STEPS, begin, team, watched
-from tests.scenarios.traces import opened, parts_in, s3_of, traces
-from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, server
+from tests.scenarios.traces import api_of, opened, parts_in, s3_of, traces
+from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, nothing, server
 
 PATIENCE = {
     "ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1",
@@ -71,7 +73,7 @@ def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
     (adapter / "notes.txt").write_bytes(os.urandom(100_000))
     new: dict[str, Any] = {"version": "1.1.0", "base": "tiny", "files": files}
     path = f"{url}/v1/adapters/acme/sql/releases"
-    push = ("push", adapter, "acme/sql:1.2.0", "--base", "tiny")
+    release = ("push", adapter, "acme/sql:1.2.0", "--base", "tiny")
     before = traces(cli)
 
     heal = harm(own_s3)
@@ -87,7 +89,7 @@ def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
             assert int(answer.headers["Retry-After"]) > 0
             assert time.monotonic() - started < 10, route
         assert httpx2.get(f"{path}/1.0.0").status_code == 200, "what needs no bytes goes on"
-        for command in (push, ("pull", "acme/sql", "-o", tmp_path / "out")):
+        for command in (release, ("pull", "acme/sql", "-o", tmp_path / "out")):
             refused = cli(*command)
             assert refused.code == 7, refused.err
             assert "Traceback" not in refused.err
@@ -96,7 +98,7 @@ def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
 
     after = traces(cli)
     assert (after.releases, after.work, after.blobs) == (before.releases, frozenset(), before.blobs)
-    cli.ok(*push)
+    cli.ok(*release)
     cli.ok("pull", "acme/sql:1.2.0", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_bytes() == (adapter / "notes.txt").read_bytes()
 
@@ -136,16 +138,35 @@ def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
     (adapter / "data.txt").write_bytes(os.urandom(80 << 20))
     command = [sys.executable, "-m", "registry.cli.main", "push", str(adapter), "acme/sql:1.1.0", "--base", "tiny"]
     with environment(registry.environment, []):
-        push = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        pushing = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while parts_in(registry) < 3:
-        assert push.poll() is None, "it crashed too late to mean anything"
+        assert pushing.poll() is None, "it crashed too late to mean anything"
         time.sleep(0.01)
     crash(own_s3)()
-    _, err = push.communicate(timeout=120)
-    assert push.returncode == 0, err
+    _, err = pushing.communicate(timeout=120)
+    assert pushing.returncode == 0, err
     registry.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "data.txt").read_bytes() == (adapter / "data.txt").read_bytes()
     assert traces(registry).work == frozenset()
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["before its first byte", "before it is published"])
+def test_a_push_waits_for_its_store_whenever_that_goes_away(
+    registry: Cli, own_s3: S3Server, world: World, tmp_path: Path, sent: bool
+) -> None:
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    (adapter / "notes.txt").write_bytes(os.urandom(1000))
+    files, name = collect(adapter), parse_repository("acme/sql")
+    with api_of(registry) as api, ThreadPoolExecutor(1) as pool:
+        if sent:
+            send(api, "acme", files, nothing)
+        heal = crash(own_s3)
+        pushed = pool.submit(push, api, files, name, "adapter", {"version": "1.1.0", "base": "tiny"}, nothing)
+        time.sleep(1)
+        waited = not pushed.done()
+        heal()
+        assert pushed.result(timeout=60)["created"]
+    assert waited
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from sqlalchemy import func, select, update
 
-from registry import fsck
+from registry import fsck, upkeep
 from registry.audit import Act, EventQuery, events
 from registry.client.api import Api, line_path
 from registry.client.push import LocalFile, collect, push, send
@@ -277,7 +277,7 @@ def test_an_upload_in_parts_that_nobody_goes_on_with_leaves_nothing(
     assert unfinished(place) == 1
     assert collect_garbage(held, grace=NONE).unfinished == 0, "it may go on"
     assert unfinished(place) == 1
-    assert collect_garbage(after(held, 2 * DAY), grace=NONE).unfinished == 1
+    assert collect_garbage(after(held, 2 * DAY), grace=NONE) == Collected(unfinished=1, leftovers=1)
     assert unfinished(place) == 0
     with held.read() as session:
         assert session.scalar(select(func.count()).select_from(Upload)) == 0
@@ -297,9 +297,9 @@ def test_scratch_files_of_processes_that_died_go_and_those_of_the_living_stay(he
     left = held.work_directory / "upload-dead"
     left.mkdir()
     (left / "blob").write_bytes(b"half of it")
-    assert collect_garbage(held, grace=NONE).unfinished == 0
+    assert collect_garbage(held, grace=NONE).leftovers == 0
     assert left.exists()
-    assert collect_garbage(after(held, 2 * DAY), grace=NONE).unfinished == 1
+    assert collect_garbage(after(held, 2 * DAY), grace=NONE) == Collected(leftovers=1)
     assert not left.exists()
 
 
@@ -315,7 +315,7 @@ def test_the_command_tells_what_it_removed(place: dict[str, str], api: Api, tmp_
     send(api, "acme", notes(tmp_path / "unused", 2), lambda _count: None)
     shortly = Cli(place | {"ADAPTORY_UPLOAD_EXPIRES_S": "1"})
     told = shortly.json("gc", "--grace-hours", "0", "--dry-run")
-    assert told == {"blobs": 0, "size_bytes": 0, "unfinished": 0, "dry_run": True}
+    assert told == {"blobs": 0, "size_bytes": 0, "unfinished": 0, "leftovers": 0, "dry_run": True}
     resources = opened(place)
     with resources.write() as session:
         session.execute(update(Upload).values(expires_at=datetime.now(UTC)))
@@ -325,5 +325,21 @@ def test_the_command_tells_what_it_removed(place: dict[str, str], api: Api, tmp_
         "blobs": 1,
         "size_bytes": 1_000,
         "unfinished": 0,
+        "leftovers": 0,
         "dry_run": False,
     }
+
+
+def test_uploads_that_expired_are_counted_however_many_there_are_and_each_is_told(
+    place: dict[str, str], api: Api, held: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "_UPLOADS_BATCH", 3)
+    rows = [{"path": f"{n}.txt", "size_bytes": 1, "sha256": f"{n:064x}"} for n in range(7)]
+    api.post("/v1/uploads", {"namespace": "acme", "files": rows})
+    later = after(held, 2 * DAY)
+    assert collect_garbage(held, grace=NONE, dry_run=True) == Collected()
+    assert collect_garbage(later, grace=NONE, dry_run=True) == Collected(unfinished=7)
+    assert collect_garbage(later, grace=NONE) == Collected(unfinished=7)
+    assert collect_garbage(later, grace=NONE) == Collected()
+    told = Cli(place).json("audit", "--act", "upload:expire")["items"]
+    assert sorted(event["subject"] for event in told) == [row["sha256"] for row in rows]
