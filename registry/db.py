@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -139,10 +140,6 @@ class Database:
             yield
         finally:
             self._turn.release()
-
-    def ping(self) -> None:
-        with self.read() as session:
-            session.execute(text("SELECT 1"))
 
     def close(self) -> None:
         self.engine.dispose()
@@ -311,8 +308,10 @@ def migrations_directory() -> Path:
     return installed if installed.is_dir() else here.parent / "migrations"
 
 
+@cache
 def head_revision() -> str:
-    """The newest migration; a file is named `0001_what.py` and its revision is the number."""
+    """The newest migration when this process first asked: a newer version may be installed beneath it since. A file is
+    named `0001_what.py` and its revision is the number."""
     return max(path.name.split("_")[0] for path in (migrations_directory() / "versions").glob("[0-9]*_*.py"))
 
 
@@ -360,5 +359,5 @@ def _refuse_newer(found: str | None) -> None:
         raise Unavailable(
             "schema_new",
             f"The database is at schema {found}, newer than {head}.",
-            next_step="Install a newer adaptory.",
+            next_step="Install a newer adaptory, or restart what runs if that is done.",
         )

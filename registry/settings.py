@@ -82,6 +82,14 @@ def _addresses(text: str) -> str:
     return text
 
 
+def _prefix(text: str) -> str:
+    """Empty says that there is none. Clients and proxies that tidy addresses up would ask for another place."""
+    parts = text.removesuffix("/").split("/") if text else []
+    if any(part in ("", ".", "..") for part in parts):
+        raise PydanticCustomError("prefix", "it is no prefix of keys, such as team/adapters/: a part is empty or dots")
+    return text
+
+
 class LocalStorage(BaseModel):
     """Blobs in a directory. `directory` is `$ADAPTORY_HOME/store` unless set."""
 
@@ -96,7 +104,7 @@ class S3Storage(BaseModel):
     model_config = ConfigDict(frozen=True)
     kind: Literal["s3"] = "s3"
     bucket: str
-    prefix: str = ""
+    prefix: Annotated[str, AfterValidator(_prefix)] = ""
     endpoint_url: str | None = None
     connect_timeout_s: float = Field(default=5.0, gt=0)
     read_timeout_s: float = Field(default=30.0, gt=0)

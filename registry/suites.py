@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 
 from composer.suite import Suite as SuiteContent
 from registry import audit
-from registry.access import refuse_stranger
+from registry.access import readable_names, refuse_stranger
 from registry.audit import Act, Actor
 from registry.errors import Invalid, NotFound, Usage
-from registry.models import Base, Release, Score, Suite
+from registry.models import Base, Release, Repository, Score, Suite
 from registry.models.catalog import new_stamp
 from registry.names import parse_part
 
@@ -125,6 +125,25 @@ def find(session: Session, text: str) -> Suite:
             next_step="Add it with `adaptory suite add FILE`.",
         )
     return suite
+
+
+def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
+    """Raises NotFound unless `adaptory eval` records it, or some release that the actor may read has it: what
+    others have measured in private is not told."""
+    if metric in HIGHER_IS_BETTER:
+        return
+    measured = select(Score.id).where(Score.suite_id == find(session, suite).id, Score.metric == metric)
+    measured = measured.join(Release, Release.id == Score.release_id)
+    if (readable := readable_names(actor)) is not None:
+        of_repository = Repository.id == Release.repository_id
+        measured = measured.join(Repository, of_repository).where(Repository.namespace.in_(readable))
+    if session.scalar(measured.limit(1)) is None:
+        raise NotFound(
+            "metric_unknown",
+            f"No release that you may see has a score {suite}.{metric}.",
+            subject=f"{suite}.{metric}",
+            next_step=f"`adaptory eval` records {' and '.join(HIGHER_IS_BETTER)}; `adaptory show REF` has others.",
+        )
 
 
 def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:

@@ -174,7 +174,7 @@ def audit(  # noqa: PLR0913
     subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a beginning: 'acme/*'")] = None,
     namespace: Annotated[str | None, typer.Option()] = None,
     by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
-    act: Annotated[str | None, typer.Option(help="channel:rollback, release:yank, ...")] = None,
+    act: Annotated[str | None, typer.Option(help="channel:rollback, release:yank, …; another word lists all.")] = None,
     since: Annotated[str | None, typer.Option(help="From this moment on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
     until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
     export: Annotated[bool, typer.Option("--jsonl", help="The rows of the filter, a line of JSON each.")] = False,

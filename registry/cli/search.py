@@ -34,7 +34,10 @@ def search(  # noqa: PLR0913
     adapter_type: Annotated[str | None, typer.Option("--type", help="lora, …")] = None,
     variant: Annotated[str | None, typer.Option(help="lora, rslora, dora, …")] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
-    license_: Annotated[str | None, typer.Option("--license", help="As the model card says it.")] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", help="As the card writes it; for any case --provenance license:…"),
+    ] = None,
     provenance: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME:VALUE", help="trainer:axolotl, hyperparameters.epochs:3, …; may be repeated."),

@@ -65,6 +65,14 @@ class BodyLimit:
         )
 
 
+def headers_too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(
+        "headers_too_large",
+        f"Headers and query are longer than {limit_bytes:,} bytes.",
+        next_step="Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
+    )
+
+
 class HeaderLimit:
     """Answers 431 to headers that are longer than `limit_bytes` together."""
 
@@ -76,12 +84,7 @@ class HeaderLimit:
         if scope["type"] == "http":
             taken = len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
             if taken > self.limit_bytes:
-                error = TooLarge(
-                    "headers_too_large",
-                    f"Headers and query are longer than {self.limit_bytes:,} bytes.",
-                    next_step="Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
-                )
-                await problem_response(error, 431)(scope, receive, send)
+                await problem_response(headers_too_large(self.limit_bytes), 431)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

@@ -99,7 +99,7 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _right_way(kind: str, context: Mapping[str, Any]) -> str:
-    if kind == "literal_error":
+    if kind in ("literal_error", "enum"):
         return f"Use {context['expected']}."
     if kind.startswith("datetime"):
         return "Write a day or a moment, as in 2026-01-31 or 2026-01-31T12:00:00Z."

@@ -23,7 +23,8 @@ INCLUDED = {"related": "base", "refused": "loads_in"}
 
 
 class SearchIn(Wire):
-    """Query parameters, all of which hold together. A list is given by repeating its parameter or with commas."""
+    """Query parameters, all of which hold together. A list is given by repeating its parameter or with commas. None but
+    `text` may be empty."""
 
     kind: Literal["adapter", "model"] = "adapter"
     namespace: Word = None
@@ -38,7 +39,7 @@ class SearchIn(Wire):
     type: Word = None
     variant: Word = None
     dtype: Word = None
-    license: Word = None
+    license: Word = Field(default=None, description="As the release states it; provenance=license:… for any case.")
     alpha: float | None = Field(default=None, allow_inf_nan=False)
     min_rank: Rank = None
     max_rank: Rank = Field(default=None, description="The highest rank of any module.")
@@ -64,7 +65,8 @@ class SearchIn(Wire):
     sort: str = Field(
         default="newest",
         max_length=150,
-        description="newest, version (the highest first) or suite.metric (the best first, without those that lack it)",
+        description="newest, version (the highest first) or suite.metric (the best first, without those that lack it). "
+        "One that no release you may read has is unknown.",
     )
     limit: int = Field(default=50, ge=1, le=500, description="Items a page.")
     cursor: str | None = Field(default=None, max_length=1000, description="`next` of the page before.")
@@ -102,8 +104,17 @@ class SearchIn(Wire):
 
 
 def _value(name: str, given: list[str]) -> str | list[str]:
+    parts = [part for text in given for part in text.split(",") if part.strip()]
+    if not parts and name != "text":  # words may be none
+        flag = f"--{name.replace('_', '-')}"
+        raise Usage(
+            "empty_parameter",
+            f"{name} names nothing.",
+            subject=name,
+            next_step=f"Give {name} ({flag}) a value, or leave it out.",
+        )
     if name in LISTS:
-        return [part for text in given for part in text.split(",") if part]
+        return parts
     if name not in WHOLE and len(given) > 1:
         raise Usage("repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give one.")
     return given if name in WHOLE else given[0]

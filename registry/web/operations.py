@@ -10,7 +10,8 @@ from fastapi.responses import StreamingResponse
 
 from registry import audit, compositions, jobs
 from registry.access import EVERYWHERE, Role, granted, permit, permit_somewhere
-from registry.audit import Actor, EventQuery
+from registry.audit import Act, Actor, EventQuery
+from registry.db import ensure_schema
 from registry.http.pages import Cursor, Limit, decode_number, page
 from registry.http.request import ResourcesOf, RowId
 from registry.http.rules import Caller
@@ -57,7 +58,7 @@ def event_query(  # noqa: PLR0913
     namespace: Annotated[str | None, Query(max_length=64)] = None,
     subject: Annotated[str | None, Query(max_length=300, description="acme/sql@prod, or a beginning: acme/*")] = None,
     by: Annotated[str | None, Query(max_length=128, description="The user who did it.")] = None,
-    act: Annotated[str | None, Query(max_length=64, description="channel:rollback, release:yank, ...")] = None,
+    act: Annotated[Act | None, Query()] = None,
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> EventQuery:
@@ -115,7 +116,7 @@ async def alive() -> dict[str, str]:
 @router.get("/readyz")
 @in_store_threads
 def ready(resources: ResourcesOf) -> dict[str, str]:
-    """503 while the database or the store is away."""
-    resources.database.ping()
+    """503 while the database or the store is away, or the database has another schema than this version's."""
+    ensure_schema(resources.database, create=False)
     resources.store.stat(ABSENT)
     return {"status": "ok"}

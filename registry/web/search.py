@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from composer.formats.serving import Profile, loads, parse_profile
-from registry import resolve, search
+from registry import resolve, search, suites
 from registry.access import Role, permit
 from registry.errors import Usage
 from registry.http.pages import decode_cursor, encode_cursor
@@ -58,6 +58,9 @@ def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> 
     wanted, order = _wanted(query), Order(query.sort, query.limit + 1, _place(query))
     with resources.read() as session:
         found = search.search(session, actor, wanted, order)
+        if not found.places and not query.cursor:  # nothing fits, or a metric is misspelt
+            for suite, metric in _metrics(query, wanted):
+                suites.refuse_unknown_metric(session, actor, suite, metric)
         places = found.places[: query.limit]
         told = _documents(request).page(session, actor, {place.release_id: place.stamp for place in places})
     items = [one.with_remarks(_remarks(one, found, wanted.loads_in)) for one in told]
@@ -119,6 +122,13 @@ def _wanted(query: SearchIn) -> search.Query:
         stable=query.stable,
         latest=query.latest,
     )
+
+
+def _metrics(query: SearchIn, wanted: search.Query) -> list[tuple[str, str]]:
+    """Suite and metric of each score that is asked for or sorted by."""
+    asked = [(condition.suite, condition.metric) for condition in wanted.scores]
+    suite, dot, metric = query.sort.rpartition(".")
+    return [*asked, (suite, metric)] if dot else asked
 
 
 def _fingerprint(query: SearchIn) -> str:

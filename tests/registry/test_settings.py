@@ -19,6 +19,17 @@ def test_the_kind_of_storage_follows_from_the_rest(monkeypatch: pytest.MonkeyPat
     assert Settings().storage == S3Storage(bucket="adapters")
 
 
+@pytest.mark.parametrize("prefix", ["abs//../x/", "/team/", "team//", "../team", "a/./b", "/"])
+def test_a_prefix_that_other_programs_would_read_as_another_place_is_refused(tmp_path: Path, prefix: str) -> None:
+    storage = {"ADAPTORY_STORAGE__BUCKET": "adapters", "ADAPTORY_STORAGE__PREFIX": prefix}
+    refused(Cli({"ADAPTORY_HOME": str(tmp_path), **storage})("list"), 2, "ADAPTORY_STORAGE__PREFIX", "team/adapters/")
+
+
+@pytest.mark.parametrize("prefix", ["", "team", "team/", "team/..adapters/v1."])
+def test_a_prefix_is_names_with_slashes_between_them(prefix: str) -> None:
+    assert S3Storage(bucket="adapters", prefix=prefix).prefix == prefix
+
+
 def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) -> None:
     settings = {"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_MAX_FILE_BYTES": "plenty"}
     refused(Cli(settings)("list"), 2, "ADAPTORY_MAX_FILE_BYTES")

@@ -143,6 +143,8 @@ def test_a_rollback_is_explained_by_its_audit_row_alone(company: Company, world:
     assert row["before"] == {"move": 2, "version": "1.1.0", "commit": commits["1.1.0"]}
     assert row["after"] == {"move": 3, "version": "1.0.0", "commit": commits["1.0.0"]}
     assert row["detail"]["returns_to_move"] == 1
+    unknown = olga("audit", "--act", "channel:rolback")
+    assert (unknown.code, "'channel:rollback'" in unknown.err) == (6, True), unknown.err
     shown = olga.ok("audit", "--act", "channel:rollback").out
     assert "version: 1.1.0 -> 1.0.0" in shown
     assert "answers are empty" in shown

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from registry.schemas.catalog import ReleaseOut
 from registry.schemas.search import FoundOut, ResolvedOut
 from tests.scenarios.conftest import serving, stock
+from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 
 
@@ -174,6 +175,43 @@ def test_a_misspelt_parameter_is_named_with_what_was_meant(
             assert http.get("/v1/releases", params=bad).status_code == 400
         for bad in ({"max_rank": "x"}, {"limit": 501}, {"include": "all"}, {"alpha": "nan"}, {"kind": "base"}):
             assert http.get("/v1/releases", params=bad).status_code == 422
+
+
+def test_a_condition_that_is_empty_is_refused_and_not_left_out(shelf: Cli) -> None:
+    for flag, value in (
+        ("--targets-within", ","),
+        ("--targets-exact", ""),
+        ("--targets-include", " , "),
+        ("--include", ""),
+        ("--base", ""),
+        ("--repository", ""),
+        ("--channel", " "),
+        ("--loads-in", ""),
+        ("--score", ""),
+        ("--provenance", ""),
+    ):
+        refused = shelf("search", flag, value, "--json")
+        error = refused.json["error"]
+        assert (refused.code, error["code"]) == (2, "empty_parameter"), flag
+        assert flag in error["next"]
+    assert len(found(shelf, "--targets-within", "q_proj,v_proj,")) == 2, "a comma too many does no harm"
+    assert len(found(shelf, "")) == 3
+
+
+def test_a_metric_that_nobody_has_is_unknown_and_one_that_nobody_has_yet_finds_nothing(
+    shelf: Cli, world: World
+) -> None:
+    for asked in (("--sort", "sql-exact.acuracy"), ("--score", "sql-exact.acuracy>=0.1")):
+        refused = shelf("search", *asked, "--json")
+        assert (refused.code, refused.json["error"]["code"]) == (3, "metric_unknown")
+        assert "accuracy" in refused.json["error"]["next"]
+    assert found(shelf, "--sort", "sql-exact.accuracy") == []
+    (suite,) = [row for row in shelf.json("suite", "list")["items"] if row["name"] == "sql-exact"]
+    score = {"suite_digest": suite["digest"], "metric": "f1", "value": 0.5, "n": 1, "higher_is_better": True}
+    with api_of(shelf) as api:
+        api.post("/v1/adapters/acme/sql/releases/1.0.0/scores", {"scores": [score]})
+    assert found(shelf, "--sort", "sql-exact.f1") == ["acme/sql:1.0.0"]
+    assert found(shelf, "--sort", "sql-exact.f1", "--namespace", "beta") == []
 
 
 def test_the_best_come_first_with_documents_that_keep_to_their_schema(

@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import text
 
 from registry.cli.server import HUNG_S
+from registry.db import head_revision
 from tests import services
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server
@@ -157,6 +158,36 @@ def test_a_header_without_an_end_is_cut_off_and_costs_no_memory(tmp_path: Path) 
         assert sent < 16 << 20
         assert resident_bytes(process.pid) - before < 32 << 20
         assert httpx2.get(f"{url}/healthz").status_code == 200
+
+
+def test_headers_that_are_far_too_long_are_answered_431_as_well(tmp_path: Path) -> None:
+    with server(tmp_path / "home") as (url, _):
+        for size in (300 << 10, 1 << 20, 3 << 20):
+            answer = httpx2.get(f"{url}/v1/whoami", headers={"X-Long": "x" * size})
+            assert answer.status_code == 431
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["code"] == "headers_too_large"
+
+
+def test_a_running_server_is_not_ready_while_its_database_has_another_schema(
+    pairing: dict[str, str], tmp_path: Path
+) -> None:
+    with served(tmp_path / "home", **pairing) as (url, _, _):
+        place = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), **pairing})
+        with closing(opened(place)) as resources:
+            for schema, code, next_step in (
+                ("0001", "schema_old", "Run `adaptory migrate`"),
+                ("9999", "schema_new", "Install a newer adaptory"),
+            ):
+                with resources.write() as session:
+                    session.execute(text("UPDATE alembic_version SET version_num = :schema"), {"schema": schema})
+                told = httpx2.get(f"{url}/readyz", timeout=30)
+                assert (told.status_code, told.json()["code"]) == (503, code)
+                assert next_step in told.json()["next"]
+                assert httpx2.get(f"{url}/healthz").status_code == 200
+            with resources.write() as session:
+                session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": head_revision()})
+        assert httpx2.get(f"{url}/readyz", timeout=30).status_code == 200
 
 
 def resident_bytes(pid: int) -> int:
