@@ -152,16 +152,10 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
 
 
 def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Raises Conflict for a release that is not yanked: there is nothing that the reason could be for."""
+    """What is not yanked stays as it is, without a row: it may be a retry of what was done already."""
     _need_reason("Taking a yank back", release, reason)
-    if not release.yanked:
-        raise Conflict(
-            "not_yanked",
-            f"{full_name(release)} is not yanked.",
-            subject=full_name(release),
-            next_step="Nothing is to be done; `adaptory audit --subject REF` tells who took a yank back.",
-        )
-    _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
+    if release.yanked:
+        _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
     return release
 
 

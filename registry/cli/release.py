@@ -233,8 +233,11 @@ def unyank(
 ) -> None:
     """Take a yank back."""
     with connected() as connection:
-        release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/unyank", {"reason": reason})
-    render.document(release, json, lambda: print(f"unyanked {release['repository']}:{release['version']}: {reason}"))
+        before = _exactly(connection, ref, warned=True)
+        release = connection.api.post(f"{_path(before)}/unyank", {"reason": reason})
+    name = f"{release['repository']}:{release['version']}"
+    told = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing was to be done"
+    render.document(release, json, lambda: print(told))
 
 
 def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.errors import Conflict, Invalid, Usage
+from registry.errors import Invalid, Usage
 from tests.scenarios import stored
 from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of
@@ -117,17 +117,18 @@ def test_a_yank_and_taking_it_back_are_refused_without_a_reason(stocked: Cli, wo
     ]
 
 
-def test_a_yank_may_get_a_better_reason_and_one_that_is_not_there_is_not_taken_back(stocked: Cli, world: World) -> None:
+def test_a_yank_may_get_a_better_reason_and_one_that_is_not_there_leaves_no_trace_of_being_taken_back(
+    stocked: Cli, world: World
+) -> None:
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
-    refused = stocked("unyank", "acme/sql:1.0.0", "--reason", "by mistake")
-    assert (refused.code, "acme/sql:1.0.0 is not yanked" in refused.err) == (4, True)
+    assert "acme/sql:1.0.0 is not yanked" in stocked.ok("unyank", "acme/sql:1.0.0", "--reason", "by mistake").out
     for reason in ("wrong data", "wrong data", "leaks customer names"):
         stocked.ok("yank", "acme/sql:1.0.0", "--reason", reason)
         assert stocked.json("show", "acme/sql:1.0.0")["yank_reason"] == reason
     stocked.ok("unyank", "acme/sql:1.0.0", "--reason", "the names were invented")
-    with api_of(stocked) as api, pytest.raises(Conflict) as raised:
-        api.post("/v1/adapters/acme/sql/releases/1.0.0/unyank", {"reason": "once more"})
-    assert raised.value.code == "not_yanked"
+    with api_of(stocked) as api:
+        again = api.post("/v1/adapters/acme/sql/releases/1.0.0/unyank", {"reason": "once more"})
+    assert not again["yanked"]
     told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][1:]
     assert [(event["act"], event["before"]["yank_reason"], event["reason"]) for event in told] == [
         ("release:yank", None, "wrong data"),
