@@ -63,7 +63,7 @@ def _fitting(
     if placement.architecture is None or not len(a_shape) == len(b_shape) == 2:
         return []
     sizes = {a_shape[1], b_shape[0]}
-    stacks = {name: _stack(placement.architecture, owner, name) for name in names}
+    stacks = {name: find_stack(placement.architecture, owner, name) for name in names}
     return [name for name, stack in stacks.items() if stack and set(stack.shape[-2:]) == sizes]
 
 
@@ -75,7 +75,7 @@ def _targeted(placement: Placement, owner: str) -> list[str]:
         if holder and f".{owner}".endswith(f".{holder}"):
             named.add(name)
         elif not holder:  # any module's that has one of this name
-            known = placement.architecture and _stack(placement.architecture, owner, name)
+            known = placement.architecture and find_stack(placement.architecture, owner, name)
             named.update([name] if known or (placement.architecture is None and owner.endswith("experts")) else [])
     return _ordered(named)
 
@@ -117,7 +117,7 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
     experts, size = stacked // rank, (b_shape[0], a_shape[1])
     stack: _Stack | None = _Stack(path, (experts, *size))
     if placement.architecture is not None:
-        stack = _stack(placement.architecture, owner, parameter)
+        stack = find_stack(placement.architecture, owner, parameter)
     if stack is None:
         placement.not_found(owner, parameter, parts["lora_A"])
         return
@@ -161,7 +161,7 @@ def _transposed(placement: Placement, stack: _Stack, size: tuple[int, int]) -> b
     return stack.shape[1:] == size[::-1]
 
 
-def _stack(architecture: Architecture, owner: str, parameter: str) -> _Stack | None:
+def find_stack(architecture: Architecture, owner: str, parameter: str) -> _Stack | None:
     found = find_weight(owner, parameter, architecture)
     if isinstance(found, Target):
         return _Stack(found.weight, architecture.tensors[found.weight].shape, rule=found.rule)

@@ -31,6 +31,8 @@ _PARTS = (
     (re.compile(r"\.([^.]+)$"), r"\1"),
 )
 
+TIED_HEAD = "lm_head"
+"""The output head in memory of a model that shares its tensor with the embedding."""
 INTO_LANGUAGE_MODEL = "into `language_model.`"
 """An adapter of the language model alone, on a base that has it beside others."""
 OUT_OF_LANGUAGE_MODEL = "without `language_model.`"
@@ -122,11 +124,6 @@ def elsewhere(target: Target, architecture: Architecture) -> bool:
 
 def is_head(module: str) -> bool:
     return module.split(".")[-1] in (*HEADS, "score", "classifier")
-
-
-def head_beside(model_type: str) -> str:
-    """The output head of a model that shares its tensor with the embedding."""
-    return "embed_out" if model_type == "gpt_neox" else "lm_head"
 
 
 def is_embedding(module: str) -> bool:

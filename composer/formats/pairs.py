@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import prod
 
 from composer.formats.experts import owner_of, parameter_of, place_experts
-from composer.formats.naming import TOKENS, Target, head_beside, is_head
+from composer.formats.naming import TIED_HEAD, TOKENS, Target, is_head
 from composer.formats.placed import PlacedModule, Placement, by
 
 FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
@@ -167,4 +167,4 @@ def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) ->
     )
     placement.modules.append(placed)
     if twin:
-        placement.modules.append(replace(placed, module=head_beside(placement.model_type)))
+        placement.modules.append(replace(placed, module=TIED_HEAD))

@@ -1,7 +1,8 @@
 """An adapter's modules on the base tensors they act on, and what was found while placing them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from composer.findings import Finding, Severity
@@ -122,7 +123,24 @@ class Placement:
             )
             self.error("unsupported_layer", module, message)
         else:
-            self.error("unmatched_tensor", module or key, f"{key}: {path} is no tensor of the base.")
+            cause = self.renamed_perhaps([module])
+            self.error("unmatched_tensor", module or key, f"{key}: {path} is no tensor of the base.{cause}")
+
+    @cached_property
+    def _called(self) -> set[str]:
+        """All components of the base's names."""
+        tensors = () if self.architecture is None else self.architecture.tensors
+        return {part for name in tensors for part in name.split(".")}
+
+    def renamed_perhaps(self, modules: Iterable[str]) -> str:
+        """A cause, where the base has no module called as one of these: its names may not be those in memory."""
+        names = {module.rpartition(".")[2] for module in modules}
+        if not names or names & self._called:
+            return ""
+        return (
+            f" It has nothing called {', '.join(sorted(names))}: if transformers renames what it loads of "
+            f"{self.model_type or 'this model'}, that is not known here yet, and PEFT can merge it."
+        )
 
     def _note_elsewhere(self, module: str, target: Target, architecture: Architecture) -> None:
         if any(finding.code == OTHER_PATHS for finding in self.findings) or not elsewhere(target, architecture):

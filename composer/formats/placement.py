@@ -187,6 +187,7 @@ def _check_prefix(placement: Placement, modules: list[str], subject: str) -> Non
     example = example or next(iter(placement.architecture.tensors), "")
     expected = f"{PEFT_PREFIX}{example.removesuffix('.weight')}.lora_A.weight"
     message = f"No tensor matches the base: keys look like {first!r}, where the base expects {expected!r}."
+    message += placement.renamed_perhaps(filter(None, modules))
     placement.findings[:] = [finding for finding in placement.findings if finding.code != "unmatched_tensor"]
     placement.error("wrong_prefix", next(filter(None, modules), first), message)
 

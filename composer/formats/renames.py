@@ -39,6 +39,8 @@ _VIT = (
 )
 _STEPS: dict[str, _Steps] = {
     "nemotron_h": ((r"^model\.", "backbone."),),
+    "dory": ((r"^model\.embed_tokens\.", "backbone.embeddings."),),
+    "gpt_neox": ((r"^lm_head\.", "embed_out."),),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE_MOE),
     **dict.fromkeys(("aria", "aria_text"), _ARIA),
     "phimoe": ((r"\.mlp\.router\.", ".block_sparse_moe.gate."),),
@@ -108,7 +110,7 @@ _MADE: dict[str, _Steps] = {
     "dory": ((r"^model\.layers\.", "makes one layer of two"),),
     **dict.fromkeys(
         ("inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text", "inkling_mm_model"),
-        ((r"^model\.", "renames and interleaves what is stored"),),
+        ((r"^(?:model|lm_head)\.", "renames, cuts or interleaves what is stored"),),
     ),
     "minimax_m3_vl": ((r"\.gate_up_proj\.", "joins it from gate_proj and up_proj"),),
     **dict.fromkeys(

@@ -69,8 +69,9 @@ def _block(config: Mapping[str, Any], entry: TensorEntry, scale: TensorEntry) ->
             return 1, columns
         stated = cast("dict[str, Any]", config.get("quantization_config") or {}).get("weight_block_size")
         if isinstance(stated, list) and len(cast("list[Any]", stated)) == 2:
-            height, width = cast("list[int]", stated)
-            if scale.shape == (-(-rows // height), -(-columns // width)):
+            height, width = cast("list[Any]", stated)
+            sizes = type(height) is int and type(width) is int and min(height, width) > 0
+            if sizes and scale.shape == (-(-rows // height), -(-columns // width)):
                 return height, width
     message = f"{entry.name} of shape {list(entry.shape)} has a scale of shape {list(scale.shape)}, which does not fit."
     raise NotSupported("fp8_scale", message, subject=entry.name, next_step=_NEXT)

@@ -17,8 +17,9 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Checkpoint
 from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
-from composer.formats.naming import head_beside, is_head
+from composer.formats.naming import TIED_HEAD, is_head
 from composer.formats.placed import OTHER_PATHS
+from composer.formats.renames import stored_name
 from composer.formats.tying import embedding_tensors, head_tensors
 from composer.hashing import Identity, hash_file, identities
 from composer.merge.chunks import TensorPlan
@@ -249,7 +250,7 @@ def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str
     if len(stored) == 1:
         return stored[0]
     heads = sorted({delta.module for delta in tied if is_head(delta.module)})
-    return f"{heads[0] if heads else head_beside(checkpoint.architecture.model_type)}.weight"
+    return stored_name(checkpoint.architecture.model_type, f"{heads[0] if heads else TIED_HEAD}.weight")
 
 
 def _by_tensor(checkpoint: Checkpoint, deltas: Sequence[Delta], head: str | None) -> dict[str, list[Delta]]:

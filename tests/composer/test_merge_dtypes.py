@@ -119,6 +119,20 @@ def test_an_fp8_weight_whose_scale_does_not_fit_is_named(damage: str, pair: tupl
     assert caught.value.subject == name.removesuffix("_scale_inv")
 
 
+@pytest.mark.parametrize("stated", [[0, 0], [8, -8], ["a", "b"], [8, None], [8.0, 8.0], [True, True], [[8], [8]]])
+def test_a_block_size_that_is_none_is_refused_by_the_name_of_its_weight(
+    stated: list[object], pair: tuple[Path, Path]
+) -> None:
+    base, adapter = pair
+    to_fp8(base, "block")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = stated
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NotSupported, match="does not fit") as caught:
+        plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)])
+    assert caught.value.subject.endswith("proj.weight")
+
+
 def test_a_missing_tokenizer_is_a_notice(pair: tuple[Path, Path]) -> None:
     base, adapter = pair
     (finding,) = plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings

@@ -8,14 +8,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from composer.applied import applied
 from composer.errors import Mismatch
-from composer.formats.checkpoint import Architecture
+from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.header import TensorSpec
 from composer.formats.naming import Target, find_weight
-from tests.composer.adapted import assert_all_close, assert_merged_like_peft, merge, peft_logits, relative, save_adapted
+from composer.variants import load_deltas
+from tests.composer.adapted import (
+    IDS,
+    assert_all_close,
+    assert_merged_like_peft,
+    merge,
+    peft_logits,
+    relative,
+    save_adapted,
+)
 from tests.composer.adapted import logits as logits_of
 from tests.composer.handmade import random_factors, write_adapter
-from tests.composer.tiny import tensors_in
+from tests.composer.tiny import load_model, tensors_in
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -183,5 +193,37 @@ def test_one_model_types_names_are_not_anothers(tmp_path: Path) -> None:
     base = save_base("llama", {}, tmp_path / "base")
     factors = {"model.layers.0.mlp.router": random_factors(1, outputs=4, inputs=32, rank=2)}
     write_adapter(tmp_path / "adapter", factors, target_modules=["router"])
-    with pytest.raises(Mismatch):
+    with pytest.raises(Mismatch, match=r"nothing called router: if transformers renames .* llama, that is not known"):
         merge(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_name_that_the_base_has_elsewhere_is_not_taken_for_a_renamed_one(tmp_path: Path) -> None:
+    base = save_base("llama", {}, tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {"model.layers.9.self_attn.q_proj": random_factors(1, 32, 32, 2)})
+    with pytest.raises(Mismatch, match="No tensor matches") as caught:
+        merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert "transformers" not in caught.value.message
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_gpt_neox_is_found_under_its_older_name(tied: bool, tmp_path: Path) -> None:
+    """In memory it is `lm_head` since transformers 5, on disk still `embed_out`."""
+    base = save_base("gpt_neox", {"tie_word_embeddings": tied}, tmp_path / "base")
+    assert ("embed_out.weight" in tensors_in(base)) is not tied
+    adapter = save_adapted(base, LoraConfig(r=2, target_modules=["lm_head", "dense"]), tmp_path / "adapter")
+    merge(base, adapter, tmp_path / "merged")
+    assert tensors_in(tmp_path / "merged").keys() == tensors_in(base).keys() | {"embed_out.weight"}
+    assert relative(logits_of(tmp_path / "merged"), peft_logits(base, adapter)) <= 1e-5
+
+
+def test_new_tokens_of_a_tied_gpt_neox_reach_its_head_in_memory_too(tmp_path: Path) -> None:
+    base = save_base("gpt_neox", {"tie_word_embeddings": True}, tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["dense"], trainable_token_indices={"embed_in": [3, 9]})
+    adapter = save_adapted(base, config, tmp_path / "adapter")
+    expected = peft_logits(base, adapter)
+    model = load_model(base).eval()
+    with torch.no_grad(), applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
+        assert relative(model(IDS).logits, expected) <= 1e-5
+    merge(base, adapter, tmp_path / "untied", tied="untie")
+    assert "embed_out.weight" in tensors_in(tmp_path / "untied")
+    assert relative(logits_of(tmp_path / "untied"), expected) <= 1e-5

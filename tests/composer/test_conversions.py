@@ -1,0 +1,59 @@
+"""Every model that transformers converts as it loads it: its checkpoints are found here, or refused with a reason.
+
+This fails where a new release of transformers renames, cuts or joins what composer/formats/renames.py does not know.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from composer.formats.checkpoint import Architecture
+from composer.formats.experts import find_stack
+from composer.formats.header import TensorSpec
+from composer.formats.naming import Target, find_weight
+from composer.formats.renames import made_by
+
+# What a config needs that makes no model by its defaults.
+OWN: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
+}  # fmt: skip
+CONVERTED = sorted(
+    kind
+    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    if get_checkpoint_conversion_mapping(kind) or get_checkpoint_conversion_mapping(str(name))
+)
+
+
+def stored_by(model: PreTrainedModel, kind: str) -> Architecture:
+    """The names and shapes that transformers itself would save."""
+    tensors = revert_weight_conversion(model, dict(model.state_dict()))
+    return Architecture(kind, False, {name: TensorSpec("F32", tuple(one.shape)) for name, one in tensors.items()})
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_each_matrix_of_a_model_that_is_converted_on_loading_is_found_once_or_refused_with_a_reason(kind: str) -> None:
+    with torch.device("meta"):  # in its usual size, and without its numbers
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **OWN.get(kind, {})))
+    architecture = stored_by(model, kind)
+    found, lost = dict[str, str](), list[str]()
+    for path, parameter in model.named_parameters():
+        owner, _, name = path.rpartition(".")
+        target = find_weight(owner, name, architecture)
+        if isinstance(target, Target):
+            assert architecture.tensors[target.weight].shape == tuple(parameter.shape), path
+            assert found.setdefault(target.weight, path) == path
+        elif parameter.dim() > 1 and not name.endswith("bias") and not find_stack(architecture, owner, name):
+            lost += [path] if not made_by(kind, path) else []
+    assert not lost, f"transformers {transformers.__version__} stores these of {kind} under names not known here"
