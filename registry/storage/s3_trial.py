@@ -56,8 +56,6 @@ class Trial:
         self._bucket, self._storage = bucket, storage
         self._signed_put, self._parts, self._aside = signed_put, parts, aside
         self._answers: dict[Callable[[], bool], bool] = {}
-        if storage.direct != "auto":
-            self._answers[self._holds_to_the_signed_end] = storage.direct
         self._lock = Lock()
         self._failed: tuple[float, Unavailable] | None = None
 
@@ -72,7 +70,10 @@ class Trial:
         Where the settings leave it open: if the store takes right bytes with the signed end, and refuses the same bytes
         with every other one.
         """
-        return self.checks_bodies() and self._answer(self._holds_to_the_signed_end)
+        if not self.checks_bodies():
+            return False
+        said = self._storage.direct
+        return self._answer(self._holds_to_the_signed_end) if said == "auto" else said
 
     def checks_parts(self) -> bool:
         """Whether the store refuses a part of another sha256 than the signed one, and joins those that came with it."""
