@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import ColumnElement, String, bindparam, or_, select
 from sqlalchemy.orm import Session, undefer
 
 from composer.formats.checkpoint import Architecture, TensorSpec
+from composer.formats.header import DTYPE_BITS
 from composer.hashing import architecture_digest, weights_digest
 from registry import audit
 from registry.access import Role, holds, refuse_stranger
@@ -21,6 +23,8 @@ RELATIONS = ("quantized", "cast", "finetuned", "merged")
 SAME_MODEL = ("cast", "quantized")
 """Relations that keep what a base computes, but for rounding: an adapter of one is worth trying on the other."""
 MAX_STEPS, MAX_RELATED = 4, 100
+MAX_PARAMETERS = 1 << 59
+"""With which a size still fits into a column; a million times what the largest models have."""
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
 _DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
 _SCHEMES = ("file://", "hf://", "s3://")
@@ -62,8 +66,6 @@ class NewBase:
     name: str
     model_type: str
     tied: bool
-    parameters: int
-    size_bytes: int
     tensors: Sequence[TensorRow]
     weights_digest: Digest
     aliases: Sequence[str] = ()
@@ -76,52 +78,80 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
     """The base and whether it is new. Adding a known base again only adds aliases, locations and its origin.
 
     Those of another's base are for its maker and admins to add: an alias decides what a push is checked against. Raises
-    NotAllowed for others, unless all that they state is there.
+    NotAllowed for others, unless all that they state is there, and Conflict for another model type or another tie.
     """
-    table = {row.name: row for row in new.tensors}
-    architecture = Architecture(
-        new.model_type, new.tied, {row.name: TensorSpec(row.dtype, row.shape) for row in new.tensors}
-    )
-    if (
-        len(table) != len(new.tensors)
-        or weights_digest((r.name, r.dtype, r.shape, r.sha256) for r in new.tensors) != new.weights_digest
-    ):
+    architecture = _checked_architecture(new)
+    base = session.get(Base, new.weights_digest)
+    created = base is None
+    if base is None:
+        base = _insert(session, actor, new, architecture)
+    elif (base.model_type, base.tied) != (new.model_type, new.tied):
+        raise Conflict(
+            "base_differs",
+            f"These weights are {base.name!r}, of model type {base.model_type!r} with tied={base.tied}, "
+            f"not {new.model_type!r} with tied={new.tied}.",
+            subject=new.name,
+            next_step="Compare config.json with the one that the base was added from.",
+        )
+    _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
+    _add_locations(session, actor, base, new.locations)
+    _add_relation(session, actor, base, new)
+    session.flush()
+    return base, created
+
+
+def _checked_architecture(new: NewBase) -> Architecture:
+    """What a base is follows from its table of tensors, and that from the weights digest."""
+    tensors = {row.name: TensorSpec(row.dtype, row.shape) for row in new.tensors}
+    for row in new.tensors:
+        if row.dtype not in DTYPE_BITS:
+            raise Invalid(
+                "unknown_dtype",
+                f"{row.name} has the unknown dtype {row.dtype}.",
+                subject=row.name,
+                next_step=f"Name one of safetensors' dtypes: {', '.join(DTYPE_BITS)}.",
+            )
+    hashed = weights_digest((row.name, row.dtype, row.shape, row.sha256) for row in new.tensors)
+    if len(tensors) != len(new.tensors) or hashed != new.weights_digest:
         raise Invalid(
             "digest_differs",
             "The weights digest does not follow from the tensor table.",
             subject=new.name,
             next_step="Hash the checkpoint again.",
         )
-    base = session.get(Base, new.weights_digest)
-    created = base is None
-    if base is None:
-        _refuse_taken_name(session, new)
-        rows = [
-            [row.name, row.dtype, list(row.shape), row.sha256] for row in sorted(new.tensors, key=lambda row: row.name)
-        ]
-        base = Base(
-            digest=new.weights_digest,
-            architecture_digest=architecture_digest(architecture),
-            name=parse_part(new.name, "base name"),
-            model_type=new.model_type,
-            tied=new.tied,
-            parameters=new.parameters,
-            size_bytes=new.size_bytes,
-            tensor_count=len(rows),
-            tensors=rows,
-            derived_from=None,
-            relation=None,
-            created_at=actor.at,
-            created_by=actor.name,
+    if sum(spec.elements for spec in tensors.values()) > MAX_PARAMETERS:
+        raise Invalid(
+            "base_too_large",
+            f"No checkpoint is as large as the tensor table of {new.name!r} says.",
+            subject=new.name,
+            next_step="Look at the shapes.",
         )
-        session.add(base)
-        session.flush()
-        audit.record(session, actor, Act.BASE_ADD, base.digest, namespace=None, after={"name": base.name})
-    _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
-    _add_locations(session, actor, base, new.locations)
-    _add_relation(session, actor, base, new)
+    return Architecture(new.model_type, new.tied, tensors)
+
+
+def _insert(session: Session, actor: Actor, new: NewBase, architecture: Architecture) -> Base:
+    _refuse_taken_name(session, new)
+    rows = sorted(new.tensors, key=lambda row: row.name)
+    specs = architecture.tensors.values()
+    base = Base(
+        digest=new.weights_digest,
+        architecture_digest=architecture_digest(architecture),
+        name=parse_part(new.name, "base name"),
+        model_type=new.model_type,
+        tied=new.tied,
+        parameters=sum(spec.elements for spec in specs),
+        size_bytes=sum(spec.size_bytes for spec in specs),
+        tensor_count=len(rows),
+        tensors=[[row.name, row.dtype, list(row.shape), row.sha256] for row in rows],
+        derived_from=None,
+        relation=None,
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    session.add(base)
     session.flush()
-    return base, created
+    audit.record(session, actor, Act.BASE_ADD, base.digest, namespace=None, after={"name": base.name})
+    return base
 
 
 def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
@@ -172,18 +202,26 @@ def architecture(session: Session, digest: str) -> Architecture:
     )
 
 
-def aliases(session: Session, base: Base) -> list[str]:
-    return list(
-        session.scalars(select(BaseAlias.alias).where(BaseAlias.base_digest == base.digest).order_by(BaseAlias.alias))
-    )
+def aliases(session: Session, *listed: Base) -> dict[str, list[str]]:
+    """By digest; one query for a page of bases, as those that follow."""
+    return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, listed)
 
 
-def locations(session: Session, base: Base) -> list[str]:
-    return list(
-        session.scalars(
-            select(BaseLocation.url).where(BaseLocation.base_digest == base.digest).order_by(BaseLocation.url)
-        )
-    )
+def locations(session: Session, *listed: Base) -> dict[str, list[str]]:
+    return _by_digest(session, BaseLocation.base_digest, BaseLocation.url, listed)
+
+
+def origins(session: Session, *listed: Base) -> dict[str, str]:
+    """The name of the base that each was made from, by that one's digest."""
+    query = select(Base.digest, Base.name).where(Base.digest.in_({base.derived_from for base in listed}))
+    return dict(session.execute(query).all())
+
+
+def _by_digest(session: Session, digest: Any, text: Any, listed: Sequence[Base]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {base.digest: [] for base in listed}
+    for of, one in session.execute(select(digest, text).where(digest.in_(found)).order_by(text)):
+        found[of].append(one)
+    return found
 
 
 def related(session: Session, digest: str) -> dict[str, str]:
@@ -311,10 +349,11 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
             subject=base.name,
             next_step="Name another relation: quantized, finetuned or merged.",
         )
+    before = {"derived_from": base.derived_from, "relation": base.relation} if base.derived_from else None
     base.derived_from, base.relation = origin.digest, new.relation
     session.flush()
     after = {"derived_from": origin.digest, "relation": new.relation}
-    audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after=after)
+    audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, before=before, after=after)
 
 
 def _origins(session: Session, base: Base) -> set[str]:

@@ -36,10 +36,16 @@ MMAP_BYTES = 256 << 20
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment in UTC. SQLite forgets the zone of a timestamp, so it is put back when a row is read."""
+    """A moment in UTC, as which one without a zone is taken. SQLite forgets the zone of a timestamp: it is sent in UTC,
+    and put back when a row is read."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None or value.tzinfo is UTC:
+            return value
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
@@ -206,7 +212,7 @@ def _sqlite_wait_s(patience: Patience) -> float:
 
 def _sqlite(url: URL, patience: Patience) -> Engine:
     connect = {"check_same_thread": False, "timeout": _sqlite_wait_s(patience)}
-    engine = create_engine(url, connect_args=connect, pool_size=POOL_SIZE)
+    engine = create_engine(url, connect_args=connect, pool_size=POOL_SIZE, max_overflow=0)
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from registry.models import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
 from registry.statements import Prepared, among, exact, filled, json_list, json_rows, moment
 
-TOGETHER = 100
-"""So many releases a statement: with manifests of 10,000 files each they stay below what a text may be long."""
+TOGETHER = 50
+"""So many releases a statement: with manifests of thousands of files each they still fit in memory."""
 
 _base, _input, _release, _repository, _revision, _score, _suite = (
     table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, Suite)

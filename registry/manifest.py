@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from registry.errors import Invalid
 from registry.names import Digest
 
-MAX_FILES = 10_000
+MAX_FILES = 2_000
 MAX_PATH_CHARACTERS = 400
 MAX_PART_BYTES = 240
 """File systems take 255, of which the name of an unfinished copy needs some."""

@@ -50,6 +50,7 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
     engine = create_engine(
         url,
         pool_size=pool_size,
+        max_overflow=0,
         isolation_level="AUTOCOMMIT",
         connect_args={"options": options, "connect_timeout": connect_s},
     )

@@ -222,6 +222,18 @@ def list_page(session: Session, repository: Repository, *, before: str, limit: i
     return list(session.scalars(query))
 
 
+def find_file(session: Session, release: Release, path: str) -> RevisionFile:
+    file = session.get(RevisionFile, (release.revision_id, path))
+    if file is None:
+        raise NotFound(
+            "file_unknown",
+            f"{full_name(release)} has no file {path[:200]!r}.",
+            subject=path[:200],
+            next_step=f"`adaptory show {full_name(release)}` lists its files.",
+        )
+    return file
+
+
 def files_of(session: Session, *listed: Release) -> dict[int, list[RevisionFile]]:
     """The files of each revision, by path; one query for a page of releases."""
     found: dict[int, list[RevisionFile]] = {release.revision_id: [] for release in listed}

@@ -78,7 +78,7 @@ class Resolved:
 
 @dataclass(slots=True)
 class Heads:
-    """What a repository leads to: `latest` is its highest stable version, `channels` the version on each."""
+    """What a repository leads to: `latest` is its highest stable version, `channels` the version that each gives."""
 
     latest: str | None = None
     channels: dict[str, str] = field(default_factory=dict[str, str])
@@ -111,7 +111,7 @@ def locate(session: Session, reference: Reference, kind: Kind | None = None) -> 
 
 
 def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
-    """By repository id; two queries for a page of repositories."""
+    """By repository id; two queries for a page of repositories, and more for channels whose last release is yanked."""
     found = {repository.id: Heads() for repository in listed}
     top = select(Release.repository_id, func.max(Release.sort_key).label("sort_key"))
     top = top.where(Release.repository_id.in_(found), Release.stable, ~Release.yanked)
@@ -119,10 +119,12 @@ def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
     is_top = (Release.repository_id == top.c.repository_id) & (Release.sort_key == top.c.sort_key)
     for repository_id, version in session.execute(select(Release.repository_id, Release.version).join(top, is_top)):
         found[repository_id].latest = version
-    served = select(Channel.repository_id, Channel.name, Release.version).join(Move, Move.id == Channel.move_id)
-    served = served.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(found))
-    for repository_id, channel, version in session.execute(served.order_by(Channel.name)):
-        found[repository_id].channels[channel] = version
+    moved = select(Channel, Release.version, Release.yanked).join(Move, Move.id == Channel.move_id)
+    moved = moved.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(found))
+    for channel, version, yanked in session.execute(moved.order_by(Channel.name)):
+        served = channels.serving(session, channel) if yanked else None
+        if served or not yanked:
+            found[channel.repository_id].channels[channel.name] = served.to_release.version if served else version
     return found
 
 

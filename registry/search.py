@@ -37,7 +37,6 @@ from registry.descriptions import CURRENT_SUITES, Stamp
 from registry.errors import Usage
 from registry.models import Channel, Release, ReleaseWord, Score
 from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows
-from registry.suites import HIGHER_IS_BETTER
 from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
 
 NEWEST, VERSION = "newest", "version"
@@ -200,11 +199,7 @@ def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
         )
     suite = suites.find(session, suite_name)
     values |= {"by_suite": suite.id, "by_metric": metric}
-    better = HIGHER_IS_BETTER.get(metric)
-    if better is None:
-        of_metric = select(_score.higher_is_better).where(_score.suite_id == suite.id, _score.metric == metric)
-        better = session.scalar(of_metric.limit(1)) is not False
-    return _By("value", better, goes_on)
+    return _By("value", suites.is_higher_better(session, suite, metric), goes_on)
 
 
 def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Match]:

@@ -159,7 +159,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
     rows: list[Score] = []
     for measurement in measurements:
         suite = find(session, measurement.suite_digest)
-        _check_measurement(measurement, suite)
+        _check_measurement(session, measurement, suite)
         owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
         score = session.scalar(
             select(Score).where(owner, Score.suite_id == suite.id, Score.metric == measurement.metric)
@@ -186,8 +186,9 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
     return rows
 
 
-def _check_measurement(measurement: Measurement, suite: Suite) -> None:
-    """Who records a score does not decide what can be measured, what is better, nor how many examples a suite has."""
+def _check_measurement(session: Session, measurement: Measurement, suite: Suite) -> None:
+    """Who records a score does not decide what can be measured, nor how many examples a suite has; what is better of a
+    metric that is not known here says the first one."""
     least, most = RANGES.get(measurement.metric, (-math.inf, math.inf))
     if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < 1:
         raise Invalid(
@@ -196,7 +197,7 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
             subject=measurement.metric,
             next_step=f"Record a finite value from {least:g} to {most:g}, measured on one example or more.",
         )
-    better = HIGHER_IS_BETTER.get(measurement.metric, measurement.higher_is_better)
+    better = is_higher_better(session, suite, measurement.metric, measurement.higher_is_better)
     if measurement.higher_is_better != better or measurement.n > suite.examples:
         raise Invalid(
             "bad_score",
@@ -207,12 +208,30 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
         )
 
 
+def is_higher_better(session: Session, suite: Suite, metric: str, unknown: bool = True) -> bool:
+    """`unknown` where nothing says so yet."""
+    if metric in HIGHER_IS_BETTER:
+        return HIGHER_IS_BETTER[metric]
+    of_metric = select(Score.higher_is_better).where(Score.suite_id == suite.id, Score.metric == metric)
+    said = session.scalar(of_metric.limit(1))
+    return unknown if said is None else said
+
+
 def scores_of(session: Session, subject: Release | Base) -> list[Score]:
     """Of the current suites, by suite and metric."""
     owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
     return list(
         session.scalars(select(Score).join(Suite).where(owner, Suite.current).order_by(Suite.name, Score.metric))
     )
+
+
+def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
+    """As `scores_of`, by the digest of each base; one query for a page of them."""
+    found: dict[str, list[Score]] = {base.digest: [] for base in listed}
+    query = select(Score).join(Suite).where(Score.base_digest.in_(found), Suite.current)
+    for score in session.scalars(query.order_by(Suite.name, Score.metric)):
+        found[score.base_digest or ""].append(score)
+    return found
 
 
 def _owner_columns(subject: Release | Base) -> dict[str, Any]:

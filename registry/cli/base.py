@@ -98,8 +98,6 @@ def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, 
         "name": name,
         "model_type": architecture.model_type,
         "tied": architecture.tied,
-        "parameters": identity.parameters,
-        "size_bytes": identity.size_bytes,
         "weights_digest": identity.weights_digest,
         "tensors": [
             {"name": tensor, "dtype": spec.dtype, "shape": list(spec.shape), "sha256": identity.tensor_hashes[tensor]}

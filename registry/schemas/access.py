@@ -1,7 +1,7 @@
 """Tokens, namespaces and members on the wire."""
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -42,7 +42,7 @@ class NamespaceIn(Wire):
 
     public: bool | None = None
     require_signature: bool | None = None
-    signing_keys: list[str] | None = Field(default=None, max_length=20)
+    signing_keys: list[Annotated[str, Field(max_length=2000)]] | None = Field(default=None, max_length=20)
 
 
 class NamespaceOut(Wire):

@@ -24,8 +24,6 @@ class BaseIn(Wire):
     name: str
     model_type: str = Field(max_length=64)
     tied: bool
-    parameters: Count
-    size_bytes: Count
     weights_digest: str = Sha256
     tensors: list[TensorRow] = Field(min_length=1, max_length=1_000_000)
     aliases: list[str] = Field(default=[], max_length=100)
@@ -98,7 +96,7 @@ class ReleaseIn(Wire):
     version: str | None = None
     bump: Literal["auto", "major", "minor", "patch"] | None = None
     base: str = Field(min_length=1, max_length=200)
-    files: list[FileRow] = Field(min_length=1, max_length=10_000)
+    files: list[FileRow] = Field(min_length=1, max_length=2_000)
     notes: str = Field(default="", max_length=20_000)
     allow_breaking: str | None = Field(default=None, min_length=1, max_length=1000)
     provenance: Provenance | None = None

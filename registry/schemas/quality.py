@@ -49,12 +49,14 @@ class SuiteOut(Wire):
 
 
 class ChannelOut(Wire):
-    """`move` is the id of the last move, and the channel's ETag."""
+    """`move` is the id of the last move, and the channel's ETag. `version` is what the channel gives out: None when all
+    that it could is yanked; `passes_over` is the version that it was moved to last, where that one is yanked."""
 
     repository: str
     channel: str
-    version: str
-    commit: str
+    version: str | None
+    commit: str | None
+    passes_over: str | None = None
     moved_at: datetime
     moved_by: str
     move: int

@@ -12,7 +12,7 @@ class UploadIn(Wire):
     """Files that a release in `namespace` shall have."""
 
     namespace: str = Field(max_length=64)
-    files: list[FileRow] = Field(min_length=1, max_length=10_000)
+    files: list[FileRow] = Field(min_length=1, max_length=2_000)
 
 
 class PutOut(Wire):

@@ -12,7 +12,7 @@ from registry.http.rules import Contributor, Member
 from registry.names import parse_digest
 from registry.schemas import Page
 from registry.schemas.catalog import BaseIn, BaseOut
-from registry.web.views import base_view
+from registry.web.views import base_page, base_view
 
 router = APIRouter(prefix="/v1/bases", tags=["bases"])
 
@@ -22,17 +22,15 @@ def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response:
     """201 for a new base, 200 for one known already, whose aliases and locations are added to."""
     rows = [TensorRow(row.name, row.dtype, tuple(row.shape), parse_digest(row.sha256)) for row in body.tensors]
     new = NewBase(
-        body.name,
-        body.model_type,
-        body.tied,
-        body.parameters,
-        body.size_bytes,
-        rows,
-        parse_digest(body.weights_digest),
-        body.aliases,
-        body.locations,
-        body.derived_from,
-        body.relation,
+        name=body.name,
+        model_type=body.model_type,
+        tied=body.tied,
+        tensors=rows,
+        weights_digest=parse_digest(body.weights_digest),
+        aliases=body.aliases,
+        locations=body.locations,
+        derived_from=body.derived_from,
+        relation=body.relation,
     )
     with resources.write() as session:
         base, created = bases.register(session, actor, new)
@@ -51,7 +49,7 @@ def remove_alias(alias: str, resources: ResourcesOf, actor: Contributor) -> Base
 def list_bases(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[BaseOut]:
     with resources.read() as session:
         rows = bases.list_page(session, after=decode_cursor(cursor), limit=limit + 1)
-        return page([base_view(session, row) for row in rows], limit, [row.name for row in rows])
+        return page(base_page(session, rows), limit, [row.name for row in rows])
 
 
 @router.get("/{base:path}")

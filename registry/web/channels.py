@@ -26,10 +26,8 @@ IfNoneMatch = Annotated[str | None, Header(description="`*`: only when the chann
 def list_channels(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> ChannelsOut:
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
-        found = [
-            (channel, channels.current_move(session, channel)) for channel in channels.list_all(session, repository)
-        ]
-        return ChannelsOut(items=[channel_view(channel, repository, move) for channel, move in found if move])
+        found = channels.list_all(session, repository)
+        return ChannelsOut(items=[channel_view(session, channel, repository) for channel in found])
 
 
 @repository_routes.get(CHANNEL)
@@ -40,7 +38,7 @@ def show_channel(
         repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
         response.headers["ETag"] = etag(row.move_id or 0)
-        return channel_view(row, repository, channels.current_of(session, row))
+        return channel_view(session, row, repository)
 
 
 @repository_routes.put(CHANNEL, response_model=MoveOut)

@@ -5,9 +5,10 @@ and write a page of fifty again would cost several times what it costs to find i
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from threading import Lock
 from typing import Any
 
@@ -19,7 +20,7 @@ from registry.access import may_read
 from registry.audit import Actor
 from registry.channels import Moved
 from registry.db import Session
-from registry.descriptions import Description, Stamp, describe
+from registry.descriptions import TOGETHER, Description, Stamp, describe
 from registry.models import Release
 from registry.names import RepositoryName
 from registry.repositories import Kind
@@ -31,6 +32,8 @@ _MANIFEST = '{"files":', "}"
 """What stands around the rows of files in a canonical manifest."""
 MAX_KEPT_BYTES = 64 << 20
 """Some 20,000 documents of an adapter with three files and four scores."""
+PAGE_BYTES = 16 << 20
+"""A page that has so much ends early: a release of thousands of files takes a megabyte."""
 _ENTRY_BYTES = 600  # measured: what a document takes besides its text
 
 
@@ -55,15 +58,29 @@ def move_document(moved: Moved, repository: RepositoryName, channel: str) -> Jso
     }
 
 
-def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[Json]:
-    """In the order of the ids."""
-    return [release_document(actor, one) for one in describe(session, release_ids)]
+def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[bytes]:
+    """In the order of the ids: as many as a page holds."""
+    written: list[bytes] = []
+    for some in _in_parts(release_ids):
+        written += [_dumped(release_document(actor, one)) for one in describe(session, some)]
+        if (fit := _how_many_fit(map(len, written))) < len(written):
+            return written[:fit]
+    return written
 
 
 def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut:
     """One of them, checked."""
     session.flush()
-    return ReleaseOut.model_validate_json(_dumped(release_documents(session, actor, [release.id])[0]))
+    return ReleaseOut.model_validate_json(release_documents(session, actor, [release.id])[0])
+
+
+def _in_parts(release_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (release_ids[start : start + TOGETHER] for start in range(0, len(release_ids), TOGETHER))
+
+
+def _how_many_fit(sizes: Iterable[int]) -> int:
+    """Of documents of those sizes, on a page; one at least."""
+    return max(1, sum(total <= PAGE_BYTES for total in accumulate(sizes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +117,15 @@ class Documents:
     _lock: Lock = field(default_factory=Lock)
 
     def page(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[Told]:
-        """In the order of the ids of `stamps`, which say what is true now."""
+        """In the order of the ids of `stamps`, which say what is true now: as many as a page holds."""
+        told: list[Told] = []
+        for some in _in_parts(list(stamps)):
+            told += self._told(session, actor, {number: stamps[number] for number in some})
+            if (fit := _how_many_fit(len(one.document) for one in told)) < len(told):
+                return told[:fit]
+        return told
+
+    def _told(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[Told]:
         found = self._true(stamps)
         for one in describe(session, [number for number in stamps if number not in found]):
             row = one.release

@@ -6,7 +6,6 @@ from fastapi import APIRouter, Header, Response
 
 from registry import compositions, publishing, releases, repositories
 from registry.access import Role, permit
-from registry.errors import NotFound
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import ResourcesOf
 from registry.http.rules import Caller, Publisher, Reader, Releaser
@@ -26,7 +25,7 @@ from registry.schemas.catalog import (
     YankIn,
 )
 from registry.web.blobs import BYTES, file_response
-from registry.web.documents import json_response, release_documents, release_view
+from registry.web.documents import page_response, release_documents, release_view
 from registry.web.repository import KindOf, RepositoryOf
 from registry.web.views import repository_page
 
@@ -87,7 +86,7 @@ def list_releases(
         repository = repositories.find(session, named.name, named.kind)
         rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
         items = release_documents(session, actor, [row.id for row in rows[:limit]])
-    return json_response({"items": items, "next": encode_cursor(rows[limit - 1].sort_key) if rows[limit:] else None})
+    return page_response(items, encode_cursor(rows[len(items) - 1].sort_key) if rows[len(items) :] else None)
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}")
@@ -124,16 +123,8 @@ def download_file(
     byte_range: Annotated[str | None, Header(alias="Range")] = None,
 ) -> Response:
     with resources.read() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        digests = {file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]}
-    if path not in digests:
-        raise NotFound(
-            "file_unknown",
-            f"{named.name}:{version} has no file {path[:200]!r}.",
-            subject=path[:200],
-            next_step=f"`adaptory show {named.name}:{version}` lists its files.",
-        )
-    return file_response(resources, Digest(digests[path]), f"{path} of {named.name}:{version}", byte_range)
+        file = releases.find_file(session, releases.find(session, named.name, parse_version(version), named.kind), path)
+    return file_response(resources, Digest(file.sha256), f"{path} of {named.name}:{version}", byte_range)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")

@@ -64,7 +64,7 @@ def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> 
         places = found.places[: query.limit]
         told = _documents(request).page(session, actor, {place.release_id: place.stamp for place in places})
     items = [one.with_remarks(_remarks(one, found, wanted.loads_in)) for one in told]
-    following = _cursor(query, places[-1]) if len(found.places) > len(places) else None
+    following = _cursor(query, places[len(told) - 1]) if len(found.places) > len(told) else None
     return page_response(items, following)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from registry import bases, repositories, resolve, suites
+from registry import bases, channels, repositories, resolve, suites
 from registry.channels import Moved
 from registry.db import Session
 from registry.models import (
@@ -11,7 +11,6 @@ from registry.models import (
     Channel,
     Composition,
     Job,
-    Move,
     Repository,
     Score,
     Suite,
@@ -42,25 +41,34 @@ def score_view(row: Score) -> ScoreOut:
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
-    origin = session.get_one(Base, row.derived_from) if row.derived_from else None
-    return BaseOut(
-        digest=row.digest,
-        architecture_digest=row.architecture_digest,
-        name=row.name,
-        aliases=bases.aliases(session, row),
-        locations=bases.locations(session, row),
-        model_type=row.model_type,
-        tied=row.tied,
-        parameters=row.parameters,
-        size_bytes=row.size_bytes,
-        tensor_count=row.tensor_count,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        scores=[score_view(score) for score in suites.scores_of(session, row)],
-        tensors=_tensor_table(row) if tensors else None,
-        derived_from=BaseRef(digest=origin.digest, name=origin.name) if origin else None,
-        relation=row.relation,
-    )
+    [view] = base_page(session, [row])
+    return view.model_copy(update={"tensors": _tensor_table(row)}) if tensors else view
+
+
+def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
+    """Four queries for the whole page, however long it is."""
+    aliases, locations = bases.aliases(session, *rows), bases.locations(session, *rows)
+    origins, scores = bases.origins(session, *rows), suites.scores_of_bases(session, *rows)
+    return [
+        BaseOut(
+            digest=row.digest,
+            architecture_digest=row.architecture_digest,
+            name=row.name,
+            aliases=aliases[row.digest],
+            locations=locations[row.digest],
+            model_type=row.model_type,
+            tied=row.tied,
+            parameters=row.parameters,
+            size_bytes=row.size_bytes,
+            tensor_count=row.tensor_count,
+            created_at=row.created_at,
+            created_by=row.created_by,
+            scores=[score_view(score) for score in scores[row.digest]],
+            derived_from=BaseRef(digest=row.derived_from, name=origins[row.derived_from]) if row.derived_from else None,
+            relation=row.relation,
+        )
+        for row in rows
+    ]
 
 
 def _tensor_table(row: Base) -> list[TensorRow]:
@@ -95,12 +103,14 @@ def suite_view(row: Suite, *, content: bool = False) -> SuiteOut:
     )
 
 
-def channel_view(row: Channel, repository: Repository, move: Move) -> ChannelOut:
+def channel_view(session: Session, row: Channel, repository: Repository) -> ChannelOut:
+    move, served = channels.current_of(session, row), channels.serving(session, row)
     return ChannelOut(
         repository=str(repositories.name_of(repository)),
         channel=row.name,
-        version=move.to_release.version,
-        commit=move.to_release.revision.commit,
+        version=served.to_release.version if served else None,
+        commit=served.to_release.revision.commit if served else None,
+        passes_over=None if served == move else move.to_release.version,
         moved_at=move.at,
         moved_by=move.actor,
         move=move.id,

@@ -134,7 +134,7 @@ def _publish_yardsticks(resources: Resources) -> None:
     rows = [TensorRow("w", "F32", (2, 2), sha)]
     digest = Digest(weights_digest([("w", "F32", (2, 2), sha)]))
     with resources.write() as session:
-        bases.register(session, HOST, NewBase("tiny", "llama", False, 4, 16, rows, digest))
+        bases.register(session, HOST, NewBase("tiny", "llama", False, rows, digest))
         document = {"name": "exact", "kind": "target", "chat": False, "examples": [{"prompt": "a", "completion": "b"}]}
         suites.add(session, HOST, Suite.from_json(document))
 

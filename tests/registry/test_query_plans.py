@@ -18,13 +18,14 @@ from psycopg import sql
 
 from benchmarks import stock
 from composer.formats.serving import Profile
-from registry import descriptions, resolve, search
+from registry import bases, descriptions, resolve, search
 from registry.access import EVERYWHERE
 from registry.audit import Actor
 from registry.db import Database, Session
 from registry.names import RepositoryName, parse_reference
 from registry.search import VERSION, Order, Place, Query
 from registry.suites import Condition
+from registry.web import views
 from registry.web.documents import Documents
 from tests import services
 from tests.composer.small_model import save_llama
@@ -261,3 +262,10 @@ def test_a_channel_is_resolved_with_one_statement(stocked: Stocked) -> None:
 
 def _locate(session: Session, text: str) -> resolve.Located:
     return resolve.locate(session, parse_reference(text))
+
+
+def test_a_page_of_bases_is_four_more_statements_however_long_it_is(stocked: Stocked) -> None:
+    def ask(session: Session) -> None:
+        views.base_page(session, bases.list_page(session, after="", limit=50))
+
+    assert len(stocked.plans(ask)) == 5

@@ -23,8 +23,6 @@ def add_base(cli: Cli, name: str) -> None:
         "name": name,
         "model_type": "llama",
         "tied": False,
-        "parameters": 4 * len(rows),
-        "size_bytes": 16 * len(rows),
         "weights_digest": weights_digest(rows),
         "tensors": [dict(zip(("name", "dtype", "shape", "sha256"), row, strict=True)) for row in rows],
     }

@@ -135,7 +135,7 @@ class Stock:
         bodies: dict[str, Any] = {
             "/v1/suites": {"name": "exact", "kind": "target", "chat": False, "examples": [example]},
             "/v1/bases": {
-                "name": "new", "model_type": "llama", "tied": False, "parameters": 1, "size_bytes": 4,
+                "name": "new", "model_type": "llama", "tied": False,
                 "weights_digest": weights_digest([("w", "F32", (1,), "3" * 64)]), "tensors": [tensor],
             },
             "/v1/uploads": {"namespace": "acme", "files": [file]},
