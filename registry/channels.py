@@ -252,11 +252,10 @@ def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
 
 
 def serving(session: Session, channel: Channel) -> Move | None:
-    """The move whose release the channel gives out: the current one, or the first one below it that is not yanked."""
-    current = current_move(session, channel)
-    if current is None or not current.to_release.yanked:
-        return current
-    return _below(session, current)
+    """The move whose release the channel gives out: the current one, or the first one below it that is not yanked.
+    None before its first move."""
+    current = session.get(Move, channel.move_id) if channel.move_id else None
+    return _below(session, current) if current and current.to_release.yanked else current
 
 
 def history(session: Session, channel: Channel, *, before: int, limit: int) -> list[Moved]:
@@ -281,10 +280,6 @@ def find(session: Session, repository: Repository, name: str) -> Channel:
 def list_all(session: Session, repository: Repository) -> Sequence[Channel]:
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
     return session.scalars(query.order_by(Channel.name)).all()
-
-
-def current_move(session: Session, channel: Channel) -> Move | None:
-    return session.get(Move, channel.move_id) if channel.move_id else None
 
 
 def current_of(session: Session, channel: Channel) -> Move:

@@ -1,4 +1,4 @@
-"""Verify bytes, then publish rows: for web, hub and worker alike."""
+"""Verify bytes, then publish rows: for web and worker alike."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

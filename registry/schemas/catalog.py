@@ -1,4 +1,4 @@
-"""Bases, releases, uploads and resolution on the wire."""
+"""Bases, repositories and releases on the wire."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal

@@ -1,7 +1,7 @@
 """Suites, scores, channels, moves and gates on the wire."""
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -95,7 +95,7 @@ class RollbackIn(Wire):
 
 class GatesIn(Wire):
     channel: str = Field(max_length=64)
-    rules: list[str] = Field(max_length=50)
+    rules: list[Annotated[str, Field(max_length=300)]] = Field(max_length=50)
 
 
 class GatesOut(Wire):

@@ -81,6 +81,14 @@ def base_scores(base: str, resources: ResourcesOf, actor: Member) -> ScoresOut:
 
 def _measurements(rows: Sequence[ScoreIn]) -> list[Measurement]:
     return [
-        Measurement(row.suite_digest, row.metric, row.value, row.stderr, row.n, row.higher_is_better, row.provenance)
+        Measurement(
+            suite_digest=row.suite_digest,
+            metric=row.metric,
+            value=row.value,
+            stderr=row.stderr,
+            n=row.n,
+            higher_is_better=row.higher_is_better,
+            provenance=row.provenance,
+        )
         for row in rows
     ]

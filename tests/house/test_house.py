@@ -113,3 +113,15 @@ def test_nothing_names_a_place_on_somebodys_machine() -> None:
             continue  # weights
         naming += [named(path, text[: match.start()].count("\n") + 1) for match in PLACES.finditer(text)]
     assert naming == []
+
+
+@pytest.mark.parametrize("package", ["registry", "composer"])
+def test_the_map_of_a_package_names_only_what_is_there_and_every_folder(package: str) -> None:
+    folder = ROOT / package
+    named_there = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    folders = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert folders <= set(re.findall(r"(\w+)/", named_there))
+    assert set(re.findall(r"(\w+)/(?=[\s;,(.]|$)", named_there)) <= folders
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    if package == "registry":  # the rooms of composer have names of their own
+        assert {name for name in modules if not re.search(rf"\b{name}\b", named_there)} == set()
