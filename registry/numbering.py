@@ -12,7 +12,7 @@ from registry import breaking, repositories
 from registry.breaking import Surface
 from registry.errors import Refused, Usage
 from registry.manifest import parse_manifest
-from registry.models import Release, Repository, Revision
+from registry.models import Release, Repository
 from registry.names import Version, parse_version
 
 BUMPS = ("auto", "major", "minor", "patch")
@@ -46,16 +46,14 @@ def next_version(session: Session, repository: Repository, bump: str | None, new
 
 
 def released_as(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
-    """The highest stable release of these files for this base: what `--bump` answers when nothing changed since. What
-    was a pre-release alone so far is given a number."""
-    query = select(Release).join(Revision, Revision.id == Release.revision_id)
-    query = query.where(
-        Release.stable,
-        Release.repository_id == repository.id,
-        Revision.commit == commit,
-        Release.base_digest == base_digest,
-    )
-    return session.scalars(query.order_by(Release.sort_key.desc()).limit(1)).first()
+    """The highest stable release, if it has these files for this base: what `--bump` answers when nothing has changed.
+
+    An older one, or one that is yanked, is not what is asked for: it would move channels back, or nowhere. What was a
+    pre-release alone so far is given a number.
+    """
+    latest = highest_stable(session, repository)
+    same = latest is not None and latest.revision.commit == commit and latest.base_digest == base_digest
+    return latest if same else None
 
 
 def refuse_breaking(

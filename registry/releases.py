@@ -146,6 +146,7 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
     Of one that is yanked already another reason is recorded; the same again is a retry.
     """
     _need_reason("A yank", release, reason)
+    _lock(session, release)
     if not (release.yanked and release.yank_reason == reason):
         _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
     return release
@@ -154,6 +155,7 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
 def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
     """What is not yanked stays as it is, without a row: it may be a retry of what was done already."""
     _need_reason("Taking a yank back", release, reason)
+    _lock(session, release)
     if release.yanked:
         _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
     return release
@@ -164,6 +166,12 @@ def _need_reason(act: str, release: Release, reason: str) -> None:
         raise Usage(
             "reason_missing", f"{act} needs a reason.", subject=full_name(release), next_step="Say why with --reason."
         )
+
+
+def _lock(session: Session, release: Release) -> None:
+    """One yank waits for another, and then sees what that has made of the release: so says the audit's `before`."""
+    query = select(Release).where(Release.id == release.id).with_for_update(of=Release, key_share=True)
+    session.scalars(query.execution_options(populate_existing=True)).one()
 
 
 def _set_yank(
@@ -240,15 +248,6 @@ def files_of(session: Session, *listed: Release) -> dict[int, list[RevisionFile]
     query = select(RevisionFile).where(RevisionFile.revision_id.in_(found)).order_by(RevisionFile.path)
     for file in session.scalars(query):
         found[file.revision_id].append(file)
-    return found
-
-
-def inputs_of(session: Session, *listed: Release) -> dict[int, list[tuple[ReleaseInput, Release]]]:
-    """What went into each release, if a composition made it; one query for a page of releases."""
-    found: dict[int, list[tuple[ReleaseInput, Release]]] = {release.id: [] for release in listed}
-    query = select(ReleaseInput, Release).join(Release, Release.id == ReleaseInput.input_id)
-    for link, source in session.execute(query.where(ReleaseInput.release_id.in_(found)).order_by(Release.id)):
-        found[link.release_id].append((link, source))
     return found
 
 

@@ -265,6 +265,8 @@ def _announce(
                 )
         rows = {row.sha256: row for row in session.scalars(mine)}
         for file in files:
+            if file.sha256 in before.keys() - open_still:  # it is not of who let it expire any more
+                rows[file.sha256].created_by = actor.name
             rows[file.sha256].expires_at = expires_at
             if rows[file.sha256].size_bytes != file.size_bytes:
                 raise Invalid(

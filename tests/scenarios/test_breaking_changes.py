@@ -171,6 +171,30 @@ def test_a_fix_of_an_older_line_is_compared_with_that_line(stocked_embedded: Cli
     assert (again["release"]["version"], again["created"]) == ("2.0.0", False)
 
 
+def test_files_of_an_older_release_get_a_number_of_their_own_and_move_no_channel_back(
+    stocked_embedded: Cli, tmp_path: Path
+) -> None:
+    cli, first = stocked_embedded, adapter(tmp_path / "first")
+    assert release(cli, first, "acme/sql:1.0.0").code == 0
+    assert release(cli, adapter(tmp_path / "second", seed=1), "acme/sql:1.1.0", "--channel", "prod").code == 0
+    again = ("acme/sql", "--bump", "auto", "--notes", "back to the first run", "--channel", "prod", "--json")
+    told = release(cli, first, *again).json
+    assert (told["created"], told["release"]["version"], told["release"]["notes"]) == (True, "1.2.0", again[4])
+    assert (told["move"]["from_version"], told["move"]["to_version"]) == ("1.1.0", "1.2.0")
+    retried = release(cli, first, *again).json
+    assert (retried["created"], retried["release"]["version"]) == (False, "1.2.0")
+
+
+def test_files_of_a_yanked_release_are_published_anew(stocked_embedded: Cli, tmp_path: Path) -> None:
+    cli, large = stocked_embedded, adapter(tmp_path / "large", rank=4)
+    assert release(cli, adapter(tmp_path / "small"), "acme/sql:1.0.0").code == 0
+    assert release(cli, large, "acme/sql:2.0.0").code == 0
+    cli.ok("yank", "acme/sql:2.0.0", "--reason", "too early")
+    refused = release(cli, large, "acme/sql:1.0.1")
+    assert (refused.code, "Publish it as 3.0.0, which --bump auto finds" in refused.err) == (1, True), refused.err
+    assert version_of(release(cli, large, "acme/sql", "--bump", "auto")) == "3.0.0"
+
+
 def test_a_refused_release_is_told_the_number_that_auto_gives_it(stocked_embedded: Cli, tmp_path: Path) -> None:
     cli = stocked_embedded
     for version, rank in (("1.0.0", 2), ("3.0.0", 4)):

@@ -164,8 +164,25 @@ def test_what_has_expired_stops_nobody_and_until_then_one_is_told_how_long_to_wa
     resources.close()
 
 
-def publisher(resources: Resources, namespace: str) -> Actor:
-    return Actor("eve", resources.clock(), {namespace: "publisher"})
+def test_what_somebody_else_let_expire_counts_for_who_announces_it_again(embedded: Cli) -> None:
+    resources = opened(Cli(embedded.environment | {"ADAPTORY_MAX_OPEN_UPLOADS": "1"}))
+    file, other = (ManifestFile("a", 1, Digest(f"{number}" * 64)) for number in range(2))
+    ann, eve = publisher(resources, "acme", "ann"), publisher(resources, "acme")
+    uploads.plan(resources, ann, "acme", [file])
+    uploads.plan(resources, eve, "acme", [file])
+    with pytest.raises(TooMany):  # while it lasts it is of who announced it first
+        uploads.plan(resources, ann, "acme", [other])
+    later = timedelta(seconds=resources.settings.upload_expires_s + 1)
+    eve, ann = replace(eve, at=eve.at + later), replace(ann, at=ann.at + later)
+    uploads.plan(resources, eve, "acme", [file])
+    with pytest.raises(TooMany, match="eve has announced 1 files"):
+        uploads.plan(resources, eve, "acme", [other])
+    uploads.plan(resources, ann, "acme", [other])
+    resources.close()
+
+
+def publisher(resources: Resources, namespace: str, name: str = "eve") -> Actor:
+    return Actor(name, resources.clock(), {namespace: "publisher"})
 
 
 def deliver(resources: Resources, actor: Actor, announced: Announced, content: bytes) -> None:

@@ -178,6 +178,31 @@ def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed_in_the_end(
     assert broken_promises(place) == []
 
 
+def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_before(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    with clients(url) as apis:
+        push_version(apis[0], tmp_path, "1.0.0", 7)
+        path = f"{line_path(NAME)}/releases/1.0.0"
+
+        def race(number: int, api: Api) -> object:
+            for turn in range(20):
+                what = "unyank" if (number + turn) % 3 == 0 else "yank"
+                api.post(f"{path}/{what}", {"reason": f"{number} in turn {turn}"})
+            return None
+
+        assert together(apis, race) == [None] * CLIENTS
+    resources = opened(place)
+    with resources.read() as session:
+        query = select(AuditRow.before, AuditRow.after).where(AuditRow.act.like("release:%yank"))
+        changes = session.execute(query.order_by(AuditRow.id)).all()
+    resources.close()
+    assert len(changes) > CLIENTS
+    for (_, earlier), (later, _) in itertools.pairwise(changes):
+        assert later == earlier
+    assert broken_promises(place) == []
+
+
 def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
     place: dict[str, str], url: str, tmp_path: Path
 ) -> None:
