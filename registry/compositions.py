@@ -1,7 +1,7 @@
 """Recipe -> lock -> durable steps; what they found, and lineage."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from composer.recipe import Lock, LockedInput, Recipe, parse_recipe
 from composer.settings import parse_settings
 from registry import audit, bases, gates, jobs, namespaces, numbering, releases, repositories, resolve, suites, tokens
-from registry.access import EVERYWHERE, Role, may, permit, unknown_namespace
+from registry.access import EVERYWHERE, Role, granted, may, may_read, permit, unknown_namespace
 from registry.audit import Act, Actor, EventQuery
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.gates import Within
@@ -127,6 +127,34 @@ def of_job(session: Session, job_id: int) -> Composition:
     """Raises NotFound for a job that there is not; every job is a composition's so far."""
     job = jobs.find(session, job_id)
     return session.scalars(select(Composition).where(Composition.job_id == job.id)).one()
+
+
+def permit_look(actor: Actor, composition: Composition, job: Job, hidden: NotFound) -> None:
+    """A composition names releases of other namespaces and shows their numbers, and so does its job's error: who may
+    not read these sees neither.
+    """
+    permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=hidden)
+    for namespace in _read(composition.lock):
+        permit(actor, Role.READER, namespace, hidden=hidden)
+
+
+def list_jobs(session: Session, actor: Actor, *, before: int, limit: int) -> list[Job]:
+    """The newest first, of the compositions that `permit_look` shows to the actor."""
+    found: list[Job] = []
+    while len(found) < limit:
+        rows = jobs.list_page(session, granted(actor, Role.PUBLISHER), before=before, limit=limit)
+        locks = select(Composition.job_id, Composition.lock).where(Composition.job_id.in_([job.id for job in rows]))
+        seen = {job for job, lock in session.execute(locks) if all(may_read(actor, name) for name in _read(lock))}
+        found += [job for job in rows if job.id in seen]
+        if len(rows) < limit:
+            break
+        before = rows[-1].id
+    return found[:limit]
+
+
+def _read(lock: Mapping[str, Any]) -> set[str]:
+    """The namespaces of its inputs."""
+    return {parse_reference(row["repository"]).repository.namespace for row in lock["inputs"]}
 
 
 def cancel(session: Session, actor: Actor, composition_id: int) -> tuple[Composition, Job]:

@@ -9,13 +9,11 @@ from starlette.concurrency import run_in_threadpool
 
 from composer.recipe import parse_recipe
 from registry import compositions
-from registry.access import EVERYWHERE, Role, permit
+from registry.access import permit
 from registry.audit import Actor
 from registry.http.request import ResourcesOf, RowId
 from registry.http.rules import ASKED_AGAIN, Caller
 from registry.jobs import FINISHED
-from registry.models import Composition, Job
-from registry.names import parse_reference
 from registry.resources import Resources
 from registry.schemas.work import CompositionIn, CompositionOut
 from registry.web.views import composition_view
@@ -55,22 +53,15 @@ async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller, r
 @router.post("/{composition_id}/cancel")
 def cancel(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     with resources.write() as session:
-        _permit(actor, *compositions.find(session, composition_id))
+        found = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *found, hidden=compositions.unknown(composition_id))
         return composition_view(*compositions.cancel(session, actor, composition_id))
-
-
-def _permit(actor: Actor, composition: Composition, job: Job) -> None:
-    """A composition names releases of other namespaces and shows their numbers: who may not read these sees none."""
-    hidden = compositions.unknown(composition.id)
-    permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=hidden)
-    for locked in composition.lock["inputs"]:
-        permit(actor, Role.READER, parse_reference(locked["repository"]).repository.namespace, hidden=hidden)
 
 
 def _look(resources: Resources, actor: Actor, composition_id: int) -> CompositionOut:
     with resources.read() as session:
         found = compositions.find(session, composition_id)
-        _permit(actor, *found)
+        compositions.permit_look(actor, *found, hidden=compositions.unknown(composition_id))
         return composition_view(*found)
 
 

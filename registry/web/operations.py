@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import StreamingResponse
 
 from registry import audit, compositions, jobs
-from registry.access import EVERYWHERE, Role, granted, permit, permit_somewhere
+from registry.access import Role, granted, permit_somewhere
 from registry.audit import Act, Actor, EventQuery
-from registry.db import ensure_schema
+from registry.db import Session, ensure_schema
 from registry.http.pages import Cursor, Limit, decode_number, page
 from registry.http.request import ResourcesOf, RowId
 from registry.http.rules import Caller
@@ -30,25 +30,23 @@ _EXPORT_ROWS = 1000
 
 @router.get("/v1/jobs")
 def list_jobs(resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None) -> Page[JobOut]:
-    """The newest first, of the namespaces where the caller is a publisher."""
+    """The newest first, of the namespaces where the caller is a publisher, whose inputs the caller may read."""
     permit_somewhere(actor, Role.PUBLISHER)
     with resources.read() as session:
-        rows = jobs.list_page(session, granted(actor, Role.PUBLISHER), before=decode_number(cursor), limit=limit + 1)
+        rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=limit + 1)
         return page([job_view(row) for row in rows], limit, [row.id for row in rows])
 
 
 @router.get("/v1/jobs/{job_id}")
 def show_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.read() as session:
-        job = jobs.find(session, job_id)
-        _permit(actor, job)
-        return job_view(job)
+        return job_view(_job(session, actor, job_id))
 
 
 @router.post("/v1/jobs/{job_id}/cancel")
 def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.write() as session:
-        _permit(actor, jobs.find(session, job_id))
+        _job(session, actor, job_id)
         _, job = compositions.cancel(session, actor, compositions.of_job(session, job_id).id)
         return job_view(job)
 
@@ -103,8 +101,11 @@ def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
         yield text
 
 
-def _permit(actor: Actor, job: Job) -> None:
-    permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=jobs.unknown(job.id))
+def _job(session: Session, actor: Actor, job_id: int) -> Job:
+    """By the rule of the composition that it does."""
+    job = jobs.find(session, job_id)
+    compositions.permit_look(actor, compositions.of_job(session, job_id), job, hidden=jobs.unknown(job_id))
+    return job
 
 
 @router.get("/healthz")
