@@ -118,7 +118,7 @@ def measure(
     Greedy decoding reproduces a completion exactly when, with the completion before it as context, every argmax is the
     reference token, eos included: so the same logits give both the loss and exact match, and nothing is generated.
     Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
-    cores. `progress` gets the number of examples just done.
+    cores. `progress` gets the number of examples just done; what it raises ends the pass.
     """
     # A few examples are spread as well: one batch over all cores would wait at barriers.
     limit = min(batch_tokens or loaded.batch_tokens, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
@@ -131,10 +131,13 @@ def measure(
         ThreadPoolExecutor(workers, "measure") as pool,
     ):
         measured = pool.map(lambda batch: _measure_batch(loaded, [encoded[index] for index in batch]), batches)
-        for batch, found in zip(batches, measured, strict=True):
-            results |= dict(zip(batch, found, strict=True))
-            if progress:
-                progress(len(batch))
+        try:
+            for batch, found in zip(batches, measured, strict=True):
+                results |= dict(zip(batch, found, strict=True))
+                if progress:
+                    progress(len(batch))
+        finally:
+            pool.shutdown(cancel_futures=True)  # whoever is told to stop need not wait for the other batches
     return [results[index] for index in range(len(encoded))]
 
 

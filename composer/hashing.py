@@ -56,7 +56,8 @@ def hash_checkpoint(
 ) -> BaseIdentity:
     """Identity of the checkpoint. `progress` is called, from several threads, with each number of bytes hashed.
 
-    Memory is one block a worker. Raises InvalidFile when a shard became shorter since it was opened.
+    Memory is one block a worker. Raises InvalidFile when a shard became shorter since it was opened, and what
+    `progress` raises.
     """
     tensors = [
         (checkpoint.path / shard, entry)
@@ -67,7 +68,10 @@ def hash_checkpoint(
     tensors.sort(key=lambda tensor: -tensor[1].size_bytes)
     with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), "hash") as pool:
         jobs = [pool.submit(_hash_tensor, path, entry, progress) for path, entry in tensors]
-        hashes = [job.result() for job in jobs]
+        try:
+            hashes = [job.result() for job in jobs]
+        finally:
+            pool.shutdown(cancel_futures=True)  # whoever is told to stop need not wait for terabytes
     tensor_hashes = {entry.name: digest for (_, entry), digest in zip(tensors, hashes, strict=True)}
     architecture = checkpoint.architecture
     specs = architecture.tensors.values()
@@ -81,9 +85,9 @@ def hash_checkpoint(
     )
 
 
-def verify_checkpoint(checkpoint: Checkpoint, expected: str) -> None:
-    """Raises Mismatch when the weights on disk are not those of the digest any more."""
-    if hash_checkpoint(checkpoint).weights_digest != expected:
+def verify_checkpoint(checkpoint: Checkpoint, expected: str, progress: Progress | None = None) -> None:
+    """Raises Mismatch when the weights on disk are not those of the digest any more; `progress` as to hash them."""
+    if hash_checkpoint(checkpoint, progress).weights_digest != expected:
         raise Mismatch(
             "base_changed",
             f"{checkpoint.path} does not hold the weights of the base {expected[:12]}.",

@@ -5,7 +5,7 @@ afterwards another one takes it over at the first unfinished step. A queued job 
 off until then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -77,13 +77,15 @@ def list_page(session: Session, namespaces: Sequence[str] | None, *, before: int
     return list(session.scalars(query))
 
 
-def claim(session: Session, worker: str, now: datetime) -> Job | None:
+def claim(session: Session, worker: str, now: datetime, leave: Collection[int] = ()) -> Job | None:
     """The oldest job that waits or whose worker fell silent, now held by `worker`.
 
-    Beyond `MAX_ATTEMPTS` the job has killed its workers: who claims it then is to end it.
+    Those to `leave` are for other workers, but where there is nothing left to do than to cancel them. Beyond
+    `MAX_ATTEMPTS` the job has killed its workers: who claims it then is to end it.
     """
     due = and_(Job.state == "queued", or_(Job.heartbeat_at.is_(None), Job.heartbeat_at <= now))
-    free = or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE))
+    wanted = or_(Job.id.not_in(leave), Job.cancel_requested)
+    free = and_(wanted, or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE)))
     oldest = select(Job.id).where(free).order_by(Job.id).limit(1).scalar_subquery()
     taken = (
         update(Job)
@@ -123,10 +125,11 @@ def finish(
     return session.execute(ended, execution_options={"synchronize_session": False}).first() is not None
 
 
-def hand_back(session: Session, job_id: int, worker: str) -> None:
-    """A worker that is told to stop: the next one goes on at once, and no attempt is counted."""
+def hand_back(session: Session, job_id: int, worker: str, error: dict[str, Any] | None = None) -> None:
+    """A worker that is told to stop, or lacks what another has: the next one goes on at once; no attempt is counted."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
-    session.execute(held.values(state="queued", worker=None, heartbeat_at=None, attempts=Job.attempts - 1))
+    given = held.values(state="queued", worker=None, heartbeat_at=None, attempts=Job.attempts - 1, error=error)
+    session.execute(given, execution_options={"synchronize_session": False})
 
 
 def put_off(session: Session, job_id: int, worker: str, until: datetime, error: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,6 @@ class Measurement:
     stderr: float | None
     n: int
     higher_is_better: bool
-    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +166,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         before = {"value": score.value, "n": score.n} if score else None
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
         score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
-        score.higher_is_better, score.provenance = measurement.higher_is_better, dict(measurement.provenance)
+        score.higher_is_better = measurement.higher_is_better
         score.measured_at, score.measured_by = actor.at, actor.name
         session.add(score)
         session.flush()

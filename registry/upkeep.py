@@ -5,11 +5,13 @@ bytes go, then its row, in one transaction with its audit row. Between the first
 it, so a crash leaves a marked row, which the next collection finishes.
 """
 
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
+from pathlib import Path
 
 from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
@@ -17,7 +19,8 @@ from sqlalchemy.orm import Session
 from registry import audit
 from registry.audit import Act
 from registry.db import collect_blobs, only_collection
-from registry.models import Blob, RevisionFile, Upload
+from registry.jobs import FINISHED
+from registry.models import Blob, Composition, Job, RevisionFile, Upload
 from registry.names import Digest
 from registry.resources import Resources
 from registry.storage.blobs import BlobStat
@@ -27,6 +30,7 @@ from registry.uploads import ARRIVED
 _BATCH = 100
 _UPLOADS_BATCH = 1_000
 _SCRATCH = ("upload-*", "inspect-*", "signature-*")
+_WORK = "composition-"
 _UNTRACKED = {"synchronize_session": False}
 
 
@@ -88,7 +92,28 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     leftovers = resources.store.sweep(before, live)
     for pattern in _SCRATCH:
         leftovers += remove_stale(resources.work_directory.glob(pattern), before)
-    return Swept(forgotten, leftovers)
+    return Swept(forgotten, leftovers + sweep_work(resources))
+
+
+def work_of(resources: Resources, composition_id: int) -> Path:
+    """Where this host's workers keep what the steps of a composition make."""
+    return resources.work_directory / f"{_WORK}{composition_id}"
+
+
+def sweep_work(resources: Resources) -> int:
+    """Removes the work of compositions that have ended, and tells of how many: a worker of another host may have ended
+    one that was begun here, and removed only what lay on its own disk.
+    """
+    names = (path.name.removeprefix(_WORK) for path in resources.work_directory.glob(f"{_WORK}*"))
+    found = {int(name) for name in names if name.isdecimal()}
+    if not found:
+        return 0
+    with resources.read() as session:
+        going_on = select(Composition.id).join(Job, Job.id == Composition.job_id).where(Job.state.not_in(FINISHED))
+        ended = found - set(session.scalars(going_on.where(Composition.id.in_(found))))
+    for composition_id in ended:
+        shutil.rmtree(work_of(resources, composition_id), ignore_errors=True)
+    return len(ended)
 
 
 def _count_expired(session: Session, now: datetime) -> int:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ class Connection:
         from registry.worker.steps import KINDS
 
         stop = threading.Event()
-        thread = threading.Thread(target=run_worker, args=(self.resources, KINDS, stop), name="worker")
+        run = partial(run_worker, self.resources, KINDS, stop, alone=True)
+        thread = threading.Thread(target=run, name="worker")
         thread.start()
         try:
             yield

@@ -83,8 +83,7 @@ def evaluate(
             for one in suites:
                 scores += [score.to_json() for score in evaluate_suite(model, one, deltas, limit, done)]
         if limit is None:
-            provenance = {"device": str(model.device), "dtype": str(model.model.dtype).removeprefix("torch.")}
-            rows = [{k: v for k, v in score.items() if k != "suite"} | {"provenance": provenance} for score in scores]
+            rows = [{k: v for k, v in score.items() if k != "suite"} for score in scores]
             path = release_path(release) if release else f"/v1/bases/{base['digest']}"
             connection.api.post(f"{path}/scores", {"scores": rows})
     rows = [(s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"]) for s in scores]

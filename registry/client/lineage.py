@@ -93,9 +93,8 @@ def side_by_side(old: Composition | None, new: Composition | None) -> list[Json]
 
 
 def of_lock(lock: Mapping[str, Any]) -> Composition:
-    members = tuple(
-        Member(str(row["repository"]), str(row["version"]), str(row["commit"]), _weight(row)) for row in lock["inputs"]
-    )
+    """Of a lock, or of what an adaptory.json has of it, which names its inputs by their commits alone."""
+    members = tuple(_locked(row) for row in lock["inputs"])
     return _told(members, lock)
 
 
@@ -171,6 +170,11 @@ def _told(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Composition
         str(stated.get("dtype") or ""),
         f"{rounding['mode']}, seed {rounding['seed']}" if stochastic else "",
     )
+
+
+def _locked(row: Mapping[str, Any]) -> Member:
+    commit = str(row["commit"])
+    return Member(str(row.get("repository", commit[:12])), str(row.get("version", "")), commit, _weight(row))
 
 
 def _weight(row: Mapping[str, Any]) -> Weight:

@@ -56,7 +56,7 @@ class Score(Row):
     stderr: Mapped[float | None]
     n: Mapped[int]
     higher_is_better: Mapped[bool]
-    provenance: Mapped[dict[str, Any]] = mapped_column(JSON)
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # read by nothing, and to be dropped
     measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
     measured_by: Mapped[str] = mapped_column(String(128))
     suite: Mapped[Suite] = relationship(lazy="joined", innerjoin=True)

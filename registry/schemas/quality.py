@@ -26,7 +26,6 @@ class ScoreIn(Wire):
     stderr: float | None = Field(default=None, allow_inf_nan=False, ge=0)
     n: int = Field(ge=1, le=MAX_INT32)
     higher_is_better: bool
-    provenance: dict[str, Any] = Field(default_factory=dict)
 
 
 class ScoresIn(Wire):

@@ -88,7 +88,6 @@ def _measurements(rows: Sequence[ScoreIn]) -> list[Measurement]:
             stderr=row.stderr,
             n=row.n,
             higher_is_better=row.higher_is_better,
-            provenance=row.provenance,
         )
         for row in rows
     ]

@@ -1,12 +1,14 @@
 """The executor: claims a job, keeps its heartbeat, runs its unfinished steps, says how it ended."""
 
+import errno
 import logging
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from composer.errors import ComposerError
@@ -14,12 +16,22 @@ from registry import jobs
 from registry.errors import RegistryError, Unavailable, of_composer
 from registry.models import Job
 from registry.resources import Resources
+from registry.upkeep import sweep_work
 
 BEAT_S = 10.0
 POLL_S = 1.0
+SWEEP_S = 600.0
+OTHERS_WAIT = timedelta(hours=1)
+"""A job that another host must do waits so long for it."""
 _PROGRESS_STEP = 0.05
-_OUTAGES = {"store_unavailable", "store_full", "blob_leaving", "database_unavailable", "database_busy"}
+_OUTAGES = {
+    "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
+    "disk_full", "disk_error",
+}  # fmt: skip
 """Codes of what passes, or what an operator mends, while the job itself is as good as before."""
+_ELSEWHERE = {"base_not_here"}
+"""Codes of what this host lacks, and another one may have."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +46,16 @@ class Stopping(Exception):
 
 @dataclass(slots=True)
 class Held:
-    """A job in this worker's hands, as its steps see it."""
+    """A job in this worker's hands, as its steps see it.
+
+    `passed` has the jobs that this worker has left to others, and since when; None where there are no others.
+    """
 
     resources: Resources
     worker: str
     job_id: int
     stop: threading.Event
+    passed: dict[int, datetime] | None = None
     lost: threading.Event = field(default_factory=threading.Event)
     _step: str = ""
     _noted: float = 0.0
@@ -63,7 +79,8 @@ class Held:
             self._noted = share
             self._note("running", share)
 
-    def check(self) -> None:
+    def check(self, _done: int = 0) -> None:
+        """Called often by what takes long, with what it has just done: raises as `progress`."""
         if self.lost.is_set():
             raise Released
         if self.stop.is_set():
@@ -89,12 +106,22 @@ class JobKind:
     clean: Step
 
 
-def run_worker(resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event) -> None:
-    """Works until `stop` is set; the job in hand is handed back at its next sign of life."""
+def run_worker(
+    resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event, *, alone: bool = False
+) -> None:
+    """Works until `stop` is set; the job in hand is handed back at its next sign of life.
+
+    What this host has not got ends a job at once when the worker is `alone`; else other hosts have time to take it.
+    """
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
+    passed: dict[int, datetime] | None = None if alone else {}
+    sweep_at = 0.0
     while not stop.is_set():
         try:
-            worked = run_one(resources, kinds, worker, stop)
+            if time.monotonic() >= sweep_at:
+                sweep_at = time.monotonic() + SWEEP_S
+                sweep_work(resources)
+            worked = run_one(resources, kinds, worker, stop, passed)
         except Unavailable as error:
             log.warning("The worker cannot reach its stores and waits: %s", error)
             worked = False
@@ -106,14 +133,20 @@ def run_worker(resources: Resources, kinds: Mapping[str, JobKind], stop: threadi
 
 
 def run_one(
-    resources: Resources, kinds: Mapping[str, JobKind], worker: str, stop: threading.Event | None = None
+    resources: Resources,
+    kinds: Mapping[str, JobKind],
+    worker: str,
+    stop: threading.Event | None = None,
+    passed: dict[int, datetime] | None = None,
 ) -> bool:
-    """Does one job, if one waits."""
+    """Does one job, if one waits; of those in `passed` only what other hosts have not taken in `OTHERS_WAIT`."""
+    now = resources.clock()
+    leave = [job_id for job_id, since in (passed or {}).items() if now - since < OTHERS_WAIT]
     with resources.write() as session:
-        job = jobs.claim(session, worker, resources.clock())
+        job = jobs.claim(session, worker, now, leave)
     if job is None:
         return False
-    held = Held(resources, worker, job.id, stop or threading.Event())
+    held = Held(resources, worker, job.id, stop or threading.Event(), passed)
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -133,13 +166,8 @@ def _run(held: Held, job: Job, kind: JobKind) -> None:
             jobs.hand_back(session, held.job_id, held.worker)
     except Released:
         _finish(held, kind, "cancelled", None)
-    except (RegistryError, ComposerError) as error:
-        told = error if isinstance(error, RegistryError) else of_composer(error)
-        if told.code in _OUTAGES and job.attempts < jobs.MAX_ATTEMPTS:
-            _put_off(held, jobs.PAUSES[job.attempts - 1], told)
-            return
-        held.fail_step()
-        _finish(held, kind, "refused" if told.exit_code == 1 else "failed", told)
+    except (RegistryError, ComposerError, OSError) as error:
+        _stumbled(held, job, kind, _told(error))
     except Exception as error:
         log.exception("Job %s failed", job.id)
         held.fail_step()
@@ -147,6 +175,34 @@ def _run(held: Held, job: Job, kind: JobKind) -> None:
         _finish(held, kind, "failed", told)
     else:
         _finish(held, kind, "done", None)
+
+
+def _told(error: RegistryError | ComposerError | OSError) -> RegistryError:
+    if isinstance(error, RegistryError):
+        return error
+    if isinstance(error, ComposerError):
+        return of_composer(error)
+    log.warning("The disk of this worker", exc_info=error)
+    return Unavailable(
+        "disk_full" if error.errno in _FULL else "disk_error",
+        f"This worker cannot read or write its files: {error.strerror or error}.",
+        next_step="Look at its disk, and at its log.",
+    )
+
+
+def _stumbled(held: Held, job: Job, kind: JobKind, error: RegistryError) -> None:
+    """Puts the job off, leaves it to other hosts, or ends it."""
+    if error.code in _OUTAGES and job.attempts < jobs.MAX_ATTEMPTS:
+        _put_off(held, jobs.PAUSES[job.attempts - 1], error)
+        return
+    if error.code in _ELSEWHERE and held.passed is not None:
+        if held.passed.pop(job.id, None) is None:
+            _pass_on(held, held.passed, kind, error)
+            return
+        minutes = OTHERS_WAIT.total_seconds() / 60
+        error.detail += f" No worker that finds one took the job within {minutes:.0f} minutes."
+    held.fail_step()
+    _finish(held, kind, "refused" if error.exit_code == 1 else "failed", error)
 
 
 def _go_on(held: Held, job: Job, kind: JobKind) -> None:
@@ -167,13 +223,29 @@ def _go_on(held: Held, job: Job, kind: JobKind) -> None:
 
 def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) -> None:
     """Cleans, then says so: a crash in between leaves a job to take over, never a job that ended and left its files."""
-    with held.resources.read() as session:
-        if jobs.find(session, held.job_id).worker != held.worker:
-            return
-    kind.clean(held)
+    if not _cleaned(held, kind):
+        return
     told = _as_row(error) if error is not None else None
     with held.resources.write() as session:
         jobs.finish(session, held.job_id, held.worker, state, held.resources.clock(), told)
+
+
+def _pass_on(held: Held, passed: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
+    """Whoever goes on has another disk: what lies on this one is of no more use."""
+    log.warning("Job %s is left to a worker on another host: %s", held.job_id, error)
+    if _cleaned(held, kind):
+        with held.resources.write() as session:
+            jobs.hand_back(session, held.job_id, held.worker, _as_row(error))
+        passed[held.job_id] = held.resources.clock()
+
+
+def _cleaned(held: Held, kind: JobKind) -> bool:
+    """False, with nothing removed, when the job is no longer this worker's."""
+    with held.resources.read() as session:
+        if jobs.find(session, held.job_id).worker != held.worker:
+            return False
+    kind.clean(held)
+    return True
 
 
 def _put_off(held: Held, pause: timedelta, error: RegistryError) -> None:

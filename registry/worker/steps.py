@@ -29,10 +29,14 @@ from registry.publishing import Push
 from registry.releases import Input
 from registry.repositories import Kind
 from registry.suites import Measurement
+from registry.upkeep import work_of
 from registry.worker.loop import Held, JobKind
 
 if TYPE_CHECKING:
     from composer.conflicts.examine import Evidence
+
+_NAMELESS = ("commit", "weight", "rules")
+"""What may be told of an input to everybody: the rest of it names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,17 @@ class Work:
 
     @property
     def note(self) -> dict[str, Any]:
-        """What goes into every output's adaptory.json: who has the files can say what they came from."""
-        return {"recipe": self.recipe.to_json(), "lock": self.lock.to_json()}
+        """What goes into every output's adaptory.json: who has the files can say what they came from.
+
+        By commits, without a name of a release: who may read an output need not read what went into it, nor another
+        output. Nor the lock's digest, by which names could be guessed.
+        """
+        recipe, lock = self.recipe.to_json(), self.lock.to_json()
+        inputs = [{name: row[name] for name in _NAMELESS if name in row} for row in lock["inputs"]]
+        return {
+            "recipe": {name: value for name, value in recipe.items() if name not in ("inputs", "adapter", "model")},
+            "lock": {name: value for name, value in lock.items() if name != "digest"} | {"inputs": inputs},
+        }
 
     @property
     def outputs(self) -> list[Output]:
@@ -83,13 +96,14 @@ class Work:
         """Each input's directory, its files verified, and its weight with its rules."""
         found: list[tuple[Path, Weight]] = []
         for locked, files in zip(self.lock.inputs, self.files, strict=True):
-            place = self.directory / "inputs" / locked.commit / locked.repository.replace("/", "--")
+            held.check()
+            place = self.directory / "inputs" / locked.commit  # its name, which an adaptory.json tells
             place.mkdir(parents=True, exist_ok=True)
             publishing.materialise(held.resources, files, place)
             found.append((place, locked.weighted))
         return found
 
-    def base_checkpoint(self) -> Checkpoint:
+    def base_checkpoint(self, held: Held) -> Checkpoint:
         """The base on this host, its weights verified: a location is a promise that nobody kept watch over."""
         directory = local_directory(self.locations)
         if directory is None:
@@ -100,7 +114,7 @@ class Work:
                 next_step="Add one it can read: `adaptory base add DIR` on its host.",
             )
         checkpoint = open_checkpoint(directory)
-        verify_checkpoint(checkpoint, self.lock.base)
+        verify_checkpoint(checkpoint, self.lock.base, held.check)
         return checkpoint
 
 
@@ -155,13 +169,12 @@ def evaluate(held: Held) -> None:
     if not work.recipe.evaluate:
         _store(held, work, candidate_scores=[])
         return
-    model = load_model(work.base_checkpoint().path)
+    model = load_model(work.base_checkpoint(held).path)
     deltas = load_deltas(work.adapter_directory, work.architecture).deltas
-    scores: list[dict[str, Any]] = []
     contents = _suites(held, work.recipe.evaluate)
-    for index, suite in enumerate(contents):
-        scores.extend(score.to_json() for score in evaluate_suite(model, suite, deltas))
-        held.progress((index + 1) / len(contents))
+    done = _Share(held, sum(len(suite.examples) for suite in contents))
+    found = [score for suite in contents for score in evaluate_suite(model, suite, deltas, progress=done)]
+    scores = [score.to_json() for score in found]
     _store(held, work, candidate_scores=scores)
 
 
@@ -172,10 +185,13 @@ def gate(held: Held) -> None:
         composition, _ = compositions.find(session, work.composition_id)
         base = gates.scores(session, session.get_one(Base, work.lock.base))
         scores = composition.candidate_scores or []
+        current = {suites.find(session, name).digest for name in work.recipe.evaluate}
     candidate = {
         (row["suite"], row["metric"]): Measured(row["value"], row["stderr"], row["n"], row["higher_is_better"])
         for row in scores
+        if row["suite_digest"] in current
     }
+    replaced = sorted({row["suite"] for row in scores if row["suite_digest"] not in current})
     report = [result.to_json() for result in gates.judge(gates.parse_rules(work.recipe.gates), candidate, None, base)]
     _store(held, work, gates=report)
     failed = [result for result in report if not result["passed"]]
@@ -184,7 +200,9 @@ def gate(held: Held) -> None:
             "gate_failed",
             f"The candidate does not pass {len(failed)} of {len(report)} gates.",
             subject=f"composition/{work.composition_id}",
-            next_step="Change weights or inputs, or the gate.",
+            next_step=f"Compose again: {', '.join(replaced)} changed while the candidate was measured."
+            if replaced
+            else "Change weights or inputs, or the gate.",
             findings=report,
         )
 
@@ -197,7 +215,7 @@ def merge(held: Held) -> None:
     if not work.recipe.model or work.model_directory.is_dir():
         return
     plan = plan_merge(
-        work.base_checkpoint(),
+        work.base_checkpoint(held),
         work.members(held),
         work.lock.method,
         work.lock.settings,
@@ -226,7 +244,7 @@ def publish(held: Held) -> None:
         made = [releases.publish(session, actor, new)[0] for new in prepared]
         composition, _ = compositions.find(session, work.composition_id)
         composition.results = compositions.result_rows(made)
-        measured = [_measurement(score, work) for score in composition.candidate_scores or []]
+        measured = [_measurement(score) for score in composition.candidate_scores or []]
         for release in made:
             if release.repository.kind == Kind.ADAPTER:
                 suites.record(session, actor, release, measured)
@@ -236,7 +254,7 @@ def clean(held: Held) -> None:
     """Inputs, candidate and merged checkpoint: published ones lie in the store by now."""
     with held.resources.read() as session:
         composition = compositions.of_job(session, held.job_id)
-    shutil.rmtree(_directory(held, composition.id), ignore_errors=True)
+    shutil.rmtree(work_of(held.resources, composition.id), ignore_errors=True)
 
 
 KINDS = {
@@ -254,12 +272,8 @@ KINDS = {
 }
 
 
-def _directory(held: Held, composition_id: int) -> Path:
-    return held.resources.work_directory / f"composition-{composition_id}"
-
-
 class _Share:
-    """Bytes done, from several threads, as a share for the job's row; the row is written by one thread at a time."""
+    """Bytes or examples done, from several threads, as a share for the job's row, which one thread at a time writes."""
 
     def __init__(self, held: Held, total: int) -> None:
         self._held, self._total, self._done = held, max(total, 1), 0
@@ -281,11 +295,11 @@ def _work(held: Held) -> Work:
             recipe=recipe,
             lock=lock,
             architecture=bases.architecture(session, lock.base),
-            locations=bases.locations(session, session.get_one(Base, lock.base)),
+            locations=bases.locations(session, session.get_one(Base, lock.base))[lock.base],
             input_ids=[release.id for release in inputs],
             files=[publishing.manifest_files(session, release) for release in inputs],
             member_suites=compositions.member_suites(session, recipe, inputs),
-            directory=_directory(held, composition.id),
+            directory=work_of(held.resources, composition.id),
         )
 
 
@@ -302,7 +316,7 @@ def _evidence(held: Held, work: Work) -> "Evidence | None":
     from composer.model import load_model
 
     return Evidence(
-        load=lambda: load_model(work.base_checkpoint().path),
+        load=lambda: load_model(work.base_checkpoint(held).path),
         suites=_suites(held, [suite for suite in work.member_suites if suite]),
         guards=[suite for suite in _suites(held, work.recipe.evaluate) if suite.kind == "guard"],
         k=work.recipe.probe,
@@ -326,7 +340,9 @@ def _upload(held: Held, actor: Actor, work: Work, output: Output) -> Push:
     reference, directory = parse_reference(output.target), output.directory
     files: list[ManifestFile] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        file = ManifestFile(path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path)))
+        file = ManifestFile(
+            path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path, held.check))
+        )
         uploads.store_file(held.resources, actor, reference.repository.namespace, file.sha256, path, move=False)
         files.append(file)
         held.check()
@@ -343,7 +359,7 @@ def _upload(held: Held, actor: Actor, work: Work, output: Output) -> Push:
     )
 
 
-def _measurement(score: dict[str, Any], work: Work) -> Measurement:
+def _measurement(score: dict[str, Any]) -> Measurement:
     return Measurement(
         suite_digest=score["suite_digest"],
         metric=score["metric"],
@@ -351,5 +367,4 @@ def _measurement(score: dict[str, Any], work: Work) -> Measurement:
         stderr=score["stderr"],
         n=score["n"],
         higher_is_better=score["higher_is_better"],
-        provenance={"composition": work.composition_id, "lock": work.lock.digest},
     )

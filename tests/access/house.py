@@ -159,7 +159,7 @@ def _furnish(resources: Resources, namespace: str) -> Things:
                 release, _ = releases.publish(session, HOST, new)
                 channels.promote(session, HOST, Promotion(new.repository, version, "prod"))
                 suite = suites.find(session, "exact")
-                suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False, {})])
+                suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False)])
         recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": f"{namespace}/sql:1.0.0"}], "method": "stack"})
         composition = compositions.create(session, HOST, recipe, plan_only=True)
         job_id, composition_id = composition.job_id, composition.id

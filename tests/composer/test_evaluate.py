@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -186,6 +187,25 @@ def test_what_shares_a_batch_does_not_change_an_examples_result(loaded: LoadedMo
         assert one.nats == pytest.approx(other.nats, rel=1e-5)
         assert (one.tokens, one.exact) == (other.tokens, other.exact)
     assert sum(seen) == len(encoded)
+
+
+def test_who_is_told_to_stop_does_not_measure_the_rest(loaded: LoadedModel) -> None:
+    passes = list[int]()
+
+    def counted(*_: object) -> None:
+        passes.append(1)
+        time.sleep(0.02)  # longer than it takes to notice the first one
+
+    def stop(_count: int) -> None:
+        raise InterruptedError
+
+    counting = loaded.model.register_forward_hook(counted)
+    try:
+        with pytest.raises(InterruptedError):
+            measure(loaded, [encode(loaded, SUITE.examples[0], chat=True)] * 64, batch_tokens=1, progress=stop)
+    finally:
+        counting.remove()
+    assert len(passes) < 32
 
 
 def test_a_suite_gives_loss_and_exact_match_with_counts_errors_and_direction(loaded: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def test_progress_counts_every_byte_once(workers: int, make_model: MakeModel) ->
     done: list[int] = []
     identity = hash_checkpoint(open_checkpoint(make_model()), done.append, workers)
     assert sum(done) == identity.size_bytes
+
+
+def test_who_is_told_to_stop_does_not_read_the_rest(make_model: MakeModel) -> None:
+    checkpoint, seen = open_checkpoint(make_model()), list[int]()
+
+    def stop(count: int) -> None:
+        seen.append(count)
+        time.sleep(0.02)  # longer than it takes to notice the first one
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        hash_checkpoint(checkpoint, stop, workers=1)
+    assert len(seen) < len(checkpoint.architecture.tensors) / 2
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 3 * 2**20 + 17])

@@ -142,7 +142,7 @@ def _publish(session: Session, chance: random.Random, number: int, digests: Mapp
             if chance.random() < 0.7:
                 value = chance.choice((0.0, 0.25, 0.5, 0.5, 1.0))
                 digest = suites.find(session, suite).digest
-                suites.record(session, actor, release, [Measurement(digest, metric, value, None, 6, better, {})])
+                suites.record(session, actor, release, [Measurement(digest, metric, value, None, 6, better)])
                 scores[suite, metric] = value
     return replace(item, id=release.id, scores=scores)
 

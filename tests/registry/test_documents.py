@@ -47,7 +47,7 @@ def told(database: Database, documents: Documents, items: list[Item]) -> list[by
 def measured(value: float) -> Change:
     def record(session: Session, release: Release) -> object:
         suite = suites.find(session, SUITES[0])
-        return suites.record(session, HOST, release, [Measurement(suite.digest, "accuracy", value, None, 6, True, {})])
+        return suites.record(session, HOST, release, [Measurement(suite.digest, "accuracy", value, None, 6, True)])
 
     return record
 

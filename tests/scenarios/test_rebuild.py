@@ -55,18 +55,19 @@ def test_a_recipe_that_rounds_by_chance_gives_bytes_that_it_gives_again(composed
     assert json.loads((tmp_path / "chance" / "adaptory.json").read_text())["rounding"] == rounding
 
 
-def test_every_output_names_the_recipe_and_the_lock_that_it_came_from(composed: Cli, tmp_path: Path) -> None:
+def test_every_output_tells_the_recipe_and_the_lock_that_it_came_from_by_commits(composed: Cli, tmp_path: Path) -> None:
     recipe = yaml.safe_load(write_recipe(tmp_path, probe=0).read_text())
+    of_releases = ("inputs", "adapter", "model")
     for output in ("acme/assistant:1.0.0", MODEL):
         place = tmp_path / output.partition("/")[2]
         composed.ok("pull", output, "-o", place)
         note = json.loads((place / "adaptory.json").read_text())["note"]
-        assert {name: note["recipe"][name] for name in recipe if name != "inputs"} == {
-            name: value for name, value in recipe.items() if name != "inputs"
-        }
-        assert [row["adapter"] for row in note["recipe"]["inputs"]] == [row["adapter"] for row in recipe["inputs"]]
-        assert [row["commit"] for row in note["lock"]["inputs"]] == [
-            composed.json("show", row["adapter"])["commit"] for row in recipe["inputs"]
+        assert not set(of_releases) & set(note["recipe"])
+        wanted = {name: value for name, value in recipe.items() if name not in of_releases}
+        assert {name: note["recipe"][name] for name in wanted} == wanted
+        assert note["lock"]["inputs"] == [
+            {"commit": composed.json("show", row["adapter"])["commit"], "weight": row["weight"]}
+            for row in recipe["inputs"]
         ]
 
 

@@ -1,0 +1,140 @@
+"""Who may not read what went into a composition learns no name of it: from its outputs, its job or its lists."""
+
+import json
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from registry import namespaces, tokens
+from registry.access import EVERYWHERE, Role
+from registry.audit import Actor
+from registry.client.api import Api
+from registry.client.lineage import NOTE_FILE, fetch_note, of_note, of_release
+from registry.errors import NotFound
+from registry.resources import Resources
+from registry.tokens import NewToken
+from registry.worker.loop import run_one
+from registry.worker.steps import KINDS
+from tests.scenarios.test_crashes import resources_of, team
+from tests.scenarios.test_roles_of_a_composition import asking
+from tests.scenarios.world import Cli, World
+
+RULES = [{"layers": "0", "weight": 0.25}]
+RECIPE = {
+    "inputs": [{"adapter": "acme/sql:1.0.0", "weight": 0.5, "rules": RULES}, {"adapter": "acme/support:1.0.0"}],
+    "method": "ties", "settings": {"density": 0.5, "rank": 4}, "probe": 0,
+    "adapter": "lab/both:1.0.0", "model": "den/merged:1.0.0",
+}  # fmt: skip
+ROLES = {
+    "pia": {"acme": Role.READER, "lab": Role.PUBLISHER, "den": Role.PUBLISHER},
+    "bob": {"lab": Role.PUBLISHER},
+    "rex": {"lab": Role.READER},
+    "dan": {"den": Role.READER},
+}
+
+
+@dataclass(frozen=True)
+class House:
+    """pia composes acme's adapters for lab and den; bob publishes in lab, rex reads it, dan reads den."""
+
+    cli: Cli
+    resources: Resources
+    apis: dict[str, Api]
+
+    def compose(self, who: str, **changes: object) -> int:
+        return self.apis[who].post("/v1/compositions", {"recipe": RECIPE | changes})["id"]
+
+    def work(self) -> None:
+        assert run_one(self.resources, KINDS, "worker")
+
+    def jobs(self, who: str, limit: int = 50) -> list[int]:
+        return [row["id"] for row in self.apis[who].pages("/v1/jobs", limit=limit)]
+
+
+@pytest.fixture
+def house(stocked_embedded: Cli, world: World) -> Generator[House]:
+    cli = team(stocked_embedded, world)
+    with ExitStack() as stack:
+        resources = stack.enter_context(resources_of(cli.environment))
+        host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
+        apis: dict[str, Api] = {}
+        for user, roles in ROLES.items():
+            with resources.write() as session:
+                for namespace, role in roles.items():
+                    namespaces.set_member(session, host, namespace, user, role)
+                _, secret = tokens.create(session, host, NewToken(user, "", {EVERYWHERE: Role.ADMIN}, None))
+            apis[user] = stack.enter_context(asking(resources, secret))
+        yield House(cli, resources, apis)
+
+
+def texts(api: Api, line: str) -> Iterator[tuple[str, bytes]]:
+    for row in api.get(f"/v1/{line}/releases/1.0.0")["files"]:
+        with api.stream(f"/v1/{line}/releases/1.0.0/files/{row['path']}") as stream:
+            yield row["path"], b"".join(stream.chunks)
+
+
+def test_no_file_of_an_output_names_what_went_into_it_or_the_other_output(house: House) -> None:
+    house.compose("pia")
+    house.work()
+    told = {
+        **{f"lab/{name}": content for name, content in texts(house.apis["rex"], "adapters/lab/both")},
+        **{f"den/{name}": content for name, content in texts(house.apis["dan"], "models/den/merged")},
+    }
+    assert {f"lab/{NOTE_FILE}", f"den/{NOTE_FILE}"} <= set(told)
+    names = (b"acme", b"sql", b"support", b"lab/", b"den/")
+    assert [(file, name) for file, content in told.items() for name in names if name in content] == []
+
+
+def test_an_output_still_tells_what_it_was_made_of_and_names_it_to_who_may_read_that(house: House) -> None:
+    house.compose("pia")
+    house.work()
+    made = {}
+    for user in ("pia", "rex"):
+        release = house.apis[user].get("/v1/adapters/lab/both/releases/1.0.0")
+        note = fetch_note(house.apis[user], release)
+        made[user] = of_release(release, note)
+        assert json.loads(note)["note"]["recipe"]["settings"] == RECIPE["settings"]
+        alone = of_note(note)
+        assert alone is not None
+        assert [one.name for one in alone.members] == [row["commit"][:12] for row in release["inputs"]]
+    assert made["pia"]
+    assert made["rex"]
+    assert [str(one).split(" x ")[1].split(":")[0] for one in made["pia"].members] == ["acme/sql", "acme/support"]
+    assert [one.name for one in made["rex"].members] == ["hidden", "hidden"]
+    assert made["pia"].how == made["rex"].how == "ties: rank 4, density 0.5, scope tensor, vote plain, divide count"
+    assert [one.weight for one in made["pia"].members] == [one.weight for one in made["rex"].members]
+    assert house.cli.json("verify", "den/merged:1.0.0", "--rebuild")["rebuild"]["verdict"] == "same"
+
+
+def test_a_job_is_shown_and_cancelled_by_the_rule_of_its_composition(house: House) -> None:
+    hidden = house.compose("pia")
+    pia, bob = house.apis["pia"], house.apis["bob"]
+    job = pia.get(f"/v1/compositions/{hidden}")["job"]
+    assert house.jobs("pia") == [job]
+    assert house.jobs("bob") == []
+    for ask in (
+        lambda: bob.get(f"/v1/compositions/{hidden}"),
+        lambda: bob.get(f"/v1/jobs/{job}"),
+        lambda: bob.post(f"/v1/jobs/{job}/cancel"),
+        lambda: bob.post(f"/v1/compositions/{hidden}/cancel"),
+    ):
+        with pytest.raises(NotFound):
+            ask()
+    assert pia.get(f"/v1/jobs/{job}")["state"] == "queued"
+    assert pia.post(f"/v1/jobs/{job}/cancel")["state"] == "cancelled"
+
+
+def test_pages_of_jobs_are_full_although_some_are_hidden(house: House, world: World) -> None:
+    house.cli.ok("push", world.adapters["sql"], "lab/own:1.0.0", "--base", "tiny")
+    own: list[int] = []
+    for number in range(3):
+        house.compose("pia", adapter=f"lab/hidden{number}:1.0.0", model=None)
+        house.compose("pia", adapter=f"lab/hidden{number}:2.0.0", model=None)
+        made = house.compose("bob", inputs=["lab/own:1.0.0"], adapter=f"lab/shown{number}:1.0.0", model=None)
+        own.append(house.apis["bob"].get(f"/v1/compositions/{made}")["job"])
+    first = house.apis["bob"].get("/v1/jobs", limit=2)
+    assert [row["id"] for row in first["items"]] == own[:0:-1]
+    assert house.jobs("bob", limit=2) == own[::-1]
+    assert len(house.jobs("pia", limit=2)) == 9

@@ -1,0 +1,214 @@
+"""Workers on hosts that lack something: the base, space on a disk, time; and what a job leaves where it was."""
+
+import errno
+import shutil
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+from composer.errors import RefusedOutput
+from registry.errors import Unavailable
+from registry.resources import Resources
+from registry.upkeep import collect, sweep_work
+from registry.worker.loop import Held, JobKind, run_one, run_worker
+from registry.worker.steps import KINDS
+from tests.scenarios.conftest import stock
+from tests.scenarios.test_crashes import begin, resources_of, team, watched, write_recipe
+from tests.scenarios.test_workers import within
+from tests.scenarios.traces import api_of
+from tests.scenarios.world import Cli, World
+
+OUTAGES = {
+    "full": (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+    "of a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk_full"),
+    "broken": (OSError(errno.EIO, "Input/output error"), "disk_error"),
+    "full for an output": (RefusedOutput("disk_full", "The disk is full.", subject="x", next_step="y"), "disk_full"),
+    "behind a busy store": (Unavailable("store_busy", "The store is asked enough.", next_step="Wait."), "store_busy"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A registry with a composition to do, whose base lies in a directory of its own."""
+
+    cli: Cli
+    base: Path
+    resources: Resources
+
+    @property
+    def job(self) -> dict[str, object]:
+        job = self.cli.json("jobs", 1)
+        return {"state": job["state"], "code": (job["error"] or {}).get("code")}
+
+    @property
+    def work(self) -> list[str]:
+        return sorted(path.name for path in self.resources.work_directory.glob("composition-*"))
+
+    def at(self, later: timedelta) -> Resources:
+        return replace(self.resources, clock=lambda: self.resources.clock() + later)
+
+
+@pytest.fixture
+def site(embedded: Cli, world: World, tmp_path: Path) -> Generator[Site]:
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    own = World(base, world.adapters, world.suites)
+    cli = team(stock(embedded, own), own)
+    begin(cli, tmp_path)
+    with resources_of(cli.environment) as resources:
+        yield Site(cli, base, resources)
+
+
+def replacing(name: str, step: Callable[[Held], None]) -> dict[str, JobKind]:
+    """The real steps, but for one."""
+    kind = KINDS["composition"]
+    return {"composition": JobKind({**kind.steps, name: step}, kind.clean)}
+
+
+def failing(name: str, error: Exception) -> dict[str, JobKind]:
+    def step(_held: Held) -> None:
+        raise error
+
+    return replacing(name, step)
+
+
+@pytest.mark.parametrize("disk", list(OUTAGES))
+def test_a_composition_waits_out_a_disk_that_is(disk: str, site: Site) -> None:
+    error, code = OUTAGES[disk]
+    assert run_one(site.resources, failing("merge", error), "first")
+    assert site.job == {"state": "queued", "code": code}
+    assert not run_one(site.resources, KINDS, "too early")
+    assert run_one(site.at(timedelta(minutes=1)), KINDS, "second")
+    assert site.job == {"state": "done", "code": None}
+
+
+def test_a_disk_that_stays_full_ends_a_composition_at_its_third_attempt(site: Site) -> None:
+    full = failing("combine", OUTAGES["full"][0])
+    for minutes in (0, 1, 10):
+        assert site.job["state"] == "queued"
+        assert run_one(site.at(timedelta(minutes=minutes)), full, "worker")
+    assert site.job == {"state": "failed", "code": "disk_full"}
+
+
+def test_workers_without_the_base_leave_a_composition_to_one_that_has_it(site: Site) -> None:
+    away = site.base.rename(site.base.with_name("away"))
+    others: list[dict[int, datetime]] = [{} for _ in range(5)]
+    for number, passed in enumerate(others):
+        assert run_one(site.resources, KINDS, f"without {number}", passed=passed)
+        assert site.job == {"state": "queued", "code": "base_not_here"}
+        assert site.work == [], "whoever goes on has another disk"
+        assert not run_one(site.resources, KINDS, f"without {number}", passed=passed), "it was left to others"
+    away.rename(site.base)
+    assert run_one(site.resources, KINDS, "with", passed={})
+    assert site.job == {"state": "done", "code": None}
+
+
+def test_a_composition_whose_base_nobody_has_ends_after_an_hour_and_says_so(site: Site) -> None:
+    site.base.rename(site.base.with_name("away"))
+    passed: dict[int, datetime] = {}
+    assert run_one(site.resources, KINDS, "worker", passed=passed)
+    assert not run_one(site.at(timedelta(minutes=59)), KINDS, "worker", passed=passed)
+    assert run_one(site.at(timedelta(minutes=61)), KINDS, "worker", passed=passed)
+    assert site.job == {"state": "failed", "code": "base_not_here"}
+    assert "took the job within 60 minutes" in site.cli.json("jobs", 1)["error"]["detail"]
+
+
+def test_a_composition_that_was_left_to_others_can_be_cancelled_at_once(site: Site) -> None:
+    site.base.rename(site.base.with_name("away"))
+    passed: dict[int, datetime] = {}
+    assert run_one(site.resources, KINDS, "worker", passed=passed)
+    site.cli.ok("cancel", 1)
+    if site.job["state"] == "queued":
+        assert run_one(site.resources, KINDS, "worker", passed=passed)
+    assert site.job == {"state": "cancelled", "code": None}
+
+
+def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not_here(
+    site: Site, tmp_path: Path
+) -> None:
+    site.cli.ok("cancel", 1)
+    site.base.rename(site.base.with_name("away"))
+    refused = site.cli("compose", write_recipe(tmp_path))
+    assert refused.code == 7
+    assert "finds none of the base's locations" in refused.err
+    assert "adaptory base add DIR" in refused.err
+
+
+def test_what_lies_on_a_host_that_another_took_a_composition_from_goes_once_that_has_ended(
+    site: Site, tmp_path: Path
+) -> None:
+    away = Unavailable("store_unavailable", "The store is away.", next_step="Wait.")
+    assert run_one(site.resources, failing("publish", away), "first")
+    assert site.work == ["composition-1"]
+    assert sweep_work(site.resources) == 0, "the next attempt goes on with it"
+    assert collect(site.resources, grace=timedelta(0)).leftovers == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    assert run_one(replace(site.at(timedelta(minutes=1)), work_directory=other), KINDS, "second")
+    assert (site.job["state"], site.work, list(other.iterdir())) == ("done", ["composition-1"], [])
+    assert collect(site.resources, grace=timedelta(0)).leftovers == 1
+    assert site.work == []
+
+
+def test_a_worker_removes_what_other_hosts_have_ended_and_nothing_that_is_not_its_own(site: Site) -> None:
+    site.cli.ok("cancel", 1)
+    for name in ("composition-1", "composition-999", "composition-mine", "other"):
+        (site.resources.work_directory / name / "model").mkdir(parents=True)
+    stop = threading.Event()
+    worker = threading.Thread(target=run_worker, args=(site.resources, KINDS, stop))
+    worker.start()
+    try:
+        within(30, lambda: site.work == ["composition-mine"])
+    finally:
+        stop.set()
+        worker.join()
+    assert (site.resources.work_directory / "other" / "model").is_dir()
+
+
+@pytest.mark.parametrize("name", ["check", "combine", "evaluate", "merge"])
+def test_a_step_that_is_told_to_stop_gives_its_job_back_before_it_has_read_or_measured_all(
+    name: str, site: Site
+) -> None:
+    stop, ended = threading.Event(), list[str]()
+    step = KINDS["composition"].steps[name]
+
+    def stopped(held: Held) -> None:
+        stop.set()
+        step(held)
+        ended.append(name)
+
+    assert run_one(site.resources, replacing(name, stopped), "first", stop)
+    assert (site.job["state"], ended) == ("queued", [])
+    seen: list[str] = []
+    assert run_one(site.resources, watched(seen), "second")
+    assert (site.job["state"], seen[0]) == ("done", name)
+
+
+def test_a_suite_that_is_replaced_while_the_candidate_is_measured_fails_its_gate(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(stocked_embedded, world)
+    cli.ok("eval", "tiny", "--suite", "guard-exact")
+    gates = ["guard-exact.nll <= 1000", "guard-exact.nll within 1000 of base", "sql-exact.nll <= 1000"]
+    recipe = yaml.safe_load(write_recipe(tmp_path).read_text()) | {"gates": gates}
+    content = yaml.safe_load(world.suites["guard"].read_text())
+    content["examples"] = [{"prompt": "new", "completion": "other"}]
+    (tmp_path / "guard.yaml").write_text(yaml.safe_dump(content))
+
+    def replaced(held: Held) -> None:
+        KINDS["composition"].steps["evaluate"](held)
+        cli.ok("suite", "add", tmp_path / "guard.yaml")
+        cli.ok("eval", "tiny", "--suite", "guard-exact")
+
+    with resources_of(cli.environment) as resources, api_of(cli) as api:
+        api.post("/v1/compositions", {"recipe": recipe})
+        assert run_one(resources, replacing("evaluate", replaced), "worker")
+    job = cli.json("jobs", 1)
+    assert (job["state"], job["error"]["code"]) == ("refused", "gate_failed")
+    assert [row["passed"] for row in job["error"]["findings"]] == [False, False, True]
+    assert "Compose again: guard-exact changed" in job["error"]["next"]
