@@ -30,7 +30,11 @@ _PICKLE_NAME = re.compile(
 of these only when it is told to, and most hold numbers."""
 _OPCODES = "".join(opcode.code for opcode in pickletools.opcodes).encode("latin-1")
 _PICKLE = re.compile(rb"\x80[\x02-\x05][" + re.escape(_OPCODES) + rb"]")
-"""The protocol, from 2 on, and any other opcode; older protocols are text like any other."""
+"""The protocol, from 2 on, and any other opcode; protocols 0 and 1 have no such sign."""
+_IMPORTS = frozenset({"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"})
+_CALLS = frozenset({"BUILD", "INST", "NEWOBJ", "NEWOBJ_EX", "OBJ", "REDUCE"})
+_IMPORTED = re.compile(r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*", re.ASCII)
+"""A module and a name in it, as GLOBAL and INST give them: two lines of a text mostly are neither."""
 _TORCH_ENTRY = b"data.pkl"
 """What torch.save writes first into its zip."""
 _LISTED_TORCH_ENTRY = re.compile(rb"PK\x01\x02.{42}[^\x00-\x1f]{0,400}data\.pkl", re.DOTALL)
@@ -81,8 +85,60 @@ def is_zip(first: bytes) -> bool:
 
 def refuse_pickled(path: str, first: bytes, last: bytes = b"") -> None:
     """Raises Invalid by the bytes at a file's two ends, whatever its name; of what is no zip the first ones suffice."""
-    if _PICKLE.match(first) or _NUMPY_OBJECTS.match(first) or (is_zip(first) and _is_of_torch(first, last)):
+    if (
+        _PICKLE.match(first)
+        or _is_old_pickle(first)
+        or _NUMPY_OBJECTS.match(first)
+        or (is_zip(first) and _is_of_torch(first, last))
+    ):
         raise _pickle(path, "is a pickle, which runs code when it is opened")
+
+
+def _is_old_pickle(first: bytes) -> bool:
+    """Whether bytes without the sign of a protocol import and call something as a pickle, or are one from end to end.
+
+    Texts begin with letters that are opcodes, too; but none goes on so that each finds on the stack what it takes.
+    """
+    depths = [0]  # of the stack, and above each mark
+    imported = False
+    try:
+        for opcode, argument, position in pickletools.genops(first):
+            if not _takes(depths, opcode) or (isinstance(argument, str) and not _could_be(opcode.name, argument)):
+                return False
+            imported = imported or opcode.name in _IMPORTS
+            if imported and opcode.name in _CALLS:
+                return True
+            if opcode.name == "STOP":
+                return depths == [0] and position == len(first) - 1
+    except ValueError:  # no opcode, or one that is cut off
+        pass
+    return False
+
+
+def _could_be(opcode: str, argument: str) -> bool:
+    return opcode not in _IMPORTS or _IMPORTED.fullmatch(argument) is not None
+
+
+def _takes(depths: list[int], opcode: pickletools.OpcodeInfo) -> bool:
+    """Does to the stack what the opcode does; False where that lacks what it takes."""
+    taken = opcode.stack_before
+    if opcode.name == "POP" and depths[-1] == 0:
+        taken = [pickletools.markobject]  # it takes a mark, too
+    if pickletools.markobject in taken:
+        below = taken.index(pickletools.markobject)
+        above = len(taken) - below - 1 - (pickletools.stackslice in taken)
+        if len(depths) == 1 or depths.pop() < above:
+            return False
+    else:
+        below = len(taken)
+    if depths[-1] < below:
+        return False
+    depths[-1] -= below
+    if pickletools.markobject in opcode.stack_after:
+        depths.append(0)
+    else:
+        depths[-1] += len(opcode.stack_after)
+    return True
 
 
 def _is_of_torch(first: bytes, last: bytes) -> bool:

@@ -14,7 +14,7 @@ from composer.findings import Finding
 from composer.formats.card import CARD_FILE, card_provenance, parse_provenance
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
-from composer.formats.header import DEFAULT_LIMITS, header_length
+from composer.formats.header import DEFAULT_LIMITS, header_length, parse_header
 from composer.formats.inspection import inspect
 from composer.formats.serving import judge
 from composer.spectrum import spectrum
@@ -86,7 +86,8 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         architecture = bases.architecture(session, base_digest)
         keys = namespaces.signing_keys(session, push.repository.namespace)
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before a byte of them is read
-    _refuse_pickled(resources, push.files)
+    parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # by whatever inspects it
+    _refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
     signed_by, doubted = _judge_signature(resources, push.files, keys)
     seen = _inspect(resources, push, architecture)
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
@@ -146,11 +147,17 @@ class _Seen:
 
 
 def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None:
-    """Looks into every file but safetensors, whose readers run nothing, and whose first bytes may be anything."""
+    """Looks into every file; what is named safetensors must be that, whose readers run nothing.
+
+    The first bytes of those may be anything, and a pickle of that name is opened by who does not look at the name.
+    """
 
     def look(file: ManifestFile) -> None:
         with resources.store.open(file.sha256, 0, ENDS_BYTES) as source:
             first = source.read()
+        if file.path.lower().endswith(".safetensors"):
+            _check_header(resources.store, file, first)
+            return
         last = b""
         if is_zip(first):
             with resources.store.open(file.sha256, max(0, file.size_bytes - ENDS_BYTES)) as source:
@@ -158,7 +165,16 @@ def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None
         refuse_pickled(file.path, first, last)
 
     with ThreadPoolExecutor(_PARALLEL, "look") as pool:
-        list(pool.map(look, [file for file in files if not file.path.endswith(".safetensors")]))
+        list(pool.map(look, files))
+
+
+def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
+    """Raises InvalidFile for what is no safetensors file; `first` are its first bytes."""
+    rest = 8 + header_length(first, file.size_bytes, DEFAULT_LIMITS, file.path) - len(first)
+    if rest > 0:
+        with store.open(file.sha256, len(first), rest) as source:
+            first += source.read()
+    parse_header(first, file.size_bytes, DEFAULT_LIMITS, file.path)
 
 
 def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Seen:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def zipped(*entries: tuple[str, str]) -> bytes:
     return written(write)
 
 
+HOUSE = Path(__file__).parents[2]
 STATE = {"weight": torch.zeros(50_000)}
 PICKLES: dict[str, bytes] = {
     "torch.save": written(lambda file: torch.save(STATE, file)),
@@ -45,6 +47,20 @@ PICKLES: dict[str, bytes] = {
     "a field of objects": written(
         lambda file: np.save(file, np.zeros(2, [("a", "<f4"), ("b", "O")]), allow_pickle=True)
     ),
+}
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("this ran",)
+
+
+PICKLES |= {f"code in protocol {protocol}": pickle.dumps([1, Harmful()], protocol) for protocol in range(6)}
+PICKLES |= {
+    "arrays in protocol 0": pickle.dumps({"weight": np.zeros(50_000)}, 0),
+    "code without a protocol": b"\x8c\x08builtins\x8c\x05print\x93)R.",
+    "code and then something else": b"cos\nsystem\n(S'true'\ntRnothing that could be read",
+    "an instance of old": b"(S'true'\nios\nsystem\n.",
 }
 OTHERS: dict[str, bytes] = {
     "nothing": b"",
@@ -76,6 +92,30 @@ def test_whatever_is_pickled_is_known_by_its_first_bytes(value: Any, protocol: i
         refuse_pickled("x", pickle.dumps(value, protocol)[:ENDS_BYTES])
 
 
+@given(
+    st.recursive(st.none() | st.integers() | st.text() | st.binary(), lambda inner: st.lists(inner), max_leaves=8),
+    st.sampled_from([0, 1]),
+)
+def test_a_whole_pickle_of_an_old_protocol_is_known_although_it_has_no_sign(value: Any, protocol: int) -> None:
+    with pytest.raises(Invalid):
+        refuse_pickled("x", pickle.dumps(value, protocol))
+
+
+@given(st.binary())
+def test_bytes_of_any_kind_are_judged_and_nothing_else_happens(content: bytes) -> None:
+    with suppress(Invalid):
+        refuse_pickled("x", content)
+
+
+def test_texts_are_no_pickles_whatever_letters_they_begin_with() -> None:
+    tracked = [path for end in ("md", "py", "yaml", "jsonl", "json", "txt") for path in HOUSE.glob(f"[!.]*/**/*.{end}")]
+    assert len(tracked) > 300
+    for path in tracked:
+        refuse_pickled(path.name, path.read_bytes()[:ENDS_BYTES])
+    for text in ("copyright\nnotice\n(the terms\n", "cat\ncab\ncar\n.\n", "(in\norder)\n.", ".", "NNNNNNNN", "I am.\n"):
+        refuse_pickled("notes.txt", text.encode())
+
+
 @pytest.mark.parametrize("what", list(OTHERS))
 def test_what_is_no_pickle_passes(what: str) -> None:
     refuse_pickled("notes.txt", *ends(OTHERS[what]))
@@ -97,11 +137,19 @@ def test_names_of_other_files_pass(name: str) -> None:
 
 def test_a_pickle_under_the_name_of_a_text_is_not_released(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
-    for what in ("torch.save", "torch.save of old", "a zip whose pickle comes last"):
+    for what in ("torch.save", "torch.save of old", "a zip whose pickle comes last", "code in protocol 0"):
         (adapter / "notes.txt").write_bytes(PICKLES[what])
         refused = stocked("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
         assert (refused.code, "notes.txt is a pickle" in refused.err) == (6, True), refused.err
         assert stocked("log", "acme/sql").code == 3
+    (adapter / "notes.txt").unlink()
+    for what in ("torch.save", "torch.save of old", "code in protocol 0", "code in protocol 4"):
+        for name in ("extra.safetensors", "extra.SafeTensors"):
+            (adapter / name).write_bytes(PICKLES[what])
+            refused = stocked("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+            assert (refused.code, name in refused.err) == (6, True), refused.err
+            assert stocked("log", "acme/sql").code == 3
+            (adapter / name).unlink()
     for content in OTHERS.values():
         (adapter / "notes.txt").write_bytes(content)
         (adapter / "like-a-pickle.safetensors").write_bytes(like_a_pickle())
