@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 
 def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Path | None) -> Json:
-    """Pulls the inputs, merges them into the base again and compares with the release's files in `directory`.
+    """Pulls the inputs, merges them into the base again and compares with the release's verified files in `directory`.
 
     The registry says which inputs and weights they were, the release's own note how they were merged. Raises Refused
     for a release that no composition made, Invalid when the two disagree, NotAllowed for an input that is hidden.
@@ -39,7 +39,6 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in lineage]
     adapters = [release_directory(connection, found) for found in inputs]
     checkpoint = base_checkpoint(connection.api.base(release["base"]["digest"]), base_dir)
-    _refuse_spoiled(release, name, directory)
     plan = plan_rebuild(directory, checkpoint, adapters)
     # As the bag that they are: the note has them in the recipe's order, the registry in that of their publication.
     known = Counter(zip(map(_weights_digest, inputs), (row["weight"] for row in lineage), strict=True))
@@ -52,20 +51,6 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
         )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()
-
-
-def _refuse_spoiled(release: Json, name: str, directory: Path) -> None:
-    """The copy on this machine was verified when it was pulled, some time ago."""
-    from composer.hashing import hash_file
-
-    for row in release["files"]:
-        if hash_file(directory / row["path"]) != row["sha256"]:
-            raise Refused(
-                "spoiled_copy",
-                f"{row['path']} on this machine is not the file that {name} was released with.",
-                subject=row["path"],
-                next_step=f"Remove {directory} and verify again.",
-            )
 
 
 def _weights_digest(release: Json) -> str:

@@ -91,6 +91,49 @@ def test_writing_to_a_pulled_file_harms_no_later_pull(stocked_embedded: Cli, wor
     assert hashes(tmp_path / "second") == digests
 
 
+def more_of_it(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+
+
+def another_config(directory: Path) -> None:
+    config = directory / "adapter_config.json"
+    config.unlink()
+    config.write_text((directory / "README.md").read_text())
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda directory: damage(directory / WEIGHTS),
+        lambda directory: (directory / WEIGHTS).unlink(),
+        another_config,
+        more_of_it,
+        shutil.rmtree,
+    ],
+    ids=["bit", "gone", "another", "more", "all gone"],
+)
+def test_a_release_that_was_changed_on_this_machine_is_pulled_anew_by_who_uses_it(
+    stocked_embedded: Cli, world: World, harm: Callable[[Path], object]
+) -> None:
+    cli = stocked_embedded
+    digests = pushed(cli, world)
+    before = cli.json("inspect", "acme/sql")
+    (directory,) = (Path(cli.environment["ADAPTORY_HOME"]) / "cache").glob("*/acme--sql")
+    harm(directory)
+    assert cli.json("inspect", "acme/sql") == before
+    assert hashes(directory) == digests
+    assert {path.name for path in directory.parents[1].iterdir()} == {directory.parent.name, "blobs"}
+
+
+def test_a_release_that_is_as_it_was_pulled_is_not_pulled_again(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    digests = pushed(cli, world)
+    cli.ok("inspect", "acme/sql")
+    stored.overwrite(cli, digests[WEIGHTS], b"lost")
+    shutil.rmtree(Path(cli.environment["ADAPTORY_HOME"]) / "cache" / "blobs")
+    cli.ok("inspect", "acme/sql")
+
+
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="there is one file system only")
 def test_a_cache_on_another_file_system_is_copied_from(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     if SHARED_MEMORY.stat().st_dev == tmp_path.stat().st_dev:

@@ -71,7 +71,7 @@ def test_every_output_tells_the_recipe_and_the_lock_that_it_came_from_by_commits
         ]
 
 
-def test_a_copy_that_was_spoiled_after_it_was_pulled_is_refused_by_its_name(composed: Cli) -> None:
+def test_a_copy_that_was_spoiled_after_it_was_pulled_is_pulled_anew(composed: Cli) -> None:
     composed.ok("verify", MODEL, "--rebuild")  # now it lies in the cache, where a disk or somebody may spoil it
     cache = Path(composed.environment["ADAPTORY_HOME"]) / "cache"
     shard = next(file for file in cache.glob("*/acme--assistant-merged/*.safetensors"))
@@ -79,10 +79,6 @@ def test_a_copy_that_was_spoiled_after_it_was_pulled_is_refused_by_its_name(comp
     content[-2] ^= 1  # the least that there is
     shard.unlink()
     shard.write_bytes(content)
-    refused = composed("verify", MODEL, "--rebuild", "--json")
-    assert refused.code == 1
-    assert f"{shard.name} on this machine is not the file" in refused.err
-    shutil.rmtree(shard.parent)
     assert composed.json("verify", MODEL, "--rebuild")["rebuild"]["verdict"] == "same"
 
 
