@@ -110,6 +110,14 @@ def events(session: Session, query: EventQuery, *, after: int = 0, limit: int = 
     return list(session.scalars(_filtered(statement, query)))
 
 
+def latest(session: Session, query: EventQuery, *, before: int = 0, limit: int = 100) -> list[AuditRow]:
+    """The newest first; `before` is the id of the last row seen, 0 for none."""
+    statement = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
+    if before:
+        statement = statement.where(AuditRow.id < before)
+    return list(session.scalars(_filtered(statement, query)))
+
+
 def _filtered(statement: Select[AuditRow], query: EventQuery) -> Select[AuditRow]:
     if query.namespaces is not None:
         statement = statement.where(AuditRow.namespace.in_(query.namespaces))

@@ -10,12 +10,11 @@ import typer
 
 from registry.cli import render
 from registry.cli.compose import Method, Rules, Settings, settings_of, with_rules
-from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
+from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
 from registry.cli.files import read_text
 from registry.cli.quality import BaseDir, Device, fetch_suite
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
-from registry.names import parse_reference
 
 if TYPE_CHECKING:
     from composer.conflicts import ConflictReport
@@ -124,8 +123,7 @@ class _Group:
     ) -> None:
         self._connect, self.names, self.base_dir = connect, names, base_dir
         self.releases: list[Json | None] = [
-            None if Path(name).is_dir() else self.connection.api.resolve(parse_reference(name))["release"]
-            for name in names
+            None if Path(name).is_dir() else resolved(self.connection, name) for name in names
         ]
         digests = {release["base"]["digest"] for release in self.releases if release}
         if len(digests) > 1:

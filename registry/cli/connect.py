@@ -70,6 +70,19 @@ def load_settings() -> "Settings":
         ) from error
 
 
+def own_settings() -> "Settings":
+    """Of the registry whose database and store this machine reaches. Raises Usage where a URL names another one."""
+    settings = load_settings()
+    if settings.url:
+        raise Usage(
+            "not_remote",
+            "This command needs the registry's database and store.",
+            subject="ADAPTORY_URL",
+            next_step="Run it where the server runs, without ADAPTORY_URL.",
+        )
+    return settings
+
+
 def _variable(place: tuple[int | str, ...]) -> str:
     """The environment variable of a setting: of the store's its place has the kind too, which no name has."""
     parts = [str(part) for part in place]
@@ -130,7 +143,7 @@ def resolved(connection: Connection, ref: str, *, warned: bool = False) -> dict[
 
 
 def release_directory(connection: Connection, release: dict[str, Any]) -> Path:
-    """The release's files on this machine, pulled and verified once."""
+    """The release's files on this machine, hashed a moment ago."""
     from registry.cli import render
     from registry.client.pull import cached
 

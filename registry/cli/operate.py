@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from registry.cli import render
-from registry.cli.connect import connected, load_settings
+from registry.cli.connect import connected, own_settings
 from registry.cli.render import JsonFlag
-from registry.errors import NotAllowed, Unavailable
+from registry.errors import NotAllowed, Unavailable, Usage
 
 if TYPE_CHECKING:
     from registry.resources import Resources
 
 Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
+After = Annotated[str | None, typer.Option("--cursor", help="`next` of the page before.")]
 
 AUDIT_ROWS = 1000
 """Of a table, which is read by people."""
@@ -49,7 +50,7 @@ def serve(
     from registry.worker.loop import run_worker
     from registry.worker.steps import KINDS
 
-    settings = load_settings()
+    settings = own_settings()
     with_tokens = settings.access == "tokens"
     if not with_tokens and not is_loopback(host):
         raise NotAllowed(
@@ -114,7 +115,7 @@ def worker() -> None:
     from registry.worker.loop import run_worker
     from registry.worker.steps import KINDS
 
-    resources = open_resources(load_settings())
+    resources = open_resources(own_settings())
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
@@ -130,7 +131,7 @@ def migrate(json: JsonFlag = False) -> None:
     from registry.db import Database, Patience, head_revision, schema_revision
     from registry.db import migrate as run_migrations
 
-    settings = load_settings()
+    settings = own_settings()
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
     database = Database(settings.effective_database_url, Patience(statement_s=None))
@@ -142,13 +143,15 @@ def migrate(json: JsonFlag = False) -> None:
 
 
 def jobs(
-    job: Annotated[int | None, typer.Argument(metavar="[ID]")] = None, limit: Limit = 50, json: JsonFlag = False
+    job: Annotated[int | None, typer.Argument(metavar="[ID]")] = None,
+    limit: Limit = 50,
+    cursor: After = None,
+    json: JsonFlag = False,
 ) -> None:
     """Jobs, the newest first, or one of them."""
     with connected() as connection:
-        found = (
-            [connection.api.get(f"/v1/jobs/{job}")] if job else list(islice(connection.api.pages("/v1/jobs"), limit))
-        )
+        api = connection.api
+        found, more = ([api.get(f"/v1/jobs/{job}")], None) if job else api.first("/v1/jobs", limit, cursor=cursor)
     rows = [
         (
             row["id"],
@@ -159,8 +162,9 @@ def jobs(
         )
         for row in found
     ]
-    told = found[0] if job else {"items": found, "next": None}
+    told = found[0] if job else {"items": found, "next": more}
     render.document(told, json, lambda: render.table("", ("job", "kind", "state", "steps", "by"), rows))
+    render.more(more, json)
 
 
 def cancel(job: Annotated[int, typer.Argument(metavar="ID")], json: JsonFlag = False) -> None:
@@ -179,11 +183,14 @@ def audit(  # noqa: PLR0913
     until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
     export: Annotated[bool, typer.Option("--jsonl", help="The rows of the filter, a line of JSON each.")] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many: 1000 by default, with --jsonl all.")
+        int | None, typer.Option(min=1, help="At most so many: 1000 by default, with --jsonl all from the first on.")
     ] = None,
+    cursor: After = None,
     json: JsonFlag = False,
 ) -> None:
-    """What was done: by whom, from where, why, and what it changed; in order."""
+    """What was done: by whom, from where, why, and what it changed; the newest first, with --jsonl in order."""
+    if export and cursor:
+        raise Usage("no_pages", "An export has no pages.", subject=cursor, next_step="Leave out --cursor or --jsonl.")
     query = {"subject": subject, "namespace": namespace, "by": by, "act": act, "since": since, "until": until}
     with connected() as connection:
         if export:
@@ -191,10 +198,11 @@ def audit(  # noqa: PLR0913
                 for line in islice(lines, limit):
                     print(line)
             return
-        found = list(islice(connection.api.pages("/v1/audit", **query), limit or AUDIT_ROWS))
+        found, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
     rows = [
         (row["id"], row["at"][:19], row["actor"], row["act"], row["subject"], render.change(row), row["reason"])
         for row in found
     ]
     columns = ("id", "at", "actor", "act", "subject", "change", "reason")
-    render.document({"items": found, "next": None}, json, lambda: render.table("", columns, rows))
+    render.document({"items": found, "next": more}, json, lambda: render.table("", columns, rows))
+    render.more(more, json)

@@ -7,10 +7,9 @@ from urllib.parse import quote
 import typer
 
 from registry.cli import render
-from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
+from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
-from registry.names import parse_reference
 
 if TYPE_CHECKING:
     from composer.suite import Suite
@@ -103,7 +102,7 @@ def fetch_suite(connection: Connection, name: str) -> "Suite":
 def _release_or_base(connection: Connection, what: str) -> tuple[Json | None, Json]:
     """A release and its base, or a base alone. A base's alias may look like a repository."""
     try:
-        release = connection.api.resolve(parse_reference(what))["release"]
+        release = resolved(connection, what)
     except (Usage, NotFound) as error:
         try:
             return None, connection.api.base(what)

@@ -48,7 +48,7 @@ def inspect(
     if base or not directory.exists():
         with connected() as connection:
             if not directory.exists():
-                release = connection.api.resolve(parse_reference(what))["release"]
+                release = resolved(connection, what)
                 directory, base = release_directory(connection, release), base or release["base"]["digest"]
             architecture = connection.api.architecture(base or "")
     look = _look if layout == PEFT else _look_at_another

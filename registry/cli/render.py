@@ -73,6 +73,12 @@ def cell(value: Any) -> str:
     return plain(str(value))
 
 
+def more(cursor: str | None, as_json: bool) -> None:
+    """Says how a list goes on that was cut off; a JSON document says it itself, as `next`."""
+    if cursor and not as_json:
+        say(f"more: --cursor {cursor}")
+
+
 def with_error(value: float, stderr: float | None) -> str:
     return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 

@@ -73,8 +73,7 @@ def search(  # noqa: PLR0913
     with connected() as connection:
         found = connection.api.get("/v1/releases", **given)
     render.document(found, json, lambda: show_releases(found["items"]))
-    if found["next"] and not json:
-        render.say(f"more: --cursor {found['next']}")
+    render.more(found["next"], json)
 
 
 def show_releases(found: list[Json]) -> None:

@@ -12,7 +12,7 @@ from registry.cli.connect import Connection, connected, release_directory, resol
 from registry.cli.files import read_text
 from registry.cli.release import promote_release, show_move
 from registry.cli.render import JsonFlag
-from registry.errors import Refused, Usage, refuse_errors
+from registry.errors import Refused, RegistryError, Usage, refuse_errors
 from registry.names import Reference, parse_part, parse_reference
 
 Json = dict[str, Any]
@@ -66,10 +66,18 @@ def push(  # noqa: PLR0913
             files = signed(files, sign, Path(aside), published_signatures(connection.api, reference, files))
         with render.progress(f"push {target}", sum(file.manifest.size_bytes for file in files)) as done:
             published = client.push(connection.api, files, reference.repository, "adapter", request, done)
-        move = promote_release(connection, published["release"], channel, "", force=False) if channel else None
-    for finding in published["warnings"]:
-        render.say(f"{finding['severity']}: {finding['message']}")
-    render.document({**published, "move": move}, json, lambda: _show_push(published, move))
+        for finding in published["warnings"]:
+            render.say(f"{finding['severity']}: {finding['message']}")
+        told, failure = {**published, "move": None}, None
+        try:
+            if channel:
+                told["move"] = promote_release(connection, published["release"], channel, "", force=False)
+        except RegistryError as error:  # told beside the release, which is out all the same
+            failure = error
+            told["error"] = render.problem(error)
+    render.document(told, json, lambda: _show_push(told))
+    if failure is not None:
+        raise typer.Exit(render.fail(failure, as_json=False))
 
 
 def pull(
@@ -89,7 +97,7 @@ def pull(
 
     def check(directory: Path) -> None:
         if key:
-            verify_files(directory, {row["path"]: row["sha256"] for row in release["files"]}, key)
+            verify_files(directory, _digests(release), key)
 
     with connected() as connection:
         release = resolved(connection, ref)
@@ -122,12 +130,13 @@ def verify(
 ) -> None:
     """Whether a key has signed every file and each is still what was signed; whether a merge gives the same again."""
     from registry.cli.rebuild import rebuilt, rebuilt_here
-    from registry.client.signing import read_public_key, verify_directory
+    from registry.client.signing import read_public_key, verify_directory, verify_files
 
     if key is None and not rebuild:
         raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
     public_key, directory = read_public_key(key) if key else None, Path(what)
     told: Json = {"what": what}
+    release: Json | None = None
     with ExitStack() as stack:
         if not directory.is_dir():
             connection = stack.enter_context(connected())
@@ -138,13 +147,21 @@ def verify(
         elif rebuild:
             told["rebuild"] = rebuilt_here(directory, base_dir, adapter or [])
         if public_key:
-            told["signed_by"] = verify_directory(directory, public_key)
+            told["signed_by"] = (
+                verify_files(directory, _digests(release), public_key)  # hashed a moment ago
+                if release
+                else verify_directory(directory, public_key)
+            )
     render.document(told, json, lambda: _show_verified(told))
     if rebuild and told["rebuild"]["verdict"] == "different":
         next_step = "Do not serve it; ask who published it."
         if directory == Path(what):
             next_step = "See that base and adapters are those that were merged. If they are, do not serve it."
         raise Refused("not_rebuilt", f"{what} is not what its inputs give.", subject=what, next_step=next_step)
+
+
+def _digests(release: Json) -> dict[str, str]:
+    return {row["path"]: row["sha256"] for row in release["files"]}
 
 
 def _show_verified(told: Json) -> None:
@@ -192,10 +209,10 @@ def _provenance(path: Path) -> Json:
     return parse_provenance(load_mapping(read_text(path), path.name), path.name)
 
 
-def _show_push(published: Json, move: Json | None) -> None:
+def _show_push(published: Json) -> None:
     release, done = published["release"], "published"
     if not published["created"]:
         done = "already there, its lost bytes sent again:" if published["sent"] else "already there, nothing to do:"
     print(f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
-    if move:
-        show_move(move)
+    if published["move"]:
+        show_move(published["move"])

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli import render
-from registry.cli.connect import load_settings
+from registry.cli.connect import own_settings
 from registry.cli.render import JsonFlag
-from registry.errors import RegistryError, Usage
+from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from registry.resources import Resources
@@ -99,18 +99,9 @@ def fsck(
 
 @contextmanager
 def _own_resources() -> "Generator[Resources]":
-    """Of the registry whose database and store this machine reaches; a URL would not do."""
     from registry.resources import open_resources
 
-    settings = load_settings()
-    if settings.url:
-        raise Usage(
-            "not_remote",
-            "This command needs the registry's database and store.",
-            subject="ADAPTORY_URL",
-            next_step="Run it where the server runs, without ADAPTORY_URL.",
-        )
-    resources = open_resources(settings)
+    resources = open_resources(own_settings())
     try:
         yield resources
     finally:

@@ -15,6 +15,8 @@ from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavaila
 from registry.names import Reference, RepositoryName
 
 Json = dict[str, Any]
+_PAGE = 500
+"""The most items that a page has."""
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
 
 
@@ -50,8 +52,8 @@ class Api:
     def post(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Json:
         return self._call("POST", path, body=body if body is not None else {}, headers=headers)
 
-    def put(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Json:
-        return self._call("PUT", path, body=body, headers=headers)
+    def put(self, path: str, body: Any) -> Json:
+        return self._call("PUT", path, body=body)
 
     def delete(self, path: str) -> Json:
         return self._call("DELETE", path)
@@ -86,6 +88,17 @@ class Api:
                 raise Unavailable("range_ignored", f"{url} does not give parts of a file.", next_step="Pull again.")
             yield Stream(str(response.url), response.iter_raw())
 
+    def first(self, path: str, most: int, **query: Any) -> tuple[list[Json], str | None]:
+        """So many items of a list, and the cursor of what follows them, None where that is nothing."""
+        found: list[Json] = []
+        cursor: str | None = query.pop("cursor", None)
+        while True:
+            page = self.get(path, cursor=cursor, limit=min(most - len(found), _PAGE), **query)
+            found += page["items"]
+            cursor = page["next"]
+            if cursor is None or len(found) >= most:
+                return found, cursor
+
     def pages(self, path: str, **query: Any) -> Iterator[Json]:
         """Every item of a list, a page at a time."""
         cursor: str | None = None
@@ -103,7 +116,7 @@ class Api:
             if response.status_code >= 400:
                 response.read()
             _raise_problem(response)
-            yield from response.iter_lines()
+            yield from _lines(response.iter_bytes())
 
     def resolve(self, reference: Reference) -> Json:
         """{release, warning}: what fetching it needs; GET its `release_path` for its facts and scores."""
@@ -154,6 +167,16 @@ def line_path(name: RepositoryName, kind: str = "adapter") -> str:
 def release_path(release: Json) -> str:
     """Of a release as the wire shows it."""
     return f"/v1/{release['kind']}s/{release['repository']}/releases/{release['version']}"
+
+
+def _lines(chunks: Iterable[bytes]) -> Generator[str]:
+    """Split where the registry ends a line and nowhere else: JSON may hold what Unicode calls the end of one."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode() for line in lines)
+    if rest:
+        yield rest.decode()
 
 
 def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -61,7 +61,8 @@ class BodyLimit:
         return TooLarge(
             "body_too_large",
             f"The body is longer than {self.limit_bytes:,} bytes.",
-            next_step="ADAPTORY_MAX_DOCUMENT_BYTES sets the limit.",
+            next_step="Send less, or let an operator raise ADAPTORY_MAX_DOCUMENT_BYTES where the registry runs; a base "
+            "needs some 200 bytes a tensor.",
         )
 
 

@@ -20,7 +20,6 @@ from registry.http.callers import Callers, credentials_of
 class Where(StrEnum):
     NAMESPACE = "the namespace of the path"
     ANYWHERE = "any namespace"
-    SITE = "the whole registry"
     INSIDE = "decided by the route"
 
 
@@ -40,8 +39,6 @@ class Rule:
             permit(actor, self.role, request.path_params["namespace"])
         elif self.where is Where.ANYWHERE:
             permit_somewhere(actor, self.role)
-        elif self.where is Where.SITE:
-            permit(actor, self.role)
         return actor
 
 
@@ -61,7 +58,6 @@ Releaser = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.RELEASER))]
 Admin = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.ADMIN))]
 Member = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.READER))]
 Contributor = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.PUBLISHER))]
-Operator = Annotated[Actor, Depends(Rule(Where.SITE, Role.ADMIN))]
 Caller = Annotated[Actor, Depends(Rule(Where.INSIDE))]
 
 ASKED_AGAIN = Rule(Where.INSIDE)

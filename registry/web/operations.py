@@ -72,9 +72,9 @@ def events(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[AuditOut]:
-    """What was done, in the order in which it was done."""
+    """What was done, the newest first."""
     with resources.read() as session:
-        rows = audit.events(session, wanted, after=decode_number(cursor), limit=limit + 1)
+        rows = audit.latest(session, wanted, before=decode_number(cursor), limit=limit + 1)
         return page([audit_view(row) for row in rows], limit, [row.id for row in rows])
 
 
@@ -82,7 +82,7 @@ def events(
     "/v1/audit.jsonl", response_class=StreamingResponse, responses={200: {"content": {"application/jsonl": {}}}}
 )
 def export(resources: ResourcesOf, wanted: Annotated[EventQuery, Depends(event_query)]) -> StreamingResponse:
-    """All rows of the filter, a line of JSON each."""
+    """All rows of the filter in the order in which it was done, a line of JSON each."""
     lines = _lines(resources, wanted)
     first = next(lines, "")  # before the answer begins: what goes wrong can still be told
     return StreamingResponse(chain([first], lines), media_type="application/jsonl")

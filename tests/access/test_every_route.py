@@ -100,7 +100,6 @@ def _told(rule: Rule | None, stated: str) -> str:
     return {
         Where.NAMESPACE: str(rule.role),
         Where.ANYWHERE: f"{rule.role} somewhere",
-        Where.SITE: "operator",
         Where.INSIDE: inside,
     }[rule.where]
 

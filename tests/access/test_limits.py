@@ -43,6 +43,7 @@ def test_a_document_that_is_too_long_is_answered_413_before_it_is_read(furnished
     house = limited(furnished, max_document_bytes=1000)
     answer = house.ask("publisher", "POST", "/v1/suites", content=b"x" * 2000)
     assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert "raise ADAPTORY_MAX_DOCUMENT_BYTES where the registry runs" in answer.json()["next"]
     answer = house.ask("publisher", "POST", "/v1/suites", headers={"Content-Length": str(2**60)}, content=iter([b"{}"]))
     assert answer.status_code == 413
     house.close()

@@ -1,5 +1,6 @@
 """Push, find, promote, regret, roll back: through the command line, embedded and against real servers."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -91,6 +92,8 @@ def test_yanked_releases_are_skipped_but_still_there_by_name(stocked: Cli, world
     exact = stocked.ok("show", "acme/sql:1.1.0", "--json")
     assert exact.json["yanked"]
     assert "leaks customer names" in exact.err
+    for command in (("inspect",), ("eval", "--suite", "sql-exact"), ("conflicts", "acme/sql:1.0.0")):
+        assert "leaks customer names" in stocked.ok(*command, "acme/sql:1.1.0").err, command
     assert stocked("promote", "acme/sql:1.1.0", "--to", "canary").code == 1
     back = stocked.ok("unyank", "acme/sql:1.1.0", "--reason", "the names were invented")
     assert back.err == "", "that it was yanked is why it is unyanked"
@@ -110,10 +113,10 @@ def test_a_yank_and_taking_it_back_are_refused_without_a_reason(stocked: Cli, wo
                 api.post(f"{release}/{act}", body)
         assert stocked.json("show", "acme/sql:1.0.0")["yanked"] == before
         stocked.ok(act, "acme/sql:1.0.0", "--reason", reason)
-    told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][1:]
+    told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][:-1]
     assert [(event["act"], event["reason"], event["after"]["yanked"]) for event in told] == [
-        ("release:yank", "leaks customer names", True),
         ("release:unyank", "the names were invented", False),
+        ("release:yank", "leaks customer names", True),
     ]
 
 
@@ -129,7 +132,7 @@ def test_a_yank_may_get_a_better_reason_and_one_that_is_not_there_leaves_no_trac
     with api_of(stocked) as api:
         again = api.post("/v1/adapters/acme/sql/releases/1.0.0/unyank", {"reason": "once more"})
     assert not again["yanked"]
-    told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][1:]
+    told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][-2::-1]
     assert [(event["act"], event["before"]["yank_reason"], event["reason"]) for event in told] == [
         ("release:yank", None, "wrong data"),
         ("release:yank", "wrong data", "leaks customer names"),
@@ -160,7 +163,45 @@ def test_a_gate_refuses_a_worse_release_and_force_leaves_a_trace(stocked: Cli, w
     assert forced["forced"]
     assert [gate["passed"] for gate in forced["gates"]] == [True, False]
     acts = [event["act"] for event in cli.json("audit", "--subject", "acme/sql@prod")["items"]]
-    assert acts == ["channel:promote", "gate:set", "channel:promote"]
+    assert acts == ["channel:promote", "gate:set", "channel:promote"], "the newest first"
+
+
+def test_a_push_whose_channel_refuses_it_tells_what_it_has_published(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
+    cli.ok("gate", "acme/sql@prod", "--rule", "sql-exact.nll <= 1000")
+    push = ("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny", "--channel", "prod")
+    refused = cli(*push)
+    assert (refused.code, refused.out.startswith("published acme/sql:1.1.0 ")) == (1, True), refused.out
+    assert "FAIL  sql-exact.nll <= 1000" in refused.err
+    again = cli(*push, "--json")
+    assert (again.code, again.json["release"]["version"], again.json["move"]) == (1, "1.1.0", None)
+    assert (again.json["error"]["code"], again.json["created"]) == ("gate_failed", False)
+
+
+def test_a_list_that_is_cut_off_says_so_and_how_it_goes_on(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
+    every = cli.json("audit")
+    numbers = [row["id"] for row in every["items"]]
+    assert (numbers, every["next"]) == (sorted(numbers, reverse=True), None)
+    assert len(numbers) > 4
+    shown = cli.ok("audit", "--limit", 2)
+    first = cli.json("audit", "--limit", 2)
+    assert (first["items"], shown.err) == (every["items"][:2], f"more: --cursor {first['next']}\n")
+    rest = cli.json("audit", "--cursor", first["next"])
+    assert (rest["items"], rest["next"]) == (every["items"][2:], None)
+    in_order = [json.loads(line)["id"] for line in cli.ok("audit", "--jsonl").out.splitlines()]
+    assert in_order == numbers[::-1]
+    assert cli("audit", "--jsonl", "--cursor", first["next"]).code == 2
+
+
+def test_what_unicode_calls_the_end_of_a_line_ends_no_row_of_an_export(stocked: Cli, world: World) -> None:
+    stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    reason = "leaks\u2028customer\x85names\x0b\x1c"
+    stocked.ok("yank", "acme/sql:1.0.0", "--reason", reason)
+    (line, end) = stocked.ok("audit", "--jsonl", "--act", "release:yank").out.split("\n")
+    assert (json.loads(line)["reason"], end) == (reason, "")
 
 
 def test_lists_come_in_pages_that_neither_repeat_nor_lose(stocked_embedded: Cli, world: World) -> None:

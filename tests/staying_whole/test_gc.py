@@ -303,8 +303,8 @@ def test_scratch_files_of_processes_that_died_go_and_those_of_the_living_stay(he
     assert not left.exists()
 
 
-@pytest.mark.parametrize("command", ["gc", "fsck"])
-def test_collecting_and_checking_need_the_registry_itself_and_not_its_address(tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize("command", ["gc", "fsck", "migrate", "serve", "worker"])
+def test_running_a_registry_needs_the_registry_itself_and_not_its_address(tmp_path: Path, command: str) -> None:
     refused = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": "http://127.0.0.1:1"})(command)
     assert refused.code == 2
     assert "ADAPTORY_URL" in refused.err
