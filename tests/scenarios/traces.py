@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,7 +100,8 @@ def parts_in(cli: Cli) -> int:
 def _arrived(cli: Cli) -> Iterator[dict[str, Any]]:
     client, bucket, prefix = s3_of(cli)
     for row in client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ()):
-        yield from client.list_parts(Bucket=bucket, Key=row["Key"], UploadId=row["UploadId"]).get("Parts", ())
+        with suppress(client.exceptions.NoSuchUpload):  # ended between the two questions
+            yield from client.list_parts(Bucket=bucket, Key=row["Key"], UploadId=row["UploadId"]).get("Parts", ())
 
 
 def bytes_in_s3(cli: Cli) -> int:
