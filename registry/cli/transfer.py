@@ -68,14 +68,16 @@ def push(  # noqa: PLR0913
             published = client.push(connection.api, files, reference.repository, "adapter", request, done)
         for finding in published["warnings"]:
             render.say(f"{finding['severity']}: {finding['message']}")
+        if not json:
+            _show_push(published)  # before the channel moves: whatever comes of that, the release is out
         told, failure = {**published, "move": None}, None
         try:
             if channel:
                 told["move"] = promote_release(connection, published["release"], channel, "", force=False)
-        except RegistryError as error:  # told beside the release, which is out all the same
+        except RegistryError as error:
             failure = error
             told["error"] = render.problem(error)
-    render.document(told, json, lambda: _show_push(told))
+    render.document(told, json, lambda: show_move(told["move"]) if told["move"] else None)
     if failure is not None:
         raise typer.Exit(render.fail(failure, as_json=False))
 
@@ -214,5 +216,3 @@ def _show_push(published: Json) -> None:
     if not published["created"]:
         done = "already there, its lost bytes sent again:" if published["sent"] else "already there, nothing to do:"
     print(f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
-    if published["move"]:
-        show_move(published["move"])
