@@ -34,15 +34,6 @@ class Architecture:
     tied: bool
     tensors: Mapping[str, TensorSpec]
 
-    def to_json(self) -> dict[str, Any]:
-        tensors = {name: [spec.dtype, list(spec.shape)] for name, spec in self.tensors.items()}
-        return {"model_type": self.model_type, "tied": self.tied, "tensors": tensors}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Architecture":
-        tensors = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in value["tensors"].items()}
-        return cls(value["model_type"], value["tied"], tensors)
-
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
-from composer.formats.checkpoint import Architecture, open_checkpoint
+from composer.formats.checkpoint import open_checkpoint
 from tests.composer.tiny import MakeModel, tensors_in
 
 
@@ -20,12 +20,6 @@ def test_a_sharded_and_a_single_checkpoint_have_the_same_architecture(make_model
     assert sharded.architecture == single.architecture
     path, entry = sharded.locate("model.norm.weight")
     assert entry.name in load_file(path)
-
-
-def test_an_architecture_survives_json(make_model: MakeModel) -> None:
-    architecture = open_checkpoint(make_model(tied=True)).architecture
-    assert architecture.tied
-    assert Architecture.from_json(json.loads(json.dumps(architecture.to_json()))) == architecture
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
