@@ -129,9 +129,11 @@ def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result])
 def _heads_alike(loaded: Sequence[LoadedAdapter]) -> dict[str, str]:
     """Tied tensor -> its head, where every adapter changes both sides alike. They are combined once, as the embedding,
     whether they stay one tensor or not: a mask by chance, or a basis of one side's inputs, would make them differ."""
-    tied = [delta for adapter in loaded for delta in adapter.deltas if delta.tied]
-    apart = {delta.weight for delta in tied if not delta.twin}
-    return {delta.weight: delta.module for delta in tied if served_by_twin(delta) and delta.weight not in apart}
+    deltas = [delta for adapter in loaded for delta in adapter.deltas]
+    twins = {delta.weight: delta.module for delta in deltas if served_by_twin(delta)}
+    # Without a base only a twin is known to be tied: another adapter's delta of one side names a tensor of its own.
+    apart = {delta.weight for delta in deltas if not delta.twin}
+    return {weight: head for weight, head in twins.items() if not {weight, f"{head}.weight"} & apart}
 
 
 def _for_head(delta: Delta, head: str) -> Delta:
@@ -247,7 +249,7 @@ def _as_delta(delta: Replacement) -> Computed:
         return rows_MN[begin : begin + W_MN.shape[0]].to(W_MN) - W_MN
 
     shape = (rows_MN.shape[0], rows_MN.shape[1])
-    return Computed(delta.module, delta.weight, shape, rows, reads_base=True, tied=delta.tied)
+    return Computed(delta.module, delta.weight, shape, rows, reads_base=True, tied=delta.tied, twin=delta.twin)
 
 
 def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:

@@ -278,7 +278,8 @@ def _in_full(
 
     computed = Computed(
         first.module, first.weight, first.stored_shape, rows, reads_base=reading, whole=reading or _whole(place),
-        tied=first.tied, begin=first.begin, layout=first.layout, kernel=first.kernel, stacked=first.stacked,
+        tied=first.tied, twin=first.twin, begin=first.begin, layout=first.layout, kernel=first.kernel,
+        stacked=first.stacked,
     )  # fmt: skip
     return [computed], None
 

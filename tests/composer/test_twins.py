@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from composer.combine import combine
 from composer.errors import Mismatch
@@ -50,6 +51,22 @@ def test_what_is_combined_and_then_merged_is_what_is_merged_at_once(
         combine(used, tmp_path / name, architecture, method, settings)
         merge(base, [tmp_path / name], tmp_path / f"{name}-merged")
         assert_same_sides(tmp_path / "merged", tmp_path / f"{name}-merged")
+
+
+@pytest.mark.parametrize("other", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("method", ["stack", "ties", "dare_ties", "pico_core_ties", "knots_ties"])
+def test_twins_beside_a_change_of_one_side_are_combined_without_a_base_as_with_one(
+    other: str, method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(tied=True, shard="1GB")
+    one_side = make_adapter(base, "one", seed=2, target_modules=["q_proj", other])
+    used = [(make_adapter(base, "both", **PAIRS), 1.0), (one_side, 1.0)]
+    settings: dict[str, object] = {} if method == "stack" else {"rank": 16}
+    for name, architecture in (("known", open_checkpoint(base).architecture), ("unknown", None)):
+        combine(used, tmp_path / name, architecture, method, settings)
+    known, unknown = tensors_in(tmp_path / "known"), tensors_in(tmp_path / "unknown")
+    assert known.keys() == unknown.keys()
+    assert all(torch.equal(known[key], unknown[key]) for key in known)
 
 
 def test_largest_entries_of_a_whole_model_are_counted_once_of_twins(
@@ -107,6 +124,19 @@ def test_a_tensor_that_is_saved_whole_as_both_sides_stays_tied(
     merge(base, [tmp_path / "combined"], tmp_path / "later")
     assert HEAD not in tensors_in(tmp_path / "later")
     assert relative(logits(tmp_path / "later"), peft_logits(base, adapter)) <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["stack", "dare_linear"])
+def test_a_tensor_that_is_saved_whole_as_both_sides_is_one_difference(
+    method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(tied=True, shard="1GB")
+    adapter = make_adapter(base, **both_whole(), ensure_weight_tying=True)
+    for tied in ("auto", "shared", "untie"):
+        plan = merge(base, [adapter], tmp_path / tied, method, tied=tied, replacements="delta")
+        assert plan.settings["tied"] == ("untie" if tied == "untie" else "shared")
+    assert relative(tensors_in(tmp_path / "shared")[EMBEDDING], tensors_in(tmp_path / "auto")[EMBEDDING]) == 0
+    assert_same_sides(tmp_path / "auto", tmp_path / "untie")
 
 
 def test_tensors_saved_whole_that_differ_untie_the_sides(
