@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from composer.checks import served_by_twin
 from composer.delta import Computed, Delta, LowRank, Replacement
 from composer.errors import NotSupported, RefusedOutput
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
-from composer.formats.naming import PEFT_PREFIX, split_key
+from composer.formats.naming import PEFT_PREFIX, is_head, split_key
 from composer.hashing import Identity, refuse_changed
-from composer.methods import on_own_head
+from composer.methods import on_own_head, pair_for_head
 from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.tensors import DTYPE_NAMES, tensor_bytes
@@ -28,10 +29,12 @@ NO_INPUTS: Mapping[Path, Identity] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class PeftForm:
-    """An adapter as PEFT has it: what it wraps, and tensors that are saved whole."""
+    """An adapter as PEFT has it: what it wraps, and tensors that are saved whole. `tied` says that the head's pair is
+    the embedding's, for which PEFT has a flag."""
 
     wrapped: list[Wrapped]
     replacements: list[Replacement]
+    tied: bool = False
 
     @property
     def modules(self) -> list[str]:
@@ -46,7 +49,7 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
     """With `one_rank` every pair has the highest rank of all, filled up with zeros, and no pattern is needed. Raises
     NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
     _refuse_unheld(deltas)
-    places = _one_a_place(deltas)
+    places = _as_twins(_one_a_place(deltas))
     pairs = wrapped(places)
     if one_rank and len({one.rank for one in pairs}) > 1:
         pairs = wrapped(places, max(one.rank for one in pairs))
@@ -56,7 +59,8 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
             "There is no low-rank pair to write: nothing that an adapter could hold.",
             next_step="Combine adapters that change weights, or merge them instead.",
         )
-    return PeftForm(pairs, [delta for delta in deltas if isinstance(delta, Replacement)])
+    whole = [delta for delta in deltas if isinstance(delta, Replacement)]
+    return PeftForm(pairs, whole, any(map(served_by_twin, places)))
 
 
 def write_adapter(
@@ -108,6 +112,12 @@ def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:
     return [one for one in summed if isinstance(one, LowRank)]
 
 
+def _as_twins(places: Sequence[LowRank]) -> list[LowRank]:
+    """A head that is its embedding's twin with the very factors of it: a scale may have gone into the other one."""
+    embedding = next((one for one in places if one.twin and not is_head(one.module)), None)
+    return [pair_for_head(embedding, one.module) if embedding and served_by_twin(one) else one for one in places]
+
+
 def _refuse_unheld(deltas: Sequence[Delta]) -> None:
     for delta in deltas:
         if isinstance(delta, Replacement):
@@ -146,10 +156,12 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 def _config(form: PeftForm) -> dict[str, Any]:
     rank = Counter(one.rank for one in form.wrapped).most_common(1)[0][0]
     ranks = {f"^{one.name}": one.rank for one in form.wrapped if one.rank != rank}
+    tying = {"ensure_weight_tying": True} if form.tied else {}
     parameters = {"target_parameters": sorted(form.parameters)} if form.parameters else {}
     return {
         "target_modules": sorted(form.modules),
         **parameters,
+        **tying,
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,

@@ -15,11 +15,12 @@ from composer.formats.config import PLAIN_INITS
 from composer.formats.facts import WEIGHTS_FILE, read_adapter
 from composer.formats.foreign import Foreign, ForeignModule, read_foreign
 from composer.formats.layouts import MLX
-from composer.formats.naming import PEFT_PREFIX, Target, find_weight, is_embedding
+from composer.formats.naming import PEFT_PREFIX, TIED_HEAD, Target, find_weight, is_embedding, is_head
 from composer.formats.placed import CONV1D_MODELS, by
 from composer.formats.types import KRONECKER
 from composer.hashing import hash_file
 from composer.kronecker import Kronecker, as_peft, kronecker
+from composer.methods import pair_for_head
 from composer.tensors import map_tensor
 from composer.variants import place_or_refuse
 from composer.wrapped import Wrapped
@@ -143,7 +144,13 @@ def _deltas(foreign: Foreign, module: ForeignModule, architecture: Architecture)
     else:
         paths, A, B = [module.module], A[None], B[None]
     scale = _scale(foreign, module, A.shape[1])
-    return [_placed(path, A[number], B[number], scale, architecture) for number, path in enumerate(paths)]
+    placed = [_placed(path, A[number], B[number], scale, architecture) for number, path in enumerate(paths)]
+    alone = not any(is_head(other.module) for other in foreign.modules)
+    if foreign.layout == MLX and placed[0].tied and is_embedding(module.module) and alone:
+        # There the embedding is the head as well (LoRAEmbedding.as_linear), with what it has learnt.
+        twin = replace(placed[0], twin=True)
+        return [twin, pair_for_head(twin, TIED_HEAD)]
+    return placed
 
 
 def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, torch.Tensor]:

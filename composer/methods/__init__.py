@@ -32,14 +32,14 @@ from composer.weights import Weight, weights_of
 _TOGETHER = 16  # places whose results are in memory at once
 Result = tuple[list[Additive], Compression | None]
 
-__all__ = ["Combination", "Compression", "combine_deltas", "on_own_head", "taking_part", "with_deltas"]
+__all__ = ["Combination", "Compression", "combine_deltas", "on_own_head", "pair_for_head", "taking_part", "with_deltas"]
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
     """What is added in the end, and what compression lost, for each module that was compressed. `findings` are those
     of `structural` that are no errors. `tied` is what became of a tied weight: with `untie` its head's deltas are for a
-    tensor of its own."""
+    tensor of its own; one that has the embedding's very delta is its twin."""
 
     deltas: list[Delta]
     compressions: list[Compression]
@@ -138,11 +138,16 @@ def _heads_alike(loaded: Sequence[LoadedAdapter]) -> dict[str, str]:
 
 def _for_head(delta: Delta, head: str) -> Delta:
     """What an embedding's tensor gets, for the head that was tied to it."""
-    own: dict[str, str] = {"module": head, "weight": f"{head}.weight"}
-    if isinstance(delta, Replacement):
-        return replace(delta, **own)
-    delta = replace(delta, **own, layout=Layout.LINEAR)
-    return replace(delta, A_RI=delta.B_OR.T, B_OR=delta.A_RI.T) if isinstance(delta, LowRank) else delta
+    if isinstance(delta, LowRank):
+        return pair_for_head(delta, head)
+    own = replace(delta, module=head, weight=f"{head}.weight")
+    return replace(own, layout=Layout.LINEAR) if isinstance(own, Computed) else own
+
+
+def pair_for_head(delta: LowRank, head: str) -> LowRank:
+    """An embedding's pair as its head has it, whose inputs are the embedding's outputs."""
+    own = replace(delta, module=head, weight=f"{head}.weight", layout=Layout.LINEAR)
+    return replace(own, A_RI=delta.B_OR.T, B_OR=delta.A_RI.T)
 
 
 def on_own_head(delta: Delta) -> Delta:
@@ -189,7 +194,7 @@ def _places(
     parsed: Mapping[str, object],
     heads: Mapping[str, str],
 ) -> tuple[list[Delta], list[Place]]:
-    """(replacements, places), without those of `heads`."""
+    """(replacements, places), without those of `heads`; only what those are the same as is still called a twin."""
     pipeline = PIPELINES[method]
     parts: dict[tuple[str, int], list[Part]] = defaultdict(list)
     replaced: dict[str, Delta] = {}
@@ -200,6 +205,7 @@ def _places(
             if served_by_twin(found) and (parsed["tied"] != "untie" or found.weight in heads):
                 continue
             delta = on_own_head(found) if parsed["tied"] == "untie" else found
+            delta = delta if delta.weight in heads or not delta.twin else replace(delta, twin=False)
             own = weight.of(*names_of(delta))
             if isinstance(delta, Replacement):
                 divided = own / divisor(_total(weights, delta)) if divides(method, parsed) else own

@@ -15,7 +15,7 @@ from composer.formats.checkpoint import open_checkpoint
 from composer.formats.config import parse_config
 from composer.formats.inspection import inspect_foreign
 from composer.formats.layouts import recognise
-from tests.composer.adapted import merge, peft_logits, relative
+from tests.composer.adapted import logits, merge, peft_logits, relative
 from tests.composer.test_variants_experts import mixtral, save_base
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
@@ -218,6 +218,21 @@ def mlx(directory: Path, tensors: Tensors, **parameters: object) -> Path:
     save_file(tensors, directory / "mlx/adapters.safetensors")
     (directory / "mlx/adapter_config.json").write_text(json.dumps({"lora_parameters": parameters}))
     return directory / "mlx"
+
+
+def test_an_embedding_that_mlx_trained_is_the_head_of_a_tied_base_too(tmp_path: Path, make_model: MakeModel) -> None:
+    """There it adds the same delta where it puts out tokens, and fuses it into the one weight."""
+    base = make_model(tied=True)
+    generator = torch.Generator().manual_seed(2)
+    name, shapes = "model.embed_tokens", {"lora_a": (64, 2), "lora_b": (2, 16)}
+    tensors = {f"{name}.{part}": torch.randn(*shape, generator=generator) for part, shape in shapes.items()}
+    convert(mlx(tmp_path, tensors, scale=2.0), tmp_path / "out", open_checkpoint(base).architecture)
+    merge(base, tmp_path / "out", tmp_path / "merged")
+    merged, weight = tensors_in(tmp_path / "merged"), f"{name}.weight"
+    assert "lm_head.weight" not in merged
+    fused = tensors_in(base)[weight] + 2.0 * tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]
+    assert_close(merged[weight], fused, weight)
+    assert relative(logits(tmp_path / "merged"), peft_logits(base, tmp_path / "out")) <= 1e-5
 
 
 def test_a_head_and_an_embedding_of_one_tensor_are_two_modules(tmp_path: Path, make_model: MakeModel) -> None:
