@@ -14,6 +14,10 @@ from composer.formats.renames import made_by
 
 # transformers' models that are built of Conv1D, which stores W as inputs x outputs.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+# Those whose embedding has a norm of its own, which neither of PEFT's ways to train one goes through.
+NORMED_EMBEDDINGS = frozenset(
+    {"inkling_text", "inkling_mm_model", "muse_glimmer", "muse_glimmer_text", "muse_spark", "muse_spark_text"}
+)
 OTHER_PATHS = "other_paths"
 LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding", "convolution"})
 WHOLE_KINDS = frozenset({"replacement", "base_copy"})

@@ -24,7 +24,7 @@ from composer.formats.naming import (
 from composer.formats.pairs import PAIR_PARTS, place_pair, place_tokens
 from composer.formats.parts import Size
 from composer.formats.patterns import matches_whole
-from composer.formats.placed import WHOLE_KINDS, Placed, PlacedModule, Placement, bias_of, by
+from composer.formats.placed import NORMED_EMBEDDINGS, WHOLE_KINDS, Placed, PlacedModule, Placement, bias_of, by
 from composer.formats.targeting import surely_untargeted
 from composer.formats.types import RETIRED_PARTS, TYPES, AdapterType
 
@@ -57,6 +57,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     _check_prefix(placement, list(grouped), subject)
     _check_dtypes(placement)
     _check_twice(placement)
+    _check_looked_up(placement)
     _check_config_is_used(placement)
     _note_other_keys(placement, subject)
     return Placed(placement.modules, placement.findings)
@@ -229,6 +230,19 @@ def _check_twice(placement: Placement) -> None:
             placement.error(
                 "duplicate_target", placed.module, f"{placed.module} and {other} are both the tensor {placed.weight}."
             )
+
+
+def _check_looked_up(placement: Placement) -> None:
+    if placement.model_type not in NORMED_EMBEDDINGS:
+        return
+    for placed in placement.modules:
+        if placed.kind == "tokens" or placed.layout == "embedding":
+            message = (
+                f"{placed.module} of {placement.model_type} normalises the rows that it looks up, but not what PEFT "
+                "trained: no weight gives the same. Serve it with PEFT, or train the embedding whole."
+            )
+            # First of all: PEFT saves the norm as well, which is not found, and not the point.
+            placement.findings.insert(0, Finding("unsupported_layer", Severity.ERROR, placed.module, message))
 
 
 def _check_config_is_used(placement: Placement) -> None:

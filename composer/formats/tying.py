@@ -9,6 +9,10 @@ from composer.formats.header import TensorEntry
 
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+# transformers' models (5.24) that tie nothing whatever their config says: their `_tied_weights_keys` are empty.
+NEVER_TIED = frozenset(
+    {"bailing_hybrid", "cpmant", "inkling2_loop_text", "inkling2_text", "inkling_text", "kimi_linear", "nemotron_h"}
+)
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _BLOCK_BYTES = 4 << 20
 
@@ -30,7 +34,10 @@ def _weights_of(modules: tuple[str, ...], tensors: Iterable[str]) -> list[str]:
 
 
 def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
-    """Does the head share the embedding's tensor? As the config says; if silent, a causal model without a head does."""
+    """Does the head share the embedding's tensor? As the config says, unless the model's class ties nothing; if silent,
+    a causal model without a head does."""
+    if config.get("model_type") in NEVER_TIED and head_tensors(tensors):
+        return False
     nested: object = config.get("text_config")
     sources = [config, cast("dict[str, Any]", nested)] if isinstance(nested, dict) else [config]
     for source in sources:

@@ -25,7 +25,7 @@ _SAMPLED_ROWS = 8
 _SAMPLED_ELEMENTS = 256  # of a tensor that is only cast or replaced
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
 _COMPUTED_ULPS = 512  # a delta without factors passes norms, rotations or transforms in float32
-_NOTICE, _WARNING = 1e-2, 3e-3  # RMS(Δ)/RMS(W) at which 18 % and 48 % of Δ are lost in bfloat16, Gaussian weights
+_NOTICE, _WARNING = 0.18, 0.48  # of a delta's entries; in bfloat16, Gaussian, that is RMS(Δ)/RMS(W) = 1e-2 and 3e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,17 @@ class Survival(Summed):
         """RMS(Δ)/RMS(W)."""
         return sqrt(self.delta / self.weight) if self.weight else 0.0
 
+    @property
+    def lost_share(self) -> float:
+        return self.lost / self.entries if self.entries else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """`lost_share` of Δ's entries, `energy_kept` ‖round(W + Δ) - W‖²/‖Δ‖², `error` ‖round(W + Δ) - W - Δ‖/‖Δ‖."""
         delta = self.delta or 1.0
         return {
             "sampled_rows": self.rows,
             "relative_size": self.size,
-            "lost_share": self.lost / self.entries if self.entries else 0.0,
+            "lost_share": self.lost_share,
             "energy_kept": self.moved / delta,
             "error": sqrt(self.error / delta),
         }
@@ -66,30 +70,24 @@ def whole(survivals: Iterable[Survival]) -> Survival:
 
 
 def swallowed(survivals: dict[str, Survival], dtypes: dict[str, str], rounding: Rounding) -> list[Finding]:
-    """A finding for the tensors whose deltas are too small for the output's dtype, the smallest of them as subject.
-
-    Nothing for stochastic rounding, which keeps them on average. The thresholds were measured for bfloat16; those of
-    another dtype follow from the size of its steps.
+    """A finding for the tensors whose deltas the output's dtype loses much of, by sampled entries, with the one that
+    loses most as subject. Nothing for stochastic rounding, which keeps them on average.
     """
     if rounding.mode is Mode.STOCHASTIC:
         return []
     found: list[Finding] = []
-    for dtype, finer in (("BF16", 1), ("F16", 8)):
-        sizes = {
-            name: one.size * finer
-            for name, one in survivals.items()
-            if dtypes[name] == dtype and one.delta and one.weight
-        }
-        small = sorted((size, name) for name, size in sizes.items() if size < _NOTICE)
-        if small:
-            severity = Severity.WARNING if small[0][0] < _WARNING else Severity.NOTICE
-            lost = survivals[small[0][1]].to_json()["lost_share"]
+    for dtype in ("BF16", "F16"):
+        shares = {name: one.lost_share for name, one in survivals.items() if dtypes[name] == dtype and one.entries}
+        losing = sorted((share, name) for name, share in shares.items() if share >= _NOTICE)
+        if losing:
+            share, worst = losing[-1]
+            severity = Severity.WARNING if share >= _WARNING else Severity.NOTICE
             message = (
-                f"{len(small)} of {len(sizes)} deltas are so small that {dtype} loses much of them, most of all of "
-                f"{small[0][1]} ({lost:.0%} of its entries). Serve the adapter as it is, write fp32 or round "
+                f"{len(losing)} of {len(shares)} deltas are so small that {dtype} loses much of them, most of all of "
+                f"{worst} ({share:.0%} of its entries). Serve the adapter as it is, write fp32 or round "
                 "stochastically (right on average, and noisier)."
             )
-            found.append(Finding(f"{dtype.lower()}_swallow", severity, small[0][1], message, small[0][0] / finer))
+            found.append(Finding(f"{dtype.lower()}_swallow", severity, worst, message, share))
     return found
 
 

@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from composer.applied import applied
 from composer.errors import Mismatch
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.header import TensorSpec
 from composer.formats.naming import Target, find_weight
+from composer.formats.tying import NEVER_TIED
 from composer.variants import load_deltas
 from tests.composer.adapted import (
     IDS,
@@ -120,6 +123,32 @@ def test_an_embedding_under_another_name_is_untied_where_it_is_tied(tmp_path: Pa
     adapter = save_adapted(base, LoraConfig(r=2, target_modules=["embeddings", "q_proj"]), tmp_path / "adapter")
     merge(base, adapter, tmp_path / "merged")
     assert relative(logits_of(tmp_path / "merged"), peft_logits(base, adapter)) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["Nemotron-H", "Kimi Linear", "Bailing"])
+def test_trained_tokens_leave_the_head_alone_where_the_models_class_ties_nothing(case: str, tmp_path: Path) -> None:
+    model_type, own, *_ = CASES[case]
+    base = save_base(model_type, {**own, "tie_word_embeddings": True}, tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["o_proj"], trainable_token_indices=[3, 5])
+    assert_merged_like_peft(base, save_adapted(base, config, tmp_path / "adapter"), tmp_path / "merged")
+
+
+def test_the_models_that_tie_nothing_are_those_of_transformers() -> None:
+    classes = {name: getattr(transformers, made) for name, made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    assert {name for name, made in classes.items() if getattr(made, "_tied_weights_keys", None) == {}} == NEVER_TIED
+
+
+@pytest.mark.parametrize(
+    "trained", [{"trainable_token_indices": [3]}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str
+)
+def test_an_embedding_with_a_norm_of_its_own_is_refused(trained: dict[str, Any], tmp_path: Path) -> None:
+    model_type, own, *_ = CASES["Inkling, three stacks on one module"]
+    base = save_base(model_type, own, tmp_path / "base")
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **trained})
+    adapter = save_adapted(base, config, tmp_path / "adapter")
+    with pytest.raises(Mismatch, match="normalises the rows") as caught:
+        merge(base, adapter, tmp_path / "merged")
+    assert caught.value.code == "unsupported_layer"
 
 
 def test_shared_experts_that_peft_itself_does_not_load_again_are_merged(tmp_path: Path) -> None:
