@@ -79,7 +79,10 @@ def _check_place(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fi
     if len({shape for _, shape in shapes}) > 1:
         code = "vocabulary_mismatch" if is_vocabulary(adding[0][1].module) else "shape_conflict"
         sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes)
-        message = f"The adapters were trained for different shapes of {weight}: {sizes}."
+        turned = all(sorted(shape) == sorted(shapes[0][1]) for _, shape in shapes)
+        # PEFT saves fan_in_fan_out as false for GPT-2 when lm_head is targeted too, though c_attn is no Linear.
+        why = " Their configs differ in how it is stored (fan_in_fan_out), which a base tells." if turned else ""
+        message = f"The adapters were trained for different shapes of {weight}: {sizes}.{why}"
         return [_error(code, adding[0][1].module, message)]
     return _check_order(weight, adding) + _check_rows(weight, adding)
 

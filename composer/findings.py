@@ -51,7 +51,7 @@ _NEXT_STEPS = {
     "changed_base": "Leave it out, or all others.",
     "token_conflict": "Leave one of the two out.",
     "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",
-    "shape_conflict": "Combine adapters of one base.",
+    "shape_conflict": "Combine adapters of one base. If they are, name it (--base).",
 }
 
 

@@ -273,6 +273,19 @@ def test_two_directories_of_one_name_and_different_shapes_are_a_conflict(
     assert caught.value.code == "shape_conflict"
 
 
+def test_configs_that_differ_in_how_one_weight_is_stored_need_the_base(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    """PEFT saves `fan_in_fan_out: false` where it wrapped a Linear as well, though GPT-2's c_attn is none."""
+    base = make_model("gpt2", tied=True)
+    used = [(make_adapter(base, "attention", target_modules=["c_attn"]), 1.0)]
+    used += [(make_adapter(base, "head", target_modules=["c_attn", "lm_head"]), 1.0)]
+    with pytest.raises(Mismatch, match=r"stored \(fan_in_fan_out\)") as caught:
+        combine(used, tmp_path / "out")
+    assert "--base" in caught.value.next_step
+    combine(used, tmp_path / "out", open_checkpoint(base).architecture)
+
+
 def test_a_tensor_saved_whole_is_refused_by_its_weight_after_lambda_and_normalize(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
