@@ -1,7 +1,7 @@
 """Deltas -> one ordinary PEFT adapter on disk, every scale folded in: alpha is the rank, so s = 1."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -48,7 +48,7 @@ class PeftForm:
 def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
     """With `one_rank` every pair has the highest rank of all, filled up with zeros, and no pattern is needed. Raises
     NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
-    _refuse_unheld(deltas)
+    refuse_unheld(deltas)
     places = _as_twins(_one_a_place(deltas))
     pairs = wrapped(places)
     if one_rank and len({one.rank for one in pairs}) > 1:
@@ -118,18 +118,25 @@ def _as_twins(places: Sequence[LowRank]) -> list[LowRank]:
     return [pair_for_head(embedding, one.module) if embedding and served_by_twin(one) else one for one in places]
 
 
-def _refuse_unheld(deltas: Sequence[Delta]) -> None:
+def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = False) -> None:
+    """Raise NotSupported for a delta that no LoRA can hold: as it is, or (`cut`) once it is cut to a rank, or (`dense`)
+    after a method that makes every one of them dense."""
     for delta in deltas:
         if isinstance(delta, Replacement):
             continue
         if delta.weight.endswith(".bias"):  # whatever its rank: the module's pair is its weight's
             message = f"What is added to {delta.weight} is a bias's, which no pair of a LoRA can hold."
             raise NotSupported("bias_delta", message, subject=delta.module, next_step="Merge it into the base.")
-        if isinstance(delta, Computed):
+        computed = isinstance(delta, Computed)
+        reading = computed and delta.reads_base
+        if reading or dense or (computed and not cut):
             message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
             next_step = "Merge it into the base: it depends on what the base has."
-            if not delta.reads_base:
-                next_step = "Cut it to a rank (rank=32 or energy=0.99), or merge it into the base."
+            if not reading:
+                next_step = (
+                    "Cut it to a rank (rank=32 or energy=0.99; in a recipe `settings: {rank: 32}`), or merge it into "
+                    "the base."
+                )
             raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
 
 

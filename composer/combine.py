@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.adapter import PeftForm, peft_form, write_adapter
+from composer.adapter import PeftForm, peft_form, refuse_unheld, write_adapter
 from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file, identities
-from composer.methods import Compression, combine_deltas
+from composer.methods import Compression, combine_deltas, used
 from composer.settings import PIPELINES, Pipeline, parse_settings
 from composer.variants import NAME_BASE, LoadedAdapter, load_deltas
-from composer.weights import Weight, parse_weight
+from composer.weights import Weight, parse_weight, weights_of
 
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
@@ -64,6 +64,7 @@ def combine(
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
     if architecture is None and not _exact(PIPELINES[method], parsed):
         _refuse_stacks(loaded, method)
+    refuse_uncombinable(loaded, [weight for _, weight in adapters], method, parsed)
     # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
     form = peft_form(combined.deltas, one_rank=parsed.get("rank") is not None)
@@ -81,6 +82,21 @@ def combine(
         compressions=tuple(combined.compressions),
         findings=(*combined.findings, *_dropped_copies(loaded)),
     )
+
+
+def refuse_uncombinable(
+    loaded: Sequence[LoadedAdapter],
+    weights: Sequence[Weight | float],
+    method: str,
+    settings: Mapping[str, object] | None = None,
+) -> None:
+    """Raise what `combine` would end with, before any work: Mismatch for a rule or a protected input that there is not,
+    NotSupported for a sum that no adapter can hold."""
+    parsed, pipeline = parse_settings(method, settings or {}), PIPELINES[method]
+    cut = pipeline.compress or any(parsed.get(name) is not None for name in ("rank", "energy"))
+    dense = pipeline.space == "full" and not cut
+    for adapter in used(loaded, weights_of(weights), parsed):
+        refuse_unheld(adapter.deltas, cut=cut, dense=dense)
 
 
 def _exact(pipeline: Pipeline, parsed: Mapping[str, object]) -> bool:

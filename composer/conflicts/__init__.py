@@ -31,7 +31,7 @@ from composer.findings import HARD, Finding, Policy, Verdict
 from composer.formats.checkpoint import Checkpoint
 from composer.lowrank import Comparison
 from composer.merge.survival import whole
-from composer.methods import combine_deltas, taking_part, with_deltas
+from composer.methods import combine_deltas, used, with_deltas
 from composer.numbers import Numbers, Size, Together, short
 from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
 from composer.tensors import torch_threads
@@ -185,10 +185,9 @@ def conflicts(
             next_step="Give each adapter a weight, and each a name of its own.",
         )
     settings = parse_settings(how.name, how.settings)
+    hard = structural(used(adapters, weights_of(weights), settings), settings)
     if settings["replacements"] == "delta":
         adapters = [with_deltas(adapter) for adapter in adapters]
-    parts = map(taking_part, adapters, weights_of(weights))
-    hard = structural(list(parts), settings)
     compared = compare_all(adapters, effective_weights(weights, how.name, how.settings))
     rounded = at_base(compared, base) if base else {}
     blocked = any(finding.code in HARD for finding in hard)
@@ -222,7 +221,7 @@ def conflicts(
 
 def _together(compared: Comparison, rounded: Sequence[AtBase]) -> Together:
     survival = whole(one.survival for one in rounded)
-    return Together.of(compared, survival.lost / survival.entries if survival.entries else None)
+    return Together.of(compared, survival.lost_share if survival.entries else None)
 
 
 def _retention(

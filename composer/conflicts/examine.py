@@ -10,7 +10,7 @@ from composer.conflicts.probe import Effort, Limits, Probed, ProbeResult, by_met
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
-from composer.methods import taking_part, with_deltas
+from composer.methods import used
 from composer.model import LoadedModel
 from composer.settings import effective_weights, parse_settings
 from composer.suite import Suite
@@ -45,8 +45,8 @@ def examine(
     Adapters that cannot be combined at all are not measured. Raises what `conflicts`, `probe` and `activations` do.
     """
     how, rules = method or Method(), policy or Policy()
-    measured = None
-    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, how.settings):
+    parsed, measured = parse_settings(how.name, how.settings), None
+    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, parsed):
         measured = _measured(adapters, weights, how, evidence, rules)
     return conflicts(adapters, weights, how, evidence=measured, base=base, policy=rules)
 
@@ -63,9 +63,7 @@ def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
 def _blocked(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: Mapping[str, object]
 ) -> bool:
-    as_deltas = settings.get("replacements") == "delta"
-    loaded = [with_deltas(adapter) for adapter in adapters] if as_deltas else adapters
-    parts = list(map(taking_part, loaded, weights_of(weights)))
+    parts = used(adapters, weights_of(weights), settings)
     return any(finding.severity is Severity.ERROR for finding in structural(parts, settings))
 
 

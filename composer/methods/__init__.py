@@ -68,9 +68,7 @@ def combine_deltas(
             subject="weights",
             next_step="Give one weight an adapter.",
         )
-    _refuse_idle(adapters, given, parsed)
-    loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else list(adapters)
-    loaded = [taking_part(adapter, weight) for adapter, weight in zip(loaded, given, strict=True)]
+    loaded = used(adapters, given, parsed)
     parsed["tied"] = tied = treatment_of_tied(loaded, parsed)
     findings = structural(loaded, parsed)
     refuse_errors("These adapters cannot be combined", findings)
@@ -96,6 +94,15 @@ def combine_deltas(
     if tied == "untie":
         deltas += [_for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
     return Combination(deltas, compressions, findings, tied)
+
+
+def used(
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]
+) -> list[LoadedAdapter]:
+    """The adapters as they take part. Raises Mismatch for what was asked for and cannot have an effect."""
+    _refuse_idle(adapters, weights, parsed)
+    loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else adapters
+    return [taking_part(adapter, weight) for adapter, weight in zip(loaded, weights, strict=True)]
 
 
 def _run(pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections) -> Result:

@@ -119,7 +119,9 @@ class Work:
 
 
 def check(held: Held) -> None:
-    """Structural checks and the conflict report; a hard conflict ends the composition here."""
+    """Structural checks and the conflict report; a hard conflict ends the composition here, and so does what can only
+    be merged: a composition is measured, and gated, as an adapter."""
+    from composer.combine import refuse_uncombinable
     from composer.conflicts import Method
     from composer.conflicts.examine import examine
     from composer.variants import load_deltas
@@ -139,6 +141,7 @@ def check(held: Held) -> None:
     )
     _store(held, work, conflicts=report.to_json())
     refuse_errors(report.findings, "recipe", Refused, "Change the recipe.")
+    refuse_uncombinable(loaded, [weight for _, weight in members], work.lock.method, work.lock.settings)
 
 
 def combine(held: Held) -> None:

@@ -333,3 +333,20 @@ def test_a_namespace_that_takes_only_signed_releases_refuses_a_composition_at_on
         recipe = write_recipe(tmp_path, probe=0, **output)
         refuse_both(small_team, recipe, 1, "strict takes only releases", "--sign KEY.pem")
     assert small_team.json("compose", write_recipe(tmp_path, model=None, probe=0))["state"] == "done"
+
+
+def test_what_cannot_end_as_an_adapter_is_refused_by_the_plan_too(small_team: Cli, tmp_path: Path) -> None:
+    idle: dict[str, Any] = {"adapter": "acme/sql@prod", "rules": [{"modules": "nothing.*", "weight": 0.5}]}
+    other = "acme/support"
+    for changes, code, way_out in (
+        ({"method": "stack", "inputs": [idle, other]}, "holds for no module", "inspect"),
+        ({"method": "dare_ties", "inputs": ["acme/sql", other], "adapter": None}, "no factors", "settings: {rank: 32}"),
+    ):
+        recipe = write_recipe(tmp_path, **changes, probe=0)
+        for plan in ("--plan", "--follow"):
+            refused = small_team("compose", recipe, plan)
+            assert refused.code == 1
+            assert code in refused.err
+            assert way_out in refused.err
+        job = small_team.json("jobs")["items"][0]
+        assert [step["state"] for step in job.get("steps", [])][:1] != ["done"]
