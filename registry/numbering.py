@@ -71,8 +71,7 @@ def refuse_breaking(
     if same := released_as(session, repository, commit, new.base):
         right = f"It is released already, as {same.version}: use that"
     else:
-        number = _auto(session, repository, lambda _previous: new)
-        right = f"Publish it as {number}, which --bump auto finds"
+        right = _right(session, repository, lambda _previous: new, ", which --bump auto finds")
     next_step = f"{right}, or say why not with --allow-breaking REASON."
     raise _breaking(repository, version, previous, found, next_step)
 
@@ -85,8 +84,14 @@ def refuse_other_base(session: Session, repository: Repository, version: Version
 
     found, previous = _broken_neighbour(session, repository, version, beside)
     if found:
-        right = _auto(session, repository, beside)
-        raise _breaking(repository, version, previous, found, f"Publish it as {right}.")
+        raise _breaking(repository, version, previous, found, f"{_right(session, repository, beside)}.")
+
+
+def _right(session: Session, repository: Repository, beside: Callable[[Surface], Surface], by: str = "") -> str:
+    try:
+        return f"Publish it as {_auto(session, repository, beside)}{by}"
+    except Usage:  # no number follows the highest one
+        return "Publish it in a repository of its own, since no number is left in this one"
 
 
 def _breaking(

@@ -34,7 +34,7 @@ from registry.audit import Actor
 from registry.conditions import Form
 from registry.conditions import Query as Query
 from registry.descriptions import CURRENT_SUITES, Stamp
-from registry.errors import Usage
+from registry.errors import NotFound, Usage
 from registry.models import Channel, Release, ReleaseWord, Score
 from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows
 from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
@@ -92,7 +92,17 @@ class Found:
 
 
 def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
-    """What the actor may read, in order. Raises NotFound for a base or a suite that is not registered."""
+    """What the actor may read, in order. Raises NotFound for a base or a suite that is not registered: to those who may
+    list bases and suites. Others find nothing."""
+    try:
+        return _search(session, actor, query, order)
+    except NotFound:
+        if actor.grants:
+            raise
+        return Found([])
+
+
+def _search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
     name = query.base if query.base and bases.is_name(query.base) and not query.related else None
     base = bases.identify(session, query.base) if query.base and not name else None
     relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}

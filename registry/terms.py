@@ -103,7 +103,7 @@ def _folded(text: str) -> str:
 
 def target_set_key(targets: Sequence[str]) -> str:
     """A digest, since a list of full paths can have any length."""
-    return sha256("\n".join(sorted(targets)).encode()).hexdigest()
+    return sha256("\n".join(sorted(set(targets))).encode()).hexdigest()
 
 
 def target_set(session: Session, targets: Sequence[str]) -> int:

@@ -47,6 +47,7 @@ def push(  # noqa: PLR0913
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release."""
     from registry.client import push as client
+    from registry.client.parallel import PAUSES_S, patiently
     from registry.client.signing import published_signatures, signed
 
     reference = _single_version(target, bump)
@@ -73,7 +74,9 @@ def push(  # noqa: PLR0913
         told, failure = {**published, "move": None}, None
         try:
             if channel:
-                told["move"] = promote_release(connection, published["release"], channel, "", force=False)
+                told["move"] = patiently(
+                    lambda: promote_release(connection, published["release"], channel, "", force=False), iter(PAUSES_S)
+                )
         except RegistryError as error:
             failure = error
             told["error"] = render.problem(error)
@@ -213,6 +216,8 @@ def _provenance(path: Path) -> Json:
 
 def _show_push(published: Json) -> None:
     release, done = published["release"], "published"
-    if not published["created"]:
+    if published["answer_lost"]:
+        done = "there, published by this push or before (an answer was lost):"
+    elif not published["created"]:
         done = "already there, its lost bytes sent again:" if published["sent"] else "already there, nothing to do:"
     print(f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")

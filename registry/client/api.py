@@ -221,11 +221,12 @@ def _raise_problem(response: httpx2.Response) -> None:
             next_step="Look at the log of the server.",
         )
     problem: Json = response.json()
+    wait = response.headers.get("retry-after")
     raise _family(response.status_code, problem)(
         problem["code"],
         problem["detail"],
         subject=problem.get("subject", ""),
-        next_step=problem.get("next", ""),
+        next_step=problem.get("next", "").replace("as long as Retry-After says", f"{wait} s" if wait else "a while"),
         findings=problem.get("findings", ()),
     )
 

@@ -60,12 +60,20 @@ def push(
 ) -> Json:
     """Sends what the store lacks, then asks for the release. `release` is the request without its files.
 
-    The registry's answer, and as `sent` how many files the store lacked.
+    The registry's answer, and as `sent` how many files the store lacked. `answer_lost`: an answer before this one was,
+    so that a release which is there already may have been made by this very push.
     """
     sent = send(api, name.namespace, files, progress)
     path, body = f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)}
-    published = patiently(lambda: api.post(path, body), iter(PAUSES_S))
-    return {**published, "sent": sent}
+    asked = 0
+
+    def publish() -> Json:
+        nonlocal asked
+        asked += 1
+        return api.post(path, body)
+
+    published = patiently(publish, iter(PAUSES_S))
+    return {**published, "sent": sent, "answer_lost": asked > 1 and not published["created"]}
 
 
 def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progress) -> int:

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from composer.formats.serving import Profile, loads, parse_profile
 from registry import resolve, search, suites
 from registry.access import Role, permit
+from registry.audit import Actor
+from registry.db import Session
 from registry.errors import Usage
 from registry.http.pages import decode_cursor, encode_cursor
 from registry.http.request import ResourcesOf
@@ -56,16 +58,29 @@ def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> 
     """Releases across repositories that meet every condition: of what the caller may read."""
     query = _asked(request)
     wanted, order = _wanted(query), Order(query.sort, query.limit + 1, _place(query))
-    with resources.read() as session:
-        found = search.search(session, actor, wanted, order)
-        if not found.places and not query.cursor:  # nothing fits, or a metric is misspelt
-            for suite, metric in _metrics(query, wanted):
-                suites.refuse_unknown_metric(session, actor, suite, metric)
-        places = found.places[: query.limit]
-        told = _documents(request).page(session, actor, {place.release_id: place.stamp for place in places})
+    # What a channel gives out is listed by one statement, and looked at by another.
+    with resources.database.snapshot() if wanted.channel else resources.read() as session:
+        found = _found(session, actor, query, wanted, order)
+        told = _told(session, actor, _documents(request), found, query.limit)
+    if any(one.stamp != place.stamp for one, place in zip(told, found.places, strict=False)):  # changed in between
+        with resources.database.snapshot() as session:
+            found = _found(session, actor, query, wanted, order)
+            told = _told(session, actor, _documents(request), found, query.limit)
     items = [one.with_remarks(_remarks(one, found, wanted.loads_in)) for one in told]
-    following = _cursor(query, places[len(told) - 1]) if len(found.places) > len(told) else None
+    following = _cursor(query, found.places[len(told) - 1]) if len(found.places) > len(told) else None
     return page_response(items, following)
+
+
+def _found(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> Found:
+    found = search.search(session, actor, wanted, order)
+    if not found.places and not query.cursor:  # nothing fits, or a metric is misspelt
+        for suite, metric in _metrics(query, wanted):
+            suites.refuse_unknown_metric(session, actor, suite, metric)
+    return found
+
+
+def _told(session: Session, actor: Actor, documents: Documents, found: Found, limit: int) -> list[Told]:
+    return documents.page(session, actor, {place.release_id: place.stamp for place in found.places[:limit]})
 
 
 @router.get("/resolve", response_model=ResolvedOut)

@@ -125,3 +125,16 @@ def test_a_page_of_very_long_documents_ends_early_and_the_next_goes_on(
         assert list(api.pages(path, limit=5)) == whole
         monkeypatch.setattr(documents, "PAGE_BYTES", 1 << 30)
         assert api.get(path, limit=5)["items"] == whole
+
+
+def test_lists_of_names_may_have_spaces_and_say_a_name_twice(stocked: Cli, world: World) -> None:
+    stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    with api_of(stocked) as api:
+        [release] = api.get("/v1/releases")["items"]
+        names = [*release["adapter"]["targets"], release["adapter"]["targets"][0]]
+        for asked in ("targets_exact", "targets_within", "targets_include"):
+            assert api.get("/v1/releases", **{asked: " , ".join(names)})["items"] == [release], asked
+        for asked in ("license", "base", "targets_within", "sort"):
+            with pytest.raises(Usage) as raised:
+                api.get("/v1/releases", **{asked: "a\0b"})
+            assert raised.value.code == "bad_value"

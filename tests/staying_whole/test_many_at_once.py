@@ -203,6 +203,36 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
     assert broken_promises(place) == []
 
 
+def test_a_search_beside_yanks_shows_what_a_channel_gives_out_at_some_moment_and_nothing_yanked(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    with clients(url) as apis:
+        for seed, version in enumerate(("1.0.0", "1.1.0")):
+            push_version(apis[0], tmp_path, version, seed)
+            apis[0].put(CHANNEL, {"version": version, "reason": "because"})
+        over = threading.Event()
+
+        def yank(api: Api) -> None:
+            for number in range(200):
+                act = ("yank", "unyank")[number % 2]
+                api.post(f"{line_path(NAME)}/releases/1.1.0/{act}", {"reason": "because"})
+            over.set()
+
+        def search(api: Api) -> list[list[tuple[str, bool]]]:
+            found: list[list[tuple[str, bool]]] = []
+            while not over.is_set():
+                items = api.get("/v1/releases", channel="prod")["items"]
+                found.append([(one["version"], one["yanked"]) for one in items])
+            return found
+
+        with ThreadPoolExecutor(4) as pool:
+            yanked = pool.submit(yank, apis[0])
+            pages = [page for pages in pool.map(search, apis[1:4]) for page in pages]
+            yanked.result()
+    assert {("1.0.0", False), ("1.1.0", False)} == {one for page in pages for one in page}
+    assert all(len(page) == 1 for page in pages)
+
+
 def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
     place: dict[str, str], url: str, tmp_path: Path
 ) -> None:
