@@ -79,6 +79,6 @@ def test_lists_of_bases_and_repositories_say_everything_page_by_page(cli: Cli, a
     listed = {row["repository"]: (row["latest"], row["channels"]) for row in whole}
     assert listed == {
         "acme/a": ("1.0.0", {"canary": "1.1.0-rc.1", "prod": "1.0.0"}),
-        "acme/b": (None, {"prod": "1.0.0"}),
+        "acme/b": (None, {}),  # what it would give out is yanked
         "acme.lab/a": ("1.0.0", {"prod": "1.0.0"}),
     }
