@@ -220,3 +220,24 @@ def ratio(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float 
         return value, None
     squares = sum((total - value * own) ** 2 for total, own in zip(totals, counts, strict=True))
     return value, sqrt(n / (n - 1) * squares) / count
+
+
+@torch.inference_mode()
+def generate(loaded: LoadedModel, prompt: str, chat: bool = True, deltas: Deltas = (), max_new_tokens: int = 64) -> str:
+    """The greedy completion of a prompt with `deltas` active, without special tokens."""
+    prompt_ids = torch.tensor([encode_prompt(loaded, prompt, chat)], device=loaded.device)
+    with applied(loaded.model, deltas):
+        ids = loaded.model.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            do_sample=False,
+            # What a checkpoint's generation_config may set, and greedy decoding must not have.
+            repetition_penalty=1.0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=loaded.tokenizer.eos_token_id,
+            pad_token_id=loaded.tokenizer.eos_token_id,
+        )
+    return loaded.tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)

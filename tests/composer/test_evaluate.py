@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from composer.delta import Delta, Layout, LowRank, Replacement
+from composer.delta import Layout, LowRank, Replacement
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
-from composer.evaluate import Encoded, applied, encode, encode_prompt, evaluate, measure, ratio
+from composer.evaluate import Encoded, applied, encode, evaluate, generate, measure, ratio
 from composer.model import LoadedModel, load_model
 from composer.suite import Example, Suite
 from composer.variants import load_deltas
@@ -29,27 +28,6 @@ def suite(*pairs: tuple[str, str], chat: bool = True) -> Suite:
 
 
 SUITE = suite(("say ab", "ab"), ("say abc twice", "abc abc"), ("hello", "HA 12"), ("a longer prompt, again", "b."))
-
-
-@torch.inference_mode()
-def generate(loaded: LoadedModel, prompt: str, deltas: Sequence[Delta] = (), max_new_tokens: int = 64) -> str:
-    """The greedy completion of a prompt with `deltas` active, by the model's own `generate`."""
-    prompt_ids = torch.tensor([encode_prompt(loaded, prompt, True)], device=loaded.device)
-    with applied(loaded.model, deltas):
-        ids = loaded.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            do_sample=False,
-            # What a checkpoint's generation_config may set, and greedy decoding must not have.
-            repetition_penalty=1.0,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=loaded.tokenizer.eos_token_id,
-            pad_token_id=loaded.tokenizer.eos_token_id,
-        )
-    return loaded.tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
