@@ -13,11 +13,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --dir $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 # Which lines no test runs. Not a part of `make test`: watching every line takes 40 % more time.
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 import fcntl
 import logging
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.orm import Session as Session
 
-from registry.errors import Conflict, Invalid, RegistryError, Unavailable
+from registry.errors import Conflict, Invalid, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class Row(DeclarativeBase):
-    """Every table; the naming convention gives each constraint the name that `CONSTRAINT_ERRORS` and migrations use."""
+    """Every table; the naming convention gives each constraint the name that migrations use."""
 
     metadata = MetaData(
         naming_convention={
@@ -63,16 +63,6 @@ class Row(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-
-
-CONSTRAINT_ERRORS: dict[str, Callable[[], RegistryError]] = {
-    "uq_releases_repository_id_version": lambda: Conflict(
-        "version_taken",
-        "This version was published a moment ago.",
-        next_step="Look at it with `adaptory show`, or choose the next version.",
-    ),
-}
-"""Broken unique constraints that have words of their own; any other one is a lost race, told with its table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +238,15 @@ def _told() -> Generator[None]:
     try:
         yield
     except IntegrityError as error:
-        broken = _broken_unique(error)
-        if broken is None:
+        table = _doubled(error)
+        if table is None:
             raise
-        raise CONSTRAINT_ERRORS.get(broken.constraint, broken.raced)() from error
+        raise Conflict(
+            "raced",
+            f"Somebody else has just added the same to {table.replace('_', ' ')}.",
+            subject=table,
+            next_step="Run the command again.",
+        ) from error
     except DataError as error:
         raise Invalid(
             "bad_value",
@@ -280,31 +275,13 @@ def _told() -> Generator[None]:
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class _BrokenUnique:
-    constraint: str
-    table: str
-
-    def raced(self) -> RegistryError:
-        return Conflict(
-            "raced",
-            f"Somebody else has just added the same to {self.table.replace('_', ' ')}.",
-            subject=self.table,
-            next_step="Run the command again.",
-        )
-
-
-def _broken_unique(error: IntegrityError) -> _BrokenUnique | None:
-    """SQLite names the columns of a broken unique constraint, PostgreSQL the constraint; None when it is another."""
+def _doubled(error: IntegrityError) -> str | None:
+    """The table that has such a row already; None when it is another constraint that broke."""
     if getattr(error.orig, "sqlstate", None) == UNIQUE_VIOLATION:
         diagnosis: Any = getattr(error.orig, "diag", None)
-        return _BrokenUnique(str(diagnosis.constraint_name), str(diagnosis.table_name))
-    match = re.match(r"UNIQUE constraint failed: (.+)", str(error.orig))
-    if match is None:
-        return None
-    columns = [column.strip().partition(".") for column in match.group(1).split(",")]
-    table = columns[0][0]
-    return _BrokenUnique(f"uq_{table}_{'_'.join(name for _, _, name in columns)}", table)
+        return str(diagnosis.table_name)
+    match = re.match(r"UNIQUE constraint failed: (\w+)", str(error.orig))
+    return match and match.group(1)
 
 
 def migrations_directory() -> Path:

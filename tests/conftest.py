@@ -41,6 +41,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(directory)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that take minutes: begun last, they would have the machine for themselves at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "staying_whole")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Brings what a test process did not find to the process that prints the summary."""

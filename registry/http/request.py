@@ -1,10 +1,13 @@
-"""From a request: what the process holds, and the body as a stream."""
+"""From a request: what the process holds, the body as a stream, and no parameter that the route does not know."""
 
 from collections.abc import AsyncGenerator, Iterator
+from difflib import get_close_matches
 from typing import Annotated, cast
 
 from anyio import CapacityLimiter, fail_after, from_thread
 from fastapi import Depends, Path, Request
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from registry.errors import Usage
@@ -19,6 +22,33 @@ MAX_DIGITS = 18
 async def resources_of(request: Request) -> Resources:
     """Asynchronous only because a plain dependency would be called in a thread of its own."""
     return cast(Resources, request.app.state.resources)
+
+
+async def refuse_unknown_parameters(request: Request) -> None:
+    """Of a misspelt condition nothing would be said, and everything be told that it was to leave out. Raises Usage."""
+    asked = request.query_params
+    known = _parameters(request.scope["route"]) if asked else ()
+    for name in asked:
+        if name not in known:
+            meant = get_close_matches(name, known, 1)
+            there_are = f"There are {', '.join(known)}." if known else "Leave it out."
+            raise Usage(
+                "unknown_parameter",
+                f"{request.method} {request.url.path[:200]} has no parameter {name[:80]!r}.",
+                subject=name[:80],
+                next_step=f"Did you mean {meant[0]}?" if meant else there_are,
+            )
+
+
+def _parameters(route: APIRoute) -> tuple[str, ...]:
+    """Those of the query: what the route declares, and what it reads by itself."""
+    described = (route.openapi_extra or {}).get("parameters", [])
+    return (*_declared(route.dependant), *(one["name"] for one in described if one["in"] == "query"))
+
+
+def _declared(dependant: Dependant) -> list[str]:
+    own = [one.alias for one in dependant.query_params]
+    return own + [name for child in dependant.dependencies for name in _declared(child)]
 
 
 def uploads_limiter(request: Request) -> CapacityLimiter:

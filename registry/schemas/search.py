@@ -1,7 +1,6 @@
 """Search and resolve on the wire."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
@@ -74,18 +73,9 @@ class SearchIn(Wire):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, given: Any) -> Any:
-        """From parameters as they are repeated. Not a ValueError for an unknown name: its report would say neither what
-        was meant nor what there is."""
+        """From parameters as they are repeated."""
         parameters: dict[str, Any] = {}
         for name, values in cast(Mapping[str, list[str]], given).items():
-            if name not in cls.model_fields:
-                meant = get_close_matches(name, cls.model_fields, 1)
-                raise Usage(
-                    "unknown_parameter",
-                    f"A search has no parameter {name[:80]!r}.",
-                    subject=name[:80],
-                    next_step=f"Did you mean {meant[0]}?" if meant else f"There are {', '.join(cls.model_fields)}.",
-                )
             parameters[name] = _value(name, values)
         return parameters
 

@@ -26,7 +26,7 @@ OTHERS_WAIT = timedelta(hours=1)
 _PROGRESS_STEP = 0.05
 _OUTAGES = {
     "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
-    "disk_full", "disk_error",
+    "disk_full", "disk_error", "busy",
 }  # fmt: skip
 """Codes of what passes, or what an operator mends, while the job itself is as good as before."""
 _ELSEWHERE = {"base_not_here"}

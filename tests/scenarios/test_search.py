@@ -160,6 +160,11 @@ def test_a_misspelt_parameter_is_named_with_what_was_meant(
         assert (refused["status"], refused["code"], refused["subject"]) == (400, "unknown_parameter", "max_rnk")
         assert refused["next"] == "Did you mean max_rank?"
         assert "targets_within" in http.get("/v1/releases", params={"zzz": 1}).json()["next"]
+        for path, wrong, meant in (("/v1/audit", "subjects", "subject"), ("/v1/audit.jsonl", "untl", "until")):
+            refused = http.get(path, params={wrong: "2026-01-31"}).json()
+            assert (refused["code"], refused["subject"]) == ("unknown_parameter", wrong)
+            assert refused["next"] == f"Did you mean {meant}?"
+        assert http.get("/healthz", params={"verbose": 1}).json()["next"] == "Leave it out."
         repeated = http.get("/v1/releases", params={"targets_within": ["q_proj", "v_proj,o_proj"]})
         assert repeated.status_code == 200
         for bad in ({"base": "nothing"}, {"score": "nosuite.accuracy>=0"}, {"sort": "nosuite.accuracy"}):

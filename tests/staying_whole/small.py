@@ -17,15 +17,15 @@ def write_base(directory: Path) -> Path:
     return directory
 
 
-def write_adapter(directory: Path, seed: int) -> Path:
+def write_adapter(directory: Path, seed: int, rank: int = RANK) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     prefix = f"base_model.model.{MODULE}"
     tensors = {
-        f"{prefix}.lora_A.weight": random.normal(size=(RANK, SIZE)).astype(np.float32),
-        f"{prefix}.lora_B.weight": random.normal(size=(SIZE, RANK)).astype(np.float32),
+        f"{prefix}.lora_A.weight": random.normal(size=(rank, SIZE)).astype(np.float32),
+        f"{prefix}.lora_B.weight": random.normal(size=(SIZE, rank)).astype(np.float32),
     }
     save_file(tensors, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory

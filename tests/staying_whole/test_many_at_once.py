@@ -19,7 +19,7 @@ from registry.names import RepositoryName
 from tests import services
 from tests.staying_whole.conftest import broken_promises, opened
 from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, start, wait_for_port
-from tests.staying_whole.small import write_adapter
+from tests.staying_whole.small import RANK, write_adapter
 
 CLIENTS = 16
 MOVES = 2_000
@@ -51,8 +51,8 @@ def push_version(api: Api, directory: Path, version: str, seed: int) -> dict[str
     return push_numbered(api, directory, {"version": version}, seed)
 
 
-def push_numbered(api: Api, directory: Path, number: dict[str, str], seed: int) -> dict[str, Any]:
-    files = collect(write_adapter(directory / str(seed), seed))
+def push_numbered(api: Api, directory: Path, number: dict[str, str], seed: int, rank: int = RANK) -> dict[str, Any]:
+    files = collect(write_adapter(directory / str(seed), seed, rank))
     return push(api, files, NAME, "adapter", {**number, "base": "tiny"}, lambda _count: None)
 
 
@@ -136,11 +136,27 @@ def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_tol
             winners = [answer for answer in answers if isinstance(answer, dict)]
             losers = [answer for answer in answers if isinstance(answer, RegistryError)]
             assert len(winners) == 1, losers
-            assert {error.code for error in losers} <= {"version_exists", "version_taken", "raced"}
-            assert all(isinstance(error, Conflict) for error in losers)
+            assert {error.code for error in losers} == {"version_exists"}
             shown = apis[0].get(f"{line_path(NAME)}/releases/{version}")
             assert shown["commit"] == winners[0]["release"]["commit"]
     assert broken_promises(place, read_bytes=True) == []
+
+
+def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    """Each fits what was there before: N.1.0, of half the rank, and N.2.0, which would then raise it again."""
+    with clients(url) as apis:
+        for major in range(1, 6):
+            push_version(apis[0], tmp_path, f"{major}.0.0", 10 * major)
+
+            def race(number: int, api: Api, major: int = major) -> object:
+                version, rank = [(f"{major}.1.0", RANK // 2), (f"{major}.2.0", RANK)][number]
+                return push_numbered(api, tmp_path, {"version": version}, 10 * major + 1 + number, rank)
+
+            refused = [answer for answer in together(apis[:2], race) if isinstance(answer, Refused)]
+            assert [error.code for error in refused] == ["breaking_change"]
+    assert broken_promises(place) == []
 
 
 def test_many_pushes_that_ask_for_the_next_number_get_one_each(place: dict[str, str], url: str, tmp_path: Path) -> None:
@@ -154,19 +170,14 @@ def test_many_pushes_that_ask_for_the_next_number_get_one_each(place: dict[str, 
     assert broken_promises(place, read_bytes=True) == []
 
 
-def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed_in_the_end(
+def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
     place: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     files = collect(write_adapter(tmp_path / "adapter", 7))
     with clients(url) as apis:
 
         def race(_number: int, api: Api) -> object:
-            while True:
-                try:
-                    return push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
-                except Conflict as error:
-                    if error.code not in ("raced", "version_taken"):
-                        raise
+            return push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
 
         answers = together(apis, race)
         assert all(isinstance(answer, dict) for answer in answers), answers
