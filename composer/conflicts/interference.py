@@ -39,7 +39,8 @@ class Directed:
     `ratio` |Δ_j x| / |Δ_i x|; `along` the part of Δ_j x in the direction of Δ_i x, signed, and `across` the rest, both
     over |Δ_i x|. Squares are summed over tokens and modules, each module's over its own |W x|^2: a module does not
     count more because its activations are larger. `victim` and `intruder` are |Δ x| / |W x|, and `modules` the shares
-    of the intruder's energy. A victim that does nothing has the ratio 0: there is nothing to overwrite.
+    of the intruder's energy. Only modules that one of the two touches count, so that a pair's numbers are the same
+    whoever else is in the set. A victim that does nothing has the ratio 0: there is nothing to overwrite.
     """
 
     ratio: float
@@ -64,10 +65,11 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class _Energy:
-    """Of one module: Σ <Δ_i x, Δ_j x> over the tokens (T x T, float64) and Σ |W x|^2."""
+    """Of one module: Σ <Δ_i x, Δ_j x> over the tokens (T x T, float64), Σ |W x|^2, and which adapters touch it."""
 
     inner: torch.Tensor
     base: float
+    touching: frozenset[int]
 
 
 def activation_interference(
@@ -107,7 +109,8 @@ def activations(
 
 
 def _directed(energies: Mapping[str, _Energy], i: int, j: int) -> Directed:
-    relative = {module: one.inner / one.base for module, one in energies.items() if one.base > 0}
+    either = {module: one for module, one in energies.items() if not one.touching.isdisjoint((i, j))}
+    relative = {module: one.inner / one.base for module, one in either.items() if one.base > 0}
     if not relative:
         return Directed(0.0, 0.0, 0.0, 0.0, 0.0, {})
     total = torch.stack(list(relative.values())).sum(0)
@@ -197,7 +200,8 @@ class _Watch:
     def energy(self) -> _Energy:
         """<Δ_i x, Δ_j x> summed = Σ over the entries of (B_i^T B_j) * (Σ A_i x x^T A_j^T)."""
         Z_RT = torch.nn.functional.one_hot(self._owner, self._count).double()
-        return _Energy(Z_RT.T @ (self._gram * self._moment) @ Z_RT, self._base)
+        inner = Z_RT.T @ (self._gram * self._moment) @ Z_RT
+        return _Energy(inner, self._base, frozenset(self._owner.tolist()))
 
 
 def _watches(model: nn.Module, adapters: Sequence[Iterable[Delta]]) -> dict[str, _Watch]:

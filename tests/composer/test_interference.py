@@ -109,6 +109,17 @@ def test_every_ordered_pair_is_told_with_its_own_victim_active(loaded: LoadedMod
     assert (victim, worst) == ("a", found.directed["a", "c"]), "c is three times as strong"
 
 
+def test_a_pairs_activations_are_the_same_whoever_else_is_in_the_set(loaded: LoadedModel) -> None:
+    pair = {"a": deltas(1, MODULES[:1]), "b": deltas(2, MODULES[:2])}
+    alone = activations(loaded, pair, PROMPTS)
+    beside = activations(loaded, {"c": deltas(3, MODULES[1:], size=0.5), **pair}, PROMPTS)
+    for names, expected in alone.directed.items():
+        found = beside.directed[names]
+        for number in ("ratio", "along", "across", "victim", "intruder"):
+            assert getattr(found, number) == pytest.approx(getattr(expected, number), rel=1e-4), number
+        assert found.modules == pytest.approx(expected.modules)
+
+
 def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.TempPathFactory) -> None:
     gpt2 = load_model(save_gpt2(tmp_path_factory.mktemp("gpt2")), device="cpu")
     own = deltas(1, ["transformer.h.0.attn.c_attn"], layout=Layout.CONV1D)
