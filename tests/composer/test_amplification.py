@@ -96,7 +96,7 @@ def test_what_rounding_will_lose_is_told_before_the_merge(tmp_path: Path, red: L
     assert found.together.lost_share > 0.9
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (40, 7), (300, 900), (256, 256)])
+@pytest.mark.parametrize("shape", [(1, 5), (40, 7), (300, 900), (256, 256), (1024, 1024)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_largest_singular_value_is_numpys(
     shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +111,7 @@ def test_the_largest_singular_value_is_numpys(
         source = Source(file.fileno(), read_header(path).tensors["weight"], shape[1])
         found = amplification.largest_singular_value(amplification.BaseWeight("m", source, [(delta, 1.0)]))
     exact = np.linalg.svd(W.double().numpy(), compute_uv=False)[0]
-    assert exact * 0.97 <= found <= exact * (1 + 1e-5)
+    assert exact * 0.99 <= found <= exact * (1 + 1e-5)
 
 
 def test_a_weight_of_zeros_has_no_largest_direction(base: Path, red: LoadedAdapter, tmp_path: Path) -> None:
