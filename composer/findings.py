@@ -15,6 +15,7 @@ MAX_POLICY_CHARS = 100_000
 IGNORE = "ignore"
 THRESHOLDS: dict[str, float | None] = {
     "near_duplicate": 0.5,
+    "cancelling": 0.5,
     "dominance": 10 / 11,
     "probe_loss": None,
     "probe_answers": 0.5,
@@ -26,7 +27,8 @@ THRESHOLDS: dict[str, float | None] = {
     "sign_conflict": None,
     "low_retention": None,
 }
-"""The codes that hang on a number, with the number from which on each is found; docs/composing.md says of what.
+"""The codes that hang on a number, with the number from which on each is found, or for `cancelling` and
+`low_retention` below which; docs/composing.md says of what.
 
 None: no measurement backs a number, so there is no such finding unless a policy gives one. `probe_loss` without one is
 half of what the member had gained.

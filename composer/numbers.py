@@ -72,6 +72,12 @@ class Numbers:
             sign_weighted=sums.sign_weighted(0, 1),
         )
 
+    @property
+    def weighted_cosine(self) -> float:
+        """Of w_a a and w_b b: turned where the weights differ in sign. 0 where one of them is zero."""
+        apart = self.dominance * (1 - self.dominance)
+        return min(1.0, max(-1.0, (self.interference - 1) / (2 * apart**0.5))) if apart > 0 else 0.0
+
     def to_json(self) -> dict[str, float]:
         return {field.name: short(getattr(self, field.name)) for field in fields(self)}
 

@@ -15,6 +15,7 @@ from composer.conflicts.amplification import AtBase, at_base
 from composer.conflicts.compared import Compared, compare_all
 from composer.conflicts.findings import (
     of_adapters,
+    of_cancelling,
     of_outcome,
     of_pair,
     of_retention,
@@ -203,8 +204,10 @@ def conflicts(
         *(one for pair in pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
         *of_retention({member.name: member.retention for member in members}, rules),
     ]
-    if isinstance(evidence, ProbeResult) and len(names) > 2:
-        findings += of_outcome(evidence.whole, rules)
+    if len(names) > 2:
+        sums = compared.total.sums
+        findings += of_cancelling(names, sums.interference(), sum(sums.shares()), rules)
+        findings += of_outcome(evidence.whole, rules) if isinstance(evidence, ProbeResult) else []
     return ConflictReport(
         members,
         pairs,

@@ -100,23 +100,34 @@ def _meaning(case: Case, policy: Policy) -> str:
 def _measured(outcome: Outcome, policy: Policy) -> str:
     worst = outcome.worst
     limit = worst.limit(Limits.of(policy))
-    told = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite, and {limit:.2f} would be tolerated"
+    told = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite{by_weight(worst)}"
+    told += f", and {limit:.2f} would be tolerated"
     sure = outcome.risk
     if sure.to_json() is None:
         return f"{told}: one example tells no error."
     return f"{told}: the loss of the worse one lies between {sure.low:+.2f} and {sure.high:+.2f} (95 %)."
 
 
+def by_weight(effect: Effect) -> str:
+    """What the member's own weight takes, beside its loss: the rest is the others' doing."""
+    return "" if effect.weight_loss is None else f", of which its own weight takes {effect.weight_loss:+.2f}"
+
+
 def near_duplicate(numbers: Numbers, policy: Policy) -> bool:
-    """Do the two add up in one direction, as far as the policy lets them?"""
-    # With weights of different signs, the same direction is taken away and not added twice.
+    """Do the two, as they are weighted, add up in one direction, as far as the policy lets them?"""
     near = policy.threshold("near_duplicate")
-    return near is not None and numbers.cosine >= near and numbers.interference > 1
+    return near is not None and numbers.weighted_cosine >= near and numbers.interference > 1
 
 
 def alike(numbers: Numbers) -> bool:
     """Are they as one task trained twice? A policy may ask for less, which does not make them so."""
-    return numbers.cosine >= (THRESHOLDS["near_duplicate"] or 1)
+    return numbers.weighted_cosine >= (THRESHOLDS["near_duplicate"] or 1)
+
+
+def cancelling(interference: float, energy: float, policy: Policy) -> bool:
+    """Is less of the energy left in the sum than the policy lets it? Where there is none nothing can cancel."""
+    least = policy.threshold("cancelling")
+    return least is not None and energy > 0 and interference < least
 
 
 def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str]:
@@ -124,6 +135,8 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     numbers = case.numbers
     if near_duplicate(numbers, policy) and alike(numbers):
         advice.append("They do the same: keep one of them, or take their mean (--method mean).")
+    if cancelling(numbers.interference, numbers.dominance, policy):
+        advice.append("They cancel: leave one of them out, or turn the sign of its weight if that is wrong.")
     if case.outcome is None:
         return [*advice, *_balanced(case, policy), "Measure it: --probe 4, with a suite for each."]
     limits, worst = Limits.of(policy), case.outcome.worst

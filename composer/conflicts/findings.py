@@ -1,9 +1,9 @@
 """What a conflict report finds, by code: docs/composing.md lists them with the numbers that they hang on."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 
-from composer.conflicts.advice import alike, near_duplicate
+from composer.conflicts.advice import alike, by_weight, cancelling, near_duplicate
 from composer.conflicts.amplification import AtBase
 from composer.conflicts.compared import Compared, finite
 from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Limits, Outcome
@@ -125,13 +125,15 @@ def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, p
     (a, b), subject = names, " + ".join(names)
     found: list[Finding] = []
     if near_duplicate(numbers, policy):
+        cosine = numbers.weighted_cosine
         message = (
-            f"{a} and {b} {_direction(numbers.cosine)} (cosine {round(numbers.cosine, 2) + 0.0:.2f}), and their sum "
-            f"has {numbers.interference:.2f} times the energy of the two apart."
+            f"As they are weighted, {a} and {b} {_direction(cosine)} (cosine {cosine:.2f}), and their sum has "
+            f"{numbers.interference:.2f} times the energy of the two apart."
         )
         if alike(numbers):
             message += " Like one task trained twice they overshoot: lower the weights to a mean, or keep one."
-        found.append(Finding("near_duplicate", Severity.WARNING, subject, message, numbers.cosine))
+        found.append(Finding("near_duplicate", Severity.WARNING, subject, message, cosine))
+    found += of_cancelling(names, numbers.interference, numbers.dominance, policy)
     if _threshold(policy, "dominance") <= numbers.dominance < 1:  # all of it: the other is zero, or has the weight 0
         message = f"One of {a} and {b} brings {numbers.dominance:.0%} of the energy and may drown the other."
         found.append(Finding("dominance", Severity.NOTICE, subject, message, numbers.dominance))
@@ -144,11 +146,22 @@ def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, p
 
 
 def _direction(cosine: float) -> str:
-    """In words that are true of any cosine: the policy may have lowered the number to any value."""
-    if abs(cosine) < 0.1:
+    """In words that are true of any cosine above 0: the policy may have lowered the number to any value."""
+    if cosine < 0.1:
         return "are hardly related"
-    way = "the same way" if cosine > 0 else "opposite ways"
-    return f"point {way}" if abs(cosine) >= 0.9 else f"point {'mostly' if abs(cosine) >= 0.5 else 'partly'} {way}"
+    return "point the same way" if cosine >= 0.9 else f"point {'mostly' if cosine >= 0.5 else 'partly'} the same way"
+
+
+def of_cancelling(names: Sequence[str], interference: float, energy: float, policy: Policy) -> list[Finding]:
+    """Of some adapters as they are weighted, two or all: `energy` is above 0 where they add anything at all."""
+    if not cancelling(interference, energy, policy):
+        return []
+    message = (
+        f"{' and '.join(names)} cancel: as they are weighted, their sum has {max(0.0, interference):.2f} times the "
+        "energy of them apart, where independent ones keep all of it. Leave one out, or mend the sign of a weight; "
+        "where one is meant to be taken away from another, let a policy ignore this."
+    )
+    return [Finding("cancelling", Severity.WARNING, " + ".join(names), message, interference)]
 
 
 def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
@@ -156,11 +169,7 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
     together, limits = " + ".join(outcome.members), Limits.of(policy)
     found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, limits)]
     found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced(limits)]
-    if doubtful := outcome.doubtful(limits):
-        who = " or ".join(doubtful)
-        seen = max(effect.examples for effect in outcome.effects)
-        message = f"In {together} it is open after {_examples(seen)} whether {who} loses too much."
-        found.append(Finding("probe_open", Severity.NOTICE, together, message, outcome.worst.loss))
+    found += [finding for effect in outcome.doubtful(limits) for finding in _open(together, effect, limits)]
     for guard in outcome.guards:
         if guard.rise_interval.low > _threshold(policy, "probe_guard"):
             message = (
@@ -169,6 +178,28 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
             )
             found.append(Finding("probe_guard", Severity.WARNING, f"{together}: {guard.suite}", message, guard.rise))
     return found
+
+
+def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
+    """What is undecided of this member, with the numbers so far: its loss, its answers, or both."""
+    start = f"In {together} it is open after {_examples(effect.examples)} whether {effect.member}"
+    subject, sure = f"{together}: {effect.member}", effect.loss_interval
+    if effect.loss_open(limits):
+        so_far = (
+            f"between {sure.low:.2f} and {sure.high:.2f}"
+            if sure.to_json()
+            else f"{effect.loss:.2f}, of no known error,"
+        )
+        message = (
+            f"{start} loses more than {effect.limit(limits):.2f} nats a token on {effect.suite} ({so_far} so far)."
+        )
+        yield Finding("probe_open", Severity.NOTICE, subject, message, effect.loss)
+    if effect.answers_open(limits):
+        message = (
+            f"{start} keeps {limits.answers:.0%} of what it answers word for word alone on {effect.suite} "
+            f"({effect.still_answered} of {effect.answered} so far)."
+        )
+        yield Finding("probe_open", Severity.NOTICE, subject, message, effect.still_answered / effect.answered)
 
 
 def _examples(count: int) -> str:
@@ -190,7 +221,7 @@ def _of_effect(together: str, effect: Effect, limits: Limits) -> list[Finding]:
     kept = "it had gained nothing alone" if effect.kept is None else f"{max(0, effect.kept):.0%} of its gain is left"
     message = (
         f"In {together}, {effect.member} loses {effect.loss:.2f} nats a token on {effect.suite} "
-        f"({effect.alone:.2f} alone, {effect.combined:.2f} combined); {kept}."
+        f"({effect.alone:.2f} alone, {effect.combined:.2f} combined){by_weight(effect)}; {kept}."
     )
     severity = Severity.WARNING if effect.loss_interval.low > effect.limit(limits) else Severity.NOTICE
     return [Finding("probe_loss", severity, f"{together}: {effect.member}", message, effect.loss)]

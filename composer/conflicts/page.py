@@ -10,7 +10,16 @@ from html import escape
 from composer.conflicts import ConflictReport, Pair
 from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.interference import Activations
-from composer.conflicts.report import LOUDEST_FIRST, Table, explanation, headline, probe_table, tables, whole_headline
+from composer.conflicts.report import (
+    LOUDEST_FIRST,
+    Table,
+    explanation,
+    headline,
+    probe_table,
+    still_open,
+    tables,
+    whole_headline,
+)
 from composer.findings import Finding
 from composer.weights import layer_of
 
@@ -60,7 +69,7 @@ def page(report: ConflictReport) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<title>{_text(title)}</title><style>{_STYLE}{_levels()}{_chooser()}</style></head><body><main>",
         f"<h1>{_text(title)}</h1>",
-        f'<p>Verdict: <span class="verdict {report.verdict}">{report.verdict}</span></p>',
+        f'<p>Verdict: <span class="verdict {report.verdict}">{report.verdict}</span>{_text(still_open(report))}</p>',
         f"<p>{_text(whole)}</p>" if (whole := whole_headline(report)) else "",
         *_findings(report.findings),
         "<h2>Pairs</h2>",

@@ -62,7 +62,9 @@ class Effect:
     weight 1, and the combination.
 
     `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
-    it lies in, all members' together in 95 of 100 cases. `kept` is the share of the member's gain that is left,
+    it lies in, all members' together in 95 of 100 cases. What a member's own weight takes is in it: a weight is chosen
+    too. `alone_weighted` is the member alone at the weight given (None: that is 1), so that combined - alone_weighted
+    is what the others do. `kept` is the share of the member's gain that is left,
     (base - combined) / (base - alone); None when it had no gain. Of the examples the member alone answers `answered`
     word for word, and combined `still_answered` of those: what a suite of short answers is about.
     """
@@ -79,6 +81,12 @@ class Effect:
     answered: int
     still_answered: int
     examples: int
+    alone_weighted: float | None = None
+
+    @property
+    def weight_loss(self) -> float | None:
+        """What the member's own weight takes, in nats per token; None where that is 1."""
+        return None if self.alone_weighted is None else self.alone_weighted - self.alone
 
     def surely_silenced(self, limits: Limits) -> bool:
         """Is surely less left of its answers than has to be?"""
@@ -97,6 +105,14 @@ class Effect:
     def loses_too_much(self, limits: Limits) -> bool:
         """Surely, nats or answers."""
         return self.loss_interval.low > self.limit(limits) or self.surely_silenced(limits)
+
+    def loss_open(self, limits: Limits) -> bool:
+        """May it lose too much in nats, or not?"""
+        return self.loss_interval.holds(self.limit(limits))
+
+    def answers_open(self, limits: Limits) -> bool:
+        """Is too little left of its answers, on too few to be sure?"""
+        return self.silenced(limits) and not self.surely_silenced(limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +157,11 @@ class Outcome:
         """Is it undecided whether some member loses too much, or too many answers? Not when one surely does."""
         return bool(self.doubtful(limits))
 
-    def doubtful(self, limits: Limits) -> list[str]:
+    def doubtful(self, limits: Limits) -> list[Effect]:
         """The members of whom it is undecided."""
         if any(effect.loses_too_much(limits) for effect in self.effects):
             return []
-        undecided = [one for one in self.effects if one.loss_interval.holds(one.limit(limits)) or one.silenced(limits)]
-        return [effect.member for effect in undecided]
+        return [one for one in self.effects if one.loss_open(limits) or one.answers_open(limits)]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -231,8 +246,8 @@ def probe(
 
     The examples are `suite.sample(k)`: always the same, and those of more hold those of fewer, so nothing is measured
     twice. The base and each member alone are measured once for all pairs, so m > 2 members and g guards cost
-    k m (m + 2) + k g (m^2 + m + 4) / 2 examples for a start. Raises Mismatch for fewer than two members or two of one
-    name, and what `encode`, `applied` and `combine` raise.
+    k m (m + 2) + k g (m^2 + m + 4) / 2 examples for a start, and k more for each member whose weight is not 1. Raises
+    Mismatch for fewer than two members or two of one name, and what `encode`, `applied` and `combine` raise.
     """
     wanted = Effort(effort, effort) if isinstance(effort, int) else effort
     names = [member.name for member in members]
@@ -275,11 +290,24 @@ class _Bench:
             member.name: self._run((member.name,), lambda member=member: member.deltas, [member.suite, *guards], k)
             for member in chosen
         }
+        as_weighted = {
+            member.name: self._run(
+                ("weighted", member.name),
+                lambda member=member: weighted(member.deltas, member.weight),
+                [member.suite],
+                k,
+            )
+            for member in chosen
+            if parse_weight(member.weight) != Weight()
+        }
         names = ("combined", *(member.name for member in chosen))
         combined = self._run(names, lambda: self._combine(chosen), [*own, *guards], k)
         return Outcome(
             k,
-            tuple(_effect(member, base, alone[member.name], combined, len(chosen)) for member in chosen),
+            tuple(
+                _effect(member, base, alone[member.name], as_weighted.get(member.name), combined, len(chosen))
+                for member in chosen
+            ),
             tuple(_side_effect(guard, base, alone, combined) for guard in guards),
         )
 
@@ -306,7 +334,7 @@ class _Bench:
         return self._encoded[key]
 
 
-def _effect(member: Probed, base: _Run, alone: _Run, combined: _Run, members: int) -> Effect:
+def _effect(member: Probed, base: _Run, alone: _Run, as_weighted: _Run | None, combined: _Run, members: int) -> Effect:
     digest = member.suite.digest
     before, own, after = (_nll(run[digest]) for run in (base, alone, combined))
     loss, stderr = _difference(combined[digest], alone[digest])
@@ -316,7 +344,7 @@ def _effect(member: Probed, base: _Run, alone: _Run, combined: _Run, members: in
     still = sum(one.exact for one in answered)
     return Effect(
         member.name, member.suite.name, before, own, after, loss, stderr, sure, kept, len(answered), still,
-        len(alone[digest]),
+        len(alone[digest]), _nll(as_weighted[digest]) if as_weighted else None,
     )  # fmt: skip
 
 

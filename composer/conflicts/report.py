@@ -10,7 +10,7 @@ from composer.conflicts import ConflictReport, Pair
 from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.interval import Interval
 from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Limits, Outcome, ProbeResult, SideEffect
-from composer.findings import Finding, Severity
+from composer.findings import Finding, Severity, Verdict
 from composer.numbers import Numbers
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "crowding")
@@ -30,8 +30,18 @@ class Table:
 def headlines(report: ConflictReport) -> list[str]:
     """The verdict, then one sentence for the whole set where it was measured, and one a pair."""
     whole = whole_headline(report)
-    told = [f"Verdict: {report.verdict}.", *([whole] if whole else [])]
+    told = [f"Verdict: {report.verdict}{still_open(report)}.", *([whole] if whole else [])]
     return told + [headline(pair) for pair in report.pairs]
+
+
+def still_open(report: ConflictReport) -> str:
+    """What is to be said after the verdict where the probe has not decided it, and nothing else has."""
+    undecided = [one for one in report.findings if one.code == "probe_open"]
+    if not undecided or report.verdict is not Verdict.OK:
+        return ""
+    return (
+        f" so far, but {len(undecided)} {'question is' if len(undecided) == 1 else 'questions are'} open (probe_open)"
+    )
 
 
 def whole_headline(report: ConflictReport) -> str:
@@ -125,7 +135,10 @@ def probe_table(probe: ProbeResult) -> Table:
         "gain kept",
         "answers kept",
     )
-    note = f"Nats per token, in {probe.seconds:.0f} s; loss is combined minus alone, with the interval it lies in."
+    note = (
+        f"Nats per token, in {probe.seconds:.0f} s; alone is at weight 1, and loss combined minus that, with the "
+        "interval it lies in."
+    )
     return Table("Probe", columns, tuple(rows), note)
 
 
@@ -205,7 +218,10 @@ def _line(line: Effect | SideEffect) -> tuple[str, ...]:
     if isinstance(line, Effect):
         loss, kept = _within(line.loss, line.loss_interval), "-" if line.kept is None else f"{line.kept:.0%}"
         answers = f"{line.still_answered} of {line.answered}" if line.answered else "-"
-        return (line.suite, k, f"{line.base:.2f}", f"{line.alone:.2f}", f"{line.combined:.2f}", loss, kept, answers)
+        alone = f"{line.alone:.2f}"
+        if line.alone_weighted is not None:
+            alone += f" ({line.alone_weighted:.2f} at its weight)"
+        return (line.suite, k, f"{line.base:.2f}", alone, f"{line.combined:.2f}", loss, kept, answers)
     rise, alone = _within(line.rise, line.rise_interval), max(line.alone.values())
     return (f"{line.suite} (guard)", k, f"{line.base:.2f}", f"{alone:.2f}", f"{line.combined:.2f}", rise, "-", "-")
 

@@ -14,7 +14,7 @@ from composer.conflicts.findings import of_outcome
 from composer.conflicts.interval import interval
 from composer.conflicts.page import page
 from composer.conflicts.probe import Effect, Outcome, ProbeResult
-from composer.conflicts.report import headlines
+from composer.conflicts.report import headlines, tables
 from composer.delta import Computed
 from composer.findings import Policy, parse_policy
 from composer.formats.checkpoint import open_checkpoint
@@ -69,6 +69,37 @@ def test_a_policy_says_what_share_of_the_answers_has_to_be_left(least: float, st
     policy = parse_policy(f"thresholds: {{probe_answers: {least}}}")
     found = of_outcome(answering(16, still), policy)
     assert [finding.code for finding in found if finding.code != "probe_loss"] == said
+
+
+def test_what_is_open_is_named_with_its_numbers(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    (answers,) = [one for one in of_outcome(answering(4, 0), Policy()) if one.code == "probe_open"]
+    assert "open after 16 examples whether red keeps 50% of what it answers" in answers.message
+    assert answers.message.endswith("(0 of 4 so far).")
+    assert (answers.subject, answers.measure) == ("red + green: red", 0.0)
+    wide = replace(answering(4, 4).effects[0], loss_interval=interval(0.3, 1.0, 16, 2))
+    (loss,) = of_outcome(Outcome(16, (wide,), ()), Policy())
+    assert "whether red loses more than 1.45 nats a token on red-exact (between -" in loss.message
+    both = of_outcome(Outcome(16, (replace(wide, answered=4, still_answered=0),), ()), Policy())
+    assert [one.measure for one in both] == [0.3, 0.0]
+
+
+def test_an_open_question_stands_beside_a_verdict_that_is_ok(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    measured = ProbeResult(16, (answering(4, 0),), answering(4, 0), 1.0)
+    report = conflicts([red, green], [1.0, 1.0], evidence=measured)
+    assert headlines(report)[0] == "Verdict: ok so far, but 1 question is open (probe_open)."
+    assert "but 1 question is open" in page(report)
+    failing = conflicts([red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("probe_open: error"))
+    assert headlines(failing)[0] == "Verdict: refuse."
+
+
+def test_what_a_members_own_weight_takes_is_told_beside_its_loss(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    lowered = replace(answering(0, 0).effects[0], alone_weighted=0.3)
+    outcome = Outcome(16, (lowered, answering(0, 0).effects[1]), ())
+    report = conflicts([red, green], [0.7, 1.0], evidence=ProbeResult(16, (outcome,), outcome, 1.0))
+    (loss,) = report.findings
+    assert "(0.10 alone, 0.40 combined), of which its own weight takes +0.20;" in loss.message
+    assert "of which its own weight takes +0.20" in report.pairs[0].explanation.meaning
+    assert "0.10 (0.30 at its weight)" in tables(report)[0].rows[0]
 
 
 def test_what_was_measured_of_the_whole_set_is_said_before_the_pairs(

@@ -56,6 +56,10 @@ def test_every_number_of_a_probe_is_the_evaluation_it_stands_for(loaded: LoadedM
     assert red.alone == pytest.approx(nll(loaded, MEMBERS[0].suite, MEMBERS[0].deltas), rel=1e-5)
     assert red.combined == pytest.approx(nll(loaded, MEMBERS[0].suite, together), rel=1e-5)
     assert blue.loss == pytest.approx(blue.combined - blue.alone, abs=1e-6)
+    assert red.alone_weighted is None, "its weight is 1"
+    assert blue.alone_weighted == pytest.approx(nll(loaded, MEMBERS[2].suite, weighted_sum([MEMBERS[2]])), rel=1e-5)
+    assert blue.alone_weighted is not None
+    assert blue.weight_loss == pytest.approx(blue.alone_weighted - blue.alone)
     (guard,) = pair.guards
     assert guard.base == pytest.approx(nll(loaded, GUARD), rel=1e-5)
     assert guard.combined == pytest.approx(nll(loaded, GUARD, together), rel=1e-5)
@@ -148,8 +152,9 @@ def test_no_example_is_measured_twice(loaded: LoadedModel) -> None:
         probe(loaded, MEMBERS, [GUARD], Effort(1, 4))
     finally:
         handle.remove()
-    m, k = len(MEMBERS), 2
-    assert start == k * m * (m + 2) + k * (m**2 + m + 4) // 2, "each suite under the base, its member, pairs and whole"
+    m, k, weighed = len(MEMBERS), 2, 2
+    suites, guard = k * m * (m + 2), k * (m**2 + m + 4) // 2
+    assert start == suites + guard + k * weighed, "under the base, its member, pairs and whole; weights once for all"
     assert sum(passed) <= 2 * start, "four examples cost no more than four from the start"
 
 

@@ -1,0 +1,74 @@
+"""Deltas that take each other away, or add up since their weights turn them: it is what is combined that counts."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+from composer.conflicts import conflicts, report
+from composer.delta import Delta, LowRank
+from composer.findings import Severity, Verdict, parse_policy
+from composer.variants import LoadedAdapter
+from tests.composer.small_model import Load, scaled
+from tests.composer.test_conflicts import codes
+
+
+def summed_and_turned(adapters: list[LoadedAdapter]) -> list[Delta]:
+    """-(the sum of them), by module."""
+    by_module: dict[str, list[LowRank]] = defaultdict(list)
+    for adapter in adapters:
+        for delta in adapter.deltas:
+            assert isinstance(delta, LowRank)
+            by_module[delta.module].append(delta)
+    return [
+        replace(
+            own[0],
+            A_RI=torch.cat([delta.A_RI for delta in own]),
+            B_OR=torch.cat([delta.B_OR * -delta.scale for delta in own], dim=1),
+            scale=1.0,
+        )
+        for own in by_module.values()
+    ]
+
+
+@pytest.mark.parametrize(("size", "weights"), [(-1.0, [1.0, 1.0]), (1.0, [1.0, -1.0]), (-1.0, [-0.3, -0.3])])
+def test_deltas_that_cancel_are_a_warning(red: LoadedAdapter, size: float, weights: list[float]) -> None:
+    found = conflicts([red, scaled(red, size, "again")], weights)
+    assert found.verdict is Verdict.WARN
+    (told,) = [one for one in found.findings if one.code == "cancelling"]
+    assert (told.severity, told.subject) == (Severity.WARNING, "red + again")
+    assert told.measure == pytest.approx(0.0, abs=1e-9)
+    assert "0.00 times the energy" in told.message
+    assert "They cancel" in " ".join(report.advice(found))
+    meant = conflicts([red, scaled(red, size, "again")], weights, policy=parse_policy("cancelling: ignore"))
+    assert meant.verdict is Verdict.OK
+
+
+def test_only_what_is_left_of_the_energy_says_that_deltas_cancel(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    opposite = scaled(red, -1.0, "opposite")
+    assert "cancelling" not in codes(conflicts([red, green], [1.0, -1.0]))
+    assert "cancelling" not in codes(conflicts([red, opposite], [1.0, 0.1])), "0.8 of the energy is left"
+    assert "cancelling" not in codes(conflicts([red, opposite], [0.0, 0.0])), "nothing is added, nothing cancels"
+    strict = parse_policy("thresholds: {cancelling: 0.9}")
+    assert "cancelling" in codes(conflicts([red, opposite], [1.0, 0.1], policy=strict))
+
+
+def test_those_that_cancel_only_together_are_found(red: LoadedAdapter, green: LoadedAdapter, load: Load) -> None:
+    """Four, and as much as all of them taken away: of no two is less than 0.6 of their energy left."""
+    four = [red, green, load("blue", 5), load("white", 6)]
+    norms = [member.size.norm for member in conflicts(four, [1.0] * 4).members]
+    alone = [scaled(one, 1 / norm, one.name) for one, norm in zip(four, norms, strict=True)]
+    minus = replace(scaled(red, 1.0, "minus"), deltas=tuple(summed_and_turned(alone)))
+    found = conflicts([*alone, minus], [1.0] * 5)
+    (told,) = [one for one in found.findings if one.code == "cancelling"]
+    assert told.subject == "red + green + blue + white + minus"
+
+
+def test_opposite_adapters_with_weights_of_different_sign_add_up(red: LoadedAdapter) -> None:
+    found = conflicts([red, scaled(red, -1.0, "opposite")], [1.0, -1.0])
+    assert found.together.interference == pytest.approx(2.0)
+    (told,) = [one for one in found.findings if one.code == "near_duplicate"]
+    assert told.measure == pytest.approx(1.0)
+    assert "one task trained twice" in told.message
+    assert "near_duplicate" not in codes(conflicts([red, scaled(red, 1.0, "again")], [1.0, -1.0]))
