@@ -277,9 +277,10 @@ def find(session: Session, repository: Repository, name: str) -> Channel:
     return channel
 
 
-def list_all(session: Session, repository: Repository) -> Sequence[Channel]:
+def list_page(session: Session, repository: Repository, *, after: str, limit: int) -> Sequence[Channel]:
+    """By name; `after` is the last one of the page before."""
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
-    return session.scalars(query.order_by(Channel.name)).all()
+    return session.scalars(query.where(Channel.name > after).order_by(Channel.name).limit(limit)).all()
 
 
 def current_of(session: Session, channel: Channel) -> Move:

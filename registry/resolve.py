@@ -92,22 +92,31 @@ def resolve(session: Session, reference: Reference, kind: Kind | None = None) ->
 
 def locate(session: Session, reference: Reference, kind: Kind | None = None) -> Located:
     """Raises NotFound when nothing matches. Yanked releases are found only by exact version and by commit."""
-    if reference.channel:
-        found = _by_channel(session, reference)
-    elif reference.commit:
-        found = _by_commit(session, reference)
-    elif reference.version:
-        rows = _rows(session, _OF_VERSION, reference.repository, named=str(reference.version))
-        found = _warn_if_yanked(rows[0]) if rows else None
-    elif reference.range:
+    found = at_once(session, reference)
+    if found is None and reference.range:
         found = _by_range(session, reference)
-    else:
-        rows = _rows(session, _HIGHEST_STABLE, reference.repository)
-        found = Located(rows[0]) if rows else None
+    elif found is None and reference.channel:
+        found = _by_channel(session, reference)
     if found is None or (kind and found.row.kind != kind):
         repositories.find(session, reference.repository, kind)
         raise _nothing(reference)
     return found
+
+
+def at_once(session: Session, reference: Reference) -> Located | None:
+    """What one statement tells, and so is of one moment. None where there is more to ask."""
+    if reference.range:
+        return None
+    if reference.commit:
+        return _by_commit(session, reference)
+    if reference.version:
+        rows = _rows(session, _OF_VERSION, reference.repository, named=str(reference.version))
+        return _warn_if_yanked(rows[0]) if rows else None
+    if reference.channel:
+        rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel)
+        return Located(rows[0]) if rows and not rows[0].yanked else None
+    rows = _rows(session, _HIGHEST_STABLE, reference.repository)
+    return Located(rows[0]) if rows else None
 
 
 def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
@@ -161,9 +170,8 @@ def _by_commit(session: Session, reference: Reference) -> Located | None:
 
 
 def _by_channel(session: Session, reference: Reference) -> Located:
+    """Where the last move's release is yanked."""
     rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel or "")
-    if rows and not rows[0].yanked:
-        return Located(rows[0])
     repository = repositories.find(session, reference.repository)
     channel = channels.find(session, repository, reference.channel or "")
     serving = channels.serving(session, channel)

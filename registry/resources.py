@@ -29,6 +29,9 @@ class Resources:
     def read(self) -> AbstractContextManager[Session]:
         return self.database.read()
 
+    def snapshot(self) -> AbstractContextManager[Session]:
+        return self.database.snapshot()
+
     def write(self) -> AbstractContextManager[Session]:
         return self.database.write()
 

@@ -156,8 +156,12 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
     else:
         subject.stamp = new_stamp()
     rows: list[Score] = []
-    for measurement in measurements:
-        suite = find(session, measurement.suite_digest)
+    used = [find(session, measurement.suite_digest) for measurement in measurements]
+    if any(measurement.metric not in HIGHER_IS_BETTER for measurement in measurements):
+        # The first score of a metric says what is better of it: who else records one waits, and sees what it said.
+        rows_of = select(Suite.id).where(Suite.id.in_({suite.id for suite in used})).order_by(Suite.id)
+        session.execute(rows_of.with_for_update(key_share=True))
+    for measurement, suite in zip(measurements, used, strict=True):
         _check_measurement(session, measurement, suite)
         owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
         score = session.scalar(
@@ -197,11 +201,15 @@ def _check_measurement(session: Session, measurement: Measurement, suite: Suite)
             next_step=f"Record a finite value from {least:g} to {most:g}, measured on one example or more.",
         )
     better = is_higher_better(session, suite, measurement.metric, measurement.higher_is_better)
-    if measurement.higher_is_better != better or measurement.n > suite.examples:
+    doubts = {
+        f"n = {measurement.n} is more than its {suite.examples} examples": measurement.n > suite.examples,
+        f"higher_is_better is {better} for it here": measurement.higher_is_better != better,
+    }
+    if any(doubts.values()):
+        why = " and ".join(doubt for doubt, holds in doubts.items() if holds)
         raise Invalid(
             "bad_score",
-            f"{measurement.metric} with n = {measurement.n}, higher_is_better = {measurement.higher_is_better} "
-            f"cannot be a score of {suite.name}, which has {suite.examples} examples.",
+            f"{measurement.metric} is no score of {suite.name}: {why}.",
             subject=measurement.metric,
             next_step="Record what `adaptory eval` measured.",
         )

@@ -74,7 +74,7 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
         scope=_checked_scope(new.scope),
         created_at=actor.at,
         created_by=actor.name,
-        expires_at=actor.at + new.lifetime if new.lifetime else None,
+        expires_at=actor.at + new.lifetime if new.lifetime is not None else None,
         revoked_at=None,
     )
     session.add(row)

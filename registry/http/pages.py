@@ -27,7 +27,10 @@ def decode_cursor(cursor: str | None) -> str:
     if not cursor:
         return ""
     try:
-        return base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        if "\0" in text:
+            raise ValueError
+        return text
     except ValueError:  # not ASCII, not base64, not UTF-8
         raise Usage(
             "bad_cursor",

@@ -1,6 +1,7 @@
-"""From a request: what the process holds, the body as a stream, and no parameter that the route does not know."""
+"""From a request: what the process holds, the body as a stream, its parameters."""
 
 from collections.abc import AsyncGenerator, Iterator
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Annotated, cast
 
@@ -8,6 +9,7 @@ from anyio import CapacityLimiter, fail_after, from_thread
 from fastapi import Depends, Path, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
+from pydantic import AfterValidator
 from starlette.requests import ClientDisconnect
 
 from registry.errors import Usage
@@ -24,11 +26,14 @@ async def resources_of(request: Request) -> Resources:
     return cast(Resources, request.app.state.resources)
 
 
-async def refuse_unknown_parameters(request: Request) -> None:
-    """Of a misspelt condition nothing would be said, and everything be told that it was to leave out. Raises Usage."""
+async def check_parameters(request: Request) -> None:
+    """Raises Usage for one that the route does not know: of a misspelt condition nothing would be said, and everything
+    be told that it was to leave out. And for a NUL, which PostgreSQL does not take."""
     asked = request.query_params
     known = _parameters(request.scope["route"]) if asked else ()
-    for name in asked:
+    for name, value in asked.multi_items():
+        if "\0" in value:
+            raise Usage("bad_value", f"{name[:80]} has a NUL.", subject=name[:80], next_step="Leave it out.")
         if name not in known:
             meant = get_close_matches(name, known, 1)
             there_are = f"There are {', '.join(known)}." if known else "Leave it out."
@@ -84,5 +89,14 @@ def content_length(request: Request) -> int:
     return int(text)
 
 
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is no moment of the years 1 to 9999 in UTC") from None
+
+
+Moment = Annotated[datetime, AfterValidator(_in_utc)]
+"""In UTC, which is meant where no offset is given."""
 ResourcesOf = Annotated[Resources, Depends(resources_of)]
 RowId = Annotated[int, Path(ge=1, le=MAX_INT64)]

@@ -1,8 +1,11 @@
 """The wire: pydantic only. Field names are the contract of the REST API and of `--json`."""
 
-from typing import Generic, TypeVar
+from itertools import chain
+from typing import Any, Generic, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from registry.errors import Invalid
 
 T = TypeVar("T")
 
@@ -14,6 +17,24 @@ class Wire(BaseModel):
     """Unknown fields in a request are refused, since a misspelt option would otherwise be dropped silently."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class WireIn(Wire):
+    """A request's body, no text of which has a NUL: SQLite would take it, and PostgreSQL does not."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nul(cls, given: Any) -> Any:
+        left = [given]
+        while left:
+            one = left.pop()
+            if isinstance(one, str) and "\0" in one:
+                raise Invalid("bad_value", f"A text has a NUL: {one[:40]!r}.", next_step="Leave it out.")
+            if isinstance(one, dict):
+                left += chain.from_iterable(cast("dict[Any, Any]", one).items())
+            elif isinstance(one, list):
+                left += cast("list[Any]", one)
+        return given
 
 
 class Page(Wire, Generic[T]):

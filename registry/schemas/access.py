@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from registry.schemas import Wire
+from registry.schemas import Wire, WireIn
 
 RoleName = Literal["reader", "publisher", "releaser", "admin"]
 User = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
 
 
-class TokenIn(Wire):
+class TokenIn(WireIn):
     """`scope` maps namespaces, or `*`, to the highest role there. Without `expires_in_days` it lasts until revoked."""
 
     user: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
@@ -37,7 +37,7 @@ class NewTokenOut(TokenOut):
     token: str
 
 
-class NamespaceIn(Wire):
+class NamespaceIn(WireIn):
     """What is left out stays as it is. `signing_keys` are public keys in PEM form."""
 
     public: bool | None = None
@@ -54,7 +54,7 @@ class NamespaceOut(Wire):
     created_by: str
 
 
-class MemberIn(Wire):
+class MemberIn(WireIn):
     """`role` None takes the role away."""
 
     user: str = User

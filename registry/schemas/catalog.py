@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from composer.formats.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
-from registry.schemas import MAX_INT64, Wire
+from registry.schemas import MAX_INT64, Wire, WireIn
 from registry.schemas.quality import ScoreOut
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
@@ -20,7 +20,7 @@ class TensorRow(Wire):
     sha256: str = Sha256
 
 
-class BaseIn(Wire):
+class BaseIn(WireIn):
     name: str
     model_type: str = Field(max_length=64)
     tied: bool
@@ -90,7 +90,7 @@ class Provenance(Wire):
     tags: list[Text] = Field(default=[], max_length=MAX_ITEMS)
 
 
-class ReleaseIn(Wire):
+class ReleaseIn(WireIn):
     """`allow_breaking` is the reason why a breaking change may have a number that promises none."""
 
     version: str | None = None
@@ -226,7 +226,7 @@ class TargetSuiteOut(Wire):
     target_suite: str | None
 
 
-class YankIn(Wire):
+class YankIn(WireIn):
     """Of a yank, and of taking it back."""
 
     reason: str = Field(min_length=1, max_length=1000)

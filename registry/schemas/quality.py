@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from registry.schemas import MAX_INT32, Wire
+from registry.schemas import MAX_INT32, Wire, WireIn
 
 
 class ScoreOut(Wire):
@@ -28,7 +28,7 @@ class ScoreIn(Wire):
     higher_is_better: bool
 
 
-class ScoresIn(Wire):
+class ScoresIn(WireIn):
     scores: list[ScoreIn] = Field(min_length=1, max_length=1000)
 
 
@@ -81,18 +81,18 @@ class MoveOut(Wire):
     at: datetime
 
 
-class PromoteIn(Wire):
+class PromoteIn(WireIn):
     version: str = Field(max_length=100)
     reason: str = Field(default="", max_length=1000)
     force: bool = False
 
 
-class RollbackIn(Wire):
+class RollbackIn(WireIn):
     to: str | None = Field(default=None, max_length=100)
     reason: str = Field(default="", max_length=1000)
 
 
-class GatesIn(Wire):
+class GatesIn(WireIn):
     channel: str = Field(max_length=64)
     rules: list[Annotated[str, Field(max_length=300)]] = Field(max_length=50)
 
@@ -101,7 +101,3 @@ class GatesOut(Wire):
     """The rules by channel."""
 
     gates: dict[str, list[str]]
-
-
-class ChannelsOut(Wire):
-    items: list[ChannelOut]

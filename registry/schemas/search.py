@@ -95,8 +95,6 @@ class SearchIn(Wire):
 
 def _value(name: str, given: list[str]) -> str | list[str]:
     parts = [part.strip() for text in given for part in text.split(",") if part.strip()]
-    if any("\0" in text for text in given):
-        raise Usage("bad_value", f"{name} has a NUL.", subject=name, next_step="Leave it out.")
     if not parts and name != "text":  # words may be none
         flag = f"--{name.replace('_', '-')}"
         raise Usage(

@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from registry.schemas import Wire
+from registry.schemas import Wire, WireIn
 from registry.schemas.catalog import FileRow
 
 
-class UploadIn(Wire):
+class UploadIn(WireIn):
     """Files that a release in `namespace` shall have."""
 
     namespace: str = Field(max_length=64)
@@ -31,7 +31,7 @@ class PartOut(Wire):
     present: bool
 
 
-class PartIn(Wire):
+class PartIn(WireIn):
     """What a part's bytes are."""
 
     sha256: str

@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import Field
 
-from registry.schemas import Wire
+from registry.schemas import Wire, WireIn
 
 
-class CompositionIn(Wire):
+class CompositionIn(WireIn):
     """`recipe` as in composer/recipe.py."""
 
     recipe: dict[str, Any]

@@ -37,7 +37,7 @@ def who_am_i(actor: Caller) -> WhoOut:
 def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response: Response) -> NewTokenOut:
     """The only answer that has the secret."""
     scope = {namespace: Role(role) for namespace, role in body.scope.items()}
-    lifetime = timedelta(days=body.expires_in_days) if body.expires_in_days else None
+    lifetime = timedelta(days=body.expires_in_days) if body.expires_in_days is not None else None
     with resources.write() as session:
         row, secret = tokens.create(session, actor, NewToken(body.user or actor.name, body.name, scope, lifetime))
         response.headers["Cache-Control"] = "no-store"

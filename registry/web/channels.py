@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 
 from registry import channels, gates, repositories
-from registry.http.pages import Cursor, Limit, decode_number, etag, expected_from, page
+from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
 from registry.http.request import ResourcesOf
 from registry.http.rules import Admin, Reader, Releaser
 from registry.names import parse_version
 from registry.schemas import Page
-from registry.schemas.quality import ChannelOut, ChannelsOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
+from registry.schemas.quality import ChannelOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
 from registry.web.documents import json_response, move_document
 from registry.web.repository import RepositoryOf
 from registry.web.views import channel_view, move_view
@@ -23,18 +23,21 @@ IfNoneMatch = Annotated[str | None, Header(description="`*`: only when the chann
 
 
 @repository_routes.get("/{namespace}/{name}/channels")
-def list_channels(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> ChannelsOut:
-    with resources.read() as session:
+def list_channels(
+    named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
+) -> Page[ChannelOut]:
+    with resources.snapshot() as session:
         repository = repositories.find(session, named.name, named.kind)
-        found = channels.list_all(session, repository)
-        return ChannelsOut(items=[channel_view(session, channel, repository) for channel in found])
+        rows = channels.list_page(session, repository, after=decode_cursor(cursor), limit=limit + 1)
+        items = [channel_view(session, row, repository) for row in rows]
+        return page(items, limit, [row.name for row in rows])
 
 
 @repository_routes.get(CHANNEL)
 def show_channel(
     named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, response: Response
 ) -> ChannelOut:
-    with resources.read() as session:
+    with resources.snapshot() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
         response.headers["ETag"] = etag(row.move_id or 0)

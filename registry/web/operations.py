@@ -1,7 +1,6 @@
 """Jobs, the event log and health."""
 
 from collections.abc import Iterator
-from datetime import datetime
 from itertools import chain
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from registry.access import Role, granted, permit_somewhere
 from registry.audit import Act, Actor, EventQuery
 from registry.db import Session, ensure_schema
 from registry.http.pages import Cursor, Limit, decode_number, page
-from registry.http.request import ResourcesOf, RowId
+from registry.http.request import Moment, ResourcesOf, RowId
 from registry.http.rules import Caller
 from registry.http.threads import in_store_threads
 from registry.models import Job
@@ -57,8 +56,8 @@ def event_query(  # noqa: PLR0913
     subject: Annotated[str | None, Query(max_length=300, description="acme/sql@prod, or a beginning: acme/*")] = None,
     by: Annotated[str | None, Query(max_length=128, description="The user who did it.")] = None,
     act: Annotated[Act | None, Query()] = None,
-    since: datetime | None = None,
-    until: datetime | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
 ) -> EventQuery:
     """An admin of the registry reads all rows, an admin of namespaces theirs."""
     permit_somewhere(actor, Role.ADMIN)

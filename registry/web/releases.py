@@ -38,14 +38,14 @@ def list_repositories(
     kind: KindOf, resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[RepositoryOut]:
     """Those that the caller may read."""
-    with resources.read() as session:
+    with resources.snapshot() as session:
         rows = repositories.list_page(session, actor, kind, after=decode_cursor(cursor), limit=limit + 1)
         return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
 
 
 @repository_routes.get("/{namespace}/{name}")
 def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> RepositoryOut:
-    with resources.read() as session:
+    with resources.snapshot() as session:
         return repository_page(session, [repositories.find(session, named.name, named.kind)])[0]
 
 

@@ -92,6 +92,21 @@ def test_a_token_that_is_narrowed_or_expires_makes_no_other(house: House) -> Non
         assert house.ask("weak", "POST", "/v1/tokens", json={}).status_code == 403
 
 
+def test_a_search_does_not_tell_who_has_no_role_which_suites_there_are(house: House) -> None:
+    for name in ("exact", "nothing"):
+        for asked in ({"sort": f"{name}.odd"}, {"score": f"{name}.odd>=0"}):
+            found = house.ask("nobody", "GET", "/v1/releases", params=asked)
+            assert (found.status_code, found.json()) == (200, {"items": [], "next": None}), asked
+        assert house.ask("reader", "GET", "/v1/releases", params={"sort": f"{name}.odd"}).status_code == 404
+
+
+def test_a_token_that_lasts_no_time_at_all_has_expired(house: House) -> None:
+    made = house.ask("operator", "POST", "/v1/tokens", json={"expires_in_days": 5e-324}).json()
+    house.secrets["gone"] = made["token"]
+    assert made["expires_at"] == made["created_at"]
+    assert house.ask("gone", "GET", "/v1/whoami").status_code == 401
+
+
 @pytest.mark.parametrize("user", ["publisher", "operator"])
 @pytest.mark.parametrize("body", [{"scope": {PRIVATE: "reader"}}, {"expires_in_days": 1}])
 def test_a_token_that_is_narrowed_or_expires_sees_and_revokes_itself_alone(

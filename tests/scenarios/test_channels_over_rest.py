@@ -208,6 +208,15 @@ def record(line: Line, version: str, values: dict[str, float]) -> None:
     assert line.http.post(f"{line.path}/releases/{version}/scores", json={"scores": rows}).status_code == 200
 
 
+def test_channels_are_listed_by_name_a_page_at_a_time(line: Line) -> None:
+    for name in ("prod", "beta", "canary"):
+        assert line.http.put(f"{line.path}/channels/{name}", json={"version": "1.0.0"}).status_code == 200
+    first = line.http.get(f"{line.path}/channels", params={"limit": 2}).json()
+    assert [one["channel"] for one in first["items"]] == ["beta", "canary"]
+    rest = line.http.get(f"{line.path}/channels", params={"limit": 2, "cursor": first["next"]}).json()
+    assert ([one["channel"] for one in rest["items"]], rest["next"]) == (["prod"], None)
+
+
 def test_the_routes_of_adapters_are_there_for_models_and_do_not_mix_kinds(line: Line) -> None:
     line.promote("1.0.0")
     assert [channel["channel"] for channel in line.http.get(f"{line.path}/channels").json()["items"]] == ["prod"]

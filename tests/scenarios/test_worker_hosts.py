@@ -28,6 +28,7 @@ OUTAGES = {
     "of a quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk_full"),
     "broken": (OSError(errno.EIO, "Input/output error"), "disk_error"),
     "full for an output": (RefusedOutput("disk_full", "The disk is full.", subject="x", next_step="y"), "disk_full"),
+    "in another process's hands": (RefusedOutput("busy", "It is written.", subject="x", next_step="Wait."), "busy"),
     "behind a busy store": (Unavailable("store_busy", "The store is asked enough.", next_step="Wait."), "store_busy"),
 }
 

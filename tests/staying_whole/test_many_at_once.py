@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 
 from registry.client.api import Api, line_path
 from registry.client.push import collect, push
-from registry.errors import Conflict, NotFound, Refused, RegistryError
+from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
 from registry.models import AuditRow, Move, Release
 from registry.names import RepositoryName
 from tests import services
@@ -214,9 +214,8 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
     assert broken_promises(place) == []
 
 
-def test_a_search_beside_yanks_shows_what_a_channel_gives_out_at_some_moment_and_nothing_yanked(
-    place: dict[str, str], url: str, tmp_path: Path
-) -> None:
+def test_what_is_read_beside_yanks_is_of_one_moment(place: dict[str, str], url: str, tmp_path: Path) -> None:
+    """1.1.0 is yanked and taken back all the time: at every moment all lead to it, or all to 1.0.0."""
     with clients(url) as apis:
         for seed, version in enumerate(("1.0.0", "1.1.0")):
             push_version(apis[0], tmp_path, version, seed)
@@ -229,19 +228,62 @@ def test_a_search_beside_yanks_shows_what_a_channel_gives_out_at_some_moment_and
                 api.post(f"{line_path(NAME)}/releases/1.1.0/{act}", {"reason": "because"})
             over.set()
 
-        def search(api: Api) -> list[list[tuple[str, bool]]]:
-            found: list[list[tuple[str, bool]]] = []
+        def search(api: Api, **asked: object) -> object:
+            return [(one["version"], one["yanked"]) for one in api.get("/v1/releases", **asked)["items"]]
+
+        def resolve(api: Api, reference: str) -> object:
+            found = api.get("/v1/resolve", ref=reference)
+            warned = f"{NAME}:1.1.0 is yanked" in found["warning"]
+            assert warned == (reference.startswith(f"{NAME}@") and found["release"]["version"] == "1.0.0")
+            return [(found["release"]["version"], found["release"]["yanked"])]
+
+        def heads(api: Api) -> object:
+            shown = api.get(line_path(NAME))
+            assert {shown["latest"]} == set(shown["channels"].values())
+            return [(shown["latest"], False)]
+
+        looks: list[Callable[[Api], object]] = [
+            lambda api: search(api, channel="prod"),
+            lambda api: search(api, latest=True, namespace=NAME.namespace),
+            lambda api: resolve(api, f"{NAME}@prod"),
+            lambda api: resolve(api, f"{NAME}:^1"),
+            heads,
+        ]
+
+        def look(api: Api, ask: Callable[[Api], object]) -> list[object]:
+            found: list[object] = []
             while not over.is_set():
-                items = api.get("/v1/releases", channel="prod")["items"]
-                found.append([(one["version"], one["yanked"]) for one in items])
+                found.append(ask(api))
             return found
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(1 + len(looks)) as pool:
             yanked = pool.submit(yank, apis[0])
-            pages = [page for pages in pool.map(search, apis[1:4]) for page in pages]
+            seen = list(pool.map(look, apis[1:], looks))
             yanked.result()
-    assert {("1.0.0", False), ("1.1.0", False)} == {one for page in pages for one in page}
-    assert all(len(page) == 1 for page in pages)
+    for answers in seen:
+        assert {str(answer) for answer in answers} == {"[('1.0.0', False)]", "[('1.1.0', False)]"}
+
+
+def test_of_the_first_scores_of_a_metric_all_say_the_same_of_what_is_better(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    examples = [{"prompt": "1 + 1 =", "completion": " 2"}]
+    suite = {"name": "sums", "kind": "target", "description": "", "chat": False, "examples": examples}
+    with clients(url) as apis:
+        digest = apis[0].post("/v1/suites", suite)["digest"]
+        for version in ("1.0.0", "1.0.1"):
+            push_version(apis[0], tmp_path, version, int(version[-1]))
+
+        def race(number: int, api: Api, metric: str) -> object:
+            better = number % 2 == 0
+            row = {"suite_digest": digest, "metric": metric, "value": 0.5, "n": 1, "higher_is_better": better}
+            api.post(f"{line_path(NAME)}/releases/1.0.{number // 2 % 2}/scores", {"scores": [row]})
+            return better
+
+        for turn in range(10):
+            answers = together(apis[:8], lambda number, api, metric=f"m{turn}": race(number, api, metric))
+            assert len({answer for answer in answers if isinstance(answer, bool)}) == 1, answers
+            assert sum(isinstance(answer, Invalid) for answer in answers) == 4, answers
 
 
 def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
