@@ -44,9 +44,12 @@ def conflicts(  # noqa: PLR0913
         int, typer.Option(min=0, help="Up to so many where fewer leave it open; 0 for no more than --probe.")
     ] = 16,
     suite: Annotated[
-        list[str] | None, typer.Option("--suite", help="Suite of each adapter, in order, for directories.")
+        list[str] | None,
+        typer.Option("--suite", metavar="NAME|FILE", help="Suite of each adapter, in order, for directories."),
     ] = None,
-    guard: Annotated[list[str] | None, typer.Option("--guard", help="Guard suites to probe as well.")] = None,
+    guard: Annotated[
+        list[str] | None, typer.Option("--guard", metavar="NAME|FILE", help="Guard suites to probe as well.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Without suites: compare activations on these prompts, one a line.")
     ] = None,
@@ -177,7 +180,7 @@ class _Group:
         return Evidence(
             load=lambda: load_model(self._directory, device),
             suites=self._suites(own, required=prompts is None) if k else [],
-            guards=[fetch_suite(self.connection, name) for name in guards] if k else [],
+            guards=[self._suite(name) for name in guards] if k else [],
             k=k,
             most=most,
             prompts=parse_prompts(read_text(prompts), str(prompts)) if prompts else [],
@@ -208,7 +211,13 @@ class _Group:
                 f"A probe needs a suite for each of the {len(self.names)} adapters; {known}.",
                 next_step="Run `adaptory eval REF --suite S`, name one --suite per adapter, or give --prompts F alone.",
             )
-        return [fetch_suite(self.connection, str(name)) for name in names]
+        return [self._suite(str(name)) for name in names]
+
+    def _suite(self, name: str) -> "Suite":
+        """A registered one by its name; what can be no name is a file, which needs no registry."""
+        from composer.suite import NAME, parse_suite
+
+        return fetch_suite(self.connection, name) if NAME.fullmatch(name) else parse_suite(name)
 
     def _own_suite(self, release: Json) -> str | None:
         from registry.client.api import release_path

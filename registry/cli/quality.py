@@ -94,8 +94,16 @@ def evaluate(
 
 
 def fetch_suite(connection: Connection, name: str) -> "Suite":
-    from composer.suite import Suite
+    """Raises Usage for what cannot be a name, before anybody is asked."""
+    from composer.suite import NAME, Suite
 
+    if not NAME.fullmatch(name):
+        raise Usage(
+            "suite_name",
+            f"{name} is no name of a suite (lower-case letters, digits, - and _).",
+            subject=name,
+            next_step="Register its file with `adaptory suite add FILE`, and give the name that stands in it.",
+        )
     return Suite.from_json(connection.api.get(f"/v1/suites/{quote(name, safe='')}")["content"], name)
 
 

@@ -84,6 +84,7 @@ def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         (("gate", "acme/sql@prod", "--rule", "sql-exact.nll within -1 of served"), 2, ["within -1"]),
         (("yank", "acme/sql:1.0.0", "--reason", " "), 2, ["reason"]),
         (("eval", "acme/sql", "--suite", "unknown-suite"), 3, ["unknown-suite", "adaptory suite add"]),
+        (("eval", "acme/sql", "--suite", "suites/sql.yaml"), 2, ["suites/sql.yaml", "adaptory suite add FILE"]),
         (("eval", "acme/nothing", "--suite", "sql-exact"), 3, ["acme/nothing"]),
         (("conflicts", "acme/sql", "acme/sql", "--weights", "1,two"), 2, ["1,two"]),
         (("jobs", "77"), 3, ["77"]),

@@ -103,6 +103,25 @@ def test_directories_are_compared_without_a_registry_that_could_be_opened(world:
     assert cli("conflicts", world.adapters["sql"], "acme/terraform").code == 7
 
 
+def test_a_probe_of_directories_takes_suites_from_files_and_needs_no_registry(world: World, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("no directory")
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
+    asked = ("conflicts", world.adapters["sql"], world.adapters["terraform"], "--base", world.base, "--probe", "2")
+    suites = [tmp_path / f"{name}.yaml" for name in ("one", "two", "aside")]
+    for path in suites:
+        examples = [{"prompt": f"{path.stem} {number}", "completion": "yes"} for number in range(4)]
+        path.write_text(yaml.safe_dump({"name": path.stem, "kind": "target", "chat": True, "examples": examples}))
+    given = ("--suite", suites[0], "--suite", suites[1], "--guard", suites[2], "--probe-max", "2")
+    probe = cli.json(*asked, *given, "--weights", "1,0.5")["pairs"][0]["probe"]
+    assert [effect["suite"] for effect in probe["effects"]] == ["one", "two"]
+    assert [guard["suite"] for guard in probe["guards"]] == ["aside"]
+    assert probe["effects"][0]["alone_weighted"] is None
+    assert probe["effects"][1]["alone_weighted"] > 0
+    missing = cli(*asked, "--suite", suites[0], "--suite", tmp_path / "three.yaml")
+    assert missing.code == 6
+    assert "three.yaml: No such file" in missing.err
+
+
 def test_rules_of_a_recipe_reach_the_lock_the_report_and_the_result(team: Cli, tmp_path: Path) -> None:
     rules = [{"modules": "q_proj", "weight": 0.0}]
     recipe = tmp_path / "recipe.yaml"
