@@ -53,28 +53,27 @@ def _one_of(*words: str) -> _Parse:
     return parse
 
 
-def _share(value: object) -> float:
-    number = real(value)
-    if not 0 < number <= 1:
-        raise ValueError("above 0, at most 1")
-    return number
-
-
-def _below_one(value: object) -> float:
-    number = real(value)
-    if not 0 <= number < 1:
-        raise ValueError("from 0 to below 1")
-    return number
-
-
-def _whole(least: int, most: int) -> _Parse:
-    def parse(value: object) -> int:
-        number = real(value)
-        if number != int(number) or not least <= number <= most:
-            raise ValueError(f"a whole number from {least} to {most}")
-        return int(number)
+def _number(told: str, holds: Callable[[float], bool]) -> Callable[[object], float]:
+    def parse(value: object) -> float:
+        try:
+            number = real(value)
+        except ValueError as error:
+            raise ValueError(told) from error
+        if not holds(number):
+            raise ValueError(told)
+        return number
 
     return parse
+
+
+_share = _number("a number above 0, at most 1", lambda number: 0 < number <= 1)
+_below_one = _number("a number from 0 to below 1", lambda number: 0 <= number < 1)
+
+
+def _whole(least: int, most: int) -> Callable[[object], int]:
+    told = f"a whole number from {least} to {most}"
+    parse = _number(told, lambda number: number == int(number) and least <= number <= most)
+    return lambda value: int(parse(value))
 
 
 def _optional(parse: _Parse) -> _Parse:
@@ -82,13 +81,12 @@ def _optional(parse: _Parse) -> _Parse:
 
 
 def _positions(value: object) -> tuple[int, ...]:
-    """Inputs by number, counted from 1: `1`, `1,3` or a list."""
-    listed: Sequence[object] = [value]
-    if isinstance(value, str):
-        listed = value.split(",")
-    elif isinstance(value, list | tuple):
-        listed = cast("Sequence[object]", value)
-    return tuple(cast(int, _whole(1, 1000)(one)) for one in listed)
+    listed: object = value.split(",") if isinstance(value, str) else value
+    try:
+        each = cast("Sequence[object]", listed) if isinstance(listed, list | tuple) else [listed]
+        return tuple(map(_whole(1, 1000), each))
+    except ValueError as error:
+        raise ValueError("the numbers of inputs, counted from 1: 1, or 1,3") from error
 
 
 _SEED: dict[str, _Setting] = {"seed": (0, _whole(0, 2**53))}

@@ -17,10 +17,10 @@ _GLOB = re.compile(r"[\w.*?\[\]!-]{1,200}")
 
 
 def real(value: object) -> float:
-    """A finite number, also one spelled as text. Raises ValueError for everything else."""
+    """A finite number, also one spelled as text. Raises ValueError, saying so, for everything else."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:
         raise ValueError("a finite number") from error
     if not isfinite(number):
         raise ValueError("a finite number")

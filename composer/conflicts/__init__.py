@@ -32,7 +32,7 @@ from composer.findings import HARD, Finding, Policy, Verdict
 from composer.formats.checkpoint import Checkpoint
 from composer.lowrank import Comparison
 from composer.merge.survival import whole
-from composer.methods import combine_deltas, used, with_deltas
+from composer.methods import combine_deltas, projected, used, with_deltas
 from composer.numbers import Numbers, Size, Together, short
 from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
 from composer.tensors import torch_threads
@@ -189,9 +189,10 @@ def conflicts(
     hard = structural(used(adapters, weights_of(weights), settings), settings)
     if settings["replacements"] == "delta":
         adapters = [with_deltas(adapter) for adapter in adapters]
-    compared = compare_all(adapters, effective_weights(weights, how.name, how.settings))
-    rounded = at_base(compared, base) if base else {}
     blocked = any(finding.code in HARD for finding in hard)
+    taking_part = adapters if blocked else projected(adapters, weights_of(weights), settings)
+    compared = compare_all(taking_part, effective_weights(weights, how.name, how.settings))
+    rounded = at_base(compared, base) if base else {}
     retention = [None] * len(names) if blocked else _retention(adapters, weights, how, compared.total)
     members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
     pairs = tuple(_pair(compared, indices, evidence, rules) for indices in combinations(range(len(names)), 2))
@@ -203,11 +204,8 @@ def conflicts(
         *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in pairs]),
         *(one for pair in pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
         *of_retention({member.name: member.retention for member in members}, rules),
+        *(_of_whole(names, compared.total, evidence, rules) if len(names) > 2 else []),
     ]
-    if len(names) > 2:
-        sums = compared.total.sums
-        findings += of_cancelling(names, sums.interference(), sum(sums.shares()), rules)
-        findings += of_outcome(evidence.whole, rules) if isinstance(evidence, ProbeResult) else []
     return ConflictReport(
         members,
         pairs,
@@ -220,6 +218,13 @@ def conflicts(
         tuple(rules.judged(findings)),
         evidence,
     )
+
+
+def _of_whole(
+    names: Sequence[str], total: Comparison, evidence: ProbeResult | Activations | None, policy: Policy
+) -> list[Finding]:
+    found = of_cancelling(names, total.sums.interference(), sum(total.sums.shares()), policy)
+    return [*found, *(of_outcome(evidence.whole, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
 def _together(compared: Comparison, rounded: Sequence[AtBase]) -> Together:

@@ -10,7 +10,7 @@ from composer.conflicts.probe import Effort, Limits, Probed, ProbeResult, by_met
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
-from composer.methods import used
+from composer.methods import projected, used
 from composer.model import LoadedModel
 from composer.settings import effective_weights, parse_settings
 from composer.suite import Suite
@@ -85,6 +85,7 @@ def _measured(
         return probe(evidence.load(), members, evidence.guards, effort, by_method(adapters, how.name, parsed))
     if evidence.prompts:
         own = effective_weights(weights, how.name, how.settings)
-        alone = {one.name: weighted(one.deltas, weight) for one, weight in zip(adapters, own, strict=True)}
+        taking_part = projected(adapters, weights_of(weights), parsed)
+        alone = {one.name: weighted(one.deltas, weight) for one, weight in zip(taking_part, own, strict=True)}
         return activations(evidence.load(), alone, evidence.prompts)
     return None

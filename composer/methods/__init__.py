@@ -14,25 +14,29 @@ from typing import cast
 import torch
 
 from composer.checks import served_by_twin, structural, treatment_of_tied
-from composer.delta import Additive, Computed, Delta, Layout, LowRank, Replacement, names_of
-from composer.errors import Mismatch, NotSupported
+from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
+from composer.errors import Mismatch
 from composer.findings import Finding
 from composer.formats.facts import WEIGHTS_FILE
-from composer.formats.naming import is_head
 from composer.hashing import hash_file
+from composer.methods.heads import for_head, heads_alike, on_own_head, pair_for_head
 from composer.methods.join import divisor
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
-from composer.methods.spectral import Compression
+from composer.methods.protect import let_go, made_room, mapped
+from composer.methods.spectral import Compression, decomposing
 from composer.settings import PIPELINES, Pipeline, divides, parse_settings
-from composer.tensors import Aside, give_back, torch_threads
+from composer.tensors import Aside, torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, weights_of
 
 _TOGETHER = 16  # places whose results are in memory at once
 Result = tuple[list[Additive], Compression | None]
 
-__all__ = ["Combination", "Compression", "combine_deltas", "on_own_head", "pair_for_head", "taking_part", "with_deltas"]
+__all__ = [
+    "Combination", "Compression", "combine_deltas", "on_own_head", "pair_for_head", "projected", "taking_part", "used",
+    "with_deltas",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +76,9 @@ def combine_deltas(
     parsed["tied"] = tied = treatment_of_tied(loaded, parsed)
     findings = structural(loaded, parsed)
     refuse_errors("These adapters cannot be combined", findings)
+    loaded = made_room(loaded, given, parsed)
     pipeline = PIPELINES[method]
-    heads = {} if pipeline.parity else _heads_alike(loaded)  # PEFT combines each side by itself
+    heads = {} if pipeline.parity else heads_alike(loaded)  # PEFT combines each side by itself
     replaced, places = _places(loaded, given, method, parsed, heads)
     if not replaced and not places:
         message = "Every weight is 0: nothing would be added."
@@ -92,7 +97,7 @@ def combine_deltas(
     compressions = [compression for _, compression in results if compression is not None]
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
     if tied == "untie":
-        deltas += [_for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
+        deltas += [for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
     return Combination(deltas, compressions, findings, tied)
 
 
@@ -105,61 +110,34 @@ def used(
     return [taking_part(adapter, weight) for adapter, weight in zip(loaded, weights, strict=True)]
 
 
+def projected(
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]
+) -> list[LoadedAdapter]:
+    """The adapters off the subspaces of protected ones, as they are combined; what has the weight 0 is still there.
+    Raises what `used` and `made_room` do."""
+    tied = treatment_of_tied(used(adapters, weights, parsed), parsed)
+    return made_room(adapters, weights, {**parsed, "tied": tied})
+
+
 def _run(pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections) -> Result:
-    try:
+    with decomposing(place.module):
         return run(pipeline, place, parsed, selections)
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        message = f"The factors at {place.module} cannot be decomposed: their product leaves float32 ({error})."
-        next_step = "Look at this adapter's norms (inspect); leave it out, or take a plain sum (stack)."
-        raise NotSupported("not_decomposable", message, subject=place.module, next_step=next_step) from error
 
 
 def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result]) -> list[Result]:
     """The results with all factors mapped that are not the inputs' own: what waits to be merged takes no memory,
     however many places there are, nor do the inputs that were looked at."""
-    inputs = [part.delta for place in places for part in place.parts if isinstance(part.delta, LowRank)]
-    known = {factor.data_ptr() for delta in inputs for factor in (delta.A_RI, delta.B_OR)}
+    inputs = [part.delta for place in places for part in place.parts]
+    known = {factor.data_ptr() for one in inputs if isinstance(one, LowRank) for factor in (one.A_RI, one.B_OR)}
     made = [
         delta
         for deltas, _ in results
         for delta in deltas
         if isinstance(delta, LowRank) and not {delta.A_RI.data_ptr(), delta.B_OR.data_ptr()} & known
     ]
-    mapped = iter(aside.put([factor for delta in made for factor in (delta.A_RI, delta.B_OR)]))
-    by_identity = {id(delta): replace(delta, A_RI=next(mapped), B_OR=next(mapped)) for delta in made}
-    for delta in inputs:
-        give_back(delta.A_RI)
-        give_back(delta.B_OR)
+    by_identity = dict(zip(map(id, made), mapped(aside, made), strict=True))
+    let_go(inputs)
     return [([by_identity.get(id(delta), delta) for delta in deltas], lost) for deltas, lost in results]
-
-
-def _heads_alike(loaded: Sequence[LoadedAdapter]) -> dict[str, str]:
-    """Tied tensor -> its head, where every adapter changes both sides alike. They are combined once, as the embedding,
-    whether they stay one tensor or not: a mask by chance, or a basis of one side's inputs, would make them differ."""
-    deltas = [delta for adapter in loaded for delta in adapter.deltas]
-    twins = {delta.weight: delta.module for delta in deltas if served_by_twin(delta)}
-    # Without a base only a twin is known to be tied: another adapter's delta of one side names a tensor of its own.
-    apart = {delta.weight for delta in deltas if not delta.twin}
-    return {weight: head for weight, head in twins.items() if not {weight, f"{head}.weight"} & apart}
-
-
-def _for_head(delta: Delta, head: str) -> Delta:
-    """What an embedding's tensor gets, for the head that was tied to it."""
-    if isinstance(delta, LowRank):
-        return pair_for_head(delta, head)
-    own = replace(delta, module=head, weight=f"{head}.weight")
-    return replace(own, layout=Layout.LINEAR) if isinstance(own, Computed) else own
-
-
-def pair_for_head(delta: LowRank, head: str) -> LowRank:
-    """An embedding's pair as its head has it, whose inputs are the embedding's outputs."""
-    own = replace(delta, module=head, weight=f"{head}.weight", layout=Layout.LINEAR)
-    return replace(own, A_RI=delta.B_OR.T, B_OR=delta.A_RI.T)
-
-
-def on_own_head(delta: Delta) -> Delta:
-    """The delta of a tied output head, addressed to a tensor of its own; every other delta as it is."""
-    return replace(delta, weight=f"{delta.module}.weight") if delta.tied and is_head(delta.module) else delta
 
 
 def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]) -> None:
@@ -168,6 +146,13 @@ def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], p
         if position > len(adapters):
             message = f"protect names input {position} of {len(adapters)}."
             raise Mismatch("protect_unknown", message, subject="protect", next_step="Inputs are counted from 1.")
+        adapter, weight = adapters[position - 1], weights[position - 1]
+        if not (any(weight.of(*names_of(delta)) for delta in adapter.deltas) if weight.rules else weight.value):
+            message = (
+                f"protect names {adapter.name}, whose weight is 0: it does not take part, and nothing is protected."
+            )
+            next_step = "Leave it out of protect, or give it a weight."
+            raise Mismatch("protect_idle", message, subject="protect", next_step=next_step)
     for adapter, weight in zip(adapters, weights, strict=True):
         names = {name for delta in adapter.deltas for name in names_of(delta)} if weight.rules else set[str]()
         for rule in weight.rules:

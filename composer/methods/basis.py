@@ -10,7 +10,8 @@ from typing import cast
 
 import torch
 
-from composer.delta import LowRank
+from composer.delta import Additive, LowRank
+from composer.errors import NotSupported
 from composer.lowrank import numerical_rank
 
 _MOST_SWEEPS = 1000
@@ -37,6 +38,19 @@ class Basis:
         if self.Q is None:
             return (self.P, X) if self.P is not None else (X, torch.eye(X.shape[1]))
         return (X if self.P is None else self.P @ X), self.Q.T
+
+
+def factored(delta: Additive) -> LowRank:
+    """Raises NotSupported where the delta has no factors."""
+    if isinstance(delta, LowRank):
+        return delta
+    raise no_factors(delta.module)
+
+
+def no_factors(module: str) -> NotSupported:
+    message = f"The delta of {module} has no factors, which this method works on."
+    next_step = "Use stack, linear or ties, without a rank and without protect."
+    return NotSupported("no_factors", message, subject=module, next_step=next_step)
 
 
 def pair_of(delta: LowRank) -> Pair:

@@ -1,4 +1,4 @@
-"""What is done to the factors of each adapter first: calibration, and making room for a protected one.
+"""What is done to the factors of all adapters of a place first: calibration.
 
 A pair is (B, A): O x r with the scale folded in, r x I. T adapters touch the place, R is the sum of their ranks.
 """
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from composer.lowrank import numerical_rank
 from composer.methods.basis import Pair
 
 
@@ -36,25 +35,3 @@ def restored(pairs: Sequence[Pair], norms: Sequence[float]) -> list[Pair]:
     return [
         (B * (norm / now if (now := norm_of((B, A))) else 0.0), A) for (B, A), norm in zip(pairs, norms, strict=True)
     ]
-
-
-def off(pair: Pair, protected: Sequence[Pair], side: str) -> Pair:
-    """The pair without its part in the protected ones' spans: B off their outputs, A off their inputs, or both.
-
-    Off the inputs, it no longer reacts to what a protected adapter reacts to; off the outputs, it no longer writes
-    where one writes. Exact, and the rank stays.
-    """
-    B, A = pair
-    if side in ("both", "output"):
-        U = _span(torch.cat([one for one, _ in protected], dim=1))
-        B = B - U @ (U.T @ B)
-    if side in ("both", "input"):
-        V = _span(torch.cat([one for _, one in protected]).T)
-        A = A - (A @ V) @ V.T
-    return B, A
-
-
-def _span(columns: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the columns, without directions that are float32 noise."""
-    U, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
-    return U[:, : numerical_rank(sigma)]

@@ -6,6 +6,7 @@ Shapes: M rows, N columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,17 @@ class Matrix:
         blocks = [self.make(at, min(at + BLOCK_ROWS, self.shape[0])) for at in range(first, end, BLOCK_ROWS)]
         made = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return made[begin - first : end - first]
+
+    def dense(self, pool: ThreadPoolExecutor) -> torch.Tensor:
+        X_MN = torch.empty(self.shape)
+
+        def fill(first: int) -> None:
+            last = min(first + BLOCK_ROWS, self.shape[0])
+            X_MN[first:last] = self.make(first, last)
+
+        for _ in pool.map(fill, range(0, self.shape[0], BLOCK_ROWS)):
+            pass
+        return X_MN
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows) of every block, in order."""

@@ -1,23 +1,27 @@
 """The five steps on the deltas of one place: calibrate -> space -> sparsify -> combine -> compress."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import hypot
-from threading import Lock
+from threading import Lock, RLock
 from typing import cast
 
 import torch
 
 from composer.delta import Additive, Computed, Layout, LowRank
 from composer.errors import NotSupported
-from composer.methods.basis import Basis, Pair, basis_of, canonical, pair_of
-from composer.methods.calibrate import norm_of, off, pico, restored
+from composer.methods.basis import Basis, Pair, basis_of, canonical, factored, no_factors, pair_of
+from composer.methods.calibrate import norm_of, pico, restored
 from composer.methods.join import Join, divisor, joined, sce, sce_weights
 from composer.methods.linear import scaled, side_by_side
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, tsv
 from composer.settings import Pipeline
+
+_DENSE = RLock()
+"""Held by the place that has a matrix of its weight's size in memory: one at a time, however many threads there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +36,7 @@ class Part:
     @property
     def low_rank(self) -> LowRank:
         """Raises NotSupported where the delta has no factors."""
-        if isinstance(self.delta, LowRank):
-            return self.delta
-        raise _no_factors(self.delta.module)
-
-
-def _no_factors(module: str) -> NotSupported:
-    message = f"The delta of {module} has no factors, which this method works on."
-    next_step = "Use stack, linear or ties, without a rank and without protect."
-    return NotSupported("no_factors", message, subject=module, next_step=next_step)
+        return factored(self.delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +96,12 @@ def _refuse_reading(parts: Sequence[Part]) -> None:
 
 
 def prepared(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> Place:
-    """The place with room made for protected inputs, and calibrated: what everything after sees."""
-    if place.is_prepared:
-        return place
-    place = replace(_made_room(place, settings), is_prepared=True)
-    if pipeline.calibrate != "pico":
+    """The place calibrated: what everything after sees."""
+    if place.is_prepared or pipeline.calibrate != "pico":
         return place
     norms = [abs(part.weight) * norm_of(pair_of(part.low_rank)) for part in place.parts]
     wanted = sum(norms) / len(norms) if settings["restore"] == "merged" else None
-    return replace(_calibrated(place, settings), norm=wanted)
+    return replace(_calibrated(place, settings), norm=wanted, is_prepared=True)
 
 
 def run(
@@ -148,20 +141,6 @@ def _plain(pipeline: Pipeline) -> bool:
 
 def _without_factors(place: Place) -> bool:
     return any(isinstance(part.delta, Computed) for part in place.parts)
-
-
-def _made_room(place: Place, settings: Mapping[str, object]) -> Place:
-    """Every other delta off the spans of the protected inputs' (counted from 1)."""
-    chosen = {position - 1 for position in cast("tuple[int, ...]", settings.get("protect", ()))}
-    protected = [pair_of(part.low_rank) for part in place.parts if part.adapter in chosen]
-    if not protected:
-        return place
-    side = str(settings["protect_side"])
-
-    def moved(part: Part) -> Part:
-        return part if part.adapter in chosen else _with(part, off(pair_of(part.low_rank), protected, side))
-
-    return replace(place, parts=[moved(part) for part in place.parts])
 
 
 def _calibrated(place: Place, settings: Mapping[str, object]) -> Place:
@@ -267,9 +246,12 @@ def _in_full(
     first = place.parts[0].delta
     reading = any(isinstance(part.delta, Computed) and part.delta.reads_base for part in place.parts)
     if budget is not None and reading:
-        raise _no_factors(place.module)
+        raise no_factors(place.module)
     if budget is not None:
-        return _compressed(place, _combined(pipeline, place, settings, selections, None), *budget)
+        with _DENSE if _whole(place) else nullcontext():  # what is made whole is held from the first pass on
+            matrix = _combined(pipeline, place, settings, selections, None)
+            with _DENSE:
+                return _compressed(place, matrix, *budget)
     made = _Once(lambda: _combined(pipeline, place, settings, selections, None))
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:

@@ -1,16 +1,21 @@
 """Joins by singular vectors, and compression to a rank with the error it makes. Shapes: p x q small, M x N dense."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
+from composer.errors import NotSupported
 from composer.lowrank import numerical_rank
 from composer.methods.basis import Basis, Pair
 from composer.methods.matrix import Matrix, square_sum
 
 _OVERSAMPLED = 16
 _PASSES = 3
+_ROWS = 256
 _SMALL = 512  # up to this size an exact SVD costs less than a second
 
 
@@ -30,6 +35,17 @@ class Compression:
     @property
     def relative(self) -> float:
         return self.error / self.norm if self.norm else 0.0
+
+
+@contextmanager
+def decomposing(module: str) -> Generator[None]:
+    """Raises NotSupported, naming the module, where a decomposition inside does not converge."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        message = f"The factors at {module} cannot be decomposed: their product leaves float32 ({error})."
+        next_step = "Look at this adapter's norms (inspect); leave it out, or take a plain sum (stack)."
+        raise NotSupported("not_decomposable", message, subject=module, next_step=next_step) from error
 
 
 def tsv(X: Sequence[torch.Tensor], weights: Sequence[float], smaller_side: int) -> torch.Tensor:
@@ -89,25 +105,33 @@ def compress(
     return pair, Compression(module, count, len(sigma), norm, float(sigma[count:].double().norm()))
 
 
+def _leading(X: torch.Tensor, size: int, pool: ThreadPoolExecutor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, sigma and V^T of about so many leading directions."""
+
+    def product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+        """X Y, in parts that are always the same ones: the last bits are those of any number of threads."""
+        return torch.cat(list(pool.map(lambda rows: rows @ Y, X.split(_ROWS))))
+
+    Y = product(X, torch.randn(X.shape[1], size, generator=torch.Generator().manual_seed(0)))
+    for _ in range(_PASSES):
+        Y = product(X, torch.linalg.qr(product(X.T, torch.linalg.qr(Y)[0]))[0])
+    Q = torch.linalg.qr(Y)[0]
+    U, sigma, Vh = torch.linalg.svd(product(X.T, Q).T, full_matrices=False)
+    return Q @ U, sigma, Vh
+
+
 def compress_dense(module: str, matrix: Matrix, rank: int | None, energy: float | None) -> tuple[Pair, Compression]:
     """A dense delta to rank r, by a randomized range with power passes (arXiv 0909.4061); the error is measured.
 
-    The dense matrix is in memory while this runs. Where it is small, or r no small part of it, the SVD is exact.
+    The dense matrix is in memory while this runs, on all cores. Where it is small, or r no small part of it, the SVD is
+    exact, and takes three times as much.
     """
-    X = torch.cat([rows for _, rows in matrix.blocks()])
-    norm = square_sum(matrix) ** 0.5
-    wanted = min(X.shape) if rank is None else rank
-    size = wanted + _OVERSAMPLED
-    if max(2 * size, _SMALL) >= min(X.shape):
-        U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        Y = X @ torch.randn(X.shape[1], size, generator=generator)
-        for _ in range(_PASSES):
-            Y = X @ torch.linalg.qr(X.T @ torch.linalg.qr(Y)[0])[0]
-        Q = torch.linalg.qr(Y)[0]
-        U, sigma, Vh = torch.linalg.svd(Q.T @ X, full_matrices=False)
-        U = Q @ U
+    with ThreadPoolExecutor(os.cpu_count() or 1, "dense") as pool:
+        X = matrix.dense(pool)
+        norm = square_sum(Matrix.of(X)) ** 0.5
+        size = (min(X.shape) if rank is None else rank) + _OVERSAMPLED
+        exact = max(2 * size, _SMALL) >= min(X.shape)
+        U, sigma, Vh = torch.linalg.svd(X, full_matrices=False) if exact else _leading(X, size, pool)
     count = kept_rank(sigma, norm, rank, energy)
     root = sigma[:count].sqrt()
     missed = max(0.0, norm**2 - float(sigma[:count].double().square().sum()))

@@ -18,6 +18,7 @@ from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
 from composer.methods import combine_deltas
+from composer.settings import SETTINGS, parse_settings
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -211,6 +212,17 @@ def test_unknown_methods_and_settings_name_the_known_ones(
     adapter = make_adapter(make_model())
     with pytest.raises(NotSupported, match=says):
         combine([(adapter, 1.0)], tmp_path / "out", method=method, settings=settings)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_every_setting_says_what_it_takes(method: str) -> None:
+    """In its own words, not Python's."""
+    for name in SETTINGS[method]:
+        for value in ("a1", "", [], {}, "nan", "1e400", 10**400):
+            if name == "protect" and value == []:
+                continue
+            with pytest.raises(NotSupported, match=rf"The setting {name} is .* It is (a |one of|true or|the numbers)"):
+                parse_settings(method, {name: value})
 
 
 def test_weights_that_cancel_have_no_mean(tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter) -> None:

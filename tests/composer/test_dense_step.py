@@ -1,0 +1,86 @@
+"""One dense matrix at a time, and the same bits whatever the number of threads."""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Lock
+from time import sleep
+from typing import Any
+
+import pytest
+import torch
+
+from composer.delta import Computed, Layout, LowRank
+from composer.methods import combine_deltas, pipeline
+from composer.methods.matrix import Matrix
+from composer.methods.spectral import compress_dense
+from composer.variants import LoadedAdapter
+
+SIDE = 96
+
+
+class Inside:
+    """How many threads are inside at once: the most that there were, and how often one came."""
+
+    def __init__(self) -> None:
+        self._lock, self._now, self.most, self.times = Lock(), 0, 0, 0
+
+    def watched(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*given: object) -> object:
+            with self._lock:
+                self._now, self.times = self._now + 1, self.times + 1
+                self.most = max(self.most, self._now)
+            try:
+                sleep(0.02)  # so that another one would come
+                return work(*given)
+            finally:
+                with self._lock:
+                    self._now -= 1
+
+        return step
+
+
+def factored(place: int) -> LowRank:
+    generator = torch.Generator().manual_seed(place)
+    A, B = torch.randn(4, SIDE, generator=generator), torch.randn(SIDE, 4, generator=generator)
+    return LowRank(f"m{place}", f"m{place}.weight", Layout.LINEAR, A, B, 1.0)
+
+
+@pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd", "sce_svd"])
+def test_two_places_are_never_dense_at_once(red: LoadedAdapter, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = Inside()
+    monkeypatch.setattr(pipeline, "compress_dense", inside.watched(compress_dense))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    own = replace(red, deltas=tuple(map(factored, range(8))))
+    found = combine_deltas([own, own], [1.0, 0.5], method, {"rank": 4})
+    assert [one.rank for one in found.compressions] == [4] * 8
+    assert (inside.most, inside.times) == (1, 8)
+
+
+def test_deltas_that_are_only_made_whole_are_made_one_place_at_a_time(
+    red: LoadedAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = Inside()
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+
+    def whole(place: int) -> Computed:
+        rows = inside.watched(lambda W, begin: torch.eye(SIDE)[begin : begin + len(W)])
+        return Computed(f"m{place}", f"m{place}.weight", (SIDE, SIDE), rows, whole=True)
+
+    own = replace(red, deltas=tuple(map(whole, range(6))))
+    assert len(combine_deltas([own], [1.0], "ties_svd", {"rank": 2}).compressions) == 6
+    assert (inside.most, inside.times) == (1, 6)
+
+
+def test_a_dense_matrix_is_cut_to_the_same_bits_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(700, 30, generator=generator) @ torch.randn(30, 650, generator=generator)
+    found: dict[int, Mapping[str, torch.Tensor]] = {}
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
+        (left, right), lost = compress_dense("m", Matrix.of(X), 20, None)
+        found[threads] = {"left": left, "right": right, "lost": torch.tensor([lost.norm, lost.error])}
+    with ThreadPoolExecutor(3) as pool:
+        assert torch.equal(Matrix.of(X).dense(pool), X)
+    assert all(torch.equal(one[name], found[1][name]) for one in found.values() for name in one)
