@@ -28,13 +28,36 @@ _PICKLE_NAME = re.compile(
 )
 """What loaders that unpickle are given by name: alone, packed or compressed. Not .npy and .npz: numpy reads objects out
 of these only when it is told to, and most hold numbers."""
-_OPCODES = "".join(opcode.code for opcode in pickletools.opcodes).encode("latin-1")
-_PICKLE = re.compile(rb"\x80[\x02-\x05][" + re.escape(_OPCODES) + rb"]")
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+_PICKLE = re.compile(rb"\x80[\x02-\x05][" + re.escape(bytes(_OPCODES)) + rb"]")
 """The protocol, from 2 on, and any other opcode; protocols 0 and 1 have no such sign."""
 _IMPORTS = frozenset({"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"})
 _CALLS = frozenset({"BUILD", "INST", "NEWOBJ", "NEWOBJ_EX", "OBJ", "REDUCE"})
-_IMPORTED = re.compile(r"[A-Za-z_][\w.]* [A-Za-z_][\w.]*", re.ASCII)
-"""A module and a name in it, as GLOBAL and INST give them: two lines of a text mostly are neither."""
+_NAME = rb"[A-Za-z_][\w.]*\n"  # two lines of a text mostly are none
+_INTEGER = rb"(?:[ \t\v\f\r]*[+-]?[0-9]\w*[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"  # in any base, and C reads on to a NUL
+_FLOAT = rb"(?:[ \t\v\f\r]*[+-]?(?:nan|inf(?:inity)?|[0-9._]+(?:e[+-]?[0-9_]+)?)[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"
+_LINES = {
+    name: re.compile(pattern, re.IGNORECASE)
+    for name, pattern in {
+        "INT": _INTEGER,
+        "LONG": _INTEGER,
+        "GET": _INTEGER,
+        "PUT": _INTEGER,
+        "FLOAT": _FLOAT,
+        "STRING": rb"""(["'])[^\n]*\1\n""",
+        "UNICODE": rb"[^\n]*\n",
+        "PERSID": rb"[\0-\x09\x0b-\x7f]*\n",
+        "GLOBAL": _NAME * 2,
+        "INST": _NAME * 2,
+    }.items()
+}
+"""What a loader takes for the argument of an opcode that has it in lines: `pickletools` takes less."""
+_LENGTH_BYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
 _TORCH_ENTRY = b"data.pkl"
 """What torch.save writes first into its zip."""
 _LISTED_TORCH_ENTRY = re.compile(rb"PK\x01\x02.{42}[^\x00-\x1f]{0,400}data\.pkl", re.DOTALL)
@@ -95,28 +118,39 @@ def refuse_pickled(path: str, first: bytes, last: bytes = b"") -> None:
 
 
 def _is_old_pickle(first: bytes) -> bool:
-    """Whether bytes without the sign of a protocol import and call something as a pickle, or are one from end to end.
+    """Whether bytes without the sign of a protocol import and call something as a pickle, or are nothing but pickles.
 
     Texts begin with letters that are opcodes, too; but none goes on so that each finds on the stack what it takes.
+    One pickle may follow another, as in what torch.save wrote of old.
     """
     depths = [0]  # of the stack, and above each mark
-    imported = False
-    try:
-        for opcode, argument, position in pickletools.genops(first):
-            if not _takes(depths, opcode) or (isinstance(argument, str) and not _could_be(opcode.name, argument)):
-                return False
-            imported = imported or opcode.name in _IMPORTS
-            if imported and opcode.name in _CALLS:
-                return True
-            if opcode.name == "STOP":
-                return depths == [0] and position == len(first) - 1
-    except ValueError:  # no opcode, or one that is cut off
-        pass
+    imported, alone, at = False, True, 0
+    while at < len(first):
+        opcode = _OPCODES.get(first[at])
+        end = None if opcode is None else _end_of(opcode, first, at + 1)
+        if opcode is None or end is None or not _takes(depths, opcode):
+            return False
+        imported = imported or opcode.name in _IMPORTS
+        if imported and opcode.name in _CALLS:
+            return True
+        at = end
+        if opcode.name == "STOP":
+            alone, depths = alone and depths == [0], [0]
+            if at == len(first):
+                return alone
     return False
 
 
-def _could_be(opcode: str, argument: str) -> bool:
-    return opcode not in _IMPORTS or _IMPORTED.fullmatch(argument) is not None
+def _end_of(opcode: pickletools.OpcodeInfo, content: bytes, start: int) -> int | None:
+    """Where the argument ends that begins at `start`; None for what is no argument of this opcode, or is cut off."""
+    if opcode.name in _LINES:
+        match = _LINES[opcode.name].match(content, start)
+        return match.end() if match else None
+    size = opcode.arg.n if opcode.arg else 0
+    if size < 0:
+        counted = _LENGTH_BYTES[size]
+        size = counted + int.from_bytes(content[start : start + counted], "little")
+    return start + size if start + size <= len(content) else None
 
 
 def _takes(depths: list[int], opcode: pickletools.OpcodeInfo) -> bool:

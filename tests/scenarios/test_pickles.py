@@ -62,6 +62,28 @@ PICKLES |= {
     "code and then something else": b"cos\nsystem\n(S'true'\ntRnothing that could be read",
     "an instance of old": b"(S'true'\nios\nsystem\n.",
 }
+RUN = b"cos\nsystem\n(S'true'\ntR."
+PICKLES |= {
+    "code in a second pickle": b"N." + RUN,
+    "code in a third pickle behind values that are left over": b"NN.N(N." + RUN,
+    "several in a row": pickle.dumps(1, 0) + pickle.dumps([2, "three"], 1) + pickle.dumps(None, 0),
+}
+PICKLES |= {
+    f"torch.save of old in protocol {protocol}": written(
+        lambda file, protocol=protocol: torch.save(
+            STATE, file, _use_new_zipfile_serialization=False, pickle_protocol=protocol
+        )
+    )
+    for protocol in (0, 1)
+}
+READ_BY_LOADERS_ALONE = (
+    b"I0x10\n", b"I0b1\n", b"I 7 \n", b"I1_0\n", b"I5\0 and more\n", b"I01\n", b"L0x10L\n", b"L0o7\n", b"L-0x1FL\n",
+    b"F1e5\n", b"F-inf\n", b"Fnan\n", b"F1.5\0 and more\n", b"S'\xc3\xa9'\n", b'S"\\x41"\n', b"V\xe9\n",
+    b"X\x03\0\0\0\xed\xa0\x80",
+    b"\x80\x00N", b"\x80\x01N", b"\x95\x04\0\0\0\0\0\0\0N", b"Np 3\n", b"Np3\0x\n", b"(",
+    b"\x8b\0\0\0\0", b"\x96\0\0\0\0\0\0\0\0",
+)  # fmt: skip
+"""Each puts one value, or a mark, on the stack."""
 OTHERS: dict[str, bytes] = {
     "nothing": b"",
     "text": b"see data.pkl in archive.zip",
@@ -79,6 +101,15 @@ def ends(content: bytes) -> tuple[bytes, bytes]:
 def test_a_pickle_is_known_by_its_bytes(what: str) -> None:
     with pytest.raises(Invalid, match=r"notes\.txt is a pickle"):
         refuse_pickled("notes.txt", *ends(PICKLES[what]))
+
+
+@pytest.mark.parametrize("value", READ_BY_LOADERS_ALONE, ids=repr)
+def test_code_behind_a_value_is_known_however_the_value_is_written(value: bytes) -> None:
+    assert pickle.loads(value + b"0N.", encoding="utf-8") is None  # noqa: S301
+    with pytest.raises(Invalid, match=r"notes\.txt is a pickle"):
+        refuse_pickled("notes.txt", value + b"0" + RUN)
+    with pytest.raises(Invalid, match=r"notes\.txt is a pickle"):
+        refuse_pickled("notes.txt", value + b"N." + RUN)
 
 
 @given(
@@ -112,6 +143,16 @@ def test_texts_are_no_pickles_whatever_letters_they_begin_with() -> None:
     assert len(tracked) > 300
     for path in tracked:
         refuse_pickled(path.name, path.read_bytes()[:ENDS_BYTES])
+    for text in (
+        "N.B.\ncopyright\nnotice\nby me\n",
+        "I. Introduction\nconfig\nname\nbuilt\n",
+        "I like it\ncopy\nthat\nback\n",
+        "Préface\ncopie\nfaite\nbien\n",
+        "Fine\ncopy\nthat\nback\n",
+        "See also\ncopy\nthat\nback\n",
+        "N.\n" * 100,
+    ):
+        refuse_pickled("notes.txt", text.encode())
     for text in ("copyright\nnotice\n(the terms\n", "cat\ncab\ncar\n.\n", "(in\norder)\n.", ".", "NNNNNNNN", "I am.\n"):
         refuse_pickled("notes.txt", text.encode())
 
