@@ -145,8 +145,12 @@ def promote(
     json: JsonFlag = False,
 ) -> None:
     """Move a channel to a release; every gate is judged and printed."""
+    from registry.client.moves import channel_path
+
     with connected() as connection:
-        move = promote_release(connection, resolved(connection, ref), to, reason, force=force)
+        release = resolved(connection, ref)
+        body = {"version": release["version"], "reason": reason, "force": force}
+        move = connection.api.put(channel_path(release, to), body)
     render.document(move, json, lambda: show_move(move))
 
 
@@ -271,11 +275,6 @@ def _line(connection: Connection, repository: str) -> str:
         subject=repository,
         next_step="`adaptory list` and `adaptory list --models` show what there is; look at ADAPTORY_TOKEN too.",
     )
-
-
-def promote_release(connection: Connection, release: Json, channel: str, reason: str, *, force: bool) -> Json:
-    path = f"/v1/{release['kind']}s/{release['repository']}/channels/{channel}"
-    return connection.api.put(path, {"version": release["version"], "reason": reason, "force": force})
 
 
 def _show_inspection(what: str, told: Json) -> None:

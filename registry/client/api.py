@@ -3,6 +3,8 @@
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
@@ -15,8 +17,9 @@ from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavaila
 from registry.names import Reference, RepositoryName
 
 Json = dict[str, Any]
-_PAGE = 500
+PAGE = 500
 """The most items that a page has."""
+_UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
 
 
@@ -52,8 +55,8 @@ class Api:
     def post(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Json:
         return self._call("POST", path, body=body if body is not None else {}, headers=headers)
 
-    def put(self, path: str, body: Any) -> Json:
-        return self._call("PUT", path, body=body)
+    def put(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Json:
+        return self._call("PUT", path, body=body, headers=headers)
 
     def delete(self, path: str) -> Json:
         return self._call("DELETE", path)
@@ -93,7 +96,7 @@ class Api:
         found: list[Json] = []
         cursor: str | None = query.pop("cursor", None)
         while True:
-            page = self.get(path, cursor=cursor, limit=min(most - len(found), _PAGE), **query)
+            page = self.get(path, cursor=cursor, limit=min(most - len(found), PAGE), **query)
             found += page["items"]
             cursor = page["next"]
             if cursor is None or len(found) >= most:
@@ -141,7 +144,7 @@ class Api:
         headers: Mapping[str, str] | None = None,
     ) -> Json:
         given = {key: value for key, value in (query or {}).items() if value is not None and value != []}
-        with _told(self.url):
+        with _told(self.url, changes=method != "GET"):
             response = self._http.request(method, path, params=given, json=body, headers=headers)
         _raise_problem(response)
         return response.json()
@@ -196,15 +199,21 @@ def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 @contextmanager
-def _told(url: str) -> Generator[None]:
+def _told(url: str, *, changes: bool = False) -> Generator[None]:
     try:
         yield
     except httpx2.TransportError as error:
+        lost = changes and not isinstance(error, _UNSENT)
         raise Unavailable(
-            "registry_unreachable",
+            "answer_lost" if lost else "registry_unreachable",
             f"{url.partition('?')[0]} does not answer: {str(error).rstrip('.')}.",
-            next_step="Look whether it runs, and at ADAPTORY_URL.",
+            next_step=f"Look whether it runs, and {'whether it was done all the same' if lost else 'at ADAPTORY_URL'}.",
         ) from error
+
+
+def answer_lost(error: Unavailable) -> bool:
+    """Whether nobody knows what became of a request: it broke off, or somebody on the way spoke for the registry."""
+    return error.code == "answer_lost" or error.code.startswith("http_5")
 
 
 def _is_problem(response: httpx2.Response) -> bool:
@@ -214,21 +223,33 @@ def _is_problem(response: httpx2.Response) -> bool:
 def _raise_problem(response: httpx2.Response) -> None:
     if response.status_code < 400:
         return
+    wait = _wait(response.headers.get("retry-after", ""))
     if not _is_problem(response):
         raise Unavailable(
             f"http_{response.status_code}",
             f"{response.url.host} answered {response.status_code} without saying why.",
-            next_step="Look at the log of the server.",
+            next_step=f"Wait {wait}, and try again." if wait else "Look at the log of the server.",
         )
     problem: Json = response.json()
-    wait = response.headers.get("retry-after")
     raise _family(response.status_code, problem)(
         problem["code"],
         problem["detail"],
         subject=problem.get("subject", ""),
-        next_step=problem.get("next", "").replace("as long as Retry-After says", f"{wait} s" if wait else "a while"),
+        next_step=problem.get("next", "").replace("as long as Retry-After says", wait or "a while"),
         findings=problem.get("findings", ()),
     )
+
+
+def _wait(retry_after: str) -> str:
+    """The header says seconds or a moment; seconds are told, and nothing where it says neither."""
+    if retry_after.strip().isdecimal():
+        return f"{retry_after.strip()} s"
+    try:
+        moment = parsedate_to_datetime(retry_after)
+        left_s = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.now(UTC)
+    except (ValueError, TypeError, OverflowError):
+        return ""
+    return f"{max(1, round(left_s.total_seconds())):,} s"
 
 
 def _family(status: int, problem: Json) -> type[RegistryError]:

@@ -8,7 +8,9 @@ cannot keep root or a failing disk from changing it; a damaged one is removed an
 import errno
 import os
 import shutil
+import stat
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,8 @@ class BlobCache:
     def take(self, sha256: str, target: Path) -> bool:
         """Links the entry to `target`, or copies it to another file system; False when there is no sound one."""
         entry = self._entry(sha256)
+        if not is_regular(entry):
+            return False
         aside = self.directory / f".{uuid.uuid4().hex}"
         try:
             # Aside first: what lies at `target` may be half of the file, and is all there is if the cache has none.
@@ -41,19 +45,28 @@ class BlobCache:
     def keep(self, sha256: str, source: Path) -> None:
         """`source` was verified a moment ago; it is read-only from now on."""
         entry = self._entry(sha256)
-        if entry.exists():
+        if is_regular(entry):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         aside = self.directory / f".{uuid.uuid4().hex}"
         source.chmod(0o444)
         try:
             _link_or_copy(source, aside)
-            aside.replace(entry)
+            with suppress(IsADirectoryError):  # somebody put one there: it is done without
+                aside.replace(entry)
         finally:
             aside.unlink(missing_ok=True)
 
     def _entry(self, sha256: str) -> Path:
         return self.directory / parse_digest(sha256)  # a digest comes from afar, and with "/" it would be any path
+
+
+def is_regular(path: Path) -> bool:
+    """Not so a link, whatever it leads to: no directory of a release has one. Nor a pipe, which would be waited for."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _moved(source: Path, target: Path, sha256: str) -> bool:

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from composer.errors import InvalidFile
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, release_path
-from registry.client.cache import BlobCache
+from registry.client.cache import BlobCache, is_regular
 from registry.client.parallel import PAUSES_S, Progress, each
 from registry.client.pieces import PartialFile
 from registry.errors import Conflict, Invalid, RegistryError, Unavailable
@@ -149,8 +149,10 @@ def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
 
 def _is_whole(directory: Path, files: Sequence[ManifestFile], progress: Progress) -> bool:
     """Whether these files are there as they were released, and no others."""
-    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not _is_directory(path)}
-    if there != {file.path for file in files}:
+    there = [path for path in directory.rglob("*") if not _is_directory(path)]
+    if {path.relative_to(directory).as_posix() for path in there} != {file.path for file in files}:
+        return False
+    if directory.is_symlink() or not all(map(is_regular, there)):
         return False
     told = 0
     lock = Lock()
@@ -246,8 +248,12 @@ class _Pull:
                             file.passing(start + got, taken)
                             self._progress(len(taken))
                             got += len(taken)
+                    if got == before:
+                        raise self._ends_early(file)
                 except Unavailable as error:
-                    if error.code == "blob_lost":
+                    if error.code == "http_416":
+                        raise self._ends_early(file) from error
+                    if error.code in ("blob_lost", "blob_corrupt"):
                         raise
                     self._urls.pop(file.wanted.path, None)  # the store's address may have expired
                     pauses = iter(PAUSES_S) if got > before else pauses
@@ -279,6 +285,14 @@ class _Pull:
                 subject=file.wanted.path,
                 next_step="Pull again; if it happens again the store is damaged.",
             )
+
+    def _ends_early(self, file: PartialFile) -> Unavailable:
+        return Unavailable(
+            "blob_corrupt",
+            f"{file.wanted.path} of {self._name} is damaged: the store has not all of its bytes.",
+            subject=file.wanted.path,
+            next_step="Tell those who run the registry: `adaptory fsck` names what is damaged.",
+        )
 
     def _finish(self, file: PartialFile) -> None:
         if self._cache is not None:

@@ -2,17 +2,20 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from registry.client.cache import BlobCache
+from registry.client.parallel import PAUSES_S
 from registry.client.pieces import PIECE_BYTES
 from registry.client.pull import pull
 from registry.errors import Refused, Unavailable
 from tests.scenarios import stored
-from tests.scenarios.traces import api_of, hashes, traces
+from tests.scenarios.traces import api_of, hashes, opened, traces
 from tests.scenarios.world import Cli, World, nothing
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,6 +53,34 @@ def test_a_blob_damaged_in_the_store_is_named_and_never_delivered_nor_published(
     assert traces(stocked).releases == ("acme/sql:1.0.0",)
 
 
+@pytest.mark.parametrize("kept", [100, 0], ids=["cut off", "empty"])
+def test_a_blob_that_is_too_short_is_named_as_damaged_at_once(
+    stocked: Cli, world: World, tmp_path: Path, kept: int
+) -> None:
+    digest = pushed(stocked, world)[WEIGHTS]
+    stored.overwrite(stocked, digest, stored.read(stocked, digest)[:kept])
+    started = time.monotonic()
+    refused = stocked("pull", "acme/sql", "-o", tmp_path / "out")
+    assert time.monotonic() - started < sum(PAUSES_S), "nobody waits for bytes that are not there"
+    assert (refused.code, f"{WEIGHTS} of acme/sql:1.0.0 is damaged" in refused.err) == (7, True), refused.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_the_database_says_is_another_is_named_as_damaged(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    digests, held = pushed(stocked_embedded, world), opened(stocked_embedded)
+    with held.write() as session:
+        rows = session.execute(
+            text("UPDATE revision_files SET sha256 = :small WHERE path = :path"),
+            {"small": digests["adapter_config.json"], "path": WEIGHTS},
+        )
+        assert rows.rowcount == 1  # pyright: ignore[reportAttributeAccessIssue]
+    held.close()
+    refused = stocked_embedded("pull", "acme/sql", "-o", tmp_path / "out")
+    assert (refused.code, f"{WEIGHTS} of acme/sql:1.0.0 is damaged" in refused.err) == (7, True), refused.err
+
+
 def test_files_of_two_pulls_are_the_same_read_only_files(stocked: Cli, world: World, tmp_path: Path) -> None:
     digests = pushed(stocked, world)
     for name in ("first", "second"):
@@ -63,8 +94,20 @@ def test_files_of_two_pulls_are_the_same_read_only_files(stocked: Cli, world: Wo
     assert hashes(tmp_path / "second") == digests
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link_to_the_same_bytes(path: Path) -> None:
+    elsewhere = path.rename(path.parents[3] / "elsewhere")
+    path.symlink_to(elsewhere)
+
+
 @pytest.mark.parametrize(
-    "harm", [damage, lambda path: path.write_bytes(b"short"), Path.unlink], ids=["bit", "short", "gone"]
+    "harm",
+    [damage, lambda path: path.write_bytes(b"short"), Path.unlink, pipe, link_to_the_same_bytes],
+    ids=["bit", "short", "gone", "pipe", "link"],
 )
 def test_a_damaged_cache_is_noticed_and_repaired(
     stocked_embedded: Cli, world: World, tmp_path: Path, harm: Callable[[Path], object]
@@ -79,6 +122,7 @@ def test_a_damaged_cache_is_noticed_and_repaired(
     cli.ok("pull", "acme/sql", "-o", tmp_path / "second")
     assert hashes(tmp_path / "second") == digests
     assert (hashes(entry.parent)[digests[WEIGHTS]]) == digests[WEIGHTS]
+    assert not any(path.is_symlink() for path in (entry, tmp_path / "second" / WEIGHTS))
 
 
 def test_writing_to_a_pulled_file_harms_no_later_pull(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
@@ -108,9 +152,11 @@ def another_config(directory: Path) -> None:
         lambda directory: (directory / WEIGHTS).unlink(),
         another_config,
         more_of_it,
+        lambda directory: pipe(directory / WEIGHTS),
+        lambda directory: link_to_the_same_bytes(directory / WEIGHTS),
         shutil.rmtree,
     ],
-    ids=["bit", "gone", "another", "more", "all gone"],
+    ids=["bit", "gone", "another", "more", "pipe", "link", "all gone"],
 )
 def test_a_release_that_was_changed_on_this_machine_is_pulled_anew_by_who_uses_it(
     stocked_embedded: Cli, world: World, harm: Callable[[Path], object]
@@ -122,6 +168,7 @@ def test_a_release_that_was_changed_on_this_machine_is_pulled_anew_by_who_uses_i
     harm(directory)
     assert cli.json("inspect", "acme/sql") == before
     assert hashes(directory) == digests
+    assert not any(path.is_symlink() for path in directory.iterdir())
     assert {path.name for path in directory.parents[1].iterdir()} == {directory.parent.name, "blobs"}
 
 
