@@ -173,6 +173,12 @@ class _Group:
         from composer.model import load_model
 
         k, most = effort
+        if not k and (own or guards):
+            raise Usage(
+                "idle_suite",
+                "--suite and --guard say what a probe measures on, and there is no --probe.",
+                next_step="Add --probe 4, or leave them out.",
+            )
         if not k and prompts is None:
             return None
         if self.base is None and self.base_dir is None:

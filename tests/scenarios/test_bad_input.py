@@ -87,6 +87,7 @@ def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         (("eval", "acme/sql", "--suite", "suites/sql.yaml"), 2, ["suites/sql.yaml", "adaptory suite add FILE"]),
         (("eval", "acme/nothing", "--suite", "sql-exact"), 3, ["acme/nothing"]),
         (("conflicts", "acme/sql", "acme/sql", "--weights", "1,two"), 2, ["1,two"]),
+        (("conflicts", "acme/sql", "acme/sql", "--guard", "sql-exact"), 2, ["--probe"]),
         (("jobs", "77"), 3, ["77"]),
         (("cancel", "77"), 3, ["77"]),
     ],
