@@ -40,7 +40,8 @@ _PARALLEL = 8
 class Push:
     """What a client wants released; `version` or `bump` is set, and the bytes of `files` are in the store.
 
-    `provenance` is what the pusher states of it; it wins over what the model card says.
+    `provenance` is what the pusher states of it; it wins over what the model card says. A request that is repeated has
+    the same `request_key`.
     """
 
     repository: RepositoryName
@@ -54,11 +55,12 @@ class Push:
     composition_id: int | None = None
     allow_breaking: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    request_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """`created` is False for a retry. `warnings` are findings that did not stop the push."""
+    """`created` is False where another request published the same before. `warnings` did not stop the push."""
 
     release_id: int
     created: bool
@@ -108,6 +110,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         servers=seen.servers,
         loading=seen.loading,
         signed_by=signed_by,
+        request_key=push.request_key,
     )
     return new, [*seen.findings, *doubts, *doubted]
 

@@ -145,13 +145,12 @@ def promote(
     json: JsonFlag = False,
 ) -> None:
     """Move a channel to a release; every gate is judged and printed."""
-    from registry.client.moves import channel_path
+    from registry.client import moves
 
     with connected() as connection:
-        release = resolved(connection, ref)
-        body = {"version": release["version"], "reason": reason, "force": force}
-        move = connection.api.put(channel_path(release, to), body)
+        move, since = moves.promote(connection.api, resolved(connection, ref), to, reason, force=force)
     render.document(move, json, lambda: show_move(move))
+    warn_of_move_since(move, since)
 
 
 def roll_back(
@@ -161,11 +160,14 @@ def roll_back(
     json: JsonFlag = False,
 ) -> None:
     """Return a channel to what it served before; again goes further back."""
+    from registry.client import moves
+
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         line = _line(connection, str(repository))
-        move = connection.api.post(f"{line}/channels/{name}/rollback", {"to": to, "reason": reason})
+        move, since = moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
     render.document(move, json, lambda: show_move(move))
+    warn_of_move_since(move, since)
 
 
 def history(channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")], json: JsonFlag = False) -> None:
@@ -373,6 +375,15 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         ("file", "size", "sha256"),
         [(f["path"], render.size(f["size_bytes"]), f["sha256"][:16]) for f in release["files"]],
     )
+
+
+def warn_of_move_since(move: Json, since: str | None) -> None:
+    if since is not None:
+        where = f"{move['repository']}@{move['channel']}"
+        render.say(
+            f"warning: an answer was lost; {where} was moved as asked, and by others since: it is at {since}. "
+            f"It is left there; see `adaptory history {where}`."
+        )
 
 
 def show_move(move: Json) -> None:

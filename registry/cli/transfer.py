@@ -10,7 +10,7 @@ import typer
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.files import read_text
-from registry.cli.release import show_move
+from registry.cli.release import show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.errors import Refused, RegistryError, Usage, refuse_errors
 from registry.names import Reference, parse_part, parse_reference
@@ -47,7 +47,7 @@ def push(  # noqa: PLR0913
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release."""
     from registry.client import push as client
-    from registry.client.moves import promote_patiently
+    from registry.client.moves import promote
     from registry.client.signing import published_signatures, signed
 
     reference = _single_version(target, bump)
@@ -69,14 +69,13 @@ def push(  # noqa: PLR0913
             published = client.push(connection.api, files, reference.repository, "adapter", request, done)
         for finding in published["warnings"]:
             render.say(f"{finding['severity']}: {finding['message']}")
-        _tell_if_found(published)
         if not json:
             _show_push(published)  # before the channel moves: whatever comes of that, the release is out
         told, failure = {**published, "move": None}, None
         try:
             if channel:
-                told["move"], since = promote_patiently(connection.api, published["release"], channel)
-                _warn_of_moves_since(since)
+                told["move"], since = promote(connection.api, published["release"], channel)
+                warn_of_move_since(told["move"], since)
         except RegistryError as error:
             failure = error
             told["error"] = render.problem(error)
@@ -214,32 +213,10 @@ def _provenance(path: Path) -> Json:
     return parse_provenance(load_mapping(read_text(path), path.name), path.name)
 
 
-def _tell_if_found(published: Json) -> None:
-    """That a lost request was done after all."""
-    if not (published["answer_lost"] and published["created"]):
-        return
-    release = published["release"]
-    name = f"{release['repository']}:{release['version']}"
-    render.say(f"an answer was lost: {name} has these files and was not there before, so it is not published again.")
-    if release["yanked"]:
-        render.say(f"warning: {name} is yanked by now: {release['yank_reason']}.")
-
-
-def _warn_of_moves_since(moves: list[Json]) -> None:
-    if not moves:
-        return
-    last = moves[0]
-    where = f"{last['repository']}@{last['channel']}"
-    render.say(
-        f"warning: an answer was lost; {where} was moved as asked, and to {last['to_version']} since "
-        f"({last['kind']} by {last['actor']}, move {last['id']}). It is left there."
-    )
-
-
 def _show_push(published: Json) -> None:
     release, done = published["release"], "published"
-    if published["answer_lost"] and not published["created"]:
-        done = "there, published by this push or before (an answer was lost):"
-    elif not published["created"]:
+    if not published["created"]:
         done = "already there, its lost bytes sent again:" if published["sent"] else "already there, nothing to do:"
     print(f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
+    if release["yanked"]:
+        render.say(f"warning: it is yanked: {release['yank_reason']}.")

@@ -1,10 +1,12 @@
 """Several transfers at a time, and patience between attempts."""
 
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from registry.client.api import answer_lost
 from registry.errors import Unavailable
 
 Item = TypeVar("Item")
@@ -38,3 +40,33 @@ def patiently(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
             if pause is None:
                 raise
             time.sleep(pause)
+
+
+def once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Result, bool]:
+    """The answer to a request that must not be done twice, and whether one before was lost.
+
+    `ask` gets headers with a key, by which the registry knows the request again. Raises what went wrong last, and where
+    it may have been done all the same `answer_lost`, with `look` as the command that tells.
+    """
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    lost = False
+
+    def attempt() -> Result:
+        nonlocal lost
+        try:
+            return ask(headers)
+        except Unavailable as error:
+            lost = lost or answer_lost(error)
+            raise
+
+    try:
+        return patiently(attempt, iter(PAUSES_S)), lost
+    except Unavailable as error:
+        if not lost:
+            raise
+        raise Unavailable(
+            "answer_lost",
+            f"No answer tells whether it was done. {error.detail}",
+            subject=error.subject,
+            next_step=f"Look with `{look}`, and do the same again if it was not.",
+        ) from error

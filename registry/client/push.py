@@ -9,11 +9,11 @@ from pathlib import Path
 from threading import Lock
 
 from composer.hashing import hash_file
-from registry.client.api import PAGE, Api, Json, answer_lost, line_path
-from registry.client.parallel import PAUSES_S, Progress, each, patiently
+from registry.client.api import Api, Json, line_path
+from registry.client.parallel import PAUSES_S, Progress, each, once, patiently
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
-from registry.manifest import ManifestFile, canonical_manifest, check_path, commit_id
-from registry.names import Digest, Reference, RepositoryName
+from registry.manifest import ManifestFile, check_path
+from registry.names import Digest, RepositoryName
 
 _BLOCK_BYTES = 1 << 20
 _CHANGED = ("digest_differs", "size_differs")
@@ -60,60 +60,12 @@ def push(
 ) -> Json:
     """Sends what the store lacks, then asks for the release. `release` is the request without its files.
 
-    The registry's answer, and as `sent` how many files the store lacked. `answer_lost`: an answer before this one was,
-    so that a release which is there already may have been made by this very push; it was where it is `created`.
+    The registry's answer, and as `sent` how many files the store lacked.
     """
     sent = send(api, name.namespace, files, progress)
-    return {**_publish(api, name, kind, {**release, "files": _rows(files)}, _commit(files)), "sent": sent}
-
-
-def _publish(api: Api, name: RepositoryName, kind: str, body: Json, commit: str) -> Json:
-    """Asks again after a failure. A version is published once whoever asks; a bump finds another number each time that
-    somebody else published meanwhile, so what the failed request may have made is looked for first."""
-    path = f"{line_path(name, kind)}/releases"
-    failed: list[Unavailable] = []
-    before: list[str] = []
-    if body.get("bump"):
-        before = patiently(lambda: _versions(api, name, path, commit), iter(PAUSES_S))
-
-    def publish() -> Json:
-        there = _versions(api, name, path, commit) if failed and body.get("bump") else []
-        for version in there:
-            if version not in before:
-                made = api.get(f"{path}/{version}")
-                return {"release": made, "created": True, "warnings": [], "answer_lost": True}
-        try:
-            published = api.post(path, body)
-        except Unavailable as error:
-            failed.append(error)
-            raise
-        lost = any(map(answer_lost, failed)) and not published["created"]
-        return {**published, "answer_lost": lost}
-
-    try:
-        return patiently(publish, iter(PAUSES_S))
-    except Unavailable as error:
-        if not any(map(answer_lost, failed)):
-            raise
-        raise Unavailable(
-            "answer_lost",
-            f"No answer tells whether the release is out. {error.detail}",
-            subject=str(name),
-            next_step=f"Look with `adaptory log {name}`. To push the same again is safe.",
-        ) from error
-
-
-def _versions(api: Api, name: RepositoryName, path: str, commit: str) -> list[str]:
-    """Of the releases with just these files, the highest first."""
-    try:
-        api.resolve(Reference(name, commit=commit))
-    except NotFound:  # as nearly always: the list, which may be long, is spared
-        return []
-    return [row["version"] for row in api.pages(path, limit=PAGE) if row["commit"] == commit]
-
-
-def _commit(files: Sequence[LocalFile]) -> str:
-    return commit_id(canonical_manifest(file.manifest for file in files))
+    path, body = f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)}
+    published, _ = once(lambda headers: api.post(path, body, headers), f"adaptory log {name}")
+    return {**published, "sent": sent}
 
 
 def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progress) -> int:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Annotated, cast
 
 from anyio import CapacityLimiter, fail_after, from_thread
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Header, Path, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator
@@ -98,5 +98,14 @@ def _in_utc(moment: datetime) -> datetime:
 
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
 """In UTC, which is meant where no offset is given."""
+RequestKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        pattern=r"^[\x21-\x7e]{1,64}$",
+        description="Any text of your own. The same request once more, under the same key, is not done a second time: "
+        "the answer is what the first one made.",
+    ),
+]
 ResourcesOf = Annotated[Resources, Depends(resources_of)]
 RowId = Annotated[int, Path(ge=1, le=MAX_INT64)]

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
-from registry import channels, gates, repositories
+from registry import channels, gates, moves, repositories
 from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
-from registry.http.request import ResourcesOf
+from registry.http.request import RequestKey, ResourcesOf
 from registry.http.rules import Admin, Reader, Releaser
 from registry.names import parse_version
 from registry.schemas import Page
@@ -53,29 +53,46 @@ def promote(  # noqa: PLR0913
     actor: Releaser,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
+    request_key: RequestKey = None,
 ) -> Response:
     """422 with the numbers when a gate fails, 412 when the channel has left the ETag given."""
     expected = expected_from(if_match, if_none_match)
     wanted = channels.Promotion(named.name, parse_version(body.version), channel, named.kind)
     with resources.write() as session:
-        move = channels.promote(session, actor, wanted, reason=body.reason, force=body.force, expected=expected)
+        move = channels.promote(
+            session,
+            actor,
+            wanted,
+            reason=body.reason,
+            force=body.force,
+            expected=expected,
+            request_key=request_key,
+        )
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
 @repository_routes.post(CHANNEL + "/rollback", response_model=MoveOut)
-def roll_back(
+def roll_back(  # noqa: PLR0913
     named: RepositoryOf,
     channel: str,
     body: RollbackIn,
     resources: ResourcesOf,
     actor: Releaser,
     if_match: IfMatch = None,
+    request_key: RequestKey = None,
 ) -> Response:
     to = parse_version(body.to) if body.to else None
     with resources.write() as session:
         repository = repositories.find(session, named.name, named.kind)
         move = channels.roll_back(
-            session, actor, repository, channel, to=to, reason=body.reason, expected=expected_from(if_match, None)
+            session,
+            actor,
+            repository,
+            channel,
+            to=to,
+            reason=body.reason,
+            expected=expected_from(if_match, None),
+            request_key=request_key,
         )
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
@@ -88,8 +105,8 @@ def history(
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
-        moves = channels.history(session, row, before=decode_number(cursor), limit=limit + 1)
-        return page([move_view(move, named.name, channel) for move in moves], limit, [move.id for move in moves])
+        found = moves.history(session, row, before=decode_number(cursor), limit=limit + 1)
+        return page([move_view(move, named.name, channel) for move in found], limit, [move.id for move in found])
 
 
 @repository_routes.get("/{namespace}/{name}/gates")

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Response
 from registry import compositions, publishing, releases, repositories
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
-from registry.http.request import ResourcesOf
+from registry.http.request import RequestKey, ResourcesOf
 from registry.http.rules import Caller, Publisher, Reader, Releaser
 from registry.http.threads import in_store_threads
 from registry.manifest import ManifestFile
@@ -52,9 +52,14 @@ def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) 
 @repository_routes.post("/{namespace}/{name}/releases", status_code=201, responses={200: {"model": PublishedOut}})
 @in_store_threads
 def publish(
-    named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher, response: Response
+    named: RepositoryOf,
+    body: ReleaseIn,
+    resources: ResourcesOf,
+    actor: Publisher,
+    response: Response,
+    request_key: RequestKey = None,
 ) -> PublishedOut:
-    """201 for a new release, 200 for a retry with the same content, 409 for other content under the same version."""
+    """201 for a new release, 200 where another request published the same, 409 for other content under the version."""
     if body.allow_breaking is not None:
         permit(actor, Role.RELEASER, named.name.namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
@@ -69,6 +74,7 @@ def publish(
         notes=body.notes,
         allow_breaking=body.allow_breaking,
         provenance=body.provenance.model_dump(exclude_unset=True) if body.provenance else {},
+        request_key=request_key,
     )
     published = publishing.publish(resources, actor, push)
     response.status_code = 201 if published.created else 200

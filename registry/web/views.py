@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from registry import bases, channels, repositories, resolve, suites
-from registry.channels import Moved
 from registry.db import Session
 from registry.models import (
     AuditRow,
@@ -15,6 +14,7 @@ from registry.models import (
     Score,
     Suite,
 )
+from registry.moves import Moved
 from registry.names import RepositoryName
 from registry.schemas.catalog import (
     BaseOut,

@@ -185,7 +185,7 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
         started = cli.json("compose", write_recipe(tmp_path))
         states = wait_for(url, started["id"], lambda states: states["evaluate"] == "running")
         process.kill()
-        process.wait()
+        process.join()
     assert (states["check"], states["combine"]) == ("done", "done")
     candidate = home / "work" / f"composition-{started['id']}" / "adapter" / "adapter_model.safetensors"
     written = candidate.stat().st_mtime_ns

@@ -17,6 +17,8 @@ from tests import services
 from tests.scenarios.world import Cli, Ran, World
 
 PUBLISH, PROMOTE = r"POST .*/releases", r"PUT .*/channels/prod"
+Request = tuple[str, str, dict[str, str], bytes]
+"""Command, path, headers, body."""
 LEFT_OUT = {"connection", "content-length", "transfer-encoding", "date", "server"}
 
 
@@ -34,6 +36,8 @@ class Network:
     answer: tuple[int, dict[str, str]] | None = None
     body: bytes = b"busy"
     meanwhile: Callable[[], object] | None = None
+    last: Request = ("", "", {}, b"")
+    """Of those that matched."""
 
     def loses(self, matching: str, times: int = 1, **other: Any) -> None:
         self.matching, self.times = matching, times
@@ -47,14 +51,26 @@ class Network:
             return True
         return False
 
-    def forward(self, handler: BaseHTTPRequestHandler) -> httpx2.Response:
+    def again(self, key: str | None = None, **other: Any) -> httpx2.Response:
+        """The last request that matched, or one with another body or key: it has been on its way until now."""
+        command, path, headers, body = self.last
+        headers = {name: value for name, value in headers.items() if key is None or name.lower() != "idempotency-key"}
+        if key is not None:
+            headers["Idempotency-Key"] = key
+        return self.forward((command, path, headers, json.dumps({**json.loads(body), **other}).encode()))
+
+    def hear(self, handler: BaseHTTPRequestHandler) -> Request:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {name: value for name, value in handler.headers.items() if name.lower() not in LEFT_OUT | {"host"}}
-        return httpx2.request(handler.command, f"{self.target}{handler.path}", content=body, headers=headers)
+        return handler.command, handler.path, headers, body
+
+    def forward(self, request: Request) -> httpx2.Response:
+        command, path, headers, body = request
+        return httpx2.request(command, f"{self.target}{path}", content=body, headers=headers)
 
 
 @pytest.fixture
-def network(stocked: Cli) -> Generator[Network]:
+def network(stocked: Cli, somebody: Cli) -> Generator[Network]:
     """Before the server of `stocked`, whose command line goes by it from now on."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -62,8 +78,10 @@ def network(stocked: Cli) -> Generator[Network]:
             """Quiet."""
 
         def do_GET(self) -> None:
-            hit = network.hit(f"{self.command} {self.path}")
-            answer = network.forward(self) if not hit or network.reaches else httpx2.Response(500)
+            request, hit = network.hear(self), network.hit(f"{self.command} {self.path}")
+            if hit:
+                network.last = request
+            answer = network.forward(request) if not hit or network.reaches else httpx2.Response(500)
             status, headers, body = answer.status_code, dict(answer.headers), answer.content
             if hit and network.meanwhile:
                 network.meanwhile()
@@ -82,7 +100,7 @@ def network(stocked: Cli) -> Generator[Network]:
         do_POST = do_PUT = do_GET  # noqa: N815
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    network = Network(stocked.environment["ADAPTORY_URL"])
+    network = Network(somebody.environment["ADAPTORY_URL"])
     stocked.environment["ADAPTORY_URL"] = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield network
@@ -133,45 +151,50 @@ def test_files_are_published_once_although_others_publish_before_the_answer_is_m
     network.loses(PUBLISH, meanwhile=lambda: push("another", "acme/sql", "--bump", "minor", by=somebody))
     pushed = push("mine", *AUTO)
     assert (pushed.code, pushed.out[:25]) == (0, "published acme/sql:1.0.1 "), pushed
-    assert "acme/sql:1.0.1 has these files and was not there before" in pushed.err
     assert versions(somebody) == ["1.1.0", "1.0.1", "1.0.0"]
     network.loses(PUBLISH, meanwhile=lambda: somebody.ok("yank", "acme/sql:1.1.1", "--reason", "wrong"))
-    yanked = push("mine again", *AUTO, "--json")
-    assert (yanked.code, yanked.json["release"]["version"], yanked.json["answer_lost"]) == (0, "1.1.1", True)
-    assert "acme/sql:1.1.1 is yanked by now: wrong." in yanked.err
+    yanked = push("mine again", *AUTO)
+    assert (yanked.code, yanked.out[:25]) == (0, "published acme/sql:1.1.1 "), yanked
+    assert "warning: it is yanked: wrong." in yanked.err
     assert versions(somebody)[0] == "1.1.1"
+
+
+@served
+def test_a_bump_that_arrives_after_it_was_repeated_gets_no_number_of_its_own(
+    network: Network, push: Push, somebody: Cli, stocked: Cli
+) -> None:
+    """The first request is still on its way when the client gives it up; somebody publishes before it arrives."""
+    network.loses(PUBLISH, reaches=False)
+    assert push("mine", *AUTO).out.startswith("published acme/sql:1.0.1 ")
+    assert push("another", *AUTO, by=somebody).out.startswith("published acme/sql:1.0.2 ")
+    late = network.again()
+    assert (late.status_code, late.json()["release"]["version"], late.json()["created"]) == (201, "1.0.1", True)
+    assert versions(somebody) == ["1.0.2", "1.0.1", "1.0.0"]
 
 
 @remote
 @pytest.mark.parametrize("reaches", [True, False])
 def test_a_bump_whose_request_or_answer_was_lost_gets_one_number(network: Network, push: Push, reaches: bool) -> None:
     network.loses(PUBLISH, reaches=reaches)
-    pushed = push("mine", *AUTO, "--json")
-    assert (pushed.code, pushed.json["release"]["version"], pushed.json["answer_lost"]) == (0, "1.0.1", reaches)
-    assert push("mine", *AUTO).out.startswith("already there, nothing to do: acme/sql:1.0.1 ")
-    network.loses(PUBLISH)
-    again = push("mine", *AUTO, "--json").json
-    assert (again["release"]["version"], again["created"], again["answer_lost"]) == ("1.0.1", False, True)
-
-
-@remote
-def test_files_that_were_there_before_are_not_taken_for_what_a_lost_request_made(network: Network, push: Push) -> None:
-    assert push("second", *AUTO).code == 0
-    network.loses(PUBLISH, reaches=False)
-    assert push("first", *AUTO).out.startswith("published acme/sql:1.0.2 ")
-    network.loses(PUBLISH)
-    found = push("second", *AUTO, "--json").json
-    assert (found["release"]["version"], found["created"]) == ("1.0.3", True)
+    pushed = push("mine", *AUTO, "--json").json
+    assert (pushed["release"]["version"], pushed["created"]) == ("1.0.1", True)
+    network.loses(PUBLISH, reaches=reaches)
+    again = push("mine", *AUTO).out
+    assert again.startswith("already there, nothing to do: acme/sql:1.0.1 ")
+    assert push("second", *AUTO).code == push("mine", *AUTO).code == 0
+    network.loses(PUBLISH, reaches=reaches)
+    assert push("second", *AUTO).out.startswith("published acme/sql:1.0.4 ")  # not 1.0.2, of the same files
 
 
 @remote
 def test_a_push_without_any_answer_says_that_it_may_be_out_and_how_to_see(
     network: Network, push: Push, somebody: Cli
 ) -> None:
-    network.loses(PUBLISH, times=99)
-    lost = push("mine", "acme/sql:2.0.0")
-    assert (lost.code, "No answer tells whether the release is out" in lost.err) == (7, True), lost.err
-    assert "`adaptory log acme/sql`. To push the same again is safe" in lost.err
+    for loses in ({}, {"reaches": False, "answer": (502, {})}):
+        network.loses(PUBLISH, times=99, **loses)
+        lost = push("mine", "acme/sql:2.0.0")
+        assert (lost.code, "No answer tells whether it was done" in lost.err) == (7, True), lost.err
+        assert "`adaptory log acme/sql`, and do the same again if it was not" in lost.err
     network.loses(PUBLISH, times=0)
     assert push("mine", "acme/sql:2.0.0").out.startswith("already there, nothing to do: acme/sql:2.0.0 ")
 
@@ -180,20 +203,55 @@ def test_a_push_without_any_answer_says_that_it_may_be_out_and_how_to_see(
 def test_an_answer_that_says_no_was_not_lost(network: Network, push: Push) -> None:
     answer = 503, {"Content-Type": "application/problem+json"}
     problem = {"code": "database_unavailable", "detail": "The database is away.", "next": "Try again."}
-    network.loses(PUBLISH, reaches=False, answer=answer, body=json.dumps(problem).encode())
-    assert push("first", "acme/sql:1.0.0").out.startswith("already there, nothing to do: acme/sql:1.0.0 ")
-    network.loses(PUBLISH, reaches=False, answer=(502, {}))
-    assert push("first", "acme/sql:1.0.0").out.startswith("there, published by this push or before")
+    network.loses(PUBLISH, times=99, reaches=False, answer=answer, body=json.dumps(problem).encode())
+    refused = push("first", "acme/sql:1.0.0")
+    assert (refused.code, "No answer" in refused.err, "The database is away" in refused.err) == (7, False, True)
 
 
 @served
-def test_a_rollback_before_the_answer_to_a_move_is_missed_stays(network: Network, push: Push, somebody: Cli) -> None:
+def test_a_key_stands_for_one_request(network: Network, push: Push, world: World) -> None:
+    network.loses(PUBLISH)
+    assert push("mine", *AUTO).code == 0
+    for other in ({"version": "3.0.0", "bump": None}, {"files": json.loads(network.last[3])["files"][1:]}):
+        reused = network.again(**other)
+        assert (reused.status_code, reused.json()["code"]) == (409, "key_reused"), reused.text
+    network.loses(PROMOTE)
+    assert push("mine", "acme/sql:1.0.1", "--channel", "prod").code == 0
+    reused = network.again(version="1.0.0")
+    assert (reused.status_code, reused.json()["code"]) == (409, "key_reused"), reused.text
+    for key in ("", "a b", "x" * 65, "\u00e4".encode().decode("latin-1")):
+        refused = network.again(key=key)
+        assert refused.status_code == 422, refused.text
+
+
+@served
+@pytest.mark.parametrize("way", ["push", "promote"])
+def test_a_rollback_before_the_answer_to_a_move_is_missed_stays(
+    network: Network, push: Push, somebody: Cli, stocked: Cli, way: str
+) -> None:
     network.loses(PROMOTE, meanwhile=lambda: somebody.ok("rollback", "acme/sql@prod", "--reason", "incident"))
-    pushed = push("mine", *AUTO, "--channel", "prod")
-    assert pushed.code == 0, pushed.err
-    assert "acme/sql@prod: 1.0.0 -> 1.0.1 (promote, move " in pushed.out
-    assert "acme/sql@prod was moved as asked, and to 1.0.0 since (rollback by " in pushed.err
+    if way == "push":
+        moved = push("mine", *AUTO, "--channel", "prod")
+    else:
+        assert push("mine", *AUTO).code == 0
+        moved = stocked("promote", "acme/sql:1.0.1", "--to", "prod")
+    assert moved.code == 0, moved.err
+    assert "acme/sql@prod: 1.0.0 -> 1.0.1 (promote, move " in moved.out
+    assert "acme/sql@prod was moved as asked, and by others since: it is at 1.0.0" in moved.err
     assert moves(somebody) == [("rollback", "1.0.0"), ("promote", "1.0.1"), ("promote", "1.0.0")]
+
+
+@served
+@pytest.mark.parametrize("reaches", [True, False])
+def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
+    network: Network, push: Push, stocked: Cli, reaches: bool
+) -> None:
+    for text in ("second", "third"):
+        assert push(text, *AUTO, "--channel", "prod").code == 0
+    network.loses("POST .*/rollback", reaches=reaches)
+    back = stocked("rollback", "acme/sql@prod", "--reason", "incident")
+    assert (back.code, back.err) == (0, ""), back.err
+    assert moves(stocked)[:2] == [("rollback", "1.0.1"), ("promote", "1.0.2")]
 
 
 @remote
@@ -210,25 +268,14 @@ def test_a_move_whose_request_or_answer_was_lost_is_made_once(
 
 
 @remote
-def test_a_move_that_was_not_made_gives_way_to_one_of_somebody_else(
-    network: Network, push: Push, somebody: Cli
-) -> None:
-    assert push("second", "acme/sql:1.1.0").code == 0
-    network.loses(PROMOTE, reaches=False, meanwhile=lambda: somebody.ok("promote", "acme/sql:1.1.0", "--to", "prod"))
-    refused = push("mine", "acme/sql:1.2.0", "--channel", "prod")
-    assert (refused.code, "acme/sql@prod has moved since you looked" in refused.err) == (4, True), refused.err
-    assert "published acme/sql:1.2.0 " in refused.out
-    assert moves(somebody)[0] == ("promote", "1.1.0")
-
-
-@remote
 def test_a_promotion_without_an_answer_says_that_it_may_have_been_done(
     network: Network, push: Push, stocked: Cli
 ) -> None:
     assert push("second", "acme/sql:1.1.0").code == 0
-    network.loses(PROMOTE)
+    network.loses(PROMOTE, times=99)
     lost = stocked("promote", "acme/sql:1.1.0", "--to", "prod")
-    assert (lost.code, "Look whether it runs, and whether it was done all the same." in lost.err) == (7, True), lost.err
+    assert (lost.code, "Look with `adaptory history acme/sql@prod`" in lost.err) == (7, True), lost.err
+    assert moves(stocked) == [("promote", "1.1.0"), ("promote", "1.0.0")]
 
 
 @remote

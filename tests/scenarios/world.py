@@ -3,13 +3,12 @@
 import io
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import LlamaForCausalLM
 from registry.cli import main as command_line
 from tests import services
 from tests.composer.small_model import save_adapter, save_llama, save_tokenizer
+from tests.forked import start_command
 
 SMALL_PARTS = {"ADAPTORY_STORAGE__MULTIPART_BYTES": str(11 << 20), "ADAPTORY_STORAGE__PART_BYTES": str(5 << 20)}
 """Of a registry with its blobs in S3, where 11 MiB are large."""
@@ -134,31 +134,30 @@ def environment(values: Mapping[str, str], argv: list[str]) -> Generator[None]:
 
 
 @contextmanager
-def server(home: Path, **environment: str) -> Generator[tuple[str, subprocess.Popen[bytes]]]:
+def server(home: Path, **environment: str) -> Generator[tuple[str, BaseProcess]]:
     """A real `adaptory serve` in a process of its own; yields its URL once it answers."""
     port = services.free_port()
     values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     values |= {"ADAPTORY_HOME": str(home), **environment}
-    log = home.with_name(f"{home.name}.log").open("wb")
-    command = [sys.executable, "-m", "registry.cli.main", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, env=values, stdout=log, stderr=log)
+    log = home.with_name(f"{home.name}.log")
+    process = start_command(["serve", "--port", str(port)], values, log)
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(url, process, Path(log.name))
+        _wait_until_ready(url, process, log)
         yield url, process
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
-        log.close()
+        process.terminate()
+        process.join(20)
+        assert process.exitcode is not None, f"{url} does not end"
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(url: str, process: BaseProcess, log: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
+        assert process.is_alive(), log.read_text()
         try:
             if httpx2.get(f"{url}/readyz").status_code == 200:
                 return
         except httpx2.TransportError:
-            time.sleep(0.1)
+            time.sleep(0.02)
     raise AssertionError(f"{url} did not answer: {log.read_text()}")

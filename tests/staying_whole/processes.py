@@ -1,17 +1,16 @@
 """Processes to kill: a server, a client that works through it, a collector beside them.
 
-They are forked from a process that has imported everything, so that one is back within a few milliseconds: a hundred
-kills then take a minute. None of them is told that it will die; each is ended by SIGKILL wherever it is.
+They are forked, so that one is back within a few milliseconds: a hundred kills then take a minute. None of them is told
+that it will die; each is ended by SIGKILL wherever it is.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -29,14 +28,6 @@ from tests.staying_whole.small import write_adapter
 
 NAME = RepositoryName("acme", "sql")
 CHANNEL = f"{line_path(NAME)}/channels/prod"
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["tests.staying_whole.preloaded"])
-
-
-def start(work: Callable[..., None], environment: Mapping[str, str], *arguments: object) -> BaseProcess:
-    process = _FORKED.Process(target=_run, args=(work, dict(environment), arguments), daemon=True)
-    process.start()
-    return process
 
 
 def kill(process: BaseProcess) -> None:
@@ -44,11 +35,6 @@ def kill(process: BaseProcess) -> None:
     assert process.is_alive(), f"process {process.pid} died by itself with {process.exitcode}"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-
-
-def _run(work: Callable[..., None], environment: dict[str, str], arguments: tuple[object, ...]) -> None:
-    os.environ.update(environment)
-    work(*arguments)
 
 
 def resources() -> Resources:

@@ -18,9 +18,10 @@ from registry.client.api import Api
 from registry.client.push import collect, push
 from registry.errors import RegistryError
 from tests import services
+from tests.forked import start
 from tests.s3_server import BUCKET
 from tests.scenarios.world import Cli
-from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, start, wait_for_port
+from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
 from tests.staying_whole.small import write_adapter
 
 

@@ -26,18 +26,18 @@ from registry.settings import S3Storage
 from registry.storage.s3 import S3Store
 from registry.worker.loop import run_one
 from tests import services
+from tests.forked import start
 from tests.s3_server import S3Server
 from tests.scenarios.test_crashes import LATER, watched
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, environment
 from tests.staying_whole.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
 from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, start, wait_for_port
+from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
 from tests.staying_whole.small import write_adapter, write_base
 
 PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "2", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
 IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}
-
 DROP_OTHERS = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
 
 

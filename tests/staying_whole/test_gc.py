@@ -27,9 +27,10 @@ from registry.resources import Resources
 from registry.upkeep import Collected
 from registry.upkeep import collect as collect_garbage
 from tests import services
+from tests.forked import start
 from tests.scenarios.world import SMALL_PARTS, Cli
 from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import NAME, collect_forever, kill, serve, start, wait_for_port
+from tests.staying_whole.processes import NAME, collect_forever, kill, serve, wait_for_port
 from tests.staying_whole.small import write_adapter
 
 DAY = timedelta(days=1)

@@ -12,8 +12,9 @@ from sqlalchemy import select
 
 from registry.models import Move, Release
 from tests import services
+from tests.forked import start
 from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import Journal, collect_forever, kill, serve, start, wait_for_port, work
+from tests.staying_whole.processes import Journal, collect_forever, kill, serve, wait_for_port, work
 
 KILLS = int(os.environ.get("ADAPTORY_TEST_KILLS", "100"))
 LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}

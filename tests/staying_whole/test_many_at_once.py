@@ -17,8 +17,9 @@ from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
 from registry.models import AuditRow, Move, Release
 from registry.names import RepositoryName
 from tests import services
+from tests.forked import start
 from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, start, wait_for_port
+from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
 from tests.staying_whole.small import RANK, write_adapter
 
 CLIENTS = 16

@@ -1,0 +1,39 @@
+"""Processes that are there within milliseconds: forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["tests.preloaded"])
+
+
+def start(work: Callable[..., None], environment: Mapping[str, str], *arguments: object) -> BaseProcess:
+    process = _FORKED.Process(target=_run, args=(work, dict(environment), arguments), daemon=True)
+    process.start()
+    return process
+
+
+def start_command(words: list[str], environment: Mapping[str, str], log: Path) -> BaseProcess:
+    """`adaptory …` as a shell would run it with this environment alone, what it says in the log."""
+    return start(_command, environment, words, dict(environment), str(log))
+
+
+def _run(work: Callable[..., None], environment: dict[str, str], arguments: tuple[object, ...]) -> None:
+    os.environ.update(environment)
+    work(*arguments)
+
+
+def _command(words: list[str], environment: dict[str, str], log: str) -> None:
+    from registry.cli.main import main
+
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.argv = ["adaptory", *words]
+    main()
