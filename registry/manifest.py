@@ -17,6 +17,8 @@ MAX_FILES = 2_000
 MAX_PATH_CHARACTERS = 400
 MAX_PART_BYTES = 240
 """File systems take 255, of which the name of an unfinished copy needs some."""
+_HIDDEN = re.compile(r"\.(?!\.?$)|git~\d+$", re.IGNORECASE)
+"""`GIT~1` is what Windows calls `.git`, too."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories of what is not shown, or shows the rest in another order or on another line."""
 ENDS_BYTES = 64 << 10
@@ -75,6 +77,13 @@ class ManifestFile:
 def check_path(path: str) -> str:
     """A relative POSIX path in its normal form, which no client could turn into a place outside its directory."""
     parts = PurePosixPath(path).parts
+    if any(_HIDDEN.match(part) for part in parts[:MAX_PATH_CHARACTERS]):
+        raise Invalid(
+            "hidden_file",
+            f"{path[:120]!r} is hidden, or lies in a hidden directory.",
+            subject=path[:120],
+            next_step="Leave it out: programs do what such files say (.git, .envrc) wherever they lie.",
+        )
     bad = (
         not parts
         or len(path) > MAX_PATH_CHARACTERS

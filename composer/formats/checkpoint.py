@@ -16,6 +16,8 @@ from composer.text import LONE_SURROGATE, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DEQUANTIZE = "or let `adaptory merge --dequantize` take this one as the values that it stands for"
+"""The way out for a base that can be decoded."""
 _JSON_BYTES = 100_000_000
 _NAME_BYTES = 255  # of a file's, on every file system that is in use
 _FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})  # whose weights have scales beside them
@@ -92,6 +94,7 @@ def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
     if (path / INDEX_FILE).is_file():
         index = read_json(path / INDEX_FILE, "missing_index", "Download the checkpoint again.")
         shards = _read_shards(path, index)
+        _refuse_another(path, shards)
     elif (path / SINGLE_FILE).is_file():
         index, shards = None, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}
     else:
@@ -119,7 +122,7 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
             "quantized_base",
             f"{path.name} is quantized ({quantization(settings)}).",
             subject="config.json",
-            next_step="Use the unquantized base" + (", or dequantize this one (--dequantize)." if decodable else "."),
+            next_step="Use the unquantized base" + (f", {DEQUANTIZE}." if decodable else "."),
         )
 
 
@@ -140,6 +143,17 @@ def _decodable(method: str, settings: Mapping[str, Any]) -> bool:
 def _is_sparse(settings: Mapping[str, Any]) -> bool:
     stated: object = settings.get("sparsity_config") or {}
     return not isinstance(stated, dict) or cast("dict[str, Any]", stated).get("format", "dense") != "dense"
+
+
+def _refuse_another(path: Path, shards: Mapping[str, Header]) -> None:
+    """Some loaders take the single file, and others what the index says."""
+    if SINGLE_FILE not in shards and (path / SINGLE_FILE).is_file():
+        raise InvalidFile(
+            "two_checkpoints",
+            f"{path.name} has weights twice: {SINGLE_FILE}, and the shards of {INDEX_FILE}.",
+            subject=SINGLE_FILE,
+            next_step="Remove the one that you do not mean.",
+        )
 
 
 def _refuse_packed(path: Path, shards: Mapping[str, Header]) -> None:

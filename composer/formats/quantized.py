@@ -13,6 +13,7 @@ _STATE = ".quant_state.bitsandbytes__nf4"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
 _STATE_BYTES = 10_000
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_STORAGE = {"U8", *_DTYPES.values()}
 
 Locate = Callable[[str], tuple[Path, TensorEntry]]
 
@@ -84,18 +85,22 @@ def _nested(name: str, stated: Mapping[str, Any]) -> tuple[int | None, float]:
 def _check_sizes(packed: Nf4, known: set[str], locate: Locate) -> None:
     values = packed.shape[0] * packed.shape[1]
     blocks = -(-values // packed.block)
-    wanted = {"": ("U8", -(-values // 2)), ".quant_map": ("F32", 16)}
+    wanted = {".quant_map": ("F32", 16)}
     if packed.nested_block is None:
         wanted[".absmax"] = ("F32", blocks)
     else:
         wanted |= {".absmax": ("U8", blocks), ".nested_quant_map": ("F32", 256)}
         wanted[".nested_absmax"] = ("F32", -(-blocks // packed.nested_block))
-    for suffix, (dtype, elements) in wanted.items():
+    for suffix in ("", *wanted):
         tensor = f"{packed.name}{suffix}"
         if tensor not in known:
             raise _bad(packed.name, f"{tensor} is missing")
         _, entry = locate(tensor)
-        if (entry.dtype, entry.spec.elements) != (dtype, elements):
+        if suffix:
+            fits = (entry.dtype, entry.spec.elements) == wanted[suffix]
+        else:  # the bytes, whatever dtype they are stored as (bnb_4bit_quant_storage)
+            fits = entry.dtype in _STORAGE and entry.size_bytes == -(-values // 2)
+        if not fits:
             raise _bad(packed.name, f"{tensor} does not have the size that its quantization state says")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from composer.errors import NotSupported
-from composer.formats.checkpoint import Checkpoint, quantization
+from composer.formats.checkpoint import DEQUANTIZE, Checkpoint, quantization
 from composer.formats.header import TensorSpec
 from composer.formats.quantized import is_part
 from composer.merge import fp8, nf4
@@ -63,7 +63,7 @@ def _refuse_left(checkpoint: Checkpoint, used: frozenset[str] | set[str]) -> Non
     name = max(left, key=lambda one: left[one].size_bytes)  # a weight rather than what helps to decode it
     settings = cast("dict[str, Any]", checkpoint.config.get("quantization_config") or {})
     how = quantization(settings) if settings else "its config does not say how"
-    out = ", or dequantize this one (--dequantize)." if _decodable(checkpoint) else "."
+    out = f", {DEQUANTIZE}." if _decodable(checkpoint) else "."
     raise NotSupported(
         "quantized_base",
         f"{checkpoint.path.name} is quantized ({how}): {name} ({left[name].dtype}) would stay as it is packed.",

@@ -40,7 +40,7 @@ def decoded(checkpoint: Tensors, packed: Nf4) -> Decoded:
 
     def rows(begin: int, end: int) -> torch.Tensor:
         first, last = begin * columns, end * columns
-        halves = part("").reshape(-1)[first // 2 : -(-last // 2)]
+        halves = part("").reshape(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
         values = _pairs(part(".quant_map").float()).index_select(0, halves.int()).reshape(-1)
         block = first // packed.block
         scales = _scales(part, packed, block, -(-last // packed.block)).repeat_interleave(packed.block)

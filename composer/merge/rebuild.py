@@ -19,7 +19,7 @@ import torch
 from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_json
 from composer.formats.facts import WEIGHTS_FILE
-from composer.formats.header import TensorEntry
+from composer.formats.header import PICKLE_SUFFIXES, TensorEntry
 from composer.hashing import hash_file
 from composer.merge import AdapterUse, MergePlan, index_of, plan_merge
 from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
@@ -174,7 +174,7 @@ def _other_copy(path: Path, original: Path) -> str:
 def _more_weights(plan: MergePlan, merged: Path) -> list[FileDifference]:
     """A loader may take them for the model's."""
     made = {shard.file for shard in plan.shards}
-    found = sorted(path.name for path in merged.glob("*.safetensors"))
+    found = sorted(path.name for path in merged.iterdir() if path.suffix in {".safetensors", *PICKLE_SUFFIXES})
     return [FileDifference(name, 0, 0, "is of no such merge") for name in found if name not in made]
 
 

@@ -60,7 +60,7 @@ def _weights_digest(release: Json) -> str:
     return next(file["sha256"] for file in release["files"] if file["path"] == WEIGHTS_FILE)
 
 
-def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path]) -> Json:
+def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *, dequantize: bool) -> Json:
     """The same of what `adaptory merge` wrote into a directory, from the base and the adapters that are named."""
     from composer.formats.checkpoint import open_checkpoint
     from composer.merge.rebuild import plan_rebuild, rebuild
@@ -72,6 +72,6 @@ def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path]) -
             subject=str(directory),
             next_step="Add --base-dir DIR, and --adapter DIR for each adapter that was merged.",
         )
-    plan = plan_rebuild(directory, open_checkpoint(base_dir), adapters)
+    plan = plan_rebuild(directory, open_checkpoint(base_dir, dequantize), adapters)
     with render.progress(f"rebuild {directory}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()

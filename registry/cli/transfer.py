@@ -118,7 +118,7 @@ def pull(
     )
 
 
-def verify(
+def verify(  # noqa: PLR0913
     what: Annotated[str, typer.Argument(metavar="DIR|REF", help="A directory or a reference.")],
     key: Annotated[
         Path | None, typer.Option(metavar="PUB.pem", help="The public key that must have signed every file.")
@@ -130,6 +130,9 @@ def verify(
     adapter: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Of a local merge: each adapter that was merged.")
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Of a local merge: its base was merged as the values it stands for.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Whether a key has signed every file and each is still what was signed; whether a merge gives the same again."""
@@ -149,7 +152,7 @@ def verify(
             if rebuild:
                 told["rebuild"] = rebuilt(connection, release, directory, base_dir)
         elif rebuild:
-            told["rebuild"] = rebuilt_here(directory, base_dir, adapter or [])
+            told["rebuild"] = rebuilt_here(directory, base_dir, adapter or [], dequantize=dequantize)
         if public_key:
             told["signed_by"] = (
                 verify_files(directory, _digests(release), public_key)  # hashed a moment ago

@@ -115,6 +115,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "bad_index",
         "metadata",
     ),
+    "weights twice": (
+        lambda base: (base / "model.safetensors").write_bytes(max(base.glob("model-*")).read_bytes()),
+        "two_checkpoints",
+        "model.safetensors, and the shards of",
+    ),
     "a quantization that is a text": (
         lambda base: set_config(base, quantization_config="fp8"),
         "bad_config",

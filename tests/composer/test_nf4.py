@@ -38,6 +38,19 @@ def test_what_bitsandbytes_packed_is_unpacked_however_many_rows_are_asked_for(na
         assert torch.equal(nf4.decoded(file, packed).rows(begin, end), whole[begin:end])
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_packed_bytes_may_be_stored_as_any_dtype(storage: torch.dtype, tmp_path: Path) -> None:
+    """FSDP shards 4-bit weights as bytes of the dtype that everything else has: `bnb_4bit_quant_storage`."""
+    tensors, file = load_file(DATA), OneFile(DATA)
+    packed = nf4_weights(file.tensors, file.locate)["nested.weight"]
+    stored = damaged(tmp_path, {"nested.weight": tensors["nested.weight"].reshape(-1).view(storage).reshape(-1, 1)})
+    again = nf4_weights(stored.tensors, stored.locate)["nested.weight"]
+    assert torch.equal(nf4.decoded(stored, again).rows(3, 11), nf4.decoded(file, packed).rows(3, 11))
+    half = damaged(tmp_path, {"nested.weight": tensors["nested.weight"].reshape(-1)[:-4].view(storage)})
+    with pytest.raises(InvalidFile, match="size"):
+        nf4_weights(half.tensors, half.locate)
+
+
 def test_rounding_to_four_bits_is_what_bitsandbytes_does() -> None:
     file = OneFile(DATA)
     packed = nf4_weights(file.tensors, file.locate)["plain.weight"]

@@ -130,6 +130,7 @@ LIES: dict[str, tuple[str, Callable[[Path], Json]]] = {
     "a version is a path": ("bad_version", lambda _: release_of(row(), version="../../../v1/other")),
     "a file climbs": ("bad_path", lambda _: release_of(row("../../victim/authorized_keys"))),
     "a file is absolute": ("bad_path", lambda victim: release_of(row(str(victim)))),
+    "a file is hidden": ("hidden_file", lambda _: release_of(row(".git/config"))),
     "a file hides its ending": ("bad_path", lambda _: release_of(row("\u202egpj.x"))),
     "a file is a directory": ("bad_manifest", lambda _: release_of(row("x"), row("x/y"))),
     "two files are one": ("bad_manifest", lambda _: release_of(row("x"), row("X"))),

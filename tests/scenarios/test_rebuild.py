@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaForCausalLM
 
+from tests.composer.test_merge_nf4 import pack
 from tests.scenarios.test_compositions import release_all, write_recipe
 from tests.scenarios.world import Cli, World
 
@@ -103,11 +105,32 @@ def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapt
     missing = stocked_embedded("verify", merged, "--rebuild", "--base-dir", world.base, "--adapter", sql)
     assert missing.code == 1
     assert other.name in missing.err
+    for more in ("adapter.safetensors", "pytorch_model.bin"):
+        (merged / more).write_bytes(b"a loader may take it for the model")
+        told = stocked_embedded("verify", merged, "--rebuild", *named)
+        assert (told.code, f"{more} is of no such merge" in told.out) == (1, True), told.out
+        (merged / more).unlink()
     shard = max(merged.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
     changed = stocked_embedded("verify", merged, "--rebuild", *named)
     assert changed.code == 1
     assert shard.name in changed.out
+
+
+def test_a_merge_into_what_a_4_bit_base_stands_for_is_made_again_too(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    LlamaForCausalLM.from_pretrained(world.base).save_pretrained(base)
+    pack(base)
+    sql, merged = world.adapters["sql"], tmp_path / "merged"
+    for command in (("merge", "-o", merged), ("combine", "-o", merged, "--adapter", world.adapters["support"])):
+        refused = stocked_embedded(*command, "--base", base, "--adapter", sql)
+        assert (refused.code, "`adaptory merge --dequantize`" in refused.err) == (1, True), refused.err
+    stocked_embedded.ok("merge", "--base", base, "--adapter", sql, "-o", merged, "--dequantize")
+    named = ("verify", merged, "--rebuild", "--base-dir", base, "--adapter", sql)
+    assert "`adaptory merge --dequantize`" in stocked_embedded(*named).err
+    assert stocked_embedded.json(*named, "--dequantize")["rebuild"]["verdict"] == "same"
 
 
 INTERRUPTED = """

@@ -170,6 +170,7 @@ def test_a_release_cannot_name_bytes_that_nobody_sent_or_a_pickle(stocked_embedd
             ([row(CONFIG, b"{}"), row(WEIGHTS, b"never sent")], "blob_missing"),
             ([row("adapter_model.bin", b"x")], "pickle"),
             ([row("../outside", b"x")], "bad_path"),
+            ([row("GIT~1/config", b"x")], "hidden_file"),
         ):
             with pytest.raises(RegistryError) as raised:
                 api.post("/v1/adapters/acme/sql/releases", {**request, "files": files})

@@ -115,6 +115,7 @@ def test_a_file_with_two_names_is_sent_once(cli: Cli) -> None:
     ("change", "code"),
     [
         ({"path": "../outside"}, "bad_path"),
+        ({"path": "data/.Git/config"}, "hidden_file"),
         ({"path": "model.pt"}, "pickle"),
         ({"size_bytes": 2**60}, "file_too_large"),
         ({"size_bytes": 9}, "size_differs"),
