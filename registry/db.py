@@ -145,8 +145,10 @@ def insert_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
     """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment. Did
     it? Another transaction that adds the same now is waited for."""
     insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
-    result: Any = session.execute(insert(table).values(**values).on_conflict_do_nothing())
-    return result.rowcount == 1
+    key: Any = inspect(table).primary_key[0]
+    # What is returned tells it: PostgreSQL's driver counts no rows of such an insert.
+    added = session.execute(insert(table).values(**values).on_conflict_do_nothing().returning(key))
+    return added.first() is not None
 
 
 @contextmanager

@@ -179,6 +179,19 @@ def test_a_push_whose_channel_refuses_it_tells_what_it_has_published(stocked_emb
     assert (again.json["error"]["code"], again.json["created"]) == ("gate_failed", False)
 
 
+def test_all_that_a_push_brings_into_being_is_in_the_audit(stocked: Cli, world: World) -> None:
+    for name in ("acme/sql:1.0.0", "acme/sql:1.0.0", "acme/other:1.0.0"):
+        stocked.ok("push", world.adapters["sql"], name, "--base", "tiny")
+    rows = stocked.json("audit", "--namespace", "acme")["items"][::-1]
+    assert [(row["act"], row["subject"]) for row in rows] == [
+        ("namespace:create", "acme"),
+        ("repository:create", "acme/sql"),
+        ("release:publish", "acme/sql:1.0.0"),
+        ("repository:create", "acme/other"),
+        ("release:publish", "acme/other:1.0.0"),
+    ]
+
+
 def test_a_list_that_is_cut_off_says_so_and_how_it_goes_on(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
