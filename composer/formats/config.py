@@ -49,6 +49,7 @@ _CONVERT_INIT = (
     "Convert it with PEFT: save_pretrained(directory, path_initial_model_for_weight_conversion=…) writes a plain LoRA. "
     "Where the changed base was saved: adaptory convert ADAPTER --base THAT_BASE --residual-base -o OUT."
 )
+REBASED_INITS = ("pissa", "olora", "corda", "lora_ga")  # and what follows these names; they change the base
 PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})  # they leave the base alone
 
 
@@ -145,8 +146,11 @@ class AdapterConfig:
         if self.init == "loftq":
             reason = "init_lora_weights=loftq: its factors make up for the error of the quantized base, not of this one"
             return Refusal(reason, "Serve it on the quantized base that it was trained on.")
-        if self.init not in PLAIN_INITS:
+        if self.init.startswith(REBASED_INITS):
             reason = f"init_lora_weights={self.init}: it changed the base at the start, so the factors do not fit it"
+            return Refusal(reason, _CONVERT_INIT)
+        if self.init not in PLAIN_INITS:
+            reason = f"init_lora_weights={self.init[:80]} is not known: it may have changed the base at the start"
             return Refusal(reason, _CONVERT_INIT)
         return None
 

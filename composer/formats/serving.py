@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from composer.errors import NotSupported
-from composer.formats.config import AdapterConfig
+from composer.formats.config import REBASED_INITS, AdapterConfig
 from composer.formats.facts import AdapterFacts
 from composer.formats.naming import PEFT_PREFIX, is_raw, lacks_prefix
 from composer.formats.placed import OTHER_PATHS, Placed
@@ -20,7 +20,6 @@ SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 PROFILES = ("vllm:<max_lora_rank>", "sglang", "lorax", "llamacpp", "peft")
-_REBASED_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 _FOLD = "fold: rewrite scales into plain factors (combine with one adapter does it)"
 _FOLD_RANKS = "fold: rewrite scales into plain factors of one rank (combine with one adapter and --rank {} does it)"
@@ -181,7 +180,7 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[
     problems: list[tuple[str, str]] = []
     if config.flags:
         problems.append((f"{facts.variant} is refused", "" if config.unsupported() else _MERGE))
-    if config.init.startswith(_REBASED_INITS):
+    if config.init.startswith((*REBASED_INITS, "loftq")):
         problems.append(
             (
                 f"init_lora_weights={config.init} is refused: its factors fit a changed base",

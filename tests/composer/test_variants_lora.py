@@ -277,6 +277,15 @@ def test_what_no_weight_can_express_is_refused_with_a_way_out(case: str, tmp_pat
     assert way_out in caught.value.next_step
 
 
+def test_an_unknown_way_to_begin_is_not_said_to_have_changed_the_base(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, lora(), tmp_path / "adapter")
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "Wonder"'))
+    with pytest.raises(NotSupported, match="init_lora_weights=wonder is not known: it may have"):
+        load_deltas(adapter, open_checkpoint(base).architecture)
+
+
 @pytest.mark.parametrize(
     "flag", ["use_qalora", "arrow_config", "layer_replication", "megatron_config", "alora_invocation_tokens"]
 )
