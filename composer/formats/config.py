@@ -15,6 +15,7 @@ from composer.text import LONE_SURROGATE, shown
 _Value = TypeVar("_Value")
 _CONFIG_FILE = "adapter_config.json"
 _CONFIG_BYTES = 10_000_000
+_CONFIG_VALUES = 300_000  # three names for each of 90,000 modules; as objects, values take thirty times their text
 _TEXT_CHARS = 1_000
 _MOST_LISTED = 10
 
@@ -254,6 +255,8 @@ def _bad(subject: str, why: str) -> InvalidFile:
 def _json_object(content: bytes, subject: str) -> dict[str, Any]:
     if len(content) > _CONFIG_BYTES:
         raise _bad(subject, f"it has more than {_CONFIG_BYTES} bytes")
+    if sum(map(content.count, (b",", b"[", b"{"))) > _CONFIG_VALUES:
+        raise _bad(subject, f"it has more than {_CONFIG_VALUES:,} values")
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:

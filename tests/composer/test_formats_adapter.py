@@ -250,6 +250,11 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no tensors": (lambda adapter: change_tensors(adapter, lambda tensors: {}), "empty_adapter", WEIGHTS),
     "an ungathered shard": (flatten, "ungathered", "lora_A.weight"),
     "a config that is no JSON": (lambda adapter: (adapter / CONFIG).write_text("{"), "bad_config", CONFIG),
+    "a config of a million lists": (
+        lambda adapter: (adapter / CONFIG).write_text('{"peft_type": "LORA", "x": [' + "[]," * 1_000_000 + "0]}"),
+        "bad_config",
+        "300,000 values",
+    ),
     "a config without a type": (configured(peft_type=None), "bad_config", CONFIG),
     "a rank of zero": (configured(r=0), "bad_config", CONFIG),
     "a flag that is neither true nor false": (configured(use_dora="x"), "bad_config", CONFIG),
