@@ -183,6 +183,7 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
     """The blob, if the actor may read in one of the namespaces that hold it. Raises NotFound also when it may not."""
     with resources.read() as session:
         holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
+        size_bytes = session.scalar(select(Blob.size_bytes).where(Blob.sha256 == sha256)) or 0
     stat = resources.store.stat(sha256) if any(may_read(actor, namespace) for namespace in holders) else None
     if stat is None:
         raise NotFound(
@@ -191,7 +192,19 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
             subject=sha256,
             next_step="Announce its bytes (POST /v1/uploads) and send them.",
         )
+    refuse_damaged(stat, size_bytes, f"blob {sha256}")
     return stat
+
+
+def refuse_damaged(stat: BlobStat, size_bytes: int, named: str) -> None:
+    """Raises Unavailable for a blob of another size than it came with; other bytes of that size a client finds."""
+    if stat.size_bytes != size_bytes:
+        raise Unavailable(
+            "blob_corrupt",
+            f"{named} is damaged: it has {size_bytes:,} bytes, and {stat.size_bytes:,} in the store.",
+            subject=stat.sha256,
+            next_step="Tell those who run the registry: `adaptory fsck` names what is damaged.",
+        )
 
 
 def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Digest]:

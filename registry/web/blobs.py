@@ -16,6 +16,7 @@ from registry.http.request import ResourcesOf, body_chunks, content_length, uplo
 from registry.http.rules import Caller
 from registry.http.threads import in_store_threads, streamed
 from registry.manifest import ManifestFile
+from registry.models import RevisionFile
 from registry.names import Digest, parse_digest, parse_part
 from registry.resources import Resources
 from registry.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
@@ -93,16 +94,17 @@ def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     return Response(headers=_headers(stat.sha256, stat.size_bytes))
 
 
-def file_response(resources: Resources, sha256: Digest, named: str, byte_range: str | None) -> Response:
-    """As `blob_response`, for a caller that may read a release with these bytes, in which they are `named` so."""
-    stat = resources.store.stat(sha256)
+def file_response(resources: Resources, file: RevisionFile, named: str, byte_range: str | None) -> Response:
+    """As `blob_response`, for a caller that may read a release with this file, in which it is `named` so."""
+    stat = resources.store.stat(Digest(file.sha256))
     if stat is None:
         raise Unavailable(
             "blob_lost",
-            f"The store has lost the bytes of {named} ({sha256}).",
-            subject=sha256,
+            f"The store has lost the bytes of {named} ({file.sha256}).",
+            subject=file.sha256,
             next_step="Restore the blob from a backup, or push the same file again.",
         )
+    uploads.refuse_damaged(stat, file.size_bytes, named)
     return blob_response(resources, stat, byte_range)
 
 

@@ -12,7 +12,7 @@ from registry.http.rules import Caller, Publisher, Reader, Releaser
 from registry.http.threads import in_store_threads
 from registry.manifest import ManifestFile
 from registry.models import Release
-from registry.names import Digest, parse_digest, parse_version
+from registry.names import parse_digest, parse_version
 from registry.publishing import Push
 from registry.schemas import Page
 from registry.schemas.catalog import (
@@ -130,7 +130,7 @@ def download_file(
 ) -> Response:
     with resources.read() as session:
         file = releases.find_file(session, releases.find(session, named.name, parse_version(version), named.kind), path)
-    return file_response(resources, Digest(file.sha256), f"{path} of {named.name}:{version}", byte_range)
+    return file_response(resources, file, f"{path} of {named.name}:{version}", byte_range)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")

@@ -53,17 +53,23 @@ def test_a_blob_damaged_in_the_store_is_named_and_never_delivered_nor_published(
     assert traces(stocked).releases == ("acme/sql:1.0.0",)
 
 
-@pytest.mark.parametrize("kept", [100, 0], ids=["cut off", "empty"])
-def test_a_blob_that_is_too_short_is_named_as_damaged_at_once(
-    stocked: Cli, world: World, tmp_path: Path, kept: int
+@pytest.mark.parametrize(
+    "harm",
+    [lambda content: content[:100], lambda content: b"", lambda content: content + b"more"],
+    ids=["cut off", "empty", "longer"],
+)
+def test_a_blob_of_another_size_is_named_as_damaged_at_once(
+    stocked: Cli, world: World, tmp_path: Path, harm: Callable[[bytes], bytes]
 ) -> None:
     digest = pushed(stocked, world)[WEIGHTS]
-    stored.overwrite(stocked, digest, stored.read(stocked, digest)[:kept])
+    stored.overwrite(stocked, digest, harm(stored.read(stocked, digest)))
     started = time.monotonic()
     refused = stocked("pull", "acme/sql", "-o", tmp_path / "out")
     assert time.monotonic() - started < sum(PAUSES_S), "nobody waits for bytes that are not there"
     assert (refused.code, f"{WEIGHTS} of acme/sql:1.0.0 is damaged" in refused.err) == (7, True), refused.err
     assert not (tmp_path / "out").exists()
+    with api_of(stocked) as api, pytest.raises(Unavailable, match="is damaged"):
+        api.get(f"/v1/blobs/{digest}")
 
 
 def test_a_file_that_the_database_says_is_another_is_named_as_damaged(
