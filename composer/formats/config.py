@@ -147,13 +147,11 @@ class AdapterConfig:
         if self.init == "loftq":
             reason = "init_lora_weights=loftq: its factors make up for the error of the quantized base, not of this one"
             return Refusal(reason, "Serve it on the quantized base that it was trained on.")
-        if self.init.startswith(REBASED_INITS):
-            reason = f"init_lora_weights={self.init}: it changed the base at the start, so the factors do not fit it"
-            return Refusal(reason, _CONVERT_INIT)
-        if self.init not in PLAIN_INITS:
-            reason = f"init_lora_weights={self.init[:80]} is not known: it may have changed the base at the start"
-            return Refusal(reason, _CONVERT_INIT)
-        return None
+        if self.init in PLAIN_INITS:
+            return None
+        changed = "it" if self.init.startswith(REBASED_INITS) else "this version does not know it, and it may have"
+        reason = f"init_lora_weights={self.init[:80]}: {changed} changed the base at the start"
+        return Refusal(f"{reason}, so that the factors do not fit it", _CONVERT_INIT)
 
     @property
     def base_model_name_or_path(self) -> str | None:
@@ -231,20 +229,13 @@ def _refused_type(config: AdapterConfig) -> Refusal | None:
         why = REFUSED.get(config.peft_type, "this version does not know it")
         return Refusal(f"{shown(config.peft_type)}: {why}", "Serve it with PEFT itself, or train a LoRA.")
     option, why = TYPES[config.peft_type].needs
-    return (
-        Refusal(f"{config.peft_type}: {why}", f"Save it with {option}=True.")
-        if option and not config.options[option]
-        else None
-    )
-
-
-def pattern_matches(key: str, module: str) -> bool:
-    """PEFT's rule: the key is a regex for the end of the module path, beginning at a dot."""
-    return matches_end(key, module)
+    if not option or config.options[option]:
+        return None
+    return Refusal(f"{config.peft_type}: {why}", f"Save it with {option}=True.")
 
 
 def _first_match(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
-    return next((value for key, value in pattern.items() if pattern_matches(key, module)), default)
+    return next((value for key, value in pattern.items() if matches_end(key, module)), default)
 
 
 def _bad(subject: str, why: str) -> InvalidFile:

@@ -8,7 +8,7 @@ from math import prod
 from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
-from composer.formats.config import AdapterConfig, pattern_matches
+from composer.formats.config import AdapterConfig
 from composer.formats.experts import missing_parameters, owner_of
 from composer.formats.header import FLOAT_DTYPES, Header
 from composer.formats.naming import (
@@ -23,7 +23,7 @@ from composer.formats.naming import (
 )
 from composer.formats.pairs import PAIR_PARTS, place_pair, place_tokens
 from composer.formats.parts import Size
-from composer.formats.patterns import matches_whole
+from composer.formats.patterns import matches_end, matches_whole
 from composer.formats.placed import NORMED_EMBEDDINGS, WHOLE_KINDS, Placed, PlacedModule, Placement, bias_of, by
 from composer.formats.targeting import surely_untargeted
 from composer.formats.types import RETIRED_PARTS, TYPES, AdapterType
@@ -295,7 +295,7 @@ def _check_patterns(placement: Placement, paths: set[str]) -> None:
     config = placement.config
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
-            if not any(pattern_matches(key, path) for path in paths):
+            if not any(matches_end(key, path) for path in paths):
                 placement.error("pattern_unused", key, f"{name} has {key!r}, which matches no module.")
 
 

@@ -282,7 +282,7 @@ def test_an_unknown_way_to_begin_is_not_said_to_have_changed_the_base(tmp_path: 
     adapter = save_adapted(base, lora(), tmp_path / "adapter")
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "Wonder"'))
-    with pytest.raises(NotSupported, match="init_lora_weights=wonder is not known: it may have"):
+    with pytest.raises(NotSupported, match="init_lora_weights=wonder: this version does not know it"):
         load_deltas(adapter, open_checkpoint(base).architecture)
 
 

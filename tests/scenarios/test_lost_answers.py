@@ -219,7 +219,7 @@ def test_a_key_stands_for_one_request(network: Network, push: Push, world: World
     assert push("mine", "acme/sql:1.0.1", "--channel", "prod").code == 0
     reused = network.again(version="1.0.0")
     assert (reused.status_code, reused.json()["code"]) == (409, "key_reused"), reused.text
-    for key in ("", "a b", "x" * 65, "\u00e4".encode().decode("latin-1")):
+    for key in ("", "a b", "x" * 65, "x\ty"):
         refused = network.again(key=key)
         assert refused.status_code == 422, refused.text
 
