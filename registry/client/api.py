@@ -17,7 +17,7 @@ from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavaila
 from registry.names import Reference, RepositoryName
 
 Json = dict[str, Any]
-PAGE = 500
+_PAGE = 500
 """The most items that a page has."""
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
@@ -96,7 +96,7 @@ class Api:
         found: list[Json] = []
         cursor: str | None = query.pop("cursor", None)
         while True:
-            page = self.get(path, cursor=cursor, limit=min(most - len(found), PAGE), **query)
+            page = self.get(path, cursor=cursor, limit=min(most - len(found), _PAGE), **query)
             found += page["items"]
             cursor = page["next"]
             if cursor is None or len(found) >= most:
