@@ -1,19 +1,19 @@
-"""Promote, roll back: a channel moves by compare-and-set and its moves are never rewritten."""
+"""Promote, roll back, history: a channel moves by compare-and-set and its moves are never rewritten."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, cast
 
 from sqlalchemy import Select, Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
-from registry import audit, gates, moves, namespaces, releases, repositories
+from registry import audit, gates, namespaces, releases, repositories
 from registry.audit import Act, Actor
 from registry.db import insert_if_absent
 from registry.errors import NotFound, Refused, Stale, Usage
 from registry.gates import GateResult
 from registry.models import Base, Channel, Gate, Move, Namespace, Release, Repository, Revision
-from registry.moves import Moved
 from registry.names import RepositoryName, Version, parse_part
 from registry.releases import full_name
 from registry.repositories import Kind
@@ -25,6 +25,7 @@ NOTHING_YET = 0
 _channel, _gate, _move, _namespace, _release, _repository, _revision = (
     table.__table__.c for table in (Channel, Gate, Move, Namespace, Release, Repository, Revision)
 )
+_left = Release.__table__.alias("left")
 
 # A promotion is these five statements, of columns: with objects it took twice as long.
 _ASKED = Prepared(
@@ -56,17 +57,28 @@ _ASKED = Prepared(
 )
 """The release, and the namespace's policy, which nobody changes until this ends. Moves of one channel wait for each
 other here instead of failing, unless they say what they expect to find."""
+_VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_version")]
+_MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
+"""What `Moved` holds, in its order."""
 _STATE = Prepared(
-    select(_channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *moves.TOLD)
+    select(_channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
     .outerjoin(Move.__table__, _move.id == _channel.move_id)
     .outerjoin(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
-    .outerjoin(moves.LEFT, moves.LEFT.c.id == _move.from_release_id)
+    .outerjoin(_left, _left.c.id == _move.from_release_id)
     .where(_channel.id == bindparam("channel"))
 )
 """A channel's rules and its current move: read when the channel is locked, for what was before a wait has passed."""
+_HISTORY = (
+    select(*_MOVED)
+    .select_from(Move.__table__)
+    .join(Release.__table__, _release.id == _move.to_release_id)
+    .outerjoin(_left, _left.c.id == _move.from_release_id)
+    .where(_move.channel_id == bindparam("channel"))
+    .order_by(_move.id.desc())
+)
 _INSERT = Prepared(
     insert(cast(Table, Move.__table__)).returning(_move.id),
     sets=[column.name for column in _move if column is not _move.id],
@@ -87,6 +99,21 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """A move as it is told; `gates` are the results as they were written down."""
+
+    id: int
+    kind: str
+    from_version: str | None
+    to_version: str
+    actor: str
+    reason: str
+    forced: bool
+    gates: Sequence[Mapping[str, Any]]
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Promotion:
     """What is to be put where. A repository of another kind than `kind`, if it is given, is not found."""
 
@@ -104,7 +131,7 @@ class Promotion:
         return f"{self.repository}@{self.channel}"
 
 
-def promote(  # noqa: PLR0913
+def promote(
     session: Session,
     actor: Actor,
     wanted: Promotion,
@@ -112,25 +139,31 @@ def promote(  # noqa: PLR0913
     reason: str = "",
     force: bool = False,
     expected: Expected | None = None,
-    request_key: str | None = None,
 ) -> Moved:
     """Puts the release on the channel when every gate passes. `force` skips failed gates, and needs a reason.
 
-    What the channel serves already is not moved again: the answer is its current move. Nor is a request that is
-    repeated (`request_key`), whatever has become of the channel since: the answer is the move that it made.
+    What the channel serves already is not moved again: the answer is its current move.
     """
     release = _asked(session, wanted)
-    if made := moves.made_by(session, release.channel_id, request_key, "promote", str(wanted.version)):
-        return made
     namespace = wanted.repository.namespace
     releases.refuse_without_signature(namespace, release, release.signed_by, published=wanted.release)
     _refuse_unpromotable(release, wanted, reason, force=force)
     [current] = _STATE.records(session, {"channel": release.channel_id})
     _check_expected(current.move_id, expected, wanted.subject)
     actor = replace(actor, at=max(actor.at, current.at or actor.at))  # who waited here asked before the last move
-    results, forced = _through_gates(wanted, _judge(session, release, current.rules), force=force)
+    report = _judge(session, release, current.rules)
+    failed = sum(not result.passed for result in report)
+    results = [result.to_json() for result in report]
+    if failed and not force:
+        raise Refused(
+            "gate_failed",
+            f"{wanted.release} does not pass {failed} of {len(report)} gates of {wanted.subject}.",
+            subject=wanted.subject,
+            next_step="Look at the numbers; a releaser may use --force with a --reason.",
+            findings=results,
+        )
     if current.to_release_id == release.id:
-        return Moved(*current[-len(moves.TOLD) :])
+        return Moved(*current[-len(_MOVED) :])
     values = {
         "channel_id": release.channel_id,
         "kind": "promote",
@@ -139,10 +172,9 @@ def promote(  # noqa: PLR0913
         "below_id": current.move_id,
         "actor": actor.name,
         "reason": reason,
-        "forced": forced,
+        "forced": failed > 0,
         "gates": results,
         "at": actor.at,
-        "request_key": request_key,
     }
     move_id = _set(session, values, current.move_id, wanted.subject)
     audit.record(
@@ -154,11 +186,11 @@ def promote(  # noqa: PLR0913
         reason=reason,
         before=_serves(current.move_id, current.to_version, current.commit) if current.move_id else None,
         after=_serves(move_id, str(wanted.version), release.commit),
-        forced=forced,
+        forced=failed > 0,
         gates=results,
     )
     version = str(wanted.version)
-    return Moved(move_id, "promote", current.to_version, version, actor.name, reason, forced, results, actor.at)
+    return Moved(move_id, "promote", current.to_version, version, actor.name, reason, failed > 0, results, actor.at)
 
 
 def roll_back(  # noqa: PLR0913
@@ -170,17 +202,11 @@ def roll_back(  # noqa: PLR0913
     to: Version | None = None,
     reason: str = "",
     expected: Expected | None = None,
-    request_key: str | None = None,
 ) -> Moved:
-    """Returns to the release that was live before the current one was promoted, or to `to`; yanked ones are skipped.
-
-    A request that is repeated (`request_key`) goes back once.
-    """
+    """Returns to the release that was live before the current one was promoted, or to `to`; yanked ones are skipped."""
     session.scalar(_locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
-    if made := moves.made_by(session, channel.id, request_key, "rollback", str(to) if to else None):
-        return made
     _check_expected(channel.move_id, expected, subject)
     current = current_of(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
@@ -203,7 +229,6 @@ def roll_back(  # noqa: PLR0913
         "forced": False,
         "gates": [],
         "at": actor.at,
-        "request_key": request_key,
     }
     move_id = _set(session, values, current.id, subject)
     left, reached = current.to_release, target.to_release
@@ -231,6 +256,12 @@ def serving(session: Session, channel: Channel) -> Move | None:
     None before its first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
     return _below(session, current) if current and current.to_release.yanked else current
+
+
+def history(session: Session, channel: Channel, *, before: int, limit: int) -> list[Moved]:
+    """The newest move first; `before` is the id of the last move of the page before, 0 for the first page."""
+    query = _HISTORY.where(_move.id < before) if before else _HISTORY
+    return [Moved(*row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
 
 
 def find(session: Session, repository: Repository, name: str) -> Channel:
@@ -324,23 +355,6 @@ def _refuse_unpromotable(release: Any, wanted: Promotion, reason: str, *, force:
             subject=wanted.subject,
             next_step="Say why with --reason.",
         )
-
-
-def _through_gates(
-    wanted: Promotion, report: Sequence[GateResult], *, force: bool
-) -> tuple[list[dict[str, Any]], bool]:
-    """What the gates said, and whether it was forced. Raises Refused when one of them says no and nobody forces it."""
-    failed = sum(not result.passed for result in report)
-    results = [result.to_json() for result in report]
-    if failed and not force:
-        raise Refused(
-            "gate_failed",
-            f"{wanted.release} does not pass {failed} of {len(report)} gates of {wanted.subject}.",
-            subject=wanted.subject,
-            next_step="Look at the numbers; a releaser may use --force with a --reason.",
-            findings=results,
-        )
-    return results, failed > 0
 
 
 def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[GateResult]:

@@ -17,7 +17,7 @@ MAX_FILES = 2_000
 MAX_PATH_CHARACTERS = 400
 MAX_PART_BYTES = 240
 """File systems take 255, of which the name of an unfinished copy needs some."""
-_HIDDEN = re.compile(r"\.(?!\.?$)|git~\d+$", re.IGNORECASE)
+_HIDDEN = re.compile(r"\.|git~\d+$", re.IGNORECASE)
 """`GIT~1` is what Windows calls `.git`, too."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories of what is not shown, or shows the rest in another order or on another line."""
@@ -77,13 +77,6 @@ class ManifestFile:
 def check_path(path: str) -> str:
     """A relative POSIX path in its normal form, which no client could turn into a place outside its directory."""
     parts = PurePosixPath(path).parts
-    if any(_HIDDEN.match(part) for part in parts[:MAX_PATH_CHARACTERS]):
-        raise Invalid(
-            "hidden_file",
-            f"{path[:120]!r} is hidden, or lies in a hidden directory.",
-            subject=path[:120],
-            next_step="Leave it out: programs do what such files say (.git, .envrc) wherever they lie.",
-        )
     bad = (
         not parts
         or len(path) > MAX_PATH_CHARACTERS
@@ -102,6 +95,17 @@ def check_path(path: str) -> str:
             next_step="Use relative paths below the pushed directory, in plain characters and short names.",
         )
     return path
+
+
+def refuse_hidden(path: str) -> None:
+    """Raises Invalid for what programs may run wherever it lies. Releases from before this was asked may have some."""
+    if any(_HIDDEN.match(part) for part in path.split("/")):
+        raise Invalid(
+            "hidden_file",
+            f"{path[:120]!r} is hidden, or lies in a hidden directory.",
+            subject=path[:120],
+            next_step="Release it without: programs do what such files say (.git, .envrc) wherever they lie.",
+        )
 
 
 def refuse_pickle(path: str) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,13 +18,14 @@ from composer.formats.header import DEFAULT_LIMITS, header_length, parse_header
 from composer.formats.inspection import inspect
 from composer.formats.serving import judge
 from composer.spectrum import spectrum
-from registry import bases, namespaces, releases
+from registry import bases, namespaces, releases, repeats
 from registry.audit import Actor
 from registry.errors import Invalid, Unavailable, refuse_errors
-from registry.manifest import ENDS_BYTES, ManifestFile, check_path, is_zip, refuse_pickle, refuse_pickled
+from registry.manifest import ENDS_BYTES, ManifestFile, check_path, is_zip, refuse_hidden, refuse_pickle, refuse_pickled
 from registry.models import Release
 from registry.names import Digest, RepositoryName, Version
 from registry.releases import Input, NewRelease
+from registry.repeats import Keyed
 from registry.repositories import Kind
 from registry.resources import Resources
 from registry.schemas.catalog import AdapterFactsOut
@@ -40,8 +41,7 @@ _PARALLEL = 8
 class Push:
     """What a client wants released; `version` or `bump` is set, and the bytes of `files` are in the store.
 
-    `provenance` is what the pusher states of it; it wins over what the model card says. A request that is repeated has
-    the same `request_key`.
+    `provenance` is what the pusher states of it; it wins over what the model card says.
     """
 
     repository: RepositoryName
@@ -55,33 +55,42 @@ class Push:
     composition_id: int | None = None
     allow_breaking: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    request_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """`created` is False where another request published the same before. `warnings` did not stop the push."""
+    """`created` is False where another request published the same. `warnings` are findings that did not stop it."""
 
     release_id: int
     created: bool
-    warnings: list[Finding]
+    warnings: list[dict[str, Any]]
 
 
-def publish(resources: Resources, actor: Actor, push: Push) -> Published:
+def publish(resources: Resources, actor: Actor, push: Push, keyed: Keyed | None = None) -> Published:
     """Reads the facts from the files themselves, checks them against the base, and makes the release.
 
     Raises Invalid with every error finding when the files do not fit; nothing is written then.
     """
+    with resources.read() as session:
+        known = repeats.known(session, keyed)
+    if known is not None:
+        return Published(**known)
     new, findings = prepare(resources, push)
     with resources.write() as session:
+        known = repeats.claim(session, keyed, actor.at)
+        if known is not None:
+            return Published(**known)
         release, created = releases.publish(session, actor, new)
-        return Published(release.id, created, findings)
+        published = Published(release.id, created, [finding.to_json() for finding in findings])
+        repeats.keep(session, keyed, asdict(published))
+        return published
 
 
 def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]]:
     """All of a publication but its rows, so that several can be published in one transaction."""
     for file in push.files:
         check_path(file.path)
+        refuse_hidden(file.path)
         refuse_pickle(file.path)
     with resources.read() as session:
         base_digest = bases.find(session, push.base).digest
@@ -110,7 +119,6 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         servers=seen.servers,
         loading=seen.loading,
         signed_by=signed_by,
-        request_key=push.request_key,
     )
     return new, [*seen.findings, *doubts, *doubted]
 

@@ -23,7 +23,7 @@ from registry.models import (
     Revision,
     RevisionFile,
 )
-from registry.names import RepositoryName, Version, parse_version
+from registry.names import RepositoryName, Version
 from registry.repositories import Kind
 from registry.signing import fingerprint
 
@@ -43,8 +43,7 @@ class NewRelease:
     """`version` or `bump` is set. `facts` are those of `composer.formats.facts`, or of a merged checkpoint.
 
     `allow_breaking` is why a breaking change may have a number that promises there is none. `servers` and `loading` are
-    those of `composer.formats.serving`, `spectrum` that of `composer.spectrum`, `signed_by` a key's fingerprint. A
-    request that is repeated has the same `request_key`.
+    those of `composer.formats.serving`, `spectrum` that of `composer.spectrum`, `signed_by` a key's fingerprint.
     """
 
     repository: RepositoryName
@@ -63,15 +62,13 @@ class NewRelease:
     servers: int = 0
     loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     signed_by: str | None = None
-    request_key: str | None = None
 
 
 def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
-    """The release, and whether this request made it, now or when it came before (`request_key`).
+    """The release and whether it is new. The same content again is a retry, other content under the version a Conflict.
 
-    The same content again is a retry, other content under the version a Conflict. The blobs must be known already
-    (bytes first, rows second). Raises Refused for a breaking change whose version lies within `^previous`, unless
-    `allow_breaking` says why.
+    The blobs must be known already (bytes first, rows second). Raises Refused for a breaking change whose version lies
+    within `^previous`, unless `allow_breaking` says why.
     """
     if len(new.notes) > MAX_NOTES:
         raise Invalid(
@@ -84,8 +81,6 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     repository = repositories.find_or_create(session, actor, new.repository, new.kind)
     # One after the other: who takes a number, and what breaks beside its neighbours, depends on what is there.
     session.execute(select(Repository.id).where(Repository.id == repository.id).with_for_update(key_share=True))
-    if made := _made_by(session, repository, new, commit):
-        return made, True
     surface = breaking.surface(new.base_digest, new.facts, new.files)
     version = new.version or numbering.next_version(session, repository, new.bump, surface)
     existing = _by_version(session, repository, version)
@@ -283,30 +278,8 @@ def refuse_without_signature(
     raise Refused("unsigned", f"{detail}.", subject=namespace, next_step=next_step)
 
 
-def _made_by(session: Session, repository: Repository, new: NewRelease, commit: str) -> Release | None:
-    """What the request published when it came before. Raises Conflict where it asked for something else then."""
-    query = select(Release).where(Release.repository_id == repository.id, Release.request_key == new.request_key)
-    made = session.scalar(query) if new.request_key else None
-    if made and not (_is_same(made, new, commit) and new.version in (None, parse_version(made.version))):
-        raise key_reused(str(new.request_key), f"that of {full_name(made)}")
-    return made
-
-
-def key_reused(request_key: str, what: str) -> Conflict:
-    return Conflict(
-        "key_reused",
-        f"The Idempotency-Key {request_key} was that of another request: {what}.",
-        subject=request_key,
-        next_step="Give every request a key of its own.",
-    )
-
-
-def _is_same(existing: Release, new: NewRelease, commit: str) -> bool:
-    return existing.revision.commit == commit and existing.base_digest == new.base_digest
-
-
 def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
-    if _is_same(existing, new, commit):
+    if existing.revision.commit == commit and existing.base_digest == new.base_digest:
         return existing
     what = "other files" if existing.revision.commit != commit else "another base"
     raise Conflict(
@@ -374,7 +347,6 @@ def _insert(
         yank_reason=None,
         created_at=actor.at,
         created_by=actor.name,
-        request_key=new.request_key,
     )
     terms.add(session, release)
     return release

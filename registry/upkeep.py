@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from registry import audit
+from registry import audit, repeats
 from registry.audit import Act
 from registry.db import collect_blobs, only_collection
 from registry.jobs import FINISHED
@@ -87,6 +87,8 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     forgotten = 0
     while (count := _forget_expired(resources, now)) is not None:
         forgotten += count
+    with resources.write() as session:
+        repeats.forget(session, now)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))
     leftovers = resources.store.sweep(before, live)

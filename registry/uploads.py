@@ -19,7 +19,7 @@ from registry.access import Role, may_read, permit
 from registry.audit import Actor
 from registry.db import insert_if_absent, rely_on_blobs
 from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
-from registry.manifest import ManifestFile, check_path, refuse_pickle
+from registry.manifest import ManifestFile, check_path, refuse_hidden, refuse_pickle
 from registry.models import Blob, BlobHolder, RevisionFile, Upload
 from registry.names import Digest
 from registry.resources import Resources
@@ -54,6 +54,7 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
     """
     for file in files:
         check_path(file.path)
+        refuse_hidden(file.path)
         _check_size(resources, file.path, file.size_bytes)
         refuse_pickle(file.path)
     wanted = {file.sha256: file for file in files}

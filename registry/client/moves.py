@@ -1,9 +1,11 @@
 """A channel's moves, each made once however often it has to be asked for."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from registry.client.api import Api, Json
-from registry.client.parallel import once
+from registry.client.parallel import PAUSES_S, once, patiently
+from registry.errors import Unavailable
 
 
 def promote(api: Api, release: Json, channel: str, reason: str = "", *, force: bool = False) -> tuple[Json, str | None]:
@@ -23,5 +25,10 @@ def roll_back(api: Api, line: str, channel: str, body: Json) -> tuple[Json, str 
 
 def _moved(api: Api, path: str, full: str, ask: Callable[[dict[str, str]], Json]) -> tuple[Json, str | None]:
     move, lost = once(ask, f"adaptory history {full}")
-    now = api.get(path) if lost else None
-    return move, now["version"] if now and now["move"] > move["id"] else None
+    if not lost:
+        return move, None
+    with suppress(Unavailable):  # the move is known to be made, whatever else is told
+        now = patiently(lambda: api.get(path), iter(PAUSES_S))
+        if now["move"] > move["id"]:
+            return move, now["version"] or "no release that is not yanked"
+    return move, None

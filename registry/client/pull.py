@@ -25,7 +25,7 @@ from registry.client.cache import BlobCache, is_regular
 from registry.client.parallel import PAUSES_S, Progress, each
 from registry.client.pieces import PartialFile
 from registry.errors import Conflict, Invalid, RegistryError, Unavailable
-from registry.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.names import RepositoryName, Version, parse_digest, parse_repository, parse_version
 
 
@@ -59,6 +59,8 @@ def _parse_release(release: Json) -> _Release:
         raise _bad_answer(
             "commit_differs", f"The commit of {repository}:{version} is not that of its files, {commit[:12]}."
         )
+    for file in files:
+        refuse_hidden(file.path)
     return _Release(repository, version, commit, path, files)
 
 

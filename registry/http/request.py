@@ -1,5 +1,6 @@
 """From a request: what the process holds, the body as a stream, its parameters."""
 
+import hashlib
 from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -9,10 +10,12 @@ from anyio import CapacityLimiter, fail_after, from_thread
 from fastapi import Depends, Header, Path, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel
 from starlette.requests import ClientDisconnect
 
+from registry.audit import Actor
 from registry.errors import Usage
+from registry.repeats import Keyed
 from registry.resources import Resources
 from registry.schemas import MAX_INT64
 
@@ -54,6 +57,15 @@ def _parameters(route: APIRoute) -> tuple[str, ...]:
 def _declared(dependant: Dependant) -> list[str]:
     own = [one.alias for one in dependant.query_params]
     return own + [name for child in dependant.dependencies for name in _declared(child)]
+
+
+def keyed(request: Request, actor: Actor, key: str | None, body: BaseModel) -> Keyed | None:
+    """The request as it is known again, for a route that takes a `RequestKey`."""
+    if key is None:
+        return None
+    expected = [request.headers.get(name, "") for name in ("If-Match", "If-None-Match")]
+    asked = "\n".join((request.method, request.url.path, *expected, body.model_dump_json()))
+    return Keyed(actor.name, key, hashlib.sha256(asked.encode()).hexdigest())
 
 
 def uploads_limiter(request: Request) -> CapacityLimiter:
@@ -103,8 +115,8 @@ RequestKey = Annotated[
     Header(
         alias="Idempotency-Key",
         pattern=r"^[\x21-\x7e]{1,64}$",
-        description="Any text of your own. The same request once more, under the same key, is not done a second time: "
-        "the answer is what the first one made.",
+        description="Any text of your own. The same request of the same user once more, under the same key and within "
+        "a week, is not done a second time: the answer is what the first one made.",
     ),
 ]
 ResourcesOf = Annotated[Resources, Depends(resources_of)]

@@ -1,6 +1,6 @@
 """Tables only."""
 
-from registry.models.access import Member, Namespace, Token
+from registry.models.access import KeptAnswer, Member, Namespace, Token
 from registry.models.catalog import (
     Base,
     BaseAlias,
@@ -31,6 +31,7 @@ __all__ = [
     "Composition",
     "Gate",
     "Job",
+    "KeptAnswer",
     "Member",
     "Move",
     "Namespace",

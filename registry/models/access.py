@@ -32,6 +32,18 @@ class Member(Row):
     role: Mapped[str] = mapped_column(String(16))
 
 
+class KeptAnswer(Row):
+    """What a request that came with a key of its user's has made. `request` is the sha256 of all that it asked for."""
+
+    __tablename__ = "kept_answers"
+
+    user: Mapped[str] = mapped_column(String(128), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    request: Mapped[str] = mapped_column(String(64))
+    answer: Mapped[dict[str, Any]] = mapped_column(JSON)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
 class Token(Row):
     """A secret that acts for a user, kept as its sha256. `scope` maps namespaces, or `*`, to its highest role there."""
 

@@ -20,13 +20,6 @@ def new_stamp() -> int:
     return randbits(62)
 
 
-def by_request_key(table: str, scope: str) -> Index:
-    """Who repeats a request finds what it made: a key is given once within a repository, or a channel."""
-    keyed = text("request_key IS NOT NULL")
-    name = f"uq_{table}_request_key"
-    return Index(name, scope, "request_key", unique=True, sqlite_where=keyed, postgresql_where=keyed)
-
-
 _ASKED = ("yanked", "stable", "size_bytes", "repository_id")
 """Columns of a release that a search may ask about besides its traits."""
 
@@ -204,8 +197,7 @@ class Release(Row):
     `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
     `composer.formats.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key.
-    `stamp` is another number whenever what is told of it has changed: by a yank, or by a score. `request_key` is that
-    of the request which published it, if it had one.
+    `stamp` is another number whenever what is told of it has changed: by a yank, or by a score.
     """
 
     __tablename__ = "releases"
@@ -219,7 +211,6 @@ class Release(Row):
         Index("ix_releases_newest", "id", "traits_id", *_ASKED, "sort_key"),
         Index("ix_releases_version", "sort_key", "id", "traits_id", *_ASKED),
         Index("ix_releases_size", "size_bytes", "traits_id"),
-        by_request_key("releases", "repository_id"),
     )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
@@ -251,7 +242,6 @@ class Release(Row):
     stamp: Mapped[int] = mapped_column(BigInteger, default=new_stamp, onupdate=new_stamp, server_default=text("0"))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
-    request_key: Mapped[str | None] = mapped_column(String(64))
     repository: Mapped[Repository] = relationship(lazy="joined", innerjoin=True)
     revision: Mapped[Revision] = relationship(lazy="joined", innerjoin=True)
     base: Mapped[Base] = relationship(lazy="joined", innerjoin=True)

@@ -7,7 +7,7 @@ from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueC
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.db import Row, UtcDateTime
-from registry.models.catalog import Id, Release, by_request_key
+from registry.models.catalog import Id, Release
 
 
 class Suite(Row):
@@ -79,11 +79,9 @@ class Move(Row):
 
     `below_id` is the move that a rollback from here returns to. Promotion puts a move on top of the current one; a
     rollback to move M stands where M stood (`below_id` of M), so that rolling back again goes further back.
-    `request_key` is that of the request which made it, if it had one.
     """
 
     __tablename__ = "moves"
-    __table_args__ = (by_request_key("moves", "channel_id"),)
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     channel_id: Mapped[int] = mapped_column(ForeignKey("channels.id"), index=True)
@@ -96,7 +94,6 @@ class Move(Row):
     forced: Mapped[bool]
     gates: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
-    request_key: Mapped[str | None] = mapped_column(String(64))
     from_release: Mapped[Release | None] = relationship(foreign_keys=[from_release_id])
     to_release: Mapped[Release] = relationship(foreign_keys=[to_release_id], lazy="joined", innerjoin=True)
 

@@ -2,17 +2,18 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
 
-from registry import channels, gates, moves, repositories
+from registry import channels, gates, repeats, repositories
+from registry.db import Session
 from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
-from registry.http.request import RequestKey, ResourcesOf
+from registry.http.request import RequestKey, ResourcesOf, keyed
 from registry.http.rules import Admin, Reader, Releaser
 from registry.names import parse_version
 from registry.schemas import Page
 from registry.schemas.quality import ChannelOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
 from registry.web.documents import json_response, move_document
-from registry.web.repository import RepositoryOf
+from registry.web.repository import NamedRepository, RepositoryOf
 from registry.web.views import channel_view, move_view
 
 repository_routes = APIRouter(tags=["channels"])
@@ -51,23 +52,21 @@ def promote(  # noqa: PLR0913
     body: PromoteIn,
     resources: ResourcesOf,
     actor: Releaser,
+    request: Request,
     if_match: IfMatch = None,
     if_none_match: IfNoneMatch = None,
-    request_key: RequestKey = None,
+    key: RequestKey = None,
 ) -> Response:
     """422 with the numbers when a gate fails, 412 when the channel has left the ETag given."""
-    expected = expected_from(if_match, if_none_match)
+    expected, asked = expected_from(if_match, if_none_match), keyed(request, actor, key, body)
     wanted = channels.Promotion(named.name, parse_version(body.version), channel, named.kind)
     with resources.write() as session:
-        move = channels.promote(
-            session,
-            actor,
-            wanted,
-            reason=body.reason,
-            force=body.force,
-            expected=expected,
-            request_key=request_key,
-        )
+        made = repeats.claim(session, asked, actor.at)
+        if made:
+            move = _move(session, named, channel, made["move"])
+        else:
+            move = channels.promote(session, actor, wanted, reason=body.reason, force=body.force, expected=expected)
+            repeats.keep(session, asked, {"move": move.id})
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
@@ -78,23 +77,26 @@ def roll_back(  # noqa: PLR0913
     body: RollbackIn,
     resources: ResourcesOf,
     actor: Releaser,
+    request: Request,
     if_match: IfMatch = None,
-    request_key: RequestKey = None,
+    key: RequestKey = None,
 ) -> Response:
+    expected, asked = expected_from(if_match, None), keyed(request, actor, key, body)
     to = parse_version(body.to) if body.to else None
     with resources.write() as session:
-        repository = repositories.find(session, named.name, named.kind)
-        move = channels.roll_back(
-            session,
-            actor,
-            repository,
-            channel,
-            to=to,
-            reason=body.reason,
-            expected=expected_from(if_match, None),
-            request_key=request_key,
-        )
+        made = repeats.claim(session, asked, actor.at)
+        if made:
+            move = _move(session, named, channel, made["move"])
+        else:
+            repository = repositories.find(session, named.name, named.kind)
+            move = channels.roll_back(session, actor, repository, channel, to=to, reason=body.reason, expected=expected)
+            repeats.keep(session, asked, {"move": move.id})
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
+
+
+def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> channels.Moved:
+    row = channels.find(session, repositories.find(session, named.name, named.kind), channel)
+    return channels.history(session, row, before=move_id + 1, limit=1)[0]
 
 
 @repository_routes.get(CHANNEL + "/history")
@@ -105,7 +107,7 @@ def history(
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = channels.find(session, repository, channel)
-        found = moves.history(session, row, before=decode_number(cursor), limit=limit + 1)
+        found = channels.history(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, named.name, channel) for move in found], limit, [move.id for move in found])
 
 

@@ -18,10 +18,10 @@ from starlette.responses import Response
 from composer.formats.serving import SERVERS
 from registry.access import may_read
 from registry.audit import Actor
+from registry.channels import Moved
 from registry.db import Session
 from registry.descriptions import TOGETHER, Description, Stamp, describe
 from registry.models import Release
-from registry.moves import Moved
 from registry.names import RepositoryName
 from registry.repositories import Kind
 from registry.schemas.catalog import Provenance, ReleaseOut

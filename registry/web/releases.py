@@ -2,12 +2,12 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
 
 from registry import compositions, publishing, releases, repositories
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
-from registry.http.request import RequestKey, ResourcesOf
+from registry.http.request import RequestKey, ResourcesOf, keyed
 from registry.http.rules import Caller, Publisher, Reader, Releaser
 from registry.http.threads import in_store_threads
 from registry.manifest import ManifestFile
@@ -51,13 +51,14 @@ def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) 
 
 @repository_routes.post("/{namespace}/{name}/releases", status_code=201, responses={200: {"model": PublishedOut}})
 @in_store_threads
-def publish(
+def publish(  # noqa: PLR0913
     named: RepositoryOf,
     body: ReleaseIn,
     resources: ResourcesOf,
     actor: Publisher,
+    request: Request,
     response: Response,
-    request_key: RequestKey = None,
+    key: RequestKey = None,
 ) -> PublishedOut:
     """201 for a new release, 200 where another request published the same, 409 for other content under the version."""
     if body.allow_breaking is not None:
@@ -74,13 +75,12 @@ def publish(
         notes=body.notes,
         allow_breaking=body.allow_breaking,
         provenance=body.provenance.model_dump(exclude_unset=True) if body.provenance else {},
-        request_key=request_key,
     )
-    published = publishing.publish(resources, actor, push)
+    published = publishing.publish(resources, actor, push, keyed(request, actor, key, body))
     response.status_code = 201 if published.created else 200
     with resources.read() as session:
         view = release_view(session, actor, session.get_one(Release, published.release_id))
-        return PublishedOut(release=view, created=published.created, warnings=[f.to_json() for f in published.warnings])
+        return PublishedOut(release=view, created=published.created, warnings=published.warnings)
 
 
 @repository_routes.get("/{namespace}/{name}/releases", response_model=Page[ReleaseOut])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from registry import bases, channels, repositories, resolve, suites
+from registry.channels import Moved
 from registry.db import Session
 from registry.models import (
     AuditRow,
@@ -14,7 +15,6 @@ from registry.models import (
     Score,
     Suite,
 )
-from registry.moves import Moved
 from registry.names import RepositoryName
 from registry.schemas.catalog import (
     BaseOut,

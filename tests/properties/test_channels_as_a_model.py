@@ -27,12 +27,11 @@ from sqlalchemy import select
 from registry import channels, releases, repositories
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
-from registry.channels import Expected, Promotion
+from registry.channels import Expected, Moved, Promotion
 from registry.db import Database, Session
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.manifest import ManifestFile
 from registry.models import Base, Blob, BlobHolder, Channel, Move
-from registry.moves import Moved
 from registry.names import Digest, RepositoryName, parse_version
 from registry.releases import NewRelease
 from registry.repositories import Kind

@@ -130,7 +130,6 @@ LIES: dict[str, tuple[str, Callable[[Path], Json]]] = {
     "a version is a path": ("bad_version", lambda _: release_of(row(), version="../../../v1/other")),
     "a file climbs": ("bad_path", lambda _: release_of(row("../../victim/authorized_keys"))),
     "a file is absolute": ("bad_path", lambda victim: release_of(row(str(victim)))),
-    "a file is hidden": ("hidden_file", lambda _: release_of(row(".git/config"))),
     "a file hides its ending": ("bad_path", lambda _: release_of(row("\u202egpj.x"))),
     "a file is a directory": ("bad_manifest", lambda _: release_of(row("x"), row("x/y"))),
     "two files are one": ("bad_manifest", lambda _: release_of(row("x"), row("X"))),
@@ -163,6 +162,20 @@ def test_an_answer_that_does_not_hold_together_is_refused_before_anything_is_wri
     assert tree(tmp_path) == before
     assert not (tmp_path / "new").exists()
     assert hostile.asked == []
+
+
+@pytest.mark.parametrize("path", [".git/config", "a/.envrc", "GIT~1/config"])
+def test_a_hidden_file_is_not_written_whoever_released_it(hostile: HostileRegistry, tmp_path: Path, path: str) -> None:
+    hostile.release, api = release_of(row(path)), Api(hostile.url)
+    cache = tmp_path / "cache"
+    for fetch in (
+        lambda: pull(api, hostile.release, tmp_path / "out", nothing, BlobCache(cache / "blobs")),
+        lambda: cached(api, hostile.release, cache, nothing),
+    ):
+        with pytest.raises(Invalid, match=f"'{path}' is hidden"):
+            fetch()
+    api.close()
+    assert tree(tmp_path) == {}
 
 
 @pytest.mark.parametrize("lie", ["a digest is a path", "a commit is a path", "a repository is a path", "a file climbs"])

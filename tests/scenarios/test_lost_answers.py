@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from tests import services
+from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, Ran, World
 
 PUBLISH, PROMOTE = r"POST .*/releases", r"PUT .*/channels/prod"
@@ -212,7 +213,11 @@ def test_an_answer_that_says_no_was_not_lost(network: Network, push: Push) -> No
 def test_a_key_stands_for_one_request(network: Network, push: Push, world: World) -> None:
     network.loses(PUBLISH)
     assert push("mine", *AUTO).code == 0
-    for other in ({"version": "3.0.0", "bump": None}, {"files": json.loads(network.last[3])["files"][1:]}):
+    for other in (
+        {"version": "3.0.0", "bump": None},
+        {"notes": "x"},
+        {"files": json.loads(network.last[3])["files"][1:]},
+    ):
         reused = network.again(**other)
         assert (reused.status_code, reused.json()["code"]) == (409, "key_reused"), reused.text
     network.loses(PROMOTE)
@@ -252,6 +257,34 @@ def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
     back = stocked("rollback", "acme/sql@prod", "--reason", "incident")
     assert (back.code, back.err) == (0, ""), back.err
     assert moves(stocked)[:2] == [("rollback", "1.0.1"), ("promote", "1.0.2")]
+
+
+@served
+def test_what_a_request_found_done_already_is_its_answer_too(network: Network, push: Push, somebody: Cli) -> None:
+    """Nothing was moved or published by it, and a repetition that came later would undo what others did meanwhile."""
+    assert push("mine", *AUTO, "--channel", "prod").code == 0
+    network.loses(PROMOTE, meanwhile=lambda: somebody.ok("rollback", "acme/sql@prod", "--reason", "incident"))
+    again = push("mine", "acme/sql:1.0.1", "--channel", "prod")
+    assert "acme/sql@prod was moved as asked, and by others since: it is at 1.0.0" in again.err
+    assert moves(somebody)[0] == ("rollback", "1.0.0")
+    network.loses(PUBLISH, meanwhile=lambda: push("another", *AUTO, by=somebody))
+    again = push("mine", *AUTO)
+    assert again.out.startswith("already there, nothing to do: acme/sql:1.0.1 "), again
+    assert versions(somebody) == ["1.0.2", "1.0.1", "1.0.0"]
+
+
+@served
+def test_a_request_that_comes_again_is_answered_though_it_would_be_refused_by_now(
+    network: Network, push: Push, somebody: Cli, tmp_path: Path
+) -> None:
+    network.loses(PUBLISH)
+    assert push("mine", *AUTO).code == 0
+    keys = Keys(tmp_path, "team")
+    somebody.ok("namespace", "set", "acme", "--require-signature", "--signing-key", keys.public)
+    again = network.again()
+    assert (again.status_code, again.json()["release"]["version"], again.json()["created"]) == (201, "1.0.1", True)
+    other = network.again(key="another", notes="x", version="5.0.0", bump=None)
+    assert (other.status_code, other.json()["code"]) == (422, "unsigned"), other.text
 
 
 @remote

@@ -148,7 +148,9 @@ def server(home: Path, **environment: str) -> Generator[tuple[str, BaseProcess]]
     finally:
         process.terminate()
         process.join(20)
-        assert process.exitcode is not None, f"{url} does not end"
+        ended = process.exitcode is not None
+        process.kill()
+        assert ended, f"{url} does not end"
 
 
 def _wait_until_ready(url: str, process: BaseProcess, log: Path) -> None:

@@ -1,0 +1,76 @@
+"""Of requests under one key one is done, whoever comes first; and a key is kept for a week."""
+
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from registry.db import Database, migrate
+from registry.errors import Conflict
+from registry.repeats import KEPT, Answer, Keyed, claim, forget, keep, known
+from tests import services
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+ASKED = Keyed("mia", "one", "a" * 64)
+
+
+@pytest.fixture(params=services.DATABASES)
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Database]:
+    opened = Database(services.new_database_of(request.param, tmp_path))
+    migrate(opened)
+    yield opened
+    opened.close()
+
+
+def made(database: Database, asked: Keyed, number: int) -> Answer:
+    with database.write() as session:
+        before = claim(session, asked, NOW)
+        if before is not None:
+            return before
+        keep(session, asked, {"made": number})
+        return {"made": number}
+
+
+def test_of_many_at_once_one_is_done_and_all_are_told_what_it_made(database: Database) -> None:
+    together = Barrier(8)
+
+    def ask(number: int) -> Answer:
+        together.wait()
+        return made(database, ASKED, number)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert all(answer == answers[0] for answer in answers)
+    with database.read() as session:
+        assert known(session, ASKED) == answers[0]
+
+
+def test_what_failed_is_not_kept(database: Database) -> None:
+    def fail() -> None:
+        with database.write() as session:
+            assert claim(session, ASKED, NOW) is None
+            keep(session, ASKED, {"made": 1})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert made(database, ASKED, 2) == {"made": 2}
+
+
+def test_a_key_is_its_users_and_of_one_request(database: Database) -> None:
+    made(database, ASKED, 1)
+    assert made(database, Keyed("ben", "one", "b" * 64), 2) == {"made": 2}
+    with pytest.raises(Conflict, match="of another request"):
+        made(database, Keyed("mia", "one", "b" * 64), 3)
+
+
+def test_a_key_is_forgotten_after_a_week(database: Database) -> None:
+    made(database, ASKED, 1)
+    for later, kept in ((KEPT, True), (KEPT + timedelta(seconds=1), False)):
+        with database.write() as session:
+            forget(session, NOW + later)
+        with database.read() as session:
+            assert (known(session, ASKED) is not None) == kept
