@@ -10,9 +10,20 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import DateTime, Dialect, Engine, MetaData, TypeDecorator, create_engine, event, inspect, text
+from sqlalchemy import (
+    Connection,
+    DateTime,
+    Dialect,
+    Engine,
+    MetaData,
+    TypeDecorator,
+    create_engine,
+    event,
+    inspect,
+    text,
+)
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import URL, make_url
@@ -76,6 +87,18 @@ class Patience:
     statement_s: float | None = 30.0
 
 
+class _Reading(Session):
+    """Of one connection, on which nothing is begun until rows are to be objects: a transaction of SQLAlchemy takes
+    longer to begin and to end than most of what is asked."""
+
+    def connection(self, *_: Any, **__: Any) -> Connection:
+        return cast(Connection, self.bind)
+
+    def close(self) -> None:
+        if self.in_transaction():  # else it has no objects
+            super().close()
+
+
 class Database:
     """An engine and its two doors. A `Session` never leaves the `with` block that opened it."""
 
@@ -85,7 +108,6 @@ class Database:
         transactions = {} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
         self.engine: Engine = self.reading.execution_options(**transactions)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
-        self._reading = sessionmaker(self.reading, expire_on_commit=False, autoflush=False)
         self._turn = Lock()
         self._longest_turn_s = _sqlite_wait_s(patience)
 
@@ -95,17 +117,17 @@ class Database:
 
     @contextmanager
     def read(self) -> Generator[Session]:
-        """Reads, and writes nothing. Rows keep what was loaded of them.
+        """Reads, and writes nothing. Rows keep what was loaded of them. Each statement may see a moment of its own.
 
-        PostgreSQL, where each statement sees its own moment anyway, is spared BEGIN and ROLLBACK: two of a resolve's
-        three round trips.
+        PostgreSQL is spared BEGIN and ROLLBACK, two of a resolve's three round trips; and whoever wants no objects is
+        spared SQLAlchemy's part of it.
         """
-        with _told(), self._reading() as session:
+        with _told(), self.reading.connect() as connection, _Reading(connection, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
     def snapshot(self) -> Generator[Session]:
-        """A `read` whose statements all see one moment; SQLite's transactions do so anyway."""
+        """A `read` whose statements all see one moment, as in any transaction of SQLite."""
         with _told(), self._sessions() as session:
             if not self.is_sqlite:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})

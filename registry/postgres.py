@@ -52,6 +52,7 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
         pool_size=pool_size,
         max_overflow=0,
         isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
         connect_args={"options": options, "connect_timeout": connect_s},
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from sqlalchemy import (
@@ -65,10 +65,11 @@ class Place:
     release_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Match(Place):
-    """A release that was found, and its stamp at that moment."""
+class Match(NamedTuple):
+    """A release that was found, its place, and its stamp at that moment."""
 
+    key: str | float | None
+    release_id: int
     stamp: Stamp
 
 

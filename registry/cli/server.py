@@ -95,6 +95,7 @@ def _options(settings: "Settings") -> dict[str, Any]:
     return {
         "http": BoundedHttp,
         "log_level": "warning",
+        "access_log": False,  # below that level, but each line would be made all the same
         "server_header": False,
         # Left to itself it believes every program on this machine what it says of other addresses.
         "proxy_headers": bool(settings.trusted_proxies),

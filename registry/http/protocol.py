@@ -1,8 +1,11 @@
-"""HTTP as the server reads it from its sockets, with a bound on what comes before a body.
+"""HTTP as the server reads it from its sockets, with a bound on what comes before a body, and as it answers there.
 
 The fast parser keeps a head of any length, and the application's own limit (`HeaderLimit`) is asked only when all of it
 has come: without this bound a client could fill the server's memory with one endless header.
 """
+
+import asyncio
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -16,12 +19,43 @@ MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
 """What is still read, and for how long, of a head that was refused."""
 
 
+class Gathered:
+    """A transport that sends together what is written in one turn of the loop.
+
+    The server writes a head and its body one after the other: two packets, for which the client is woken twice.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._send)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts and not self._transport.is_closing():
+            self._transport.writelines(parts)
+
+
 class BoundedHttp(HttpToolsProtocol):
     """Answers 431 and hangs up when a head does not end in time."""
 
     _in_head = True
     _refused = False
     _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(Any, Gathered(cast(asyncio.Transport, transport), self.loop)))
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)

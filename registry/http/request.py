@@ -3,13 +3,10 @@
 import hashlib
 from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from typing import Annotated, cast
 
 from anyio import CapacityLimiter, fail_after, from_thread
 from fastapi import Depends, Header, Path, Request
-from fastapi.dependencies.models import Dependant
-from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel
 from starlette.requests import ClientDisconnect
 
@@ -27,36 +24,6 @@ MAX_DIGITS = 18
 async def resources_of(request: Request) -> Resources:
     """Asynchronous only because a plain dependency would be called in a thread of its own."""
     return cast(Resources, request.app.state.resources)
-
-
-async def check_parameters(request: Request) -> None:
-    """Raises Usage for one that the route does not know: of a misspelt condition nothing would be said, and everything
-    be told that it was to leave out. And for a NUL, which PostgreSQL does not take."""
-    asked = request.query_params
-    known = _parameters(request.scope["route"]) if asked else ()
-    for name, value in asked.multi_items():
-        if "\0" in value:
-            raise Usage("bad_value", f"{name[:80]} has a NUL.", subject=name[:80], next_step="Leave it out.")
-        if name not in known:
-            meant = get_close_matches(name, known, 1)
-            there_are = f"There are {', '.join(known)}." if known else "Leave it out."
-            raise Usage(
-                "unknown_parameter",
-                f"{request.method} {request.url.path[:200]} has no parameter {name[:80]!r}.",
-                subject=name[:80],
-                next_step=f"Did you mean {meant[0]}?" if meant else there_are,
-            )
-
-
-def _parameters(route: APIRoute) -> tuple[str, ...]:
-    """Those of the query: what the route declares, and what it reads by itself."""
-    described = (route.openapi_extra or {}).get("parameters", [])
-    return (*_declared(route.dependant), *(one["name"] for one in described if one["in"] == "query"))
-
-
-def _declared(dependant: Dependant) -> list[str]:
-    own = [one.alias for one in dependant.query_params]
-    return own + [name for child in dependant.dependencies for name in _declared(child)]
 
 
 def keyed(request: Request, actor: Actor, key: str | None, body: BaseModel) -> Keyed | None:

@@ -8,6 +8,7 @@ from registry import namespaces, tokens
 from registry.access import EVERYWHERE, Role
 from registry.http.pages import Cursor, Limit, decode_cursor, page
 from registry.http.request import ResourcesOf
+from registry.http.routes import Route
 from registry.http.rules import Admin, Caller, CallersOf, Member, Reader
 from registry.models import Namespace, Token
 from registry.names import parse_part
@@ -25,7 +26,7 @@ from registry.schemas.access import (
 )
 from registry.tokens import NewToken
 
-router = APIRouter(prefix="/v1", tags=["access"])
+router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
 
 
 @router.get("/whoami")

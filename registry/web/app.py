@@ -3,12 +3,11 @@
 from importlib.metadata import version
 
 from anyio import CapacityLimiter
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 
 from registry.http import problems
 from registry.http.callers import Callers
 from registry.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
-from registry.http.request import check_parameters
 from registry.resources import Resources
 from registry.web import access, bases, blobs, channels, compositions, operations, releases, search, suites
 from registry.web.documents import Documents
@@ -44,5 +43,5 @@ def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
     for prefix, router in ROUTERS:
-        app.include_router(router, prefix=prefix, dependencies=[Depends(check_parameters)])
+        app.include_router(router, prefix=prefix)
     return app

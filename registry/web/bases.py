@@ -8,13 +8,14 @@ from registry import bases
 from registry.bases import NewBase, TensorRow
 from registry.http.pages import Cursor, Limit, decode_cursor, page
 from registry.http.request import ResourcesOf
+from registry.http.routes import Route
 from registry.http.rules import Contributor, Member
 from registry.names import parse_digest
 from registry.schemas import Page
 from registry.schemas.catalog import BaseIn, BaseOut
 from registry.web.views import base_page, base_view
 
-router = APIRouter(prefix="/v1/bases", tags=["bases"])
+router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=Route)
 
 
 @router.post("", status_code=201, responses={200: {"model": BaseOut}})

@@ -13,6 +13,7 @@ from registry import uploads
 from registry.access import Role, permit
 from registry.errors import Unavailable
 from registry.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
+from registry.http.routes import Route
 from registry.http.rules import Caller
 from registry.http.threads import in_store_threads, streamed
 from registry.manifest import ManifestFile
@@ -23,7 +24,7 @@ from registry.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, Upl
 from registry.storage.blobs import BlobStat, Put, Reader
 from registry.uploads import Announced
 
-router = APIRouter(prefix="/v1", tags=["blobs"])
+router = APIRouter(prefix="/v1", tags=["blobs"], route_class=Route)
 
 _BLOCK_BYTES = 1 << 20
 _URL_EXPIRES_S = 3600

@@ -8,6 +8,7 @@ from registry import channels, gates, repeats, repositories
 from registry.db import Session
 from registry.http.pages import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
 from registry.http.request import RequestKey, ResourcesOf, keyed
+from registry.http.routes import Route
 from registry.http.rules import Admin, Reader, Releaser
 from registry.names import parse_version
 from registry.schemas import Page
@@ -16,7 +17,7 @@ from registry.web.documents import json_response, move_document
 from registry.web.repository import NamedRepository, RepositoryOf
 from registry.web.views import channel_view, move_view
 
-repository_routes = APIRouter(tags=["channels"])
+repository_routes = APIRouter(tags=["channels"], route_class=Route)
 
 CHANNEL = "/{namespace}/{name}/channels/{channel}"
 IfMatch = Annotated[str | None, Header(description="The ETag of the channel that you saw.")]

@@ -12,13 +12,14 @@ from registry import compositions
 from registry.access import permit
 from registry.audit import Actor
 from registry.http.request import ResourcesOf, RowId
+from registry.http.routes import Route
 from registry.http.rules import ASKED_AGAIN, Caller
 from registry.jobs import FINISHED
 from registry.resources import Resources
 from registry.schemas.work import CompositionIn, CompositionOut
 from registry.web.views import composition_view
 
-router = APIRouter(prefix="/v1/compositions", tags=["compositions"])
+router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class=Route)
 
 _POLL_S = 0.5
 

@@ -13,6 +13,7 @@ from registry.audit import Act, Actor, EventQuery
 from registry.db import Session, ensure_schema
 from registry.http.pages import Cursor, Limit, decode_number, page
 from registry.http.request import Moment, ResourcesOf, RowId
+from registry.http.routes import Route
 from registry.http.rules import Caller
 from registry.http.threads import in_store_threads
 from registry.models import Job
@@ -22,7 +23,7 @@ from registry.schemas import Page
 from registry.schemas.work import AuditOut, JobOut
 from registry.web.views import audit_view, job_view
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], route_class=Route)
 
 _EXPORT_ROWS = 1000
 

@@ -8,6 +8,7 @@ from registry import compositions, publishing, releases, repositories
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import RequestKey, ResourcesOf, keyed
+from registry.http.routes import Route
 from registry.http.rules import Caller, Publisher, Reader, Releaser
 from registry.http.threads import in_store_threads
 from registry.manifest import ManifestFile
@@ -29,7 +30,7 @@ from registry.web.documents import page_response, release_documents, release_vie
 from registry.web.repository import KindOf, RepositoryOf
 from registry.web.views import repository_page
 
-repository_routes = APIRouter(tags=["releases"])
+repository_routes = APIRouter(tags=["releases"], route_class=Route)
 """Mounted once under /v1/adapters and once under /v1/models."""
 
 

@@ -9,6 +9,7 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from starlette.datastructures import QueryParams
 
 from composer.formats.serving import Profile, loads, parse_profile
 from registry import resolve, search, suites
@@ -18,17 +19,18 @@ from registry.db import Session
 from registry.errors import Usage
 from registry.http.pages import decode_cursor, encode_cursor
 from registry.http.request import ResourcesOf
+from registry.http.routes import Direct, Route, once
 from registry.http.rules import Caller
 from registry.names import parse_part, parse_reference, parse_repository
 from registry.repositories import Kind
 from registry.resolve import Located
 from registry.schemas import MAX_INT64, Page, Problem
 from registry.schemas.search import FoundOut, ResolvedOut, SearchIn
-from registry.search import Found, Order, Place
+from registry.search import Found, Match, Order, Place
 from registry.suites import parse_condition
 from registry.web.documents import Documents, Json, Told, files_of, json_response, page_response
 
-router = APIRouter(prefix="/v1", tags=["search"])
+router = APIRouter(prefix="/v1", tags=["search"], route_class=Route)
 
 NO_REMARKS = b'{"related":null,"loads_in":null}'
 PARAMETERS = [
@@ -37,27 +39,23 @@ PARAMETERS = [
 ]
 
 
-def _asked(request: Request) -> SearchIn:
+@once
+def _asked(query: bytes) -> tuple[SearchIn, search.Query]:
     """Read here, since the framework takes longer to read so many parameters than most searches take altogether."""
     given: dict[str, list[str]] = {}
-    for name, value in request.query_params.multi_items():
+    for name, value in QueryParams(query).multi_items():
         given.setdefault(name, []).append(value)
     try:
-        return SearchIn.model_validate(given)
+        read = SearchIn.model_validate(given)
     except ValidationError as error:
         raise RequestValidationError([{**one, "loc": ("query", *one["loc"])} for one in error.errors()]) from error
+    return read, _wanted(read)
 
 
-@router.get(
-    "/releases",
-    response_model=Page[FoundOut],
-    responses={422: {"model": Problem}},
-    openapi_extra={"parameters": PARAMETERS},
-)
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Releases across repositories that meet every condition: of what the caller may read."""
-    query = _asked(request)
-    wanted, order = _wanted(query), Order(query.sort, query.limit + 1, _place(query))
+    query, wanted = _asked(request.scope["query_string"])
+    order = Order(query.sort, query.limit + 1, _place(query))
     # What is asked of a release's neighbours is listed by one statement, and looked at by another.
     at_one_moment = wanted.channel is not None or wanted.latest
     with resources.snapshot() if at_one_moment else resources.read() as session:
@@ -70,6 +68,16 @@ def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> 
     items = [one.with_remarks(_remarks(one, found, wanted.loads_in)) for one in told]
     following = _cursor(query, found.places[len(told) - 1]) if len(found.places) > len(told) else None
     return page_response(items, following)
+
+
+router.add_api_route(
+    "/releases",
+    search_releases,
+    response_model=Page[FoundOut],
+    responses={422: {"model": Problem}},
+    openapi_extra={"parameters": PARAMETERS},
+    route_class_override=Direct,
+)
 
 
 def _found(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> Found:
@@ -156,8 +164,8 @@ def _fingerprint(query: SearchIn) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()[:12]
 
 
-def _cursor(query: SearchIn, place: Place) -> str:
-    return encode_cursor(json.dumps([_fingerprint(query), place.key, place.release_id]))
+def _cursor(query: SearchIn, last: Match) -> str:
+    return encode_cursor(json.dumps([_fingerprint(query), last.key, last.release_id]))
 
 
 def _place(query: SearchIn) -> Place | None:

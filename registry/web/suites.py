@@ -9,6 +9,7 @@ from composer.suite import Suite as SuiteContent
 from registry import bases, releases, suites
 from registry.http.pages import Cursor, Limit, decode_number, page
 from registry.http.request import ResourcesOf
+from registry.http.routes import Route
 from registry.http.rules import Contributor, Member, Publisher, Reader
 from registry.names import parse_version
 from registry.schemas import Page
@@ -17,8 +18,8 @@ from registry.suites import Measurement
 from registry.web.repository import RepositoryOf
 from registry.web.views import score_view, suite_view
 
-router = APIRouter(prefix="/v1", tags=["quality"])
-repository_routes = APIRouter(tags=["quality"])
+router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
+repository_routes = APIRouter(tags=["quality"], route_class=Route)
 
 
 @router.post("/suites", status_code=201, responses={200: {"model": SuiteOut}})
