@@ -71,10 +71,11 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: Keyed | None 
 
     Raises Invalid with every error finding when the files do not fit; nothing is written then.
     """
-    with resources.read() as session:
-        known = repeats.known(session, keyed)
-    if known is not None:
-        return Published(**known)
+    if keyed is not None:
+        with resources.read() as session:
+            known = repeats.known(session, keyed)
+        if known is not None:
+            return Published(**known)
     new, findings = prepare(resources, push)
     with resources.write() as session:
         known = repeats.claim(session, keyed, actor.at)

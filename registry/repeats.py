@@ -25,10 +25,10 @@ class Keyed:
     request: str
 
 
-def known(session: Session, keyed: Keyed | None) -> Answer | None:
+def known(session: Session, keyed: Keyed) -> Answer | None:
     """What it made when it came before. Raises Conflict where the key is that of another request."""
-    kept = session.get(KeptAnswer, (keyed.user, keyed.key)) if keyed else None
-    if keyed is None or kept is None:
+    kept = session.get(KeptAnswer, (keyed.user, keyed.key))
+    if kept is None:
         return None
     if kept.request != keyed.request:
         raise Conflict(

@@ -1,5 +1,6 @@
 """Bytes in and out: push and pull."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -142,6 +143,9 @@ def verify(  # noqa: PLR0913
     if key is None and not rebuild:
         raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
     public_key, directory = read_public_key(key) if key else None, Path(what)
+    _refuse_idle({"--base-dir": base_dir}, given_to=rebuild, what="a merge is made again with --rebuild")
+    local = {"--adapter": adapter, "--dequantize": dequantize}
+    _refuse_idle(local, given_to=rebuild and directory.is_dir(), what="a local merge is, with DIR and --rebuild")
     told: Json = {"what": what}
     release: Json | None = None
     with ExitStack() as stack:
@@ -165,6 +169,18 @@ def verify(  # noqa: PLR0913
         if directory == Path(what):
             next_step = "See that base and adapters are those that were merged. If they are, do not serve it."
         raise Refused("not_rebuilt", f"{what} is not what its inputs give.", subject=what, next_step=next_step)
+
+
+def _refuse_idle(options: Mapping[str, object], *, given_to: bool, what: str) -> None:
+    """What would be passed over in silence."""
+    idle = [name for name, value in options.items() if value]
+    if idle and not given_to:
+        raise Usage(
+            "idle_option",
+            f"{idle[0]} says nothing here: it is for when {what}.",
+            subject=idle[0],
+            next_step=f"Leave {idle[0]} out, or see `adaptory verify --help`.",
+        )
 
 
 def _digests(release: Json) -> dict[str, str]:

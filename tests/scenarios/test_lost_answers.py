@@ -292,12 +292,17 @@ def test_a_request_that_comes_again_is_answered_though_it_would_be_refused_by_no
 def test_a_move_whose_request_or_answer_was_lost_is_made_once(
     network: Network, push: Push, somebody: Cli, reaches: bool
 ) -> None:
+    """Also when what was given up arrives after others went on: to move there again would undo what they did."""
     for channel, before in (("prod", [("promote", "1.0.0")]), ("beta", [])):
         network.loses(rf"PUT .*/channels/{channel}", reaches=reaches)
         pushed = push("mine", "acme/sql:1.0.1", "--channel", channel)
         assert (pushed.code, pushed.err) == (0, ""), pushed.err
+        somebody.ok("promote", "acme/sql:1.0.0", "--to", channel)
+        late = network.again()
+        assert (late.status_code, late.json()["to_version"]) == (200, "1.0.1"), late.text
         history = somebody.json("history", f"acme/sql@{channel}")["items"]
-        assert [(row["kind"], row["to_version"]) for row in history] == [("promote", "1.0.1"), *before]
+        after = [("promote", "1.0.0"), ("promote", "1.0.1")]
+        assert [(row["kind"], row["to_version"]) for row in history] == [*after, *before]
 
 
 @remote

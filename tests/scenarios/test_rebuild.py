@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from tests.composer.test_merge_nf4 import pack
 from tests.scenarios.test_compositions import release_all, write_recipe
+from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, World
 
 MODEL = "acme/assistant-merged:1.0.0"
@@ -93,6 +94,24 @@ def test_what_no_composition_made_has_nothing_to_be_rebuilt_from(composed: Cli, 
 @pytest.mark.parametrize("words", [("acme/sql",), (".", "--rebuild")])
 def test_without_a_question_or_a_release_it_says_what_to_write(words: tuple[str, ...], stocked_embedded: Cli) -> None:
     assert stocked_embedded("verify", *words).code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        ((MODEL, "--rebuild", "--dequantize"), "--dequantize"),
+        ((MODEL, "--rebuild", "--adapter", "."), "--adapter"),
+        ((".", "--key", "KEY", "--dequantize"), "--dequantize"),
+        ((".", "--key", "KEY", "--base-dir", "."), "--base-dir"),
+    ],
+)
+def test_an_option_that_says_nothing_here_is_refused(
+    composed: Cli, tmp_path: Path, words: tuple[str, ...], idle: str
+) -> None:
+    key = Keys(tmp_path, "team").public
+    refused = composed("verify", *(key if word == "KEY" else word for word in words))
+    assert refused.code == 2
+    assert f"{idle} says nothing here" in refused.err
 
 
 def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapters_that_are_named(
