@@ -2,18 +2,21 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from registry.client.api import Api, line_path
 from registry.client.push import collect, push
 from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
+from registry.http.routes import DIRECT_THREADS
 from registry.models import AuditRow, Move, Release
 from registry.names import RepositoryName
 from tests import services
@@ -25,6 +28,9 @@ from tests.staying_whole.small import RANK, write_adapter
 CLIENTS = 16
 MOVES = 2_000
 VERSIONS = 6
+WAITING_FOR_LOCKS = text(
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
 
 
 @pytest.fixture
@@ -305,3 +311,26 @@ def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
         answers = together(apis, race)
         assert all(isinstance(answer, dict) for answer in answers), answers
     assert broken_promises(place) == []
+
+
+@pytest.mark.parametrize("pairing", services.PAIRINGS[1:], indirect=True)
+def test_searches_that_wait_for_the_database_hold_up_nobody_else(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    with clients(url) as apis:
+        push_version(apis[0], tmp_path, "1.0.0", 0)
+    held, addresses = opened(place), url.split()
+    with ThreadPoolExecutor(100) as pool:
+        with held.write() as session:
+            session.execute(text("LOCK TABLE traits IN ACCESS EXCLUSIVE MODE"))
+            asked = [f"{address}/v1/releases" for address in addresses for _ in range(50)]
+            searches = [pool.submit(httpx2.get, search, timeout=60) for search in asked]
+            with held.read() as looking:
+                while looking.scalar(WAITING_FOR_LOCKS) < DIRECT_THREADS * len(addresses):
+                    time.sleep(0.05)
+            for address in addresses:
+                found = httpx2.get(f"{address}/v1/resolve", params={"ref": f"{NAME}:1.0.0"}, timeout=10)
+                assert found.json()["release"]["version"] == "1.0.0"
+            assert not any(search.done() for search in searches)
+        assert {len(search.result().json()["items"]) for search in searches} == {1}
+    held.close()
