@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import prod
 
 from composer.formats.experts import owner_of, parameter_of, place_experts
-from composer.formats.naming import TIED_HEAD, TOKENS, Target, is_head
+from composer.formats.naming import TIED_HEAD, TOKENS, Target, is_head, split_key
 from composer.formats.placed import PlacedModule, Placement, by
 
 FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
@@ -146,7 +146,7 @@ def _place_bias(placement: Placement, pair: PlacedModule, outputs: int) -> None:
 
 
 def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
-    """Place the new rows of an embedding; a head that shares its tensor gets them as well."""
+    """Place the new rows of an embedding; a head that shares its tensor gets them as well, where it has none saved."""
     key = parts.get(TOKENS)
     target = placement.find(module, "weight", key) if key is not None else None
     if key is None or target is None:
@@ -161,7 +161,8 @@ def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) ->
         )
         placement.error("shape_mismatch", module, message)
         return
-    twin = target.tied and not is_head(module)
+    saved = (split_key(name) for name in placement.header.tensors)
+    twin = target.tied and not any(one.part == TOKENS and is_head(one.module) for one in saved)
     placed = PlacedModule(
         module, target.weight, "tokens", target.tied, 0, 0.0, 0.0, base, {TOKENS: key}, target.rule, twin=twin
     )

@@ -15,10 +15,11 @@ from composer.variants.source import Module
 
 
 def with_twins(adapter: Adapter, placed: Placed, *, on_a_base: bool) -> Placed:
-    """The modules, twins marked as such: tensors that are saved whole and equal, and pairs that PEFT ties
-    (`ensure_weight_tying`). Without a base to say what is tied, such pairs are if they are equal. Raises Mismatch for
-    pairs of a tied weight that are said to be one and differ."""
-    twins = [*_whole(adapter, placed), *_pairs(adapter, placed, on_a_base=on_a_base)]
+    """The modules, twins marked as such: whole tensors and rows of tokens that are saved for both and equal, and pairs
+    that PEFT ties (`ensure_weight_tying`). Without a base to say what is tied, such pairs are if they are equal. Raises
+    Mismatch for pairs of a tied weight that are said to be one and differ."""
+    saved = (*_saved(adapter, placed, "replacement"), *_saved(adapter, placed, "tokens"))
+    twins = (*saved, *_pairs(adapter, placed, on_a_base=on_a_base))
     modules = [
         replace(module, weight=twins[0].weight, tied=True, twin=True) if module in twins else module
         for module in placed.modules
@@ -26,8 +27,8 @@ def with_twins(adapter: Adapter, placed: Placed, *, on_a_base: bool) -> Placed:
     return Placed(modules, placed.findings)
 
 
-def _whole(adapter: Adapter, placed: Placed) -> Sequence[PlacedModule]:
-    sides = _sides(module for module in placed.modules if module.kind == "replacement" and module.tied)
+def _saved(adapter: Adapter, placed: Placed, kind: str) -> Sequence[PlacedModule]:
+    sides = _sides(module for module in placed.modules if module.kind == kind and module.tied and not module.twin)
     tensors = [[Module(adapter, side)[part] for part in side.parts] for side in sides]
     return sides if sides and _equal(*tensors) else ()
 

@@ -5,17 +5,29 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import Mismatch
 from composer.formats.checkpoint import open_checkpoint
+from composer.formats.naming import split_key
 from composer.hashing import hash_checkpoint
 from composer.merge import plan_merge, run_merge
 from composer.merge.rebuild import plan_rebuild, rebuild
 from composer.rounding import Mode, Rounding
-from tests.composer.adapted import assert_all_close, logits, merge, peft_logits, peft_merged, relative
+from tests.composer.adapted import (
+    assert_all_close,
+    assert_merged_like_peft,
+    change_tensors,
+    logits,
+    merge,
+    peft_logits,
+    peft_merged,
+    relative,
+    save_adapted,
+)
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model, tensors_in
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -164,3 +176,20 @@ def test_a_merge_with_a_stored_head_can_be_rebuilt(
         assert set(found.index["weight_map"]) == set(found.architecture.tensors)
         assert set(hash_checkpoint(found).tensor_hashes) == set(found.architecture.tensors)
         assert found.architecture.tied is (base is twice)
+
+
+def test_rows_of_tokens_that_are_saved_for_both_sides_are_merged_once(once: Path, tmp_path: Path) -> None:
+    """As PEFT saves them, where nothing else is trained. Rows of its own for the head untie it."""
+    adapter = save_adapted(once, peft.TrainableTokensConfig(token_indices=[7, 2, 30]), tmp_path / "adapter")
+    assert {split_key(key).module for key in load_file(adapter / "adapter_model.safetensors")} == {
+        "model.embed_tokens",
+        "lm_head",
+    }
+    assert_merged_like_peft(once, adapter, tmp_path / "merged")
+    change_tensors(adapter, lambda rows: {key: row + ("lm_head" in key) for key, row in rows.items()})
+    merge(once, adapter, tmp_path / "untied")
+    changed, base = tensors_in(tmp_path / "untied"), tensors_in(once)[EMBEDDING]
+    for name in (EMBEDDING, HEAD):
+        moved = (changed[name] != base).any(dim=1).nonzero().flatten().tolist()
+        assert moved == [2, 7, 30]
+    assert torch.allclose(changed[HEAD][[2, 7, 30]], changed[EMBEDDING][[2, 7, 30]] + 1)
