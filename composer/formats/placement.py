@@ -36,7 +36,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
     unflagged_part, duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused,
     unsupported_layer, empty_adapter.
-    Warning: other_paths. Notices: no_prefix, raw_keys, unused_target.
+    Warnings: other_paths, pattern_unused where others of its keys match. Notices: no_prefix, raw_keys, unused_target.
     Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
     """
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
@@ -292,11 +292,15 @@ def _in_base(placement: Placement, target: str) -> bool:
 
 
 def _check_patterns(placement: Placement, paths: set[str]) -> None:
+    """Keys that match nothing are PEFT's to pass over: a config may be for several models. But where none matches they
+    may be the names of another version of transformers, and passing over them would change the scale."""
     config = placement.config
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in pattern:
-            if not any(matches_end(key, path) for path in paths):
-                placement.error("pattern_unused", key, f"{name} has {key!r}, which matches no module.")
+        unused = [key for key in pattern if not any(matches_end(key, path) for path in paths)]
+        severity = Severity.ERROR if len(unused) == len(pattern) else Severity.WARNING
+        for key in unused:
+            message = f"{name} has {key!r}, which matches no module."
+            placement.findings.append(Finding("pattern_unused", severity, key, message))
 
 
 def _targets_without_tensors(config: AdapterConfig, adapted: set[str]) -> list[str]:

@@ -210,6 +210,13 @@ def test_what_does_not_fit_is_an_error_that_names_the_module(
     assert re.search(says, errors[0].message), errors[0].message
 
 
+def test_a_pattern_for_other_modules_too_is_told_and_merged(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(base := make_model(), alpha_pattern={"q_proj": 3, "gate_proj": 5})
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
+    told = [finding for finding in plan.findings if finding.code == "pattern_unused"]
+    assert [(one.severity, one.subject) for one in told] == [(Severity.WARNING, "gate_proj")]
+
+
 def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
     base = make_model()
     adapter = make_adapter(base, modules_to_save=["lm_head"])
