@@ -1,4 +1,4 @@
-"""HTTP as the server reads it from its sockets, with a bound on what comes before a body, and as it answers there.
+"""HTTP as the server reads it from its sockets, with a bound on what comes before and behind a body, and as it answers.
 
 The fast parser keeps a head of any length, and the application's own limit (`HeaderLimit`) is asked only when all of it
 has come: without this bound a client could fill the server's memory with one endless header.
@@ -48,33 +48,49 @@ class Gathered:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Answers 431 and hangs up when a head does not end in time."""
+    """Answers 431 and hangs up when a head does not end in time; hangs up when what is behind a body, or between its
+    chunks, does not.
+
+    What is said behind a body is no header: the parser would put it among them, where it could speak for the proxy that
+    had looked at the head.
+    """
 
     _in_head = True
     _refused = False
-    _head_bytes = 0
+    _loose_bytes = 0
+    """Of the connection since it last came to an end of a head, or to a body."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(Any, Gathered(cast(asyncio.Transport, transport), self.loop)))
 
     def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
+        self._loose_bytes += len(data)
         if self._refused:
-            if self._head_bytes > MAX_DISCARDED_BYTES:
+            if self._loose_bytes > MAX_DISCARDED_BYTES:
                 self.transport.close()
             return
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse()
-            return
         super().data_received(data)
+        if self._loose_bytes > MAX_HEAD_BYTES:
+            if self._in_head:
+                self._refuse()
+            else:
+                self.transport.close()
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._loose_bytes = True, 0
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._loose_bytes = False, 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._loose_bytes = 0
+        super().on_body(body)
 
     def _refuse(self) -> None:
         """Reads on for a moment: who is still sending when the connection is closed does not get to see the answer."""

@@ -1,6 +1,7 @@
 """What routes have in common: unknown parameters are refused, and what is asked again is read once."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.datastructures import QueryParams
 
-from registry.errors import Usage
+from registry.errors import Unavailable, Usage
 
 T = TypeVar("T")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -20,6 +21,8 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 MAX_QUERIES, MAX_QUERY_BYTES = 1_000, 2_000
 DIRECT_THREADS = 16
 """Fewer than there are connections to the database: slow searches leave some to everything else."""
+DIRECT_PATIENCE_S = 5.0
+"""Who has waited longer for one of them is told so: those that were asked before may have waited for the database."""
 _threads = ThreadPoolExecutor(DIRECT_THREADS, "direct")
 
 
@@ -71,9 +74,24 @@ class Direct(Route):
 
         async def handle(request: Request) -> Response:
             given = {name: await find(request) for name, find in needs} | {own: request}
-            return await asyncio.get_running_loop().run_in_executor(_threads, lambda: answer(**given))
+            asked = time.monotonic()
+
+            def run() -> Response:
+                if time.monotonic() - asked > DIRECT_PATIENCE_S:
+                    raise _busy()
+                return answer(**given)
+
+            return await asyncio.get_running_loop().run_in_executor(_threads, run)
 
         return handle
+
+
+def _busy() -> Unavailable:
+    return Unavailable(
+        "searches_busy",
+        f"{DIRECT_THREADS} searches were running for {DIRECT_PATIENCE_S:g} s and longer.",
+        next_step="Ask again in as many seconds as Retry-After says; /readyz tells whether the database answers.",
+    )
 
 
 def _declared(dependant: Dependant) -> list[str]:

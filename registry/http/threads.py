@@ -5,19 +5,23 @@ more, so that with shared threads a hundred downloads would stop resolve and sea
 """
 
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 from anyio import CapacityLimiter, WouldBlock, move_on_after, to_thread
 from anyio.lowlevel import RunVar
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from registry.errors import Unavailable
+from registry.storage.blobs import Reader
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+BLOCK_BYTES = 1 << 20
 STORE_THREADS = 32
 STORE_ROOM = 64
 """How many requests wait for one of these threads, at most; who comes then is told at once."""
@@ -62,10 +66,22 @@ def in_store_threads(route: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R
     return run
 
 
-async def streamed(blocks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Blocks that the store gives out. Once an answer has begun it waits its turn: a 503 would come too late."""
+class BlobResponse(StreamingResponse):
+    """Bytes that the store gives out. What reads them there is closed also where the client hangs up."""
+
+    def __init__(self, reader: Reader, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(_blocks(reader), status, headers, "application/octet-stream")
+        self._reader = reader
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._reader:
+            await super().__call__(scope, receive, send)
+
+
+async def _blocks(reader: Reader) -> AsyncIterator[bytes]:
+    """Once an answer has begun it waits its turn: a 503 would come too late."""
     streams = _of_this_loop().streams
-    while (block := await to_thread.run_sync(next, blocks, None, limiter=streams)) is not None:
+    while block := await to_thread.run_sync(reader.read, BLOCK_BYTES, limiter=streams):
         yield block
 
 

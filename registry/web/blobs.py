@@ -1,13 +1,12 @@
 """/v1/uploads and /v1/blobs: bytes in and out, streamed."""
 
 import re
-from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.responses import RedirectResponse, StreamingResponse
+from fastapi.responses import RedirectResponse
 
 from registry import uploads
 from registry.access import Role, permit
@@ -15,18 +14,17 @@ from registry.errors import Unavailable
 from registry.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
 from registry.http.routes import Route
 from registry.http.rules import Caller
-from registry.http.threads import in_store_threads, streamed
+from registry.http.threads import BlobResponse, in_store_threads
 from registry.manifest import ManifestFile
 from registry.models import RevisionFile
 from registry.names import Digest, parse_digest, parse_part
 from registry.resources import Resources
 from registry.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
-from registry.storage.blobs import BlobStat, Put, Reader
+from registry.storage.blobs import BlobStat, Put
 from registry.uploads import Announced
 
 router = APIRouter(prefix="/v1", tags=["blobs"], route_class=Route)
 
-_BLOCK_BYTES = 1 << 20
 _URL_EXPIRES_S = 3600
 BYTES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The bytes.", "content": {"application/octet-stream": {}}},
@@ -123,9 +121,7 @@ def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) 
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{stat.size_bytes}"
     reader = resources.store.open(stat.sha256, start, length)
     status = 206 if "Content-Range" in headers else 200
-    return StreamingResponse(
-        streamed(_blocks(reader)), status_code=status, headers=headers, media_type="application/octet-stream"
-    )
+    return BlobResponse(reader, status, headers)
 
 
 def _upload_row(announced: Announced) -> UploadRow:
@@ -166,9 +162,3 @@ def _span(byte_range: str | None, size: int) -> tuple[int, int] | None:
     start = int(first)
     end = min(int(last), size - 1) if last else size - 1
     return (start, end - start + 1) if start <= end else None
-
-
-def _blocks(reader: Reader) -> Iterator[bytes]:
-    with reader:
-        while block := reader.read(_BLOCK_BYTES):
-            yield block

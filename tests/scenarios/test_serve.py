@@ -1,5 +1,6 @@
 """Starting a server: it says where it listens, and why it cannot."""
 
+import hashlib
 import json
 import os
 import re
@@ -175,6 +176,47 @@ def test_an_answer_comes_as_one_packet_and_those_to_requests_sent_together_in_th
                 received += line.recv(1 << 16)
             first, second = received.split(b"HTTP/1.1 200 OK")[1:]
             assert (b'"status"' in first, b'"user"' in second) == (True, True)
+
+
+CHUNKED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+
+
+def test_what_is_said_behind_a_body_is_no_header_and_costs_no_memory(tmp_path: Path) -> None:
+    """It could else name another host, user or address than the head that a proxy has looked at."""
+    with server(tmp_path / "home") as (url, process):
+        place, before = ("127.0.0.1", int(url.rpartition(":")[2])), resident_bytes(process.pid or 0)
+        for field in (b"Host: elsewhere.example", b"Origin: http://elsewhere.example"):
+            with socket.create_connection(place) as line:
+                line.sendall(CHUNKED + field + b"\r\n\r\n")
+                assert line.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        for more in (b"X-%d: %s\r\n", b"%d%s"):
+            with socket.create_connection(place) as line:
+                line.sendall(CHUNKED)
+                sent = 0
+                try:
+                    while sent < 64 << 20:
+                        sent += line.send(more % (sent, b"x" * 1000) * 60)
+                except OSError:  # hung up
+                    pass
+            assert sent < 16 << 20
+        assert resident_bytes(process.pid or 0) - before < 32 << 20
+
+
+def test_files_whose_clients_hang_up_are_closed(tmp_path: Path) -> None:
+    content = b"weights " * (1 << 20)
+    row = {"path": "a", "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with server(tmp_path / "home") as (url, process), httpx2.Client(base_url=url) as http:
+        asked = {"namespace": "acme", "files": [row]}
+        (upload,) = http.post("/v1/uploads", json=asked).raise_for_status().json()["files"]
+        http.put(upload["put"]["url"], content=content).raise_for_status()
+        http.post(f"/v1/uploads/{upload['upload']}/complete").raise_for_status()
+        opened = Path(f"/proc/{process.pid}/fd")
+        before = len(list(opened.iterdir()))
+        for _ in range(100):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
+                line.sendall(f"GET /v1/blobs/{row['sha256']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                assert line.recv(1000).startswith(b"HTTP/1.1 200 ")
+        eventually(lambda: len(list(opened.iterdir())) <= before + 5, within_s=20)
 
 
 def test_headers_that_are_far_too_long_are_answered_431_as_well(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy import func, select, text
 from registry.client.api import Api, line_path
 from registry.client.push import collect, push
 from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
-from registry.http.routes import DIRECT_THREADS
+from registry.http.routes import DIRECT_PATIENCE_S, DIRECT_THREADS
 from registry.models import AuditRow, Move, Release
 from registry.names import RepositoryName
 from tests import services
@@ -332,5 +332,10 @@ def test_searches_that_wait_for_the_database_hold_up_nobody_else(
                 found = httpx2.get(f"{address}/v1/resolve", params={"ref": f"{NAME}:1.0.0"}, timeout=10)
                 assert found.json()["release"]["version"] == "1.0.0"
             assert not any(search.done() for search in searches)
-        assert {len(search.result().json()["items"]) for search in searches} == {1}
+            time.sleep(DIRECT_PATIENCE_S)
+        answers = [search.result() for search in searches]
     held.close()
+    found = [answer.json()["items"] for answer in answers if answer.status_code == 200]
+    assert [len(items) for items in found] == [1] * DIRECT_THREADS * len(addresses)
+    busy = {(answer.status_code, answer.json()["code"]) for answer in answers if answer.status_code != 200}
+    assert busy == {(503, "searches_busy")}
