@@ -121,8 +121,8 @@ def run(
         deltas, lost = _in_basis(pipeline, place, settings, rank, energy)
     factor = cast(float, settings["lambda"])
     if place.norm is not None:
-        deltas, ratio = _restored(deltas, place.norm)
-        lost = None if lost is None else lost.times(ratio)
+        deltas = _restored(deltas, place.norm)
+        lost = None if lost is None else lost.at(place.norm)
     return [_times(delta, factor) for delta in deltas], None if lost is None else lost.times(factor)
 
 
@@ -346,15 +346,13 @@ def _times(delta: Additive, factor: float) -> Additive:
     return scaled(delta, factor)
 
 
-def _restored(deltas: list[Additive], norm: float) -> tuple[list[Additive], float]:
-    """(the sum of a place back to the mean norm that its deltas had before calibration, by which factor)."""
+def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
+    """The sum of a place back to the mean norm that its deltas had before calibration."""
     found: list[Additive] = []
-    factor = 1.0
     for delta in deltas:
         if isinstance(delta, LowRank):
             now = norm_of(pair_of(delta))
-            factor = norm / now if now else 0.0
-            found.append(_times(delta, factor))
+            found.append(_times(delta, norm / now if now else 0.0))
             continue
         ratio = _Once(lambda delta=delta: _ratio(delta, norm))
         found.append(
@@ -362,7 +360,7 @@ def _restored(deltas: list[Additive], norm: float) -> tuple[list[Additive], floa
                 delta, rows=lambda W, begin, delta=delta, ratio=ratio: delta.rows(W, begin) * ratio().rows(0, 1).to(W)
             )
         )
-    return found, factor
+    return found
 
 
 def _ratio(delta: Computed, norm: float) -> Matrix:

@@ -239,6 +239,28 @@ def test_compressing_a_large_dense_delta_loses_hardly_more_than_the_best_rank_do
     assert best <= lost.error * (1 + 1e-6) <= best * 1.005
 
 
+def test_a_small_loss_of_a_dense_delta_is_told_as_well() -> None:
+    draw = torch.Generator().manual_seed(5)
+    product = torch.randn(600, 16, generator=draw) @ torch.randn(16, 500, generator=draw)
+    X = product + torch.randn(600, 500, generator=draw) * 5e-4 * product.std()
+    (left, right), lost = compress_dense("m", Matrix.of(X), 16, None)
+    assert lost.relative == pytest.approx(float((left.double() @ right.double() - X).norm() / X.norm()), rel=1e-3)
+    assert 4e-4 < lost.relative < 6e-4
+
+
+@pytest.mark.parametrize("method", ["pico_stack", "pico_ties", "pico_knots_ties"])
+@pytest.mark.parametrize("restore", ["merged", "each"])
+def test_what_a_cut_loses_is_told_of_what_is_given_its_norm_back(method: str, restore: str) -> None:
+    parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
+    cut, whole = ({"restore": restore, **more} for more in ({"rank": 3}, {}))
+    (made,), lost = run(PIPELINES[method], Place(parts, 0.8), parse_settings(method, cut), Selections())
+    uncut, _ = run(PIPELINES[method], Place(parts, 0.8), parse_settings(method, whole), Selections())
+    exact = sum(as_stored(delta) for delta in uncut)
+    assert lost is not None
+    assert lost.error == pytest.approx(float((as_stored(made) - exact).norm()), rel=1e-4)
+    assert lost.norm == pytest.approx(float(exact.norm()), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["stack", "svd", "ties_svd", "knots_ties"])
 def test_a_share_of_the_energy_decides_the_rank(method: str) -> None:
     parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
