@@ -143,15 +143,16 @@ def verify(  # noqa: PLR0913
     if key is None and not rebuild:
         raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
     public_key, directory = read_public_key(key) if key else None, Path(what)
-    _refuse_idle({"--base-dir": base_dir}, given_to=rebuild, what="a merge is made again with --rebuild")
     local = {"--adapter": adapter, "--dequantize": dequantize}
-    _refuse_idle(local, given_to=rebuild and directory.is_dir(), what="a local merge is, with DIR and --rebuild")
+    if not rebuild:
+        _refuse_idle({"--base-dir": base_dir, **local}, "merges that are made again with --rebuild")
     told: Json = {"what": what}
     release: Json | None = None
     with ExitStack() as stack:
         if not directory.is_dir():
             connection = stack.enter_context(connected())
             release = resolved(connection, what)
+            _refuse_idle(local, "merges in a directory of this machine, with DIR --rebuild")
             directory = release_directory(connection, release)
             if rebuild:
                 told["rebuild"] = rebuilt(connection, release, directory, base_dir)
@@ -171,13 +172,13 @@ def verify(  # noqa: PLR0913
         raise Refused("not_rebuilt", f"{what} is not what its inputs give.", subject=what, next_step=next_step)
 
 
-def _refuse_idle(options: Mapping[str, object], *, given_to: bool, what: str) -> None:
-    """What would be passed over in silence."""
+def _refuse_idle(options: Mapping[str, object], what: str) -> None:
+    """What would be passed over in silence, since it is for `what`."""
     idle = [name for name, value in options.items() if value]
-    if idle and not given_to:
+    if idle:
         raise Usage(
             "idle_option",
-            f"{idle[0]} says nothing here: it is for when {what}.",
+            f"{idle[0]} says nothing here: it is for {what}.",
             subject=idle[0],
             next_step=f"Leave {idle[0]} out, or see `adaptory verify --help`.",
         )

@@ -18,7 +18,8 @@ from registry.errors import Unavailable, Usage
 T = TypeVar("T")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
-MAX_QUERIES, MAX_QUERY_BYTES = 1_000, 2_000
+MAX_QUERIES, MAX_QUERY_BYTES = 256, 500
+"""Of each route, whoever asks: some 20 MB for all of them together at the most."""
 DIRECT_THREADS = 16
 """Fewer than there are connections to the database: slow searches leave some to everything else."""
 DIRECT_PATIENCE_S = 5.0
