@@ -15,6 +15,8 @@ from registry.http.problems import problem_response
 MAX_HEAD_BYTES = 256 << 10
 """Above every limit that `ADAPTORY_MAX_HEADER_BYTES` makes sense for: those leave the connection open, this one hangs
 up."""
+HEAD_S = 30
+"""Within which a head ends."""
 MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
 """What is still read, and for how long, of a head that was refused."""
 
@@ -59,6 +61,7 @@ class BoundedHttp(HttpToolsProtocol):
     _refused = False
     _loose_bytes = 0
     """Of the connection since it last came to an end of a head, or to a body."""
+    _too_late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(Any, Gathered(cast(asyncio.Transport, transport), self.loop)))
@@ -75,6 +78,12 @@ class BoundedHttp(HttpToolsProtocol):
                 self._refuse()
             else:
                 self.transport.close()
+        elif self._in_head and self._too_late is None:  # mostly all of a head comes at once, and no clock is set
+            self._too_late = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         self._in_head, self._loose_bytes = True, 0
@@ -86,11 +95,17 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._loose_bytes = False, 0
+        self._stop_clock()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._loose_bytes = 0
         super().on_body(body)
+
+    def _stop_clock(self) -> None:
+        if self._too_late is not None:
+            self._too_late.cancel()
+            self._too_late = None
 
     def _refuse(self) -> None:
         """Reads on for a moment: who is still sending when the connection is closed does not get to see the answer."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from sqlalchemy import text
 
 from registry.cli.server import HUNG_S
 from registry.db import head_revision
+from registry.http.protocol import HEAD_S
 from tests import services
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server
@@ -176,6 +177,19 @@ def test_an_answer_comes_as_one_packet_and_those_to_requests_sent_together_in_th
                 received += line.recv(1 << 16)
             first, second = received.split(b"HTTP/1.1 200 OK")[1:]
             assert (b'"status"' in first, b'"user"' in second) == (True, True)
+
+
+def test_a_head_that_does_not_go_on_is_given_up(tmp_path: Path) -> None:
+    with server(tmp_path / "home") as (url, _), ExitStack() as stack:
+        place = ("127.0.0.1", int(url.rpartition(":")[2]))
+        slow, later = (stack.enter_context(socket.create_connection(place, timeout=HEAD_S + 30)) for _ in range(2))
+        for line in (slow, later):
+            line.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+        later.sendall(b"\r\n")
+        assert later.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        started = time.monotonic()
+        assert slow.recv(1 << 16) == b""
+        assert HEAD_S - 5 < time.monotonic() - started < HEAD_S + 20
 
 
 CHUNKED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
