@@ -6,7 +6,6 @@ their statements (`Form`), and to build one takes longer than to run it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, Select, String, bindparam, not_, select
@@ -171,7 +170,6 @@ def asks_traits(form: Form) -> bool:
     return form.includes > 0 or not form.asked.isdisjoint(_OF_TRAITS)
 
 
-@lru_cache(512)
 def fitting(form: Form) -> Select[*tuple[Any, ...]]:
     """The ids of the traits that fit."""
     asked: Conditions = [_traits.kind == bindparam("kind")]

@@ -8,7 +8,6 @@ some words are read from the index of words, since all that have one may be old.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -36,7 +35,8 @@ from registry.conditions import Query as Query
 from registry.descriptions import CURRENT_SUITES, Stamp
 from registry.errors import NotFound, Usage
 from registry.models import Channel, Release, ReleaseWord, Score
-from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows
+from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows, prepared
+from registry.statements import Query as Selection
 from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
 
 NEWEST, VERSION = "newest", "version"
@@ -79,7 +79,7 @@ class Order:
 
     name: str = NEWEST
     limit: int = 50
-    after: Place | None = None
+    after: Place | Match | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,14 +252,14 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
 
 def _of_few_if_few(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Match] | None:
     """The page from the combinations of traits that fit; None when many fit."""
-    pages = _of_few(form, by).rows(session, values)
+    pages = _of_few(form, by, FEW).rows(session, values)
     many = any(fitting > FEW for _page, _suites, fitting in pages)
     return None if many else by.places(pages, values["limit"])
 
 
-@lru_cache(512)
-def _any_fits(form: Form) -> Prepared:
-    return Prepared(conditions.fitting(form).limit(1))
+@prepared
+def _any_fits(form: Form) -> Selection:
+    return conditions.fitting(form).limit(1)
 
 
 def _is_common(session: Session, thinnest: Newest, values: Mapping[str, Any]) -> bool:
@@ -290,61 +290,91 @@ def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Seq
         left, count = left[count:], count * MORE
 
 
-@lru_cache(512)
-def _rare(form: Form, by: _By, words: tuple[int, ...]) -> tuple[Prepared, ...]:
-    """For each condition with an index of its own: the releases that meet it, or NULL after `RARE` entries.
+def _rare(form: Form, by: _By, words: tuple[int, ...]) -> Iterator[Prepared]:
+    """For each condition with an index of its own: the releases that meet it, or NULL after so many entries.
 
     `words` are the numbers of those to look for. Scores are looked for among all first, then among what fits: none may
     be as good, and what fits may be of thousands of combinations of traits.
     """
-    entry = select(_word.release_id.label("id"))
-    entries = [entry.where(conditions.is_entry(form, number, _word.word)) for number in words]
-    of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
-    scored = [of_release.where(*conditions.enough(number, operator)) for number, operator in enumerate(form.operators)]
-    found = [_unless_many(one, SIDE_BY_SIDE) for one in (*entries, *scored)]
+    scores = [*enumerate(form.operators)]
+    yield from (_with_word(form, number, SIDE_BY_SIDE) for number in words)
+    yield from (_with_score(number, operator, SIDE_BY_SIDE) for number, operator in scores)
     if "channel" in form.asked:
-        current = select(_channel.move_id).where(_channel.name == bindparam("channel"))
-        found.append(_unless_many(conditions.served(current), RARE if by.column == "id" else SERVED))
-    lists: list[Select[*tuple[Any, ...]]] = []
+        yield _on_channel(RARE if by.column == "id" else SERVED)
     if "size" in form.asked:
-        small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
-        lists.append(small.where(_release.traits_id.in_(conditions.fitting(form))))
+        yield _small_that_fits(form, RARE)
     if conditions.asks_traits(form):
-        lists += [one.where(_score.traits_id.in_(conditions.fitting(form))) for one in scored]
-    return *found, *(_unless_many(one, RARE) for one in lists)
+        yield from (_with_score_that_fits(form, number, operator, RARE) for number, operator in scores)
 
 
-def _unless_many(releases: Select[*tuple[Any, ...]], most: int) -> Prepared:
+@prepared
+def _with_word(form: Form, number: int, most: int) -> Selection:
+    return _unless_many(select(_word.release_id.label("id")).where(conditions.is_entry(form, number, _word.word)), most)
+
+
+@prepared
+def _with_score(number: int, operator: str, most: int) -> Selection:
+    return _unless_many(_scored(number, operator), most)
+
+
+@prepared
+def _with_score_that_fits(form: Form, number: int, operator: str, most: int) -> Selection:
+    return _unless_many(_scored(number, operator).where(_score.traits_id.in_(conditions.fitting(form))), most)
+
+
+def _scored(number: int, operator: str) -> Selection:
+    of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
+    return of_release.where(*conditions.enough(number, operator))
+
+
+@prepared
+def _on_channel(most: int) -> Selection:
+    return _unless_many(conditions.served(select(_channel.move_id).where(_channel.name == bindparam("channel"))), most)
+
+
+@prepared
+def _small_that_fits(form: Form, most: int) -> Selection:
+    small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
+    return _unless_many(small.where(_release.traits_id.in_(conditions.fitting(form))), most)
+
+
+def _unless_many(releases: Selection, most: int) -> Selection:
     found = releases.limit(most + 1).cte("found")
     ids = func.coalesce(json_list(found.c.id), "[]")
-    return Prepared(select(case((func.count() <= most, ids))).select_from(found))
+    return select(case((func.count() <= most, ids))).select_from(found)
 
 
-@lru_cache(512)
-def _of_few(form: Form, by: _By) -> Prepared:
+def _each_of_few(form: Form, by: _By, few: int) -> Selection:
     """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
     With each, how many fit.
 
-    One text for each: an aggregate is what SQLite can make of an ordered and limited part of an index. PostgreSQL makes
-    one text of all, merged, and looks up the stamps of that page alone.
+    One text for each: an aggregate is what SQLite can make of an ordered and limited part of an index.
     """
-    fitting, count = _fitting(form)
+    fitting, count = _fitting(form, few)
     first = by.first(_entries(form, by, fitting, _release.stamp)).correlate(fitting).subquery("first")
-    each = select(case((count <= FEW, by.text(first.c, first.c.stamp).scalar_subquery())), CURRENT_SUITES, count)
+    each = select(case((count <= few, by.text(first.c, first.c.stamp).scalar_subquery())), CURRENT_SUITES, count)
+    return each.select_from(fitting)
+
+
+def _all_of_few(form: Form, by: _By, few: int) -> Selection:
+    """One text of all, merged: PostgreSQL looks up the stamps of that page alone."""
+    fitting, count = _fitting(form, few)
     of_each = by.first(_entries(form, by, fitting)).lateral("of_each")
-    all_first = select(of_each.c.key, of_each.c.id).select_from(fitting.join(of_each, true())).where(count <= FEW)
+    all_first = select(of_each.c.key, of_each.c.id).select_from(fitting.join(of_each, true())).where(count <= few)
     page = by.first_of_all(of_each, all_first).subquery("page")
     stamp = select(_release.stamp).where(_release.id == page.c.id).scalar_subquery()
-    merged = select(by.text(page.c, stamp).scalar_subquery(), CURRENT_SUITES, count)
-    return Prepared(each.select_from(fitting), postgresql=merged)
+    return select(by.text(page.c, stamp).scalar_subquery(), CURRENT_SUITES, count)
 
 
-def _fitting(form: Form) -> tuple[CTE, ColumnElement[int]]:
+_of_few = prepared(_each_of_few, postgresql=_all_of_few)
+
+
+def _fitting(form: Form, few: int) -> tuple[CTE, ColumnElement[int]]:
     """The combinations of traits that fit, one more than few at most, and their number.
 
     The limit is in the text: a plan for a limit that is yet unknown reads a tenth of what fits, without an index.
     """
-    fitting = conditions.fitting(form).limit(literal_column(str(FEW + 1))).cte("fitting")
+    fitting = conditions.fitting(form).limit(literal_column(str(few + 1))).cte("fitting")
     return fitting, select(func.count()).select_from(fitting).scalar_subquery()
 
 
@@ -352,13 +382,13 @@ def _entries(form: Form, by: _By, fitting: CTE, *more: ColumnElement[Any]) -> Se
     return by.select(*more).where(by.traits_id == fitting.c.id, *conditions.on_release(form))
 
 
-@lru_cache(512)
-def _of_all(form: Form, by: _By) -> Prepared:
+@prepared
+def _of_all(form: Form, by: _By) -> Selection:
     """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
-    return Prepared(by.page(conditions.fits(form, by.traits_id + 0), *conditions.on_release(form)))
+    return by.page(conditions.fits(form, by.traits_id + 0), *conditions.on_release(form))
 
 
-@lru_cache(512)
-def _among_rare(form: Form, by: _By) -> Prepared:
+@prepared
+def _among_rare(form: Form, by: _By) -> Selection:
     asked = (conditions.fits(form, _release.traits_id), *conditions.on_release(form))
-    return Prepared(by.page(among(by.release_id, "ids"), *asked, in_order=False))
+    return by.page(among(by.release_id, "ids"), *asked, in_order=False)

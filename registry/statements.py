@@ -9,8 +9,8 @@ more than its time where the page is one row of JSON.
 import json
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import Any, TypeVar
+from functools import cached_property, lru_cache
+from typing import Any, ParamSpec, TypeVar, cast
 
 from sqlalchemy import BigInteger, ColumnElement, Connection, Dialect, Integer, Select, String, bindparam, column
 from sqlalchemy.exc import DBAPIError
@@ -21,7 +21,11 @@ from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.sql.functions import FunctionElement
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Rows = Sequence[Sequence[Any]]
+Query = Select[*tuple[Any, ...]]
+FORMS = 512
+"""So many statements of each kind are kept of those that differ by what is asked for."""
 PLANNED_VALUES = 10
 """Of a list, in a plan that PostgreSQL keeps."""
 
@@ -29,17 +33,13 @@ PLANNED_VALUES = 10
 class Prepared:
     """A statement with named values. `among` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
 
-    It sees what has been flushed. `postgresql` asks the same there, in words that SQLite does not have.
+    It sees what has been flushed. What makes a statement is called when it is first asked of that kind of database.
     """
 
     def __init__(
-        self,
-        statement: Select[*tuple[Any, ...]] | UpdateBase,
-        sets: Sequence[str] | None = None,
-        *,
-        postgresql: Select[*tuple[Any, ...]] | None = None,
+        self, statement: Query | UpdateBase | Callable[[str], Query], sets: Sequence[str] | None = None
     ) -> None:
-        self._statements = {"sqlite": statement, "postgresql": statement if postgresql is None else postgresql}
+        self._make: Callable[[str], Query | UpdateBase] = statement if callable(statement) else lambda _kind: statement
         self._sets = sets
         self._compiled: dict[str, _Compiled] = {}
 
@@ -61,12 +61,24 @@ class Prepared:
     def _for(self, dialect: Dialect) -> "_Compiled":
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = self._compiled[dialect.name] = _Compiled(self._statements[dialect.name], dialect, self._sets)
+            compiled = self._compiled[dialect.name] = _Compiled(self._make(dialect.name), dialect, self._sets)
         return compiled
 
     def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
         """The first column of its rows."""
         return [row[0] for row in self.rows(session, values)]
+
+
+def prepared(make: Callable[P, Query], *, postgresql: Callable[P, Query] | None = None) -> Callable[P, Prepared]:
+    """What makes a statement -> what gives it prepared, and keeps it by the arguments. `postgresql` makes what asks the
+    same there, in words that SQLite does not have."""
+    makes = {"sqlite": make, "postgresql": postgresql or make}
+
+    @lru_cache(FORMS)
+    def kept(*arguments: P.args, **named: P.kwargs) -> Prepared:
+        return Prepared(lambda kind: makes[kind](*arguments, **named))
+
+    return cast(Callable[P, Prepared], kept)
 
 
 class _Compiled:
@@ -75,11 +87,15 @@ class _Compiled:
     def __init__(self, statement: Any, dialect: Dialect, sets: Sequence[str] | None) -> None:
         compiled: SQLCompiler = statement.compile(dialect=dialect, column_keys=sets)
         self.text = compiled.string
+        # Of the statement nothing is kept: it takes a hundred times the memory of its text, all in circles.
         self._own = {name: value for name, value in compiled.params.items() if value is not None}
         self._order = compiled.positiontup
         types = {name: bound.type.dialect_impl(dialect) for name, bound in compiled.binds.items()}
         self._sent = [(name, convert) for name, own in types.items() if (convert := own.bind_processor(dialect))]
-        self._statement, self._dialect = statement, dialect
+        columns = statement.exported_columns.items()
+        received = [(name, one.type.dialect_impl(dialect).result_processor(dialect, None)) for name, one in columns]
+        self._names = [name for name, _ in received]
+        self._received = [(place, convert) for place, (_, convert) in enumerate(received) if convert]
 
     def rows(self, connection: Connection, values: Mapping[str, Any]) -> Rows:
         return self._executed(connection, values, lambda cursor: cursor.fetchall())
@@ -88,22 +104,18 @@ class _Compiled:
         self._executed(connection, values, lambda cursor: None)
 
     def records(self, connection: Connection, values: Mapping[str, Any]) -> list[Any]:
-        made, received = self._record
+        made = self._record
         found: list[Any] = []
         for row in self.rows(connection, values):
             columns = list(row)
-            for place, convert in received:
+            for place, convert in self._received:
                 columns[place] = convert(columns[place])
             found.append(made(*columns))
         return found
 
     @cached_property
-    def _record(self) -> tuple[Any, list[tuple[int, Callable[[Any], Any]]]]:
-        """The class of its records, and how those columns come to be of their types that the driver does not know."""
-        columns, dialect = self._statement.exported_columns, self._dialect
-        received = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
-        made = namedtuple("Record", columns.keys())  # pyright: ignore[reportUntypedNamedTuple]
-        return made, [(place, convert) for place, convert in enumerate(received) if convert]
+    def _record(self) -> Any:
+        return namedtuple("Record", self._names)  # pyright: ignore[reportUntypedNamedTuple]
 
     def _executed(self, connection: Connection, values: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """Straight to the driver: SQLAlchemy's way there takes twice as long as SQLite for most of what is asked."""

@@ -7,7 +7,6 @@ all.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -17,7 +16,7 @@ from sqlalchemy.orm import Session
 from registry import conditions
 from registry.conditions import Form
 from registry.models import ReleaseWord
-from registry.statements import Prepared, json_list, listed
+from registry.statements import Prepared, Query, json_list, listed, prepared
 
 MANY_WORDS = 128
 """Of so many words with one beginning the newest releases are merged; with more, all are looked at in order."""
@@ -142,8 +141,8 @@ def _ends_at_home() -> Prepared:
 _ENDS_AT_HOME = _ends_at_home()
 
 
-@lru_cache(512)
-def _newest_of_each(form: Form, number: int, with_others: bool) -> Prepared:
+@prepared
+def _newest_of_each(form: Form, number: int, with_others: bool) -> Query:
     """For each word that fits: the newest releases that have it; NULL when there are many words.
 
     A word is found from the one before it, and of each the index has its releases in order: to read all entries of the
@@ -158,12 +157,12 @@ def _newest_of_each(form: Form, number: int, with_others: bool) -> Prepared:
         entries = entries.where(*conditions.has_other_words(form, number))
     if ends and ends[0] is ends[1]:
         of_word = entries.where(_word.word == ends[0]).subquery("newest")
-        return Prepared(select(json_list(of_word.c.id)))
+        return select(json_list(of_word.c.id))
     words = _words_between(*ends) if ends else select(listed("homes").label("word")).cte("words")
     newest = entries.where(_word.word == words.c.word).correlate(words).subquery("newest")
     ids = select(json_list(newest.c.id)).scalar_subquery()
     count = select(func.count(words.c.word)).scalar_subquery()
-    return Prepared(select(case((count <= bindparam("most_words"), ids))).where(words.c.word.is_not(None)))
+    return select(case((count <= bindparam("most_words"), ids))).where(words.c.word.is_not(None))
 
 
 def _words_between(first: ColumnElement[str], last: ColumnElement[str]) -> CTE:

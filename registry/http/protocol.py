@@ -15,6 +15,8 @@ from registry.http.problems import problem_response
 MAX_HEAD_BYTES = 256 << 10
 """Above every limit that `ADAPTORY_MAX_HEADER_BYTES` makes sense for: those leave the connection open, this one hangs
 up."""
+MAX_PIPELINED = 100
+"""So many requests of a connection may wait for the answers to those before them."""
 HEAD_S = 30
 """Within which a head ends."""
 MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
@@ -97,6 +99,14 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head, self._loose_bytes = False, 0
         self._stop_clock()
         super().on_headers_complete()
+
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise ValueError("too many requests wait")  # for the parser, which ends there; the answer is a 400
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.pipeline:  # the server reads on after each answer, however many requests wait
+            self.flow.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         self._loose_bytes = 0

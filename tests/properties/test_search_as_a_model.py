@@ -6,7 +6,6 @@ matter: each is also forced upon it.
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -63,19 +62,10 @@ WAYS: dict[str, dict[str, int]] = {
 
 
 @pytest.fixture(params=[*WAYS.values()], ids=[*WAYS])
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in request.param.items():
         for module in [one for one in (search, words) if hasattr(one, name)]:
             monkeypatch.setattr(module, name, value)
-    _forget_statements()
-    yield
-    _forget_statements()
-
-
-def _forget_statements() -> None:
-    """They have limits in them."""
-    search._of_few.cache_clear()
-    search._rare.cache_clear()
 
 
 def maybe(values: st.SearchStrategy) -> st.SearchStrategy:

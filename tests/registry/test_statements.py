@@ -1,5 +1,6 @@
 """What both databases say to a prepared statement: the same texts, whatever they keep inside."""
 
+import gc
 from collections.abc import Generator
 from datetime import UTC, datetime
 from typing import Any
@@ -8,13 +9,24 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Column, Float, MetaData, String, Table, bindparam, insert, select, text
+from sqlalchemy import Column, Float, MetaData, Select, String, Table, bindparam, insert, select, text
 from sqlalchemy.orm import Session
 
 from registry.db import Database, UtcDateTime
 from registry.descriptions import TOGETHER, describe
 from registry.models.catalog import Id, Release
-from registry.statements import PLANNED_VALUES, Prepared, among, exact, filled, json_list, json_rows, moment, one_of
+from registry.statements import (
+    PLANNED_VALUES,
+    Prepared,
+    among,
+    exact,
+    filled,
+    json_list,
+    json_rows,
+    moment,
+    one_of,
+    prepared,
+)
 from registry.suites import scores_of
 from tests.registry.shelf import stock
 
@@ -131,3 +143,22 @@ def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(data
         number: [(score.suite.name, score.metric, score.value, score.n) for score in scores]
         for number, scores in kept.items()
     }
+
+
+def test_of_a_statement_that_was_compiled_only_its_text_is_kept(session: Session) -> None:
+    """Thousands of forms of searches took a gigabyte, and to find out what of it was garbage ten seconds."""
+    above = prepared(lambda number: select(THINGS.c.id).where(THINGS.c.id > number).order_by(THINGS.c.id))
+    for number in (1, 2, 3):
+        keep(session, id=number, name="")
+    assert [above(number).column(session, {}) for number in (0, 1)] == [[1, 2, 3], [2, 3]]
+    gc.collect()
+    before = statements_in_memory()
+    for number in range(2, 40):
+        above(number).rows(session, {})
+    assert above(1) is above(1)
+    gc.collect()
+    assert statements_in_memory() <= before
+
+
+def statements_in_memory() -> int:
+    return sum(isinstance(one, Select) for one in gc.get_objects())

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from sqlalchemy import text
 
 from registry.cli.server import HUNG_S
 from registry.db import head_revision
-from registry.http.protocol import HEAD_S
+from registry.http.protocol import HEAD_S, MAX_PIPELINED
 from tests import services
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server
@@ -214,6 +214,21 @@ def test_what_is_said_behind_a_body_is_no_header_and_costs_no_memory(tmp_path: P
                     pass
             assert sent < 16 << 20
         assert resident_bytes(process.pid or 0) - before < 32 << 20
+
+
+def test_requests_that_come_before_the_answers_to_others_are_bounded(tmp_path: Path) -> None:
+    with server(tmp_path / "home") as (url, process):
+        place, before = ("127.0.0.1", int(url.rpartition(":")[2])), resident_bytes(process.pid or 0)
+        asked = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for requests, answered in ((MAX_PIPELINED, MAX_PIPELINED), (1_000_000, 0)):
+            with socket.create_connection(place) as line:
+                received = b""
+                with suppress(OSError):  # hung up
+                    line.sendall(asked * requests)
+                while received.count(b'"ok"') < answered:
+                    received += line.recv(1 << 16)
+        assert resident_bytes(process.pid or 0) - before < 32 << 20
+        assert httpx2.get(f"{url}/healthz").status_code == 200
 
 
 def test_files_whose_clients_hang_up_are_closed(tmp_path: Path) -> None:
