@@ -50,6 +50,8 @@ def options(description: str | None, rounds: int) -> argparse.Namespace:
     parser.add_argument("--postgres", help="URL of a server where databases may be made, for claims about both")
     parser.add_argument("--quick", action="store_true", help="two rounds and less of everything: does it still run?")
     chosen = parser.parse_args()
+    if not (chosen.base / "config.json").is_file():
+        parser.error(f"there is no base in {chosen.base}: run `make demo`, or name one with --base")
     if chosen.quick:
         chosen.rounds = 2
     return chosen
