@@ -186,6 +186,8 @@ def test_rows_of_tokens_that_are_saved_for_both_sides_are_merged_once(once: Path
         "lm_head",
     }
     assert_merged_like_peft(once, adapter, tmp_path / "merged")
+    assert is_said_tied(tmp_path / "merged")
+    assert HEAD not in tensors_in(tmp_path / "merged")
     change_tensors(adapter, lambda rows: {key: row + ("lm_head" in key) for key, row in rows.items()})
     merge(once, adapter, tmp_path / "untied")
     changed, base = tensors_in(tmp_path / "untied"), tensors_in(once)[EMBEDDING]
