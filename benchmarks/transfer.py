@@ -4,13 +4,13 @@ boto3 is asked twice: as the client does it (8 files at a time, each whole, wher
 it does by itself (one file after another, each in parts by 10 threads). Ours hashes every byte on its way, and syncs
 what it wrote; boto3 hashes what it sends over plain HTTP and nothing that it receives. Client, API and S3 server share
 the cores. Clients write blobs in place; `DIRECT=false` has each copied once within the store, as a store that is less
-trusted would. The resident memory of the API process is taken before and after.
+trusted would. The resident memory of the API process, started by itself as on a server, is taken before and after.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from boto3.s3.transfer import TransferConfig
 
-from benchmarks import harness
+from benchmarks import harness, load
 from benchmarks.harness import Sample
 from composer.hashing import hash_file
 from registry.client.api import Api, Json
@@ -29,7 +29,7 @@ from registry.client.push import LocalFile, collect, push, send
 from registry.names import parse_repository
 from tests import s3_server
 from tests.s3_server import BUCKET, S3Server
-from tests.scenarios.world import Cli, build_world, nothing, server
+from tests.scenarios.world import Cli, build_world, nothing
 
 FILES, PARALLEL = 8, 8
 WHOLE = TransferConfig(multipart_threshold=256 << 20, use_threads=False)
@@ -125,6 +125,14 @@ def check_and_sync(path: Path, sha256: str) -> None:
         os.fsync(file.fileno())
 
 
+def serve(home: Path, stack: ExitStack, environment: Mapping[str, str]) -> tuple[str, int]:
+    """The address and the process id of an API without a worker."""
+    port = load.free_port()
+    command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker"]
+    process_id = stack.enter_context(load.process(port, command, ADAPTORY_HOME=str(home), **environment))
+    return f"http://127.0.0.1:{port}", process_id
+
+
 def rss_bytes(process_id: int) -> tuple[int, int]:
     """Now, and at the highest."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process_id}/status").read_text().splitlines())
@@ -139,17 +147,17 @@ def main() -> None:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="adaptory-transfer-")))
         s3 = s3_server.started(directory / "s3")
         stack.callback(s3.stop)
-        url, process = stack.enter_context(server(directory / "server", **s3.environment("bench/")))
+        url, process_id = serve(directory / "server", stack, s3.environment("bench/"))
         world = build_world(directory / "world")
         cli = Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_URL": url})
         cli.ok("base", "add", world.base, "--name", "tiny")
         aside = s3.environment("aside/") | {"ADAPTORY_STORAGE__DIRECT": "false"}
-        copying_url, _ = stack.enter_context(server(directory / "aside", **aside))
+        copying_url, _ = serve(directory / "aside", stack, aside)
         api, copying = Api(url), Api(copying_url)
         for one in (api, copying):
             stack.callback(one.close)
         bench = Bench(s3, api, world.adapters["sql"], directory, file_bytes)
-        before, _ = rss_bytes(process.pid)
+        before, _ = rss_bytes(process_id)
         pushes = {
             RAW: lambda: bench.push_raw(WHOLE, PARALLEL),
             RAW_PARTS: lambda: bench.push_raw(TransferConfig(), 1),
@@ -167,7 +175,7 @@ def main() -> None:
             "adaptory, from its cache": lambda: bench.pull_ours(cache),
         }
         harness.report("Pull, 1 GB in 8 files", harness.interleave(pulls, chosen.rounds), RAW)
-        after, highest = rss_bytes(process.pid)
+        after, highest = rss_bytes(process_id)
         rows = [
             ["before", "after", "highest"],
             [harness.figure(value / harness.MB) for value in (before, after, highest)],

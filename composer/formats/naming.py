@@ -92,6 +92,12 @@ def is_raw(key: str) -> bool:
     return "default" in key.split(".")
 
 
+def is_copy(key: str) -> bool:
+    """With `bias="all"` PEFT saves the bias of a module that is saved whole a second time, by its path in memory: it
+    reads the other one."""
+    return ".modules_to_save." in key
+
+
 def find_weight(module: str, parameter: str, architecture: Architecture) -> Target | list[str]:
     """The one tensor that is `module.parameter` on disk, or the list of candidates when there is none or several."""
     name = f"{module}.{parameter}"

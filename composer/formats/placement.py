@@ -17,6 +17,7 @@ from composer.formats.naming import (
     TOKENS,
     Target,
     find_weight,
+    is_copy,
     is_raw,
     lacks_prefix,
     split_key,
@@ -81,8 +82,12 @@ def _group(placement: Placement) -> dict[str, dict[str, str]]:
     for one in split:
         if one.part == "ignored":
             continue
-        twin = grouped[one.module].setdefault(one.part, one.key)
-        if twin != one.key:
+        parts = grouped[one.module]
+        twin = parts.setdefault(one.part, one.key)
+        if twin == one.key:
+            continue
+        parts[one.part] = min(twin, one.key, key=is_copy)
+        if is_copy(twin) == is_copy(one.key) or placement.shape(twin) != placement.shape(one.key):
             placement.error("duplicate_tensor", one.key, f"{one.key} and {twin} are the same part of one module.")
     return grouped
 

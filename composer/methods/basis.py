@@ -25,13 +25,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Basis:
     """P is O x p, Q is I x q, both with orthonormal columns, and each X_i is p x q. None stands for the identity.
 
-    `missed` is |Δ_i - P X_i Q^T|_F of each delta: zero unless the bases are too small for all of them.
+    `whole` is each delta in a basis that misses nothing of any, where this one is too small for all of them:
+    |Δ_i - P X_i Q^T|^2 = |whole_i|^2 - |X_i|^2, and the same for sums of them.
     """
 
     P: torch.Tensor | None
     Q: torch.Tensor | None
     X: list[torch.Tensor]
-    missed: list[float] | None = None
+    whole: list[torch.Tensor] | None = None
 
     def lift(self, X: torch.Tensor) -> Pair:
         """(B, A) with B A = P X Q^T: the rank is the smaller side of X."""
@@ -146,11 +147,7 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
             break
         fit = now
     X = [(U.T @ C @ V).float() for C in C_Tba]
-    missed = [
-        float((C.square().sum() - X_i.double().square().sum()).clamp(min=0).sqrt())
-        for C, X_i in zip(C_Tba, X, strict=True)
-    ]
-    return Basis(found.Q_B @ U.float(), found.Q_A @ V.float(), X, missed)
+    return Basis(found.Q_B @ U.float(), found.Q_A @ V.float(), X, list(C_Tba))
 
 
 def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:

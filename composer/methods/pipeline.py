@@ -201,7 +201,7 @@ def _in_basis(
     else:
         X = _thin(pipeline, place, known, basis)
         X = iso(X) if pipeline.combine == "iso" else X
-    missed = _missed(place, basis, divisor(place.total) if pipeline.combine == "mean" else 1.0)
+    missed = _missed(pipeline, place, settings, basis)
     if rank is None and energy is None:
         return [_named(like, basis.lift(X))], missed
     pair, lost = compress(place.module, basis, X, rank, energy)
@@ -210,17 +210,18 @@ def _in_basis(
     return [_named(like, pair)], lost
 
 
-def _missed(place: Place, basis: Basis, total: float) -> Compression | None:
-    """What a basis that is too small loses of the deltas, before anything is done with them."""
-    if basis.missed is None:
+def _missed(pipeline: Pipeline, place: Place, settings: Mapping[str, object], basis: Basis) -> Compression | None:
+    """What a basis that is too small loses: of the sum, where one is made, else of the deltas beforehand."""
+    if basis.whole is None:
         return None
-    both = zip(place.weights, basis.X, basis.missed, strict=True)
-    rows = [
-        (abs(weight / total) * float(X.double().norm()), abs(weight / total) * missed) for weight, X, missed in both
-    ]
-    error = hypot(*(missed for _, missed in rows))
+    total = divisor(place.total) if pipeline.combine == "mean" or settings.get("normalize") else 1.0
+    whole = [C.double() * (weight / total) for C, weight in zip(basis.whole, place.weights, strict=True)]
+    kept = [X.double() * (weight / total) for X, weight in zip(basis.X, place.weights, strict=True)]
+    if pipeline.combine in ("sum", "mean") and pipeline.sparsify == "none":
+        whole, kept = [torch.stack(whole).sum(0)], [torch.stack(kept).sum(0)]
+    norm, left = hypot(*(float(C.norm()) for C in whole)), hypot(*(float(X.norm()) for X in kept))
     full_rank = sum(part.low_rank.rank for part in place.parts)
-    return Compression(place.module, min(basis.X[0].shape), full_rank, hypot(*(norm for norm, _ in rows), error), error)
+    return Compression(place.module, min(basis.X[0].shape), full_rank, norm, max(0.0, norm**2 - left**2) ** 0.5)
 
 
 def _thin(pipeline: Pipeline, place: Place, settings: Mapping[str, object], basis: Basis) -> torch.Tensor:

@@ -175,6 +175,10 @@ MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         added({f"{Q0}.lora_A.default.weight": torch.ones(4, 16)}),
         *("duplicate_tensor", "q_proj", "same part"),
     ),
+    "a saved bias twice in two shapes": (
+        added({f"{Q0}.modules_to_save.bias": torch.ones(4), f"{Q0}.bias": torch.ones(5)}),
+        *("duplicate_tensor", "q_proj", "same part"),
+    ),
     "a convolution where the base has a matrix": (
         added({f"{Q0[:-6]}k_proj.lora_{part}.weight": torch.ones(4, 4, 1, 1) for part in "AB"}),
         *("shape_mismatch", "k_proj", "4 x 4 x 1 x 1.* 8 x 16"),

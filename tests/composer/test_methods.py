@@ -248,11 +248,11 @@ def test_a_small_loss_of_a_dense_delta_is_told_as_well() -> None:
     assert 4e-4 < lost.relative < 6e-4
 
 
-@pytest.mark.parametrize("method", ["pico_stack", "pico_ties", "pico_knots_ties"])
+@pytest.mark.parametrize("method", ["pico_stack", "pico_ties", "pico_knots_ties", "pico_ctm_mean", "ctm_mean"])
 @pytest.mark.parametrize("restore", ["merged", "each"])
-def test_what_a_cut_loses_is_told_of_what_is_given_its_norm_back(method: str, restore: str) -> None:
+def test_what_a_cut_loses_is_told_of_the_sum_also_where_its_norm_is_given_back(method: str, restore: str) -> None:
     parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
-    cut, whole = ({"restore": restore, **more} for more in ({"rank": 3}, {}))
+    cut, whole = (known(method, {"restore": restore, **more}) for more in ({"rank": 3}, {"ctm_rank": sum(RANKS)}))
     (made,), lost = run(PIPELINES[method], Place(parts, 0.8), parse_settings(method, cut), Selections())
     uncut, _ = run(PIPELINES[method], Place(parts, 0.8), parse_settings(method, whole), Selections())
     exact = sum(as_stored(delta) for delta in uncut)

@@ -94,6 +94,7 @@ GPT2_CASES: dict[str, peft.PeftConfig] = {
     "VB-LoRA": peft.VBLoRAConfig(r=4, vector_length=4, num_vectors=16, topk=2, **GPT2),
     "HiRA": peft.HiraConfig(r=4, **GPT2),
     "FourierFT": peft.FourierFTConfig(n_frequency=20, **GPT2),
+    "LoRA with all biases, one of them saved twice": peft.LoraConfig(r=4, bias="all", modules_to_save=["ln_1"], **GPT2),
 }
 
 
