@@ -1,5 +1,7 @@
 """One function per arrow of a composition: check -> combine -> evaluate -> gate -> merge -> publish.
 
+Without an adapter in the recipe nothing is combined, and the merged model is what is evaluated.
+
 Each can be run again after a crash: what an earlier attempt finished lies in the work directory or in the rows.
 """
 
@@ -119,8 +121,8 @@ class Work:
 
 
 def check(held: Held) -> None:
-    """Structural checks and the conflict report; a hard conflict ends the composition here, and so does what can only
-    be merged: a composition is measured, and gated, as an adapter."""
+    """Structural checks and the conflict report; a hard conflict ends the composition here, and so does an adapter that
+    no file can hold."""
     from composer.combine import refuse_uncombinable
     from composer.conflicts import Method
     from composer.conflicts.examine import examine
@@ -141,15 +143,16 @@ def check(held: Held) -> None:
     )
     _store(held, work, conflicts=report.to_json())
     refuse_errors(report.findings, "recipe", Refused, "Change the recipe.")
-    refuse_uncombinable(loaded, [weight for _, weight in members], work.lock.method, work.lock.settings)
+    if work.recipe.adapter:
+        refuse_uncombinable(loaded, [weight for _, weight in members], work.lock.method, work.lock.settings)
 
 
 def combine(held: Held) -> None:
-    """The candidate: one PEFT adapter that adds what the recipe says."""
+    """The candidate where the recipe names an adapter: one PEFT adapter that adds what the recipe says."""
     from composer.combine import combine as combine_adapters
 
     work = _work(held)
-    if work.adapter_directory.is_dir():
+    if not work.recipe.adapter or work.adapter_directory.is_dir():
         return
     combine_adapters(
         work.members(held),
@@ -162,23 +165,27 @@ def combine(held: Held) -> None:
 
 
 def evaluate(held: Held) -> None:
-    """The candidate on the recipe's suites, with the base in memory and the adapter active."""
+    """The candidate on the recipe's suites: the base in memory with the adapter active, or the merged model, which is
+    written before it is judged where nothing else is to be published."""
     from composer.evaluate import evaluate as evaluate_suite
     from composer.model import load_model
     from composer.variants import load_deltas
 
-    combine(held)  # another host may have done it, on a disk of its own
     work = _work(held)
     if not work.recipe.evaluate:
         _store(held, work, candidate_scores=[])
         return
-    model = load_model(work.base_checkpoint(held).path)
-    deltas = load_deltas(work.adapter_directory, work.architecture).deltas
+    if work.recipe.adapter:
+        combine(held)  # another host may have done it, on a disk of its own
+        model = load_model(work.base_checkpoint(held).path)
+        deltas = load_deltas(work.adapter_directory, work.architecture).deltas
+    else:
+        merge(held)
+        model, deltas = load_model(work.model_directory), ()
     contents = _suites(held, work.recipe.evaluate)
     done = _Share(held, sum(len(suite.examples) for suite in contents))
     found = [score for suite in contents for score in evaluate_suite(model, suite, deltas, progress=done)]
-    scores = [score.to_json() for score in found]
-    _store(held, work, candidate_scores=scores)
+    _store(held, work, candidate_scores=[score.to_json() for score in found])
 
 
 def gate(held: Held) -> None:

@@ -14,6 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from composer.evaluate import evaluate
+from composer.model import load_model
+from composer.suite import parse_suite
 from tests.composer.small_model import save_adapter, save_llama
 from tests.scenarios.traces import Traces, traces
 from tests.scenarios.world import Cli, World
@@ -264,6 +267,29 @@ def test_a_tied_weight_is_untied_unless_the_recipe_decides_otherwise(embedded: C
     whole = theirs.merge_and_unload()
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_alone_needs_no_factors_and_is_measured_as_it_is_published(
+    small_team: Cli, world: World, tmp_path: Path
+) -> None:
+    small_team.ok("eval", "tiny", "--suite", "guard-exact")
+    alone: dict[str, Any] = {
+        "method": "ties", "adapter": None, "probe": 0, "dtype": "bfloat16", "evaluate": ["guard-exact", "sql-exact"],
+    }  # fmt: skip
+    before = traces(small_team)
+    failing = write_recipe(tmp_path, gates=["guard-exact.nll <= 0"], **alone)
+    assert small_team("compose", failing, "--follow").code == 1
+    assert settled(small_team) == before, "a gate holds back a model that is written already"
+
+    passing = write_recipe(tmp_path, gates=["guard-exact.nll within 1000 of base"], **alone)
+    done = small_team.json("compose", passing, "--follow")
+    assert [(row["repository"], row["version"]) for row in done["results"]] == [("acme/assistant-merged", "1.0.0")]
+    small_team.ok("pull", "acme/assistant-merged", "-o", tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    suites = [parse_suite(world.suites[name]) for name in ("guard", "sql")]
+    measured = [score.to_json() for suite in suites for score in evaluate(model, suite)]
+    assert done["candidate_scores"] == measured
+    assert small_team.json("verify", "acme/assistant-merged", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
 def test_inputs_for_another_base_twice_or_yanked_are_refused_at_once(small_team: Cli, tmp_path: Path) -> None:
