@@ -21,7 +21,8 @@ _ASIDE = ".partial-"
 _KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
 _UNIX_BLOCK_BYTES = 512
 _SYNC_THREADS = 8
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_TOO_LARGE = "A file is larger than the file system, or a limit of this process, allows"
+_FULL = {errno.ENOSPC: "The disk is full", errno.EDQUOT: "The disk quota is used up", errno.EFBIG: _TOO_LARGE}
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
 _WEIGHT_SUFFIXES = frozenset({
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".h5",
@@ -53,7 +54,7 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Ite
             # What was begun has its full size from the start, and takes up only what was written of it.
             there = sum(file.stat().st_blocks * _UNIX_BLOCK_BYTES for file in aside.iterdir())
             if shutil.disk_usage(parent).free + there < size_bytes:
-                raise _disk_full(out_dir, size_bytes)
+                raise _no_room(errno.ENOSPC, out_dir, size_bytes)
             yield aside
             _finish(aside, out_dir)
         except BaseException as error:
@@ -63,7 +64,7 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Ite
             elif aside.exists():
                 error.add_note(f"what is finished lies in {aside}, and the same command goes on with it")
             if isinstance(error, OSError) and error.errno in _FULL:
-                raise _disk_full(out_dir, size_bytes) from error
+                raise _no_room(error.errno, out_dir, size_bytes) from error
             raise
 
 
@@ -171,8 +172,8 @@ def copy_side_files(source: Path, target: Path) -> None:
         shutil.copyfile(contained(source, name), target / name)
 
 
-def _disk_full(out_dir: Path, size_bytes: int) -> RefusedOutput:
-    message = f"The disk is full: {out_dir} needs about {size_bytes / 1e6:.0f} MB."
+def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:
+    message = f"{_FULL[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB."
     return RefusedOutput(
         "disk_full", message, subject=str(out_dir), next_step="Free some space or choose another disk."
     )

@@ -233,8 +233,11 @@ def _rounding(document: object, subject: str) -> Rounding:
     seed = fields.get("seed", 0)
     if type(seed) is not int:
         raise _bad(f"{subject}: seed", "it must be a whole number")
+    mode = _text(fields, "mode", subject) or Mode.NEAREST
+    if mode == Mode.NEAREST and "seed" in fields:
+        raise _bad(f"{subject}: seed", "it is for stochastic rounding", "Leave it out, or write mode: stochastic.")
     try:
-        return parse_rounding(_text(fields, "mode", subject) or Mode.NEAREST, seed)
+        return parse_rounding(mode, seed)
     except NotSupported as error:
         raise _bad(subject, error.message.rstrip("."), error.next_step) from error
 

@@ -35,7 +35,8 @@ def dequantized(checkpoint: Checkpoint) -> Dequantized:
     """What the quantized tensors of a checkpoint stand for; nothing unless it was opened with `dequantize`.
 
     Raises NotSupported naming an fp8 tensor without a scale, one whose scale does not fit it, or a quantized tensor
-    that nothing here decodes: copied, it would be a weight in a checkpoint whose config does not speak of packing.
+    that nothing here decodes: copied, it would be a weight in a checkpoint whose config does not speak of packing. So
+    it does where `dequantize` was asked for and nothing is quantized: another base may be meant.
     """
     config = dict(checkpoint.config)
     if not checkpoint.dequantize:
@@ -46,6 +47,10 @@ def dequantized(checkpoint: Checkpoint) -> Dequantized:
     if checkpoint.packed:
         scales |= {name for header in checkpoint.shards.values() for name in header.tensors if is_part(name)}
     _refuse_left(checkpoint, scales | tensors.keys())
+    if not tensors:
+        message = f"{checkpoint.path.name} has no weights in 4 bits, and none in fp8 with a scale."
+        next_step = "Leave out --dequantize, or name the quantized base."
+        raise NotSupported("not_quantized", message, subject=checkpoint.path.name, next_step=next_step)
     config.pop("quantization_config", None)
     return Dequantized(tensors, frozenset(scales), config)
 

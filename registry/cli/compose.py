@@ -79,7 +79,7 @@ def merge(  # noqa: PLR0913
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own otherwise.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     rounding: Annotated[str, typer.Option(help="To the nearest value, or stochastic.")] = "nearest",
-    seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of stochastic rounding: 0 when left out.")] = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Take an fp8 or 4-bit base as the values that it stands for.")
     ] = False,
@@ -92,9 +92,12 @@ def merge(  # noqa: PLR0913
     """
     from composer.formats.checkpoint import open_checkpoint
     from composer.merge import plan_merge, run_merge
-    from composer.rounding import parse_rounding
+    from composer.rounding import Mode, parse_rounding
 
-    checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed)
+    if seed is not None and rounding != Mode.STOCHASTIC:
+        message = "--seed says nothing here: it is for stochastic rounding."
+        raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
+    checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
     merging = plan_merge(checkpoint, _weighted(adapter, rule), method, settings_of(set_), dtype, rounded)
     _warn(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:

@@ -95,6 +95,13 @@ def test_an_fp8_checkpoint_is_refused_without_being_told_and_says_how(pair: tupl
         open_checkpoint(pair[0])
 
 
+def test_a_base_that_is_not_quantized_cannot_be_dequantized(pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    with pytest.raises(NotSupported, match="no weights in 4 bits") as caught:
+        plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)])
+    assert caught.value.code == "not_quantized"
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
 def test_other_quantizations_are_refused_whatever_one_asks_for(method: str, pair: tuple[Path, Path]) -> None:
     config = json.loads((pair[0] / "config.json").read_text())

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -129,6 +130,21 @@ def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(small_disk
     with pytest.raises(RefusedOutput, match="disk is full") as caught, writing_aside(small_disk / "merged", 2 << 20):
         pytest.fail("nothing should have been started")
     assert caught.value.code == "disk_full"
+
+
+def test_a_file_above_a_limit_names_the_output_and_leaves_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with (
+            pytest.raises(RefusedOutput, match="merged needs") as caught,
+            writing_aside(tmp_path / "merged", 0) as aside,
+        ):
+            (aside / "shard").write_bytes(bytes(8192))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "larger than" in caught.value.message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_process_has_not_written_yet_needs_its_space_still(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ UNREADABLE = {
     "a rounding that is a list": "inputs: [a/b]\nmethod: stack\nrounding: [stochastic]",
     "a rounding with another key": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seeds: 1}",
     "a seed that is no number": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seed: yes}",
+    "a seed of what is not left to chance": "inputs: [a/b]\nmethod: stack\nrounding: {mode: nearest, seed: 1}",
     "a seed of 65 bits": f"inputs: [a/b]\nmethod: stack\nrounding: {{mode: stochastic, seed: {2**64}}}",
 }
 
@@ -63,7 +64,7 @@ CHANCE = Rounding(Mode.STOCHASTIC, 2**64 - 1)
         ({}, Rounding()),
         ({"rounding": None}, Rounding()),
         ({"rounding": "nearest"}, Rounding()),
-        ({"rounding": {"mode": "nearest", "seed": 5}}, Rounding(seed=5)),
+        ({"rounding": {"mode": "nearest"}}, Rounding()),
         ({"rounding": "stochastic"}, Rounding(Mode.STOCHASTIC)),
         ({"rounding": {"mode": "stochastic", "seed": CHANCE.seed}}, CHANCE),
     ],

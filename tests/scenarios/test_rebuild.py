@@ -44,6 +44,14 @@ def test_a_recipe_may_name_its_inputs_in_another_order_than_they_were_published_
     assert composed.json("verify", "acme/other:1.0.0", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
+def test_a_seed_without_stochastic_rounding_is_refused(world: World, on_disk: Cli, tmp_path: Path) -> None:
+    merge = ("merge", "--base", world.base, "--adapter", world.adapters["sql"], "-o", tmp_path / "merged")
+    for rounding in ((), ("--rounding", "nearest")):
+        refused = on_disk(*merge, "--seed", "0", *rounding)
+        assert (refused.code, "--seed says nothing here" in refused.err) == (2, True), refused.err
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_recipe_that_rounds_by_chance_gives_bytes_that_it_gives_again(composed: Cli, tmp_path: Path) -> None:
     rounding = {"mode": "stochastic", "seed": 2**64 - 1}
     weights: list[list[bytes]] = []
