@@ -17,6 +17,7 @@ from registry.resources import Resources
 from registry.schemas import MAX_INT64
 
 BODY_SILENCE_S = 60
+DOCUMENT_S = 300
 MAX_DIGITS = 18
 """A decimal of so many digits fits the 64 bits of a column, and is far below what `int` refuses to read."""
 
@@ -59,6 +60,23 @@ async def _next_chunk(stream: AsyncGenerator[bytes]) -> bytes | None:
         ) from None
     except ClientDisconnect:
         raise Usage("body_cut", "The body ended before all of it had come.", next_step="Send the file again.") from None
+
+
+def limit_bytes(request: Request) -> int:
+    """How long a document may be."""
+    return cast(Resources, request.app.state.resources).settings.max_document_bytes
+
+
+async def document(request: Request) -> bytes:
+    """The whole body, of which `BodyLimit` says how long it may be; what is there of a slow one is in memory."""
+    try:
+        with fail_after(DOCUMENT_S):
+            return await request.body()
+    except TimeoutError:
+        message = f"The body has not come within {DOCUMENT_S} s."
+        raise Usage("body_slow", message, next_step="Send it again.") from None
+    except ClientDisconnect:
+        raise Usage("body_cut", "The body ended before all of it had come.", next_step="Send it again.") from None
 
 
 def content_length(request: Request) -> int:

@@ -1,4 +1,5 @@
-"""What routes have in common: unknown parameters are refused, and what is asked again is read once."""
+"""What routes have in common: unknown parameters are refused, what is asked again is read once, and a document only
+after its sender may send it."""
 
 import asyncio
 import time
@@ -13,11 +14,15 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.datastructures import QueryParams
 
-from registry.errors import Unavailable, Usage
+from registry.errors import TooLarge, Unavailable, Usage
+from registry.http.request import document, limit_bytes
+from registry.http.rules import rules_of
 
 T = TypeVar("T")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
+BYTES_A_VALUE = 16
+"""At the least, in the longest document that is taken. A base has one in 25."""
 MAX_QUERIES, MAX_QUERY_BYTES = 256, 500
 """Of each route, whoever asks: some 20 MB for all of them together at the most."""
 DIRECT_THREADS = 16
@@ -40,16 +45,22 @@ def once(read: Callable[[bytes], T]) -> Callable[[bytes], T]:
 
 class Route(APIRoute):
     """Raises Usage for a parameter that the route does not know: of a misspelt condition nothing would be said, and
-    everything be told that it was to leave out. And for a NUL, which PostgreSQL does not take."""
+    everything be told that it was to leave out. And for a NUL, which PostgreSQL does not take. TooLarge for a document
+    of very many values."""
 
     def get_route_handler(self) -> Handler:
         answer, known = self._answer(), self._parameters()
         is_known = once(partial(_is_known, known))
+        rules = rules_of(self.dependant) if self.body_field else None
 
         async def handle(request: Request) -> Response:
             query: bytes = request.scope["query_string"]
             if query and not is_known(query):
                 raise _refusal(request, known)
+            if rules is not None:
+                for rule in rules:
+                    await rule.before_document(request)
+                _refuse_many_values(await document(request), limit_bytes(request) // BYTES_A_VALUE)
             return await answer(request)
 
         return handle
@@ -85,6 +96,14 @@ class Direct(Route):
             return await asyncio.get_running_loop().run_in_executor(_threads, run)
 
         return handle
+
+
+def _refuse_many_values(body: bytes, most: int) -> None:
+    """An empty list is three bytes on its way and eighty as an object. Characters are counted, those in texts too."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        message = f"The body has more than {most:,} commas and opening brackets."
+        next_step = f"Send less, or let an operator raise ADAPTORY_MAX_DOCUMENT_BYTES: one counts for {BYTES_A_VALUE}."
+        raise TooLarge("body_too_large", message, next_step=next_step)
 
 
 def _busy() -> Unavailable:

@@ -10,11 +10,16 @@ from enum import StrEnum
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
+from fastapi.dependencies.models import Dependant
 from starlette.concurrency import run_in_threadpool
 
 from registry.access import Role, permit, permit_somewhere
 from registry.audit import Actor
+from registry.errors import TooLarge
 from registry.http.callers import Callers, credentials_of
+from registry.http.request import content_length
+
+MAX_STRANGERS_BYTES = 64 << 10
 
 
 class Where(StrEnum):
@@ -40,6 +45,20 @@ class Rule:
         elif self.where is Where.ANYWHERE:
             permit_somewhere(actor, self.role)
         return actor
+
+    async def before_document(self, request: Request) -> None:
+        """The same before a document is read, whose values take many times its bytes in memory. Where the route looks
+        at the thing first, it is in the document: who has no role at all may send a short one."""
+        actor = await self(request)
+        if not actor.grants and content_length(request) > MAX_STRANGERS_BYTES:
+            message = f"Of who has no role anywhere a document of {MAX_STRANGERS_BYTES:,} bytes is read."
+            raise TooLarge("body_too_large", message, next_step="Use a token that has a role; see ADAPTORY_TOKEN.")
+
+
+def rules_of(dependant: Dependant) -> list[Rule]:
+    """Those that a route asks, at whatever depth."""
+    own = [child.call for child in dependant.dependencies if isinstance(child.call, Rule)]
+    return own + [rule for child in dependant.dependencies for rule in rules_of(child)]
 
 
 def callers_of(request: Request) -> Callers:
