@@ -5,14 +5,14 @@ B = Q_B R_B and A^T = Q_A R_A, the core of delta i is C_i = R_B[:, i] R_A[:, i]^
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
 from composer.delta import Additive, LowRank
 from composer.errors import NotSupported
-from composer.lowrank import numerical_rank
+from composer.lowrank import NOISE, numerical_rank
 
 _MOST_SWEEPS = 1000
 _STEADY = 1e-6
@@ -39,6 +39,14 @@ class Basis:
         if self.Q is None:
             return (self.P, X) if self.P is not None else (X, torch.eye(X.shape[1]))
         return (X if self.P is None else self.P @ X), self.Q.T
+
+    def for_entries(self) -> "Basis":
+        """For steps that look at single entries, in float32. What is float32 noise in a delta becomes zero there: where
+        one has nothing, as in the directions of a protected one, chance would say whether it counts as agreeing."""
+        X = [torch.where(one.abs() > NOISE * one.abs().max(), one, 0.0).float() for one in self.X]
+        return replace(
+            self, P=None if self.P is None else self.P.float(), Q=None if self.Q is None else self.Q.float(), X=X
+        )
 
 
 def factored(delta: Additive) -> LowRank:
@@ -146,8 +154,8 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
         if now - fit <= _STEADY * energy:
             break
         fit = now
-    X = [(U.T @ C @ V).float() for C in C_Tba]
-    return Basis(found.Q_B @ U.float(), found.Q_A @ V.float(), X, list(C_Tba))
+    X = [(U.T @ C @ V).to(found.Q_B) for C in C_Tba]
+    return Basis(found.Q_B @ U.to(found.Q_B), found.Q_A @ V.to(found.Q_A), X, list(C_Tba))
 
 
 def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:

@@ -195,7 +195,11 @@ def _in_basis(
     like = place.parts[0].low_rank
     pairs = [pair_of(part.low_rank) for part in place.parts]
     known = {"gauge": "raw", **settings}
-    basis = basis_of("core" if pipeline.space == "factors" else pipeline.space, pairs, known)
+    space = "core" if pipeline.space == "factors" else pipeline.space
+    if pipeline.sparsify == "none" and pipeline.combine != "elect":
+        basis = basis_of(space, pairs, known)
+    else:  # twice as precise, since an entry that noise decides on is one thing or another
+        basis = basis_of(space, [(B.double(), A.double()) for B, A in pairs], known).for_entries()
     if pipeline.combine == "tsv":
         X = tsv(basis.X, place.weights, min(like.stored_shape))
     else:

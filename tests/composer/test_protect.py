@@ -126,6 +126,28 @@ def test_an_embedding_and_a_head_of_one_tensor_are_turned_to_each_other(red: Loa
     assert error(dense(found).T, reference([(B, A), (B_head, A_head)], side)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "method", ["knots_ties", "knots_dare_ties", "core_ties", "core_dare_ties", "ctm_ties", "pico_core_ties"]
+)
+def test_noise_in_the_factors_decides_on_nothing_beside_a_protected_one(red: LoadedAdapter, method: str) -> None:
+    pairs, draw = [pair(1, 3), pair(2, 7), pair(3, 1)], torch.Generator().manual_seed(4)
+
+    def combined(noise: float) -> torch.Tensor:
+        shaken = [
+            (
+                B * (1 + noise * torch.randn(B.shape, generator=draw)),
+                A * (1 + noise * torch.randn(A.shape, generator=draw)),
+            )
+            for B, A in pairs
+        ]
+        deltas = combine_deltas([held(red, one) for one in shaken], [1.0, 0.7, -0.6], method, {"protect": [1]}).deltas
+        return sum((dense(delta) for delta in deltas), torch.zeros(()))
+
+    exact = combined(0.0)
+    for _ in range(5):
+        assert error(combined(1e-7), exact) < 1e-4
+
+
 def test_only_what_is_moved_becomes_another_delta(red: LoadedAdapter, green: LoadedAdapter) -> None:
     parsed = parse_settings("stack", {"protect": 1}) | {"tied": "shared"}
     one, other = made_room([red, green], weights_of([1.0, 1.0]), parsed)
