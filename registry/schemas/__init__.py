@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
 """What the integer columns hold: a larger number is refused at the edge, by the name of its field."""
+MAX_FIELDS = 1_000
+"""Of one object: hyperparameters are the most that a request may say."""
 
 
 class Wire(BaseModel):
@@ -20,17 +22,21 @@ class Wire(BaseModel):
 
 
 class WireIn(Wire):
-    """A request's body, no text of which has a NUL: SQLite would take it, and PostgreSQL does not."""
+    """A request's body, no text of which has a NUL: SQLite would take it, and PostgreSQL does not. Nor has an object
+    of it very many fields, of each of which the validation would make an error."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_nul(cls, given: Any) -> Any:
+    def _refuse_odd(cls, given: Any) -> Any:
         left = [given]
         while left:
             one = left.pop()
             if isinstance(one, str) and "\0" in one:
                 raise Invalid("bad_value", f"A text has a NUL: {one[:40]!r}.", next_step="Leave it out.")
             if isinstance(one, dict):
+                if len(cast("dict[Any, Any]", one)) > MAX_FIELDS:
+                    message = f"An object has more than {MAX_FIELDS:,} fields."
+                    raise Invalid("bad_value", message, next_step="See /openapi.json for those of this request.")
                 left += chain.from_iterable(cast("dict[Any, Any]", one).items())
             elif isinstance(one, list):
                 left += cast("list[Any]", one)

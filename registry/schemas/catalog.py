@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from composer.formats.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
 from registry.schemas import MAX_INT64, Wire, WireIn
@@ -25,7 +25,7 @@ class BaseIn(WireIn):
     model_type: str = Field(max_length=64)
     tied: bool
     weights_digest: str = Sha256
-    tensors: list[TensorRow] = Field(min_length=1, max_length=1_000_000)
+    tensors: Annotated[list[TensorRow], FailFast()] = Field(min_length=1, max_length=1_000_000)
     aliases: list[str] = Field(default=[], max_length=100)
     locations: list[str] = Field(default=[], max_length=100)
     derived_from: str | None = Field(default=None, max_length=200, description="Digest, name or alias of a known base.")
@@ -86,7 +86,9 @@ class Provenance(Wire):
     license_link: Text | None = None
     library_name: Text | None = None
     data: list[DataRow] = Field(default=[], max_length=MAX_ITEMS)
-    hyperparameters: dict[Text, Setting | list[Setting]] = Field(default={}, max_length=MAX_HYPERPARAMETERS)
+    hyperparameters: dict[Text, Setting | Annotated[list[Setting], Field(max_length=MAX_ITEMS)]] = Field(
+        default={}, max_length=MAX_HYPERPARAMETERS
+    )
     tags: list[Text] = Field(default=[], max_length=MAX_ITEMS)
 
 

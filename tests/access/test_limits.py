@@ -2,6 +2,7 @@
 
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from registry.settings import Settings
 from registry.web.app import UPLOAD_THREADS, create_app
 from tests import services
 from tests.access.house import House, build_house, entered, new_place
+
+BASE = {"name": "x", "model_type": "llama", "tied": False, "weights_digest": "0" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,26 @@ def test_a_document_of_very_many_values_is_not_made_into_objects(furnished: Hous
         answer = house.ask("publisher", "POST", "/v1/uploads", content=body)
         assert (answer.status_code, "1,000 commas" in answer.text) == (status, status == 413), answer.text
     house.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    {
+        "fields that there are not": ("/v1/uploads", {str(number): 0 for number in range(100_000)}),
+        "rows without what they need": ("/v1/bases", BASE | {"tensors": [{}] * 100_000}),
+        "settings that are no values": (
+            "/v1/adapters/acme/sql/releases",
+            {"base": "tiny", "files": [], "provenance": {"hyperparameters": {"a": [[]] * 100_000}}},
+        ),
+    }.values(),
+)
+def test_what_is_wrong_very_often_is_one_error(furnished: House, path: str, body: dict[str, object]) -> None:
+    tracemalloc.start()
+    answer = furnished.ask("admin", "POST", path, json=body)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert answer.status_code == 422, answer.text
+    assert most < 60e6, "an error takes some 500 bytes"
 
 
 def test_a_document_that_does_not_end_is_waited_for_so_long(furnished: House, monkeypatch: pytest.MonkeyPatch) -> None:
