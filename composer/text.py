@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from typing import Any
 
 # JSON and YAML escapes can spell half a surrogate pair, which no encoding, database or tokenizer takes.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -17,3 +18,17 @@ def shown(value: object) -> str:
     if simple or (isinstance(value, int) and abs(value) < _SHOWN_INT):
         return reprlib.repr(value)
     return f"a value of type {type(value).__name__}"
+
+
+class Twice(ValueError):
+    """A key that a JSON object has twice: what reads it takes one of the two, and not everybody the same."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`json.loads`' `object_pairs_hook`. Raises Twice, which says what is there twice."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise Twice(f"names {twice[:80]!r} twice")
+    return table

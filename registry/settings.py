@@ -38,6 +38,21 @@ def _http_url(text: str) -> str:
     return text
 
 
+def _store_url(text: str) -> str | None:
+    """Empty says that it is S3's own."""
+    if text and not re.match(r"https?://[^/\s]", text):
+        raise PydanticCustomError("url", "it is no address of a store, such as https://s3.example")
+    return text or None
+
+
+def _token(token: SecretStr) -> SecretStr:
+    """As a file or a shell gives it, with white space around. Not in any message: whoever reads it could use it."""
+    text = token.get_secret_value().strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", text):
+        raise PydanticCustomError("token", "it is no token: there is a space in it, or what is no ASCII")
+    return SecretStr(text)
+
+
 def _database_url(text: str) -> str:
     """Of the two databases and their drivers that there is code for; empty says that there is none."""
     from sqlalchemy.engine import make_url  # loaded only where a database is named
@@ -105,7 +120,7 @@ class S3Storage(BaseModel):
     kind: Literal["s3"] = "s3"
     bucket: str
     prefix: Annotated[str, AfterValidator(_prefix)] = ""
-    endpoint_url: str | None = None
+    endpoint_url: Annotated[str, AfterValidator(_store_url)] | None = None
     connect_timeout_s: float = Field(default=5.0, gt=0)
     read_timeout_s: float = Field(default=30.0, gt=0)
     attempts: int = Field(default=2, gt=0)
@@ -134,7 +149,10 @@ def _kind_of(storage: object) -> str:
     return str(given.get("kind") or ("s3" if "bucket" in given else "local"))
 
 
-Storage = Annotated[Annotated[LocalStorage, Tag("local")] | Annotated[S3Storage, Tag("s3")], Discriminator(_kind_of)]
+Storage = Annotated[
+    Annotated[LocalStorage, Tag("local")] | Annotated[S3Storage, Tag("s3")],
+    Discriminator(_kind_of, custom_error_type="kind", custom_error_message="its KIND is neither local nor s3"),
+]
 
 
 class Settings(BaseSettings):
@@ -174,7 +192,7 @@ class Settings(BaseSettings):
     """Bodies of blobs that one token may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """All headers of a request together."""
-    token: SecretStr | None = None
+    token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     """Sent by the command line to the registry at `url`."""
     user: str = Field(default_factory=_login_name, min_length=1, max_length=128)
     """The name written into moves and audit rows in the embedded registry; the login name unless set."""

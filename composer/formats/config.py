@@ -10,7 +10,7 @@ from composer.errors import InvalidFile, NotSupported
 from composer.formats.parts import Options
 from composer.formats.patterns import compiled, matches_end
 from composer.formats.types import MERGE_NEXT, REFUSED, TYPES, AdapterType
-from composer.text import LONE_SURROGATE, shown
+from composer.text import LONE_SURROGATE, Twice, shown, unique
 
 _Value = TypeVar("_Value")
 _CONFIG_FILE = "adapter_config.json"
@@ -249,9 +249,9 @@ def _json_object(content: bytes, subject: str) -> dict[str, Any]:
     if sum(map(content.count, (b",", b"[", b"{"))) > _CONFIG_VALUES:
         raise _bad(subject, f"it has more than {_CONFIG_VALUES:,} values")
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _bad(subject, "it is not JSON") from error
+        raise _bad(subject, f"it {error}" if isinstance(error, Twice) else "it is not JSON") from error
     if not isinstance(value, dict):
         raise _bad(subject, "it is not a JSON object")
     return cast(dict[str, Any], value)

@@ -17,6 +17,7 @@ from traceback import clear_frames
 from typing import Any, cast
 
 from composer.errors import InvalidFile
+from composer.text import Twice, unique
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
@@ -233,17 +234,11 @@ def _bound_structure(text: bytes, limits: Limits, subject: str) -> None:
 
 
 def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise _bad(subject, f"its header names {twice[:80]!r} twice")
-        return table
-
     why = "its header is not a JSON object"
     try:
         table: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except Twice as error:
+        table, why = None, f"its header {error}"
     except (ValueError, RecursionError):
         table, why = None, "its header is not JSON"  # raised below, not from here: a JSONDecodeError keeps the text
     if not isinstance(table, dict):

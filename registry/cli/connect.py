@@ -110,12 +110,13 @@ def connected() -> Generator[Connection]:
         try:
             resources = open_resources(settings)
         except OSError as error:
-            home = str(settings.home_directory)
+            place = Path(error.filename or settings.home_directory)
+            name = "HOME" if place.is_relative_to(settings.home_directory) else "STORAGE__DIRECTORY"
             raise Unavailable(
                 "home_unusable",
-                f"{home} cannot be used: {error.strerror}.",
-                subject=home,
-                next_step="Set ADAPTORY_HOME.",
+                f"{place} cannot be used: {error.strerror}.",
+                subject=str(place),
+                next_step=f"Set ADAPTORY_{name}.",
             ) from error
         stack.callback(resources.close)
         transport = InProcessTransport(create_app(resources))

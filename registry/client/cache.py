@@ -43,7 +43,8 @@ class BlobCache:
         return False
 
     def keep(self, sha256: str, source: Path) -> None:
-        """`source` was verified a moment ago; it is read-only from now on."""
+        """`source` was verified a moment ago; it is read-only from now on. A full disk keeps nothing: the next one to
+        want it fetches it again, and who wants it now has it already."""
         entry = self._entry(sha256)
         if is_regular(entry):
             return
@@ -54,6 +55,9 @@ class BlobCache:
             _link_or_copy(source, aside)
             with suppress(IsADirectoryError):  # somebody put one there: it is done without
                 aside.replace(entry)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
         finally:
             aside.unlink(missing_ok=True)
 

@@ -113,7 +113,8 @@ def told(subject: str) -> Generator[None]:
             "store_unavailable",
             "The blob store does not answer as it should.",
             subject=subject,
-            next_step="Try again; if it stays so, look at the store and at ADAPTORY_STORAGE__ENDPOINT_URL.",
+            next_step="Try again; if it stays so, look at the server's log, at ADAPTORY_STORAGE__ENDPOINT_URL and "
+            "__BUCKET, and at the credentials that boto3 finds.",
         ) from error
 
 

@@ -261,6 +261,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no tensors": (lambda adapter: change_tensors(adapter, lambda tensors: {}), "empty_adapter", WEIGHTS),
     "an ungathered shard": (flatten, "ungathered", "lora_A.weight"),
     "a config that is no JSON": (lambda adapter: (adapter / CONFIG).write_text("{"), "bad_config", CONFIG),
+    "a setting twice": (lambda adapter: (adapter / CONFIG).write_text('{"r": 8, "r": 4}'), "bad_config", CONFIG),
     "a config of a million lists": (
         lambda adapter: (adapter / CONFIG).write_text('{"peft_type": "LORA", "x": [' + "[]," * 1_000_000 + "0]}"),
         "bad_config",

@@ -40,6 +40,35 @@ def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ({"KIND": "s4"}, ("ADAPTORY_STORAGE", "neither local nor s3")),
+        ({"BUCKET": "b", "ENDPOINT_URL": "s3.example"}, ("ADAPTORY_STORAGE__ENDPOINT_URL", "https://s3.example")),
+    ],
+)
+def test_a_store_that_makes_no_sense_is_named(tmp_path: Path, storage: dict[str, str], words: tuple[str, ...]) -> None:
+    stated = {f"ADAPTORY_STORAGE__{name}": value for name, value in storage.items()}
+    refused(Cli({"ADAPTORY_HOME": str(tmp_path), **stated})("list"), 2, *words)
+
+
+def test_a_directory_that_cannot_be_used_is_named_with_its_variable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    home = {"ADAPTORY_HOME": str(tmp_path / "home")}
+    store = {"ADAPTORY_STORAGE__DIRECTORY": str(tmp_path / "file")}
+    refused(Cli(home | store)("list"), 7, str(tmp_path / "file"), "Set ADAPTORY_STORAGE__DIRECTORY")
+    refused(Cli({"ADAPTORY_HOME": str(tmp_path / "file")})("list"), 7, str(tmp_path / "file"), "Set ADAPTORY_HOME")
+
+
+def test_a_token_is_taken_without_the_white_space_around_it_and_never_shown(tmp_path: Path) -> None:
+    far = {"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_URL": "http://127.0.0.1:9"}
+    refused(Cli(far | {"ADAPTORY_TOKEN": "adp_secret\r\n"})("list"), 7, "does not answer")
+    for odd in ("adp secret", "adp_secret\nadp_secret", "adp_s\u00e9cret"):
+        ran = Cli(far | {"ADAPTORY_TOKEN": odd})("list")
+        refused(ran, 2, "ADAPTORY_TOKEN", "it is no token")
+        assert "cret" not in ran.err
+
+
+@pytest.mark.parametrize(
     "address", ["mysql://x", "sqlite", "postgresql://h:port/x", "postgresql+psycopg2://h/x", "sqlite+aiosqlite:///x"]
 )
 def test_a_database_that_is_neither_sqlite_nor_postgresql_is_named(tmp_path: Path, address: str) -> None:

@@ -15,6 +15,7 @@ from registry.client.pieces import PIECE_BYTES
 from registry.client.pull import pull
 from registry.errors import Refused, Unavailable
 from tests.scenarios import stored
+from tests.scenarios.test_bad_input import small_disk
 from tests.scenarios.traces import api_of, hashes, opened, traces
 from tests.scenarios.world import Cli, World, nothing
 
@@ -206,6 +207,16 @@ def test_a_cache_on_another_file_system_is_copied_from(stocked_embedded: Cli, wo
         assert hashes(tmp_path / "third") == digests
     finally:
         shutil.rmtree(cache)
+
+
+def test_a_cache_on_a_full_disk_keeps_nothing_and_holds_up_nothing(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    digests = pushed(stocked_embedded, world)
+    with small_disk(tmp_path / "small", "8k") as disk, api_of(stocked_embedded) as api:
+        pull(api, stocked_embedded.json("show", "acme/sql"), tmp_path / "pulled", nothing, BlobCache(disk / "cache"))
+        assert hashes(disk / "cache").keys() < set(digests.values()), "what has no room is not kept, nor a part of it"
+    assert hashes(tmp_path / "pulled") == digests
 
 
 def test_a_file_of_several_pieces_arrives_whole_and_a_wrong_piece_found_on_disk_is_fetched_again(
