@@ -26,7 +26,8 @@ from registry.db import Database
 from registry.descriptions import describe
 from registry.models import ReleaseWord
 from registry.names import RepositoryName
-from registry.search import Order, Query
+from registry.orders import NEWEST, VERSION, Order
+from registry.search import Query
 from registry.suites import parse_condition
 from registry.web.documents import release_document
 
@@ -54,49 +55,49 @@ VLLM = parse_profile("vllm:32")
 FITTING = Query(base=BASE, max_rank=16, targets_within=TARGETS)
 
 QUERIES: dict[str, tuple[Query, str]] = {
-    "base, rank, targets": (FITTING, search.NEWEST),
+    "base, rank, targets": (FITTING, NEWEST),
     "base, rank, targets, server": (
         Query(base=BASE, max_rank=16, targets_within=TARGETS, loads_in=VLLM),
-        search.NEWEST,
+        NEWEST,
     ),
-    "base, rank, targets: nothing fits": (Query(base=BASE, max_rank=3, targets_within=TARGETS), search.NEWEST),
+    "base, rank, targets: nothing fits": (Query(base=BASE, max_rank=3, targets_within=TARGETS), NEWEST),
     "base, rank, targets by score": (FITTING, "sql-exact.accuracy"),
-    "base, rank, targets by version": (FITTING, search.VERSION),
+    "base, rank, targets by version": (FITTING, VERSION),
     "base, rank, score": (
         Query(base=BASE, max_rank=16, scores=(parse_condition("sql-exact.accuracy>=0.5"),)),
-        search.NEWEST,
+        NEWEST,
     ),
-    "a score that none has": (Query(base=BASE, scores=(parse_condition("sql-exact.accuracy>=2"),)), search.NEWEST),
-    "everything": (Query(), search.NEWEST),
-    "what a channel serves": (Query(channel=stock.CHANNEL), search.NEWEST),
-    "words of all": (Query(text="train ticket"), search.NEWEST),
-    "words of few": (Query(text="adapter 17 tickets"), search.NEWEST),
-    "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), search.NEWEST),
-    "one repository by version": (Query(repository=RepositoryName("team-0", "adapter-17")), search.VERSION),
+    "a score that none has": (Query(base=BASE, scores=(parse_condition("sql-exact.accuracy>=2"),)), NEWEST),
+    "everything": (Query(), NEWEST),
+    "what a channel serves": (Query(channel=stock.CHANNEL), NEWEST),
+    "words of all": (Query(text="train ticket"), NEWEST),
+    "words of few": (Query(text="adapter 17 tickets"), NEWEST),
+    "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), NEWEST),
+    "one repository by version": (Query(repository=RepositoryName("team-0", "adapter-17")), VERSION),
 }
 OF_WORDS: dict[str, tuple[Query, str]] = {
-    "one in ten": (Query(text="tenth"), search.NEWEST),
-    "one in fifty": (Query(text="fiftieth"), search.NEWEST),
-    "one in fifty, of a base": (Query(text="fiftieth", base=BASE), search.NEWEST),
-    "one in a hundred": (Query(text="hundredth"), search.NEWEST),
-    "the oldest fiftieth": (Query(text="oldest"), search.NEWEST),
-    "the oldest fiftieth, by version": (Query(text="oldest"), search.VERSION),
+    "one in ten": (Query(text="tenth"), NEWEST),
+    "one in fifty": (Query(text="fiftieth"), NEWEST),
+    "one in fifty, of a base": (Query(text="fiftieth", base=BASE), NEWEST),
+    "one in a hundred": (Query(text="hundredth"), NEWEST),
+    "the oldest fiftieth": (Query(text="oldest"), NEWEST),
+    "the oldest fiftieth, by version": (Query(text="oldest"), VERSION),
     "the oldest fiftieth, by score": (Query(text="oldest"), "sql-exact.accuracy"),
-    "the older half": (Query(text="older"), search.NEWEST),
-    "one in fifty of the older half": (Query(text="older fiftieth"), search.NEWEST),
-    "none": (Query(text="nowhere"), search.NEWEST),
-    "two words, each of every second": (Query(text="odd even"), search.NEWEST),
+    "the older half": (Query(text="older"), NEWEST),
+    "one in fifty of the older half": (Query(text="older fiftieth"), NEWEST),
+    "none": (Query(text="nowhere"), NEWEST),
+    "two words, each of every second": (Query(text="odd even"), NEWEST),
 }
 OF_A_READER: dict[str, tuple[Query, str]] = {
-    "everything": (Query(), search.NEWEST),
-    "a base": (Query(base=BASE), search.NEWEST),
-    "a base by version": (Query(base=BASE), search.VERSION),
+    "everything": (Query(), NEWEST),
+    "a base": (Query(base=BASE), NEWEST),
+    "a base by version": (Query(base=BASE), VERSION),
     "a base by score": (Query(base=BASE), "sql-exact.accuracy"),
-    "base, rank, targets": (FITTING, search.NEWEST),
-    "base, rank, targets: nothing fits": (Query(base=BASE, max_rank=3), search.NEWEST),
-    "words of all": (Query(text="train ticket"), search.NEWEST),
-    "one in fifty": (Query(text="fiftieth"), search.NEWEST),
-    "a namespace of somebody else": (Query(namespace="team-1"), search.NEWEST),
+    "base, rank, targets": (FITTING, NEWEST),
+    "base, rank, targets: nothing fits": (Query(base=BASE, max_rank=3), NEWEST),
+    "words of all": (Query(text="train ticket"), NEWEST),
+    "one in fifty": (Query(text="fiftieth"), NEWEST),
+    "a namespace of somebody else": (Query(namespace="team-1"), NEWEST),
 }
 OVER_HTTP: dict[str, dict[str, object]] = {
     "base, rank, targets": {"base": BASE, "max_rank": 16, "targets_within": "q_proj,v_proj", "limit": LIMIT},

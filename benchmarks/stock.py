@@ -14,7 +14,7 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert, text
+from sqlalchemy import insert, select, text, update
 from sqlalchemy.orm import Session
 
 from composer.formats.checkpoint import open_checkpoint
@@ -22,6 +22,7 @@ from composer.formats.serving import SERVERS
 from registry import models, terms
 from registry.db import Database, Row, migrate
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.models import Channel, Move, Release
 from registry.names import Digest, Version
 
 BASES = ("base-a", "base-b", "base-c", "base-d")
@@ -82,9 +83,19 @@ def fill(database: Database, checkpoint: Path, releases: int) -> None:
             if not database.is_sqlite and "id" in table.__table__.c:  # rows that follow go on from there
                 name = table.__tablename__
                 session.execute(text(f"SELECT setval(pg_get_serial_sequence('{name}', 'id'), max(id)) FROM {name}"))  # noqa: S608
+        session.execute(_SERVE)
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         # What PostgreSQL does by itself some time later.
         connection.execute(text("ANALYZE" if database.is_sqlite else "VACUUM ANALYZE"))
+
+
+_of_move = select(Release.id, Release.sort_key).join(Move, Move.to_release_id == Release.id)
+_of_move = _of_move.where(Move.id == Channel.move_id, ~Release.yanked).correlate(Channel)
+_SERVE = update(Channel).values(
+    served_id=_of_move.with_only_columns(Release.id).scalar_subquery(),
+    served_key=_of_move.with_only_columns(Release.sort_key).scalar_subquery(),
+)
+"""Where the first release is yanked there is none below."""
 
 
 @contextmanager

@@ -32,6 +32,7 @@ _ASKED = Prepared(
     select(
         _release.id,
         _release.base_digest,
+        _release.sort_key,
         _release.yanked,
         _release.yank_reason,
         _release.signed_by,
@@ -53,10 +54,10 @@ _ASKED = Prepared(
         _channel.name == bindparam("onto"),
     )
     .with_for_update(of=_channel.id)
-    .suffix_with("FOR SHARE OF namespaces", dialect="postgresql")
+    .suffix_with("FOR SHARE OF namespaces, releases", dialect="postgresql")
 )
-"""The release, and the namespace's policy, which nobody changes until this ends. Moves of one channel wait for each
-other here instead of failing, unless they say what they expect to find."""
+"""The release, which nobody yanks until this ends, and the namespace's policy, which nobody changes. Moves of one
+channel wait for each other here instead of failing, unless they say what they expect to find."""
 _VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_version")]
 _MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
 """What `Moved` holds, in its order."""
@@ -87,7 +88,7 @@ _POINT = Prepared(
     update(cast(Table, Channel.__table__))
     .where(_channel.id == bindparam("channel"), _channel.move_id.is_not_distinct_from(bindparam("seen")))
     .returning(_channel.id),
-    sets=("move_id",),
+    sets=("move_id", "served_id", "served_key"),
 )
 
 
@@ -176,7 +177,7 @@ def promote(
         "gates": results,
         "at": actor.at,
     }
-    move_id = _set(session, values, current.move_id, wanted.subject)
+    move_id = _set(session, values, release.sort_key, current.move_id, wanted.subject)
     audit.record(
         session,
         actor,
@@ -230,7 +231,7 @@ def roll_back(  # noqa: PLR0913
         "gates": [],
         "at": actor.at,
     }
-    move_id = _set(session, values, current.id, subject)
+    move_id = _set(session, values, target.to_release.sort_key, current.id, subject)
     left, reached = current.to_release, target.to_release
     audit.record(
         session,
@@ -379,10 +380,12 @@ def _check_expected(move_id: int | None, expected: Expected | None, subject: str
         raise _moved(subject)
 
 
-def _set(session: Session, move: Mapping[str, Any], seen: int | None, subject: str) -> int:
-    """The move's id. Compare-and-set: whatever locks hold, of two moves that saw the same state one gets through."""
+def _set(session: Session, move: Mapping[str, Any], key: str, seen: int | None, subject: str) -> int:
+    """The move's id. Compare-and-set: whatever locks hold, of two moves that saw the same state one gets through. What
+    it moves to is not yanked, and so is given out; `key` is its sort key."""
     [move_id] = _INSERT.column(session, move)
-    values = {"channel": move["channel_id"], "seen": seen, "move_id": move_id}
+    served = {"served_id": move["to_release_id"], "served_key": key}
+    values = {"channel": move["channel_id"], "seen": seen, "move_id": move_id, **served}
     if not _POINT.rows(session, values):
         raise _moved(subject)
     return move_id

@@ -15,7 +15,7 @@ from registry import bases
 from registry.access import readable_names
 from registry.audit import Actor
 from registry.errors import Usage
-from registry.models import Channel, Move, Release, ReleaseWord, Repository, Score, TargetSet, TargetSetMember, Traits
+from registry.models import Channel, Release, ReleaseWord, Repository, Score, TargetSet, TargetSetMember, Traits
 from registry.names import RepositoryName
 from registry.repositories import Kind
 from registry.statements import among, one_of
@@ -27,9 +27,9 @@ MAX_WORDS = 8
 LAST = "\U0010ffff"
 """Above every character: the words that begin with `w` lie between `w` and `w` + LAST."""
 
-_channel, _member, _move, _release, _repository, _score, _set, _traits, _word = (
+_channel, _member, _release, _repository, _score, _set, _traits, _word = (
     table.__table__.c
-    for table in (Channel, TargetSetMember, Move, Release, Repository, Score, TargetSet, Traits, ReleaseWord)
+    for table in (Channel, TargetSetMember, Release, Repository, Score, TargetSet, Traits, ReleaseWord)
 )
 Conditions = list[ColumnElement[bool]]
 _SAME = ("type", "variant", "dtype", "license", "alpha")
@@ -292,29 +292,7 @@ def _a_higher_one() -> ColumnElement[bool]:
     return select(higher.id).where(same, higher.stable, ~higher.yanked).exists()
 
 
-def served(current: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
-    """The releases that channels give out, from the ids of their current moves: of each channel the first one from
-    there down that is not yanked."""
-    moves = current.cte("served", recursive=True, nesting=True)
-    yanked, given = Release.__table__.alias(), Release.__table__.alias()
-    below = (
-        select(_move.below_id)
-        .join(moves, moves.c.move_id == _move.id)
-        .join(yanked, yanked.c.id == _move.to_release_id)
-        .where(yanked.c.yanked)
-    )
-    moves = moves.union_all(below)
-    found = select(given.c.id).select_from(given).join(Move.__table__, _move.to_release_id == given.c.id)
-    return found.join(moves, moves.c.move_id == _move.id).where(~given.c.yanked)
-
-
 def _is_served() -> ColumnElement[bool]:
-    """That channel of the release's repository gives it out: mostly what it was moved to last, which takes a tenth of
-    the time to see."""
-    top = Release.__table__.alias()
-    current = select(_channel.move_id).where(_channel.repository_id == _release.repository_id)
-    current = current.where(_channel.name == bindparam("channel"))
-    further = served(current.correlate(Release.__table__)).correlate(Release.__table__).scalar_subquery()
-    is_last = (top.c.id == _release.id) & ~_release.yanked
-    last = current.join(Move.__table__, _move.id == _channel.move_id).join(top, top.c.id == _move.to_release_id)
-    return _of_it(last.where(is_last | (top.c.yanked & (_release.id == further))))
+    """That channel of the release's repository gives it out."""
+    of_repository = (_channel.repository_id == _release.repository_id, _channel.name == bindparam("channel"))
+    return _of_it(select(_channel.id).where(*of_repository, _channel.served_id == _release.id))

@@ -16,7 +16,7 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.orm import Session, selectinload
 
 from composer.findings import Finding, Severity
-from registry import audit
+from registry import audit, channels
 from registry.audit import Act
 from registry.db import collect_blobs
 from registry.errors import RegistryError
@@ -117,11 +117,9 @@ def _as_it_was(resources: Resources, stat: BlobStat) -> Generator[Session | None
 def extent(resources: Resources) -> Extent:
     with resources.read() as session:
         tables = (Release, Revision, Channel)
-        releases, revisions, channels = (
-            session.scalar(select(func.count()).select_from(table)) or 0 for table in tables
-        )
+        counts = [session.scalar(select(func.count()).select_from(table)) or 0 for table in tables]
         blobs, size_bytes = session.execute(select(func.count(), func.coalesce(func.sum(Blob.size_bytes), 0))).one()
-    return Extent(releases, revisions, channels, blobs, int(size_bytes))  # a sum is a Decimal in PostgreSQL
+    return Extent(*counts, blobs, int(size_bytes))  # a sum is a Decimal in PostgreSQL
 
 
 def _check_database(session: Session) -> Iterator[Finding]:
@@ -177,6 +175,7 @@ def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:
         query = select(Move).where(Move.channel_id == channel.id).order_by(Move.id)
         moves = session.scalars(query.options(selectinload(Move.to_release))).all()
         yield from _check_moves(subject, channel, moves)
+        yield from _check_served(session, subject, channel)
         yield from _check_told(session, subject, {move.id for move in moves})
         progress(1)
 
@@ -197,6 +196,14 @@ def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Itera
             yield _error("history_broken", subject, f"Move {move.id} of {subject} serves another repository's release.")
         served = move.to_release_id
         seen.add(move.id)
+
+
+def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[Finding]:
+    """A search finds what the channel says that it gives out."""
+    move = channels.serving(session, channel)
+    served = (move.to_release_id, move.to_release.sort_key) if move else (None, None)
+    if (channel.served_id, channel.served_key) != served:
+        yield _error("channel_adrift", subject, f"A search does not find on {subject} what it gives out.")
 
 
 def _check_told(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from registry import audit, breaking, namespaces, numbering, repositories, terms
 from registry.audit import Act, Actor
 from registry.db import rely_on_blobs
-from registry.errors import Conflict, Invalid, NotFound, Refused, Usage
+from registry.errors import Conflict, Invalid, NotFound, Refused
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.models import (
     Base,
@@ -138,58 +138,6 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
                 subject=file.path,
                 next_step="Look at the file: one digest has one size.",
             )
-
-
-def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve, warning.
-
-    Of one that is yanked already another reason is recorded; the same again is a retry.
-    """
-    _need_reason("A yank", release, reason)
-    _lock(session, release)
-    if not (release.yanked and release.yank_reason == reason):
-        _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
-    return release
-
-
-def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """What is not yanked stays as it is, without a row: it may be a retry of what was done already."""
-    _need_reason("Taking a yank back", release, reason)
-    _lock(session, release)
-    if release.yanked:
-        _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
-    return release
-
-
-def _need_reason(act: str, release: Release, reason: str) -> None:
-    if not reason.strip():
-        raise Usage(
-            "reason_missing", f"{act} needs a reason.", subject=full_name(release), next_step="Say why with --reason."
-        )
-
-
-def _lock(session: Session, release: Release) -> None:
-    """One yank waits for another, and then sees what that has made of the release: so says the audit's `before`."""
-    query = select(Release).where(Release.id == release.id).with_for_update(of=Release, key_share=True)
-    session.scalars(query.execution_options(populate_existing=True)).one()
-
-
-def _set_yank(
-    session: Session, actor: Actor, release: Release, act: Act, reason: str, *, yank_reason: str | None
-) -> None:
-    before = {"yanked": release.yanked, "yank_reason": release.yank_reason}
-    release.yanked, release.yank_reason = yank_reason is not None, yank_reason
-    session.flush()
-    audit.record(
-        session,
-        actor,
-        act,
-        full_name(release),
-        namespace=release.repository.namespace,
-        reason=reason,
-        before=before,
-        after={"yanked": release.yanked, "yank_reason": release.yank_reason},
-    )
 
 
 def find(session: Session, name: RepositoryName, version: Version, kind: Kind | None = None) -> Release:

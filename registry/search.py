@@ -7,16 +7,14 @@ some words are read from the index of words, since all that have one may be old.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from sqlalchemy import (
     CTE,
-    BindParameter,
     ColumnElement,
-    FromClause,
     Select,
     bindparam,
     case,
@@ -24,7 +22,6 @@ from sqlalchemy import (
     literal_column,
     select,
     true,
-    tuple_,
 )
 from sqlalchemy.orm import Session
 
@@ -32,54 +29,26 @@ from registry import bases, conditions, suites
 from registry.audit import Actor
 from registry.conditions import Form
 from registry.conditions import Query as Query
-from registry.descriptions import CURRENT_SUITES, Stamp
-from registry.errors import NotFound, Usage
+from registry.descriptions import CURRENT_SUITES
+from registry.errors import NotFound
 from registry.models import Channel, Release, ReleaseWord, Score
-from registry.statements import Prepared, Rows, among, exact, filled, json_list, json_rows, prepared
+from registry.orders import By, Match, Order, by_of
+from registry.statements import Prepared, among, filled, json_list, prepared
 from registry.statements import Query as Selection
 from registry.words import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
 
-NEWEST, VERSION = "newest", "version"
 FEW = 16
 """So many combinations of traits are merged; with more, the page is filled from all releases in order."""
 RARE = 500
 """A condition that so few releases meet is looked up first, and the others are tried on those."""
 SIDE_BY_SIDE = 2_000
 """The same, where one index has them side by side: to list as many takes 0.2 ms."""
-SERVED = 10_000
-"""The same for what a channel serves, in an order other than of publication: of what channels serve nothing is known
-about its place there, and whoever reads all in that order may read them all."""
 COMMON, SOON = 10, 3
 """A word that one in so many of the newest releases has does not hold up who reads them by their traits. That is done
 first then; else after so many vain tries of releases with the word."""
 
 _channel, _release, _score, _word = (table.__table__.c for table in (Channel, Release, Score, ReleaseWord))
 _NEWEST_OF_ALL = Prepared(select(func.max(_release.id)))
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Of a release in its order: its sort key (None where the id is the key) and its id."""
-
-    key: str | float | None
-    release_id: int
-
-
-class Match(NamedTuple):
-    """A release that was found, its place, and its stamp at that moment."""
-
-    key: str | float | None
-    release_id: int
-    stamp: Stamp
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """`newest`, `version` (the highest first) or `SUITE.METRIC` (the best first, without releases that lack it)."""
-
-    name: str = NEWEST
-    limit: int = 50
-    after: Place | Match | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +78,7 @@ def _search(session: Session, actor: Actor, query: Query, order: Order) -> Found
     relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}
     scored = [suites.find(session, condition.suite).id for condition in query.scores]
     values = conditions.values_of(actor, query, list(relations), scored)
-    by, nowhere = _by(session, order, values), values.get("homes") == []
+    by, nowhere = by_of(session, order, values), values.get("homes") == []
     if by.column == "id" and "homes" in values:
         values |= reach(session, values)
         nowhere = not values["highest"]
@@ -120,100 +89,7 @@ def _search(session: Session, actor: Actor, query: Query, order: Order) -> Found
     return Found(places, base, relations)
 
 
-@dataclass(frozen=True, slots=True)
-class _By:
-    """The form of an order: of releases, or of scores joined to their releases."""
-
-    column: str = "id"
-    descending: bool = True
-    goes_on: bool = False
-
-    @property
-    def of_score(self) -> bool:
-        return self.column == "value"
-
-    def select(self, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
-        """Keys, ids and `more` of all."""
-        found = select(self.key.label("key"), self.release_id.label("id"), *more)
-        found = found.select_from(Score.__table__ if self.of_score else Release.__table__)
-        return found.join(Release.__table__, _release.id == _score.release_id) if self.of_score else found
-
-    @property
-    def release_id(self) -> ColumnElement[int]:
-        return _score.release_id if self.of_score else _release.id
-
-    @property
-    def traits_id(self) -> ColumnElement[int]:
-        return _score.traits_id if self.of_score else _release.traits_id
-
-    @property
-    def key(self) -> ColumnElement[Any]:
-        return _score.value if self.of_score else _release[self.column]
-
-    def page(self, *conditions: ColumnElement[bool], in_order: bool = True) -> Select[*tuple[Any, ...]]:
-        """The first that meet those conditions, as `text` says them.
-
-        Scores that are not to be read `in_order` are found from their releases.
-        """
-        entries = self.select(_release.stamp).where(*conditions)
-        found = self.first(entries, in_order=in_order).subquery("first")
-        return self.text(found.c, found.c.stamp).add_columns(CURRENT_SUITES)
-
-    def first(self, statement: Select[*tuple[Any, ...]], *, in_order: bool = True) -> Select[*tuple[Any, ...]]:
-        """A page of a selection of releases or scores, in order."""
-        columns = [self.key] if self.column == "id" else [self.key, self.release_id]
-        if self.of_score:
-            suite = _score.suite_id if in_order else _score.suite_id + 0
-            of_metric = (suite == bindparam("by_suite"), _score.metric == bindparam("by_metric"))
-            statement = statement.where(*of_metric, _score.release_id.is_not(None))
-        if self.goes_on:
-            ends: list[BindParameter[Any]] = [bindparam("after_key"), bindparam("after_id")]
-            reached, end = tuple_(*columns), tuple_(*ends[-len(columns) :])
-            statement = statement.where(reached < end if self.descending else reached > end)
-        return statement.order_by(*self._ordered(columns)).limit(bindparam("limit"))
-
-    def first_of_all(self, of_each: FromClause, statement: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
-        """A page of what pages have, in order."""
-        return statement.order_by(*self._ordered([of_each.c.key, of_each.c.id])).limit(bindparam("limit"))
-
-    def _ordered(self, columns: Sequence[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
-        return [column.desc() if self.descending else column.asc() for column in columns]
-
-    def text(self, first: Any, stamp: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
-        """Keys, ids and stamps of a page with those columns as one text, for `places` to read."""
-        return select(json_rows(exact(first.key) if self.of_score else first.key, first.id, stamp))
-
-    def places(self, pages: Rows, limit: int) -> list[Match]:
-        """The first of several pages."""
-        suites = next((suites for _page, suites, *_ in pages), None)
-        rows = [row for page, *_ in pages if page for row in orjson.loads(page)]
-        if self.of_score:
-            rows = [(float(key), release_id, stamp) for key, release_id, stamp in rows]
-        rows.sort(reverse=self.descending)
-        by_id = self.column == "id"
-        return [Match(None if by_id else key, number, (stamp, suites)) for key, number, stamp in rows[:limit]]
-
-
-def _by(session: Session, order: Order, values: dict[str, Any]) -> _By:
-    if order.after:
-        values |= {"after_key": order.after.key, "after_id": order.after.release_id}
-    goes_on = order.after is not None
-    if order.name in (NEWEST, VERSION):
-        return _By("id" if order.name == NEWEST else "sort_key", goes_on=goes_on)
-    suite_name, dot, metric = order.name.rpartition(".")
-    if not dot:
-        raise Usage(
-            "bad_sort",
-            f"{order.name[:80]!r} is not an order.",
-            subject=order.name[:80],
-            next_step="Sort by newest, version or SUITE.METRIC.",
-        )
-    suite = suites.find(session, suite_name)
-    values |= {"by_suite": suite.id, "by_metric": metric}
-    return _By("value", suites.is_higher_better(session, suite, metric), goes_on)
-
-
-def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Match]:
+def _places(session: Session, form: Form, by: By, values: Mapping[str, Any]) -> list[Match]:
     words = tuple(range(form.entries))
     thinnest: Newest | None = None
     if by.column == "id":
@@ -228,10 +104,13 @@ def _places(session: Session, form: Form, by: _By, values: Mapping[str, Any]) ->
     if thinnest:
         return _of_word(session, form, by, values, thinnest)
     few = _of_few_if_few(session, form, by, values)
-    return by.places(_of_all(form, by).rows(session, values), values["limit"]) if few is None else few
+    if few is not None:
+        return few
+    of_channel = "channel" in form.asked and not by.of_score
+    return by.places(_of_all(form, replace(by, of_channel=of_channel)).rows(session, values), values["limit"])
 
 
-def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], thinnest: Newest) -> list[Match]:
+def _of_word(session: Session, form: Form, by: By, values: Mapping[str, Any], thinnest: Newest) -> list[Match]:
     """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
     parts = read_on(session, form, thinnest, values)
     found: list[Match] = []
@@ -250,7 +129,7 @@ def _of_word(session: Session, form: Form, by: _By, values: Mapping[str, Any], t
     return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
 
 
-def _of_few_if_few(session: Session, form: Form, by: _By, values: Mapping[str, Any]) -> list[Match] | None:
+def _of_few_if_few(session: Session, form: Form, by: By, values: Mapping[str, Any]) -> list[Match] | None:
     """The page from the combinations of traits that fit; None when many fit."""
     pages = _of_few(form, by, FEW).rows(session, values)
     many = any(fitting > FEW for _page, _suites, fitting in pages)
@@ -268,7 +147,7 @@ def _is_common(session: Session, thinnest: Newest, values: Mapping[str, Any]) ->
 
 
 def _among(
-    session: Session, form: Form, by: _By, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
+    session: Session, form: Form, by: By, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
 ) -> list[Match]:
     """The page from lists of releases, each of which comes wholly before the next in the order."""
     found: list[Match] = []
@@ -290,7 +169,7 @@ def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Seq
         left, count = left[count:], count * MORE
 
 
-def _rare(form: Form, by: _By, words: tuple[int, ...]) -> Iterator[Prepared]:
+def _rare(form: Form, by: By, words: tuple[int, ...]) -> Iterator[Prepared]:
     """For each condition with an index of its own: the releases that meet it, or NULL after so many entries.
 
     `words` are the numbers of those to look for. Scores are looked for among all first, then among what fits: none may
@@ -300,7 +179,7 @@ def _rare(form: Form, by: _By, words: tuple[int, ...]) -> Iterator[Prepared]:
     yield from (_with_word(form, number, SIDE_BY_SIDE) for number in words)
     yield from (_with_score(number, operator, SIDE_BY_SIDE) for number, operator in scores)
     if "channel" in form.asked:
-        yield _on_channel(RARE if by.column == "id" else SERVED)
+        yield _on_channel(RARE)
     if "size" in form.asked:
         yield _small_that_fits(form, RARE)
     if conditions.asks_traits(form):
@@ -329,12 +208,17 @@ def _scored(number: int, operator: str) -> Selection:
 
 @prepared
 def _on_channel(most: int) -> Selection:
-    return _unless_many(conditions.served(select(_channel.move_id).where(_channel.name == bindparam("channel"))), most)
+    of_name = (_channel.name == bindparam("channel"), _channel.served_id.is_not(None))
+    return _unless_many(select(_channel.served_id.label("id")).where(*of_name), most)
 
 
 @prepared
 def _small_that_fits(form: Form, most: int) -> Selection:
     small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
+    if not conditions.asks_traits(
+        form
+    ):  # all fit but those of another kind: SQLite would go through all that there are
+        return _unless_many(small.where(conditions.fits(form, _release.traits_id)), most)
     return _unless_many(small.where(_release.traits_id.in_(conditions.fitting(form))), most)
 
 
@@ -344,7 +228,7 @@ def _unless_many(releases: Selection, most: int) -> Selection:
     return select(case((func.count() <= most, ids))).select_from(found)
 
 
-def _each_of_few(form: Form, by: _By, few: int) -> Selection:
+def _each_of_few(form: Form, by: By, few: int) -> Selection:
     """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
     With each, how many fit.
 
@@ -356,7 +240,7 @@ def _each_of_few(form: Form, by: _By, few: int) -> Selection:
     return each.select_from(fitting)
 
 
-def _all_of_few(form: Form, by: _By, few: int) -> Selection:
+def _all_of_few(form: Form, by: By, few: int) -> Selection:
     """One text of all, merged: PostgreSQL looks up the stamps of that page alone."""
     fitting, count = _fitting(form, few)
     of_each = by.first(_entries(form, by, fitting)).lateral("of_each")
@@ -378,17 +262,17 @@ def _fitting(form: Form, few: int) -> tuple[CTE, ColumnElement[int]]:
     return fitting, select(func.count()).select_from(fitting).scalar_subquery()
 
 
-def _entries(form: Form, by: _By, fitting: CTE, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+def _entries(form: Form, by: By, fitting: CTE, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
     return by.select(*more).where(by.traits_id == fitting.c.id, *conditions.on_release(form))
 
 
 @prepared
-def _of_all(form: Form, by: _By) -> Selection:
+def _of_all(form: Form, by: By) -> Selection:
     """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
     return by.page(conditions.fits(form, by.traits_id + 0), *conditions.on_release(form))
 
 
 @prepared
-def _among_rare(form: Form, by: _By) -> Selection:
+def _among_rare(form: Form, by: By) -> Selection:
     asked = (conditions.fits(form, _release.traits_id), *conditions.on_release(form))
     return by.page(among(by.release_id, "ids"), *asked, in_order=False)

@@ -7,7 +7,7 @@ from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueC
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.db import Row, UtcDateTime
-from registry.models.catalog import Id, Release
+from registry.models.catalog import ByteOrdered, Id, Release
 
 
 class Suite(Row):
@@ -63,15 +63,25 @@ class Score(Row):
 
 
 class Channel(Row):
-    """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would come first)."""
+    """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would come first).
+
+    `served_id` is the release that it gives out: that of the last move or, where it is yanked, of the first one below
+    that is not; None where there is none. `served_key` is the release's sort key. A search reads them in order.
+    """
 
     __tablename__ = "channels"
-    __table_args__ = (UniqueConstraint("repository_id", "name"), Index("ix_channels_name", "name", "repository_id"))
+    __table_args__ = (
+        UniqueConstraint("repository_id", "name"),
+        Index("ix_channels_newest", "name", "served_id"),
+        Index("ix_channels_version", "name", "served_key", "served_id"),
+    )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
     name: Mapped[str] = mapped_column(String(64))
     move_id: Mapped[int | None] = mapped_column(Id)
+    served_id: Mapped[int | None] = mapped_column(Id)
+    served_key: Mapped[str | None] = mapped_column(ByteOrdered)
 
 
 class Move(Row):

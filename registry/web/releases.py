@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from registry import compositions, publishing, releases, repositories
+from registry import compositions, publishing, releases, repositories, yanks
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import RequestKey, ResourcesOf, keyed
@@ -138,11 +138,11 @@ def download_file(
 def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, actor, releases.yank(session, actor, release, body.reason))
+        return release_view(session, actor, yanks.yank(session, actor, release, body.reason))
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
 def unyank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, actor, releases.unyank(session, actor, release, body.reason))
+        return release_view(session, actor, yanks.unyank(session, actor, release, body.reason))

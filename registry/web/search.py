@@ -22,11 +22,12 @@ from registry.http.request import ResourcesOf
 from registry.http.routes import Direct, Route, once
 from registry.http.rules import Caller
 from registry.names import parse_part, parse_reference, parse_repository
+from registry.orders import NEWEST, VERSION, Match, Order, Place
 from registry.repositories import Kind
 from registry.resolve import Located
 from registry.schemas import MAX_INT64, Page, Problem
 from registry.schemas.search import FoundOut, ResolvedOut, SearchIn
-from registry.search import Found, Match, Order, Place
+from registry.search import Found
 from registry.suites import parse_condition
 from registry.web.documents import Documents, Json, Told, files_of, json_response, page_response
 
@@ -175,7 +176,7 @@ def _place(query: SearchIn) -> Place | None:
         fingerprint, key, release_id = json.loads(decode_cursor(query.cursor))
     except (ValueError, TypeError):
         fingerprint, key, release_id = None, None, 0
-    kind = {search.NEWEST: NoneType, search.VERSION: str}.get(query.sort, float)
+    kind = {NEWEST: NoneType, VERSION: str}.get(query.sort, float)
     whole = isinstance(key, kind) and type(release_id) is int and 0 < release_id <= MAX_INT64
     if not whole or fingerprint != _fingerprint(query):
         raise Usage(

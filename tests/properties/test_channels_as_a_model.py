@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from registry import channels, releases, repositories
+from registry import channels, releases, repositories, yanks
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.channels import Expected, Moved, Promotion
@@ -166,10 +166,10 @@ class ChannelMachine(RuleBasedStateMachine):
         with self.database.write() as session:
             release = releases.find(session, self.name, parse_version(version))
             if back:
-                releases.unyank(session, actor, release, "it was right")
+                yanks.unyank(session, actor, release, "it was right")
                 self.yanked.discard(version)
             else:
-                releases.yank(session, actor, release, "because")
+                yanks.yank(session, actor, release, "because")
                 self.yanked.add(version)
 
     @invariant()

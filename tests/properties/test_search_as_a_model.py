@@ -19,8 +19,9 @@ from registry.access import EVERYWHERE
 from registry.audit import Actor
 from registry.db import Database
 from registry.names import RepositoryName
+from registry.orders import NEWEST, VERSION, Order
 from registry.repositories import Kind
-from registry.search import NEWEST, VERSION, Order, Query
+from registry.search import Query
 from registry.suites import Condition
 from tests.registry.shelf import BASES, CHANNELS, METRICS, NAMESPACES, RELATIONS, SUITES, TARGETS, Item, stock
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from composer.formats.serving import SERVERS
 from composer.hashing import weights_digest
 from composer.suite import Suite
-from registry import bases, channels, releases, suites
+from registry import bases, channels, releases, suites, yanks
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor
 from registry.bases import NewBase, TensorRow
@@ -158,7 +158,7 @@ def _move_and_yank(session: Session, chance: random.Random, items: list[Item]) -
             moves.setdefault((item.repository, channel), []).append(item.id)
     for item in items:
         if chance.random() < 0.25:
-            releases.yank(session, HOST, releases.find(session, item.repository, item.version), "wrong data")
+            yanks.yank(session, HOST, releases.find(session, item.repository, item.version), "wrong data")
             by_id[item.id] = replace(by_id[item.id], yanked=True)
     for (_, channel), stack in moves.items():
         served = next((number for number in reversed(stack) if not by_id[number].yanked), None)

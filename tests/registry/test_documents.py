@@ -5,10 +5,11 @@ from collections.abc import Callable, Generator
 import pytest
 
 from composer.suite import Suite
-from registry import releases, search, suites
+from registry import search, suites, yanks
 from registry.db import Database, Session
 from registry.models import Release
-from registry.search import Order, Query
+from registry.orders import Order
+from registry.search import Query
 from registry.suites import Measurement
 from registry.web.documents import Documents
 from tests import services
@@ -60,8 +61,8 @@ def another_suite(session: Session, _release: Release) -> object:
 
 
 CHANGES: dict[str, Change] = {
-    "yanked": lambda session, release: releases.yank(session, HOST, release, "a reason of its own"),
-    "and no more": lambda session, release: releases.unyank(session, HOST, release, "it was right"),
+    "yanked": lambda session, release: yanks.yank(session, HOST, release, "a reason of its own"),
+    "and no more": lambda session, release: yanks.unyank(session, HOST, release, "it was right"),
     "measured": measured(0.125),
     "measured again": measured(0.375),
     "with another suite": another_suite,

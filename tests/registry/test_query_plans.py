@@ -23,7 +23,8 @@ from registry.access import EVERYWHERE
 from registry.audit import Actor
 from registry.db import Database, Session
 from registry.names import RepositoryName, parse_reference
-from registry.search import VERSION, Order, Place, Query
+from registry.orders import VERSION, Order, Place
+from registry.search import Query
 from registry.suites import Condition
 from registry.web import views
 from registry.web.documents import Documents
