@@ -33,8 +33,6 @@ _ASKED = Prepared(
         _release.id,
         _release.base_digest,
         _release.sort_key,
-        _release.yanked,
-        _release.yank_reason,
         _release.signed_by,
         _revision.commit,
         _repository.kind,
@@ -54,24 +52,26 @@ _ASKED = Prepared(
         _channel.name == bindparam("onto"),
     )
     .with_for_update(of=_channel.id)
-    .suffix_with("FOR SHARE OF namespaces, releases", dialect="postgresql")
+    .suffix_with("FOR SHARE OF namespaces", dialect="postgresql")
 )
-"""The release, which nobody yanks until this ends, and the namespace's policy, which nobody changes. Moves of one
-channel wait for each other here instead of failing, unless they say what they expect to find."""
+"""The release, and the namespace's policy, which nobody changes until this ends. Moves of one channel, and yanks, wait
+for each other here instead of failing, unless they say what they expect to find."""
 _VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_version")]
 _MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
 """What `Moved` holds, in its order."""
+_asked_for = Release.__table__.alias("asked_for")
 _STATE = Prepared(
-    select(_channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
+    select(_asked_for.c.yank_reason, _channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
     .outerjoin(Move.__table__, _move.id == _channel.move_id)
     .outerjoin(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
     .outerjoin(_left, _left.c.id == _move.from_release_id)
+    .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))
 )
-"""A channel's rules and its current move: read when the channel is locked, for what was before a wait has passed."""
+"""A channel's rules and current move, and why the release is yanked: read when it is locked, since a wait may be over."""
 _HISTORY = (
     select(*_MOVED)
     .select_from(Move.__table__)
@@ -148,8 +148,8 @@ def promote(
     release = _asked(session, wanted)
     namespace = wanted.repository.namespace
     releases.refuse_without_signature(namespace, release, release.signed_by, published=wanted.release)
-    _refuse_unpromotable(release, wanted, reason, force=force)
-    [current] = _STATE.records(session, {"channel": release.channel_id})
+    [current] = _STATE.records(session, {"channel": release.channel_id, "release": release.id})
+    _refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
     _check_expected(current.move_id, expected, wanted.subject)
     actor = replace(actor, at=max(actor.at, current.at or actor.at))  # who waited here asked before the last move
     report = _judge(session, release, current.rules)
@@ -335,17 +335,18 @@ def _asked(session: Session, wanted: Promotion) -> Any:
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
         namespaces.find_settled(session, name.namespace)
+        repositories.lock(session, release.repository_id)  # a yank has locked all channels that there are
         # Of those that make it at the same moment one does, and the others wait for what comes of that.
         insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
         [row] = _ASKED.records(session, values)
     return row
 
 
-def _refuse_unpromotable(release: Any, wanted: Promotion, reason: str, *, force: bool) -> None:
-    if release.yanked:
+def _refuse_unpromotable(yanked: str | None, wanted: Promotion, reason: str, *, force: bool) -> None:
+    if yanked is not None:
         raise Refused(
             "release_yanked",
-            f"{wanted.release} is yanked: {release.yank_reason}.",
+            f"{wanted.release} is yanked: {yanked}.",
             subject=wanted.release,
             next_step="Promote another release.",
         )

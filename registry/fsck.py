@@ -116,10 +116,12 @@ def _as_it_was(resources: Resources, stat: BlobStat) -> Generator[Session | None
 
 def extent(resources: Resources) -> Extent:
     with resources.read() as session:
-        tables = (Release, Revision, Channel)
-        counts = [session.scalar(select(func.count()).select_from(table)) or 0 for table in tables]
+        counts = {
+            name: session.scalar(select(func.count()).select_from(table)) or 0
+            for name, table in (("releases", Release), ("revisions", Revision), ("channels", Channel))
+        }
         blobs, size_bytes = session.execute(select(func.count(), func.coalesce(func.sum(Blob.size_bytes), 0))).one()
-    return Extent(*counts, blobs, int(size_bytes))  # a sum is a Decimal in PostgreSQL
+    return Extent(**counts, blobs=blobs, size_bytes=int(size_bytes))  # a sum is a Decimal in PostgreSQL
 
 
 def _check_database(session: Session) -> Iterator[Finding]:

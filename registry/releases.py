@@ -80,7 +80,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     commit = commit_id(canonical_manifest(new.files))
     repository = repositories.find_or_create(session, actor, new.repository, new.kind)
     # One after the other: who takes a number, and what breaks beside its neighbours, depends on what is there.
-    session.execute(select(Repository.id).where(Repository.id == repository.id).with_for_update(key_share=True))
+    repositories.lock(session, repository.id)
     surface = breaking.surface(new.base_digest, new.facts, new.files)
     version = new.version or numbering.next_version(session, repository, new.bump, surface)
     existing = _by_version(session, repository, version)

@@ -81,3 +81,8 @@ def _lookup(session: Session, name: RepositoryName) -> Repository | None:
     return session.scalar(
         select(Repository).where(Repository.namespace == name.namespace, Repository.name == name.name)
     )
+
+
+def lock(session: Session, repository_id: int) -> None:
+    """Pushes, yanks and the making of channels in one repository follow one another until their transactions end."""
+    session.execute(select(Repository.id).where(Repository.id == repository_id).with_for_update(key_share=True))

@@ -3,7 +3,7 @@
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import audit, channels
+from registry import audit, channels, repositories
 from registry.audit import Act, Actor
 from registry.errors import Usage
 from registry.models import Channel, Release
@@ -39,11 +39,11 @@ def _need_reason(act: str, release: Release, reason: str) -> None:
 
 
 def _lock(session: Session, release: Release) -> None:
-    """One yank waits for another, and then sees what that has made of the release: so says the audit's `before`. The
-    channels come first, as in a move."""
+    """One yank waits for another, and then sees what that has made of the release: so says the audit's `before`. No
+    channel of the repository is made or moved meanwhile, and what was to be moved there is seen by who moves it."""
+    repositories.lock(session, release.repository_id)
     _channels_of(session, release)
-    query = select(Release).where(Release.id == release.id).with_for_update(of=Release, key_share=True)
-    session.scalars(query.execution_options(populate_existing=True)).one()
+    session.refresh(release, ["yanked", "yank_reason"])
 
 
 def _set_yank(
@@ -62,13 +62,13 @@ def _set_yank(
         before=before,
         after={"yanked": release.yanked, "yank_reason": release.yank_reason},
     )
-    for channel in _channels_of(session, release):  # anew: while the release was waited for, one may have been made
+    for channel in _channels_of(session, release):
         served = channels.serving(session, channel)
         channel.served_id = served.to_release_id if served else None
         channel.served_key = served.to_release.sort_key if served else None
 
 
 def _channels_of(session: Session, release: Release) -> list[Channel]:
-    """All of the repository: what lies below whichever of their moves may change. Locked until this ends."""
+    """All of its repository, locked: what lies below whichever of their moves may change."""
     query = select(Channel).where(Channel.repository_id == release.repository_id).order_by(Channel.id)
     return list(session.scalars(query.with_for_update().execution_options(populate_existing=True)))

@@ -182,6 +182,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
         for version in ("1.0.0", "1.1.0"):
             api.put(f"{LINE}/channels/prod", {"version": version, "reason": "better"})
         api.post(f"{LINE}/channels/prod/rollback", {"reason": "worse"})
+        for channel, version in (("canary", "1.1.0"), ("canary", "1.2.0"), ("edge", "1.2.0")):
+            api.put(f"{LINE}/channels/{channel}", {"version": version, "reason": "to be tried"})
         for step, why in (("yank", "by mistake"), ("unyank", "it was right"), ("yank", "wrong data")):
             api.post(f"{LINE}/releases/1.2.0/{step}", {"reason": why})
         recipe = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "acme/sum:1.0.0"}
@@ -284,10 +286,13 @@ def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated
         ("search", "--base", "tiny", "--sort", "exact.nll"),
         ("search", "--namespace", "acme"),
         ("search", "--namespace", "acme", "--sort", "version"),
+        *(("search", "--channel", channel) for channel in ("prod", "canary", "edge")),
     ):
         assert _told(earlier.json(*command)) == _told(filled.json(*command)), command
     assert [row["version"] for row in earlier.json("search", "TICKETS", "1")["items"]] == ["1.1.0"]
     assert len(earlier.json("search", "--namespace", "acme")["items"]) == 3
+    for channel, served in {"prod": ["1.0.0"], "canary": ["1.1.0"], "edge": []}.items():  # 1.2.0 is yanked
+        assert [row["version"] for row in earlier.json("search", "--channel", channel)["items"]] == served
     with api_of(earlier) as api:
         assert [row["namespace"] for row in api.pages("/v1/namespaces")] == ["acme"]
         acts = [row["act"] for row in api.pages("/v1/audit", namespace="acme")]

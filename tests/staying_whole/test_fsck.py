@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from composer.hashing import hash_file
 from registry import fsck
 from registry.client.push import collect
 from registry.db import rely_on_blobs
+from registry.models import Channel
 from registry.names import Digest
 from registry.storage.blobs import Reader
 from tests.scenarios import stored
@@ -56,6 +58,17 @@ def test_a_registry_with_nothing_in_it_is_not_called_clean_without_more(place: d
     assert "nothing to check" in told
     assert place.get("ADAPTORY_DATABASE_URL", place["ADAPTORY_HOME"]).rpartition("/")[2] in told
     assert set(Cli(place).json("fsck")["checked"].values()) == {0}
+
+
+def test_a_search_that_would_not_find_what_a_channel_gives_out_is_an_error(
+    furnished: Cli, place: dict[str, str]
+) -> None:
+    resources = opened(place)
+    with resources.write() as session:
+        session.execute(update(Channel).values(served_id=2))
+    resources.close()
+    told = furnished("fsck")
+    assert (told.code, "does not find on acme/sql@prod" in told.out) == (1, True), told
 
 
 @dataclass
