@@ -71,7 +71,7 @@ _STATE = Prepared(
     .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))
 )
-"""A channel's rules and current move, and why the release is yanked: read when it is locked, since a wait may be over."""
+"""A channel's rules and current move, and why the release is yanked: read when it is locked, after any wait."""
 _HISTORY = (
     select(*_MOVED)
     .select_from(Move.__table__)

@@ -12,10 +12,11 @@ import torch
 
 from composer.delta import Additive, LowRank
 from composer.errors import NotSupported
-from composer.lowrank import NOISE, numerical_rank
+from composer.lowrank import numerical_rank
 
 _MOST_SWEEPS = 1000
 _STEADY = 1e-6
+_LEFT = 1e-6  # of the largest entry: their rounding is 6e-8, and near singular values mix it
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(B, A): O x r with the scale folded in, r x I."""
@@ -41,12 +42,13 @@ class Basis:
         return (X if self.P is None else self.P @ X), self.Q.T
 
     def for_entries(self) -> "Basis":
-        """For steps that look at single entries, in float32. What is float32 noise in a delta becomes zero there: where
-        one has nothing, as in the directions of a protected one, chance would say whether it counts as agreeing."""
-        X = [torch.where(one.abs() > NOISE * one.abs().max(), one, 0.0).float() for one in self.X]
-        return replace(
-            self, P=None if self.P is None else self.P.float(), Q=None if self.Q is None else self.Q.float(), X=X
-        )
+        """For steps that look at single entries, in float32. What is left of float32 factors in a delta's own zeros
+        becomes zero: in the directions of a protected one, say, chance would decide whether it counts as agreeing."""
+        X = [torch.where(one.abs() > _LEFT * one.abs().max(), one, 0.0).float() for one in self.X]
+        if not all(one.isfinite().all() for one in X):
+            raise torch.linalg.LinAlgError("an entry is too large")  # pyright: ignore[reportPrivateImportUsage]
+        P, Q = (None if one is None else one.float() for one in (self.P, self.Q))
+        return replace(self, P=P, Q=Q, X=X)
 
 
 def factored(delta: Additive) -> LowRank:

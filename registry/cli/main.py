@@ -60,6 +60,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     gc.set_threshold(OBJECTS_TO_COLLECT)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of a base that is streamed, as it was told to be
     try:
         app(prog_name="adaptory")
     except (RegistryError, ComposerError, OSError) as error:

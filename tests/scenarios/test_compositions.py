@@ -366,7 +366,7 @@ def test_what_cannot_end_as_an_adapter_is_refused_by_the_plan_too(small_team: Cl
     other = "acme/support"
     for changes, code, way_out in (
         ({"method": "stack", "inputs": [idle, other]}, "holds for no module", "inspect"),
-        ({"method": "dare_ties", "inputs": ["acme/sql", other], "adapter": None}, "no factors", "settings: {rank: 32}"),
+        ({"method": "dare_ties", "inputs": ["acme/sql", other]}, "no factors", "settings: {rank: 32}"),
     ):
         recipe = write_recipe(tmp_path, **changes, probe=0)
         for plan in ("--plan", "--follow"):
