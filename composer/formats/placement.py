@@ -110,7 +110,8 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     size = (rows, columns) if layout == "linear" else (columns, rows)
     shapes = {part: placement.shape(key) for part, key in found.items()}
     if base and len(base) != 2 and not kind.convolutions:
-        message = f"{module} is stored as {by(base)}; of {placement.config.peft_type} only matrices are read: merge it with PEFT."
+        kept = f"of {placement.config.peft_type} only matrices are read: merge it with PEFT"
+        message = f"{module} is stored as {by(base)}; {kept}."
         placement.error("unsupported_layer", module, message)
         return
     try:
