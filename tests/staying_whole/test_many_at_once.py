@@ -221,35 +221,6 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
     assert broken_promises(place) == []
 
 
-def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
-    place: dict[str, str], url: str, tmp_path: Path
-) -> None:
-    """Onto channels that are there and onto new ones: nobody can lock what another is about to make."""
-    with clients(url) as apis:
-        for number in range(3):
-            push_version(apis[0], tmp_path, f"1.{number}.0", number)
-
-        def race(number: int, api: Api) -> object:
-            for turn in range(12):
-                version = f"1.{(number + turn) % 3}.0"
-                if number % 4 == 0:
-                    what = "unyank" if turn % 2 else "yank"
-                    api.post(f"{line_path(NAME)}/releases/{version}/{what}", {"reason": "to see what comes of it"})
-                    continue
-                try:
-                    api.put(f"{line_path(NAME)}/channels/{turn // 3}-{number % 3}", {"version": version})
-                except Refused as error:
-                    if error.code != "release_yanked":
-                        raise
-            return None
-
-        assert together(apis, race) == [None] * CLIENTS
-        for channel in apis[0].pages(f"{line_path(NAME)}/channels"):
-            found = [row["version"] for row in apis[0].pages("/v1/releases", channel=channel["channel"])]
-            assert found == [version for version in [channel["version"]] if version], channel
-    assert broken_promises(place) == []
-
-
 def test_what_is_read_beside_yanks_is_of_one_moment(place: dict[str, str], url: str, tmp_path: Path) -> None:
     """1.1.0 is yanked and taken back all the time: at every moment all lead to it, or all to 1.0.0."""
     with clients(url) as apis:

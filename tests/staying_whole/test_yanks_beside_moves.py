@@ -1,0 +1,126 @@
+"""A yank and a move wait for each other, so that a search by channel finds what the channel gives out."""
+
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy.orm import Session
+
+from registry import channels, releases, search, yanks
+from registry.audit import Actor
+from registry.channels import Promotion
+from registry.client.api import Api, line_path
+from registry.errors import Refused
+from registry.names import Version
+from registry.orders import Order
+from registry.resources import Resources
+from registry.search import Query
+from tests.scenarios.world import Cli
+from tests.staying_whole.conftest import broken_promises, opened
+from tests.staying_whole.processes import NAME
+from tests.staying_whole.small import write_adapter
+from tests.staying_whole.test_many_at_once import CLIENTS, clients, push_version, together, url
+
+__all__ = ["url"]
+FIRST, SECOND = Version(1, 0, 0), Version(1, 1, 0)
+
+
+def operator() -> Actor:
+    return Actor("mia", datetime.now(UTC), {"*": "admin"})
+
+
+def yank(session: Session, _channel: str) -> None:
+    yanks.yank(session, operator(), releases.find(session, NAME, SECOND), "wrong data")
+
+
+def promote(session: Session, channel: str) -> None:
+    channels.promote(session, operator(), Promotion(NAME, SECOND, channel))
+
+
+@dataclass
+class Two:
+    """Processes over one registry, of which the second does something while the first is not done."""
+
+    first: Resources
+    second: Resources
+
+    def do(self, one: Callable[[Session, str], None], other: Callable[[Session, str], None], channel: str) -> None:
+        def later() -> None:
+            with self.second.write() as session:
+                other(session, channel)
+
+        with ThreadPoolExecutor(1) as pool:
+            with self.first.write() as session:
+                one(session, channel)
+                waiting = pool.submit(later)
+                with pytest.raises(TimeoutError):
+                    waiting.result(0.5)
+            waiting.result(20)
+
+    def found(self, channel: str) -> list[str]:
+        with self.first.read() as session:
+            places = search.search(session, operator(), Query(channel=channel), Order()).places
+            return [session.get_one(releases.Release, place.release_id).version for place in places]
+
+
+@pytest.fixture
+def two(place: dict[str, str], tmp_path: Path) -> Generator[Two]:
+    """Two releases, the first of which `prod` gives out."""
+    cli = Cli(place)
+    for seed, version in enumerate((FIRST, SECOND)):
+        cli.ok("push", write_adapter(tmp_path / str(version), seed), f"{NAME}:{version}", "--base", "tiny")
+    cli.ok("promote", f"{NAME}:{FIRST}", "--to", "prod")
+    pair = Two(opened(place), opened(place))
+    yield pair
+    for one in (pair.first, pair.second):
+        one.close()
+
+
+@pytest.mark.parametrize("channel", ["prod", "edge"])
+def test_a_move_waits_for_a_yank_and_then_sees_it(two: Two, place: dict[str, str], channel: str) -> None:
+    with pytest.raises(Refused) as caught:
+        two.do(yank, promote, channel)
+    assert caught.value.code == "release_yanked"
+    assert two.found(channel) == (["1.0.0"] if channel == "prod" else [])
+    assert broken_promises(place) == []
+
+
+@pytest.mark.parametrize("channel", ["prod", "edge"])
+def test_a_yank_waits_for_a_move_and_the_channel_gives_out_what_lies_below(
+    two: Two, place: dict[str, str], channel: str
+) -> None:
+    two.do(promote, yank, channel)
+    assert two.found(channel) == (["1.0.0"] if channel == "prod" else [])
+    assert broken_promises(place) == []
+
+
+def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
+    place: dict[str, str], url: str, tmp_path: Path
+) -> None:
+    """Onto channels that are there and onto new ones: nobody can lock what another is about to make."""
+    with clients(url) as apis:
+        for number in range(3):
+            push_version(apis[0], tmp_path, f"1.{number}.0", number)
+
+        def race(number: int, api: Api) -> object:
+            for turn in range(24):
+                if number % 4 == 0:  # 1.2.0 is never yanked, and the others are in the end
+                    what, version = "yank" if turn % 2 else "unyank", f"1.{(number // 4 + turn) % 2}.0"
+                    api.post(f"{line_path(NAME)}/releases/{version}/{what}", {"reason": "to see what comes of it"})
+                    continue
+                version = f"1.{(number + turn) % 3}.0"
+                try:
+                    api.put(f"{line_path(NAME)}/channels/{turn // 3}-{number % 3}", {"version": version})
+                except Refused as error:
+                    if error.code != "release_yanked":
+                        raise
+            return None
+
+        assert together(apis, race) == [None] * CLIENTS
+        for channel in apis[0].pages(f"{line_path(NAME)}/channels"):
+            found = [row["version"] for row in apis[0].pages("/v1/releases", channel=channel["channel"])]
+            assert found == [version for version in [channel["version"]] if version], channel
+    assert broken_promises(place) == []
