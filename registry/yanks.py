@@ -40,9 +40,8 @@ def _need_reason(act: str, release: Release, reason: str) -> None:
 
 def _lock(session: Session, release: Release) -> None:
     """One yank waits for another, and then sees what that has made of the release: so says the audit's `before`. No
-    channel of the repository is made or moved meanwhile, and what was to be moved there is seen by who moves it."""
+    channel of the repository is made meanwhile; who moves one sees the yank, or is seen by it (`_channels_of`)."""
     repositories.lock(session, release.repository_id)
-    _channels_of(session, release)
     session.refresh(release, ["yanked", "yank_reason"])
 
 
