@@ -70,6 +70,8 @@ QUERIES: dict[str, tuple[Query, str]] = {
     "a score that none has": (Query(base=BASE, scores=(parse_condition("sql-exact.accuracy>=2"),)), NEWEST),
     "everything": (Query(), NEWEST),
     "what a channel serves": (Query(channel=stock.CHANNEL), NEWEST),
+    "what a channel serves by version": (Query(channel=stock.CHANNEL), VERSION),
+    "what a channel serves by score": (Query(channel=stock.CHANNEL), "sql-exact.accuracy"),
     "words of all": (Query(text="train ticket"), NEWEST),
     "words of few": (Query(text="adapter 17 tickets"), NEWEST),
     "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), NEWEST),
