@@ -51,7 +51,9 @@ class Rule:
         at the thing first, it is in the document: who has no role at all may send a short one."""
         actor = await self(request)
         if not actor.grants and content_length(request) > MAX_STRANGERS_BYTES:
-            message = f"Of who has no role anywhere a document of {MAX_STRANGERS_BYTES:,} bytes is read."
+            message = (
+                f"The body is longer than the {MAX_STRANGERS_BYTES:,} bytes that are read of a caller without any role."
+            )
             raise TooLarge("body_too_large", message, next_step="Use a token that has a role; see ADAPTORY_TOKEN.")
 
 
