@@ -215,9 +215,7 @@ def _on_channel(most: int) -> Selection:
 @prepared
 def _small_that_fits(form: Form, most: int) -> Selection:
     small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
-    if not conditions.asks_traits(
-        form
-    ):  # all fit but those of another kind: SQLite would go through all that there are
+    if not conditions.asks_traits(form):  # all of the kind fit, and SQLite would go through them
         return _unless_many(small.where(conditions.fits(form, _release.traits_id)), most)
     return _unless_many(small.where(_release.traits_id.in_(conditions.fitting(form))), most)
 
