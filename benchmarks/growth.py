@@ -6,7 +6,8 @@ Writes the plot of docs/growth.svg.
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -32,17 +33,10 @@ def main() -> None:
     cut = 2 if chosen.quick else 9
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-growth-") as name:
         directory = Path(name)
-        usual = _made(directory / "usual", USUAL_SIZE, USUAL_RANK)
         series = {
-            "adapters of rank 16": [_point(count, usual, count, chosen.rounds) for count in ADAPTERS[:cut]],
-            "rank of 3 adapters": [
-                _point(rank, _made(directory / f"rank-{rank}", USUAL_SIZE, rank), USUAL_ADAPTERS, chosen.rounds)
-                for rank in RANKS[:cut]
-            ],
-            "parameters of the base, billions": [
-                _sized(_made(directory / f"size-{number}", size, USUAL_RANK), chosen.rounds)
-                for number, size in enumerate(SIZES[:cut])
-            ],
+            "adapters of rank 16": _by_adapters(directory, ADAPTERS[:cut], chosen.rounds),
+            "rank of 3 adapters": [_of_rank(directory, rank, chosen.rounds) for rank in RANKS[:cut]],
+            "parameters of the base, billions": [_sized(directory, size, chosen.rounds) for size in SIZES[:cut]],
         }
     for title, points in series.items():
         rows = [[title, "merge, s", "times cp + fsync", "peak RSS, MB"]]
@@ -56,10 +50,30 @@ def main() -> None:
         PLOT.write_text(plot(series))
 
 
-def _made(directory: Path, size: Size, rank: int) -> Path:
-    given = map(str, (directory, size.layers, rank, size.width))
-    subprocess.run([sys.executable, "-m", "benchmarks.models", *given], check=True)
-    return directory
+def _by_adapters(directory: Path, counts: Sequence[int], rounds: int) -> list[Point]:
+    with _made(directory, USUAL_SIZE, USUAL_RANK) as made:
+        return [_point(count, made, count, rounds) for count in counts]
+
+
+def _of_rank(directory: Path, rank: int, rounds: int) -> Point:
+    with _made(directory, USUAL_SIZE, rank) as made:
+        return _point(rank, made, USUAL_ADAPTERS, rounds)
+
+
+def _sized(directory: Path, size: Size, rounds: int) -> Point:
+    with _made(directory, size, USUAL_RANK) as made:
+        size_bytes = sum(file.stat().st_size for file in (made / "base").glob("*.safetensors"))
+        return _point(round(size_bytes / 2e9, 2), made, USUAL_ADAPTERS, rounds)
+
+
+@contextmanager
+def _made(directory: Path, size: Size, rank: int) -> Iterator[Path]:
+    """A base and its adapters, there for one series or point: all of them together would take 30 GB."""
+    with TemporaryDirectory(dir=directory) as name:
+        made = Path(name) / "made"
+        given = map(str, (made, size.layers, rank, size.width))
+        subprocess.run([sys.executable, "-m", "benchmarks.models", *given], check=True)
+        yield made
 
 
 def _point(x: float, made: Path, count: int, rounds: int) -> Point:
@@ -81,11 +95,6 @@ def _copied(adapter: Path, copy: Path) -> Path:
         for file in adapter.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
     return copy
-
-
-def _sized(made: Path, rounds: int) -> Point:
-    size = sum(file.stat().st_size for file in (made / "base").glob("*.safetensors"))
-    return _point(round(size / 2e9, 2), made, USUAL_ADAPTERS, rounds)
 
 
 def plot(series: Mapping[str, Sequence[Point]]) -> str:

@@ -173,7 +173,9 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:
-    message = f"{_FULL[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB."
+    free = shutil.disk_usage(out_dir.absolute().parent).free
+    there_is = f", and {free / 1e6:.0f} MB are free" if why == errno.ENOSPC else ""  # of a quota the disk cannot tell
+    message = f"{_FULL[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
     return RefusedOutput(
         "disk_full", message, subject=str(out_dir), next_step="Free some space or choose another disk."
     )

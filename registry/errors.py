@@ -10,6 +10,7 @@ RegistryError
 └── Unavailable  7  a store or a database is away, full or too slow
 """
 
+import errno
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -17,6 +18,9 @@ from typing import Any, ClassVar
 from composer.errors import ComposerError, Mismatch, NotSupported, RefusedOutput
 from composer.findings import Finding, Severity
 from composer.findings import next_step as advice
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""The errnos of a full disk and of a quota that is used up: freeing some space mends them, and nothing else does."""
 
 
 class RegistryError(Exception):

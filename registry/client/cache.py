@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from composer.hashing import hash_file
+from registry.errors import NO_SPACE
 from registry.names import parse_digest
 
 
@@ -56,7 +57,7 @@ class BlobCache:
             with suppress(IsADirectoryError):  # somebody put one there: it is done without
                 aside.replace(entry)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in NO_SPACE:
                 raise
         finally:
             aside.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ Beside the directory-to-be lies one with the unfinished files. What is found the
 hashed like everything else: where it turns out wrong, the file is fetched anew.
 """
 
-import errno
 import fcntl
 import os
 import shutil
@@ -24,7 +23,7 @@ from registry.client.api import Api, Json, release_path
 from registry.client.cache import BlobCache, is_regular
 from registry.client.parallel import PAUSES_S, Progress, each
 from registry.client.pieces import PartialFile
-from registry.errors import Conflict, Invalid, RegistryError, Unavailable
+from registry.errors import NO_SPACE, Conflict, Invalid, RegistryError, Unavailable
 from registry.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.names import RepositoryName, Version, parse_digest, parse_repository, parse_version
 
@@ -116,7 +115,7 @@ def pull(
             f"{target} cannot be written: {error.strerror}.",
             subject=str(target),
             next_step="Free some space and pull again."
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if error.errno in NO_SPACE
             else "See that its directory may be written to, and pull again.",
         ) from error
     return target

@@ -1,6 +1,5 @@
 """Blobs in a directory: written aside, synced, then linked into place."""
 
-import errno
 import shutil
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +9,7 @@ from tempfile import NamedTemporaryFile
 from typing import BinaryIO
 
 from composer.output import sync
-from registry.errors import NotFound, Unavailable
+from registry.errors import NO_SPACE, NotFound, Unavailable
 from registry.names import Digest
 from registry.storage.blobs import BlobStat, Reader, blob_key
 
@@ -110,7 +109,7 @@ class LocalStore:
 
 def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
     """What to tell of a write that failed: a full disk wants something else than one that refuses or is broken."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in NO_SPACE
     return Unavailable(
         "store_full" if full else "store_unavailable",
         f"{what} cannot be written: {error.strerror}.",

@@ -1,6 +1,5 @@
 """The executor: claims a job, keeps its heartbeat, runs its unfinished steps, says how it ended."""
 
-import errno
 import logging
 import socket
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 
 from composer.errors import ComposerError
 from registry import jobs
-from registry.errors import RegistryError, Unavailable, of_composer
+from registry.errors import NO_SPACE, RegistryError, Unavailable, of_composer
 from registry.models import Job
 from registry.resources import Resources
 from registry.upkeep import sweep_work
@@ -31,7 +30,6 @@ _OUTAGES = {
 """Codes of what passes, or what an operator mends, while the job itself is as good as before."""
 _ELSEWHERE = {"base_not_here"}
 """Codes of what this host lacks, and another one may have."""
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +182,7 @@ def _told(error: RegistryError | ComposerError | OSError) -> RegistryError:
         return of_composer(error)
     log.warning("The disk of this worker", exc_info=error)
     return Unavailable(
-        "disk_full" if error.errno in _FULL else "disk_error",
+        "disk_full" if error.errno in NO_SPACE else "disk_error",
         f"This worker cannot read or write its files: {error.strerror or error}.",
         next_step="Look at its disk, and at its log.",
     )
