@@ -197,6 +197,13 @@ class Settings(BaseSettings):
     user: str = Field(default_factory=_login_name, min_length=1, max_length=128)
     """The name written into moves and audit rows in the embedded registry; the login name unless set."""
 
+    @classmethod
+    def variables(cls) -> set[str]:
+        """The names of all environment variables that are read."""
+        stores = LocalStorage.model_fields | S3Storage.model_fields
+        names = (set(cls.model_fields) - {"storage"}) | {f"storage__{name}" for name in stores}
+        return {f"ADAPTORY_{name}".upper() for name in names} | {"ADAPTORY_STORAGE"}
+
     @property
     def home_directory(self) -> Path:
         return self.home.expanduser().resolve()

@@ -1,5 +1,6 @@
 """A registry to talk to: `$ADAPTORY_URL` over HTTP, or the embedded one in this very process. One code path."""
 
+import os
 import threading
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from registry.settings import Settings
 
 EMBEDDED_URL = "http://localhost"
+_ALIKE = 0.94  # of two whole names: one letter wrong, missing or too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def load_settings() -> "Settings":
 
     from registry.settings import Settings
 
+    _refuse_misspelt(Settings.variables())
     try:
         return Settings()
     except ValidationError as error:
@@ -68,6 +71,24 @@ def load_settings() -> "Settings":
             subject=name,
             next_step="Correct the environment variable.",
         ) from error
+
+
+def _refuse_misspelt(known: set[str]) -> None:
+    """`ADAPTORY_ACESS=tokens` would leave a server as open as if nothing had been said. Other names are let pass: what
+    starts containers makes some of its own (`ADAPTORY_PORT`, where a service is called so)."""
+    unknown = sorted(name for name in os.environ if name.upper().startswith("ADAPTORY_") and name.upper() not in known)
+    if not unknown:
+        return
+    from difflib import get_close_matches
+
+    for name in unknown:
+        if meant := get_close_matches(name.upper(), known, n=1, cutoff=_ALIKE):
+            raise Usage(
+                "unknown_setting",
+                f"{name} is no setting.",
+                subject=name,
+                next_step=f"Set {meant[0]} if that was meant, and take {name} out of the environment.",
+            )
 
 
 def own_settings() -> "Settings":

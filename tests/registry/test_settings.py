@@ -40,6 +40,28 @@ def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ADAPTORY_ACESS", "ADAPTORY_ACCESS"),
+        ("adaptory_tokens", "ADAPTORY_TOKEN"),
+        ("ADAPTORY_STORAGE_BUCKET", "ADAPTORY_STORAGE__BUCKET"),
+    ],
+)
+def test_a_misspelt_setting_is_refused_with_the_one_that_is_meant(tmp_path: Path, name: str, meant: str) -> None:
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), name: "tokens"})
+    for command in ("list", "migrate", "serve"):
+        refused(cli(command), 2, f"{name} is no setting", f"Set {meant} ")
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["ADAPTORY_PORT", "ADAPTORY_SERVICE_HOST", "ADAPTORY_PORT_80_TCP_ADDR", "MY_ADAPTORY_URLS"]
+)
+def test_variables_that_others_make_of_the_name_are_let_pass(tmp_path: Path, name: str) -> None:
+    assert Cli({"ADAPTORY_HOME": str(tmp_path / "home"), name: "1"})("list").code == 0
+
+
+@pytest.mark.parametrize(
     ("storage", "words"),
     [
         ({"KIND": "s4"}, ("ADAPTORY_STORAGE", "neither local nor s3")),
