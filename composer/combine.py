@@ -10,12 +10,12 @@ from composer.adapter import PeftForm, peft_form, refuse_unheld, write_adapter
 from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
-from composer.formats.facts import WEIGHTS_FILE
-from composer.hashing import hash_file, identities
+from composer.hashing import identities
+from composer.inputs import adapter_use, files_of
 from composer.methods import Compression, combine_deltas, used
 from composer.settings import PIPELINES, Pipeline, parse_settings
 from composer.variants import NAME_BASE, LoadedAdapter, load_deltas
-from composer.weights import Weight, parse_weight, weights_of
+from composer.weights import Weight, weights_of
 
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
@@ -60,7 +60,7 @@ def combine(
     without a rank, for more than a sum of stacks of experts without an architecture, and what a merge raises.
     """
     parsed = parse_settings(method, settings or {})
-    inputs = identities(path / WEIGHTS_FILE for path, _ in adapters)
+    inputs = identities(files_of(path for path, _ in adapters))
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
     if architecture is None and not _exact(PIPELINES[method], parsed):
         _refuse_stacks(loaded, method)
@@ -71,7 +71,13 @@ def combine(
     first = loaded[0].config.raw
     fields = {name: first.get(name) for name in _SHARED_FIELDS}
     fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
-    told = _note(loaded, [weight for _, weight in adapters], method, parsed, note)
+    told = {
+        "made": "combine",
+        "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
+        "method": method,
+        "settings": dict(parsed),
+        "note": dict(note or {}),
+    }
     size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), told, inputs)
     return CombineReport(
         out_dir=str(out_dir),
@@ -137,26 +143,6 @@ def _short_targets(loaded: Sequence[LoadedAdapter], form: PeftForm) -> dict[str,
 def _if_they_cover(field: str, names: set[str], paths: Sequence[str], touched: set[str]) -> dict[str, list[str]]:
     covered = all(any(f".{path}".endswith(f".{name}") for name in names) for path in paths)
     return {field: sorted(names)} if names and covered and touched <= set(paths) else {}
-
-
-def _note(
-    loaded: Sequence[LoadedAdapter],
-    weights: Sequence[Weight | float],
-    method: str,
-    settings: Mapping[str, object],
-    note: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    inputs = [
-        {"name": one.name, "weight": parse_weight(weight).to_json(), "digest": hash_file(one.path / WEIGHTS_FILE)}
-        for one, weight in zip(loaded, weights, strict=True)
-    ]
-    return {
-        "made": "combine",
-        "adapters": inputs,
-        "method": method,
-        "settings": dict(settings),
-        "note": dict(note or {}),
-    }
 
 
 def _dropped_copies(loaded: Sequence[LoadedAdapter]) -> list[Finding]:

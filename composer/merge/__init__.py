@@ -10,14 +10,14 @@ from composer.findings import Finding
 from composer.formats.checkpoint import INDEX_FILE
 from composer.hashing import architecture_digest, refuse_changed
 from composer.merge.chunks import Rewriter
-from composer.merge.plan import AdapterUse, MergePlan, plan_merge
+from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.resume import Journal
 from composer.merge.shards import write_shards
 from composer.merge.survival import Survival, swallowed, whole
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
 from composer.tensors import torch_device
 
-__all__ = ["AdapterUse", "MergePlan", "MergeReport", "index_of", "plan_merge", "run_merge"]
+__all__ = ["MergePlan", "MergeReport", "index_of", "plan_merge", "run_merge"]
 
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
 

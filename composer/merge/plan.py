@@ -15,13 +15,13 @@ from composer.delta import Computed, Delta, Replacement
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Checkpoint
-from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
 from composer.formats.naming import TIED_HEAD, is_head
 from composer.formats.placed import OTHER_PATHS
 from composer.formats.renames import stored_name
 from composer.formats.tying import embedding_tensors, head_tensors
-from composer.hashing import Identity, hash_file, identities
+from composer.hashing import Identity, identities
+from composer.inputs import AdapterUse, adapter_use, files_of
 from composer.merge.chunks import TensorPlan
 from composer.merge.dequantized import Dequantized, dequantized
 from composer.merge.quantization_gap import quantized_bases
@@ -31,7 +31,7 @@ from composer.rounding import Rounding
 from composer.settings import parse_settings
 from composer.tensors import TORCH_DTYPES, map_tensor
 from composer.variants import LoadedAdapter, load_deltas
-from composer.weights import Weight, parse_weight
+from composer.weights import Weight
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -41,20 +41,8 @@ _BYTES_VERSION = 6  # raised when the same inputs give other bytes, so that no m
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterUse:
-    """One input of a merge: `digest` is the sha256 of its weights file."""
-
-    name: str
-    weight: Weight
-    digest: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "weight": self.weight.to_json(), "digest": self.digest}
-
-
-@dataclass(frozen=True, slots=True)
 class MergePlan:
-    """All that a merge will do, decided before a byte is written. `inputs` are the weight files that it was planned
+    """All that a merge will do, decided before a byte is written. `inputs` are the files that its bytes follow
     from, as they were then."""
 
     checkpoint: Checkpoint
@@ -118,20 +106,15 @@ def plan_merge(
         )
     parsed = parse_settings(method, settings or {})
     source = dequantized(checkpoint)
-    files = [checkpoint.path / file for file in checkpoint.shards] + [path / WEIGHTS_FILE for path, _ in adapters]
-    inputs = identities(files)
+    inputs = identities([checkpoint.path / file for file in checkpoint.shards] + files_of(path for path, _ in adapters))
     with ThreadPoolExecutor(1, "hash") as hashing:
-        digests = [hashing.submit(hash_file, path / WEIGHTS_FILE) for path, _ in adapters]
+        uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
         loaded = [_tokens_on_own_head(checkpoint, load_deltas(path, checkpoint.architecture)) for path, _ in adapters]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
-    uses = [
-        AdapterUse(one.name, parse_weight(weight), digest.result())
-        for one, (_, weight), digest in zip(loaded, adapters, digests, strict=True)
-    ]
     return MergePlan(
         checkpoint=checkpoint,
         shards=_plan_shards(_Layout(checkpoint, source, deltas, head, None if dtype is None else _DTYPES[dtype])),
@@ -139,7 +122,7 @@ def plan_merge(
         dtype=dtype,
         method=method,
         settings={**parsed, "tied": combined.tied},
-        adapters=tuple(uses),
+        adapters=tuple(use.result() for use in uses),
         findings=(
             *combined.findings,
             *(finding for one in loaded for finding in one.placed.findings if finding.code in _READ_OTHERWISE),

@@ -18,10 +18,11 @@ import torch
 
 from composer.errors import InvalidFile, Mismatch
 from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_json
-from composer.formats.facts import WEIGHTS_FILE
 from composer.formats.header import PICKLE_SUFFIXES, TensorEntry
+from composer.formats.layouts import CONFIG_FILE, WEIGHTS_FILE
 from composer.hashing import hash_file
-from composer.merge import AdapterUse, MergePlan, index_of, plan_merge
+from composer.inputs import AdapterUse, told_use
+from composer.merge import MergePlan, index_of, plan_merge
 from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
 from composer.merge.ranges import Range, copied_ranges, equal, pieces
 from composer.merge.shards import Progress, ShardPlan
@@ -29,7 +30,6 @@ from composer.merge.source import Source, source_rows
 from composer.output import NOTE_FILE, side_files
 from composer.rounding import Rounding, parse_rounding
 from composer.tensors import torch_device, torch_threads
-from composer.weights import parse_weight
 
 _ROUNDING_SHARE = {"F64": 1.0, "F32": 1.0, "F16": 8e-3, "BF16": 1e-3}
 """Of a tensor, as many elements may end in the neighbouring value on another machine, and a few of a small one:
@@ -81,26 +81,32 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
             next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
         )
     told = _told(note)
-    by_digest = {hash_file(path / WEIGHTS_FILE): path for path in adapters}
-    for one in told.adapters:
-        if one.digest not in by_digest:
-            raise Mismatch(
-                "other_adapter",
-                f"None of the given adapters is the {one.name} that was merged ({one.digest[:12]}).",
-                subject=one.name,
-                next_step="Pull the releases that the merged one names as its inputs.",
-            )
-    merged_in = {one.digest for one in told.adapters}
-    for digest, path in by_digest.items():
-        if digest not in merged_in:
+    digests = {path: hash_file(path / WEIGHTS_FILE) for path in adapters}
+    used = [(_merged(one, digests), one.weight) for one in told.adapters]
+    for path, digest in digests.items():
+        if digest not in {one.digest for one in told.adapters}:
             raise Mismatch(
                 "other_adapter",
                 f"{path.name} ({digest[:12]}) is none of the adapters that were merged.",
                 subject=path.name,
                 next_step="Leave it out.",
             )
-    used = [(by_digest[one.digest], one.weight) for one in told.adapters]
     return plan_merge(checkpoint, used, told.method, told.settings, told.dtype, told.rounding)
+
+
+def _merged(told: AdapterUse, digests: Mapping[Path, str]) -> Path:
+    """The adapter that the note means, of those whose weights have these digests."""
+    same = [path for path, digest in digests.items() if digest == told.digest]
+    for path in same:
+        if told.config in (None, hash_file(path / CONFIG_FILE)):
+            return path
+    why = f": {CONFIG_FILE} is another" if same else f" ({told.digest[:12]})"
+    raise Mismatch(
+        "other_adapter",
+        f"None of the given adapters is the {told.name} that was merged{why}.",
+        subject=told.name,
+        next_step="Pull the releases that the merged one names as its inputs.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ def _told(note: Mapping[str, Any]) -> _Told:
         method, settings, dtype = note["method"], note["settings"], note["dtype"]
         if not (isinstance(method, str) and isinstance(settings, dict) and isinstance(dtype, str | None)):
             raise TypeError("method, settings or dtype")
-        rows = [(str(row["name"]), parse_weight(row["weight"]), str(row["digest"])) for row in note["adapters"]]
+        adapters = tuple(told_use(row) for row in note["adapters"])
         rounding = parse_rounding(**note["rounding"])
     except (KeyError, TypeError) as error:
         raise InvalidFile(
@@ -129,7 +135,7 @@ def _told(note: Mapping[str, Any]) -> _Told:
             subject=NOTE_FILE,
             next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
         ) from error
-    return _Told(tuple(AdapterUse(*row) for row in rows), method, cast("dict[str, object]", settings), dtype, rounding)
+    return _Told(adapters, method, cast("dict[str, object]", settings), dtype, rounding)
 
 
 def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progress | None = None) -> Rebuilt:

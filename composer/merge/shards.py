@@ -80,7 +80,9 @@ def write_shards(
     Raises what a job raises, once the running ones end.
     """
     with ExitStack() as stack:
-        sources = {path: _opened(path, stack) for path in _paths(shards)}
+        # Closed once the pools have ended: a closed file's number may be another file's when a job writes to it.
+        files = stack.enter_context(ExitStack())
+        sources = {path: _opened(path, files) for path in _paths(shards)}
         # The pool is the parallelism: chunks are too small to share.
         stack.enter_context(torch_threads(1))
         workers = min(2 * max(2, os.cpu_count() or 1), _MOST_WORKERS)
@@ -100,7 +102,7 @@ def write_shards(
         for shard in shards:
             fresh = not journal.holds(shard.file)
             resumed += 0 if fresh else shard.size_bytes
-            target = Target.opened(journal.directory / shard.file, fresh, sync, stack)
+            target = Target.opened(journal.directory / shard.file, fresh, sync, files)
             run = _ShardRun(shard, sources, target, rewriter, confirming, progress or (lambda count: None))
             jobs = [(name, queue.submit(job)) for name, job in run.jobs(works)]
             ends.append(disk.submit(_end, run, jobs, journal))

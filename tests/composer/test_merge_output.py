@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +56,12 @@ def test_a_merged_directory_is_a_checkpoint_with_all_that_the_base_had(plan: Mer
     note = json.loads((tmp_path / "merged/adaptory.json").read_text())
     assert note["note"] == {"recipe": {"name": "both"}}
     assert note["adapters"] == [
-        {"name": "adapter", "weight": 1.0, "digest": hash_file(tmp_path / "adapter/adapter_model.safetensors")}
+        {
+            "name": "adapter",
+            "weight": 1.0,
+            "digest": hash_file(tmp_path / "adapter/adapter_model.safetensors"),
+            "config": hash_file(tmp_path / "adapter/adapter_config.json"),
+        }
     ]
     assert note["base"]["architecture_digest"] == hash_checkpoint(plan.checkpoint).architecture_digest
     assert report.copied_bytes + report.rewritten_bytes == plan.size_bytes
@@ -112,6 +119,36 @@ def test_a_merge_that_fails_leaves_nothing(plan: MergePlan, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="own"):
         run_merge(plan, tmp_path / "merged", device="cpu", progress=fail)
     assert nothing_is_left(tmp_path)
+
+
+def test_a_merge_that_fails_closes_its_files_only_once_no_job_writes_to_them(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of a file that was closed too early may be that of another file by then: a database, say."""
+    pwrite, close, writing, events = os.pwrite, os.close, threading.Event(), list[str]()
+
+    def slowly(file: int, buffer: bytes, offset: int) -> int:
+        writing.set()
+        time.sleep(0.2)
+        count = pwrite(file, buffer, offset)
+        events.append("written")
+        return count
+
+    def closing(file: int) -> None:
+        where = os.readlink(f"/proc/self/fd/{file}")
+        events.extend(["closed"] if ".partial-" in where and where.endswith(".safetensors") else [])
+        close(file)
+
+    def fail(count: int) -> None:
+        writing.wait()
+        raise ValueError("the caller's own")
+
+    monkeypatch.setattr(os, "pwrite", slowly)
+    monkeypatch.setattr(os, "close", closing)
+    with pytest.raises(ValueError, match="own"):
+        run_merge(plan, tmp_path / "merged", device="cpu", progress=fail)
+    assert {"written", "closed"} <= set(events)
+    assert "written" not in events[events.index("closed") :]
 
 
 @pytest.fixture

@@ -185,6 +185,21 @@ def test_an_adapter_that_was_not_merged_is_refused(base: Path, adapters: list[Pa
         plan_rebuild(alone, open_checkpoint(base), adapters)
 
 
+def test_an_adapter_whose_config_is_another_by_now_is_refused_by_name(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged")
+    config = adapters[0] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
+    with pytest.raises(Mismatch, match=r"one that was merged: adapter_config.json is another"):
+        plan_rebuild(out, open_checkpoint(base), adapters)
+    note = json.loads((out / "adaptory.json").read_text())
+    for row in note["adapters"]:
+        del row["config"]
+    (out / "adaptory.json").write_text(json.dumps(note))
+    assert again(base, adapters, out).verdict == "different", "of before configs were told"
+
+
 @pytest.mark.parametrize("note", [None, {"made": "combine"}, {"made": "merge"}, {"made": "merge", "adapters": [1]}])
 def test_a_directory_without_a_note_of_a_merge_is_refused(
     note: dict[str, object] | None, base: Path, adapters: list[Path], tmp_path: Path

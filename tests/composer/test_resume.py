@@ -165,11 +165,12 @@ def test_another_merge_to_the_same_place_starts_from_nothing(
     assert asides(tmp_path) == []
 
 
-@pytest.mark.parametrize("which", ["base", "adapter"])
+@pytest.mark.parametrize("which", ["base", "adapter", "config"])
 def test_inputs_that_were_written_to_make_another_merge_and_the_old_plan_is_refused(
     plan: MergePlan, base: Path, adapter: Path, tmp_path: Path, which: str
 ) -> None:
-    written = base / plan.shards[0].file if which == "base" else adapter / "adapter_model.safetensors"
+    files = {"adapter": adapter / "adapter_model.safetensors", "config": adapter / "adapter_config.json"}
+    written = files.get(which, base / plan.shards[0].file)
     kept = written.stat()
     try:
         os.utime(written, ns=(0, kept.st_mtime_ns + 1))
