@@ -130,9 +130,8 @@ def test_a_merge_that_fails_closes_its_files_only_once_no_job_writes_to_them(
     def slowly(file: int, buffer: bytes, offset: int) -> int:
         writing.set()
         time.sleep(0.2)
-        count = pwrite(file, buffer, offset)
         events.append("written")
-        return count
+        return pwrite(file, buffer, offset)
 
     def closing(file: int) -> None:
         where = os.readlink(f"/proc/self/fd/{file}")
