@@ -38,6 +38,10 @@ class RefusedOutput(ComposerError):
     """The output directory exists, or the disk cannot take the result."""
 
 
+class Interrupted(Exception):
+    """For a caller's `progress` to raise, to stop what can go on later: as after a Ctrl-C, what is finished is kept."""
+
+
 def became_shorter(subject: str) -> InvalidFile:
     """The error for a file that ends before its own header says."""
     message = f"{subject} became shorter while it was read."

@@ -71,10 +71,12 @@ def load_model(
     logging.disable_progress_bar()
     model: Any
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, local_files_only=True, dtype=dtype or "auto", **places
-        )
+        # Not asked for, transformers would ask whoever sits at the terminal whether to run it.
+        given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **given)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **places)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # not the checkpoint's fault
     except Exception as error:  # what they raise over a damaged file has no other base: tokenizers raises just this
         raise InvalidFile(
             "model_not_loadable",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from composer.errors import RefusedOutput
+from composer.errors import Interrupted, RefusedOutput
 from composer.formats.checkpoint import INDEX_FILE, contained
 
 NOTE_FILE = "adaptory.json"
@@ -59,7 +59,8 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Ite
             _finish(aside, out_dir)
         except BaseException as error:
             # What was interrupted can go on later; after an error the same would only happen again.
-            if aside.exists() and (key is None or isinstance(error, Exception)):
+            again = isinstance(error, Exception) and not isinstance(error, Interrupted)
+            if aside.exists() and (key is None or again):
                 shutil.rmtree(aside)
             elif aside.exists():
                 error.add_note(f"what is finished lies in {aside}, and the same command goes on with it")

@@ -59,9 +59,10 @@ def run_merge(
 
     A merge that was killed or interrupted goes on where it stopped when it is run again with the same inputs: whole
     shards are kept, verified once more. `device` is `auto` (CUDA when there is one), `cpu` or `cuda:N`. `progress` is
-    called from several threads with the bytes just done, `plan.size_bytes` in all. `note` (a recipe, a lock) goes into
-    adaptory.json. Raises RefusedOutput for a directory that exists or is being written, a full disk, inputs that were
-    written to meanwhile, a value too large for the output dtype or a result that verification does not confirm.
+    called from several threads with the bytes just done, `plan.size_bytes` in all, and may raise Interrupted. `note` (a
+    recipe, a lock) goes into adaptory.json. Raises RefusedOutput for a directory that exists or is being written, a
+    full disk, inputs that were written to meanwhile, a value too large for the output dtype or a result that
+    verification does not confirm.
     """
     started = time.monotonic()
     chosen = torch_device(device)

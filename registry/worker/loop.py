@@ -6,11 +6,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from composer.errors import ComposerError
+from composer.errors import ComposerError, Interrupted
 from registry import jobs
 from registry.errors import NO_SPACE, RegistryError, Unavailable, of_composer
 from registry.models import Job
@@ -34,11 +35,11 @@ _ELSEWHERE = {"base_not_here"}
 log = logging.getLogger(__name__)
 
 
-class Released(Exception):
+class Released(Interrupted):
     """The job was cancelled or taken over: this worker lets go of it."""
 
 
-class Stopping(Exception):
+class Stopping(Interrupted):
     """This worker is told to stop: the job goes back, for another to go on with."""
 
 
@@ -75,7 +76,8 @@ class Held:
         self.check()
         if share - self._noted >= _PROGRESS_STEP:
             self._noted = share
-            self._note("running", share)
+            with suppress(Unavailable):  # a database that is away has to be there for the step's end, not for this
+                self._note("running", share)
 
     def check(self, _done: int = 0) -> None:
         """Called often by what takes long, with what it has just done: raises as `progress`."""

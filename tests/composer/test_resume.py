@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from composer import output
-from composer.errors import RefusedOutput
+from composer.errors import Interrupted, RefusedOutput
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import MergePlan, plan_merge, run_merge
 from composer.merge.ranges import Range, copy_range
@@ -34,6 +34,10 @@ plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
 print("ready", flush=True)
 run_merge(plan, out, "cpu", lambda count: time.sleep(0.005))
 """
+
+
+ENDS = [KeyboardInterrupt, Interrupted]
+"""By a terminal, and by a caller's own progress."""
 
 
 @pytest.fixture
@@ -59,8 +63,10 @@ def asides(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if ".partial-" in path.name]
 
 
-def interrupt_after_shards(plan: MergePlan, out: Path, count: int) -> None:
-    """Ends the merge as Ctrl-C does, once `count` shards are written down and others are begun.
+def interrupt_after_shards(
+    plan: MergePlan, out: Path, count: int, end: type[BaseException] = KeyboardInterrupt
+) -> None:
+    """Ends the merge as Ctrl-C does, or as a caller may, once `count` shards are written down and others are begun.
 
     One thread waits for that, the first that has a part of another one: the others may have what is still missing.
     """
@@ -74,17 +80,18 @@ def interrupt_after_shards(plan: MergePlan, out: Path, count: int) -> None:
             deadline = time.monotonic() + 60
             while (aside / JOURNAL_FILE).read_text().count("\n") < count and time.monotonic() < deadline:
                 time.sleep(0.001)
-            raise KeyboardInterrupt
+            raise end
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(end):
         run_merge(plan, out, "cpu", interrupt)
 
 
+@pytest.mark.parametrize("end", ENDS)
 def test_an_interrupted_merge_looks_unfinished_and_goes_on_from_its_finished_shards(
-    plan: MergePlan, tmp_path: Path
+    end: type[BaseException], plan: MergePlan, tmp_path: Path
 ) -> None:
     out = tmp_path / "merged"
-    interrupt_after_shards(plan, out, 2)
+    interrupt_after_shards(plan, out, 2, end)
     assert not out.exists()
     (aside,) = asides(tmp_path)
     assert {file.name for file in aside.iterdir()} - {shard.file for shard in plan.shards} == {JOURNAL_FILE}

@@ -70,6 +70,26 @@ def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
 
 
+def test_a_worker_that_is_told_to_stop_in_a_merge_leaves_what_is_finished_to_who_goes_on(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(stocked_embedded, world)
+    work = Path(cli.environment["ADAPTORY_HOME"]) / "work"
+    begin(cli, tmp_path)
+
+    class OnceItMerges(threading.Event):
+        def is_set(self) -> bool:
+            return bool(list(work.glob("*/model.partial-*")))
+
+    second: list[str] = []
+    with resources_of(cli.environment) as resources:
+        assert run_one(resources, watched([]), "first", OnceItMerges())
+        assert cli.json("jobs", 1)["state"] == "queued"
+        assert len(list(work.glob("*/model.partial-*/.journal"))) == 1
+        assert run_one(resources, watched(second), "second")
+    assert (second, cli.json("jobs", 1)["state"]) == (["merge", "publish"], "done")
+
+
 def test_a_worker_process_that_is_terminated_hands_its_job_back(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
