@@ -4,15 +4,15 @@ import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from composer.errors import InvalidFile, NotSupported
+from composer.formats.by_path import ByPath, is_plain
 from composer.formats.parts import Options
-from composer.formats.patterns import compiled, matches_end
+from composer.formats.patterns import compiled
 from composer.formats.types import MERGE_NEXT, REFUSED, TYPES, AdapterType
 from composer.text import LONE_SURROGATE, Twice, shown, unique
 
-_Value = TypeVar("_Value")
 _CONFIG_FILE = "adapter_config.json"
 _CONFIG_BYTES = 10_000_000
 _CONFIG_VALUES = 300_000  # three names for each of 90,000 modules; as objects, values take thirty times their text
@@ -90,8 +90,8 @@ class AdapterConfig:
     rank: int = 0
     alpha: float = 0.0
     use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+    rank_pattern: ByPath[int] = field(default_factory=lambda: ByPath[int]({}))
+    alpha_pattern: ByPath[float] = field(default_factory=lambda: ByPath[float]({}))
     fan_in_fan_out: bool = False
     bias: str = "none"
     target_modules: tuple[str, ...] | str | None = None
@@ -102,17 +102,17 @@ class AdapterConfig:
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     blocks: Blocks | None = None
     options: Options = field(default_factory=dict[str, bool | int | float | str])
-    option_patterns: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    option_patterns: Mapping[str, ByPath[int]] = field(default_factory=dict[str, ByPath[int]])
 
     def options_for(self, module: str) -> Options:
         patterns = self.option_patterns.items()
-        return {**self.options, **{name: _first_match(own, module, self.options[name]) for name, own in patterns}}
+        return {**self.options, **{name: own.first(module, self.options[name]) for name, own in patterns}}
 
     def rank_for(self, module: str) -> int:
-        return _first_match(self.rank_pattern, module, self.rank)
+        return self.rank_pattern.first(module, self.rank)
 
     def alpha_for(self, module: str) -> float:
-        return _first_match(self.alpha_pattern, module, self.alpha)
+        return self.alpha_pattern.first(module, self.alpha)
 
     def scale_for(self, module: str) -> float:
         """s of delta = s * B @ A: alpha / r, with rsLoRA alpha / sqrt(r) (arXiv 2312.03732)."""
@@ -211,8 +211,8 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
         raw,
         rank=_positive_int(raw.get(rank, rank_default), rank, subject) if rank else 0,
         alpha=_number(raw.get(alpha, alpha_default), alpha, subject) if alpha else 0.0,
-        rank_pattern=_counts(raw, "rank_pattern", subject) if kind.patterns else {},
-        alpha_pattern=_alphas(raw, subject) if kind.patterns else {},
+        rank_pattern=_counts(raw, "rank_pattern", subject) if kind.patterns else ByPath({}),
+        alpha_pattern=_alphas(raw, subject) if kind.patterns else ByPath({}),
         fan_in_fan_out=_flag(raw, "fan_in_fan_out", subject),
         bias=_bias(raw, peft_type.lower(), subject),
         target_modules=_targets(raw, "target_modules", subject),
@@ -232,10 +232,6 @@ def _refused_type(config: AdapterConfig) -> Refusal | None:
     if not option or config.options[option]:
         return None
     return Refusal(f"{config.peft_type}: {why}", f"Save it with {option}=True.")
-
-
-def _first_match(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
-    return next((value for key, value in pattern.items() if matches_end(key, module)), default)
 
 
 def _bad(subject: str, why: str) -> InvalidFile:
@@ -316,7 +312,8 @@ def _pattern(raw: Mapping[str, Any], name: str, subject: str) -> list[tuple[str,
 def _check_regex(text: str, name: str, subject: str) -> None:
     _check_text(text, name, subject)
     try:
-        compiled(text)
+        if not is_plain(text):
+            compiled(text)
     except ValueError as error:
         raise _bad(subject, f"{name} has the pattern {text[:200]!r}, and {error}") from error
 
@@ -328,13 +325,13 @@ def _bias(raw: Mapping[str, Any], kind: str, subject: str) -> str:
     return str(bias)
 
 
-def _counts(raw: Mapping[str, Any], name: str, subject: str) -> dict[str, int]:
-    return {key: _positive_int(value, f"{name}.{key}", subject) for key, value in _pattern(raw, name, subject)}
+def _counts(raw: Mapping[str, Any], name: str, subject: str) -> ByPath[int]:
+    return ByPath({key: _positive_int(value, f"{name}.{key}", subject) for key, value in _pattern(raw, name, subject)})
 
 
-def _alphas(raw: Mapping[str, Any], subject: str) -> dict[str, float]:
+def _alphas(raw: Mapping[str, Any], subject: str) -> ByPath[float]:
     name = "alpha_pattern"
-    return {key: _number(value, f"{name}.{key}", subject) for key, value in _pattern(raw, name, subject)}
+    return ByPath({key: _number(value, f"{name}.{key}", subject) for key, value in _pattern(raw, name, subject)})
 
 
 def _option(raw: Mapping[str, Any], name: str, kind: AdapterType, subject: str) -> bool | int | float | str:

@@ -142,4 +142,5 @@ def is_vocabulary(module: str) -> bool:
 
 
 def _is_tied_tensor(name: str, architecture: Architecture) -> bool:
-    return architecture.tied and embedding_tensors(architecture.tensors) == [name]
+    # Asked of each module: whether others look like an embedding too is only worth a look where this one does.
+    return architecture.tied and bool(embedding_tensors([name])) and embedding_tensors(architecture.tensors) == [name]

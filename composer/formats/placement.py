@@ -24,7 +24,7 @@ from composer.formats.naming import (
 )
 from composer.formats.pairs import PAIR_PARTS, place_pair, place_tokens
 from composer.formats.parts import Size
-from composer.formats.patterns import matches_end, matches_whole
+from composer.formats.patterns import matches_whole
 from composer.formats.placed import NORMED_EMBEDDINGS, WHOLE_KINDS, Placed, PlacedModule, Placement, bias_of, by
 from composer.formats.targeting import surely_untargeted
 from composer.formats.types import RETIRED_PARTS, TYPES, AdapterType
@@ -302,7 +302,7 @@ def _check_patterns(placement: Placement, paths: set[str]) -> None:
     may be the names of another version of transformers, and passing over them would change the scale."""
     config = placement.config
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        unused = [key for key in pattern if not any(matches_end(key, path) for path in paths)]
+        unused = pattern.unused(paths)
         severity = Severity.ERROR if len(unused) == len(pattern) else Severity.WARNING
         for key in unused:
             message = f"{name} has {key!r}, which matches no module."
