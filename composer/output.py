@@ -86,6 +86,8 @@ def _finish(aside: Path, out_dir: Path) -> None:
 def _held(aside: Path, out_dir: Path) -> Iterator[None]:
     """The directory made, and locked against other processes; the kernel lets go of the lock when this one dies."""
     try:
+        if aside.is_symlink():  # what lies where it leads to is somebody else's
+            raise FileExistsError(errno.EEXIST, "there is a link of the name of what is written first", str(aside))
         aside.mkdir(exist_ok=True)
     except OSError as error:
         if error.errno in _FULL:
@@ -121,7 +123,7 @@ def _remove_abandoned(out_dir: Path, aside: Path) -> None:
     """Directories that a killed process left on the way to the same output: nobody holds their lock any more."""
     ours = re.compile(re.escape(f"{out_dir.name}{_ASIDE}") + _KEY)
     for other in aside.parent.iterdir():
-        if other == aside or not ours.fullmatch(other.name) or not other.is_dir():
+        if other == aside or not ours.fullmatch(other.name) or other.is_symlink() or not other.is_dir():
             continue
         handle = os.open(other, os.O_RDONLY)
         try:

@@ -7,10 +7,11 @@ from fnmatch import fnmatchcase
 from math import isfinite
 from typing import Any, cast
 
-from composer.errors import NotSupported
+from composer.errors import Mismatch, NotSupported
 from composer.text import shown
 
 MAX_RULES = 100
+_SMALLEST_SUM = 1e-8
 _LAYER = re.compile(r"\.(\d{1,6})\.")
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _GLOB = re.compile(r"[\w.*?\[\]!-]{1,200}")
@@ -80,13 +81,14 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Divided(Weight):
-    """A weight over the sum of all weights `among`, module by module; 0 where they cancel."""
+    """A weight over the sum of all weights `among`, module by module."""
 
     among: tuple[Weight, ...] = ()
 
     def of(self, *names: str) -> float:
-        total = sum(weight.of(*names) for weight in self.among)
-        return Weight.of(self, *names) / total if total else 0.0
+        """Raises Mismatch where the weights cancel."""
+        own = Weight.of(self, *names)
+        return own / divisor(sum(weight.of(*names) for weight in self.among)) if own else 0.0
 
     def times(self, factor: float) -> "Divided":
         plain = Weight.times(self, factor)
@@ -98,6 +100,14 @@ class Divided(Weight):
             return self.of()
         rules = [rule.to_json() for rule in self.rules]
         return {"value": self.value, "rules": rules, "among": [weight.to_json() for weight in self.among]}
+
+
+def divisor(total: float) -> float:
+    """The sum of the weights as something to divide by. Raises Mismatch when it is nothing."""
+    if abs(total) < _SMALLEST_SUM:
+        message = f"The weights add up to {total:g}; a mean over them does not exist."
+        raise Mismatch("zero_weight_sum", message, subject="weights", next_step="Change a weight, or take the sum.")
+    return total
 
 
 def parse_weight(value: object) -> Weight:

@@ -278,15 +278,17 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
         raise _bad_index("has metadata that are no mapping")
     for name, file in cast("dict[str, object]", stated).items():
         if not _is_name(file):
-            raise _bad_index(f"places {shown(name)} in {shown(file)}, which can be no file")
+            raise _bad_index(f"places {shown(name)} in {shown(file)}, which can be no shard")
     return cast("dict[str, str]", stated)
 
 
 def _is_name(value: object) -> bool:
-    """Can a file have that name?"""
+    """Can a shard have that name? One with another ending would be taken for what goes along with the weights."""
     if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
         return False
-    return len(value.encode()) <= _NAME_BYTES
+    return (
+        value.endswith(".safetensors") and not Path(value).name.startswith(".") and len(value.encode()) <= _NAME_BYTES
+    )
 
 
 def _bad_index(why: str) -> InvalidFile:

@@ -14,7 +14,7 @@ import torch
 from composer.delta import Computed, Delta, Replacement
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity
-from composer.formats.checkpoint import Checkpoint
+from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained
 from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
 from composer.formats.naming import TIED_HEAD, is_head
 from composer.formats.placed import OTHER_PATHS
@@ -27,6 +27,7 @@ from composer.merge.dequantized import Dequantized, dequantized
 from composer.merge.quantization_gap import quantized_bases
 from composer.merge.shards import ShardPlan
 from composer.methods import combine_deltas
+from composer.output import side_files
 from composer.rounding import Rounding
 from composer.settings import parse_settings
 from composer.tensors import TORCH_DTYPES, map_tensor
@@ -106,7 +107,8 @@ def plan_merge(
         )
     parsed = parse_settings(method, settings or {})
     source = dequantized(checkpoint)
-    inputs = identities([checkpoint.path / file for file in checkpoint.shards] + files_of(path for path, _ in adapters))
+    files = [*checkpoint.shards, "config.json", INDEX_FILE, *side_files(checkpoint.path)]
+    inputs = identities([contained(checkpoint.path, file) for file in files] + files_of(path for path, _ in adapters))
     with ThreadPoolExecutor(1, "hash") as hashing:
         uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
         loaded = [_tokens_on_own_head(checkpoint, load_deltas(path, checkpoint.architecture)) for path, _ in adapters]

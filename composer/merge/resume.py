@@ -63,7 +63,7 @@ def _read(path: Path) -> dict[str, Identity]:
     for line in path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else ():
         try:
             name, size, inode, changed = json.loads(line)
+            found[str(name)] = (size, inode, changed)
         except (ValueError, TypeError):
             break
-        found[name] = (size, inode, changed)
     return found

@@ -20,7 +20,6 @@ from composer.findings import Finding
 from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file
 from composer.methods.heads import for_head, heads_alike, on_own_head, pair_for_head
-from composer.methods.join import divisor
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
 from composer.methods.protect import let_go, made_room, mapped
@@ -28,7 +27,7 @@ from composer.methods.spectral import Compression, decomposing
 from composer.settings import PIPELINES, Pipeline, divides, parse_settings
 from composer.tensors import Aside, torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
-from composer.weights import Weight, weights_of
+from composer.weights import Weight, divisor, weights_of
 
 _TOGETHER = 16  # places whose results are in memory at once
 Result = tuple[list[Additive], Compression | None]

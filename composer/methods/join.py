@@ -5,9 +5,8 @@ from typing import cast
 
 import torch
 
-from composer.errors import Mismatch
+from composer.weights import divisor
 
-SMALLEST_SUM = 1e-8
 _NOTHING = 1e-3  # of the kept weights' magnitudes
 
 Join = Callable[[torch.Tensor], torch.Tensor]
@@ -22,14 +21,6 @@ def joined(step: str, weights: Sequence[float], total: float, settings: Mapping[
     if step == "mean":
         w_T = w_T / divisor(total)
     return lambda X_TMN: torch.tensordot(w_T, X_TMN, dims=1)
-
-
-def divisor(total: float) -> float:
-    """The sum of the weights as something to divide by. Raises Mismatch when it is nothing."""
-    if abs(total) < SMALLEST_SUM:
-        message = f"The weights add up to {total:g}; a mean over them does not exist."
-        raise Mismatch("zero_weight_sum", message, subject="weights", next_step="Change a weight, or take the sum.")
-    return total
 
 
 def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide: str = "count") -> torch.Tensor:

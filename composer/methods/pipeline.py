@@ -13,12 +13,13 @@ from composer.delta import Additive, Computed, Layout, LowRank
 from composer.errors import NotSupported
 from composer.methods.basis import Basis, Pair, basis_of, canonical, factored, no_factors, pair_of
 from composer.methods.calibrate import norm_of, pico, restored
-from composer.methods.join import Join, divisor, joined, sce, sce_weights
+from composer.methods.join import Join, joined, sce, sce_weights
 from composer.methods.linear import scaled, side_by_side
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, tsv
 from composer.settings import Pipeline
+from composer.weights import divisor
 
 _DENSE = RLock()
 """Held by the place that has a matrix of its weight's size in memory: one at a time, however many threads there are."""

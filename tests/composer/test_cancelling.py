@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from composer.conflicts import conflicts, report
+from composer.conflicts import Method, conflicts, report
 from composer.delta import Delta, LowRank
+from composer.errors import Mismatch
 from composer.findings import Severity, Verdict, parse_policy
 from composer.variants import LoadedAdapter
 from tests.composer.small_model import Load, scaled
@@ -72,3 +73,11 @@ def test_opposite_adapters_with_weights_of_different_sign_add_up(red: LoadedAdap
     assert told.measure == pytest.approx(1.0)
     assert "one task trained twice" in told.message
     assert "near_duplicate" not in codes(conflicts([red, scaled(red, 1.0, "again")], [1.0, -1.0]))
+
+
+def test_a_mean_over_weights_that_cancel_is_refused_in_the_report_as_in_the_combination(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    """0.1 + 0.2 - 0.3 is 5e-17, by which the report once divided."""
+    with pytest.raises(Mismatch, match="a mean over them does not exist"):
+        conflicts([red, green, scaled(red, 1.0, "again")], [0.1, 0.2, -0.3], Method("mean"))

@@ -104,7 +104,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
         )
         for what, name in (
             ("half a text", "a\0b"),
-            ("endless", "x" * 5000),
+            ("endless", "x" * 5000 + ".safetensors"),
+            ("that of a text", "README.md"),
+            ("that of our note", "adaptory.json"),
+            ("hidden", ".journal.safetensors"),
             ("half a pair", "\ud800"),
             ("a list", ["x"]),
             ("none", None),

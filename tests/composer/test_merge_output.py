@@ -296,6 +296,28 @@ def test_a_file_system_that_shares_blocks_is_asked_to_and_nothing_is_copied_then
         assert (tmp_path / "cloned" / file).read_bytes() == (tmp_path / "copied" / file).read_bytes()
 
 
+def test_a_link_of_the_name_of_what_is_written_first_is_refused_and_left_alone(plan: MergePlan, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "theirs").touch()
+    links = [tmp_path / f"merged.partial-{key}" for key in (plan.key, "0123456789ab")]
+    for link in links:
+        link.symlink_to(victim)
+    with pytest.raises(RefusedOutput, match="link of the name"):
+        run_merge(plan, tmp_path / "merged", device="cpu")
+    links[0].unlink()
+    run_merge(plan, tmp_path / "merged", device="cpu")
+    assert links[1].is_symlink()
+    assert [file.name for file in victim.iterdir()] == ["theirs"]
+
+
+def test_a_link_out_of_the_base_is_refused_before_anything_is_written(plan: MergePlan, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("not yours")
+    (plan.checkpoint.path / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(InvalidFile, match="leads out of"):
+        plan_merge(plan.checkpoint, [(tmp_path / "adapter", 1.0)])
+
+
 def test_no_link_is_followed_out_of_the_base(tmp_path: Path) -> None:
     base, target = tmp_path / "base", tmp_path / "target"
     base.mkdir()

@@ -172,12 +172,15 @@ def test_another_merge_to_the_same_place_starts_from_nothing(
     assert asides(tmp_path) == []
 
 
-@pytest.mark.parametrize("which", ["base", "adapter", "config"])
+@pytest.mark.parametrize(
+    "which", ["base", "adapter", "config", "generation_config.json", "model.safetensors.index.json"]
+)
 def test_inputs_that_were_written_to_make_another_merge_and_the_old_plan_is_refused(
     plan: MergePlan, base: Path, adapter: Path, tmp_path: Path, which: str
 ) -> None:
     files = {"adapter": adapter / "adapter_model.safetensors", "config": adapter / "adapter_config.json"}
-    written = files.get(which, base / plan.shards[0].file)
+    files["base"] = base / plan.shards[0].file
+    written = files.get(which, base / which)
     kept = written.stat()
     try:
         os.utime(written, ns=(0, kept.st_mtime_ns + 1))
@@ -247,7 +250,7 @@ def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
     assert asides(tmp_path) == []
 
 
-@pytest.mark.parametrize("spoilt", [b'["b", 1', b"\0\0\0\n", b"[1]\n", b'{"b": 1}\n'])
+@pytest.mark.parametrize("spoilt", [b'["b", 1', b"\0\0\0\n", b"[1]\n", b'[["b"], 1, 2, 3]\n', b'{"b": 1}\n'])
 def test_a_journal_is_believed_up_to_the_line_that_a_crash_spoilt(spoilt: bytes, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(name.encode())
