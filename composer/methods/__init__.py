@@ -6,7 +6,7 @@ the pipeline calibrate -> space -> sparsify -> combine -> compress are one file 
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import cast
@@ -83,7 +83,9 @@ def combine_deltas(
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
     if pipeline.parity:
-        return Combination([*replaced, *_like_peft(loaded, places, pipeline.parity, parsed)], [], findings, tied)
+        made = _like_peft(loaded, places, pipeline.parity, parsed)
+        deltas = [*replaced, *(delta for delta, _ in made)]
+        return Combination(deltas, [lost for _, lost in made if lost is not None], findings, tied)
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
         if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
@@ -221,14 +223,15 @@ def _total(weights: Sequence[Weight], delta: Delta) -> float:
 
 def _like_peft(
     loaded: Sequence[LoadedAdapter], places: Sequence[Place], combination: str, parsed: Mapping[str, object]
-) -> Iterator[Additive]:
-    parity = Parity.of(combination, parsed)
+) -> list[tuple[LowRank, Compression | None]]:
+    parity = Parity.of(combination, [adapter.config for adapter in loaded], parsed)
+    factor = cast(float, parsed["lambda"])
+    found: list[tuple[LowRank, Compression | None]] = []
     for place in places:
-        parts = [(part.low_rank, part.weight) for part in place.parts]
-        combined = parity.combined(parts, len(loaded))
-        # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so that its scale is √r and not 1.
-        scale = combined.rank**0.5 if loaded[0].config.use_rslora else 1.0
-        yield replace(combined, scale=scale * cast(float, parsed["lambda"]))
+        delta, lost = parity.combined([(part.low_rank, part.weight) for part in place.parts])
+        lost = None if lost is None else lost.times(parity.scale * factor)
+        found.append((replace(delta, scale=delta.scale * factor), lost))
+    return found
 
 
 def with_deltas(adapter: LoadedAdapter) -> LoadedAdapter:

@@ -27,7 +27,8 @@ def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide
     """Each entry takes the sign of the sum of its deltas, and those that have it: Σ_kept w_i X_i / D.
 
     TIES, arXiv 2306.01708, where votes are plain, D counts the kept ones and w = 1. `weighted` votes with w_i X_i,
-    `count` with the signs; D may be the kept ones' weights, or 1 (`none`). An even vote is for plus; a zero has no say.
+    `count` with the signs, and plainly where those are even (the signs of a basis are arbitrary, so plus would be too);
+    D may be the kept ones' weights, or 1 (`none`). A zero has no say.
     """
     votes_MN = _votes(X_TMN, w_T, vote)
     total_MN, D_MN = _agreeing(X_TMN, w_T, votes_MN, divide)
@@ -42,7 +43,11 @@ def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide
 def _votes(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str) -> torch.Tensor:
     if vote == "weighted":
         return torch.tensordot(torch.tensor(w_T, dtype=X_TMN.dtype), X_TMN, dims=1)
-    return (X_TMN if vote == "plain" else X_TMN.sign()).sum(0)
+    plain_MN = X_TMN.sum(0)
+    if vote == "plain":
+        return plain_MN
+    count_MN = X_TMN.sign().sum(0)
+    return torch.where(count_MN == 0, plain_MN, count_MN)
 
 
 def _agreeing(

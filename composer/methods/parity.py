@@ -13,47 +13,61 @@ import torch
 
 from composer.delta import LowRank
 from composer.errors import Mismatch
+from composer.formats.config import AdapterConfig
 from composer.methods.basis import pair_of
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix, largest
+from composer.methods.spectral import Compression, decomposing
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """`combination` is PEFT's `combination_type`. Random masks come from one generator, in the order of the places."""
+    """`combination` is PEFT's `combination_type`, `rank` that of the new config, `scale` what PEFT will multiply by.
+    Random masks come from one generator, in the order of the places."""
 
     combination: str
     density: float
-    rank: int | None
+    rank: int
+    scale: float
     generator: torch.Generator
 
     @classmethod
-    def of(cls, combination: str, settings: Mapping[str, object]) -> "Parity":
+    def of(cls, combination: str, configs: Sequence[AdapterConfig], settings: Mapping[str, object]) -> "Parity":
+        """A single adapter is always combined linearly."""
+        combination = "linear" if len(configs) == 1 else combination
+        ranks = [max([config.rank, *config.rank_pattern.values()]) for config in configs]
+        asked = cast("int | None", settings["rank"]) if combination.endswith("svd") else None
+        rank = asked or (sum(ranks) if combination == "cat" else max(ranks))
+        # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so that its scale is √r and not 1.
+        scale = sqrt(rank) if configs[0].use_rslora else 1.0
         generator = torch.Generator().manual_seed(cast(int, settings["seed"]))
-        return cls(combination, cast(float, settings["density"]), cast("int | None", settings["rank"]), generator)
+        return cls(combination, cast(float, settings["density"]), rank, scale, generator)
 
-    def combined(self, parts: Sequence[tuple[LowRank, float]], count: int) -> LowRank:
-        """The deltas of one place. `count` is the number of all adapters: a single one is always combined linearly.
+    def combined(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[LowRank, Compression | None]:
+        """The deltas of one place, and what a cut to the rank has lost.
 
         Raises Mismatch for unequal ranks where A and B are combined apart.
         """
+        lost: Compression | None = None
         parts = [(replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()), weight) for one, weight in parts]
         if self.combination == "cat":
             A_RI = torch.cat([delta.A_RI * (weight * delta.scale) for delta, weight in parts])
             B_OR = torch.cat([delta.B_OR for delta, _ in parts], dim=1)
-        elif self.combination.endswith("svd") and count > 1:
-            B_OR, A_RI = self._truncated(parts)
+        elif self.combination.endswith("svd"):
+            B_OR, A_RI, lost = self._truncated(parts)
         else:
             B_OR, A_RI = self._apart(parts)
-        return replace(parts[0][0], A_RI=A_RI, B_OR=B_OR, scale=1.0)
+        return replace(parts[0][0], A_RI=A_RI, B_OR=B_OR, scale=self.scale), lost
 
-    def _truncated(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _truncated(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor, Compression]:
         """All singular values go into B."""
         dense = [B @ A for B, A in (pair_of(delta) for delta, _ in parts)]
         total = self._join(dense, [weight for _, weight in parts], self.combination.removesuffix("_svd"))
-        rank = self.rank or max(delta.rank for delta, _ in parts)
-        U, sigma, Vh = torch.linalg.svd(total, full_matrices=False)
-        return U[:, :rank] * sigma[:rank], Vh[:rank]
+        rank, module = self.rank, parts[0][0].module
+        with decomposing(module):
+            U, sigma, Vh = torch.linalg.svd(total, full_matrices=False)
+        norm, error = (float(part.double().norm()) for part in (sigma, sigma[rank:]))
+        return U[:, :rank] * sigma[:rank], Vh[:rank], Compression(module, rank, len(sigma), norm, error)
 
     def _apart(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor]:
         if len({delta.rank for delta, _ in parts}) > 1:
@@ -61,9 +75,8 @@ class Parity:
             raise Mismatch("ranks_differ", message, subject=parts[0][0].module, next_step="Use peft_cat or peft_svd.")
         roots = [sqrt(abs(weight * delta.scale)) for delta, weight in parts]
         signed = [copysign(root, weight * delta.scale) for root, (delta, weight) in zip(roots, parts, strict=True)]
-        step = "linear" if self.combination.endswith("svd") else self.combination
-        A_RI = self._join([delta.A_RI for delta, _ in parts], signed, step)
-        return self._join([delta.B_OR for delta, _ in parts], roots, step), A_RI
+        A_RI = self._join([delta.A_RI for delta, _ in parts], signed, self.combination)
+        return self._join([delta.B_OR for delta, _ in parts], roots, self.combination), A_RI
 
     def _join(self, tensors: Sequence[torch.Tensor], weights: Sequence[float], step: str) -> torch.Tensor:
         if step.startswith("dare"):

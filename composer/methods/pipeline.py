@@ -17,7 +17,7 @@ from composer.methods.join import Join, joined, sce, sce_weights
 from composer.methods.linear import scaled, side_by_side
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
-from composer.methods.spectral import Compression, compress, compress_dense, iso, tsv
+from composer.methods.spectral import Compression, compress, compress_dense, iso, product, triples, tsv
 from composer.settings import Pipeline
 from composer.weights import divisor
 
@@ -205,11 +205,11 @@ def _in_basis(
         X = tsv(basis.X, place.weights, min(like.stored_shape))
     else:
         X = _thin(pipeline, place, known, basis)
-        X = iso(X) if pipeline.combine == "iso" else X
+    equal = iso(X) if pipeline.combine == "iso" else None
     missed = _missed(pipeline, place, settings, basis)
     if rank is None and energy is None:
-        return [_named(like, basis.lift(X))], missed
-    pair, lost = compress(place.module, basis, X, rank, energy)
+        return [_named(like, basis.lift(X if equal is None else product(equal)))], missed
+    pair, lost = compress(place.module, basis, triples(X) if equal is None else equal, rank, energy)
     if missed is not None:
         lost = replace(missed, rank=lost.rank, error=hypot(missed.error, lost.error))
     return [_named(like, pair)], lost

@@ -21,8 +21,7 @@ _DRAWS = 1 << 16
 def keeps(step: str, matrices: Sequence[Matrix], keys: Sequence[str], settings: Mapping[str, object]) -> list[Keep]:
     """What each of the T deltas of one place keeps. `keys` name them for the random steps: adapter, tensor, place."""
     if step == "magnitude":
-        density = _density(settings)
-        return [largest([matrix], int(density * _entries(matrix)))[0].kept for matrix in matrices]
+        return [largest([matrix], kept_entries(matrix, _density(settings)))[0].kept for matrix in matrices]
     if step == "dare":
         return [dare(_density(settings), _seed(settings), key) for key in keys]
     if step == "della":
@@ -76,7 +75,7 @@ def breadcrumbs(matrix: Matrix, density: float, gamma: float) -> Keep:
     """Without the int(gamma n) largest, then without the smallest until int(p n) are left (arXiv 2312.06795)."""
     n = _entries(matrix)
     outliers = int(gamma * n)
-    (kept,) = largest([matrix], min(n, outliers + int(density * n)))
+    (kept,) = largest([matrix], min(n, outliers + kept_entries(matrix, density)))
     if not outliers:
         return kept.kept
     (dropped,) = largest([matrix], outliers)
@@ -117,6 +116,11 @@ def _draws(X_MN: torch.Tensor, begin: int, seed: int, key: str) -> torch.Tensor:
         drawn.append(raw.astype("<u8", copy=False).view("<u2").reshape(BLOCK_ROWS, 4 * quads))
     chosen = np.concatenate(drawn)[begin - first : begin - first + rows, :columns]
     return torch.from_numpy(chosen.astype(np.int32))
+
+
+def kept_entries(matrix: Matrix, density: float) -> int:
+    """At least one: a basis of few directions has so few entries that a share of them may be none."""
+    return max(1, int(density * _entries(matrix)))
 
 
 def _entries(matrix: Matrix) -> int:

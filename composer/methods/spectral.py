@@ -18,6 +18,9 @@ _PASSES = 3
 _ROWS = 256
 _SMALL = 512  # up to this size an exact SVD costs less than a second
 
+Triples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""U, sigma and V^T of a matrix, in the order in which a cut keeps them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Compression:
@@ -77,18 +80,29 @@ def tsv(X: Sequence[torch.Tensor], weights: Sequence[float], smaller_side: int) 
 
 def _polar(U_pn: torch.Tensor) -> torch.Tensor:
     """The nearest matrix with orthonormal columns (rows, if there are more columns than rows)."""
-    left, _, right = torch.linalg.svd(U_pn, full_matrices=False)
-    return left @ right
+    left, sigma, right = torch.linalg.svd(U_pn, full_matrices=False)
+    n = numerical_rank(sigma)  # vectors that several share (one adapter twice, a frozen A) leave others arbitrary
+    return left[:, :n] @ right[:n]
 
 
-def iso(X: torch.Tensor) -> torch.Tensor:
+def triples(X: torch.Tensor) -> Triples:
+    return torch.linalg.svd(X, full_matrices=False)
+
+
+def iso(X: torch.Tensor) -> Triples:
     """Iso-C (arXiv 2502.04959): all singular values become their mean, over the numerical rank.
 
-    With n = min(M, N) as for dense task vectors the null space would be filled with an arbitrary rotation.
+    With n = min(M, N) as for dense task vectors the null space would be filled with an arbitrary rotation. The triples
+    stay in the order of what they were, so that a cut keeps those that the sum had most of.
     """
-    U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
-    n = numerical_rank(sigma)
-    return (U[:, :n] * sigma[:n].mean()) @ Vh[:n] if n else torch.zeros_like(X)
+    U, sigma, Vh = triples(X)
+    n = max(1, numerical_rank(sigma))
+    return U[:, :n], sigma[:n].mean().expand(n), Vh[:n]
+
+
+def product(parts: Triples) -> torch.Tensor:
+    U, sigma, Vh = parts
+    return (U * sigma) @ Vh
 
 
 def kept_rank(sigma: torch.Tensor, norm: float, rank: int | None, energy: float | None) -> int:
@@ -102,10 +116,10 @@ def kept_rank(sigma: torch.Tensor, norm: float, rank: int | None, energy: float 
 
 
 def compress(
-    module: str, basis: Basis, X: torch.Tensor, rank: int | None, energy: float | None
+    module: str, basis: Basis, parts: Triples, rank: int | None, energy: float | None
 ) -> tuple[Pair, Compression]:
-    """P X Q^T to its leading directions, the roots of their sizes on either side. The error is exact."""
-    U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
+    """P X Q^T to the first directions of X, the roots of their sizes on either side. The error is exact."""
+    U, sigma, Vh = parts
     norm = float(sigma.double().norm())
     count = kept_rank(sigma, norm, rank, energy)
     root = sigma[:count].sqrt()

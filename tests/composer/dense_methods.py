@@ -58,6 +58,7 @@ def elected(Xs: Sequence[Dense], weights: Sequence[float], vote: str = "plain", 
     votes = torch.zeros_like(Xs[0])
     for X, w in zip(Xs, weights, strict=True):
         votes += {"plain": X, "weighted": w * X, "count": X.sign()}[vote]
+    votes = torch.where(votes == 0, sum(Xs, torch.zeros_like(votes)), votes)
     sign = torch.where(votes >= 0, 1.0, -1.0)
     total, count, weight = (torch.zeros_like(Xs[0]) for _ in range(3))
     for X, w in zip(Xs, weights, strict=True):

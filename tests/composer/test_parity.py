@@ -69,19 +69,49 @@ def test_a_parity_mode_has_the_values_of_peft(
 def test_the_wrong_scale_that_peft_gives_rslora_is_reproduced(
     combination: str, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
+    """That of the new rank, also where one of them is alone at a place or has a lower rank of its own there."""
     base = make_model()
-    adapters = [make_adapter(base, f"a{i}", seed=i + 1, use_rslora=True) for i in (0, 1)]
+    adapters = [
+        make_adapter(base, "a0", seed=1, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+        make_adapter(
+            base, "a1", seed=2, use_rslora=True, r=8, target_modules=["q_proj"], rank_pattern={"0.*q_proj": 3}
+        ),
+    ]
     theirs, found = of_peft(base, adapters, combination), ours(base, adapters, combination)
     for module, expected in theirs.items():
         assert (found[module] - expected).norm() / expected.norm() <= 1e-4
 
 
-def test_one_adapter_is_combined_linearly_whatever_was_asked(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_one_adapter_is_combined_linearly_whatever_was_asked(
+    combination: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     base = make_model()
-    adapters = [make_adapter(base)]
-    theirs, found = of_peft(base, adapters, "ties_svd"), ours(base, adapters, "ties_svd")
+    targets = ["q_proj", "down_proj"]
+    adapters = [make_adapter(base, use_rslora=True, target_modules=targets, rank_pattern={"down_proj": 2})]
+    theirs, found = of_peft(base, adapters, combination), ours(base, adapters, combination)
     for module, expected in theirs.items():
         assert_close(found[module], expected, module)
+
+
+@pytest.mark.parametrize("combination", [one for one in COMBINATIONS if one.endswith("svd")])
+def test_a_cut_goes_to_the_highest_rank_of_any_module_and_tells_what_it_loses(
+    combination: str, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model()
+    adapters = [make_adapter(base, f"a{i}", seed=i + 1, rank_pattern={"q_proj": 2}) for i in (0, 1)]
+    theirs, found = of_peft(base, adapters, combination), ours(base, adapters, combination)
+    for module, expected in theirs.items():
+        assert (found[module] - expected).norm() / expected.norm() <= 1e-4
+    loaded = [load_deltas(adapter, open_checkpoint(base).architecture) for adapter in adapters]
+    told = combine_deltas(loaded, list(WEIGHTS), f"peft_{combination}", {"rank": 1, "density": 1.0}).compressions
+    cut = ours(base, adapters, combination, rank=1)
+    whole = ours(base, adapters, combination, rank=64)
+    assert len(told) == len(cut)
+    if combination == "svd":
+        for one in told:
+            lost = (whole[f"{one.module}"] - cut[one.module]).norm()
+            assert one.error == pytest.approx(float(lost), rel=1e-3)
 
 
 def test_random_masks_are_those_of_torch_when_peft_is_given_the_same_seed(
