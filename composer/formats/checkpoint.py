@@ -89,6 +89,7 @@ def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
     Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about,
     pickles), and NotSupported for a quantized base; for one in fp8 or 4-bit NormalFloat only without `dequantize`.
     """
+    path = path.absolute()  # "." has no name that a message could say
     config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
     _refuse_quantized(path, config, dequantize)
     if (path / INDEX_FILE).is_file():

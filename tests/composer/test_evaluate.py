@@ -1,5 +1,6 @@
 """Adapters through hooks against PEFT's own models, and scores against transformers' own loss and generation."""
 
+import io
 import json
 import shutil
 import time
@@ -284,3 +285,19 @@ def test_a_delta_of_an_embedding_that_scales_is_scaled_as_the_embedding_is(tmp_p
     torch.testing.assert_close(
         found, merged[IDS], rtol=4 * torch.finfo(dtype).eps, atol=1e-2 if dtype != torch.float32 else 1e-5
     )
+
+
+def test_code_that_a_checkpoint_brings_is_not_run_whoever_says_yes(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (copy / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 5))
+    with pytest.raises(InvalidFile, match="trust_remote_code"):
+        load_model(copy, device="cpu")
+    assert not ran.exists()

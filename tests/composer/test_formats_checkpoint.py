@@ -175,3 +175,10 @@ def test_weights_packed_by_an_old_tool_are_refused_though_the_config_is_silent(m
     with pytest.raises(NotSupported, match="GPTQ or AWQ") as caught:
         open_checkpoint(base)
     assert (caught.value.code, caught.value.subject) == ("quantized_base", shard.name)
+
+
+def test_the_directory_one_is_in_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InvalidFile, match=r"^here has no config\.json"):
+        open_checkpoint(Path())
