@@ -17,6 +17,8 @@ from composer.formats.placed import PlacedModule
 Float64 = npt.NDArray[np.float64]
 
 BLOCK_ELEMENTS = 1 << 22
+MAX_ENERGY = 1e280
+"""Of one module: energies up to this are finite in sum too, however many modules there are."""
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
