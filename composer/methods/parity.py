@@ -16,6 +16,7 @@ from composer.errors import Mismatch
 from composer.methods.basis import pair_of
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix, largest
+from composer.methods.spectral import decomposing
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Parity:
     def combined(self, parts: Sequence[tuple[LowRank, float]], count: int) -> LowRank:
         """The deltas of one place. `count` is the number of all adapters: a single one is always combined linearly.
 
-        Raises Mismatch for unequal ranks where A and B are combined apart.
+        Raises Mismatch for unequal ranks where A and B are combined apart, NotSupported where no SVD is found.
         """
         parts = [(replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()), weight) for one, weight in parts]
         if self.combination == "cat":
@@ -52,7 +53,8 @@ class Parity:
         dense = [B @ A for B, A in (pair_of(delta) for delta, _ in parts)]
         total = self._join(dense, [weight for _, weight in parts], self.combination.removesuffix("_svd"))
         rank = self.rank or max(delta.rank for delta, _ in parts)
-        U, sigma, Vh = torch.linalg.svd(total, full_matrices=False)
+        with decomposing(parts[0][0].module):
+            U, sigma, Vh = torch.linalg.svd(total, full_matrices=False)
         return U[:, :rank] * sigma[:rank], Vh[:rank]
 
     def _apart(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor]:
