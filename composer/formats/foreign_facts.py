@@ -3,10 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
+from composer.errors import InvalidFile
 from composer.formats.facts import AdapterFacts
 from composer.formats.foreign import Foreign, ForeignModule
 from composer.formats.header import TensorEntry
@@ -18,7 +20,10 @@ _RANKED = ("A", "w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
 def foreign_facts(foreign: Foreign) -> AdapterFacts:
-    """In the words of PEFT: an alpha for each scale. `targets` are ends of names, of kohya's all behind the layer."""
+    """In the words of PEFT: an alpha for each scale. `targets` are ends of names, of kohya's all behind the layer.
+
+    Raises InvalidFile for an alpha that is no finite number, which `convert` would not take either.
+    """
     entries = foreign.header.tensors.values()
     parts = {part for module in foreign.modules for part in module.parts}
     kind = "loha" if "w1_a" in parts else "lokr" if any(part.startswith("lokr_") for part in parts) else "lora"
@@ -60,6 +65,9 @@ def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
     """The module's own, or the one that its scale stands for."""
     key = module.parts.get("alpha")
     stated = None if key is None else _number(foreign.weights_path, foreign.header.tensors[key])
+    if stated is not None and not isfinite(stated):
+        message = f"{key} is no finite number."
+        raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
     return (1.0 if module.scale is None else module.scale) * rank if stated is None else stated
 
 
