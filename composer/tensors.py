@@ -16,6 +16,7 @@ import torch
 
 from composer.errors import NotSupported, RefusedOutput, became_shorter
 from composer.formats.header import TensorEntry
+from composer.output import FULL
 from composer.text import shown
 
 TORCH_DTYPES = {
@@ -222,7 +223,9 @@ class Aside:
                 self._file.write(tensor_bytes(tensor))
             self._file.truncate(self._end + begins[-1])
         except OSError as error:
-            message = f"{gettempdir()} has no room for the combined factors: {error.strerror}."
+            if error.errno not in FULL:
+                raise
+            message = f"{FULL[error.errno]}: {gettempdir()} has no room for the combined factors."
             next_step = "Free some space, or name another directory (TMPDIR)."
             raise RefusedOutput("disk_full", message, subject=gettempdir(), next_step=next_step) from error
         with _MAPPING:
