@@ -18,8 +18,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from composer.factors import MAX_ENERGY, Float64, blocks, factors, readable
+from composer.factors import MAX_ENERGY, blocks, factors, readable
 from composer.formats.facts import Adapter
+from composer.formats.floats import Float64
 from composer.formats.header import FLOAT_DTYPES
 from composer.formats.placed import LOW_RANK_KINDS, Placed, PlacedModule
 from composer.summed import Summed

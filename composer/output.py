@@ -15,6 +15,7 @@ from typing import Any
 
 from composer.errors import RefusedOutput
 from composer.formats.checkpoint import INDEX_FILE, contained
+from composer.formats.header import PICKLE_SUFFIXES
 
 NOTE_FILE = "adaptory.json"
 _ASIDE = ".partial-"
@@ -26,8 +27,7 @@ FULL = {errno.ENOSPC: "The disk is full", errno.EDQUOT: "The disk quota is used 
 """Of an OSError's numbers those that say there is no room, in words."""
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
 _WEIGHT_SUFFIXES = frozenset({
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".h5",
-    ".msgpack", ".onnx", ".npz", ".npy",
+    *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy",
 })  # fmt: skip
 
 

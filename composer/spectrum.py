@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from composer.factors import MAX_ENERGY, Float64, factor_grams, readable
+from composer.factors import MAX_ENERGY, factor_grams, readable
 from composer.findings import Finding, Severity
 from composer.formats.facts import Adapter
+from composer.formats.floats import Float64
 from composer.formats.placed import Placed, PlacedModule
 
 NEAR_ZERO = 0.01

@@ -10,11 +10,11 @@ import numpy as np
 
 from composer.errors import InvalidFile
 from composer.formats.facts import AdapterFacts
+from composer.formats.floats import NUMPY_DTYPES, as_float64
 from composer.formats.foreign import Foreign, ForeignModule
 from composer.formats.header import TensorEntry
 from composer.formats.layouts import MLX
 
-_NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "BF16": "<u2"}
 # The parts whose first side is the rank; a LoKr whose sides are both whole has none of them, and no rank.
 _RANKED = ("A", "w1_b", "lokr_w1_b", "lokr_w2_b")
 
@@ -73,14 +73,12 @@ def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
 
 def _number(path: Path, entry: TensorEntry) -> float | None:
     """The one number of a tensor, None where it is not one."""
-    if entry.spec.elements != 1 or entry.dtype not in _NUMPY:
+    if entry.spec.elements != 1 or entry.dtype not in NUMPY_DTYPES:
         return None
     with path.open("rb") as file:
         file.seek(entry.begin)
-        found = np.frombuffer(file.read(entry.size_bytes), dtype=_NUMPY[entry.dtype])
-    if entry.dtype == "BF16":  # the upper half of a float32
-        found = (found.astype("<u4") << 16).view("<f4")
-    return float(found[0])
+        found = np.frombuffer(file.read(entry.size_bytes), dtype=NUMPY_DTYPES[entry.dtype])
+    return float(as_float64(found, entry.dtype)[0])
 
 
 def _most_common(numbers: Iterable[float]) -> float:

@@ -9,8 +9,8 @@ from typing import Any, cast
 from composer.errors import InvalidFile
 from composer.formats.header import TensorEntry, TensorSpec
 
-_STATE = ".quant_state.bitsandbytes__nf4"
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
 _STATE_BYTES = 10_000
 _FLOAT32_END = 2**128
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -45,14 +45,14 @@ def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
     known = set(names)
     found: dict[str, Nf4] = {}
     for name in sorted(known):
-        if name.endswith(_STATE):
-            weight = name.removesuffix(_STATE)
+        if name.endswith(NF4_STATE):
+            weight = name.removesuffix(NF4_STATE)
             found[weight] = _described(weight, known, locate)
     return found
 
 
 def _described(name: str, known: set[str], locate: Locate) -> Nf4:
-    path, entry = locate(f"{name}{_STATE}")
+    path, entry = locate(f"{name}{NF4_STATE}")
     if entry.dtype != "U8" or entry.size_bytes > _STATE_BYTES:
         raise _bad(name, "its quantization state is no short text")
     with path.open("rb") as file:

@@ -23,14 +23,13 @@ from composer.methods.heads import for_head, heads_alike, on_own_head, pair_for_
 from composer.methods.join import divisor
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
-from composer.methods.protect import let_go, made_room, mapped
+from composer.methods.protect import TOGETHER, let_go, made_room, mapped
 from composer.methods.spectral import Compression, decomposing
 from composer.settings import PIPELINES, Pipeline, divides, parse_settings
 from composer.tensors import Aside, torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, weights_of
 
-_TOGETHER = 16  # places whose results are in memory at once
 Result = tuple[list[Additive], Compression | None]
 
 __all__ = [
@@ -90,8 +89,8 @@ def combine_deltas(
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
         selections = Selections.over(places, pipeline, parsed)
         aside, results = Aside(), list[Result]()
-        for begin in range(0, len(places), _TOGETHER):
-            own = places[begin : begin + _TOGETHER]
+        for begin in range(0, len(places), TOGETHER):
+            own = places[begin : begin + TOGETHER]
             finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections), own))
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]

@@ -24,7 +24,7 @@ from composer.tensors import Aside, give_back, torch_threads
 from composer.variants import LoadedAdapter
 from composer.weights import Weight
 
-_TOGETHER = 16  # places whose results are in memory at once
+TOGETHER = 16  # places whose results are in memory at once
 _At = tuple[int, int]  # adapter, and the number of the delta among its own
 
 
@@ -53,8 +53,8 @@ def made_room(
         return [one for one, _ in others], [delta for _, delta in deltas], made
 
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "protect") as pool:
-        for begin in range(0, len(shared), _TOGETHER):
-            for places, inputs, made in list(pool.map(at, shared[begin : begin + _TOGETHER])):
+        for begin in range(0, len(shared), TOGETHER):
+            for places, inputs, made in list(pool.map(at, shared[begin : begin + TOGETHER])):
                 for (adapter, number), delta in zip(places, mapped(aside, made), strict=True):
                     moved[adapter][number] = delta
                 let_go(inputs)
