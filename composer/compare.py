@@ -13,13 +13,14 @@ between those cores in float64, where two large norms would cancel.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from composer.factors import Float64, blocks, factors, readable
+from composer.factors import MAX_ENERGY, blocks, factors, readable
 from composer.formats.facts import Adapter
+from composer.formats.floats import Float64
 from composer.formats.header import FLOAT_DTYPES
 from composer.formats.placed import LOW_RANK_KINDS, Placed, PlacedModule
 from composer.summed import Summed
@@ -50,7 +51,8 @@ class Change(Summed):
 
     @property
     def finite(self) -> bool:
-        return all(isfinite(getattr(self, field.name)) for field in fields(self))
+        """In sum with others too."""
+        return all(abs(getattr(self, field.name)) <= MAX_ENERGY for field in fields(self))
 
     def to_json(self) -> dict[str, float | None]:
         return {

@@ -10,12 +10,12 @@ columns, where `begin` is the first row of the expert.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 
-from composer.tensors import read_into
+from composer.tensors import Aside, read_into
 
 _AT_ONCE = 1 << 20  # bytes
 
@@ -165,3 +165,9 @@ def names_of(delta: Delta) -> tuple[str, ...]:
     """What a weight's rule may call it: its module, and the stack that it is an expert of."""
     stacked = None if isinstance(delta, Replacement) else delta.stacked
     return (delta.module, stacked.parameter) if stacked else (delta.module,)
+
+
+def mapped(aside: Aside, deltas: Sequence[LowRank]) -> list[LowRank]:
+    """The same with their factors on the disk, where they take no memory until they are looked at."""
+    factors = iter(aside.put([factor for delta in deltas for factor in (delta.A_RI, delta.B_OR)]))
+    return [replace(delta, A_RI=next(factors), B_OR=next(factors)) for delta in deltas]

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from composer.formats.facts import Adapter
+from composer.formats.floats import NUMPY_DTYPES, Float64, as_float64
 from composer.formats.header import FLOAT_DTYPES, TensorEntry
 from composer.formats.placed import PlacedModule
 
-Float64 = npt.NDArray[np.float64]
-
 BLOCK_ELEMENTS = 1 << 22
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+MAX_ENERGY = 1e280
+"""Of one module: energies up to this are finite in sum too, however many modules there are."""
 
 
 def readable(adapter: Adapter, module: PlacedModule) -> bool:
@@ -28,7 +28,7 @@ def readable(adapter: Adapter, module: PlacedModule) -> bool:
 def factors(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
     """(A, B) of a low-rank module, float64, without its scale; I counts a convolution's kernel."""
     a, b = (adapter.header.tensors[key] for key in _pair(module))
-    return _float(_matrix(adapter.weights_path, a), a.dtype), _float(_matrix(adapter.weights_path, b), b.dtype)
+    return as_float64(_matrix(adapter.weights_path, a), a.dtype), as_float64(_matrix(adapter.weights_path, b), b.dtype)
 
 
 def factor_grams(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
@@ -47,7 +47,7 @@ def blocks(path: Path, entry: TensorEntry) -> Iterator[Float64]:
     """All elements of a tensor of any shape, flat, a few million at a time."""
     flat = _mapped(path, entry).reshape(-1)
     for start in range(0, len(flat), BLOCK_ELEMENTS):
-        yield _float(flat[start : start + BLOCK_ELEMENTS], entry.dtype)
+        yield as_float64(flat[start : start + BLOCK_ELEMENTS], entry.dtype)
 
 
 def _pair(module: PlacedModule) -> tuple[str, str]:
@@ -56,7 +56,7 @@ def _pair(module: PlacedModule) -> tuple[str, str]:
 
 
 def _mapped(path: Path, entry: TensorEntry) -> npt.NDArray[Any]:
-    return np.memmap(path, dtype=_NUMPY[entry.dtype], mode="r", offset=entry.begin, shape=entry.shape)
+    return np.memmap(path, dtype=NUMPY_DTYPES[entry.dtype], mode="r", offset=entry.begin, shape=entry.shape)
 
 
 def _matrix(path: Path, entry: TensorEntry) -> npt.NDArray[Any]:
@@ -66,17 +66,10 @@ def _matrix(path: Path, entry: TensorEntry) -> npt.NDArray[Any]:
 def _columns(array: npt.NDArray[Any], dtype: str) -> Iterator[Float64]:
     width = max(1, BLOCK_ELEMENTS // max(1, array.shape[0]))
     for start in range(0, array.shape[1], width):
-        yield _float(array[:, start : start + width], dtype)
+        yield as_float64(array[:, start : start + width], dtype)
 
 
 def _rows(array: npt.NDArray[Any], dtype: str) -> Iterator[Float64]:
     height = max(1, BLOCK_ELEMENTS // max(1, array.shape[1]))
     for start in range(0, array.shape[0], height):
-        yield _float(array[start : start + height], dtype)
-
-
-def _float(block: npt.NDArray[Any], dtype: str) -> Float64:
-    """bfloat16 is the upper half of a float32, which numpy has no name for."""
-    if dtype == "BF16":
-        return (block.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.asarray(block, dtype=np.float64)
+        yield as_float64(array[start : start + height], dtype)

@@ -120,10 +120,10 @@ class Policy:
 
 
 def parse_policy(text: str, subject: str = "policy") -> Policy:
-    """The policy in a YAML text. Raises InvalidFile where it is none, and what `read_policy` raises."""
+    """The policy in a YAML text. Raises InvalidFile where it is none or too long, and what `read_policy` raises."""
+    if len(text) > MAX_POLICY_CHARS:
+        raise _bad(subject, f"it is longer than {MAX_POLICY_CHARS} characters")
     try:
-        if len(text) > MAX_POLICY_CHARS:
-            raise ValueError(f"it is longer than {MAX_POLICY_CHARS} characters")
         document: object = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error

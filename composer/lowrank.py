@@ -14,10 +14,10 @@ from math import acos, pi
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from composer.delta import LowRank
+from composer.formats.floats import Float64
 from composer.summed import Summed
 
 NOISE = 1e-5
@@ -25,7 +25,6 @@ NOISE = 1e-5
 SAMPLED_SIDE = 128
 """Signs are compared on so many rows and columns: 16 thousand entries a module."""
 
-Float64 = npt.NDArray[np.float64]
 Spectrum = tuple[torch.Tensor, torch.Tensor]
 """sigma_K, and M_rK for which the near factor times M has orthonormal columns."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from composer.errors import Interrupted, RefusedOutput
 from composer.formats.checkpoint import INDEX_FILE, contained
+from composer.formats.header import PICKLE_SUFFIXES
 
 NOTE_FILE = "adaptory.json"
 _ASIDE = ".partial-"
@@ -22,11 +23,11 @@ _KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
 _UNIX_BLOCK_BYTES = 512
 _SYNC_THREADS = 8
 _TOO_LARGE = "A file is larger than the file system, or a limit of this process, allows"
-_FULL = {errno.ENOSPC: "The disk is full", errno.EDQUOT: "The disk quota is used up", errno.EFBIG: _TOO_LARGE}
+FULL = {errno.ENOSPC: "The disk is full", errno.EDQUOT: "The disk quota is used up", errno.EFBIG: _TOO_LARGE}
+"""Of an OSError's numbers those that say there is no room, in words."""
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
 _WEIGHT_SUFFIXES = frozenset({
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".h5",
-    ".msgpack", ".onnx", ".npz", ".npy",
+    *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy",
 })  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Ite
                 shutil.rmtree(aside)
             elif aside.exists():
                 error.add_note(f"what is finished lies in {aside}, and the same command goes on with it")
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise _no_room(error.errno, out_dir, size_bytes) from error
             raise
 
@@ -90,7 +91,7 @@ def _held(aside: Path, out_dir: Path) -> Iterator[None]:
             raise FileExistsError(errno.EEXIST, "there is a link of the name of what is written first", str(aside))
         aside.mkdir(exist_ok=True)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise
         parent = str(aside.parent)
         message = f"Nothing can be written to {parent}: {error.strerror}."
@@ -178,7 +179,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:
     free = shutil.disk_usage(out_dir.absolute().parent).free
     there_is = f", and {free / 1e6:.0f} MB are free" if why == errno.ENOSPC else ""  # of a quota the disk cannot tell
-    message = f"{_FULL[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
+    message = f"{FULL[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
     return RefusedOutput(
         "disk_full", message, subject=str(out_dir), next_step="Free some space or choose another disk."
     )

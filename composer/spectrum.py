@@ -8,14 +8,15 @@ the least number of them that hold 95 and 99 %.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, prod, sqrt
+from math import exp, prod, sqrt
 from typing import Any
 
 import numpy as np
 
-from composer.factors import Float64, factor_grams, readable
+from composer.factors import MAX_ENERGY, factor_grams, readable
 from composer.findings import Finding, Severity
 from composer.formats.facts import Adapter
+from composer.formats.floats import Float64
 from composer.formats.placed import Placed, PlacedModule
 
 NEAR_ZERO = 0.01
@@ -48,7 +49,7 @@ class Spectrum:
     is 95 %.
 
     `effective_rank` is the mean over modules by their energy. `left_out` names modules without a spectrum: a rank above
-    512, a format that is not read, or numbers too large to square.
+    512, a format that is not read, or numbers whose squares are too large to add up.
     """
 
     modules: tuple[ModuleSpectrum, ...]
@@ -161,8 +162,8 @@ def _sigmas(adapter: Adapter, modules: Sequence[PlacedModule]) -> Iterator[tuple
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             gram_A, gram_B = factor_grams(adapter, module)
-            sound = isfinite(float(np.abs(gram_A).sum()) * float(np.abs(gram_B).sum()) * module.scale**2)
-        yield module, _sigma(gram_A, gram_B, module.scale) if sound else None
+            most = float(np.abs(gram_A).sum()) * float(np.abs(gram_B).sum()) * module.scale**2
+        yield module, _sigma(gram_A, gram_B, module.scale) if most <= MAX_ENERGY else None
 
 
 def _sigma(gram_A: Float64, gram_B: Float64, scale: float) -> Float64:

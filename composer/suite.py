@@ -116,6 +116,13 @@ def parse_suite(path: Path | str) -> Suite:
     fields = _fields(document, str(path))
     if not isinstance(fields["examples"], str):
         return Suite.from_json(fields, str(path))
+    if "\0" in fields["examples"] or not _is_text(fields["examples"], least=1):
+        raise InvalidFile(
+            "suite_field",
+            f"{path}: examples names no file that there can be.",
+            subject=str(path),
+            next_step="Name a file beside the suite.",
+        )
     relative = Path(fields["examples"])
     if relative.is_absolute() or ".." in relative.parts:
         raise InvalidFile(

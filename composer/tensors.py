@@ -16,6 +16,7 @@ import torch
 
 from composer.errors import NotSupported, RefusedOutput, became_shorter
 from composer.formats.header import TensorEntry
+from composer.output import FULL
 from composer.text import shown
 
 TORCH_DTYPES = {
@@ -140,6 +141,11 @@ def give_back(tensor: torch.Tensor) -> None:
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Does it lie in a file (`map_tensor`, `Aside`), and not in memory of its own?"""
+    return _place_of(tensor) is not None
+
+
 def _place_of(tensor: torch.Tensor) -> _Place | None:
     address = tensor.data_ptr()
     with _PLACING:
@@ -222,7 +228,9 @@ class Aside:
                 self._file.write(tensor_bytes(tensor))
             self._file.truncate(self._end + begins[-1])
         except OSError as error:
-            message = f"{gettempdir()} has no room for the combined factors: {error.strerror}."
+            if error.errno not in FULL:
+                raise
+            message = f"{FULL[error.errno]}: {gettempdir()} has no room for the combined factors."
             next_step = "Free some space, or name another directory (TMPDIR)."
             raise RefusedOutput("disk_full", message, subject=gettempdir(), next_step=next_step) from error
         with _MAPPING:

@@ -88,7 +88,9 @@ def _weights(compared: Compared, base: Checkpoint, stack: ExitStack) -> Iterator
         both = zip(deltas, compared.weights, strict=True)
         own = [(one, weight.of(*names_of(one))) for one, weight in both if one is not None]
         name = own[0][0].weight
-        if name not in base.architecture.tensors or base.architecture.tensors[name].dtype not in FLOAT_DTYPES:
+        spec = base.architecture.tensors.get(name)
+        # Of a packed weight the architecture has what it stands for, and its bytes may be stored as any dtype.
+        if spec is None or spec.dtype not in FLOAT_DTYPES or name in base.packed:
             continue
         path, entry = base.locate(name)
         if path not in opened:

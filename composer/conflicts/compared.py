@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from composer.delta import Computed, LowRank, names_of
 from composer.lowrank import Comparison, compare
+from composer.methods.spectral import decomposing
 from composer.tensors import all_finite
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, layer_of
@@ -31,13 +32,14 @@ class Compared:
 
 def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) -> Compared:
     """`weights` are what the deltas are multiplied by in the end. What is not finite, or has no factors, or two shapes
-    at one place, is left out: other checks name it."""
+    at one place, is left out: other checks name it. Raises NotSupported for numbers too large to be compared."""
     places = _places(adapters)
     modules: dict[str, Comparison] = {}
     # One after the other: the work is many small calls, and two of Python's threads were no faster than one.
     for (module, _), deltas in places.items():
         names = names_of(next(delta for delta in deltas if delta))
-        one = compare(deltas, [weight.of(*names) for weight in weights])
+        with decomposing(module):
+            one = compare(deltas, [weight.of(*names) for weight in weights])
         modules[module] = modules[module] + one if module in modules else one
     nothing = Comparison.zero(len(adapters))
     layers: dict[int, Comparison] = {}

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from composer.delta import Additive, Computed, Delta, LowRank
-from composer.lowrank import Float64, Grams
+from composer.formats.floats import Float64
+from composer.lowrank import Grams
 from composer.variants import LoadedAdapter
 
 MAX_DENSE_ENTRIES = 1 << 28

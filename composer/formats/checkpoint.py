@@ -173,7 +173,10 @@ def _in_4bit(settings: Mapping[str, Any]) -> object:
 def local_directory(locations: Iterable[str]) -> Path | None:
     """The first of a base's `file://` locations that has a checkpoint on this machine."""
     for url in locations:
-        path = Path(unquote(urlsplit(url).path))
+        try:
+            path = Path(unquote(urlsplit(url).path))
+        except ValueError:  # no URL at all: nothing is there
+            continue
         if url.startswith("file://") and (path / "config.json").is_file():
             return path
     return None

@@ -25,6 +25,8 @@ _SPLIT = {
     "w2": (),
 }
 _ORDER = list(_SPLIT)
+MAX_EXPERTS = 4096
+"""Of one parameter: ten times what models have. A pair of rank 1 could ask for as many as it has numbers."""
 # transformers' stacks that are stored as experts x inputs x outputs.
 _TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
@@ -115,6 +117,10 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
         placement.error("rank_mismatch", path, f"{path} has factors of {by(a_shape)} and {by(b_shape)}, rank {rank}.")
         return
     experts, size = stacked // rank, (b_shape[0], a_shape[1])
+    if experts > MAX_EXPERTS:
+        message = f"{path} has factors of rank {rank} for {experts} experts; more than {MAX_EXPERTS} are not read."
+        placement.error("rank_mismatch", path, message)
+        return
     stack: _Stack | None = _Stack(path, (experts, *size))
     if placement.architecture is not None:
         stack = find_stack(placement.architecture, owner, parameter)

@@ -3,22 +3,27 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
+from composer.errors import InvalidFile
 from composer.formats.facts import AdapterFacts
+from composer.formats.floats import NUMPY_DTYPES, as_float64
 from composer.formats.foreign import Foreign, ForeignModule
 from composer.formats.header import TensorEntry
 from composer.formats.layouts import MLX
 
-_NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "BF16": "<u2"}
 # The parts whose first side is the rank; a LoKr whose sides are both whole has none of them, and no rank.
 _RANKED = ("A", "w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
 def foreign_facts(foreign: Foreign) -> AdapterFacts:
-    """In the words of PEFT: an alpha for each scale. `targets` are ends of names, of kohya's all behind the layer."""
+    """In the words of PEFT: an alpha for each scale. `targets` are ends of names, of kohya's all behind the layer.
+
+    Raises InvalidFile for an alpha that is no finite number, which `convert` would not take either.
+    """
     entries = foreign.header.tensors.values()
     parts = {part for module in foreign.modules for part in module.parts}
     kind = "loha" if "w1_a" in parts else "lokr" if any(part.startswith("lokr_") for part in parts) else "lora"
@@ -60,19 +65,20 @@ def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
     """The module's own, or the one that its scale stands for."""
     key = module.parts.get("alpha")
     stated = None if key is None else _number(foreign.weights_path, foreign.header.tensors[key])
+    if stated is not None and not isfinite(stated):
+        message = f"{key} is no finite number."
+        raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
     return (1.0 if module.scale is None else module.scale) * rank if stated is None else stated
 
 
 def _number(path: Path, entry: TensorEntry) -> float | None:
     """The one number of a tensor, None where it is not one."""
-    if entry.spec.elements != 1 or entry.dtype not in _NUMPY:
+    if entry.spec.elements != 1 or entry.dtype not in NUMPY_DTYPES:
         return None
     with path.open("rb") as file:
         file.seek(entry.begin)
-        found = np.frombuffer(file.read(entry.size_bytes), dtype=_NUMPY[entry.dtype])
-    if entry.dtype == "BF16":  # the upper half of a float32
-        found = (found.astype("<u4") << 16).view("<f4")
-    return float(found[0])
+        found = np.frombuffer(file.read(entry.size_bytes), dtype=NUMPY_DTYPES[entry.dtype])
+    return float(as_float64(found, entry.dtype)[0])
 
 
 def _most_common(numbers: Iterable[float]) -> float:

@@ -55,6 +55,7 @@ class _Parser:
         self.pattern = pattern
         self.at = 0
         self.depth = 0
+        self.repeats = 0
 
     def end(self) -> None:
         if self.at < len(self.pattern):
@@ -118,8 +119,10 @@ class _Parser:
         sign, least, comma, most = found.groups()
         low = int(least) if least else int(sign == "+")
         high = 1 if sign == "?" else int(most) if most else low if least and not comma else None
-        if max(low, high or 0) > MAX_REPEATS:
-            raise ValueError(f"it repeats something more than {MAX_REPEATS} times")
+        # Of all of them together: each is one more round over all positions, however few characters ask for it.
+        self.repeats += max(low, high or 0)
+        if self.repeats > MAX_REPEATS:
+            raise ValueError(f"its repeats add up to more than {MAX_REPEATS}")
 
         def repeat(text: str, starts: Set[int], back: bool) -> Set[int]:
             for _ in range(low):

@@ -9,9 +9,10 @@ from typing import Any, cast
 from composer.errors import InvalidFile
 from composer.formats.header import TensorEntry, TensorSpec
 
-_STATE = ".quant_state.bitsandbytes__nf4"
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
 _STATE_BYTES = 10_000
+_FLOAT32_END = 2**128
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _STORAGE = {"U8", *_DTYPES.values()}
 
@@ -44,14 +45,14 @@ def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
     known = set(names)
     found: dict[str, Nf4] = {}
     for name in sorted(known):
-        if name.endswith(_STATE):
-            weight = name.removesuffix(_STATE)
+        if name.endswith(NF4_STATE):
+            weight = name.removesuffix(NF4_STATE)
             found[weight] = _described(weight, known, locate)
     return found
 
 
 def _described(name: str, known: set[str], locate: Locate) -> Nf4:
-    path, entry = locate(f"{name}{_STATE}")
+    path, entry = locate(f"{name}{NF4_STATE}")
     if entry.dtype != "U8" or entry.size_bytes > _STATE_BYTES:
         raise _bad(name, "its quantization state is no short text")
     with path.open("rb") as file:
@@ -66,9 +67,10 @@ def _described(name: str, known: set[str], locate: Locate) -> Nf4:
     stated = cast("dict[str, Any]", state)
     shape = cast("list[Any]", stated.get("shape") if isinstance(stated.get("shape"), list) else [])
     whole = len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
-    if not whole or stated.get("dtype") not in _DTYPES or not _positive(stated, "blocksize"):
+    dtype = _DTYPES.get(str(stated.get("dtype")))
+    if not whole or dtype is None or not _positive(stated, "blocksize"):
         raise _bad(name, "its quantization state lacks a shape, dtype or block size that is known")
-    packed = Nf4(name, (shape[0], shape[1]), _DTYPES[stated["dtype"]], stated["blocksize"], *_nested(name, stated))
+    packed = Nf4(name, (shape[0], shape[1]), dtype, stated["blocksize"], *_nested(name, stated))
     _check_sizes(packed, known, locate)
     return packed
 
@@ -77,7 +79,8 @@ def _nested(name: str, stated: Mapping[str, Any]) -> tuple[int | None, float]:
     if "nested_blocksize" not in stated:
         return None, 0.0
     offset = stated.get("nested_offset")
-    if not _positive(stated, "nested_blocksize") or type(offset) not in (int, float):
+    number = type(offset) in (int, float) and abs(cast(float, offset)) < _FLOAT32_END
+    if not _positive(stated, "nested_blocksize") or not number:
         raise _bad(name, "its quantization state lacks a nested block size or offset")
     return stated["nested_blocksize"], float(cast(float, offset))
 

@@ -36,7 +36,10 @@ def _weights_of(modules: tuple[str, ...], tensors: Iterable[str]) -> list[str]:
 def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     """Does the head share the embedding's tensor? As the config says, unless the model's class ties nothing; if silent,
     a causal model without a head does."""
-    if config.get("model_type") in NEVER_TIED and head_tensors(tensors):
+    model_type: object = config.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise _bad_config("model_type is not a text")
+    if model_type in NEVER_TIED and head_tensors(tensors):
         return False
     nested: object = config.get("text_config")
     sources = [config, cast("dict[str, Any]", nested)] if isinstance(nested, dict) else [config]
@@ -46,15 +49,15 @@ def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
             return stated
     architectures: object = config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise InvalidFile(
-            "bad_config",
-            "config.json: architectures is not a list.",
-            subject="config.json",
-            next_step="Save or download the checkpoint again.",
-        )
+        raise _bad_config("architectures is not a list")
     architectures = cast("list[object]", architectures)
     causal = any(str(name).endswith(_CAUSAL_SUFFIXES) for name in architectures)
     return causal and not head_tensors(tensors)
+
+
+def _bad_config(why: str) -> InvalidFile:
+    next_step = "Save or download the checkpoint again."
+    return InvalidFile("bad_config", f"config.json: {why}.", subject="config.json", next_step=next_step)
 
 
 def same_bytes(one: Place, other: Place) -> bool:

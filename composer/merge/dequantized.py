@@ -7,7 +7,7 @@ from typing import Any, cast
 from composer.errors import NotSupported
 from composer.formats.checkpoint import DEQUANTIZE, Checkpoint, quantization
 from composer.formats.header import TensorSpec
-from composer.formats.quantized import is_part
+from composer.formats.quantized import NF4_STATE, is_part
 from composer.merge import fp8, nf4
 from composer.merge.source import Decoded
 
@@ -19,7 +19,6 @@ _PARTS = (
     "_proj_blocks", "_proj_scales", "_proj_scale", "_proj_scale_inv",
 )  # fmt: skip
 _STATE = ".quant_state."
-_NF4_STATE = f"{_STATE}bitsandbytes__nf4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def _decodable(checkpoint: Checkpoint) -> bool:
     """Might it help to open the checkpoint with `dequantize`?"""
     stored = checkpoint.architecture.tensors.items()
     return not checkpoint.dequantize and any(
-        name.endswith(_NF4_STATE) or spec.dtype.startswith("F8_E") for name, spec in stored
+        name.endswith(NF4_STATE) or spec.dtype.startswith("F8_E") for name, spec in stored
     )
 
 

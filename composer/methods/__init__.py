@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from composer.checks import served_by_twin, structural, treatment_of_tied
-from composer.delta import Additive, Computed, Delta, LowRank, Replacement, names_of
+from composer.delta import Additive, Computed, Delta, LowRank, Replacement, mapped, names_of
 from composer.errors import Mismatch
 from composer.findings import Finding
 from composer.formats.facts import WEIGHTS_FILE
@@ -22,14 +22,13 @@ from composer.hashing import hash_file
 from composer.methods.heads import for_head, heads_alike, on_own_head, pair_for_head
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
-from composer.methods.protect import let_go, made_room, mapped
+from composer.methods.protect import TOGETHER, let_go, made_room
 from composer.methods.spectral import Compression, decomposing
 from composer.settings import PIPELINES, Pipeline, divides, parse_settings
 from composer.tensors import Aside, torch_threads
 from composer.variants import LoadedAdapter, refuse_errors
 from composer.weights import Weight, divisor, weights_of
 
-_TOGETHER = 16  # places whose results are in memory at once
 Result = tuple[list[Additive], Compression | None]
 
 __all__ = [
@@ -91,8 +90,8 @@ def combine_deltas(
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
         selections = Selections.over(places, pipeline, parsed)
         aside, results = Aside(), list[Result]()
-        for begin in range(0, len(places), _TOGETHER):
-            own = places[begin : begin + _TOGETHER]
+        for begin in range(0, len(places), TOGETHER):
+            own = places[begin : begin + TOGETHER]
             finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections), own))
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]

@@ -46,7 +46,7 @@ class Parity:
     def combined(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[LowRank, Compression | None]:
         """The deltas of one place, and what a cut to the rank has lost.
 
-        Raises Mismatch for unequal ranks where A and B are combined apart.
+        Raises Mismatch for unequal ranks where A and B are combined apart, NotSupported where no SVD is found.
         """
         lost: Compression | None = None
         parts = [(replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()), weight) for one, weight in parts]

@@ -14,7 +14,7 @@ from typing import cast, overload
 
 import torch
 
-from composer.delta import Additive, Delta, Layout, LowRank, Replacement, names_of
+from composer.delta import Additive, Delta, Layout, LowRank, Replacement, mapped, names_of
 from composer.lowrank import NOISE, numerical_rank
 from composer.methods.basis import factored
 from composer.methods.calibrate import norm_of
@@ -24,7 +24,7 @@ from composer.tensors import Aside, give_back, torch_threads
 from composer.variants import LoadedAdapter
 from composer.weights import Weight
 
-_TOGETHER = 16  # places whose results are in memory at once
+TOGETHER = 16  # places whose results are in memory at once
 _At = tuple[int, int]  # adapter, and the number of the delta among its own
 
 
@@ -53,19 +53,13 @@ def made_room(
         return [one for one, _ in others], [delta for _, delta in deltas], made
 
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "protect") as pool:
-        for begin in range(0, len(shared), _TOGETHER):
-            for places, inputs, made in list(pool.map(at, shared[begin : begin + _TOGETHER])):
+        for begin in range(0, len(shared), TOGETHER):
+            for places, inputs, made in list(pool.map(at, shared[begin : begin + TOGETHER])):
                 for (adapter, number), delta in zip(places, mapped(aside, made), strict=True):
                     moved[adapter][number] = delta
                 let_go(inputs)
     pairs = zip(adapters, moved, strict=True)
     return [replace(one, deltas=_Moved(one.deltas, own)) if own else one for one, own in pairs]
-
-
-def mapped(aside: Aside, deltas: Sequence[LowRank]) -> list[LowRank]:
-    """The same with their factors on the disk, where they take no memory until they are looked at."""
-    factors = iter(aside.put([factor for delta in deltas for factor in (delta.A_RI, delta.B_OR)]))
-    return [replace(delta, A_RI=next(factors), B_OR=next(factors)) for delta in deltas]
 
 
 def let_go(deltas: Sequence[Additive]) -> None:

@@ -6,11 +6,12 @@ A function for each variant takes a placed module and gives its deltas; they are
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import overload
 
 import torch
 
-from composer.delta import Delta, Replacement
+from composer.delta import Delta, LowRank, Replacement, mapped
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.findings import Finding, Severity, next_step
 from composer.formats.checkpoint import Architecture
@@ -18,7 +19,7 @@ from composer.formats.config import AdapterConfig
 from composer.formats.facts import Adapter, read_adapter
 from composer.formats.placed import Placed, PlacedModule
 from composer.formats.placement import place
-from composer.tensors import all_finite, torch_threads
+from composer.tensors import Aside, all_finite, is_mapped, torch_threads
 from composer.variants import lora, products, rescaled, rotations, shared, spectral
 from composer.variants.source import Module
 from composer.variants.twins import with_twins
@@ -79,11 +80,15 @@ class LoadedAdapter:
 
 class StoredDeltas(Sequence[Delta]):
     """The deltas of an adapter, made from the file whenever one is asked for: who looks at one after the other holds
-    those of one module, however large the adapter is and however many there are."""
+    those of one module, however large the adapter is and however many there are. Factors that are not in the file as
+    they are (VeRA's, MiSS's, …) are made once, and wait on the disk."""
 
     def __init__(self, adapter: Adapter, modules: Sequence[PlacedModule]) -> None:
         self._adapter = adapter
         self._latest: tuple[PlacedModule, list[Delta]] | None = None
+        self._aside: Aside | None = None
+        self._made: dict[int, list[Delta]] = {}
+        self._making = Lock()
         self._places = [(module, place) for module in modules for place in range(_count(adapter, module))]
 
     def __len__(self) -> int:
@@ -101,8 +106,25 @@ class StoredDeltas(Sequence[Delta]):
     def _delta(self, module: PlacedModule, place: int) -> Delta:
         latest = self._latest
         if latest is None or latest[0] is not module:
-            self._latest = latest = (module, _read(self._adapter, module))
+            self._latest = latest = (module, self._deltas(module))
         return latest[1][place]
+
+    def _deltas(self, module: PlacedModule) -> list[Delta]:
+        with self._making:
+            if id(module) in self._made:
+                return self._made[id(module)]
+            deltas = _read(self._adapter, module)
+            fresh = [delta for delta in deltas if isinstance(delta, LowRank) and not _in_file(delta)]
+            if not fresh:
+                return deltas
+            self._aside = self._aside or Aside()
+            put = dict(zip(map(id, fresh), mapped(self._aside, fresh), strict=True))
+            self._made[id(module)] = [put.get(id(delta), delta) for delta in deltas]
+            return self._made[id(module)]
+
+
+def _in_file(delta: LowRank) -> bool:
+    return all(is_mapped(factor) or not factor.numel() for factor in (delta.A_RI, delta.B_OR))
 
 
 def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:

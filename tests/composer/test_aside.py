@@ -60,6 +60,15 @@ def test_a_disk_without_room_is_one_clear_error() -> None:
     assert caught.value.code == "disk_full"
 
 
+def test_a_file_that_cannot_be_written_for_another_reason_is_not_called_a_full_disk() -> None:
+    aside, pipe = Aside(), os.pipe()
+    os.dup2(pipe[0], aside._file.fileno())  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(OSError, match="Illegal seek"):
+        aside.put([torch.ones(1 << 20)])
+    for end in pipe:
+        os.close(end)
+
+
 def test_combined_factors_outlive_the_call_that_made_them(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
     base = make_model()
     loaded = [load_deltas(make_adapter(base, name, seed=seed), None) for seed, name in enumerate("ab")]

@@ -155,3 +155,13 @@ def test_other_shapes_and_unreadable_numbers_are_said_to_be_so(tmp_path: Path) -
     assert [(row.module, row.status, row.change) for row in comparison.modules] == [(Q0, "reshaped", None)]
     assert comparison.left_out == (Q1,)
     json.dumps(comparison.to_json(), allow_nan=False)
+
+
+def test_modules_whose_energies_have_no_finite_sum_are_left_out(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(12)]
+    modules = {name: (np.full((2, 4), 2.8e76), np.full((4, 2), 2.8e76)) for name in names}
+    old = write_adapter(tmp_path / "old", {**modules, "lm_head": random_factors(1, rank=2)}, lora_alpha=2)
+    new = write_adapter(tmp_path / "new", {"lm_head": random_factors(2, rank=2)}, lora_alpha=2)
+    comparison = compared(old, new)
+    assert ([row.module for row in comparison.modules], len(comparison.left_out)) == (["lm_head"], 12)
+    json.dumps(comparison.to_json(), allow_nan=False)

@@ -13,7 +13,7 @@ from composer.conflicts.findings import of_pair
 from composer.conflicts.interval import interval
 from composer.conflicts.probe import Effect, Outcome, Probed, ProbeResult, SideEffect, probe
 from composer.delta import Computed, LowRank
-from composer.errors import Mismatch
+from composer.errors import Mismatch, NotSupported
 from composer.findings import Severity, Verdict, parse_policy
 from composer.methods import combine_deltas
 from composer.model import load_model
@@ -123,6 +123,14 @@ def test_a_nan_is_an_error_naming_the_module(red: LoadedAdapter, green: LoadedAd
     assert found.verdict is Verdict.REFUSE
     assert [finding.subject for finding in found.findings if finding.code == "not_finite"] == [first.module]
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_numbers_too_large_to_compare_are_refused_with_the_module(red: LoadedAdapter) -> None:
+    first, *others = (delta for delta in red.deltas if isinstance(delta, LowRank))
+    huge = replace(first, A_RI=first.A_RI.double() * 1e100, B_OR=first.B_OR.double() * 1e100)
+    with pytest.raises(NotSupported, match="cannot be decomposed") as caught:
+        conflicts([replace(red, deltas=(huge, *others)), replace(red, name="other")], [1.0, 1.0])
+    assert (caught.value.code, caught.value.subject) == ("not_decomposable", first.module)
 
 
 def test_two_whole_copies_of_one_tensor_refuse_and_are_remarked_first(load: Load) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
-from composer.formats.checkpoint import open_checkpoint
+from composer.formats.checkpoint import local_directory, open_checkpoint
 from tests.composer.tiny import MakeModel, tensors_in
 
 
@@ -158,12 +158,20 @@ def test_a_hugging_face_cache_may_link_to_its_blobs(tmp_path: Path, make_model: 
     assert open_checkpoint(snapshot).architecture.tensors.keys() == tensors_in(snapshot).keys()
 
 
-def test_architectures_that_are_no_list_are_named(make_model: MakeModel) -> None:
+def test_a_location_that_is_no_url_is_passed_over(make_model: MakeModel) -> None:
+    base = make_model()
+    assert local_directory(["file://[x", base.as_uri()]) == base
+
+
+@pytest.mark.parametrize(("name", "value"), [("architectures", 7), ("model_type", [])])
+def test_a_config_with_another_type_of_value_is_refused_by_its_name(
+    name: str, value: object, make_model: MakeModel
+) -> None:
     base = make_model()
     config = json.loads((base / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
-    (base / "config.json").write_text(json.dumps(config | {"architectures": 7}))
-    with pytest.raises(InvalidFile, match="architectures"):
+    (base / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(InvalidFile, match=name):
         assert open_checkpoint(base).architecture
 
 

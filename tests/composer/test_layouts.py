@@ -84,6 +84,20 @@ def test_an_alpha_is_read_in_whatever_type_it_was_saved(dtype: torch.dtype, tmp_
     assert (facts.alpha, facts.rank_max) == (6.0, 2)
 
 
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_no_finite_number_is_refused_by_a_look_as_by_a_conversion(
+    alpha: float, tmp_path: Path, make_model: MakeModel
+) -> None:
+    pair = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(16, 2)}
+    source = lokr_file(tmp_path, self_attn_q_proj=pair | {"alpha": torch.tensor(alpha)})
+    architecture = open_checkpoint(make_model()).architecture
+    with pytest.raises(InvalidFile, match="no finite number") as conversion:
+        convert(source, tmp_path / "out", architecture)
+    with pytest.raises(InvalidFile, match="no finite number") as look:
+        inspect_foreign(source, architecture)
+    assert (look.value.code, str(look.value)) == (conversion.value.code, str(conversion.value))
+
+
 @pytest.mark.parametrize(
     ("parts", "kind", "rank", "alpha"),
     [

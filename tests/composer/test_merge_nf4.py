@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from composer.conflicts import conflicts
 from composer.errors import NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import nf4, plan_merge, run_merge
+from composer.variants import load_deltas
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 
@@ -70,6 +72,21 @@ def test_a_4_bit_checkpoint_is_refused_without_being_told_and_says_how(pair: tup
     pack(pair[0])
     with pytest.raises(NotSupported, match="--dequantize"):
         open_checkpoint(pair[0])
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_conflict_report_measures_only_what_a_4_bit_base_has_in_full(
+    storage: torch.dtype, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    base = make_model(dtype=torch.bfloat16, shard="1GB")
+    adapter = make_adapter(base, target_modules=["q_proj", "lm_head"])
+    pack(base)
+    tensors = load_file(base / "model.safetensors")
+    stored = {name: one.flatten().view(storage) for name, one in tensors.items() if name.endswith("proj.weight")}
+    save_file({**tensors, **stored}, base / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(base, dequantize=True)
+    (member,) = conflicts([load_deltas(adapter, checkpoint.architecture)], [1.0], base=checkpoint).members
+    assert [module for module, size in member.modules.items() if size.amplification is not None] == ["lm_head"]
 
 
 def test_an_adapter_that_was_trained_on_a_4_bit_base_says_how_far_the_full_one_is_away(pair: tuple[Path, Path]) -> None:

@@ -1,5 +1,6 @@
 """4-bit weights that bitsandbytes packed (`data/nf4.safetensors`, by 0.50), beside what they were packed from."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def damaged(tmp_path: Path, changes: Mapping[str, torch.Tensor | None]) -> OneFi
     return OneFile(tmp_path / "bad.safetensors")
 
 
+def state(**changes: object) -> torch.Tensor:
+    text = json.dumps({"shape": [4, 4], "dtype": "bfloat16", "blocksize": 64, **changes})
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("changed", "tensor", "says"),
     [
@@ -77,6 +83,8 @@ def damaged(tmp_path: Path, changes: Mapping[str, torch.Tensor | None]) -> OneFi
         (".absmax", torch.zeros(3, dtype=torch.uint8), "size"),
         (".quant_state.bitsandbytes__nf4", torch.tensor(list(b"{"), dtype=torch.uint8), "not JSON"),
         (".quant_state.bitsandbytes__nf4", torch.tensor(list(b'{"shape": [4]}'), dtype=torch.uint8), "lacks a shape"),
+        (".quant_state.bitsandbytes__nf4", state(dtype=[]), "lacks a shape"),
+        (".quant_state.bitsandbytes__nf4", state(nested_blocksize=256, nested_offset=10**400), "lacks a nested"),
         (".quant_state.bitsandbytes__nf4", torch.zeros(20_000, dtype=torch.uint8), "short text"),
     ],
 )

@@ -1,5 +1,6 @@
 """The parity modes beside PEFT's own `add_weighted_adapter`, on real models."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,13 @@ def test_factors_of_unequal_ranks_cannot_be_combined_apart(make_model: MakeModel
     adapters = [make_adapter(base, "a0", r=4), make_adapter(base, "a1", r=2)]
     with pytest.raises(ComposerError, match="different ranks"):
         ours(base, adapters, "linear")
+
+
+def test_a_product_beyond_float32_is_refused_with_the_module(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    base = make_model()
+    loaded = [load_deltas(make_adapter(base, name), open_checkpoint(base).architecture) for name in ("a0", "a1")]
+    first, *others = (delta for delta in loaded[0].deltas if isinstance(delta, LowRank))
+    huge = replace(first, A_RI=first.A_RI * 1e30, B_OR=first.B_OR * 1e30)
+    with pytest.raises(ComposerError, match="cannot be decomposed") as caught:
+        combine_deltas([replace(loaded[0], deltas=(huge, *others)), loaded[1]], [1.0, 1.0], "peft_svd")
+    assert caught.value.subject == first.module

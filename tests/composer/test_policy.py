@@ -49,7 +49,7 @@ def test_an_empty_policy_changes_nothing() -> None:
         ("thresholds: {crowding: .nan}", "not a finite number"),
         ("thresholds: {crowding: 1" + "0" * 4000 + "}", "not a finite number"),
         ("a: " + "[" * 5000, "not YAML"),
-        ("# " + "x" * 100_001, "longer than"),
+        ("# " + "x" * 100_001, "policy: it is longer than"),
     ],
 )
 def test_what_is_no_policy_is_refused_with_the_key(text: str, named: str) -> None:

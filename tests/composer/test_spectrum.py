@@ -123,6 +123,14 @@ def test_what_cannot_be_told_is_named_and_the_rest_is_told(tmp_path: Path) -> No
     json.loads(json.dumps(found.to_json(), allow_nan=False))
 
 
+def test_modules_whose_energies_have_no_finite_sum_are_left_out(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(12)]
+    modules = {name: (np.full((2, 4), 2.8e76), np.full((4, 2), 2.8e76)) for name in names}
+    found = spectrum_of(write_adapter(tmp_path / "a", {**modules, "lm_head": random_factors(1, rank=2)}, lora_alpha=2))
+    assert ([row.module for row in found.modules], len(found.left_out)) == (["lm_head"], 12)
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_the_arithmetic_on_factors_needs_no_torch() -> None:
     code = "import sys, composer.spectrum, composer.compare, composer.formats.card; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

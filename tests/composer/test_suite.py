@@ -70,6 +70,8 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
         (HEAD + "examples: []\n", "", "examples must be 1 to"),
         (HEAD + "examples: 3\n", "", "examples must be a list"),
         (HEAD + "examples: ../sql-exact.jsonl\n", "", "outside the suite's directory"),
+        (HEAD + 'examples: "a\\0b.jsonl"\n', "", "names no file that there can be"),
+        (HEAD + 'examples: "\\uD800.jsonl"\n', "", "names no file that there can be"),
         (HEAD + "examples: other.jsonl\n", "", r"other\.jsonl: No such file"),
         (
             HEAD + "examples: sql-exact.jsonl\n",

@@ -156,3 +156,11 @@ def test_a_targeted_parameter_without_tensors_is_an_error(tmp_path: Path) -> Non
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": [DOWN, "mlp.wrong"]}))
     with pytest.raises(Mismatch, match=r"mlp\.wrong"):
         load_deltas(adapter, open_checkpoint(base).architecture)
+
+
+def test_factors_for_more_experts_than_any_model_has_are_an_error_that_names_the_parameter(tmp_path: Path) -> None:
+    factors = random_factors(1, outputs=1, inputs=1, rank=5000)
+    stated = {"r": 1, "lora_alpha": 1, "rank_pattern": {}, "target_modules": [], "target_parameters": [DOWN]}
+    seen = write_adapter(tmp_path / "adapter", {"model.layers.0.mlp.experts": factors}, **stated)
+    assert [(found.code, found.subject) for found in seen.findings] == [("rank_mismatch", f"model.layers.0.{DOWN}")]
+    assert "5000 experts" in seen.findings[0].message

@@ -56,6 +56,16 @@ def test_no_pattern_freezes(pattern: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "bounded"),
+    [(".{1001}", ".{1000}"), ("(?=.{999})" * 99, "(?=.{10})" * 99), ("a{0,600}|b{600,}", "a{0,600}|b{400,}")],
+)
+def test_repeats_that_add_up_to_too_many_are_refused(pattern: str, bounded: str) -> None:
+    compiled(bounded)
+    with pytest.raises(ValueError, match="add up to more than 1000"):
+        compiled(pattern)
+
+
+@pytest.mark.parametrize(
     ("pattern", "text"),
     [
         (r".*\.q_proj", "model.layers.0.self_attn.q_proj"),
