@@ -7,9 +7,11 @@ import pytest
 from peft import FourierFTConfig, MissConfig, OFTConfig, PeftConfig, RandLoraConfig, VeraConfig
 
 from composer.combine import combine
+from composer.delta import LowRank
 from composer.errors import NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.inspection import inspect
+from composer.tensors import is_mapped
 from composer.variants import load_deltas
 from tests.composer.adapted import save_adapted
 from tests.composer.tiny import MakeModel
@@ -51,3 +53,18 @@ def test_on_its_base_and_when_it_is_only_looked_at_nothing_is_asked(
     assert len(load_deltas(adapter, open_checkpoint(base).architecture).deltas) == 6
     seen = inspect(adapter, None)
     assert (seen.findings, seen.facts.modules) == ([], 6)
+
+
+@pytest.mark.parametrize("kind", ["VERA", "MISS"])
+def test_factors_that_are_made_of_others_are_made_once_and_wait_on_the_disk(
+    kind: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    base = make_model()
+    adapter = save_adapted(base, deepcopy(UNSIZED[kind]), tmp_path / "adapter")
+    deltas = load_deltas(adapter, open_checkpoint(base).architecture).deltas
+    for first, again in zip(deltas, deltas, strict=True):
+        assert isinstance(first, LowRank)
+        assert isinstance(again, LowRank)
+        for one, other in ((first.A_RI, again.A_RI), (first.B_OR, again.B_OR)):
+            assert is_mapped(one)
+            assert one.data_ptr() == other.data_ptr()
