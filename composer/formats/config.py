@@ -15,6 +15,7 @@ from composer.text import LONE_SURROGATE, Twice, shown, unique
 
 _CONFIG_FILE = "adapter_config.json"
 _CONFIG_BYTES = 10_000_000
+_CHOOSING_CHARS = 4_000  # each of them is tried on each module
 _CONFIG_VALUES = 300_000  # three names for each of 90,000 modules; as objects, values take thirty times their text
 _TEXT_CHARS = 1_000
 _MOST_LISTED = 10
@@ -304,6 +305,8 @@ def _pattern(raw: Mapping[str, Any], name: str, subject: str) -> list[tuple[str,
     if not isinstance(value, dict):
         raise _bad(subject, f"{name} is not an object")
     pattern = cast(dict[str, object], value)
+    if sum(len(key) for key in pattern if not is_plain(key)) > _CHOOSING_CHARS:
+        raise _bad(subject, f"{name} has patterns of over {_CHOOSING_CHARS} characters besides plain paths")
     for key in pattern:
         _check_regex(key, name, subject)
     return list(pattern.items())

@@ -275,6 +275,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a regex that never ends": (configured(target_modules="(a+)+x"), "bad_config", CONFIG),
     "a regex with a reference": (configured(target_modules=r"(a|b).*\1"), "bad_config", CONFIG),
     "a regex with flags": (configured(rank_pattern={"(?i)q_proj": 2}), "bad_config", CONFIG),
+    "too many regexes": (configured(rank_pattern={f".*{n}.*": 2 for n in range(1000)}), "bad_config", CONFIG),
     "a regex too long": (configured(rank_pattern={"q" * 1001: 2}), "bad_config", CONFIG),
     "a regex too deep": (configured(rank_pattern={"(" * 60 + "q" + ")" * 60: 2}), "bad_config", CONFIG),
     "a setting of tomorrow": (configured(use_tomorrow=True), "unknown_config", CONFIG),
