@@ -104,8 +104,8 @@ def _is_kohya(keys: Iterable[str]) -> bool:
 
 
 def _of_file(path: Path) -> Recognised:
-    if path.suffix == ".nemo":
-        return Recognised("nemo")
+    if path.suffix in (".nemo", ".gguf"):  # whatever is in it: nothing looks for weights under these names
+        return Recognised(path.suffix[1:])
     if re.fullmatch(r"adapter_.*\.pt", path.name):
         return Recognised("torchtune")
     with path.open("rb") as file:
