@@ -13,7 +13,7 @@ from composer.errors import InvalidFile, became_shorter
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.config import AdapterConfig, parse_config
-from composer.formats.header import Header, TensorEntry, read_header
+from composer.formats.header import Header, TensorEntry
 from composer.formats.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_layout, recognise
 from composer.formats.naming import split_key
 from composer.formats.pairs import FACTOR_PARTS
@@ -95,17 +95,18 @@ def read_adapter(path: Path) -> Adapter:
             subject=str(path),
             next_step="Name the directory that training wrote.",
         )
-    if (layout := recognise(path)) != PEFT:
-        raise another_layout(path.name, layout)
+    seen = recognise(path)
+    if seen.layout != PEFT:
+        raise another_layout(path.name, seen.layout)
     if not (path / CONFIG_FILE).is_file():
         message = f"{path.name} has no {CONFIG_FILE}."
         raise InvalidFile(
             "missing_config", message, subject=CONFIG_FILE, next_step="Save the adapter with PEFT's save_pretrained."
         )
-    if not (path / WEIGHTS_FILE).is_file():
+    header = seen.header
+    if header is None or not (path / WEIGHTS_FILE).is_file():  # where its only weights are called otherwise
         raise missing_weights(path, WEIGHTS_FILE)
     config = parse_config(contained(path, CONFIG_FILE).read_bytes())
-    header = read_header(contained(path, WEIGHTS_FILE))
     if not header.tensors:
         raise InvalidFile(
             "empty_adapter",

@@ -83,7 +83,7 @@ def read_foreign(path: Path, architecture: Architecture | None) -> Foreign:
     Raises NotSupported for a layout or part that is refused by name, InvalidFile listing the keys that nothing is known
     of or that match no module of the base, and what `read_adapter` raises of PEFT's layout.
     """
-    layout = recognise(path)
+    layout = recognise(path).layout
     if layout in REFUSED:
         raise another_layout(path.name, layout)
     if layout == PEFT:

@@ -8,11 +8,12 @@ mlx          adapters.safetensors with `lora_a`, `lora_b` transposed and a scale
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.formats.checkpoint import contained, missing_weights
-from composer.formats.header import read_header
+from composer.formats.header import Header, read_header
 from composer.formats.naming import PEFT_PREFIX
 from composer.text import shown
 
@@ -40,8 +41,17 @@ REFUSED = {
 DIFFUSERS_ROOT = re.compile(r"^(?:unet|transformer|text_encoder(?:_\d)?)\.")
 
 
-def recognise(path: Path) -> str:
-    """The layout of an adapter directory or file: peft, kohya, diffusers, mlx, or one of those that are refused.
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """`layout` is peft, kohya, diffusers, mlx, or one of those that are refused; `header` is that of the file which
+    shows it, None where a name did."""
+
+    layout: str
+    header: Header | None = None
+
+
+def recognise(path: Path) -> Recognised:
+    """The layout of an adapter directory or file.
 
     Raises InvalidFile for what is none of them.
     """
@@ -52,12 +62,13 @@ def recognise(path: Path) -> str:
             "missing_directory", f"{path} is not there.", subject=str(path), next_step="Name a directory that is there."
         )
     if (path / MLX_FILE).is_file():
-        return MLX
+        return Recognised(MLX)
     file = weights_in(path)
     if file is not None and file.name == WEIGHTS_FILE:
-        return KOHYA if _is_kohya(read_header(contained(path, file.name)).tensors) else PEFT
+        header = read_header(contained(path, file.name))
+        return Recognised(KOHYA if _is_kohya(header.tensors) else PEFT, header)
     if (path / CONFIG_FILE).is_file() and file is None:
-        return PEFT
+        return Recognised(PEFT)
     if (path / "config.json").is_file():
         message = f"{path.name} is a checkpoint, a whole model and no adapter."
         raise InvalidFile("a_checkpoint", message, subject=str(path), next_step="Name an adapter's directory.")
@@ -92,16 +103,19 @@ def _is_kohya(keys: Iterable[str]) -> bool:
     return any(key.startswith("lora_") for key in keys)
 
 
-def _of_file(path: Path) -> str:
-    if path.suffix == ".nemo":
-        return "nemo"
+def _of_file(path: Path) -> Recognised:
+    if path.suffix in (".nemo", ".gguf"):  # whatever is in it: nothing looks for weights under these names
+        return Recognised(path.suffix[1:])
     if re.fullmatch(r"adapter_.*\.pt", path.name):
-        return "torchtune"
+        return Recognised("torchtune")
     with path.open("rb") as file:
         if layout := _MAGIC.get(file.read(4)):
-            return layout
+            return Recognised(layout)
     header = read_header(contained(path.parent, path.name))
-    keys = list(header.tensors)
+    return Recognised(_of_keys(path, list(header.tensors)), header)
+
+
+def _of_keys(path: Path, keys: list[str]) -> str:
     if any(".linear_in." in key or ".linear_out." in key for key in keys):
         return "megatron"
     if _is_kohya(keys):

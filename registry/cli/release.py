@@ -44,7 +44,7 @@ def inspect(
     from composer.formats.layouts import PEFT, recognise
 
     directory, architecture = Path(what), None
-    layout = recognise(directory) if directory.exists() else PEFT
+    layout = recognise(directory).layout if directory.exists() else PEFT
     if base or not directory.exists():
         with connected() as connection:
             if not directory.exists():

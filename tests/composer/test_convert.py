@@ -72,7 +72,7 @@ def test_an_adapter_of_another_layout_does_the_same_in_pefts(
     targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "down_proj"]
     original = make_adapter(base, target_modules=targets)  # rank 4, alpha 8
     source = LAYOUTS[layout](original, tmp_path)
-    assert recognise(source) == layout
+    assert recognise(source).layout == layout
     report = convert(source, tmp_path / "out", open_checkpoint(base).architecture)
     assert (report.layout, report.rank_max) == (layout, 4)
     deltas = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer.convert import convert
-from composer.errors import InvalidFile
+from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.inspection import inspect_foreign
 from composer.variants import load_deltas
@@ -82,6 +82,14 @@ def test_an_alpha_is_read_in_whatever_type_it_was_saved(dtype: torch.dtype, tmp_
     pair = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(16, 2)}
     facts, _ = inspect_foreign(lokr_file(tmp_path, q_proj=pair | {"alpha": torch.tensor(6, dtype=dtype)}), None)
     assert (facts.alpha, facts.rank_max) == (6.0, 2)
+
+
+def test_weights_under_the_name_of_a_refused_layout_are_refused_as_that(tmp_path: Path) -> None:
+    pair = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(16, 2)}
+    lokr_file(tmp_path, q_proj=pair).rename(tmp_path / "adapter.gguf")
+    for path in (tmp_path, tmp_path / "adapter.gguf"):
+        with pytest.raises(NotSupported, match="is gguf"):
+            inspect_foreign(path, None)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
