@@ -25,7 +25,7 @@ NOISE = 1e-5
 SAMPLED_SIDE = 128
 """Signs are compared on so many rows and columns: 16 thousand entries a module."""
 
-Spectrum = tuple[torch.Tensor, torch.Tensor]
+Singular = tuple[torch.Tensor, torch.Tensor]
 """sigma_K, and M_rK for which the near factor times M has orthonormal columns."""
 
 
@@ -179,23 +179,23 @@ class Grams:
         return torch.eye(len(self.ranks), dtype=torch.float64).repeat_interleave(torch.tensor(self.ranks), dim=0)
 
     @cached_property
-    def output_spectra(self) -> list[Spectrum]:
+    def output_spectra(self) -> list[Singular]:
         return self._spectra(self.outputs, self.inputs)
 
     @cached_property
-    def input_spectra(self) -> list[Spectrum]:
+    def input_spectra(self) -> list[Singular]:
         return self._spectra(self.inputs, self.outputs)
 
-    def _spectra(self, near: torch.Tensor, far: torch.Tensor) -> list[Spectrum]:
+    def _spectra(self, near: torch.Tensor, far: torch.Tensor) -> list[Singular]:
         ends = list(accumulate(self.ranks, initial=0))
         parts = [slice(begin, end) for begin, end in pairwise(ends)]
-        return [spectrum(near[part, part], far[part, part]) for part in parts]
+        return [singular(near[part, part], far[part, part]) for part in parts]
 
     def own(self, M_RR: torch.Tensor) -> torch.Tensor:
         """The diagonal blocks alone."""
         return M_RR * (self.owner @ self.owner.T)
 
-    def caught(self, near: torch.Tensor, far: torch.Tensor, spectra: Sequence[Spectrum]) -> Float64:
+    def caught(self, near: torch.Tensor, far: torch.Tensor, spectra: Sequence[Singular]) -> Float64:
         """Entry i, j: |U_j^T Delta_i|_F^2, the trace of S_i F_i S_i^T with S = U_j^T N = M_j^T N_j^T N, near side."""
         rows = near.split(list(self.ranks))
         columns: list[torch.Tensor] = []
@@ -213,7 +213,7 @@ class Grams:
     def merged(self, weights: Sequence[float]) -> float:
         """The spectral norm of sum w_i Delta_i."""
         w_R = self.owner @ torch.tensor(weights, dtype=torch.float64)
-        sigma, _ = spectrum(w_R[:, None] * self.outputs * w_R, self.inputs)
+        sigma, _ = singular(w_R[:, None] * self.outputs * w_R, self.inputs)
         return float(sigma[0]) if len(sigma) else 0.0
 
     def balanced(self) -> list[list[torch.Tensor]]:
@@ -229,7 +229,7 @@ def numerical_rank(sigma: torch.Tensor) -> int:
     return int((sigma > NOISE * sigma[0]).sum()) if len(sigma) else 0
 
 
-def spectrum(near: torch.Tensor, far: torch.Tensor) -> Spectrum:
+def singular(near: torch.Tensor, far: torch.Tensor) -> Singular:
     """Singular values of a delta, descending without noise, from its r x r Gram matrices, and M_rK of its near side.
 
     With N the near factor and F^(1/2) the root of the far Gram matrix, N F^(1/2) = U sigma V^T has the delta's own U
@@ -244,7 +244,7 @@ def spectrum(near: torch.Tensor, far: torch.Tensor) -> Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Relations:
     """Of one module, or of several: the sums, and the largest among the modules of sigma_1 of each delta (T), of the
     weighted sum's, and of the crowding of all B together."""
 
@@ -254,11 +254,11 @@ class Comparison:
     crowding: float = 0.0
 
     @classmethod
-    def zero(cls, count: int) -> "Comparison":
+    def zero(cls, count: int) -> "Relations":
         return cls(Sums.zero(count), np.zeros(count))
 
-    def __add__(self, other: "Comparison") -> "Comparison":
-        return Comparison(
+    def __add__(self, other: "Relations") -> "Relations":
+        return Relations(
             self.sums + other.sums,
             np.maximum(self.sigmas, other.sigmas),
             max(self.spectral_norm, other.spectral_norm),
@@ -272,13 +272,13 @@ class Comparison:
         return [float(one) * _quotient(w, i) ** 0.5 for one, w, i in zip(self.sigmas, weighted, inner, strict=True)]
 
 
-def compare(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = None) -> Comparison:
+def relations(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = None) -> Relations:
     """T deltas of one module; None where an adapter leaves it alone. Ranks may differ; weights are 1 without any."""
     given = [1.0] * len(deltas) if weights is None else weights
     present = [index for index, delta in enumerate(deltas) if delta is not None]
     sums = Sums.zero(len(deltas))
     if not present:
-        return Comparison.zero(len(deltas))
+        return Relations.zero(len(deltas))
     here = [delta for delta in deltas if delta is not None]
     own = [given[index] for index in present]
     grams = Grams.of(here)
@@ -287,12 +287,7 @@ def compare(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = 
     place = np.ix_(present, present)
     for name, value in found.items():
         getattr(sums, name)[place if value.ndim == 2 else present] = value
-    return Comparison(sums, np.sqrt(sums.largest), grams.merged(own), crowding)
-
-
-def spectra(deltas: Sequence[LowRank]) -> list[torch.Tensor]:
-    """The singular values of each delta, float64, descending, without those that are float32 noise."""
-    return [sigma for sigma, _ in Grams.of(deltas).output_spectra]
+    return Relations(sums, np.sqrt(sums.largest), grams.merged(own), crowding)
 
 
 def _angles(grams: Grams, weights: Sequence[float]) -> dict[str, Float64]:

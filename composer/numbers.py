@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from composer.lowrank import Comparison, Sums
+from composer.lowrank import Relations, Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Size:
     spectral_amplification: float | None = None
 
     @classmethod
-    def of(cls, compared: Comparison, index: int, base_energy: float | None, base_sigma: float | None = None) -> "Size":
+    def of(cls, compared: Relations, index: int, base_energy: float | None, base_sigma: float | None = None) -> "Size":
         """Of a module, or (without a sigma) of many."""
         sums = compared.sums
         weighted = max(0.0, float(sums.weighted[index, index]))
@@ -122,7 +122,7 @@ class Together:
     lost_share: float | None = None
 
     @classmethod
-    def of(cls, compared: Comparison, lost_share: float | None) -> "Together":
+    def of(cls, compared: Relations, lost_share: float | None) -> "Together":
         norm = max(0.0, float(compared.sums.weighted.sum())) ** 0.5
         return cls(norm, compared.spectral_norm, compared.sums.interference(), compared.crowding, lost_share)
 

@@ -30,7 +30,7 @@ from composer.conflicts.retention import retained, too_large
 from composer.errors import Mismatch
 from composer.findings import HARD, Finding, Policy, Verdict
 from composer.formats.checkpoint import Checkpoint
-from composer.lowrank import Comparison
+from composer.lowrank import Relations
 from composer.merge.survival import whole
 from composer.methods import combine_deltas, projected, used, with_deltas
 from composer.numbers import Numbers, Size, Together, short
@@ -221,19 +221,19 @@ def conflicts(
 
 
 def _of_whole(
-    names: Sequence[str], total: Comparison, evidence: ProbeResult | Activations | None, policy: Policy
+    names: Sequence[str], total: Relations, evidence: ProbeResult | Activations | None, policy: Policy
 ) -> list[Finding]:
     found = of_cancelling(names, total.sums.interference(), sum(total.sums.shares()), policy)
     return [*found, *(of_outcome(evidence.whole, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
-def _together(compared: Comparison, rounded: Sequence[AtBase]) -> Together:
+def _together(compared: Relations, rounded: Sequence[AtBase]) -> Together:
     survival = whole(one.survival for one in rounded)
     return Together.of(compared, survival.lost_share if survival.entries else None)
 
 
 def _retention(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], method: Method, total: Comparison
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], method: Method, total: Relations
 ) -> list[float | None]:
     """A plain sum is known from the factors; of another method its own result is compared with each adapter."""
     pipeline = PIPELINES[method.name]

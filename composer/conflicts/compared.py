@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from composer.delta import Computed, LowRank, names_of
-from composer.lowrank import Comparison, compare
+from composer.lowrank import Relations, relations
 from composer.methods.spectral import decomposing
 from composer.tensors import all_finite
 from composer.variants import LoadedAdapter
@@ -23,9 +23,9 @@ class Compared:
     names: Sequence[str]
     weights: Sequence[Weight]
     places: Mapping[Place, Sequence[LowRank | None]]
-    modules: Mapping[str, Comparison]
-    layers: Mapping[int, Comparison]
-    total: Comparison
+    modules: Mapping[str, Relations]
+    layers: Mapping[int, Relations]
+    total: Relations
     touched: Sequence[frozenset[str]]
     factored: bool
 
@@ -34,15 +34,15 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
     """`weights` are what the deltas are multiplied by in the end. What is not finite, or has no factors, or two shapes
     at one place, is left out: other checks name it. Raises NotSupported for numbers too large to be compared."""
     places = _places(adapters)
-    modules: dict[str, Comparison] = {}
+    modules: dict[str, Relations] = {}
     # One after the other: the work is many small calls, and two of Python's threads were no faster than one.
     for (module, _), deltas in places.items():
         names = names_of(next(delta for delta in deltas if delta))
         with decomposing(module):
-            one = compare(deltas, [weight.of(*names) for weight in weights])
+            one = relations(deltas, [weight.of(*names) for weight in weights])
         modules[module] = modules[module] + one if module in modules else one
-    nothing = Comparison.zero(len(adapters))
-    layers: dict[int, Comparison] = {}
+    nothing = Relations.zero(len(adapters))
+    layers: dict[int, Relations] = {}
     for module, one in modules.items():
         layer = layer_of(module)
         if layer is not None:

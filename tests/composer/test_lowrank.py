@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer.delta import Layout, LowRank
-from composer.lowrank import Sums, compare, spectra
+from composer.lowrank import Grams, Sums, relations
 
 
 def delta(seed: int, outputs: int = 24, inputs: int = 17, rank: int = 3, layout: Layout = Layout.LINEAR) -> LowRank:
@@ -30,7 +30,7 @@ def column_projection(matrix: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", Layout)
 def test_inner_products_norms_and_cosines_equal_the_dense_ones_in_every_layout(layout: Layout) -> None:
     a, b = delta(1, layout=layout), delta(2, rank=5, layout=layout)
-    sums, A, B = compare([a, b]).sums, dense(a), dense(b)
+    sums, A, B = relations([a, b]).sums, dense(a), dense(b)
     assert sums.inner[0, 1].item() == pytest.approx((A * B).sum().item(), rel=1e-10)
     assert sums.norm(1) == pytest.approx(torch.linalg.matrix_norm(B).item(), rel=1e-10)
     assert sums.cosine(0, 1) == pytest.approx(torch.cosine_similarity(A.flatten(), B.flatten(), dim=0).item())
@@ -39,7 +39,7 @@ def test_inner_products_norms_and_cosines_equal_the_dense_ones_in_every_layout(l
 @pytest.mark.parametrize("layout", Layout)
 def test_outputs_are_the_modules_outputs_however_the_weight_is_stored(layout: Layout) -> None:
     a, b = delta(1, layout=layout), delta(2, rank=5, layout=layout)
-    sums, A, B = compare([a, b]).sums, dense(a), dense(b)
+    sums, A, B = relations([a, b]).sums, dense(a), dense(b)
     energy = (A**2).sum()
     outputs = ((column_projection(B) @ A) ** 2).sum() / energy
     inputs = ((A @ column_projection(B.T)) ** 2).sum() / energy
@@ -53,25 +53,25 @@ def test_interference_and_shares_equal_their_dense_definitions() -> None:
     parts, weights = [delta(1), delta(2), delta(3)], [1.0, -0.5, 2.0]
     weighted = [w * dense(part) for w, part in zip(weights, parts, strict=True)]
     energies = torch.stack([(one**2).sum() for one in weighted])
-    sums = compare(parts, weights).sums
+    sums = relations(parts, weights).sums
     assert sums.interference() == pytest.approx(((sum(weighted) ** 2).sum() / energies.sum()).item())
     assert sums.shares() == pytest.approx((energies / energies.sum()).tolist())
 
 
 def test_spectra_equal_the_dense_singular_values() -> None:
     parts = [delta(1), delta(2, rank=5)]
-    for part, found in zip(parts, spectra(parts), strict=True):
+    for part, (found, _) in zip(parts, Grams.of(parts).output_spectra, strict=True):
         torch.testing.assert_close(found, torch.linalg.svdvals(dense(part))[: part.rank], rtol=1e-9, atol=0)
 
 
 def test_random_spans_overlap_by_chance_and_their_excess_is_near_zero() -> None:
-    sums = compare([delta(seed, outputs=2048, inputs=2048, rank=16) for seed in (1, 2)]).sums
+    sums = relations([delta(seed, outputs=2048, inputs=2048, rank=16) for seed in (1, 2)]).sums
     assert sums.output_overlap(0, 1) == pytest.approx(16 / 2048, rel=0.25)
     assert abs(sums.output_excess(0, 1)) < 0.002
 
 
 def test_full_rank_deltas_overlap_by_necessity_so_their_excess_is_zero() -> None:
-    sums = compare([delta(1, outputs=4, rank=4), delta(2, outputs=4, rank=4)]).sums
+    sums = relations([delta(1, outputs=4, rank=4), delta(2, outputs=4, rank=4)]).sums
     assert sums.output_overlap(0, 1) == pytest.approx(1.0)
     assert sums.output_excess(0, 1) == 0.0
 
@@ -79,36 +79,36 @@ def test_full_rank_deltas_overlap_by_necessity_so_their_excess_is_zero() -> None
 def test_an_absent_or_zero_delta_has_no_energy_and_nothing_becomes_nan() -> None:
     zero = LowRank("m", "m.weight", Layout.LINEAR, torch.randn(3, 17), torch.zeros(24, 3), 1.0)
     for other in (None, zero):
-        sums = compare([delta(1), other]).sums
+        sums = relations([delta(1), other]).sums
         assert (sums.norm(1), sums.cosine(0, 1), sums.output_overlap(0, 1), sums.input_excess(1, 0)) == (0, 0, 0, 0)
         assert sums.shares() == [1.0, 0.0]
-    assert compare([None, None]).sums.interference() == 0.0
+    assert relations([None, None]).sums.interference() == 0.0
 
 
 def test_the_whole_model_is_the_quotient_of_sums_not_the_mean_of_quotients() -> None:
     first, second = [delta(1), delta(2)], [delta(3), delta(4)]
-    whole = (compare(first) + compare(second)).sums
+    whole = (relations(first) + relations(second)).sums
     stacked = [torch.cat([dense(one), dense(two)]).flatten() for one, two in zip(first, second, strict=True)]
     assert whole.cosine(0, 1) == pytest.approx(torch.cosine_similarity(*stacked, dim=0).item())
-    mean = (compare(first).sums.cosine(0, 1) + compare(second).sums.cosine(0, 1)) / 2
+    mean = (relations(first).sums.cosine(0, 1) + relations(second).sums.cosine(0, 1)) / 2
     assert whole.cosine(0, 1) != pytest.approx(mean, rel=1e-3)
 
 
 def test_picking_two_of_three_equals_comparing_those_two() -> None:
     parts = [delta(1), delta(2), delta(3)]
-    picked, alone = compare(parts).sums.pick(2, 0), compare([parts[2], parts[0]]).sums
+    picked, alone = relations(parts).sums.pick(2, 0), relations([parts[2], parts[0]]).sums
     for field in fields(Sums):
         assert getattr(picked, field.name) == pytest.approx(getattr(alone, field.name), rel=1e-9), field.name
 
 
 def test_sums_start_from_zero() -> None:
-    sums = compare([delta(1), delta(2)]).sums
+    sums = relations([delta(1), delta(2)]).sums
     assert (Sums.zero(2) + sums).inner == pytest.approx(sums.inner)
 
 
 def test_alignments_equal_the_cosines_of_the_dense_gram_matrices() -> None:
     a, b = delta(1), delta(2, rank=5)
-    sums, A, B = compare([a, b]).sums, dense(a), dense(b)
+    sums, A, B = relations([a, b]).sums, dense(a), dense(b)
     outputs = torch.cosine_similarity((A @ A.T).flatten(), (B @ B.T).flatten(), dim=0)
     inputs = torch.cosine_similarity((A.T @ A).flatten(), (B.T @ B).flatten(), dim=0)
     assert sums.output_alignment(0, 1) == pytest.approx(outputs.item(), rel=1e-9)
@@ -118,7 +118,7 @@ def test_alignments_equal_the_cosines_of_the_dense_gram_matrices() -> None:
 
 def test_spectral_norms_and_stable_ranks_equal_the_dense_ones_also_of_the_weighted_sum() -> None:
     parts, weights = [delta(1), delta(2, rank=5)], [0.5, -2.0]
-    found, matrices = compare(parts, weights), [dense(one) for one in parts]
+    found, matrices = relations(parts, weights), [dense(one) for one in parts]
     for index, matrix in enumerate(matrices):
         top = torch.linalg.matrix_norm(matrix, 2).item()
         assert found.sigmas[index] == pytest.approx(top, rel=1e-9)
@@ -130,7 +130,7 @@ def test_spectral_norms_and_stable_ranks_equal_the_dense_ones_also_of_the_weight
 def test_retention_is_the_weight_that_explains_most_of_the_sum_by_one_delta() -> None:
     parts, weights = [delta(1), delta(2), delta(3)], [1.0, -0.5, 2.0]
     merged = sum(w * dense(one) for w, one in zip(weights, parts, strict=True))
-    sums = compare(parts, weights).sums
+    sums = relations(parts, weights).sums
     for index, one in enumerate(parts):
         own = dense(one)
         assert sums.retention(index) == pytest.approx(((merged * own).sum() / (own * own).sum()).item(), rel=1e-9)
@@ -143,17 +143,17 @@ def test_crowding_is_the_leading_share_of_the_balanced_factors_whatever_the_gaug
         U, sigma, _ = torch.linalg.svd(dense(one), full_matrices=False)
         balanced.append(U[:, : one.rank] * sigma[: one.rank].sqrt())
     energy = torch.linalg.svdvals(torch.cat(balanced, dim=1)) ** 2
-    found = compare([a, b])
+    found = relations([a, b])
     assert found.crowding == pytest.approx((energy[0] / energy.sum()).item(), rel=1e-6)
     assert found.sums.crowding(0, 1) == pytest.approx(found.crowding)
     turned = replace(a, A_RI=a.A_RI * 100, B_OR=a.B_OR / 100)
-    assert compare([turned, b]).crowding == pytest.approx(found.crowding, rel=1e-5)
+    assert relations([turned, b]).crowding == pytest.approx(found.crowding, rel=1e-5)
 
 
 def test_signs_are_compared_entry_by_entry_on_the_sample() -> None:
     a, b = delta(1), delta(2, rank=5)  # smaller than the sample, which is then everything
     A, B = dense(a), dense(b)
-    sums, differ = compare([a, b]).sums, A.sign() != B.sign()
+    sums, differ = relations([a, b]).sums, A.sign() != B.sign()
     smaller = torch.minimum(A.abs(), B.abs())
     assert sums.sign_conflict(0, 1) == pytest.approx(differ.double().mean().item())
     assert sums.sign_weighted(0, 1) == pytest.approx((smaller[differ].sum() / smaller.sum()).item(), rel=1e-5)
@@ -167,7 +167,7 @@ def test_signs_of_related_deltas_differ_as_their_angle_says() -> None:
     noise = torch.randn(512, 64, generator=generator)
     one = LowRank("m", "m.weight", Layout.LINEAR, A_RI, B_OR, 1.0)
     for mixed in (0.3, 1.0, 3.0):
-        sums = compare([one, replace(one, B_OR=B_OR + mixed * noise)]).sums
+        sums = relations([one, replace(one, B_OR=B_OR + mixed * noise)]).sums
         assert abs(sums.sign_excess(0, 1)) < 0.03
 
 
@@ -175,4 +175,4 @@ def test_factors_in_half_precision_are_taken_to_double() -> None:
     a, b = delta(1), delta(2)
     half = replace(a, A_RI=a.A_RI.bfloat16(), B_OR=a.B_OR.bfloat16())
     full = replace(half, A_RI=half.A_RI.float(), B_OR=half.B_OR.float())
-    assert compare([half, b]).sums.inner == pytest.approx(compare([full, b]).sums.inner, rel=1e-12)
+    assert relations([half, b]).sums.inner == pytest.approx(relations([full, b]).sums.inner, rel=1e-12)

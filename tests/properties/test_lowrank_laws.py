@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer.delta import Layout, LowRank
-from composer.lowrank import compare, spectra
+from composer.lowrank import Grams, relations
 
 OUTPUTS, INPUTS = 20, 14
 
@@ -26,7 +26,7 @@ def deltas(draw: st.DrawFn) -> LowRank:
 
 
 def numbers(a: LowRank, b: LowRank) -> list[float]:
-    sums = compare([a, b]).sums
+    sums = relations([a, b]).sums
     pairs = ((0, 1), (1, 0))
     return [
         *(sums.cosine(i, j) for i, j in pairs),
@@ -48,7 +48,7 @@ def test_angles_and_overlaps_do_not_depend_on_scale(a: LowRank, b: LowRank, fact
 @settings(deadline=None, max_examples=60)
 @given(deltas(), deltas())
 def test_a_pair_reads_the_same_from_both_ends(a: LowRank, b: LowRank) -> None:
-    one, other = compare([a, b], [1.0, 2.0]).sums, compare([b, a], [2.0, 1.0]).sums
+    one, other = relations([a, b], [1.0, 2.0]).sums, relations([b, a], [2.0, 1.0]).sums
     assert one.cosine(0, 1) == pytest.approx(other.cosine(0, 1), abs=1e-12)
     assert one.output_overlap(0, 1) == pytest.approx(other.output_overlap(1, 0), abs=1e-9)
     assert one.input_overlap(0, 1) == pytest.approx(other.input_overlap(1, 0), abs=1e-9)
@@ -58,12 +58,12 @@ def test_a_pair_reads_the_same_from_both_ends(a: LowRank, b: LowRank) -> None:
 @settings(deadline=None, max_examples=60)
 @given(deltas())
 def test_a_delta_agrees_with_itself_and_cancels_its_opposite(a: LowRank) -> None:
-    sums = compare([a, a]).sums
+    sums = relations([a, a]).sums
     assert sums.cosine(0, 1) == pytest.approx(1.0)
     assert sums.output_overlap(0, 1) == pytest.approx(1.0, abs=1e-6)
     assert sums.input_overlap(0, 1) == pytest.approx(1.0, abs=1e-6)
     assert sums.interference() == pytest.approx(2.0)
-    assert compare([a, replace(a, scale=-a.scale)]).sums.interference() == pytest.approx(0.0, abs=1e-9)
+    assert relations([a, replace(a, scale=-a.scale)]).sums.interference() == pytest.approx(0.0, abs=1e-9)
 
 
 @settings(deadline=None, max_examples=60)
@@ -80,7 +80,7 @@ def test_another_gauge_of_the_factors_changes_nothing(a: LowRank, b: LowRank, se
 @settings(deadline=None, max_examples=60)
 @given(deltas(), deltas())
 def test_every_share_lies_between_nothing_and_all(a: LowRank, b: LowRank) -> None:
-    sums = compare([a, b], [1.0, 0.5]).sums
+    sums = relations([a, b], [1.0, 0.5]).sums
     assert abs(sums.cosine(0, 1)) <= 1 + 1e-9
     assert 0 < sums.crowding(0, 1) <= 1 + 1e-9
     assert 0 <= sums.sign_conflict(0, 1) <= 1
@@ -94,7 +94,7 @@ def test_every_share_lies_between_nothing_and_all(a: LowRank, b: LowRank) -> Non
 @given(deltas())
 def test_a_repeated_column_adds_no_dimension(a: LowRank) -> None:
     dense = a.scale * a.B_OR.double() @ a.A_RI.double()
-    (found,) = spectra([a])
+    ((found, _),) = Grams.of([a]).output_spectra
     exact = torch.linalg.svdvals(dense)
     assert len(found) == int((exact > 1e-5 * exact[0]).sum())
     torch.testing.assert_close(found, exact[: len(found)], rtol=1e-6, atol=0)
