@@ -14,6 +14,7 @@ import torch
 from composer.delta import LowRank
 from composer.errors import Mismatch
 from composer.formats.config import AdapterConfig
+from composer.lowrank import numerical_rank
 from composer.methods.basis import pair_of
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix, largest
@@ -67,7 +68,7 @@ class Parity:
         with decomposing(module):
             U, sigma, Vh = torch.linalg.svd(total, full_matrices=False)
         norm, error = (float(part.double().norm()) for part in (sigma, sigma[rank:]))
-        return U[:, :rank] * sigma[:rank], Vh[:rank], Compression(module, rank, len(sigma), norm, error)
+        return U[:, :rank] * sigma[:rank], Vh[:rank], Compression(module, rank, numerical_rank(sigma), norm, error)
 
     def _apart(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor]:
         if len({delta.rank for delta, _ in parts}) > 1:
