@@ -14,7 +14,7 @@ from composer.formats.types import MERGE_NEXT, REFUSED, TYPES, AdapterType
 from composer.text import LONE_SURROGATE, Twice, shown, unique
 
 _CONFIG_FILE = "adapter_config.json"
-_CONFIG_BYTES = 10_000_000
+CONFIG_BYTES = 10_000_000
 _CONFIG_VALUES = 300_000  # three names for each of 90,000 modules; as objects, values take thirty times their text
 _TEXT_CHARS = 1_000
 _MOST_LISTED = 10
@@ -240,8 +240,8 @@ def _bad(subject: str, why: str) -> InvalidFile:
 
 
 def _json_object(content: bytes, subject: str) -> dict[str, Any]:
-    if len(content) > _CONFIG_BYTES:
-        raise _bad(subject, f"it has more than {_CONFIG_BYTES} bytes")
+    if len(content) > CONFIG_BYTES:
+        raise _bad(subject, f"it has more than {CONFIG_BYTES} bytes")
     if sum(map(content.count, (b",", b"[", b"{"))) > _CONFIG_VALUES:
         raise _bad(subject, f"it has more than {_CONFIG_VALUES:,} values")
     try:

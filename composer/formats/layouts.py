@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
+from composer.files import refuse_endless
 from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.header import read_header
 from composer.formats.naming import PEFT_PREFIX
@@ -97,6 +98,7 @@ def _of_file(path: Path) -> str:
         return "nemo"
     if re.fullmatch(r"adapter_.*\.pt", path.name):
         return "torchtune"
+    refuse_endless(path)
     with path.open("rb") as file:
         if layout := _MAGIC.get(file.read(4)):
             return layout
