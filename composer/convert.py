@@ -209,6 +209,11 @@ def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[to
             subject=module.module,
             next_step="Export the adapter again, or name the base it was trained on.",
         )
+    if rank**2 > min(len(a), b.shape[1]):  # the factors would take more than the matrix, which no LoRA has to
+        message = (
+            f"{module.module} is a LoHa of rank {rank}: a LoRA of rank {rank**2:,} would be larger than its matrix."
+        )
+        raise NotSupported("loha_rank", message, subject=module.module, next_step="Merge it where it was trained.")
     B = (a[:, :, None] * c[:, None, :]).flatten(1)
     A = (b[:, None, :] * d[None, :, :]).flatten(0, 1)
     return A, B

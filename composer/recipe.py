@@ -38,6 +38,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_INPUTS = 64
 MAX_PROBE = 64
 MAX_VALUES = 10_000
+MAX_FILE_BYTES = 200_000  # YAML takes 300 times its text in memory, and a second for 100,000 bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Literal, cast
 import yaml
 
 from composer.errors import InvalidFile
+from composer.files import read_text
 from composer.text import LONE_SURROGATE, shown
 
 Kind = Literal["target", "guard"]
@@ -105,7 +106,7 @@ def parse_suite(path: Path | str) -> Suite:
     """
     path = Path(path)
     try:
-        document: object = yaml.safe_load(_text(path))
+        document: object = yaml.safe_load(read_text(path, MAX_FILE_BYTES))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -134,38 +135,10 @@ def parse_suite(path: Path | str) -> Suite:
     return _suite(fields, _jsonl(path.parent / relative), str(path))
 
 
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise InvalidFile(
-            "suite_unreadable",
-            f"{path}: {error.strerror}.",
-            subject=str(path),
-            next_step="Look at the path and its permissions.",
-        ) from error
-    if len(content) > MAX_FILE_BYTES:
-        limit = MAX_FILE_BYTES // 2**20
-        raise InvalidFile(
-            "suite_too_large",
-            f"{path}: larger than {limit} MiB.",
-            subject=str(path),
-            next_step="Split it into several suites.",
-        )
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InvalidFile(
-            "suite_encoding", f"{path}:{line}: not UTF-8.", subject=str(path), next_step="Save it as UTF-8."
-        ) from error
-
-
 def _jsonl(path: Path) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     # Only \n ends a line: str.splitlines would also cut at U+2028, which JSON strings may contain.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, MAX_FILE_BYTES).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -13,7 +13,7 @@ from composer.formats.checkpoint import Checkpoint
 from composer.methods import projected, used
 from composer.model import LoadedModel
 from composer.settings import effective_weights, parse_settings
-from composer.suite import Suite
+from composer.suite import MAX_TEXT_CHARS, Suite
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, weights_of
 
@@ -52,11 +52,15 @@ def examine(
 
 
 def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
-    """One prompt a line; empty lines are none. Raises InvalidFile for none at all, or more than MAX_PROMPTS."""
+    """One prompt a line; empty lines are none. Raises InvalidFile for none, more than MAX_PROMPTS, or one of more than
+    MAX_TEXT_CHARS."""
     prompts = [line for line in text.splitlines() if line.strip()]
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         message = f"{subject} has {len(prompts)} prompts; 1 to {MAX_PROMPTS} are taken, one a line."
         raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write one prompt a line.")
+    if (longest := max(map(len, prompts))) > MAX_TEXT_CHARS:
+        message = f"{subject} has a prompt of {longest:,} characters; {MAX_TEXT_CHARS:,} are taken."
+        raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write shorter prompts, one a line.")
     return prompts
 
 

@@ -12,13 +12,14 @@ from composer.errors import InvalidFile, NotSupported
 from composer.formats.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
 from composer.formats.quantized import Nf4, is_part, nf4_weights
 from composer.formats.tying import embedding_tensors, head_tensors, said_tied, same_bytes
-from composer.text import LONE_SURROGATE, shown
+from composer.text import LONE_SURROGATE, has_more_values, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEQUANTIZE = "or let `adaptory merge --dequantize` take this one as the values that it stands for"
 """The way out for a base that can be decoded."""
 _JSON_BYTES = 100_000_000
+_JSON_VALUES = 1_000_000  # an index of as many tensors
 _NAME_BYTES = 255  # of a file's, on every file system that is in use
 _FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})  # whose weights have scales beside them
 _FP8_FORMATS = (None, "float-quantized")  # of compressed-tensors: the others pack integers, or drop zeros
@@ -197,7 +198,7 @@ def missing_weights(path: Path, expected: str) -> InvalidFile:
 
 
 def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
-    """The JSON object in a file of at most 100 MB. Raises InvalidFile with `code` when there is no such file."""
+    """The JSON object in a file of at most 100 MB and a million values. Raises InvalidFile, with `code` for none."""
     if not path.is_file():
         raise InvalidFile(code, f"{path.parent.name} has no {path.name}.", subject=path.name, next_step=next_step)
     contained(path.parent, path.name)
@@ -208,8 +209,16 @@ def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
             subject=path.name,
             next_step="Name a checkpoint's directory: its JSON files are small.",
         )
+    content = path.read_bytes()
+    if has_more_values(content, _JSON_VALUES):
+        raise InvalidFile(
+            "too_large",
+            f"{path.name} has more than {_JSON_VALUES:,} values.",
+            subject=path.name,
+            next_step="Save or download the checkpoint again.",
+        )
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InvalidFile(
             "bad_json",

@@ -11,12 +11,12 @@ from composer.formats.by_path import ByPath, is_plain
 from composer.formats.parts import Options
 from composer.formats.patterns import compiled
 from composer.formats.types import MERGE_NEXT, REFUSED, TYPES, AdapterType
-from composer.text import LONE_SURROGATE, Twice, shown, unique
+from composer.text import LONE_SURROGATE, Twice, has_more_values, shown, unique
 
 _CONFIG_FILE = "adapter_config.json"
-_CONFIG_BYTES = 10_000_000
+CONFIG_BYTES = 10_000_000
 _CHOOSING_CHARS = 4_000  # each of them is tried on each module
-_CONFIG_VALUES = 300_000  # three names for each of 90,000 modules; as objects, values take thirty times their text
+_CONFIG_VALUES = 300_000  # three names for each of 90,000 modules
 _TEXT_CHARS = 1_000
 _MOST_LISTED = 10
 
@@ -241,9 +241,9 @@ def _bad(subject: str, why: str) -> InvalidFile:
 
 
 def _json_object(content: bytes, subject: str) -> dict[str, Any]:
-    if len(content) > _CONFIG_BYTES:
-        raise _bad(subject, f"it has more than {_CONFIG_BYTES} bytes")
-    if sum(map(content.count, (b",", b"[", b"{"))) > _CONFIG_VALUES:
+    if len(content) > CONFIG_BYTES:
+        raise _bad(subject, f"it has more than {CONFIG_BYTES} bytes")
+    if has_more_values(content, _CONFIG_VALUES):
         raise _bad(subject, f"it has more than {_CONFIG_VALUES:,} values")
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from composer.errors import InvalidFile, became_shorter
+from composer.files import read_bytes
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import contained, missing_weights
-from composer.formats.config import AdapterConfig, parse_config
+from composer.formats.config import CONFIG_BYTES, AdapterConfig, parse_config
 from composer.formats.header import Header, TensorEntry
 from composer.formats.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_layout, recognise
 from composer.formats.naming import split_key
@@ -106,7 +107,7 @@ def read_adapter(path: Path) -> Adapter:
     header = seen.header
     if header is None or not (path / WEIGHTS_FILE).is_file():  # where its only weights are called otherwise
         raise missing_weights(path, WEIGHTS_FILE)
-    config = parse_config(contained(path, CONFIG_FILE).read_bytes())
+    config = parse_config(read_bytes(contained(path, CONFIG_FILE), CONFIG_BYTES))
     if not header.tensors:
         raise InvalidFile(
             "empty_adapter",

@@ -17,6 +17,7 @@ from traceback import clear_frames
 from typing import Any, cast
 
 from composer.errors import InvalidFile
+from composer.files import refuse_endless
 from composer.text import Twice, unique
 
 DTYPE_BITS = {
@@ -133,6 +134,7 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle(path.name)
     try:
+        refuse_endless(path)
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
             first = file.read(_LENGTH_BYTES)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
+from composer.files import refuse_endless
 from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.header import Header, read_header
 from composer.formats.naming import PEFT_PREFIX
@@ -108,6 +109,7 @@ def _of_file(path: Path) -> Recognised:
         return Recognised(path.suffix[1:])
     if re.fullmatch(r"adapter_.*\.pt", path.name):
         return Recognised("torchtune")
+    refuse_endless(path)
     with path.open("rb") as file:
         if layout := _MAGIC.get(file.read(4)):
             return Recognised(layout)

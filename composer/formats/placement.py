@@ -19,6 +19,7 @@ from composer.formats.naming import (
     find_weight,
     is_copy,
     is_raw,
+    is_vocabulary,
     lacks_prefix,
     split_key,
 )
@@ -260,6 +261,7 @@ def _check_config_is_used(placement: Placement) -> None:
     if not adapted and placement.findings:
         return
     _check_targets(placement, adapted)
+    _check_saved_whole(placement)
     if config.token_indices and not any(placed.kind == "tokens" for placed in placement.modules):
         placement.error("no_target", "token_indices", "The config names trained tokens, but no tensor has their rows.")
     for target in missing_parameters(placement):
@@ -286,6 +288,26 @@ def _check_targets(placement: Placement, adapted: set[str]) -> None:
         else:
             where = "; the base has such a module" if some else ""
             placement.error("no_target", target, f"{message}{where}.")
+
+
+def _check_saved_whole(placement: Placement) -> None:
+    """What was trained whole and is lost, where the base has such a module. PEFT names `classifier` and `score` alike,
+    of which a model has one; a head that is tied to the embedding is saved as one of the two."""
+    base = placement.architecture
+    if base is None:
+        return
+    saved = {split_key(key).module for key in placement.header.tensors}
+    there, known = _as_text(saved), _as_text({name.rpartition(".")[0] for name in base.tensors})
+    for name in dict.fromkeys(placement.config.modules_to_save):
+        twin = base.tied and is_vocabulary(name) and any(map(is_vocabulary, saved))
+        if f".{name}." in known and f".{name}." not in there and not twin:
+            message = f"modules_to_save has {name!r}, but no tensor belongs to such a module; the base has one."
+            placement.error("no_target", name, message)
+
+
+def _as_text(modules: set[str]) -> str:
+    """To look for a name of some components at once, however many modules there are."""
+    return "\n".join(f".{module}." for module in modules)
 
 
 def _in_base(placement: Placement, target: str) -> bool:

@@ -7,15 +7,16 @@ from urllib.parse import quote
 
 import typer
 
+from composer.files import read_text
 from registry.cli import render
 from registry.cli.connect import connected
-from registry.cli.files import read_text
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
 tokens = typer.Typer(help="Tokens: who asks.", no_args_is_help=True, rich_markup_mode=None)
 namespaces = typer.Typer(help="Namespaces: the unit of permission.", no_args_is_help=True, rich_markup_mode=None)
 Json = dict[str, Any]
+_KEY_BYTES = 10_000  # more than any key in PEM has
 
 User = Annotated[str, typer.Argument(help="A user's name.")]
 NamespaceName = Annotated[str, typer.Argument(metavar="NAMESPACE")]
@@ -112,7 +113,7 @@ def set_namespace(
     json: JsonFlag = False,
 ) -> None:
     """Make a namespace, or change who may read it and what it takes."""
-    keys = [read_text(path) for path in signing_key] if signing_key else None
+    keys = [read_text(path, _KEY_BYTES) for path in signing_key] if signing_key else None
     body = {"public": public, "require_signature": require_signature, "signing_keys": keys}
     with connected() as connection:
         found = connection.api.put(f"/v1/namespaces/{quote(namespace, safe='')}", body)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from composer.files import read_text
 from registry.cli import render
 from registry.cli.connect import Connection, connected
-from registry.cli.files import read_text
 from registry.cli.render import JsonFlag
 from registry.errors import FAMILIES, Usage
 
@@ -57,9 +57,9 @@ def compose(
     json: JsonFlag = False,
 ) -> None:
     """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish."""
-    from composer.recipe import load_recipe
+    from composer.recipe import MAX_FILE_BYTES, load_recipe
 
-    wanted = load_recipe(read_text(recipe), str(recipe))
+    wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
     with connected() as connection:
         found = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:

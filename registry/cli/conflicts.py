@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from composer.files import read_text
 from registry.cli import render
 from registry.cli.compose import Method, Rules, Settings, settings_of, with_rules
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
-from registry.cli.files import read_text
 from registry.cli.quality import BaseDir, Device, fetch_suite
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -63,12 +63,12 @@ def conflicts(  # noqa: PLR0913
     """What adapters would do to each other: measured with --probe, explained from their factors."""
     from composer.conflicts import Method as Combination
     from composer.conflicts.examine import examine
-    from composer.findings import Policy, Verdict, parse_policy
+    from composer.findings import MAX_POLICY_CHARS, Policy, Verdict, parse_policy
 
     if len(adapters) < 2:
         raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
     given = with_rules(_weights(weights, len(adapters)), rule)
-    rules = parse_policy(read_text(policy), str(policy)) if policy else Policy()
+    rules = parse_policy(read_text(policy, MAX_POLICY_CHARS), str(policy)) if policy else Policy()
     with ExitStack() as stack:
         group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
@@ -171,6 +171,7 @@ class _Group:
         """What may be measured; None where nothing was asked for."""
         from composer.conflicts.examine import Evidence, parse_prompts
         from composer.model import load_model
+        from composer.suite import MAX_FILE_BYTES
 
         k, most = effort
         if not k and (own or guards):
@@ -189,7 +190,7 @@ class _Group:
             guards=[self._suite(name) for name in guards] if k else [],
             k=k,
             most=most,
-            prompts=parse_prompts(read_text(prompts), str(prompts)) if prompts else [],
+            prompts=parse_prompts(read_text(prompts, MAX_FILE_BYTES), str(prompts)) if prompts else [],
         )
 
     def checkpoint(self, *, measured: bool) -> "Checkpoint | None":

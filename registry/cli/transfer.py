@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from composer.files import read_text
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
-from registry.cli.files import read_text
 from registry.cli.release import show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.errors import Refused, RegistryError, Usage, refuse_errors
@@ -228,9 +228,9 @@ def _checked_base(connection: Connection, directory: Path, base: str | None) -> 
 
 
 def _provenance(path: Path) -> Json:
-    from composer.formats.card import load_mapping, parse_provenance
+    from composer.formats.card import FRONT_MATTER_BYTES, load_mapping, parse_provenance
 
-    return parse_provenance(load_mapping(read_text(path), path.name), path.name)
+    return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
 
 
 def _show_push(published: Json) -> None:

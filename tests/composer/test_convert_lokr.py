@@ -1,4 +1,5 @@
-"""LoKr of LyCORIS becomes PEFT's: in the shapes that PEFT makes of one config, against the dense product."""
+"""LoKr of LyCORIS becomes PEFT's: in the shapes that PEFT makes of one config, against the dense product; and LoHa
+of a rank that is too high to become a LoRA."""
 
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from composer.convert import convert
-from composer.errors import ComposerError
+from composer.errors import ComposerError, NotSupported
 from composer.formats.checkpoint import open_checkpoint
 from tests.composer.adapted import merge
 from tests.composer.tiny import MakeModel, assert_close, load_model, tensors_in
@@ -116,3 +117,11 @@ def test_a_kronecker_product_that_peft_cannot_hold_is_refused(case: str, tmp_pat
         convert(lokr_file(tmp_path, **modules), tmp_path / "out", open_checkpoint(make_model()).architecture)
     assert caught.value.next_step
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hadamard_product_that_no_lora_is_smaller_for_is_refused(tmp_path: Path, make_model: MakeModel) -> None:
+    flat = "lora_te_model_layers_0_self_attn_q_proj"
+    shapes = {"hada_w1_a": (16, 5), "hada_w1_b": (5, 16), "hada_w2_a": (16, 5), "hada_w2_b": (5, 16)}
+    save_file({f"{flat}.{name}": torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "loha.safetensors")
+    with pytest.raises(NotSupported, match=r"layers\.0\.self_attn\.q_proj is a LoHa of rank 5: .* rank 25 .*Merge it"):
+        convert(tmp_path / "loha.safetensors", tmp_path / "out", open_checkpoint(make_model()).architecture)

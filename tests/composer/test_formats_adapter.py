@@ -161,6 +161,7 @@ MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
         configured(target_modules=["q_proj", "v_proj", "k_proj"]),
         *("no_target", "k_proj", "the base has such a module"),
     ),
+    "a head that was lost": (configured(modules_to_save=["score", "lm_head"]), "no_target", "lm_head", "base has one"),
     "a regex for nothing": (configured(target_modules=r".*\.qkv"), "no_target", "qkv", "matches"),
     "another shape": (narrow, "shape_mismatch", "layers.0.self_attn.q_proj", "16 x 8.* 16 x 16"),
     "another rank": (configured(r=8), "rank_mismatch", "q_proj", "rank 4 .* says 8"),

@@ -71,6 +71,11 @@ def link_outside(base: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no config": (lambda base: (base / "config.json").unlink(), "missing_config", "config.json"),
     "a config that is no JSON": (lambda base: (base / "config.json").write_text("{"), "bad_json", "config.json"),
+    "a config of very many values": (
+        lambda base: (base / "config.json").write_text('{"a": [' + "[]," * 500_001 + "[]]}"),
+        "too_large",
+        "config.json has more than 1,000,000 values",
+    ),
     "a missing shard": (lambda base: min(base.glob("model-*")).unlink(), "missing_shard", "model-00001"),
     "a tensor that is only in the index": (
         lambda base: change_index(base, lambda names: names.update({"x": names["model.norm.weight"]})),

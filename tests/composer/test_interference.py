@@ -172,7 +172,7 @@ def test_no_prompts_and_a_module_that_is_missing_are_refused(loaded: LoadedModel
 
 def test_prompts_are_lines_and_empty_ones_are_none() -> None:
     assert parse_prompts("one\n\n  \ntwo\n") == ["one", "two"]
-    for text in ("", "\n \n", "x\n" * 1001):
+    for text in ("", "\n \n", "x\n" * 1001, "one\n" + "x" * 100_001):
         with pytest.raises(InvalidFile, match="prompts"):
             parse_prompts(text)
 

@@ -1,5 +1,6 @@
 """An adapter that is not in PEFT's layout is named as what it is, wherever it is opened, and can be looked at."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from composer.convert import convert
 from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoint import open_checkpoint
+from composer.formats.facts import read_adapter
 from composer.formats.inspection import inspect_foreign
+from composer.formats.layouts import recognise
 from composer.variants import load_deltas
 from tests.composer.test_convert import LAYOUTS, as_kohya
 from tests.composer.test_convert_lokr import lokr_file
@@ -120,3 +123,18 @@ def test_a_look_tells_the_type(
     tensors = {name: torch.ones(shape) for name, shape in parts.items()}
     facts, _ = inspect_foreign(lokr_file(tmp_path, q_proj=tensors), None)
     assert (facts.type, facts.rank_max, facts.alpha) == (kind, rank, alpha)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "another.safetensors"])
+def test_a_pipe_in_place_of_weights_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InvalidFile, match="no regular file"):
+        recognise(tmp_path)
+
+
+def test_a_config_that_is_too_large_is_not_read_to_its_end(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(make_model())
+    os.truncate(adapter / "adapter_config.json", 1 << 40)
+    with pytest.raises(InvalidFile, match=r"adapter_config\.json is larger than the 10,000,000 bytes"):
+        read_adapter(adapter)

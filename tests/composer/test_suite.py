@@ -72,7 +72,7 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
         (HEAD + "examples: ../sql-exact.jsonl\n", "", "outside the suite's directory"),
         (HEAD + 'examples: "a\\0b.jsonl"\n', "", "names no file that there can be"),
         (HEAD + 'examples: "\\uD800.jsonl"\n', "", "names no file that there can be"),
-        (HEAD + "examples: other.jsonl\n", "", r"other\.jsonl: No such file"),
+        (HEAD + "examples: other.jsonl\n", "", r"other\.jsonl cannot be read: No such file"),
         (
             HEAD + "examples: sql-exact.jsonl\n",
             '{"prompt": "p", "completion": "c"}\n\n{"prompt"\n',
@@ -106,11 +106,11 @@ def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) 
 def test_a_file_that_is_too_large_or_not_text_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, HEAD + "examples: sql-exact.jsonl\n")
     (tmp_path / "sql-exact.jsonl").write_bytes(b'{"prompt": "p", "completion": "c"}\n\xff\xfe\n')
-    with pytest.raises(InvalidFile, match=r"jsonl:2: not UTF-8"):
+    with pytest.raises(InvalidFile, match=r"jsonl cannot be read: line 2 is not UTF-8"):
         parse_suite(path)
     with path.open("ab") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    with pytest.raises(InvalidFile, match=r"sql-exact\.yaml: larger than 64 MiB"):
+    with pytest.raises(InvalidFile, match=r"sql-exact\.yaml is larger than the 67,108,864 bytes"):
         parse_suite(path)
 
 

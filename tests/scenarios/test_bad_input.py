@@ -129,8 +129,24 @@ def test_a_file_or_a_directory_that_is_not_there_is_bad_input(with_release: Cli,
     for command in (("push", absent, "acme/x:1.0.0", "--base", "tiny"), ("push", absent, "acme/x:1.0.0")):
         refused(with_release(*command), 6, f"{absent} is not a directory", "next: Name the directory")
     (tmp_path / "latin.yaml").write_bytes(b"trainer: M\xfcller")
-    refused(with_release(*push, "--provenance", tmp_path / "latin.yaml"), 6, "latin.yaml", "not UTF-8 from byte 10")
+    refused(
+        with_release(*push, "--provenance", tmp_path / "latin.yaml"), 6, "latin.yaml", "is not UTF-8, from byte 10 on"
+    )
     assert traces(with_release).releases == ("acme/sql:1.0.0",)
+
+
+def test_a_file_without_an_end_is_not_read(with_release: Cli, world: World, tmp_path: Path) -> None:
+    pair = ("conflicts", world.adapters["sql"], world.adapters["support"], "--base", world.base)
+    for command in (
+        (*pair, "--policy", "/dev/null"),
+        (*pair, "--prompts", "/dev/null"),
+        (*pair, "--probe", "1", "--suite", "/dev/null", "--suite", "/dev/null"),
+        ("compose", "/dev/null"),
+    ):
+        refused(with_release(*command), 6, "/dev/null cannot be read: it is no regular file", "next: ")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE) + "# " + "x" * 200_000)
+    refused(with_release("compose", recipe), 6, "recipe.yaml is larger than the 200,000 bytes allowed", "next: ")
 
 
 def test_a_key_that_cannot_sign_is_named(with_release: Cli, world: World, tmp_path: Path) -> None:
