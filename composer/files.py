@@ -1,4 +1,4 @@
-"""Files that somebody was told to read: of a size that is bounded, and no pipe or device, which may have no end."""
+"""Files that somebody was told to read, of a size that is bounded."""
 
 import stat
 from pathlib import Path
@@ -18,6 +18,24 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     that cannot be read, and for one of more bytes."""
     try:
         refuse_endless(path)
+    except OSError as error:
+        raise _unreadable(path, str(error.strerror)) from error
+    return _bounded(path, most_bytes)
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a file that a user has named; a pipe is one too (a shell's `<(...)`). Raises InvalidFile as
+    `read_bytes`, and for what is no UTF-8."""
+    content = _bounded(path, most_bytes)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _unreadable(path, f"line {line} is not UTF-8, from byte {error.start} on") from error
+
+
+def _bounded(path: Path, most_bytes: int) -> bytes:
+    try:
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
     except OSError as error:
@@ -28,16 +46,6 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
     return content
 
 
-def read_text(path: Path, most_bytes: int) -> str:
-    """The same as text. Raises InvalidFile also for what is no UTF-8."""
-    content = read_bytes(path, most_bytes)
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _unreadable(path, f"line {line} is not UTF-8, from byte {error.start} on") from error
-
-
 def _unreadable(path: Path, why: str) -> InvalidFile:
-    message, next_step = f"{path} cannot be read: {why}.", "Name a file that is there, no pipe and no device."
+    message, next_step = f"{path} cannot be read: {why}.", "Name a file that is there and may be read."
     return InvalidFile("unreadable", message, subject=str(path), next_step=next_step)
