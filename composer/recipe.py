@@ -192,10 +192,10 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     probe = fields.get("probe", 2)
     if type(probe) is not int or not 0 <= probe <= MAX_PROBE:
         raise _bad(f"{subject}: probe", f"it must be a whole number from 0 to {MAX_PROBE}")
-    settings: object = fields.get("settings") or {}
-    if not isinstance(settings, dict):
+    settings: object = fields.get("settings")
+    if not isinstance(settings, dict | None):
         raise _bad(f"{subject}: settings", "it must be a mapping")
-    given = cast("dict[str, Any]", settings)
+    given = cast("dict[str, Any]", settings or {})
     try:
         parse_settings(method, given)
     except NotSupported as error:

@@ -9,7 +9,7 @@ from typing import cast
 
 from composer.errors import NotSupported
 from composer.text import shown
-from composer.weights import Divided, Weight, real, weights_of
+from composer.weights import Divided, Weight, factor, real, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,16 @@ _below_one = _number("a number from 0 to below 1", lambda number: 0 <= number < 
 def _whole(least: int, most: int) -> Callable[[object], int]:
     told = f"a whole number from {least} to {most}"
     parse = _number(told, lambda number: number == int(number) and least <= number <= most)
-    return lambda value: int(parse(value))
+
+    def whole(value: object) -> int:
+        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+            value = int(value)
+        parsed = parse(value)  # a float, which has not every number above 2^53
+        if isinstance(value, int) and value > most:
+            raise ValueError(told)
+        return int(parsed)
+
+    return whole
 
 
 def _optional(parse: _Parse) -> _Parse:
@@ -92,7 +101,7 @@ def _positions(value: object) -> tuple[int, ...]:
 _SEED: dict[str, _Setting] = {"seed": (0, _whole(0, 2**53))}
 _GAUGE: dict[str, _Setting] = {"gauge": ("canonical", _one_of("canonical", "raw"))}
 _EVERY: dict[str, _Setting] = {
-    "lambda": (1.0, real),
+    "lambda": (1.0, factor),
     "tied": ("auto", _one_of("auto", "untie", "shared", "refuse")),
     "replacements": ("refuse", _one_of("refuse", "delta")),
 }

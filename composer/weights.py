@@ -11,6 +11,8 @@ from composer.errors import Mismatch, NotSupported
 from composer.text import shown
 
 MAX_RULES = 100
+LARGEST = 1e12
+"""Of a factor: computing in float32 ends at 3.4e38, which squares and products of some reach."""
 _SMALLEST_SUM = 1e-8
 _LAYER = re.compile(r"\.(\d{1,6})\.")
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
@@ -19,12 +21,22 @@ _GLOB = re.compile(r"[\w.*?\[\]!-]{1,200}")
 
 def real(value: object) -> float:
     """A finite number, also one spelled as text. Raises ValueError, saying so, for everything else."""
+    if isinstance(value, str) and "_" in value:  # which Python takes for nothing at all
+        raise ValueError("a finite number")
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")
     except (OverflowError, ValueError) as error:
         raise ValueError("a finite number") from error
     if not isfinite(number):
         raise ValueError("a finite number")
+    return number
+
+
+def factor(value: object) -> float:
+    """A number that deltas can be multiplied by. Raises ValueError, saying so, for everything else."""
+    number = real(value)
+    if abs(number) > LARGEST:
+        raise ValueError(f"a number of at most {LARGEST:g} in size")
     return number
 
 
@@ -175,9 +187,9 @@ def _known(given: Mapping[object, object], known: set[str]) -> dict[str, object]
 
 def _number(value: object) -> float:
     try:
-        return real(value)
+        return factor(value)
     except ValueError as error:
-        raise _bad(f"{shown(value)} is not a finite number") from error
+        raise _bad(f"{shown(value)} is not {error}") from error
 
 
 def _bad(why: str) -> NotSupported:

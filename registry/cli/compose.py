@@ -1,7 +1,6 @@
 """Compositions in the registry, and the composer on local directories: compose, merge, combine."""
 
 import json as json_module
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +131,11 @@ def combine(  # noqa: PLR0913
 
     architecture = open_checkpoint(base).architecture if base else None
     budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
-    settings = {**settings_of(set_), **budget}
+    settings = settings_of(set_)
+    if twice := sorted(budget.keys() & settings.keys()):
+        message = f"--{twice[0]} and --set {twice[0]} say the same thing twice."
+        raise Usage("two_settings", message, subject=f"--{twice[0]}", next_step="Leave one of them out.")
+    settings |= budget
     report = combine_adapters(_weighted(adapter, rule), output, architecture, method, settings)
     _warn(report.findings)
     told = report.to_json()
@@ -194,9 +197,10 @@ def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weigh
     from composer.weights import Weight, parse_rule
 
     own: list[list[WeightRule]] = [[] for _ in weights]
+    numbers = {str(number) for number in range(1, len(weights) + 1)}
     for text in rules or []:
         number, colon, rule = text.partition(":")
-        if not colon or not number.isdecimal() or not 1 <= int(number) <= len(weights):
+        if not colon or number not in numbers:
             raise Usage(
                 "bad_rule",
                 f"--rule {text} does not begin with the number of an adapter, 1 to {len(weights)}.",
@@ -208,6 +212,8 @@ def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weigh
 
 
 def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
+    from composer.weights import factor
+
     found: list[tuple[Path, float]] = []
     for text in texts:
         # A directory's own name may hold a "=": only what follows the last one can be a weight.
@@ -218,16 +224,11 @@ def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
             found.append((Path(text), 1.0))
             continue
         try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
+            weight = factor(number)
+        except ValueError as error:
             raise Usage(
-                "bad_weight",
-                f"{number!r} in --adapter {text} is not a number.",
-                subject=text,
-                next_step="Write DIR=0.7",
-            )
+                "bad_weight", f"{number!r} in --adapter {text} is not {error}.", subject=text, next_step="Write DIR=0.7"
+            ) from error
         found.append((Path(path), weight))
     return found
 
@@ -241,7 +242,7 @@ def settings_of(texts: list[str] | None) -> dict[str, object]:
             raise Usage("bad_setting", f"--set {text} has no value.", subject=text, next_step="Write --set KEY=VALUE")
         try:
             found[key] = json_module.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[key] = value
     return found
 

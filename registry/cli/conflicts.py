@@ -233,16 +233,16 @@ class _Group:
 
 
 def _weights(text: str | None, count: int) -> list[float]:
-    from composer.weights import real
+    from composer.weights import LARGEST, factor
 
     try:
-        weights = [real(part) for part in text.split(",")] if text else [1.0] * count
+        weights = [factor(part) for part in text.split(",")] if text else [1.0] * count
     except ValueError:
         weights = []
     if len(weights) != count:
         raise Usage(
             "bad_weights",
-            f"--weights {text} is not {count} numbers.",
+            f"--weights {text} is not {count} numbers of at most {LARGEST:g} in size.",
             next_step="Write one number per adapter: 1,0.5,1",
         )
     return weights

@@ -121,7 +121,7 @@ def progress(label: str, total: int, *, counts: bool = False) -> Generator[Progr
 
     `total` and what the callback gets are bytes, or things with `counts`.
     """
-    if not sys.stderr.isatty() or total <= 0:
+    if not sys.stderr or not sys.stderr.isatty() or total <= 0:
         yield lambda _count: None
         return
     from rich.console import Console
@@ -193,5 +193,5 @@ def _next_step(told: RegistryError) -> str:
 def _console() -> Any:
     from rich.console import Console
 
-    # Without a terminal nobody wraps a line for us, and tables must not be cut at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False)
+    # Without a terminal nobody wraps a line for us, and tables must not be cut at 80 columns. Closed, it is None.
+    return Console(width=None if sys.stdout and sys.stdout.isatty() else 200, soft_wrap=False)

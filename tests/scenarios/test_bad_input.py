@@ -135,20 +135,6 @@ def test_a_file_or_a_directory_that_is_not_there_is_bad_input(with_release: Cli,
     assert traces(with_release).releases == ("acme/sql:1.0.0",)
 
 
-def test_a_file_without_an_end_is_read_as_far_as_it_may_go(with_release: Cli, world: World, tmp_path: Path) -> None:
-    pair = ("conflicts", world.adapters["sql"], world.adapters["support"], "--base", world.base)
-    for command in (
-        (*pair, "--policy", "/dev/zero"),
-        (*pair, "--prompts", "/dev/zero"),
-        (*pair, "--probe", "1", "--suite", "/dev/zero", "--suite", "/dev/zero"),
-        ("compose", "/dev/zero"),
-    ):
-        refused(with_release(*command), 6, "/dev/zero is larger than the ", "next: ")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE) + "# " + "x" * 200_000)
-    refused(with_release("compose", recipe), 6, "recipe.yaml is larger than the 200,000 bytes allowed", "next: ")
-
-
 def test_a_key_that_cannot_sign_is_named(with_release: Cli, world: World, tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text("not a key")
     push = ("push", world.adapters["sql"], "acme/sql:1.0.1", "--base", "tiny", "--sign", tmp_path / "key.pem")
@@ -215,7 +201,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml(with_release: Cli, tmp_path: Pat
 
 
 def test_weights_that_do_not_parse(with_release: Cli, world: World, tmp_path: Path) -> None:
-    for number in ("much", "nan", "inf", ""):
+    for number in ("much", "nan", "inf", "", "1e13", "1_0"):
         for command in (("merge", "--base", world.base), ("combine",)):
             adapter = f"{world.adapters['sql']}={number}"
             refused(with_release(*command, "--adapter", adapter, "-o", tmp_path / "out"), 2, "DIR=0.7")

@@ -1,4 +1,9 @@
-"""Values at the edge of what a database keeps: each is refused, and by every database alike."""
+"""Values at the edge of what a database keeps: each is refused, and by every database alike. And numbers and files of a
+command line that nothing can be made of."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +39,57 @@ def test_a_text_with_a_nul_is_refused_by_every_database_alike(stocked: Cli, worl
         with pytest.raises(Usage) as refused_cursor:
             api.get("/v1/adapters", cursor="AA")  # a NUL in base64
         assert refused_cursor.value.code == "bad_cursor"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("--weights", "1,1e13"), 2, "--weights 1,1e13 is not 2 numbers of at most 1e+12 in size"),
+        (("--rule", "1" * 5000 + ":0=1"), 2, "the number of an adapter, 1 to 2"),
+        (("--rule", "1:0=1e13"), 1, "'1e13' is not a number of at most 1e+12 in size"),
+        (("--set", "lambda=1e13"), 2, "It is a number of at most 1e+12 in size"),
+        (("--set", "lambda=" + "[" * 100_000), 2, "The setting lambda is '[["),
+        (("--set", "lambda=1_0"), 2, "The setting lambda is '1_0'"),
+        (("--method", "dare_ties", "--set", "seed=9007199254740993"), 2, "The setting seed is 9007199254740993"),
+    ],
+)
+def test_a_number_that_is_none_or_too_large_is_refused(
+    arguments: tuple[str, ...], code: int, told: str, on_disk: Cli, world: World
+) -> None:
+    ran = on_disk("conflicts", world.adapters["sql"], world.adapters["support"], *arguments)
+    assert (ran.code, ran.out) == (code, "")
+    assert told in ran.err
+
+
+def test_a_rank_that_is_given_twice_is_refused(on_disk: Cli, world: World, tmp_path: Path) -> None:
+    ran = on_disk(
+        "combine", "--adapter", world.adapters["sql"], "-o", tmp_path / "out", "--rank", "3", "--set", "rank=4"
+    )
+    assert ran.code == 2
+    assert "--rank and --set rank" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_whose_output_nobody_takes_does_its_work(world: World, tmp_path: Path) -> None:
+    command = (
+        f"{sys.executable} -m registry.cli.main combine --adapter {world.adapters['sql']} -o {tmp_path / 'out'} >&-"
+    )
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_file_without_an_end_is_read_as_far_as_it_may_go(on_disk: Cli, world: World, tmp_path: Path) -> None:
+    pair = ("conflicts", world.adapters["sql"], world.adapters["support"], "--base", world.base)
+    for command in (
+        (*pair, "--policy", "/dev/zero"),
+        (*pair, "--prompts", "/dev/zero"),
+        (*pair, "--probe", "1", "--suite", "/dev/zero", "--suite", "/dev/zero"),
+        ("compose", "/dev/zero"),
+    ):
+        ran = on_disk(*command)
+        assert (ran.code, ran.out) == (6, "")
+        assert "/dev/zero is larger than the " in ran.err
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("inputs: [acme/sql]\n" + "# " + "x" * 200_000)
+    assert "recipe.yaml is larger than the 200,000 bytes allowed" in on_disk("compose", recipe).err
