@@ -169,7 +169,7 @@ def _number(code: str, value: object, subject: str) -> float:
     if code not in THRESHOLDS:
         raise _bad(f"{subject}: {shown(code)}", f"the codes with a number are {', '.join(THRESHOLDS)}")
     try:
-        return real("" if isinstance(value, str) else value)
+        return real(value)  # also `1e-3`, which YAML takes for a text
     except ValueError as error:
         raise _bad(f"{subject}: {code}", f"{shown(value)} is not a finite number") from error
 

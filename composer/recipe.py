@@ -250,8 +250,6 @@ def _input(row: object, subject: str) -> RecipeInput:
     adapter, weight = _text(fields, "adapter", subject), fields.get("weight", 1.0)
     if adapter is None:
         raise _bad(f"{subject}: adapter", "it is missing")
-    if isinstance(weight, str):
-        raise _bad(f"{subject}: weight", f"{shown(weight)} is not a finite number")
     try:
         parsed = parse_weight({"value": weight, "rules": fields.get("rules", [])})
     except NotSupported as error:

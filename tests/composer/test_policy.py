@@ -43,7 +43,7 @@ def test_an_empty_policy_changes_nothing() -> None:
         ("thresholds: 3", "thresholds"),
         ("thresholds: {zero_delta: 3}", "'zero_delta'"),
         ("thresholds: {crowding: much}", "'much' is not a finite number"),
-        ("thresholds: {crowding: '1'}", "not a finite number"),
+        ("thresholds: {crowding: a lot}", "not a finite number"),
         ("thresholds: {crowding: true}", "not a finite number"),
         ("thresholds: {crowding: .inf}", "not a finite number"),
         ("thresholds: {crowding: .nan}", "not a finite number"),

@@ -20,7 +20,7 @@ UNREADABLE = {
     "a weight that float32 cannot square": "inputs: [{adapter: a/b, weight: 1.0e+100}]\nmethod: stack",
     "a lambda that float32 cannot hold": "inputs: [a/b]\nmethod: stack\nsettings: {lambda: 1.0e+308}",
     "settings that are a list": "inputs: [a/b]\nmethod: stack\nsettings: []",
-    "a weight that is text": "inputs: [{adapter: a/b, weight: '1'}]\nmethod: stack",
+    "a weight that is text": "inputs: [{adapter: a/b, weight: a lot}]\nmethod: stack",
     "aliases without end": BOMB,
     "aliases as a setting": f"inputs: [a/b]\nmethod: stack\nsettings:\n  {BOMB.replace(chr(10), chr(10) + '  ')}",
     "a list that holds itself": "inputs: &a [*a]\nmethod: stack",
@@ -42,6 +42,12 @@ def test_what_no_recipe_can_say_is_refused_in_a_short_message_that_can_be_stored
         load_recipe(UNREADABLE[case])
     assert caught.value.code == "bad_recipe"
     assert len(str(caught.value).encode()) < 500
+
+
+def test_a_number_that_yaml_takes_for_a_text_is_a_number() -> None:
+    """YAML 1.1 wants a dot in `1e-3`."""
+    (row,) = load_recipe("inputs: [{adapter: a/b, weight: 1e-3}]\nadapter: a/c").inputs
+    assert row.weight == 1e-3
 
 
 def test_a_recipe_with_numbers_and_settings_is_read() -> None:
