@@ -6,7 +6,7 @@ from math import prod
 
 from composer.formats.experts import owner_of, parameter_of, place_experts
 from composer.formats.naming import TIED_HEAD, TOKENS, Target, is_head, split_key
-from composer.formats.placed import PlacedModule, Placement, by
+from composer.formats.placed import GROUPED, PlacedModule, Placement, by
 
 FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 FACTOR_PARTS = frozenset({*FACTORS, *FACTORS.values()})
@@ -49,7 +49,7 @@ def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_sha
     rank_A, rank_B = a_shape[0], b_shape[1] * cut
     if a_shape[2:] and rank_B < rank_A == rank and rank % rank_B == 0:
         message = f"{module} is a convolution in {rank // rank_B} groups, which PEFT itself cannot merge."
-        placement.error("unsupported_layer", module, message)
+        placement.error(GROUPED, module, message)
         return False
     if rank_A != rank_B or rank_A != rank:
         message = f"{module} has rank {rank_A} in A and {rank_B} in B; the config says {rank}."

@@ -19,6 +19,7 @@ NORMED_EMBEDDINGS = frozenset(
     {"inkling_text", "inkling_mm_model", "muse_glimmer", "muse_glimmer_text", "muse_spark", "muse_spark_text"}
 )
 OTHER_PATHS = "other_paths"
+GROUPED = "grouped_convolution"
 LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding", "convolution"})
 WHOLE_KINDS = frozenset({"replacement", "base_copy"})
 

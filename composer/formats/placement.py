@@ -37,7 +37,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
     findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
     unflagged_part, duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused,
-    unsupported_layer, empty_adapter.
+    unsupported_layer, grouped_convolution, empty_adapter.
     Warnings: other_paths, pattern_unused where others of its keys match. Notices: no_prefix, raw_keys, unused_target.
     Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
     """

@@ -12,7 +12,7 @@ from composer.errors import NotSupported
 from composer.formats.config import REBASED_INITS, AdapterConfig
 from composer.formats.facts import AdapterFacts
 from composer.formats.naming import PEFT_PREFIX, is_raw, lacks_prefix
-from composer.formats.placed import OTHER_PATHS, Placed
+from composer.formats.placed import GROUPED, OTHER_PATHS, Placed
 
 SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
 """Bit i of a mask of servers stands for SERVERS[i]. Masks are kept: a new server is only ever appended."""
@@ -194,7 +194,7 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[
         problems.append((f"modules_to_save is refused ({', '.join(whole)})", _MERGE))
     if config.bias != "none":
         problems.append((f"bias={config.bias} is refused", _MERGE))
-    if any(module.kind == "convolution" for module in placed.modules):
+    if _convolutions(placed):
         problems.append(("convolutions are refused", _MERGE))
     if extra := _extra_parts(placed):
         problems.append((f"tensors beside lora_A and lora_B are refused ({extra})", ""))
@@ -227,9 +227,17 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> lis
         problems.append((f"the conversion refuses tensors beside lora_A and lora_B ({extra})", ""))
     elif config.flags and facts.variant != "alora_invocation_tokens":
         problems.append((f"{facts.variant} is not converted", "" if config.unsupported() else _MERGE))
+    if _convolutions(placed):
+        problems.append(("the conversion knows no convolutions", _MERGE))
     if any(module.tied and module.module.endswith("lm_head") for module in placed.low_rank):
         problems.append(("the conversion refuses an lm_head that is tied to the embedding", _MERGE))
     return problems
+
+
+def _convolutions(placed: Placed) -> bool:
+    """Also those in groups, which are placed nowhere."""
+    grouped = any(finding.code == GROUPED for finding in placed.findings)
+    return grouped or any(module.kind == "convolution" for module in placed.modules)
 
 
 def _extra_parts(placed: Placed) -> str:

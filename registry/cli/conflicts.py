@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -105,17 +106,25 @@ def _show(report: "ConflictReport", modules: int) -> None:
 
 def _write_page(path: Path, report: "ConflictReport") -> None:
     from composer.conflicts.page import page
+    from registry.client.cache import is_regular
 
+    aside = path.with_name(f".{path.name[:200]}.{token_hex(4)}")
     try:
-        path.write_text(page(report), encoding="utf-8")
+        if path.is_symlink() or (path.exists() and not is_regular(path)):
+            raise _unwritable(path, "it is a link, a directory or a device")
+        try:
+            aside.write_text(page(report), encoding="utf-8")
+            aside.replace(path)  # whole or not at all
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
-        raise Usage(
-            "page_unwritable",
-            f"{path} cannot be written: {error.strerror}.",
-            subject=str(path),
-            next_step="Name a file in a directory that is there and may be written.",
-        ) from error
+        raise _unwritable(path, str(error.strerror)) from error
     render.say(f"wrote {path}")
+
+
+def _unwritable(path: Path, why: str) -> Usage:
+    message, next_step = f"{path} cannot be written: {why}.", "Name a file in a directory that may be written."
+    return Usage("page_unwritable", message, subject=str(path), next_step=next_step)
 
 
 class _Group:

@@ -72,6 +72,9 @@ def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *
             subject=str(directory),
             next_step="Add --base-dir DIR, and --adapter DIR for each adapter that was merged.",
         )
+    if weighted := next((path for path in adapters if "=" in path.name and not path.is_dir()), None):
+        message = f"--adapter {weighted} names no directory; the weights come from the note of the merge."
+        raise Usage("idle_weight", message, subject=str(weighted), next_step="Write --adapter DIR, without a weight.")
     plan = plan_rebuild(directory, open_checkpoint(base_dir, dequantize), adapters)
     with render.progress(f"rebuild {directory}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()

@@ -53,6 +53,19 @@ def test_servers_refuse_what_their_sources_say(case: str, make_model: MakeModel,
         assert refusals.get(profile, "") in " ".join(loading.reasons)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_is_served_by_peft_alone_in_groups_too(
+    groups: int, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    adapter = make_adapter(make_model())
+    factors = {f"{Q0}.lora_A.weight": torch.ones(4, 16 // groups, 3, 3)}
+    factors |= {f"{Q0}.lora_B.weight": torch.ones(16, 4 // groups, 1, 1)}
+    change_tensors(adapter, lambda tensors: tensors | factors)
+    for profile in ("vllm:16", "sglang", "lorax", "llamacpp"):
+        assert "convolutions" in " ".join(loading_of(adapter, profile).reasons), profile
+    assert loading_of(adapter, "peft").loads
+
+
 def loading_of(adapter: Path, profile: str) -> Loading:
     opened = read_adapter(adapter)
     return loads_in(opened.config, facts_of(adapter), placed_on(adapter, None), profile)

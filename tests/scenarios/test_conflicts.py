@@ -81,6 +81,16 @@ def test_the_page_is_one_file_with_the_same_verdict(team: Cli, tmp_path: Path) -
     assert team("conflicts", *PAIR, "--html", tmp_path / "no" / "report.html").code == 2
 
 
+def test_a_page_is_not_written_through_a_link(world: World, tmp_path: Path) -> None:
+    kept, link = tmp_path / "config.json", tmp_path / "report.html"
+    kept.write_text("{}")
+    link.symlink_to(kept)
+    pair = (world.adapters["sql"], world.adapters["support"])
+    ran = Cli({"ADAPTORY_HOME": "/dev/null"})("conflicts", *pair, "--html", link)
+    assert (ran.code, f"{link} cannot be written: it is a link" in ran.err) == (2, True), ran.err
+    assert (kept.read_text(), sorted(tmp_path.iterdir())) == ("{}", [kept, link])
+
+
 def test_directories_are_compared_beside_a_base_without_any_registry_entry(
     on_disk: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -132,6 +132,8 @@ def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapt
     missing = stocked_embedded("verify", merged, "--rebuild", "--base-dir", world.base, "--adapter", sql)
     assert missing.code == 1
     assert other.name in missing.err
+    weighted = stocked_embedded("verify", merged, "--rebuild", *named[:-1], f"{sql}=1.0")
+    assert (weighted.code, "the weights come from the note" in weighted.err) == (2, True), weighted.err
     for more in ("adapter.safetensors", "pytorch_model.bin"):
         (merged / more).write_bytes(b"a loader may take it for the model")
         told = stocked_embedded("verify", merged, "--rebuild", *named)
