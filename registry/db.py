@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InvalidRequestError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.orm import Session as Session
@@ -40,6 +40,9 @@ POOL_SIZE = 40
 _BLOBS_LOCK, _COLLECTION_LOCK = 0x424C4F42, 0x434F4C4C
 """Keys of PostgreSQL's advisory locks: between who relies on blobs and who collects them, and between collectors."""
 UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
+_DROPPED_AGAIN = (
+    "This connection is closed"  # by the pool, when those that it made anew were dropped too; it has no type
+)
 """PostgreSQL's SQLSTATEs."""
 _SQLITE_MOST_S = 24 * 3600
 MMAP_BYTES = 256 << 20
@@ -280,6 +283,13 @@ def _told() -> Generator[None]:
     except PoolTimeout as error:
         raise Unavailable(
             "database_busy", "All connections to the database are in use.", next_step="Try again in a moment."
+        ) from error
+    except InvalidRequestError as error:
+        if error.args[:1] != (_DROPPED_AGAIN,):
+            raise
+        log.warning("The database cannot be used: %s", error)
+        raise Unavailable(
+            "database_unavailable", "The database drops its connections.", next_step="Try again; see that it runs."
         ) from error
     except OperationalError as error:
         log.warning("The database cannot be used: %s", error.orig)

@@ -9,11 +9,13 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Column, Float, MetaData, Select, String, Table, bindparam, insert, select, text
+from sqlalchemy import Column, Float, MetaData, Select, String, Table, bindparam, event, insert, select, text
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session
 
 from registry.db import Database, UtcDateTime
 from registry.descriptions import TOGETHER, describe
+from registry.errors import Unavailable
 from registry.models.catalog import Id, Release
 from registry.statements import (
     PLANNED_VALUES,
@@ -162,3 +164,19 @@ def test_of_a_statement_that_was_compiled_only_its_text_is_kept(session: Session
 
 def statements_in_memory() -> int:
     return sum(isinstance(one, Select) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("door", ["read", "write"])
+def test_connections_that_drop_as_soon_as_they_are_made_are_a_database_that_is_away(
+    migrated: Database, door: str
+) -> None:
+    def drop(*_: object) -> None:
+        raise DisconnectionError
+
+    event.listen(migrated.reading, "checkout", drop)
+    try:
+        with pytest.raises(Unavailable) as caught, getattr(migrated, door)() as session:
+            session.execute(text("SELECT 1"))
+        assert caught.value.code == "database_unavailable"
+    finally:
+        event.remove(migrated.reading, "checkout", drop)

@@ -129,7 +129,7 @@ def test_a_probe_of_directories_takes_suites_from_files_and_needs_no_registry(wo
     assert probe["effects"][1]["alone_weighted"] > 0
     missing = cli(*asked, "--suite", suites[0], "--suite", tmp_path / "three.yaml")
     assert missing.code == 6
-    assert "three.yaml: No such file" in missing.err
+    assert "three.yaml cannot be read: No such file" in missing.err
 
 
 def test_rules_of_a_recipe_reach_the_lock_the_report_and_the_result(team: Cli, tmp_path: Path) -> None:
