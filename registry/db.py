@@ -40,10 +40,9 @@ POOL_SIZE = 40
 _BLOBS_LOCK, _COLLECTION_LOCK = 0x424C4F42, 0x434F4C4C
 """Keys of PostgreSQL's advisory locks: between who relies on blobs and who collects them, and between collectors."""
 UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
-_DROPPED_AGAIN = (
-    "This connection is closed"  # by the pool, when those that it made anew were dropped too; it has no type
-)
 """PostgreSQL's SQLSTATEs."""
+_DROPPED_AGAIN = "This connection is closed"
+"""SQLAlchemy's pool, where a connection that it made anew was dropped as well: there is no type for it."""
 _SQLITE_MOST_S = 24 * 3600
 MMAP_BYTES = 256 << 20
 """SQLite's own cache is 2 MB; reading through the page cache made a search over 10,000 releases 2 to 4 times faster."""
