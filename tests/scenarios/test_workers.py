@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,7 +15,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from registry import jobs
-from registry.worker.loop import run_one
+from registry.errors import NotFound, Unavailable
+from registry.worker.loop import Held, run_one
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
 from tests.scenarios.traces import traces
@@ -88,6 +90,22 @@ def test_a_worker_that_is_told_to_stop_in_a_merge_leaves_what_is_finished_to_who
         assert len(list(work.glob("*/model.partial-*/.journal"))) == 1
         assert run_one(resources, watched(second), "second")
     assert (second, cli.json("jobs", 1)["state"]) == (["merge", "publish"], "done")
+
+
+def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> None:
+    """How far a merge is can be told later: without this, all that it had finished would be thrown away."""
+    on_disk.ok("list")
+    place = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
+    with resources_of(place) as resources:
+        held = Held(resources, "worker", 1, threading.Event())
+        other = sqlite3.connect(Path(place["ADAPTORY_HOME"]) / "registry.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Unavailable):
+            held.finish_step()
+        held.progress(0.5)
+        other.close()
+        with pytest.raises(NotFound, match="no job 1"):  # it is asked again
+            held.progress(0.9)
 
 
 def test_a_worker_process_that_is_terminated_hands_its_job_back(
