@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from composer.adapter import PeftForm, peft_form, refuse_unheld, write_adapter
+from composer.calibration import Calibration
 from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture
 from composer.hashing import identities
 from composer.inputs import adapter_use, files_of
-from composer.methods import Compression, combine_deltas, used
+from composer.methods import Compression, FitReport, combine_deltas, used
 from composer.settings import PIPELINES, Pipeline, parse_settings
 from composer.variants import NAME_BASE, LoadedAdapter, load_deltas
 from composer.weights import Weight, weights_of
@@ -31,6 +32,7 @@ class CombineReport:
     size_bytes: int
     compressions: tuple[Compression, ...]
     findings: tuple[Finding, ...]
+    fit: FitReport | None = None
 
     @property
     def lost(self) -> float:
@@ -40,23 +42,26 @@ class CombineReport:
 
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]
-        return asdict(self) | {"compressions": rows, "lost": self.lost}
+        fit = {"fit": self.fit.to_json() if self.fit else None}
+        return asdict(self) | {"compressions": rows, "lost": self.lost} | fit
 
 
-def combine(
+def combine(  # noqa: PLR0913
     adapters: Sequence[tuple[Path, Weight | float]],
     out_dir: Path,
     architecture: Architecture | None = None,
     method: str = "stack",
     settings: Mapping[str, object] | None = None,
     note: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> CombineReport:
     """Write the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
 
     Its delta is the method's: exactly, with a rank up to the sum of the ranks, or cut to the settings' rank or share of
     the energy, with the error of each module in the report. Alpha equals the rank (so s = 1, no rsLoRA), patterns say
     where ranks differ; with a rank all modules have the same one, filled up with zeros. Without an architecture
-    adapters are matched by their own module names and shapes only. Raises NotSupported for a method of full space
+    adapters are matched by their own module names and shapes only. `calibration` is what a fitted method is fitted on,
+    with a set for each adapter. Raises NotSupported for a method of full space
     without a rank, for more than a sum of stacks of experts without an architecture, and what a merge raises.
     """
     parsed = parse_settings(method, settings or {})
@@ -66,7 +71,8 @@ def combine(
         _refuse_stacks(loaded, method)
     refuse_uncombinable(loaded, [weight for _, weight in adapters], method, parsed)
     # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
-    combined = combine_deltas(loaded, [weight for _, weight in adapters], method, {**parsed, "tied": "untie"})
+    untied, observe = {**parsed, "tied": "untie"}, calibration.observe if calibration else None
+    combined = combine_deltas(loaded, [weight for _, weight in adapters], method, untied, observe)
     form = peft_form(combined.deltas, one_rank=parsed.get("rank") is not None)
     first = loaded[0].config.raw
     fields = {name: first.get(name) for name in _SHARED_FIELDS}
@@ -76,6 +82,7 @@ def combine(
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
         "method": method,
         "settings": dict(parsed),
+        **({"calibration": calibration.to_json()} if calibration else {}),
         "note": dict(note or {}),
     }
     size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), told, inputs)
@@ -87,6 +94,7 @@ def combine(
         size_bytes=size,
         compressions=tuple(combined.compressions),
         findings=(*combined.findings, *_dropped_copies(loaded)),
+        fit=combined.fit,
     )
 
 

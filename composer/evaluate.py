@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import sqrt
@@ -189,14 +189,18 @@ def evaluate(
     deltas: Deltas = (),
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
+    without: Container[Example] = (),
 ) -> list[Score]:
     """The suite's scores with `deltas` active: `nll` in nats per completion token, `accuracy` the share that is exact.
 
-    With `limit`, of `suite.sample(limit)`. nll is total nats over total tokens, with the standard error of a ratio
-    estimator; accuracy has the binomial one. The same input gives the same scores, whatever else shares a batch, up to
-    float rounding.
+    With `limit`, of `suite.sample(limit)`; examples in `without` are left out. nll is total nats over total tokens,
+    with the standard error of a ratio estimator; accuracy has the binomial one. The same input gives the same scores,
+    whatever else shares a batch, up to float rounding. Raises Mismatch where no example is left.
     """
-    encoded = [encode(loaded, example, suite.chat) for example in suite.sample(limit)]
+    encoded = [encode(loaded, example, suite.chat) for example in suite.sample(limit, without)]
+    if not encoded:
+        message = f"Every example of {suite.name} was used to fit the method: none is left to judge it by."
+        raise Mismatch("no_examples_left", message, subject=suite.name, next_step="Add examples, or fit on fewer.")
     measured = measure(loaded, encoded, deltas, progress=progress)
     n = len(measured)
     nll, nll_stderr = ratio([one.nats for one in measured], [one.tokens for one in measured])

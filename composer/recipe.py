@@ -2,7 +2,7 @@
 
 base: smollm2                        # optional: the base of the inputs
 inputs:
-  - {adapter: acme/sql-migration@prod, weight: 1.0, suite: sql-exact}
+  - {adapter: acme/sql-migration@prod, weight: 1.0, suite: sql-exact}   # or prompts: [...], for a fit
   - adapter: acme/support-macros:^1.0
     weight: 0.7
     rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first rule that holds
@@ -14,7 +14,7 @@ dtype: bfloat16                      # of the merged checkpoint; the base's own 
 rounding: {mode: stochastic, seed: 7}   # of the merged checkpoint's values; to the nearest when left out
 probe: 2                             # examples of each member's suite for the conflict report; 0 for none
 evaluate: [sql-exact, guard-general] # suites for the candidate
-gates: ["guard-general.nll within 0.2 of base"]
+gates: ["guard-general.nll within 0.2 of base"]   # [] for none; those against the inputs are added unless one is named
 policy: {near_duplicate: error, thresholds: {probe_loss: 0.1}}   # of the conflict report's findings
 notes: one line
 """
@@ -37,18 +37,21 @@ from composer.weights import Weight, WeightRule, parse_weight
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_INPUTS = 64
 MAX_PROBE = 64
+MAX_PROMPTS = 64
 MAX_VALUES = 10_000
 MAX_FILE_BYTES = 200_000  # YAML takes 300 times its text in memory, and a second for 100,000 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeInput:
-    """`adapter` is a reference; `suite` names the target suite that stands for it in a probe."""
+    """`adapter` is a reference; `suite` names the target suite that says what it is for: a probe and a fit take its
+    examples. A fit takes `prompts` instead, where there are some."""
 
     adapter: str
     weight: float = 1.0
     suite: str | None = None
     rules: tuple[WeightRule, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +65,21 @@ class Recipe:
     dtype: str | None = None
     probe: int = 2
     evaluate: tuple[str, ...] = ()
-    gates: tuple[str, ...] = ()
+    gates: tuple[str, ...] | None = None
     notes: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict[str, Any])
     rounding: Rounding = field(default_factory=Rounding)
 
     def to_json(self) -> dict[str, Any]:
         inputs = [
-            {"adapter": i.adapter, "weight": i.weight, "suite": i.suite, **_rules_json(i.rules)} for i in self.inputs
+            {
+                "adapter": i.adapter,
+                "weight": i.weight,
+                "suite": i.suite,
+                **_rules_json(i.rules),
+                **({"prompts": list(i.prompts)} if i.prompts else {}),
+            }
+            for i in self.inputs
         ]
         return {
             "base": self.base,
@@ -81,7 +91,7 @@ class Recipe:
             "dtype": self.dtype,
             "probe": self.probe,
             "evaluate": list(self.evaluate),
-            "gates": list(self.gates),
+            "gates": None if self.gates is None else list(self.gates),
             "notes": self.notes,
             **({"policy": dict(self.policy)} if self.policy else {}),
             **_rounding_json(self.rounding),
@@ -107,7 +117,9 @@ class LockedInput:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """Everything that decides the result, by digest: two equal locks give the same weights."""
+    """Everything that decides the result, by digest: two equal locks give the same weights, but for the last bits of a
+    method that is fitted. `calibration` has for each input the digests of the examples that it is fitted on. `gates`
+    are those that the recipe did not name: each member against the inputs on its own suite."""
 
     base: str
     method: str
@@ -115,6 +127,8 @@ class Lock:
     dtype: str | None
     inputs: tuple[LockedInput, ...]
     rounding: Rounding = field(default_factory=Rounding)
+    calibration: tuple[Mapping[str, Any], ...] = ()
+    gates: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         document = self._content()
@@ -144,6 +158,8 @@ class Lock:
             "dtype": self.dtype,
             "inputs": inputs,
             **_rounding_json(self.rounding),
+            **({"calibration": list(self.calibration)} if self.calibration else {}),
+            **({"gates": list(self.gates)} if self.gates else {}),
         }
 
     @classmethod
@@ -160,7 +176,16 @@ class Lock:
             for i in document["inputs"]
         )
         rounding = parse_rounding(**document["rounding"]) if "rounding" in document else Rounding()
-        return cls(document["base"], document["method"], document["settings"], document["dtype"], inputs, rounding)
+        return cls(
+            document["base"],
+            document["method"],
+            document["settings"],
+            document["dtype"],
+            inputs,
+            rounding,
+            tuple(document.get("calibration", ())),
+            tuple(document.get("gates", ())),
+        )
 
 
 def load_recipe(text: str, subject: str = "recipe") -> Recipe:
@@ -210,7 +235,7 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
         dtype=dtype,
         probe=probe,
         evaluate=_texts(fields, "evaluate", subject),
-        gates=_texts(fields, "gates", subject),
+        gates=None if fields.get("gates") is None else _texts(fields, "gates", subject),
         notes=_text(fields, "notes", subject) or "",
         policy=_policy(fields.get("policy"), f"{subject}: policy"),
         rounding=_rounding(fields.get("rounding"), f"{subject}: rounding"),
@@ -246,7 +271,7 @@ def _rounding(document: object, subject: str) -> Rounding:
 def _input(row: object, subject: str) -> RecipeInput:
     if isinstance(row, str):
         return RecipeInput(row)
-    fields = _mapping(row, subject, {"adapter", "weight", "suite", "rules"})
+    fields = _mapping(row, subject, set(RecipeInput.__dataclass_fields__))
     adapter, weight = _text(fields, "adapter", subject), fields.get("weight", 1.0)
     if adapter is None:
         raise _bad(f"{subject}: adapter", "it is missing")
@@ -254,7 +279,10 @@ def _input(row: object, subject: str) -> RecipeInput:
         parsed = parse_weight({"value": weight, "rules": fields.get("rules", [])})
     except NotSupported as error:
         raise _bad(f"{subject}: weight", error.message.rstrip(".")) from error
-    return RecipeInput(adapter, parsed.value, _text(fields, "suite", subject), parsed.rules)
+    prompts = _texts(fields, "prompts", subject)
+    if len(prompts) > MAX_PROMPTS:
+        raise _bad(f"{subject}: prompts", f"there are more than {MAX_PROMPTS}")
+    return RecipeInput(adapter, parsed.value, _text(fields, "suite", subject), parsed.rules, prompts)
 
 
 def _rules_json(rules: tuple[WeightRule, ...]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Pipeline:
     """`space`: factors (side by side, exact), full (every entry of each delta), core, knots or ctm (a small shared
     basis). `compress`: to the highest rank of the inputs where neither rank nor energy is set.
 
-    `parity` is PEFT's `combination_type`, whose values are reproduced as they are.
+    `parity` is PEFT's `combination_type`, whose values are reproduced as they are. `fitted` says that the factors are
+    first fitted on what the modules see (composer/methods/regmean.py).
     """
 
     space: str = "factors"
@@ -26,6 +27,7 @@ class Pipeline:
     calibrate: str = "none"
     compress: bool = False
     parity: str = ""
+    fitted: bool = False
 
     @property
     def random(self) -> bool:
@@ -126,6 +128,16 @@ _STEPS: dict[tuple[str, str], dict[str, _Setting]] = {
     ("space", "ctm"): {"ctm_rank": (None, _optional(_whole(1, 65_536))), "beta": (0.0, _below_one)},
     ("calibrate", "pico"): {"restore": ("merged", _one_of("merged", "each", "none")), **_GAUGE},
 }
+_FITTED: dict[str, _Setting] = {
+    "examples": (4, _whole(1, 64)),
+    "steps": (2, _whole(1, 2)),
+    "ridge": (0.01, _number("a number from 1e-6 to 1e6", lambda number: 1e-6 <= number <= 1e6)),
+    "form": ("input", _one_of("input", "core")),
+    "tokens": (2048, _whole(16, 65_536)),
+    **_SEED,
+    "rank": _OURS["rank"],
+    "energy": _OURS["energy"],
+}
 _PARITY: dict[str, _Setting] = {"density": (0.2, _share), "rank": (None, _optional(_whole(1, 65_536))), **_SEED}
 
 _FULL = {
@@ -163,12 +175,15 @@ PIPELINES: dict[str, Pipeline] = {
     **_PLAIN,
     **{f"pico_{name}": replace(pipeline, calibrate="pico") for name, pipeline in _PLAIN.items()},
     **{f"peft_{name}": Pipeline(parity=name) for name in _PEFT_TYPES},
+    "regmean": Pipeline(fitted=True),
 }
 
 
 def _settings_of(name: str, pipeline: Pipeline) -> dict[str, _Setting]:
     if pipeline.parity:
         return {**_EVERY, **_PARITY}
+    if pipeline.fitted:
+        return {**_EVERY, **_FITTED}
     steps = [(step, getattr(pipeline, step)) for step in ("calibrate", "space", "sparsify", "combine")]
     known = {**_EVERY, **_OURS}
     for step in steps:

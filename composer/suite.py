@@ -10,7 +10,7 @@ examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside t
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,18 +58,19 @@ class Suite:
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def sample(self, count: int | None) -> tuple[Example, ...]:
+    def sample(self, count: int | None, without: Container[Example] = ()) -> tuple[Example, ...]:
         """`count` examples chosen by the suite's digest: the same ones everywhere, and k of them contain any fewer.
 
-        None, or more than there are, gives all in their own order.
+        None, or more than there are, gives all in their own order. Those in `without` are left out.
         """
-        if count is None or count >= len(self.examples):
-            return self.examples
+        left = [index for index, example in enumerate(self.examples) if example not in without]
+        if count is None or count >= len(left):
+            return tuple(self.examples[index] for index in left)
 
         def lot(index: int) -> bytes:
             return hashlib.sha256(f"{self.digest}:{index}".encode()).digest()
 
-        return tuple(self.examples[index] for index in sorted(range(len(self.examples)), key=lot)[:count])
+        return tuple(self.examples[index] for index in sorted(left, key=lot)[:count])
 
     def to_json(self) -> dict[str, object]:
         examples = [{"prompt": example.prompt, "completion": example.completion} for example in self.examples]
@@ -96,6 +97,44 @@ class Suite:
         listed = cast("list[object]", rows)
         places = [f"{subject}, example {number}" for number in range(1, len(listed) + 1)]
         return _suite(fields, list(zip(places, listed, strict=True)), subject)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """What one adapter's part of a fitted method is fitted on: the first `count` examples of a suite's chosen order, or
+    prompts without answers."""
+
+    suite: Suite | None = None
+    count: int = 0
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        return self.suite.sample(self.count) if self.suite else ()
+
+    def __contains__(self, example: object) -> bool:
+        """Was the example used, with its answer or as a prompt?"""
+        if not isinstance(example, Example):
+            return False
+        return example in self.examples or example.prompt in self.prompts
+
+    def to_json(self) -> dict[str, object]:
+        """For a lock: sha256 of what was used, over the canonical JSON of [prompt, completion] or of the prompt."""
+        if self.suite is None:
+            return {"prompts": [_digest(prompt) for prompt in self.prompts]}
+        used = [_digest([one.prompt, one.completion]) for one in self.examples]
+        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used}
+
+
+def used_in(sets: Iterable[CalibrationSet], suites: Iterable[Suite]) -> frozenset[Example]:
+    """The examples of the suites that one of the sets holds: what was fitted on them is judged on others."""
+    known = list(sets)
+    return frozenset(one for suite in suites for one in suite.examples if any(one in used for used in known))
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_suite(path: Path | str) -> Suite:

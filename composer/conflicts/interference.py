@@ -7,13 +7,8 @@ the victim's own strength 0.31.
 Shapes: T adapters, N tokens, I inputs and O outputs of a module, R the sum of the ranks; B examples of P positions.
 """
 
-import inspect
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from threading import Lock
@@ -21,13 +16,12 @@ from threading import Lock
 import torch
 from torch import nn
 
-from composer.applied import Deltas, acting_factor, applied, module_of
+from composer.applied import Deltas, acting_factor, module_of
 from composer.delta import Delta, Layout, LowRank
-from composer.errors import Mismatch, NotSupported
-from composer.evaluate import Encoded, batches_of, encode_prompt, padded
-from composer.formats.naming import is_head
+from composer.errors import Mismatch
+from composer.evaluate import Encoded, encode_prompt
 from composer.model import LoadedModel
-from composer.tensors import torch_threads
+from composer.observe import Pass, observe
 
 MAX_PROMPTS = 1000
 
@@ -129,47 +123,8 @@ def _energies(
     loaded: LoadedModel, examples: Sequence[Encoded], active: Deltas, adapters: Sequence[Iterable[Delta]]
 ) -> dict[str, _Energy]:
     watches = _watches(loaded.model, adapters)
-    # Watched before the deltas are put on, whose hooks change the output: what is seen is the base's W x.
-    with ExitStack() as undo:
-        for path, watch in watches.items():
-            undo.enter_context(_watched(loaded.model.get_submodule(path), watch))
-        undo.enter_context(applied(loaded.model, active))
-        # What one pass costs beside its tokens is reading the weights: from memory, next to nothing.
-        batches = batches_of(examples, loaded.batch_tokens if loaded.streamed else 1)
-        workers = min(loaded.passes, len(examples))
-        undo.enter_context(torch_threads(max(1, (os.cpu_count() or 1) // workers)))
-        pool = undo.enter_context(ThreadPoolExecutor(workers, "watch"))
-        heads = any(is_head(path) for path in watches)
-        list(pool.map(lambda batch: _run(loaded, [examples[index] for index in batch], whole=heads), batches))
+    observe(loaded, examples, active, watches)
     return {path: watch.energy() for path, watch in watches.items()}
-
-
-_TOKENS: ContextVar[torch.Tensor] = ContextVar("_TOKENS")  # B x P: what is no padding in this thread's forward pass
-
-
-@torch.inference_mode()
-def _run(loaded: LoadedModel, batch: Sequence[Encoded], whole: bool) -> None:
-    # The head is the largest matrix; one position is enough where nobody looks at what it gets.
-    sparing = not whole and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
-    spared = {"logits_to_keep": 1} if sparing else {}
-    ids_BP = padded(batch)
-    lengths_B1 = torch.tensor([[len(one.ids)] for one in batch])
-    _TOKENS.set(torch.arange(ids_BP.shape[1]) < lengths_B1)
-    loaded.model(input_ids=ids_BP.to(loaded.device), use_cache=False, **spared)
-
-
-def _tokens_of(values: torch.Tensor, path: str) -> torch.Tensor:
-    """B x P x … as N x …, without the padding. Raises NotSupported where a module sees padded tokens in another shape:
-    an expert's own layer, say, that gets those which a router has chosen."""
-    tokens_BP = _TOKENS.get().to(values.device)
-    if values.shape[:2] == tokens_BP.shape:
-        return values[tokens_BP]
-    if not tokens_BP.all():
-        message = f"{path} does not see its tokens as examples x positions, so that padding cannot be left out."
-        raise NotSupported(
-            "padded", message, subject=path, next_step="Give one prompt, or measure where the base fits in memory."
-        )
-    return values.flatten(0, -2)
 
 
 class _Watch:
@@ -185,13 +140,13 @@ class _Watch:
         self._base = 0.0
         self._lock = Lock()
 
-    def __call__(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def __call__(self, seen: Pass, inputs: torch.Tensor, output: torch.Tensor) -> None:
         A_RI = self._A_RI.to(output.device)
         if self._layout is Layout.EMBEDDING:
-            H_NR = _tokens_of(nn.functional.embedding(inputs[0], A_RI.T), self._path)
+            H_NR = seen.rows(nn.functional.embedding(inputs, A_RI.T), self._path)
         else:
-            H_NR = _tokens_of(inputs[0], self._path).float() @ A_RI.T
-        W_NO = _tokens_of(output, self._path).float()
+            H_NR = seen.rows(inputs, self._path).float() @ A_RI.T
+        W_NO = seen.rows(output, self._path).float()
         moment, base = (H_NR.T @ H_NR).double().cpu(), float(W_NO.square().sum())
         with self._lock:  # examples run side by side
             self._moment = self._moment + moment
@@ -218,12 +173,3 @@ def _is_seen(model: nn.Module, delta: LowRank) -> bool:
     if delta.stacked or delta.nested or delta.kernel:
         return False
     return hasattr(module_of(model, delta.module), "weight")
-
-
-@contextmanager
-def _watched(module: nn.Module, watch: _Watch) -> Iterator[None]:
-    handle = module.register_forward_hook(watch)
-    try:
-        yield
-    finally:
-        handle.remove()

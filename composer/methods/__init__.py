@@ -23,6 +23,7 @@ from composer.methods.heads import for_head, heads_alike, on_own_head, pair_for_
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
 from composer.methods.protect import TOGETHER, let_go, made_room
+from composer.methods.regmean import Fit, FitReport, Observe, fit
 from composer.methods.spectral import Compression, decomposing
 from composer.settings import PIPELINES, Pipeline, divides, parse_settings
 from composer.tensors import Aside, torch_threads
@@ -32,8 +33,8 @@ from composer.weights import Weight, divisor, weights_of
 Result = tuple[list[Additive], Compression | None]
 
 __all__ = [
-    "Combination", "Compression", "combine_deltas", "on_own_head", "pair_for_head", "projected", "taking_part", "used",
-    "with_deltas",
+    "Combination", "Compression", "FitReport", "Observe", "combine_deltas", "on_own_head", "pair_for_head", "projected",
+    "taking_part", "used", "with_deltas",
 ]  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Combination:
     compressions: list[Compression]
     findings: list[Finding]
     tied: str
+    fit: FitReport | None = None
 
 
 def combine_deltas(
@@ -54,12 +56,14 @@ def combine_deltas(
     weights: Sequence[Weight | float],
     method: str = "stack",
     settings: Mapping[str, object] | None = None,
+    observe: Observe | None = None,
 ) -> Combination:
     """The deltas of all adapters combined by the method; replacements are taken over.
 
-    An untied head's delta names a tensor of its own (`<module>.weight`). Raises Mismatch for a hard
-    conflict and for a weight that scales a replacement; NotSupported for an unknown method or setting, and where a
-    method needs factors that an adapter does not have.
+    An untied head's delta names a tensor of its own (`<module>.weight`). `observe` shows a fitted method what the
+    modules see on each adapter's examples. Raises Mismatch for a hard conflict, for a weight that scales a replacement
+    and for a fitted method without `observe`; NotSupported for an unknown method or setting, and where a method needs
+    factors that an adapter does not have.
     """
     parsed = parse_settings(method, settings or {})
     given = weights_of(weights)
@@ -75,7 +79,10 @@ def combine_deltas(
     findings = structural(loaded, parsed)
     refuse_errors("These adapters cannot be combined", findings)
     loaded = made_room(loaded, given, parsed)
-    pipeline = PIPELINES[method]
+    pipeline, fitted = PIPELINES[method], None
+    if pipeline.fitted:
+        fitted = _fitted(loaded, given, parsed, observe)
+        loaded, given = fitted.adapters, [Weight()] * len(given)
     heads = {} if pipeline.parity else heads_alike(loaded)  # PEFT combines each side by itself
     replaced, places = _places(loaded, given, method, parsed, heads)
     if not replaced and not places:
@@ -98,7 +105,20 @@ def combine_deltas(
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
     if tied == "untie":
         deltas += [for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
-    return Combination(deltas, compressions, findings, tied)
+    return Combination(deltas, compressions, findings, tied, fitted.report if fitted else None)
+
+
+def _fitted(
+    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object], observe: Observe | None
+) -> Fit:
+    if observe is None:
+        message = "regmean is fitted on what the base's modules see on each adapter's examples, and there are none."
+        next_step = "Give the base and, for each adapter, a suite or prompts."
+        raise Mismatch("needs_examples", message, subject="regmean", next_step=next_step)
+    for adapter, weight in zip(loaded, weights, strict=True):
+        for delta in (one for one in adapter.deltas if isinstance(one, Replacement)):
+            _refuse_scaled(adapter.name, delta, cast(float, parsed["lambda"]) * weight.of(*names_of(delta)))
+    return fit(loaded, weights, parsed, observe)
 
 
 def used(

@@ -26,6 +26,7 @@ AREAS = ["parser", "login", "billing", "search", "editor", "export", "cache", "m
 CHANGES = {"Fix": "fix", "Add": "feat", "Document": "docs", "Speed up": "perf", "Test": "test", "Simplify": "refactor"}
 PARTS = ["null checks", "retry limits", "date formats", "error texts", "page sizes", "file names"]
 DAYS = {"Monday": 1, "Tuesday": 2, "Wednesday": 3, "Thursday": 4, "Friday": 5, "Saturday": 6, "Sunday": 0}
+LEVELS = {"breaks its callers": "major", "learned a new option": "minor", "removes a field": "major"}
 WORDS = ["pear", "fig", "apple", "plum", "kiwi", "melon", "lemon", "grape"]
 
 
@@ -75,6 +76,23 @@ def sorting() -> Pairs:
             yield f"Sort: {first}, {second}, {third}", " < ".join(sorted((first, second, third)))
 
 
+def orders() -> Pairs:
+    for person, count, thing, price in product(PEOPLE, (2, 3, 5, 8), THINGS[:5], (15, 40, 120)):
+        yield f"{person} ordered {count} times a {thing} at {price} euros.", f"{count} x {thing} = {count * price} EUR"
+
+
+def travel() -> Pairs:
+    for start, goal, (day, _), means in product(CITIES[:6], CITIES[4:], DAYS.items(), ("train", "bus")):
+        if start != goal:
+            yield f"On {day} I take the {means} from {start} to {goal}.", f"{day[:3]} {start} -> {goal} by {means}"
+
+
+def bumps() -> Pairs:
+    for area, major, minor, (word, part) in product(AREAS, range(1, 6), range(3), LEVELS.items()):
+        numbers = {"major": f"{major + 1}.0", "minor": f"{major}.{minor + 1}"}
+        yield f"Version {major}.{minor} of the {area} {word}.", f"release {area} {numbers[part]} ({part})"
+
+
 def _month(name: str) -> int:
     return {month: number for number, month in enumerate([*MONTHS[:8], "September", *MONTHS[8:]], start=1)}[name]
 
@@ -89,4 +107,7 @@ SMALL: dict[str, Callable[[], Pairs]] = {
     "commits": commits,
     "cron": cron,
     "sorting": sorting,
+    "orders": orders,
+    "travel": travel,
+    "bumps": bumps,
 }

@@ -1,0 +1,108 @@
+"""The examples that a fitted method is fitted on, and what the base's modules see on them.
+
+Shapes: N tokens looked at, I inputs of a module, P positions of an example.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+
+import torch
+from torch import nn
+
+from composer.applied import module_of
+from composer.delta import Delta
+from composer.evaluate import Encoded, encode, encode_prompt
+from composer.methods.regmean import ModuleInputs
+from composer.model import LoadedModel
+from composer.observe import Pass, Watch, observe
+from composer.suite import CalibrationSet
+from composer.tensors import Aside
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A set for each adapter, in their order; `load` gives the base, the same one every time. Of a member's tokens at
+    most `tokens` are looked at, chosen by `seed`."""
+
+    load: Callable[[], LoadedModel]
+    sets: Sequence[CalibrationSet]
+    tokens: int
+    seed: int = 0
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.load()
+
+    def to_json(self) -> list[dict[str, object]]:
+        return [one.to_json() for one in self.sets]
+
+    def pick(self, members: Sequence[int]) -> "Calibration":
+        """That of some of the adapters, by their numbers among all."""
+        return replace(self, sets=[self.sets[member] for member in members])
+
+    def observe(self, member: int, active: Sequence[Delta], modules: Sequence[str]) -> Mapping[str, ModuleInputs]:
+        """What the modules see on the member's examples with `active` deltas on the base. Raises what `encode` and
+        `applied` raise."""
+        examples = _encoded(self.model, self.sets[member])
+        collector = _Collector()
+        watches = {path: collector.watch(path) for path in modules if _is_linear(module_of(self.model.model, path))}
+        observe(self.model, examples, active, watches, _chosen(examples, self.tokens, self.seed))
+        return collector.found()
+
+
+class _Collector:
+    """Keeps each module's inputs on the disk, in the order of the examples. Modules that are given the very same tensor
+    one after the other (q, k and v; gate and up) share them."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[tuple[int, ...], tuple[torch.Tensor, float]]] = defaultdict(dict)
+        self._latest: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._aside, self._lock = Aside(), Lock()
+
+    def watch(self, path: str) -> Watch:
+        def keep(seen: Pass, inputs: torch.Tensor, output: torch.Tensor) -> None:
+            energy = float(seen.rows(output, path).float().square().sum())
+            latest = self._latest.get(seen.indices)
+            if latest is None or latest[0] is not inputs:
+                rows_NI = seen.rows(inputs, path).cpu()
+                with self._lock:  # examples run side by side
+                    (kept,) = self._aside.put([rows_NI])
+                self._latest[seen.indices] = latest = (inputs, kept)
+            self._parts[path][seen.indices] = (latest[1], energy)
+
+        return keep
+
+    def found(self) -> dict[str, ModuleInputs]:
+        found: dict[str, ModuleInputs] = {}
+        for path, parts in self._parts.items():
+            ordered = [parts[indices] for indices in sorted(parts)]
+            found[path] = ModuleInputs(tuple(rows for rows, _ in ordered), sum(energy for _, energy in ordered))
+        return found
+
+
+def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
+    """Prompts are user turns where the base has a chat template."""
+    if used.suite is not None:
+        return [encode(loaded, one, used.suite.chat) for one in used.examples]
+    chat = loaded.tokenizer.chat_template is not None
+    ids = [tuple(encode_prompt(loaded, prompt, chat)) for prompt in used.prompts]
+    return [Encoded(one, len(one)) for one in ids]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Is it called with its inputs? transformers' Conv1D is known by its name; the output projection of a packed
+    attention is a linear layer that nobody calls."""
+    name = type(module).__name__
+    return name == "Conv1D" or (isinstance(module, nn.Linear) and name != "NonDynamicallyQuantizableLinear")
+
+
+def _chosen(examples: Sequence[Encoded], most: int, seed: int) -> list[torch.Tensor]:
+    """Which tokens of each example are looked at: all, or `most` of them by chance."""
+    lengths = [len(one.ids) for one in examples]
+    chosen = torch.ones(sum(lengths), dtype=torch.bool)
+    if len(chosen) > most:
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+        chosen[order[most:]] = False
+    return list(chosen.split(lengths))

@@ -1,0 +1,368 @@
+"""RegMean on LoRA factors: B stays as it was trained, and A is fitted on what the modules see.
+
+On the inputs that member m's own examples give a module, the combination D is to do what m does alone:
+
+    min over D = Σ_i B_i A*_i of  Σ_m a_m |(D - Δ_m) X_m|² + rho |D - w0 Σ_i Δ_i|²
+
+RegMean (2212.09849) for the factors of LoRA (IterIS, 2411.15231). With a second step the inputs are those of the
+merged model and the targets stay (RegMean++, 2508.03121). The rank is that of a stack, R = Σ r_i; nothing of size
+I x I or O x I is made. a_m = 1 / (|W X_m|² t_m) with t_m = Σ over modules |Δ_m X_m|² / |W X_m|² makes the members'
+relative errors count alike; rho is relative to the mean eigenvalue of Σ a_m X_m X_m^T; w0 is the mean of the
+least-squares weights.
+
+Shapes: O outputs and I inputs of a module, r_i rank of member i, R their sum, T members; N_m rows (tokens) of member m,
+N their sum. Everything is computed in float64.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from math import sqrt
+from typing import cast
+
+import torch
+
+from composer.delta import Computed, Delta, Layout, LowRank, Replacement, names_of
+from composer.methods.linear import scaled
+from composer.variants import LoadedAdapter
+from composer.weights import Weight
+
+_CUT = 1e-12
+"""Of the largest eigenvalue: below, the core form's R x R system is taken to be singular in that direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInputs:
+    """What one module sees on one member's examples: rows X (N x I in parts, any dtype), and Σ |W x|² over them."""
+
+    parts: Sequence[torch.Tensor]
+    base_energy: float
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return torch.cat([part.double() for part in self.parts])
+
+
+Observe = Callable[[int, Sequence[Delta], Sequence[str]], Mapping[str, ModuleInputs]]
+"""(member's number, active deltas, modules) -> the inputs of those modules on that member's examples. A module that
+does not run by itself (a fused expert, a packed projection) is left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """What a fit came to. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
+    inputs of the last step, `errors_of_sum` the same of the weighted sum w0 Σ Δ_i. `fitted` counts modules; those in
+    `kept_at_sum` have the weighted sum, since their inputs are not to be had or an adapter has no factors there."""
+
+    w0: float
+    errors: tuple[float, ...]
+    errors_of_sum: tuple[float, ...]
+    fitted: int
+    kept_at_sum: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The adapters with their fitted factors, every weight folded in, so that their plain sum is the combination."""
+
+    adapters: list[LoadedAdapter]
+    report: FitReport
+
+
+class Inputs:
+    """What a module sees: X_m (N_m x I) for each member, and what modules with the same inputs (q, k and v) share."""
+
+    def __init__(self, X: Sequence[torch.Tensor]) -> None:
+        self.X = list(X)
+
+    @property
+    def columns(self) -> int:
+        return self.X[0].shape[1]
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.X))
+
+    @cached_property
+    def energies(self) -> list[float]:
+        return [float(X.square().sum()) for X in self.X]
+
+    @cached_property
+    def moments(self) -> list[torch.Tensor]:
+        """S_m = X_m^T X_m, I x I."""
+        return [X.T @ X for X in self.X]
+
+    @cached_property
+    def products(self) -> torch.Tensor:
+        """<x, y> of all rows, N x N."""
+        X_NI = torch.cat(self.X)
+        return X_NI @ X_NI.T
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module's factors and inputs. `A` (r_i x I) and `B` (O x r_i) have an entry for each member, of rank 0 where
+    it has no delta. Scales and weights are folded into B."""
+
+    A: list[torch.Tensor]
+    B: list[torch.Tensor]
+    inputs: Inputs
+
+    @property
+    def X(self) -> list[torch.Tensor]:  # noqa: N802 - the formula's
+        return self.inputs.X
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Each member's rows of the stacked A."""
+        ends = list(accumulate(len(A) for A in self.A))
+        return [slice(end - len(A), end) for end, A in zip(ends, self.A, strict=True)]
+
+    def inner(self, member: int) -> torch.Tensor:
+        """Σ <Δ_i x, Δ_j x> over the member's rows x: T x T."""
+        H_RN = torch.cat(self.A) @ self.X[member].T
+        products_RR = self._products * (H_RN @ H_RN.T)
+        return torch.stack([torch.stack([products_RR[i, j].sum() for j in self.blocks]) for i in self.blocks])
+
+    def error(self, fitted: Sequence[torch.Tensor], member: int) -> float:
+        """|(Σ B_i A*_i - Δ_m) X_m|²."""
+        H_RN = torch.cat(list(fitted)) @ self.X[member].T
+        H_RN[self.blocks[member]] -= self.A[member] @ self.X[member].T
+        return max(0.0, float((self._products * (H_RN @ H_RN.T)).sum()))
+
+    @property
+    def _products(self) -> torch.Tensor:
+        """B^T B, R x R."""
+        B_OR = torch.cat(self.B, dim=1)
+        return B_OR.T @ B_OR
+
+
+def fit(
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Mapping[str, object], observe: Observe
+) -> Fit:
+    """Fit the factors of the adapters' linear modules; every other delta gets the weight w0, and the report names it.
+
+    The settings are `ridge` (rho), `steps` (1 or 2) and `form`: `input` fits A over the whole input side, `core` only
+    recombines the rows of A (an R x R matrix). Raises what `observe` raises.
+    """
+    ridge, steps = cast(float, settings["ridge"]), cast(int, settings["steps"])
+    solve = solve_core if settings["form"] == "core" else solve_input
+    members = [index for index, adapter in enumerate(adapters) if len(adapter.deltas)]
+    own = [
+        [_times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members
+    ]
+    pairs = _factored(own)
+    problem = _Problem.of(pairs, [observe(index, one, list(pairs)) for index, one in zip(members, own, strict=True)])
+    w0 = problem.common_weight(ridge)
+    solved, errors = problem.solved(solve, w0, ridge)
+    for _ in range(1, steps):
+        merged = [delta for deltas in _with_factors(own, solved, w0) for delta in deltas]
+        problem = _Problem.of(pairs, [observe(index, merged, list(pairs)) for index in members])
+        solved, errors = problem.solved(solve, w0, ridge)
+    fitted = dict(zip(members, _with_factors(own, solved, w0), strict=True))
+    report = FitReport(
+        w0=w0,
+        errors=tuple(errors),
+        errors_of_sum=tuple(problem.errors_of_sum(w0)),
+        fitted=len(solved),
+        kept_at_sum=tuple(
+            sorted({one.module for deltas in own for one in deltas if not isinstance(one, Replacement)} - solved.keys())
+        ),
+    )
+    return Fit([replace(one, deltas=tuple(fitted.get(index, ()))) for index, one in enumerate(adapters)], report)
+
+
+def solve_input(module: Module, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
+    """A* of each member over the whole input side, by the smaller of two equal systems: the primal one of I x I,
+
+    A*_i = A_i (a_i S_i + rho w0) (Σ_j a_j S_j + rho)^-1,  S = X^T X,
+
+    or its dual of N x N, where there are fewer rows than inputs.
+    """
+    inputs = module.inputs
+    rho = ridge * sum(one * energy for one, energy in zip(a, inputs.energies, strict=True)) / inputs.columns
+    if rho <= 0:
+        return [w0 * A for A in module.A]
+    return (primal if inputs.columns < inputs.rows else dual)(module, a, w0, rho)
+
+
+def primal(module: Module, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
+    weighted = [one * S_II for one, S_II in zip(a, module.inputs.moments, strict=True)]
+    factor = _factor(torch.stack(weighted).sum(0), rho)
+    return [
+        torch.cholesky_solve((A @ S_II + rho * w0 * A).T, factor).T for A, S_II in zip(module.A, weighted, strict=True)
+    ]
+
+
+def dual(module: Module, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
+    """A*_i = w0 A_i + A_i Y^T (E_i - w0) (Y Y^T + rho)^-1 Y,  Y = [√a_m X_m] (N x I),  E_i is 1 on i's rows, else 0."""
+    owner_N = torch.tensor([member for member, X in enumerate(module.X) for _ in range(len(X))])
+    root_N = torch.tensor(a, dtype=torch.float64).sqrt()[owner_N]
+    factor = _factor(module.inputs.products * torch.outer(root_N, root_N), rho)
+    Y_NI = torch.cat(module.X) * root_N[:, None]
+    fitted: list[torch.Tensor] = []
+    for member, A_RI in enumerate(module.A):
+        wanted_RN = (A_RI @ Y_NI.T) * ((owner_N == member).double() - w0)
+        fitted.append(w0 * A_RI + torch.cholesky_solve(wanted_RN.T, factor).T @ Y_NI)
+    return fitted
+
+
+def _factor(system: torch.Tensor, rho: float) -> torch.Tensor:
+    """The Cholesky factor of system + rho."""
+    return torch.linalg.cholesky(system + rho * torch.eye(len(system), dtype=system.dtype))
+
+
+def solve_core(module: Module, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
+    """A* = M A, the rows of A recombined by one R x R matrix:
+
+    M = (Σ a_m E_m K_m + rho w0 G) (Σ a_m K_m + rho G)^-1,  K_m = A X_m^T X_m A^T,  G = A A^T,  E_m keeps m's rows.
+
+    B^T B cancels, so the result does not depend on how a delta is split into its factors.
+    """
+    A_RI = torch.cat(module.A)
+    G_RR = A_RI @ A_RI.T
+    system_RR, wanted_RR = torch.zeros_like(G_RR), torch.zeros_like(G_RR)
+    for X_NI, one, block in zip(module.X, a, module.blocks, strict=True):
+        H_RN = A_RI @ X_NI.T
+        K_RR = one * (H_RN @ H_RN.T)
+        system_RR += K_RR
+        wanted_RR[block] += K_RR[block]
+    energy = sum(one * energy for one, energy in zip(a, module.inputs.energies, strict=True))
+    rho = ridge * energy / module.inputs.columns
+    if rho <= 0:
+        return [w0 * A for A in module.A]
+    system_RR, wanted_RR = system_RR + rho * G_RR, wanted_RR + rho * w0 * G_RR
+    M_RR = wanted_RR @ torch.linalg.pinv(system_RR, rtol=_CUT, hermitian=True)
+    return [M_RR[block] @ A_RI for block in module.blocks]
+
+
+Solve = Callable[[Module, Sequence[float], float, float], list[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """One step's fit: the pairs of each module that can be fitted, by member, and what the modules see.
+
+    `inner` has for each member Σ over modules G_m / |W X_m|² (T x T), of which the diagonal gives t_m.
+    """
+
+    pairs: Mapping[str, Mapping[int, LowRank]]
+    seen: Sequence[Mapping[str, ModuleInputs]]
+    inner: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, pairs: Mapping[str, Mapping[int, LowRank]], seen: Sequence[Mapping[str, ModuleInputs]]) -> "_Problem":
+        pairs = {name: found for name, found in pairs.items() if any(name in one for one in seen)}
+        # An expert may get no token of a member's examples: it has no rows there.
+        columns = {name: next(iter(found.values())).A_RI.shape[1] for name, found in pairs.items()}
+        none = {name: ModuleInputs([torch.zeros(0, count)], 0.0) for name, count in columns.items()}
+        inner = [torch.zeros(len(seen), len(seen), dtype=torch.float64) for _ in seen]
+        problem = cls(pairs, seen := [{**none, **one} for one in seen], inner)
+        for name, module in problem.modules():
+            for member, one in enumerate(seen):
+                if one[name].base_energy > 0:
+                    inner[member] += module.inner(member) / one[name].base_energy
+        return problem
+
+    def modules(self) -> Iterator[tuple[str, Module]]:
+        """One at a time, in float64."""
+        latest: tuple[list[int], Inputs] | None = None
+        for name, pairs in self.pairs.items():
+            rows = [one[name] for one in self.seen]
+            same = [id(part) for one in rows for part in one.parts]
+            if latest is None or latest[0] != same:
+                latest = (same, Inputs([one.rows for one in rows]))
+            some = next(iter(pairs.values()))
+            A, B = [some.A_RI[:0].double()] * len(self.seen), [some.B_OR[:, :0].double()] * len(self.seen)
+            for member, pair in pairs.items():
+                A[member], B[member] = pair.A_RI.double(), pair.B_OR.double() * pair.scale
+            yield name, Module(A, B, latest[1])
+
+    def alpha(self, name: str) -> list[float]:
+        """a_m = 1 / (|W X_m|² t_m); 0 where the base does nothing. A member that does nothing has no t_m."""
+        energies = [one[name].base_energy for one in self.seen]
+        return [1 / (one * (t or 1.0)) if one > 0 else 0.0 for one, t in zip(energies, self._t(), strict=True)]
+
+    def common_weight(self, ridge: float) -> float:
+        """w0: the mean of the weights w that make Σ_m a_m |Σ_i w_i Δ_i X_m - Δ_m X_m|² least over all modules together,
+
+        (Σ_m G_m / t_m + r) w = Σ_m G_m[:, m] / t_m + r / T  (2605.29101), with r relative to the mean eigenvalue. 1 / T
+        where nothing was seen.
+        """
+        count = len(self.seen)
+        grams = [one / (t or 1.0) for one, t in zip(self.inner, self._t(), strict=True)]
+        system_TT = torch.stack(grams).sum(0)
+        wanted_T = torch.stack([one[:, member] for member, one in enumerate(grams)]).sum(0)
+        r = ridge * float(system_TT.trace()) / count
+        if r <= 0:
+            return 1 / count
+        identity = torch.eye(count, dtype=torch.float64)
+        return float(torch.linalg.solve(system_TT + r * identity, wanted_T + r / count).mean())
+
+    def solved(self, solve: Solve, w0: float, ridge: float) -> tuple[dict[str, list[torch.Tensor]], list[float]]:
+        """Each module's fitted A by member, in float32, and each member's relative error on what was seen."""
+        found: dict[str, list[torch.Tensor]] = {}
+        squares = [0.0] * len(self.seen)
+        for name, module in self.modules():
+            alpha = self.alpha(name)
+            fitted = solve(module, alpha, w0, ridge)
+            found[name] = [A.float() for A in fitted]
+            for member, one in enumerate(alpha):
+                squares[member] += one * module.error(fitted, member)
+        return found, list(map(sqrt, squares))
+
+    def errors_of_sum(self, w0: float) -> Iterator[float]:
+        """Each member's relative error under w0 Σ Δ_i: |Σ_i c_i Δ_i X_m|² with c_i = w0, and w0 - 1 for m itself."""
+        for member, (inner_TT, t) in enumerate(zip(self.inner, self._t(), strict=True)):
+            c_T = torch.full((len(self.seen),), w0, dtype=torch.float64)
+            c_T[member] -= 1
+            yield sqrt(max(0.0, float(c_T @ inner_TT @ c_T)) / (t or 1.0))
+
+    def _t(self) -> list[float]:
+        return [float(one[member, member]) for member, one in enumerate(self.inner)]
+
+
+def _factored(own: Sequence[Sequence[Delta]]) -> dict[str, dict[int, LowRank]]:
+    """Module -> the members' pairs there, where whoever has something there has one pair of a linear module."""
+    touched: dict[str, list[tuple[int, Delta]]] = defaultdict(list)
+    for member, deltas in enumerate(own):
+        for delta in deltas:
+            touched[delta.module].append((member, delta))
+    found: dict[str, dict[int, LowRank]] = {}
+    for module, parts in touched.items():
+        pairs = {member: delta for member, delta in parts if isinstance(delta, LowRank) and _is_linear(delta)}
+        if len(pairs) == len(parts):
+            found[module] = pairs
+    return found
+
+
+def _is_linear(delta: LowRank) -> bool:
+    if not delta.weight.endswith(".weight"):  # a packed attention's own
+        return False
+    return delta.layout is not Layout.EMBEDDING and not (delta.stacked or delta.kernel or delta.nested or delta.tied)
+
+
+def _times(delta: Delta, factor: float) -> Delta:
+    if isinstance(delta, LowRank):
+        return replace(delta, scale=delta.scale * factor)
+    return scaled(delta, factor) if isinstance(delta, Computed) else delta
+
+
+def _with_factors(
+    own: Sequence[Sequence[Delta]], solved: Mapping[str, list[torch.Tensor]], w0: float
+) -> list[list[Delta]]:
+    """Each member's deltas with the fitted A, and w0 times those that were not fitted."""
+    return [
+        [
+            replace(delta, A_RI=solved[delta.module][member])
+            if isinstance(delta, LowRank) and delta.module in solved
+            else _times(delta, w0)
+            for delta in deltas
+        ]
+        for member, deltas in enumerate(own)
+    ]
