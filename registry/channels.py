@@ -366,8 +366,11 @@ def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[
     # What users get: a yanked release on the channel is no yardstick.
     given = serving(session, session.get_one(Channel, release.channel_id, populate_existing=True))
     served = gates.scores(session, given.to_release) if given else None
-    own = gates.scores(session, session.get_one(Release, release.id))
-    return gates.judge(rules, own, served, gates.scores(session, session.get_one(Base, release.base_digest)))
+    candidate = session.get_one(Release, release.id)
+    inputs, hides = gates.lineage(session, candidate)
+    base = gates.scores(session, session.get_one(Base, release.base_digest))
+    against = gates.References(base=base, served=served, inputs=inputs, hides_inputs=hides)
+    return gates.judge(rules, gates.scores(session, candidate), against)
 
 
 def _locked(repository: Repository, name: str) -> Select[Channel]:

@@ -3,27 +3,33 @@
 sql-exact.accuracy >= 0.5                 the score itself
 guard-general.nll within 0.1 of served    not worse than what the channel serves by more than 0.1
 guard-general.nll within 0.1 of base      not worse than the base by more than 0.1
+sql-exact.nll within 0.1 of inputs        not worse than the best input of the composition by more than 0.1
+sql-exact.accuracy keeps 0.9 of inputs    at least 0.9 of the best input's exact match
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import audit, suites
+from registry import audit, namespaces, suites
 from registry.audit import Act, Actor
 from registry.errors import Usage
-from registry.models import Base, Gate, Release, Repository, Score
+from registry.models import Base, Gate, Release, ReleaseInput, Repository, Score
 from registry.names import parse_part
 from registry.suites import Condition, exact, parse_condition
 
 MAX_RULES = 50
 _WITHIN = re.compile(
-    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+within\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s+of\s+(served|base)\s*"
+    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+within\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s+of\s+"
+    r"(served|base|inputs)\s*"
+)
+_KEEPS = re.compile(
+    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+keeps\s+(0(?:\.\d+)?|1(?:\.0+)?)\s+of\s+inputs\s*"
 )
 
 
@@ -40,7 +46,21 @@ class Within:
         return f"{self.suite}.{self.metric} within {exact(self.margin)} of {self.other}"
 
 
-Rule = Condition | Within
+@dataclass(frozen=True, slots=True)
+class Keeps:
+    """At least `share` of the best input's score, of a metric of which more is better."""
+
+    suite: str
+    metric: str
+    share: float
+
+    other = "inputs"
+
+    def __str__(self) -> str:
+        return f"{self.suite}.{self.metric} keeps {exact(self.share)} of inputs"
+
+
+Rule = Condition | Within | Keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +96,9 @@ def parse_rule(text: str) -> Rule:
     if match and isfinite(float(match.group(3))):
         suite, metric, margin, other = match.groups()
         return Within(suite, metric, float(margin), other)
+    if match := _KEEPS.fullmatch(text):
+        suite, metric, share = match.groups()
+        return Keeps(suite, metric, float(share))
     try:
         return parse_condition(text)
     except Usage as error:
@@ -83,7 +106,8 @@ def parse_rule(text: str) -> Rule:
             "bad_rule",
             f"{text[:120]!r} is not a gate rule.",
             subject=text[:120],
-            next_step="Write SUITE.METRIC>=NUMBER, SUITE.METRIC<=NUMBER or SUITE.METRIC within NUMBER of served|base.",
+            next_step="Write SUITE.METRIC>=NUMBER, SUITE.METRIC<=NUMBER, SUITE.METRIC within NUMBER of "
+            "served|base|inputs or SUITE.METRIC keeps SHARE of inputs.",
         ) from error
 
 
@@ -93,12 +117,34 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
     return [parse_rule(text) for text in texts]
 
 
-def judge(rules: Sequence[Rule], candidate: Scores, served: Scores | None, base: Scores) -> list[GateResult]:
-    """A missing score fails its rule: what was not measured was not passed. `served` is None for an empty channel."""
-    return [_judge(rule, candidate, served, base) for rule in rules]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class References:
+    """What a candidate is compared with. `served` is None for an empty channel; `inputs` is None where nothing is known
+    to have gone into it, and otherwise has the best input's score for each suite and metric. With `hides_inputs` a
+    result says nothing of these scores but whether the rule passes: not every reader of it may read every input."""
+
+    base: Scores
+    served: Scores | None = None
+    inputs: Scores | None = None
+    hides_inputs: bool = False
 
 
-def _judge(rule: Rule, candidate: Scores, served: Scores | None, base: Scores) -> GateResult:
+def best_of(members: Sequence[Scores]) -> Scores:
+    """For each suite and metric the best of the members' scores."""
+    best: dict[tuple[str, str], Measured] = {}
+    for key, own in (item for member in members for item in member.items()):
+        known = best.get(key)
+        if known is None or (own.value > known.value) == own.higher_is_better:
+            best[key] = own
+    return best
+
+
+def judge(rules: Sequence[Rule], candidate: Scores, against: References) -> list[GateResult]:
+    """A missing score fails its rule: what was not measured was not passed."""
+    return [_judge(rule, candidate, against) for rule in rules]
+
+
+def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
     key = (rule.suite, rule.metric)
     own = candidate.get(key)
     if own is None:
@@ -109,15 +155,30 @@ def _judge(rule: Rule, candidate: Scores, served: Scores | None, base: Scores) -
         )
     if isinstance(rule, Condition):
         return GateResult(str(rule), rule.holds(own.value), str(own))
-    if rule.other == "served" and served is None:
+    if rule.other == "served" and against.served is None:
         return GateResult(str(rule), True, f"{own}; the channel serves nothing yet")
-    other = (served if rule.other == "served" and served is not None else base).get(key)
+    if rule.other == "inputs" and against.inputs is None:
+        return GateResult(str(rule), False, f"{own}, but no composition made it: there are no inputs to compare with")
+    scores = {"served": against.served, "inputs": against.inputs}.get(rule.other) or {}
+    other = (against.base if rule.other == "base" else scores).get(key)
     if other is None:
-        return GateResult(
-            str(rule),
-            False,
-            f"{own}, but the {rule.other} has no {rule.metric} on the current {rule.suite}: evaluate it first",
-        )
+        missing = "no input has" if rule.other == "inputs" else f"the {rule.other} has no"
+        measure = f"{rule.metric} on the current {rule.suite}: evaluate it first"
+        return GateResult(str(rule), False, f"{own}, but {missing} {measure}")
+    result = _kept(rule, own, other) if isinstance(rule, Keeps) else _within(rule, own, other)
+    if rule.other == "inputs" and against.hides_inputs:
+        return replace(result, detail=f"{own}; the inputs' scores are not shown, since some are private")
+    return result
+
+
+def _kept(rule: Keeps, own: Measured, best: Measured) -> GateResult:
+    if not own.higher_is_better:
+        return GateResult(str(rule), False, f"{rule.metric} is better when lower: write `within NUMBER of inputs`")
+    share = f"{own.value / best.value:.0%} kept" if best.value > 0 else "the inputs have nothing to keep"
+    return GateResult(str(rule), own.value >= rule.share * best.value - 1e-9, f"{own} against {best}: {share}")
+
+
+def _within(rule: Within, own: Measured, other: Measured) -> GateResult:
     worse_by = (other.value - own.value) if own.higher_is_better else (own.value - other.value)
     change = f"worse by {worse_by:.4g}" if worse_by > 0 else f"better by {-worse_by:.4g}"
     # Decimal margins such as 0.1 have no exact binary form: a difference of just the margin passes.
@@ -148,6 +209,17 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
 def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:
     rows = session.scalars(select(Gate).where(Gate.repository_id == repository.id).order_by(Gate.channel))
     return {row.channel: parse_rules(row.rules) for row in rows}
+
+
+def lineage(session: Session, release: Release) -> tuple[Scores | None, bool]:
+    """The best scores of what the release was composed of (None without lineage), and whether some of them are in a
+    private namespace other than its own."""
+    rows = session.scalars(select(ReleaseInput.input_id).where(ReleaseInput.release_id == release.id)).all()
+    if not rows:
+        return None, False
+    inputs = [session.get_one(Release, row) for row in rows]
+    others = {one.repository.namespace for one in inputs} - {release.repository.namespace}
+    return best_of([scores(session, one) for one in inputs]), bool(others - namespaces.public_names(session))
 
 
 def scores(session: Session, subject: Release | Base) -> Scores:
