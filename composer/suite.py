@@ -5,13 +5,14 @@ kind: target                # target: what an adapter is for; guard: what must n
 description: one line
 chat: true                  # the prompt is one user turn in the base's chat template; false: plain text
 examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside this file; or the list itself
+metrics: {rouge_l: higher}  # optional: which way is better of metrics that `adaptory eval` does not measure
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
@@ -29,9 +30,13 @@ MAX_EXAMPLES = 100_000
 MAX_TEXT_CHARS = 100_000
 _SUITE = "A suite has name, kind and examples of {prompt, completion}."
 _EXAMPLE = "Write {prompt: …, completion: …}."
-FIELDS = ("name", "kind", "description", "chat", "examples")
+FIELDS = ("name", "kind", "description", "chat", "examples", "metrics")
+OPTIONAL = ("description", "metrics")
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+METRIC = re.compile(r"[a-z_][a-z0-9_]{0,63}")
+MAX_METRICS = 100
+BETTER = {"higher": True, "lower": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +49,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of examples. Two suites are the same version exactly when their `digest` is the same."""
+    """A named set of examples. Two suites are the same version exactly when their `digest` is the same.
+
+    `metrics` says of each whether a higher value is better. It isn't part of the digest: it says how scores are read,
+    not how they are measured, so that correcting it keeps them.
+    """
 
     name: str
     kind: Kind
     description: str
     chat: bool
     examples: tuple[Example, ...]
+    metrics: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
     @cached_property
     def digest(self) -> str:
-        """sha256, in hex, of `to_json` written as canonical JSON: file names, formatting and key order don't enter."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """sha256, in hex, of `content` written as canonical JSON: file names, formatting and key order don't enter."""
+        text = json.dumps(self.content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def sample(self, count: int | None, without: Container[Example] = ()) -> tuple[Example, ...]:
@@ -72,7 +82,9 @@ class Suite:
 
         return tuple(self.examples[index] for index in sorted(left, key=lot)[:count])
 
-    def to_json(self) -> dict[str, object]:
+    @property
+    def content(self) -> dict[str, object]:
+        """What is measured, as JSON: all but `metrics`."""
         examples = [{"prompt": example.prompt, "completion": example.completion} for example in self.examples]
         return {
             "name": self.name,
@@ -81,6 +93,10 @@ class Suite:
             "chat": self.chat,
             "examples": examples,
         }
+
+    def to_json(self) -> dict[str, object]:
+        better = {metric: "higher" if higher else "lower" for metric, higher in self.metrics.items()}
+        return self.content | ({"metrics": better} if better else {})
 
     @classmethod
     def from_json(cls, document: object, subject: str = "suite") -> "Suite":
@@ -203,7 +219,7 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
         )
     fields = cast("dict[str, object]", document)
     unknown = sorted(shown(key) for key in fields if key not in FIELDS)
-    missing = [key for key in FIELDS if key not in fields and key != "description"]
+    missing = [key for key in FIELDS if key not in fields and key not in OPTIONAL]
     if unknown or missing:
         problem = f"unknown field {unknown[0]}" if unknown else f"field {missing[0]} is missing"
         raise InvalidFile(
@@ -231,7 +247,22 @@ def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject
                 next_step=_SUITE,
             )
     examples = tuple(_example(row, place) for place, row in rows)
-    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples)
+    metrics = _metrics(fields.get("metrics", {}), subject)
+    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples, metrics)
+
+
+def _metrics(value: object, subject: str) -> dict[str, bool]:
+    stated = cast("dict[object, object]", value) if isinstance(value, dict) else None
+    if stated is not None and len(stated) <= MAX_METRICS:
+        known = {m: BETTER[b] for m, b in stated.items() if isinstance(m, str) and isinstance(b, str) and b in BETTER}
+        if len(known) == len(stated) and all(map(METRIC.fullmatch, known)):
+            return known
+    raise InvalidFile(
+        "suite_field",
+        f"{subject}: metrics must map at most {MAX_METRICS} names (lower-case letters, digits, _) to higher or lower.",
+        subject=subject,
+        next_step="Write which way is better, as in metrics: {rouge_l: higher, seconds: lower}.",
+    )
 
 
 def _is_text(value: object, least: int) -> bool:

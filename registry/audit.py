@@ -55,8 +55,10 @@ class Act(StrEnum):
     RELEASE_UNYANK = "release:unyank"
     RELEASE_YANK = "release:yank"
     REPOSITORY_CREATE = "repository:create"
+    SCORE_DELETE = "score:delete"
     SCORE_RECORD = "score:record"
     SUITE_ADD = "suite:add"
+    SUITE_METRIC = "suite:metric"
     TOKEN_CREATE = "token:create"  # noqa: S105  (the name of an act)
     TOKEN_REVOKE = "token:revoke"  # noqa: S105
     UPLOAD_EXPIRE = "upload:expire"

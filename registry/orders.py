@@ -8,7 +8,7 @@ import orjson
 from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, select, tuple_
 from sqlalchemy.orm import Session
 
-from registry import suites
+from registry import metrics, suites
 from registry.descriptions import CURRENT_SUITES, Stamp
 from registry.errors import Usage
 from registry.models import Channel, Release, Score
@@ -143,4 +143,4 @@ def by_of(session: Session, order: Order, values: dict[str, Any]) -> By:
         )
     suite = suites.find(session, suite_name)
     values |= {"by_suite": suite.id, "by_metric": metric}
-    return By("value", suites.is_higher_better(session, suite, metric), goes_on)
+    return By("value", metrics.is_higher_better(session, suite.name, metric), goes_on)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
 from composer.suite import Suite as SuiteContent
-from registry import audit
-from registry.access import readable_names, refuse_stranger
+from registry import audit, metrics
+from registry.access import EVERYWHERE, Role, holds, refuse_stranger
 from registry.audit import Act, Actor
-from registry.errors import Invalid, NotFound, Usage
-from registry.models import Base, Release, Repository, Score, Suite
+from registry.errors import Invalid, NotAllowed, NotFound, Usage
+from registry.models import Base, Release, Score, Suite
 from registry.models.catalog import new_stamp
 from registry.names import parse_part
 
@@ -22,8 +22,6 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
 
 
-HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
-"""The direction of the metrics that we know; of others the one who records them must be believed."""
 RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
 """What their values can be."""
 
@@ -80,10 +78,14 @@ def parse_condition(text: str) -> Condition:
 
 
 def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
-    """The suite and whether it is new. The suite added last, also again, is the current one of its name."""
+    """The suite and whether it is new. The suite added last, also again, is the current one of its name. What it says
+    of its metrics stands for all its versions."""
     parse_part(content.name, "suite name")
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     if known is not None and known.current:
+        if content.metrics.items() - metrics.stated(session, [known])[known.name].items():
+            refuse_stranger(actor, f"suite/{content.name}", known.created_by)
+            metrics.state(session, actor, content.name, content.metrics)
         return known, False
     replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
     refuse_stranger(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
@@ -93,13 +95,14 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
         digest=content.digest,
         kind=content.kind,
         examples=len(content.examples),
-        content=content.to_json(),
+        content=content.content,
         created_at=actor.at,
         created_by=actor.name,
     )
     suite.current = True
     session.add(suite)
     session.flush()
+    metrics.state(session, actor, content.name, content.metrics)
     audit.record(
         session,
         actor,
@@ -127,21 +130,14 @@ def find(session: Session, text: str) -> Suite:
 
 
 def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
-    """Raises NotFound unless `adaptory eval` records it, or some release that the actor may read has it: what
-    others have measured in private is not told."""
-    if metric in HIGHER_IS_BETTER:
-        return
-    measured = select(Score.id).where(Score.suite_id == find(session, suite).id, Score.metric == metric)
-    measured = measured.join(Release, Release.id == Score.release_id)
-    if (readable := readable_names(actor)) is not None:
-        of_repository = Repository.id == Release.repository_id
-        measured = measured.join(Repository, of_repository).where(Repository.namespace.in_(readable))
-    if session.scalar(measured.limit(1)) is None:
+    """Raises NotFound unless `adaptory eval` records it, the suite states it, or the actor may read a score of it."""
+    if not metrics.is_known(session, actor, find(session, suite).name, metric):
+        measured = ", ".join(metrics.HIGHER_IS_BETTER)
         raise NotFound(
             "metric_unknown",
             f"No release that you may see has a score {suite}.{metric}.",
             subject=f"{suite}.{metric}",
-            next_step=f"`adaptory eval` records {' and '.join(HIGHER_IS_BETTER)}; `adaptory show REF` has others.",
+            next_step=f"`adaptory eval` records {measured}; `adaptory show REF` has others.",
         )
 
 
@@ -157,15 +153,11 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         subject.stamp = new_stamp()
     rows: list[Score] = []
     used = [find(session, measurement.suite_digest) for measurement in measurements]
-    if any(measurement.metric not in HIGHER_IS_BETTER for measurement in measurements):
-        # The first score of a metric says what is better of it: who else records one waits, and sees what it said.
-        rows_of = select(Suite.id).where(Suite.id.in_({suite.id for suite in used})).order_by(Suite.id)
-        session.execute(rows_of.with_for_update(key_share=True))
     for measurement, suite in zip(measurements, used, strict=True):
-        _check_measurement(session, measurement, suite)
-        owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
+        _check_measurement(measurement, suite)
+        metrics.check(session, actor, suite, measurement.metric, measurement.higher_is_better)
         score = session.scalar(
-            select(Score).where(owner, Score.suite_id == suite.id, Score.metric == measurement.metric)
+            select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == measurement.metric)
         )
         before = {"value": score.value, "n": score.n} if score else None
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
@@ -189,9 +181,8 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
     return rows
 
 
-def _check_measurement(session: Session, measurement: Measurement, suite: Suite) -> None:
-    """Who records a score does not decide what can be measured, nor how many examples a suite has; what is better of a
-    metric that is not known here says the first one."""
+def _check_measurement(measurement: Measurement, suite: Suite) -> None:
+    """Raises Invalid for a score that cannot come from the suite."""
     least, most = RANGES.get(measurement.metric, (-math.inf, math.inf))
     if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < 1:
         raise Invalid(
@@ -200,36 +191,61 @@ def _check_measurement(session: Session, measurement: Measurement, suite: Suite)
             subject=measurement.metric,
             next_step=f"Record a finite value from {least:g} to {most:g}, measured on one example or more.",
         )
-    better = is_higher_better(session, suite, measurement.metric, measurement.higher_is_better)
-    doubts = {
-        f"n = {measurement.n} is more than its {suite.examples} examples": measurement.n > suite.examples,
-        f"higher_is_better is {better} for it here": measurement.higher_is_better != better,
-    }
-    if any(doubts.values()):
-        why = " and ".join(doubt for doubt, holds in doubts.items() if holds)
+    if measurement.n > suite.examples:
         raise Invalid(
             "bad_score",
-            f"{measurement.metric} is no score of {suite.name}: {why}.",
+            f"n = {measurement.n} is more than the {suite.examples} examples of {suite.name}.",
             subject=measurement.metric,
             next_step="Record what `adaptory eval` measured.",
         )
 
 
-def is_higher_better(session: Session, suite: Suite, metric: str, unknown: bool = True) -> bool:
-    """`unknown` where nothing says so yet."""
-    if metric in HIGHER_IS_BETTER:
-        return HIGHER_IS_BETTER[metric]
-    of_metric = select(Score.higher_is_better).where(Score.suite_id == suite.id, Score.metric == metric)
-    said = session.scalar(of_metric.limit(1))
-    return unknown if said is None else said
+def delete(session: Session, actor: Actor, subject: Release | Base, named: str, metric: str) -> Score:
+    """Removes a score; `named` is a suite's name, for its current content, or a digest. The audit row keeps its value.
+
+    For whoever recorded it, and for admins: of the namespace, of the registry where it is a base's. Raises NotFound
+    and NotAllowed.
+    """
+    suite, name = find(session, named), _subject_name(subject)
+    owned = select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == metric)
+    score = session.scalar(owned.with_for_update(of=Score))
+    if score is None:
+        raise NotFound(
+            "score_unknown",
+            f"{name} has no score {suite.name}.{metric}.",
+            subject=f"{suite.name}.{metric}",
+            next_step="`adaptory show` lists its scores; one on an older content is named by the suite's digest.",
+        )
+    namespace = subject.repository.namespace if isinstance(subject, Release) else EVERYWHERE
+    if score.measured_by != actor.name and not holds(actor, Role.ADMIN, namespace):
+        raise NotAllowed(
+            "not_yours",
+            f"{score.measured_by} recorded {suite.name}.{metric} of {name}.",
+            subject=f"{suite.name}.{metric}",
+            next_step=f"Ask {score.measured_by} or an admin.",
+        )
+    before = {"value": score.value, "n": score.n, "measured_by": score.measured_by}
+    session.delete(score)
+    if isinstance(subject, Release):
+        subject.stamp = new_stamp()
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        Act.SCORE_DELETE,
+        name,
+        namespace=namespace if isinstance(subject, Release) else None,
+        before=before,
+        suite=suite.name,
+        metric=metric,
+    )
+    return score
 
 
 def scores_of(session: Session, subject: Release | Base) -> list[Score]:
     """Of the current suites, by suite and metric."""
-    owner = Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
-    return list(
-        session.scalars(select(Score).join(Suite).where(owner, Suite.current).order_by(Suite.name, Score.metric))
-    )
+    query = select(Score).join(Suite).where(_of(subject), Suite.current)
+    return list(session.scalars(query.order_by(Suite.name, Score.metric)))
 
 
 def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
@@ -239,6 +255,10 @@ def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
     for score in session.scalars(query.order_by(Suite.name, Score.metric)):
         found[score.base_digest or ""].append(score)
     return found
+
+
+def _of(subject: Release | Base) -> ColumnElement[bool]:
+    return Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
 
 
 def _owner_columns(subject: Release | Base) -> dict[str, Any]:

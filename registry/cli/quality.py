@@ -1,4 +1,4 @@
-"""Evidence: suite add, eval."""
+"""Evidence: suite add, eval, score delete."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from composer.suite import Suite
 
 suite_app = typer.Typer(help="Evaluation sets, versioned by content.", no_args_is_help=True, rich_markup_mode=None)
+score_app = typer.Typer(help="Recorded scores.", no_args_is_help=True, rich_markup_mode=None)
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Where the base's weights are on this machine.")]
 Json = dict[str, Any]
@@ -22,6 +23,7 @@ Json = dict[str, Any]
 
 def register(root: typer.Typer) -> None:
     root.add_typer(suite_app, name="suite")
+    root.add_typer(score_app, name="score")
     root.command("eval")(evaluate)
 
 
@@ -29,7 +31,11 @@ def register(root: typer.Typer) -> None:
 def add(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The suites' YAML.")], json: JsonFlag = False
 ) -> None:
-    """Register suites; other content under a known name becomes its current version."""
+    """Register suites; other content under a known name becomes its current version.
+
+    What a file states of its metrics (metrics: {rouge_l: higher}) holds for all versions; its author corrects it by
+    adding the file again.
+    """
     from composer.suite import parse_suite
 
     contents = [parse_suite(file) for file in files]
@@ -47,8 +53,32 @@ def list_suites(json: JsonFlag = False) -> None:
 
 
 def _show_suites(found: list[Json]) -> None:
-    rows = [(suite["name"], suite["kind"], suite["examples"], suite["digest"][:12]) for suite in found]
-    render.table("", ("suite", "kind", "examples", "digest"), rows)
+    stated = [[f"{metric}: {better}" for metric, better in suite["metrics"].items()] for suite in found]
+    rows = [
+        (suite["name"], suite["kind"], suite["examples"], suite["digest"][:12], metrics)
+        for suite, metrics in zip(found, stated, strict=True)
+    ]
+    render.table("", ("suite", "kind", "examples", "digest", "better"), rows)
+
+
+@score_app.command()
+def delete(
+    what: Annotated[str, typer.Argument(metavar="REF|BASE")],
+    score: Annotated[str, typer.Argument(metavar="SUITE.METRIC", help="For an older content, the suite's digest.")],
+    json: JsonFlag = False,
+) -> None:
+    """Delete a score that you recorded; admins may delete any. The audit log keeps its value."""
+    from registry.client.api import release_path
+
+    suite, dot, metric = score.rpartition(".")
+    if not dot:
+        next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
+        raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
+    with connected() as connection:
+        release, base = _release_or_base(connection, what)
+        path = release_path(release) if release else f"/v1/bases/{base['digest']}"
+        deleted = connection.api.delete(f"{path}/scores/{quote(suite, safe='')}/{quote(metric, safe='')}")
+    render.document(deleted, json, lambda: print(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
 
 
 def evaluate(

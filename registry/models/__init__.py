@@ -17,7 +17,7 @@ from registry.models.catalog import (
     Traits,
     Upload,
 )
-from registry.models.quality import Channel, Gate, Move, Score, Suite
+from registry.models.quality import Channel, Gate, Move, Score, Suite, SuiteMetric
 from registry.models.work import AuditRow, Composition, Job, ReleaseInput
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "RevisionFile",
     "Score",
     "Suite",
+    "SuiteMetric",
     "TargetSet",
     "TargetSetMember",
     "Token",

@@ -29,6 +29,20 @@ class Suite(Row):
     created_by: Mapped[str] = mapped_column(String(128))
 
 
+class SuiteMetric(Row):
+    """Which way a metric is better, in all versions of the suite of that name. Everybody may read what is `stated`, in
+    the suite's file; what a score of its author has fixed, only who may read a score of the metric."""
+
+    __tablename__ = "suite_metrics"
+
+    suite: Mapped[str] = mapped_column(String(64), primary_key=True)
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    higher_is_better: Mapped[bool]
+    stated: Mapped[bool]
+    by: Mapped[str] = mapped_column(String(128))
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class Score(Row):
     """One metric of one suite for one release or one base; measuring again replaces it, and the audit keeps both.
 

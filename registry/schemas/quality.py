@@ -1,7 +1,7 @@
 """Suites, scores, channels, moves and gates on the wire."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -37,11 +37,14 @@ class ScoresOut(Wire):
 
 
 class SuiteOut(Wire):
+    """`metrics` are those whose better direction the suite's file states; `content` has the examples."""
+
     name: str
     digest: str
     kind: str
     examples: int
     current: bool
+    metrics: dict[str, Literal["higher", "lower"]]
     created_at: datetime
     created_by: str
     content: dict[str, Any] | None = None

@@ -13,10 +13,10 @@ from registry.http.routes import Route
 from registry.http.rules import Contributor, Member, Publisher, Reader
 from registry.names import parse_version
 from registry.schemas import Page
-from registry.schemas.quality import ScoreIn, ScoresIn, ScoresOut, SuiteOut
+from registry.schemas.quality import ScoreIn, ScoreOut, ScoresIn, ScoresOut, SuiteOut
 from registry.suites import Measurement
 from registry.web.repository import RepositoryOf
-from registry.web.views import score_view, suite_view
+from registry.web.views import score_view, suite_page, suite_view
 
 router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
 repository_routes = APIRouter(tags=["quality"], route_class=Route)
@@ -24,7 +24,7 @@ repository_routes = APIRouter(tags=["quality"], route_class=Route)
 
 @router.post("/suites", status_code=201, responses={200: {"model": SuiteOut}})
 def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, response: Response) -> SuiteOut:
-    """The suite with its examples, as composer/suite.py describes it.
+    """The suite with its examples, as composer/suite.py describes it. Its author corrects `metrics` by adding it again.
 
     201 for new content. 200 for content known already; when it was an older one, it is the current one again.
     """
@@ -32,21 +32,22 @@ def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, 
     with resources.write() as session:
         suite, created = suites.add(session, actor, content)
         response.status_code = 201 if created else 200
-        return suite_view(suite)
+        [view] = suite_page(session, [suite])
+        return view
 
 
 @router.get("/suites")
 def list_suites(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[SuiteOut]:
     with resources.read() as session:
         rows = suites.list_page(session, after=decode_number(cursor), limit=limit + 1)
-        return page([suite_view(row) for row in rows], limit, [row.id for row in rows])
+        return page(suite_page(session, rows), limit, [row.id for row in rows])
 
 
 @router.get("/suites/{suite}")
 def show_suite(suite: str, resources: ResourcesOf, actor: Member) -> SuiteOut:
     """By name (the current content) or by digest, with its examples."""
     with resources.read() as session:
-        return suite_view(suites.find(session, suite), content=True)
+        return suite_view(session, suites.find(session, suite))
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/scores")
@@ -67,6 +68,16 @@ def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, ac
         return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, release)])
 
 
+@repository_routes.delete("/{namespace}/{name}/releases/{version}/scores/{suite}/{metric}")
+def delete_release_score(
+    named: RepositoryOf, version: str, suite: str, metric: str, resources: ResourcesOf, actor: Publisher
+) -> ScoreOut:
+    """The score that was. For whoever recorded it, and for admins of the namespace. `suite` is a name or a digest."""
+    with resources.write() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        return score_view(suites.delete(session, actor, release, suite, metric))
+
+
 @router.post("/bases/{base:path}/scores")
 def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: Contributor) -> ScoresOut:
     with resources.write() as session:
@@ -78,6 +89,13 @@ def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: Contri
 def base_scores(base: str, resources: ResourcesOf, actor: Member) -> ScoresOut:
     with resources.read() as session:
         return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, bases.find(session, base))])
+
+
+@router.delete("/bases/{base:path}/scores/{suite}/{metric}")
+def delete_base_score(base: str, suite: str, metric: str, resources: ResourcesOf, actor: Contributor) -> ScoreOut:
+    """The score that was. For whoever recorded it, and for admins of the registry. `suite` is a name or a digest."""
+    with resources.write() as session:
+        return score_view(suites.delete(session, actor, bases.find(session, base), suite, metric))
 
 
 def _measurements(rows: Sequence[ScoreIn]) -> list[Measurement]:

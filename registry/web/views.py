@@ -1,8 +1,8 @@
 """Rows as the wire shows them. Called inside the transaction that read or wrote the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from registry import bases, channels, repositories, resolve, suites
+from registry import bases, channels, metrics, repositories, resolve, suites
 from registry.channels import Moved
 from registry.db import Session
 from registry.models import (
@@ -90,16 +90,28 @@ def repository_page(session: Session, rows: Sequence[Repository]) -> list[Reposi
     ]
 
 
-def suite_view(row: Suite, *, content: bool = False) -> SuiteOut:
+def suite_page(session: Session, rows: Sequence[Suite]) -> list[SuiteOut]:
+    """One query for what the whole page states."""
+    stated = metrics.stated(session, rows)
+    return [_suite_view(row, stated[row.name]) for row in rows]
+
+
+def suite_view(session: Session, row: Suite) -> SuiteOut:
+    """With its examples."""
+    [view] = suite_page(session, [row])
+    return view.model_copy(update={"content": row.content})
+
+
+def _suite_view(row: Suite, stated: Mapping[str, bool]) -> SuiteOut:
     return SuiteOut(
         name=row.name,
         digest=row.digest,
         kind=row.kind,
         examples=row.examples,
         current=row.current,
+        metrics={metric: "higher" if better else "lower" for metric, better in stated.items()},
         created_at=row.created_at,
         created_by=row.created_by,
-        content=row.content if content else None,
     )
 
 

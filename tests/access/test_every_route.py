@@ -212,7 +212,8 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{name}": "merged" if path.startswith("/v1/models") else "sql",
         "{path:path}": "weights.safetensors",
         "{alias:path}": "Acme/Nothing",
-        "{base:path}": "tiny", "{suite}": "exact", "{sha256}": things.sha256, "{job_id}": str(things.job_id),
+        "{base:path}": "tiny", "{suite}": "exact", "{metric}": "none",
+        "{sha256}": things.sha256, "{job_id}": str(things.job_id),
         "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{number}": "1",
         "{token_id}": "aaaaaaaaaaaa",
     }  # fmt: skip

@@ -72,7 +72,7 @@ def test_a_channel_tells_what_it_gives_out_and_what_it_passes_over(stocked: Cli,
     assert told() == [None, "1.1.0", {}]
 
 
-def test_the_first_score_of_a_metric_says_which_way_is_better(stocked: Cli, world: World) -> None:
+def test_the_first_score_of_its_author_says_which_way_a_metric_is_better(stocked: Cli, world: World) -> None:
     for name in ("sql", "support"):
         stocked.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
     with api_of(stocked) as api:
