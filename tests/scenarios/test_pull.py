@@ -225,7 +225,7 @@ def test_a_file_of_several_pieces_arrives_whole_and_a_wrong_piece_found_on_disk_
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     size = 2 * PIECE_BYTES + 12345
     (adapter / "data.txt").write_bytes(os.urandom(size))
-    release = stocked.json("push", adapter, "acme/sql:1.0.0", "--base", "tiny")["release"]
+    release = stocked.json("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt")["release"]
     number = [file["path"] for file in release["files"]].index("data.txt")
     counted: list[int] = []
     with api_of(stocked) as api:

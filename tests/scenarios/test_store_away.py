@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from registry.client.push import collect, push, send
+from registry.client.selection import select_files
 from registry.jobs import MAX_ATTEMPTS, PAUSES
 from registry.names import parse_repository
 from registry.resources import Resources
@@ -156,7 +157,7 @@ def test_a_push_waits_for_its_store_whenever_that_goes_away(
 ) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "notes.txt").write_bytes(os.urandom(1000))
-    files, name = collect(adapter), parse_repository("acme/sql")
+    files, name = collect(select_files(adapter)), parse_repository("acme/sql")
     with api_of(registry) as api, ThreadPoolExecutor(1) as pool:
         if sent:
             send(api, "acme", files, nothing)
