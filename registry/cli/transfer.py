@@ -120,13 +120,19 @@ def _kind(text: str) -> str:
 
 def pull(
     ref: Annotated[str, typer.Argument()],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A new directory.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The directory to write; one in the cache when left out.")
+    ] = None,
     verify: Annotated[
         Path | None, typer.Option(metavar="PUB.pem", help="Refuse it unless this key has signed every file.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another release in the directory.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Fetch a release, every file verified; an interrupted pull goes on where it stopped."""
+    """Fetch a release, verify every file and print its directory.
+
+    A directory that holds the release already is verified. An interrupted pull goes on where it stopped.
+    """
     from registry.client import pull as client
     from registry.client.cache import BlobCache
     from registry.client.signing import read_public_key, verify_files
@@ -139,17 +145,21 @@ def pull(
 
     with connected() as connection:
         release = resolved(connection, ref)
-        with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
-            client.pull(connection.api, release, output, done, BlobCache(connection.cache / "blobs"), check)
+        if output is None:
+            output = release_directory(connection, release)
+            check(output)
+        else:
+            with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
+                blobs = BlobCache(connection.cache / "blobs")
+                client.pull(connection.api, release, output, done, blobs, check, replace=force)
     told = {
         "repository": release["repository"],
         "version": release["version"],
         "commit": release["commit"],
         "directory": str(output),
     }
-    render.document(
-        told, json, lambda: print(f"{release['repository']}:{release['version']} {release['commit']} -> {output}")
-    )
+    render.say(f"{release['repository']}:{release['version']} {release['commit']}")
+    render.document(told, json, lambda: print(output))
 
 
 def verify(  # noqa: PLR0913

@@ -254,7 +254,6 @@ def test_two_pulls_into_one_directory_never_mix_their_bytes(
         pull.stderr.close()
     assert min(codes) == 0
     assert set(codes) <= {0, 4}
-    assert codes.count(0) == 1
     for file in adapter.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
