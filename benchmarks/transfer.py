@@ -26,6 +26,7 @@ from registry.client.api import Api, Json
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
 from registry.client.push import LocalFile, collect, push, send
+from registry.client.selection import select_files
 from registry.names import parse_repository
 from tests import s3_server
 from tests.s3_server import BUCKET, S3Server
@@ -52,7 +53,7 @@ class Bench:
     def _publish(self) -> Json:
         request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
         name = parse_repository("acme/bench")
-        return push(self.api, collect(self.pushed), name, "adapter", request, nothing)["release"]
+        return push(self.api, collect(select_files(self.pushed, "model")), name, "adapter", request, nothing)["release"]
 
     def push_ours(self, api: Api) -> Sample:
         self._change()
@@ -96,7 +97,7 @@ class Bench:
                     self.client.delete_object(Bucket=BUCKET, Key=row["Key"])
 
     def _collect(self) -> list[LocalFile]:
-        return [file for file in collect(self.pushed) if file.manifest.path.startswith("data-")]
+        return [file for file in collect(select_files(self.pushed, "model")) if file.manifest.path.startswith("data-")]
 
     def _change(self) -> None:
         self.forget_pushed()

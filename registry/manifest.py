@@ -5,7 +5,7 @@ import json
 import pickletools
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -205,21 +205,21 @@ def _pickle(path: str, why: str, otherwise: str = "") -> Invalid:
 def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
     """One line of JSON, files sorted by path: the same set of files always has the same bytes."""
     rows = sorted(files, key=lambda file: file.path)
-    paths = [check_path(file.path) for file in rows]
-    if not rows or len(rows) > MAX_FILES:
-        raise Invalid(
-            "bad_manifest",
-            f"A release holds 1 to {MAX_FILES:,} files, not {len(rows):,}.",
-            next_step="Pack many small files into one.",
-        )
-    _refuse_one_place(paths)
+    check_paths([file.path for file in rows])
     document = [{"path": file.path, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in rows]
     return json.dumps({"files": document}, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _refuse_one_place(paths: Iterable[str]) -> None:
-    """Raises Invalid when some file system would put two files, or a file and a directory, in one place."""
-    places = sorted((_place(path), path) for path in paths)
+def check_paths(paths: Sequence[str]) -> None:
+    """Raises Invalid for paths that cannot be those of one release: each alone, too many of them, or two that some file
+    system would put in one place, such as a file and a directory."""
+    if not 0 < len(paths) <= MAX_FILES:
+        raise Invalid(
+            "bad_manifest",
+            f"A release holds 1 to {MAX_FILES:,} files, not {len(paths):,}.",
+            next_step="Pack many small files into one.",
+        )
+    places = sorted((_place(path), path) for path in map(check_path, paths))
     for (place, path), (next_place, next_path) in pairwise(places):  # what lies below a path follows it at once
         if next_place[: len(place)] == place:
             raise Invalid(

@@ -97,12 +97,13 @@ def _directory(directory: Path) -> Subject:
     from composer.spectrum import spectrum
     from registry.client.lineage import of_note
     from registry.client.push import collect
+    from registry.client.selection import select_files
 
     seen = _inspected(directory)
     servers, _ = judge(seen.adapter.config, seen.facts, seen.placed)
     used = spectrum(seen.adapter, seen.placed)
     card = directory / CARD_FILE
-    files = [file.manifest for file in collect(directory)]
+    files = [file.manifest for file in collect(select_files(directory))]
     release = {
         "base": {"digest": None, "name": seen.facts.base_model_name_or_path},
         "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from registry.cli.release import show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.errors import Refused, RegistryError, Usage, refuse_errors
 from registry.names import Reference, parse_part, parse_reference
+
+if TYPE_CHECKING:
+    from registry.client.selection import Selection
 
 Json = dict[str, Any]
 
@@ -32,6 +35,11 @@ def push(  # noqa: PLR0913
     base: Annotated[
         str | None, typer.Option(help="The base it was trained on; from adapter_config.json if that names one.")
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="adapter, or model for a merged checkpoint.")] = "adapter",
     bump: Annotated[
         str | None, typer.Option(help="auto, patch, minor or major, instead of a version; auto finds what it needs.")
     ] = None,
@@ -46,10 +54,12 @@ def push(  # noqa: PLR0913
     channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Check an adapter against its base, upload what is missing, publish a release."""
-    from registry.client import push as client
+    """Check an adapter against its base, upload what is missing, publish a release.
+
+    Takes the adapter's own files, tokenizer, card and licence; says what it leaves out, such as checkpoints.
+    """
     from registry.client.moves import promote
-    from registry.client.signing import published_signatures, signed
+    from registry.client.selection import select_files
 
     reference = _single_version(target, bump)
     if channel:
@@ -61,18 +71,18 @@ def push(  # noqa: PLR0913
         "allow_breaking": allow_breaking,
         "provenance": _provenance(provenance) if provenance else None,
     }
-    with connected() as connection, TemporaryDirectory() as aside:
-        request["base"] = _checked_base(connection, directory, base)
-        files = client.collect(directory)
-        if sign:
-            files = signed(files, sign, Path(aside), published_signatures(connection.api, reference, files))
-        with render.progress(f"push {target}", sum(file.manifest.size_bytes for file in files)) as done:
-            published = client.push(connection.api, files, reference.repository, "adapter", request, done)
+    selection = select_files(directory, _kind(kind), include or [])
+    if selection.left_out:
+        render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
+    with connected() as connection:
+        request["base"] = _checked_base(connection, directory, base, kind)
+        published = _publish(connection, selection, reference, request, (kind, sign))
         for finding in published["warnings"]:
             render.say(f"{finding['severity']}: {finding['message']}")
         if not json:
             _show_push(published)  # before the channel moves: whatever comes of that, the release is out
-        told, failure = {**published, "move": None}, None
+        told: Json = {**published, "left_out": list(selection.left_out), "move": None}
+        failure: RegistryError | None = None
         try:
             if channel:
                 told["move"], since = promote(connection.api, published["release"], channel)
@@ -85,15 +95,44 @@ def push(  # noqa: PLR0913
         raise typer.Exit(render.fail(failure, as_json=False))
 
 
+def _publish(
+    connection: Connection, selection: "Selection", reference: Reference, request: Json, how: tuple[str, Path | None]
+) -> Json:
+    """Hashes, signs and sends the files, and publishes the release; `how` is its kind and the key that signs it."""
+    from registry.client import push as client
+    from registry.client.signing import published_signatures, signed
+
+    kind, key = how
+    with TemporaryDirectory() as staging:
+        with render.progress("hash", selection.size_bytes) as done:
+            files = client.collect(selection, done)
+        if key:
+            files = signed(files, key, Path(staging), published_signatures(connection.api, reference, files))
+        with render.progress(f"push {reference}", sum(file.manifest.size_bytes for file in files)) as done:
+            return client.push(connection.api, files, reference.repository, kind, request, done)
+
+
+def _kind(text: str) -> str:
+    if text not in ("adapter", "model"):
+        raise Usage("bad_kind", f"--kind {text} is unknown.", subject=text, next_step="Use adapter or model.")
+    return text
+
+
 def pull(
     ref: Annotated[str, typer.Argument()],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A new directory.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The directory to write; one in the cache when left out.")
+    ] = None,
     verify: Annotated[
         Path | None, typer.Option(metavar="PUB.pem", help="Refuse it unless this key has signed every file.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another release in the directory.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Fetch a release, every file verified; an interrupted pull goes on where it stopped."""
+    """Fetch a release, verify every file and print its directory.
+
+    A directory that holds the release already is verified. An interrupted pull goes on where it stopped.
+    """
     from registry.client import pull as client
     from registry.client.cache import BlobCache
     from registry.client.signing import read_public_key, verify_files
@@ -106,17 +145,21 @@ def pull(
 
     with connected() as connection:
         release = resolved(connection, ref)
-        with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
-            client.pull(connection.api, release, output, done, BlobCache(connection.cache / "blobs"), check)
+        if output is None:
+            output = release_directory(connection, release)
+            check(output)
+        else:
+            with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
+                blobs = BlobCache(connection.cache / "blobs")
+                client.pull(connection.api, release, output, done, blobs, check, replace=force)
     told = {
         "repository": release["repository"],
         "version": release["version"],
         "commit": release["commit"],
         "directory": str(output),
     }
-    render.document(
-        told, json, lambda: print(f"{release['repository']}:{release['version']} {release['commit']} -> {output}")
-    )
+    render.say(f"{release['repository']}:{release['version']} {release['commit']}")
+    render.document(told, json, lambda: print(output))
 
 
 def verify(  # noqa: PLR0913
@@ -212,18 +255,22 @@ def _single_version(target: str, bump: str | None) -> Reference:
     return reference
 
 
-def _checked_base(connection: Connection, directory: Path, base: str | None) -> str:
-    """The base that the adapter is pushed for, once it fits that."""
+def _checked_base(connection: Connection, directory: Path, base: str | None, kind: str) -> str:
+    """The base that an adapter or a merged model is pushed for, once it fits that."""
     from composer.formats.inspection import inspect as look
 
-    base = base or look(directory, None).facts.base_model_name_or_path
+    if kind == "adapter":
+        base = base or look(directory, None).facts.base_model_name_or_path
     if not base:
-        raise Usage(
-            "base_missing",
-            f"{directory} does not say what base it was trained on.",
-            next_step="Name it with --base.",
-        )
-    refuse_errors(look(directory, connection.api.architecture(base)).findings, str(directory))
+        what = "was trained on" if kind == "adapter" else "was merged into"
+        raise Usage("base_missing", f"{directory} does not say what base it {what}.", next_step="Name it with --base.")
+    architecture = connection.api.architecture(base)
+    if kind == "adapter":
+        refuse_errors(look(directory, architecture).findings, str(directory))
+    else:
+        from registry.publishing import inspect_model
+
+        inspect_model(directory, architecture)
     return base
 
 

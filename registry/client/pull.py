@@ -27,6 +27,9 @@ from registry.errors import NO_SPACE, Conflict, Invalid, RegistryError, Unavaila
 from registry.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.names import RepositoryName, Version, parse_digest, parse_repository, parse_version
 
+_SIGNS_OF_A_RELEASE = ("adapter_config.json", "config.json")
+"""Every adapter has the first one, every model the second."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Release:
@@ -78,27 +81,31 @@ def _bad_answer(code: str, why: str) -> Invalid:
     )
 
 
-def pull(
+def pull(  # noqa: PLR0913
     api: Api,
     release: Json,
     target: Path,
     progress: Progress,
     cache: BlobCache | None = None,
     check: Callable[[Path], None] | None = None,
+    *,
+    replace: bool = False,
 ) -> Path:
-    """The release's files in a new directory `target`. An interrupted pull goes on where it stopped.
+    """The release's files in the directory `target`. An interrupted pull goes on where it stopped.
 
-    `check` may refuse the verified files, by raising, before they appear. With a `cache` they are links into it.
-    Raises Invalid for an answer that does not hold together, before anything is written.
+    A `target` that holds these files and no others is hashed and left as it is; with `replace` another release or model
+    there is replaced. `check` may refuse the verified files, by raising, before they appear. With a `cache` they are
+    links into it.
+
+    Raises Invalid for an answer that does not hold together, before anything is written; Conflict for a `target` that
+    holds anything else.
     """
     wanted = _parse_release(release)
-    if target.exists():
-        raise Conflict(
-            "output_exists",
-            f"{target} exists already.",
-            subject=str(target),
-            next_step="Name another directory, or remove it.",
-        )
+    if _is_whole(target, wanted.files, progress):
+        if check is not None:
+            check(target)
+        return target
+    _refuse_occupied(target, f"{wanted.repository}:{wanted.version}", replace=replace)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{wanted.commit[:12]}.partial")
     aside.mkdir(exist_ok=True)
@@ -107,7 +114,7 @@ def pull(
             _Pull(api, wanted, aside, progress, cache).run()
             if check is not None:
                 _checked(check, aside)
-            (aside / "files").rename(target)
+            _put_in_place(aside, target)
             shutil.rmtree(aside)
     except OSError as error:
         raise Unavailable(
@@ -146,6 +153,37 @@ def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
     finally:
         shutil.rmtree(private, ignore_errors=True)
     return target
+
+
+def _refuse_occupied(target: Path, wanted: str, *, replace: bool) -> None:
+    """Raises Conflict unless `target` is free, an empty directory, or, with `replace`, a directory with an adapter or a
+    model in it: `--force -o ~` must not remove a home."""
+    if not target.exists() and not target.is_symlink():
+        return
+    is_directory = target.is_dir() and not target.is_symlink()
+    if is_directory and not any(target.iterdir()):
+        return
+    if is_directory and any((target / name).is_file() for name in _SIGNS_OF_A_RELEASE):
+        if replace:
+            return
+        next_step = "Name another directory, or replace it with --force."
+    else:
+        next_step = "Name another directory, or remove it."
+    message = f"{target} exists already and is not {wanted} as it was published."
+    raise Conflict("output_exists", message, subject=str(target), next_step=next_step)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    """What is replaced is moved into `staging`, and back when the new files cannot be moved."""
+    replaced = staging / "replaced"
+    with suppress(FileNotFoundError):
+        target.rename(replaced)
+    try:
+        (staging / "files").rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
 
 
 def _is_whole(directory: Path, files: Sequence[ManifestFile], progress: Progress) -> bool:

@@ -11,8 +11,9 @@ from threading import Lock
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, line_path
 from registry.client.parallel import PAUSES_S, Progress, each, once, patiently
+from registry.client.selection import Selection
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
-from registry.manifest import ManifestFile, check_path
+from registry.manifest import ManifestFile
 from registry.names import Digest, RepositoryName
 
 _BLOCK_BYTES = 1 << 20
@@ -27,32 +28,14 @@ class LocalFile:
     manifest: ManifestFile
 
 
-def collect(directory: Path) -> list[LocalFile]:
-    """Every file below `directory` but hidden ones, hashed.
+def collect(selection: Selection, progress: Progress = lambda _count: None) -> list[LocalFile]:
+    """The selected files, hashed."""
 
-    Raises Invalid, naming it, for what can be no file of a release: a link to a directory or out of this one, a pipe.
-    """
-    if not directory.is_dir():
-        raise Invalid(
-            "missing_directory",
-            f"{directory} is not a directory.",
-            subject=str(directory),
-            next_step="Name the directory that training wrote.",
-        )
-    paths = list(_files_below(directory))
-    if not paths:
-        raise Invalid(
-            "empty_directory",
-            f"{directory} has no files.",
-            subject=str(directory),
-            next_step="Name the directory that training wrote.",
-        )
+    def hashed(name: str) -> LocalFile:
+        path = selection.directory / name
+        return LocalFile(path, ManifestFile(name, path.stat().st_size, Digest(hash_file(path, progress))))
 
-    def hashed(path: Path) -> LocalFile:
-        name = check_path(path.relative_to(directory).as_posix())
-        return LocalFile(path, ManifestFile(name, path.stat().st_size, Digest(hash_file(path))))
-
-    return each(hashed, paths)
+    return each(hashed, selection.paths)
 
 
 def push(
@@ -230,30 +213,6 @@ def _changed(file: LocalFile) -> Invalid:
         subject=file.manifest.path,
         next_step="See that nothing writes to it, and push again.",
     )
-
-
-def _files_below(directory: Path) -> Iterator[Path]:
-    home = directory.resolve()
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
-        if any(part.startswith(".") for part in relative.parts) or (path.is_dir() and not path.is_symlink()):
-            continue
-        if not path.resolve().is_relative_to(home):
-            raise _unfit("link_outside", relative, f"leads out of {directory}", "Copy there what it leads to.")
-        refuse_no_file(path, relative)
-        yield path
-
-
-def refuse_no_file(path: Path, relative: Path) -> None:
-    """Raises Invalid unless it is a file, or a link to one."""
-    if path.is_dir():  # its files would be missing, since links are not followed
-        raise _unfit("link_to_directory", relative, "is a link to a directory", "Copy the directory there.")
-    if not path.is_file():
-        raise _unfit("no_file", relative, "is no regular file", "Move it away.")
-
-
-def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:
-    return Invalid(code, f"{path} {what}.", subject=str(path), next_step=next_step)
 
 
 def _blocks(path: Path, piece: _Piece, tell: Progress = lambda count: None) -> Iterator[bytes]:

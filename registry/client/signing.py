@@ -8,7 +8,8 @@ from typing import Any
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, line_path, release_path
 from registry.client.parallel import PAUSES_S, patiently
-from registry.client.push import LocalFile, refuse_no_file
+from registry.client.push import LocalFile
+from registry.client.selection import refuse_no_file
 from registry.errors import Invalid, NotFound, Refused
 from registry.manifest import ManifestFile
 from registry.names import Digest, Reference

@@ -26,6 +26,7 @@ from registry.bases import find as find_base
 from registry.client.api import Api, line_path
 from registry.client.inprocess import InProcessTransport
 from registry.client.push import collect, push
+from registry.client.selection import select_files
 from registry.errors import Invalid, Refused
 from registry.fsck import check
 from registry.models import BaseAlias
@@ -171,7 +172,7 @@ def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_publis
     @settings(max_examples=100 * FACTOR, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(malformed())
     def try_to_push(adapter: Adapter) -> None:
-        files = collect(adapter.write(tmp_path / "adapter"))
+        files = collect(select_files(adapter.write(tmp_path / "adapter")))
         with pytest.raises((Invalid, Refused)) as told:
             push(api, files, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
         assert told.value.code
@@ -183,6 +184,6 @@ def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_publis
     assert api.get("/v1/releases")["items"] == []
     assert list(embedded.work_directory.iterdir()) == []
     assert [finding for finding in check(embedded) if finding.severity == "error"] == []
-    good = collect(Adapter().write(tmp_path / "adapter"))
+    good = collect(select_files(Adapter().write(tmp_path / "adapter")))
     push(api, good, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
     assert api.get(f"{line_path(name)}/releases/1.0.0")["adapter"]["rank_max"] == 4

@@ -86,6 +86,13 @@ def stocked(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path
         yield cli
 
 
+@pytest.fixture
+def stocked_on_disk(templates: Templates, tmp_path: Path, on_disk: Cli) -> Cli:
+    """A registry that knows the base and the suites, for what does not depend on its database and store."""
+    templates.copy(services.PAIRINGS[0], tmp_path / "home")
+    return on_disk
+
+
 @pytest.fixture(params=services.PAIRINGS)
 def stocked_embedded(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Cli:
     """The same within the command line's own process, on either pairing."""

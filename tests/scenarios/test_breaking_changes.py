@@ -11,6 +11,7 @@ import yaml
 from sqlalchemy import update
 
 from registry.client.push import collect, push
+from registry.client.selection import select_files
 from registry.errors import Refused
 from registry.models import Release
 from registry.names import parse_repository
@@ -260,7 +261,7 @@ def test_a_merged_model_of_another_base_breaks_too(stocked_embedded: Cli, world:
     with api_of(cli) as api:
 
         def publish(base: str, directory: Path, **number: str) -> dict[str, Any]:
-            files, name = collect(directory), parse_repository("acme/merged")
+            files, name = collect(select_files(directory, "model")), parse_repository("acme/merged")
             return push(api, files, name, "model", {"base": base, **number}, lambda _count: None)["release"]
 
         assert publish("tiny", world.base, version="1.0.0")["version"] == "1.0.0"

@@ -227,7 +227,7 @@ HEAVY_BYTES = 12 << 20
 def heavy_adapter(world: World, directory: Path, seed: int) -> Path:
     """An adapter with 12 MB beside it, so that there is a middle to be killed in."""
     shutil.copytree(world.adapters["sql"], directory)
-    (directory / "training.log").write_bytes(random.Random(seed).randbytes(HEAVY_BYTES))
+    (directory / "tokenizer.json").write_bytes(random.Random(seed).randbytes(HEAVY_BYTES))
     return directory
 
 
@@ -287,7 +287,7 @@ def test_a_push_killed_at_any_moment_succeeds_when_it_is_repeated(stocked: Cli, 
     assert_blobs_are_what_their_names_say(registry)
     assert len(registry.json("log", "acme/sql")["items"]) == 6
     registry.ok("pull", "acme/sql:1.6.0", "-o", tmp_path / "out")
-    assert (tmp_path / "out" / "training.log").read_bytes() == (adapter / "training.log").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (adapter / "training.log").read_bytes()
 
 
 def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(

@@ -34,7 +34,7 @@ def test_two_releases_are_compared_in_everything_they_say(stocked: Cli, world: W
     shutil.copytree(world.adapters["other-sql"], changed)
     (changed / "README.md").write_text("---\nlicense: mit\n---\n")
     (changed / "notes.txt").write_text("new")
-    cli.ok("push", changed, "acme/sql:1.1.0", "--base", "tiny")
+    cli.ok("push", changed, "acme/sql:1.1.0", "--base", "tiny", "--include", "*.txt")
 
     told = cli.json("diff", "acme/sql:1.0.0", "acme/sql:1.1.0")
     assert (told["old"], told["new"], told["change"]) == ("acme/sql:1.0.0", "acme/sql:1.1.0", "weights")

@@ -180,21 +180,21 @@ def test_a_pickle_under_the_name_of_a_text_is_not_released(stocked: Cli, world: 
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     for what in ("torch.save", "torch.save of old", "a zip whose pickle comes last", "code in protocol 0"):
         (adapter / "notes.txt").write_bytes(PICKLES[what])
-        refused = stocked("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+        refused = stocked("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "*")
         assert (refused.code, "notes.txt is a pickle" in refused.err) == (6, True), refused.err
         assert stocked("log", "acme/sql").code == 3
     (adapter / "notes.txt").unlink()
     for what in ("torch.save", "torch.save of old", "code in protocol 0", "code in protocol 4"):
         for name in ("extra.safetensors", "extra.SafeTensors"):
             (adapter / name).write_bytes(PICKLES[what])
-            refused = stocked("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+            refused = stocked("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "*")
             assert (refused.code, name in refused.err) == (6, True), refused.err
             assert stocked("log", "acme/sql").code == 3
             (adapter / name).unlink()
     for content in OTHERS.values():
         (adapter / "notes.txt").write_bytes(content)
         (adapter / "like-a-pickle.safetensors").write_bytes(like_a_pickle())
-        stocked.ok("push", adapter, "acme/sql", "--bump", "patch", "--base", "tiny")
+        stocked.ok("push", adapter, "acme/sql", "--bump", "patch", "--base", "tiny", "--include", "*")
 
 
 def like_a_pickle() -> bytes:

@@ -225,7 +225,7 @@ def test_a_file_of_several_pieces_arrives_whole_and_a_wrong_piece_found_on_disk_
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     size = 2 * PIECE_BYTES + 12345
     (adapter / "data.txt").write_bytes(os.urandom(size))
-    release = stocked.json("push", adapter, "acme/sql:1.0.0", "--base", "tiny")["release"]
+    release = stocked.json("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt")["release"]
     number = [file["path"] for file in release["files"]].index("data.txt")
     counted: list[int] = []
     with api_of(stocked) as api:
@@ -268,3 +268,56 @@ def test_a_lost_blob_is_told_by_the_registry(stocked: Cli, world: World, tmp_pat
     assert f"{WEIGHTS} of acme/sql:1.0.0 ({digest})" in raised.value.detail
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     stocked.ok("pull", "acme/sql", "-o", tmp_path / "out")
+
+
+def test_a_pull_into_the_same_directory_again_verifies_it_and_another_release_needs_force(
+    stocked_on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    cli, out = stocked_on_disk, tmp_path / "out"
+    pushed(cli, world)
+    cli.ok("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny")
+    pull_it = ("pull", "acme/sql:1.0.0", "-o", out)
+    out.mkdir()
+    first = cli.ok(*pull_it)
+    assert first.out == f"{out}\n", "the directory is stdout's only line"
+    assert cli.json("show", "acme/sql:1.0.0")["commit"] in first.err
+    before = {path: path.stat().st_ino for path in out.iterdir()}
+    assert cli.ok(*pull_it).out == f"{out}\n"
+    assert {path: path.stat().st_ino for path in out.iterdir()} == before, "verified, not written again"
+
+    refused = cli("pull", "acme/sql:1.1.0", "-o", out)
+    assert (refused.code, "--force" in refused.err) == (4, True), refused.err
+    damage(out / WEIGHTS)
+    assert cli(*pull_it).code == 4, "damaged since: it is not that release any more"
+    cli.ok("pull", "acme/sql:1.1.0", "-o", out, "--force")
+    assert hashes(out) == hashes(world.adapters["other-sql"])
+    assert [path.name for path in tmp_path.glob(".out*")] == []
+
+
+def test_force_replaces_no_directory_that_holds_anything_else(
+    stocked_on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    pushed(stocked_on_disk, world)
+    home, link, file = tmp_path / "home-of-somebody", tmp_path / "link", tmp_path / "file"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years")
+    link.symlink_to(home)
+    file.write_text("a file")
+    for place in (home, link, file):
+        refused = stocked_on_disk("pull", "acme/sql", "-o", place, "--force")
+        assert (refused.code, "--force" in refused.err) == (4, False), refused.err
+    assert (home / "thesis.tex").read_text() == "years"
+
+
+def test_a_pull_without_a_directory_prints_the_one_in_the_cache(stocked_on_disk: Cli, world: World) -> None:
+    cli = stocked_on_disk
+    pushed(cli, world)
+    cli.ok("promote", "acme/sql", "--to", "prod")
+    first = cli.ok("pull", "acme/sql@prod")
+    (line,) = first.out.splitlines()
+    assert hashes(Path(line)) == hashes(world.adapters["sql"])
+    again = cli.ok("pull", "acme/sql:1.0.0")
+    assert again.out == first.out
+    damage(Path(line) / WEIGHTS)
+    assert cli.ok("pull", "acme/sql").out == first.out
+    assert hashes(Path(line)) == hashes(world.adapters["sql"]), "what is damaged in the cache is pulled anew"

@@ -35,7 +35,7 @@ def beside(cli: Cli) -> Cli:
 
 
 def test_the_same_signed_push_again_changes_nothing(stocked: Cli, adapter: Path, keys: Keys, tmp_path: Path) -> None:
-    signed = ("--base", "tiny", "--sign", keys.private)
+    signed = ("--base", "tiny", "--include", "data.txt", "--sign", keys.private)
     first = stocked.json("push", adapter, "acme/sql:1.0.0", *signed)
     before = traces(stocked)
     for target, bump in (("acme/sql:1.0.0", ()), ("acme/sql", ("--bump", "auto")), ("acme/sql", ("--bump", "patch"))):
@@ -51,14 +51,26 @@ def test_a_signature_of_another_key_is_not_taken_over(
     stocked_embedded: Cli, adapter: Path, keys: Keys, tmp_path: Path
 ) -> None:
     cli, stranger = stocked_embedded, Keys(tmp_path, "stranger")
-    cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--sign", stranger.private)
-    refused = cli("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--sign", keys.private)
+    cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt", "--sign", stranger.private)
+    refused = cli("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt", "--sign", keys.private)
     assert "a release never changes" in refused.err
-    mine = ("push", adapter, "acme/sql", "--base", "tiny", "--sign", keys.private, "--bump", "auto")
+    mine = (
+        "push",
+        adapter,
+        "acme/sql",
+        "--base",
+        "tiny",
+        "--include",
+        "data.txt",
+        "--sign",
+        keys.private,
+        "--bump",
+        "auto",
+    )
     assert cli.json(*mine)["release"]["version"] == "1.0.1"
     cli.ok("pull", "acme/sql:1.0.1", "-o", tmp_path / "out", "--verify", keys.public)
     (adapter / "model.sig").write_text("no signature at all")
-    cli.ok("push", adapter, "acme/sql:2.0.0", "--base", "tiny")
+    cli.ok("push", adapter, "acme/sql:2.0.0", "--base", "tiny", "--include", "data.txt")
     (adapter / "model.sig").unlink()
     again = cli.json(*mine)
     assert (again["created"], again["release"]["version"]) == (True, "2.0.1"), "above one that nobody signed"
@@ -68,7 +80,7 @@ def test_a_signature_of_another_key_is_not_taken_over(
 def test_a_damaged_blob_is_healed_by_fsck_and_the_same_push_again(
     stocked: Cli, adapter: Path, file: str, tmp_path: Path
 ) -> None:
-    push = ("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    push = ("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt")
     stocked.ok(*push)
     sha256 = hashlib.sha256((adapter / file).read_bytes()).hexdigest()
     stored.overwrite(stocked, sha256, os.urandom((adapter / file).stat().st_size))
@@ -91,7 +103,7 @@ def test_a_damaged_blob_is_healed_by_fsck_and_the_same_push_again(
 
 def test_what_was_restored_after_it_was_found_damaged_is_not_deleted(stocked_embedded: Cli, adapter: Path) -> None:
     cli = stocked_embedded
-    cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt")
     content = (adapter / WEIGHTS).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     stored.overwrite(cli, sha256, bytes(len(content)))
@@ -118,8 +130,8 @@ def link_to_a_directory_outside(adapter: Path) -> None:
 UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     "a link to a directory": (link_to_a_directory, "odd is a link to a directory"),
     "a link to a directory outside": (link_to_a_directory_outside, "odd leads out of"),
-    "a pipe": (lambda adapter: os.mkfifo(adapter / "odd"), "odd is no regular file"),
-    "a link to nothing": (lambda adapter: (adapter / "odd").symlink_to("nowhere"), "odd is no regular file"),
+    "a pipe": (lambda adapter: os.mkfifo(adapter / "odd"), "odd is not a regular file"),
+    "a link to nothing": (lambda adapter: (adapter / "odd").symlink_to("nowhere"), "odd is not a regular file"),
 }
 
 
@@ -127,7 +139,7 @@ UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_what_can_be_no_file_of_a_release_is_refused_by_name(stocked_embedded: Cli, adapter: Path, what: str) -> None:
     make, message = UNFIT[what]
     make(adapter)
-    refused = stocked_embedded("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    refused = stocked_embedded("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "odd*")
     assert refused.code == 6
     assert message in refused.err
     assert traces(stocked_embedded).releases == ()

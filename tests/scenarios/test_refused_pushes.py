@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from registry.client import push
+from registry.client.selection import Selection, select_files
 from registry.errors import Invalid, NotFound, RegistryError
 from registry.names import parse_repository
 from tests import services
@@ -123,7 +124,8 @@ def test_a_damaged_adapter_is_refused_by_name_and_leaves_nothing(
     untouched: Cli, world: World, tmp_path: Path, what: str
 ) -> None:
     directory = damaged(world, tmp_path, what)
-    refused = untouched("push", directory, "acme/sql:1.0.0", "--base", "tiny")
+    include = ["--include", "optimizer.pt"] if "beside" in what else []
+    refused = untouched("push", directory, "acme/sql:1.0.0", "--base", "tiny", *include)
     assert refused.code == 6, refused.err
     assert "Traceback" not in refused.err
     for fragment in DAMAGED[what][1]:
@@ -146,13 +148,14 @@ def test_the_server_refuses_by_itself_whatever_a_client_sends(stocked: Cli, worl
     request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
     with api_of(stocked) as api:
         for what, (_, fragments) in DAMAGED.items():
-            files = push.collect(damaged(world, tmp_path, what))
+            directory = damaged(world, tmp_path, what)
+            files = push.collect(Selection(directory, tuple(sorted(path.name for path in directory.iterdir()))))
             with pytest.raises(RegistryError) as raised:
                 push.push(api, files, name, "adapter", request, lambda _count: None)
             assert raised.value.exit_code == 6, f"{what}: {raised.value!r}"
             told = f"{raised.value.subject} {raised.value}"
             assert all(fragment in told for fragment in fragments), f"{what}: {told}"
-        files = push.collect(world.adapters["sql"])
+        files = push.collect(select_files(world.adapters["sql"]))
         with pytest.raises(NotFound):
             push.push(api, files, name, "adapter", request | {"base": "huge"}, lambda _count: None)
     left = traces(stocked)
@@ -202,7 +205,7 @@ def test_an_upload_whose_bytes_are_others_leaves_nothing(stocked_embedded: Cli) 
 
 def test_a_file_that_shrinks_while_it_is_pushed_is_named(stocked: Cli, world: World, tmp_path: Path) -> None:
     directory = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
-    files = push.collect(directory)
+    files = push.collect(select_files(directory))
     os.truncate(directory / WEIGHTS, 100)
     with api_of(stocked) as api, pytest.raises(Invalid, match=r"adapter_model\.safetensors is not what it was"):
         push.send(api, "acme", files, nothing)

@@ -15,6 +15,7 @@ from model_signing import signing as stock_signing
 from model_signing import verifying as stock_verifying
 
 from registry.client.push import collect, push
+from registry.client.selection import select_files
 from registry.client.signing import read_public_key, verify_directory
 from registry.client.signing import signed as signed_files
 from registry.errors import Invalid, Refused
@@ -114,7 +115,7 @@ def test_a_signature_names_what_is_released_and_no_other_file_of_the_directory(
     shutil.copytree(world.adapters["sql"], directory)
     (directory / ".env").write_text("a secret")
     aside.mkdir()
-    files = signed_files(collect(directory), keys.private, aside)
+    files = signed_files(collect(select_files(directory, "model")), keys.private, aside)
     statement = base64.b64decode(json.loads(files[-1].source.read_text())["dsseEnvelope"]["payload"]).decode()
     assert ".env" not in statement
     assert set(open_signature(files[-1].source.read_bytes(), [keys.pem]).files) == {
@@ -153,7 +154,7 @@ def test_the_registry_refuses_a_signature_that_is_not_of_these_files(
 
         def publish() -> str | None:
             request = {"version": "1.0.0", "base": "tiny"}
-            files, name = collect(signed), parse_repository("acme/sql")
+            files, name = collect(select_files(signed, "model")), parse_repository("acme/sql")
             return push(api, files, name, "adapter", request, lambda _count: None)["release"]["signed_by"]
 
         with pytest.raises(Refused, match=r"added\.txt.* not covered"):

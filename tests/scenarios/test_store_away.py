@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from registry.client.push import collect, push, send
+from registry.client.selection import select_files
 from registry.jobs import MAX_ATTEMPTS, PAUSES
 from registry.names import parse_repository
 from registry.resources import Resources
@@ -70,7 +71,7 @@ def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
     cli, url = registry, registry.environment["ADAPTORY_URL"]
     files = cli.json("show", "acme/sql")["files"]
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
-    (adapter / "notes.txt").write_bytes(os.urandom(100_000))
+    (adapter / "vocab.txt").write_bytes(os.urandom(100_000))
     new: dict[str, Any] = {"version": "1.1.0", "base": "tiny", "files": files}
     path = f"{url}/v1/adapters/acme/sql/releases"
     release = ("push", adapter, "acme/sql:1.2.0", "--base", "tiny")
@@ -100,7 +101,7 @@ def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
     assert (after.releases, after.work, after.blobs) == (before.releases, frozenset(), before.blobs)
     cli.ok(*release)
     cli.ok("pull", "acme/sql:1.2.0", "-o", tmp_path / "out")
-    assert (tmp_path / "out" / "notes.txt").read_bytes() == (adapter / "notes.txt").read_bytes()
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (adapter / "notes.txt").read_bytes()
 
 
 def test_a_hundred_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_and_searching(
@@ -135,7 +136,7 @@ def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
     registry: Cli, own_s3: S3Server, world: World, tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
-    (adapter / "data.txt").write_bytes(os.urandom(80 << 20))
+    (adapter / "vocab.txt").write_bytes(os.urandom(80 << 20))
     command = [sys.executable, "-m", "registry.cli.main", "push", str(adapter), "acme/sql:1.1.0", "--base", "tiny"]
     with environment(registry.environment, []):
         pushing = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -146,7 +147,7 @@ def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
     _, err = pushing.communicate(timeout=120)
     assert pushing.returncode == 0, err
     registry.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / "out")
-    assert (tmp_path / "out" / "data.txt").read_bytes() == (adapter / "data.txt").read_bytes()
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (adapter / "data.txt").read_bytes()
     assert traces(registry).work == frozenset()
 
 
@@ -155,8 +156,8 @@ def test_a_push_waits_for_its_store_whenever_that_goes_away(
     registry: Cli, own_s3: S3Server, world: World, tmp_path: Path, sent: bool
 ) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
-    (adapter / "notes.txt").write_bytes(os.urandom(1000))
-    files, name = collect(adapter), parse_repository("acme/sql")
+    (adapter / "vocab.txt").write_bytes(os.urandom(1000))
+    files, name = collect(select_files(adapter)), parse_repository("acme/sql")
     with api_of(registry) as api, ThreadPoolExecutor(1) as pool:
         if sent:
             send(api, "acme", files, nothing)

@@ -18,6 +18,7 @@ from registry.client.api import Api, Json, Stream
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
 from registry.client.push import collect, send
+from registry.client.selection import select_files
 from registry.errors import Invalid
 from registry.names import Digest
 from registry.storage.blobs import BlobStore
@@ -64,16 +65,16 @@ def store_of(cli: Cli) -> BlobStore:
 def test_a_new_version_with_one_changed_file_sends_that_file_alone(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "data.txt").write_bytes(os.urandom(100_000))
-    stocked.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+    stocked.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt")
     store, before = store_of(stocked), traces(stocked).blobs
     written = {digest: store.stat(Digest(digest)) for digest in before}
     (adapter / "README.md").write_text("better\n")
     with api_of(stocked) as api:
         counting = CountingApi(api.url) if stocked.environment.get("ADAPTORY_URL") else None
         if counting is not None:
-            send(counting, "acme", collect(adapter), nothing)
+            send(counting, "acme", collect(select_files(adapter, "model")), nothing)
             assert counting.sent == [len("better\n")]
-    stocked.ok("push", adapter, "acme/sql:1.0.1", "--base", "tiny")
+    stocked.ok("push", adapter, "acme/sql:1.0.1", "--base", "tiny", "--include", "data.txt")
     assert traces(stocked).blobs - before == {hashlib.sha256(b"better\n").hexdigest()}
     assert {digest: store.stat(Digest(digest)) for digest in before} == written, "the others were left alone"
 
@@ -84,7 +85,7 @@ def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     for size in (100_000, 12 << 20):
         (adapter / "data.txt").write_bytes(os.urandom(size))
-        files = collect(adapter)
+        files = collect(select_files(adapter, "model"))
         (adapter / "data.txt").write_bytes(os.urandom(size))
         with api_of(stocked) as api, pytest.raises(Invalid) as raised:
             send(api, "acme", files, nothing)
@@ -100,7 +101,9 @@ def test_two_who_push_the_same_bytes_at_once_both_succeed(stocked: Cli, world: W
     with environment(stocked.environment, []):
         pushes = [
             subprocess.Popen(
-                [*command, f"acme/sql-{number}:1.0.0", "--base", "tiny"], stderr=subprocess.PIPE, text=True
+                [*command, f"acme/sql-{number}:1.0.0", "--base", "tiny", "--include", "data.txt"],
+                stderr=subprocess.PIPE,
+                text=True,
             )
             for number in range(3)
         ]
@@ -128,11 +131,11 @@ def test_a_killed_push_and_a_killed_pull_go_on_where_they_stopped(on_s3: Cli, wo
     with (adapter / "data.txt").open("wb") as data:
         data.write(os.urandom(1000))
         data.truncate(BIG_BYTES)
-    push: list[object] = ["push", adapter, "acme/sql:1.0.0", "--base", "tiny"]
+    push: list[object] = ["push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "data.txt"]
     killed_when(on_s3, push, lambda: parts_in(on_s3) >= 5)
     there = parts_in(on_s3)
     api = CountingApi(on_s3.environment["ADAPTORY_URL"])
-    send(api, "acme", collect(adapter), nothing)
+    send(api, "acme", collect(select_files(adapter, "model")), nothing)
     assert 5 <= there < 77, "it was killed in the middle"
     assert sum(api.sent) <= BIG_BYTES + 1_000_000 - there * (5 << 20), "parts that were there are not sent again"
     release = on_s3.json(*push)["release"]

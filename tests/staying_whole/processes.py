@@ -19,6 +19,7 @@ from typing import Any
 
 from registry.client.api import Api, line_path
 from registry.client.push import collect, push
+from registry.client.selection import select_files
 from registry.errors import Conflict, NotFound, Refused, Stale, TooMany, Unavailable
 from registry.names import RepositoryName
 from registry.resources import Resources, open_resources
@@ -138,7 +139,7 @@ class _Client:
         return {}
 
     def _push(self, minor: int) -> dict[str, Any]:
-        files = collect(write_adapter(self.directory / str(minor), minor))
+        files = collect(select_files(write_adapter(self.directory / str(minor), minor)))
         request = {"version": f"1.{minor}.0", "base": "tiny"}
         told = push(self.api, files, NAME, "adapter", request, lambda _count: None)
         return {"commit": told["release"]["commit"]}

@@ -16,6 +16,7 @@ from typing import Any
 
 from registry.client.api import Api
 from registry.client.push import collect, push
+from registry.client.selection import select_files
 from registry.errors import RegistryError
 from tests import services
 from tests.forked import start
@@ -94,7 +95,7 @@ def busy(place: Mapping[str, str], directory: Path) -> Generator[list[str]]:
         api, number = Api(f"http://127.0.0.1:{port}"), 0
         while not stop.is_set():
             version = f"1.{number}.0"
-            files = collect(write_adapter(directory / version, number))
+            files = collect(select_files(write_adapter(directory / version, number)))
             try:
                 push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
                 api.put(CHANNEL, {"version": version})

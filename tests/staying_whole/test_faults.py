@@ -20,6 +20,7 @@ from registry import upkeep
 from registry.client.api import Api, Json, line_path
 from registry.client.pull import pull
 from registry.client.push import collect, push, send
+from registry.client.selection import select_files
 from registry.errors import Unavailable
 from registry.names import Digest
 from registry.settings import S3Storage
@@ -53,7 +54,7 @@ class Registry:
 
     def push(self, version: str, seed: int) -> None:
         api = Api(self.url)
-        files = collect(write_adapter(self.directory / version, seed))
+        files = collect(select_files(write_adapter(self.directory / version, seed)))
         push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
         api.close()
 
@@ -345,7 +346,7 @@ def test_a_store_that_goes_away_between_upload_and_publication_leaves_no_release
     on_s3: Registry, own_s3: S3Server
 ) -> None:
     api = Api(on_s3.url)
-    files = collect(write_adapter(on_s3.directory / "1.1.0", 11))
+    files = collect(select_files(write_adapter(on_s3.directory / "1.1.0", 11)))
     send(api, "acme", files, lambda _count: None)
     own_s3.stop(kill=True)
     rows = [{"path": f.manifest.path, "size_bytes": f.manifest.size_bytes, "sha256": f.manifest.sha256} for f in files]
@@ -376,7 +377,7 @@ class _DiesOfADelete(S3Store):
 
 def test_a_collection_whose_store_goes_away_is_finished_by_the_next_one(on_s3: Registry, own_s3: S3Server) -> None:
     api = Api(on_s3.url)
-    unused = collect(write_adapter(on_s3.directory / "unused", 12))
+    unused = collect(select_files(write_adapter(on_s3.directory / "unused", 12)))
     send(api, "acme", unused, lambda _count: None)
     held = opened(on_s3.place)
     assert isinstance(held.settings.storage, S3Storage)

@@ -18,6 +18,7 @@ from registry import fsck, upkeep
 from registry.audit import Act, EventQuery, events
 from registry.client.api import Api, line_path
 from registry.client.push import LocalFile, collect, push, send
+from registry.client.selection import select_files
 from registry.db import only_collection
 from registry.errors import Conflict
 from registry.manifest import ManifestFile
@@ -69,7 +70,7 @@ def notes(directory: Path, seed: int, size_bytes: int = 1_000) -> list[LocalFile
     """A file that no other has the bytes of."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "notes.txt").write_bytes(random.Random(seed).randbytes(size_bytes))
-    return collect(directory)
+    return collect(select_files(directory, "model"))
 
 
 def digests(held: Resources) -> set[str]:
@@ -81,7 +82,7 @@ def digests(held: Resources) -> set[str]:
 
 
 def release(api: Api, directory: Path, version: str, seed: int) -> set[str]:
-    files = collect(write_adapter(directory / version, seed))
+    files = collect(select_files(write_adapter(directory / version, seed)))
     push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
     return {file.manifest.sha256 for file in files}
 
@@ -160,7 +161,7 @@ def collect_one(path: Path) -> ManifestFile:
     alone = path.parent / f"{path.name}-alone"
     alone.mkdir(exist_ok=True)
     (alone / path.name).write_bytes(path.read_bytes())
-    return collect(alone)[0].manifest
+    return collect(select_files(alone, "model"))[0].manifest
 
 
 def test_bytes_without_a_row_are_told_by_fsck_and_go_after_the_grace(
@@ -210,7 +211,7 @@ def test_pushes_arrive_whole_while_a_collection_without_any_grace_runs(
     def push_some(worker: int) -> None:
         mine = Api(url)
         for number in range(pushes):
-            files = collect(write_adapter(tmp_path / f"{worker}-{number}", 100 * worker + number))
+            files = collect(select_files(write_adapter(tmp_path / f"{worker}-{number}", 100 * worker + number)))
             request = {"version": f"{worker}.{number}.0", "base": "tiny"}
             push(mine, files, NAME, "adapter", request, lambda _count: None)
         mine.close()

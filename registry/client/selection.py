@@ -1,0 +1,217 @@
+"""The files of a directory that a push takes: an adapter's own, without what its trainer keeps beside them.
+
+A trainer's output directory holds optimizer states, checkpoints and logs next to the adapter. Of an adapter's directory
+only files that are known to belong to one are taken; of a checkpoint everything but what is known to be a trainer's.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from composer.findings import Finding, Severity
+from composer.formats.layouts import CONFIG_FILE, WEIGHTS_FILE
+from registry.errors import Invalid, RegistryError, Usage, refuse_errors
+from registry.manifest import ENDS_BYTES, check_path, check_paths, is_zip, refuse_hidden, refuse_pickle, refuse_pickled
+
+ADAPTER_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "adaptory.json",
+    "model.sig",
+    # tokenizers and processors, as transformers' save_pretrained writes them
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*processor_config.json",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    # what people read
+    "readme.md",
+    "licen[sc]e*",
+    "notice*",
+    "copying*",
+    "use_policy*",
+)
+"""Patterns of paths, in lower case."""
+
+TRAINER_FILES = (
+    "checkpoint-*/*",
+    "global_step*/*",
+    "pytorch_model_fsdp_*/*",
+    "optimizer_[0-9]*/*",
+    "runs/*",
+    "wandb/*",
+    "__pycache__/*",
+    "optimizer.*",
+    "scheduler.*",
+    "scaler.pt",
+    "rng_state*",
+    "training_args.*",
+    "trainer_state.json",
+    "trainer_log.jsonl",
+    "*_results.json",
+    "events.out.tfevents.*",
+    "*.log",
+    "latest",
+    "zero_to_fp32.py",
+)
+"""Patterns of what trainers write beside a checkpoint for themselves."""
+
+_LISTED = 6
+"""Names of files that are left out, at most; the others are counted."""
+_NUMBER = re.compile(r"(?<=[-_])\d+(?=/?$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Paths relative to `directory`, with slashes. A directory of which nothing is taken stands in `left_out` as one
+    entry that ends with a slash."""
+
+    directory: Path
+    paths: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum((self.directory / path).stat().st_size for path in self.paths)
+
+    def summary(self) -> str:
+        """What is left out, in a line: numbered names (`checkpoint-500/`, `checkpoint-1000/`) as one pattern."""
+        names = list(dict.fromkeys(_NUMBER.sub("*", name) for name in self.left_out))
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        return ", ".join(names[:_LISTED]) + more
+
+
+def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] = ()) -> Selection:
+    """The files that a push of this kind takes, and what it leaves out, before any of them is read.
+
+    `include` are patterns of further paths, in which `*` matches slashes too. Hidden files are never taken.
+
+    Raises Usage for a pattern that matches nothing; Invalid, with a finding for every file, for what cannot be in a
+    release: a link out of the directory or to another one, a pipe, a pickle, a name that other systems cannot have.
+    """
+    if not directory.is_dir():
+        raise Invalid(
+            "missing_directory",
+            f"{directory} is not a directory.",
+            subject=str(directory),
+            next_step="Name the directory that training wrote.",
+        )
+    there = sorted(_files_below(directory))
+    _refuse_idle(include, there)
+    chosen = tuple(path for path in there if _is_taken(path, kind) or _matches(path, include))
+    _refuse_another_kind(directory, there, kind)
+    problems = [problem for path in chosen if (problem := _problem(directory, path))]
+    if problems:
+        findings = [Finding(one.code, Severity.ERROR, one.subject, one.detail) for one in problems]
+        refuse_errors(findings, str(directory), next_step=problems[0].next_step)
+    check_paths(chosen)
+    return Selection(directory, chosen, tuple(_collapsed(there, set(chosen))))
+
+
+def _is_taken(path: str, kind: str) -> bool:
+    if kind == "adapter":
+        return _matches(path.lower(), [one for one in ADAPTER_FILES if one.count("/") == path.count("/")])
+    return not _matches(path, TRAINER_FILES)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
+
+
+def _files_below(directory: Path) -> Iterator[str]:
+    """Paths of everything that is not a directory, links to directories included, without hidden ones."""
+    for parent, directories, files in os.walk(directory):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        links = [name for name in directories if (Path(parent) / name).is_symlink()]
+        for name in (*files, *links):
+            if not name.startswith("."):
+                yield (Path(parent) / name).relative_to(directory).as_posix()
+
+
+def _refuse_idle(include: Sequence[str], there: Sequence[str]) -> None:
+    for pattern in include:
+        if not any(_matches(path, [pattern]) for path in there):
+            raise Usage(
+                "nothing_included",
+                f"--include {pattern} matches no file.",
+                subject=pattern,
+                next_step="Write a pattern of paths below the directory, such as '*.yaml'; quote it for the shell.",
+            )
+
+
+def _refuse_another_kind(directory: Path, there: Sequence[str], kind: str) -> None:
+    """Raises Invalid for a directory that is empty, that holds adapters below it, or a checkpoint in place of one."""
+    if not there:
+        code, what, next_step = "empty_directory", "has no files", "Name the directory that training wrote."
+    elif kind != "adapter" or CONFIG_FILE in there or WEIGHTS_FILE in there:
+        return
+    elif below := [path.rpartition("/")[0] for path in there if path.endswith(f"/{CONFIG_FILE}")]:
+        code, what = "missing_config", f"has no {CONFIG_FILE}; {', '.join(below[:_LISTED])} below it do"
+        next_step = f"Name one of them: {directory / below[-1]}"
+    elif "config.json" in there:
+        code, what = "a_checkpoint", "is a checkpoint, a whole model and not an adapter"
+        next_step = "Name the adapter's directory, or publish the model with --kind model."
+    else:
+        return
+    raise Invalid(code, f"{directory} {what}.", subject=str(directory), next_step=next_step)
+
+
+def _problem(directory: Path, path: str) -> RegistryError | None:
+    try:
+        refuse_no_file(directory / path, Path(path), directory)
+        check_path(path)
+        refuse_hidden(path)
+        refuse_pickle(path)
+        if not path.lower().endswith(".safetensors"):  # whose header the registry reads
+            refuse_pickled(path, *_ends(directory / path))
+    except RegistryError as error:
+        return error
+    return None
+
+
+def _ends(path: Path) -> tuple[bytes, bytes]:
+    """The first bytes of a file; the last ones too of a zip, whose list of entries is there."""
+    with path.open("rb") as file:
+        first = file.read(ENDS_BYTES)
+        if not is_zip(first):
+            return first, b""
+        file.seek(max(0, path.stat().st_size - ENDS_BYTES))
+        return first, file.read(ENDS_BYTES)
+
+
+def refuse_no_file(path: Path, relative: Path, directory: Path | None = None) -> None:
+    """Raises Invalid unless it is a file, or a link to one: within `directory`, where that is given."""
+    if directory is not None and not path.resolve().is_relative_to(directory.resolve()):
+        raise _unfit("link_outside", relative, f"leads out of {directory}", "Copy there what it leads to.")
+    if path.is_dir():  # its files would be missing, since links are not followed
+        raise _unfit("link_to_directory", relative, "is a link to a directory", "Copy the directory there.")
+    if not path.is_file():
+        raise _unfit("no_file", relative, "is not a regular file", "Move it away.")
+
+
+def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:
+    return Invalid(code, f"{path} {what}.", subject=str(path), next_step=next_step)
+
+
+def _collapsed(there: Sequence[str], chosen: set[str]) -> Iterator[str]:
+    """The paths that were not chosen; for a directory at the top of which nothing was, its name and a slash."""
+    kept = {path.partition("/")[0] for path in chosen}
+    left = [path for path in there if path not in chosen]
+    yield from dict.fromkeys(path if "/" not in path or _top(path) in kept else f"{_top(path)}/" for path in left)
+
+
+def _top(path: str) -> str:
+    return path.partition("/")[0]
