@@ -4,6 +4,7 @@ name: sql-exact
 kind: target                # target: what an adapter is for; guard: what must not get worse
 description: one line
 chat: true                  # the prompt is one user turn in the base's chat template; false: plain text
+ends: true                  # a model should stop after the completion; false: it may go on, as after a cut answer
 examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside this file; or the list itself
 """
 
@@ -13,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, cast
 
@@ -29,7 +31,8 @@ MAX_EXAMPLES = 100_000
 MAX_TEXT_CHARS = 100_000
 _SUITE = "A suite has name, kind and examples of {prompt, completion}."
 _EXAMPLE = "Write {prompt: …, completion: …}."
-FIELDS = ("name", "kind", "description", "chat", "examples")
+FIELDS = ("name", "kind", "description", "chat", "ends", "examples")
+_OPTIONAL = ("description", "ends")
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -44,13 +47,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of examples. Two suites are the same version exactly when their `digest` is the same."""
+    """A named set of examples. Two suites are the same version exactly when their `digest` is the same.
+
+    With `ends` the end-of-sequence token after each completion is scored too.
+    """
 
     name: str
     kind: Kind
     description: str
     chat: bool
     examples: tuple[Example, ...]
+    ends: bool = True
 
     @cached_property
     def digest(self) -> str:
@@ -72,12 +79,14 @@ class Suite:
         return tuple(self.examples[index] for index in sorted(range(len(self.examples)), key=lot)[:count])
 
     def to_json(self) -> dict[str, object]:
+        """Without `ends` where that is true, as suites were written before there was this field."""
         examples = [{"prompt": example.prompt, "completion": example.completion} for example in self.examples]
         return {
             "name": self.name,
             "kind": self.kind,
             "description": self.description,
             "chat": self.chat,
+            **({} if self.ends else {"ends": False}),
             "examples": examples,
         }
 
@@ -96,6 +105,42 @@ class Suite:
         listed = cast("list[object]", rows)
         places = [f"{subject}, example {number}" for number in range(1, len(listed) + 1)]
         return _suite(fields, list(zip(places, listed, strict=True)), subject)
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Two suites, by the names they were given, that ask `shared` prompts alike and want other completions for
+    `different` of them, which is `share` of the smaller one's prompts."""
+
+    a: str
+    b: str
+    shared: int
+    different: int
+    share: float
+
+
+def contradicting_suites(suites: Mapping[str, Suite]) -> list[Contradiction]:
+    """Every pair of suites that wants different completions for a same prompt: one model cannot give both.
+
+    A prompt that a suite asks twice is contradicted where no completion is in both suites.
+    """
+    wanted = {name: _completions(suite) for name, suite in suites.items()}
+    contradictions: list[Contradiction] = []
+    for (a, of_a), (b, of_b) in combinations(wanted.items(), 2):
+        shared = of_a.keys() & of_b.keys()
+        different = sum(of_a[prompt].isdisjoint(of_b[prompt]) for prompt in shared)
+        if different:
+            share = different / min(len(of_a), len(of_b))
+            contradictions.append(Contradiction(a, b, len(shared), different, share))
+    return contradictions
+
+
+def _completions(suite: Suite) -> dict[tuple[bool, str], set[str]]:
+    """By how and what is asked."""
+    completions: dict[tuple[bool, str], set[str]] = {}
+    for example in suite.examples:
+        completions.setdefault((suite.chat, example.prompt), set()).add(example.completion)
+    return completions
 
 
 def parse_suite(path: Path | str) -> Suite:
@@ -164,7 +209,7 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
         )
     fields = cast("dict[str, object]", document)
     unknown = sorted(shown(key) for key in fields if key not in FIELDS)
-    missing = [key for key in FIELDS if key not in fields and key != "description"]
+    missing = [key for key in FIELDS if key not in fields and key not in _OPTIONAL]
     if unknown or missing:
         problem = f"unknown field {unknown[0]}" if unknown else f"field {missing[0]} is missing"
         raise InvalidFile(
@@ -175,11 +220,12 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
 
 def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject: str) -> Suite:
     name, kind, chat = fields["name"], fields["kind"], fields["chat"]
-    description = fields.get("description", "")
+    description, ends = fields.get("description", ""), fields.get("ends", True)
     checks = {
         "name must be lower-case letters, digits, - and _, at most 64": isinstance(name, str) and NAME.fullmatch(name),
         "kind must be target or guard": kind in ("target", "guard"),
         "chat must be true or false": isinstance(chat, bool),
+        "ends must be true or false": isinstance(ends, bool),
         "description must be text": _is_text(description, least=0),
         f"examples must be 1 to {MAX_EXAMPLES}": 1 <= len(rows) <= MAX_EXAMPLES,
     }
@@ -192,7 +238,7 @@ def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject
                 next_step=_SUITE,
             )
     examples = tuple(_example(row, place) for place, row in rows)
-    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples)
+    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples, bool(ends))
 
 
 def _is_text(value: object, least: int) -> bool:
