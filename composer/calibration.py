@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from composer.applied import module_of
+from composer.calibration_sets import CalibrationSet
 from composer.delta import Delta
 from composer.evaluate import Encoded, encode, encode_prompt
 from composer.methods.regmean import ModuleInputs
 from composer.model import LoadedModel
 from composer.observe import Pass, Watch, observe
-from composer.suite import CalibrationSet
 from composer.tensors import Aside
 
 
@@ -85,7 +85,7 @@ class _Collector:
 def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
     """Prompts are user turns where the base has a chat template."""
     if used.suite is not None:
-        return [encode(loaded, one, used.suite.chat) for one in used.examples]
+        return [encode(loaded, one, used.suite.chat, used.suite.ends) for one in used.examples]
     chat = loaded.tokenizer.chat_template is not None
     ids = [tuple(encode_prompt(loaded, prompt, chat)) for prompt in used.prompts]
     return [Encoded(one, len(one)) for one in ids]

@@ -36,7 +36,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example as token ids: `ids` is the prompt followed by the completion, which ends with the tokenizer's eos."""
+    """An example as token ids: `ids` is the prompt followed by what is scored, the completion and, unless the suite's
+    completions do not end, the tokenizer's eos."""
 
     ids: tuple[int, ...]
     prompt_tokens: int
@@ -55,23 +56,25 @@ class Measured:
     exact: bool
 
 
-def encode(loaded: LoadedModel, example: Example, chat: bool) -> Encoded:
-    """The token ids an adapter is trained and scored on: the prompt's, then the completion's and the tokenizer's eos.
+def encode(loaded: LoadedModel, example: Example, chat: bool, ends: bool = True) -> Encoded:
+    """The token ids an adapter is trained and scored on: the prompt's, then the completion's and, if it `ends`, the
+    tokenizer's eos.
 
     With `chat` the prompt is one user turn of the base's template. Raises Mismatch for a tokenizer without template or
-    eos, and for an example longer than the model's context: cutting it would silently measure something else.
+    eos, for a completion without tokens, and for an example longer than the model's context: cutting it would silently
+    measure something else.
     """
-    eos = loaded.tokenizer.eos_token_id
-    if eos is None:
-        raise Mismatch(
-            "no_eos",
-            "The base's tokenizer has no end-of-sequence token.",
-            subject="tokenizer",
-            next_step="Set eos_token in the base's tokenizer_config.json.",
-        )
     prompt = encode_prompt(loaded, example.prompt, chat)
     completion = loaded.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-    ids = (*prompt, *completion, eos)
+    scored = [*completion, _eos(loaded)] if ends else completion
+    if not scored:
+        raise Mismatch(
+            "empty_completion",
+            f"The completion {example.completion[:60]!r} has no tokens.",
+            subject="tokenizer",
+            next_step="Leave the example out of the suite.",
+        )
+    ids = (*prompt, *scored)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) > limit:
         message = f"An example has {len(ids)} tokens, the model's context is {limit}: {example.prompt[:60]!r}."
@@ -82,6 +85,18 @@ def encode(loaded: LoadedModel, example: Example, chat: bool) -> Encoded:
             next_step="Shorten the example, or leave it out of the suite.",
         )
     return Encoded(ids, len(prompt))
+
+
+def _eos(loaded: LoadedModel) -> int:
+    eos: int | None = loaded.tokenizer.eos_token_id
+    if eos is None:
+        raise Mismatch(
+            "no_eos",
+            "The base's tokenizer has no end-of-sequence token.",
+            subject="tokenizer",
+            next_step="Set eos_token in the base's tokenizer_config.json, or `ends: false` in the suite.",
+        )
+    return eos
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
@@ -116,9 +131,9 @@ def measure(
     """One teacher-forced pass over every example, with `deltas` active, in the order given.
 
     Greedy decoding reproduces a completion exactly when, with the completion before it as context, every argmax is the
-    reference token, eos included: so the same logits give both the loss and exact match, and nothing is generated.
-    Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
-    cores. `progress` gets the number of examples just done; what it raises ends the pass.
+    reference token, eos included where it is scored: so the same logits give both the loss and exact match, and
+    nothing is generated. Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the
+    batches share the cores. `progress` gets the number of examples just done; what it raises ends the pass.
     """
     # A few examples are spread as well: one batch over all cores would wait at barriers.
     limit = min(batch_tokens or loaded.batch_tokens, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
@@ -197,7 +212,7 @@ def evaluate(
     with the standard error of a ratio estimator; accuracy has the binomial one. The same input gives the same scores,
     whatever else shares a batch, up to float rounding. Raises Mismatch where no example is left.
     """
-    encoded = [encode(loaded, example, suite.chat) for example in suite.sample(limit, without)]
+    encoded = [encode(loaded, example, suite.chat, suite.ends) for example in suite.sample(limit, without)]
     if not encoded:
         message = f"Every example of {suite.name} was used to fit the method: none is left to judge it by."
         raise Mismatch("no_examples_left", message, subject=suite.name, next_step="Add examples, or fit on fewer.")

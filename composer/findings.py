@@ -17,8 +17,9 @@ THRESHOLDS: dict[str, float | None] = {
     "near_duplicate": 0.5,
     "cancelling": 0.5,
     "dominance": 10 / 11,
-    "probe_loss": None,
-    "probe_answers": 0.5,
+    "same_prompts": 0.1,
+    "probe_loss": 0.1,
+    "probe_answers": 0.9,
     "probe_guard": 0.02,
     "amplified": 1.0,
     "input_overlap": None,
@@ -30,9 +31,11 @@ THRESHOLDS: dict[str, float | None] = {
 """The codes that hang on a number, with the number from which on each is found, or for `cancelling` and
 `low_retention` below which; docs/composing.md says of what.
 
-None: no measurement backs a number, so there is no such finding unless a policy gives one. `probe_loss` without one is
-half of what the member had gained.
+None: no measurement backs a number, so there is no such finding unless a policy gives one.
 """
+MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}
+"""What a policy may write after a number: `0.5 of gain` is a share of what a member had gained, not nats per token;
+`0.5 by interval` fails where a binomial test is sure, not by the share that was counted."""
 HARD = frozenset({
     "replacement_conflict", "replacement_and_delta", "two_rescale", "changed_base", "token_conflict", "tied_weight",
     "tied_both_sides", "vocabulary_mismatch", "shape_conflict", "not_finite",
@@ -64,9 +67,19 @@ class Severity(StrEnum):
 
 
 class Verdict(StrEnum):
+    """From best to worst. `ok` is measured on enough examples to say so; `undecided` is measured and still open;
+    `unmeasured` was not probed."""
+
     OK = "ok"
+    UNDECIDED = "undecided"
+    UNMEASURED = "unmeasured"
     WARN = "warn"
     REFUSE = "refuse"
+
+    @classmethod
+    def worst(cls, verdicts: "Iterable[Verdict]") -> "Verdict":
+        """`ok` of none."""
+        return max(verdicts, key=list(cls).index, default=cls.OK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +111,15 @@ def next_step(code: str, otherwise: str) -> str:
 class Policy:
     """Which severity each finding code has in the end, None for none at all, and from which number on it is found.
 
-    A code not named keeps the severity its check gave it, and the number in THRESHOLDS.
+    A code not named keeps the severity its check gave it, and the number in THRESHOLDS. `modes` are the codes whose
+    number is followed by its word in MODES. `require` is the worst verdict that is accepted; None accepts all but
+    `refuse`.
     """
 
     overrides: Mapping[str, Severity | None] = field(default_factory=dict[str, Severity | None])
     thresholds: Mapping[str, float] = field(default_factory=dict[str, float])
+    modes: frozenset[str] = frozenset()
+    require: Verdict | None = None
 
     def threshold(self, code: str) -> float | None:
         return self.thresholds.get(code, THRESHOLDS[code])
@@ -112,11 +129,19 @@ class Policy:
         severities = [(finding, self.overrides.get(finding.code, finding.severity)) for finding in findings]
         return [replace(finding, severity=severity) for finding, severity in severities if severity is not None]
 
-    def verdict(self, findings: Iterable[Finding]) -> Verdict:
+    def ignores(self, code: str) -> bool:
+        return self.overrides.get(code, Severity.NOTICE) is None
+
+    def verdict(self, findings: Iterable[Finding], measured: Verdict = Verdict.OK) -> Verdict:
+        """The worse of what was measured and what the findings come to."""
         severities = {finding.severity for finding in self.judged(findings)}
         if Severity.ERROR in severities:
             return Verdict.REFUSE
-        return Verdict.WARN if Severity.WARNING in severities else Verdict.OK
+        return Verdict.worst([measured, Verdict.WARN if Severity.WARNING in severities else Verdict.OK])
+
+    def accepts(self, verdict: Verdict) -> bool:
+        worst = self.require or Verdict.WARN
+        return Verdict.worst([worst, verdict]) is worst
 
 
 def parse_policy(text: str, subject: str = "policy") -> Policy:
@@ -131,16 +156,24 @@ def parse_policy(text: str, subject: str = "policy") -> Policy:
 
 
 def read_policy(document: object, subject: str = "policy") -> Policy:
-    """A code of a finding and `notice`, `warning`, `error` or `ignore`; under `thresholds`, a code and a number.
+    """A code of a finding and `notice`, `warning`, `error` or `ignore`; under `thresholds`, a code and a number, with
+    its word of MODES where that is meant; `require`, a verdict.
 
     Raises InvalidFile naming the key: no mapping, another value, a number for a code that hangs on none, or a hard
     conflict, which stays an error.
     """
     rows = _mapping(document, subject)
     numbers = _mapping(rows.pop("thresholds", None), f"{subject}: thresholds")
+    require = rows.pop("require", None)
+    if require not in (None, *Verdict):
+        raise _bad(f"{subject}: require", f"{shown(require)} is none of {', '.join(Verdict)}")
+    modes = {code for code, value in numbers.items() if code in MODES and str(value).endswith(f" {MODES[code]}")}
+    plain = {code: str(value).removesuffix(MODES[code]) if code in modes else value for code, value in numbers.items()}
     return Policy(
         {code: _severity(code, value, subject) for code, value in rows.items()},
-        {code: _number(code, value, f"{subject}: thresholds") for code, value in numbers.items()},
+        {code: _number(code, value, f"{subject}: thresholds") for code, value in plain.items()},
+        frozenset(modes),
+        None if require is None else Verdict(str(require)),
     )
 
 

@@ -12,7 +12,7 @@ adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
 dtype: bfloat16                      # of the merged checkpoint; the base's own when left out
 rounding: {mode: stochastic, seed: 7}   # of the merged checkpoint's values; to the nearest when left out
-probe: 2                             # examples of each member's suite for the conflict report; 0 for none
+probe: 8                             # examples of each member's suite for the conflict report; 0 for none
 evaluate: [sql-exact, guard-general] # suites for the candidate
 gates: ["guard-general.nll within 0.2 of base"]   # [] for none; those against the inputs are added unless one is named
 policy: {near_duplicate: error, thresholds: {probe_loss: 0.1}}   # of the conflict report's findings
@@ -63,7 +63,7 @@ class Recipe:
     adapter: str | None = None
     model: str | None = None
     dtype: str | None = None
-    probe: int = 2
+    probe: int = 8
     evaluate: tuple[str, ...] = ()
     gates: tuple[str, ...] | None = None
     notes: str = ""
@@ -214,7 +214,7 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     dtype = _text(fields, "dtype", subject)
     if dtype is not None and dtype not in DTYPES:
         raise _bad(f"{subject}: dtype", f"{shown(dtype)} is none of {', '.join(DTYPES)}")
-    probe = fields.get("probe", 2)
+    probe = fields.get("probe", 8)
     if type(probe) is not int or not 0 <= probe <= MAX_PROBE:
         raise _bad(f"{subject}: probe", f"it must be a whole number from 0 to {MAX_PROBE}")
     settings: object = fields.get("settings")

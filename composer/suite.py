@@ -4,6 +4,7 @@ name: sql-exact
 kind: target                # target: what an adapter is for; guard: what must not get worse
 description: one line
 chat: true                  # the prompt is one user turn in the base's chat template; false: plain text
+ends: true                  # a model should stop after the completion; false: it may go on, as after a cut answer
 examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside this file; or the list itself
 metrics: {rouge_l: higher}  # optional: which way is better of metrics that `adaptory eval` does not measure
 """
@@ -11,9 +12,10 @@ metrics: {rouge_l: higher}  # optional: which way is better of metrics that `ada
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, cast
 
@@ -30,8 +32,8 @@ MAX_EXAMPLES = 100_000
 MAX_TEXT_CHARS = 100_000
 _SUITE = "A suite has name, kind and examples of {prompt, completion}."
 _EXAMPLE = "Write {prompt: …, completion: …}."
-FIELDS = ("name", "kind", "description", "chat", "examples", "metrics")
-OPTIONAL = ("description", "metrics")
+FIELDS = ("name", "kind", "description", "chat", "ends", "examples", "metrics")
+_OPTIONAL = ("description", "ends", "metrics")
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 METRIC = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -51,8 +53,9 @@ class Example:
 class Suite:
     """A named set of examples. Two suites are the same version exactly when their `digest` is the same.
 
-    `metrics` says of each whether a higher value is better. It isn't part of the digest: it says how scores are read,
-    not how they are measured, so that correcting it keeps them.
+    With `ends` the end-of-sequence token after each completion is scored too. `metrics` says of each whether a higher
+    value is better. It isn't part of the digest: it says how scores are read, not how they are measured, so that
+    correcting it keeps them.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Suite:
     description: str
     chat: bool
     examples: tuple[Example, ...]
+    ends: bool = True
     metrics: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
     @cached_property
@@ -84,13 +88,15 @@ class Suite:
 
     @property
     def content(self) -> dict[str, object]:
-        """What is measured, as JSON: all but `metrics`."""
+        """What is measured, as JSON: all but `metrics`. Without `ends` where that is true, as suites were written when
+        there was no such field."""
         examples = [{"prompt": example.prompt, "completion": example.completion} for example in self.examples]
         return {
             "name": self.name,
             "kind": self.kind,
             "description": self.description,
             "chat": self.chat,
+            **({} if self.ends else {"ends": False}),
             "examples": examples,
         }
 
@@ -116,41 +122,39 @@ class Suite:
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrationSet:
-    """What one adapter's part of a fitted method is fitted on: the first `count` examples of a suite's chosen order, or
-    prompts without answers."""
+class Contradiction:
+    """Two suites, by the names they were given, that ask `shared` prompts alike and want other completions for
+    `different` of them, which is `share` of the smaller one's prompts."""
 
-    suite: Suite | None = None
-    count: int = 0
-    prompts: tuple[str, ...] = ()
-
-    @property
-    def examples(self) -> tuple[Example, ...]:
-        return self.suite.sample(self.count) if self.suite else ()
-
-    def __contains__(self, example: object) -> bool:
-        """Was the example used, with its answer or as a prompt?"""
-        if not isinstance(example, Example):
-            return False
-        return example in self.examples or example.prompt in self.prompts
-
-    def to_json(self) -> dict[str, object]:
-        """For a lock: sha256 of what was used, over the canonical JSON of [prompt, completion] or of the prompt."""
-        if self.suite is None:
-            return {"prompts": [_digest(prompt) for prompt in self.prompts]}
-        used = [_digest([one.prompt, one.completion]) for one in self.examples]
-        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used}
+    a: str
+    b: str
+    shared: int
+    different: int
+    share: float
 
 
-def used_in(sets: Iterable[CalibrationSet], suites: Iterable[Suite]) -> frozenset[Example]:
-    """The examples of the suites that one of the sets holds: what was fitted on them is judged on others."""
-    known = list(sets)
-    return frozenset(one for suite in suites for one in suite.examples if any(one in used for used in known))
+def contradicting_suites(suites: Mapping[str, Suite]) -> list[Contradiction]:
+    """Every pair of suites that wants different completions for a same prompt: one model cannot give both.
+
+    A prompt that a suite asks twice is contradicted where no completion is in both suites.
+    """
+    wanted = {name: _completions(suite) for name, suite in suites.items()}
+    contradictions: list[Contradiction] = []
+    for (a, of_a), (b, of_b) in combinations(wanted.items(), 2):
+        shared = of_a.keys() & of_b.keys()
+        different = sum(of_a[prompt].isdisjoint(of_b[prompt]) for prompt in shared)
+        if different:
+            share = different / min(len(of_a), len(of_b))
+            contradictions.append(Contradiction(a, b, len(shared), different, share))
+    return contradictions
 
 
-def _digest(content: object) -> str:
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _completions(suite: Suite) -> dict[tuple[bool, str], set[str]]:
+    """By how and what is asked."""
+    completions: dict[tuple[bool, str], set[str]] = {}
+    for example in suite.examples:
+        completions.setdefault((suite.chat, example.prompt), set()).add(example.completion)
+    return completions
 
 
 def parse_suite(path: Path | str) -> Suite:
@@ -219,7 +223,7 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
         )
     fields = cast("dict[str, object]", document)
     unknown = sorted(shown(key) for key in fields if key not in FIELDS)
-    missing = [key for key in FIELDS if key not in fields and key not in OPTIONAL]
+    missing = [key for key in FIELDS if key not in fields and key not in _OPTIONAL]
     if unknown or missing:
         problem = f"unknown field {unknown[0]}" if unknown else f"field {missing[0]} is missing"
         raise InvalidFile(
@@ -230,11 +234,12 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
 
 def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject: str) -> Suite:
     name, kind, chat = fields["name"], fields["kind"], fields["chat"]
-    description = fields.get("description", "")
+    description, ends = fields.get("description", ""), fields.get("ends", True)
     checks = {
         "name must be lower-case letters, digits, - and _, at most 64": isinstance(name, str) and NAME.fullmatch(name),
         "kind must be target or guard": kind in ("target", "guard"),
         "chat must be true or false": isinstance(chat, bool),
+        "ends must be true or false": isinstance(ends, bool),
         "description must be text": _is_text(description, least=0),
         f"examples must be 1 to {MAX_EXAMPLES}": 1 <= len(rows) <= MAX_EXAMPLES,
     }
@@ -248,7 +253,7 @@ def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject
             )
     examples = tuple(_example(row, place) for place, row in rows)
     metrics = _metrics(fields.get("metrics", {}), subject)
-    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples, metrics)
+    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples, bool(ends), metrics)
 
 
 def _metrics(value: object, subject: str) -> dict[str, bool]:

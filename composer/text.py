@@ -37,3 +37,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise Twice(f"names {twice[:80]!r} twice")
     return table
+
+
+def cut(text: str, most: int = 24) -> str:
+    """At most so many characters: of a longer text the middle is left out, since names differ at their ends."""
+    if len(text) <= most:
+        return text
+    front = (most - 1) // 2
+    return f"{text[:front]}…{text[front + 1 - most :]}"

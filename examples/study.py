@@ -3,52 +3,52 @@
     python examples/train.py study --base BASE --out ADAPTERS
     python examples/study.py --base BASE --adapters ADAPTERS --out MINE.jsonl
 
-Writes one line of JSON a pair to `--out`, and goes on where an earlier run stopped. `study_report.py` makes the tables
-of docs/study.md from it. The examples that a probe sees are held apart from those that the damage is measured on.
+Writes one line of JSON an adapter and one a pair to `--out`, and goes on where an earlier run stopped. Every example of
+every suite is kept with its nats, tokens and whether it was answered word for word, so that `verdict_report.py` can
+replay the rule that `adaptory conflicts` decides by; `study_report.py` makes the tables of docs/study.md. The examples
+that a probe sees are held apart from those that the damage is measured on.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from tasks import STUDY_TASKS, TASKS, Task
-from train import ADAPTERS, STUDY
+from train import ADAPTERS, ALL_RUNS, RUNS
 
 from composer.conflicts import conflicts
 from composer.conflicts.interference import activation_interference
-from composer.delta import Delta
-from composer.evaluate import Encoded, encode, measure, ratio
+from composer.evaluate import Encoded, Measured, encode, measure, ratio
 from composer.methods import combine_deltas
 from composer.model import LoadedModel, load_model
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
 
 OLDER = {"sql-migration": "sql", "terraform-review": "terraform", "support-macros": "support"}
+SMALL = [name for name in ALL_RUNS if name not in RUNS]
 METHODS: dict[str, tuple[str, float]] = {"sum": ("stack", 1.0), "mean": ("stack", 0.5), "ties": ("ties", 1.0)}
-PROBED = (1, 2, 4)
-MEASURED = 8
-GUARDED = 8
+PROBED = (1, 2, 4, 8, 16)
+MEASURED = 16
+WATCHED = 4
+"""Examples of the victim's suite, prompts with completions, on which activations are compared."""
+GUARD = "guard"
 
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter, the examples its probe sees, and those that its loss is measured on."""
+    """An adapter and all examples of its suite, in the order that a probe takes them: it sees the first ones, and the
+    last MEASURED are what its loss is measured on."""
 
     adapter: LoadedAdapter
-    probe: list[Encoded]
-    measured: list[Encoded]
+    examples: list[Encoded]
 
     @property
     def name(self) -> str:
         return self.adapter.name
-
-    @property
-    def examples(self) -> list[Encoded]:
-        return [*self.probe, *self.measured]
 
 
 def main() -> None:
@@ -56,38 +56,64 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
     parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
     parser.add_argument("--out", type=Path, required=True, help="a file of rows, which is gone on with if it is there")
+    parser.add_argument("--only", nargs="+", default=[*OLDER, *SMALL], help="names of adapters; all by default")
     chosen = parser.parse_args()
-    for directory in (chosen.base, *(chosen.adapters / name for name in STUDY)):
+    places = {name: ADAPTERS / name if name in OLDER else chosen.adapters / name for name in chosen.only}
+    for directory in (chosen.base, *places.values()):
         if not directory.is_dir():
             parser.error(f"{directory} is not there: make_base.py and train.py write the base and the adapters.")
     loaded = load_model(chosen.base, "cpu")
-    members = list(_members(loaded, chosen.adapters))
-    done = _done(chosen.out)
-    alone = {member.name: nats(loaded, member.examples, member.adapter.deltas) for member in members}
-    base = {member.name: nats(loaded, member.examples, ()) for member in members}
-    guard = [encode(loaded, example, chat=True) for example in _suite(TASKS["guard"]).sample(GUARDED)]
-    guards = {member.name: nats(loaded, guard, member.adapter.deltas) for member in members}
+    members = [_member(loaded, name, place) for name, place in places.items()]
+    guard = [encode(loaded, example, chat=True) for example in _in_order(_suite(TASKS["guard"]))]
+    done = _rows(chosen.out)
     with chosen.out.open("a") as out:
-        for one, other in combinations(members, 2):
-            if (one.name, other.name) in done:
-                continue
-            row = {"a": one.name, "b": other.name, "weights": weights_say(one, other)}
-            row["activations"] = activations_say(loaded, one, other)
-            row["losses"] = {method: losses(loaded, (one, other), method, alone, (guard, guards)) for method in METHODS}
-            row["alone"] = {member.name: summed(alone[member.name]) for member in (one, other)}
-            row["base"] = {member.name: summed(base[member.name]) for member in (one, other)}
+        for row in _measured(loaded, members, guard, done):
             out.write(_line(row))
             out.flush()
-            print(one.name, other.name, {m: round(row["losses"][m]["worse"], 3) for m in METHODS}, flush=True)
+            print(row.get("member") or (row["a"], row["b"], {m: round(row["losses"][m]["worse"], 3) for m in METHODS}))
 
 
-def _members(loaded: LoadedModel, directory: Path) -> Iterable[Member]:
-    tasks = {name: (ADAPTERS / name, TASKS[task]) for name, task in OLDER.items()}
-    tasks |= {name: (directory / name, STUDY_TASKS[name]) for name in STUDY}
-    for path, task in tasks.values():
-        encoded = [encode(loaded, example, chat=True) for example in _suite(task).sample(max(PROBED) + MEASURED)]
-        adapter = load_deltas(path, loaded.architecture)
-        yield Member(adapter, encoded[: max(PROBED)], encoded[max(PROBED) :])
+Key = tuple[str, ...]
+
+
+def _measured(
+    loaded: LoadedModel, members: Sequence[Member], guard: list[Encoded], done: Mapping[Key, Any]
+) -> Iterator[dict[str, Any]]:
+    """The rows that are still missing: the base on the guard, each adapter alone, every pair."""
+    alone = dict(done)
+    if (GUARD,) not in done:
+        alone[GUARD,] = {"member": GUARD, "base": _kept(measure(loaded, guard))}
+        yield alone[GUARD,]
+    for member in members:
+        if (member.name,) not in done:
+            alone[member.name,] = {
+                "member": member.name,
+                "base": _kept(measure(loaded, member.examples)),
+                "alone": _kept(measure(loaded, member.examples, member.adapter.deltas)),
+                GUARD: _kept(measure(loaded, guard, member.adapter.deltas)),
+            }
+            yield alone[member.name,]
+    for one, other in combinations(members, 2):
+        if (one.name, other.name) in done:
+            continue
+        both = (one, other)
+        row: dict[str, Any] = {"a": one.name, "b": other.name, "weights": weights_say(one, other)}
+        row["activations"] = activations_say(loaded, one, other)
+        row["combined"] = {method: combined(loaded, both, method, guard) for method in METHODS}
+        row["losses"] = {method: losses(both, row["combined"][method], alone) for method in METHODS}
+        yield row
+
+
+def _member(loaded: LoadedModel, name: str, directory: Path) -> Member:
+    task = TASKS[OLDER[name]] if name in OLDER else STUDY_TASKS[name]
+    encoded = [encode(loaded, example, chat=True) for example in _in_order(_suite(task))]
+    return Member(load_deltas(directory, loaded.architecture), encoded)
+
+
+def _in_order(suite: Suite) -> list[Example]:
+    """All examples, so that the first k are those of `suite.sample(k)`."""
+    first = suite.sample(len(suite.examples) - 1)
+    return [*first, *(example for example in suite.examples if example not in first)]
 
 
 def _suite(task: Task) -> Suite:
@@ -97,43 +123,47 @@ def _suite(task: Task) -> Suite:
     return Suite(task.suite, kind, task.description, True, examples)
 
 
-def _done(path: Path) -> set[tuple[str, str]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["a"], row["b"]) for row in map(json.loads, lines)}
+def _rows(path: Path) -> dict[Key, Any]:
+    """What an earlier run wrote, by the name of the adapter or the names of the pair."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(row["member"],) if "member" in row else (row["a"], row["b"]): row for row in rows}
 
 
-def nats(loaded: LoadedModel, examples: Sequence[Encoded], deltas: Iterable[Delta]) -> list[tuple[float, int]]:
-    """(nats, tokens) of each example."""
-    return [(one.nats, one.tokens) for one in measure(loaded, examples, deltas)]
+def _kept(measured: Sequence[Measured]) -> dict[str, Any]:
+    """Nats and tokens of each example, and a 1 for each that is answered word for word."""
+    return {
+        "nats": [one.nats for one in measured],
+        "tokens": [one.tokens for one in measured],
+        "exact": "".join(str(int(one.exact)) for one in measured),
+    }
 
 
-def summed(measured: Sequence[tuple[float, int]]) -> float:
-    """Nats per completion token over the measured examples."""
-    return _mean(measured[max(PROBED) :])
-
-
-def losses(
-    loaded: LoadedModel,
-    pair: tuple[Member, Member],
-    method: str,
-    alone: dict[str, list[tuple[float, int]]],
-    guard: tuple[list[Encoded], dict[str, list[tuple[float, int]]]],
-) -> dict[str, Any]:
-    """What each member loses, in nats per token: measured, and as a probe on the first k examples sees it."""
+def combined(
+    loaded: LoadedModel, pair: tuple[Member, Member], method: str, guard: list[Encoded]
+) -> dict[str, dict[str, Any]]:
+    """Each member's examples and the guard's under what the method makes of the two."""
     name, weight = METHODS[method]
     deltas = combine_deltas([member.adapter for member in pair], [weight] * 2, name).deltas
-    examples, alone_on_guard = guard
-    together = nats(loaded, [*pair[0].examples, *pair[1].examples, *examples], deltas)
-    cut = len(pair[0].examples)
-    found = {member.name: part for member, part in zip(pair, (together[:cut], together[cut : 2 * cut]), strict=True)}
+    first, second = (len(member.examples) for member in pair)
+    together = measure(loaded, [*pair[0].examples, *pair[1].examples, *guard], deltas)
+    parts = (together[:first], together[first : first + second], together[first + second :])
+    return {key: _kept(part) for key, part in zip((*(member.name for member in pair), GUARD), parts, strict=True)}
+
+
+def losses(pair: tuple[Member, Member], together: Mapping[str, Any], alone: Mapping[Key, Any]) -> dict[str, Any]:
+    """What each member loses, in nats per token: measured, and as a probe on the first k examples sees it."""
     told: dict[str, Any] = {"measured": {}, "probe": {str(k): {} for k in PROBED}}
     for member in pair:
-        before, after = alone[member.name], found[member.name]
-        told["measured"][member.name] = summed(after) - summed(before)
+        before, after = alone[member.name,]["alone"], together[member.name]
+        told["measured"][member.name] = _nll(after, slice(-MEASURED, None)) - _nll(before, slice(-MEASURED, None))
         for k in PROBED:
-            told["probe"][str(k)][member.name] = _mean(after[:k]) - _mean(before[:k])
-    worst_alone = max(_mean(alone_on_guard[member.name]) for member in pair)
-    return told | {"worse": max(told["measured"].values()), "guard": _mean(together[2 * cut :]) - worst_alone}
+            told["probe"][str(k)][member.name] = _nll(after, slice(k)) - _nll(before, slice(k))
+    worst_alone = max(_nll(alone[member.name,][GUARD]) for member in pair)
+    return told | {"worse": max(told["measured"].values()), GUARD: _nll(together[GUARD]) - worst_alone}
+
+
+def _nll(kept: Mapping[str, Any], part: slice = slice(None)) -> float:
+    return ratio(kept["nats"][part], kept["tokens"][part])[0]
 
 
 def weights_say(one: Member, other: Member) -> dict[str, Any]:
@@ -148,10 +178,11 @@ def weights_say(one: Member, other: Member) -> dict[str, Any]:
 
 
 def activations_say(loaded: LoadedModel, one: Member, other: Member) -> dict[str, Any]:
-    """Directed, on the prompts that the victim's probe uses: victim -> how strongly the other acts there."""
+    """Directed, on examples of the victim's suite, completions too: victim -> how strongly the other acts there."""
     told: dict[str, Any] = {}
     for victim, intruder in ((one, other), (other, one)):
-        found = activation_interference(loaded, victim.probe, victim.adapter.deltas, intruder.adapter.deltas)
+        examples = victim.examples[:WATCHED]
+        found = activation_interference(loaded, examples, victim.adapter.deltas, intruder.adapter.deltas)
         told[victim.name] = asdict(found)
     return told
 
@@ -160,10 +191,6 @@ def _line(row: dict[str, Any]) -> str:
     """To five digits: more say nothing, and the rows of all modules are kept beside the tables made of them."""
     short = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.5g}"))
     return json.dumps(short) + "\n"
-
-
-def _mean(measured: Sequence[tuple[float, int]]) -> float:
-    return ratio([nats for nats, _ in measured], [tokens for _, tokens in measured])[0]
 
 
 if __name__ == "__main__":

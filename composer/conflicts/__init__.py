@@ -1,10 +1,11 @@
 """Whether adapters can be combined, how much they get in each other's way, and on what evidence that is said.
 
-Hard conflicts refuse. A probe is measured damage and may warn. Numbers from activations or weights explain and locate;
-where no measurement backs a threshold they are shown, and nothing fails on them unless a policy says so.
+Hard conflicts refuse. A probe is measured damage: it ends `ok`, `undecided` or `warn`, and without one the verdict is
+`unmeasured`. Numbers from activations or weights explain and locate; where no measurement backs a threshold they are
+shown, and nothing fails on them unless a policy says so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -16,6 +17,7 @@ from composer.conflicts.compared import Compared, compare_all
 from composer.conflicts.findings import (
     of_adapters,
     of_cancelling,
+    of_contradictions,
     of_outcome,
     of_pair,
     of_retention,
@@ -25,7 +27,8 @@ from composer.conflicts.findings import (
 )
 from composer.conflicts.interference import Activations, Directed
 from composer.conflicts.interval import Interval
-from composer.conflicts.probe import Outcome, ProbeResult
+from composer.conflicts.outcome import Limits, Outcome
+from composer.conflicts.probe import ProbeResult
 from composer.conflicts.retention import retained, too_large
 from composer.errors import Mismatch
 from composer.findings import HARD, Finding, Policy, Verdict
@@ -35,16 +38,17 @@ from composer.merge.survival import whole
 from composer.methods import combine_deltas, projected, used, with_deltas
 from composer.numbers import Numbers, Size, Together, short
 from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
+from composer.suite import Contradiction
 from composer.tensors import torch_threads
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, weights_of
 
-SCHEMA = 1
+SCHEMA = 2
 """Of `ConflictReport.to_json`: another number when a key goes or means something else."""
 MAX_ROWS = 20_000
 """Rows of modules in the JSON of all pairs together: beyond, each pair keeps those that it shares most in."""
 
-_UNITS = {"probe": "nats per token", "activations": "share of the base's activations", "weights": "0 to 1"}
+_UNITS = {"probe": "nats per token", "activations": "strength beside the base's activations", "weights": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +62,13 @@ class Method:
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two adapters. `risk`: what the worse one loses when probed, in nats per token, within `interval`; from
-    activations, how strongly one acts on the other's inputs; from weights, a number 0 to 1. None where one of them has
-    no factors to look at and nothing was probed.
+    activations, how strongly one acts on the other's inputs; None from weights alone, which do not say. `flat` is the
+    crowding that each module would have if all directions of both were equally strong.
     """
 
     a: str
     b: str
+    verdict: Verdict
     risk: float | None
     risk_stderr: float | None
     interval: Interval | None
@@ -73,6 +78,7 @@ class Pair:
     layers: Mapping[int, Numbers]
     modules: Mapping[str, Numbers]
     outcome: Outcome | None
+    flat: Mapping[str, float]
 
     def to_json(self, most: int = MAX_ROWS) -> dict[str, object]:
         """With at most so many modules, those first that it shares most in."""
@@ -81,6 +87,7 @@ class Pair:
         return {
             "a": self.a,
             "b": self.b,
+            "verdict": str(self.verdict),
             "risk": None if self.risk is None else short(self.risk),
             "risk_unit": _UNITS[self.evidence],
             "risk_stderr": self.risk_stderr,
@@ -119,7 +126,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ConflictReport:
-    """The members, every pair, the whole set, and the findings, which the policy has judged. The verdict is theirs."""
+    """The members, every pair, the whole set, and the findings, which the policy has judged. The verdict is the worst
+    of all pairs', of the whole set's where that was measured, and of the findings'."""
 
     members: tuple[Member, ...]
     pairs: tuple[Pair, ...]
@@ -128,14 +136,12 @@ class ConflictReport:
     modules: Mapping[str, Together]
     findings: tuple[Finding, ...]
     evidence: ProbeResult | Activations | None
+    verdict: Verdict
+    limits: Limits
 
     @property
     def probe(self) -> ProbeResult | None:
         return self.evidence if isinstance(self.evidence, ProbeResult) else None
-
-    @property
-    def verdict(self) -> Verdict:
-        return Policy().verdict(self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """The contract's shape, as plain JSON values."""
@@ -159,7 +165,7 @@ class ConflictReport:
 
 # All products are small: on busy cores, waiting for a second thread took 9 s where the work is 2 s.
 @torch_threads(1)
-def conflicts(
+def conflicts(  # noqa: PLR0913
     adapters: Sequence[LoadedAdapter],
     weights: Sequence[Weight | float],
     method: Method | None = None,
@@ -167,24 +173,19 @@ def conflicts(
     evidence: ProbeResult | Activations | None = None,
     base: Checkpoint | None = None,
     policy: Policy | None = None,
+    contradictions: Sequence[Contradiction] = (),
 ) -> ConflictReport:
     """Compare adapters module by module, layer by layer and as a whole, from their factors; evidence decides the risk.
 
-    `weights` are those given; what the method multiplies them by is counted in. With `base`, sizes are told beside the
+    `weights` are those given; what the method multiplies them by is counted in. `contradictions` are those of the
+    members' suites, by the names of the adapters. With `base`, sizes are told beside the
     weights that the deltas are added to, from sampled rows. Deltas without factors are left out of all this, and a
     finding names them. Conflicts are findings, never exceptions; raises Mismatch only for a wrong call (no adapter, two
     of one name, or not one weight an adapter), and where the method can do nothing with such adapters what
     `combine_deltas` raises.
     """
     names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
-    if not names or len(set(names)) < len(names) or len(names) != len(weights):
-        message = f"A conflict check takes adapters of different names, each with a weight; not {names}."
-        raise Mismatch(
-            "conflict_members",
-            message,
-            subject="adapters",
-            next_step="Give each adapter a weight, and each a name of its own.",
-        )
+    _check_names(names, len(weights))
     settings = parse_settings(how.name, how.settings)
     hard = structural(used(adapters, weights_of(weights), settings), settings)
     if settings["replacements"] == "delta":
@@ -195,8 +196,11 @@ def conflicts(
     rounded = at_base(compared, base) if base else {}
     retention = [None] * len(names) if blocked else _retention(adapters, weights, how, compared.total)
     members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
-    pairs = tuple(_pair(compared, indices, evidence, rules) for indices in combinations(range(len(names)), 2))
+    by_prompts = of_contradictions(contradictions, rules)
+    both = list(combinations(range(len(names)), 2))
+    pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules) for indices in both)
     findings = [
+        *by_prompts,
         *hard,
         *of_adapters(adapters, compared),
         *of_sizes({member.name: (member.size, member.modules) for member in members}, rules),
@@ -206,6 +210,7 @@ def conflicts(
         *of_retention({member.name: member.retention for member in members}, rules),
         *(_of_whole(names, compared.total, evidence, rules) if len(names) > 2 else []),
     ]
+    verdict = rules.verdict(findings, _of_evidence(evidence, rules))
     return ConflictReport(
         members,
         pairs,
@@ -217,7 +222,28 @@ def conflicts(
         },
         tuple(rules.judged(findings)),
         evidence,
+        Verdict.worst([verdict, *(pair.verdict for pair in pairs)]),
+        Limits.of(rules),
     )
+
+
+def _check_names(names: Sequence[str], weights: int) -> None:
+    if not names or len(set(names)) < len(names) or len(names) != weights:
+        message = f"A conflict check takes adapters of different names, each with a weight; not {names}."
+        raise Mismatch(
+            "conflict_members",
+            message,
+            subject="adapters",
+            next_step="Give each adapter a weight, and each a name of its own.",
+        )
+
+
+def _of_evidence(evidence: ProbeResult | Activations | None, policy: Policy, pair: Outcome | None = None) -> Verdict:
+    """Of a pair, or of the whole set, without what its findings say."""
+    if not isinstance(evidence, ProbeResult):
+        return Verdict.UNMEASURED
+    outcome = pair or evidence.whole
+    return Verdict.UNDECIDED if outcome.is_open(Limits.of(policy)) else Verdict.OK
 
 
 def _of_whole(
@@ -265,7 +291,11 @@ def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], reten
 
 
 def _pair(
-    compared: Compared, indices: tuple[int, int], evidence: ProbeResult | Activations | None, policy: Policy
+    compared: Compared,
+    indices: tuple[int, int],
+    evidence: ProbeResult | Activations | None,
+    by_prompts: Sequence[Finding],
+    policy: Policy,
 ) -> Pair:
     a, b = (compared.names[index] for index in indices)
     total = compared.total.sums.pick(*indices)
@@ -274,13 +304,25 @@ def _pair(
     numbers = Numbers.of(total)
     outcome = evidence.pair(a, b) if isinstance(evidence, ProbeResult) else None
     directed = evidence.worse(a, b) if isinstance(evidence, Activations) else None
-    case = Case((a, b), (indices[0] + 1, indices[1] + 1), numbers, total, shared, outcome, directed, compared.factored)
-    kind, risk = _risk(numbers, outcome, directed)
-    known = outcome is not None or all(compared.touched[index] for index in indices)
+    contradicting = [one for one in by_prompts if one.subject == f"{a} + {b}"]
+    case = Case(
+        (a, b),
+        (indices[0] + 1, indices[1] + 1),
+        numbers,
+        total,
+        shared,
+        outcome,
+        directed,
+        compared.factored,
+        bool(policy.judged(contradicting)),
+    )
+    kind, risk = _risk(outcome, directed)
+    findings = [*contradicting, *of_pair((a, b), numbers, outcome, policy)]
     return Pair(
         a,
         b,
-        risk if known else None,
+        policy.verdict(findings, _of_evidence(evidence, policy, outcome)),
+        risk,
         outcome.worst.loss_stderr if outcome else None,
         outcome.risk if outcome else None,
         kind,
@@ -289,18 +331,26 @@ def _pair(
         {layer: Numbers.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
         {module: Numbers.of(sums) for module, sums in shared.items()},
         outcome,
+        _flat(compared, indices, shared),
     )
 
 
-def _risk(
-    numbers: Numbers, outcome: Outcome | None, directed: tuple[str, Directed] | None
-) -> tuple[EvidenceKind, float]:
+def _flat(compared: Compared, indices: tuple[int, int], modules: Iterable[str]) -> dict[str, float]:
+    """One over the ranks of the two together; of a stack of experts the largest."""
+    flat = dict.fromkeys(modules, 0.0)
+    for (module, _), deltas in compared.places.items():
+        ranks = sum(delta.rank for index in indices if (delta := deltas[index]) is not None)
+        if module in flat and ranks:
+            flat[module] = max(flat[module], 1 / ranks)
+    return flat
+
+
+def _risk(outcome: Outcome | None, directed: tuple[str, Directed] | None) -> tuple[EvidenceKind, float | None]:
     if outcome is not None:
         return "probe", outcome.worst.loss
     if directed is not None:
         return "activations", directed[1].intruder
-    # Of the statistics of weights the closest to measured damage (docs/study.md).
-    return "weights", max(0.0, numbers.input_excess)
+    return "weights", None
 
 
 def _activations_json(evidence: ProbeResult | Activations | None) -> dict[str, object] | None:

@@ -4,21 +4,27 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import Literal
 
 from composer.conflicts.interference import Directed
-from composer.conflicts.probe import Effect, Limits, Outcome
-from composer.findings import THRESHOLDS, Policy
+from composer.conflicts.outcome import Effect, Limits, Outcome
+from composer.conflicts.probe import USUAL_K, USUAL_MOST
+from composer.findings import THRESHOLDS, Policy, Verdict
 from composer.lowrank import Sums
 from composer.numbers import Numbers, short
 from composer.weights import layer_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]
-FROM_WEIGHTS = "A number of 0 to 1 from shared input directions: it tells where to look, not what will happen."
-"""What the risk of a pair means that is neither probed nor told from activations; the same for each of them."""
+FROM_WEIGHTS = (
+    "Nothing was measured: from weights alone no risk is known. What two adapters have in common says where they meet, "
+    "and close to nothing about what will happen."
+)
+"""For every pair that is neither probed nor compared by activations."""
 # From this share on of what two adapters have in common, leaving one kind of module out is worth a try.
 _CONCENTRATED = 0.4
 _TOLD = 5
+_SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class Explanation:
 class Case:
     """A pair to be explained: names and positions of the two, their numbers, their sums in the whole model and in the
     modules that both touch, and what was measured: an outcome, or the worse victim with what is done to it. `factored`
-    as in Compared."""
+    as in Compared. They `contradict` where they want different answers to the same prompts."""
 
     names: tuple[str, str]
     positions: tuple[int, int]
@@ -53,6 +59,7 @@ class Case:
     outcome: Outcome | None
     directed: tuple[str, Directed] | None
     factored: bool
+    contradict: bool
 
     def position(self, name: str) -> int:
         return self.positions[self.names.index(name)]
@@ -91,8 +98,8 @@ def _meaning(case: Case, policy: Policy) -> str:
     if case.directed is not None:
         victim, found = case.directed
         return (
-            f"On these prompts {case.other(victim)} changes {found.intruder:.1%} of what the base's modules give, "
-            f"{found.ratio:.2f} times what {victim} changes, {found.along:+.2f} of it in {victim}'s own direction."
+            f"On these prompts {case.other(victim)} acts with a strength of {found.intruder:.2f} beside the base's own "
+            f"outputs, {found.ratio:.2f} times {victim}'s, {found.along:+.2f} of it in {victim}'s own direction."
         )
     return FROM_WEIGHTS
 
@@ -101,7 +108,8 @@ def _measured(outcome: Outcome, policy: Policy) -> str:
     worst = outcome.worst
     limit = worst.limit(Limits.of(policy))
     told = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite{by_weight(worst)}"
-    told += f", and {limit:.2f} would be tolerated"
+    if limit < inf:
+        told += f", and {limit:.2f} would be tolerated"
     sure = outcome.risk
     if sure.to_json() is None:
         return f"{told}: one example tells no error."
@@ -133,25 +141,46 @@ def cancelling(interference: float, energy: float, policy: Policy) -> bool:
 def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str]:
     advice: list[str] = []
     numbers = case.numbers
+    if case.contradict:
+        advice.append("Serve them apart and route each request to its adapter: no one model gives both answers.")
     if near_duplicate(numbers, policy) and alike(numbers):
         advice.append("They do the same: keep one of them, or take their mean (--method mean).")
     if cancelling(numbers.interference, numbers.dominance, policy):
         advice.append("They cancel: leave one of them out, or turn the sign of its weight if that is wrong.")
     if case.outcome is None:
-        return [*advice, *_balanced(case, policy), "Measure it: --probe 4, with a suite for each."]
-    limits, worst = Limits.of(policy), case.outcome.worst
-    if case.outcome.is_open(limits):
-        advice.append(f"Undecided: measure more examples (--probe-max {4 * case.outcome.k}).")
-    if worst.loss > worst.limit(limits) or any(effect.surely_silenced(limits) for effect in case.outcome.effects):
-        advice += [*_balanced(case, policy), *_relief(case, worst, shares)]
+        return [*advice, *_balanced(case, policy), f"Measure it: --probe {USUAL_K}, with a suite for each."]
+    limits = Limits.of(policy)
+    verdict = case.outcome.verdict(limits)
+    if verdict is Verdict.UNDECIDED:
+        advice.append(_more_examples(case.outcome, limits))
+    if verdict is Verdict.WARN:
+        advice += [*_balanced(case, policy), *_relief(case, case.outcome.victim(limits), limits, shares)]
     return advice
 
 
-def _relief(case: Case, worst: Effect, shares: Mapping[str, float]) -> list[str]:
+def of_outcome(outcome: Outcome, limits: Limits) -> list[str]:
+    """For more than two adapters together, of which no pair may be at fault."""
+    verdict = outcome.verdict(limits)
+    if verdict is Verdict.UNDECIDED:
+        return [_more_examples(outcome, limits)]
+    return [_SHRINK] if verdict is Verdict.WARN else []
+
+
+def _more_examples(outcome: Outcome, limits: Limits) -> str:
+    """Of the suites that an open question is about: some have no more to give."""
+    undecided = [one for one in (*outcome.effects, *outcome.guards) if one.verdict(limits) is Verdict.UNDECIDED]
+    exhausted = [one for one in undecided if one.examples < outcome.k]
+    if exhausted:
+        first = exhausted[0]
+        return f"Undecided: add examples to {first.suite}, which has {first.examples}, and measure again."
+    return f"Undecided: measure more examples (--probe-max {2 * max(outcome.k, USUAL_MOST // 2)})."
+
+
+def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, float]) -> list[str]:
     """In the order in which they were worth trying on real adapters; none is sure, so each is to be probed again."""
     victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
-    advice = ["Shrink the sum: --set lambda=0.7, or --method mean."]
-    if case.factored:
+    advice = [_SHRINK]
+    if case.factored and worst.verdict(limits) is Verdict.WARN:
         advice.append(f"Protect {worst.member}: --set protect={victim} takes the others off its directions.")
     advice.append(f"Let fewer entries meet: --method {'knots_ties' if case.factored else 'ties'}.")
     concentrated = _concentrated(shares)

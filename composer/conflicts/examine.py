@@ -6,22 +6,24 @@ from dataclasses import dataclass
 from composer.checks import structural
 from composer.conflicts import ConflictReport, Method, conflicts
 from composer.conflicts.interference import MAX_PROMPTS, Activations, activations
-from composer.conflicts.probe import Effort, Limits, Probed, ProbeResult, by_method, probe, weighted
+from composer.conflicts.outcome import Limits
+from composer.conflicts.probe import Effort, Probed, ProbeResult, by_method, probe, weighted
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
 from composer.methods import projected, used
 from composer.model import LoadedModel
 from composer.settings import effective_weights, parse_settings
-from composer.suite import MAX_TEXT_CHARS, Suite
+from composer.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, weights_of
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What may be measured: `load` gives the base when it is needed. With a suite for each adapter they are probed, on
-    `k` examples and up to `most`, with guards beside; without, and with prompts, their activations are compared."""
+    """What may be measured: `load` gives the base when it is needed. With a suite for each adapter, and `k`, they are
+    probed, on `k` examples and up to `most`, with guards beside; otherwise, and with prompts, their activations are
+    compared. The prompts of the suites are compared in any case."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()
@@ -48,7 +50,10 @@ def examine(
     parsed, measured = parse_settings(how.name, how.settings), None
     if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, parsed):
         measured = _measured(adapters, weights, how, evidence, rules)
-    return conflicts(adapters, weights, how, evidence=measured, base=base, policy=rules)
+    names = [adapter.name for adapter in adapters]
+    suites = dict(zip(names, evidence.suites, strict=False)) if evidence is not None else {}
+    contradictions = contradicting_suites({name: suite for name, suite in suites.items() if suite is not None})
+    return conflicts(adapters, weights, how, evidence=measured, base=base, policy=rules, contradictions=contradictions)
 
 
 def parse_prompts(text: str, subject: str = "prompts") -> list[str]:

@@ -6,24 +6,26 @@ from math import inf
 from composer.conflicts.advice import alike, by_weight, cancelling, near_duplicate
 from composer.conflicts.amplification import AtBase
 from composer.conflicts.compared import Compared, finite
-from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Limits, Outcome
+from composer.conflicts.interval import Interval, share_interval
+from composer.conflicts.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
 from composer.delta import Computed, LowRank
-from composer.findings import Finding, Policy, Severity
+from composer.findings import Finding, Policy, Severity, Verdict
 from composer.merge.survival import swallowed
 from composer.numbers import Numbers, Size
 from composer.rounding import Rounding
+from composer.suite import Contradiction
 from composer.variants import LoadedAdapter
 
 WEAK_EVIDENCE = {
     "weights": (
-        "The risk is from weights alone, which is weak evidence: over 66 pairs of real adapters its rank correlation "
-        "with measured damage was 0.50 [0.13, 0.77], and a probe's on four examples 0.93. Give each adapter a suite "
-        "and probe them."
+        "Nothing was measured, and weights alone say close to nothing across recipes: the statistic that ranked best "
+        "on half of the study's adapters ranks the other half at 0.15, and fresh ones at -0.12. Give each adapter a "
+        "suite and probe them."
     ),
     "activations": (
-        "The risk is from activations on prompts, which is weaker evidence than a probe: over 66 pairs of real "
-        "adapters its rank correlation with the loss of the worse member was 0.70 [0.33, 0.89], and a probe's on four "
-        "examples 0.93. Give each adapter a suite and probe them."
+        "Activations on prompts are weaker evidence than a probe: on the members' own examples, with completions, the "
+        "rank correlation with the loss of the worse member was 0.79 over the study's 66 pairs and 0.48 on fresh "
+        "adapters; other prompts were not tried. Give each adapter a suite and probe them."
     ),
 }
 _WATCHED = {
@@ -164,67 +166,94 @@ def of_cancelling(names: Sequence[str], interference: float, energy: float, poli
     return [Finding("cancelling", Severity.WARNING, " + ".join(names), message, interference)]
 
 
+def of_contradictions(contradictions: Iterable[Contradiction], policy: Policy) -> list[Finding]:
+    """Members that ask the same prompts and want other answers."""
+    return [
+        Finding(
+            "same_prompts",
+            Severity.WARNING,
+            f"{one.a} + {one.b}",
+            f"{one.a} and {one.b} share {one.shared} prompts and want other answers to {one.different} of them: no one "
+            "model serves both. Serve them apart and route each request to its adapter.",
+            one.share,
+        )
+        for one in contradictions
+        if one.share >= _threshold(policy, "same_prompts")
+    ]
+
+
 def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
-    """What a probe is sure of: a member that loses too much, or something; a guard made worse. And what stays open."""
+    """What a probe decides: a member that loses too much, or something; a guard made worse. And what stays open."""
     together, limits = " + ".join(outcome.members), Limits.of(policy)
     found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, limits)]
-    found += [_silenced(together, effect) for effect in outcome.effects if effect.surely_silenced(limits)]
-    found += [finding for effect in outcome.doubtful(limits) for finding in _open(together, effect, limits)]
+    found += [finding for effect in outcome.effects for finding in _open(together, effect, limits)]
     for guard in outcome.guards:
-        if guard.rise_interval.low > _threshold(policy, "probe_guard"):
+        subject, verdict = f"{together}: {guard.suite}", guard.verdict(limits)
+        if verdict is Verdict.WARN:
             message = (
                 f"{together} is {guard.rise:.2f} nats a token worse on {guard.suite} than its worst member alone "
                 f"({guard.base:.2f} base, {max(guard.alone.values()):.2f} alone, {guard.combined:.2f} combined)."
             )
-            found.append(Finding("probe_guard", Severity.WARNING, f"{together}: {guard.suite}", message, guard.rise))
+            found.append(Finding("probe_guard", Severity.WARNING, subject, message, guard.rise))
+        if verdict is Verdict.UNDECIDED:
+            message = (
+                f"After {_examples(guard.examples)} it is open whether {together} is more than {limits.guard:.2f} nats "
+                f"a token worse on {guard.suite} than its worst member alone ({_so_far(guard.rise_interval)})."
+            )
+            found.append(Finding("probe_open", Severity.NOTICE, subject, message, guard.rise))
     return found
 
 
 def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
-    """What is undecided of this member, with the numbers so far: its loss, its answers, or both."""
+    """What is undecided of this member, with the numbers so far: its loss, its answers, or whether that is enough."""
     start = f"In {together} it is open after {_examples(effect.examples)} whether {effect.member}"
-    subject, sure = f"{together}: {effect.member}", effect.loss_interval
-    if effect.loss_open(limits):
-        so_far = (
-            f"between {sure.low:.2f} and {sure.high:.2f}"
-            if sure.to_json()
-            else f"{effect.loss:.2f}, of no known error,"
-        )
+    subject, open_loss = f"{together}: {effect.member}", effect.of_loss(limits) is Verdict.UNDECIDED
+    if open_loss:
         message = (
-            f"{start} loses more than {effect.limit(limits):.2f} nats a token on {effect.suite} ({so_far} so far)."
+            f"{start} loses more than {effect.limit(limits):.2f} nats a token on {effect.suite} "
+            f"({_so_far(effect.loss_interval)})."
         )
         yield Finding("probe_open", Severity.NOTICE, subject, message, effect.loss)
-    if effect.answers_open(limits):
+    if effect.of_answers(limits) is Verdict.UNDECIDED:
+        few = "" if limits.by_interval else f"; {LEAST_ANSWERED} answered ones decide"
         message = (
             f"{start} keeps {limits.answers:.0%} of what it answers word for word alone on {effect.suite} "
-            f"({effect.still_answered} of {effect.answered} so far)."
+            f"({effect.still_answered} of {effect.answered} so far{few})."
         )
-        yield Finding("probe_open", Severity.NOTICE, subject, message, effect.still_answered / effect.answered)
+        yield Finding("probe_open", Severity.NOTICE, subject, message, effect.answers_left)
+    elif effect.verdict(limits) is Verdict.UNDECIDED and not open_loss:
+        message = f"{start} is unharmed on {effect.suite}: fewer than {LEAST_EXAMPLES} decide nothing."
+        yield Finding("probe_open", Severity.NOTICE, subject, message, effect.loss)
+
+
+def _so_far(sure: Interval) -> str:
+    return f"between {sure.low:.2f} and {sure.high:.2f} so far" if sure.to_json() else "of no known error so far"
 
 
 def _examples(count: int) -> str:
     return f"{count} example" if count == 1 else f"{count} examples"
 
 
-def _silenced(together: str, effect: Effect) -> Finding:
-    message = (
-        f"In {together}, {effect.member} still answers {effect.still_answered} of the {effect.answered} examples of "
-        f"{effect.suite} word for word that it answers alone."
-    )
-    share = effect.still_answered / effect.answered
-    return Finding("probe_answers", Severity.WARNING, f"{together}: {effect.member}", message, share)
-
-
-def _of_effect(together: str, effect: Effect, limits: Limits) -> list[Finding]:
-    if effect.loss_interval.low <= min(NOTICEABLE_NATS, effect.limit(limits)):
-        return []
-    kept = "it had gained nothing alone" if effect.kept is None else f"{max(0, effect.kept):.0%} of its gain is left"
-    message = (
-        f"In {together}, {effect.member} loses {effect.loss:.2f} nats a token on {effect.suite} "
-        f"({effect.alone:.2f} alone, {effect.combined:.2f} combined){by_weight(effect)}; {kept}."
-    )
-    severity = Severity.WARNING if effect.loss_interval.low > effect.limit(limits) else Severity.NOTICE
-    return [Finding("probe_loss", severity, f"{together}: {effect.member}", message, effect.loss)]
+def _of_effect(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
+    """What is lost: nats that anybody would notice, and answers."""
+    subject = f"{together}: {effect.member}"
+    if effect.loss_interval.low > min(NOTICEABLE_NATS, effect.limit(limits)):
+        kept = (
+            "it had gained nothing alone" if effect.kept is None else f"{max(0, effect.kept):.0%} of its gain is left"
+        )
+        message = (
+            f"In {together}, {effect.member} loses {effect.loss:.2f} nats a token on {effect.suite} "
+            f"({effect.alone:.2f} alone, {effect.combined:.2f} combined){by_weight(effect)}; {kept}."
+        )
+        severity = Severity.WARNING if effect.of_loss(limits) is Verdict.WARN else Severity.NOTICE
+        yield Finding("probe_loss", severity, subject, message, effect.loss)
+    if effect.of_answers(limits) is Verdict.WARN:
+        sure = share_interval(effect.still_answered, effect.answered)
+        message = (
+            f"In {together}, {effect.member} still answers {effect.still_answered} of the {effect.answered} examples "
+            f"of {effect.suite} word for word that it answers alone ({sure.low:.0%} to {sure.high:.0%} of all)."
+        )
+        yield Finding("probe_answers", Severity.WARNING, subject, message, effect.answers_left)
 
 
 def _threshold(policy: Policy, code: str) -> float:

@@ -1,5 +1,6 @@
 """How sure a mean of few paired measurements is: Student's t, without a table. No torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import atan, cos, exp, inf, lgamma, log, log1p, pi, sin, sqrt
 from statistics import NormalDist
@@ -64,6 +65,27 @@ def surely_less(count: int, total: int, share: float) -> bool:
     """Whether `count` of `total` shows that less than `share` is true of all: the binomial tail is below 5 %."""
     if not 0 < share < 1:
         return share >= 1 and count < total
+    return _at_most(count, total, share) < 1 - CONFIDENCE
+
+
+def share_interval(count: int, total: int) -> Interval:
+    """Of the share of all that `count` of `total` is a sample of: Clopper and Pearson's, never too narrow."""
+    tail = (1 - CONFIDENCE) / 2
+    high = 1.0 if count == total else _bisected(lambda share: _at_most(count, total, share) > tail)
+    low = 0.0 if count == 0 else _bisected(lambda share: 1 - _at_most(count - 1, total, share) < tail)
+    return Interval(low, high)
+
+
+def _bisected(below: Callable[[float], bool]) -> float:
+    """The share of 0 to 1 up to which `below` is true."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return (low + high) / 2
+
+
+def _at_most(count: int, total: int, share: float) -> float:
+    """P(X <= count) of a binomial variable; `share` is between 0 and 1."""
     ways = [lgamma(total + 1) - lgamma(seen + 1) - lgamma(total - seen + 1) for seen in range(count + 1)]
-    chances = (exp(one + seen * log(share) + (total - seen) * log1p(-share)) for seen, one in enumerate(ways))
-    return sum(chances) < 1 - CONFIDENCE
+    return sum(exp(one + seen * log(share) + (total - seen) * log1p(-share)) for seen, one in enumerate(ways))

@@ -4,7 +4,8 @@ Heat maps are tables, a row a layer and a column a kind of module, whose cells h
 repeats it. Which measure is shown is chosen with radio buttons, by CSS alone; without CSS all of them are there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from composer.conflicts import ConflictReport, Pair
@@ -13,10 +14,10 @@ from composer.conflicts.interference import Activations
 from composer.conflicts.report import (
     LOUDEST_FIRST,
     Table,
+    by_verdict,
     explanation,
     headline,
     probe_table,
-    still_open,
     tables,
     whole_headline,
 )
@@ -24,16 +25,31 @@ from composer.findings import Finding
 from composer.weights import layer_of
 
 MAX_MAPS = 40
-"""Pairs with a heat map, those of the highest risk; the tables have all."""
+"""Pairs with a heat map, those with the worst verdicts; the tables have all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a map shows. `chance` is the value that has no colour, None where each module has its own; `least` is the
+    smallest distance from it that has the strongest colour, so that noise has none. What is not `signed` has no colour
+    below chance either.
+    """
+
+    title: str
+    chance: float | None = 0.0
+    least: float = 0.1
+    signed: bool = True
+
+
 MEASURES = {
-    "input_excess": "Input overlap beyond chance",
-    "output_excess": "Output overlap beyond chance",
-    "cosine": "Cosine",
-    "interference": "Interference, less 1",
-    "share": "Share of what they have in common",
-    "crowding": "Crowding",
-    "sign_excess": "Sign conflict beyond the angle",
-    "dominance": "Dominance",
+    "input_excess": Measure("Input overlap beyond chance"),
+    "output_excess": Measure("Output overlap beyond chance"),
+    "cosine": Measure("Cosine"),
+    "interference": Measure("Interference - 1"),
+    "share": Measure("Share of what they have in common", None, 0.02, signed=False),
+    "crowding": Measure("Crowding (Pico's c_max)", None, signed=False),
+    "sign_excess": Measure("Sign conflict beyond the angle"),
+    "dominance": Measure("Dominance", 0.5, 0.5, signed=False),
 }
 _STEPS = 8
 _STYLE = """
@@ -45,7 +61,7 @@ _STYLE = """
 color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.5rem 0 .5rem}h3{font-size:1rem;margin:1.5rem 0 .25rem}
 p{margin:.35rem 0;max-width:60rem}.soft,caption{color:var(--soft)}
-.verdict{font-weight:700}.ok{color:var(--ok)}.warn,.warning{color:var(--warn)}.refuse,.error{color:var(--refuse)}
+.verdict{font-weight:700}.ok{color:var(--ok)}.warn,.warning,.undecided,.unmeasured{color:var(--warn)}.refuse,.error{color:var(--refuse)}
 section.pair h3{margin-top:0}
 section.pair{border:1px solid var(--line);border-radius:.6rem;background:var(--card);padding:1rem 1.25rem;margin:1rem 0}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
@@ -60,8 +76,9 @@ label{margin-right:1rem;white-space:nowrap}
 
 def page(report: ConflictReport) -> str:
     """The whole page. Everything that comes from adapters, suites or people is escaped."""
-    pairs = sorted(report.pairs, key=lambda pair: -(pair.risk or 0.0))
+    pairs = by_verdict(report)
     mapped = [pair for pair in pairs if pair.modules][:MAX_MAPS]
+    scales = {measure: _scale(mapped, measure) for measure in MEASURES}
     title = f"Conflicts of {', '.join(member.name for member in report.members)}"
     parts = [
         "<!doctype html>",
@@ -69,14 +86,14 @@ def page(report: ConflictReport) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<title>{_text(title)}</title><style>{_STYLE}{_levels()}{_chooser()}</style></head><body><main>",
         f"<h1>{_text(title)}</h1>",
-        f'<p>Verdict: <span class="verdict {report.verdict}">{report.verdict}</span>{_text(still_open(report))}</p>',
+        f'<p>Verdict: <span class="verdict {report.verdict}">{report.verdict}</span></p>',
         f"<p>{_text(whole)}</p>" if (whole := whole_headline(report)) else "",
         *_findings(report.findings),
         "<h2>Pairs</h2>",
         f"<p>{_text(FROM_WEIGHTS)}</p>" if any(pair.evidence == "weights" for pair in pairs) else "",
         *_choices(bool(mapped)),
-        *(line for pair in pairs for line in _pair(pair, pair in mapped)),
-        f'<p class="soft">Maps are shown for the {MAX_MAPS} pairs of the highest risk.</p>'
+        *(line for pair in pairs for line in _pair(pair, scales if pair in mapped else {})),
+        f'<p class="soft">Maps are shown for {MAX_MAPS} pairs, those with the worst verdicts.</p>'
         if len(pairs) > MAX_MAPS
         else "",
         "<h2>Numbers</h2>",
@@ -99,7 +116,7 @@ def _activations_table(evidence: Activations) -> Table:
         for (victim, intruder), one in evidence.directed.items()
     ]
     columns = ("on the inputs of", "acts", "strength", "victim's own", "ratio", "along", "across")
-    note = f"On {evidence.prompts} prompts. Strength: what the second adds, over what the base's modules give."
+    note = f"On {evidence.prompts} prompts. Strength: the root of the sum over modules of (|Δx| / |Wx|)²."
     return Table("Activations", columns, tuple(rows), note)
 
 
@@ -115,27 +132,32 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
     return ["<h2>Findings</h2>", "<ul>", *items, "</ul>"]
 
 
-def _pair(pair: Pair, mapped: bool) -> list[str]:
+def _pair(pair: Pair, scales: Mapping[str, float]) -> list[str]:
     advice = [f"<li>{_text(line)}</li>" for line in pair.explanation.advice]
     return [
         f'<section class="pair"><h3>{_text(headline(pair))}</h3>',
         f"<p>{_text(explanation(pair))}</p>",
         *(["<p>What can be done:</p><ul>", *advice, "</ul>"] if advice else []),
-        *([line for measure in MEASURES for line in _map(pair, measure)] if mapped else []),
+        *(line for measure, most in scales.items() for line in _map(pair, measure, most)),
         "</section>",
     ]
 
 
-def _map(pair: Pair, measure: str) -> list[str]:
+def _scale(pairs: Sequence[Pair], measure: str) -> float:
+    """The distance from chance that has the strongest colour, the same in all maps of a report."""
+    distances = [abs(_distance(pair, module, measure)) for pair in pairs for module in pair.modules]
+    return max([MEASURES[measure].least, *distances])
+
+
+def _map(pair: Pair, measure: str, most: float) -> list[str]:
     """One measure over the modules that both touch."""
     values = {module: _value(pair, module, measure) for module in pair.modules}
-    most = max((abs(value) for value in values.values()), default=0.0) or 1.0
     cells = {(_row(module), _column(module)): module for module in values}
     # What lies in no layer comes last, as in the rows.
     columns = list(dict.fromkeys(_column(module) for module in sorted(values, key=lambda one: layer_of(one) is None)))
     lines = [
         f'<div class="scroll measure m-{measure}"><table class="map">',
-        f"<caption>{_text(MEASURES[measure])}; the strongest colour is {most:.3g}</caption>",
+        f"<caption>{_text(_caption(measure, most))}</caption>",
         '<thead><tr><th scope="col">layer</th>',
         *(f'<th scope="col">{_text(column)}</th>' for column in columns),
         "</tr></thead><tbody>",
@@ -144,14 +166,24 @@ def _map(pair: Pair, measure: str) -> list[str]:
         lines.append(f'<tr><th scope="row">{_text(row)}</th>')
         for column in columns:
             module = cells.get((row, column))
-            lines.append("<td></td>" if module is None else _cell(module, values[module], most))
+            lines.append(
+                "<td></td>"
+                if module is None
+                else _cell(module, values[module], _distance(pair, module, measure) / most)
+            )
         lines.append("</tr>")
     return [*lines, "</tbody></table></div>"]
 
 
-def _cell(module: str, value: float, most: float) -> str:
-    level = round(abs(value) / most * _STEPS)
-    shade = f"{'h' if value >= 0 else 'c'}{level}"
+def _caption(measure: str, most: float) -> str:
+    chance = MEASURES[measure].chance
+    start = "chance" if chance is None else f"{chance:g}"
+    return f"{MEASURES[measure].title}; no colour at {start}, the strongest {most:.3g} from there, in all maps"
+
+
+def _cell(module: str, value: float, relative: float) -> str:
+    level = round(abs(relative) * _STEPS)
+    shade = f"{'h' if relative >= 0 else 'c'}{level}"
     return f'<td class="{shade}" title="{_text(module)}: {value:.4g}">{round(value, 2) + 0.0:.2f}</td>'
 
 
@@ -160,6 +192,15 @@ def _value(pair: Pair, module: str, measure: str) -> float:
         return pair.explanation.shares.get(module, 0.0)
     value = float(getattr(pair.modules[module], measure))
     return value - 1 if measure == "interference" else value
+
+
+def _distance(pair: Pair, module: str, measure: str) -> float:
+    """From what chance gives in this module."""
+    chance = MEASURES[measure].chance
+    if chance is None:
+        chance = 1 / len(pair.modules) if measure == "share" else pair.flat[module]
+    distance = _value(pair, module, measure) - chance
+    return distance if MEASURES[measure].signed else max(0.0, distance)
 
 
 def _row(module: str) -> str:
@@ -178,7 +219,7 @@ def _choices(any_map: bool) -> list[str]:
         return []
     radios = [
         f'<label><input type="radio" name="measure" id="{measure}"{" checked" if number == 0 else ""}> '
-        f"{_text(told)}</label>"
+        f"{_text(told.title)}</label>"
         for number, (measure, told) in enumerate(MEASURES.items())
     ]
     return ["<fieldset><legend>What the maps show</legend>", *radios, "</fieldset>"]

@@ -1,19 +1,18 @@
 """What combining adapters does to each of them, measured in memory on a few examples of their own suites.
 
-Of everything tried on 66 pairs of real adapters this predicts the damage best: Spearman 0.93 [0.70, 0.99] with four
-examples a suite against the loss on others, where the best weight statistic reaches 0.50. Nothing is written to disk.
+Of everything tried on real adapters (docs/study.md) this alone predicts the damage: Spearman 0.93 [0.70, 0.99] with
+four examples a suite against the loss on others. Nothing is written to disk.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from time import perf_counter
 
-from composer.conflicts.interval import Interval, interval, surely_less
+from composer.conflicts.outcome import Limits, Outcome, effect_of, side_effect_of
 from composer.delta import Computed, Delta, LowRank, names_of
 from composer.errors import Mismatch
-from composer.evaluate import Deltas, Encoded, Measured, encode, measure, ratio
-from composer.findings import Policy
+from composer.evaluate import Deltas, Encoded, Measured, encode, measure
 from composer.methods import combine_deltas
 from composer.methods.linear import scaled
 from composer.model import LoadedModel
@@ -21,12 +20,15 @@ from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, parse_weight
 
-LEAST_KEPT = 0.5
-"""Losing more than half of what an adapter gained, or of what it answers, is worth a warning."""
-USUAL_MOST = 16
-"""Examples a suite that an undecided combination is measured on at most, unless something else is asked for."""
-NOTICEABLE_NATS = 0.02
-"""A loss below this many nats a token changes a token's probability by 2 %: nothing a reader would see."""
+USUAL_K = 8
+USUAL_MOST = 24
+"""Examples a suite that a combination starts with and ends with, unless something else is asked for: of 8 the first
+verdict can be `ok`."""
+
+
+def usual_most(k: int) -> int:
+    """Up to how many examples a probe that starts with `k` goes on: fewer than USUAL_K are a quick look at those."""
+    return max(k, USUAL_MOST) if k >= USUAL_K else k
 
 
 @dataclass(frozen=True)
@@ -40,135 +42,6 @@ class Probed:
 
 
 Combine = Callable[[Sequence[Probed]], Deltas]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a member may lose before it is too much: `loss` in nats per token (None: half of its gain, or what nobody
-    would notice), and the share of its `answers` that has to be left."""
-
-    loss: float | None = None
-    answers: float = LEAST_KEPT
-
-    @classmethod
-    def of(cls, policy: Policy) -> "Limits":
-        answers = policy.threshold("probe_answers")
-        return cls(policy.threshold("probe_loss"), LEAST_KEPT if answers is None else min(max(answers, 0.0), 1.0))
-
-
-@dataclass(frozen=True, slots=True)
-class Effect:
-    """A member's own suite in nats per completion token, on so many `examples` of it: the base, the member alone at
-    weight 1, and the combination.
-
-    `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
-    it lies in, all members' together in 95 of 100 cases. What a member's own weight takes is in it: a weight is chosen
-    too. `alone_weighted` is the member alone at the weight given (None: that is 1), so that combined - alone_weighted
-    is what the others do. `kept` is the share of the member's gain that is left,
-    (base - combined) / (base - alone); None when it had no gain. Of the examples the member alone answers `answered`
-    word for word, and combined `still_answered` of those: what a suite of short answers is about.
-    """
-
-    member: str
-    suite: str
-    base: float
-    alone: float
-    combined: float
-    loss: float
-    loss_stderr: float | None
-    loss_interval: Interval
-    kept: float | None
-    answered: int
-    still_answered: int
-    examples: int
-    alone_weighted: float | None = None
-
-    @property
-    def weight_loss(self) -> float | None:
-        """What the member's own weight takes, in nats per token; None where that is 1."""
-        return None if self.alone_weighted is None else self.alone_weighted - self.alone
-
-    def surely_silenced(self, limits: Limits) -> bool:
-        """Is surely less left of its answers than has to be?"""
-        return surely_less(self.still_answered, self.answered, limits.answers)
-
-    def silenced(self, limits: Limits) -> bool:
-        """Is less left of them, on these examples?"""
-        return self.still_answered < limits.answers * self.answered
-
-    def limit(self, limits: Limits) -> float:
-        """The loss that is too much: the one stated, or half of what the member gained, if that would be noticed."""
-        if limits.loss is not None:
-            return limits.loss
-        return max(NOTICEABLE_NATS, (1 - LEAST_KEPT) * (self.base - self.alone))
-
-    def loses_too_much(self, limits: Limits) -> bool:
-        """Surely, nats or answers."""
-        return self.loss_interval.low > self.limit(limits) or self.surely_silenced(limits)
-
-    def loss_open(self, limits: Limits) -> bool:
-        """May it lose too much in nats, or not?"""
-        return self.loss_interval.holds(self.limit(limits))
-
-    def answers_open(self, limits: Limits) -> bool:
-        """Is too little left of its answers, on too few to be sure?"""
-        return self.silenced(limits) and not self.surely_silenced(limits)
-
-
-@dataclass(frozen=True, slots=True)
-class SideEffect:
-    """A guard suite in nats per completion token. `rise` is the combination over the worst member alone, paired."""
-
-    suite: str
-    base: float
-    alone: dict[str, float]
-    combined: float
-    rise: float
-    rise_stderr: float | None
-    rise_interval: Interval
-    examples: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One combination measured on `k` examples a suite, or all that it has: the effect on each member and guard."""
-
-    k: int
-    effects: tuple[Effect, ...]
-    guards: tuple[SideEffect, ...]
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return tuple(effect.member for effect in self.effects)
-
-    @property
-    def worst(self) -> Effect:
-        """The member that loses most; its loss, in nats per token, is the risk of the combination."""
-        return max(self.effects, key=lambda effect: effect.loss)
-
-    @property
-    def risk(self) -> Interval:
-        """What the worst member loses: all members' intervals hold together, so the largest loss is between the largest
-        of their lower and of their upper ends."""
-        intervals = [effect.loss_interval for effect in self.effects]
-        return Interval(max(one.low for one in intervals), max(one.high for one in intervals))
-
-    def is_open(self, limits: Limits) -> bool:
-        """Is it undecided whether some member loses too much, or too many answers? Not when one surely does."""
-        return bool(self.doubtful(limits))
-
-    def doubtful(self, limits: Limits) -> list[Effect]:
-        """The members of whom it is undecided."""
-        if any(effect.loses_too_much(limits) for effect in self.effects):
-            return []
-        return [one for one in self.effects if one.loss_open(limits) or one.answers_open(limits)]
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "k": self.k,
-            "effects": [asdict(one) | {"loss_interval": one.loss_interval.to_json()} for one in self.effects],
-            "guards": [asdict(one) | {"rise_interval": one.rise_interval.to_json()} for one in self.guards],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +63,22 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """`k` examples a suite; twice as many, up to `most`, for a combination that is still undecided about `limits`."""
+    """`k` examples a suite; twice as many, up to `most`, for a combination of which more examples may decide something
+    about `limits`."""
 
-    k: int = 4
-    most: int = 4
+    k: int = USUAL_K
+    most: int = USUAL_K
     limits: Limits = field(default_factory=Limits)
+
+
+def grown(measured: Callable[[int], Outcome], effort: Effort, available: int) -> Outcome:
+    """What was measured on so many examples of at most `available` that more would change nothing, or on the most."""
+    k = effort.k
+    outcome = measured(k)
+    while outcome.needs_more(effort.limits) and k < min(effort.most, available):
+        k = min(2 * k, effort.most)
+        outcome = measured(k)
+    return outcome
 
 
 def weighted_sum(members: Sequence[Probed]) -> Deltas:
@@ -239,7 +123,7 @@ def probe(
     loaded: LoadedModel,
     members: Sequence[Probed],
     guards: Sequence[Suite] = (),
-    effort: Effort | int = 4,
+    effort: Effort | int = USUAL_K,
     combine: Combine = weighted_sum,
 ) -> ProbeResult:
     """Measure every pair and the whole set on examples of each member's suite and of each guard.
@@ -258,14 +142,8 @@ def probe(
     bench = _Bench(loaded, combine)
 
     def outcome(chosen: Sequence[Probed]) -> Outcome:
-        """Doubled while it is open and there are examples that it has not seen."""
-        largest = max(len(member.suite.examples) for member in chosen)
-        k = wanted.k
-        found = bench.outcome(chosen, guards, k)
-        while found.is_open(wanted.limits) and k < min(wanted.most, largest):
-            k = min(2 * k, wanted.most)
-            found = bench.outcome(chosen, guards, k)
-        return found
+        available = max(len(suite.examples) for suite in (*(member.suite for member in chosen), *guards))
+        return grown(lambda k: bench.outcome(chosen, guards, k), wanted, available)
 
     pairs = tuple(outcome(pair) for pair in combinations(members, 2))
     whole = outcome(members) if len(members) > 2 else pairs[0]
@@ -305,10 +183,25 @@ class _Bench:
         return Outcome(
             k,
             tuple(
-                _effect(member, base, alone[member.name], as_weighted.get(member.name), combined, len(chosen))
+                effect_of(
+                    (member.name, member.suite.name),
+                    base[member.suite.digest],
+                    alone[member.name][member.suite.digest],
+                    combined[member.suite.digest],
+                    len(chosen),
+                    as_weighted[member.name][member.suite.digest] if member.name in as_weighted else None,
+                )
                 for member in chosen
             ),
-            tuple(_side_effect(guard, base, alone, combined) for guard in guards),
+            tuple(
+                side_effect_of(
+                    guard.name,
+                    base[guard.digest],
+                    {name: run[guard.digest] for name, run in alone.items()},
+                    combined[guard.digest],
+                )
+                for guard in guards
+            ),
         )
 
     def _run(self, who: tuple[str, ...], deltas: Callable[[], Deltas], suites: Sequence[Suite], k: int) -> _Run:
@@ -330,38 +223,5 @@ class _Bench:
     def _encode(self, suite: Suite, example: Example) -> Encoded:
         key = (suite.digest, example)
         if key not in self._encoded:
-            self._encoded[key] = encode(self._loaded, example, suite.chat)
+            self._encoded[key] = encode(self._loaded, example, suite.chat, suite.ends)
         return self._encoded[key]
-
-
-def _effect(member: Probed, base: _Run, alone: _Run, as_weighted: _Run | None, combined: _Run, members: int) -> Effect:
-    digest = member.suite.digest
-    before, own, after = (_nll(run[digest]) for run in (base, alone, combined))
-    loss, stderr = _difference(combined[digest], alone[digest])
-    kept = (before - after) / (before - own) if before > own else None
-    sure = interval(loss, stderr, len(alone[digest]), members)
-    answered = [after for own, after in zip(alone[digest], combined[digest], strict=True) if own.exact]
-    still = sum(one.exact for one in answered)
-    return Effect(
-        member.name, member.suite.name, before, own, after, loss, stderr, sure, kept, len(answered), still,
-        len(alone[digest]), _nll(as_weighted[digest]) if as_weighted else None,
-    )  # fmt: skip
-
-
-def _side_effect(guard: Suite, base: _Run, alone: dict[str, _Run], combined: _Run) -> SideEffect:
-    each = {name: _nll(run[guard.digest]) for name, run in alone.items()}
-    worst = max(each, key=lambda name: each[name])
-    rise, stderr = _difference(combined[guard.digest], alone[worst][guard.digest])
-    n = len(base[guard.digest])
-    sure = interval(rise, stderr, n)
-    return SideEffect(guard.name, _nll(base[guard.digest]), each, _nll(combined[guard.digest]), rise, stderr, sure, n)
-
-
-def _nll(measured: Sequence[Measured]) -> float:
-    return ratio([one.nats for one in measured], [one.tokens for one in measured])[0]
-
-
-def _difference(after: Sequence[Measured], before: Sequence[Measured]) -> tuple[float, float | None]:
-    """Nats per token gained and its standard error, paired: examples differ far more than their losses do."""
-    nats = [one.nats - other.nats for one, other in zip(after, before, strict=True)]
-    return ratio(nats, [one.tokens for one in after])

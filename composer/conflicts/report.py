@@ -5,13 +5,17 @@ Nothing here draws: a table is a title, column names and rows of strings, for a 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
+from typing import Any
 
 from composer.conflicts import ConflictReport, Pair
-from composer.conflicts.advice import FROM_WEIGHTS
-from composer.conflicts.interval import Interval
-from composer.conflicts.probe import NOTICEABLE_NATS, Effect, Limits, Outcome, ProbeResult, SideEffect
-from composer.findings import Finding, Severity, Verdict
+from composer.conflicts.advice import FROM_WEIGHTS, of_outcome
+from composer.conflicts.interval import Interval, share_interval
+from composer.conflicts.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
+from composer.conflicts.probe import ProbeResult
+from composer.findings import Finding, Severity, Verdict, next_step
 from composer.numbers import Numbers
+from composer.text import cut
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "crowding")
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
@@ -27,21 +31,122 @@ class Table:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What fits a screen: the verdict and how it was measured, about three lines, and what to do (empty: nothing)."""
+
+    headline: str
+    lines: tuple[str, ...]
+    fix: str
+
+    def to_json(self) -> dict[str, object]:
+        return {"headline": self.headline, "lines": list(self.lines), "fix": self.fix}
+
+
+def document(report: ConflictReport) -> dict[str, Any]:
+    """The report as JSON, with its summary."""
+    return {**report.to_json(), "summary": summary(report).to_json()}
+
+
+def summary(report: ConflictReport) -> Summary:
+    """What decides the verdict: prompts that two members contradict each other on, else an error, else the worst
+    combination that was measured, else another warning."""
+    decisive = _decisive(report.findings)
+    if report.probe is None:
+        headline = f"{report.verdict}"
+    else:
+        most = max(outcome.k for outcome in _outcomes(report))
+        headline = f"{report.verdict}, measured on {_count(most, 'example')} a suite in {report.probe.seconds:.0f} s"
+    if decisive is not None:
+        otherwise = next((line for pair in by_verdict(report) for line in pair.explanation.advice), "")
+        measured = _measured_lines(report)[1:3] if report.probe else ()
+        return Summary(headline, (decisive.message, *measured), next_step(decisive.code, otherwise))
+    lines = _unmeasured_lines(report) if report.probe is None else _measured_lines(report)
+    return Summary(headline, lines, next(iter(advice(report, cut_names=True)), ""))
+
+
+def _decisive(findings: Iterable[Finding]) -> Finding | None:
+    """The loudest error or warning, unless the probe says as much."""
+    loud = sorted((one for one in findings if one.severity is not Severity.NOTICE), key=_loudest)
+    loudest = [one for one in loud if _loudest(one) == _loudest(loud[0])]
+    return None if any(one.code.startswith("probe_") for one in loudest) else next(iter(loudest), None)
+
+
+def _outcomes(report: ConflictReport) -> list[Outcome]:
+    if report.probe is None:
+        return []
+    return [*report.probe.pairs, *([report.probe.whole] if len(report.members) > 2 else [])]
+
+
+def by_verdict(report: ConflictReport) -> list[Pair]:
+    """The worst pair first; of equal ones in the order given, where nothing was measured."""
+    order = list(Verdict)
+    return sorted(report.pairs, key=lambda pair: (-order.index(pair.verdict), -(pair.risk or 0.0)))
+
+
+def _measured_lines(report: ConflictReport) -> tuple[str, ...]:
+    limits, order = report.limits, list(Verdict)
+    outcomes = _outcomes(report)
+    worst = max(outcomes, key=lambda one: (order.index(one.verdict(limits)), one.worst.loss))
+    together = " + ".join(cut(member, 32) for member in worst.members)
+    among = f" (worst of {len(outcomes)} combinations)" if len(outcomes) > 1 else ""
+    victim = worst.victim(limits)
+    guards = [guard for guard in worst.guards if guard.verdict(limits) is not Verdict.OK]
+    lines = (f"{together}{among}", _answers_line(victim, limits), _loss_line(victim, limits))
+    if not guards:
+        return lines
+    guard = max(guards, key=lambda one: (order.index(one.verdict(limits)), one.rise))
+    spread = _between(guard.rise_interval)
+    return (*lines, f"guard {cut(guard.suite)} rises {guard.rise:.2f} nats a token{spread}, {limits.guard:.2f} allowed")
+
+
+def _answers_line(effect: Effect, limits: Limits) -> str:
+    name = cut(effect.member)
+    if not effect.answered:
+        return f"{name} answers none of {_count(effect.examples, 'example')} alone: its loss decides"
+    share = share_interval(effect.still_answered, effect.answered)
+    kept = f"{effect.still_answered} of {effect.answered} answers ({share.low:.0%} to {share.high:.0%})"
+    return f"{name} keeps {kept}, {limits.answers:.0%} wanted"
+
+
+def _loss_line(effect: Effect, limits: Limits) -> str:
+    limit = effect.limit(limits)
+    allowed = f", {limit:.2f} allowed" if limit < inf else ""
+    return f"{cut(effect.member)} loses {effect.loss:.2f} nats a token{_between(effect.loss_interval)}{allowed}"
+
+
+def _between(sure: Interval) -> str:
+    return f" ({sure.low:.2f} to {sure.high:.2f})" if sure.to_json() else ""
+
+
+def _unmeasured_lines(report: ConflictReport) -> tuple[str, ...]:
+    pairs = report.pairs
+    compared = f"{_count(len(pairs), 'pair')} compared, none probed: what they do together is not known"
+    if pairs and pairs[0].evidence == "activations":
+        worst = max(pairs, key=lambda pair: pair.risk or 0.0)
+        who = f"{cut(worst.a, 30)} + {cut(worst.b, 30)}"
+        return (
+            compared,
+            f"{who} act most on each other's prompts",
+            f"strength {worst.risk or 0.0:.2f} (weak evidence)",
+        )
+    meeting = [
+        f"{cut(pair.a)} + {cut(pair.b)} meet most in {cut(module, 40)}"
+        for pair in pairs[:1]
+        for module, _ in pair.explanation.causes[:1]
+    ]
+    return (compared, "from weights alone: close to nothing about damage, across recipes", *meeting)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def headlines(report: ConflictReport) -> list[str]:
     """The verdict, then one sentence for the whole set where it was measured, and one a pair."""
     whole = whole_headline(report)
-    told = [f"Verdict: {report.verdict}{still_open(report)}.", *([whole] if whole else [])]
+    told = [f"Verdict: {report.verdict}.", *([whole] if whole else [])]
     return told + [headline(pair) for pair in report.pairs]
-
-
-def still_open(report: ConflictReport) -> str:
-    """What is to be said after the verdict where the probe has not decided it, and nothing else has."""
-    undecided = [one for one in report.findings if one.code == "probe_open"]
-    if not undecided or report.verdict is not Verdict.OK:
-        return ""
-    return (
-        f" so far, but {len(undecided)} {'question is' if len(undecided) == 1 else 'questions are'} open (probe_open)"
-    )
 
 
 def whole_headline(report: ConflictReport) -> str:
@@ -56,21 +161,22 @@ def headline(pair: Pair) -> str:
     if pair.outcome is not None:
         return _measured(name(pair), pair.outcome)
     if pair.risk is None:
-        return f"{name(pair)}: risk unknown; one of them has no factors to look at (probe it to know)."
-    scale = "of 1, from weights" if pair.evidence == "weights" else "of the base's activations, from prompts"
-    return f"{name(pair)}: risk {pair.risk:.2f} {scale} alone (weak evidence: probe it to know)."
+        return f"{name(pair)}: risk unknown; weights alone do not tell it (probe it to know)."
+    return f"{name(pair)}: strength {pair.risk:.2f} beside the base's activations, from prompts alone (weak evidence)."
 
 
 def _measured(who: str, outcome: Outcome) -> str:
-    worst = outcome.worst
-    risk = f"{who}: risk {_within(worst.loss, outcome.risk)} nats per token, measured"
-    lost = [effect for effect in outcome.effects if effect.silenced(Limits())]
+    worst, sure = outcome.worst, outcome.risk
+    risk = f"{who}: risk {_within(worst.loss, sure)} nats per token, measured"
+    lost = [effect for effect in outcome.effects if effect.still_answered < effect.answered]
     silenced = "".join(
         f" {effect.member} still answers {effect.still_answered} of {effect.answered} word for word." for effect in lost
     )
-    if worst.loss < NOTICEABLE_NATS:
+    if sure.high < NOTICEABLE_NATS and not lost:
         everybody = "both" if len(outcome.effects) == 2 else "all"
-        return f"{risk}: combined, {everybody} answer their own suites as well as alone.{silenced}"
+        return f"{risk}: combined, {everybody} answer their own suites as well as alone."
+    if worst.loss_interval.low <= NOTICEABLE_NATS:
+        return f"{risk}: no loss is sure on {_count(worst.examples, 'example')}.{silenced}"
     kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
     return f"{risk}: {worst.member} is the one that suffers{kept}.{silenced}"
 
@@ -107,13 +213,24 @@ def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
 def remarks(findings: Iterable[Finding]) -> list[str]:
     """One line a finding, the loudest first; a notice of the probe is left out, since its table says the same."""
     told = [one for one in findings if not (one.severity is Severity.NOTICE and one.code == "probe_loss")]
-    told.sort(key=lambda finding: LOUDEST_FIRST.index(finding.severity))
-    return [f"{finding.severity}: {finding.message}" for finding in told]
+    return [f"{finding.severity}: {finding.message}" for finding in sorted(told, key=_loudest)]
 
 
-def advice(report: ConflictReport) -> list[str]:
-    """What can be done, one line each, with the pair that it is for."""
-    return [f"{name(pair)}: {line}" for pair in report.pairs for line in pair.explanation.advice]
+def _loudest(finding: Finding) -> tuple[bool, int]:
+    """Contradicting prompts before all others: nothing else matters where no one model can serve both."""
+    return finding.code != "same_prompts", LOUDEST_FIRST.index(finding.severity)
+
+
+def advice(report: ConflictReport, *, cut_names: bool = False) -> list[str]:
+    """What can be done, one line each, with the pair that it is for, the worst one first."""
+    alone = cut_names and len(report.pairs) == 1
+    lines: list[str] = []
+    for pair in by_verdict(report):
+        who = f"{cut(pair.a)} + {cut(pair.b)}" if cut_names else name(pair)
+        lines += [line if alone else f"{who}: {line}" for line in pair.explanation.advice]
+    if report.probe is not None and len(report.members) > 2:
+        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits)]
+    return lines
 
 
 def name(pair: Pair) -> str:
@@ -133,13 +250,22 @@ def probe_table(probe: ProbeResult) -> Table:
         "combined",
         "loss (95 %)",
         "gain kept",
-        "answers kept",
+        "exact match retained",
     )
     note = (
-        f"Nats per token, in {probe.seconds:.0f} s; alone is at weight 1, and loss combined minus that, with the "
-        "interval it lies in."
+        f"Nats per token, in {probe.seconds:.0f} s; alone is at weight 1, and loss combined minus that, with its 95 % "
+        f"interval. {coverage(len(outcomes))}"
     )
     return Table("Probe", columns, tuple(rows), note)
+
+
+def coverage(combinations: int) -> str:
+    """What the intervals held when they were tried, and what they are not corrected for."""
+    held = " and ".join(f"{share:.2f} on {k}" for k, share in COVERAGE.items())
+    told = f"On the study's pairs the intervals of both members held together in {held} examples."
+    if combinations > 1:
+        told += f" They are not corrected for looking at {combinations} combinations."
+    return told
 
 
 def _members(report: ConflictReport) -> Table:
@@ -165,12 +291,12 @@ def _members(report: ConflictReport) -> Table:
         "norm",
         "spectral norm",
         "stable rank",
-        "of the base",
-        "top direction",
+        "amplification",
+        "spectral amplification",
     )
     note = (
-        "Retention: how much of it is in the combination (its weight, where the others leave it alone). Top direction: "
-        "its strongest one beside the base's, in the worst of the modules that were looked at."
+        "Retention: how much of it is in the combination (its weight, where the others leave it alone). Amplification: "
+        "its norm over that of the base's weights; spectral: of its strongest direction, in the worst module sampled."
     )
     return Table("Adapters", columns, tuple(rows), note)
 

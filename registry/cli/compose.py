@@ -3,6 +3,7 @@
 import json as json_module
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from registry.cli.render import JsonFlag
 from registry.errors import FAMILIES, Usage
 
 if TYPE_CHECKING:
+    from composer.findings import Verdict
     from composer.weights import Weight, WeightRule
 
 Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
@@ -29,6 +31,12 @@ Rules = Annotated[
         "--rule",
         metavar="N:WHERE=WEIGHT",
         help="Another weight for the N-th adapter in layers or modules: 2:0-9/mlp.*=0.3",
+    ),
+]
+Require = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERDICT", help="Exit 1 unless the verdict is this one or better: ok, undecided, unmeasured, warn."
     ),
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")]
@@ -53,12 +61,18 @@ def compose(
     follow: Annotated[
         bool, typer.Option("--follow", help="Wait for the end; the embedded registry always does.")
     ] = False,
+    require: Require = None,
     json: JsonFlag = False,
 ) -> None:
-    """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish."""
+    """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish.
+
+    With --require a worse verdict of the conflict check ends it there: `require` in the recipe's policy says the same.
+    """
     from composer.recipe import MAX_FILE_BYTES, load_recipe
 
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
+    if (verdict := required(require)) is not None:
+        wanted = replace(wanted, policy={**wanted.policy, "require": str(verdict)})
     with connected() as connection:
         found = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:
@@ -318,13 +332,22 @@ def _show_lock(lock: Json) -> None:
 
 
 def _show_conflicts(report: Json) -> None:
-    print(f"conflicts: {report['verdict']}")
-    names = ("a", "b", "risk", "evidence", "cosine", "input_overlap", "output_overlap", "dominance", "interference")
-    if report["pairs"]:
-        render.table("", names, [tuple(pair[name] for name in names) for pair in report["pairs"]])
-    for finding in report["findings"]:
-        if finding["severity"] != "notice":
-            print(f"  {finding['severity']}: {finding['message']}")
+    if "summary" in report:  # reports of before 0.2 have none
+        render.summary("conflicts", report["summary"])
+    else:
+        print(f"conflicts: {report['verdict']}")
+
+
+def required(verdict: str | None) -> "Verdict | None":
+    """What --require names. Raises Usage for another word."""
+    from composer.findings import Verdict
+
+    if verdict is None:
+        return None
+    if verdict not in list(Verdict):
+        message = f"--require {verdict} is not a verdict."
+        raise Usage("bad_verdict", message, subject="--require", next_step=f"Use one of {', '.join(Verdict)}.")
+    return Verdict(verdict)
 
 
 def _error(found: Json) -> Exception:

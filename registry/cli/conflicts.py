@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
@@ -11,7 +12,7 @@ import typer
 
 from composer.files import read_text
 from registry.cli import render
-from registry.cli.compose import Method, Rules, Settings, settings_of, with_rules
+from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
 from registry.cli.quality import BaseDir, Device, fetch_suite
 from registry.cli.render import JsonFlag
@@ -20,11 +21,19 @@ from registry.errors import Usage
 if TYPE_CHECKING:
     from composer.conflicts import ConflictReport
     from composer.conflicts.examine import Evidence
+    from composer.findings import Policy, Verdict
     from composer.formats.checkpoint import Checkpoint
     from composer.suite import Suite
     from composer.variants import LoadedAdapter
 
 Json = dict[str, Any]
+Probe = Annotated[
+    int, typer.Option(min=0, help="Measure on this many examples of each member's suite; 8 or more can end `ok`.")
+]
+ProbeMax = Annotated[
+    int | None,
+    typer.Option(min=0, help="Maximum number where fewer leave it open: 24 by default, or --probe if that is below 8."),
+]
 
 
 def register(root: typer.Typer) -> None:
@@ -40,10 +49,8 @@ def conflicts(  # noqa: PLR0913
     rule: Rules = None,
     method: Method = "stack",
     set_: Settings = None,
-    probe: Annotated[int, typer.Option(min=0, help="Measure on so many examples of each member's suite.")] = 0,
-    probe_max: Annotated[
-        int, typer.Option(min=0, help="Up to so many where fewer leave it open; 0 for no more than --probe.")
-    ] = 16,
+    probe: Probe = 0,
+    probe_max: ProbeMax = None,
     suite: Annotated[
         list[str] | None,
         typer.Option("--suite", metavar="NAME|FILE", help="Suite of each adapter, in order, for directories."),
@@ -56,20 +63,27 @@ def conflicts(  # noqa: PLR0913
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="YAML: how severe each finding is, and from what on.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page of its own.")] = None,
-    modules: Annotated[int, typer.Option(min=0, help="Show so many modules of each pair.")] = 2,
+    require: Require = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the measurements and numbers behind it.")] = False,
+    modules: Annotated[int, typer.Option(min=0, help="With --explain: modules shown of each pair.")] = 2,
     device: Device = "auto",
     base_dir: BaseDir = None,
     json: JsonFlag = False,
 ) -> None:
-    """What adapters would do to each other: measured with --probe, explained from their factors."""
+    """What adapters would do to each other: measured with --probe, explained from their factors.
+
+    The verdict is ok, undecided, unmeasured, warn or refuse; the exit code is 1 for refuse, and what --require says.
+    """
     from composer.conflicts import Method as Combination
     from composer.conflicts.examine import examine
-    from composer.findings import MAX_POLICY_CHARS, Policy, Verdict, parse_policy
+    from composer.conflicts.report import document
+    from composer.findings import MAX_POLICY_CHARS, Policy, parse_policy
 
     if len(adapters) < 2:
         raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
     given = with_rules(_weights(weights, len(adapters)), rule)
     rules = parse_policy(read_text(policy, MAX_POLICY_CHARS), str(policy)) if policy else Policy()
+    rules = replace(rules, require=required(require) or rules.require)
     with ExitStack() as stack:
         group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
@@ -78,17 +92,31 @@ def conflicts(  # noqa: PLR0913
             given,
             Combination(method, settings_of(set_)),
             evidence=evidence,
-            base=group.checkpoint(measured=evidence is not None),
+            base=group.checkpoint(measured=bool(probe or prompts)),
             policy=rules,
         )
     if html:
         _write_page(html, report)
-    render.document(report.to_json(), json, lambda: _show(report, modules))
-    if report.verdict is Verdict.REFUSE:
-        raise typer.Exit(1)
+    told = document(report)
+    render.document(told, json, lambda: _explain(report, modules) if explain else _show(told))
+    _require(rules, report.verdict)
 
 
-def _show(report: "ConflictReport", modules: int) -> None:
+def _require(rules: "Policy", verdict: "Verdict") -> None:
+    if rules.accepts(verdict):
+        return
+    if rules.require:
+        render.say(f"error: the verdict is {verdict}, and {rules.require} is required")
+    raise typer.Exit(1)
+
+
+def _show(told: Json) -> None:
+    """What fits a screen."""
+    render.summary("Verdict", told["summary"])
+    render.say("--explain shows the measurements and numbers behind this; --html F writes a page.")
+
+
+def _explain(report: "ConflictReport", modules: int) -> None:
     """The headline of each pair first and why, then the tables, what else was found, and what to do."""
     from composer.conflicts.report import advice, explanations, headlines, remarks, tables
 
@@ -156,8 +184,6 @@ class _Group:
         return self._connect()
 
     def load(self) -> "list[LoadedAdapter]":
-        from dataclasses import replace
-
         from composer.formats.checkpoint import open_checkpoint
         from composer.variants import load_deltas
 
@@ -175,10 +201,11 @@ class _Group:
         ]
 
     def evidence(
-        self, own: list[str], guards: list[str], effort: tuple[int, int], prompts: Path | None, device: str
-    ) -> "Evidence | None":
-        """What may be measured; None where nothing was asked for."""
+        self, own: list[str], guards: list[str], effort: tuple[int, int | None], prompts: Path | None, device: str
+    ) -> "Evidence":
+        """What may be measured, and the suites that are known, whose prompts are compared in any case."""
         from composer.conflicts.examine import Evidence, parse_prompts
+        from composer.conflicts.probe import usual_most
         from composer.model import load_model
         from composer.suite import MAX_FILE_BYTES
 
@@ -187,18 +214,16 @@ class _Group:
             raise Usage(
                 "idle_suite",
                 "--suite and --guard say what a probe measures on, and there is no --probe.",
-                next_step="Add --probe 4, or leave them out.",
+                next_step="Add --probe 8, or leave them out.",
             )
-        if not k and prompts is None:
-            return None
-        if self.base is None and self.base_dir is None:
+        if (k or prompts) and self.base is None and self.base_dir is None:
             raise Usage("base_missing", "This needs the base's weights.", next_step="Name it with --base.")
         return Evidence(
             load=lambda: load_model(self._directory, device),
-            suites=self._suites(own, required=prompts is None) if k else [],
+            suites=self._suites(own, required=bool(k) and prompts is None),
             guards=[self._suite(name) for name in guards] if k else [],
             k=k,
-            most=most,
+            most=usual_most(k) if most is None else most,
             prompts=parse_prompts(read_text(prompts, MAX_FILE_BYTES), str(prompts)) if prompts else [],
         )
 
@@ -215,11 +240,9 @@ class _Group:
         """Verified once, if the base is a registered one."""
         return base_checkpoint(self.base, self.base_dir).path if self.base else (self.base_dir or Path())
 
-    def _suites(self, own: list[str], *, required: bool) -> "list[Suite]":
+    def _suites(self, own: list[str], *, required: bool) -> "list[Suite | None]":
         names = own or [release and self._own_suite(release) for release in self.releases]
-        if len(names) != len(self.names) or not all(names):
-            if not required:
-                return []
+        if required and (len(names) != len(self.names) or not all(names)):
             lacking = [name for name, suite in zip(self.names, names, strict=False) if not suite]
             known = f"none is known for {', '.join(lacking)}" if lacking else f"--suite was given {len(names)} times"
             raise Usage(
@@ -227,7 +250,7 @@ class _Group:
                 f"A probe needs a suite for each of the {len(self.names)} adapters; {known}.",
                 next_step="Run `adaptory eval REF --suite S`, name one --suite per adapter, or give --prompts F alone.",
             )
-        return [self._suite(str(name)) for name in names]
+        return [self._suite(str(name)) if name else None for name in names]
 
     def _suite(self, name: str) -> "Suite":
         """A registered one by its name; what can be no name is a file, which needs no registry."""

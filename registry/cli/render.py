@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import Annotated, Any, cast
 
 import typer
@@ -77,6 +78,16 @@ def more(cursor: str | None, as_json: bool) -> None:
     """Says how a list goes on that was cut off; a JSON document says it itself, as `next`."""
     if cursor and not as_json:
         say(f"more: --cursor {cursor}")
+
+
+def summary(label: str, summary: dict[str, Any]) -> None:
+    """A verdict, the lines that it rests on, and the fix, wrapped at words to 80 columns."""
+    heading(f"{label}: {summary['headline']}")
+    fix = [f"fix: {summary['fix']}"] if summary["fix"] else []
+    for line in (*(f"  {line}" for line in summary["lines"]), *fix):
+        indent = "    " if line.startswith(" ") else "  "
+        for part in wrap(plain(line), 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False):
+            print(part)
 
 
 def with_error(value: float, stderr: float | None) -> str:

@@ -121,11 +121,12 @@ class Work:
 
 
 def check(held: Held) -> None:
-    """Structural checks and the conflict report; a hard conflict ends the composition here, and so does an adapter that
-    no file can hold."""
+    """Structural checks and the conflict report; a hard conflict ends the composition here, and so does a verdict worse
+    than the policy requires, or an adapter that no file can hold."""
     from composer.combine import refuse_uncombinable
     from composer.conflicts import Method
     from composer.conflicts.examine import examine
+    from composer.conflicts.report import document, summary
     from composer.variants import load_deltas
 
     work = _work(held)
@@ -134,15 +135,19 @@ def check(held: Held) -> None:
         replace(load_deltas(place, work.architecture), name=f"{locked.repository}:{locked.version}")
         for (place, _), locked in zip(members, work.lock.inputs, strict=True)
     ]
+    policy = read_policy(work.recipe.policy)
     report = examine(
         loaded,
         [weight for _, weight in members],
         Method(work.lock.method, work.lock.settings),
         evidence=_evidence(held, work),
-        policy=read_policy(work.recipe.policy),
+        policy=policy,
     )
-    _store(held, work, conflicts=report.to_json())
+    _store(held, work, conflicts=document(report))
     refuse_errors(report.findings, "recipe", Refused, "Change the recipe.")
+    if not policy.accepts(report.verdict):
+        message = f"The verdict of the conflict check is {report.verdict}, and {policy.require} is required."
+        raise Refused("verdict", message, subject="recipe", next_step=summary(report).fix or "Change the recipe.")
     if work.recipe.adapter:
         refuse_uncombinable(loaded, [weight for _, weight in members], work.lock.method, work.lock.settings)
 
@@ -317,20 +322,21 @@ def _creator(held: Held, session: Session) -> Actor:
     return compositions.creator(session, compositions.of_job(session, held.job_id), held.resources.clock())
 
 
-def _evidence(held: Held, work: Work) -> "Evidence | None":
-    """A probe in memory, where every member has a suite; the report says when the evidence is weaker."""
-    if not work.recipe.probe or any(suite is None for suite in work.member_suites):
-        return None
+def _evidence(held: Held, work: Work) -> "Evidence":
+    """A probe in memory, where every member has a suite and the recipe asks for one; the report says when the evidence
+    is weaker. The prompts of the suites are compared in any case."""
     from composer.conflicts.examine import Evidence
-    from composer.conflicts.probe import USUAL_MOST
+    from composer.conflicts.probe import usual_most
     from composer.model import load_model
 
+    named = _suites(held, [suite for suite in work.member_suites if suite])
+    suites = {suite.name: suite for suite in named}
     return Evidence(
         load=lambda: load_model(work.base_checkpoint(held).path),
-        suites=_suites(held, [suite for suite in work.member_suites if suite]),
+        suites=[suites[name] if name else None for name in work.member_suites],
         guards=[suite for suite in _suites(held, work.recipe.evaluate) if suite.kind == "guard"],
         k=work.recipe.probe,
-        most=USUAL_MOST,
+        most=usual_most(work.recipe.probe),
     )
 
 

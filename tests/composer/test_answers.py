@@ -12,11 +12,12 @@ from peft import LoHaConfig, get_peft_model
 from composer.conflicts import conflicts
 from composer.conflicts.findings import of_outcome
 from composer.conflicts.interval import interval
+from composer.conflicts.outcome import Effect, Limits, Outcome
 from composer.conflicts.page import page
-from composer.conflicts.probe import Effect, Outcome, ProbeResult
+from composer.conflicts.probe import ProbeResult
 from composer.conflicts.report import headlines, tables
 from composer.delta import Computed
-from composer.findings import Policy, parse_policy
+from composer.findings import Policy, Verdict, parse_policy
 from composer.formats.checkpoint import open_checkpoint
 from composer.variants import LoadedAdapter, load_deltas
 from tests.composer.small_model import Load
@@ -32,6 +33,35 @@ def answering(answered: int, still: int) -> Outcome:
     return Outcome(16, effects, ())
 
 
+OLD = parse_policy("thresholds: {probe_loss: 0.5 of gain, probe_answers: 0.5 by interval}")
+
+
+def answers_said(answered: int, still: int, policy: Policy) -> list[str]:
+    found = of_outcome(answering(answered, still), policy)
+    assert all(f"{still} of the {answered}" in finding.message for finding in found if finding.code == "probe_answers")
+    return [finding.code for finding in found if finding.code != "probe_loss"]
+
+
+@pytest.mark.parametrize(
+    ("answered", "still", "said"),
+    [
+        (13, 0, ["probe_answers"]),
+        (16, 14, ["probe_answers"]),
+        (16, 15, []),
+        (8, 7, ["probe_answers"]),
+        (8, 8, []),
+        (7, 7, ["probe_open"]),
+        (1, 0, ["probe_open"]),
+        (2, 0, ["probe_answers"]),
+        (0, 0, []),
+    ],
+)
+def test_from_eight_answered_examples_on_nine_in_ten_have_to_be_kept(
+    answered: int, still: int, said: list[str]
+) -> None:
+    assert answers_said(answered, still, parse_policy("thresholds: {probe_loss: 1}")) == said
+
+
 @pytest.mark.parametrize(
     ("answered", "still", "said"),
     [
@@ -43,20 +73,19 @@ def answering(answered: int, still: int) -> Outcome:
         (0, 0, []),
     ],
 )
-def test_answers_that_are_lost_count_also_where_the_loss_in_nats_is_small(
+def test_a_policy_may_ask_for_the_interval_of_the_share_and_for_half_of_the_gain(
     answered: int, still: int, said: list[str]
 ) -> None:
-    found = of_outcome(answering(answered, still), Policy())
-    assert [finding.code for finding in found if finding.code != "probe_loss"] == said
-    assert all(f"{still} of the {answered}" in finding.message for finding in found if finding.code == "probe_answers")
+    assert answers_said(answered, still, OLD) == said
+    assert Limits.of(OLD) == Limits(0.5, 0.5, of_gain=True, by_interval=True)
+    assert answering(1, 1).effects[0].limit(Limits.of(OLD)) == pytest.approx(1.45)
 
 
 @pytest.mark.parametrize(
     ("least", "still", "said"),
     [
-        (0.9, 9, ["probe_answers"]),
-        (0.9, 12, ["probe_open"]),
-        (0.9, 15, []),
+        (0.75, 11, ["probe_answers"]),
+        (0.75, 12, []),
         (1, 15, ["probe_answers"]),
         (0.2, 4, []),
         (0.2, 0, ["probe_answers"]),
@@ -66,30 +95,45 @@ def test_answers_that_are_lost_count_also_where_the_loss_in_nats_is_small(
     ],
 )
 def test_a_policy_says_what_share_of_the_answers_has_to_be_left(least: float, still: int, said: list[str]) -> None:
-    policy = parse_policy(f"thresholds: {{probe_answers: {least}}}")
-    found = of_outcome(answering(16, still), policy)
-    assert [finding.code for finding in found if finding.code != "probe_loss"] == said
+    assert answers_said(16, still, parse_policy(f"thresholds: {{probe_loss: 1, probe_answers: {least}}}")) == said
 
 
-def test_what_is_open_is_named_with_its_numbers(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    (answers,) = [one for one in of_outcome(answering(4, 0), Policy()) if one.code == "probe_open"]
-    assert "open after 16 examples whether red keeps 50% of what it answers" in answers.message
-    assert answers.message.endswith("(0 of 4 so far).")
-    assert (answers.subject, answers.measure) == ("red + green: red", 0.0)
-    wide = replace(answering(4, 4).effects[0], loss_interval=interval(0.3, 1.0, 16, 2))
+def test_the_share_that_is_left_is_printed_with_its_interval() -> None:
+    (answers,) = [one for one in of_outcome(answering(13, 4), Policy()) if one.code == "probe_answers"]
+    assert "4 of the 13 examples" in answers.message
+    assert "(9% to 61% of all)" in answers.message
+    share = answering(13, 4).to_json()["effects"][0]["answers_interval"]  # pyright: ignore[reportIndexIssue]
+    assert share == pytest.approx({"low": 0.0909, "high": 0.6143}, abs=1e-4)
+
+
+def test_what_is_open_is_named_with_its_numbers() -> None:
+    (answers,) = [one for one in of_outcome(answering(4, 3), Policy()) if one.code == "probe_open"]
+    assert "open after 16 examples whether red keeps 90% of what it answers" in answers.message
+    assert answers.message.endswith("(3 of 4 so far; 8 answered ones decide).")
+    assert (answers.subject, answers.measure) == ("red + green: red", 0.75)
+    wide = replace(answering(9, 9).effects[0], loss_interval=interval(0.3, 1.0, 16, 2))
     (loss,) = of_outcome(Outcome(16, (wide,), ()), Policy())
-    assert "whether red loses more than 1.45 nats a token on red-exact (between -" in loss.message
-    both = of_outcome(Outcome(16, (replace(wide, answered=4, still_answered=0),), ()), Policy())
-    assert [one.measure for one in both] == [0.3, 0.0]
+    assert "whether red loses more than 0.10 nats a token on red-exact (between -" in loss.message
+    both = of_outcome(Outcome(16, (replace(wide, answered=4, still_answered=3),), ()), Policy())
+    assert [one.measure for one in both] == [0.3, 0.75]
 
 
-def test_an_open_question_stands_beside_a_verdict_that_is_ok(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    measured = ProbeResult(16, (answering(4, 0),), answering(4, 0), 1.0)
+def test_an_open_question_makes_the_verdict_undecided_whatever_its_finding_is(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    lossless = replace(answering(4, 4).effects[0], loss=0.0, loss_interval=interval(0.0, 0.001, 16, 2))
+    outcome = Outcome(16, (lossless, answering(4, 4).effects[1]), ())
+    measured = ProbeResult(16, (outcome,), outcome, 1.0)
     report = conflicts([red, green], [1.0, 1.0], evidence=measured)
-    assert headlines(report)[0] == "Verdict: ok so far, but 1 question is open (probe_open)."
-    assert "but 1 question is open" in page(report)
+    assert (report.verdict, report.pairs[0].verdict) == (Verdict.UNDECIDED, Verdict.UNDECIDED)
+    assert headlines(report)[0] == "Verdict: undecided."
+    assert "undecided" in page(report)
+    quiet = conflicts([red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("probe_open: ignore"))
+    assert (quiet.verdict, quiet.findings) == (Verdict.UNDECIDED, ())
     failing = conflicts([red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("probe_open: error"))
     assert headlines(failing)[0] == "Verdict: refuse."
+    unasked = conflicts([red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("probe_answers: ignore"))
+    assert unasked.verdict is Verdict.OK, "what a policy ignores is no question"
 
 
 def test_what_a_members_own_weight_takes_is_told_beside_its_loss(red: LoadedAdapter, green: LoadedAdapter) -> None:

@@ -10,8 +10,7 @@ from peft import LoraConfig
 
 from composer.conflicts import ConflictReport, Method, conflicts, report
 from composer.conflicts.findings import of_pair
-from composer.conflicts.interval import interval
-from composer.conflicts.probe import Effect, Outcome, Probed, ProbeResult, SideEffect, probe
+from composer.conflicts.probe import Probed, probe
 from composer.delta import Computed, LowRank
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Severity, Verdict, parse_policy
@@ -49,14 +48,16 @@ def test_a_pairs_numbers_are_those_of_the_dense_deltas(red: LoadedAdapter, green
     assert (pair.numbers.norm_a, pair.numbers.norm_b) == pytest.approx((A.norm().item(), B.norm().item()))
 
 
-def test_without_a_probe_the_risk_is_labelled_weak_evidence(red: LoadedAdapter, green: LoadedAdapter) -> None:
+def test_without_a_probe_the_verdict_is_unmeasured_and_no_risk_is_known(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
     found = conflicts([red, green], [1.0, 1.0])
-    assert found.verdict is Verdict.OK
+    assert found.verdict is found.pairs[0].verdict is Verdict.UNMEASURED
     assert found.pairs[0].evidence == "weights"
-    assert 0 <= found.pairs[0].risk <= 1
+    assert found.pairs[0].risk is None
     assert codes(found) == {"weak_evidence": Severity.NOTICE}
     assert found.pairs[0].interval is None
-    assert "weak evidence" in report.headlines(found)[1]
+    assert "risk unknown" in report.headlines(found)[1]
 
 
 def test_the_same_adapter_twice_is_a_warning_since_the_sum_overshoots(red: LoadedAdapter) -> None:
@@ -109,7 +110,7 @@ def test_an_adapter_that_brings_most_of_the_energy_is_noticed_and_not_failed(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     found = conflicts([red, scaled(green, 30.0, "loud")], [1.0, 1.0])
-    assert found.verdict is Verdict.OK
+    assert found.verdict is Verdict.UNMEASURED
     assert codes(found)["dominance"] is Severity.NOTICE
     assert found.members[1].share == pytest.approx(found.pairs[0].numbers.dominance)
     assert "dominance" not in codes(conflicts([red, scaled(green, 30.0, "loud")], [30.0, 1.0]))
@@ -153,7 +154,7 @@ def test_the_whole_set_and_every_pair_are_reported_for_three(
 def test_a_report_has_the_contracts_shape(red: LoadedAdapter, green: LoadedAdapter) -> None:
     document = json.loads(json.dumps(conflicts([red, green], [1.0, 1.0]).to_json(), allow_nan=False))
     assert {"verdict", "pairs", "findings"} <= document.keys()
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     module_numbers = {"cosine", "input_overlap", "output_overlap", "norm_a", "norm_b", "dominance", "interference"}
     assert {"a", "b", "risk", "evidence", "modules"} | module_numbers <= document["pairs"][0].keys()
     assert {"module"} | module_numbers <= document["pairs"][0]["modules"][0].keys()
@@ -176,56 +177,7 @@ def test_no_adapter_or_two_of_one_name_are_refused(red: LoadedAdapter) -> None:
 
 def test_one_adapter_alone_is_checked_for_what_it_cannot_be_merged_with(red: LoadedAdapter) -> None:
     found = conflicts([red], [1.0])
-    assert (found.pairs, found.verdict) == ((), Verdict.OK)
-
-
-def outcome(loss: float, kept: float, rise: float, stderr: float, k: int = 4) -> ProbeResult:
-    """Red had gained 2.5 nats a token and loses `loss`; green loses next to nothing."""
-    effects = (
-        Effect("red", "red-exact", 3.0, 0.5, 0.5 + loss, loss, stderr, interval(loss, stderr, k, 2), kept, 0, 0, k),
-        Effect("green", "green-exact", 2.0, 0.4, 0.41, 0.01, 0.001, interval(0.01, 0.001, k, 2), 0.99, 0, 0, k),
-    )
-    alone = {"red": 0.8, "green": 0.9}
-    guard = SideEffect("general", 0.7, alone, 0.9 + rise, rise, stderr, interval(rise, stderr, k), k)
-    measured = Outcome(k, effects, (guard,))
-    return ProbeResult(k, (measured,), measured, 1.5)
-
-
-@pytest.mark.parametrize(
-    ("result", "expected"),
-    [
-        (outcome(loss=2.0, kept=0.2, rise=0.0, stderr=0.1), {"probe_loss": Severity.WARNING}),
-        (outcome(loss=0.5, kept=0.8, rise=0.0, stderr=0.1), {"probe_loss": Severity.NOTICE}),
-        (
-            outcome(loss=1.5, kept=0.4, rise=0.0, stderr=0.1),
-            {"probe_loss": Severity.NOTICE, "probe_open": Severity.NOTICE},
-        ),
-        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=1.0), {"probe_open": Severity.NOTICE}),
-        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=0.1, k=16), {"probe_loss": Severity.WARNING}),
-        (outcome(loss=1.5, kept=0.4, rise=0.0, stderr=0.02), {"probe_loss": Severity.WARNING}),
-        (outcome(loss=0.0, kept=1.0, rise=0.6, stderr=0.1), {"probe_guard": Severity.WARNING}),
-    ],
-)
-def test_a_probe_decides_the_risk_and_warns_of_damage_that_it_is_sure_of(
-    red: LoadedAdapter, green: LoadedAdapter, result: ProbeResult, expected: dict[str, Severity]
-) -> None:
-    found = conflicts([red, green], [1.0, 1.0], evidence=result)
-    assert codes(found) == expected
-    (pair,) = found.pairs
-    assert pair.evidence == "probe"
-    assert pair.risk == max(effect.loss for effect in result.whole.effects)
-    assert pair.risk_stderr == result.whole.worst.loss_stderr
-    assert pair.interval == result.whole.risk
-    assert pair.interval.low <= pair.risk <= pair.interval.high
-
-
-def test_a_policy_says_how_much_may_be_lost_and_how_severe_that_is(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    result = outcome(loss=0.5, kept=0.8, rise=0.0, stderr=0.01)
-    strict = parse_policy("{probe_loss: error, thresholds: {probe_loss: 0.1}}")
-    found = conflicts([red, green], [1.0, 1.0], evidence=result, policy=strict)
-    assert (found.verdict, codes(found)["probe_loss"]) == (Verdict.REFUSE, Severity.ERROR)
-    ignored = conflicts([red, green], [1.0, 1.0], evidence=result, policy=parse_policy("probe_loss: ignore"))
-    assert (ignored.verdict, codes(ignored)) == (Verdict.OK, {})
+    assert (found.pairs, found.verdict) == ((), Verdict.UNMEASURED)
 
 
 @pytest.mark.parametrize("code", ["input_overlap", "output_overlap", "crowding", "sign_conflict", "low_retention"])
@@ -236,61 +188,6 @@ def test_a_number_without_evidence_warns_only_where_a_policy_gives_a_threshold(
     policy = parse_policy(json.dumps({"thresholds": {code: loud}}))
     assert codes(conflicts([red, green], [1.0, 1.0], policy=policy))[code] is Severity.WARNING
     assert code not in codes(conflicts([red, green], [1.0, 1.0]))
-
-
-def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
-    red: LoadedAdapter, green: LoadedAdapter
-) -> None:
-    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(1.5, 0.4, 0.6, 0.1))
-    verdict, headline = report.headlines(found)
-    assert verdict == "Verdict: warn."
-    assert headline.startswith("red + green: risk +1.50 [+1.08, +1.92] nats per token, measured: red is the one that")
-    assert headline.endswith("suffers, 40% of its gain is left.")
-    first, *others = report.tables(found)
-    assert first.title == "Probe"
-    assert first.rows[0] == (
-        "red + green",
-        "red-exact",
-        "4",
-        "3.00",
-        "0.50",
-        "2.00",
-        "+1.50 [+1.08, +1.92]",
-        "40%",
-        "-",
-    )
-    assert first.rows[2] == (
-        "red + green",
-        "general (guard)",
-        "4",
-        "0.70",
-        "0.90",
-        "1.50",
-        "+0.60 [+0.28, +0.92]",
-        "-",
-        "-",
-    )
-    for table in (first, *others):
-        assert {len(row) for row in table.rows} == {len(table.columns)}
-
-
-def test_a_harmless_pair_is_said_to_be_harmless_and_gets_no_advice(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, 0.0, 0.1))
-    assert report.headlines(found)[1].endswith("both answer their own suites as well as alone.")
-    assert report.advice(found) == []
-
-
-def test_a_damaged_pair_gets_advice_that_names_positions_modules_and_settings(
-    red: LoadedAdapter, green: LoadedAdapter
-) -> None:
-    found = conflicts([green, red], [1.0, 1.0], evidence=outcome(2.0, 0.2, 0.0, 0.1))
-    told = " ".join(found.pairs[0].explanation.advice)
-    assert "--set protect=2" in told, "red, the one that suffers, is the second one here"
-    assert "--set lambda=0.7" in told
-    share = found.pairs[0].explanation.shares
-    assert list(share) == [module for module in share if module.endswith("q_proj")], "they meet nowhere else"
-    assert sum(share.values()) == pytest.approx(1.0)
-    assert list(share.values()) == sorted(share.values(), reverse=True)
 
 
 def test_a_loud_adapter_is_told_the_weight_that_makes_both_equally_loud(

@@ -12,9 +12,10 @@ import torch
 
 from composer.conflicts import SCHEMA, Method, conflicts
 from composer.conflicts.examine import Evidence, examine
+from composer.conflicts.report import document, summary
 from composer.conflicts.retention import too_large
 from composer.delta import Layout, LowRank
-from composer.findings import parse_policy
+from composer.findings import Verdict, parse_policy
 from composer.formats.checkpoint import open_checkpoint
 from composer.model import LoadedModel
 from composer.suite import Example, Suite
@@ -31,7 +32,7 @@ def adapters(load: Load) -> list[LoadedAdapter]:
 
 def suites(count: int) -> list[Suite]:
     names = ("red", "green", "blue")[:count]
-    return [Suite(name, "target", "", True, (Example("hi", name), Example("you", name))) for name in names]
+    return [Suite(name, "target", "", True, (Example(f"hi {name}", name), Example("you", "you"))) for name in names]
 
 
 def guard() -> Suite:
@@ -63,11 +64,49 @@ def test_the_evidence_that_is_weak_is_said_to_be(adapters: list[LoadedAdapter], 
             ("probe", Evidence(lambda: loaded, suites(3), k=2)),
         )
     }  # fmt: skip
-    assert any("from weights alone, which is weak evidence" in one for one in said["weights"])
+    assert any("weights alone say close to nothing across recipes" in one for one in said["weights"])
     assert any(
-        "from activations on prompts, which is weaker evidence than a probe" in one for one in said["activations"]
+        "weaker evidence than a probe: on the members' own examples, with completions," in one
+        for one in said["activations"]
     )
     assert not any("evidence" in one for one in said["probe"])
+
+
+def test_without_a_probe_a_set_is_unmeasured_and_two_examples_leave_it_undecided(
+    adapters: list[LoadedAdapter], loaded: LoadedModel
+) -> None:
+    def verdict(evidence: Evidence | None) -> Verdict:
+        lenient = parse_policy("thresholds: {probe_loss: 1000}\nprobe_answers: ignore\n")
+        return examine(adapters, [1.0] * 3, evidence=evidence, policy=lenient).verdict
+
+    assert verdict(None) is verdict(Evidence(lambda: loaded, prompts=["hi"])) is Verdict.UNMEASURED
+    assert verdict(Evidence(never, suites(3))) is Verdict.UNMEASURED
+    assert verdict(Evidence(lambda: loaded, suites(3), k=2, most=24)) is Verdict.UNDECIDED, "the suites have no more"
+    assert verdict(Evidence(lambda: loaded, larger(suites(3)), k=8, most=24)) is Verdict.OK
+
+
+def larger(small: list[Suite]) -> list[Suite]:
+    more = tuple(Example(f"prompt {number}", "yes") for number in range(8))
+    return [replace(suite, examples=(*suite.examples, *more)) for suite in small]
+
+
+def test_members_that_answer_the_same_prompts_differently_are_named_before_anything_else(
+    adapters: list[LoadedAdapter],
+) -> None:
+    own = suites(3)
+    own[2] = replace(own[2], examples=(Example("hi red", "something else"), Example("you", "you")))
+    report = examine(adapters, [1.0] * 3, evidence=Evidence(never, own))
+    assert report.findings[0].code == "same_prompts"
+    assert report.findings[0].subject == "red + blue"
+    assert "no one model serves both" in report.findings[0].message
+    verdicts = {(pair.a, pair.b): pair.verdict for pair in report.pairs}
+    assert verdicts == {("red", "green"): "unmeasured", ("red", "blue"): "warn", ("green", "blue"): "unmeasured"}
+    assert report.verdict is Verdict.WARN
+    told = summary(report)
+    assert "want other answers to 1 of them: no one model serves both" in told.lines[0]
+    assert told.fix.startswith("Serve them apart and route")
+    ignored = examine(adapters, [1.0] * 3, evidence=Evidence(never, own), policy=parse_policy("same_prompts: ignore"))
+    assert (ignored.verdict, summary(ignored).fix[:10]) == (Verdict.UNMEASURED, "red + gree")
 
 
 @pytest.mark.parametrize("method", ["ties", "knots_ties", "mean", "core_tsv", "dare_ties"])
@@ -130,8 +169,8 @@ def test_every_report_is_what_the_documented_schema_says(
     for made in evidences:
         for checkpoint in (None, open_checkpoint(base)):
             report = examine(adapters, [1.0] * 3, Method("ties"), evidence=made(), base=checkpoint)
-            document = json.loads(json.dumps(report.to_json(), allow_nan=False))
-            errors = [f"{list(error.instance_path)}: {error.message}" for error in validator.iter_errors(document)]
+            told = json.loads(json.dumps(document(report), allow_nan=False))
+            errors = [f"{list(error.instance_path)}: {error.message}" for error in validator.iter_errors(told)]
             assert errors == []
     assert_strict(schema)
 

@@ -5,7 +5,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from composer.conflicts.interval import Interval, interval, quantile, surely_less
+from composer.conflicts.interval import Interval, interval, quantile, share_interval, surely_less
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,12 @@ def test_of_all_that_must_be_left_one_is_missing_or_none() -> None:
     assert surely_less(15, 16, 1.0)
     assert not surely_less(16, 16, 1.0)
     assert not surely_less(0, 16, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    [(0, 10, 0.0, 0.3085), (10, 10, 0.6915, 1.0), (9, 10, 0.5550, 0.9975), (50, 100, 0.3983, 0.6017)],
+)
+def test_the_interval_of_a_share_is_clopper_and_pearsons(count: int, total: int, low: float, high: float) -> None:
+    share = share_interval(count, total)
+    assert (share.low, share.high) == pytest.approx((low, high), abs=1e-4)

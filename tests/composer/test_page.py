@@ -17,6 +17,7 @@ from composer.conflicts.examine import Evidence, examine
 from composer.conflicts.page import MEASURES, page
 from composer.conflicts.report import explanations
 from composer.model import load_model
+from composer.numbers import Numbers
 from composer.suite import Example, Suite
 from composer.variants import LoadedAdapter, load_deltas
 from tests.composer.handmade import random_factors, write_adapter
@@ -127,7 +128,7 @@ def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(re
     rows = cosine.find("tr")
     assert [cell.whole() for cell in rows[0].find("th")] == ["layer", "self_attn.q_proj", "self_attn.v_proj", "lm_head"]
     assert [row.find("th")[0].whole() for row in rows[1:]] == ["0", "1", "other"]
-    first = max(report.pairs, key=lambda pair: pair.risk)
+    first = report.pairs[0]
     module = "model.layers.1.self_attn.v_proj"
     cell = rows[2].find("td")[1]
     assert float(cell.whole()) == pytest.approx(first.modules[module].cosine, abs=0.0051)
@@ -135,14 +136,47 @@ def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(re
     assert [one.whole() for one in rows[3].find("td")[:2]] == ["", ""]
 
 
-def test_colour_follows_the_number_and_its_sign(report: ConflictReport) -> None:
-    for node in maps(Tree(page(report)).root):
-        cells = [cell for cell in node.find("td") if cell.attributes]
-        most = max(abs(float(str(cell.attributes["title"]).rpartition(": ")[2])) for cell in cells)
-        for cell in cells:
-            value, shade = float(str(cell.attributes["title"]).rpartition(": ")[2]), str(cell.attributes["class"])
-            assert shade[0] == ("h" if value >= 0 else "c")
-            assert abs(int(shade[1:]) - 8 * abs(value) / most) <= 0.51
+def test_colour_follows_the_distance_from_chance_on_one_scale_for_all_maps(report: ConflictReport) -> None:
+    shown = [node for node in maps(Tree(page(report)).root) if node.find("caption")]
+    for measure, told in MEASURES.items():
+        own = [node for node in shown if f"m-{measure}" in str(node.attributes["class"])]
+        (scale,) = {str(node.find("caption")[0].whole()) for node in own}
+        most = float(re.search(r"the strongest ([\d.e+-]+) from there", scale).group(1))  # pyright: ignore
+        assert most >= told.least
+        for pair, node in zip(report.pairs, own, strict=True):
+            for cell in (cell for cell in node.find("td") if cell.attributes):
+                module, _, value = str(cell.attributes["title"]).rpartition(": ")
+                chance = told.chance if told.chance is not None else pair.flat[module]
+                if measure == "share":
+                    chance = 1 / len(pair.modules)
+                distance = float(value) - chance if told.signed else max(0.0, float(value) - chance)
+                shade = str(cell.attributes["class"])
+                assert abs(int(shade[1:]) - 8 * abs(distance) / most) <= 0.53, (measure, module)
+                assert shade[1:] == "0" or shade[0] == ("h" if distance >= 0 else "c")
+
+
+def test_what_chance_gives_has_no_colour(report: ConflictReport) -> None:
+    first = report.pairs[0]
+    module, numbers = next(iter(first.modules.items()))
+    flat = replace(numbers, cosine=0.004, dominance=0.5, crowding=first.flat[module], sign_excess=-0.005)
+    assert [_level(report, measure, flat)[1:] for measure in ("cosine", "dominance", "crowding", "sign_excess")] == [
+        "0"
+    ] * 4
+    assert first.flat[module] == pytest.approx(1 / 6), "one over the ranks of both"
+    assert _level(report, "cosine", replace(numbers, cosine=-0.9)) == "c8"
+    assert _level(report, "dominance", replace(numbers, dominance=1.0)) == "h8"
+
+
+def _level(report: ConflictReport, measure: str, numbers: Numbers) -> str:
+    """The shade of a module with these numbers."""
+    first = report.pairs[0]
+    module = next(iter(first.modules))
+    changed = replace(first, modules={**first.modules, module: numbers})
+    tree = Tree(page(replace(report, pairs=(changed, *report.pairs[1:])))).root
+    node = next(one for one in maps(tree) if f"m-{measure}" in str(one.attributes["class"]))
+    return next(
+        str(cell.attributes["class"]) for cell in node.find("td") if module in str(cell.attributes.get("title"))
+    )
 
 
 def test_every_measure_can_be_chosen_and_one_is(report: ConflictReport) -> None:
@@ -164,7 +198,7 @@ def test_every_table_has_headings_with_a_scope(report: ConflictReport) -> None:
 def test_findings_and_the_verdict_are_words_and_not_only_colours(report: ConflictReport) -> None:
     tree = Tree(page(report)).root
     text = tree.whole()
-    assert "Verdict: ok" in text
+    assert "Verdict: unmeasured" in text
     for finding in report.findings:
         assert finding.message in text
         assert finding.code in text

@@ -25,6 +25,21 @@ def test_a_policy_gives_severities_and_thresholds_and_leaves_the_rest() -> None:
     assert policy.threshold("dominance") == THRESHOLDS["dominance"]
 
 
+def test_a_policy_reads_how_a_number_is_meant_and_what_verdict_it_requires() -> None:
+    policy = parse_policy("require: ok\nthresholds: {probe_loss: 0.5 of gain, probe_answers: 0.8}\n")
+    assert (policy.threshold("probe_loss"), policy.threshold("probe_answers")) == (0.5, 0.8)
+    assert policy.modes == {"probe_loss"}
+    assert [verdict for verdict in Verdict if policy.accepts(verdict)] == [Verdict.OK]
+    assert [verdict for verdict in Verdict if not Policy().accepts(verdict)] == [Verdict.REFUSE]
+
+
+def test_verdicts_have_an_order_and_the_worst_one_counts() -> None:
+    assert list(Verdict) == ["ok", "undecided", "unmeasured", "warn", "refuse"]
+    assert Verdict.worst([Verdict.UNMEASURED, Verdict.OK, Verdict.UNDECIDED]) is Verdict.UNMEASURED
+    assert Policy().verdict([finding("x", Severity.WARNING)], Verdict.UNMEASURED) is Verdict.WARN
+    assert Policy().verdict([finding("x", Severity.NOTICE)], Verdict.UNDECIDED) is Verdict.UNDECIDED
+
+
 def test_an_empty_policy_changes_nothing() -> None:
     assert parse_policy("") == Policy()
     assert Policy().verdict([finding("x", Severity.NOTICE)]) is Verdict.OK
@@ -42,6 +57,9 @@ def test_an_empty_policy_changes_nothing() -> None:
         ("1: error", "1 is no code"),
         ("thresholds: 3", "thresholds"),
         ("thresholds: {zero_delta: 3}", "'zero_delta'"),
+        ("thresholds: {probe_guard: 0.5 of gain}", "not a finite number"),
+        ("thresholds: {probe_loss: 0.5 by interval}", "not a finite number"),
+        ("require: good", "'good' is none of ok, undecided, unmeasured, warn, refuse"),
         ("thresholds: {crowding: much}", "'much' is not a finite number"),
         ("thresholds: {crowding: a lot}", "not a finite number"),
         ("thresholds: {crowding: true}", "not a finite number"),

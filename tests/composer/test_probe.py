@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from composer.conflicts.interval import interval
-from composer.conflicts.probe import Effort, Limits, Probed, probe, weighted, weighted_sum
+from composer.conflicts.outcome import Limits
+from composer.conflicts.probe import Effort, Probed, probe, usual_most, weighted, weighted_sum
 from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
 from composer.evaluate import evaluate
+from composer.findings import Verdict
 from composer.model import LoadedModel
 from composer.suite import Example, Kind, Suite
 from composer.weights import Weight, WeightRule
@@ -114,20 +116,40 @@ def test_the_same_examples_are_measured_every_time_and_one_example_has_no_error(
     assert first.pairs == second.pairs
     assert first.pairs[0].effects[0].loss_stderr is None
     assert first.pairs[0].effects[0].loss_interval.to_json() is None
-    assert first.pairs[0].is_open(Limits()), "one example tells no error"
+    assert first.pairs[0].verdict(Limits()) is Verdict.UNDECIDED, "one example tells no error"
     json.dumps(first.to_json(), allow_nan=False)
 
 
-def test_examples_grow_only_for_combinations_that_are_undecided(loaded: LoadedModel) -> None:
-    same = replace(MEMBERS[1], weight=0.0)  # changes nothing: whatever is measured, it is decided
-    result = probe(loaded, [MEMBERS[0], same, MEMBERS[2]], effort=Effort(2, 6, Limits(0.01)))
-    by_members = {outcome.members: outcome for outcome in result.pairs}
-    for outcome in (*result.pairs, result.whole):
-        assert outcome.k == 6 or not outcome.is_open(Limits(0.01)), "who stops early has decided"
-        assert outcome.k in (2, 4, 6)
-    assert by_members["red", "green"].effects[0].loss == pytest.approx(0.0, abs=1e-5)
-    patient = probe(loaded, [MEMBERS[0], MEMBERS[2]], effort=Effort(2, 6, Limits(1e9)))
-    assert patient.pairs[0].k == 2, "nothing can be too much"
+def test_examples_grow_while_something_is_open_and_an_ok_needs_eight(loaded: LoadedModel) -> None:
+    red, blue = (replace(one, suite=suite(one.name, count=20)) for one in (MEMBERS[0], MEMBERS[2]))
+    patient = Limits(loss=1e9, answers=0.0)
+    assert probe(loaded, [red, blue], effort=Effort(2, 16, patient)).pairs[0].k == 8, "then nothing is too much"
+    assert probe(loaded, [red, blue], effort=Effort(2, 4, patient)).pairs[0].verdict(patient) is Verdict.UNDECIDED
+    strict = Limits(loss=-1e9)
+    assert probe(loaded, [red, blue], effort=Effort(2, 16, strict)).pairs[0].k == 2, "harmed beyond what more would say"
+    found = probe(loaded, [red, blue], effort=8).pairs[0]
+    between = Limits(loss=found.worst.loss, answers=0.0)  # in the middle of its interval: open
+    assert probe(loaded, [red, blue], effort=Effort(8, 18, between)).pairs[0].k in (16, 18)
+
+
+def test_a_guard_that_is_open_or_rose_keeps_the_probe_growing(loaded: LoadedModel) -> None:
+    red, blue = (replace(one, suite=suite(one.name, count=20)) for one in (MEMBERS[0], MEMBERS[2]))
+    guard = suite("guard", "guard", count=20)
+    unguarded = Limits(loss=1e9, answers=0.0, guard=1e9)
+    first = probe(loaded, [red, blue], [guard], Effort(8, 8, unguarded)).pairs[0].guards[0]
+    for limit, k, said in (
+        (first.rise, 20, Verdict.UNDECIDED),
+        (first.rise_interval.low - 10, 20, Verdict.WARN),
+        (first.rise_interval.high + 10, 8, Verdict.OK),
+    ):
+        limits = replace(unguarded, guard=limit)
+        found = probe(loaded, [red, blue], [guard], Effort(8, 20, limits)).pairs[0]
+        assert found.k == k
+        assert found.verdict(limits) is said or limit == first.rise, "more examples may decide it"
+
+
+def test_a_quick_look_stays_one_and_a_full_probe_grows() -> None:
+    assert [usual_most(k) for k in (0, 4, 7, 8, 40)] == [0, 4, 7, 24, 40]
 
 
 def test_what_was_grown_is_what_a_larger_start_would_have_measured(loaded: LoadedModel) -> None:
@@ -146,7 +168,7 @@ def test_no_example_is_measured_twice(loaded: LoadedModel) -> None:
     passed: list[int] = []
     handle = loaded.model.register_forward_hook(lambda _model, _inputs, output: passed.append(output.logits.shape[0]))
     try:
-        probe(loaded, MEMBERS, [GUARD], Effort(2, 4, Limits(-1e9)))
+        probe(loaded, MEMBERS, [GUARD], Effort(2, 4, Limits(loss=-1e9)))
         start = sum(passed)
         passed.clear()
         probe(loaded, MEMBERS, [GUARD], Effort(1, 4))

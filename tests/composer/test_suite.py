@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.errors import InvalidFile
-from composer.suite import MAX_FILE_BYTES, Example, Suite, parse_suite
+from composer.suite import MAX_FILE_BYTES, Contradiction, Example, Suite, contradicting_suites, parse_suite
 
 HEAD = "name: sql-exact\nkind: target\ndescription: one line\nchat: true\n"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "suites"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 SUITES = st.builds(
     Suite,
@@ -19,6 +20,7 @@ SUITES = st.builds(
     description=TEXT,
     chat=st.booleans(),
     examples=st.lists(st.builds(Example, prompt=TEXT, completion=TEXT), min_size=1, max_size=6).map(tuple),
+    ends=st.booleans(),
 )
 
 
@@ -119,3 +121,44 @@ def test_an_unknown_key_is_shown_in_a_message_that_can_be_stored() -> None:
         with pytest.raises(InvalidFile) as caught:
             Suite.from_json(document)
         assert "ud800" in str(caught.value.message.encode())
+
+
+DIGESTS = {
+    "guard-general": "1feb19d8771cda4214ae02e50bb42626f05c35dfc52fe18b0944295290166ae4",
+    "sql-exact": "8a5993ed4c10e0e032d28924d764004b2f6ca2a6212e4a794e1612b0fe4c5389",
+    "support-exact": "03d235fb2e958da04919d35aedd0d1bc46425261fb5d1020dafa5e9c89471ebe",
+    "terraform-exact": "988251f3c7b23ffbd79ace863eb25f6082e97db0b5cd49543e7e2866551f5770",
+}
+
+
+@pytest.mark.parametrize("name", sorted(DIGESTS))
+def test_suites_of_before_keep_their_digests(name: str) -> None:
+    """Scores and locks name a suite by its digest: a field at its default is not in it."""
+    assert parse_suite(EXAMPLES / f"{name}.yaml").digest == DIGESTS[name]
+
+
+def test_a_suite_may_say_that_its_completions_do_not_end(tmp_path: Path) -> None:
+    suite = parse_suite(write(tmp_path, HEAD + "ends: false\nexamples: sql-exact.jsonl\n"))
+    ending = parse_suite(write(tmp_path, HEAD + "ends: true\nexamples: sql-exact.jsonl\n"))
+    assert (suite.ends, suite.to_json()["ends"]) == (False, False)
+    assert "ends" not in ending.to_json()
+    assert suite.digest != ending.digest
+    with pytest.raises(InvalidFile, match="ends must be true or false"):
+        parse_suite(write(tmp_path, HEAD + "ends: 1\nexamples: sql-exact.jsonl\n"))
+
+
+def of_examples(*pairs: tuple[str, str], chat: bool = True) -> Suite:
+    return Suite("s", "target", "", chat, tuple(Example(prompt, completion) for prompt, completion in pairs))
+
+
+def test_suites_that_ask_the_same_and_want_something_else_contradict_each_other() -> None:
+    upper = of_examples(("a", "A"), ("b", "B"), ("c", "C"))
+    lower = of_examples(("a", "a"), ("b", "B"), ("x", "x"), ("y", "y"))
+    assert contradicting_suites({"up": upper, "low": lower}) == [Contradiction("up", "low", 2, 1, pytest.approx(1 / 3))]
+    assert contradicting_suites({"up": upper, "again": upper}) == []
+    asked_otherwise = of_examples(("a", "a"), chat=False)
+    assert contradicting_suites({"up": upper, "plain": asked_otherwise}) == []
+    either = of_examples(("a", "A"), ("a", "a"))
+    assert contradicting_suites({"up": upper, "low": of_examples(("a", "a")), "either": either}) == [
+        Contradiction("up", "low", 1, 1, 1.0)
+    ]

@@ -124,7 +124,7 @@ def check_lock(cli: Cli, lock: dict[str, Any]) -> None:
 
 def check_conflicts(report: dict[str, Any]) -> None:
     names = [f"acme/{name}:1.0.0" for name in WEIGHTS]
-    assert report["verdict"] in ("ok", "warn")
+    assert report["verdict"] in ("undecided", "warn"), "its suites have six examples, and eight are needed for an ok"
     assert [(pair["a"], pair["b"]) for pair in report["pairs"]] == [
         (names[0], names[1]), (names[0], names[2]), (names[1], names[2]),
     ]  # fmt: skip

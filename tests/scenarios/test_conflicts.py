@@ -28,9 +28,16 @@ def test_evidence_grows_from_weights_over_activations_to_a_probe(team: Cli, tmp_
     assert probed["pairs"][0]["risk_low"] <= probed["pairs"][0]["risk"] <= probed["pairs"][0]["risk_high"]
     assert [guard["suite"] for guard in probed["pairs"][0]["probe"]["guards"]] == ["guard-exact"]
     assert probed["adapters"][0]["amplification"] > 0, "the base is at hand where it was probed"
+    explained = team.ok("conflicts", *PAIR, "--probe", "2", "--probe-max", "0", "--explain").out
+    assert "nats per token, measured" in explained
+    assert "Adapters" in explained
+    assert "held together in 0." in explained, "what the intervals are worth is printed beside them"
     shown = team.ok("conflicts", *PAIR, "--probe", "2", "--probe-max", "0").out
-    assert "nats per token, measured" in shown
-    assert "Adapters" in shown
+    first, *lines = shown.splitlines()
+    assert first.startswith(f"Verdict: {probed['verdict']}, measured on 2 examples a suite in ")
+    assert 4 <= len(lines) <= 6
+    assert lines[-1].startswith(("fix: ", "  "))
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_probe_without_suites_says_what_else_there_is(team: Cli) -> None:
@@ -54,6 +61,62 @@ def test_method_settings_and_rules_are_those_of_the_combination(team: Cli) -> No
         refused = team("conflicts", *PAIR, *wrong)
         assert refused.code in (2, 6), refused
         assert code in refused.err
+
+
+def test_nothing_unmeasured_is_called_ok_and_a_script_can_require_ok(team: Cli, tmp_path: Path) -> None:
+    unmeasured = team("conflicts", *PAIR)
+    assert (unmeasured.code, unmeasured.out.splitlines()[0]) == (0, "Verdict: unmeasured")
+    assert "fix: Measure it: --probe 8, with a suite for each." in unmeasured.out
+    assert team.json("conflicts", *PAIR)["verdict"] == "unmeasured"
+    required = team("conflicts", *PAIR, "--require", "ok")
+    assert (required.code, "the verdict is unmeasured, and ok is required" in required.err) == (1, True)
+    assert team("conflicts", *PAIR, "--require", "unmeasured").code == 0
+    wrong = team("conflicts", *PAIR, "--require", "fine")
+    assert (wrong.code, "--require fine is not a verdict" in wrong.err) == (2, True)
+    recipe = tmp_path / "recipe.yaml"
+    inputs = [{"adapter": ref} for ref in PAIR]
+    recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))
+    planned = team("compose", recipe, "--plan")
+    assert (planned.code, "conflicts: unmeasured" in planned.out) == (0, True)
+    refused = team("compose", recipe, "--plan", "--require", "ok")
+    assert (refused.code, "is unmeasured, and ok is required" in refused.err) == (1, True)
+    ended = team("compose", recipe, "--follow", "--require", "ok")
+    assert (ended.code, "next: Measure it: --probe 8" in ended.err) == (1, True)
+    assert team("show", "acme/both:1.0.0").code == 3, "nothing was published"
+
+
+def test_eight_examples_that_nothing_harms_are_ok(world: World, tmp_path: Path) -> None:
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
+    suites = [suite_file(tmp_path, name, [(f"{name} {number}", "yes") for number in range(9)]) for name in "ab"]
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("amplified: ignore\nthresholds: {probe_loss: 1000, probe_answers: 0}\n")
+    pair = (world.adapters["sql"], world.adapters["terraform"])
+    asked = ("conflicts", *pair, "--base", world.base, "--suite", suites[0], "--suite", suites[1], "--policy", policy)
+    assert cli.ok(*asked, "--probe", "8", "--require", "ok").out.startswith("Verdict: ok, measured on 8 examples")
+    few = cli(*asked, "--probe", "7", "--require", "ok")
+    assert (few.code, few.out.splitlines()[0][:48]) == (1, "Verdict: undecided, measured on 7 examples a sui")
+
+
+def suite_file(directory: Path, name: str, rows: list[tuple[str, str]]) -> Path:
+    path = directory / f"{name}.yaml"
+    examples = [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+    path.write_text(yaml.safe_dump({"name": name, "kind": "target", "chat": True, "examples": examples}))
+    return path
+
+
+def test_members_that_want_other_answers_to_the_same_prompts_are_named_first(team: Cli, tmp_path: Path) -> None:
+    for suite, ref, answer in (("up", PAIR[0], "A"), ("low", PAIR[1], "a")):
+        team.ok("suite", "add", suite_file(tmp_path, suite, [(f"case {number}", answer) for number in range(6)]))
+        team.ok("eval", ref, "--suite", suite)
+    shown = team.ok("conflicts", *PAIR).out
+    assert "share 6 prompts and want other answers to 6 of them: no one model serves both" in " ".join(shown.split())
+    assert shown.splitlines()[0] == "Verdict: warn"
+    assert "fix: Serve them apart and route" in shown
+    recipe = tmp_path / "recipe.yaml"
+    inputs = [{"adapter": ref, "suite": suite} for ref, suite in zip(PAIR, ("up", "low"), strict=True)]
+    recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))
+    planned = team.json("compose", recipe, "--plan")["conflicts"]
+    assert (planned["verdict"], planned["findings"][0]["code"]) == ("warn", "same_prompts")
 
 
 def test_a_policy_decides_the_verdict_and_the_exit_code(team: Cli, tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""What a probe comes to: the verdict, what is said of it, and what to do."""
+
+from dataclasses import replace
+
+import pytest
+
+from composer.conflicts import conflicts, report
+from composer.conflicts.interval import interval
+from composer.conflicts.outcome import Effect, Outcome, SideEffect
+from composer.conflicts.probe import ProbeResult
+from composer.findings import Severity, Verdict, parse_policy
+from composer.variants import LoadedAdapter
+from tests.composer.small_model import Load
+from tests.composer.test_conflicts import codes
+
+
+def outcome(loss: float, kept: float, rise: float, stderr: float, k: int = 8) -> ProbeResult:
+    """Red had gained 2.5 nats a token and loses `loss`; green loses next to nothing."""
+    effects = (
+        Effect("red", "red-exact", 3.0, 0.5, 0.5 + loss, loss, stderr, interval(loss, stderr, k, 2), kept, 0, 0, k),
+        Effect("green", "green-exact", 2.0, 0.4, 0.41, 0.01, 0.001, interval(0.01, 0.001, k, 2), 0.99, 0, 0, k),
+    )
+    alone = {"red": 0.8, "green": 0.9}
+    guard = SideEffect("general", 0.7, alone, 0.9 + rise, rise, stderr, interval(rise, stderr, k), k)
+    measured = Outcome(k, effects, (guard,))
+    return ProbeResult(k, (measured,), measured, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "verdict"),
+    [
+        (outcome(2.0, 0.2, -1.0, 0.1), {"probe_loss": Severity.WARNING}, Verdict.WARN),
+        (outcome(0.08, 0.9, -1.0, 0.005), {"probe_loss": Severity.NOTICE}, Verdict.OK),
+        (
+            outcome(0.1, 0.9, -1.0, 0.02),
+            {"probe_loss": Severity.NOTICE, "probe_open": Severity.NOTICE},
+            Verdict.UNDECIDED,
+        ),
+        (outcome(1.5, 0.4, -4.0, 1.0), {"probe_open": Severity.NOTICE}, Verdict.UNDECIDED),
+        (outcome(0.0, 1.0, -1.0, 0.01), {}, Verdict.OK),
+        (outcome(0.0, 1.0, -1.0, 0.001, k=7), {"probe_open": Severity.NOTICE}, Verdict.UNDECIDED),
+        (outcome(0.0, 1.0, 0.6, 0.03), {"probe_guard": Severity.WARNING}, Verdict.WARN),
+        (outcome(0.0, 1.0, 0.02, 0.03), {"probe_open": Severity.NOTICE}, Verdict.UNDECIDED),
+    ],
+)
+def test_a_probe_decides_the_verdict_and_warns_of_damage_that_it_is_sure_of(
+    red: LoadedAdapter,
+    green: LoadedAdapter,
+    result: ProbeResult,
+    expected: dict[str, Severity],
+    verdict: Verdict,
+) -> None:
+    found = conflicts([red, green], [1.0, 1.0], evidence=result)
+    assert codes(found) == expected
+    (pair,) = found.pairs
+    assert found.verdict is pair.verdict is verdict
+    assert pair.evidence == "probe"
+    assert pair.risk == max(effect.loss for effect in result.whole.effects)
+    assert pair.risk_stderr == result.whole.worst.loss_stderr
+    assert pair.interval == result.whole.risk
+    assert pair.interval.low <= pair.risk <= pair.interval.high
+
+
+def test_a_pair_that_warns_by_a_guard_alone_gets_advice(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, 0.6, 0.03))
+    assert codes(found) == {"probe_guard": Severity.WARNING}
+    advised = " ".join(found.pairs[0].explanation.advice)
+    assert "--set lambda=0.7" in advised
+    assert "protect" not in advised, "no member is harmed"
+
+
+def test_the_verdict_of_a_set_is_its_worst_pairs(red: LoadedAdapter, green: LoadedAdapter, load: Load) -> None:
+    harmless, harmed = outcome(0.0, 1.0, -1.0, 0.001).whole, outcome(2.0, 0.2, -1.0, 0.01).whole
+    blue = load("blue", 5)
+    with_blue = replace(harmed, effects=(harmed.effects[0], replace(harmed.effects[1], member="blue")))
+    third = replace(harmless, effects=(replace(harmless.effects[0], member="blue"), harmless.effects[1]))
+    together = replace(harmless, effects=(*harmless.effects, third.effects[0]))
+    measured = ProbeResult(8, (harmless, with_blue, third), together, 1.0)
+    found = conflicts([red, green, blue], [1.0] * 3, evidence=measured)
+    assert [pair.verdict for pair in found.pairs] == [Verdict.OK, Verdict.WARN, Verdict.OK]
+    assert found.verdict is Verdict.WARN
+    assert report.summary(found).lines[0] == "red + blue (worst of 4 combinations)"
+    alone = conflicts([red, green, blue], [1.0] * 3, evidence=replace(measured, pairs=(harmless, third, third)))
+    assert alone.verdict is Verdict.OK
+
+
+def test_a_policy_says_how_much_may_be_lost_and_how_severe_that_is(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    result = outcome(loss=0.5, kept=0.8, rise=-1.0, stderr=0.01)
+    strict = parse_policy("{probe_loss: error, thresholds: {probe_loss: 0.1}}")
+    found = conflicts([red, green], [1.0, 1.0], evidence=result, policy=strict)
+    assert (found.verdict, codes(found)["probe_loss"]) == (Verdict.REFUSE, Severity.ERROR)
+    ignored = conflicts([red, green], [1.0, 1.0], evidence=result, policy=parse_policy("probe_loss: ignore"))
+    assert (ignored.verdict, codes(ignored)) == (Verdict.OK, {})
+    of_gain = parse_policy("thresholds: {probe_loss: 0.5 of gain}")
+    half = conflicts([red, green], [1.0, 1.0], evidence=result, policy=of_gain)
+    assert (half.verdict, codes(half)) == (Verdict.OK, {"probe_loss": Severity.NOTICE})
+
+
+def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    harmed = outcome(1.5, 0.4, 0.6, 0.1).whole
+    effects = tuple(replace(one, answered=8, still_answered=2) for one in harmed.effects)
+    result = ProbeResult(8, (replace(harmed, effects=effects),), replace(harmed, effects=effects), 1.5)
+    found = report.summary(conflicts([red, green], [1.0, 1.0], evidence=result))
+    assert found.headline == "warn, measured on 8 examples a suite in 2 s"
+    assert found.lines == (
+        "red + green",
+        "red keeps 2 of 8 answers (3% to 65%), 90% wanted",
+        "red loses 1.50 nats a token (1.22 to 1.78), 0.10 allowed",
+        "guard general rises 0.60 nats a token (0.36 to 0.84), 0.02 allowed",
+    )
+    assert found.fix == "Shrink the sum: --set lambda=0.7, or --method mean."
+    unmeasured = report.summary(conflicts([red, green], [1.0, 1.0]))
+    assert unmeasured.headline == "unmeasured"
+    assert unmeasured.fix == "Measure it: --probe 8, with a suite for each."
+    assert all(len(line) < 80 for line in (*found.lines, *unmeasured.lines))
+
+
+def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(1.5, 0.4, 0.6, 0.1))
+    verdict, headline = report.headlines(found)
+    assert verdict == "Verdict: warn."
+    assert headline.startswith("red + green: risk +1.50 [+1.22, +1.78] nats per token, measured: red is the one that")
+    assert headline.endswith("suffers, 40% of its gain is left.")
+    first, *others = report.tables(found)
+    assert first.title == "Probe"
+    assert first.rows[0] == (
+        "red + green",
+        "red-exact",
+        "8",
+        "3.00",
+        "0.50",
+        "2.00",
+        "+1.50 [+1.22, +1.78]",
+        "40%",
+        "-",
+    )
+    assert first.rows[2] == (
+        "red + green",
+        "general (guard)",
+        "8",
+        "0.70",
+        "0.90",
+        "1.50",
+        "+0.60 [+0.36, +0.84]",
+        "-",
+        "-",
+    )
+    for table in (first, *others):
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_answering_as_well_as_alone_is_said_of_intervals(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    sure = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.001))
+    assert report.headlines(sure)[1].endswith("both answer their own suites as well as alone.")
+    assert report.advice(sure) == []
+    open_ = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.1))
+    assert report.headlines(open_)[1].endswith("no loss is sure on 8 examples.")
+    assert report.advice(open_) == ["red + green: Undecided: measure more examples (--probe-max 24)."]
+
+
+def test_the_coverage_of_the_intervals_is_printed_and_what_they_are_not_corrected_for(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    pair = report.tables(conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.001)))[0]
+    assert "the intervals of both members held together in 0." in pair.note
+    assert "not corrected" not in pair.note
+    assert report.coverage(4).endswith("They are not corrected for looking at 4 combinations.")
+
+
+def test_a_damaged_pair_gets_advice_that_names_positions_modules_and_settings(
+    red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    found = conflicts([green, red], [1.0, 1.0], evidence=outcome(2.0, 0.2, -1.0, 0.1))
+    told = " ".join(found.pairs[0].explanation.advice)
+    assert "--set protect=2" in told, "red, the one that suffers, is the second one here"
+    assert "--set lambda=0.7" in told
+    share = found.pairs[0].explanation.shares
+    assert list(share) == [module for module in share if module.endswith("q_proj")], "they meet nowhere else"
+    assert sum(share.values()) == pytest.approx(1.0)
+    assert list(share.values()) == sorted(share.values(), reverse=True)
