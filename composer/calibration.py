@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import cast
 
 import torch
 from torch import nn
@@ -30,6 +31,13 @@ class Calibration:
     sets: Sequence[CalibrationSet]
     tokens: int
     seed: int = 0
+
+    @classmethod
+    def by(
+        cls, settings: Mapping[str, object], load: Callable[[], LoadedModel], sets: Sequence[CalibrationSet]
+    ) -> "Calibration":
+        """As the parsed settings of a fitted method say."""
+        return cls(load, sets, cast(int, settings["tokens"]), cast(int, settings["seed"]))
 
     @property
     def model(self) -> LoadedModel:

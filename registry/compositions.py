@@ -4,18 +4,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from composer.calibration_sets import CalibrationSet
 from composer.recipe import Lock, LockedInput, Recipe, parse_recipe
-from composer.settings import parse_settings
+from composer.settings import PIPELINES, parse_settings
+from composer.suite import Suite as SuiteContent
 from registry import audit, bases, gates, jobs, namespaces, numbering, releases, repositories, resolve, suites, tokens
 from registry.access import EVERYWHERE, Role, granted, may, may_read, permit, unknown_namespace
 from registry.audit import Act, Actor, EventQuery
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
-from registry.gates import Within
+from registry.gates import Keeps, Within
 from registry.models import Base, Composition, Job, Namespace, Release, ReleaseInput
 from registry.names import RepositoryName, Version, parse_reference
 from registry.releases import full_name
@@ -231,7 +233,78 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
         for source, release in zip(recipe.inputs, found, strict=True)
     )
     settings = parse_settings(recipe.method, recipe.settings)
-    return Lock(base.digest, recipe.method, settings, recipe.dtype, locked, recipe.rounding)
+    own = member_suites(session, recipe, found)
+    return Lock(
+        base.digest,
+        recipe.method,
+        settings,
+        recipe.dtype,
+        locked,
+        recipe.rounding,
+        _calibration(session, recipe, settings, own),
+        _gates_to_add(recipe, own),
+    )
+
+
+def evaluated(recipe: Recipe, lock: Lock) -> list[str]:
+    """The suites that the candidate is measured on: the recipe's, and those that the lock's gates are about."""
+    added = [rule.suite for rule in gates.parse_rules(lock.gates)]
+    return list(dict.fromkeys([*recipe.evaluate, *added]))
+
+
+def gates_against_inputs(own: Sequence[str | None]) -> list[str]:
+    """What a combination has to keep of each member, on its own suite."""
+    names = list(dict.fromkeys(name for name in own if name))
+    return [
+        rule for name in names for rule in (f"{name}.accuracy keeps 0.9 of inputs", f"{name}.nll within 0.1 of inputs")
+    ]
+
+
+def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
+    """None where the recipe has `gates: []`, or names one against the inputs. An input that is left out (weight 0) or
+    taken away (below 0) has nothing to keep."""
+    rules = gates.parse_rules(recipe.gates or ())
+    if recipe.gates == () or any(rule.other == "inputs" for rule in rules if isinstance(rule, Within | Keeps)):
+        return ()
+    kept = [name for source, name in zip(recipe.inputs, own, strict=True) if source.weight > 0]
+    return tuple(gates_against_inputs(kept))
+
+
+def _calibration(
+    session: Session, recipe: Recipe, settings: Mapping[str, object], own: Sequence[str | None]
+) -> tuple[dict[str, object], ...]:
+    """What a fitted method is fitted on: each input's prompts, or the first examples of its suite. Raises Refused where
+    there are none, or none would be left to judge the result by."""
+    if not PIPELINES[recipe.method].fitted:
+        return ()
+    if recipe.model and not recipe.adapter:
+        raise Usage(
+            "no_adapter",
+            f"{recipe.method} fits new factors, and the recipe publishes only a model.",
+            next_step="Add `adapter: NAMESPACE/NAME:VERSION`: the model is made from it.",
+        )
+    sets: list[CalibrationSet] = []
+    for source, name in zip(recipe.inputs, own, strict=True):
+        if source.prompts:
+            sets.append(CalibrationSet(prompts=source.prompts))
+            continue
+        if name is None:
+            raise Refused(
+                "needs_examples",
+                f"{recipe.method} is fitted on examples, and {source.adapter} has no score on a target suite.",
+                subject=source.adapter,
+                next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite or prompts.",
+            )
+        suite, count = suites.find(session, name), cast(int, settings["examples"])
+        if suite.examples <= count:
+            raise Refused(
+                "suite_too_small",
+                f"{name} has {suite.examples} examples: {count} to fit {recipe.method} on leave none to judge by.",
+                subject=name,
+                next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
+            )
+        sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count))
+    return tuple(one.to_json() for one in sets)
 
 
 def _refuse_twice(found: Sequence[Release]) -> None:
@@ -316,22 +389,22 @@ def _refuse_namespace(session: Session, actor: Actor, name: str) -> None:
 def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
     base = session.get_one(Base, lock.base)
     measured = gates.scores(session, base)
-    for rule in gates.parse_rules(recipe.gates):
+    for rule in gates.parse_rules(recipe.gates or ()):
         if isinstance(rule, Within) and rule.other == "served":
             raise Usage(
                 "no_channel",
                 f"{rule}: a composition has no channel.",
                 subject=str(rule),
-                next_step="Compare with the base; the channel's own gate judges the promotion.",
+                next_step="Compare with the base or the inputs; the channel's own gate judges the promotion.",
             )
-        if rule.suite not in recipe.evaluate:
+        if rule.suite not in evaluated(recipe, lock):
             raise Usage(
                 "not_evaluated",
                 f"{rule}: the recipe does not evaluate {rule.suite}.",
                 subject=str(rule),
                 next_step=f"Add {rule.suite} to `evaluate`.",
             )
-        if isinstance(rule, Within) and (rule.suite, rule.metric) not in measured:
+        if isinstance(rule, Within) and rule.other == "base" and (rule.suite, rule.metric) not in measured:
             raise Refused(
                 "base_not_evaluated",
                 f"{rule}: the base {base.name} has no {rule.metric} on the current {rule.suite}, so this cannot pass.",

@@ -263,6 +263,8 @@ def _retention(
 ) -> list[float | None]:
     """A plain sum is known from the factors; of another method its own result is compared with each adapter."""
     pipeline = PIPELINES[method.name]
+    if pipeline.fitted:  # another one for each set of examples
+        return [None] * len(adapters)
     cut = any(method.settings.get(name) for name in ("rank", "energy", "protect"))
     if pipeline in (Pipeline(), Pipeline(combine="mean")) and not cut:
         return [total.sums.retention(i) if total.sums.norm(i) else None for i in range(len(adapters))]

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from composer.calibration import Calibration
+from composer.calibration_sets import used_in
 from composer.checks import structural
 from composer.conflicts import ConflictReport, Method, conflicts
 from composer.conflicts.interference import MAX_PROMPTS, Activations, activations
@@ -13,7 +15,7 @@ from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
 from composer.methods import projected, used
 from composer.model import LoadedModel
-from composer.settings import effective_weights, parse_settings
+from composer.settings import PIPELINES, effective_weights, parse_settings
 from composer.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
 from composer.variants import LoadedAdapter
 from composer.weights import Weight, weights_of
@@ -23,7 +25,8 @@ from composer.weights import Weight, weights_of
 class Evidence:
     """What may be measured: `load` gives the base when it is needed. With a suite for each adapter, and `k`, they are
     probed, on `k` examples and up to `most`, with guards beside; otherwise, and with prompts, their activations are
-    compared. The prompts of the suites are compared in any case."""
+    compared. The prompts of the suites are compared in any case. A fitted method is fitted on the `calibration`, and
+    probed on other examples; without one it is not measured."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()
@@ -31,6 +34,7 @@ class Evidence:
     k: int = 0
     most: int = 0
     prompts: Sequence[str] = ()
+    calibration: Calibration | None = None
 
 
 def examine(
@@ -90,8 +94,13 @@ def _measured(
         members = [
             Probed(one.name, one.deltas, weight, suite) for (one, weight), suite in zip(given, suites, strict=True)
         ]
+        if PIPELINES[how.name].fitted and evidence.calibration is None:
+            return None
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
-        return probe(evidence.load(), members, evidence.guards, effort, by_method(adapters, how.name, parsed))
+        combine = by_method(adapters, how.name, parsed, evidence.calibration)
+        sets = evidence.calibration.sets if evidence.calibration else ()
+        used_examples = used_in(sets, [*suites, *evidence.guards])
+        return probe(evidence.load(), members, evidence.guards, effort, combine, used_examples)
     if evidence.prompts:
         own = effective_weights(weights, how.name, how.settings)
         taking_part = projected(adapters, weights_of(weights), parsed)

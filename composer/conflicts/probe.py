@@ -4,11 +4,12 @@ Of everything tried on real adapters (docs/study.md) this alone predicts the dam
 four examples a suite against the loss on others. Nothing is written to disk.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from time import perf_counter
 
+from composer.calibration import Calibration
 from composer.conflicts.outcome import Limits, Outcome, effect_of, side_effect_of
 from composer.delta import Computed, Delta, LowRank, names_of
 from composer.errors import Mismatch
@@ -98,8 +99,14 @@ def _times(delta: Delta, weight: float) -> Delta:
     return scaled(delta, weight) if isinstance(delta, Computed) else delta
 
 
-def by_method(adapters: Sequence[LoadedAdapter], method: str, settings: Mapping[str, object]) -> Combine:
-    """What the method makes of some of the adapters, by their names. Of a pair, `protect` protects those in it.
+def by_method(
+    adapters: Sequence[LoadedAdapter],
+    method: str,
+    settings: Mapping[str, object],
+    calibration: Calibration | None = None,
+) -> Combine:
+    """What the method makes of some of the adapters, by their names. Of a pair, `protect` protects those in it, and a
+    fitted method is fitted on the two members' sets of the `calibration`, which has one for each adapter.
 
     Each side of a tied weight is a module of its own in memory, whatever a merge will do with it. What it returns
     raises what `combine_deltas` does.
@@ -114,7 +121,8 @@ def by_method(adapters: Sequence[LoadedAdapter], method: str, settings: Mapping[
         if isinstance(protected, list | tuple):
             own["protect"] = [chosen.index(place) + 1 for place in protected if place in chosen]
         weights = [member.weight for member in members]
-        return combine_deltas([loaded[member.name] for member in members], weights, method, own).deltas
+        observe = calibration.pick([place - 1 for place in chosen]).observe if calibration else None
+        return combine_deltas([loaded[member.name] for member in members], weights, method, own, observe).deltas
 
     return combine
 
@@ -125,11 +133,13 @@ def probe(
     guards: Sequence[Suite] = (),
     effort: Effort | int = USUAL_K,
     combine: Combine = weighted_sum,
+    used: Container[Example] = (),
 ) -> ProbeResult:
     """Measure every pair and the whole set on examples of each member's suite and of each guard.
 
-    The examples are `suite.sample(k)`: always the same, and those of more hold those of fewer, so nothing is measured
-    twice. The base and each member alone are measured once for all pairs, so m > 2 members and g guards cost
+    The examples are `suite.sample(k)`, without those that a method was fitted on (`used`): always the same, and those
+    of more hold those of fewer, so nothing is measured twice. The base and each member alone are measured once for all
+    pairs, so m > 2 members and g guards cost
     k m (m + 2) + k g (m^2 + m + 4) / 2 examples for a start, and k more for each member whose weight is not 1. Raises
     Mismatch for fewer than two members or two of one name, and what `encode`, `applied` and `combine` raise.
     """
@@ -139,7 +149,7 @@ def probe(
         message = f"A probe takes at least two members with names of their own and k >= 1, not {names} and {wanted.k}."
         raise Mismatch("probe_members", message, subject="members", next_step="Give each member a name of its own.")
     started = perf_counter()
-    bench = _Bench(loaded, combine)
+    bench = _Bench(loaded, combine, used)
 
     def outcome(chosen: Sequence[Probed]) -> Outcome:
         available = max(len(suite.examples) for suite in (*(member.suite for member in chosen), *guards))
@@ -156,8 +166,8 @@ _Run = dict[str, list[Measured]]  # by suite digest
 class _Bench:
     """Passes over examples with the base, a member or a combination active, and what they found: each only once."""
 
-    def __init__(self, loaded: LoadedModel, combine: Combine) -> None:
-        self._loaded, self._combine = loaded, combine
+    def __init__(self, loaded: LoadedModel, combine: Combine, used: Container[Example]) -> None:
+        self._loaded, self._combine, self._used = loaded, combine, used
         self._encoded: dict[tuple[str, Example], Encoded] = {}
         self._measured: dict[tuple[tuple[str, ...], str, Example], Measured] = {}
 
@@ -205,7 +215,7 @@ class _Bench:
         )
 
     def _run(self, who: tuple[str, ...], deltas: Callable[[], Deltas], suites: Sequence[Suite], k: int) -> _Run:
-        examples = {suite.digest: [(suite, example) for example in suite.sample(k)] for suite in suites}
+        examples = {suite.digest: [(suite, example) for example in suite.sample(k, self._used)] for suite in suites}
         missing = [
             (suite, example)
             for rows in examples.values()

@@ -7,23 +7,25 @@ Each can be run again after a crash: what an earlier attempt finished lies in th
 
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
+from composer.calibration_sets import CalibrationSet, used_in
 from composer.findings import read_policy
 from composer.formats.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
 from composer.hashing import hash_file, verify_checkpoint
 from composer.recipe import Lock, Recipe, parse_recipe
+from composer.settings import PIPELINES
 from composer.suite import Suite as SuiteContent
 from composer.weights import Weight
 from registry import bases, compositions, gates, publishing, releases, suites, uploads
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
-from registry.gates import Measured
 from registry.manifest import ManifestFile
 from registry.models import Base
 from registry.names import Digest, parse_reference
@@ -32,10 +34,13 @@ from registry.releases import Input
 from registry.repositories import Kind
 from registry.suites import Measurement
 from registry.upkeep import work_of
+from registry.worker.judging import Examination, Member, judge, with_inputs
 from registry.worker.loop import Held, JobKind
 
 if TYPE_CHECKING:
+    from composer.calibration import Calibration
     from composer.conflicts.examine import Evidence
+    from composer.model import LoadedModel
 
 _NAMELESS = ("commit", "weight", "rules")
 """What may be told of an input to everybody: the rest of it names it."""
@@ -93,6 +98,32 @@ class Work:
             (self.recipe.model, Kind.MODEL, self.model_directory),
         )
         return [Output(target, kind, directory) for target, kind, directory in made if target]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The recipe's suites, and those that the lock's gates are about."""
+        return compositions.evaluated(self.recipe, self.lock)
+
+    @property
+    def rules(self) -> dict[str, bool]:
+        """The gates, and whether each is required: without any in the recipe (`[]`) the comparison with the inputs only
+        warns."""
+        required = dict.fromkeys((*(self.recipe.gates or ()), *self.lock.gates), True)
+        if self.recipe.gates is None or self.recipe.gates:
+            return required
+        own = [suite for suite in self.member_suites if suite in self.evaluated]
+        return dict.fromkeys(compositions.gates_against_inputs(own), False)
+
+    def calibration_sets(self, held: Held) -> list[CalibrationSet]:
+        """What the lock says that each input is fitted on."""
+        found: list[CalibrationSet] = []
+        for source, row in zip(self.recipe.inputs, self.lock.calibration, strict=False):
+            if "suite_digest" in row:
+                (content,) = _suites(held, [row["suite_digest"]])
+                found.append(CalibrationSet(content, len(row["examples"])))
+            else:
+                found.append(CalibrationSet(prompts=source.prompts))
+        return found
 
     def members(self, held: Held) -> list[tuple[Path, Weight]]:
         """Each input's directory, its files verified, and its weight with its rules."""
@@ -155,6 +186,7 @@ def check(held: Held) -> None:
 def combine(held: Held) -> None:
     """The candidate where the recipe names an adapter: one PEFT adapter that adds what the recipe says."""
     from composer.combine import combine as combine_adapters
+    from composer.model import load_model
 
     work = _work(held)
     if not work.recipe.adapter or work.adapter_directory.is_dir():
@@ -166,18 +198,18 @@ def combine(held: Held) -> None:
         work.lock.method,
         work.lock.settings,
         note=work.note,
+        calibration=_calibration(held, work, cache(lambda: load_model(work.base_checkpoint(held).path))),
     )
 
 
 def evaluate(held: Held) -> None:
     """The candidate on the recipe's suites: the base in memory with the adapter active, or the merged model, which is
     written before it is judged where nothing else is to be published."""
-    from composer.evaluate import evaluate as evaluate_suite
     from composer.model import load_model
     from composer.variants import load_deltas
 
     work = _work(held)
-    if not work.recipe.evaluate:
+    if not work.evaluated:
         _store(held, work, candidate_scores=[])
         return
     if work.recipe.adapter:
@@ -187,37 +219,62 @@ def evaluate(held: Held) -> None:
     else:
         merge(held)
         model, deltas = load_model(work.model_directory), ()
-    contents = _suites(held, work.recipe.evaluate)
-    done = _Share(held, sum(len(suite.examples) for suite in contents))
-    found = [score for suite in contents for score in evaluate_suite(model, suite, deltas, progress=done)]
-    _store(held, work, candidate_scores=[score.to_json() for score in found])
+    contents = _suites(held, work.evaluated)
+    examination = Examination(
+        suites=contents,
+        used=used_in(work.calibration_sets(held), contents),
+        progress=_Share(held, sum(len(suite.examples) for suite in contents)),
+    )
+    found = [score for suite in contents for score in examination.scores(model, suite, deltas)]
+    base = (lambda: model) if work.recipe.adapter else cache(lambda: load_model(work.base_checkpoint(held).path))
+    _store(held, work, candidate_scores=with_inputs(found, examination, _compared(held, work), base))
+
+
+def _compared(held: Held, work: Work) -> list[Member]:
+    """The inputs, with what is recorded of them."""
+    from composer.variants import load_deltas
+
+    with held.resources.read() as session:
+        releases_used = compositions.inputs_of(session, work.lock)
+        recorded = [
+            {(score.suite.digest, score.metric): gates.measured(score) for score in suites.scores_of(session, release)}
+            for release in releases_used
+        ]
+    return [
+        Member(
+            repository=locked.repository,
+            version=locked.version,
+            suite=suite,
+            recorded=scores,
+            deltas=lambda place=place: load_deltas(place, work.architecture).deltas,
+        )
+        for locked, suite, scores, (place, _) in zip(
+            work.lock.inputs, work.member_suites, recorded, work.members(held), strict=True
+        )
+    ]
 
 
 def gate(held: Held) -> None:
-    """The recipe's gates; nothing was published yet when one of them fails."""
+    """The recipe's gates and those of the lock; nothing was published yet when one of them fails."""
     work = _work(held)
     with held.resources.read() as session:
         composition, _ = compositions.find(session, work.composition_id)
         base = gates.scores(session, session.get_one(Base, work.lock.base))
         scores = composition.candidate_scores or []
-        current = {suites.find(session, name).digest for name in work.recipe.evaluate}
-    candidate = {
-        (row["suite"], row["metric"]): Measured(row["value"], row["stderr"], row["n"], row["higher_is_better"])
-        for row in scores
-        if row["suite_digest"] in current
-    }
+        current = {suites.find(session, name).digest for name in work.evaluated}
     replaced = sorted({row["suite"] for row in scores if row["suite_digest"] not in current})
-    report = [result.to_json() for result in gates.judge(gates.parse_rules(work.recipe.gates), candidate, None, base)]
+    report = judge(work.rules, [row for row in scores if row["suite_digest"] in current], base)
     _store(held, work, gates=report)
-    failed = [result for result in report if not result["passed"]]
+    required = [result for result in report if result["required"]]
+    failed = [result for result in required if not result["passed"]]
     if failed:
         raise Refused(
             "gate_failed",
-            f"The candidate does not pass {len(failed)} of {len(report)} gates.",
+            f"The candidate does not pass {len(failed)} of {len(required)} gates.",
             subject=f"composition/{work.composition_id}",
             next_step=f"Compose again: {', '.join(replaced)} changed while the candidate was measured."
             if replaced
-            else "Change weights or inputs, or the gate.",
+            else "Change weights, method or inputs, or the gate; what does not combine can be served separately.",
             findings=report,
         )
 
@@ -229,14 +286,12 @@ def merge(held: Held) -> None:
     work = _work(held)
     if not work.recipe.model or work.model_directory.is_dir():
         return
-    plan = plan_merge(
-        work.base_checkpoint(held),
-        work.members(held),
-        work.lock.method,
-        work.lock.settings,
-        work.lock.dtype,
-        work.lock.rounding,
-    )
+    base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
+    if PIPELINES[work.lock.method].fitted:  # the fitted factors are an artefact: another fit differs in its last bits
+        combine(held)
+        plan = plan_merge(base, [(work.adapter_directory, 1.0)], dtype=work.lock.dtype, rounding=work.lock.rounding)
+    else:
+        plan = plan_merge(base, work.members(held), *how, work.lock.dtype, work.lock.rounding)
     done = _Share(held, plan.size_bytes)
     report = run_merge(plan, work.model_directory, progress=done, note=work.note)
     _store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
@@ -331,13 +386,24 @@ def _evidence(held: Held, work: Work) -> "Evidence":
 
     named = _suites(held, [suite for suite in work.member_suites if suite])
     suites = {suite.name: suite for suite in named}
+    load = cache(lambda: load_model(work.base_checkpoint(held).path))
     return Evidence(
-        load=lambda: load_model(work.base_checkpoint(held).path),
+        load=load,
         suites=[suites[name] if name else None for name in work.member_suites],
         guards=[suite for suite in _suites(held, work.recipe.evaluate) if suite.kind == "guard"],
         k=work.recipe.probe,
         most=usual_most(work.recipe.probe),
+        calibration=_calibration(held, work, load),
     )
+
+
+def _calibration(held: Held, work: Work, load: "Callable[[], LoadedModel]") -> "Calibration | None":
+    """What a fitted method is fitted on; the base is loaded when it is first looked at."""
+    if not PIPELINES[work.lock.method].fitted:
+        return None
+    from composer.calibration import Calibration
+
+    return Calibration.by(work.lock.settings, load, work.calibration_sets(held))
 
 
 def _suites(held: Held, names: Sequence[str]) -> list[SuiteContent]:

@@ -1,0 +1,104 @@
+"""The candidate of a composition measured beside what went into it, and judged by its gates."""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from composer.suite import Example, Suite
+from registry import gates
+from registry.gates import Measured, Scores
+
+if TYPE_CHECKING:
+    from composer.delta import Delta
+    from composer.model import LoadedModel
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """An input: the scores that are recorded for it, by suite digest and metric, its own suite, and how to load it."""
+
+    repository: str
+    version: str
+    suite: str | None
+    recorded: Mapping[tuple[str, str], Measured]
+    deltas: "Callable[[], Sequence[Delta]]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examination:
+    """The suites that a candidate is measured on, without the examples in `used`: what a method was fitted on proves
+    nothing. `progress` gets the number of examples just done."""
+
+    suites: Sequence[Suite]
+    used: Container[Example]
+    progress: Callable[[int], None]
+
+    def count(self, suite: Suite) -> int:
+        return len(suite.sample(None, self.used))
+
+    def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
+        from composer.evaluate import evaluate
+
+        found = evaluate(loaded, suite, deltas, progress=self.progress, without=self.used)
+        return [score.to_json() for score in found]
+
+    def needs(self, member: Member, suite: Suite) -> bool:
+        """Is the input to be compared on this suite (its own, and each guard), and its score on just these examples not
+        known?"""
+        compared = suite.name == member.suite or suite.kind == "guard"
+        return compared and not self.known(member, suite)
+
+    def known(self, member: Member, suite: Suite) -> dict[str, Measured]:
+        """By metric, what is recorded of the input on just the examples that the candidate is measured on."""
+        count = self.count(suite)
+        if count < len(suite.examples):
+            return {}
+        recorded = [(metric, one) for (digest, metric), one in member.recorded.items() if digest == suite.digest]
+        return {metric: one for metric, one in recorded if one.n == count}
+
+
+def with_inputs(
+    candidate: Sequence[Row], examination: Examination, members: Sequence[Member], base: "Callable[[], LoadedModel]"
+) -> list[Row]:
+    """The candidate's scores, each with those of the inputs on the same examples: recorded ones, and measured now where
+    there is none."""
+    beside: dict[tuple[str, str], list[Row]] = {}
+    for member in members:
+        for suite in examination.suites:
+            rows = [(metric, one, True) for metric, one in examination.known(member, suite).items()]
+            if examination.needs(member, suite):
+                measured = examination.scores(base(), suite, member.deltas())
+                rows = [(row["metric"], _measured(row), False) for row in measured]
+            for metric, one, recorded in rows:
+                beside.setdefault((suite.digest, metric), []).append(
+                    {
+                        "repository": member.repository,
+                        "version": member.version,
+                        "value": one.value,
+                        "stderr": one.stderr,
+                        "n": one.n,
+                        "recorded": recorded,
+                    }
+                )
+    return [{**row, "inputs": beside.get((row["suite_digest"], row["metric"]), [])} for row in candidate]
+
+
+def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores) -> list[Row]:
+    """Each rule's result, and whether it is `required`: another one only warns."""
+    candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
+    members: dict[tuple[str, str], dict[tuple[str, str], Measured]] = {}
+    for row in rows:
+        for one in row.get("inputs", []):
+            own = members.setdefault((one["repository"], one["version"]), {})
+            own[row["suite"], row["metric"]] = _measured({**row, **one})
+    against = gates.References(base=base, inputs=gates.best_of(list(members.values())))
+    results = gates.judge(gates.parse_rules(list(rules)), candidate, against)
+    return [
+        {**result.to_json(), "required": required} for result, required in zip(results, rules.values(), strict=True)
+    ]
+
+
+def _measured(row: Mapping[str, Any]) -> Measured:
+    return Measured(row["value"], row["stderr"], row["n"], row["higher_is_better"])
