@@ -54,6 +54,7 @@ def write_recipe(directory: Path, **changes: Any) -> Path:
         "adapter": "acme/assistant:1.0.0",
         "model": "acme/assistant-merged:1.0.0",
         "probe": 1,
+        "gates": [],
         "notes": "all three",
     }
     path = directory / "recipe.yaml"
@@ -72,7 +73,9 @@ def settled(cli: Cli) -> Traces:
 def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World, tmp_path: Path) -> None:
     team.ok("eval", "tiny", "--suite", "guard-exact")
     recipe = write_recipe(
-        tmp_path, evaluate=["sql-exact", "guard-exact"], gates=["guard-exact.nll within 1000 of base"]
+        tmp_path,
+        evaluate=["sql-exact", "guard-exact"],
+        gates=["guard-exact.nll within 1000 of base", "sql-exact.nll within 1000 of inputs"],
     )
     before = traces(team)
     plan = team.json("compose", recipe, "--plan")
@@ -90,7 +93,9 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
         ("acme/assistant", "1.0.0"), ("acme/assistant-merged", "1.0.0"),
     ]  # fmt: skip
     assert done["result"] == done["results"][0]
-    assert [gate["passed"] for gate in done["gates"]] == [True]
+    assert [gate["passed"] for gate in done["gates"]] == [True, True]
+    measured_now = {(one["repository"], one["recorded"]) for row in done["candidate_scores"] for one in row["inputs"]}
+    assert measured_now == {("acme/sql", False), ("acme/terraform", False), ("acme/support", False)}
     assert {(score["suite"], score["metric"]) for score in done["candidate_scores"]} == {
         ("sql-exact", "nll"), ("sql-exact", "accuracy"), ("guard-exact", "nll"), ("guard-exact", "accuracy"),
     }  # fmt: skip
@@ -277,18 +282,18 @@ def test_a_model_alone_needs_no_factors_and_is_measured_as_it_is_published(
         "method": "ties", "adapter": None, "probe": 0, "dtype": "bfloat16", "evaluate": ["guard-exact", "sql-exact"],
     }  # fmt: skip
     before = traces(small_team)
-    failing = write_recipe(tmp_path, gates=["guard-exact.nll <= 0"], **alone)
+    failing = write_recipe(tmp_path, gates=["guard-exact.nll <= 0", "guard-exact.nll within 1000 of inputs"], **alone)
     assert small_team("compose", failing, "--follow").code == 1
     assert settled(small_team) == before, "a gate holds back a model that is written already"
 
-    passing = write_recipe(tmp_path, gates=["guard-exact.nll within 1000 of base"], **alone)
+    passing = write_recipe(tmp_path, gates=["guard-exact.nll within 1000 of inputs"], **alone)
     done = small_team.json("compose", passing, "--follow")
     assert [(row["repository"], row["version"]) for row in done["results"]] == [("acme/assistant-merged", "1.0.0")]
     small_team.ok("pull", "acme/assistant-merged", "-o", tmp_path / "model")
     model = load_model(tmp_path / "model")
     suites = [parse_suite(world.suites[name]) for name in ("guard", "sql")]
     measured = [score.to_json() for suite in suites for score in evaluate(model, suite)]
-    assert done["candidate_scores"] == measured
+    assert [{k: v for k, v in row.items() if k != "inputs"} for row in done["candidate_scores"]] == measured
     assert small_team.json("verify", "acme/assistant-merged", "--rebuild")["rebuild"]["verdict"] == "same"
 
 

@@ -267,7 +267,7 @@ def test_a_yanked_release_on_a_channel_is_no_yardstick_for_its_gate(stocked_embe
         score = {"suite_digest": digest, "metric": "nll", "value": nll, "n": 6, "higher_is_better": False}
         with api_of(cli) as api:
             api.post(f"/v1/adapters/acme/sql/releases/{version}/scores", {"scores": [score]})
-            with pytest.raises(Invalid, match="is no score"):
+            with pytest.raises(Invalid, match="higher_is_better is False"):
                 api.post(
                     f"/v1/adapters/acme/sql/releases/{version}/scores",
                     {"scores": [score | {"higher_is_better": True}]},

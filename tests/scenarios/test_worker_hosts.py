@@ -195,7 +195,7 @@ def test_a_suite_that_is_replaced_while_the_candidate_is_measured_fails_its_gate
 ) -> None:
     cli = team(stocked_embedded, world)
     cli.ok("eval", "tiny", "--suite", "guard-exact")
-    gates = ["guard-exact.nll <= 1000", "guard-exact.nll within 1000 of base", "sql-exact.nll <= 1000"]
+    gates = ["guard-exact.nll <= 1000", "guard-exact.nll within 1000 of inputs", "sql-exact.nll <= 1000"]
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text()) | {"gates": gates}
     content = yaml.safe_load(world.suites["guard"].read_text())
     content["examples"] = [{"prompt": "new", "completion": "other"}]
