@@ -6,8 +6,8 @@ Edges         cli/ speaks to web/ through client/, in its own process where no s
 Procedures    take resources (what a process holds), open transactions and touch bytes between them: publishing (verify,
               then publish), uploads (bytes on their way), upkeep (gc), fsck
 Nouns         take a session and an actor, and write the audit row of what they change: repositories, releases (with
-              numbering, breaking, signing), bases, suites, metrics, gates, channels, yanks, resolve, namespaces,
-              tokens, jobs, repeats (requests that come twice), compositions
+              numbering, breaking, signing), bases, suites, metrics, signatures, gates, channels, yanks, resolve,
+              namespaces, tokens, jobs, repeats (requests that come twice), compositions
 Search        search asks conditions (what was asked), orders (pages), terms (what a release is found by) and
               words (their index); descriptions says all of what was found, web/documents.py as JSON
 Foundations   names (one parser), manifest (files -> commit), access (roles), audit (the event log), errors (one family

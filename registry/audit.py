@@ -52,6 +52,7 @@ class Act(StrEnum):
     NAMESPACE_CREATE = "namespace:create"
     NAMESPACE_SET = "namespace:set"
     RELEASE_PUBLISH = "release:publish"
+    RELEASE_SIGN = "release:sign"
     RELEASE_UNYANK = "release:unyank"
     RELEASE_YANK = "release:yank"
     REPOSITORY_CREATE = "repository:create"

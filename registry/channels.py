@@ -34,11 +34,13 @@ _ASKED = Prepared(
         _release.base_digest,
         _release.sort_key,
         _release.signed_by,
+        _release.signature_covers.label("covers"),
         _revision.commit,
         _repository.kind,
         _channel.id.label("channel_id"),
         _namespace.require_signature,
         _namespace.signing_keys,
+        _namespace.signature_covers,
     )
     .select_from(Repository.__table__)
     .join(Release.__table__, _release.repository_id == _repository.id)
@@ -147,7 +149,7 @@ def promote(
     """
     release = _asked(session, wanted)
     namespace = wanted.repository.namespace
-    releases.refuse_without_signature(namespace, release, release.signed_by, published=wanted.release)
+    releases.refuse_without_signature(namespace, release, release.signed_by, release.covers, wanted.release)
     [current] = _STATE.records(session, {"channel": release.channel_id, "release": release.id})
     _refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
     _check_expected(current.move_id, expected, wanted.subject)

@@ -22,6 +22,7 @@ from registry.models import Base, Composition, Job, Namespace, Release, ReleaseI
 from registry.names import RepositoryName, Version, parse_reference
 from registry.releases import full_name
 from registry.repositories import Kind
+from registry.signing import fingerprint
 
 STEPS = ("check", "combine", "evaluate", "gate", "merge", "publish")
 """resolving and locking happen with the request, so that a recipe that cannot work is refused at once."""
@@ -36,11 +37,17 @@ class _Target:
     kind: Kind
 
 
-def create(session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool) -> Composition:
-    """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and changes no repository."""
+def create(
+    session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool, signer: str | None = None
+) -> Composition:
+    """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and changes no repository.
+
+    `signer` is the fingerprint of the key that the workers sign with, None where they have none.
+    """
     lock = _lock(session, recipe)
     for target in _targets(recipe, plan_only=plan_only):
-        _check_target(session, actor, recipe, lock, target)
+        _check_target(session, recipe, lock, target)
+        _refuse_namespace(session, actor, target.repository.namespace, signer)
     for name in _suite_names(recipe):
         suites.find(session, name)
     _check_gates(session, recipe, lock)
@@ -347,7 +354,7 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
     return found
 
 
-def _check_target(session: Session, actor: Actor, recipe: Recipe, lock: Lock, target: _Target) -> None:
+def _check_target(session: Session, recipe: Recipe, lock: Lock, target: _Target) -> None:
     """What can be known now must not fail after an hour of merging; publishing asks again."""
     repository = repositories.find_if_any(session, target.repository, target.kind)
     if repository is not None:
@@ -356,7 +363,6 @@ def _check_target(session: Session, actor: Actor, recipe: Recipe, lock: Lock, ta
             _refuse_other_content(session, occupant, recipe, lock)
             return
         numbering.refuse_other_base(session, repository, target.version, lock.base)
-    _refuse_namespace(session, actor, target.repository.namespace)
 
 
 def _refuse_other_content(session: Session, occupant: Release, recipe: Recipe, lock: Lock) -> None:
@@ -372,17 +378,18 @@ def _refuse_other_content(session: Session, occupant: Release, recipe: Recipe, l
         )
 
 
-def _refuse_namespace(session: Session, actor: Actor, name: str) -> None:
+def _refuse_namespace(session: Session, actor: Actor, name: str, signer: str | None) -> None:
     """Where nothing unsigned may be published, and where the namespace itself cannot come to be."""
     namespace = session.get(Namespace, name)
     if namespace is None:
         permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
-    elif namespace.require_signature:
+    elif namespace.require_signature and signer not in {fingerprint(key) for key in namespace.signing_keys}:
         raise Refused(
             "unsigned",
-            f"{name} takes only releases that one of its keys has signed, and a composition's have no signature.",
+            f"{name} takes only releases that one of its keys has signed, and the workers have none of these.",
             subject=name,
-            next_step="Compose into another namespace, pull the result, and push it here with --sign KEY.pem.",
+            next_step="Compose into another namespace, pull the result, and push it here with --sign KEY.pem; or have "
+            f"workers with a key of {name} (ADAPTORY_SIGNING_KEY).",
         )
 
 

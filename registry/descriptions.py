@@ -42,6 +42,7 @@ class ReleaseRow(NamedTuple):
     servers: int
     breaking_reason: str | None
     signed_by: str | None
+    signature_covers: str | None
     notes: str
     yanked: bool
     yank_reason: str | None
@@ -79,6 +80,7 @@ _RELEASES = (
             _release.servers,
             _release.breaking_reason,
             _release.signed_by,
+            _release.signature_covers,
             _release.notes,
             _release.yanked,
             _release.yank_reason,

@@ -14,7 +14,7 @@ from registry.db import insert_if_absent
 from registry.errors import Invalid
 from registry.models import Member, Namespace
 from registry.names import parse_part
-from registry.signing import fingerprint
+from registry.signing import Covers, fingerprint
 
 MAX_SIGNING_KEYS = 20
 
@@ -26,6 +26,7 @@ class Change:
     public: bool | None = None
     require_signature: bool | None = None
     signing_keys: Sequence[str] | None = None
+    signature_covers: Covers | None = None
 
 
 def find(session: Session, name: str) -> Namespace:
@@ -55,6 +56,7 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
             public=False,
             require_signature=False,
             signing_keys=[],
+            signature_covers="release",
             created_at=actor.at,
             created_by=actor.name,
         )
@@ -74,6 +76,8 @@ def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespa
         row.signing_keys = _checked_keys(wanted.signing_keys)
     if wanted.require_signature is not None:
         row.require_signature = wanted.require_signature
+    if wanted.signature_covers is not None:
+        row.signature_covers = wanted.signature_covers
     if row.require_signature and not row.signing_keys:
         raise Invalid(
             "signing_keys_missing",
@@ -136,7 +140,12 @@ def roles_of(session: Session, user: str) -> dict[str, str]:
 
 
 def _settings(row: Namespace) -> Mapping[str, Any]:
-    return {"public": row.public, "require_signature": row.require_signature, "signing_keys": list(row.signing_keys)}
+    return {
+        "public": row.public,
+        "require_signature": row.require_signature,
+        "signing_keys": list(row.signing_keys),
+        "signature_covers": row.signature_covers,
+    }
 
 
 def _checked_keys(keys: Sequence[str]) -> list[str]:

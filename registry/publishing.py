@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from composer.findings import Finding
+from composer.findings import Finding, Severity
 from composer.formats.card import CARD_FILE, card_provenance, parse_provenance
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
@@ -18,9 +18,9 @@ from composer.formats.header import DEFAULT_LIMITS, header_length, parse_header
 from composer.formats.inspection import inspect
 from composer.formats.serving import judge
 from composer.spectrum import spectrum
-from registry import bases, namespaces, releases, repeats
+from registry import bases, breaking, namespaces, numbering, releases, repeats, repositories, signatures
 from registry.audit import Actor
-from registry.errors import Invalid, Unavailable, refuse_errors
+from registry.errors import Invalid, Refused, Unavailable, refuse_errors
 from registry.manifest import ENDS_BYTES, ManifestFile, check_path, is_zip, refuse_hidden, refuse_pickle, refuse_pickled
 from registry.models import Release
 from registry.names import Digest, RepositoryName, Version
@@ -29,7 +29,7 @@ from registry.repeats import Keyed
 from registry.repositories import Kind
 from registry.resources import Resources
 from registry.schemas.catalog import AdapterFactsOut
-from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, doubt, open_signature, refuse_tampered
+from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, Signed, doubt, open_signature, refuse_tampered
 from registry.storage.blobs import BlobStore
 
 _BLOCK_BYTES = 1 << 20
@@ -98,9 +98,10 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         architecture = bases.architecture(session, base_digest)
         keys = namespaces.signing_keys(session, push.repository.namespace)
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before a byte of them is read
+        twin = _yanked_twin(session, push)
     parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # by whatever inspects it
     _refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
-    signed_by, doubted = _judge_signature(resources, push.files, keys)
+    signed, doubted = _judge_signature(resources, push, keys)
     seen = _inspect(resources, push, architecture)
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
     new = NewRelease(
@@ -119,9 +120,41 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         spectrum=seen.spectrum,
         servers=seen.servers,
         loading=seen.loading,
-        signed_by=signed_by,
+        signed=signed,
+        signed_by=signed.fingerprint if signed and keys else None,
     )
-    return new, [*seen.findings, *doubts, *doubted]
+    return new, [*seen.findings, *doubts, *doubted, *_doubts_of_yanked(twin)]
+
+
+def next_version(resources: Resources, push: Push) -> Version:
+    """The number that the push would get now, for whoever has to know it first, to sign it."""
+    new, _ = prepare(resources, push)
+    with resources.read() as session:
+        repository = repositories.find_if_any(session, new.repository, new.kind)
+        if repository is None:
+            return numbering.FIRST_VERSION
+        surface = breaking.surface(new.base_digest, new.facts, new.files)
+        return numbering.next_version(session, repository, new.bump, surface)
+
+
+def add_signature(
+    resources: Resources, actor: Actor, target: tuple[RepositoryName, Version, Kind], bundle: bytes
+) -> int:
+    """The id of the release, once the bundle is one of its signatures. Raises Refused where no key of its namespace
+    made it."""
+    repository, version, kind = target
+    with resources.write() as session:
+        release = releases.find(session, repository, version, kind)
+        keys = namespaces.find_settled(session, repository.namespace).signing_keys
+        if not keys:
+            raise Refused(
+                "signing_keys_missing",
+                f"{repository.namespace} has no key that may sign.",
+                subject=repository.namespace,
+                next_step=f"An admin names one: `adaptory namespace set {repository.namespace} --signing-key PUB.pem`.",
+            )
+        signatures.add(session, actor, release, open_signature(bundle, keys), bundle)
+        return release.id
 
 
 def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
@@ -220,15 +253,28 @@ def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card
     )
 
 
-def _judge_signature(
-    resources: Resources, files: Sequence[ManifestFile], keys: Sequence[str]
-) -> tuple[str | None, list[Finding]]:
-    """The fingerprint of the key that signed these very files, None when they are not signed.
+def _yanked_twin(session: Session, push: Push) -> str | None:
+    """What is yanked with the same files, and why; not the release that is pushed again."""
+    twin = releases.yanked_twin(session, push.repository.namespace, push.files)
+    if twin is None or releases.full_name(twin) == f"{push.repository}:{push.version}":
+        return None
+    return f"{releases.full_name(twin)}, which is yanked: {twin.yank_reason}"
+
+
+def _doubts_of_yanked(twin: str | None) -> list[Finding]:
+    if twin is None:
+        return []
+    return [Finding("yanked_files", Severity.WARNING, twin.partition(",")[0], f"These are the files of {twin}.")]
+
+
+def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> tuple[Signed | None, list[Finding]]:
+    """What a key has signed, its fingerprint empty where the namespace has no keys; None without a signature.
 
     Raises Refused for a signature by no key of the namespace, and for a file that is not the signed one. Where the
     namespace has no keys nobody can say who signed; a signature of other files is then kept, with a warning,
-    unless it is too large to be one.
+    unless it is too large to be one. Of which release it has to be is known once the release has its number.
     """
+    files = push.files
     signature = next((file for file in files if file.path == SIGNATURE_FILE), None)
     if signature is None:
         return None, []
@@ -244,11 +290,15 @@ def _judge_signature(
         content = (Path(directory) / SIGNATURE_FILE).read_bytes()
     digests = {file.path: file.sha256 for file in files}
     if not keys:
-        doubted = doubt(content, digests)
-        return None, [doubted] if doubted else []
+        return doubt(content, digests)
     signed = open_signature(content, keys)
     refuse_tampered(signed, digests)
-    return signed.fingerprint, []
+    if signed.release is not None:
+        return signed, []
+    message = (
+        f"{SIGNATURE_FILE} covers files only: it verifies under any name, number and base. Push with --sign KEY.pem."
+    )
+    return signed, [Finding("signature_files_only", Severity.WARNING, SIGNATURE_FILE, message)]
 
 
 def _presentable(facts: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,13 @@ from registry.models import (
 )
 from registry.names import RepositoryName, Version
 from registry.repositories import Kind
-from registry.signing import fingerprint
+from registry.signing import (
+    SIGNATURE_FILE,
+    Signed,
+    SignedRelease,
+    fingerprint,
+    refuse_other_release,
+)
 
 MAX_NOTES = 20_000
 
@@ -43,7 +49,8 @@ class NewRelease:
     """`version` or `bump` is set. `facts` are those of `composer.formats.facts`, or of a merged checkpoint.
 
     `allow_breaking` is why a breaking change may have a number that promises there is none. `servers` and `loading` are
-    those of `composer.formats.serving`, `spectrum` that of `composer.spectrum`, `signed_by` a key's fingerprint.
+    those of `composer.formats.serving`, `spectrum` that of `composer.spectrum`. `signed` is what a signature among the
+    files says, or one beside them; `signed_by` is its key's fingerprint, where that key is trusted.
     """
 
     repository: RepositoryName
@@ -61,6 +68,7 @@ class NewRelease:
     spectrum: Mapping[str, Any] | None = None
     servers: int = 0
     loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    signed: Signed | None = None
     signed_by: str | None = None
 
 
@@ -88,11 +96,19 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         return _retry(existing, new, commit), False
     if new.version is None and (same := numbering.released_as(session, repository, commit, new.base_digest)):
         return same, False
-    refuse_unsigned(session, new.repository.namespace, new.signed_by)
+    bound = signable(str(new.repository), str(version), new.base_digest, new.files)
+    if new.signed is not None:
+        refuse_other_release(new.signed, bound)
+    policy = namespaces.find_settled(session, new.repository.namespace)  # none that is set meanwhile is missed
+    covers = new.signed.covers if new.signed and new.signed_by else None
+    refuse_without_signature(new.repository.namespace, policy, new.signed_by, covers)
+    if policy.require_signature:
+        refuse_yanked_files(session, new.repository.namespace, new.files)
     breaking_reason = numbering.refuse_breaking(session, repository, version, surface, commit, new.allow_breaking)
     revision = _revision(session, actor, repository, commit, new.files)
     release = _insert(session, actor, new, version, repository, revision)
     release.breaking_reason = breaking_reason
+    release.signed_by, release.signature_covers = new.signed_by, covers
     for source in new.inputs:
         session.add(
             ReleaseInput(
@@ -203,27 +219,78 @@ def full_name(release: Release) -> str:
     return f"{repositories.name_of(release.repository)}:{release.version}"
 
 
-def refuse_unsigned(session: Session, namespace: str, signed_by: str | None) -> None:
-    """In the transaction that publishes, so that no policy set meanwhile is missed."""
-    refuse_without_signature(namespace, namespaces.find_settled(session, namespace), signed_by)
-
-
 def refuse_without_signature(
-    namespace: str, policy: Namespace | Row[*tuple[Any, ...]], signed_by: str | None, published: str | None = None
+    namespace: str,
+    policy: Namespace | Row[*tuple[Any, ...]],
+    signed_by: str | None,
+    covers: str | None,
+    published: str | None = None,
 ) -> None:
     """The policy is a namespace's, read so that nobody changes it until this transaction ends.
 
     `published` names a release that is out already. Its signature was judged when it came, by the keys of that day: a
     true one may not have been known as such, and nothing reads it again.
     """
-    if not policy.require_signature or signed_by in {fingerprint(key) for key in policy.signing_keys}:
+    if not policy.require_signature:
+        return
+    if signed_by in {fingerprint(key) for key in policy.signing_keys}:
+        _refuse_files_only(namespace, policy.signature_covers, covers, published)
         return
     detail = f"{namespace} takes only releases that one of its keys has signed"
     next_step = "Push it with --sign KEY.pem; what is released already, as another version."
     if published is not None:
         detail += f", and {published} was not known to be signed by one of them when it was published"
-        next_step = "Publish the same files once more under this policy, as another version, and promote that one."
+        next_step = f"Whoever published it, or an admin: `adaptory sign {published} --key KEY.pem`; then promote it."
     raise Refused("unsigned", f"{detail}.", subject=namespace, next_step=next_step)
+
+
+def _refuse_files_only(namespace: str, needed: str, covers: str | None, published: str | None) -> None:
+    if covers == "release" or needed == "files":
+        return
+    next_step = f"`adaptory sign {published} --key KEY.pem`" if published else "Push it with --sign KEY.pem"
+    raise Refused(
+        "signature_files_only",
+        f"{namespace} takes signatures of a release, and this one covers files only: they could be released under "
+        "another name, number or base.",
+        subject=published or namespace,
+        next_step=f"{next_step}. An admin may take it: `adaptory namespace set {namespace} --signature-covers files`.",
+    )
+
+
+def signable(repository: str, version: str, base_digest: str, files: Sequence[ManifestFile]) -> SignedRelease:
+    """What a signature of the release has to say; the files without the signature among them."""
+    kept = [file for file in files if file.path != SIGNATURE_FILE]
+    return SignedRelease(repository, version, base_digest, commit_id(canonical_manifest(kept)))
+
+
+def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile]) -> Release | None:
+    """A yanked release of the namespace with the same files, whatever signature is among them."""
+    digests = {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
+    largest = max((file for file in files if file.path in digests), key=lambda file: file.size_bytes, default=None)
+    if largest is None:
+        return None
+    query = select(Release).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
+    query = query.join(Repository, Repository.id == Release.repository_id)
+    query = query.where(Release.yanked, Repository.namespace == namespace, RevisionFile.sha256 == largest.sha256)
+    found = session.scalars(query.order_by(Release.id.desc())).unique().all()
+    there = files_of(session, *found)
+    return next((one for one in found if _without_signature(there[one.revision_id]) == digests), None)
+
+
+def refuse_yanked_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
+    """Where signatures are required: one of before a yank must not bring its files back."""
+    twin = yanked_twin(session, namespace, files)
+    if twin is not None:
+        raise Refused(
+            "yanked_files",
+            f"These are the files of {full_name(twin)}, which is yanked: {twin.yank_reason}.",
+            subject=full_name(twin),
+            next_step=f"Release other files, or take the yank back: `adaptory unyank {full_name(twin)} --reason WHY`.",
+        )
+
+
+def _without_signature(files: Sequence[RevisionFile]) -> dict[str, str]:
+    return {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
 
 
 def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
@@ -286,7 +353,6 @@ def _insert(
         servers=new.servers,
         loading=dict(new.loading),
         breaking_reason=None,
-        signed_by=new.signed_by,
         target_set_id=terms.target_set(session, targets) if targets else None,
         size_bytes=sum(file.size_bytes for file in new.files),
         facts=dict(new.facts),

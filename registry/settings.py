@@ -192,6 +192,9 @@ class Settings(BaseSettings):
     """Bodies of blobs that one token may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """All headers of a request together."""
+    signing_key: Path | None = None
+    """A key in PEM that signs what a composition publishes, where its namespace trusts it. Workers need the private
+    key; servers may have the public one, and then accept compositions where signatures are required."""
     token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     """Sent by the command line to the registry at `url`."""
     user: str = Field(default_factory=_login_name, min_length=1, max_length=128)

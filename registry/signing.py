@@ -1,39 +1,110 @@
-"""Signatures of releases: a Sigstore bundle, `model.sig`, over the digests of every other file, made with a local key.
+"""Signatures of releases: a Sigstore bundle over the release's name, base and commit and the digest of every file.
 
-The bundle is the one that model-signing writes and reads (a DSSE envelope around an in-toto statement that lists each
-file with its sha256), so either side can be replaced by that tool. Since it signs digests, a registry can judge it
-against a manifest without reading a byte of the weights.
+The bundle is the one that model-signing reads (a DSSE envelope around an in-toto statement that lists each file with
+its sha256), so that tool verifies the files too. `predicate.release`, which it ignores, names the release: the same
+files under another name, number or base are another release, which nobody has signed. Bundles without it, such as
+model-signing's own, cover the files alone. Since digests are signed, a registry judges a signature against a manifest
+without reading a byte of the weights.
 """
 
 import hashlib
 import json
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from composer.findings import Finding, Severity
 from registry.errors import Invalid, Refused, Unavailable, refuse_errors
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 
 SIGNATURE_FILE = "model.sig"
 MAX_SIGNATURE_BYTES = 16_000_000
-"""10,000 files, the most a release holds, take 6 MB."""
+"""2,000 files, the most a release holds, take 1.2 MB."""
+Covers = Literal["release", "files"]
 
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
+_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 
 
 @dataclass(frozen=True, slots=True)
+class SignedRelease:
+    """What a signature binds its files to: NAMESPACE/NAME, the number, the base's digest, and the commit of the files
+    that are signed (a release that carries its own `model.sig` has another one, which covers that file too)."""
+
+    repository: str
+    version: str
+    base: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.repository}:{self.version} on base {self.base[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
 class Signed:
-    """What a key has put its name to: `files` maps paths to sha256, exactly as they stand in the bundle."""
+    """What a key has put its name to: `files` maps paths to sha256, exactly as they stand in the bundle; `release` is
+    None where no more than the files is signed."""
 
     fingerprint: str
     files: Mapping[str, str]
+    release: SignedRelease | None
+
+    @property
+    def covers(self) -> Covers:
+        return "release" if self.release else "files"
+
+
+def sign(private_key: bytes, release: SignedRelease, files: Mapping[str, str]) -> bytes:
+    """A bundle over the release and its files (path -> sha256, without the signature), by a private key in PEM.
+
+    Raises Invalid for a key that cannot sign.
+    """
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+
+    key = _load_private(private_key)
+    resources = [{"name": path, "algorithm": "sha256", "digest": files[path]} for path in sorted(files)]
+    root = hashlib.sha256(b"".join(bytes.fromhex(row["digest"]) for row in resources)).hexdigest()
+    serialization = {
+        "method": "files",
+        "hash_type": "sha256",
+        "allow_symlinks": True,
+        "ignore_paths": [SIGNATURE_FILE],
+    }
+    statement = {
+        "_type": _STATEMENT,
+        "subject": [{"name": f"{release.repository}:{release.version}", "digest": {"sha256": root}}],
+        "predicateType": _PREDICATE,
+        "predicate": {"serialization": serialization, "resources": resources, "release": asdict(release)},
+    }
+    payload = json.dumps(statement, ensure_ascii=False, separators=(",", ":")).encode()
+    signature = key.sign(_encoded(payload), ECDSA(getattr(hashes, _CURVES[key.curve.name])()))
+    bundle = {
+        "mediaType": _BUNDLE,
+        "verificationMaterial": {"publicKey": {"hint": _fingerprint(key.public_key())}},
+        "dsseEnvelope": {
+            "payload": b64encode(payload).decode(),
+            "payloadType": _PAYLOAD_TYPE,
+            "signatures": [{"sig": b64encode(signature).decode()}],
+        },
+    }
+    return json.dumps(bundle).encode()
+
+
+def public_key_of(pem: bytes) -> str:
+    """The public key in PEM of a private one, or of itself. Raises Invalid for what is neither."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    private = b"PRIVATE KEY" in pem
+    key = _load_private(pem).public_key() if private else _load(pem.decode("ascii", "replace"))
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def fingerprint(public_key: str) -> str:
@@ -42,6 +113,19 @@ def fingerprint(public_key: str) -> str:
     Raises Invalid for what is no public key on P-256, P-384 or P-521.
     """
     return _fingerprint(_load(public_key))
+
+
+def read_key(path: Path) -> bytes:
+    """The PEM that `ADAPTORY_SIGNING_KEY` names. Raises Unavailable where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unavailable(
+            "signing_key_missing",
+            f"{path}, which ADAPTORY_SIGNING_KEY names, cannot be read: {error.strerror}.",
+            subject=str(path),
+            next_step="Name a key in PEM that this process may read.",
+        ) from error
 
 
 def open_signature(
@@ -65,7 +149,7 @@ def open_signature(
             subject=SIGNATURE_FILE,
             next_step=next_step,
         )
-    return Signed(_fingerprint(key), _files(envelope.payload))
+    return _statement(_fingerprint(key), envelope.payload)
 
 
 def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
@@ -83,22 +167,39 @@ def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
     )
 
 
-def doubt(content: bytes, files: Mapping[str, str]) -> Finding | None:
-    """A warning about a bundle that lists other files than these, or cannot be read; None for one that may be theirs.
+def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
+    """Raises Refused where the signature names another release; one of files alone names none."""
+    if signed.release is None or signed.release == release:
+        return
+    theirs, own = asdict(signed.release), asdict(release)
+    differs = [f"{name} {theirs[name][:200]!r}, not {own[name]!r}" for name in own if own[name] != theirs[name]]
+    raise Refused(
+        "signature_of_other_release",
+        f"{SIGNATURE_FILE} is of another release: {', '.join(differs)}.",
+        subject=f"{release.repository}:{release.version}",
+        next_step="Ask its signer, who signs this release by `adaptory sign REF`, or by a push with --sign KEY.pem.",
+    )
+
+
+def doubt(content: bytes, files: Mapping[str, str]) -> tuple[Signed | None, list[Finding]]:
+    """What a bundle says, by nobody known, and a warning where it lists other files than these or cannot be read.
 
     For where no key is trusted yet: what is listed is anybody's text, so that this proves nothing. But whoever trusts
     the key later cannot use such a release.
     """
     try:
-        differences = _differences(_files(_envelope(content).payload), files)
+        signed = _statement("", _envelope(content).payload)
     except Invalid as error:
-        why = error.detail
-    else:
-        if not differences:
-            return None
-        path, what = differences[0]
-        more = f" ({len(differences) - 1} more like this)" if len(differences) > 1 else ""
-        why = f"{SIGNATURE_FILE} is not a signature of these files: {path[:400]!r} {what}{more}."
+        return None, [_stale(error.detail)]
+    differences = _differences(signed.files, files)
+    if not differences:
+        return signed, []
+    path, what = differences[0]
+    more = f" ({len(differences) - 1} more like this)" if len(differences) > 1 else ""
+    return signed, [_stale(f"{SIGNATURE_FILE} is not a signature of these files: {path[:400]!r} {what}{more}.")]
+
+
+def _stale(why: str) -> Finding:
     advice = "Sign them anew (--sign KEY.pem) or leave it out: who verifies this release refuses it."
     return Finding("signature_stale", Severity.WARNING, SIGNATURE_FILE, f"{why} {advice}")
 
@@ -135,8 +236,8 @@ def _envelope(content: bytes) -> _Envelope:
         raise _bad("it is no Sigstore bundle with one signature by a key") from error
 
 
-def _files(payload: bytes) -> dict[str, str]:
-    """The signed digests. Read only after the signature held: until then it is anybody's text."""
+def _statement(fingerprint: str, payload: bytes) -> Signed:
+    """What is signed. Trusted only once the signature held: until then it is anybody's text."""
     try:
         statement = cast("dict[str, Any]", json.loads(payload))
         if (statement["_type"], statement["predicateType"]) != (_STATEMENT, _PREDICATE):
@@ -145,11 +246,13 @@ def _files(payload: bytes) -> dict[str, str]:
         if any(resource["algorithm"] != "sha256" for resource in resources):
             raise _bad("it lists other digests than sha256 of whole files")
         files = {str(resource["name"]): str(resource["digest"]) for resource in resources}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        named = cast("dict[str, object] | None", statement["predicate"].get("release"))
+        release = None if named is None else SignedRelease(**{name: str(value) for name, value in named.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _bad("its statement has not the form of model-signing's") from error
     if len(files) != len(resources):
         raise _bad("it lists a file twice")
-    return files
+    return Signed(fingerprint, files, release)
 
 
 def _is_by(key: "EllipticCurvePublicKey", envelope: _Envelope) -> bool:
@@ -157,12 +260,37 @@ def _is_by(key: "EllipticCurvePublicKey", envelope: _Envelope) -> bool:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 
-    signed = f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(envelope.payload)} ".encode() + envelope.payload
     try:
-        key.verify(envelope.signature, signed, ECDSA(getattr(hashes, _CURVES[key.curve.name])()))
+        key.verify(envelope.signature, _encoded(envelope.payload), ECDSA(getattr(hashes, _CURVES[key.curve.name])()))
     except InvalidSignature:
         return False
     return True
+
+
+def _encoded(payload: bytes) -> bytes:
+    """DSSE's pre-authentication encoding, which is what a key signs."""
+    return f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
+
+
+def _load_private(private_key: bytes) -> "EllipticCurvePrivateKey":
+    try:
+        from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    except ModuleNotFoundError as error:
+        raise _extra_missing() from error
+    try:
+        key = load_pem_private_key(private_key, None)
+    except (ValueError, TypeError) as error:
+        raise _bad_key("it is not a private key in PEM without a password") from error
+    if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
+        raise _bad_key("it is not on one of the curves P-256, P-384 and P-521")
+    return key
+
+
+def _extra_missing() -> Unavailable:
+    return Unavailable(
+        "extra_missing", "Signatures need cryptography.", next_step="Install adaptory with its extra `sign`."
+    )
 
 
 def _load(public_key: str) -> "EllipticCurvePublicKey":
@@ -170,9 +298,7 @@ def _load(public_key: str) -> "EllipticCurvePublicKey":
         from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ModuleNotFoundError as error:
-        raise Unavailable(
-            "extra_missing", "Signatures need cryptography.", next_step="Install adaptory with its extra `sign`."
-        ) from error
+        raise _extra_missing() from error
     try:
         key = load_pem_public_key(public_key.encode())
     except ValueError as error:
@@ -198,5 +324,5 @@ def _bad_key(why: str) -> Invalid:
     return Invalid(
         "bad_key",
         f"A signing key cannot be used: {why}.",
-        next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout | openssl ec -pubout",
+        next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem (openssl ec -pubout).",
     )

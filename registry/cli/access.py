@@ -110,14 +110,29 @@ def set_namespace(
     signing_key: Annotated[
         list[Path] | None, typer.Option(help="A public key (PEM) that may sign; all of them at once.")
     ] = None,
+    signature_covers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="release|files", help="What a required signature has to cover; `files` takes those of other tools."
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Make a namespace, or change who may read it and what it takes."""
     keys = [read_text(path, _KEY_BYTES) for path in signing_key] if signing_key else None
-    body = {"public": public, "require_signature": require_signature, "signing_keys": keys}
+    body = {
+        "public": public,
+        "require_signature": require_signature,
+        "signing_keys": keys,
+        "signature_covers": signature_covers,
+    }
     with connected() as connection:
         found = connection.api.put(f"/v1/namespaces/{quote(namespace, safe='')}", body)
-    pairs = [("visible", _visibility(found)), ("signed only", found["require_signature"])]
+    pairs = [
+        ("visible", _visibility(found)),
+        ("signed only", found["require_signature"]),
+        ("signature covers", found["signature_covers"]),
+    ]
     render.document(found, json, lambda: render.lines(f"namespace {namespace}", pairs))
 
 

@@ -19,6 +19,7 @@ from registry.cli import (
     release,
     render,
     search,
+    sign,
     transfer,
     upkeep,
 )
@@ -26,7 +27,7 @@ from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {
     "torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
-    "cryptography": "sign", "model_signing": "sign",
+    "cryptography": "sign",
 }  # fmt: skip
 """Which extra brings a package that is imported only where it is used."""
 
@@ -50,7 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for part in (base, access, transfer, release, diff, search, quality, conflicts, compose, operate, upkeep):
+for part in (base, access, transfer, sign, release, diff, search, quality, conflicts, compose, operate, upkeep):
     part.register(app)
 
 

@@ -11,6 +11,7 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
+from registry.cli.sign import signer
 from registry.errors import NotFound, RegistryError, Usage
 from registry.names import parse_channel_reference, parse_reference, parse_repository
 
@@ -344,7 +345,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         ("commit", release["commit"]),
         ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
         ("breaking", release["breaking_reason"]),
-        ("signed by", release["signed_by"]),
+        ("signed by", signer(release)),
         ("type", ", ".join(dict.fromkeys([facts["type"], facts["variant"]]))),
         ("rank", facts.get("rank_max") or None),
         ("alpha", facts.get("alpha") if facts.get("rank_max") else None),

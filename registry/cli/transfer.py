@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +14,10 @@ from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.release import show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
+from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage, refuse_errors
 from registry.names import Reference, parse_part, parse_reference
+from registry.signing import Signed
 
 if TYPE_CHECKING:
     from registry.client.selection import Selection
@@ -100,15 +103,16 @@ def _publish(
 ) -> Json:
     """Hashes, signs and sends the files, and publishes the release; `how` is its kind and the key that signs it."""
     from registry.client import push as client
-    from registry.client.signing import published_signatures, signed
+    from registry.client.signing import Publication, push_signed
 
     kind, key = how
     with TemporaryDirectory() as staging:
         with render.progress("hash", selection.size_bytes) as done:
             files = client.collect(selection, done)
-        if key:
-            files = signed(files, key, Path(staging), published_signatures(connection.api, reference, files))
         with render.progress(f"push {reference}", sum(file.manifest.size_bytes for file in files)) as done:
+            if key:
+                publication = Publication(reference.repository, kind, request)
+                return push_signed(connection.api, files, publication, key, Path(staging), done)
             return client.push(connection.api, files, reference.repository, kind, request, done)
 
 
@@ -124,8 +128,9 @@ def pull(
         Path | None, typer.Option("-o", "--output", help="The directory to write; one in the cache when left out.")
     ] = None,
     verify: Annotated[
-        Path | None, typer.Option(metavar="PUB.pem", help="Refuse it unless this key has signed every file.")
+        Path | None, typer.Option(metavar="PUB.pem", help="Refuse it unless this key has signed the release.")
     ] = None,
+    signature_covers: SignatureCovers = "files",
     force: Annotated[bool, typer.Option("--force", help="Replace another release in the directory.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -135,13 +140,15 @@ def pull(
     """
     from registry.client import pull as client
     from registry.client.cache import BlobCache
-    from registry.client.signing import read_public_key, verify_files
+    from registry.client.signing import read_public_key, verify_release
 
     key = read_public_key(verify) if verify else None
+    signed: list[Signed] = []
 
     def check(directory: Path) -> None:
         if key:
-            verify_files(directory, _digests(release), key)
+            signed.append(verify_release(connection.api, release, parse_reference(ref), directory, key))
+            refuse_narrow(signed[0], signature_covers)
 
     with connected() as connection:
         release = resolved(connection, ref)
@@ -157,6 +164,7 @@ def pull(
         "version": release["version"],
         "commit": release["commit"],
         "directory": str(output),
+        **_signature(signed[0] if signed else None),
     }
     render.say(f"{release['repository']}:{release['version']} {release['commit']}")
     render.document(told, json, lambda: print(output))
@@ -165,8 +173,9 @@ def pull(
 def verify(  # noqa: PLR0913
     what: Annotated[str, typer.Argument(metavar="DIR|REF", help="A directory or a reference.")],
     key: Annotated[
-        Path | None, typer.Option(metavar="PUB.pem", help="The public key that must have signed every file.")
+        Path | None, typer.Option(metavar="PUB.pem", help="The public key that must have signed it.")
     ] = None,
+    signature_covers: SignatureCovers = "files",
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Merge a composed model again from its inputs, and compare.")
     ] = False,
@@ -179,9 +188,9 @@ def verify(  # noqa: PLR0913
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Whether a key has signed every file and each is still what was signed; whether a merge gives the same again."""
+    """Whether a key has signed it, and it is still what was signed; whether a merge gives the same again."""
     from registry.cli.rebuild import rebuilt, rebuilt_here
-    from registry.client.signing import read_public_key, verify_directory, verify_files
+    from registry.client.signing import read_public_key, verify_directory, verify_release
 
     if key is None and not rebuild:
         raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
@@ -191,6 +200,7 @@ def verify(  # noqa: PLR0913
         _refuse_idle({"--base-dir": base_dir, **local}, "merges that are made again with --rebuild")
     told: Json = {"what": what}
     release: Json | None = None
+    connection: Connection | None = None
     with ExitStack() as stack:
         if not directory.is_dir():
             connection = stack.enter_context(connected())
@@ -202,11 +212,13 @@ def verify(  # noqa: PLR0913
         elif rebuild:
             told["rebuild"] = rebuilt_here(directory, base_dir, adapter or [], dequantize=dequantize)
         if public_key:
-            told["signed_by"] = (
-                verify_files(directory, _digests(release), public_key)  # hashed a moment ago
-                if release
+            signed = (
+                verify_release(connection.api, release, parse_reference(what), directory, public_key)
+                if release and connection
                 else verify_directory(directory, public_key)
             )
+            refuse_narrow(signed, signature_covers)
+            told |= _signature(signed)
     render.document(told, json, lambda: _show_verified(told))
     if rebuild and told["rebuild"]["verdict"] == "different":
         next_step = "Do not serve it; ask who published it."
@@ -227,13 +239,21 @@ def _refuse_idle(options: Mapping[str, object], what: str) -> None:
         )
 
 
-def _digests(release: Json) -> dict[str, str]:
-    return {row["path"]: row["sha256"] for row in release["files"]}
+def _signature(signed: Signed | None) -> Json:
+    """Whose it is and what it covers; files alone with a warning, since they verify under any name, number and base."""
+    if signed is None:
+        return {}
+    if signed.release is None:
+        render.say("warning: the signature covers files only, not the repository, version and base that they go by.")
+    named = asdict(signed.release) if signed.release else None
+    return {"signed_by": signed.fingerprint, "signature_covers": signed.covers, "signed_release": named}
 
 
 def _show_verified(told: Json) -> None:
     if "signed_by" in told:
         print(f"{told['what']} is signed by {told['signed_by']}")
+        if named := told["signed_release"]:
+            print(f"  as {named['repository']}:{named['version']} {named['commit'][:12]} on base {named['base'][:12]}")
     if "rebuild" in told:
         found = told["rebuild"]
         print(f"{told['what']} made again: {found['verdict']}, {len(found['same'])} files are the same")

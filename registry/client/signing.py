@@ -1,61 +1,116 @@
 """Signing what is pushed and verifying what was pulled, with a key that lies on this machine."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from composer.hashing import hash_file
 from registry.client.api import Api, Json, line_path, release_path
-from registry.client.parallel import PAUSES_S, patiently
-from registry.client.push import LocalFile
+from registry.client.parallel import PAUSES_S, Progress, patiently
+from registry.client.push import LocalFile, push, send
 from registry.client.selection import refuse_no_file
-from registry.errors import Invalid, NotFound, Refused
-from registry.manifest import ManifestFile
-from registry.names import Digest, Reference
-from registry.signing import MAX_SIGNATURE_BYTES, SIGNATURE_FILE, fingerprint, open_signature, refuse_tampered
+from registry.errors import Invalid, NotFound, Refused, RegistryError
+from registry.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.names import Digest, Reference, RepositoryName, parse_digest, parse_version
+from registry.signing import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE_FILE,
+    Signed,
+    SignedRelease,
+    fingerprint,
+    open_signature,
+    public_key_of,
+    refuse_other_release,
+    refuse_tampered,
+    sign,
+)
+
+_OTHER_KEY = (
+    "Verify it with the public key of who signed it, which they tell you; if this is that key, trust it no more."
+)
 
 
-def signed(
-    files: Sequence[LocalFile], private_key: Path, aside: Path, published: Iterable[bytes] = ()
-) -> list[LocalFile]:
-    """The files and a signature over all of them, which is written to the empty directory `aside`.
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What is to be published: in which repository, as an adapter or a model, and the request without its files."""
 
-    It is the first of the `published` ones that this key made over these very files, else a new one: ECDSA is
-    randomised, so signing anew would make other content of the same files. The key is one of an elliptic curve, in PEM,
-    without a password. Raises Invalid for another one, and Refused when a file is no longer what was collected.
+    target: RepositoryName
+    kind: str
+    request: Json
+
+
+def push_signed(
+    api: Api, files: Sequence[LocalFile], wanted: Publication, key: Path, staging: Path, progress: Progress
+) -> Json:
+    """`push`, with a signature over the files and the release. A bump finds the number first, for which the files have
+    to be in the store."""
+    read_private_key(key)  # before anything is sent
+    if wanted.request["version"]:
+        signed = sign_files(api, files, wanted, key, staging)
+        return push(api, signed, wanted.target, wanted.kind, wanted.request, progress)
+    sent = send(api, wanted.target.namespace, files, progress)
+    signed = sign_files(api, files, wanted, key, staging)
+    published = push(api, signed, wanted.target, wanted.kind, wanted.request, lambda _count: None)
+    return {**published, "sent": published["sent"] + sent}
+
+
+def sign_files(api: Api, files: Sequence[LocalFile], wanted: Publication, key: Path, staging: Path) -> list[LocalFile]:
+    """The files and a signature over them and the release that they are to be, written to the directory `staging`.
+
+    Fixes the request's version where a bump names it: then the files have to be in the store already. A retry takes the
+    signature that this key made of the release then: ECDSA is randomised, so a new one would be other content. Raises
+    Invalid for a key that cannot sign.
     """
+    request, private_key = wanted.request, read_private_key(key)
     kept = [file for file in files if file.manifest.path != SIGNATURE_FILE]
     digests = {file.manifest.path: file.manifest.sha256 for file in kept}
-    signer, public_key = _open_key(private_key)
-    target = aside / SIGNATURE_FILE
-    same = next((content for content in published if _holds(content, public_key, digests)), None)
-    if same is not None:
-        target.write_bytes(same)
+    base = api.base(request["base"])["digest"]
+    again = _released(api, wanted, digests, base, public_key_of(private_key))
+    if again is not None:
+        request["version"], content = again
     else:
-        _sign(signer, kept, aside / "release", target)
-        refuse_tampered(open_signature(target.read_bytes(), [public_key]), digests)
-    manifest = ManifestFile(SIGNATURE_FILE, target.stat().st_size, Digest(hash_file(target)))
-    return [*kept, LocalFile(target, manifest)]
+        request["version"] = request["version"] or _next_version(api, wanted, kept)
+        commit = commit_id(canonical_manifest([file.manifest for file in kept]))
+        content = sign(private_key, SignedRelease(str(wanted.target), request["version"], base, commit), digests)
+    request["bump"] = None
+    signature = staging / SIGNATURE_FILE
+    signature.write_bytes(content)
+    manifest = ManifestFile(SIGNATURE_FILE, len(content), Digest(hash_file(signature)))
+    return [*kept, LocalFile(signature, manifest)]
 
 
-def published_signatures(api: Api, target: Reference, files: Sequence[LocalFile]) -> Iterator[bytes]:
-    """The signatures, by whomever, of the adapter's releases with the same files: of the one that `target` names, or of
-    any, the highest version first, where a bump will find the version."""
-    digests = {file.manifest.path: file.manifest.sha256 for file in files if file.manifest.path != SIGNATURE_FILE}
-    for release in _releases(api, target):
+def _next_version(api: Api, wanted: Publication, files: Sequence[LocalFile]) -> str:
+    rows = [asdict(file.manifest) for file in files]
+    body = {"bump": wanted.request["bump"], "base": wanted.request["base"], "files": rows}
+    path = f"{line_path(wanted.target, wanted.kind)}/next-version"
+    return patiently(lambda: api.post(path, body), iter(PAUSES_S))["version"]
+
+
+def _released(
+    api: Api, wanted: Publication, digests: Mapping[str, str], base: str, public_key: str
+) -> tuple[str, bytes] | None:
+    """The version that has these files for this base, with this key's signature among them: of the release that the
+    request names, or where a bump names it of the highest stable one, which is what such a push would repeat."""
+    for release in _releases(api, wanted):
         there = {row["path"]: row["sha256"] for row in release["files"]}
-        if there.pop(SIGNATURE_FILE, None) is not None and there == digests:
-            yield patiently(partial(_signature_of, api, release), iter(PAUSES_S))
+        if there.pop(SIGNATURE_FILE, None) is None or there != digests or release["base"]["digest"] != base:
+            continue
+        content = patiently(partial(_signature_of, api, release), iter(PAUSES_S))
+        if _holds(content, public_key, release):
+            return str(release["version"]), content
+    return None
 
 
-def _releases(api: Api, target: Reference) -> Iterator[Json]:
-    path = f"{line_path(target.repository)}/releases"
+def _releases(api: Api, wanted: Publication) -> Iterator[Json]:
+    path, version = f"{line_path(wanted.target, wanted.kind)}/releases", wanted.request["version"]
     try:
-        if target.version:
-            yield api.get(f"{path}/{target.version}")
-        else:
-            yield from api.pages(path)
+        if version:
+            yield api.get(f"{path}/{version}")
+            return
+        stable = (one for one in api.pages(path) if not one["yanked"] and parse_version(one["version"]).stable)
+        yield from islice(stable, 1)
     except NotFound:  # it is the first of its name
         return
 
@@ -71,46 +126,60 @@ def _signature_of(api: Api, release: Json) -> bytes:
     return bytes(content[: MAX_SIGNATURE_BYTES + 1])
 
 
-def _holds(content: bytes, public_key: str, digests: Mapping[str, str]) -> bool:
+def _holds(content: bytes, public_key: str, release: Json) -> bool:
     try:
-        refuse_tampered(open_signature(content, [public_key]), digests)
+        signed = open_signature(content, [public_key])
+        refuse_tampered(signed, _digests(release))
+        refuse_other_release(signed, bound_release(release))
     except (Refused, Invalid):  # another key's, or no signature at all: not ours to judge
         return False
     return True
 
 
-def _sign(signer: Any, files: Sequence[LocalFile], release: Path, target: Path) -> None:
-    """model-signing signs a whole directory, or names in the signature what it left out of one: `release` is made so
-    that it has these files and no others."""
-    from model_signing import hashing
-
-    for file in files:
-        link = release / file.manifest.path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file.source.resolve())
-    hasher: Any = hashing.Config()  # the library's types are incomplete
-    hasher.set_allow_symlinks(True).set_ignored_paths(paths=[SIGNATURE_FILE], ignore_git_paths=False)
-    signer.set_hashing_config(hasher).sign(release, target)
-
-
-def _open_key(private_key: Path) -> tuple[Any, str]:
-    """What signs with the key, and its public key in PEM."""
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-    from model_signing import signing
-
-    signer: Any = signing.Config()
+def read_private_key(path: Path) -> bytes:
+    """The PEM in a file, once it is certain that it can sign. Raises Invalid."""
     try:
-        public_key = load_pem_private_key(private_key.read_bytes(), None).public_key()
-        signer.use_elliptic_key_signer(private_key=private_key)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        private_key = path.read_bytes()
+        if b"PRIVATE KEY" in private_key:
+            public_key_of(private_key)
+            return private_key
+        why = "it is not a private key in PEM"
+    except OSError as error:
+        why = str(error.strerror)
+    except Invalid as error:
+        why = error.detail.removeprefix("A signing key cannot be used: ").removesuffix(".")
+    raise Invalid(
+        "bad_key",
+        f"{path} is no private key that can sign: {why}.",
+        subject=str(path),
+        next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
+    )
+
+
+def bound_release(release: Json) -> SignedRelease:
+    """What a signature of the release that a registry answered has to say. Raises Invalid where its commit is not that
+    of its files."""
+    files = [ManifestFile(row["path"], row["size_bytes"], parse_digest(row["sha256"])) for row in release["files"]]
+    if commit_id(canonical_manifest(files)) != release["commit"]:
         raise Invalid(
-            "bad_key",
-            f"{private_key} is no private key that can sign: {why}.",
-            subject=str(private_key),
-            next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
-        ) from error
-    return signer, public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+            "commit_differs",
+            f"The commit of {release['repository']}:{release['version']} is not that of its files.",
+            next_step="Look at ADAPTORY_URL, and tell those who run the registry.",
+        )
+    kept = [file for file in files if file.path != SIGNATURE_FILE]
+    commit = commit_id(canonical_manifest(kept))
+    return SignedRelease(release["repository"], release["version"], release["base"]["digest"], commit)
+
+
+def sign_release(api: Api, release: Json, key: Path) -> Json:
+    """Signs a release that is out. The release as it is then. Raises Invalid for a key that cannot sign."""
+    files = {path: sha256 for path, sha256 in _digests(release).items() if path != SIGNATURE_FILE}
+    bundle = sign(read_private_key(key), bound_release(release), files)
+    return api.post(f"{release_path(release)}/signatures", {"bundle": bundle.decode()})
+
+
+def _digests(release: Json) -> dict[str, str]:
+    return {row["path"]: row["sha256"] for row in release["files"]}
 
 
 def read_public_key(path: Path) -> str:
@@ -129,31 +198,65 @@ def read_public_key(path: Path) -> str:
     return public_key
 
 
-def verify_files(directory: Path, files: Mapping[str, str], public_key: str) -> str:
-    """Verifies files whose sha256 are known already (a pull has just checked them). Returns the key's fingerprint.
+def verify_release(api: Api, release: Json, asked: Reference, directory: Path, public_key: str) -> Signed:
+    """Verifies a release whose files in `directory` were just checked against their sha256.
 
-    Raises Refused when the release is unsigned, signed by another key, or when a file is not the signed one.
+    By the signature among its files, or one that came after it; one that binds the release is preferred. Raises Refused
+    when it is unsigned, signed by another key, when a file is not the signed one, and for a signature of another
+    repository, version or base.
     """
-    if SIGNATURE_FILE not in files:
+    expected, digests = bound_release(release), _digests(release)
+    if str(asked.repository) != expected.repository or str(asked.version or expected.version) != expected.version:
+        raise Refused(
+            "other_release",
+            f"The registry answered {expected.repository}:{expected.version} to {asked}.",
+            subject=str(asked),
+            next_step="Look at ADAPTORY_URL, and tell those who run the registry.",
+        )
+    bundles = [_read_signature(directory)] if SIGNATURE_FILE in digests else []
+    bundles += [row["bundle"].encode() for row in _later_signatures(api, release)]
+    signed = _best(bundles, public_key)
+    refuse_tampered(signed, digests)
+    refuse_other_release(signed, expected)
+    return signed
+
+
+def _later_signatures(api: Api, release: Json) -> list[Json]:
+    try:
+        return api.get(f"{release_path(release)}/signatures")["signatures"]
+    except NotFound:  # a registry of before there were any
+        return []
+
+
+def _best(bundles: Sequence[bytes], public_key: str) -> Signed:
+    """What the key has signed of several bundles, the release before files alone."""
+    if not bundles:
         raise Refused(
             "unsigned",
             f"There is no {SIGNATURE_FILE}: nobody has signed these files.",
             subject=SIGNATURE_FILE,
-            next_step="Ask for a signed release (adaptory push --sign KEY.pem).",
+            next_step="Ask its publisher to sign it (`adaptory sign REF --key KEY.pem`), or use it without --verify.",
         )
+    opened: list[Signed] = []
+    refusals: list[RegistryError] = []
+    for bundle in bundles:
+        try:
+            opened.append(open_signature(bundle, [public_key], _OTHER_KEY))
+        except (Refused, Invalid) as error:
+            refusals.append(error)
+    if not opened:
+        raise refusals[-1]
+    return max(opened, key=lambda signed: signed.release is not None)
+
+
+def _read_signature(directory: Path) -> bytes:
     with (directory / SIGNATURE_FILE).open("rb") as file:
-        content = file.read(MAX_SIGNATURE_BYTES + 1)
-    signed = open_signature(
-        content,
-        [public_key],
-        "Verify it with the public key of who signed it, which they tell you; if this is that key, trust it no more.",
-    )
-    refuse_tampered(signed, files)
-    return signed.fingerprint
+        return file.read(MAX_SIGNATURE_BYTES + 1)
 
 
-def verify_directory(directory: Path, public_key: str) -> str:
-    """Verifies every file below a directory, hidden ones too. Returns and raises like `verify_files`.
+def verify_directory(directory: Path, public_key: str) -> Signed:
+    """Verifies every file below a directory, hidden ones too, by the signature there; which release it is, nobody can
+    tell of a directory. Raises Refused as `verify_release` does.
 
     Raises Invalid for what is no file: behind a link to a directory there may be more than was signed.
     """
@@ -167,6 +270,7 @@ def verify_directory(directory: Path, public_key: str) -> str:
     paths = [path for path in sorted(directory.rglob("*")) if path.is_symlink() or not path.is_dir()]
     for path in paths:
         refuse_no_file(path, path.relative_to(directory))
-    return verify_files(
-        directory, {path.relative_to(directory).as_posix(): hash_file(path) for path in paths}, public_key
-    )
+    digests = {path.relative_to(directory).as_posix(): hash_file(path) for path in paths}
+    signed = _best([_read_signature(directory)] if SIGNATURE_FILE in digests else [], public_key)
+    refuse_tampered(signed, digests)
+    return signed

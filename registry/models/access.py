@@ -10,7 +10,8 @@ from registry.db import Row, UtcDateTime
 
 
 class Namespace(Row):
-    """The unit of permission. `signing_keys` are the public keys (PEM) that releases must be signed with, if any."""
+    """The unit of permission. `signing_keys` are the public keys (PEM) that releases must be signed with, if any, and
+    `signature_covers` what a signature has to cover where one is required: the `release`, or its `files` alone."""
 
     __tablename__ = "namespaces"
 
@@ -18,6 +19,7 @@ class Namespace(Row):
     public: Mapped[bool] = mapped_column(index=True)
     require_signature: Mapped[bool]
     signing_keys: Mapped[list[str]] = mapped_column(JSON)
+    signature_covers: Mapped[str] = mapped_column(String(16), default="release", server_default="release")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
 

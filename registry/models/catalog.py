@@ -196,7 +196,8 @@ class Release(Row):
 
     `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
     `composer.formats.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
-    `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key.
+    `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
+    `signature_covers` says whether it signed the `release` or its `files` alone.
     `stamp` is another number whenever what is told of it has changed: by a yank, or by a score.
     """
 
@@ -236,6 +237,7 @@ class Release(Row):
     loading: Mapped[dict[str, Any]] = mapped_column(JSON)
     breaking_reason: Mapped[str | None]
     signed_by: Mapped[str | None] = mapped_column(String(64))
+    signature_covers: Mapped[str | None] = mapped_column(String(16))
     notes: Mapped[str]
     yanked: Mapped[bool] = mapped_column(default=False)
     yank_reason: Mapped[str | None]
@@ -245,3 +247,15 @@ class Release(Row):
     repository: Mapped[Repository] = relationship(lazy="joined", innerjoin=True)
     revision: Mapped[Revision] = relationship(lazy="joined", innerjoin=True)
     base: Mapped[Base] = relationship(lazy="joined", innerjoin=True)
+
+
+class Signature(Row):
+    """A bundle that signs a release, made after it: one a key. A signature that came with the files is one of them."""
+
+    __tablename__ = "signatures"
+
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
+    signed_by: Mapped[str] = mapped_column(String(64), primary_key=True)
+    bundle: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))

@@ -38,11 +38,13 @@ class NewTokenOut(TokenOut):
 
 
 class NamespaceIn(WireIn):
-    """What is left out stays as it is. `signing_keys` are public keys in PEM form."""
+    """What is left out stays as it is. `signing_keys` are public keys in PEM form; `signature_covers` is what a
+    signature has to cover where one is required."""
 
     public: bool | None = None
     require_signature: bool | None = None
     signing_keys: list[Annotated[str, Field(max_length=2000)]] | None = Field(default=None, max_length=20)
+    signature_covers: Literal["release", "files"] | None = None
 
 
 class NamespaceOut(Wire):
@@ -50,6 +52,7 @@ class NamespaceOut(Wire):
     public: bool
     require_signature: bool
     signing_keys: list[str]
+    signature_covers: Literal["release", "files"]
     created_at: datetime
     created_by: str
 

@@ -183,7 +183,8 @@ class InputOut(Wire):
 class ReleaseOut(Wire):
     """`servers` load it if its rank is within their limit, `loading` says why the others do not.
 
-    `signed_by` is the sha256 of the key, in PEM, that signed every file; `breaking_reason` why it may break its range.
+    `signed_by` is the sha256 of the key, in PEM, that signed it; `signature_covers` says whether that binds the release
+    (repository, version, base, commit) or its files alone. `breaking_reason` is why it may break its range.
     """
 
     repository: str
@@ -205,7 +206,33 @@ class ReleaseOut(Wire):
     servers: list[str]
     loading: dict[str, Refusal]
     signed_by: str | None
+    signature_covers: Literal["release", "files"] | None
     breaking_reason: str | None
+
+
+class NextOut(Wire):
+    """The number that a push with this bump would get now."""
+
+    version: str
+
+
+class SignatureIn(WireIn):
+    """`bundle` is a Sigstore bundle, as `adaptory sign` makes one."""
+
+    bundle: str = Field(max_length=16_000_000)
+
+
+class SignatureOut(Wire):
+    signed_by: str
+    bundle: str
+    created_at: datetime
+    created_by: str
+
+
+class SignaturesOut(Wire):
+    """Those that came after the release; one that came with its files is `model.sig` among them."""
+
+    signatures: list[SignatureOut]
 
 
 class PublishedOut(Wire):

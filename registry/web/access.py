@@ -82,7 +82,7 @@ def set_namespace(
     namespace: str, body: NamespaceIn, resources: ResourcesOf, actor: Admin, callers: CallersOf
 ) -> NamespaceOut:
     """Makes the namespace, for an admin of the registry, or changes what the body names."""
-    wanted = Change(body.public, body.require_signature, body.signing_keys)
+    wanted = Change(body.public, body.require_signature, body.signing_keys, body.signature_covers)
     with resources.write() as session:
         view = _namespace_view(namespaces.change(session, actor, namespace, wanted))
     callers.forget()
@@ -115,11 +115,5 @@ def _token_view(row: Token) -> TokenOut:
 
 
 def _namespace_view(row: Namespace) -> NamespaceOut:
-    return NamespaceOut(
-        namespace=row.name,
-        public=row.public,
-        require_signature=row.require_signature,
-        signing_keys=row.signing_keys,
-        created_at=row.created_at,
-        created_by=row.created_by,
-    )
+    document = {name: getattr(row, name) for name in NamespaceOut.model_fields if name != "namespace"}
+    return NamespaceOut.model_validate({"namespace": row.name, **document})

@@ -17,11 +17,18 @@ from registry.http.rules import ASKED_AGAIN, Caller
 from registry.jobs import FINISHED
 from registry.resources import Resources
 from registry.schemas.work import CompositionIn, CompositionOut
+from registry.settings import Settings
+from registry.signing import fingerprint, public_key_of, read_key
 from registry.web.views import composition_view
 
 router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class=Route)
 
 _POLL_S = 0.5
+
+
+def signer_of(settings: Settings) -> str | None:
+    """The fingerprint of the key that signs what is composed."""
+    return fingerprint(public_key_of(read_key(settings.signing_key))) if settings.signing_key else None
 
 
 @router.post("", status_code=202)
@@ -31,7 +38,9 @@ def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> Compos
     for role, namespace in compositions.roles_needed(recipe):
         permit(actor, role, namespace)
     with resources.write() as session:
-        composition = compositions.create(session, actor, recipe, plan_only=body.plan)
+        composition = compositions.create(
+            session, actor, recipe, plan_only=body.plan, signer=signer_of(resources.settings)
+        )
         return composition_view(*compositions.find(session, composition.id))
 
 

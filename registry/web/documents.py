@@ -195,6 +195,7 @@ def release_document(actor: Actor, described: Description) -> Json:
         "servers": _servers(row.servers),
         "loading": orjson.Fragment(row.loading),
         "signed_by": row.signed_by,
+        "signature_covers": row.signature_covers,
         "breaking_reason": row.breaking_reason,
     }
 

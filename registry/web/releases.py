@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from registry import compositions, publishing, releases, repositories, yanks
+from registry import compositions, publishing, releases, repositories, signatures, yanks
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import RequestKey, ResourcesOf, keyed
@@ -17,10 +17,14 @@ from registry.names import parse_digest, parse_version
 from registry.publishing import Push
 from registry.schemas import Page
 from registry.schemas.catalog import (
+    NextOut,
     PublishedOut,
     ReleaseIn,
     ReleaseOut,
     RepositoryOut,
+    SignatureIn,
+    SignatureOut,
+    SignaturesOut,
     SpectrumOut,
     TargetSuiteOut,
     YankIn,
@@ -84,6 +88,15 @@ def publish(  # noqa: PLR0913
         return PublishedOut(release=view, created=published.created, warnings=published.warnings)
 
 
+@repository_routes.post("/{namespace}/{name}/next-version")
+@in_store_threads
+def next_version(named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher) -> NextOut:
+    """The number that a release of these files would get now by its `bump`: a signature has to name it."""
+    files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
+    push = Push(named.name, named.kind, None, body.bump, body.base, files)
+    return NextOut(version=str(publishing.next_version(resources, push)))
+
+
 @repository_routes.get("/{namespace}/{name}/releases", response_model=Page[ReleaseOut])
 def list_releases(
     named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
@@ -132,6 +145,23 @@ def download_file(
     with resources.read() as session:
         file = releases.find_file(session, releases.find(session, named.name, parse_version(version), named.kind), path)
     return file_response(resources, file, f"{path} of {named.name}:{version}", byte_range)
+
+
+@repository_routes.post("/{namespace}/{name}/releases/{version}/signatures")
+def sign(named: RepositoryOf, version: str, body: SignatureIn, resources: ResourcesOf, actor: Publisher) -> ReleaseOut:
+    """A signature of a release that is out, by a key of its namespace: from whoever published it, or an admin."""
+    target = (named.name, parse_version(version), named.kind)
+    release_id = publishing.add_signature(resources, actor, target, body.bundle.encode())
+    with resources.read() as session:
+        return release_view(session, actor, session.get_one(Release, release_id))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/signatures")
+def list_signatures(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> SignaturesOut:
+    with resources.read() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        rows = signatures.of_release(session, release)
+        return SignaturesOut(signatures=[SignatureOut.model_validate(row, from_attributes=True) for row in rows])
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")

@@ -23,7 +23,7 @@ from composer.recipe import Lock, Recipe, parse_recipe
 from composer.settings import PIPELINES
 from composer.suite import Suite as SuiteContent
 from composer.weights import Weight
-from registry import bases, compositions, gates, publishing, releases, suites, uploads
+from registry import bases, compositions, gates, publishing, suites, uploads
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
 from registry.manifest import ManifestFile
@@ -36,6 +36,7 @@ from registry.suites import Measurement
 from registry.upkeep import work_of
 from registry.worker.judging import Examination, Member, judge, with_inputs
 from registry.worker.loop import Held, JobKind
+from registry.worker.signed import publish_signed
 
 if TYPE_CHECKING:
     from composer.calibration import Calibration
@@ -311,7 +312,7 @@ def publish(held: Held) -> None:
     held.check()
     with held.resources.write() as session:
         actor = _creator(held, session)  # while the bytes were sent, a role may have been taken away
-        made = [releases.publish(session, actor, new)[0] for new in prepared]
+        made = [publish_signed(held.resources.settings, session, actor, new) for new in prepared]
         composition, _ = compositions.find(session, work.composition_id)
         composition.results = compositions.result_rows(made)
         measured = [_measurement(score) for score in composition.candidate_scores or []]

@@ -26,6 +26,9 @@ GET    /v1/{kind}/{namespace}/{name}/releases/{version}                         
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/target-suite            reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/spectrum                reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/files/{path:path}       reader
+POST   /v1/{kind}/{namespace}/{name}/next-version                               publisher
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              publisher
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              reader
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/yank                    releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/unyank                  releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  publisher

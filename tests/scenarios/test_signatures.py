@@ -17,7 +17,6 @@ from model_signing import verifying as stock_verifying
 from registry.client.push import collect, push
 from registry.client.selection import select_files
 from registry.client.signing import read_public_key, verify_directory
-from registry.client.signing import signed as signed_files
 from registry.errors import Invalid, Refused
 from registry.names import parse_repository
 from registry.signing import SIGNATURE_FILE, fingerprint, open_signature
@@ -65,9 +64,10 @@ def stock_sign(directory: Path, keys: Keys) -> None:
     aside.rename(directory / SIGNATURE_FILE)
 
 
-def require(cli: Cli, *trusted: Keys, required: bool = True) -> None:
+def require(cli: Cli, *trusted: Keys, required: bool = True, covers: str = "files") -> None:
     with api_of(cli) as api:
         policy = {"require_signature": required, "signing_keys": [one.pem for one in trusted]}
+        policy |= {"signature_covers": covers}
         api.put("/v1/namespaces/acme", policy)
 
 
@@ -87,10 +87,11 @@ def test_a_signed_release_is_verified_when_it_is_pulled(
     stocked: Cli, world: World, keys: Keys, stranger: Keys, tmp_path: Path
 ) -> None:
     cli = stocked
-    require(cli, keys)
+    require(cli, keys, covers="release")
     release = cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--sign", keys.private)[
         "release"
     ]
+    assert release["signature_covers"] == "release"
     assert release["signed_by"] == fingerprint(keys.pem)
     assert SIGNATURE_FILE in {file["path"] for file in release["files"]}
     assert not (world.adapters["sql"] / SIGNATURE_FILE).exists(), "what training wrote is left alone"
@@ -109,18 +110,16 @@ def test_a_signed_release_is_verified_when_it_is_pulled(
 
 
 def test_a_signature_names_what_is_released_and_no_other_file_of_the_directory(
-    world: World, keys: Keys, tmp_path: Path
+    stocked: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:
-    directory, aside = tmp_path / "adapter", tmp_path / "aside"
+    directory = tmp_path / "adapter"
     shutil.copytree(world.adapters["sql"], directory)
     (directory / ".env").write_text("a secret")
-    aside.mkdir()
-    files = signed_files(collect(select_files(directory, "model")), keys.private, aside)
-    statement = base64.b64decode(json.loads(files[-1].source.read_text())["dsseEnvelope"]["payload"]).decode()
-    assert ".env" not in statement
-    assert set(open_signature(files[-1].source.read_bytes(), [keys.pem]).files) == {
-        file.manifest.path for file in files[:-1]
-    }
+    stocked.ok("push", directory, "acme/sql:1.0.0", "--base", "tiny", "--sign", keys.private)
+    stocked.ok("pull", "acme/sql", "-o", tmp_path / "out")
+    content = (tmp_path / "out" / SIGNATURE_FILE).read_bytes()
+    assert ".env" not in base64.b64decode(json.loads(content)["dsseEnvelope"]["payload"]).decode()
+    assert set(open_signature(content, [keys.pem]).files) == {path.name for path in directory.glob("[!.]*")}
 
 
 def test_an_unsigned_release_is_refused_by_policy_and_by_who_verifies(
@@ -209,7 +208,7 @@ def test_a_release_that_came_before_its_key_was_trusted_says_how_it_is_promoted_
     refused = cli("promote", "acme/sql:1.0.0", "--to", "prod")
     assert refused.code == 1
     assert "acme/sql:1.0.0 was not known to be signed by one of them when it was published" in refused.err
-    assert "as another version" in refused.err
+    assert "adaptory sign acme/sql:1.0.0" in refused.err
     published = cli.json("push", signed, "acme/sql:1.0.1", "--base", "tiny")["release"]
     assert published["signed_by"] == fingerprint(keys.pem)
     cli.ok("promote", "acme/sql:1.0.1", "--to", "prod")
@@ -217,7 +216,7 @@ def test_a_release_that_came_before_its_key_was_trusted_says_how_it_is_promoted_
 
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", "README.md"])
 def test_a_tampered_file_is_named(signed: Path, keys: Keys, file: str) -> None:
-    assert verify_directory(signed, keys.pem) == fingerprint(keys.pem)
+    assert verify_directory(signed, keys.pem).fingerprint == fingerprint(keys.pem)
     content = bytearray((signed / file).read_bytes())
     content[-1] ^= 1
     (signed / file).write_bytes(content)
@@ -310,7 +309,7 @@ def test_what_model_signing_signs_is_verified_on_each_of_its_curves(
     keys, directory = Keys(tmp_path, curve.name, curve), tmp_path / "adapter"
     shutil.copytree(world.adapters["sql"], directory)
     stock_sign(directory, keys)
-    assert verify_directory(directory, keys.pem) == fingerprint(keys.pem)
+    assert verify_directory(directory, keys.pem).fingerprint == fingerprint(keys.pem)
 
 
 def test_a_policy_takes_only_keys_that_can_verify(stocked_embedded: Cli, keys: Keys, tmp_path: Path) -> None:

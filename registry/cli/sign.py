@@ -1,0 +1,59 @@
+"""Signing a release that is out, such as one that a server composed."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import connected, resolved
+from registry.cli.render import JsonFlag
+from registry.errors import Refused, Usage
+from registry.signing import Signed
+
+SignatureCovers = Annotated[
+    str,
+    typer.Option(metavar="release|files", help="What it has to cover: `release` refuses one of files alone."),
+]
+
+
+def register(root: typer.Typer) -> None:
+    root.command("sign")(sign)
+
+
+def sign(
+    ref: Annotated[str, typer.Argument(help="A release that you published.")],
+    key: Annotated[Path, typer.Option(metavar="KEY.pem", help="The private key to sign with.")],
+    json: JsonFlag = False,
+) -> None:
+    """Sign a release that is out, such as one that a server composed: its name, number, base and files."""
+    from registry.client.signing import sign_release
+
+    with connected() as connection:
+        release = sign_release(connection.api, resolved(connection, ref), key)
+    name = f"{release['repository']}:{release['version']}"
+    render.document(release, json, lambda: print(f"signed {name} {release['commit'][:12]} by {release['signed_by']}"))
+
+
+def signer(release: dict[str, Any]) -> str | None:
+    """Whose signature the registry knows, and whether it covers less than the release."""
+    only = " (files only)" if release["signature_covers"] == "files" else ""
+    return f"{release['signed_by']}{only}" if release["signed_by"] else None
+
+
+def refuse_narrow(signed: Signed, needed: str) -> None:
+    """Raises Refused for a signature of files alone where it has to cover the release."""
+    if needed not in ("release", "files"):
+        raise Usage(
+            "bad_covers",
+            f"--signature-covers {needed} is neither release nor files.",
+            subject=needed,
+            next_step="Use --signature-covers release.",
+        )
+    if needed == "release" and signed.release is None:
+        raise Refused(
+            "signature_files_only",
+            "The signature covers files only, not the repository, version and base that they go by.",
+            subject="model.sig",
+            next_step="Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
+        )

@@ -1,0 +1,60 @@
+"""Signatures that come after their release: `adaptory sign REF`, and those of a worker's key."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry import audit, releases, repositories
+from registry.access import Role, holds
+from registry.audit import Act, Actor
+from registry.errors import NotAllowed, Refused
+from registry.manifest import parse_manifest
+from registry.models import Release, Signature
+from registry.releases import full_name
+from registry.signing import Signed, refuse_other_release, refuse_tampered
+
+
+def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle: bytes) -> None:
+    """Signs a release that is out. One key's next signature replaces its last.
+
+    For whoever published it, and for admins of its namespace. Raises Refused for a signature of another release, of
+    other files, or of files alone.
+    """
+    name, namespace = full_name(release), release.repository.namespace
+    if release.created_by != actor.name and not holds(actor, Role.ADMIN, namespace):
+        raise NotAllowed(
+            "not_yours",
+            f"{name} was published by {release.created_by}.",
+            subject=name,
+            next_step=f"Ask {release.created_by} or an admin of {namespace} to sign it.",
+        )
+    files = parse_manifest(release.revision.manifest)
+    if signed.release is None:
+        raise Refused(
+            "signature_files_only",
+            f"This signature does not name {name}: it covers files only.",
+            subject=name,
+            next_step=f"Make one with `adaptory sign {name} --key KEY.pem`.",
+        )
+    refuse_other_release(
+        signed,
+        releases.signable(str(repositories.name_of(release.repository)), release.version, release.base_digest, files),
+    )
+    refuse_tampered(signed, {file.path: file.sha256 for file in files})
+    before = {"signed_by": release.signed_by, "signature_covers": release.signature_covers}
+    keep(session, actor, release, signed.fingerprint, bundle)
+    release.signed_by, release.signature_covers = signed.fingerprint, signed.covers
+    session.flush()
+    after = {"signed_by": release.signed_by, "signature_covers": release.signature_covers}
+    audit.record(session, actor, Act.RELEASE_SIGN, name, namespace=namespace, before=before, after=after)
+
+
+def of_release(session: Session, release: Release) -> list[Signature]:
+    query = select(Signature).where(Signature.release_id == release.id).order_by(Signature.created_at)
+    return list(session.scalars(query))
+
+
+def keep(session: Session, actor: Actor, release: Release, signed_by: str, bundle: bytes) -> None:
+    session.flush()
+    row = session.get(Signature, (release.id, signed_by)) or Signature(release_id=release.id, signed_by=signed_by)
+    row.bundle, row.created_at, row.created_by = bundle.decode(), actor.at, actor.name
+    session.add(row)

@@ -1,0 +1,31 @@
+"""Publishes what a worker made, signed by its key (`ADAPTORY_SIGNING_KEY`)."""
+
+from dataclasses import replace
+
+from sqlalchemy.orm import Session
+
+from registry import namespaces, releases, signatures
+from registry.audit import Actor
+from registry.models import Release
+from registry.releases import NewRelease
+from registry.settings import Settings
+from registry.signing import fingerprint, open_signature, public_key_of, read_key, sign
+
+
+def publish_signed(settings: Settings, session: Session, actor: Actor, new: NewRelease) -> Release:
+    """Signed by the worker's key, where there is one that the namespace trusts."""
+    path, namespace = settings.signing_key, new.repository.namespace
+    keys = namespaces.signing_keys(session, namespace) if path else []
+    if path is None or not keys:
+        return releases.publish(session, actor, new)[0]
+    key = read_key(path)
+    public = fingerprint(public_key_of(key))
+    if public not in set(map(fingerprint, keys)):
+        return releases.publish(session, actor, new)[0]
+    bound = releases.signable(str(new.repository), str(new.version), new.base_digest, new.files)
+    bundle = sign(key, bound, {file.path: file.sha256 for file in new.files})
+    signed = open_signature(bundle, keys)
+    release, created = releases.publish(session, actor, replace(new, signed=signed, signed_by=signed.fingerprint))
+    if created:
+        signatures.keep(session, actor, release, signed.fingerprint, bundle)
+    return release
