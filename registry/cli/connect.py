@@ -140,7 +140,7 @@ def connected() -> Generator[Connection]:
                 next_step=f"Set ADAPTORY_{name}.",
             ) from error
         stack.callback(resources.close)
-        transport = InProcessTransport(create_app(resources))
+        transport = InProcessTransport(create_app(resources, on_demand=True))
         api = Api(EMBEDDED_URL, transport)
         stack.callback(api.close)
         yield Connection(api, settings, resources)
