@@ -16,7 +16,7 @@ from registry.access import Role, holds, refuse_stranger
 from registry.audit import Act, Actor
 from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.models import Base, BaseAlias, BaseLocation
-from registry.names import Digest, parse_part
+from registry.names import MAX_NEAR, Digest, nearest, parse_part
 from registry.statements import Prepared
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
@@ -186,12 +186,21 @@ def identify(session: Session, text: str) -> tuple[str, str]:
             "base_unknown",
             f"There is no base {text!r}.",
             subject=text,
-            next_step="Register it with `adaptory base add DIR --name NAME`; `adaptory base list` shows those known.",
+            next_step=nearest(
+                text,
+                _all_names(session),
+                "Register it with `adaptory base add DIR --name NAME`; `adaptory base list` shows those known.",
+            ),
         )
     if len(matches) > 1:
         raise Usage("base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits.")
     [(digest, name)] = matches
     return digest, name
+
+
+def _all_names(session: Session) -> list[str]:
+    names = session.scalars(select(Base.name).order_by(Base.name).limit(MAX_NEAR))
+    return [*names, *session.scalars(select(BaseAlias.alias).order_by(BaseAlias.alias).limit(MAX_NEAR))]
 
 
 def architecture(session: Session, digest: str) -> Architecture:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from registry import audit, gates, namespaces, releases, repositories
 from registry.audit import Act, Actor
 from registry.db import insert_if_absent
-from registry.errors import NotFound, Refused, Stale, Usage
+from registry.errors import Refused, Stale, Usage
 from registry.gates import GateResult
 from registry.models import Base, Channel, Gate, Move, Namespace, Release, Repository, Revision
 from registry.names import RepositoryName, Version, parse_part
@@ -270,13 +270,7 @@ def history(session: Session, channel: Channel, *, before: int, limit: int) -> l
 def find(session: Session, repository: Repository, name: str) -> Channel:
     channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
     if channel is None or channel.move_id is None:
-        full = f"{repositories.name_of(repository)}@{name}"
-        raise NotFound(
-            "channel_unknown",
-            f"There is no channel {full}.",
-            subject=full,
-            next_step=f"Promote a release with --to {name}.",
-        )
+        raise repositories.unknown_channel(session, repository, name)
     return channel
 
 

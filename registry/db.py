@@ -24,8 +24,6 @@ from sqlalchemy import (
     inspect,
     text,
 )
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InvalidRequestError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -168,7 +166,10 @@ class Database:
 def insert_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
     """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment. Did
     it? Another transaction that adds the same now is waited for."""
-    insert = sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert
+    if session.get_bind().dialect.name == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert
+    else:
+        from sqlalchemy.dialects.postgresql import insert
     key: Any = inspect(table).primary_key[0]
     # What is returned tells it: PostgreSQL's driver counts no rows of such an insert.
     added = session.execute(insert(table).values(**values).on_conflict_do_nothing().returning(key))

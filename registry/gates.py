@@ -187,6 +187,9 @@ def _within(rule: Within, own: Measured, other: Measured) -> GateResult:
 
 def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:
     rules = parse_rules(texts)
+    for rule in rules:
+        suites.find(session, rule.suite)
+        suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
     row = session.get(Gate, (repository.id, parse_part(channel, "channel")))
     before = list(row.rules) if row else []
     row = row or Gate(repository_id=repository.id, channel=channel)

@@ -6,8 +6,9 @@ acme/sql@prod       what the channel serves   acme/sql#1a2b3c4 the commit, seven
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import total_ordering
 from operator import eq, ge, gt, le, lt
 from typing import NewType
@@ -20,8 +21,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NUMBER_DIGITS = 18
 _NUMBER = rf"(?:0|[1-9][0-9]{{0,{_NUMBER_DIGITS - 1}}})"  # not \d, which takes the digits of every script
 _IDENTIFIER = rf"(?:{_NUMBER}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
-_VERSION = re.compile(rf"({_NUMBER})\.({_NUMBER})\.({_NUMBER})(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?")
-_EXACT = re.compile(r"\d+\.\d+\.\d+(?:[-+]\S*)?")
+_VERSION = re.compile(rf"v?({_NUMBER})\.({_NUMBER})\.({_NUMBER})(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?")
+_EXACT = re.compile(r"v?\d+\.\d+\.\d+(?:[-+]\S*)?")
 _UNKNOWN = rf"({_NUMBER}|[xX*])"
 _PARTIAL = re.compile(
     rf"v?{_UNKNOWN}(?:\.{_UNKNOWN}(?:\.{_UNKNOWN}(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?(?:\+[0-9A-Za-z.-]+)?)?)?"
@@ -31,6 +32,12 @@ _SPACED = re.compile(r"(~>?|\^|[<>]=?|=)\s+")
 _BETWEEN = re.compile(r"\s*(\S+)\s+-\s+(\S+)\s*")
 _MAX_RANGE_CHARS = 256
 
+_ALIKE = 0.6
+"""The share of characters that two names have in common, from which on one may be meant for the other."""
+
+MAX_NEAR = 1_000
+"""How many names of a kind are compared with one that is unknown."""
+
 MAX_VERSION_CHARS = 80
 """Keeps `sort_key` within the 200 characters of its column: a pre-release of single digits grows by five for two."""
 
@@ -38,6 +45,12 @@ Digest = NewType("Digest", str)
 """A sha256 in 64 lower-case hexadecimal digits."""
 ABSENT = Digest("0" * 64)
 """Which no bytes have: a store that is asked for it says whether it answers."""
+
+
+def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
+    """The next step for a name that is unknown: the names nearest to it among those known, then `otherwise`."""
+    near = get_close_matches(text, list(known), n=3, cutoff=_ALIKE)
+    return f"Did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
 
 
 def parse_digest(text: str) -> Digest:
@@ -145,7 +158,8 @@ def _identifier_key(identifier: str) -> str:
 
 
 def parse_version(text: str) -> Version:
-    match = _VERSION.fullmatch(text) if len(text) <= MAX_VERSION_CHARS else None
+    """A version, with or without the `v` that a git tag has in front."""
+    match = _VERSION.fullmatch(text) if len(text.removeprefix("v")) <= MAX_VERSION_CHARS else None
     if match is None:
         raise Usage(
             "bad_version",

@@ -34,6 +34,8 @@ from registry.signing import (
 )
 
 MAX_NOTES = 20_000
+_LISTED = 5
+"""Versions that an error names, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,16 +161,20 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
 def find(session: Session, name: RepositoryName, version: Version, kind: Kind | None = None) -> Release:
     release = _by_version(session, repositories.find(session, name, kind), version)
     if release is None:
-        raise unknown(name, version)
+        raise unknown(session, name, version)
     return release
 
 
-def unknown(name: RepositoryName, version: Version) -> NotFound:
+def unknown(session: Session, name: RepositoryName, version: Version) -> NotFound:
+    """The error for a version that a repository does not have; it names the highest ones that it has."""
+    query = select(Release.version).join(Repository, Repository.id == Release.repository_id)
+    query = query.where(Repository.namespace == name.namespace, Repository.name == name.name)
+    there = list(session.scalars(query.order_by(Release.sort_key.desc()).limit(_LISTED)))
     return NotFound(
         "release_unknown",
         f"{name} has no release {version}.",
         subject=f"{name}:{version}",
-        next_step=f"`adaptory log {name}` shows its releases.",
+        next_step=f"It has {', '.join(there)}; `adaptory log {name}` shows all." if there else "It has no release yet.",
     )
 
 

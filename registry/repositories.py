@@ -10,8 +10,11 @@ from registry.access import readable
 from registry.audit import Act, Actor
 from registry.db import insert_if_absent
 from registry.errors import Conflict, NotFound
-from registry.models import Repository
-from registry.names import RepositoryName
+from registry.models import Channel, Repository
+from registry.names import MAX_NEAR, RepositoryName, nearest
+
+_LISTED = 20
+"""Channels that an error names, at most."""
 
 
 class Kind(StrEnum):
@@ -26,9 +29,25 @@ def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Re
             "repository_unknown",
             f"There is no {kind or 'repository'} {name}.",
             subject=str(name),
-            next_step="`adaptory list` shows what there is.",
+            next_step=nearest(str(name), _beside(session, name), "`adaptory list` shows what there is."),
         )
     return repository
+
+
+def _beside(session: Session, name: RepositoryName) -> list[str]:
+    """The repositories of a namespace, which whoever asks for one of them may see."""
+    query = select(Repository.name).where(Repository.namespace == name.namespace).order_by(Repository.id)
+    return [f"{name.namespace}/{row}" for row in session.scalars(query.limit(MAX_NEAR))]
+
+
+def unknown_channel(session: Session, repository: Repository, channel: str) -> NotFound:
+    """The error for a channel without a move; it lists those that have one."""
+    query = select(Channel.name).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
+    there = list(session.scalars(query.order_by(Channel.name).limit(_LISTED)))
+    full = f"{name_of(repository)}@{channel}"
+    has = f"The channels of {name_of(repository)}: {', '.join(there)}." if there else "It has none yet."
+    step = f"{has} To make it, promote a release with --to {channel}."
+    return NotFound("channel_unknown", f"There is no channel {full}.", subject=full, next_step=step)
 
 
 def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: Kind) -> Repository:

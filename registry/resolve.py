@@ -99,7 +99,7 @@ def locate(session: Session, reference: Reference, kind: Kind | None = None) -> 
         found = _by_channel(session, reference)
     if found is None or (kind and found.row.kind != kind):
         repositories.find(session, reference.repository, kind)
-        raise _nothing(reference)
+        raise _nothing(session, reference)
     return found
 
 
@@ -194,9 +194,9 @@ def _warn_if_yanked(row: Any) -> Located:
     return Located(row, f"{found.full_name} is yanked: {row.yank_reason}.") if row.yanked else found
 
 
-def _nothing(reference: Reference) -> NotFound:
+def _nothing(session: Session, reference: Reference) -> NotFound:
     if reference.version:
-        return releases.unknown(reference.repository, reference.version)
+        return releases.unknown(session, reference.repository, reference.version)
     what = "no stable release that is not yanked"
     if reference.range:
         what = f"no release in the range {reference.range.text} that is not yanked"

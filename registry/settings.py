@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+DEFAULT_RATE = "6000/minute"
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
 
@@ -72,10 +73,10 @@ def _database_url(text: str) -> str:
 
 def _rate(text: str) -> str:
     """Empty says that there is none."""
+    if text in ("", DEFAULT_RATE):
+        return text
     import limits  # takes a third of this module's time to import, and mostly the default stands
 
-    if not text:
-        return text
     try:
         rates = limits.parse_many(text)
     except ValueError:
@@ -183,7 +184,7 @@ class Settings(BaseSettings):
     """Who may use a server: `single` answers on loopback to its one user, `tokens` asks everybody for a token."""
     access_cache_s: float = Field(default=5.0, ge=0, le=300)
     """How long a server remembers whom a token stands for, and so how late another server may notice a revocation."""
-    rate_limit: Annotated[str, AfterValidator(_rate)] = "6000/minute"
+    rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE
     """Requests a token, or an address without one, may make of one server process; empty for no limit."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Addresses and networks, with commas between them, whose word on where a request comes from (`X-Forwarded-For`) a

@@ -16,7 +16,7 @@ from registry.audit import Act, Actor
 from registry.errors import Invalid, NotAllowed, NotFound, Usage
 from registry.models import Base, Release, Score, Suite
 from registry.models.catalog import new_stamp
-from registry.names import parse_part
+from registry.names import MAX_NEAR, nearest, parse_part
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
@@ -124,9 +124,13 @@ def find(session: Session, text: str) -> Suite:
             "suite_unknown",
             f"There is no suite {text!r}.",
             subject=text,
-            next_step="Add it with `adaptory suite add FILE`.",
+            next_step=nearest(text, _names(session), "Add it with `adaptory suite add FILE`."),
         )
     return suite
+
+
+def _names(session: Session) -> list[str]:
+    return list(session.scalars(select(Suite.name).where(Suite.current).order_by(Suite.name).limit(MAX_NEAR)))
 
 
 def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
@@ -137,7 +141,11 @@ def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: st
             "metric_unknown",
             f"No release that you may see has a score {suite}.{metric}.",
             subject=f"{suite}.{metric}",
-            next_step=f"`adaptory eval` records {measured}; `adaptory show REF` has others.",
+            next_step=nearest(
+                metric,
+                metrics.HIGHER_IS_BETTER,
+                f"`adaptory eval` records {measured}; `adaptory show REF` has others.",
+            ),
         )
 
 

@@ -4,10 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from composer.errors import InvalidFile, became_shorter
 from composer.files import read_bytes
@@ -19,6 +16,10 @@ from composer.formats.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_la
 from composer.formats.naming import split_key
 from composer.formats.pairs import FACTOR_PARTS
 from composer.formats.placed import Placed
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _CHUNK_BYTES = 4 << 20
 _PRODUCT = FACTOR_PARTS | {"lora_E", "lora_diag"}
@@ -198,7 +199,9 @@ def _scan(path: Path, entry: TensorEntry) -> tuple[bool, bool]:
     return True, zero
 
 
-def _chunks(path: Path, entry: TensorEntry, kind: str) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
+def _chunks(path: Path, entry: TensorEntry, kind: str) -> "Iterator[npt.NDArray[np.unsignedinteger[Any]]]":
+    import numpy as np  # most who read facts look at no tensor
+
     width = np.dtype(kind).itemsize
     with path.open("rb") as file:
         file.seek(entry.begin)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli import render
-from registry.cli.connect import Connection, connected, release_directory, resolved
+from registry.cli.connect import Connection, connected, release_directory, resolved, with_near_names
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
@@ -272,12 +272,13 @@ def _line(connection: Connection, repository: str) -> str:
         with suppress(NotFound):
             connection.api.get(path)
             return path
-    raise NotFound(
+    unknown = NotFound(
         "repository_unknown",
         f"There is no repository {repository} that you may see.",
         subject=repository,
-        next_step="`adaptory list` and `adaptory list --models` show what there is; look at ADAPTORY_TOKEN too.",
+        next_step="`adaptory list` shows what there is, `adaptory whoami` what you may see.",
     )
+    raise with_near_names(connection, unknown, repository)
 
 
 def _show_inspection(what: str, told: Json) -> None:

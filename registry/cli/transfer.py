@@ -12,10 +12,11 @@ import typer
 from composer.files import read_text
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
+from registry.cli.fit import fitting_base
 from registry.cli.release import show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
-from registry.errors import Refused, RegistryError, Usage, refuse_errors
+from registry.errors import Refused, RegistryError, Usage
 from registry.names import Reference, parse_part, parse_reference
 from registry.signing import Signed
 
@@ -31,13 +32,9 @@ def register(root: typer.Typer) -> None:
 
 
 def push(  # noqa: PLR0913
-    directory: Annotated[
-        Path, typer.Argument(help="What training wrote: adapter_config.json and adapter_model.safetensors.")
-    ],
+    directory: Annotated[Path, typer.Argument(help="What training wrote, with adapter_config.json in it.")],
     target: Annotated[str, typer.Argument(metavar="REPO[:VERSION]")],
-    base: Annotated[
-        str | None, typer.Option(help="The base it was trained on; from adapter_config.json if that names one.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base it was trained on, if its config names none.")] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),
@@ -61,7 +58,6 @@ def push(  # noqa: PLR0913
 
     Takes the adapter's own files, tokenizer, card and licence; says what it leaves out, such as checkpoints.
     """
-    from registry.client.moves import promote
     from registry.client.selection import select_files
 
     reference = _single_version(target, bump)
@@ -78,24 +74,30 @@ def push(  # noqa: PLR0913
     if selection.left_out:
         render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
     with connected() as connection:
-        request["base"] = _checked_base(connection, directory, base, kind)
+        request["base"] = fitting_base(connection, directory, base, kind)
         published = _publish(connection, selection, reference, request, (kind, sign))
         for finding in published["warnings"]:
             render.say(f"{finding['severity']}: {finding['message']}")
         if not json:
             _show_push(published)  # before the channel moves: whatever comes of that, the release is out
-        told: Json = {**published, "left_out": list(selection.left_out), "move": None}
-        failure: RegistryError | None = None
-        try:
-            if channel:
-                told["move"], since = promote(connection.api, published["release"], channel)
-                warn_of_move_since(told["move"], since)
-        except RegistryError as error:
-            failure = error
-            told["error"] = render.problem(error)
-    render.document(told, json, lambda: show_move(told["move"]) if told["move"] else None)
+        document: Json = {**published, "left_out": list(selection.left_out), "move": None}
+        failure = _promote(connection, document, channel) if channel else None
+    render.document(document, json, lambda: show_move(document["move"]) if document["move"] else None)
     if failure is not None:
         raise typer.Exit(render.fail(failure, as_json=False))
+
+
+def _promote(connection: Connection, document: Json, channel: str) -> RegistryError | None:
+    """Moves the channel to the published release and enters the move, or what failed, into the document."""
+    from registry.client.moves import promote
+
+    try:
+        document["move"], since = promote(connection.api, document["release"], channel)
+        warn_of_move_since(document["move"], since)
+    except RegistryError as error:
+        document["error"] = render.problem(error)
+        return error
+    return None
 
 
 def _publish(
@@ -273,25 +275,6 @@ def _single_version(target: str, bump: str | None) -> Reference:
             next_step="Write REPO:VERSION, or REPO and --bump.",
         )
     return reference
-
-
-def _checked_base(connection: Connection, directory: Path, base: str | None, kind: str) -> str:
-    """The base that an adapter or a merged model is pushed for, once it fits that."""
-    from composer.formats.inspection import inspect as look
-
-    if kind == "adapter":
-        base = base or look(directory, None).facts.base_model_name_or_path
-    if not base:
-        what = "was trained on" if kind == "adapter" else "was merged into"
-        raise Usage("base_missing", f"{directory} does not say what base it {what}.", next_step="Name it with --base.")
-    architecture = connection.api.architecture(base)
-    if kind == "adapter":
-        refuse_errors(look(directory, architecture).findings, str(directory))
-    else:
-        from registry.publishing import inspect_model
-
-        inspect_model(directory, architecture)
-    return base
 
 
 def _provenance(path: Path) -> Json:

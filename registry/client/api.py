@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
@@ -37,10 +38,10 @@ class Api:
     def __init__(self, url: str, transport: httpx2.BaseTransport | None = None, token: str | None = None) -> None:
         self.url = url
         # Only our own address is in this process: a presigned link of the store leads out of it.
-        mounts = {url: transport} if transport else None
         self._http = httpx2.Client(
             base_url=url,
-            mounts=mounts,
+            mounts={url: transport} if transport else None,
+            transport=_Outside() if transport else None,
             timeout=_TIMEOUT,
             auth=_Bearer(url, token) if token else None,
             headers={"User-Agent": f"adaptory/{version('adaptory')}"},
@@ -148,6 +149,22 @@ class Api:
             response = self._http.request(method, path, params=given, json=body, headers=headers)
         _raise_problem(response)
         return response.json()
+
+
+class _Outside(httpx2.BaseTransport):
+    """HTTP that is opened by its first request: to read the certificates takes 40 ms, and few commands leave the
+    process."""
+
+    @cached_property
+    def _transport(self) -> httpx2.HTTPTransport:
+        return httpx2.HTTPTransport()
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        return self._transport.handle_request(request)
+
+    def close(self) -> None:
+        if "_transport" in self.__dict__:
+            self._transport.close()
 
 
 class _Bearer(httpx2.Auth):

@@ -3,11 +3,9 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import limits
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,6 +14,9 @@ from registry.http.callers import Callers, Credentials, credentials_of
 from registry.http.problems import problem_response
 from registry.http.request import MAX_DIGITS
 from registry.settings import is_loopback
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 BLOB_PATHS = "/v1/blobs/"
 """Their size is limited by `max_file_bytes`, where they are received."""
@@ -101,6 +102,10 @@ class CallerLimits:
     """
 
     def __init__(self, app: ASGIApp, callers: Callers) -> None:
+        import limits  # only where there are tokens: the embedded registry counts nothing
+        from limits.storage import MemoryStorage
+        from limits.strategies import FixedWindowRateLimiter
+
         self.app = app
         settings = callers.resources.settings
         self._callers = callers
@@ -129,7 +134,7 @@ class CallerLimits:
         else:
             await self.app(scope, receive, count_guesses)
 
-    async def _refusal(self, rate: limits.RateLimitItem, credentials: Credentials) -> RegistryError | None:
+    async def _refusal(self, rate: "RateLimitItem", credentials: Credentials) -> RegistryError | None:
         """Why the request goes no further, or None; counts it."""
         guesses = _guesses(credentials)
         if credentials.authorization and not self._window.test(rate, guesses):
@@ -144,7 +149,7 @@ class CallerLimits:
             return self._too_many(rate, credentials.key, _whom(credentials))
         return None
 
-    def _too_many(self, rate: limits.RateLimitItem, key: str, whom: str) -> TooMany:
+    def _too_many(self, rate: "RateLimitItem", key: str, whom: str) -> TooMany:
         error = TooMany(
             "too_many_requests",
             f"More than {rate} with {whom}.",

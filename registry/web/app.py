@@ -1,15 +1,18 @@
 """`create_app(resources)`: the one ASGI application, in a server or in the command line's own process."""
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 
 from anyio import CapacityLimiter
 from fastapi import APIRouter, FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.http import problems
 from registry.http.callers import Callers
 from registry.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.resources import Resources
-from registry.web import access, bases, blobs, channels, compositions, operations, releases, search, suites
 from registry.web.documents import Documents
 from registry.web.repository import REPOSITORY_PREFIXES
 
@@ -17,16 +20,28 @@ DESCRIPTION = "The release registry for LoRA adapters."
 UPLOAD_THREADS = 32
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
-ROUTERS: tuple[tuple[str, APIRouter], ...] = (
+Entry = tuple[str, str, tuple[str, ...]]
+
+ROUTERS: tuple[Entry, ...] = (
     # They are tried in turn: first what is asked most. Suites before bases: /v1/bases/{base:path} takes all.
-    ("", search.router),
-    *((prefix, part.repository_routes) for part in (channels, releases, suites) for prefix in REPOSITORY_PREFIXES),
-    *(("", part.router) for part in (suites, bases, blobs, compositions, operations, access)),
+    ("search", "router", ("releases", "resolve")),
+    ("channels", "repository_routes", ("channels", "gates")),
+    ("releases", "repository_routes", ("adapters", "models")),
+    ("suites", "repository_routes", ("scores", "target-suite")),
+    ("suites", "router", ("suites", "bases")),
+    ("bases", "router", ("bases",)),
+    ("blobs", "router", ("uploads", "blobs")),
+    ("compositions", "router", ("compositions",)),
+    ("operations", "router", ("jobs", "audit", "healthz", "readyz")),
+    ("access", "router", ("whoami", "tokens", "namespaces")),
 )
+"""A module, the router in it, and parts of a path that each of its paths has one of."""
 
 
-def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
+def create_app(resources: Resources, *, tokens: bool = False, on_demand: bool = False) -> FastAPI:
     """For one user on loopback; with `tokens` for everybody, as far as their tokens let them.
+
+    With `on_demand` routes are loaded by the first request that needs them: a command asks for a few paths and ends.
 
     There are no pages for browsing the API: those of the framework load scripts from elsewhere.
     """
@@ -36,12 +51,38 @@ def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
     app.state.callers = Callers(resources, single_user=not tokens)
     app.state.documents = Documents()
     problems.install(app)
+    if on_demand:
+        app.add_middleware(RoutesOnDemand, load=partial(_include, app))
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     if tokens:
         app.add_middleware(CallerLimits, callers=app.state.callers)
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
-    for prefix, router in ROUTERS:
-        app.include_router(router, prefix=prefix)
+    if not on_demand:
+        for entry in ROUTERS:
+            _include(app, entry)
     return app
+
+
+class RoutesOnDemand:
+    """Includes the routers that a path may be meant for before the first request with such a path goes on."""
+
+    def __init__(self, app: ASGIApp, load: Callable[[Entry], None]) -> None:
+        self.app, self._load = app, load
+        self._waiting = list(ROUTERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            parts = str(scope["path"]).split("/")
+            for entry in [one for one in self._waiting if any(part in parts for part in one[2])]:
+                self._load(entry)
+                self._waiting.remove(entry)
+        await self.app(scope, receive, send)
+
+
+def _include(app: FastAPI, entry: Entry) -> None:
+    module, name, _ = entry
+    router: APIRouter = getattr(import_module(f"registry.web.{module}"), name)
+    for prefix in REPOSITORY_PREFIXES if name == "repository_routes" else ("",):
+        app.include_router(router, prefix=prefix)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from registry import compositions, publishing, releases, repositories, signatures, yanks
+from registry import publishing, releases, repositories, signatures, yanks
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import RequestKey, ResourcesOf, keyed
@@ -14,7 +14,6 @@ from registry.http.threads import in_store_threads
 from registry.manifest import ManifestFile
 from registry.models import Release
 from registry.names import parse_digest, parse_version
-from registry.publishing import Push
 from registry.schemas import Page
 from registry.schemas.catalog import (
     NextOut,
@@ -70,7 +69,9 @@ def publish(  # noqa: PLR0913
         permit(actor, Role.RELEASER, named.name.namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     version = parse_version(body.version) if body.version else None
-    push = Push(
+    from registry import publishing  # with all that inspects adapters, which only a publication needs
+
+    push = publishing.Push(
         repository=named.name,
         kind=named.kind,
         version=version,
@@ -93,7 +94,9 @@ def publish(  # noqa: PLR0913
 def next_version(named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher) -> NextOut:
     """The number that a release of these files would get now by its `bump`: a signature has to name it."""
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
-    push = Push(named.name, named.kind, None, body.bump, body.base, files)
+    from registry import publishing
+
+    push = publishing.Push(named.name, named.kind, None, body.bump, body.base, files)
     return NextOut(version=str(publishing.next_version(resources, push)))
 
 
@@ -120,6 +123,8 @@ def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf,
     """The target suite that the release gained most on over its base, which stands for it in a probe."""
     with resources.read() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
+        from registry import compositions
+
         return TargetSuiteOut(target_suite=compositions.own_suite(session, release))
 
 
@@ -151,6 +156,8 @@ def download_file(
 def sign(named: RepositoryOf, version: str, body: SignatureIn, resources: ResourcesOf, actor: Publisher) -> ReleaseOut:
     """A signature of a release that is out, by a key of its namespace: from whoever published it, or an admin."""
     target = (named.name, parse_version(version), named.kind)
+    from registry import publishing
+
     release_id = publishing.add_signature(resources, actor, target, body.bundle.encode())
     with resources.read() as session:
         return release_view(session, actor, session.get_one(Release, release_id))

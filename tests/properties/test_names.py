@@ -30,6 +30,13 @@ commits = st.from_regex(r"\A[0-9a-f]{7,40}\Z")
 hostile = st.one_of(st.text(max_size=60), st.text("acme/sql:@#.-_^~<>=|*xX 0129٣\n\0é", max_size=40))
 
 
+@given(versions)
+def test_the_v_of_a_tag_changes_no_version(version: Version) -> None:
+    assert parse_version(f"v{version}") == version
+    assert parse_reference(f"acme/sql:v{version}") == parse_reference(f"acme/sql:{version}")
+    assert version in parse_range(f"v{version}")
+
+
 @given(versions, versions)
 def test_versions_are_ordered_as_semantic_version_orders_them(one: Version, other: Version) -> None:
     reference, other_reference = semantic_version.Version(str(one)), semantic_version.Version(str(other))
@@ -62,8 +69,8 @@ def test_a_version_is_written_as_it_was_read_or_is_refused(text: str) -> None:
         version = parse_version(text)
     except Usage:
         return
-    assert str(version) == text
-    assert semantic_version.Version(text) == semantic_version.Version(str(version))
+    assert str(version) == text.removeprefix("v")
+    assert semantic_version.Version(text.removeprefix("v")) == semantic_version.Version(str(version))
 
 
 @given(versions, st.sampled_from(["major", "minor", "patch"]))

@@ -257,14 +257,14 @@ def test_a_full_disk_ends_a_merge_and_leaves_nothing(on_disk: Cli, world: World,
 
 def test_a_full_disk_ends_a_push_and_leaves_nothing(on_disk: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
-    (adapter / "training.log").write_bytes(b"x" * (8 << 20))
+    (adapter / "tokenizer.json").write_bytes(b"x" * (8 << 20))
     with small_disk(tmp_path / "small", "6m") as disk:
         cli = Cli(on_disk.environment | {"ADAPTORY_HOME": str(disk)})
         cli.ok("base", "add", world.base, "--name", "tiny")
         refused(cli("push", adapter, "acme/sql:1.0.0", "--base", "tiny"), 7, "Free some space")
         left = traces(cli)
         assert (left.work, left.releases) == (frozenset(), ())
-        (adapter / "training.log").unlink()
+        (adapter / "tokenizer.json").unlink()
         cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny")
 
 

@@ -287,7 +287,7 @@ def test_a_push_killed_at_any_moment_succeeds_when_it_is_repeated(stocked: Cli, 
     assert_blobs_are_what_their_names_say(registry)
     assert len(registry.json("log", "acme/sql")["items"]) == 6
     registry.ok("pull", "acme/sql:1.6.0", "-o", tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (adapter / "training.log").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (adapter / "tokenizer.json").read_bytes()
 
 
 def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(

@@ -17,14 +17,13 @@ from fastapi.routing import APIRoute
 
 from composer.hashing import weights_digest
 from registry.client.api import Api
-from registry.client.push import collect, push
-from registry.client.selection import select_files
+from registry.client.push import push
 from registry.web.app import ROUTERS
 from registry.worker.loop import run_worker
 from registry.worker.steps import KINDS
 from tests import services
 from tests.staying_whole.processes import CHANNEL, NAME, resources
-from tests.staying_whole.small import write_adapter
+from tests.staying_whole.small import adapter_files
 
 
 @dataclass
@@ -156,7 +155,7 @@ class Stock:
 def furnish(url: str, directory: Path) -> Stock:
     """acme/sql:1.0.0 on prod, a composition that was cancelled, and an upload whose bytes have not come."""
     api = Api(url)
-    files = collect(select_files(write_adapter(directory, 1)))
+    files = adapter_files(directory, 1)
     release = push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)["release"]
     api.put(CHANNEL, {"version": "1.0.0"})
     composition = api.post("/v1/compositions", {"recipe": {"inputs": ["acme/sql"], "method": "stack"}, "plan": True})

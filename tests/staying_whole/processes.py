@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from registry.client.api import Api, line_path
-from registry.client.push import collect, push
-from registry.client.selection import select_files
+from registry.client.push import push
 from registry.errors import Conflict, NotFound, Refused, Stale, TooMany, Unavailable
 from registry.names import RepositoryName
 from registry.resources import Resources, open_resources
 from registry.settings import Settings
 from registry.upkeep import collect as collect_garbage
-from tests.staying_whole.small import write_adapter
+from tests.staying_whole.small import adapter_files
 
 NAME = RepositoryName("acme", "sql")
 CHANNEL = f"{line_path(NAME)}/channels/prod"
@@ -139,7 +138,7 @@ class _Client:
         return {}
 
     def _push(self, minor: int) -> dict[str, Any]:
-        files = collect(select_files(write_adapter(self.directory / str(minor), minor)))
+        files = adapter_files(self.directory / str(minor), minor)
         request = {"version": f"1.{minor}.0", "base": "tiny"}
         told = push(self.api, files, NAME, "adapter", request, lambda _count: None)
         return {"commit": told["release"]["commit"]}

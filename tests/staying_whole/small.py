@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from registry.client.push import LocalFile, collect
+from registry.client.selection import select_files
+
 MODULE = "model.layers.0.self_attn.q_proj"
 SIZE, RANK = 16, 4
 
@@ -15,6 +18,11 @@ def write_base(directory: Path) -> Path:
     save_file({f"{MODULE}.weight": np.ones((SIZE, SIZE), np.float32)}, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
     return directory
+
+
+def adapter_files(directory: Path, seed: int, rank: int = RANK) -> list[LocalFile]:
+    """The files of an adapter that was just written, hashed, as a push sends them."""
+    return collect(select_files(write_adapter(directory, seed, rank)))
 
 
 def write_adapter(directory: Path, seed: int, rank: int = RANK) -> Path:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from registry.client.api import Api
-from registry.client.push import collect, push
-from registry.client.selection import select_files
+from registry.client.push import push
 from registry.errors import RegistryError
 from tests import services
 from tests.forked import start
 from tests.s3_server import BUCKET
 from tests.scenarios.world import Cli
 from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
-from tests.staying_whole.small import write_adapter
+from tests.staying_whole.small import adapter_files
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def busy(place: Mapping[str, str], directory: Path) -> Generator[list[str]]:
         api, number = Api(f"http://127.0.0.1:{port}"), 0
         while not stop.is_set():
             version = f"1.{number}.0"
-            files = collect(select_files(write_adapter(directory / version, number)))
+            files = adapter_files(directory / version, number)
             try:
                 push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
                 api.put(CHANNEL, {"version": version})

@@ -19,8 +19,7 @@ from sqlalchemy import text
 from registry import upkeep
 from registry.client.api import Api, Json, line_path
 from registry.client.pull import pull
-from registry.client.push import collect, push, send
-from registry.client.selection import select_files
+from registry.client.push import push, send
 from registry.errors import Unavailable
 from registry.names import Digest
 from registry.settings import S3Storage
@@ -35,7 +34,7 @@ from tests.scenarios.world import Cli, environment
 from tests.staying_whole.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
 from tests.staying_whole.conftest import broken_promises, opened
 from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
-from tests.staying_whole.small import write_adapter, write_base
+from tests.staying_whole.small import adapter_files, write_adapter, write_base
 
 PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "2", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
 IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}
@@ -54,7 +53,7 @@ class Registry:
 
     def push(self, version: str, seed: int) -> None:
         api = Api(self.url)
-        files = collect(select_files(write_adapter(self.directory / version, seed)))
+        files = adapter_files(self.directory / version, seed)
         push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
         api.close()
 
@@ -346,7 +345,7 @@ def test_a_store_that_goes_away_between_upload_and_publication_leaves_no_release
     on_s3: Registry, own_s3: S3Server
 ) -> None:
     api = Api(on_s3.url)
-    files = collect(select_files(write_adapter(on_s3.directory / "1.1.0", 11)))
+    files = adapter_files(on_s3.directory / "1.1.0", 11)
     send(api, "acme", files, lambda _count: None)
     own_s3.stop(kill=True)
     rows = [{"path": f.manifest.path, "size_bytes": f.manifest.size_bytes, "sha256": f.manifest.sha256} for f in files]
@@ -377,7 +376,7 @@ class _DiesOfADelete(S3Store):
 
 def test_a_collection_whose_store_goes_away_is_finished_by_the_next_one(on_s3: Registry, own_s3: S3Server) -> None:
     api = Api(on_s3.url)
-    unused = collect(select_files(write_adapter(on_s3.directory / "unused", 12)))
+    unused = adapter_files(on_s3.directory / "unused", 12)
     send(api, "acme", unused, lambda _count: None)
     held = opened(on_s3.place)
     assert isinstance(held.settings.storage, S3Storage)

@@ -32,7 +32,7 @@ from tests.forked import start
 from tests.scenarios.world import SMALL_PARTS, Cli
 from tests.staying_whole.conftest import broken_promises, opened
 from tests.staying_whole.processes import NAME, collect_forever, kill, serve, wait_for_port
-from tests.staying_whole.small import write_adapter
+from tests.staying_whole.small import adapter_files
 
 DAY = timedelta(days=1)
 NONE = timedelta(0)
@@ -82,7 +82,7 @@ def digests(held: Resources) -> set[str]:
 
 
 def release(api: Api, directory: Path, version: str, seed: int) -> set[str]:
-    files = collect(select_files(write_adapter(directory / version, seed)))
+    files = adapter_files(directory / version, seed)
     push(api, files, NAME, "adapter", {"version": version, "base": "tiny"}, lambda _count: None)
     return {file.manifest.sha256 for file in files}
 
@@ -211,7 +211,7 @@ def test_pushes_arrive_whole_while_a_collection_without_any_grace_runs(
     def push_some(worker: int) -> None:
         mine = Api(url)
         for number in range(pushes):
-            files = collect(select_files(write_adapter(tmp_path / f"{worker}-{number}", 100 * worker + number)))
+            files = adapter_files(tmp_path / f"{worker}-{number}", 100 * worker + number)
             request = {"version": f"{worker}.{number}.0", "base": "tiny"}
             push(mine, files, NAME, "adapter", request, lambda _count: None)
         mine.close()

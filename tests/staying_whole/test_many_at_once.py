@@ -14,8 +14,7 @@ import pytest
 from sqlalchemy import func, select, text
 
 from registry.client.api import Api, line_path
-from registry.client.push import collect, push
-from registry.client.selection import select_files
+from registry.client.push import push
 from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
 from registry.http.routes import DIRECT_PATIENCE_S, DIRECT_THREADS
 from registry.models import AuditRow, Move, Release
@@ -24,7 +23,7 @@ from tests import services
 from tests.forked import start
 from tests.staying_whole.conftest import broken_promises, opened
 from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
-from tests.staying_whole.small import RANK, write_adapter
+from tests.staying_whole.small import RANK, adapter_files
 
 CLIENTS = 16
 MOVES = 2_000
@@ -60,7 +59,7 @@ def push_version(api: Api, directory: Path, version: str, seed: int) -> dict[str
 
 
 def push_numbered(api: Api, directory: Path, number: dict[str, str], seed: int, rank: int = RANK) -> dict[str, Any]:
-    files = collect(select_files(write_adapter(directory / str(seed), seed, rank)))
+    files = adapter_files(directory / str(seed), seed, rank)
     return push(api, files, NAME, "adapter", {**number, "base": "tiny"}, lambda _count: None)
 
 
@@ -181,7 +180,7 @@ def test_many_pushes_that_ask_for_the_next_number_get_one_each(place: dict[str, 
 def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
     place: dict[str, str], url: str, tmp_path: Path
 ) -> None:
-    files = collect(select_files(write_adapter(tmp_path / "adapter", 7)))
+    files = adapter_files(tmp_path / "adapter", 7)
     with clients(url) as apis:
 
         def race(_number: int, api: Api) -> object:
@@ -300,7 +299,7 @@ def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
     with clients(url) as apis:
 
         def race(number: int, api: Api) -> object:
-            files = collect(select_files(write_adapter(tmp_path / str(number), number)))
+            files = adapter_files(tmp_path / str(number), number)
             name = RepositoryName("fresh", f"line-{number}")
             while True:
                 try:

@@ -1,0 +1,99 @@
+"""The base that a push is for: named, or found by what the adapter says, and checked before anything is sent."""
+
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
+
+from registry.cli.connect import Connection
+from registry.errors import Invalid, NotFound, Usage, refuse_errors
+
+if TYPE_CHECKING:
+    from composer.formats.inspection import Inspection
+
+Json = dict[str, Any]
+_TRIED = 50
+"""Registered bases that an adapter of another base is compared with, at most: each costs a table of tensors."""
+
+
+def fitting_base(connection: Connection, directory: Path, base: str | None, kind: str) -> str:
+    """The name or digest of the base that an adapter or a merged model is pushed for, once it fits that.
+
+    Raises Usage where nothing names it, NotFound for an unknown one, Invalid where the files do not fit it.
+    """
+    if kind == "model":
+        return _base_of_model(connection, directory, base)
+    from composer.formats.inspection import inspect
+
+    named = base or inspect(directory, None).facts.base_model_name_or_path
+    if not named:
+        raise _unnamed(directory, "was trained on")
+    known = base_by_name_or_location(connection, named)
+    seen = inspect(directory, connection.api.architecture(known["digest"]))
+    if any(finding.severity == "error" for finding in seen.findings):
+        _refuse_wrong_base(connection, directory, known, seen)
+        refuse_errors(seen.findings, str(directory))
+    return base or known["digest"]
+
+
+def _base_of_model(connection: Connection, directory: Path, base: str | None) -> str:
+    from registry.publishing import inspect_model
+
+    if not base:
+        raise _unnamed(directory, "was merged into")
+    inspect_model(directory, connection.api.architecture(base))
+    return base
+
+
+def _unnamed(directory: Path, what: str) -> Usage:
+    return Usage("base_missing", f"{directory} does not say what base it {what}.", next_step="Name it with --base.")
+
+
+def base_by_name_or_location(connection: Connection, text: str) -> Json:
+    """A registered base by name, alias, digest, or the directory that it was registered from.
+
+    Trainers write the path that they loaded the base from into `base_model_name_or_path`. Raises NotFound.
+    """
+    try:
+        return connection.api.get(f"/v1/bases/{quote(text.lstrip('/'))}")
+    except NotFound as error:
+        wanted = Path(text).expanduser().resolve()
+        for base in connection.api.pages("/v1/bases"):
+            if any(_directory(location) == wanted for location in base["locations"]):
+                return base
+        step = error.next_step
+        if wanted.is_dir():
+            step = f"Register it: `adaptory base add {text} --name NAME`, or name another base with --base."
+        raise NotFound("base_unknown", f"There is no base {text!r}.", subject=text, next_step=step) from None
+
+
+def _directory(location: str) -> Path | None:
+    parts = urlsplit(location)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
+def _refuse_wrong_base(connection: Connection, directory: Path, base: Json, seen: "Inspection") -> None:
+    """Raises Invalid when the adapter fits another registered base: then the base is wrong, and not its keys.
+
+    Returns when it fits none, or when something is wrong with the adapter whatever its base is.
+    """
+    from composer.formats.inspection import inspect
+    from registry.client.api import Api
+
+    def fits(api: Api, other: Json) -> bool:
+        findings = inspect(directory, api.architecture(other["digest"])).findings
+        return not any(finding.severity == "error" for finding in findings)
+
+    if any(finding.severity == "error" for finding in inspect(directory, None).findings):
+        return
+    others = [one for one in islice(connection.api.pages("/v1/bases"), _TRIED) if one["digest"] != base["digest"]]
+    fitting = [one["name"] for one in others if fits(connection.api, one)]
+    if not fitting:
+        return
+    errors = sum(finding.severity == "error" for finding in seen.findings)
+    raise Invalid(
+        "wrong_base",
+        f"{directory} does not fit the base {base['name']}: {errors} of its modules are missing or differ in shape.",
+        subject=str(directory),
+        next_step=f"It fits {', '.join(fitting)}: name one with --base.",
+    )

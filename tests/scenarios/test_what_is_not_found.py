@@ -1,0 +1,88 @@
+"""What is not there is answered with what is: near names, channels, versions, and the bases that an adapter fits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from tests.composer.small_model import save_adapter, save_gpt2
+from tests.scenarios.world import Cli, World
+
+
+@pytest.fixture
+def small_team(stocked_on_disk: Cli, world: World) -> Cli:
+    stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
+    return stocked_on_disk
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        (["show", "acme/sqll"], "Did you mean acme/sql?"),
+        (["show", "acm/sql"], "Did you mean acme/sql?"),
+        (["log", "acme/sq"], "Did you mean acme/sql?"),
+        (["rollback", "acm/sql@prod"], "Did you mean acme/sql?"),
+        (["show", "acme/sql@prd"], "The channels of acme/sql: prod."),
+        (["history", "acme/sql@prd"], "The channels of acme/sql: prod."),
+        (["show", "acme/sql:1.1.0"], "It has 1.0.0"),
+        (["base", "show", "tinny"], "Did you mean tiny?"),
+        (["base", "show", "Acme/Tiny-LLama"], "Did you mean Acme/Tiny-Llama"),
+        (["eval", "acme/sql", "--suite", "sql-exakt"], "Did you mean sql-exact?"),
+        (["pul", "acme/sql"], "Did you mean 'pull'?"),
+    ],
+)
+def test_what_is_not_there_is_answered_with_what_is(small_team: Cli, command: list[str], hint: str) -> None:
+    refused = small_team(*command)
+    assert refused.code in (2, 3)
+    assert hint in refused.err, refused.err
+
+
+def test_a_gate_on_a_suite_or_metric_that_is_not_there_is_refused(small_team: Cli) -> None:
+    for rule, hint in (
+        ("sql-exakt.accuracy >= 0.5", "Did you mean sql-exact?"),
+        ("sql-exact.acuracy >= 0.5", "Did you mean accuracy?"),
+        ("guard-exact.nl within 0.1 of served", "Did you mean nll?"),
+    ):
+        refused = small_team("gate", "acme/sql@prod", "--rule", rule)
+        assert (refused.code, hint in refused.err) == (3, True), refused.err
+    assert small_team.json("gate", "acme/sql@prod")["rules"] == []
+
+
+def test_a_push_against_the_wrong_base_names_those_that_fit(small_team: Cli, world: World, tmp_path: Path) -> None:
+    other = save_gpt2(tmp_path / "wide")
+    small_team.ok("base", "add", other, "--name", "wide")
+    refused = small_team("push", world.adapters["sql"], "acme/sql:1.1.0", "--base", "wide")
+    assert refused.code == 6
+    assert "does not fit the base wide" in refused.err
+    assert "next: It fits tiny: name one with --base." in refused.err
+    assert "lora_A" not in refused.err, "its keys are right"
+
+
+def test_the_path_that_an_adapter_names_is_matched_with_registered_locations(
+    small_team: Cli, world: World, tmp_path: Path
+) -> None:
+    directory = tmp_path / "trained"
+    model = LlamaForCausalLM.from_pretrained(world.base)
+    save_adapter(model, directory, 9, r=2, lora_alpha=4, target_modules=["q_proj"])
+    config = json.loads((directory / "adapter_config.json").read_text())
+    for written, code in ((str(world.base), 0), (f"{world.base.parent}/./{world.base.name}/", 0), ("/no/such", 3)):
+        config["base_model_name_or_path"] = written
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        pushed = small_team("push", directory, "acme/new", "--bump", "auto")
+        assert pushed.code == code, pushed.err
+    copy = shutil.copytree(world.base, tmp_path / "copy")
+    config["base_model_name_or_path"] = str(copy)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    refused = small_team("push", directory, "acme/new", "--bump", "auto")
+    assert (refused.code, f"adaptory base add {copy}" in refused.err) == (3, True), refused.err
+
+
+def test_a_version_may_have_the_v_of_a_tag(small_team: Cli, world: World, tmp_path: Path) -> None:
+    pushed = small_team.json("push", world.adapters["other-sql"], "acme/sql:v1.1.0", "--base", "tiny")
+    assert pushed["release"]["version"] == "1.1.0"
+    assert small_team.json("show", "acme/sql:v1.1.0")["version"] == "1.1.0"
+    small_team.ok("promote", "acme/sql:v1.1.0", "--to", "prod")
+    small_team.ok("rollback", "acme/sql@prod", "--to", "v1.0.0")
+    small_team.ok("pull", "acme/sql:v1.0.0", "-o", tmp_path / "out")
