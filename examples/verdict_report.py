@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,18 @@ def main() -> None:
     pairs = [row for row in rows if "combined" in row and (not chosen.fresh or {row["a"], row["b"]} & {*chosen.fresh})]
     if not pairs:
         parser.error(f"{chosen.results} has no examples of pairs: study.py writes them.")
-    for method in chosen.methods or pairs[0]["combined"]:
-        replayed = [pair for row in pairs for pair in _splits(row, method, alone, chosen.splits)]
+    by_method = {
+        method: [pair for row in pairs for pair in _splits(row, method, alone, chosen.splits)]
+        for method in chosen.methods or pairs[0]["combined"]
+    }
+    by_method["all of these"] = [pair for replayed in by_method.values() for pair in replayed]
+    for method, replayed in by_method.items():
         for guarded in (False, True):
-            print(f"\n{method}, {len(pairs)} pairs{', with a guard' if guarded else ''}, {chosen.splits} splits each")
+            print(f"\n{method}, {len(replayed)} probes{' with a guard' if guarded else ''}")
             for line in _verdicts(replayed, chosen.most, guarded):
                 print(f"  {line}")
-        for k in COVERED:
-            if k < len(replayed[0].guard.base):
-                print(f"  joint coverage on {k} examples: {_coverage(replayed, k, chosen.most):.2f}")
+        held = (f"{_coverage(replayed, k, chosen.most):.2f} on {k}" for k in COVERED if k <= chosen.most)
+        print(f"  joint coverage of the intervals: {', '.join(held)} examples")
 
 
 def _splits(row: Row, method: str, alone: Mapping[str, Row], count: int) -> Iterator[Pair]:
@@ -129,12 +133,19 @@ def _share(answers: Iterator[bool | None]) -> str:
 
 
 def _coverage(pairs: Sequence[Pair], k: int, most: int) -> float:
-    """How often both members' intervals on k examples hold what they lose on the unseen ones."""
+    """How often both members' intervals on k examples hold what they lose on others. Those are few too: the interval is
+    as much wider as the error of a difference of two means is than that of one."""
     held = 0
     for pair in pairs:
-        both = zip(pair.outcome(k, guarded=False).effects, pair.unseen(max(k, most)), strict=True)
-        held += all(seen.loss_interval.low <= unseen.loss <= seen.loss_interval.high for seen, unseen in both)
+        both = list(zip(pair.outcome(k, guarded=False).effects, pair.unseen(max(k, most)), strict=True))
+        wider = [sqrt(1 + k / unseen.examples) for _, unseen in both]
+        held += all(_holds(seen, unseen.loss, times) for (seen, unseen), times in zip(both, wider, strict=True))
     return held / len(pairs)
+
+
+def _holds(effect: Effect, loss: float, times: float) -> bool:
+    below, above = effect.loss - effect.loss_interval.low, effect.loss_interval.high - effect.loss
+    return -times * below <= loss - effect.loss <= times * above
 
 
 if __name__ == "__main__":

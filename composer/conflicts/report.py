@@ -18,6 +18,8 @@ from composer.numbers import Numbers
 from composer.text import cut
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "crowding")
+AS_WELL_NATS = 0.04
+"""Members answer as well as alone where none loses more than this, at the upper end of its interval."""
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
 
 
@@ -172,7 +174,7 @@ def _measured(who: str, outcome: Outcome) -> str:
     silenced = "".join(
         f" {effect.member} still answers {effect.still_answered} of {effect.answered} word for word." for effect in lost
     )
-    if sure.high < NOTICEABLE_NATS and not lost:
+    if sure.high <= AS_WELL_NATS and not lost:
         everybody = "both" if len(outcome.effects) == 2 else "all"
         return f"{risk}: combined, {everybody} answer their own suites as well as alone."
     if worst.loss_interval.low <= NOTICEABLE_NATS:
