@@ -13,6 +13,7 @@ from composer.conflicts.probe import USUAL_K, USUAL_MOST
 from composer.findings import THRESHOLDS, Policy, Verdict
 from composer.lowrank import Sums
 from composer.numbers import Numbers, short
+from composer.settings import SETTINGS
 from composer.weights import layer_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]
@@ -24,6 +25,8 @@ FROM_WEIGHTS = (
 # From this share on of what two adapters have in common, leaving one kind of module out is worth a try.
 _CONCENTRATED = 0.4
 _TOLD = 5
+MEASURE = f"Measure it: --probe {USUAL_K}, with a suite for each."
+_FIT = "Fit the combination on the members' own examples: --method regmean."
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 
 
@@ -148,7 +151,7 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     if cancelling(numbers.interference, numbers.dominance, policy):
         advice.append("They cancel: leave one of them out, or turn the sign of its weight if that is wrong.")
     if case.outcome is None:
-        return [*advice, *_balanced(case, policy), f"Measure it: --probe {USUAL_K}, with a suite for each."]
+        return [*advice, *_balanced(case, policy), MEASURE]
     limits = Limits.of(policy)
     verdict = case.outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
@@ -163,7 +166,8 @@ def of_outcome(outcome: Outcome, limits: Limits) -> list[str]:
     verdict = outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
         return [_more_examples(outcome, limits)]
-    return [_SHRINK] if verdict is Verdict.WARN else []
+    fit = [_FIT] if "regmean" in SETTINGS else []
+    return [*fit, _SHRINK] if verdict is Verdict.WARN else []
 
 
 def _more_examples(outcome: Outcome, limits: Limits) -> str:
@@ -177,9 +181,10 @@ def _more_examples(outcome: Outcome, limits: Limits) -> str:
 
 
 def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, float]) -> list[str]:
-    """In the order in which they were worth trying on real adapters; none is sure, so each is to be probed again."""
+    """In the order in which they were worth trying on real adapters, where shrinking the sum mostly harmed more; none
+    is sure, so each is to be probed again."""
     victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
-    advice = [_SHRINK]
+    advice = [_FIT] if "regmean" in SETTINGS and not case.contradict else []
     if case.factored and worst.verdict(limits) is Verdict.WARN:
         advice.append(f"Protect {worst.member}: --set protect={victim} takes the others off its directions.")
     advice.append(f"Let fewer entries meet: --method {'knots_ties' if case.factored else 'ties'}.")
@@ -188,7 +193,7 @@ def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, floa
         where, share, rule = concentrated
         told = f"{share:.0%} of what they share lies in {where}"
         advice.append(f"{told}: --rule {intruder}:{rule}=0 leaves {case.other(worst.member)} out there.")
-    return advice
+    return [*advice, _SHRINK]
 
 
 def _balanced(case: Case, policy: Policy) -> list[str]:

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from composer.conflicts import ConflictReport, Pair
-from composer.conflicts.advice import FROM_WEIGHTS, of_outcome
+from composer.conflicts.advice import FROM_WEIGHTS, MEASURE, of_outcome
 from composer.conflicts.interval import Interval, share_interval
 from composer.conflicts.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
 from composer.conflicts.probe import ProbeResult
@@ -63,8 +63,9 @@ def summary(report: ConflictReport) -> Summary:
         otherwise = next((line for pair in by_verdict(report) for line in pair.explanation.advice), "")
         measured = _measured_lines(report)[1:3] if report.probe else ()
         return Summary(headline, (decisive.message, *measured), next_step(decisive.code, otherwise))
-    lines = _unmeasured_lines(report) if report.probe is None else _measured_lines(report)
-    return Summary(headline, lines, next(iter(advice(report, cut_names=True)), ""))
+    if report.probe is None:
+        return Summary(headline, _unmeasured_lines(report), MEASURE)
+    return Summary(headline, _measured_lines(report), next(iter(advice(report, cut_names=True)), ""))
 
 
 def _decisive(findings: Iterable[Finding]) -> Finding | None:
