@@ -13,7 +13,6 @@ from composer.conflicts.probe import USUAL_K, USUAL_MOST
 from composer.findings import THRESHOLDS, Policy, Verdict
 from composer.lowrank import Sums
 from composer.numbers import Numbers, short
-from composer.settings import SETTINGS
 from composer.weights import layer_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]
@@ -26,7 +25,7 @@ FROM_WEIGHTS = (
 _CONCENTRATED = 0.4
 _TOLD = 5
 MEASURE = f"Measure it: --probe {USUAL_K}, with a suite for each."
-_FIT = "Fit the combination on the members' own examples: --method regmean."
+FITTED = "regmean"
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 
 
@@ -52,7 +51,8 @@ class Explanation:
 class Case:
     """A pair to be explained: names and positions of the two, their numbers, their sums in the whole model and in the
     modules that both touch, and what was measured: an outcome, or the worse victim with what is done to it. `factored`
-    as in Compared. They `contradict` where they want different answers to the same prompts."""
+    as in Compared. They `contradict` where they want different answers to the same prompts; `method` is what combines
+    them."""
 
     names: tuple[str, str]
     positions: tuple[int, int]
@@ -63,6 +63,7 @@ class Case:
     directed: tuple[str, Directed] | None
     factored: bool
     contradict: bool
+    method: str
 
     def position(self, name: str) -> int:
         return self.positions[self.names.index(name)]
@@ -161,13 +162,16 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     return advice
 
 
-def of_outcome(outcome: Outcome, limits: Limits) -> list[str]:
+def of_outcome(outcome: Outcome, limits: Limits, method: str) -> list[str]:
     """For more than two adapters together, of which no pair may be at fault."""
     verdict = outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
         return [_more_examples(outcome, limits)]
-    fit = [_FIT] if "regmean" in SETTINGS else []
-    return [*fit, _SHRINK] if verdict is Verdict.WARN else []
+    return [*_fit(method), _SHRINK] if verdict is Verdict.WARN else []
+
+
+def _fit(method: str) -> list[str]:
+    return [] if method == FITTED else [f"Fit the combination on the members' own examples: --method {FITTED}."]
 
 
 def _more_examples(outcome: Outcome, limits: Limits) -> str:
@@ -184,7 +188,7 @@ def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, floa
     """In the order in which they were worth trying on real adapters, where shrinking the sum mostly harmed more; none
     is sure, so each is to be probed again."""
     victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
-    advice = [_FIT] if "regmean" in SETTINGS and not case.contradict else []
+    advice = [] if case.contradict else _fit(case.method)
     if case.factored and worst.verdict(limits) is Verdict.WARN:
         advice.append(f"Protect {worst.member}: --set protect={victim} takes the others off its directions.")
     advice.append(f"Let fewer entries meet: --method {'knots_ties' if case.factored else 'ties'}.")

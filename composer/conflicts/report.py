@@ -232,7 +232,7 @@ def advice(report: ConflictReport, *, cut_names: bool = False) -> list[str]:
         who = f"{cut(pair.a)} + {cut(pair.b)}" if cut_names else name(pair)
         lines += [line if alone else f"{who}: {line}" for line in pair.explanation.advice]
     if report.probe is not None and len(report.members) > 2:
-        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits)]
+        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits, report.method)]
     return lines
 
 
