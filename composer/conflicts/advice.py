@@ -181,6 +181,8 @@ def _more_examples(outcome: Outcome, limits: Limits) -> str:
     if exhausted:
         first = exhausted[0]
         return f"Undecided: add examples to {first.suite}, which has {first.examples}, and measure again."
+    if outcome.k < USUAL_K:
+        return f"Undecided: measure more examples (--probe {USUAL_K})."
     return f"Undecided: measure more examples (--probe-max {2 * max(outcome.k, USUAL_MOST // 2)})."
 
 
