@@ -60,6 +60,14 @@ class Pair:
         left = [one.answers_left for one in self.unseen(most) if one.answered >= ANSWERED]
         return any(share is not None and share < KEPT for share in left) if left else None
 
+    def keeps_what_is_wanted(self, most: int, limits: Limits) -> bool:
+        """Both members, on the unseen examples, in answers and in nats."""
+        unseen = self.unseen(most)
+        left = [one.answers_left for one in unseen if one.answered >= ANSWERED]
+        return all(share is None or share >= limits.answers for share in left) and all(
+            one.loss <= limits.loss for one in unseen
+        )
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,6 +124,7 @@ def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:
     effort = Effort(USUAL_K, most, Limits())
     said = [(grown(lambda k, pair=pair: pair.outcome(k, guarded), effort, most), pair.harmed(most)) for pair in pairs]
     verdicts = [(outcome.verdict(effort.limits), harmed) for outcome, harmed in said]
+    wanted = [pair.keeps_what_is_wanted(most, effort.limits) for pair in pairs]
     counts = Counter(str(verdict) for verdict, _ in verdicts)
     mean = sum(outcome.k for outcome, _ in said) / len(said)
     return [
@@ -124,6 +133,8 @@ def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:
         f"of ok ones harmed: {_share(harmed for verdict, harmed in verdicts if verdict is Verdict.OK)}",
         f"of harmed ones warned: {_share(verdict is Verdict.WARN for verdict, harmed in verdicts if harmed)}",
         f"of unharmed ones ok: {_share(verdict is Verdict.OK for verdict, harmed in verdicts if harmed is False)}",
+        "of those that keep 90 % and lose at most 0.1 nats ok: "
+        f"{_share(verdict is Verdict.OK for (verdict, _), kept in zip(verdicts, wanted, strict=True) if kept)}",
     ]
 
 
