@@ -100,6 +100,7 @@ def _measured(
         row: dict[str, Any] = {"a": one.name, "b": other.name, "weights": weights_say(one, other)}
         row["activations"] = activations_say(loaded, one, other)
         row["combined"] = {method: combined(loaded, both, method, guard) for method in METHODS}
+        row |= {run: {member.name: _nll(alone[member.name,][run]) for member in both} for run in ("base", "alone")}
         row["losses"] = {method: losses(both, row["combined"][method], alone) for method in METHODS}
         yield row
 

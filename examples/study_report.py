@@ -18,6 +18,7 @@ Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
 METHODS = ("sum", "mean", "ties")
 DRAWS = 2000
+HALVES = 500
 PLOT = Path(__file__).parents[1] / "docs" / "study.svg"
 
 
@@ -76,15 +77,22 @@ def of_activations(name: str) -> Callable[[Row, str, str], float]:
     return lambda row, victim, _intruder: float(row["activations"][victim][name])
 
 
-def strength(row: Row, victim: str, intruder: str) -> float:
-    """|Δ_j x| / |W x| alone: how much the intruder does at all on the victim's prompts."""
-    return float(row["activations"][victim]["intruder"])
+def strength(row: Row, victim: str, _intruder: str) -> float:
+    """|Δ_j x| / |W x| alone, its squares summed over modules: how much the intruder does on the victim's examples."""
+    told = row["activations"][victim]
+    # Rows without `combined` were written when this was divided by the number of modules that either touches.
+    return float(told["intruder"]) * (1.0 if "combined" in row else len(told["modules"]) ** 0.5)
 
 
-def in_the_way(row: Row, victim: str, intruder: str) -> float:
+def mean_strength(row: Row, victim: str, intruder: str) -> float:
+    """The same as a mean over the modules that either touches."""
+    return strength(row, victim, intruder) / max(1, len(row["activations"][victim]["modules"])) ** 0.5
+
+
+def in_the_way(row: Row, victim: str, _intruder: str) -> float:
     """The intruder's strength across the victim's direction, times how weak the victim itself is there."""
     told = row["activations"][victim]
-    return float(told["across"] * told["intruder"])
+    return float(told["across"]) * strength(row, victim, _intruder)
 
 
 DIRECTED: dict[str, tuple[str, Callable[[Row, str, str], float]]] = {
@@ -94,6 +102,7 @@ DIRECTED: dict[str, tuple[str, Callable[[Row, str, str], float]]] = {
     "activation ratio": ("activations", of_activations("ratio")),
     "activation across": ("activations", of_activations("across")),
     "activation strength": ("activations", strength),
+    "the same, a mean over modules": ("activations", mean_strength),
     "across x strength": ("activations", in_the_way),
 }
 PAIRED: dict[str, tuple[str, Callable[[Row], float]]] = {
@@ -117,7 +126,7 @@ def main() -> None:
     results = parser.parse_args().results
     if not results.is_file():
         parser.error(f"{results} is not there: study.py writes it.")
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = [row for row in map(json.loads, results.read_text().splitlines()) if "a" in row]
     names = sorted({row[side] for row in rows for side in "ab"})
     print(f"{len(names)} adapters, {len(rows)} pairs\n")
     ranked = {method: _paired(rows, names, method) for method in METHODS}
@@ -131,6 +140,8 @@ def main() -> None:
     print()
     for line in _damage(rows):
         print(line)
+    print("\nThe statistic of weights that ranks best on half of the adapters, on the pairs of the other half:")
+    print(", ".join(f"{method} {_on_the_other_half(rows, names, method):+.2f}" for method in METHODS))
     PLOT.write_text(_plot(sorted(ranked["sum"], key=lambda one: -one.rho)))
 
 
@@ -187,6 +198,22 @@ def _ranks(values: Floats) -> Floats:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return ((ends - (counts - 1) / 2) - 1)[inverse]
+
+
+def _on_the_other_half(rows: Sequence[Row], names: Sequence[str], method: str) -> float:
+    """The median over random halves: what a statistic that was chosen on one set of adapters is worth on another."""
+    random = np.random.default_rng(0)
+    weights = [of for kind, of in PAIRED.values() if kind == "weights"]
+    values = [np.array([of(row) for row in rows]) for of in weights]
+    loss = np.array([row["losses"][method]["worse"] for row in rows])
+    ranks: list[float] = []
+    for _ in range(HALVES):
+        half = set(random.permutation(names)[: len(names) // 2].tolist())
+        inside = np.array([row["a"] in half and row["b"] in half for row in rows])
+        outside = np.array([row["a"] not in half and row["b"] not in half for row in rows])
+        best = max(values, key=lambda one: _spearman(one[inside], loss[inside]))
+        ranks.append(_spearman(best[outside], loss[outside]))
+    return float(np.median(ranks))
 
 
 def _damage(rows: Sequence[Row]) -> list[str]:

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ class Pair:
         left = [one.answers_left for one in self.unseen(most) if one.answered >= ANSWERED]
         return any(share is not None and share < KEPT for share in left) if left else None
 
+    def keeps_what_is_wanted(self, most: int, limits: Limits) -> bool:
+        """Both members, on the unseen examples, in answers and in nats."""
+        unseen = self.unseen(most)
+        left = [one.answers_left for one in unseen if one.answered >= ANSWERED]
+        return all(share is None or share >= limits.answers for share in left) and all(
+            one.loss <= limits.loss for one in unseen
+        )
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,15 +82,18 @@ def main() -> None:
     pairs = [row for row in rows if "combined" in row and (not chosen.fresh or {row["a"], row["b"]} & {*chosen.fresh})]
     if not pairs:
         parser.error(f"{chosen.results} has no examples of pairs: study.py writes them.")
-    for method in chosen.methods or pairs[0]["combined"]:
-        replayed = [pair for row in pairs for pair in _splits(row, method, alone, chosen.splits)]
+    by_method = {
+        method: [pair for row in pairs for pair in _splits(row, method, alone, chosen.splits)]
+        for method in chosen.methods or pairs[0]["combined"]
+    }
+    by_method["all of these"] = [pair for replayed in by_method.values() for pair in replayed]
+    for method, replayed in by_method.items():
         for guarded in (False, True):
-            print(f"\n{method}, {len(pairs)} pairs{', with a guard' if guarded else ''}, {chosen.splits} splits each")
+            print(f"\n{method}, {len(replayed)} probes{' with a guard' if guarded else ''}")
             for line in _verdicts(replayed, chosen.most, guarded):
                 print(f"  {line}")
-        for k in COVERED:
-            if k < len(replayed[0].guard.base):
-                print(f"  joint coverage on {k} examples: {_coverage(replayed, k, chosen.most):.2f}")
+        held = (f"{_coverage(replayed, k, chosen.most):.2f} on {k}" for k in COVERED if k <= chosen.most)
+        print(f"  joint coverage of the intervals: {', '.join(held)} examples")
 
 
 def _splits(row: Row, method: str, alone: Mapping[str, Row], count: int) -> Iterator[Pair]:
@@ -112,6 +124,7 @@ def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:
     effort = Effort(USUAL_K, most, Limits())
     said = [(grown(lambda k, pair=pair: pair.outcome(k, guarded), effort, most), pair.harmed(most)) for pair in pairs]
     verdicts = [(outcome.verdict(effort.limits), harmed) for outcome, harmed in said]
+    wanted = [pair.keeps_what_is_wanted(most, effort.limits) for pair in pairs]
     counts = Counter(str(verdict) for verdict, _ in verdicts)
     mean = sum(outcome.k for outcome, _ in said) / len(said)
     return [
@@ -120,6 +133,8 @@ def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:
         f"of ok ones harmed: {_share(harmed for verdict, harmed in verdicts if verdict is Verdict.OK)}",
         f"of harmed ones warned: {_share(verdict is Verdict.WARN for verdict, harmed in verdicts if harmed)}",
         f"of unharmed ones ok: {_share(verdict is Verdict.OK for verdict, harmed in verdicts if harmed is False)}",
+        "of those that keep 90 % and lose at most 0.1 nats ok: "
+        f"{_share(verdict is Verdict.OK for (verdict, _), kept in zip(verdicts, wanted, strict=True) if kept)}",
     ]
 
 
@@ -129,12 +144,19 @@ def _share(answers: Iterator[bool | None]) -> str:
 
 
 def _coverage(pairs: Sequence[Pair], k: int, most: int) -> float:
-    """How often both members' intervals on k examples hold what they lose on the unseen ones."""
+    """How often both members' intervals on k examples hold what they lose on others. Those are few too: the interval is
+    as much wider as the error of a difference of two means is than that of one."""
     held = 0
     for pair in pairs:
-        both = zip(pair.outcome(k, guarded=False).effects, pair.unseen(max(k, most)), strict=True)
-        held += all(seen.loss_interval.low <= unseen.loss <= seen.loss_interval.high for seen, unseen in both)
+        both = list(zip(pair.outcome(k, guarded=False).effects, pair.unseen(max(k, most)), strict=True))
+        wider = [sqrt(1 + k / unseen.examples) for _, unseen in both]
+        held += all(_holds(seen, unseen.loss, times) for (seen, unseen), times in zip(both, wider, strict=True))
     return held / len(pairs)
+
+
+def _holds(effect: Effect, loss: float, times: float) -> bool:
+    below, above = effect.loss - effect.loss_interval.low, effect.loss_interval.high - effect.loss
+    return -times * below <= loss - effect.loss <= times * above
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ class ConflictReport:
     evidence: ProbeResult | Activations | None
     verdict: Verdict
     limits: Limits
+    method: str
 
     @property
     def probe(self) -> ProbeResult | None:
@@ -198,7 +199,7 @@ def conflicts(  # noqa: PLR0913
     members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
     by_prompts = of_contradictions(contradictions, rules)
     both = list(combinations(range(len(names)), 2))
-    pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules) for indices in both)
+    pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, how.name) for indices in both)
     findings = [
         *by_prompts,
         *hard,
@@ -224,6 +225,7 @@ def conflicts(  # noqa: PLR0913
         evidence,
         Verdict.worst([verdict, *(pair.verdict for pair in pairs)]),
         Limits.of(rules),
+        how.name,
     )
 
 
@@ -298,6 +300,7 @@ def _pair(
     evidence: ProbeResult | Activations | None,
     by_prompts: Sequence[Finding],
     policy: Policy,
+    method: str,
 ) -> Pair:
     a, b = (compared.names[index] for index in indices)
     total = compared.total.sums.pick(*indices)
@@ -317,6 +320,7 @@ def _pair(
         directed,
         compared.factored,
         bool(policy.judged(contradicting)),
+        method,
     )
     kind, risk = _risk(outcome, directed)
     findings = [*contradicting, *of_pair((a, b), numbers, outcome, policy)]

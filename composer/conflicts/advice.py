@@ -24,6 +24,8 @@ FROM_WEIGHTS = (
 # From this share on of what two adapters have in common, leaving one kind of module out is worth a try.
 _CONCENTRATED = 0.4
 _TOLD = 5
+MEASURE = f"Measure it: --probe {USUAL_K}, with a suite for each."
+FITTED = "regmean"
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 
 
@@ -49,7 +51,8 @@ class Explanation:
 class Case:
     """A pair to be explained: names and positions of the two, their numbers, their sums in the whole model and in the
     modules that both touch, and what was measured: an outcome, or the worse victim with what is done to it. `factored`
-    as in Compared. They `contradict` where they want different answers to the same prompts."""
+    as in Compared. They `contradict` where they want different answers to the same prompts; `method` is what combines
+    them."""
 
     names: tuple[str, str]
     positions: tuple[int, int]
@@ -60,6 +63,7 @@ class Case:
     directed: tuple[str, Directed] | None
     factored: bool
     contradict: bool
+    method: str
 
     def position(self, name: str) -> int:
         return self.positions[self.names.index(name)]
@@ -148,7 +152,7 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     if cancelling(numbers.interference, numbers.dominance, policy):
         advice.append("They cancel: leave one of them out, or turn the sign of its weight if that is wrong.")
     if case.outcome is None:
-        return [*advice, *_balanced(case, policy), f"Measure it: --probe {USUAL_K}, with a suite for each."]
+        return [*advice, *_balanced(case, policy), MEASURE]
     limits = Limits.of(policy)
     verdict = case.outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
@@ -158,12 +162,16 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     return advice
 
 
-def of_outcome(outcome: Outcome, limits: Limits) -> list[str]:
+def of_outcome(outcome: Outcome, limits: Limits, method: str) -> list[str]:
     """For more than two adapters together, of which no pair may be at fault."""
     verdict = outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
         return [_more_examples(outcome, limits)]
-    return [_SHRINK] if verdict is Verdict.WARN else []
+    return [*_fit(method), _SHRINK] if verdict is Verdict.WARN else []
+
+
+def _fit(method: str) -> list[str]:
+    return [] if method == FITTED else [f"Fit the combination on the members' own examples: --method {FITTED}."]
 
 
 def _more_examples(outcome: Outcome, limits: Limits) -> str:
@@ -173,13 +181,16 @@ def _more_examples(outcome: Outcome, limits: Limits) -> str:
     if exhausted:
         first = exhausted[0]
         return f"Undecided: add examples to {first.suite}, which has {first.examples}, and measure again."
+    if outcome.k < USUAL_K:
+        return f"Undecided: measure more examples (--probe {USUAL_K})."
     return f"Undecided: measure more examples (--probe-max {2 * max(outcome.k, USUAL_MOST // 2)})."
 
 
 def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, float]) -> list[str]:
-    """In the order in which they were worth trying on real adapters; none is sure, so each is to be probed again."""
+    """In the order in which they were worth trying on real adapters, where shrinking the sum mostly harmed more; none
+    is sure, so each is to be probed again."""
     victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
-    advice = [_SHRINK]
+    advice = [] if case.contradict else _fit(case.method)
     if case.factored and worst.verdict(limits) is Verdict.WARN:
         advice.append(f"Protect {worst.member}: --set protect={victim} takes the others off its directions.")
     advice.append(f"Let fewer entries meet: --method {'knots_ties' if case.factored else 'ties'}.")
@@ -188,7 +199,7 @@ def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, floa
         where, share, rule = concentrated
         told = f"{share:.0%} of what they share lies in {where}"
         advice.append(f"{told}: --rule {intruder}:{rule}=0 leaves {case.other(worst.member)} out there.")
-    return advice
+    return [*advice, _SHRINK]
 
 
 def _balanced(case: Case, policy: Policy) -> list[str]:

@@ -19,7 +19,7 @@ from composer.variants import LoadedAdapter
 WEAK_EVIDENCE = {
     "weights": (
         "Nothing was measured, and weights alone say close to nothing across recipes: the statistic that ranked best "
-        "on half of the study's adapters ranks the other half at 0.15, and fresh ones at -0.12. Give each adapter a "
+        "on half of the study's adapters ranks the other half at 0.25, and fresh ones at -0.12. Give each adapter a "
         "suite and probe them."
     ),
     "activations": (

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from composer.conflicts import ConflictReport, Pair
-from composer.conflicts.advice import FROM_WEIGHTS, of_outcome
+from composer.conflicts.advice import FROM_WEIGHTS, MEASURE, of_outcome
 from composer.conflicts.interval import Interval, share_interval
 from composer.conflicts.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
 from composer.conflicts.probe import ProbeResult
@@ -18,6 +18,8 @@ from composer.numbers import Numbers
 from composer.text import cut
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "crowding")
+AS_WELL_NATS = 0.04
+"""Members answer as well as alone where none loses more than this, at the upper end of its interval."""
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
 
 
@@ -61,8 +63,9 @@ def summary(report: ConflictReport) -> Summary:
         otherwise = next((line for pair in by_verdict(report) for line in pair.explanation.advice), "")
         measured = _measured_lines(report)[1:3] if report.probe else ()
         return Summary(headline, (decisive.message, *measured), next_step(decisive.code, otherwise))
-    lines = _unmeasured_lines(report) if report.probe is None else _measured_lines(report)
-    return Summary(headline, lines, next(iter(advice(report, cut_names=True)), ""))
+    if report.probe is None:
+        return Summary(headline, _unmeasured_lines(report), MEASURE)
+    return Summary(headline, _measured_lines(report), next(iter(advice(report, cut_names=True)), ""))
 
 
 def _decisive(findings: Iterable[Finding]) -> Finding | None:
@@ -172,7 +175,7 @@ def _measured(who: str, outcome: Outcome) -> str:
     silenced = "".join(
         f" {effect.member} still answers {effect.still_answered} of {effect.answered} word for word." for effect in lost
     )
-    if sure.high < NOTICEABLE_NATS and not lost:
+    if sure.high <= AS_WELL_NATS and not lost:
         everybody = "both" if len(outcome.effects) == 2 else "all"
         return f"{risk}: combined, {everybody} answer their own suites as well as alone."
     if worst.loss_interval.low <= NOTICEABLE_NATS:
@@ -229,7 +232,7 @@ def advice(report: ConflictReport, *, cut_names: bool = False) -> list[str]:
         who = f"{cut(pair.a)} + {cut(pair.b)}" if cut_names else name(pair)
         lines += [line if alone else f"{who}: {line}" for line in pair.explanation.advice]
     if report.probe is not None and len(report.members) > 2:
-        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits)]
+        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits, report.method)]
     return lines
 
 

@@ -235,6 +235,26 @@ def test_a_chat_prompt_is_one_user_turn_and_the_completion_ends_with_eos(loaded:
     assert loaded.tokenizer.decode(plain.ids) == "hiab<|im_end|>"
 
 
+def test_a_suite_whose_completions_do_not_end_scores_no_end_of_sequence(loaded: LoadedModel) -> None:
+    ending = suite(("say ab", "ab"), ("hello", "HA 12"))
+    cut = replace(ending, ends=False)
+    for example in cut.examples:
+        whole = encode(loaded, example, True)
+        assert encode(loaded, example, True, ends=False).ids == whole.ids[:-1]
+    nats, without = (score[0].value for score in (evaluate(loaded, ending), evaluate(loaded, cut)))
+    (of_eos, *_), tokens = (
+        [
+            sum(one.nats for one in measure(loaded, [encode(loaded, example, True) for example in ending.examples]))
+            - sum(
+                one.nats for one in measure(loaded, [encode(loaded, example, True, False) for example in cut.examples])
+            )
+        ],
+        [encode(loaded, example, True).completion_tokens for example in ending.examples],
+    )
+    assert of_eos > 0
+    assert nats * sum(tokens) - without * (sum(tokens) - 2) == pytest.approx(of_eos, rel=1e-4)
+
+
 def test_what_cannot_be_encoded_is_refused_and_never_cut(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(Mismatch, match="140 tokens, the model's context is 128"):
         encode(loaded, Example("a" * 136, "abc"), chat=False)

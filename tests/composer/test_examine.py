@@ -106,7 +106,7 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
     assert "want other answers to 1 of them: no one model serves both" in told.lines[0]
     assert told.fix.startswith("Serve them apart and route")
     ignored = examine(adapters, [1.0] * 3, evidence=Evidence(never, own), policy=parse_policy("same_prompts: ignore"))
-    assert (ignored.verdict, summary(ignored).fix[:10]) == (Verdict.UNMEASURED, "red + gree")
+    assert (ignored.verdict, summary(ignored).fix[:10]) == (Verdict.UNMEASURED, "Measure it")
 
 
 @pytest.mark.parametrize("method", ["ties", "knots_ties", "mean", "core_tsv", "dare_ties"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer.conflicts.interval import interval
-from composer.conflicts.outcome import Limits
+from composer.conflicts.outcome import NOTICEABLE_NATS, Limits
 from composer.conflicts.probe import Effort, Probed, probe, usual_most, weighted, weighted_sum
 from composer.delta import Layout, LowRank
 from composer.errors import Mismatch
@@ -184,7 +184,9 @@ def test_the_interval_holds_all_members_together_and_the_risk_is_of_the_worst(lo
     (pair,) = probe(loaded, MEMBERS[:2], effort=4).pairs
     for effect in pair.effects:
         assert effect.loss_stderr is not None
-        assert effect.loss_interval == interval(effect.loss, effect.loss_stderr, 4, claims=2)
+        sure = interval(effect.loss, effect.loss_stderr, 4, claims=2)
+        assert effect.loss_interval.low == min(sure.low, effect.loss - NOTICEABLE_NATS)
+        assert effect.loss_interval.high == max(sure.high, effect.loss + NOTICEABLE_NATS)
     assert pair.risk.low <= pair.worst.loss <= pair.risk.high
 
 
