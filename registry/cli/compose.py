@@ -11,6 +11,7 @@ import typer
 
 from composer.files import read_text
 from registry.cli import render
+from registry.cli.calibration import Prompts, Suites, fitted_adapter, local_calibration, refuse_uneven
 from registry.cli.connect import Connection, connected
 from registry.cli.render import JsonFlag
 from registry.errors import FAMILIES, Usage
@@ -97,6 +98,8 @@ def merge(  # noqa: PLR0913
         bool, typer.Option("--dequantize", help="Take an fp8 or 4-bit base as the values that it stands for.")
     ] = False,
     rule: Rules = None,
+    suite: Suites = None,
+    prompts: Prompts = None,
     json: JsonFlag = False,
 ) -> None:
     """Merge adapters into a checkpoint, on local directories, without a registry.
@@ -106,12 +109,19 @@ def merge(  # noqa: PLR0913
     from composer.formats.checkpoint import open_checkpoint
     from composer.merge import plan_merge, run_merge
     from composer.rounding import Mode, parse_rounding
+    from composer.weights import Weight
 
     if seed is not None and rounding != Mode.STOCHASTIC:
         message = "--seed says nothing here: it is for stochastic rounding."
         raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
-    merging = plan_merge(checkpoint, _weighted(adapter, rule), method, settings_of(set_), dtype, rounded)
+    adapters, settings = _weighted(adapter, rule), settings_of(set_)
+    calibration = local_calibration(method, settings, base, suite, prompts)
+    if calibration is not None:
+        refuse_uneven(calibration, adapters)
+        adapters = [(fitted_adapter(base, adapters, output, (method, settings), calibration), Weight())]
+        method, settings = "stack", {}
+    merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded)
     _warn(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)
@@ -137,6 +147,8 @@ def combine(  # noqa: PLR0913
         float | None, typer.Option(help="Cut to the least rank that keeps this share of the energy, module by module.")
     ] = None,
     rule: Rules = None,
+    suite: Suites = None,
+    prompts: Prompts = None,
     json: JsonFlag = False,
 ) -> None:
     """Make one PEFT adapter of several on local directories, without a registry; tells what a cut to a rank lost."""
@@ -150,7 +162,9 @@ def combine(  # noqa: PLR0913
         message = f"--{twice[0]} and --set {twice[0]} say the same thing twice."
         raise Usage("two_settings", message, subject=f"--{twice[0]}", next_step="Leave one of them out.")
     settings |= budget
-    report = combine_adapters(_weighted(adapter, rule), output, architecture, method, settings)
+    adapters, calibration = _weighted(adapter, rule), local_calibration(method, settings, base, suite, prompts)
+    refuse_uneven(calibration, adapters)
+    report = combine_adapters(adapters, output, architecture, method, settings, calibration=calibration)
     _warn(report.findings)
     told = report.to_json()
     shown = [(key, value) for key, value in told.items() if key not in ("findings", "compressions")]

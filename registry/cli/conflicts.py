@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ import typer
 
 from composer.files import read_text
 from registry.cli import render
+from registry.cli.calibration import calibration_of
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
 from registry.cli.quality import BaseDir, Device, fetch_suite
@@ -86,11 +87,14 @@ def conflicts(  # noqa: PLR0913
     rules = replace(rules, require=required(require) or rules.require)
     with ExitStack() as stack:
         group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
+        settings = settings_of(set_)
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
+        calibration = calibration_of(method, settings, evidence.load, evidence.suites)
+        evidence = replace(evidence, calibration=calibration)
         report = examine(
             group.load(),
             given,
-            Combination(method, settings_of(set_)),
+            Combination(method, settings),
             evidence=evidence,
             base=group.checkpoint(measured=bool(probe or prompts)),
             policy=rules,
@@ -219,7 +223,7 @@ class _Group:
         if (k or prompts) and self.base is None and self.base_dir is None:
             raise Usage("base_missing", "This needs the base's weights.", next_step="Name it with --base.")
         return Evidence(
-            load=lambda: load_model(self._directory, device),
+            load=cache(lambda: load_model(self._directory, device)),
             suites=self._suites(own, required=bool(k) and prompts is None),
             guards=[self._suite(name) for name in guards] if k else [],
             k=k,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from registry import publishing, releases, repositories, signatures, yanks
+from registry import releases, repositories, signatures, yanks
 from registry.access import Role, permit
 from registry.http.pages import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.http.request import RequestKey, ResourcesOf, keyed

@@ -1,0 +1,122 @@
+"""The examples that `combine`, `merge` and `conflicts` fit a method on."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from composer.calibration_sets import CalibrationSet
+from composer.files import read_text
+from composer.settings import PIPELINES, parse_settings
+from composer.suite import MAX_FILE_BYTES, Suite, parse_suite
+from registry.cli import render
+from registry.errors import Conflict, Usage
+
+if TYPE_CHECKING:
+    from composer.calibration import Calibration
+    from composer.model import LoadedModel
+    from composer.weights import Weight
+
+Suites = Annotated[
+    list[Path] | None,
+    typer.Option("--suite", metavar="FILE", help="For regmean: the suite of each adapter, in their order."),
+]
+Prompts = Annotated[
+    list[Path] | None,
+    typer.Option("--prompts", metavar="FILE", help="For regmean: instead of suites, prompts of each, one a line."),
+]
+
+
+def calibration_of(
+    method: str,
+    settings: dict[str, object],
+    load: "Callable[[], LoadedModel]",
+    suites: Sequence[Suite | None],
+    prompts: Sequence[tuple[str, ...]] = (),
+) -> "Calibration | None":
+    """What a fitted method is fitted on; None for another method, and where an adapter has neither a suite nor prompts.
+    Raises Usage for a suite that would have no example left to judge by."""
+    if not PIPELINES[method].fitted:
+        return None
+    from composer.calibration import Calibration
+
+    parsed = parse_settings(method, settings)
+    count = int(str(parsed["examples"]))
+    sets = [CalibrationSet(prompts=one) for one in prompts] or [_set(suite, count) for suite in suites if suite]
+    if len(sets) < max(len(suites), len(prompts), 1):
+        return None
+    return Calibration.by(parsed, cache(load), sets)
+
+
+def local_calibration(
+    method: str, settings: dict[str, object], base: Path | None, suites: list[Path] | None, prompts: list[Path] | None
+) -> "Calibration | None":
+    """By the options of `combine` and `merge`. Raises Usage for options that another method cannot use, for both, and
+    for a fitted method without a base or without either."""
+    parse_settings(method, settings)
+    if not PIPELINES[method].fitted:
+        if suites or prompts:
+            message = f"--suite and --prompts say nothing here: {method} is not fitted on examples."
+            raise Usage("idle_option", message, subject="--suite", next_step="Leave them out, or add --method regmean.")
+        return None
+    if base is None or bool(suites) == bool(prompts):
+        message = f"{method} is fitted on examples: it takes --base, and --suite or --prompts for each adapter."
+        raise Usage("needs_examples", message, subject="--suite", next_step="Write --suite FILE once for each adapter.")
+    from composer.conflicts.examine import parse_prompts
+    from composer.model import load_model
+
+    asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in prompts or []]
+    return calibration_of(method, settings, lambda: load_model(base), list(map(parse_suite, suites or [])), asked)
+
+
+def refuse_uneven(calibration: "Calibration | None", adapters: Sequence[object]) -> None:
+    if calibration is not None and len(calibration.sets) != len(adapters):
+        message = f"{len(calibration.sets)} suites or prompt files were given for {len(adapters)} adapters."
+        raise Usage("suites_uneven", message, subject="--suite", next_step="Name one for each adapter, in their order.")
+
+
+def fitted_adapter(
+    base: Path,
+    adapters: "list[tuple[Path, Weight]]",
+    output: Path,
+    how: tuple[str, dict[str, object]],
+    calibration: "Calibration",
+) -> Path:
+    """The adapter that a merge by a fitted method adds: `OUTPUT-adapter`, made now, or by an earlier run of this very
+    command. Raises Conflict where something else has that name."""
+    from composer.combine import combine
+    from composer.formats.checkpoint import open_checkpoint
+    from composer.inputs import adapter_use
+    from composer.output import NOTE_FILE
+
+    directory = output.with_name(f"{output.name}-adapter")
+    if not directory.is_dir():
+        architecture = open_checkpoint(base).architecture
+        report = combine(adapters, directory, architecture, *how, calibration=calibration)
+        if report.fit is not None:
+            errors = ", ".join(f"{error:.3f}" for error in report.fit.errors)
+            render.say(f"fitted {report.fit.fitted} modules into {directory}; relative error by adapter: {errors}")
+        return directory
+    wanted: dict[str, Any] = {
+        "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
+        "method": how[0],
+        "settings": parse_settings(*how),
+        "calibration": calibration.to_json(),
+    }
+    note = json.loads(read_text(directory / NOTE_FILE, MAX_FILE_BYTES))
+    if any(note.get(name) != json.loads(json.dumps(value)) for name, value in wanted.items()):
+        message = f"{directory} is there, and was not fitted by this command."
+        raise Conflict(
+            "output_exists", message, subject=str(directory), next_step="Move it away, or choose another -o."
+        )
+    return directory
+
+
+def _set(suite: Suite, count: int) -> CalibrationSet:
+    if len(suite.examples) <= count:
+        message = f"{suite.name} has {len(suite.examples)} examples: {count} to fit on leave none to judge by."
+        raise Usage("suite_too_small", message, subject=suite.name, next_step="Add examples, or --set examples=N.")
+    return CalibrationSet(suite, count)
