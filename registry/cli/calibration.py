@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composer.calibration_sets import CalibrationSet
 from composer.files import read_text
-from composer.settings import PIPELINES, parse_settings
-from composer.suite import MAX_FILE_BYTES, Suite, parse_suite
 from registry.cli import render
 from registry.errors import Conflict, Usage
 
 if TYPE_CHECKING:
     from composer.calibration import Calibration
+    from composer.calibration_sets import CalibrationSet
     from composer.model import LoadedModel
+    from composer.suite import Suite
     from composer.weights import Weight
 
 Suites = Annotated[
@@ -29,19 +28,24 @@ Prompts = Annotated[
     typer.Option("--prompts", metavar="FILE", help="For regmean: instead of suites, prompts of each, one a line."),
 ]
 
+MAX_NOTE_BYTES = 64 << 20
+
 
 def calibration_of(
     method: str,
     settings: dict[str, object],
     load: "Callable[[], LoadedModel]",
-    suites: Sequence[Suite | None],
+    suites: "Sequence[Suite | None]",
     prompts: Sequence[tuple[str, ...]] = (),
 ) -> "Calibration | None":
     """What a fitted method is fitted on; None for another method, and where an adapter has neither a suite nor prompts.
     Raises Usage for a suite that would have no example left to judge by."""
-    if not PIPELINES[method].fitted:
+    from composer.settings import PIPELINES, parse_settings
+
+    if method not in PIPELINES or not PIPELINES[method].fitted:
         return None
     from composer.calibration import Calibration
+    from composer.calibration_sets import CalibrationSet
 
     parsed = parse_settings(method, settings)
     count = int(str(parsed["examples"]))
@@ -56,6 +60,8 @@ def local_calibration(
 ) -> "Calibration | None":
     """By the options of `combine` and `merge`. Raises Usage for options that another method cannot use, for both, and
     for a fitted method without a base or without either."""
+    from composer.settings import PIPELINES, parse_settings
+
     parse_settings(method, settings)
     if not PIPELINES[method].fitted:
         if suites or prompts:
@@ -67,6 +73,7 @@ def local_calibration(
         raise Usage("needs_examples", message, subject="--suite", next_step="Write --suite FILE once for each adapter.")
     from composer.conflicts.examine import parse_prompts
     from composer.model import load_model
+    from composer.suite import MAX_FILE_BYTES, parse_suite
 
     asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in prompts or []]
     return calibration_of(method, settings, lambda: load_model(base), list(map(parse_suite, suites or [])), asked)
@@ -76,6 +83,16 @@ def refuse_uneven(calibration: "Calibration | None", adapters: Sequence[object])
     if calibration is not None and len(calibration.sets) != len(adapters):
         message = f"{len(calibration.sets)} suites or prompt files were given for {len(adapters)} adapters."
         raise Usage("suites_uneven", message, subject="--suite", next_step="Name one for each adapter, in their order.")
+
+
+def fit_lines(fit: dict[str, Any] | None, names: Sequence[str]) -> list[tuple[str, str]]:
+    """What a fit came to, for people: each adapter's error on the inputs that it was fitted on."""
+    if fit is None:
+        return []
+    errors = zip(names, fit["errors"], fit["errors_of_sum"], strict=False)
+    rows = [(f"error {name}", f"{error:.3f} (weighted sum: {plain:.3f})") for name, error, plain in errors]
+    kept = [("at the weighted sum", ", ".join(fit["kept_at_sum"]))] if fit["kept_at_sum"] else []
+    return [("fitted modules", str(fit["fitted"])), *rows, *kept]
 
 
 def fitted_adapter(
@@ -91,14 +108,14 @@ def fitted_adapter(
     from composer.formats.checkpoint import open_checkpoint
     from composer.inputs import adapter_use
     from composer.output import NOTE_FILE
+    from composer.settings import parse_settings
 
     directory = output.with_name(f"{output.name}-adapter")
     if not directory.is_dir():
         architecture = open_checkpoint(base).architecture
         report = combine(adapters, directory, architecture, *how, calibration=calibration)
-        if report.fit is not None:
-            errors = ", ".join(f"{error:.3f}" for error in report.fit.errors)
-            render.say(f"fitted {report.fit.fitted} modules into {directory}; relative error by adapter: {errors}")
+        for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
+            render.say(f"{name}: {value}")
         return directory
     wanted: dict[str, Any] = {
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
@@ -106,7 +123,7 @@ def fitted_adapter(
         "settings": parse_settings(*how),
         "calibration": calibration.to_json(),
     }
-    note = json.loads(read_text(directory / NOTE_FILE, MAX_FILE_BYTES))
+    note = json.loads(read_text(directory / NOTE_FILE, MAX_NOTE_BYTES))
     if any(note.get(name) != json.loads(json.dumps(value)) for name, value in wanted.items()):
         message = f"{directory} is there, and was not fitted by this command."
         raise Conflict(
@@ -115,7 +132,9 @@ def fitted_adapter(
     return directory
 
 
-def _set(suite: Suite, count: int) -> CalibrationSet:
+def _set(suite: "Suite", count: int) -> "CalibrationSet":
+    from composer.calibration_sets import CalibrationSet
+
     if len(suite.examples) <= count:
         message = f"{suite.name} has {len(suite.examples)} examples: {count} to fit on leave none to judge by."
         raise Usage("suite_too_small", message, subject=suite.name, next_step="Add examples, or --set examples=N.")

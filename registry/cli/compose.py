@@ -11,7 +11,7 @@ import typer
 
 from composer.files import read_text
 from registry.cli import render
-from registry.cli.calibration import Prompts, Suites, fitted_adapter, local_calibration, refuse_uneven
+from registry.cli.calibration import Prompts, Suites, fit_lines, fitted_adapter, local_calibration, refuse_uneven
 from registry.cli.connect import Connection, connected
 from registry.cli.render import JsonFlag
 from registry.errors import FAMILIES, Usage
@@ -167,8 +167,9 @@ def combine(  # noqa: PLR0913
     report = combine_adapters(adapters, output, architecture, method, settings, calibration=calibration)
     _warn(report.findings)
     told = report.to_json()
-    shown = [(key, value) for key, value in told.items() if key not in ("findings", "compressions")]
+    shown = [(key, value) for key, value in told.items() if key not in ("findings", "compressions", "fit")]
     shown = [(key, _ranks(value) if key == "ranks" else value) for key, value in shown]
+    shown += fit_lines(told["fit"], [path.name for path, _ in adapters])
     render.document(told, json, lambda: _show_combined(output, shown, told["compressions"]))
 
 

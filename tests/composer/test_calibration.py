@@ -1,0 +1,115 @@
+"""Fitting on a real tiny model: in memory, streamed, over different targets, and what may judge the result."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer.calibration import Calibration
+from composer.calibration_sets import CalibrationSet, used_in
+from composer.conflicts import Method
+from composer.conflicts.examine import Evidence, examine
+from composer.errors import Mismatch
+from composer.evaluate import evaluate
+from composer.findings import Verdict
+from composer.methods import combine_deltas
+from composer.model import LoadedModel, load_model
+from composer.suite import Example, Suite
+from composer.variants import LoadedAdapter
+from tests.composer.small_model import Load, dense
+
+
+def suite(name: str, count: int = 10) -> Suite:
+    return Suite(name, "target", "", True, tuple(Example(f"{name} {n}", f"{n} {name}") for n in range(count)))
+
+
+RED, GREEN = suite("red"), suite("green")
+
+
+def calibration(loaded: LoadedModel, count: int = 3, tokens: int = 2048) -> Calibration:
+    return Calibration(lambda: loaded, [CalibrationSet(RED, count), CalibrationSet(GREEN, count)], tokens)
+
+
+def test_both_forms_and_steps_lower_the_error_of_the_plain_sum(
+    loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    for settings in ({"steps": 1}, {"steps": 2}, {"steps": 2, "form": "core"}):
+        fit = combine_deltas([red, green], [1.0, 1.0], "regmean", settings, calibration(loaded).observe).fit
+        assert fit is not None
+        assert (fit.fitted, fit.kept_at_sum) == (6, ()), "q, v and o of two layers"
+        assert max(fit.errors) < max(fit.errors_of_sum)
+
+
+def test_a_streamed_base_gives_the_same_factors(loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter) -> None:
+    streamed = load_model(loaded.model.name_or_path, device="cpu", memory=60_000)
+    assert streamed.streamed
+    here, there = (
+        combine_deltas([red, green], [1.0, 0.5], "regmean", {}, calibration(one).observe).deltas
+        for one in (loaded, streamed)
+    )
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(dense(one), dense(other), rtol=1e-3, atol=1e-5)
+
+
+def test_a_cut_of_the_tokens_is_the_same_every_time_and_another_with_another_seed(
+    loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    few = calibration(loaded, tokens=40)
+
+    def fitted(seed: int) -> torch.Tensor:
+        observe = replace(few, seed=seed).observe
+        return dense(combine_deltas([red, green], [1.0, 1.0], "regmean", {"steps": 1}, observe).deltas[0])
+
+    assert torch.equal(fitted(1), fitted(1))
+    assert not torch.equal(fitted(1), fitted(2))
+
+
+def test_an_adapter_whose_deltas_have_no_factors_keeps_its_share_of_the_sum(
+    loaded: LoadedModel, red: LoadedAdapter, load: Load
+) -> None:
+    dora = load("dora", 5, use_dora=True, target_modules=["q_proj"])
+    fit = combine_deltas([red, dora], [1.0, 1.0], "regmean", {}, calibration(loaded).observe).fit
+    assert fit is not None
+    assert [name.rpartition(".")[2] for name in fit.kept_at_sum] == ["q_proj", "q_proj"]
+    assert fit.fitted == 2
+
+
+def test_without_examples_nothing_is_fitted(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    with pytest.raises(Mismatch, match="there are none") as caught:
+        combine_deltas([red, green], [1.0, 1.0], "regmean")
+    assert caught.value.code == "needs_examples"
+
+
+def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter) -> None:
+    sets = calibration(loaded, 3).sets
+    used = used_in(sets, [RED, GREEN])
+    assert len(used) == 6
+    assert not used & set(RED.sample(None, used))
+    assert {score.n for score in evaluate(loaded, RED, without=used)} == {7}
+    with pytest.raises(Mismatch, match="none is left"):
+        evaluate(loaded, RED, without=frozenset(RED.examples))
+    by_prompt = CalibrationSet(prompts=(RED.examples[0].prompt,))
+    assert used_in([by_prompt], [RED]) == {RED.examples[0]}
+
+    evidence = Evidence(lambda: loaded, [RED, GREEN], k=10, most=10, calibration=calibration(loaded, 3))
+    report = examine([red, green], [1.0, 1.0], Method("regmean"), evidence=evidence)
+    assert report.probe is not None
+    assert {effect.examples for effect in report.probe.whole.effects} == {7}
+
+
+def test_a_fitted_method_without_examples_is_unmeasured(
+    loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    evidence = Evidence(lambda: loaded, [RED, GREEN], k=8)
+    assert examine([red, green], [1.0, 1.0], Method("regmean"), evidence=evidence).verdict is Verdict.UNMEASURED
+
+
+def test_a_lock_names_the_examples_by_digests_that_do_not_follow_their_place(tmp_path: Path) -> None:
+    names = CalibrationSet(RED, 3).to_json()
+    assert names["suite_digest"] == RED.digest
+    assert len(json.loads(json.dumps(names))["examples"]) == 3
+    turned = replace(RED, examples=RED.examples[::-1])
+    (all_of_one, all_of_other) = (CalibrationSet(one, 10).to_json()["examples"] for one in (RED, turned))
+    assert sorted(map(str, all_of_one)) == sorted(map(str, all_of_other))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,149 @@
+"""RegMean as users meet it: local directories, and a recipe that is judged by examples that nothing was fitted on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+from tests.scenarios.world import Cli, World
+
+NAMES = ("sql", "support")
+
+
+def suites(world: World) -> list[object]:
+    return [word for name in NAMES for word in ("--suite", world.suites[name])]
+
+
+def adapters(world: World) -> list[object]:
+    return [word for name in NAMES for word in ("--adapter", world.adapters[name])]
+
+
+def test_combine_and_merge_fit_on_suites_or_prompts(on_disk: Cli, world: World, tmp_path: Path) -> None:
+    fitting = [*adapters(world), "--base", world.base, "--method", "regmean"]
+    both = on_disk.json("combine", *fitting, *suites(world), "-o", tmp_path / "both")
+    assert both["fit"]["fitted"] > 0
+    assert max(both["fit"]["errors"]) < max(both["fit"]["errors_of_sum"])
+    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world.base), str(tmp_path / "both"))
+
+    on_disk.ok("merge", *fitting, *suites(world), "-o", tmp_path / "merged")
+    by_hand = ["merge", "--base", world.base, "--adapter", tmp_path / "merged-adapter", "-o", tmp_path / "again"]
+    on_disk.ok(*by_hand)
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+    (tmp_path / "prompts").write_text("sql 1\nsql 2\n")
+    prompts = [word for _ in NAMES for word in ("--prompts", tmp_path / "prompts")]
+    assert on_disk.json("combine", *fitting, *prompts, "-o", tmp_path / "asked")["fit"]["fitted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--method", "regmean"], "--suite"),
+        (["--method", "stack", "--suite", "SUITE"], "not fitted"),
+        (["--method", "regmean", "--suite", "SUITE"], "1 suites or prompt files"),
+        (["--method", "regmean", "--suite", "SUITE", "--suite", "SUITE", "--set", "examples=6"], "none to judge by"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_before_any_work(
+    on_disk: Cli, world: World, tmp_path: Path, options: list[str], word: str
+) -> None:
+    given = [str(world.suites["sql"]) if option == "SUITE" else option for option in options]
+    refused = on_disk("merge", *adapters(world), "--base", world.base, *given, "-o", tmp_path / "out")
+    assert (refused.code, word in refused.err) == (2, True), refused.err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out-adapter").exists()
+
+
+def test_a_merge_does_not_take_another_commands_fit_for_its_own(on_disk: Cli, world: World, tmp_path: Path) -> None:
+    fitting = [*adapters(world), "--base", world.base, "--method", "regmean", *suites(world)]
+    on_disk.ok("combine", *fitting, "--set", "ridge=0.5", "-o", tmp_path / "out-adapter")
+    refused = on_disk("merge", *fitting, "-o", tmp_path / "out")
+    assert (refused.code, "was not fitted by this command" in refused.err) == (4, True)
+    on_disk.ok("merge", *fitting, "--set", "ridge=0.5", "-o", tmp_path / "out")
+
+
+def recipe(directory: Path, **changes: Any) -> Path:
+    path = directory / "recipe.yaml"
+    inputs = [{"adapter": f"acme/{name}", "suite": f"{name}-exact"} for name in NAMES]
+    document = {
+        "inputs": inputs,
+        "method": "regmean",
+        "settings": {"examples": 2},
+        "adapter": "acme/both:1.0.0",
+        "model": "acme/both-merged:1.0.0",
+        "probe": 0,
+    }
+    path.write_text(yaml.safe_dump({**document, **changes}))
+    return path
+
+
+@pytest.fixture
+def team(stocked_embedded: Cli, world: World) -> Cli:
+    for name in NAMES:
+        stocked_embedded.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    return stocked_embedded
+
+
+def test_a_recipe_is_fitted_judged_on_other_examples_and_locked_by_digest(
+    team: Cli, world: World, tmp_path: Path
+) -> None:
+    gates = [f"{name}-exact.nll within 1000 of inputs" for name in NAMES]
+    done = team.json("compose", recipe(tmp_path, evaluate=["sql-exact", "support-exact"], gates=gates))
+    assert done["state"] == "done"
+    assert [len(one["examples"]) for one in done["lock"]["calibration"]] == [2, 2]
+    for row in done["candidate_scores"]:
+        own = [one for one in row["inputs"] if f"{one['repository']}-exact" == f"acme/{row['suite']}"]
+        assert row["n"] == 4, "two of six examples were used to fit"
+        assert [(one["n"], one["recorded"]) for one in own] == [(4, False)], (
+            "measured on the same four, in the same job"
+        )
+    assert all(gate["passed"] and gate["required"] for gate in done["gates"])
+
+
+def test_a_recipe_names_no_gate_against_its_inputs_and_gets_them(team: Cli, tmp_path: Path) -> None:
+    expected = [
+        rule
+        for name in NAMES
+        for rule in (f"{name}-exact.accuracy keeps 0.9 of inputs", f"{name}-exact.nll within 0.1 of inputs")
+    ]
+    assert team.json("compose", recipe(tmp_path), "--plan")["lock"]["gates"] == expected
+    assert "gates" not in team.json("compose", recipe(tmp_path, gates=[]), "--plan")["lock"]
+    harmed = [{"adapter": f"acme/{name}", "suite": f"{name}-exact", "weight": 30} for name in NAMES]
+    refused = team("compose", recipe(tmp_path, inputs=harmed, method="stack", settings={}))
+    assert refused.code == 1
+    assert "FAIL  sql-exact.nll within 0.1 of inputs" in refused.out
+    assert team("show", "acme/both").code == 3, "nothing was published"
+
+
+def test_without_gates_the_comparison_with_the_inputs_warns(team: Cli, tmp_path: Path) -> None:
+    harmed = [{"adapter": f"acme/{name}", "suite": f"{name}-exact", "weight": 30} for name in NAMES]
+    warned = team.json(
+        "compose", recipe(tmp_path, inputs=harmed, method="stack", settings={}, gates=[], evaluate=["sql-exact"])
+    )
+    assert warned["state"] == "done"
+    assert {gate["required"] for gate in warned["gates"]} == {False}
+    assert not all(gate["passed"] for gate in warned["gates"])
+
+
+def test_a_fitted_recipe_needs_examples_and_an_adapter_to_publish(team: Cli, tmp_path: Path) -> None:
+    unknown = team("compose", recipe(tmp_path, inputs=["acme/sql", "acme/support"]), "--plan")
+    assert (unknown.code, "has no score on a target suite" in unknown.err) == (1, True)
+    small = team("compose", recipe(tmp_path, settings={"examples": 6}), "--plan")
+    assert (small.code, "leave none to judge by" in small.err) == (1, True)
+    alone = team("compose", recipe(tmp_path, adapter=None))
+    assert (alone.code, "publishes only a model" in alone.err) == (2, True)
+
+
+def test_a_promotion_is_gated_by_what_went_into_the_release(team: Cli, tmp_path: Path) -> None:
+    gates = ["sql-exact.nll within 1000 of inputs"]
+    team.ok("compose", recipe(tmp_path, evaluate=["sql-exact"], gates=gates))
+    team.ok("eval", "acme/sql", "--suite", "sql-exact")
+    team.ok("gate", "acme/both@prod", "--rule", "sql-exact.nll within 1000 of inputs")
+    team.ok("promote", "acme/both:1.0.0", "--to", "prod")
+    team.ok("gate", "acme/sql@prod", "--rule", "sql-exact.nll within 1000 of inputs")
+    refused = team("promote", "acme/sql:1.0.0", "--to", "prod")
+    assert (refused.code, "there are no inputs to compare with" in refused.err + refused.out) == (1, True)
