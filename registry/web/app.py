@@ -7,6 +7,7 @@ from fastapi import APIRouter, FastAPI
 
 from registry.http import problems
 from registry.http.callers import Callers
+from registry.http.exchanges import AccessLog, Exchanges
 from registry.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.resources import Resources
 from registry.web import access, bases, blobs, channels, compositions, operations, releases, search, suites
@@ -25,12 +26,19 @@ ROUTERS: tuple[tuple[str, APIRouter], ...] = (
 )
 
 
-def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
+def create_app(resources: Resources, *, tokens: bool = False, access_log: AccessLog = "off") -> FastAPI:
     """For one user on loopback; with `tokens` for everybody, as far as their tokens let them.
 
     There are no pages for browsing the API: those of the framework load scripts from elsewhere.
     """
-    app = FastAPI(title="Adaptory", version=version("adaptory"), description=DESCRIPTION, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Adaptory",
+        version=version("adaptory"),
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.resources = resources
     app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
     app.state.callers = Callers(resources, single_user=not tokens)
@@ -42,6 +50,7 @@ def create_app(resources: Resources, *, tokens: bool = False) -> FastAPI:
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
+    app.add_middleware(Exchanges, access_log=access_log)
     for prefix, router in ROUTERS:
         app.include_router(router, prefix=prefix)
     return app
