@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, true
 from sqlalchemy.orm import InstrumentedAttribute
 
 from registry.audit import Actor
-from registry.errors import NotAllowed, NotFound, RegistryError, Unauthenticated
+from registry.errors import Invalid, NotAllowed, NotFound, RegistryError, Unauthenticated
 
 EVERYWHERE = "*"
 ANONYMOUS = "anonymous"
@@ -90,6 +90,17 @@ def granted(actor: Actor, role: Role) -> list[str] | None:
     if holds(actor, role):
         return None
     return sorted(namespace for namespace in actor.grants if holds(actor, role, namespace))
+
+
+def refuse_reserved(user: str) -> None:
+    """Raises Invalid for the name of callers without a token: a user of that name would be taken for all of them."""
+    if user.strip().lower() == ANONYMOUS:
+        raise Invalid(
+            "user_reserved",
+            f"{user} is not a user's name: it stands for callers without a token.",
+            subject=user,
+            next_step="Choose another name. What everybody may read is a public namespace (`adaptory namespace set`).",
+        )
 
 
 def refuse_stranger(actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name") -> None:

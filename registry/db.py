@@ -31,8 +31,9 @@ from sqlalchemy.orm import DeclarativeBase, sessionmaker
 from sqlalchemy.orm import Session as Session
 
 from registry.errors import Conflict, Invalid, Unavailable
+from registry.outages import OutageLog
 
-log = logging.getLogger(__name__)
+outages = OutageLog(logging.getLogger(__name__))
 
 POOL_SIZE = 40
 _BLOBS_LOCK, _COLLECTION_LOCK = 0x424C4F42, 0x434F4C4C
@@ -287,12 +288,12 @@ def _told() -> Generator[None]:
     except InvalidRequestError as error:
         if error.args[:1] != (_DROPPED_AGAIN,):
             raise
-        log.warning("The database cannot be used: %s", error)
+        outages.warn("The database cannot be used", error)
         raise Unavailable(
             "database_unavailable", "The database drops its connections.", next_step="Try again; see that it runs."
         ) from error
     except OperationalError as error:
-        log.warning("The database cannot be used: %s", error.orig)
+        outages.warn("The database cannot be used", error.orig)
         raise Unavailable(
             "database_unavailable",
             "The database cannot be used.",
@@ -300,7 +301,7 @@ def _told() -> Generator[None]:
         ) from error
     except DBAPIError as error:
         if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY:
-            log.warning("The database cannot be used: %s", error.orig)
+            outages.warn("The database cannot be used", error.orig)
             raise Unavailable(
                 "database_unavailable",
                 "The database cannot be used.",

@@ -43,6 +43,8 @@ T = TypeVar("T")
 _BATCH = 500
 _BLOCK_BYTES = 1 << 20
 _PARALLEL = 8
+_NAMED = 5
+"""So many releases that are hit by one damaged blob are named; of the others their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,10 +292,13 @@ def _with_names(resources: Resources, finding: Finding) -> Finding:
         .join(Release, Release.repository_id == Repository.id)
         .join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
         .where(RevisionFile.sha256 == finding.subject)
-        .limit(5)
     )
     with resources.read() as session:
-        named = [f"{path} of {namespace}/{name}:{version}" for namespace, name, version, path in session.execute(query)]
+        rows = session.execute(query.order_by(Release.id).limit(_NAMED)).all()
+        total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
+    named = [f"{path} of {namespace}/{name}:{version}" for namespace, name, version, path in rows]
+    if total > len(named):
+        named.append(f"{total - len(named):,} more")
     if not named:
         return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} No release names it.")
     return Finding(finding.code, finding.severity, finding.subject, f"{finding.message} It is {'; '.join(named)}.")

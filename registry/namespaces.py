@@ -8,7 +8,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from registry import audit
-from registry.access import EVERYWHERE, Role, permit, readable, unknown_namespace
+from registry.access import EVERYWHERE, Role, permit, readable, refuse_reserved, unknown_namespace
 from registry.audit import Act, Actor
 from registry.db import insert_if_absent
 from registry.errors import Invalid
@@ -110,6 +110,8 @@ def public_names(session: Session) -> frozenset[str]:
 
 def set_member(session: Session, actor: Actor, namespace: str, user: str, role: Role | None) -> None:
     """Gives a user a role in a namespace (`*` for all of them), or with None takes it away."""
+    if role is not None:
+        refuse_reserved(user)
     if namespace != EVERYWHERE:
         find_or_create(session, actor, namespace)
     row = session.get(Member, (user, namespace))

@@ -71,6 +71,12 @@ def _database_url(text: str) -> str:
     return text
 
 
+def _user(text: str) -> str:
+    if text.strip().lower() == "anonymous":
+        raise PydanticCustomError("user", "it stands for callers without a token; choose another name")
+    return text
+
+
 def _rate(text: str) -> str:
     """Empty says that there is none."""
     if text in ("", DEFAULT_RATE):
@@ -184,6 +190,10 @@ class Settings(BaseSettings):
     """Who may use a server: `single` answers on loopback to its one user, `tokens` asks everybody for a token."""
     access_cache_s: float = Field(default=5.0, ge=0, le=300)
     """How long a server remembers whom a token stands for, and so how late another server may notice a revocation."""
+    access_log: Literal["text", "json", "off"] = "text"
+    """One line on stderr for each request that a server answers: route, status, seconds, actor and request id."""
+    download_expires_s: int = Field(default=300, ge=1, le=7 * 24 * 3600)
+    """How long an address that S3 gives out for a download is good for, whatever becomes of the token meanwhile."""
     rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE
     """Requests a token, or an address without one, may make of one server process; empty for no limit."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
@@ -198,7 +208,7 @@ class Settings(BaseSettings):
     key; servers may have the public one, and then accept compositions where signatures are required."""
     token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     """Sent by the command line to the registry at `url`."""
-    user: str = Field(default_factory=_login_name, min_length=1, max_length=128)
+    user: Annotated[str, AfterValidator(_user)] = Field(default_factory=_login_name, min_length=1, max_length=128)
     """The name written into moves and audit rows in the embedded registry; the login name unless set."""
 
     @classmethod

@@ -20,7 +20,7 @@ from sqlalchemy import ColumnElement, select, true
 from sqlalchemy.orm import Session
 
 from registry import audit, namespaces
-from registry.access import EVERYWHERE, Role, higher, holds, lower
+from registry.access import EVERYWHERE, Role, higher, holds, lower, refuse_reserved
 from registry.audit import Act, Actor
 from registry.errors import NotAllowed, NotFound, Unauthenticated
 from registry.models import Token
@@ -64,6 +64,7 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
             subject=new.user,
             next_step="Use a token without scope and expiry; a token for another user needs an admin of the registry.",
         )
+    refuse_reserved(new.user)
     token_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
     body = f"adp_{token_id}_{secrets.token_hex(32)}"
     row = Token(

@@ -87,7 +87,7 @@ def revoke_token(token: Annotated[str, typer.Argument(metavar="ID")], json: Json
     """End a token at once, by the id that `token list` shows (its 12 characters after adp_)."""
     with connected() as connection:
         found = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}")
-    render.document(found, json, lambda: print(f"revoked {found['id']} of {found['user']}"))
+    render.document(found, json, lambda: render.out(f"revoked {found['id']} of {found['user']}"))
 
 
 @namespaces.command("list")
@@ -164,7 +164,7 @@ def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None
 def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:
     with connected() as connection:
         found = connection.api.put(_members_path(namespace), {"user": user, "role": role})
-    render.document(found, json, lambda: print(f"{user}: {role or 'no role'} in {namespace}"))
+    render.document(found, json, lambda: render.out(f"{user}: {role or 'no role'} in {namespace}"))
 
 
 def _members_path(namespace: str) -> str:

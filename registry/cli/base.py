@@ -77,7 +77,7 @@ def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it."
     """Take an alias from its base, for who made that and for admins of the registry."""
     with connected() as connection:
         found = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}")
-    render.document(found, json, lambda: print(f"{alias} names no base; {found['name']} stays"))
+    render.document(found, json, lambda: render.out(f"{alias} names no base; {found['name']} stays"))
 
 
 def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
@@ -123,4 +123,4 @@ def _show(base: dict[str, Any]) -> None:
     render.lines(f"base {base['name']}", pairs)
     for score in base["scores"]:
         value = render.with_error(score["value"], score["stderr"])
-        print(f"  {score['suite']}.{score['metric']}  {value}  (n={score['n']})")
+        render.out(f"  {score['suite']}.{score['metric']}  {value}  (n={score['n']})")

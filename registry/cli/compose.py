@@ -323,7 +323,7 @@ def _show(found: Json) -> None:
         merged = found["merge"]
         print(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
     for row in found["results"]:
-        print(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
+        render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
 
 
 def _show_lock(lock: Json) -> None:
@@ -343,7 +343,7 @@ def _show_lock(lock: Json) -> None:
     render.table(f"lock {lock['digest'][:12]}", columns, [row[: len(columns)] for row in rows])
     for name, value in (("method", made.how), ("dtype", made.dtype), ("rounding", made.rounding)):
         if value:
-            print(f"{name} {render.plain(value)}")
+            render.out(f"{name} {render.plain(value)}")
 
 
 def _show_conflicts(report: Json) -> None:

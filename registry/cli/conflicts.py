@@ -131,7 +131,7 @@ def _explain(report: "ConflictReport", modules: int) -> None:
     for one in tables(report, worst_modules=modules):
         render.table(one.title, one.columns, one.rows)
         if one.note:
-            print(one.note)
+            render.out(one.note)
     for line in (*remarks(report.findings), *(f"try: {line}" for line in advice(report))):
         print(render.plain(line))
 

@@ -136,7 +136,7 @@ def _compare(old: Path | None, new: Path | None) -> "Comparison | None":
 def _show(told: Json, *, everything: bool) -> None:
     render.heading(f"{told['old']} -> {told['new']}: {_verdict(told)}")
     for finding in told["breaking"]:
-        print(f"  breaking: {finding['message']}")
+        render.out(f"  breaking: {finding['message']}")
     for what in ("composition", "facts", "provenance"):
         rows = [(row["name"], row["old"], row["new"]) for row in told[what]]
         _table(what, ("", "old", "new"), rows)

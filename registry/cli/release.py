@@ -230,7 +230,7 @@ def yank(
     """Keep a release from being chosen; who names it exactly still gets it, with a warning."""
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
-    render.document(release, json, lambda: print(f"yanked {release['repository']}:{release['version']}: {reason}"))
+    render.document(release, json, lambda: render.out(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
 def unyank(
@@ -244,7 +244,7 @@ def unyank(
         release = connection.api.post(f"{_path(before)}/unyank", {"reason": reason})
     name = f"{release['repository']}:{release['version']}"
     told = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing was to be done"
-    render.document(release, json, lambda: print(told))
+    render.document(release, json, lambda: render.out(told))
 
 
 def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
@@ -292,7 +292,7 @@ def _show_inspection(what: str, told: Json) -> None:
     size = ("size", render.size(facts["size_bytes"]))
     render.lines(f"adapter {what}", [("layout", told["layout"]), *own, size, ("energy", _used_ranks(facts))])
     for finding in told["findings"]:
-        print(f"  {finding['severity']}: {finding['message']}")
+        render.out(f"  {finding['severity']}: {finding['message']}")
     rows = [
         (one["profile"], "yes" if one["loads"] else "no", "; ".join(one["reasons"]), "; ".join(one["way_out"]))
         for one in told["loads_in"]
@@ -318,7 +318,7 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
     cuts = [f"energy at {rank}" for rank in ranks]
     render.table(ref, ("module", "rank", "norm", "effective rank", *cuts, "95 % in", "99 % in", ""), rows)
     for module in spectrum["left_out"]:
-        print(f"  {module}: not computed")
+        render.out(f"  {module}: not computed")
 
 
 def _used_ranks(facts: Json) -> str | None:
@@ -393,5 +393,5 @@ def show_move(move: Json) -> None:
     forced = " (forced)" if move["forced"] else ""
     way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
     made = f"{move['kind']}{forced}, move {move['id']} at {move['at'][:19]}"
-    print(f"{move['repository']}@{move['channel']}: {way} ({made})")
+    render.out(f"{move['repository']}@{move['channel']}: {way} ({made})")
     render.gate_lines(move["gates"])

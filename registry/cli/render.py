@@ -27,7 +27,17 @@ def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def say(message: str) -> None:
-    print(plain(message), file=sys.stderr)
+    """On stderr; what follows a line break is indented, so that no text of others looks like a message of ours."""
+    print(indented(message), file=sys.stderr)
+
+
+def out(text: str) -> None:
+    """On stdout, as `say` on stderr."""
+    print(indented(text))
+
+
+def indented(text: str, width: int = 4) -> str:
+    return plain(text).replace("\n", "\n" + " " * width)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -51,7 +61,8 @@ def lines(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         if value is not None and value != "":
-            console.print(f"  {name:<{width}}  {cell(value)}", markup=False, highlight=False, soft_wrap=True)
+            shown = indented(value, width + 4) if isinstance(value, str) else cell(value)
+            console.print(f"  {name:<{width}}  {shown}", markup=False, highlight=False, soft_wrap=True)
 
 
 def heading(text: str) -> None:
@@ -71,7 +82,7 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         items = cast(Sequence[Any], value)
         return ", ".join(cell(item) for item in items) or "-"
-    return plain(str(value))
+    return plain(str(value)).replace("\n", "\\n")
 
 
 def more(cursor: str | None, as_json: bool) -> None:

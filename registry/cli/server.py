@@ -95,7 +95,7 @@ def _options(settings: "Settings") -> dict[str, Any]:
     return {
         "http": BoundedHttp,
         "log_level": "warning",
-        "access_log": False,  # below that level, but each line would be made all the same
+        "access_log": False,  # it has paths and queries in it; ours is `registry.http.exchanges`
         "server_header": False,
         # Left to itself it believes every program on this machine what it says of other addresses.
         "proxy_headers": bool(settings.trusted_proxies),
@@ -106,7 +106,9 @@ def _options(settings: "Settings") -> dict[str, Any]:
 def _application(resources: "Resources") -> "FastAPI":
     from registry.web.app import create_app
 
-    application = create_app(resources, tokens=resources.settings.access == "tokens")
+    application = create_app(
+        resources, tokens=resources.settings.access == "tokens", access_log=resources.settings.access_log
+    )
     # What lives as long as the process need not be looked at again: full collections took 80 ms each.
     gc.collect()
     gc.freeze()

@@ -253,15 +253,17 @@ def _signature(signed: Signed | None) -> Json:
 
 def _show_verified(told: Json) -> None:
     if "signed_by" in told:
-        print(f"{told['what']} is signed by {told['signed_by']}")
+        render.out(f"{told['what']} is signed by {told['signed_by']}")
         if named := told["signed_release"]:
-            print(f"  as {named['repository']}:{named['version']} {named['commit'][:12]} on base {named['base'][:12]}")
+            render.out(
+                f"  as {named['repository']}:{named['version']} {named['commit'][:12]} on base {named['base'][:12]}"
+            )
     if "rebuild" in told:
         found = told["rebuild"]
-        print(f"{told['what']} made again: {found['verdict']}, {len(found['same'])} files are the same")
+        render.out(f"{told['what']} made again: {found['verdict']}, {len(found['same'])} files are the same")
         for row in found["different"]:
             counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
-            print(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
+            render.out(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
 
 
 def _single_version(target: str, bump: str | None) -> Reference:
@@ -287,6 +289,8 @@ def _show_push(published: Json) -> None:
     release, done = published["release"], "published"
     if not published["created"]:
         done = "already there, its lost bytes sent again:" if published["sent"] else "already there, nothing to do:"
-    print(f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}")
+    render.out(
+        f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}"
+    )
     if release["yanked"]:
         render.say(f"warning: it is yanked: {release['yank_reason']}.")

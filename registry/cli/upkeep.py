@@ -78,7 +78,7 @@ def fsck(
 
     def show() -> None:
         for finding in findings:
-            print(f"{finding.severity}: {finding.message}")
+            render.out(f"{finding.severity}: {finding.message}")
         for sha256 in discarded:
             print(f"discarded the damaged blob {sha256}: push its files again")
         verdict = f"{len(broken):,} broken promises" if broken else "clean"

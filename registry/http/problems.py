@@ -11,9 +11,12 @@ from starlette.exceptions import HTTPException
 
 from composer.errors import ComposerError
 from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage, of_composer
+from registry.http.exchanges import request_id
+from registry.outages import OutageLog
 from registry.schemas import Problem
 
 log = logging.getLogger(__name__)
+outages = OutageLog(log)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -32,6 +35,7 @@ def problem_response(
         subject=error.subject,
         next=error.next_step,
         findings=error.findings,
+        request_id=request_id(),
     )
     more = dict(headers or {})
     if error.retry_after_s is not None and status == error.status:
@@ -61,20 +65,29 @@ def _describe(app: FastAPI) -> None:
             document = of_framework()
             components: dict[str, Any] = document["components"]
             for name in ("HTTPValidationError", "ValidationError"):
-                del components["schemas"][name]
+                components["schemas"].pop(name, None)
             components["schemas"]["Problem"] = Problem.model_json_schema()
             content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
             components["responses"] = {
                 "Problem": {"description": "What went wrong, and what to do.", "content": content}
             }
+            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
             for operations in document["paths"].values():
                 for operation in operations.values():
-                    operation["responses"].pop("422", None)
-                    operation["responses"]["default"] = {"$ref": "#/components/responses/Problem"}
+                    _describe_problems(operation, content)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi
+
+
+def _describe_problems(operation: dict[str, Any], content: dict[str, Any]) -> None:
+    """The statuses that the route declares, and whatever else may come."""
+    responses: dict[str, Any] = operation["responses"]
+    for status, response in responses.items():
+        if status.isdecimal() and int(status) >= 400:
+            response["content"] = content
+    responses["default"] = {"$ref": "#/components/responses/Problem"}
 
 
 def _registry_error(_request: Request, error: Exception) -> JSONResponse:
@@ -120,7 +133,7 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 def _disk_error(request: Request, error: Exception) -> JSONResponse:
     """A disk that is full, gone or not ours to write, wherever a route met it."""
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    outages.warn(f"The disk cannot be used, as in {request.method} {request.url.path[:200]!r}", error)
     reason = cast(OSError, error).strerror or type(error).__name__
     return problem_response(
         Unavailable(
@@ -135,7 +148,7 @@ def _defect(request: Request, error: Exception) -> JSONResponse:
     """What nobody foresaw: logged whole for the operator, told without its inside to the client."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     told = Unavailable("internal_error", f"The registry failed ({type(error).__name__}).", next_step="Look at its log.")
-    return problem_response(told, 500)
+    return problem_response(told, 500, {"X-Request-Id": request_id() or ""})  # it leaves past what adds the header
 
 
 def _unicode_error(_request: Request, _error: Exception) -> JSONResponse:

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from registry.errors import RegistryError, Usage
+from registry.http.exchanges import Exchange, current
 from registry.http.guards import headers_too_large
 from registry.http.problems import problem_response
 
@@ -117,10 +119,24 @@ class BoundedHttp(HttpToolsProtocol):
             self._too_late.cancel()
             self._too_late = None
 
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP, or too many requests at once: the parser ends there."""
+        self._answer(
+            Usage("bad_http", f"{msg.rstrip('.')}.", next_step="Send HTTP/1.1, one request after the other."), 400
+        )
+        self.transport.close()
+
     def _refuse(self) -> None:
         """Reads on for a moment: who is still sending when the connection is closed does not get to see the answer."""
         self._refused = True
-        told = problem_response(headers_too_large(MAX_HEAD_BYTES), 431, {"Connection": "close"})
-        lines = [b"HTTP/1.1 431 ", *(b"%s: %s" % header for header in told.raw_headers)]
-        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(told.body))
+        self._answer(headers_too_large(MAX_HEAD_BYTES), 431)
         self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _answer(self, error: RegistryError, status: int) -> None:
+        """A problem document like those of the application, with an id of its own, before the connection is closed."""
+        exchange = Exchange()
+        token = current.set(exchange)
+        problem = problem_response(error, status, {"Connection": "close", "X-Request-Id": exchange.request_id})
+        current.reset(token)
+        lines = [b"HTTP/1.1 %d " % status, *(b"%s: %s" % header for header in problem.raw_headers)]
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(problem.body))

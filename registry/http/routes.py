@@ -3,7 +3,7 @@ after its sender may send it."""
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import lru_cache, partial, wraps
@@ -14,9 +14,10 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.datastructures import QueryParams
 
+from registry.access import Role
 from registry.errors import TooLarge, Unavailable, Usage
 from registry.http.request import document, limit_bytes
-from registry.http.rules import rules_of
+from registry.http.rules import Rule, Where, rules_of
 
 T = TypeVar("T")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -47,6 +48,15 @@ class Route(APIRoute):
     """Raises Usage for a parameter that the route does not know: of a misspelt condition nothing would be said, and
     everything be told that it was to leave out. And for a NUL, which PostgreSQL does not take. TooLarge for a document
     of very many values."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        rules = rules_of(self.dependant)
+        self.responses = {**_errors(self, rules), **self.responses}
+        security: list[dict[str, list[str]]] = [{"bearer": []}] if rules else []
+        if any(rule.role is Role.READER and rule.where is not Where.ANYWHERE for rule in rules):
+            security.append({})  # what is public needs no token
+        self.openapi_extra = {"security": security, **(self.openapi_extra or {})}
 
     def get_route_handler(self) -> Handler:
         answer, known = self._answer(), self._parameters()
@@ -96,6 +106,43 @@ class Direct(Route):
             return await asyncio.get_running_loop().run_in_executor(_threads, run)
 
         return handle
+
+
+_ERRORS: dict[int, str] = {
+    400: "The request is not one that this route knows.",
+    401: "It needs a token, or this one is not in force.",
+    403: "The caller may not do this.",
+    404: "There is no such thing that the caller may see.",
+    409: "It contradicts what is there.",
+    412: "The precondition (`If-Match`, `If-None-Match`) does not hold.",
+    413: "The body is too large.",
+    422: "What was sent is invalid, or a check or a gate refuses it.",
+    429: "Too many requests; `Retry-After` says when to ask again.",
+    503: "The database, the store or the disk is away; `Retry-After` says when to ask again.",
+}
+
+
+def _errors(route: APIRoute, rules: Sequence[Rule]) -> dict[int | str, dict[str, Any]]:
+    """The statuses of errors that a route may answer with, by what it is asked and whom it lets in."""
+    methods = set(route.methods or ())
+    changes = bool(methods - {"GET", "HEAD"})
+    holds = {
+        400: True,
+        401: bool(rules),
+        403: bool(rules) and (changes or any(rule.where is not Where.NAMESPACE for rule in rules)),
+        404: "{" in route.path or any(rule.where is Where.INSIDE for rule in rules),
+        409: changes,
+        412: any(one.alias.lower() in ("if-match", "if-none-match") for one in _headers(route.dependant)),
+        413: changes and (route.body_field is not None or "PUT" in methods),
+        422: bool(changes or route.dependant.query_params or "{" in route.path or route.dependant.dependencies),
+        429: bool(rules),
+        503: True,
+    }
+    return {status: {"description": _ERRORS[status]} for status, may in holds.items() if may}
+
+
+def _headers(dependant: Dependant) -> list[Any]:
+    return [*dependant.header_params, *(one for child in dependant.dependencies for one in _headers(child))]
 
 
 def _refuse_many_values(body: bytes, most: int) -> None:

@@ -17,6 +17,7 @@ from registry.access import Role, permit, permit_somewhere
 from registry.audit import Actor
 from registry.errors import TooLarge
 from registry.http.callers import Callers, credentials_of
+from registry.http.exchanges import current
 from registry.http.request import content_length
 
 MAX_STRANGERS_BYTES = 64 << 10
@@ -40,6 +41,8 @@ class Rule:
         client = cast(tuple[str, int] | None, request.scope.get("client"))
         credentials = credentials_of(dict(request.scope["headers"]), client)
         actor = callers.remembered(credentials) or await run_in_threadpool(callers.ask, credentials)
+        if (exchange := current.get()) is not None:
+            exchange.actor = actor.name
         if self.where is Where.NAMESPACE:
             permit(actor, self.role, request.path_params["namespace"])
         elif self.where is Where.ANYWHERE:

@@ -51,7 +51,8 @@ class Page(Wire, Generic[T]):
 
 
 class Problem(BaseModel):
-    """RFC 9457 with `code`, `subject`, `next` (what to do) and the findings behind a refusal."""
+    """RFC 9457 with `code`, `subject`, `next` (what to do), the findings behind a refusal, and the id that the access
+    log has of the request (`X-Request-Id`)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -63,3 +64,4 @@ class Problem(BaseModel):
     subject: str = ""
     next: str = ""
     findings: list[dict[str, object]] = []
+    request_id: str | None = None

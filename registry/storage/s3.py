@@ -18,6 +18,7 @@ _PLAIN = {
     "ResponseContentEncoding": "identity",
     "ResponseContentType": "application/octet-stream",
     "ResponseContentDisposition": "attachment",
+    "ResponseCacheControl": "private, immutable",
 }
 """Whoever sent a blob may have sent false headers with it, which clients and browsers would believe."""
 

@@ -15,10 +15,11 @@ from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[re
 
 from registry.errors import NotFound, Unavailable
 from registry.names import Digest
+from registry.outages import OutageLog
 from registry.settings import S3Storage
 from registry.storage.blobs import blob_key
 
-log = logging.getLogger(__name__)
+outages = OutageLog(logging.getLogger(__name__))
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
 """Codes of an object that is not there; a bucket that is not there has one of its own and is the operator's fault."""
@@ -108,7 +109,7 @@ def told(subject: str) -> Generator[None]:
                 subject=subject,
                 next_step="Push the file again, or restore the blob from a backup.",
             ) from error
-        log.warning("The blob store does not answer as it should: %s", error)  # its address is nobody else's business
+        outages.warn("The blob store does not answer as it should", error)  # its address is nobody else's business
         raise Unavailable(
             "store_unavailable",
             "The blob store does not answer as it should.",

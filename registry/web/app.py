@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.http import problems
 from registry.http.callers import Callers
+from registry.http.exchanges import AccessLog, Exchanges
 from registry.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.resources import Resources
 from registry.web.documents import Documents
@@ -38,14 +39,23 @@ ROUTERS: tuple[Entry, ...] = (
 """A module, the router in it, and parts of a path that each of its paths has one of."""
 
 
-def create_app(resources: Resources, *, tokens: bool = False, on_demand: bool = False) -> FastAPI:
+def create_app(
+    resources: Resources, *, tokens: bool = False, on_demand: bool = False, access_log: AccessLog = "off"
+) -> FastAPI:
     """For one user on loopback; with `tokens` for everybody, as far as their tokens let them.
 
     With `on_demand` routes are loaded by the first request that needs them: a command asks for a few paths and ends.
 
     There are no pages for browsing the API: those of the framework load scripts from elsewhere.
     """
-    app = FastAPI(title="Adaptory", version=version("adaptory"), description=DESCRIPTION, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Adaptory",
+        version=version("adaptory"),
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.resources = resources
     app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
     app.state.callers = Callers(resources, single_user=not tokens)
@@ -59,6 +69,7 @@ def create_app(resources: Resources, *, tokens: bool = False, on_demand: bool = 
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
+    app.add_middleware(Exchanges, access_log=access_log)
     if not on_demand:
         for entry in ROUTERS:
             _include(app, entry)

@@ -25,7 +25,6 @@ from registry.uploads import Announced
 
 router = APIRouter(prefix="/v1", tags=["blobs"], route_class=Route)
 
-_URL_EXPIRES_S = 3600
 BYTES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The bytes.", "content": {"application/octet-stream": {}}},
     206: {"description": "The part of them that Range names.", "content": {"application/octet-stream": {}}},
@@ -109,7 +108,7 @@ def file_response(resources: Resources, file: RevisionFile, named: str, byte_ran
 
 def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
     """The bytes, a part of them, or the way to them where the store has addresses."""
-    url = resources.store.url(stat.sha256, _URL_EXPIRES_S)
+    url = resources.store.url(stat.sha256, resources.settings.download_expires_s)
     if url is not None:
         return RedirectResponse(url, status_code=307)
     span = _span(byte_range, stat.size_bytes)

@@ -1,6 +1,7 @@
 """Compositions: create, look, follow, cancel. The work itself happens in a worker."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
@@ -24,6 +25,8 @@ from registry.web.views import composition_view
 router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class=Route)
 
 _POLL_S = 0.5
+_KEEP_ALIVE_S = 15.0
+"""Proxies close a connection on which nothing has come for a minute or less."""
 
 
 def signer_of(settings: Settings) -> str | None:
@@ -55,7 +58,8 @@ def show(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> Compos
     responses={200: {"content": {"text/event-stream": {}}}},
 )
 async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller, request: Request) -> StreamingResponse:
-    """Server-sent events: the composition each time that it changes, until it is finished."""
+    """Server-sent events: the composition each time that it changes, until it is finished. A comment comes in between
+    where nothing changes for 15 seconds."""
     first = await run_in_threadpool(_look, resources, actor, composition_id)
     return StreamingResponse(_events(resources, request, first), media_type="text/event-stream")
 
@@ -77,10 +81,14 @@ def _look(resources: Resources, actor: Actor, composition_id: int) -> Compositio
 
 async def _events(resources: Resources, request: Request, view: CompositionOut) -> AsyncIterator[str]:
     yield f"data: {view.model_dump_json()}\n\n"
+    said = time.monotonic()
     while view.state not in FINISHED:
         await asyncio.sleep(_POLL_S)
         actor = await ASKED_AGAIN(request)  # a token that was revoked meanwhile ends the stream
         latest = await run_in_threadpool(_look, resources, actor, view.id)
         if latest != view:
-            view = latest
+            view, said = latest, time.monotonic()
             yield f"data: {view.model_dump_json()}\n\n"
+        elif time.monotonic() - said >= _KEEP_ALIVE_S:
+            said = time.monotonic()
+            yield ": keep-alive\n\n"

@@ -1,0 +1,28 @@
+"""What a service that is away is logged as: once a second, not once a request."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from threading import Lock
+
+EVERY_S = 1.0
+
+
+@dataclass(slots=True)
+class OutageLog:
+    """A logger's warnings of one service. What comes within a second of the last line is counted into the next one."""
+
+    log: logging.Logger
+    _last: float = float("-inf")
+    _left_out: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def warn(self, message: str, error: object) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last < EVERY_S:
+                self._left_out += 1
+                return
+            self._last, left_out, self._left_out = now, self._left_out, 0
+        more = f" ({left_out:,} more like this since the last line)" if left_out else ""
+        self.log.warning("%s: %s%s", message, error, more)
