@@ -2,7 +2,7 @@
 
 Python raises KeyboardInterrupt wherever the main thread is. That may be an import, whose module then fails in its own
 way; a destructor, which prints and swallows it; or a long call into C, which ends when it ends. So the first interrupt
-raises, and when the command has not ended `PATIENCE_S` later, or at a second interrupt, the process ends where it is.
+raises, and when the command has not ended `PATIENCE_S` later, or at a second interrupt, the process ends at once.
 Every command is safe against that: it is what a power cut would do.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 
 INTERRUPTED = 130
 PATIENCE_S = 1.5
+_ONE_S = 0.5
+"""Interrupts so close together are one: a terminal sends it to a whole group, and a parent may pass it on again."""
 _DESTRUCTOR_S = 0.02
 """In which a destructor that an interrupt has ended has been left."""
 KEPT = {
@@ -69,6 +71,8 @@ class Interrupts:
         return False
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self.happened and self.raising and time.monotonic() - self._last_s < _ONE_S:
+            return
         if self.happened or not self.raising:
             self.end()
         self._watch()
