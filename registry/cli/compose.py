@@ -13,6 +13,7 @@ from composer.files import read_text
 from registry.cli import render
 from registry.cli.calibration import Prompts, Suites, fit_lines, fitted_adapter, local_calibration, refuse_uneven
 from registry.cli.connect import Connection, connected
+from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
 from registry.errors import FAMILIES, Usage
 
@@ -47,6 +48,9 @@ _POLL_S = 0.2
 _RANKS = 5
 """So many are listed, of more the range is told."""
 _UNFINISHED = ("queued", "running")
+_STEP_UNFINISHED = ("waiting", "running")
+_ASKED_S = 1.2
+"""How long a second interrupt is waited for: the first one ends the command within two seconds."""
 
 
 def register(root: typer.Typer) -> None:
@@ -282,27 +286,36 @@ def _warn(findings: Any) -> None:
 
 
 def _follow_or_cancel(connection: Connection, found: Json) -> Json:
-    """An interrupt cancels the composition, so that nothing goes on unseen."""
+    """An interrupt cancels a composition of this process; a server's goes on unless there is a second one."""
     try:
         return _follow(connection, found)
-    except KeyboardInterrupt:
-        render.say("cancelling ...")
+    except KeyboardInterrupt as interrupt:
+        name = f"composition {found['id']}"
+        if connection.resources is None:
+            render.say(f"{name} goes on at {connection.api.url}; interrupt again to cancel it")
+            if not interrupts.wait_for_another(_ASKED_S):
+                job = found["job"]
+                interrupt.add_note(f"{name} goes on: `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it")
+                raise
         connection.api.post(f"/v1/compositions/{found['id']}/cancel")
-        return _follow(connection, found)
+        interrupt.add_note(f"{name} is cancelled, and nothing of it is published")
+        raise
 
 
 def _follow(connection: Connection, found: Json) -> Json:
-    """Polls until the end; each step is told on stderr when it begins."""
-    told: set[str] = set()
-    while True:
-        for step in found["steps"]:
-            if step["state"] != "waiting" and step["name"] not in told:
-                told.add(step["name"])
-                render.say(f"{step['name']} ...")
-        if found["state"] not in _UNFINISHED:
-            return found
-        time.sleep(_POLL_S)
-        found = connection.api.get(f"/v1/compositions/{found['id']}")
+    """Polls until the end, with a bar of its steps."""
+    finished = 0
+    with render.progress("compose", len(found["steps"]), counts=True) as done:
+        while True:
+            ended = [step for step in found["steps"] if step["state"] not in _STEP_UNFINISHED]
+            done(len(ended) - finished)
+            finished = len(ended)
+            running = [step["name"] for step in found["steps"] if step["state"] == "running"]
+            done.label(f"compose: {running[0]}" if running else "compose")
+            if found["state"] not in _UNFINISHED:
+                return found
+            time.sleep(_POLL_S)
+            found = connection.api.get(f"/v1/compositions/{found['id']}")
 
 
 def _show(found: Json) -> None:

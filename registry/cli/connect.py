@@ -199,6 +199,10 @@ def base_checkpoint(base: dict[str, Any], override: Path | None) -> "Checkpoint"
             subject=base["name"],
             next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
         )
+    from registry.cli import render
+
     checkpoint = open_checkpoint(directory)
-    verify_checkpoint(checkpoint, base["digest"])
+    total = sum(header.size_bytes for header in checkpoint.shards.values())
+    with render.progress(f"verify {base['name']}", total) as done:
+        verify_checkpoint(checkpoint, base["digest"], done)
     return checkpoint

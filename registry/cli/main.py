@@ -1,6 +1,5 @@
 """`adaptory`: builds the commands; turns an error into a message and an exit code."""
 
-import gc
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from registry.cli import (
     transfer,
     upkeep,
 )
+from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {
@@ -37,11 +37,6 @@ two adapters of a 7B model take 31 s where the work is 3 s."""
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """Read when transformers is imported: progress and messages on stderr are ours to give."""
-
-INTERRUPTED = 130
-OBJECTS_TO_COLLECT = 50_000
-"""New objects after which cycles are looked for (700 in a plain interpreter). Importing torch makes 170,000 that stay:
-looking through them time and again took 0.2 s of its 1.4."""
 
 app = typer.Typer(
     name="adaptory",
@@ -59,7 +54,6 @@ def main() -> None:
     """Exit codes: 0 ok, 1 refused, 2 usage, 3 not found, 4 conflict, 5 not allowed, 6 invalid input, 7 unavailable."""
     for name, value in (THREADS | QUIET).items():
         os.environ.setdefault(name, value)
-    gc.set_threshold(OBJECTS_TO_COLLECT)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of a base that is streamed, as it was told to be
     try:
@@ -76,7 +70,7 @@ def main() -> None:
         sys.exit(render.fail(told, "--json" in sys.argv))
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            render.say(": ".join(["interrupted", *_notes_of_interrupt(end)]))
+            interrupts.say(": ".join(_notes_of_interrupt(end)))
         raise
 
 
@@ -89,4 +83,6 @@ def _notes_of_interrupt(end: BaseException) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    from registry.cli.start import main as start
+
+    start()

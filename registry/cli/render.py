@@ -6,15 +6,17 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from textwrap import wrap
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from composer.errors import ComposerError
 from registry.errors import RegistryError, Unavailable, of_composer
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Progress = Callable[[int], None]
 Failure = RegistryError | ComposerError | OSError
 
 
@@ -137,25 +139,58 @@ def gate_lines(report: Sequence[dict[str, Any]]) -> None:
         print(f"  {mark}  {result['rule']}: {result['detail']}")
 
 
+class Progress:
+    """What long work calls with each amount that is done; it may be called from several threads. Shows nothing."""
+
+    def __call__(self, count: int) -> None:
+        pass
+
+    def label(self, text: str) -> None:
+        """Says what is being done now."""
+
+
+class _Bar(Progress):
+    def __init__(self, bars: "Bars", label: str, total: int) -> None:
+        self._bars, self._task = bars, bars.add_task(label, total=total)
+
+    def __call__(self, count: int) -> None:
+        self._bars.advance(self._task, count)
+
+    def label(self, text: str) -> None:
+        self._bars.update(self._task, description=text)
+
+
 @contextmanager
 def progress(label: str, total: int, *, counts: bool = False) -> Generator[Progress]:
-    """A bar on stderr when that is a terminal, nothing otherwise. The callback may be called from several threads.
+    """A bar with rate and time left on stderr when that is a terminal, nothing otherwise.
 
     `total` and what the callback gets are bytes, or things with `counts`.
     """
     if not sys.stderr or not sys.stderr.isatty() or total <= 0:
-        yield lambda _count: None
+        yield Progress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
+    from rich.text import Text
 
-    amount = [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
-    with Bars(
-        TextColumn("{task.description}"), BarColumn(), *amount, console=Console(stderr=True), transient=True
-    ) as bars:
-        task = bars.add_task(label, total=total)
-        yield lambda count: bars.advance(task, count)
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+    amount = [MofNCompleteColumn(), RateColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
+    columns = (TextColumn("{task.description}"), BarColumn(20), *amount, TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _Bar(bars, label, total)
 
 
 def fail(error: Failure, as_json: bool) -> int:

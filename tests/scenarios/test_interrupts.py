@@ -1,0 +1,130 @@
+"""Ctrl-C, at any moment of a command in a process of its own: exit 130 within two seconds, one line, no traceback."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import services
+from tests.scenarios.world import Cli, World, environment
+
+BEGIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""What runs in the background of a shell ignores interrupts."""
+START = "from registry.cli.start import main; main()"
+STUCK = """
+import time
+from registry.cli import transfer
+def never_ends(*arguments):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(60)
+transfer.resolved = never_ends
+"""
+DESTRUCTOR = """
+import time
+from registry.cli import transfer
+class Slow:
+    def __del__(self):
+        print("begun", flush=True)
+        time.sleep(1)
+def destroys(*arguments):
+    slow = Slow()
+    del slow
+    time.sleep(60)
+transfer.resolved = destroys
+"""
+
+
+def begin(cli: Cli, code: str, *words: object) -> subprocess.Popen[str]:
+    with environment(cli.environment, []):
+        return subprocess.Popen(
+            [sys.executable, "-c", BEGIN + code, *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def ended(process: subprocess.Popen[str], since: float) -> tuple[int, list[str], float]:
+    _, err = process.communicate(timeout=30)
+    return process.returncode, err.splitlines(), time.monotonic() - since
+
+
+@pytest.mark.parametrize("delay_s", [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.1])
+def test_an_interrupt_at_any_moment_ends_without_a_traceback(stocked_on_disk: Cli, delay_s: float) -> None:
+    process = begin(stocked_on_disk, START, "list")
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    code, lines, _ = ended(process, time.monotonic())
+    if code == 0:
+        assert lines == [], "it had ended already"
+    elif delay_s >= 0.2:  # before, the interpreter itself may not be ready
+        assert (code, lines) == (130, ["interrupted"])
+
+
+@pytest.mark.parametrize("code", [STUCK, DESTRUCTOR], ids=["cleaning up for ever", "in a destructor"])
+def test_an_interrupt_ends_what_is_stuck_within_two_seconds(stocked_on_disk: Cli, code: str) -> None:
+    process = begin(stocked_on_disk, code + START, "pull", "acme/sql")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    since = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    exit_code, lines, seconds = ended(process, since)
+    assert exit_code == 130
+    assert lines == ["interrupted: what was fetched is kept; the same command fetches the rest"]
+    assert seconds < 3, "two, and what a busy machine takes to end a process"
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_a_composition_of_a_server_goes_on_unless_it_is_interrupted_twice(
+    stocked_on_disk: Cli, world: World, tmp_path: Path, again: bool
+) -> None:
+    home = stocked_on_disk
+    for name in ("sql", "support"):
+        home.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    recipe = tmp_path / "recipe.yaml"
+    inputs = [{"adapter": "acme/sql"}, {"adapter": "acme/support"}]
+    recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))
+    port = services.free_port()
+    serving = begin(home, START, "serve", "--no-worker", "--port", port)
+    assert serving.stderr is not None
+    assert "listening" in serving.stderr.readline()
+    remote = Cli({"ADAPTORY_HOME": str(tmp_path / "client"), "ADAPTORY_URL": f"http://127.0.0.1:{port}"})
+    process = begin(remote, START, "compose", recipe, "--follow")
+    while not home.json("jobs")["items"]:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    since = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    if again:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    code, lines, seconds = ended(process, since)
+    state = remote.json("jobs")["items"][0]["state"]
+    serving.terminate()
+    serving.communicate(timeout=30)
+    assert code == 130
+    assert len(lines) == 2
+    assert "goes on" in lines[0]
+    assert "interrupt again to cancel it" in lines[0]
+    assert lines[1].startswith("interrupted: composition 1 ")
+    assert ("is cancelled" in lines[1], state) == ((True, "cancelled") if again else (False, "queued"))
+    assert again or "adaptory cancel 1" in lines[1]
+    assert seconds < 3
+
+
+def test_nothing_is_shown_of_progress_without_a_terminal(stocked_on_disk: Cli, world: World, tmp_path: Path) -> None:
+    pushed = stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    assert pushed.err == ""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"inputs": ["acme/sql"], "method": "stack", "adapter": "acme/copy:1.0.0", "probe": 0})
+    )
+    composed = stocked_on_disk.ok("compose", recipe)
+    assert "..." not in composed.err
