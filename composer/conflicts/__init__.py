@@ -179,11 +179,10 @@ def conflicts(  # noqa: PLR0913
     """Compare adapters module by module, layer by layer and as a whole, from their factors; evidence decides the risk.
 
     `weights` are those given; what the method multiplies them by is counted in. `contradictions` are those of the
-    members' suites, by the names of the adapters. With `base`, sizes are told beside the
-    weights that the deltas are added to, from sampled rows. Deltas without factors are left out of all this, and a
-    finding names them. Conflicts are findings, never exceptions; raises Mismatch only for a wrong call (no adapter, two
-    of one name, or not one weight an adapter), and where the method can do nothing with such adapters what
-    `combine_deltas` raises.
+    members' suites, by the names of the adapters. With `base`, sizes are compared with the weights that the deltas are
+    added to, from sampled rows. Deltas without factors are left out, and a finding names them. Conflicts are findings,
+    never exceptions; raises Mismatch only for a wrong call (no adapter, two of one name, or not one weight an adapter),
+    and where the method can do nothing with such adapters what `combine_deltas` raises.
     """
     names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
     _check_names(names, len(weights))
@@ -211,7 +210,7 @@ def conflicts(  # noqa: PLR0913
         *of_retention({member.name: member.retention for member in members}, rules),
         *(_of_whole(names, compared.total, evidence, rules) if len(names) > 2 else []),
     ]
-    verdict = rules.verdict(findings, _of_evidence(evidence, rules))
+    verdicts = [rules.verdict(findings, _of_evidence(evidence, rules)), *(pair.verdict for pair in pairs)]
     return ConflictReport(
         members,
         pairs,
@@ -223,7 +222,7 @@ def conflicts(  # noqa: PLR0913
         },
         tuple(rules.judged(findings)),
         evidence,
-        Verdict.worst([verdict, *(pair.verdict for pair in pairs)]),
+        Verdict.worst(verdicts),
         Limits.of(rules),
         how.name,
     )

@@ -24,7 +24,7 @@ FROM_WEIGHTS = (
 # From this share on of what two adapters have in common, leaving one kind of module out is worth a try.
 _CONCENTRATED = 0.4
 _TOLD = 5
-MEASURE = f"Measure it: --probe {USUAL_K}, with a suite for each."
+MEASURE = f"Measure it: --probe {USUAL_K} (probe: {USUAL_K} in a recipe), with a suite for each."
 FITTED = "regmean"
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 

@@ -111,7 +111,7 @@ def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> 
     assert "protect" in found.fix or "regmean" in found.fix
     unmeasured = report.summary(conflicts([red, green], [1.0, 1.0]))
     assert unmeasured.headline == "unmeasured"
-    assert unmeasured.fix == "Measure it: --probe 8, with a suite for each."
+    assert unmeasured.fix == "Measure it: --probe 8 (probe: 8 in a recipe), with a suite for each."
     assert all(len(line) < 80 for line in (*found.lines, *unmeasured.lines))
 
 

@@ -66,7 +66,7 @@ def test_method_settings_and_rules_are_those_of_the_combination(team: Cli) -> No
 def test_nothing_unmeasured_is_called_ok_and_a_script_can_require_ok(team: Cli, tmp_path: Path) -> None:
     unmeasured = team("conflicts", *PAIR)
     assert (unmeasured.code, unmeasured.out.splitlines()[0]) == (0, "Verdict: unmeasured")
-    assert "fix: Measure it: --probe 8, with a suite for each." in unmeasured.out
+    assert "fix: Measure it: --probe 8 (probe: 8 in a recipe), with a suite for each." in unmeasured.out
     assert team.json("conflicts", *PAIR)["verdict"] == "unmeasured"
     required = team("conflicts", *PAIR, "--require", "ok")
     assert (required.code, "the verdict is unmeasured, and ok is required" in required.err) == (1, True)
