@@ -20,6 +20,7 @@ ADAPTERS = EXAMPLES / "adapters"
 ADAPTORY = Path(sys.executable).with_name("adaptory")
 SUITES = ("sql-exact", "terraform-exact", "support-exact", "guard-general")
 TEAMS = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
+COMBINED = ("sql-migration", "terraform-review")
 LOGIT_TOLERANCE = 0.05
 """Norm of the difference between the two models' logits over the norm of the logits: merging rounds to bf16 once."""
 
@@ -135,32 +136,19 @@ def release(story: Story, version: str, adapter: str, notes: str) -> str:
 
 
 def compose(story: Story) -> None:
+    references = [f"acme/{team}@prod" for team in COMBINED]
+    story.chapter("Would two of them fight if they were added up? Measured on eight examples of each and more")
+    story.run("conflicts", *references, "--probe", "8", "--guard", "guard-general")
+    story.chapter("The recipe: fitted on eight examples of each, judged on the others beside the inputs")
     recipe = EXAMPLES / "assistant.yaml"
-    references = [f"acme/{team}@prod" for team in TEAMS]
-    story.chapter("Would the three fight? Measured on two examples each, explained from their factors")
-    story.run("conflicts", *references, "--probe", "2", "--guard", "guard-general")
-    story.chapter("The recipe: one adapter and one merged model out of three")
     print(recipe.read_text().rstrip())
     story.run("compose", recipe)
     story.run("show", "acme/assistant-merged")
-    story.chapter("The candidate beside its parts and the base")
-    compare(story)
-
-
-def compare(story: Story) -> None:
-    releases = {one["repository"]: one for one in reversed(story.ask("search", "--base", "smollm2")["items"])}
-    found = [story.ask("base", "show", "smollm2"), *(releases[f"acme/{name}"] for name in (*TEAMS, "assistant"))]
-    scores = [{(row["suite"], row["metric"]): row["value"] for row in one["scores"]} for one in found]
-    names = ["base", *TEAMS, "assistant"]
-    print(f"{'':<28}" + "".join(f"{name:>18}" for name in names))
-    for suite in SUITES:
-        for metric in ("accuracy", "nll"):
-            cells = [f"{score[suite, metric]:18.3f}" if (suite, metric) in score else f"{'-':>18}" for score in scores]
-            print(f"{suite + '.' + metric:<28}" + "".join(cells))
-    print(
-        "Added up, each skill keeps an NLL far below the base's, but exact match suffers. The recipe's gates asked only"
-    )
-    print("for NLL; a gate on accuracy would have refused this candidate.")
+    story.chapter("All three in one? The gates against the inputs say what would be lost")
+    story.run("compose", EXAMPLES / "all-three.yaml", expect=1)
+    print("So the assistant is shipped as one model, and support-macros is served as the adapter that it is.")
+    for output in ("assistant", "assistant-merged"):
+        story.run("promote", f"acme/{output}:1.0.0", "--to", "prod", "--reason", "keeps what both teams had")
 
 
 def generate(story: Story) -> None:
@@ -184,7 +172,7 @@ def generate(story: Story) -> None:
     base, merged = load_model(story.base), load_model(merged_directory)
     deltas = load_deltas(adapter_directory, base.architecture).deltas
     worst, agreeing, positions = 0.0, 0, 0
-    for suite_name in TEAMS.values():
+    for suite_name in (TEAMS[team] for team in COMBINED):
         suite = parse_suite(EXAMPLES / "suites" / f"{suite_name}.yaml")
         example = suite.examples[0]
         print(f"\nprompt   {example.prompt}")
@@ -223,7 +211,7 @@ def farewell(story: Story) -> None:
     print("Three commands to try next:")
     print(f'  export ADAPTORY_HOME={where} PATH="{ADAPTORY.parent}:$PATH"')
     print("  adaptory history acme/sql-migration@prod --json")
-    print("  adaptory conflicts acme/sql-migration@prod acme/support-macros@prod --weights 1,0.5 --probe 4")
+    print("  adaptory conflicts acme/sql-migration@prod acme/support-macros@prod --method regmean --probe 8")
     print("  adaptory serve    # then: curl 'http://127.0.0.1:8470/v1/resolve?ref=acme/sql-migration@prod'")
 
 
