@@ -1,0 +1,170 @@
+"""What `regmean` keeps of each member beside a sum and a mean: sets of two and three study adapters, measured.
+
+    python examples/train.py study --base BASE --out ADAPTERS
+    python examples/train.py fresh --base BASE --out ADAPTERS
+    python examples/study_sets.py --base BASE --adapters ADAPTERS --out ROWS.jsonl
+
+Four examples a member are fitted on; what is kept is measured on others, as they are and with their prompts wrapped in
+two polite sentences. Writes a line of JSON for each set and method, and prints the tables of docs/study.md.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from study import OLDER
+from tasks import STUDY_TASKS, TASKS, Task
+from train import ADAPTERS
+
+from composer.calibration import Calibration
+from composer.calibration_sets import CalibrationSet
+from composer.delta import Delta
+from composer.evaluate import encode, measure, ratio
+from composer.methods import combine_deltas
+from composer.model import LoadedModel, load_model
+from composer.suite import Example, Suite
+from composer.variants import LoadedAdapter, load_deltas
+
+FITTED = 4
+MEASURED = 12
+GUARDED = 12
+SETS = (
+    ("sql-migration-1.1", "terraform-review"),
+    ("records", "cron"),
+    ("dates-iso", "commits"),
+    ("alerts", "sorting"),
+    ("orders", "travel"),
+    ("orders", "travel", "bumps"),
+    ("records", "dates-spoken", "cron"),
+    ("sql-migration-1.1", "terraform-review", "support-macros"),
+)
+SAME_PROMPTS = (("mood-plain", "mood-stars"),)
+METHODS: dict[str, tuple[str, dict[str, object]]] = {
+    "sum": ("stack", {}),
+    "mean": ("mean", {}),
+    "regmean, 1 step": ("regmean", {"steps": 1}),
+    "regmean, 2 steps": ("regmean", {"steps": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """An adapter, the examples it is fitted on, and others: as they are, and with wrapped prompts."""
+
+    adapter: LoadedAdapter
+    suite: Suite
+    unseen: tuple[Example, ...]
+
+    @property
+    def wrapped(self) -> tuple[Example, ...]:
+        return tuple(replace(one, prompt=wrapped(one.prompt)) for one in self.unseen)
+
+
+def wrapped(prompt: str) -> str:
+    return f"Hello, I hope that you are well. {prompt} Thank you very much for your help with this."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
+    parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
+    parser.add_argument("--out", type=Path, required=True, help="a file of rows, which is gone on with if it is there")
+    chosen = parser.parse_args()
+    rows = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
+    done = {(tuple(row["members"]), row["method"]) for row in rows}
+    loaded = load_model(chosen.base, "cpu")
+    guard = suite_of(TASKS["guard"]).sample(GUARDED)
+    with chosen.out.open("a") as out:
+        for names in (*SETS, *SAME_PROMPTS):
+            if all((names, method) in done for method in METHODS):
+                continue
+            members = [member(loaded, chosen.adapters, name) for name in names]
+            for method, row in measured(loaded, members, guard).items():
+                rows.append({"members": list(names), "method": method, **row})
+                out.write(json.dumps(rows[-1]) + "\n")
+                out.flush()
+                print(names, method, row["kept"], row["exact"], row["shifted"], flush=True)
+    for line in table(rows):
+        print(line)
+
+
+def member(loaded: LoadedModel, directory: Path, name: str) -> Member:
+    older = {**OLDER, "sql-migration-1.1": "sql"}
+    path, task = (ADAPTERS / name, TASKS[older[name]]) if name in older else (directory / name, STUDY_TASKS[name])
+    suite = suite_of(task)
+    unseen = suite.sample(MEASURED, frozenset(suite.sample(FITTED)))
+    return Member(load_deltas(path, loaded.architecture), suite, unseen)
+
+
+def suite_of(task: Task) -> Suite:
+    kind: Any = task.kind
+    return Suite(task.suite, kind, task.description, True, tuple(Example(*pair) for pair in task.split()[1]))
+
+
+def measured(loaded: LoadedModel, members: Sequence[Member], guard: Sequence[Example]) -> dict[str, dict[str, Any]]:
+    """For each method: each member's kept share of its gain, exact answers of those it gives alone, the same on wrapped
+    prompts, and the guard's rise in nats over the worst member alone."""
+    calibration = Calibration(lambda: loaded, [CalibrationSet(one.suite, FITTED) for one in members], 2048)
+    alone = [
+        (score(loaded, one.unseen, one.adapter.deltas), score(loaded, one.wrapped, one.adapter.deltas))
+        for one in members
+    ]
+    base = [(score(loaded, one.unseen, ()), score(loaded, one.wrapped, ())) for one in members]
+    worst_guard = max(score(loaded, guard, one.adapter.deltas)[0] for one in members)
+    adapters, weights = [one.adapter for one in members], [1.0] * len(members)
+    found: dict[str, dict[str, Any]] = {}
+    for name, (method, settings) in METHODS.items():
+        deltas = combine_deltas(adapters, weights, method, settings, calibration.observe).deltas
+        after = [both(loaded, one, deltas) for one in members]
+        kept = [
+            [(b[0] - c[0]) / max(b[0] - a[0], 0.05) for b, a, c in zip(base[i], alone[i], after[i], strict=True)]
+            for i in range(len(members))
+        ]
+        found[name] = {
+            "kept": [round(one[0], 3) for one in kept],
+            "exact": [[after[i][0][1], alone[i][0][1]] for i in range(len(members))],
+            "shifted": [round(one[1], 3) for one in kept],
+            "shifted_exact": [[after[i][1][1], alone[i][1][1]] for i in range(len(members))],
+            "guard": round(score(loaded, guard, deltas)[0] - worst_guard, 3),
+        }
+    return found
+
+
+def both(loaded: LoadedModel, member: Member, deltas: Sequence[Delta]) -> tuple[tuple[float, int], tuple[float, int]]:
+    return score(loaded, member.unseen, deltas), score(loaded, member.wrapped, deltas)
+
+
+def score(loaded: LoadedModel, examples: Sequence[Example], deltas: Sequence[Delta]) -> tuple[float, int]:
+    """(nats a token, exact answers)."""
+    found = measure(loaded, [encode(loaded, one, chat=True) for one in examples], deltas)
+    return ratio([one.nats for one in found], [one.tokens for one in found])[0], sum(one.exact for one in found)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The worst member's kept share / exact answers left of those given alone / guard; then for wrapped prompts."""
+    lines = [f"| set | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
+    by_set: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_set.setdefault(tuple(row["members"]), {})[row["method"]] = row
+    for names, own in by_set.items():
+        cells = [f"{min(row['kept']):.2f} / {left(row['exact'])} / {row['guard']:+.2f}" for row in own.values()]
+        lines.append(f"| {' + '.join(names)} | {' | '.join(cells)} |")
+        cells = [f"{min(row['shifted']):.2f} / {left(row['shifted_exact'])}" for row in own.values()]
+        lines.append(f"| … wrapped | {' | '.join(cells)} |")
+    distinct = [names for names in by_set if names not in SAME_PROMPTS]
+    means = [sum(min(by_set[names][m]["kept"]) for names in distinct) / max(len(distinct), 1) for m in METHODS]
+    lines.append(f"| mean of the {len(distinct)} with distinct prompts | {' | '.join(f'{one:.3f}' for one in means)} |")
+    return lines
+
+
+def left(exact: Sequence[Sequence[int]]) -> str:
+    """Of the member that keeps least, the share of the exact answers that it gives alone."""
+    shares = [after / before for after, before in exact if before]
+    return f"{min(shares):.2f}" if shares else "-"
+
+
+if __name__ == "__main__":
+    main()
