@@ -27,7 +27,7 @@ from registry import bases, compositions, gates, publishing, suites, uploads
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
 from registry.manifest import ManifestFile
-from registry.models import Base
+from registry.models import Base, Release
 from registry.names import Digest, parse_reference
 from registry.publishing import Push
 from registry.releases import Input
@@ -312,7 +312,11 @@ def publish(held: Held) -> None:
     held.check()
     with held.resources.write() as session:
         actor = _creator(held, session)  # while the bytes were sent, a role may have been taken away
-        made = [publish_signed(held.resources.settings, session, actor, new) for new in prepared]
+        made: list[Release] = []
+        for new in prepared:
+            if made and PIPELINES[work.lock.method].fitted:  # the model is made from the fitted adapter, which has inputs
+                new = replace(new, inputs=[Input(made[0].id, 1.0)])
+            made.append(publish_signed(held.resources.settings, session, actor, new))
         composition, _ = compositions.find(session, work.composition_id)
         composition.results = compositions.result_rows(made)
         measured = [_measurement(score) for score in composition.candidate_scores or []]

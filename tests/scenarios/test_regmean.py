@@ -102,6 +102,10 @@ def test_a_recipe_is_fitted_judged_on_other_examples_and_locked_by_digest(
             "measured on the same four, in the same job"
         )
     assert all(gate["passed"] and gate["required"] for gate in done["gates"])
+    lineage = {name: team.json("show", f"acme/{name}")["inputs"] for name in ("both", "both-merged")}
+    assert [row["repository"] for row in lineage["both"]] == ["acme/sql", "acme/support"]
+    assert [row["repository"] for row in lineage["both-merged"]] == ["acme/both"], "the model is made from the adapter"
+    assert team.json("verify", "acme/both-merged", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
 def test_a_recipe_names_no_gate_against_its_inputs_and_gets_them(team: Cli, tmp_path: Path) -> None:
