@@ -314,7 +314,7 @@ def publish(held: Held) -> None:
         actor = _creator(held, session)  # while the bytes were sent, a role may have been taken away
         made: list[Release] = []
         for new in prepared:
-            if made and PIPELINES[work.lock.method].fitted:  # the model is made from the fitted adapter, which has inputs
+            if made and PIPELINES[work.lock.method].fitted:  # the model is made from the fitted adapter
                 new = replace(new, inputs=[Input(made[0].id, 1.0)])
             made.append(publish_signed(held.resources.settings, session, actor, new))
         composition, _ = compositions.find(session, work.composition_id)
