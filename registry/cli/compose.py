@@ -325,11 +325,7 @@ def _show(found: Json) -> None:
     if found["conflicts"]:
         _show_conflicts(found["conflicts"])
     if found["candidate_scores"]:
-        scores = [
-            (s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"])
-            for s in found["candidate_scores"]
-        ]
-        render.table("candidate", ("suite", "metric", "value", "n"), scores)
+        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(found["candidate_scores"]))
     if found["gates"]:
         render.gate_lines(found["gates"])
     if found["merge"]:
@@ -337,6 +333,18 @@ def _show(found: Json) -> None:
         print(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
     for row in found["results"]:
         render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
+
+
+def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
+    """The candidate's row of each metric, and below it those of the inputs that were measured on the same examples."""
+    rows: list[tuple[Any, ...]] = []
+    for score in scores:
+        value = render.with_error(score["value"], score["stderr"])
+        rows.append((score["suite"], score["metric"], "candidate", value, score["n"]))
+        for one in score.get("inputs", []):
+            name, value = f"{one['repository']}:{one['version']}", render.with_error(one["value"], one["stderr"])
+            rows.append(("", "", name, value, one["n"]))
+    return rows
 
 
 def _show_lock(lock: Json) -> None:

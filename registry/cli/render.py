@@ -135,7 +135,7 @@ def _short(value: Any) -> str:
 
 def gate_lines(report: Sequence[dict[str, Any]]) -> None:
     for result in report:
-        mark = "pass" if result["passed"] else "FAIL"
+        mark = "pass" if result["passed"] else "FAIL" if result.get("required", True) else "warn"
         print(f"  {mark}  {result['rule']}: {result['detail']}")
 
 
