@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.files import read_text
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import Connection, connected
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
@@ -23,7 +23,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; tied=auto|untie|shared|refuse."),
 ]
-Method = Annotated[str, typer.Option(help="stack, linear, svd, ties, dare_ties, knots_ties, core_tsv, …")]
+Method = Annotated[
+    str,
+    typer.Option(help="stack, linear, svd, ties, dare_ties, knots_ties, core_tsv, …", autocompletion=complete.methods),
+]
 Rules = Annotated[
     list[str] | None,
     typer.Option(
@@ -297,7 +300,12 @@ def _show(found: Json) -> None:
         _show_conflicts(found["conflicts"])
     if found["candidate_scores"]:
         scores = [
-            (s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"])
+            (
+                s["suite"],
+                render.METRICS.get(s["metric"], s["metric"]),
+                render.with_error(s["value"], s["stderr"]),
+                s["n"],
+            )
             for s in found["candidate_scores"]
         ]
         render.table("candidate", ("suite", "metric", "value", "n"), scores)
