@@ -133,6 +133,14 @@ def _anonymous(actor: Actor) -> Unauthenticated | None:
 
 def _denied(actor: Actor, role: Role, namespace: str) -> RegistryError:
     where = "the whole registry" if namespace == EVERYWHERE else namespace
+    own = actor.hidden.get(namespace, actor.hidden.get(EVERYWHERE))
+    if own is not None and _ORDER[Role(own)] >= _ORDER[role]:
+        return NotAllowed(
+            "scope_too_narrow",
+            f"{actor.name} has the role {own} in {where}, but the scope of this token does not allow {role}.",
+            subject=namespace,
+            next_step=f"Use a token whose scope has {namespace}={role}.",
+        )
     return _anonymous(actor) or NotAllowed(
         "role_missing",
         f"{actor.name} does not have the role {role} in {where}.",

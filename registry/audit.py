@@ -31,6 +31,8 @@ class Actor:
     token_id: str | None = None
     source: str | None = None
     mints: bool = False
+    hidden: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The actor's own roles where the token's scope allows a lower one."""
 
 
 def operator(name: str, at: datetime) -> Actor:

@@ -32,11 +32,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def registry_url(text: str) -> str:
+    """The address of a registry without a slash at its end; `/v1`, which requests add themselves, is taken off too.
+
+    Raises ValueError for another path, a query, or a name and password.
+    """
+    match = re.fullmatch(r"(https?://[^/\s?#@]+)(?:/(?:v1/?)?)?", text.strip())
+    if match is None:
+        raise ValueError("it is not the address of a registry, such as https://adapters.example, without a path")
+    return match.group(1)
+
+
 def _http_url(text: str) -> str:
     """Empty says that there is none."""
-    if text and not re.match(r"https?://[^/\s]", text):
-        raise PydanticCustomError("url", "it is no address of a registry, such as https://adapters.example")
-    return text
+    try:
+        return registry_url(text) if text else text
+    except ValueError as error:
+        raise PydanticCustomError("url", "{why}", {"why": str(error)}) from error
 
 
 def _store_url(text: str) -> str | None:
@@ -177,7 +189,10 @@ class Settings(BaseSettings):
     """How long the database may take for one statement, the locks that it waits for included."""
     storage: Storage = LocalStorage()
     url: Annotated[str, AfterValidator(_http_url)] | None = None
-    """The registry that the command line talks to; without it the registry in `home` is opened in this process."""
+    """The registry that the command line talks to; without it, and without a profile in use, the registry in `home` is
+    opened in this process."""
+    profile: str | None = None
+    """A profile that `adaptory login` has made, or `local` for the embedded registry; as the option --profile."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
     """The largest file a release may hold."""
     upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)

@@ -50,6 +50,8 @@ class Caller:
     grants: Mapping[str, str]
     mints: bool
     expires_at: datetime | None
+    hidden: Mapping[str, str]
+    """The user's own roles where the scope allows a lower one."""
 
 
 def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
@@ -128,9 +130,11 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
     if row.expires_at is not None and row.expires_at <= now:
         raise _invalid("has expired")
     mints = row.scope == WHOLE and row.expires_at is None
-    return Caller(
-        row.user, row.id, effective_grants(namespaces.roles_of(session, row.user), row.scope), mints, row.expires_at
-    )
+    roles = namespaces.roles_of(session, row.user)
+    grants, own = effective_grants(roles, row.scope), effective_grants(roles, WHOLE)
+    everywhere = own.get(EVERYWHERE, "")
+    hidden = {name: own.get(name, everywhere) for name, role in grants.items() if own.get(name, everywhere) != role}
+    return Caller(row.user, row.id, grants, mints, row.expires_at, hidden)
 
 
 def grants_of(session: Session, token_id: str) -> dict[str, str]:

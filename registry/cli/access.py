@@ -13,7 +13,7 @@ from registry.cli.connect import connected
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
-tokens = typer.Typer(help="Tokens: who asks.", no_args_is_help=True, rich_markup_mode=None)
+tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True, rich_markup_mode=None)
 namespaces = typer.Typer(help="Namespaces: the unit of permission.", no_args_is_help=True, rich_markup_mode=None)
 Json = dict[str, Any]
 _KEY_BYTES = 10_000  # more than any key in PEM has
@@ -29,16 +29,25 @@ def register(root: typer.Typer) -> None:
 
 
 def who_am_i(json: JsonFlag = False) -> None:
-    """Whom the registry takes you for, and what you may do where."""
+    """Show the current user and roles."""
     with connected() as connection:
         found = connection.api.get("/v1/whoami")
-    pairs = [(namespace, role) for namespace, role in sorted(found["grants"].items())]
+    limited = found.get("limited", {})
+    pairs = [
+        (
+            namespace,
+            f"{role} (your role {limited[namespace]} is limited by the token's scope)"
+            if namespace in limited
+            else role,
+        )
+        for namespace, role in sorted(found["grants"].items())
+    ]
     render.document(found, json, lambda: render.lines(found["user"], pairs))
 
 
 @tokens.command("create")
 def create_token(
-    user: Annotated[str | None, typer.Option(help="For another user; takes an admin of the registry.")] = None,
+    user: Annotated[str | None, typer.Option(help="For another user; requires admin of the registry.")] = None,
     name: Annotated[str, typer.Option(help="What it is for.")] = "",
     scope: Annotated[
         list[str] | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.files import read_text
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.calibration import Prompts, Suites, fit_lines, fitted_adapter, local_calibration, refuse_uneven
 from registry.cli.connect import Connection, connected
 from registry.cli.interrupt import interrupts
@@ -26,7 +26,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; tied=auto|untie|shared|refuse."),
 ]
-Method = Annotated[str, typer.Option(help="stack, linear, svd, ties, dare_ties, knots_ties, core_tsv, …")]
+Method = Annotated[
+    str,
+    typer.Option(help="stack, linear, svd, ties, dare_ties, knots_ties, core_tsv, …", autocompletion=complete.methods),
+]
 Rules = Annotated[
     list[str] | None,
     typer.Option(

@@ -2,10 +2,10 @@
 
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +94,12 @@ def _refuse_misspelt(known: set[str]) -> None:
 def own_settings() -> "Settings":
     """Of the registry whose database and store this machine reaches. Raises Usage where a URL names another one."""
     settings = load_settings()
-    if settings.url:
+    if (settings.url and settings.profile is None) or settings.profile not in (None, "local"):
         raise Usage(
             "not_remote",
             "This command needs the registry's database and store.",
-            subject="ADAPTORY_URL",
-            next_step="Run it where the server runs, without ADAPTORY_URL.",
+            subject="ADAPTORY_PROFILE" if settings.profile else "ADAPTORY_URL",
+            next_step="Run it where the server runs, without ADAPTORY_URL and --profile.",
         )
     return settings
 
@@ -112,15 +112,38 @@ def _variable(place: tuple[int | str, ...]) -> str:
     return f"ADAPTORY_{'__'.join(parts[:2])}".upper()
 
 
+def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
+    """URL, token and the name of the profile of the registry to talk to; None for the embedded one."""
+    from registry.cli.profiles import LOCAL, Profiles
+
+    if settings.profile is None and settings.url:
+        return settings.url, settings.token.get_secret_value() if settings.token else None, ""
+    if settings.profile == LOCAL:
+        return None
+    profiles = Profiles(settings.home_directory)
+    name = settings.profile or profiles.current
+    if name is None:
+        return None
+    profile = profiles.find(name)
+    return profile.url, profile.token, f" (profile {name})"
+
+
+def _say_once(line: str) -> Callable[[], None]:
+    """Says which registry is changed, before its first change."""
+    from registry.cli import render
+
+    return cache(partial(render.say, line))
+
+
 @contextmanager
 def connected() -> Generator[Connection]:
     from registry.client.api import Api
 
     settings = load_settings()
     with ExitStack() as stack:
-        if settings.url:
-            token = settings.token.get_secret_value() if settings.token else None
-            api = Api(settings.url.rstrip("/"), token=token)
+        if remote := _remote(settings):
+            url, token, name = remote
+            api = Api(url, token=token, on_change=_say_once(f"registry: {url}{name}"))
             stack.callback(api.close)
             yield Connection(api, settings, None)
             return
@@ -141,7 +164,7 @@ def connected() -> Generator[Connection]:
             ) from error
         stack.callback(resources.close)
         transport = InProcessTransport(create_app(resources, on_demand=True))
-        api = Api(EMBEDDED_URL, transport)
+        api = Api(EMBEDDED_URL, transport, on_change=_say_once(f"registry: local, {settings.home_directory}"))
         stack.callback(api.close)
         yield Connection(api, settings, resources)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -13,7 +14,9 @@ from registry.cli import (
     compose,
     conflicts,
     diff,
+    inspection,
     operate,
+    profiles,
     quality,
     release,
     render,
@@ -22,6 +25,7 @@ from registry.cli import (
     transfer,
     upkeep,
 )
+from registry.cli.groups import GroupedCommands
 from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
 
@@ -38,15 +42,58 @@ two adapters of a 7B model take 31 s where the work is 3 s."""
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """Read when transformers is imported: progress and messages on stderr are ours to give."""
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"adaptory {version('adaptory')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="adaptory",
+    cls=GroupedCommands,
     help="The release registry and composer for LoRA adapters.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for part in (base, access, transfer, sign, release, diff, search, quality, conflicts, compose, operate, upkeep):
+
+
+@app.callback()
+def options(
+    profile: Annotated[
+        str | None, typer.Option(help="Use the registry of this profile; local is the embedded one.")
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Show whole tables, however wide they are.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """The release registry and composer for LoRA adapters."""
+    render.wide = wide
+    if profile is not None:
+        os.environ["ADAPTORY_PROFILE"] = profile
+
+
+for part in (
+    base,
+    profiles,
+    access,
+    transfer,
+    sign,
+    release,
+    inspection,
+    diff,
+    search,
+    quality,
+    conflicts,
+    compose,
+    operate,
+    upkeep,
+):
     part.register(app)
 
 
@@ -57,7 +104,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of a base that is streamed, as it was told to be
     try:
-        app(prog_name="adaptory")
+        app(_global_options_first(sys.argv[1:]), prog_name="adaptory")
     except (RegistryError, ComposerError, OSError) as error:
         sys.exit(render.fail(error, "--json" in sys.argv))
     except ModuleNotFoundError as error:
@@ -72,6 +119,18 @@ def main() -> None:
         if end.code == INTERRUPTED:
             interrupts.say(": ".join(_notes_of_interrupt(end)))
         raise
+
+
+def _global_options_first(words: list[str]) -> list[str]:
+    """`adaptory list --profile work` as `adaptory --profile work list`: what holds for every command may stand last."""
+    for index, word in enumerate(words):
+        if word == "--":
+            break
+        if word == "--wide" or word.startswith("--profile="):
+            return [word, *_global_options_first([*words[:index], *words[index + 1 :]])]
+        if word == "--profile" and index + 1 < len(words):
+            return [word, words[index + 1], *_global_options_first([*words[:index], *words[index + 2 :]])]
+    return words
 
 
 def _notes_of_interrupt(end: BaseException) -> list[str]:

@@ -5,7 +5,7 @@ import socket
 import threading
 from contextlib import closing
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ from registry.errors import NotAllowed, Unavailable, Usage
 if TYPE_CHECKING:
     from registry.resources import Resources
 
-Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
+Limit = Annotated[int, typer.Option(min=1, help="Maximum number.")]
 After = Annotated[str | None, typer.Option("--cursor", help="`next` of the page before.")]
 
 AUDIT_ROWS = 1000
@@ -36,11 +36,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Anything but loopback needs ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8470,
     with_worker: Annotated[
-        bool, typer.Option("--worker/--no-worker", help="Do compositions in this process too.")
+        bool, typer.Option("--worker/--no-worker", help="Run queued jobs in this process too.")
     ] = True,
     processes: Annotated[
         int,
-        typer.Option(min=1, max=64, help="So many processes answer, and this one watches over them; for PostgreSQL."),
+        typer.Option(min=1, max=64, help="Number of server processes, for PostgreSQL; one more supervises them."),
     ] = 1,
 ) -> None:
     """Serve the REST API, with a worker beside it: to one user on loopback, or with ADAPTORY_ACCESS=tokens to many."""
@@ -110,7 +110,7 @@ def _refuse_without_tokens(resources: "Resources") -> None:
 
 
 def worker() -> None:
-    """Do jobs until told to stop, then hand the one in hand back. Any number of these may run beside the servers."""
+    """Run queued jobs; on SIGTERM requeue the current one. Any number of these may run beside the servers."""
     from registry.resources import open_resources
     from registry.worker.loop import run_worker
     from registry.worker.steps import KINDS
@@ -178,17 +178,19 @@ def audit(  # noqa: PLR0913
     subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a beginning: 'acme/*'")] = None,
     namespace: Annotated[str | None, typer.Option()] = None,
     by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
-    act: Annotated[str | None, typer.Option(help="channel:rollback, release:yank, …; another word lists all.")] = None,
+    act: Annotated[
+        str | None, typer.Option("--event", "--act", help="channel:rollback, release:yank, …; another word lists all.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="From this moment on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
     until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
     export: Annotated[bool, typer.Option("--jsonl", help="The rows of the filter, a line of JSON each.")] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many: 1000 by default, with --jsonl all from the first on.")
+        int | None, typer.Option(min=1, help="Maximum number: 1000 by default, with --jsonl all from the first on.")
     ] = None,
     cursor: After = None,
     json: JsonFlag = False,
 ) -> None:
-    """What was done: by whom, from where, why, and what it changed; the newest first, with --jsonl in order."""
+    """Show the audit log: who changed what, from where, why; the newest first, with --jsonl in order."""
     if export and cursor:
         raise Usage("no_pages", "An export has no pages.", subject=cursor, next_step="Leave out --cursor or --jsonl.")
     query = {"subject": subject, "namespace": namespace, "by": by, "act": act, "since": since, "until": until}
@@ -199,10 +201,12 @@ def audit(  # noqa: PLR0913
                     print(line)
             return
         found, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
-    rows = [
-        (row["id"], row["at"][:19], row["actor"], row["act"], row["subject"], render.change(row), row["reason"])
-        for row in found
-    ]
-    columns = ("id", "at", "actor", "act", "subject", "change", "reason")
-    render.document({"items": found, "next": more}, json, lambda: render.table("", columns, rows))
+    render.document({"items": found, "next": more}, json, lambda: _show_events(found))
     render.more(more, json)
+
+
+def _show_events(found: list[dict[str, Any]]) -> None:
+    """A record for each event, with all that it changed."""
+    for row in found:
+        pairs = [("event", row["act"]), ("user", row["actor"]), *render.changes(row), ("reason", row["reason"])]
+        render.lines(f"{row['id']}  {row['at'][:19]}  {row['subject']}", pairs)

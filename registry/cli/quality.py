@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import typer
 
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
@@ -82,12 +82,14 @@ def delete(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="REF|BASE")],
-    suite: Annotated[list[str], typer.Option("--suite", help="May be repeated: the model is loaded once.")],
+    what: Annotated[str, typer.Argument(metavar="REF|BASE", autocompletion=complete.references)],
+    suite: Annotated[
+        list[str], typer.Option("--suite", help="Name of a suite. May be repeated.", autocompletion=complete.suites)
+    ],
     device: Device = "auto",
     base_dir: BaseDir = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many examples; such scores are not recorded.")
+        int | None, typer.Option(min=1, help="Maximum number of examples; the scores are then not recorded.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -115,7 +117,10 @@ def evaluate(
             rows = [{k: v for k, v in score.items() if k != "suite"} for score in scores]
             path = release_path(release) if release else f"/v1/bases/{base['digest']}"
             connection.api.post(f"{path}/scores", {"scores": rows})
-    rows = [(s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"]) for s in scores]
+    rows = [
+        (s["suite"], render.METRICS.get(s["metric"], s["metric"]), render.with_error(s["value"], s["stderr"]), s["n"])
+        for s in scores
+    ]
     render.document(
         {"subject": what, "recorded": limit is None, "scores": scores},
         json,

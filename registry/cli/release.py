@@ -1,14 +1,12 @@
 """Releases and channels: from list and log to promote, rollback and yank."""
 
-from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from registry.cli import render
-from registry.cli.connect import Connection, connected, release_directory, resolved, with_near_names
+from registry.cli import complete, render
+from registry.cli.connect import Connection, connected, resolved, with_near_names
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
@@ -16,90 +14,35 @@ from registry.errors import NotFound, RegistryError, Usage
 from registry.names import parse_channel_reference, parse_reference, parse_repository
 
 if TYPE_CHECKING:
-    from composer.formats.checkpoint import Architecture
     from registry.client.lineage import Composition
 
+Ref = Annotated[
+    str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)
+]
+Channel = Annotated[str, typer.Argument(metavar="REPO@CHANNEL", autocompletion=complete.channels)]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Json = dict[str, Any]
 
-PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
-"""The servers that `inspect` asks about when none is named."""
-
 
 def register(root: typer.Typer) -> None:
-    for command in (inspect, log, show, promote, history, gate, yank, unyank):
+    for command in (log, show, promote, history, gate, yank, unyank):
         root.command()(command)
     root.command("list")(list_repositories)
     root.command("rollback")(roll_back)
 
 
-def inspect(
-    what: Annotated[str, typer.Argument(metavar="DIR|REF", help="An adapter's directory or file, or a reference.")],
-    base: Annotated[str | None, typer.Option(help="Check the fit to this registered base.")] = None,
-    server: Annotated[
-        list[str] | None, typer.Option("--loads-in", help="vllm:32, sglang, lorax, llamacpp, peft.")
-    ] = None,
-    json: JsonFlag = False,
-) -> None:
-    """Facts and health of an adapter, and which servers will load it."""
-    from composer.formats.layouts import PEFT, recognise
-
-    directory, architecture = Path(what), None
-    layout = recognise(directory).layout if directory.exists() else PEFT
-    if base or not directory.exists():
-        with connected() as connection:
-            if not directory.exists():
-                release = resolved(connection, what)
-                directory, base = release_directory(connection, release), base or release["base"]["digest"]
-            architecture = connection.api.architecture(base or "")
-    look = _look if layout == PEFT else _look_at_another
-    told: Json = {**look(directory, architecture, server or PROFILES), "layout": layout}
-    render.document(told, json, lambda: _show_inspection(what, told))
-    if any(finding["severity"] == "error" for finding in told["findings"]):
-        raise typer.Exit(6)
-
-
-def _look(directory: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
-    from composer.formats.inspection import inspect as look
-    from composer.spectrum import spectrum
-
-    seen = look(directory, architecture)
-    used = (
-        None if any(finding.severity == "error" for finding in seen.findings) else spectrum(seen.adapter, seen.placed)
-    )
-    return {
-        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
-        "findings": [finding.to_json() for finding in [*seen.findings, *(used.hints() if used else [])]],
-        "loads_in": [seen.loads_in(profile) for profile in servers],
-    }
-
-
-def _look_at_another(path: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
-    """At an adapter of another layout than PEFT's, which is the only one that servers are known to load."""
-    from composer.formats.inspection import inspect_foreign
-    from composer.formats.serving import Loading, parse_profile
-
-    facts, findings = inspect_foreign(path, architecture)
-    way_out = (f"adaptory convert {path} --base BASE -o OUT",)
-    loading = [Loading(str(parse_profile(name)), False, ("not PEFT's layout",), way_out) for name in servers]
-    return {
-        "adapter": facts.to_json() | {"spectrum": None},
-        "findings": [finding.to_json() for finding in findings],
-        "loads_in": [one.to_json() for one in loading],
-    }
-
-
 def list_repositories(
     repository: Annotated[str | None, typer.Argument(metavar="[REPO]")] = None,
-    models: Annotated[bool, typer.Option("--models", help="Merged checkpoints instead of adapters.")] = False,
+    models: Annotated[bool, typer.Option("--models", help="Only merged models.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Repositories, or the releases of one."""
+    """List the repositories, of adapters and of models, or the releases of one."""
     if repository:
         log(repository, json)
         return
     with connected() as connection:
-        found = list(connection.api.pages(f"/v1/{'models' if models else 'adapters'}"))
+        kinds = ("models",) if models else ("adapters", "models")
+        found = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}")]
     rows = [
         (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
         for row in found
@@ -120,7 +63,7 @@ def log(repository: Annotated[str, typer.Argument(metavar="REPO")], json: JsonFl
 
 
 def show(
-    ref: Annotated[str, typer.Argument()],
+    ref: Ref,
     modules: Annotated[
         bool, typer.Option("--modules", help="Instead: what each module uses of its rank, and what a cut would leave.")
     ] = False,
@@ -139,10 +82,10 @@ def show(
 
 
 def promote(
-    ref: Annotated[str, typer.Argument()],
-    to: Annotated[str, typer.Option("--to", help="The channel.")],
+    ref: Ref,
+    to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
     reason: Reason = "",
-    force: Annotated[bool, typer.Option("--force", help="Although a gate fails; needs a reason.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Promote even if a gate fails; requires --reason.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Move a channel to a release; every gate is judged and printed."""
@@ -155,7 +98,7 @@ def promote(
 
 
 def roll_back(
-    channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")],
+    channel: Channel,
     to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served.")] = None,
     reason: Reason = "",
     json: JsonFlag = False,
@@ -171,7 +114,7 @@ def roll_back(
     warn_of_move_since(move, since)
 
 
-def history(channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")], json: JsonFlag = False) -> None:
+def history(channel: Channel, json: JsonFlag = False) -> None:
     """Every move of a channel, the newest first."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
@@ -197,7 +140,7 @@ def history(channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")], jso
 
 
 def gate(
-    channel: Annotated[str, typer.Argument(metavar="REPO@CHANNEL")],
+    channel: Channel,
     rule: Annotated[
         list[str] | None,
         typer.Option(help="'sql-exact.accuracy>=0.5' or 'guard.nll within 0.1 of served'. May be repeated."),
@@ -223,18 +166,18 @@ def gate(
 
 
 def yank(
-    ref: Annotated[str, typer.Argument()],
+    ref: Ref,
     reason: Annotated[str, typer.Option("--reason", help="Why.")],
     json: JsonFlag = False,
 ) -> None:
-    """Keep a release from being chosen; who names it exactly still gets it, with a warning."""
+    """Exclude a release from resolution; its exact version still resolves, with a warning."""
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
     render.document(release, json, lambda: render.out(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
 def unyank(
-    ref: Annotated[str, typer.Argument()],
+    ref: Ref,
     reason: Annotated[str, typer.Option("--reason", help="Why.")],
     json: JsonFlag = False,
 ) -> None:
@@ -281,25 +224,6 @@ def _line(connection: Connection, repository: str) -> str:
     raise with_near_names(connection, unknown, repository)
 
 
-def _show_inspection(what: str, told: Json) -> None:
-    facts = told["adapter"]
-    names = (
-        "type", "variant", "rank_max", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save",
-        "base_model_name_or_path",
-    )  # fmt: skip
-    lacking = () if facts["rank_max"] else ("rank_max", "alpha")
-    own = [(name, facts[name]) for name in names if name not in lacking]
-    size = ("size", render.size(facts["size_bytes"]))
-    render.lines(f"adapter {what}", [("layout", told["layout"]), *own, size, ("energy", _used_ranks(facts))])
-    for finding in told["findings"]:
-        render.out(f"  {finding['severity']}: {finding['message']}")
-    rows = [
-        (one["profile"], "yes" if one["loads"] else "no", "; ".join(one["reasons"]), "; ".join(one["way_out"]))
-        for one in told["loads_in"]
-    ]
-    render.table("", ("server", "loads", "why not", "way out"), rows)
-
-
 def _show_spectrum(ref: str, spectrum: Json) -> None:
     ranks = [*spectrum["energy"]]
     rows = [
@@ -321,7 +245,7 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
         render.out(f"  {module}: not computed")
 
 
-def _used_ranks(facts: Json) -> str | None:
+def used_ranks(facts: Json) -> str | None:
     used = facts.get("spectrum")
     return f"95 % in rank {used['rank_95']}, 99 % in rank {used['rank_99']}" if used else None
 
@@ -353,14 +277,14 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         ("targets", facts.get("targets")),
         ("modules", facts.get("modules")),
         ("parameters", f"{facts['parameters']:,}"),
-        ("energy", _used_ranks(facts)),
+        ("energy", used_ranks(facts)),
         ("servers", release["servers"] or None),
         ("dtype", facts["dtype"]),
         ("size", render.size(sum(row["size_bytes"] for row in release["files"]))),
         ("notes", release["notes"]),
         ("yanked", release["yank_reason"] if release["yanked"] else None),
         ("published", f"{release['created_at'][:19]} by {release['created_by']}"),
-        ("made of", list(map(str, made.members)) if made else None),
+        ("inputs", list(map(str, made.members)) if made else None),
         ("method", made.how if made else None),
         ("rounding", made.rounding if made and release["kind"] == "model" else None),
     ]
@@ -369,7 +293,13 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         render.lines("provenance", stated)
     if release["scores"]:
         rows = [
-            (s["suite"], s["metric"], render.with_error(s["value"], s["stderr"]), s["n"]) for s in release["scores"]
+            (
+                s["suite"],
+                render.METRICS.get(s["metric"], s["metric"]),
+                render.with_error(s["value"], s["stderr"]),
+                s["n"],
+            )
+            for s in release["scores"]
         ]
         render.table("", ("suite", "metric", "value", "n"), rows)
     render.table(

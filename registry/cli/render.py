@@ -1,10 +1,14 @@
-"""What people see: tables on stdout, messages and progress on stderr; `--json` prints one document instead."""
+"""What people see: tables on stdout, messages and progress on stderr; `--json` prints one document instead.
+
+Tables fit the terminal, or 80 columns.
+"""
 
 import errno
 import json
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -18,6 +22,13 @@ if TYPE_CHECKING:
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Failure = RegistryError | ComposerError | OSError
+
+wide = False
+"""Set by --wide: tables are as wide as what is in them."""
+_CUT = frozenset({"module", "tensor"})
+_LEAST_CHARS = 24
+METRICS = {"accuracy": "exact match"}
+"""What people read in place of a metric's id."""
 
 
 def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
@@ -43,32 +54,69 @@ def indented(text: str, width: int = 4) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Left-aligned text, right-aligned numbers."""
-    from rich.markup import escape
-    from rich.table import Table
+    """Left-aligned text, right-aligned numbers; a record for each row where the table is wider than the output.
 
-    shown = Table(title=title or None, title_justify="left", header_style="bold", pad_edge=False, box=None)
-    for index, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows if row[index] is not None)
-        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        shown.add_row(*(escape(cell(value)) for value in row))
-    _console().print(shown)
+    Names of modules and tensors are cut in the middle before that. No cell is broken.
+    """
+    if title:
+        heading(title)
+    cells = [[cell(value) for value in row] for row in rows]
+    if not cells:
+        print("none")
+        return
+    widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]
+    room = _width() - 2 * (len(columns) - 1)
+    for index, name in enumerate(columns):
+        spare = room - (sum(widths) - widths[index])
+        if name in _CUT and sum(widths) > room and spare >= _LEAST_CHARS:
+            for row in cells:
+                row[index] = middle(row[index], spare)
+            widths[index] = min(widths[index], spare)
+    if sum(widths) > room:
+        for row in rows:
+            lines(cell(row[0]), list(zip(columns[1:], row[1:], strict=True)))
+        return
+    numeric = [all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))]
+    for row in (list(columns), *cells):
+        words = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        print("  ".join(words).rstrip())
+
+
+def middle(text: str, most: int) -> str:
+    """The text, or its ends with `…` between them: module names differ at both."""
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
 def lines(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
-    """A heading and `name  value` below it; None is left out."""
-    console = _console()
-    console.print(title, style="bold", markup=False, highlight=False)
-    width = max((len(name) for name, _ in pairs), default=0)
-    for name, value in pairs:
-        if value is not None and value != "":
-            shown = indented(value, width + 4) if isinstance(value, str) else cell(value)
-            console.print(f"  {name:<{width}}  {shown}", markup=False, highlight=False, soft_wrap=True)
+    """A heading and `name  value` below it, wrapped between words; None is left out, each item of a list that does not
+    fit has a line of its own."""
+    heading(title)
+    shown = [(name, value) for name, value in pairs if value is not None and cell(value) not in ("", "-")]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        room = max(_LEAST_CHARS, _width() - width - 4)
+        whole = cell(value)
+        items = cast(Sequence[Any], value) if isinstance(value, list | tuple) and len(whole) > room else [whole]
+        texts = [
+            line for item in items for line in wrap(cell(item), room, break_long_words=False, break_on_hyphens=False)
+        ]
+        for index, text in enumerate(texts):
+            out(f"  {'' if index else name:<{width}}  {text}".rstrip())
+
+
+def _width() -> int:
+    """Columns of the terminal, 80 without one; no limit with --wide."""
+    return sys.maxsize if wide else get_terminal_size((80, 24)).columns
 
 
 def heading(text: str) -> None:
-    _console().print(text, style="bold", markup=False, highlight=False, soft_wrap=True)
+    typer.secho(plain(text), bold=True)
 
 
 def plain(text: str) -> str:
@@ -116,27 +164,24 @@ def size(count: int) -> str:
     return f"{amount:.1f} TB"
 
 
-def change(row: dict[str, Any]) -> str:
-    """What an audit row changed, on one line: `version: 1.0.0 -> 1.1.0`; equal fields are left out."""
+def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """What an audit row changed, a field each: (`version`, `1.0.0 -> 1.1.0`); equal fields are left out."""
     before: dict[str, Any] = row["before"] or {}
     after: dict[str, Any] = row["after"] or {}
-    shown: list[str] = []
-    for name in dict.fromkeys((*before, *after)):
-        old, new = before.get(name), after.get(name)
-        if old != new:
-            shown.append(f"{name}: {_short(new)}" if old is None else f"{name}: {_short(old)} -> {_short(new)}")
-    return ", ".join(shown)
-
-
-def _short(value: Any) -> str:
-    text = cell(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
+    return [
+        (
+            name,
+            cell(after.get(name)) if before.get(name) is None else f"{cell(before[name])} -> {cell(after.get(name))}",
+        )
+        for name in dict.fromkeys((*before, *after))
+        if before.get(name) != after.get(name)
+    ]
 
 
 def gate_lines(report: Sequence[dict[str, Any]]) -> None:
     for result in report:
         mark = "pass" if result["passed"] else "FAIL" if result.get("required", True) else "warn"
-        print(f"  {mark}  {result['rule']}: {result['detail']}")
+        out(f"  {mark}  {result['rule']}: {result['detail']}")
 
 
 class Progress:
@@ -245,10 +290,3 @@ def _next_step(told: RegistryError) -> str:
     option = f"--{field.partition('.')[0].replace('_', '-')}"
     given = any(word.partition("=")[0] == option for word in sys.argv)
     return f"Correct {option if given else field}; --help says what the command takes."
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # Without a terminal nobody wraps a line for us, and tables must not be cut at 80 columns. Closed, it is None.
-    return Console(width=None if sys.stdout and sys.stdout.isatty() else 200, soft_wrap=False)

@@ -59,7 +59,7 @@ def search(  # noqa: PLR0913
     sort: Annotated[
         str | None, typer.Option(help="newest, version, or suite.metric: the best first, without those that lack it.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="Maximum number.")] = 50,
     cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -84,12 +84,15 @@ def show_releases(found: list[Json]) -> None:
             release["base"]["name"],
             (release["adapter"]["rank_max"] or None) if release["adapter"] else None,
             release["adapter"]["targets"] if release["adapter"] else None,
-            [f"{score['suite']}.{score['metric']}={score['value']:.3f}" for score in release["scores"]],
+            [
+                f"{score['suite']} {render.METRICS.get(score['metric'], score['metric'])} {score['value']:.3f}"
+                for score in release["scores"]
+            ],
             "; ".join(_remarks(release)),
         )
         for release in found
     ]
-    render.table("", ("release", "commit", "base", "rank", "targets", "scores", ""), rows)
+    render.table("", ("release", "commit", "base", "rank", "targets", "scores", "note"), rows)
 
 
 def _remarks(release: Json) -> list[str]:

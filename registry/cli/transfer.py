@@ -13,7 +13,7 @@ from composer.files import read_text
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.fit import fitting_base
-from registry.cli.release import show_move, warn_of_move_since
+from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage
@@ -125,7 +125,7 @@ def _kind(text: str) -> str:
 
 
 def pull(
-    ref: Annotated[str, typer.Argument()],
+    ref: Ref,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The directory to write; one in the cache when left out.")
     ] = None,

@@ -1,6 +1,6 @@
 """Calls to a registry, over HTTP or in process; answers are the wire's JSON objects, errors the seven families."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,10 +33,16 @@ class Stream:
 
 
 class Api:
-    """`transport` is None for HTTP. One `Api` serves several threads."""
+    """`transport` is None for HTTP; `on_change` is called before each change. One `Api` serves several threads."""
 
-    def __init__(self, url: str, transport: httpx2.BaseTransport | None = None, token: str | None = None) -> None:
-        self.url = url
+    def __init__(
+        self,
+        url: str,
+        transport: httpx2.BaseTransport | None = None,
+        token: str | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.url, self._on_change = url, on_change
         # Only our own address is in this process: a presigned link of the store leads out of it.
         self._http = httpx2.Client(
             base_url=url,
@@ -145,6 +151,8 @@ class Api:
         headers: Mapping[str, str] | None = None,
     ) -> Json:
         given = {key: value for key, value in (query or {}).items() if value is not None and value != []}
+        if method != "GET":
+            self._on_change()
         with _told(self.url, changes=method != "GET"):
             response = self._http.request(method, path, params=given, json=body, headers=headers)
         _raise_problem(response)

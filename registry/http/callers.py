@@ -122,4 +122,6 @@ def _in_force(caller: Caller, now: datetime) -> bool:
 
 
 def _actor(caller: Caller, now: datetime, public: frozenset[str], credentials: Credentials) -> Actor:
-    return Actor(caller.user, now, caller.grants, public, caller.token_id, credentials.source, caller.mints)
+    return Actor(
+        caller.user, now, caller.grants, public, caller.token_id, credentials.source, caller.mints, caller.hidden
+    )

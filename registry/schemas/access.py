@@ -71,8 +71,9 @@ class MembersOut(Wire):
 
 
 class WhoOut(Wire):
-    """Whom the registry takes the caller for, and what that may do where."""
+    """The user and the roles that the token allows; `limited` are the user's own where the scope is narrower."""
 
     user: str
     token: str | None
     grants: dict[str, str]
+    limited: dict[str, str]

@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
 
 @router.get("/whoami")
 def who_am_i(actor: Caller) -> WhoOut:
-    return WhoOut(user=actor.name, token=actor.token_id, grants=dict(actor.grants))
+    return WhoOut(user=actor.name, token=actor.token_id, grants=dict(actor.grants), limited=dict(actor.hidden))
 
 
 @router.post("/tokens", status_code=201)

@@ -1,0 +1,62 @@
+"""What the shell completes: references, channels, suites and methods. Where a registry does not answer, nothing."""
+
+from contextlib import suppress
+from typing import Any
+
+from registry.cli.connect import connected
+from registry.errors import RegistryError
+
+_MOST = 200
+
+
+def references(incomplete: str) -> list[str]:
+    """`acme/s` -> repositories; `acme/sql:` -> its versions; `acme/sql@` -> its channels."""
+    for mark in ":@":
+        repository, found, _ = incomplete.partition(mark)
+        if found:
+            names = _versions(repository) if mark == ":" else _channels(repository)
+            return [one for one in names if one.startswith(incomplete)]
+    return [one["repository"] for one in _repositories() if one["repository"].startswith(incomplete)][:_MOST]
+
+
+def channels(incomplete: str) -> list[str]:
+    """`acme/sql@prod`."""
+    found = [f"{row['repository']}@{name}" for row in _repositories() for name in row["channels"]]
+    return [one for one in found if one.startswith(incomplete)][:_MOST]
+
+
+def channel_names(incomplete: str) -> list[str]:
+    """`prod`, for --to."""
+    found = {name for row in _repositories() for name in row["channels"]}
+    return sorted(one for one in found if one.startswith(incomplete))[:_MOST]
+
+
+def suites(incomplete: str) -> list[str]:
+    return [row["name"] for row in _rows("/v1/suites") if row["name"].startswith(incomplete)][:_MOST]
+
+
+def methods(incomplete: str) -> list[str]:
+    from composer.settings import SETTINGS
+
+    return [name for name in SETTINGS if name.startswith(incomplete)]
+
+
+def _versions(repository: str) -> list[str]:
+    rows = [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}/{repository}/releases")]
+    return [f"{repository}:{row['version']}" for row in rows]
+
+
+def _channels(repository: str) -> list[str]:
+    found = [row for row in _repositories() if row["repository"] == repository]
+    return [f"{repository}@{name}" for row in found for name in row["channels"]]
+
+
+def _repositories() -> list[dict[str, Any]]:
+    return [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}")]
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    with suppress(RegistryError), connected() as connection:
+        found += connection.api.pages(path)
+    return found

@@ -1,0 +1,56 @@
+"""The list of commands that `adaptory --help` shows: in groups by task, with an example each."""
+
+from typing import Any
+
+from typer.core import TyperGroup
+
+GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (
+        "Release",
+        (
+            "push", "pull", "promote", "rollback", "gate", "history", "yank", "unyank", "eval", "verify",
+            "base", "suite",
+        ),
+        "adaptory push ./out acme/sql --bump auto --channel canary",
+    ),
+    (
+        "Find",
+        ("list", "search", "show", "log", "diff", "inspect"),
+        "adaptory search --base llama --score 'sql.accuracy>=0.8'",
+    ),
+    (
+        "Compose",
+        ("conflicts", "compose", "merge", "combine", "convert"),
+        "adaptory conflicts acme/sql acme/support --probe 8",
+    ),
+    (
+        "Operate",
+        ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck"),
+        "adaptory serve --host 0.0.0.0 --processes 4",
+    ),
+    (
+        "Admin",
+        ("login", "logout", "profile", "whoami", "token", "namespace", "audit"),
+        "adaptory login https://adapters.example",
+    ),
+)  # fmt: skip
+
+
+class GroupedCommands(TyperGroup):
+    """A command that no group names is listed under `Other`."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        left = [
+            name for name in self.list_commands(ctx) if name not in {one for _, names, _ in GROUPS for one in names}
+        ]
+        for title, names, example in (*GROUPS, ("Other", tuple(left), "")):
+            known = [(name, self.get_command(ctx, name)) for name in names]
+            rows = [
+                (name, one.get_short_help_str(formatter.width - 14)) for name, one in known if one and not one.hidden
+            ]
+            if not rows:
+                continue
+            with formatter.section(title):
+                formatter.write_dl(rows)
+                if example:
+                    formatter.write(f"  Example: {example}\n")

@@ -1,0 +1,106 @@
+"""adaptory inspect"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli import complete, render
+from registry.cli.connect import connected, release_directory, resolved
+from registry.cli.release import used_ranks
+from registry.cli.render import JsonFlag
+
+if TYPE_CHECKING:
+    from composer.formats.checkpoint import Architecture
+
+Json = dict[str, Any]
+
+PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
+"""The servers that `inspect` asks about when none is named."""
+
+
+def register(root: typer.Typer) -> None:
+    root.command()(inspect)
+
+
+def inspect(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|REF",
+            autocompletion=complete.references,
+            help="An adapter's directory or file, or a reference.",
+        ),
+    ],
+    base: Annotated[str | None, typer.Option(help="Check the fit to this registered base.")] = None,
+    server: Annotated[
+        list[str] | None, typer.Option("--loads-in", help="vllm:32, sglang, lorax, llamacpp, peft.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Facts and health of an adapter, and which servers will load it."""
+    from composer.formats.layouts import PEFT, recognise
+
+    directory, architecture = Path(what), None
+    layout = recognise(directory).layout if directory.exists() else PEFT
+    if base or not directory.exists():
+        with connected() as connection:
+            if not directory.exists():
+                release = resolved(connection, what)
+                directory, base = release_directory(connection, release), base or release["base"]["digest"]
+            architecture = connection.api.architecture(base or "")
+    look = _look if layout == PEFT else _look_at_another
+    told: Json = {**look(directory, architecture, server or PROFILES), "layout": layout}
+    render.document(told, json, lambda: _show_inspection(what, told))
+    if any(finding["severity"] == "error" for finding in told["findings"]):
+        raise typer.Exit(6)
+
+
+def _look(directory: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
+    from composer.formats.inspection import inspect as look
+    from composer.spectrum import spectrum
+
+    seen = look(directory, architecture)
+    used = (
+        None if any(finding.severity == "error" for finding in seen.findings) else spectrum(seen.adapter, seen.placed)
+    )
+    return {
+        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
+        "findings": [finding.to_json() for finding in [*seen.findings, *(used.hints() if used else [])]],
+        "loads_in": [seen.loads_in(profile) for profile in servers],
+    }
+
+
+def _look_at_another(path: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
+    """At an adapter of another layout than PEFT's, which is the only one that servers are known to load."""
+    from composer.formats.inspection import inspect_foreign
+    from composer.formats.serving import Loading, parse_profile
+
+    facts, findings = inspect_foreign(path, architecture)
+    way_out = (f"adaptory convert {path} --base BASE -o OUT",)
+    loading = [Loading(str(parse_profile(name)), False, ("not PEFT's layout",), way_out) for name in servers]
+    return {
+        "adapter": facts.to_json() | {"spectrum": None},
+        "findings": [finding.to_json() for finding in findings],
+        "loads_in": [one.to_json() for one in loading],
+    }
+
+
+def _show_inspection(what: str, told: Json) -> None:
+    facts = told["adapter"]
+    names = (
+        "type", "variant", "rank_max", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save",
+        "base_model_name_or_path",
+    )  # fmt: skip
+    lacking = () if facts["rank_max"] else ("rank_max", "alpha")
+    own = [(name, facts[name]) for name in names if name not in lacking]
+    size = ("size", render.size(facts["size_bytes"]))
+    render.lines(f"adapter {what}", [("layout", told["layout"]), *own, size, ("energy", used_ranks(facts))])
+    for finding in told["findings"]:
+        render.out(f"  {finding['severity']}: {finding['message']}")
+    rows = [
+        (one["profile"], "yes" if one["loads"] else "no", "; ".join(one["reasons"]), "; ".join(one["way_out"]))
+        for one in told["loads_in"]
+    ]
+    render.table("", ("server", "loads", "why not", "fix"), rows)

@@ -1,0 +1,170 @@
+"""Registries that this user has logged in to: login, logout, profile list | use.
+
+`$ADAPTORY_HOME/profiles.json`, readable by its owner alone, holds a URL and a token by name, and which one is in use.
+The registry of a command is the first of `--profile` (or ADAPTORY_PROFILE), ADAPTORY_URL, the profile in use, and the
+embedded registry. The name `local` always means that one.
+"""
+
+import json as json_module
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+from urllib.parse import urlsplit
+
+import typer
+
+from registry.cli import render
+from registry.cli.render import JsonFlag
+from registry.errors import Invalid, NotFound, Usage
+from registry.names import nearest, parse_part
+
+LOCAL = "local"
+_FILE_BYTES = 1_000_000
+
+app = typer.Typer(help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def register(root: typer.Typer) -> None:
+    root.command()(login)
+    root.command()(logout)
+    root.add_typer(app, name="profile")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    name: str
+    url: str
+    token: str | None
+
+
+class Profiles:
+    """The profiles in a file. Raises Invalid for a file that is damaged or that others may read."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / "profiles.json"
+        self.current: str | None = None
+        self.known: dict[str, Profile] = {}
+        if self._path.exists():
+            self._read()
+
+    def find(self, name: str) -> Profile:
+        if name not in self.known:
+            step = nearest(name, self.known, "`adaptory profile list` shows them, `adaptory login URL` makes one.")
+            raise NotFound("profile_unknown", f"There is no profile {name!r}.", subject=name, next_step=step)
+        return self.known[name]
+
+    def save(self) -> None:
+        """Replaces the file; it is never readable by others, not for a moment."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        rows = {one.name: {"url": one.url, "token": one.token} for one in self.known.values()}
+        staging = self._path.with_name(f".profiles.{os.getpid()}")
+        with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json_module.dump({"current": self.current, "profiles": rows}, file, indent=2)
+        staging.replace(self._path)
+
+    def _read(self) -> None:
+        if self._path.stat().st_mode & 0o077:
+            raise self._bad("others may read it", f"chmod 600 {self._path}, and make new tokens.")
+        try:
+            with self._path.open("rb") as file:
+                document = cast("dict[str, Any]", json_module.loads(file.read(_FILE_BYTES)))
+            self.current = cast("str | None", document["current"])
+            for name, row in document["profiles"].items():
+                self.known[name] = Profile(name, str(row["url"]), row["token"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._bad("it is not a list of profiles", f"Remove {self._path} and log in again.") from error
+
+    def _bad(self, why: str, next_step: str) -> Invalid:
+        return Invalid("bad_profiles", f"{self._path}: {why}.", subject=str(self._path), next_step=next_step)
+
+
+def login(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the registry.")],
+    name: Annotated[str | None, typer.Option(help="Name of the profile; the registry's host when left out.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Save a registry's URL and token in a profile, and use it from now on.
+
+    Asks for the token, or reads it from stdin where that is not a terminal.
+
+    Example: adaptory login https://adapters.example
+    """
+    from registry.cli.connect import load_settings
+    from registry.client.api import Api
+    from registry.settings import registry_url
+
+    try:
+        address = registry_url(url)
+    except ValueError as error:
+        raise Usage("bad_url", f"{url}: {error}.", subject=url, next_step="Write https://HOST[:PORT].") from error
+    profile_name = parse_part(name or (urlsplit(address).hostname or ""), "profile")
+    if profile_name == LOCAL:
+        raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL, next_step="Name it otherwise.")
+    api = Api(address, token=(token := _read_token()))
+    try:
+        user = api.get("/v1/whoami")["user"]
+    finally:
+        api.close()
+    profiles = Profiles(load_settings().home_directory)
+    profiles.known[profile_name] = Profile(profile_name, address, token)
+    profiles.current = profile_name
+    profiles.save()
+    document = {"profile": profile_name, "url": address, "user": user}
+    render.document(document, json, lambda: print(f"logged in to {address} as {user} (profile {profile_name})"))
+
+
+def logout(
+    name: Annotated[str | None, typer.Argument(metavar="[PROFILE]", help="The one in use when left out.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Remove a profile and its token from this machine.
+
+    Example: adaptory logout
+    """
+    profiles = _profiles()
+    chosen = name or profiles.current
+    if chosen is None:
+        raise NotFound("profile_unknown", "No profile is in use.", next_step="Name one: `adaptory profile list`.")
+    removed = profiles.find(chosen)
+    del profiles.known[chosen]
+    profiles.current = None if profiles.current == chosen else profiles.current
+    profiles.save()
+    document = {"profile": chosen, "url": removed.url}
+    render.document(document, json, lambda: print(f"removed the profile {chosen}; its token is valid until revoked"))
+
+
+@app.command("list")
+def list_profiles(json: JsonFlag = False) -> None:
+    """List the profiles, and which one is in use."""
+    profiles = _profiles()
+    items: list[dict[str, Any]] = [
+        {"profile": one.name, "url": one.url, "token": bool(one.token), "current": one.name == profiles.current}
+        for one in profiles.known.values()
+    ]
+    items.append({"profile": LOCAL, "url": None, "token": False, "current": profiles.current is None})
+    rows = [(row["profile"], row["url"] or "embedded", "in use" if row["current"] else "") for row in items]
+    render.document({"items": items, "next": None}, json, lambda: render.table("", ("profile", "registry", ""), rows))
+
+
+@app.command("use")
+def use(name: Annotated[str, typer.Argument(metavar="PROFILE")], json: JsonFlag = False) -> None:
+    """Use a profile from now on; `local` is the embedded registry."""
+    profiles = _profiles()
+    profiles.current = None if name == LOCAL else profiles.find(name).name
+    profiles.save()
+    render.document({"profile": name}, json, lambda: print(f"profile {name} is in use"))
+
+
+def _profiles() -> Profiles:
+    from registry.cli.connect import load_settings
+
+    return Profiles(load_settings().home_directory)
+
+
+def _read_token() -> str | None:
+    """Never from an argument: others on the machine see those, and shells keep them."""
+    if sys.stdin and sys.stdin.isatty():
+        return typer.prompt("Token", hide_input=True, default="", show_default=False, err=True).strip() or None
+    return sys.stdin.read(10_000).strip() or None if sys.stdin else None

@@ -1,0 +1,106 @@
+"""What people read fits 80 columns, breaks no word, and is whole with --wide; the shell completes names."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from registry.cli import render
+from tests.scenarios.world import Cli, World, environment
+
+LONG = "model.layers.17.self_attn.some_very_long_module_name_of_a_tower.q_proj"
+
+
+@pytest.fixture
+def busy(stocked_on_disk: Cli, world: World) -> Cli:
+    cli = stocked_on_disk
+    notes = "A release whose notes are longer than a line of a terminal can be, and so have to be wrapped somewhere."
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--notes", notes, "--channel", "prod")
+    cli.ok("push", world.base, "acme/merged:1.0.0", "--base", "tiny", "--kind", "model")
+    cli.ok("eval", "acme/sql", "--suite", "sql-exact", "--suite", "guard-exact")
+    cli.ok("gate", "acme/sql@prod", "--rule", "sql-exact.accuracy >= 0", "--rule", "guard-exact.nll <= 10000")
+    return cli
+
+
+def test_every_list_fits_80_columns_and_is_whole_with_wide(busy: Cli, world: World) -> None:
+    for command in (
+        ("list",), ("log", "acme/sql"), ("show", "acme/sql"), ("show", "acme/sql", "--modules"), ("search",),
+        ("history", "acme/sql@prod"), ("gate", "acme/sql@prod"), ("audit",), ("jobs",), ("base", "list"),
+        ("base", "show", "tiny"), ("suite", "list"), ("namespace", "list"), ("token", "list"), ("profile", "list"),
+        ("inspect", "acme/sql"), ("inspect", world.adapters["terraform"]), ("whoami",),
+        ("diff", "acme/sql", "acme/sql"),
+    ):  # fmt: skip
+        narrow = busy.ok(*command).out
+        for line in narrow.splitlines():
+            words = line.split()
+            assert len(line) <= 80 or len(words) <= 2, f"{command}: {line}"
+        whole = busy.ok(*command, "--wide").out
+        lacking = {*re.findall(r"\w{5,}", whole)} - {*re.findall(r"\w{5,}", narrow)}
+        assert lacking <= {"release", "module"}, "a record has its first column as its heading"
+
+
+def test_models_are_listed_beside_adapters_and_scores_have_a_line_each(busy: Cli) -> None:
+    assert [row["kind"] for row in busy.json("list")["items"]] == ["adapter", "model"]
+    assert [row["kind"] for row in busy.json("list", "--models")["items"]] == ["model"]
+    shown = busy.ok("log", "acme/sql").out
+    lines = [line for line in shown.splitlines() if "exact match" in line or " nll " in line]
+    assert len(lines) == 4
+    assert "accuracy" not in shown
+
+
+def test_an_audit_shows_before_and_after_in_full(busy: Cli) -> None:
+    shown = busy.ok("audit", "--event", "gate:set").out
+    assert "sql-exact.accuracy >= 0, guard-exact.nll <= 10000" in " ".join(shown.split()).replace("rules ", "")
+    assert "..." not in shown
+
+
+def test_a_module_is_cut_in_the_middle_before_a_table_becomes_records(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    render.table("", ("module", "rank"), [(LONG, 8), ("short", 16)])
+    header, cut, short = capsys.readouterr().out.splitlines()
+    assert (len(header), len(cut), len(short)) == (60, 60, 60)
+    assert cut.startswith("model.layers.17.")
+    assert "…" in cut
+    assert cut.endswith("q_proj     8")
+    render.table("", ("name", "what"), [(LONG, "one two three four")])
+    assert capsys.readouterr().out.splitlines() == [LONG, "  what  one two three four"]
+    monkeypatch.setattr(render, "wide", True)
+    render.table("", ("module", "what"), [(LONG, "x" * 90)])
+    assert f"{LONG}  {'x' * 90}" in capsys.readouterr().out
+
+
+def test_the_shell_completes_references_channels_suites_and_methods(busy: Cli) -> None:
+    for words, expected in (
+        ("show acme/s", "acme/sql"),
+        ("show acme/sql:", "acme/sql:1.0.0"),
+        ("pull acme/sql@", "acme/sql@prod"),
+        ("history acme/", "acme/sql@prod"),
+        ("promote acme/sql --to p", "prod"),
+        ("eval acme/sql --suite guard", "guard-exact"),
+        ("merge --method tie", "ties"),
+    ):
+        with environment(busy.environment, []):
+            given = os.environ | {
+                "_ADAPTORY_COMPLETE": "complete_bash",
+                "COMP_WORDS": f"adaptory {words}",
+                "COMP_CWORD": str(len(words.split())),
+            }
+            ran = subprocess.run(
+                [sys.executable, "-m", "registry.cli.start"], env=given, capture_output=True, text=True, check=False
+            )
+        assert expected in ran.stdout.split(), (words, ran)
+
+
+def test_the_version_is_shown_and_commands_stand_in_groups_with_an_example_each(on_disk: Cli, tmp_path: Path) -> None:
+    assert re.fullmatch(r"adaptory \d+\.\d+\.\d+\S*\n", on_disk.ok("--version").out)
+    shown = on_disk.ok("--help").out
+    for group in ("Release", "Find", "Compose", "Operate", "Admin"):
+        assert f"\n{group}:\n" in shown
+    assert shown.count("  Example: adaptory ") == 5
+    assert "Other:" not in shown
+    assert max(map(len, shown.splitlines())) <= 80

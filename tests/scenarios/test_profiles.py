@@ -1,0 +1,99 @@
+"""Which registry a command talks to: profiles that `login` makes, their precedence, and what it says of it."""
+
+import io
+import stat
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from registry.settings import registry_url
+from tests.scenarios.world import Cli, Ran, server
+
+
+@pytest.fixture
+def company(tmp_path: Path) -> Generator[tuple[str, str]]:
+    """A server with tokens: its URL and the token of somebody whose scope is narrower than the role."""
+    beside = Cli({"ADAPTORY_HOME": str(tmp_path / "server"), "ADAPTORY_USER": "root"})
+    beside.ok("namespace", "grant", "acme", "mia", "releaser")
+    token = beside.ok("token", "create", "--user", "mia", "--scope", "acme=reader").out.strip()
+    with server(tmp_path / "server", ADAPTORY_ACCESS="tokens") as (url, _):
+        yield url, token
+
+
+def with_stdin(cli: Cli, text: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> Ran:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return cli(*words)
+
+
+def test_login_saves_a_profile_that_every_later_command_uses(
+    company: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, token = company
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "local-user"})
+    refused = with_stdin(cli, "adp_wrong", "login", url, "--name", "work", monkeypatch=monkeypatch)
+    assert refused.code == 5
+    assert cli.json("profile", "list")["items"][0]["profile"] == "local", "a wrong token is not saved"
+    logged_in = with_stdin(cli, f"{token}\n", "login", f"{url}/", "--name", "work", monkeypatch=monkeypatch)
+    assert logged_in.out == f"logged in to {url} as mia (profile work)\n"
+    file = tmp_path / "home" / "profiles.json"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert token not in logged_in.out + logged_in.err
+
+    assert cli.json("whoami")["user"] == "mia", "the profile in use"
+    assert cli.json("whoami", "--profile", "local")["user"] == "local-user"
+    assert cli.json("--profile=local", "whoami")["user"] == "local-user"
+    elsewhere = Cli({**cli.environment, "ADAPTORY_URL": "http://127.0.0.1:1"})
+    assert elsewhere("whoami").code == 7, "ADAPTORY_URL goes before the profile in use"
+    assert elsewhere.json("whoami", "--profile", "work")["user"] == "mia", "--profile before ADAPTORY_URL"
+    assert elsewhere.json("whoami", "--profile", "local")["user"] == "local-user"
+    unknown = cli("whoami", "--profile", "wrok")
+    assert (unknown.code, "Did you mean work?" in unknown.err) == (3, True)
+
+    assert cli("gc", "--profile", "work").code == 2, "only where the database is"
+    cli.ok("profile", "use", "local")
+    assert cli.json("whoami")["user"] == "local-user"
+    cli.ok("profile", "use", "work")
+    cli.ok("logout")
+    assert cli.json("whoami")["user"] == "local-user"
+    file.chmod(0o644)
+    assert "others may read it" in cli("whoami").err
+
+
+def test_a_change_says_which_registry_it_goes_to_and_a_narrow_scope_which_role_it_hides(
+    company: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, token = company
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
+    with_stdin(cli, token, "login", url, "--name", "work", monkeypatch=monkeypatch)
+    shown = cli.ok("whoami").out
+    assert "reader (your role releaser is limited by the token's scope)" in shown
+    denied = cli("namespace", "set", "acme", "--public")
+    assert denied.code == 5
+    assert f"registry: {url} (profile work)" in denied.err
+    denied = cli("namespace", "members", "acme")
+    assert "registry:" not in denied.err, "nothing is changed"
+    local = cli.ok("namespace", "set", "own", "--public", "--profile", "local")
+    assert f"registry: local, {tmp_path / 'home'}" in local.err
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("https://a.example", "https://a.example"),
+        ("https://a.example/", "https://a.example"),
+        ("http://a.example:8470/v1/", "http://a.example:8470"),
+        ("https://a.example/adapters", None),
+        ("https://mia:secret@a.example", None),
+        ("https://a.example?x=1", None),
+        ("a.example", None),
+    ],
+)
+def test_the_url_of_a_registry_is_normalised_or_refused(text: str, address: str | None, tmp_path: Path) -> None:
+    if address:
+        assert registry_url(text) == address
+        return
+    refused = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_URL": text})("list")
+    assert (refused.code, "ADAPTORY_URL" in refused.err) == (2, True)
+    assert Cli({"ADAPTORY_HOME": str(tmp_path)})("login", text).code == 2
