@@ -35,6 +35,13 @@ ProbeMax = Annotated[
     int | None,
     typer.Option(min=0, help="Maximum number where fewer leave it open: 24 by default, or --probe if that is below 8."),
 ]
+Suites = Annotated[
+    list[str] | None,
+    typer.Option("--suite", metavar="NAME|FILE", help="Suite of each adapter, in order, for directories."),
+]
+Guards = Annotated[
+    list[str] | None, typer.Option("--guard", metavar="NAME|FILE", help="Guard suites to probe as well.")
+]
 
 
 def register(root: typer.Typer) -> None:
@@ -52,13 +59,8 @@ def conflicts(  # noqa: PLR0913
     set_: Settings = None,
     probe: Probe = 0,
     probe_max: ProbeMax = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option("--suite", metavar="NAME|FILE", help="Suite of each adapter, in order, for directories."),
-    ] = None,
-    guard: Annotated[
-        list[str] | None, typer.Option("--guard", metavar="NAME|FILE", help="Guard suites to probe as well.")
-    ] = None,
+    suite: Suites = None,
+    guard: Guards = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Without suites: compare activations on these prompts, one a line.")
     ] = None,
