@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx2
 import pytest
@@ -24,11 +25,12 @@ PROCESSES = 4
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> Generator[str]:
-    """Of a database in a cluster of its own with the default settings."""
+def url() -> Generator[str]:
+    """Of a database in a cluster of its own with the default settings; not below pytest's directory, which another
+    session of pytest closes to the user that runs the cluster."""
     if services.postgres_binaries() is None:
         services.unavailable("PostgreSQL", "apt-get install postgresql")
-    with services.postgres(tmp_path / "cluster", max_connections=100) as made:
+    with TemporaryDirectory() as directory, services.postgres(Path(directory), max_connections=100) as made:
         yield made
 
 
