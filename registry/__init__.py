@@ -12,5 +12,5 @@ Search        search asks conditions (what was asked), orders (pages), terms (wh
               words (their index); descriptions says all of what was found, web/documents.py as JSON
 Foundations   names (one parser), manifest (files -> commit), access (roles), audit (the event log), errors (one family
               an exit code), settings; storage/ has the promises of a blob store, kept by a directory and by S3;
-              models/ the tables, db (the only commit), postgres, statements (prepared ones)
+              models/ the tables, db (the only commit), postgres, outages, statements (prepared ones)
 """

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import re
+import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from registry.outages import OutageLog
 
 outages = OutageLog(logging.getLogger(__name__))
 
-POOL_SIZE = 40
+SQLITE_POOL_SIZE = 40
 _BLOBS_LOCK, _COLLECTION_LOCK = 0x424C4F42, 0x434F4C4C
 """Keys of PostgreSQL's advisory locks: between who relies on blobs and who collects them, and between collectors."""
 UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
@@ -103,9 +104,12 @@ class _Reading(Session):
 class Database:
     """An engine and its two doors. A `Session` never leaves the `with` block that opened it."""
 
-    def __init__(self, url: str, patience: Patience = Patience()) -> None:
+    def __init__(self, url: str, patience: Patience = Patience(), pool_size: int = 20) -> None:
+        """`pool_size` is the most connections to PostgreSQL that are open at a time."""
         self.url: URL = make_url(url)
-        self.reading: Engine = _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience)
+        self.reading: Engine = (
+            _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience, pool_size)
+        )
         transactions = {} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
         self.engine: Engine = self.reading.execution_options(**transactions)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
@@ -230,7 +234,7 @@ def _sqlite_wait_s(patience: Patience) -> float:
 
 def _sqlite(url: URL, patience: Patience) -> Engine:
     connect = {"check_same_thread": False, "timeout": _sqlite_wait_s(patience)}
-    engine = create_engine(url, connect_args=connect, pool_size=POOL_SIZE, max_overflow=0)
+    engine = create_engine(url, connect_args=connect, pool_size=SQLITE_POOL_SIZE, max_overflow=0)
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -254,10 +258,10 @@ def _sqlite(url: URL, patience: Patience) -> Engine:
     return engine
 
 
-def _postgresql(url: URL, patience: Patience) -> Engine:
+def _postgresql(url: URL, patience: Patience, pool_size: int) -> Engine:
     from registry.postgres import postgresql_engine  # psycopg is loaded where it is used
 
-    return postgresql_engine(url, POOL_SIZE, patience.connect_s, patience.statement_s)
+    return postgresql_engine(url, pool_size, patience.connect_s, patience.statement_s)
 
 
 @contextmanager
@@ -283,7 +287,9 @@ def _told() -> Generator[None]:
         ) from error
     except PoolTimeout as error:
         raise Unavailable(
-            "database_busy", "All connections to the database are in use.", next_step="Try again in a moment."
+            "database_busy",
+            "All connections of this process to the database are in use (ADAPTORY_DATABASE_POOL_SIZE).",
+            next_step="Try again in a moment.",
         ) from error
     except InvalidRequestError as error:
         if error.args[:1] != (_DROPPED_AGAIN,):
@@ -293,12 +299,7 @@ def _told() -> Generator[None]:
             "database_unavailable", "The database drops its connections.", next_step="Try again; see that it runs."
         ) from error
     except OperationalError as error:
-        outages.warn("The database cannot be used", error.orig)
-        raise Unavailable(
-            "database_unavailable",
-            "The database cannot be used.",
-            next_step="See that it runs, has space and is migrated.",
-        ) from error
+        raise _away(error) from error
     except DBAPIError as error:
         if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY:
             outages.warn("The database cannot be used", error.orig)
@@ -308,6 +309,36 @@ def _told() -> Generator[None]:
                 next_step="Try again; if it stays so, see that it runs and may be written.",
             ) from error
         raise
+
+
+def _away(error: OperationalError) -> Unavailable:
+    if _is_limit(error.orig):
+        outages.warn("The database lets no more connections in", error.orig)
+        return _no_connection_left()
+    outages.warn("The database cannot be used", error.orig)
+    return Unavailable(
+        "database_unavailable",
+        "The database cannot be used.",
+        next_step="See that it runs, has space and is migrated.",
+    )
+
+
+def _is_limit(error: BaseException | None) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return False
+    from registry.postgres import is_limit
+
+    return is_limit(error)
+
+
+def _no_connection_left() -> Unavailable:
+    return Unavailable(
+        "database_connections",
+        "PostgreSQL lets no more connections in: its max_connections, or the limit of the user or the database, is "
+        "reached.",
+        next_step="Try again in a moment. If it stays so, lower ADAPTORY_DATABASE_POOL_SIZE or --processes, or raise "
+        "max_connections.",
+    )
 
 
 def _doubled(error: IntegrityError) -> str | None:

@@ -5,7 +5,10 @@ packets, so that no timeout of TCP runs out either. Therefore the client counts 
 """
 
 import select
-from typing import Any, TypeVar
+import threading
+import time
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
 import psycopg
 from psycopg.abc import PQGen
@@ -13,10 +16,20 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.util.queue import Empty
 
 T = TypeVar("T")
 _GRACE_S = 2.0
 """The server's own timeout says more: it gets the chance to."""
+IDLE_S = 60.0
+"""A connection that nothing has used for so long is closed, for other processes to have."""
+BUSY_S = 30.0
+"""How long one of the process's own connections is waited for."""
+_RETRY_S = 0.25
+TOO_MANY = "53300"
+_LIMITS = ("too many clients", "remaining connection slots", "too many connections", "no more connections allowed")
+"""What PostgreSQL and PgBouncer say at their limits; for what fails before a session psycopg has no SQLSTATE."""
 
 
 class Connection(psycopg.Connection[Any]):
@@ -34,6 +47,70 @@ class Connection(psycopg.Connection[Any]):
             raise psycopg.OperationalError(f"it did not answer within {self.longest_wait_s} s") from error
 
 
+def is_limit(error: BaseException | None) -> bool:
+    """Whether a connection failed since the server, the database or the user has as many as are allowed."""
+    return isinstance(error, psycopg.OperationalError) and (
+        error.sqlstate == TOO_MANY or any(limit in str(error) for limit in _LIMITS)
+    )
+
+
+class PatientPool(QueuePool):
+    """Waits for a connection of its own where the server lets no more in, and closes those that are idle.
+
+    The last one returned is used first, so that the others become idle when there is less to do.
+    """
+
+    connect_s = 5.0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **(options | {"use_lifo": True, "timeout": BUSY_S}))
+        self._disposed = threading.Event()
+        self._closing: threading.Thread | None = None
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        """Without any connection of its own it asks again until `connect_s` is over: another process may close one."""
+        began = time.monotonic()
+        while True:
+            try:
+                return super()._do_get()
+            except psycopg.OperationalError as error:
+                patience_s = BUSY_S if self.checkedout() > 0 else self.connect_s
+                if not is_limit(error) or time.monotonic() - began > patience_s:
+                    raise
+            with suppress(Empty):
+                return self._pool.get(True, _RETRY_S)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        record.info["idle_since"] = time.monotonic()
+        super()._do_return_conn(record)
+        if self._closing is None:
+            self._closing = threading.Thread(target=self._close_idle, name="idle connections", daemon=True)
+            self._closing.start()
+
+    def _close_idle(self) -> None:
+        while not self._disposed.wait(IDLE_S / 4):
+            while (record := self._longest_idle()) is not None:
+                record.close()
+                self._dec_overflow()
+
+    def _longest_idle(self) -> Any:
+        """Taken out of the queue; None where none has been idle for long."""
+        waiting: Any = self._pool
+        with waiting.mutex:
+            if waiting.queue and waiting.queue[0].info.get("idle_since", 0) < time.monotonic() - IDLE_S:
+                return waiting.queue.popleft()
+        return None
+
+    def recreate(self) -> "PatientPool":
+        pool = cast(PatientPool, super().recreate())
+        pool.connect_s = self.connect_s
+        return pool
+
+    def dispose(self) -> None:
+        self._disposed.set()
+        super().dispose()
+
+
 def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: float | None) -> Engine:
     """`connect_s` is 2 at least (libpq's rule); with `statement_s` None statements may take as long as they need.
 
@@ -49,12 +126,15 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
         options += f" -c statement_timeout={limit_ms} -c idle_in_transaction_session_timeout={limit_ms}"
     engine = create_engine(
         url,
+        poolclass=PatientPool,
         pool_size=pool_size,
         max_overflow=0,
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
         connect_args={"options": options, "connect_timeout": connect_s},
     )
+
+    engine.pool.connect_s = connect_s  # pyright: ignore[reportAttributeAccessIssue]  (it is a PatientPool)
 
     @event.listens_for(engine, "do_connect")
     def _connect(  # pyright: ignore[reportUnusedFunction]

@@ -44,7 +44,7 @@ def open_resources(settings: Settings) -> Resources:
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
     patience = Patience(settings.database_connect_timeout_s, settings.database_timeout_s)
-    database = Database(settings.effective_database_url, patience)
+    database = Database(settings.effective_database_url, patience, settings.database_pool_size)
     ensure_schema(database, create=settings.database_url is None)
     work = settings.work_directory
     work.mkdir(parents=True, exist_ok=True)

@@ -187,6 +187,8 @@ class Settings(BaseSettings):
     """How long a connection to PostgreSQL is waited for."""
     database_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
     """How long the database may take for one statement, the locks that it waits for included."""
+    database_pool_size: int = Field(default=20, ge=2, le=1000)
+    """The most connections to PostgreSQL that one process has open: 4 processes leave room within its 100."""
     storage: Storage = LocalStorage()
     url: Annotated[str, AfterValidator(_http_url)] | None = None
     """The registry that the command line talks to; without it, and without a profile in use, the registry in `home` is

@@ -156,21 +156,21 @@ def postgres_binaries() -> Path | None:
 
 
 @contextmanager
-def postgres(directory: Path) -> Generator[str]:
+def postgres(directory: Path, max_connections: int = 400) -> Generator[str]:
     """A cluster of its own below `directory`; yields the URL of its first database."""
     try:
-        yield start_postgres(directory)
+        yield start_postgres(directory, max_connections)
     finally:
         stop_postgres(directory)
 
 
-def start_postgres(directory: Path) -> str:
+def start_postgres(directory: Path, max_connections: int = 400) -> str:
     """A cluster on a free port; the URL of its first database. It stays when it runs already."""
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / "lock"):
         pid_file = directory / "pg" / "cluster" / "postmaster.pid"
         if not pid_file.exists():
-            _start_postgres(directory / "pg")
+            _start_postgres(directory / "pg", max_connections)
         port = pid_file.read_text().splitlines()[3]
         return f"postgresql://adaptory@127.0.0.1:{port}/postgres"
 
@@ -180,7 +180,7 @@ def stop_postgres(directory: Path) -> None:
         _as_postgres("pg_ctl", "-D", directory / "pg" / "cluster", "-w", "-m", "immediate", "stop")
 
 
-def _start_postgres(data: Path) -> None:
+def _start_postgres(data: Path, max_connections: int) -> None:
     cluster = data / "cluster"
     if not cluster.exists():
         data.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,8 @@ def _start_postgres(data: Path) -> None:
     remembered = data / "port"  # clients find a cluster again that was stopped
     port = free_ports(1, first=int(remembered.read_text()) if remembered.exists() else 0)[0]
     remembered.write_text(str(port))
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c max_connections=400"
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+    options += f" -c max_connections={max_connections}"
     _as_postgres("pg_ctl", "-D", cluster, "-w", "-o", options, "-l", data / "log", "start")
 
 
