@@ -8,8 +8,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Release",
         (
-            "push", "pull", "promote", "rollback", "gate", "history", "yank", "unyank", "eval", "verify",
-            "base", "suite",
+            "push", "pull", "promote", "rollback", "gate", "history", "yank", "unyank", "eval", "score", "sign",
+            "verify", "base", "suite",
         ),
         "adaptory push ./out acme/sql --bump auto --channel canary",
     ),
