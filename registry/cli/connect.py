@@ -114,7 +114,7 @@ def _variable(place: tuple[int | str, ...]) -> str:
 
 def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
     """URL, token and the name of the profile of the registry to talk to; None for the embedded one."""
-    from registry.cli.profiles import LOCAL, Profiles
+    from registry.cli.profile_file import LOCAL, Profiles
 
     if settings.profile is None and settings.url:
         return settings.url, settings.token.get_secret_value() if settings.token else None, ""

@@ -142,6 +142,4 @@ def _notes_of_interrupt(end: BaseException) -> list[str]:
 
 
 if __name__ == "__main__":
-    from registry.cli.start import main as start
-
-    start()
+    main()

@@ -63,6 +63,7 @@ def serve(
     resources = open_resources(settings)
     if with_tokens:
         _refuse_without_tokens(resources)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # requests and the job may end first, as with SIGTERM
     stop = threading.Event()
     thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
     if with_worker:

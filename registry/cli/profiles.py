@@ -5,23 +5,17 @@ The registry of a command is the first of `--profile` (or ADAPTORY_PROFILE), ADA
 embedded registry. The name `local` always means that one.
 """
 
-import json as json_module
-import os
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from registry.cli import render
+from registry.cli.profile_file import LOCAL, Profile, Profiles
 from registry.cli.render import JsonFlag
-from registry.errors import Invalid, NotFound, Usage
-from registry.names import nearest, parse_part
-
-LOCAL = "local"
-_FILE_BYTES = 1_000_000
+from registry.errors import NotFound, Usage
+from registry.names import parse_part
 
 app = typer.Typer(help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -30,54 +24,6 @@ def register(root: typer.Typer) -> None:
     root.command()(login)
     root.command()(logout)
     root.add_typer(app, name="profile")
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    name: str
-    url: str
-    token: str | None
-
-
-class Profiles:
-    """The profiles in a file. Raises Invalid for a file that is damaged or that others may read."""
-
-    def __init__(self, home: Path) -> None:
-        self._path = home / "profiles.json"
-        self.current: str | None = None
-        self.known: dict[str, Profile] = {}
-        if self._path.exists():
-            self._read()
-
-    def find(self, name: str) -> Profile:
-        if name not in self.known:
-            step = nearest(name, self.known, "`adaptory profile list` shows them, `adaptory login URL` makes one.")
-            raise NotFound("profile_unknown", f"There is no profile {name!r}.", subject=name, next_step=step)
-        return self.known[name]
-
-    def save(self) -> None:
-        """Replaces the file; it is never readable by others, not for a moment."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows = {one.name: {"url": one.url, "token": one.token} for one in self.known.values()}
-        staging = self._path.with_name(f".profiles.{os.getpid()}")
-        with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json_module.dump({"current": self.current, "profiles": rows}, file, indent=2)
-        staging.replace(self._path)
-
-    def _read(self) -> None:
-        if self._path.stat().st_mode & 0o077:
-            raise self._bad("others may read it", f"chmod 600 {self._path}, and make new tokens.")
-        try:
-            with self._path.open("rb") as file:
-                document = cast("dict[str, Any]", json_module.loads(file.read(_FILE_BYTES)))
-            self.current = cast("str | None", document["current"])
-            for name, row in document["profiles"].items():
-                self.known[name] = Profile(name, str(row["url"]), row["token"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._bad("it is not a list of profiles", f"Remove {self._path} and log in again.") from error
-
-    def _bad(self, why: str, next_step: str) -> Invalid:
-        return Invalid("bad_profiles", f"{self._path}: {why}.", subject=str(self._path), next_step=next_step)
 
 
 def login(

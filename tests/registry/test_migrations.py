@@ -65,7 +65,7 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
 def test_processes_that_migrate_at_once_do_not_disturb_each_other(url: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     environment |= {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url}
-    command = [sys.executable, "-m", "registry.cli.main", "migrate", "--json"]
+    command = [sys.executable, "-m", "registry.cli.start", "migrate", "--json"]
     running = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)
     ]

@@ -243,7 +243,7 @@ def bytes_below(*places: Path) -> int:
 def run_and_kill(cli: Cli, arguments: list[object], written_bytes: Callable[[], int], enough_bytes: int) -> bool:
     """`adaptory …` in a process of its own, killed as soon as it has written so much; whether it was still running."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
-    command = [sys.executable, "-m", "registry.cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "registry.cli.start", *map(str, arguments)]
     before = written_bytes()
     process = subprocess.Popen(
         command, env=environment | cli.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

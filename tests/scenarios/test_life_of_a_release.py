@@ -246,7 +246,7 @@ def test_two_pulls_into_one_directory_never_mix_their_bytes(
     (adapter / "large.dat").write_bytes(os.urandom(8 << 20))
     cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "large.dat")
     environment = os.environ | cli.environment
-    command = [sys.executable, "-m", "registry.cli.main", "pull", "acme/sql:1.0.0", "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "registry.cli.start", "pull", "acme/sql:1.0.0", "-o", tmp_path / "out"]
     pulls = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
     codes = [pull.wait(60) for pull in pulls]
     for pull in pulls:

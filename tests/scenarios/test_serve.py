@@ -33,7 +33,7 @@ LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 def served(home: Path, *options: str, **settings: str) -> Generator[tuple[str, subprocess.Popen[str], Path]]:
     """Its URL, the process that was started, and what that says."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")} | settings
-    command = [sys.executable, "-m", "registry.cli.main", "serve", "--port", "0", "--no-worker", *options]
+    command = [sys.executable, "-m", "registry.cli.start", "serve", "--port", "0", "--no-worker", *options]
     said = home.with_name(f"{home.name}.said")
     with said.open("w") as log:
         process = subprocess.Popen(command, env=environment | {"ADAPTORY_HOME": str(home)}, stderr=log, text=True)

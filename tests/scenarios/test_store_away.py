@@ -137,7 +137,7 @@ def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
 ) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "vocab.txt").write_bytes(os.urandom(80 << 20))
-    command = [sys.executable, "-m", "registry.cli.main", "push", str(adapter), "acme/sql:1.1.0", "--base", "tiny"]
+    command = [sys.executable, "-m", "registry.cli.start", "push", str(adapter), "acme/sql:1.1.0", "--base", "tiny"]
     with environment(registry.environment, []):
         pushing = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while parts_in(registry) < 3:

@@ -97,7 +97,7 @@ def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
 def test_two_who_push_the_same_bytes_at_once_both_succeed(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "data.txt").write_bytes(os.urandom(12 << 20))
-    command = [sys.executable, "-m", "registry.cli.main", "push", str(adapter)]
+    command = [sys.executable, "-m", "registry.cli.start", "push", str(adapter)]
     with environment(stocked.environment, []):
         pushes = [
             subprocess.Popen(
@@ -117,7 +117,7 @@ def killed_when(cli: Cli, arguments: list[object], far_enough: Callable[[], bool
     """`adaptory …` in a process of its own, killed as soon as it has come that far."""
     with environment(cli.environment, []):
         process = subprocess.Popen(
-            [sys.executable, "-m", "registry.cli.main", *map(str, arguments)], stderr=subprocess.PIPE
+            [sys.executable, "-m", "registry.cli.start", *map(str, arguments)], stderr=subprocess.PIPE
         )
     while process.poll() is None and not far_enough():
         time.sleep(0.002)

@@ -121,7 +121,7 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
             with resources.read() as session:
                 return jobs.find(session, 1).state
 
-        worker = subprocess.Popen([sys.executable, "-m", "registry.cli.main", "worker"], env=values | cli.environment)
+        worker = subprocess.Popen([sys.executable, "-m", "registry.cli.start", "worker"], env=values | cli.environment)
         try:
             within(60, lambda: state() == "running")
             worker.terminate()

@@ -1,0 +1,65 @@
+"""The registries that this user has logged in to, in a file.
+
+`$ADAPTORY_HOME/profiles.json`, readable by its owner alone, holds a URL and a token by name, and which one is in use.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from registry.errors import Invalid, NotFound
+from registry.names import nearest
+
+LOCAL = "local"
+"""The embedded registry, which no profile can be called."""
+_FILE_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    name: str
+    url: str
+    token: str | None
+
+
+class Profiles:
+    """The profiles in a file. Raises Invalid for a file that is damaged or that others may read."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / "profiles.json"
+        self.current: str | None = None
+        self.known: dict[str, Profile] = {}
+        if self._path.exists():
+            self._read()
+
+    def find(self, name: str) -> Profile:
+        if name not in self.known:
+            step = nearest(name, self.known, "`adaptory profile list` shows them, `adaptory login URL` makes one.")
+            raise NotFound("profile_unknown", f"There is no profile {name!r}.", subject=name, next_step=step)
+        return self.known[name]
+
+    def save(self) -> None:
+        """Replaces the file; it is never readable by others, not for a moment."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        rows = {one.name: {"url": one.url, "token": one.token} for one in self.known.values()}
+        staging = self._path.with_name(f".profiles.{os.getpid()}")
+        with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump({"current": self.current, "profiles": rows}, file, indent=2)
+        staging.replace(self._path)
+
+    def _read(self) -> None:
+        if self._path.stat().st_mode & 0o077:
+            raise self._bad("others may read it", f"chmod 600 {self._path}, and make new tokens.")
+        try:
+            with self._path.open("rb") as file:
+                document = cast("dict[str, Any]", json.loads(file.read(_FILE_BYTES)))
+            self.current = cast("str | None", document["current"])
+            for name, row in document["profiles"].items():
+                self.known[name] = Profile(name, str(row["url"]), row["token"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._bad("it is not a list of profiles", f"Remove {self._path} and log in again.") from error
+
+    def _bad(self, why: str, next_step: str) -> Invalid:
+        return Invalid("bad_profiles", f"{self._path}: {why}.", subject=str(self._path), next_step=next_step)
