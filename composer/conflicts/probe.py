@@ -168,6 +168,7 @@ class _Bench:
 
     def __init__(self, loaded: LoadedModel, combine: Combine, used: Container[Example]) -> None:
         self._loaded, self._combine, self._used = loaded, combine, used
+        self._latest: tuple[tuple[str, ...], list[Delta]] | None = None
         self._encoded: dict[tuple[str, Example], Encoded] = {}
         self._measured: dict[tuple[tuple[str, ...], str, Example], Measured] = {}
 
@@ -189,7 +190,7 @@ class _Bench:
             if parse_weight(member.weight) != Weight()
         }
         names = ("combined", *(member.name for member in chosen))
-        combined = self._run(names, lambda: self._combine(chosen), [*own, *guards], k)
+        combined = self._run(names, lambda: self._combined(chosen), [*own, *guards], k)
         return Outcome(
             k,
             tuple(
@@ -229,6 +230,13 @@ class _Bench:
         return {
             digest: [self._measured[who, digest, example] for _, example in rows] for digest, rows in examples.items()
         }
+
+    def _combined(self, chosen: Sequence[Probed]) -> Deltas:
+        """Made once while the examples grow: a fit takes seconds."""
+        names = tuple(member.name for member in chosen)
+        if self._latest is None or self._latest[0] != names:
+            self._latest = (names, list(self._combine(chosen)))
+        return self._latest[1]
 
     def _encode(self, suite: Suite, example: Example) -> Encoded:
         key = (suite.digest, example)

@@ -209,5 +209,11 @@ def audit(  # noqa: PLR0913
 def _show_events(found: list[dict[str, Any]]) -> None:
     """A record for each event, with all that it changed."""
     for row in found:
-        pairs = [("event", row["act"]), ("user", row["actor"]), *render.changes(row), ("reason", row["reason"])]
-        render.lines(f"{row['id']}  {row['at'][:19]}  {row['subject']}", pairs)
+        pairs = [
+            ("event", row["act"]),
+            ("subject", row["subject"]),
+            ("user", row["actor"]),
+            *render.changes(row),
+            ("reason", row["reason"]),
+        ]
+        render.lines(f"{row['id']}  {row['at'][:19]}", pairs)
