@@ -20,7 +20,7 @@ THRESHOLDS: dict[str, float | None] = {
     "same_prompts": 0.1,
     "probe_loss": 0.1,
     "probe_answers": 0.9,
-    "probe_guard": 0.02,
+    "probe_guard": 0.05,
     "amplified": 1.0,
     "input_overlap": None,
     "output_overlap": None,

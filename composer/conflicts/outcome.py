@@ -33,7 +33,7 @@ class Limits:
 
     loss: float = 0.1
     answers: float = 0.9
-    guard: float = 0.02
+    guard: float = 0.05
     of_gain: bool = False
     by_interval: bool = False
 

@@ -40,7 +40,7 @@ def outcome(loss: float, kept: float, rise: float, stderr: float, k: int = 8) ->
         (outcome(0.0, 1.0, -1.0, 0.01), {}, Verdict.OK),
         (outcome(0.0, 1.0, -1.0, 0.001, k=7), {"probe_open": Severity.NOTICE}, Verdict.UNDECIDED),
         (outcome(0.0, 1.0, 0.6, 0.03), {"probe_guard": Severity.WARNING}, Verdict.WARN),
-        (outcome(0.0, 1.0, 0.02, 0.03), {"probe_open": Severity.NOTICE}, Verdict.UNDECIDED),
+        (outcome(0.0, 1.0, 0.04, 0.06), {"probe_open": Severity.NOTICE}, Verdict.UNDECIDED),
     ],
 )
 def test_a_probe_decides_the_verdict_and_warns_of_damage_that_it_is_sure_of(
@@ -106,7 +106,7 @@ def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> 
         "red + green",
         "red keeps 2 of 8 answers (3% to 65%), 90% wanted",
         "red loses 1.50 nats a token (1.22 to 1.78), 0.10 allowed",
-        "guard general rises 0.60 nats a token (0.36 to 0.84), 0.02 allowed",
+        "guard general rises 0.60 nats a token (0.36 to 0.84), 0.05 allowed",
     )
     assert "protect" in found.fix or "regmean" in found.fix
     unmeasured = report.summary(conflicts([red, green], [1.0, 1.0]))
