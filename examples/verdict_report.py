@@ -71,7 +71,7 @@ class Pair:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).parent / "study.jsonl")
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).parent / "verdicts.jsonl")
     parser.add_argument("--most", type=int, default=USUAL_MOST, help="the most examples that a probe sees")
     parser.add_argument("--splits", type=int, default=20, help="random splits of each suite")
     parser.add_argument("--fresh", nargs="*", default=[], help="only pairs with one of these adapters")
@@ -85,6 +85,7 @@ def main() -> None:
     by_method = {
         method: [pair for row in pairs for pair in _splits(row, method, alone, chosen.splits)]
         for method in chosen.methods or pairs[0]["combined"]
+        if all(method in row["combined"] for row in pairs)
     }
     by_method["all of these"] = [pair for replayed in by_method.values() for pair in replayed]
     for method, replayed in by_method.items():
