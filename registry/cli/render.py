@@ -181,7 +181,13 @@ def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
 def gate_lines(report: Sequence[dict[str, Any]]) -> None:
     for result in report:
         mark = "pass" if result["passed"] else "FAIL" if result.get("required", True) else "warn"
-        out(f"  {mark}  {result['rule']}: {result['detail']}")
+        line = f"  {mark}  {result['rule']}: {result['detail']}"
+        if len(line) <= _width():
+            out(line)
+            continue
+        out(f"  {mark}  {result['rule']}:")
+        for part in wrap(plain(result["detail"]), _width() - 8, break_long_words=False, break_on_hyphens=False):
+            print(f"        {part}")
 
 
 class Progress:
