@@ -1,6 +1,6 @@
 """`create_app(resources)`: the one ASGI application, in a server or in the command line's own process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -71,29 +71,35 @@ def create_app(
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
     app.add_middleware(Exchanges, access_log=access_log)
     if not on_demand:
-        for entry in ROUTERS:
-            _include(app, entry)
+        _include(app, ROUTERS)
     return app
 
 
 class RoutesOnDemand:
     """Includes the routers that a path may be meant for before the first request with such a path goes on."""
 
-    def __init__(self, app: ASGIApp, load: Callable[[Entry], None]) -> None:
+    def __init__(self, app: ASGIApp, load: Callable[[Sequence[Entry]], None]) -> None:
         self.app, self._load = app, load
         self._waiting = list(ROUTERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             parts = str(scope["path"]).split("/")
-            for entry in [one for one in self._waiting if any(part in parts for part in one[2])]:
-                self._load(entry)
-                self._waiting.remove(entry)
+            wanted = [one for one in self._waiting if any(part in parts for part in one[2])]
+            self._waiting = [one for one in self._waiting if one not in wanted]
+            self._load(wanted)
         await self.app(scope, receive, send)
 
 
-def _include(app: FastAPI, entry: Entry) -> None:
-    module, name, _ = entry
-    router: APIRouter = getattr(import_module(f"registry.web.{module}"), name)
-    for prefix in REPOSITORY_PREFIXES if name == "repository_routes" else ("",):
+def routers(entries: Sequence[Entry] = ROUTERS) -> list[tuple[str, APIRouter]]:
+    """(prefix, router) of the entries, which loads them."""
+    return [
+        (prefix, getattr(import_module(f"registry.web.{module}"), name))
+        for module, name, _ in entries
+        for prefix in (REPOSITORY_PREFIXES if name == "repository_routes" else ("",))
+    ]
+
+
+def _include(app: FastAPI, entries: Sequence[Entry]) -> None:
+    for prefix, router in routers(entries):
         app.include_router(router, prefix=prefix)

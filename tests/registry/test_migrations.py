@@ -315,9 +315,9 @@ def test_what_was_done_before_a_migration_is_told_with_its_reason_and_its_change
         if old["act"] in ("gate:set", "release:yank", "release:unyank"):
             assert new["before"] == old["before"], old
         assert new["reason"] == (old["reason"] if old["act"] != "release:unyank" else None), old
-    table = earlier.ok("audit", "--namespace", "acme").out
-    for told in ("better", "worse", "wrong data", "version: 1.1.0", "yanked: False -> True, yank_reason: wrong data"):
-        assert told in table, table
+    records = " ".join(earlier.ok("audit", "--namespace", "acme").out.split())
+    for told in ("better", "worse", "wrong data", "version 1.1.0", "yanked False -> True yank_reason wrong data"):
+        assert told in records, records
 
 
 def test_more_old_audit_rows_than_one_batch_has_are_told_with_their_reasons(database: Database) -> None:

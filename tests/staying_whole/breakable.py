@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from composer.hashing import weights_digest
 from registry.client.api import Api
 from registry.client.push import push
-from registry.web.app import ROUTERS
+from registry.web.app import routers
 from registry.worker.loop import run_worker
 from registry.worker.steps import KINDS
 from tests import services
@@ -100,10 +100,10 @@ class Stock:
     def requests(self) -> list[tuple[str, str, dict[str, Any]]]:
         """One of each route, which would go through: (method, path, what httpx sends)."""
         found: list[tuple[str, str, dict[str, Any]]] = []
-        for prefix, router in ROUTERS:
+        for prefix, router in routers():
             for route in router.routes:
                 assert isinstance(route, APIRoute)
-                for method in sorted(route.methods):
+                for method in sorted(route.methods or ()):
                     template = prefix + route.path
                     found.append((method, self._path(method, template), self.body(method, template)))
         return found
@@ -114,7 +114,7 @@ class Stock:
             "{namespace}": "acme", "{name}": "sql", "{version}": self.version, "{channel}": "prod",
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
-            "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1,
+            "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -142,6 +142,8 @@ class Stock:
             "/v1/compositions": {"recipe": {"inputs": ["acme/sql"], "method": "stack"}, "plan": True},
             "/v1/namespaces/{namespace}/members": {"user": "ann", "role": "reader"},
             "releases": {"version": "9.0.0", "base": "tiny", "files": [file]},
+            "next-version": {"bump": "minor", "base": "tiny", "files": [file]},
+            "signatures": {"bundle": "{}"},
             "scores": {"scores": [score]},
             "yank": {"reason": "because"},
             "unyank": {"reason": "because"},
