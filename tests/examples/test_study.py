@@ -29,7 +29,9 @@ def test_the_documents_correlations_are_those_of_the_rows(
     monkeypatch.setattr(study_report, "PLOT", tmp_path / "study.svg")
     monkeypatch.setattr("sys.argv", ["study_report.py"])
     study_report.main()
-    assert _without_intervals(capsys.readouterr().out) == _without_intervals(DOCUMENT)
+    made = _without_intervals(capsys.readouterr().out)
+    assert made
+    assert _without_intervals(DOCUMENT)[: len(made)] == made  # tables of other scripts follow
 
 
 def _without_intervals(text: str) -> list[str]:

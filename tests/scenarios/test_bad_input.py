@@ -20,10 +20,11 @@ from tests.scenarios.world import Cli, Ran, World, server
 
 
 def refused(ran: Ran, code: int, *fragments: str) -> None:
-    """Refused with this exit code, in words that name what is wrong, on stderr alone."""
+    """Refused with this exit code, in words that name what is wrong, on stderr alone; a change names its registry."""
     assert ran.code == code, f"{ran.code}: {ran.out}{ran.err}"
     assert ran.out == ""
-    assert ran.err.startswith(("error: ", "Usage: ")), ran.err
+    said = [line for line in ran.err.splitlines() if not line.startswith("registry: ")]
+    assert said[0].startswith(("error: ", "Usage: ")), ran.err
     assert "Traceback" not in ran.err
     for fragment in fragments:
         assert fragment in ran.err
@@ -59,8 +60,8 @@ def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         (("search", "--score", "sql-exact.accuracy>=nan"), 2, ["nan"]),
         (("promote", "acme/sql:1.0", "--to", "Prod!"), 2, ["Prod!"]),
         (("rollback", "acme/sql"), 2, ["no channel"]),
-        (("rollback", "acme/nope@prod"), 3, ["no repository acme/nope", "adaptory list --models"]),
-        (("log", "nobody/nope"), 3, ["no repository nobody/nope", "ADAPTORY_TOKEN"]),
+        (("rollback", "acme/nope@prod"), 3, ["no repository acme/nope", "adaptory list"]),
+        (("log", "nobody/nope"), 3, ["no repository nobody/nope", "adaptory whoami"]),
         (("search", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm:<max_lora_rank>, sglang"]),
         (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "is one of 1, 8, 16", "next: Use one of vllm"]),
         (("inspect", "acme/sql", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm"]),
@@ -106,7 +107,7 @@ def test_a_push_without_a_version_or_with_two_says_how_to_write_it(with_release:
         refused(with_release("push", adapter, target, "--base", "tiny"), 2, "REPO:VERSION")
     both = with_release("push", adapter, "acme/sql:1.0.1", "--bump", "minor", "--base", "tiny")
     refused(both, 2, "REPO:VERSION")
-    for malformed in ("1.2", "1.2.3+build", "v1.2.3", "1.2.3-", "1.2.3.4"):
+    for malformed in ("1.2", "1.2.3+build", "vv1.2.3", "1.2.3-", "1.2.3.4"):
         assert with_release("push", adapter, f"acme/sql:{malformed}", "--base", "tiny").code == 2
     assert "None" not in with_release("push", adapter, "acme/sql", "--base", "tiny").err
     assert traces(with_release).releases == ("acme/sql:1.0.0",)
