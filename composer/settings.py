@@ -77,7 +77,7 @@ def _whole(least: int, most: int) -> Callable[[object], int]:
     parse = _number(told, lambda number: number == int(number) and least <= number <= most)
 
     def whole(value: object) -> int:
-        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
             value = int(value)
         parsed = parse(value)  # a float, which has not every number above 2^53
         if isinstance(value, int) and value > most:
