@@ -227,6 +227,12 @@ def verify(  # noqa: PLR0913
         if directory == Path(what):
             next_step = "See that base and adapters are those that were merged. If they are, do not serve it."
         raise Refused("not_rebuilt", f"{what} is not what its inputs give.", subject=what, next_step=next_step)
+    if rebuild and told["rebuild"]["verdict"] == "earlier":
+        message = (
+            f"{what} says that an earlier version of its method made it ({told['rebuild']['earlier']}): not verified."
+        )
+        next_step = "Rebuild it with the Adaptory that made it, or compose it again."
+        raise Refused("earlier_method", message, subject=what, next_step=next_step)
 
 
 def _refuse_idle(options: Mapping[str, object], what: str) -> None:
