@@ -1,7 +1,9 @@
 """The header of a safetensors file: bytes and limits -> a header, or one precise `InvalidFile`.
 
-A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a hole. Written by hand because
-it is what strangers send us: nothing is allocated from a length that was not bounded first.
+A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a hole. Whatever is accepted as an
+adapter is opened by safetensors' own reader too (inspection.py). This one is there for what that does not do: it bounds
+what strangers send before anything is allocated for it, judges a header that comes without its file (byte ranges of a
+store), and says at which bytes a tensor lies, so that a merge lets the kernel copy them.
 """
 
 import json
