@@ -404,12 +404,14 @@ def test_factors_that_peft_would_ignore_are_an_error(
 def test_an_adapter_is_accepted_only_if_safetensors_itself_opens_it(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
-    """Its reader wants the header to begin with a brace; ours bounds it and reads JSON."""
+    """Half a surrogate pair in the metadata is JSON to Python, and none to safetensors."""
     weights = make_adapter(make_model(), "sql") / WEIGHTS
     assert inspect(weights.parent, None).adapter.header.tensors
     content = weights.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    weights.write_bytes((length + 8).to_bytes(8, "little") + b" " * 8 + content[8:])
+    header = {**json.loads(content[8 : 8 + length]), "__metadata__": {"k": "\ud800"}}
+    text = json.dumps(header).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     read_adapter(weights.parent)
     with pytest.raises(InvalidFile, match="its own library opens") as caught:
         inspect(weights.parent, None)
