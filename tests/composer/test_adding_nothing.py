@@ -74,3 +74,10 @@ def test_adding_nothing_is_one_finding_in_merge_combine_and_conflicts(
     for findings in (plan.findings, report.findings, compared.findings):
         (found,) = [one for one in findings if one.code == "zero_delta"]
         assert (found.severity, found.subject) == (Severity.WARNING, "idle")
+
+
+def test_a_combined_adapter_is_as_readable_as_its_config(shared: Shared, tmp_path: Path) -> None:
+    """safetensors writes for the owner alone."""
+    combine([(shared.adapters[0], 1.0)], tmp_path / "out")
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
