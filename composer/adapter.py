@@ -1,5 +1,7 @@
 """Deltas -> one ordinary PEFT adapter on disk, every scale folded in: alpha is the rank, so s = 1."""
 
+import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,21 +11,24 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from composer.checks import served_by_twin
 from composer.delta import Computed, Delta, LowRank, Replacement
 from composer.errors import NotSupported, RefusedOutput
 from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
-from composer.formats.header import FLOAT_DTYPES, TensorSpec, encode_header, parse_header
+from composer.formats.header import FLOAT_DTYPES
 from composer.formats.naming import PEFT_PREFIX, is_head, split_key
 from composer.hashing import Identity, refuse_changed
 from composer.methods import on_own_head, pair_for_head
 from composer.methods.linear import side_by_side
 from composer.output import NOTE_FILE, write_json, writing_aside
-from composer.tensors import DTYPE_NAMES, tensor_bytes
+from composer.tensors import DTYPE_NAMES
 from composer.wrapped import Wrapped, by_key, wrapped
 
 _SPARE_BYTES = 1 << 20
+_OS_ERROR = re.compile(r"os error ([0-9]{1,4})")
 NO_INPUTS: Mapping[Path, Identity] = MappingProxyType({})
 
 
@@ -88,18 +93,29 @@ def write_files(
     """Write tensors by PEFT's key and the config; return the size of the weights file. Raises RefusedOutput for a
     directory that exists, a value that is not finite, and for `inputs` that were written to meanwhile."""
     _refuse_not_finite(tensors)
-    specs = {key: TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
-    head = encode_header(specs, {"format": "pt"})
-    size = len(head) + sum(spec.size_bytes for spec in specs.values())
-    with writing_aside(out_dir, size + _SPARE_BYTES) as aside:
-        with (aside / WEIGHTS_FILE).open("wb") as file:
-            file.write(head)
-            for name in parse_header(head, size).tensors:
-                file.write(tensor_bytes(tensors[name]))
+    with writing_aside(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as aside:
+        _save(tensors, aside / WEIGHTS_FILE)
         write_json(aside / CONFIG_FILE, config)
         write_json(aside / NOTE_FILE, note)
+        (aside / WEIGHTS_FILE).chmod((aside / CONFIG_FILE).stat().st_mode)  # safetensors' is for its owner alone
         refuse_changed(inputs)
-    return size
+    return (out_dir / WEIGHTS_FILE).stat().st_size
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """By safetensors, which wants each tensor contiguous and in memory of its own. Raises OSError."""
+    own: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        one = tensor.contiguous()
+        own[key] = one.clone() if one.data_ptr() in seen else one
+        seen.add(one.data_ptr())
+    try:
+        save_file(own, path, {"format": "pt"})
+    except SafetensorError as error:
+        if code := _OS_ERROR.search(str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:

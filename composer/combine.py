@@ -81,6 +81,7 @@ def combine(  # noqa: PLR0913
         "made": "combine",
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
         "method": method,
+        "method_version": PIPELINES[method].version,
         "settings": dict(parsed),
         **({"calibration": calibration.to_json()} if calibration else {}),
         "note": dict(note or {}),

@@ -1,6 +1,6 @@
 """One result of a check, and the policy that turns a list of them into a verdict."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import cast
@@ -105,6 +105,18 @@ class Finding:
 def next_step(code: str, otherwise: str) -> str:
     """What to do about an error of this code, which the file's owner or the setting of a merge can mend."""
     return _NEXT_STEPS.get(code, otherwise)
+
+
+def zero_deltas(name: str, zero: Collection[str], touched: int) -> list[Finding]:
+    """An adapter that adds nothing, or nothing to the modules `zero` of those that it touches, whatever the reason."""
+    if zero and len(zero) == touched:
+        why = "It is untrained, or its lora_alpha, its weight or lambda is 0 or next to it."
+        message = f"{name} adds nothing: all of its {touched} deltas are zero. {why}"
+        return [Finding("zero_delta", Severity.WARNING, name, message, float(touched))]
+    if zero:
+        message = f"{name} adds nothing to {len(zero)} of its {touched} modules, {min(zero)} first."
+        return [Finding("zero_modules", Severity.NOTICE, name, message, float(len(zero)))]
+    return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,8 @@ class LockedInput:
 class Lock:
     """Everything that decides the result, by digest: two equal locks give the same weights, but for the last bits of a
     method that is fitted. `calibration` has for each input the digests of the examples that it is fitted on. `gates`
-    are those that the recipe did not name: each member against the inputs on its own suite."""
+    are those that the recipe did not name: each member against the inputs on its own suite. `method_version` is that of
+    the method's pipeline; where it is 1 the digest does not have it, so that older locks keep theirs."""
 
     base: str
     method: str
@@ -129,6 +130,7 @@ class Lock:
     rounding: Rounding = field(default_factory=Rounding)
     calibration: tuple[Mapping[str, Any], ...] = ()
     gates: tuple[str, ...] = ()
+    method_version: int = 1
 
     def to_json(self) -> dict[str, Any]:
         document = self._content()
@@ -160,6 +162,7 @@ class Lock:
             **_rounding_json(self.rounding),
             **({"calibration": list(self.calibration)} if self.calibration else {}),
             **({"gates": list(self.gates)} if self.gates else {}),
+            **({"method_version": self.method_version} if self.method_version > 1 else {}),
         }
 
     @classmethod
@@ -185,6 +188,7 @@ class Lock:
             rounding,
             tuple(document.get("calibration", ())),
             tuple(document.get("gates", ())),
+            document.get("method_version", 1),
         )
 
 

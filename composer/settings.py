@@ -18,7 +18,8 @@ class Pipeline:
     basis). `compress`: to the highest rank of the inputs where neither rank nor energy is set.
 
     `parity` is PEFT's `combination_type`, whose values are reproduced as they are. `fitted` says that the factors are
-    first fitted on what the modules see (composer/methods/regmean.py).
+    first fitted on what the modules see (composer/methods/regmean.py). `version` is raised when the same inputs give
+    other numbers, so that what an earlier one made is known as that.
     """
 
     space: str = "factors"
@@ -28,6 +29,7 @@ class Pipeline:
     compress: bool = False
     parity: str = ""
     fitted: bool = False
+    version: int = 1
 
     @property
     def random(self) -> bool:
@@ -77,7 +79,7 @@ def _whole(least: int, most: int) -> Callable[[object], int]:
     parse = _number(told, lambda number: number == int(number) and least <= number <= most)
 
     def whole(value: object) -> int:
-        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+        if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
             value = int(value)
         parsed = parse(value)  # a float, which has not every number above 2^53
         if isinstance(value, int) and value > most:
@@ -163,9 +165,9 @@ _PLAIN = {
     "core_ties": Pipeline("core", "magnitude", "elect"),
     "core_dare_ties": Pipeline("core", "dare", "elect"),
     **{f"{prefix}{step}": Pipeline("core", combine=step) for prefix in ("core_", "") for step in ("tsv", "iso")},
-    "ctm_mean": Pipeline("ctm", combine="mean"),
-    "ctm_ties": Pipeline("ctm", "magnitude", "elect"),
-    "ctm_dare_ties": Pipeline("ctm", "dare", "elect"),
+    "ctm_mean": Pipeline("ctm", combine="mean", version=2),
+    "ctm_ties": Pipeline("ctm", "magnitude", "elect", version=2),
+    "ctm_dare_ties": Pipeline("ctm", "dare", "elect", version=2),
 }
 _PEFT_TYPES = (
     "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune",
@@ -173,7 +175,7 @@ _PEFT_TYPES = (
 )  # fmt: skip
 PIPELINES: dict[str, Pipeline] = {
     **_PLAIN,
-    **{f"pico_{name}": replace(pipeline, calibrate="pico") for name, pipeline in _PLAIN.items()},
+    **{f"pico_{name}": replace(pipeline, calibrate="pico", version=2) for name, pipeline in _PLAIN.items()},
     **{f"peft_{name}": Pipeline(parity=name) for name in _PEFT_TYPES},
     "regmean": Pipeline(fitted=True),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from composer.factors import MAX_ENERGY, factor_grams, readable
-from composer.findings import Finding, Severity
+from composer.findings import Finding, Severity, zero_deltas
 from composer.formats.facts import Adapter
 from composer.formats.floats import Float64
 from composer.formats.placed import Placed, PlacedModule
@@ -69,8 +69,9 @@ class Spectrum:
         return [module.module for module in self.modules if module.norm < NEAR_ZERO * usual * sqrt(module.entries)]
 
     def hints(self) -> list[Finding]:
-        """What the next training run could save. Notices: no measurement says what a lower rank would cost."""
-        found: list[Finding] = []
+        """What the next training run could save: notices, since no measurement says what a lower rank would cost. And
+        zero_delta, for an adapter that adds nothing."""
+        found = [] if self.norm else zero_deltas("The adapter", [row.module for row in self.modules], len(self.modules))
         if self.norm and self.rank_95 * 2 <= self.rank_max:
             message = (
                 f"Rank {self.rank_max}, but 95 % of the energy is in {self.rank_95} and 99 % in {self.rank_99}: "

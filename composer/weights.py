@@ -14,14 +14,14 @@ MAX_RULES = 100
 LARGEST = 1e12
 """Of a factor: computing in float32 ends at 3.4e38, which squares and products of some reach."""
 _SMALLEST_SUM = 1e-8
-_LAYER = re.compile(r"\.(\d{1,6})\.")
-_RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_LAYER = re.compile(r"\.([0-9]{1,6})\.")
+_RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _GLOB = re.compile(r"[\w.*?\[\]!-]{1,200}")
 
 
 def real(value: object) -> float:
     """A finite number, also one spelled as text. Raises ValueError, saying so, for everything else."""
-    if isinstance(value, str) and "_" in value:  # which Python takes for nothing at all
+    if isinstance(value, str) and ("_" in value or not value.isascii()):  # Python reads 1_0, and digits of any script
         raise ValueError("a finite number")
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else float("nan")

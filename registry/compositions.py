@@ -250,6 +250,7 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
         recipe.rounding,
         _calibration(session, recipe, settings, own),
         _gates_to_add(recipe, own),
+        PIPELINES[recipe.method].version,
     )
 
 

@@ -202,7 +202,7 @@ def conflicts(  # noqa: PLR0913
     findings = [
         *by_prompts,
         *hard,
-        *of_adapters(adapters, compared),
+        *of_adapters(adapters, compared, weights_of(weights)),
         *of_sizes({member.name: (member.size, member.modules) for member in members}, rules),
         *of_rounding(rounded),
         *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in pairs]),

@@ -8,14 +8,18 @@ from composer.conflicts.amplification import AtBase
 from composer.conflicts.compared import Compared, finite
 from composer.conflicts.interval import Interval, share_interval
 from composer.conflicts.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
-from composer.delta import Computed, LowRank
-from composer.findings import Finding, Policy, Severity, Verdict
+from composer.delta import Computed, LowRank, names_of
+from composer.findings import Finding, Policy, Severity, Verdict, zero_deltas
+from composer.lowrank import Sums
 from composer.merge.survival import swallowed
 from composer.numbers import Numbers, Size
 from composer.rounding import Rounding
 from composer.suite import Contradiction
 from composer.variants import LoadedAdapter
+from composer.weights import Weight
 
+_SMALLEST = 2.0**-126
+"""The smallest normal number of float32: a delta below it is zero."""
 WEAK_EVIDENCE = {
     "weights": (
         "Nothing was measured, and weights alone say close to nothing across recipes: the statistic that ranked best "
@@ -37,7 +41,7 @@ _WATCHED = {
 """Codes that only a policy gives a number: the number of a pair that they look at, and what it says."""
 
 
-def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared) -> list[Finding]:
+def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared, weights: Sequence[Weight]) -> list[Finding]:
     """NaN or infinity, deltas that add nothing, and deltas without factors."""
     found: list[Finding] = []
     for index, adapter in enumerate(adapters):
@@ -49,7 +53,7 @@ def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared) -> list[F
             for delta in pairs
             if not finite(delta)
         ]
-        found += _zero_deltas(adapter.name, index, compared)
+        found += _zero_deltas(adapter, index, compared, weights[index])
         others = [delta.module for delta in adapter.deltas if isinstance(delta, Computed)]
         if others:
             message = (
@@ -60,16 +64,16 @@ def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared) -> list[F
     return found
 
 
-def _zero_deltas(name: str, index: int, compared: Compared) -> list[Finding]:
-    touched = compared.touched[index]
-    zero = [module for module in touched if compared.modules[module].sums.norm(index) == 0]
-    if touched and compared.total.sums.norm(index) == 0:
-        message = f"{name} adds nothing: all of its {len(zero)} low-rank deltas are zero. Was it trained?"
-        return [Finding("zero_delta", Severity.WARNING, name, message, float(len(zero)))]
-    if zero:
-        message = f"{name} adds nothing to {len(zero)} of its {len(touched)} modules, {min(zero)} first."
-        return [Finding("zero_modules", Severity.NOTICE, name, message, float(len(zero)))]
-    return []
+def _zero_deltas(adapter: LoadedAdapter, index: int, compared: Compared, weight: Weight) -> list[Finding]:
+    """Deltas that are zero, or become zero by what the method multiplies them with. Those of weight 0 take no part."""
+    own = {delta.module: weight.of(*names_of(delta)) for delta in adapter.deltas}
+    touched = [module for module in compared.touched[index] if own[module]]
+    zero = [module for module in touched if _vanishes(compared.modules[module].sums, index)]
+    return zero_deltas(adapter.name, zero, len(touched))
+
+
+def _vanishes(sums: Sums, index: int) -> bool:
+    return float(sums.weighted[index, index]) ** 0.5 < _SMALLEST
 
 
 def of_sizes(sizes: Mapping[str, tuple[Size, Mapping[str, Size]]], policy: Policy) -> list[Finding]:

@@ -1,7 +1,9 @@
 """The header of a safetensors file: bytes and limits -> a header, or one precise `InvalidFile`.
 
-A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a hole. Written by hand because
-it is what strangers send us: nothing is allocated from a length that was not bounded first.
+A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a hole. Whatever is accepted as an
+adapter is opened by safetensors' own reader too (inspection.py). This one is there for what that does not do: it bounds
+what strangers send before anything is allocated for it, judges a header that comes without its file (byte ranges of a
+store), and says at which bytes a tensor lies, so that a merge lets the kernel copy them.
 """
 
 import json
@@ -22,6 +24,7 @@ from composer.text import Twice, unique
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64,
 }  # fmt: skip
@@ -238,7 +241,7 @@ def _bound_structure(text: bytes, limits: Limits, subject: str) -> None:
 def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
     why = "its header is not a JSON object"
     try:
-        table: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        table: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=_integer)
     except Twice as error:
         table, why = None, f"its header {error}"
     except (ValueError, RecursionError):
@@ -246,6 +249,11 @@ def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise _bad(subject, why)
     return cast(dict[str, Any], table)
+
+
+def _integer(text: str) -> int:
+    """Of JSON. safetensors refuses -0 where Python reads 0, so it becomes what is no count here either."""
+    return -1 if text == "-0" else int(text)
 
 
 def _parse_metadata(value: object, subject: str) -> dict[str, str]:

@@ -33,6 +33,7 @@ _PARTS = (
 
 TIED_HEAD = "lm_head"
 """The output head in memory of a model that shares its tensor with the embedding."""
+OF_BARE_MODEL, OF_BARE_TRANSFORMER = "with `model.`", "with `transformer.`"
 INTO_LANGUAGE_MODEL = "into `language_model.`"
 """An adapter of the language model alone, on a base that has it beside others."""
 OUT_OF_LANGUAGE_MODEL = "without `language_model.`"
@@ -40,8 +41,8 @@ OUT_OF_LANGUAGE_MODEL = "without `language_model.`"
 # (rule, pattern, replacement): in-memory name -> on-disk name, for checkpoints that were saved under other names.
 _RENAMES = (
     ("without `transformer.`", re.compile(r"^transformer\.(.+)$"), r"\1"),
-    ("with `transformer.`", re.compile(r"^((?:h|wte|wpe|ln_f)\b.*)$"), r"transformer.\1"),
-    ("with `model.`", re.compile(r"^((?:layers|embed_tokens|norm)\b.*)$"), r"model.\1"),
+    (OF_BARE_TRANSFORMER, re.compile(r"^((?:h|wte|wpe|ln_f)\b.*)$"), r"transformer.\1"),
+    (OF_BARE_MODEL, re.compile(r"^((?:layers|embed_tokens|norm)\b.*)$"), r"model.\1"),
     ("`language_model.model.`", re.compile(r"^model\.language_model\.(.+)$"), r"language_model.model.\1"),
     ("`language_model.lm_head`", re.compile(r"^(lm_head\..+)$"), r"language_model.\1"),
     (OUT_OF_LANGUAGE_MODEL, re.compile(r"^model\.language_model\.(.+)$"), r"model.\1"),
@@ -122,10 +123,11 @@ def find_weight(module: str, parameter: str, architecture: Architecture) -> Targ
 
 
 def elsewhere(target: Target, architecture: Architecture) -> bool:
-    """Was the module's path in another model than the base, of which a language model is a part, or which is one?"""
+    """Was the module's path in another model than the base: one without a head (`AutoModel`), one of which a language
+    model is a part, or which is one?"""
     if target.rule == OUT_OF_LANGUAGE_MODEL:
         return all(map(_OF_A_LANGUAGE_MODEL.match, architecture.tensors))
-    return target.rule == INTO_LANGUAGE_MODEL
+    return target.rule in (INTO_LANGUAGE_MODEL, OF_BARE_MODEL, OF_BARE_TRANSFORMER)
 
 
 def is_head(module: str) -> bool:

@@ -15,6 +15,7 @@ from composer.merge.resume import Journal
 from composer.merge.shards import write_shards
 from composer.merge.survival import Survival, swallowed, whole
 from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
+from composer.settings import PIPELINES
 from composer.tensors import torch_device
 
 __all__ = ["MergePlan", "MergeReport", "index_of", "plan_merge", "run_merge"]
@@ -112,6 +113,7 @@ def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[st
         "base": {"model_type": architecture.model_type, "architecture_digest": architecture_digest(architecture)},
         "adapters": [adapter.to_json() for adapter in plan.adapters],
         "method": plan.method,
+        "method_version": PIPELINES[plan.method].version,
         "settings": dict(plan.settings),
         "dtype": plan.dtype,
         "rounding": asdict(plan.rounding),

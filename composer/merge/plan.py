@@ -38,7 +38,7 @@ _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _READ_OTHERWISE = {OTHER_PATHS, "no_prefix", "pattern_unused", "raw_keys"}
 """Findings about an adapter's keys that are told of a merge, too: what others make of them may be another thing."""
-_BYTES_VERSION = 7  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
+_BYTES_VERSION = 8  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
 
 
 @dataclass(frozen=True, slots=True)

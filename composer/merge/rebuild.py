@@ -29,12 +29,14 @@ from composer.merge.shards import Progress, ShardPlan
 from composer.merge.source import Source, source_rows
 from composer.output import NOTE_FILE, side_files
 from composer.rounding import Rounding, parse_rounding
+from composer.settings import PIPELINES
 from composer.tensors import torch_device, torch_threads
 
 _ROUNDING_SHARE = {"F64": 1.0, "F32": 1.0, "F16": 8e-3, "BF16": 1e-3}
 """Of a tensor, as many elements may end in the neighbouring value on another machine, and a few of a small one:
 float32's last bit decides a rounding to 8 bits once in some 10,000 times, to float16's 11 eight times as often."""
 _A_FEW = 8
+_VALUES = "differs by"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,17 +52,23 @@ class FileDifference:
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """What making a merge again has shown: `same` files are equal byte by byte."""
+    """What making a merge again has shown: `same` files are equal byte by byte. `earlier` is the method with its
+    version, where the note names an older one than today's."""
 
     same: tuple[str, ...]
     different: tuple[FileDifference, ...]
+    earlier: str = ""
 
     @property
     def verdict(self) -> str:
-        """`same`, `rounding` (nothing but neighbours: another machine's float32) or `different`."""
+        """`same`, `rounding` (nothing but neighbours: another machine's float32), `earlier` (values differ, as those of
+        an earlier version of the method may: nothing is shown by that) or `different`."""
         if not self.different:
             return "same"
-        return "different" if any(one.others or one.why for one in self.different) else "rounding"
+        if not any(one.others or one.why for one in self.different):
+            return "rounding"
+        values = all(one.why.startswith(_VALUES) or not one.why for one in self.different)
+        return "earlier" if self.earlier and values else "different"
 
     def to_json(self) -> dict[str, Any]:
         return {"verdict": self.verdict, **asdict(self)}
@@ -151,7 +159,14 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
         *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
     ]
     same = tuple(one.file for one in found if not one.neighbours and not one.others and not one.why)
-    return Rebuilt(same, tuple(one for one in found if one.file not in same))
+    return Rebuilt(same, tuple(one for one in found if one.file not in same), _earlier(plan, merged))
+
+
+def _earlier(plan: MergePlan, merged: Path) -> str:
+    """Notes of before methods had versions are of the first."""
+    made: object = read_json(merged / NOTE_FILE, "missing_note", "Make the merge again.").get("method_version", 1)
+    now = PIPELINES[plan.method].version
+    return f"{plan.method} {made}" if isinstance(made, int) and made < now else ""
 
 
 def _texts(plan: MergePlan, merged: Path) -> list[FileDifference]:
@@ -240,9 +255,9 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
             near, far = (sum(count[which] for count in counts) for which in (0, 1))
             neighbours, others = neighbours + near, others + far
             if far:
-                why = why or f"differs by more than a step in {far} elements of {tensor.target.name}"
+                why = why or f"{_VALUES} more than a step in {far} elements of {tensor.target.name}"
             if near > _roundings(tensor.target):
-                why = why or f"differs by one step in {near} elements of {tensor.target.name}, more than rounding gives"
+                why = why or f"{_VALUES} one step in {near} elements of {tensor.target.name}, more than rounding gives"
     return FileDifference(shard.file, neighbours, others, why)
 
 

@@ -19,6 +19,7 @@ from composer.errors import Mismatch
 from composer.findings import Finding
 from composer.formats.facts import WEIGHTS_FILE
 from composer.hashing import hash_file
+from composer.methods.effect import Tally
 from composer.methods.heads import for_head, heads_alike, on_own_head, pair_for_head
 from composer.methods.parity import Parity
 from composer.methods.pipeline import Part, Place, Selections, prepared, run
@@ -88,9 +89,10 @@ def combine_deltas(
     if not replaced and not places:
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
+    tally, names = Tally(cast(float, parsed["lambda"])), [adapter.name for adapter in loaded]
     if pipeline.parity:
-        made = _like_peft(loaded, places, pipeline.parity, parsed)
-        deltas = [*replaced, *(delta for delta, _ in made)]
+        made = _like_peft(loaded, places, pipeline.parity, parsed, tally)
+        deltas, findings = [*replaced, *(delta for delta, _ in made)], findings + tally.findings(names)
         return Combination(deltas, [lost for _, lost in made if lost is not None], findings, tied)
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
         if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
@@ -99,12 +101,13 @@ def combine_deltas(
         aside, results = Aside(), list[Result]()
         for begin in range(0, len(places), TOGETHER):
             own = places[begin : begin + TOGETHER]
-            finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections), own))
+            finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections, tally), own))
             results += _set_aside(aside, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
     if tied == "untie":
         deltas += [for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
+    findings += tally.findings(names)
     return Combination(deltas, compressions, findings, tied, fitted.report if fitted else None)
 
 
@@ -139,8 +142,13 @@ def projected(
     return made_room(adapters, weights, {**parsed, "tied": tied})
 
 
-def _run(pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections) -> Result:
+def _run(
+    pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections, tally: Tally
+) -> Result:
     with decomposing(place.module):
+        tally.see(place.parts)
+        place = prepared(pipeline, place, parsed)
+        tally.see_prepared(pipeline, place)
         return run(pipeline, place, parsed, selections)
 
 
@@ -241,12 +249,17 @@ def _total(weights: Sequence[Weight], delta: Delta) -> float:
 
 
 def _like_peft(
-    loaded: Sequence[LoadedAdapter], places: Sequence[Place], combination: str, parsed: Mapping[str, object]
+    loaded: Sequence[LoadedAdapter],
+    places: Sequence[Place],
+    combination: str,
+    parsed: Mapping[str, object],
+    tally: Tally,
 ) -> list[tuple[LowRank, Compression | None]]:
     parity = Parity.of(combination, [adapter.config for adapter in loaded], parsed)
     factor = cast(float, parsed["lambda"])
     found: list[tuple[LowRank, Compression | None]] = []
     for place in places:
+        tally.see(place.parts)
         delta, lost = parity.combined([(part.low_rank, part.weight) for part in place.parts])
         lost = None if lost is None else lost.times(parity.scale * factor)
         found.append((replace(delta, scale=delta.scale * factor), lost))

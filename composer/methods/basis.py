@@ -15,7 +15,7 @@ from composer.errors import NotSupported
 from composer.lowrank import numerical_rank
 
 _MOST_SWEEPS = 1000
-_STEADY = 1e-6
+_STEADY = 1e-10
 _LEFT = 1e-6  # of the largest entry: their rounding is 6e-8, and near singular values mix it
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -139,7 +139,7 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
     """The bases of that rank that hold most of all deltas, each counted alike: max Σ |U^T Δ̃_i V|^2 (arXiv 2606.03723).
 
     Δ̃_i = Δ_i / |Δ_i| (β |Δ_i| + (1 - β) mean |Δ|). Tucker-2 by alternating from the HOSVD, in the core, until the fit
-    moves by less than 1e-6. X_i = U^T Δ_i V of the deltas as they are; what the bases miss is lost.
+    moves by less than 1e-10 of the energy. X_i = U^T Δ_i V of the deltas as they are; what the bases miss is lost.
     """
     found = cores(pairs)
     C_Tba = torch.stack(found.each).double()

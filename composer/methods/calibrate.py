@@ -4,9 +4,11 @@ A pair is (B, A): O x r with the scale folded in, r x I. T adapters touch the pl
 """
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 
+from composer.lowrank import NOISE
 from composer.methods.basis import Pair
 
 
@@ -30,8 +32,19 @@ def norm_of(pair: Pair) -> float:
     return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 
+def restoring_factor(now: float, wanted: float) -> float:
+    """What brings a norm to the wanted one. 0 where inputs have cancelled: what is left is float32 noise, whose
+    direction is chance."""
+    return wanted / now if now > NOISE * wanted else 0.0
+
+
 def restored(pairs: Sequence[Pair], norms: Sequence[float]) -> list[Pair]:
     """Each pair back to a norm."""
-    return [
-        (B * (norm / now if (now := norm_of((B, A))) else 0.0), A) for (B, A), norm in zip(pairs, norms, strict=True)
-    ]
+    return [(B * restoring_factor(norm_of((B, A)), norm), A) for (B, A), norm in zip(pairs, norms, strict=True)]
+
+
+def cancellation(pairs: Sequence[Pair], weights: Sequence[float], norm: float) -> float:
+    """How many times smaller than `norm` the weighted sum of the pairs is; infinite where nothing but noise is left."""
+    B = torch.cat([B * weight for (B, _), weight in zip(pairs, weights, strict=True)], dim=1)
+    now = norm_of((B, torch.cat([A for _, A in pairs])))
+    return restoring_factor(now, norm) or (inf if norm else 0.0)

@@ -12,7 +12,7 @@ import torch
 from composer.delta import Additive, Computed, Layout, LowRank
 from composer.errors import NotSupported
 from composer.methods.basis import Basis, Pair, basis_of, canonical, factored, no_factors, pair_of
-from composer.methods.calibrate import norm_of, pico, restored
+from composer.methods.calibrate import cancellation, norm_of, pico, restored, restoring_factor
 from composer.methods.join import Join, joined, sce, sce_weights
 from composer.methods.linear import scaled, side_by_side
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
@@ -105,6 +105,14 @@ def prepared(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -
     return replace(_calibrated(place, settings), norm=wanted, is_prepared=True)
 
 
+def cancelled(pipeline: Pipeline, place: Place) -> float:
+    """How many times smaller than the norm that Pico restores the sum of a prepared place is; 1 of another method,
+    and of an election, which sums nothing that cancels."""
+    if place.norm is None or pipeline.combine == "elect":
+        return 1.0
+    return cancellation([pair_of(part.low_rank) for part in place.parts], place.weights, place.norm)
+
+
 def run(
     pipeline: Pipeline, place: Place, settings: Mapping[str, object], selections: Selections
 ) -> tuple[list[Additive], Compression | None]:
@@ -123,7 +131,7 @@ def run(
     factor = cast(float, settings["lambda"])
     if place.norm is not None:
         deltas = _restored(deltas, place.norm)
-        lost = None if lost is None else lost.at(place.norm)
+        lost = None if lost is None else lost.at(lost.norm * restoring_factor(lost.norm, place.norm))
     return [_times(delta, factor) for delta in deltas], None if lost is None else lost.times(factor)
 
 
@@ -358,7 +366,7 @@ def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
     for delta in deltas:
         if isinstance(delta, LowRank):
             now = norm_of(pair_of(delta))
-            found.append(_times(delta, norm / now if now else 0.0))
+            found.append(_times(delta, restoring_factor(now, norm)))
             continue
         ratio = _Once(lambda delta=delta: _ratio(delta, norm))
         found.append(
@@ -371,4 +379,4 @@ def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
 
 def _ratio(delta: Computed, norm: float) -> Matrix:
     now = square_sum(_dense(delta, None)) ** 0.5
-    return Matrix.of(torch.tensor([[norm / now if now else 0.0]]))
+    return Matrix.of(torch.tensor([[restoring_factor(now, norm)]]))

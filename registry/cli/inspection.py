@@ -33,23 +33,32 @@ def inspect(
             help="An adapter's directory or file, or a reference.",
         ),
     ],
-    base: Annotated[str | None, typer.Option(help="Check the fit to this registered base.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|BASE", help="Check the fit to this base: a checkpoint's directory, or a registered one."
+        ),
+    ] = None,
     server: Annotated[
         list[str] | None, typer.Option("--loads-in", help="vllm:32, sglang, lorax, llamacpp, peft.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Facts and health of an adapter, and which servers will load it."""
+    from composer.formats.checkpoint import open_checkpoint
     from composer.formats.layouts import PEFT, recognise
 
     directory, architecture = Path(what), None
     layout = recognise(directory).layout if directory.exists() else PEFT
-    if base or not directory.exists():
+    in_directory = base is not None and Path(base).is_dir()
+    if (base and not in_directory) or not directory.exists():
         with connected() as connection:
             if not directory.exists():
                 release = resolved(connection, what)
                 directory, base = release_directory(connection, release), base or release["base"]["digest"]
-            architecture = connection.api.architecture(base or "")
+            architecture = None if in_directory else connection.api.architecture(base or "")
+    if in_directory:
+        architecture = open_checkpoint(Path(base or ""), dequantize=True).architecture
     look = _look if layout == PEFT else _look_at_another
     told: Json = {**look(directory, architecture, server or PROFILES), "layout": layout}
     render.document(told, json, lambda: _show_inspection(what, told))

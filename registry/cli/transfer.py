@@ -222,11 +222,22 @@ def verify(  # noqa: PLR0913
             refuse_narrow(signed, signature_covers)
             told |= _signature(signed)
     render.document(told, json, lambda: _show_verified(told))
-    if rebuild and told["rebuild"]["verdict"] == "different":
+    if rebuild:
+        _refuse_not_rebuilt(what, directory, told["rebuild"])
+
+
+def _refuse_not_rebuilt(what: str, directory: Path, found: Json) -> None:
+    """Also for what an earlier version of its method made: a note may say that of anything."""
+    if found["verdict"] == "different":
         next_step = "Do not serve it; ask who published it."
         if directory == Path(what):
             next_step = "See that base and adapters are those that were merged. If they are, do not serve it."
         raise Refused("not_rebuilt", f"{what} is not what its inputs give.", subject=what, next_step=next_step)
+    if found["verdict"] == "earlier":
+        made = found["earlier"].split()[0]
+        message = f"{what} was made by an earlier version of {made}, as it says: this one cannot verify it."
+        next_step = "Rebuild it with the Adaptory that made it, or compose it again."
+        raise Refused("earlier_method", message, subject=what, next_step=next_step)
 
 
 def _refuse_idle(options: Mapping[str, object], what: str) -> None:

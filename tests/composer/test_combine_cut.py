@@ -117,3 +117,11 @@ def test_what_is_advised_where_a_weight_cannot_be_read_can_be_read() -> None:
         parse_weight("much")
     advised = caught.value.next_step.partition("{")[2].partition("}")[0]
     assert parse_weight(yaml.safe_load(f"{{{advised.replace('...', '')}}}")) == Weight(1.0)
+
+
+@pytest.mark.parametrize("text", ["\u0661", "\uff10.5", "1_0", "1e"])
+def test_a_weight_is_a_number_in_ascii(text: str) -> None:
+    with pytest.raises(NotSupported, match="is not a finite number"):
+        parse_weight(text)
+    with pytest.raises(NotSupported, match="cannot be read"):
+        parse_rule(f"0-9={text}")

@@ -15,6 +15,7 @@ from composer.findings import Finding, Severity
 from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.config import parse_config
 from composer.formats.facts import AdapterFacts, facts, health, read_adapter
+from composer.formats.inspection import inspect
 from composer.formats.placed import Placed
 from composer.formats.placement import place
 from composer.formats.types import REFUSED, TYPES
@@ -398,3 +399,20 @@ def test_factors_that_peft_would_ignore_are_an_error(
     change_config(adapter, **fields)
     found = placed_on(adapter, open_checkpoint(base).architecture).findings
     assert "model.layers.0.self_attn.q_proj" in [f.subject for f in found if f.code == "untargeted_tensor"]
+
+
+def test_an_adapter_is_accepted_only_if_safetensors_itself_opens_it(
+    tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
+    """Half a surrogate pair in the metadata is JSON to Python, and none to safetensors."""
+    weights = make_adapter(make_model(), "sql") / WEIGHTS
+    assert inspect(weights.parent, None).adapter.header.tensors
+    content = weights.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = {**json.loads(content[8 : 8 + length]), "__metadata__": {"k": "\ud800"}}
+    text = json.dumps(header).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    read_adapter(weights.parent)
+    with pytest.raises(InvalidFile, match="its own library opens") as caught:
+        inspect(weights.parent, None)
+    assert caught.value.code == "bad_safetensors"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from composer.errors import InvalidFile
 from composer.formats.header import Limits, TensorSpec, encode_header, parse_header, read_header
+from composer.tensors import TORCH_DTYPES
 
 
 def file_with(table: object, data_bytes: int = 0) -> bytes:
@@ -51,6 +52,14 @@ def test_the_real_reader_reads_what_we_encode(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_the_floats_of_another_maker_are_read_and_written(dtype: str, tmp_path: Path) -> None:
+    head = encode_header({"a": TensorSpec(dtype, (3,))})
+    (tmp_path / "x.safetensors").write_bytes(head + bytes(3))
+    assert read_header(tmp_path / "x.safetensors").tensors["a"].dtype == dtype
+    assert load_file(tmp_path / "x.safetensors")["a"].dtype == TORCH_DTYPES[dtype]
+
+
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "0 bytes"),
     "seven bytes": (b"1234567", "7 bytes"),
@@ -68,6 +77,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "an unknown dtype": (file_with({"a": entry(0, 4, "F31")}, 4), "'F31'"),
     "a dtype that is a list": (file_with({"a": {**entry(0, 4), "dtype": []}}, 4), "dtype"),
     "a negative dimension": (file_with({"a": entry(0, 4, shape=[-1])}, 4), "malformed"),
+    "a negative zero": (
+        file_with(b'{"a": {"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'),
+        "malformed",
+    ),
     "a boolean dimension": (file_with({"a": entry(0, 4, shape=[True])}, 4), "malformed"),
     "a fractional dimension": (file_with({"a": entry(0, 4, shape=[1.0])}, 4), "malformed"),
     "a wrong size": (file_with({"a": entry(0, 8, shape=[1])}, 8), "not F32 x"),

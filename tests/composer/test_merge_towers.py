@@ -25,7 +25,15 @@ from composer.formats.checkpoint import Architecture, open_checkpoint
 from composer.formats.facts import read_adapter
 from composer.formats.header import TensorSpec
 from composer.formats.inspection import inspect
-from composer.formats.naming import INTO_LANGUAGE_MODEL, OUT_OF_LANGUAGE_MODEL, Target, elsewhere, find_weight
+from composer.formats.naming import (
+    INTO_LANGUAGE_MODEL,
+    OF_BARE_MODEL,
+    OF_BARE_TRANSFORMER,
+    OUT_OF_LANGUAGE_MODEL,
+    Target,
+    elsewhere,
+    find_weight,
+)
 from composer.formats.placed import OTHER_PATHS
 from composer.formats.placement import place
 from composer.formats.serving import loads_in
@@ -131,6 +139,15 @@ def test_an_adapter_of_the_language_model_alone_finds_it_and_is_told_that_no_ser
         assert "paths are those of another model" in loading.reasons[0]
 
 
+def test_a_merge_says_so_where_keys_are_those_of_a_model_without_a_head(tmp_path: Path) -> None:
+    whole = LlamaForCausalLM(LlamaConfig(**TEXT))
+    whole.save_pretrained(tmp_path / "base")
+    adapter = adapter_of(whole.model, ["q_proj"], tmp_path / "adapter")
+    plan = merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert plan.touched
+    assert OTHER_PATHS in {finding.code for finding in plan.findings}
+
+
 @pytest.mark.parametrize("base", [llava], indirect=True)
 def test_the_language_part_of_an_adapter_fits_the_language_model_alone(base: Path, tmp_path: Path) -> None:
     targets = r".*language_model.*\.q_proj"
@@ -165,7 +182,8 @@ def test_a_module_is_found_where_a_checkpoint_has_it(module: str) -> None:
     found = find_weight(module, "weight", architecture)
     assert isinstance(found, Target)
     assert (found.weight, bool(found.rule)) == (f"{NAMES[module]}.weight", True)
-    assert elsewhere(found, architecture) is (found.rule in (INTO_LANGUAGE_MODEL, OUT_OF_LANGUAGE_MODEL))
+    others = (INTO_LANGUAGE_MODEL, OUT_OF_LANGUAGE_MODEL, OF_BARE_MODEL, OF_BARE_TRANSFORMER)
+    assert elsewhere(found, architecture) is (found.rule in others)
 
 
 def test_a_module_that_could_be_in_two_places_is_in_neither() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from composer.delta import Additive, Computed, Layout, LowRank
 from composer.errors import ComposerError
+from composer.methods.basis import ctm
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix
 from composer.methods.pipeline import Part, Place, Selections, run
@@ -186,6 +187,20 @@ def test_lambda_scales_the_result(method: str) -> None:
     deltas = low_ranks()
     halved = combined(method, deltas, WEIGHTS, {"lambda": 0.5})
     assert error(halved, 0.5 * combined(method, deltas, WEIGHTS)) < 1e-5
+
+
+def test_the_bases_of_ctm_are_those_that_alternating_converges_to() -> None:
+    draw = torch.Generator().manual_seed(2)
+    own = [(torch.randn(60, 8, generator=draw).double(), torch.randn(8, 40, generator=draw).double()) for _ in "abc"]
+    found = ctm(own, 8)
+    assert found.P is not None
+    assert found.Q is not None
+    deltas, V, P = [B @ A / (B @ A).norm() for B, A in own], found.Q, found.P
+    U = P
+    for _ in range(500):
+        U = torch.linalg.svd(torch.cat([D @ V for D in deltas], 1), full_matrices=False)[0][:, :8]
+        V = torch.linalg.svd(torch.cat([D.T @ U for D in deltas], 1), full_matrices=False)[0][:, :8]
+    assert float((U @ U.T - P @ P.T).norm()) < 1e-3
 
 
 @pytest.mark.parametrize("method", [name for name, one in PIPELINES.items() if one.calibrate == "pico"])

@@ -7,6 +7,7 @@ import pytest
 
 import composer.checks
 import composer.conflicts
+import composer.findings
 from composer.errors import InvalidFile
 from composer.findings import CODES, HARD, THRESHOLDS, Finding, Policy, Severity, Verdict, parse_policy
 
@@ -91,7 +92,8 @@ def test_every_code_with_a_number_is_a_code() -> None:
 
 
 def test_every_finding_of_a_conflict_report_has_a_code_that_a_policy_knows() -> None:
-    sources = [Path(composer.checks.__file__), *Path(composer.conflicts.__file__).parent.glob("*.py")]
+    shared = [Path(composer.checks.__file__), Path(composer.findings.__file__)]
+    sources = [*shared, *Path(composer.conflicts.__file__).parent.glob("*.py")]
     calls = [call for path in sources for call in ast.walk(ast.parse(path.read_text())) if isinstance(call, ast.Call)]
     made = [call.args[0] for call in calls if getattr(call.func, "id", "") in ("Finding", "_error") and call.args]
     codes = {str(code.value) for code in made if isinstance(code, ast.Constant)}

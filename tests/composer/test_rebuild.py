@@ -255,3 +255,18 @@ def test_steps_are_counted_across_zero_and_signs(one: list[float], other: list[f
 
 def test_integers_are_the_same_or_not() -> None:
     assert steps_apart(torch.tensor([1, 2]), torch.tensor([1, 3])) == (0, 1)
+
+
+def test_what_an_earlier_version_of_the_method_made_is_said_to_be_that_and_not_different(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    out = merged(base, adapters, tmp_path / "merged", method="ctm_mean")
+    note = json.loads((out / "adaptory.json").read_text())
+    assert note.pop("method_version") == 2
+    (out / "adaptory.json").write_text(json.dumps(note))
+    assert again(base, adapters, out).verdict == "same", "the numbers of these inputs did not change"
+    nudge(next(out.glob("*1-of*.safetensors")), "model.layers.0.self_attn.q_proj.weight", 0, 9)
+    found = again(base, adapters, out)
+    assert (found.verdict, found.earlier) == ("earlier", "ctm_mean 1")
+    (out / "adaptory.json").write_text(json.dumps({**note, "method_version": 2}))
+    assert again(base, adapters, out).verdict == "different"

@@ -1,6 +1,7 @@
 """A recipe that cannot be read is one clear error, whatever a stranger wrote into it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -104,3 +105,13 @@ def test_a_lock_that_rounds_to_the_nearest_has_the_digest_it_had_before_it_could
 @pytest.mark.parametrize("rounding", [Rounding(), CHANCE])
 def test_a_lock_reads_back_as_it_was_written(rounding: Rounding) -> None:
     assert Lock.from_json(json.loads(json.dumps(lock(rounding).to_json()))) == lock(rounding)
+
+
+def test_a_method_of_the_first_version_leaves_the_digest_of_a_lock_as_it_was() -> None:
+    old = Lock("b", "ctm_mean", {}, None, (LockedInput("acme/sql", "1.0.0", "c", 1.0, {"a": "0"}),))
+    assert "method_version" not in old.to_json()
+    assert Lock.from_json(old.to_json()) == old
+    new = replace(old, method_version=2)
+    assert new.to_json()["method_version"] == 2
+    assert Lock.from_json(new.to_json()) == new
+    assert new.digest != old.digest

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from composer.findings import Severity
 from composer.formats.checkpoint import open_checkpoint
 from composer.formats.inspection import Inspection, inspect
 from composer.spectrum import MAX_RANK, Spectrum, spectrum
@@ -87,10 +88,11 @@ def test_near_zero_modules_are_a_hint_that_names_them(tmp_path: Path) -> None:
     assert rows == {Q0: False, Q1: True}
 
 
-def test_an_untrained_adapter_has_a_spectrum_of_zeros_and_no_hint(tmp_path: Path) -> None:
+def test_an_untrained_adapter_has_a_spectrum_of_zeros_and_is_said_to_add_nothing(tmp_path: Path) -> None:
     A, B = random_factors(1)
     found = spectrum_of(write_adapter(tmp_path / "a", {Q0: (A, 0 * B)}))
-    assert (found.norm, found.rank_95, found.effective_rank, found.near_zero, found.hints()) == (0, 0, 0, [], [])
+    assert (found.norm, found.rank_95, found.effective_rank, found.near_zero) == (0, 0, 0, [])
+    assert [(one.code, one.severity) for one in found.hints()] == [("zero_delta", Severity.WARNING)]
     json.loads(json.dumps(found.to_json(), allow_nan=False))
 
 

@@ -184,3 +184,12 @@ def test_a_release_tells_who_loads_it_and_why_others_do_not(stocked: Cli, world:
     assert set(patterned["loading"]) == {"vllm", "sglang", "lorax"}
     assert "rank_pattern" in patterned["loading"]["vllm"]["reasons"][0]
     assert "fold" in patterned["loading"]["vllm"]["way_out"][0]
+
+
+def test_inspect_checks_the_fit_to_a_directory_as_to_a_registered_base(stocked_embedded: Cli, world: World) -> None:
+    registered = stocked_embedded.json("inspect", world.adapters["sql"], "--base", "tiny")
+    assert stocked_embedded.json("inspect", world.adapters["sql"], "--base", world.base) == registered
+    stocked_embedded.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    assert (
+        stocked_embedded.json("inspect", "acme/sql:1.0.0", "--base", world.base)["findings"] == registered["findings"]
+    )

@@ -1,0 +1,66 @@
+"""What a combination comes to where it comes to little: inputs that add nothing, and inputs that cancel."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import isinf
+
+import torch
+
+from composer.delta import LowRank
+from composer.findings import Finding, Severity, zero_deltas
+from composer.methods.pipeline import Part, Pipeline, Place, cancelled
+
+_MOST_RESTORED = 10.0
+"""Pico brings a sum that much back to its norm without a finding; inputs that do not cancel need about 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What each input adds, and how far inputs cancel: filled place by place, from any number of threads. `factor` is
+    what the method multiplies its result by."""
+
+    factor: float
+    touched: dict[int, list[str]] = field(default_factory=lambda: defaultdict[int, list[str]](list))
+    zero: dict[int, list[str]] = field(default_factory=lambda: defaultdict[int, list[str]](list))
+    cancelled: dict[str, float] = field(default_factory=dict[str, float])
+
+    def see(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            self.touched[part.adapter].append(part.delta.module)
+            if isinstance(part.delta, LowRank) and _vanishes(part.delta, part.weight * self.factor):
+                self.zero[part.adapter].append(part.delta.module)
+
+    def see_prepared(self, pipeline: Pipeline, place: Place) -> None:
+        self.cancelled[place.module] = cancelled(pipeline, place)
+
+    def findings(self, names: Sequence[str]) -> list[Finding]:
+        """zero_delta or zero_modules for an adapter, cancelled and restored_norm for the combination."""
+        nothing = [
+            finding
+            for adapter, touched in sorted(self.touched.items())
+            for finding in zero_deltas(names[adapter], self.zero[adapter], len(touched))
+        ]
+        return nothing + self._of_cancelled()
+
+    def _of_cancelled(self) -> list[Finding]:
+        gone = sorted(module for module, factor in self.cancelled.items() if isinf(factor))
+        large = {module: one for module, one in self.cancelled.items() if one > _MOST_RESTORED and not isinf(one)}
+        found: list[Finding] = []
+        if gone:
+            message = f"The inputs cancel in {len(gone)} modules, {gone[0]} first: nothing is added there."
+            found.append(Finding("cancelled", Severity.WARNING, gone[0], message, float(len(gone))))
+        if large:
+            worst = max(large, key=lambda module: large[module])
+            message = (
+                f"The inputs nearly cancel in {len(large)} modules: Pico multiplies what is left of {worst} by "
+                f"{large[worst]:.3g}. Change a weight, or set restore=none."
+            )
+            found.append(Finding("restored_norm", Severity.WARNING, worst, message, large[worst]))
+        return found
+
+
+def _vanishes(delta: LowRank, factor: float) -> bool:
+    """Whether no entry of the delta, times the factor, is a normal number of float32."""
+    largest = [float(one.abs().amax()) if one.numel() else 0.0 for one in (delta.B_OR, delta.A_RI)]
+    return abs(factor * delta.scale) * largest[0] * largest[1] * delta.rank < torch.finfo(torch.float32).tiny

@@ -1,0 +1,83 @@
+"""Adding nothing, and inputs that cancel: the same findings whatever the cause and whichever command sees it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer.combine import combine
+from composer.conflicts import Method, conflicts
+from composer.delta import Computed, LowRank
+from composer.findings import Severity
+from composer.formats.checkpoint import open_checkpoint
+from composer.merge import plan_merge
+from composer.methods import combine_deltas
+from composer.methods.basis import pair_of
+from composer.methods.calibrate import norm_of
+from composer.variants import LoadedAdapter, load_deltas
+from tests.composer.test_methods_on_models import Shared, loaded, shared
+
+__all__ = ["shared"]
+SUMS = ["pico_stack", "pico_svd", "pico_tsv", "pico_iso", "pico_magnitude_prune_svd", "pico_dare_linear_svd"]
+
+
+def added(adapter: LoadedAdapter, weight: float, method: str) -> tuple[float, set[str]]:
+    """The norm of what is added for an adapter and its own opposite, and the codes of the findings."""
+    made = combine_deltas([adapter, adapter], [weight, -1.0], method, {"tied": "untie"})
+    norms = [norm_of(pair_of(delta)) for delta in made.deltas if isinstance(delta, LowRank)]
+    return sum(one**2 for one in norms) ** 0.5, {finding.code for finding in made.findings}
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_an_adapter_and_its_opposite_add_nothing_and_pico_does_not_restore_the_rounding(
+    shared: Shared, method: str
+) -> None:
+    (one,) = loaded(shared.base, shared.adapters[0])
+    norm, codes = added(one, 1.0, method)
+    assert norm == 0
+    assert "cancelled" in codes
+
+
+def test_a_sum_that_pico_multiplies_by_a_large_factor_is_a_finding(shared: Shared) -> None:
+    (one,) = loaded(shared.base, shared.adapters[0])
+    norm, codes = added(one, 0.98, "pico_stack")
+    assert norm > 0
+    assert "restored_norm" in codes
+    assert "restored_norm" not in added(one, 0.5, "pico_stack")[1]
+
+
+def test_what_is_made_row_by_row_is_not_restored_from_rounding_either(shared: Shared) -> None:
+    (one,) = loaded(shared.base, shared.adapters[0])
+    made = combine_deltas([one, one], [1.0, -1.0], "pico_magnitude_prune", {"tied": "untie", "density": 0.5})
+    rows = [one.rows(torch.zeros(one.stored_shape), 0) for one in made.deltas if isinstance(one, Computed)]
+    assert rows
+    assert not any(bool(one.any()) for one in rows)
+    assert "cancelled" in {finding.code for finding in made.findings}
+
+
+@pytest.mark.parametrize("cause", ["lora_alpha", "lambda", "weight"])
+@pytest.mark.parametrize("method", ["stack", "ties_svd", "peft_cat"])
+def test_adding_nothing_is_one_finding_in_merge_combine_and_conflicts(
+    shared: Shared, tmp_path: Path, cause: str, method: str
+) -> None:
+    base, idle = open_checkpoint(shared.base), tmp_path / "idle"
+    shutil.copytree(shared.adapters[0], idle)
+    if cause == "lora_alpha":
+        config = json.loads((idle / "adapter_config.json").read_text())
+        (idle / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    weight, settings = 1e-60 if cause == "weight" else 1.0, {"lambda": 0.0} if cause == "lambda" else {}
+    plan = plan_merge(base, [(idle, weight)], method, settings)
+    report = combine([(idle, weight)], tmp_path / "out", base.architecture, method, settings)
+    compared = conflicts([load_deltas(idle, base.architecture)], [weight], method=Method(method, settings))
+    for findings in (plan.findings, report.findings, compared.findings):
+        (found,) = [one for one in findings if one.code == "zero_delta"]
+        assert (found.severity, found.subject) == (Severity.WARNING, "idle")
+
+
+def test_a_combined_adapter_is_as_readable_as_its_config(shared: Shared, tmp_path: Path) -> None:
+    """safetensors writes for the owner alone."""
+    combine([(shared.adapters[0], 1.0)], tmp_path / "out")
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
