@@ -72,6 +72,7 @@ def run_merge(
         refuse_changed(plan.inputs)
         # Last, since shards have their full size from the start: without these, nothing loads what a kill leaves.
         copy_side_files(plan.checkpoint.path, aside)
+        plan.vocabulary.copy_tokenizer(aside)
         write_json(aside / "config.json", plan.config)
         if plan.checkpoint.index is not None:
             write_json(aside / INDEX_FILE, index_of(plan))
