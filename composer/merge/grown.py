@@ -53,13 +53,15 @@ class Vocabulary:
             return [Finding("no_tokenizer", Severity.WARNING, "tokenizer", message)]
         return [Finding("grown_vocabulary", Severity.NOTICE, "tokenizer", message + " The tokenizer is the adapter's.")]
 
-    def copy_tokenizer(self, target: Path) -> None:
-        """The adapter's tokenizer in the place of the base's, if it has one."""
-        files = self.tokenizer_files
-        for name in TOKENIZER_FILES if files else ():
-            (target / name).unlink(missing_ok=True)
-        for file in files:
-            shutil.copyfile(file, target / file.name)
+    def side_files(self, base: Path) -> dict[str, Path]:
+        """Name -> file of what lies beside the weights: the base's, with an adapter's own tokenizer in its place."""
+        own = {file.name: file for file in self.tokenizer_files}
+        left_out = TOKENIZER_FILES if own else ()
+        return {name: contained(base, name) for name in side_files(base) if name not in left_out} | own
+
+    def copy_side_files(self, base: Path, target: Path) -> None:
+        for name, file in self.side_files(base).items():
+            shutil.copyfile(file, target / name)
 
 
 def grown_vocabulary(checkpoint: Checkpoint, paths: Sequence[Path]) -> Vocabulary:

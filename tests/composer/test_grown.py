@@ -11,6 +11,7 @@ from composer.errors import Mismatch
 from composer.findings import Severity
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge, run_merge
+from composer.merge.rebuild import rebuild
 from tests.composer.adapted import assert_all_close, change_tensors, logits
 from tests.composer.tiny import MakeModel, load_model
 
@@ -61,6 +62,7 @@ def test_a_grown_vocabulary_is_merged_with_its_rows_config_and_tokenizer(
     expected = peft_grown(base, adapter)
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
     run_merge(plan, tmp_path / "merged", device="cpu")
+    assert rebuild(plan, tmp_path / "merged").different == ()
     merged = load_model(tmp_path / "merged")
     assert_all_close(merged.state_dict(), expected, 1e-6)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == GROWN
