@@ -17,7 +17,8 @@ _Touch = tuple[str, Delta]  # adapter name, what it does
 def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> list[Finding]:
     """Hard conflicts between adapters, and between an adapter and a tied weight.
 
-    `settings["tied"]` is `auto` (default), `untie`, `shared` or `refuse`. Error codes: replacement_conflict,
+    `settings["tied"]` is `auto` (default), `untie`, `shared` or `refuse`; with `settings["sequential"]` the adapters
+    come one after the other. Error codes: replacement_conflict,
     replacement_and_delta, two_rescale, changed_base, token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch,
     shape_conflict. Notices: tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that
     also has a low-rank pair.
@@ -33,7 +34,7 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
             touches[delta.weight, side].append((adapter.name, delta))
     findings: list[Finding] = []
     for (weight, _), touching in touches.items():
-        findings += _check_weight(weight, touching)
+        findings += _check_weight(weight, touching, in_order=bool(settings.get("sequential")))
     one_sided = [
         (name, delta)
         for touching in touches.values()
@@ -57,7 +58,7 @@ def served_by_twin(delta: Delta) -> bool:
     return delta.twin and is_head(delta.module)
 
 
-def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
+def _check_weight(weight: str, touching: list[_Touch], *, in_order: bool) -> list[Finding]:
     replacing = [(name, delta) for name, delta in touching if isinstance(delta, Replacement)]
     adding: list[tuple[str, Additive]] = [
         (name, delta) for name, delta in touching if not isinstance(delta, Replacement)
@@ -71,10 +72,12 @@ def _check_weight(weight: str, touching: list[_Touch]) -> list[Finding]:
     places: dict[int, list[tuple[str, Additive]]] = defaultdict(list)  # the experts of a stack are places of their own
     for name, delta in adding:
         places[delta.begin].append((name, delta))
-    return findings + [finding for place in places.values() for finding in _check_place(weight, place)]
+    return findings + [
+        finding for place in places.values() for finding in _check_place(weight, place, in_order=in_order)
+    ]
 
 
-def _check_place(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
+def _check_place(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order: bool) -> list[Finding]:
     shapes = [(name, delta.stored_shape) for name, delta in adding]  # two adapters may have the same name
     if len({shape for _, shape in shapes}) > 1:
         code = "vocabulary_mismatch" if is_vocabulary(adding[0][1].module) else "shape_conflict"
@@ -84,7 +87,7 @@ def _check_place(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fi
         why = " Their configs differ in how it is stored (fan_in_fan_out), which a base tells." if turned else ""
         message = f"The adapters were trained for different shapes of {weight}: {sizes}.{why}"
         return [_error(code, adding[0][1].module, message)]
-    return _check_order(weight, adding) + _check_rows(weight, adding)
+    return _check_order(weight, adding, in_order=in_order) + _check_rows(weight, adding)
 
 
 def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
@@ -98,16 +101,16 @@ def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fin
     return []
 
 
-def _check_order(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
-    """Two deltas that each rescale the base's own weight were trained in no common order; one that drops a part of it
-    leaves no base that another was trained on."""
+def _check_order(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order: bool) -> list[Finding]:
+    """Two deltas that each rescale the base's own weight were trained in no common order, unless the user states one
+    (`in_order`); one that drops a part of it leaves no base that another was trained on."""
     alone = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.alone]
     if alone and len({name for name, _ in adding}) > 1:
         name, delta = alone[0]
         message = f"{name} drops directions of {weight} (KaSA), which other adapters were trained with."
         return [_error("changed_base", delta.module, message)]
     reading = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.rescales]
-    if len(reading) < 2:
+    if len(reading) < 2 or in_order:
         return []
     names = " and ".join(name for name, _ in reading)
     message = f"{names} each rescale {weight} (DoRA, OFT, …): one after the other is another function in either order."

@@ -1,7 +1,8 @@
 """What one adapter adds to one weight.
 
-Whatever the adapter's type, merging is W + Σ w_i Δ_i(W): a sum over deltas that are taken from the base's own W. Most
-deltas are a short product of factors; the others are computed row by row, some of them with a look at W (DoRA, OFT, …).
+Whatever the adapter's type, merging is W + Σ w_i Δ_i(W): a sum over deltas that are taken from the base's own W or,
+where an order is stated, each from W plus those before it. Most deltas are a short product of factors; the others are
+computed row by row, some of them with a look at W (DoRA, OFT, …).
 
 Shapes: O outputs and I inputs of the module, R rank. A weight is stored O x I by `nn.Linear`; by GPT-2's `Conv1D` and
 by `nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary. A stored tensor of more

@@ -52,7 +52,11 @@ _NEXT_STEPS = {
     "tied_both_sides": "Choose --set tied=untie; in a recipe, settings: {tied: untie}.",
     "replacement_conflict": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
     "replacement_and_delta": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
-    "two_rescale": "Leave all but one of them out.",
+    "two_rescale": (
+        "Leave all but one of them out, or merge them in the order in which you give them: --sequential (in a recipe, "
+        "settings: {sequential: true}), with the method stack or linear."
+    ),
+    "missing_part": "Save it again with PEFT (save_pretrained), which writes every part of it.",
     "changed_base": "Leave it out, or all others.",
     "token_conflict": "Leave one of the two out.",
     "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",

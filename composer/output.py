@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from composer.errors import Interrupted, RefusedOutput
-from composer.formats.checkpoint import INDEX_FILE, contained
+from composer.formats.checkpoint import INDEX_FILE
 from composer.formats.header import PICKLE_SUFFIXES
 
 NOTE_FILE = "adaptory.json"
@@ -169,11 +169,6 @@ def _is_side_file(file: Path) -> bool:
     if file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json") or not file.is_file():
         return False
     return file.stat().st_size <= _SIDE_FILE_BYTES
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    for name in side_files(source):
-        shutil.copyfile(contained(source, name), target / name)
 
 
 def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:

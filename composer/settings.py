@@ -115,6 +115,9 @@ _OURS: dict[str, _Setting] = {
     "protect": ((), _positions),
     "protect_side": ("both", _one_of("both", "input", "output")),
 }
+_SEQUENTIAL: dict[str, _Setting] = {"sequential": (False, _truth)}
+_LEFT_OUT = frozenset(_SEQUENTIAL)
+"""At their defaults these are not there, so that locks have the digests that they had before there were such."""
 _STEPS: dict[tuple[str, str], dict[str, _Setting]] = {
     ("sparsify", "magnitude"): {"density": (0.2, _share), "scope": ("tensor", _one_of("tensor", "model"))},
     ("sparsify", "dare"): {"density": (0.5, _share), **_SEED},
@@ -187,7 +190,7 @@ def _settings_of(name: str, pipeline: Pipeline) -> dict[str, _Setting]:
     if pipeline.fitted:
         return {**_EVERY, **_FITTED}
     steps = [(step, getattr(pipeline, step)) for step in ("calibrate", "space", "sparsify", "combine")]
-    known = {**_EVERY, **_OURS}
+    known = {**_EVERY, **_OURS, **(_SEQUENTIAL if pipeline == Pipeline() else {})}
     for step in steps:
         known |= _STEPS.get(step, {})
     return known | ({"normalize": (False, _truth)} if name == "linear" else {})
@@ -225,7 +228,7 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
             message = f"The setting {name} is {shown(value)}."
             raise NotSupported("bad_setting", message, subject=name, next_step=f"It is {error}.") from error
     _check_together(method, parsed)
-    return parsed
+    return {name: value for name, value in parsed.items() if name not in _LEFT_OUT or value != known[name][0]}
 
 
 def _check_together(method: str, parsed: Mapping[str, object]) -> None:

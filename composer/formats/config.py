@@ -10,7 +10,7 @@ from composer.errors import InvalidFile, NotSupported
 from composer.formats.by_path import ByPath, is_plain
 from composer.formats.parts import Options
 from composer.formats.patterns import compiled
-from composer.formats.types import MERGE_NEXT, REFUSED, TYPES, AdapterType
+from composer.formats.types import MERGE_NEXT, MERGED_BY_PEFT, REFUSED, TYPES, AdapterType
 from composer.text import LONE_SURROGATE, Twice, has_more_values, shown, unique
 
 _CONFIG_FILE = "adapter_config.json"
@@ -228,7 +228,8 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
 def _refused_type(config: AdapterConfig) -> Refusal | None:
     if config.peft_type not in TYPES:
         why = REFUSED.get(config.peft_type, "this version does not know it")
-        return Refusal(f"{shown(config.peft_type)}: {why}", "Serve it with PEFT itself, or train a LoRA.")
+        done = "Merge it into its base" if config.peft_type in MERGED_BY_PEFT else "Serve it"
+        return Refusal(f"{shown(config.peft_type)}: {why}", f"{done} with PEFT itself, or train a LoRA.")
     option, why = TYPES[config.peft_type].needs
     if not option or config.options[option]:
         return None

@@ -24,7 +24,7 @@ _PARTS = (
     (re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$"), "magnitude"),
     (re.compile(r"\.(oft_R|gralora_[AB]_general|supertuning_lora_[AB])(?:\.default)?\.weight$"), r"\1"),
     (re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$"), TOKENS),
-    (re.compile(r"\.base_layer\.(weight|bias)$"), r"base_layer.\1"),
+    (re.compile(r"(?:\.token_adapter)?\.base_layer\.(weight|bias)$"), r"base_layer.\1"),
     (re.compile(r"\.modules_to_save(?:\.default)?\.([^.]+)$"), r"\1"),
     (re.compile(r"\.original_module\..*$"), "ignored"),
     (re.compile(r"\.lora_velora_embed.*$|\.lora_monteclora_sampler\..*$"), "ignored"),

@@ -234,6 +234,13 @@ def supertuning(shapes: Shapes, options: Options, base: Size) -> Size:
     return lora("supertuning_lora_", shapes, options, base)
 
 
+def shira(shapes: Shapes, options: Options, base: Size) -> Size:
+    """weight (n) and its places (2, n): rows, then columns."""
+    (count,) = _dims(shapes, "shira_weight", 1)
+    _require(_dims(shapes, "shira_indices", 2) == (2, count), shapes, "shira_weight", "shira_indices")
+    return base
+
+
 def _dims(shapes: Shapes, name: str, count: int) -> Shape:
     """Only AdaLoRA's budget can leave a module nothing at all."""
     _require(len(shapes[name]) == count and (0 not in shapes[name] or name.startswith("lora_")), shapes, name)

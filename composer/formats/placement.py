@@ -28,7 +28,7 @@ from composer.formats.parts import Size
 from composer.formats.patterns import matches_whole
 from composer.formats.placed import NORMED_EMBEDDINGS, WHOLE_KINDS, Placed, PlacedModule, Placement, bias_of, by
 from composer.formats.targeting import surely_untargeted
-from composer.formats.types import RETIRED_PARTS, TYPES, AdapterType
+from composer.formats.types import RETIRED_PARTS, TYPES, UNSAVED_PARTS, AdapterType
 
 
 def place(config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter") -> Placed:
@@ -118,7 +118,8 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     try:
         made_for = kind.fits(shapes, placement.config.options_for(module), size)
     except KeyError as missing:
-        placement.error("missing_part", module, f"{module} has {', '.join(own)}, but no {missing.args[0]}.")
+        why = "".join(f": {reason}" for part, reason in UNSAVED_PARTS.items() if part == missing.args[0])
+        placement.error("missing_part", module, f"{module} has {', '.join(own)}, but no {missing.args[0]}{why}.")
     except ValueError as wrong:
         placement.error("shape_mismatch", module, f"{module} has {wrong}.")
     else:

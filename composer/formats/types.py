@@ -182,6 +182,9 @@ TYPES: dict[str, AdapterType] = {
         ignored=("sparsity", "select_top", "lora_dropout"),
         needs=("save_precomputed_indices", "its places were not saved, and another copy of the base has others"),
     ),
+    "SHIRA": AdapterType(
+        ("shira_weight", "shira_indices"), parts.shira, ignored=("r", "mask_type", "random_seed")
+    ),
     "TRAINABLE_TOKENS": AdapterType((), lambda shapes, options, base: base, ignored=("token_indices",)),
 }  # fmt: skip
 """LORA has a placement of its own (composer.formats.placement); TRAINABLE_TOKENS has only the tokens' rows."""
@@ -193,6 +196,11 @@ RETIRED_PARTS = {
     )
 }
 """Part -> why adapters that have it cannot be read, and what can be done."""
+
+UNSAVED_PARTS = {
+    "shira_indices": "the places of its values were not saved, and another machine draws others",
+}
+"""Part -> why nothing can be made of the others without it."""
 
 _PROMPT = "it is a prompt, not a change of weights"
 _ROUTED = "it chooses by input, which no weight can express"
@@ -211,10 +219,13 @@ REFUSED: dict[str, str] = {
         _PROMPT,
     ),
     **dict.fromkeys(("XLORA", "POLY", "LILY", "SHADOW", "MIXED", "ARROW"), _ROUTED),
-    **dict.fromkeys(("OSF", "PSOFT", "ADAMSS", "TINYLORA", "DEFT", "FROD", "PEANUT", "GLORA"), _DECOMPOSED),
+    **dict.fromkeys(("OSF", "PSOFT", "ADAMSS", "TINYLORA", "FROD", "PEANUT"), _DECOMPOSED),
     **dict.fromkeys(("LN_TUNING", "BEFT"), "it trains norms or biases themselves, which is not read yet"),
     "WAVEFT": "the places of its coefficients are drawn from a seed and not saved",
-    "SHIRA": "its mask is drawn again from the base and not saved",
+    "GLORA": "it scales the base's weights, and changes a bias by a product with them, which is not read yet",
+    "DEFT": "it replaces a subspace of what the base's weights put out, which is not read yet",
     "BONE": "it was replaced by MiSS; PEFT converts it",
 }
 """Type -> why no merge can be true to it."""
+MERGED_BY_PEFT = frozenset({"LN_TUNING", "BEFT", "GLORA", "DEFT"})
+"""Types that change weights, but are not read here."""

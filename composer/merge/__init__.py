@@ -14,7 +14,7 @@ from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.resume import Journal
 from composer.merge.shards import write_shards
 from composer.merge.survival import Survival, swallowed, whole
-from composer.output import NOTE_FILE, copy_side_files, write_json, writing_aside
+from composer.output import NOTE_FILE, write_json, writing_aside
 from composer.settings import PIPELINES
 from composer.tensors import torch_device
 
@@ -72,7 +72,7 @@ def run_merge(
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
         refuse_changed(plan.inputs)
         # Last, since shards have their full size from the start: without these, nothing loads what a kill leaves.
-        copy_side_files(plan.checkpoint.path, aside)
+        plan.vocabulary.copy_side_files(plan.checkpoint.path, aside)
         write_json(aside / "config.json", plan.config)
         if plan.checkpoint.index is not None:
             write_json(aside / INDEX_FILE, index_of(plan))

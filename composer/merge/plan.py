@@ -24,6 +24,7 @@ from composer.hashing import Identity, identities
 from composer.inputs import AdapterUse, adapter_use, files_of
 from composer.merge.chunks import TensorPlan
 from composer.merge.dequantized import Dequantized, dequantized
+from composer.merge.grown import Vocabulary, grown_vocabulary, refuse_uneven, with_new_rows
 from composer.merge.quantization_gap import quantized_bases
 from composer.merge.shards import ShardPlan
 from composer.methods import combine_deltas
@@ -55,6 +56,7 @@ class MergePlan:
     adapters: tuple[AdapterUse, ...]
     findings: tuple[Finding, ...]
     inputs: Mapping[Path, Identity]
+    vocabulary: Vocabulary
     rounding: Rounding = field(default_factory=Rounding)
 
     @property
@@ -107,20 +109,26 @@ def plan_merge(
         )
     parsed = parse_settings(method, settings or {})
     source = dequantized(checkpoint)
+    vocabulary = grown_vocabulary(checkpoint, [path for path, _ in adapters])
     files = [*checkpoint.shards, "config.json", INDEX_FILE, *side_files(checkpoint.path)]
-    inputs = identities([contained(checkpoint.path, file) for file in files] + files_of(path for path, _ in adapters))
+    own = [contained(checkpoint.path, file) for file in files]
+    inputs = identities([*own, *files_of(path for path, _ in adapters), *vocabulary.tokenizer_files])
     with ThreadPoolExecutor(1, "hash") as hashing:
         uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
-        loaded = [_tokens_on_own_head(checkpoint, load_deltas(path, checkpoint.architecture)) for path, _ in adapters]
+        read = [load_deltas(path, vocabulary.architecture) for path, _ in adapters]
+    loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, one), vocabulary) for one in read]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
+    refuse_uneven(vocabulary, deltas, head)
+    layout = _Layout(checkpoint, source, deltas, head, None if dtype is None else _DTYPES[dtype], vocabulary.rows)
+    untied = head is not None or checkpoint.own_head is not None
     return MergePlan(
         checkpoint=checkpoint,
-        shards=_plan_shards(_Layout(checkpoint, source, deltas, head, None if dtype is None else _DTYPES[dtype])),
-        config=_config(source.config, head is not None or checkpoint.own_head is not None, dtype),
+        shards=_plan_shards(layout),
+        config=_config(source.config, untied, dtype, vocabulary.rows),
         dtype=dtype,
         method=method,
         settings={**parsed, "tied": combined.tied},
@@ -128,23 +136,26 @@ def plan_merge(
         findings=(
             *combined.findings,
             *(finding for one in loaded for finding in one.placed.findings if finding.code in _READ_OTHERWISE),
-            *_missing_tokenizer(checkpoint.path),
+            *(vocabulary.findings() or _missing_tokenizer(checkpoint.path)),
             *quantized_bases(checkpoint, loaded),
         ),
         inputs=inputs,
+        vocabulary=vocabulary,
         rounding=rounding or Rounding(),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What decides the output's tensors: the base's, what is done to them, an untied head, and a dtype for all."""
+    """What decides the output's tensors: the base's, what is done to them, an untied head, a dtype for
+    all, and the rows of a vocabulary that grows (0: it does not)."""
 
     checkpoint: Checkpoint
     dequantized: Dequantized
     deltas: Mapping[str, Sequence[Delta]]
     head: str | None
     dtype: str | None
+    vocabulary: int
 
     def sources(self, header: Header) -> dict[str, tuple[Path, TensorEntry]]:
         """By output name, for one of the base's files: an untied head lies beside the embedding it came from."""
@@ -170,6 +181,9 @@ class _Layout:
         """Raises NotSupported for a tensor that nothing can be added to."""
         decoded = self.dequantized.tensors.get(name)
         spec = stored if decoded is None else TensorSpec(decoded.dtype, decoded.shape)
+        whole = [delta for delta in self.deltas.get(name, ()) if isinstance(delta, Replacement)]
+        if self.vocabulary and whole:
+            spec = replace(spec, shape=tuple(whole[0].tensor.shape))
         adding = any(not isinstance(delta, Replacement) for delta in self.deltas.get(name, ()))
         if adding and spec.dtype not in FLOAT_DTYPES:
             message = f"{name} is stored as {spec.dtype}, which nothing can be added to."
@@ -200,12 +214,15 @@ def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
     return tuple(shards)
 
 
-def _config(config: Mapping[str, Any], untied: bool, dtype: str | None) -> dict[str, Any]:
-    """The base's, and that of a language model within it: where it says how it is tied or stored, it says it anew."""
+def _config(config: Mapping[str, Any], untied: bool, dtype: str | None, vocabulary: int) -> dict[str, Any]:
+    """The base's, and that of a language model within it: where it says how it is tied or stored, or how many tokens it
+    has, it says it anew."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     new: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     new |= {} if dtype is None else {key: str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix("torch.")}
     told: dict[str, Any] = {**config, **new}
+    new |= {"vocab_size": vocabulary} if vocabulary else {}
+    told |= {"vocab_size": vocabulary} if vocabulary and "vocab_size" in config else {}
     for name, inner in config.items():
         if name.endswith("_config") and isinstance(inner, Mapping):
             own = cast("Mapping[str, Any]", inner)
@@ -268,7 +285,8 @@ def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None
     """PEFT saves a base weight beside an adapted embedding. If it is not this base's, the adapter fits another."""
     for weight, copy in adapter.base_copies.items():
         base = map_tensor(*checkpoint.locate(weight))
-        same = all(torch.equal(a.float(), b.float()) for a, b in zip(base.split(4096), copy.split(4096), strict=True))
+        known = copy[: len(base)]  # of a grown vocabulary the copy has the new tokens' rows too
+        same = all(torch.equal(a.float(), b.float()) for a, b in zip(base.split(4096), known.split(4096), strict=True))
         if not same:
             message = f"{adapter.name} brings a {weight} that differs from the base's: it was trained on another base."
             raise Mismatch(

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from composer.errors import InvalidFile, Mismatch
-from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained, read_json
+from composer.formats.checkpoint import INDEX_FILE, Checkpoint, read_json
 from composer.formats.header import PICKLE_SUFFIXES, TensorEntry
 from composer.formats.layouts import CONFIG_FILE, WEIGHTS_FILE
 from composer.hashing import hash_file
@@ -27,7 +27,7 @@ from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
 from composer.merge.ranges import Range, copied_ranges, equal, pieces
 from composer.merge.shards import Progress, ShardPlan
 from composer.merge.source import Source, source_rows
-from composer.output import NOTE_FILE, side_files
+from composer.output import NOTE_FILE
 from composer.rounding import Rounding, parse_rounding
 from composer.settings import PIPELINES
 from composer.tensors import torch_device, torch_threads
@@ -154,7 +154,7 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
     """
     found = [
         *_texts(plan, merged),
-        *_side_files(plan.checkpoint.path, merged),
+        *_side_files(plan, merged),
         *_more_weights(plan, merged),
         *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
     ]
@@ -181,9 +181,10 @@ def _other_json(path: Path, expected: Mapping[str, Any]) -> str:
     return "" if same else "has other contents"
 
 
-def _side_files(base: Path, merged: Path) -> list[FileDifference]:
-    """What a merge copies besides weights must be the base's; what a release adds to it (a card) is not looked at."""
-    return [FileDifference(name, 0, 0, _other_copy(merged / name, contained(base, name))) for name in side_files(base)]
+def _side_files(plan: MergePlan, merged: Path) -> list[FileDifference]:
+    """What a merge copies besides weights must be the same; what a release adds to it (a card) is not looked at."""
+    files = plan.vocabulary.side_files(plan.checkpoint.path)
+    return [FileDifference(name, 0, 0, _other_copy(merged / name, file)) for name, file in files.items()]
 
 
 def _other_copy(path: Path, original: Path) -> str:

@@ -1,4 +1,4 @@
-"""Sums of deltas, exact and without a dense matrix: the factors are put side by side."""
+"""Sums of deltas, exact and without a dense matrix: the factors are put side by side; or one after the other."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,3 +27,32 @@ def side_by_side(deltas: Sequence[Additive], weights: Sequence[float]) -> list[A
 def scaled(delta: Computed, weight: float) -> Computed:
     """The delta times its weight; itself for the weight 1."""
     return delta if weight == 1 else replace(delta, rows=lambda W_MN, begin: delta.rows(W_MN, begin) * weight)
+
+
+def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Computed:
+    """The deltas of one place, each with its weight, as one delta: those of a step are taken from W plus all that the
+    steps before it added. That is what merging adapter after adapter gives, without its rounding in between."""
+    deltas = [delta for step in steps for delta, _ in step]
+    first, computed = deltas[0], [delta for delta in deltas if isinstance(delta, Computed)]
+
+    def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
+        added_MN = torch.zeros_like(W_MN)
+        for step in steps:
+            now_MN = W_MN + added_MN
+            for delta, weight in step:
+                added_MN += weight * _rows(delta, now_MN, begin)
+        return added_MN
+
+    return Computed(
+        first.module, first.weight, first.stored_shape, rows, reads_base=True, rescales=True,
+        whole=any(delta.whole for delta in computed), tied=first.tied, twin=first.twin, begin=first.begin,
+        layout=first.layout, kernel=first.kernel, stacked=first.stacked,
+        sets_rows=frozenset[int]().union(*(delta.sets_rows for delta in computed)),
+    )  # fmt: skip
+
+
+def _rows(delta: Additive, W_MN: torch.Tensor, begin: int) -> torch.Tensor:
+    if isinstance(delta, Computed):
+        return delta.rows(W_MN, begin)
+    left_MR, right_RN = delta.stored_factors(W_MN.dtype)
+    return left_MR[begin : begin + len(W_MN)].to(W_MN.device) @ right_RN.to(W_MN.device)

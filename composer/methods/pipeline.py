@@ -14,7 +14,7 @@ from composer.errors import NotSupported
 from composer.methods.basis import Basis, Pair, basis_of, canonical, factored, no_factors, pair_of
 from composer.methods.calibrate import cancellation, norm_of, pico, restored, restoring_factor
 from composer.methods.join import Join, joined, sce, sce_weights
-from composer.methods.linear import scaled, side_by_side
+from composer.methods.linear import one_after_the_other, scaled, side_by_side
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, product, triples, tsv
@@ -122,6 +122,8 @@ def run(
     if pipeline.compress and rank is None and energy is None:
         rank = _usual_rank(place)
     compressing = rank is not None or energy is not None
+    if settings.get("sequential") and not compressing and _reads_base(place):
+        return [_in_order(pipeline, place, settings)], None
     if pipeline.space == "full" or (compressing and _plain(pipeline) and _without_factors(place)):
         deltas, lost = _in_full(pipeline, place, settings, selections, (rank, energy) if compressing else None)
     elif pipeline.space == "factors" and not compressing:
@@ -188,10 +190,28 @@ def _named(like: Additive, pair: Pair) -> LowRank:
     )
 
 
-def _summed(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> list[Additive]:
-    weights = place.weights
+def _reads_base(place: Place) -> bool:
+    return any(isinstance(part.delta, Computed) and part.delta.reads_base for part in place.parts)
+
+
+def _in_order(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> Computed:
+    """Each adapter's deltas from what the adapters before it made of the base: only what reads the base is another
+    delta for that. The weights are the last ones, since such a delta is not simply scaled."""
+    steps: dict[int, list[tuple[Additive, float]]] = {}
+    factor = cast(float, settings["lambda"])
+    for part, weight in zip(place.parts, _weights(pipeline, place, settings), strict=True):
+        steps.setdefault(part.adapter, []).append((part.delta, weight * factor))
+    return one_after_the_other(list(steps.values()))
+
+
+def _weights(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> list[float]:
     if pipeline.combine == "mean" or settings.get("normalize"):
-        weights = [weight / divisor(place.total) for weight in weights]
+        return [weight / divisor(place.total) for weight in place.weights]
+    return place.weights
+
+
+def _summed(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> list[Additive]:
+    weights = _weights(pipeline, place, settings)
     if place.norm is not None:  # that of the sum
         return side_by_side([part.delta for part in place.parts], weights)
     return [_times(part.delta, weight) for part, weight in zip(place.parts, weights, strict=True)]
@@ -258,7 +278,7 @@ def _in_full(
 ) -> tuple[list[Additive], Compression | None]:
     """Entry by entry, so without factors: made row by row when they are written, or compressed here."""
     first = place.parts[0].delta
-    reading = any(isinstance(part.delta, Computed) and part.delta.reads_base for part in place.parts)
+    reading = _reads_base(place)
     if budget is not None and reading:
         raise no_factors(place.module)
     if budget is not None:

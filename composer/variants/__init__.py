@@ -57,6 +57,7 @@ _TYPES: dict[str, Read] = {
     "FOURIERFT": spectral.fourierft,
     "C3A": spectral.c3a,
     "SUPERTUNING": spectral.supertuning,
+    "SHIRA": spectral.shira,
 }
 NAME_BASE = "Name the base that it was trained on: --base."
 

@@ -16,6 +16,8 @@ from composer.formats.facts import Adapter
 from composer.formats.placed import PlacedModule
 from composer.tensors import map_tensor
 
+_ALL = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -77,15 +79,19 @@ class Module:
             kernel=placed.shape[2:], twin=placed.twin,
         )  # fmt: skip
 
-    def indices(self, part: str, below: int) -> torch.Tensor:
-        """Whole numbers in [0, below), as int64. Raises InvalidFile for others: a wrong one would read anything."""
-        found = self[part]
-        if found.is_floating_point() or (found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below):
+    def indices(self, part: str, below: int, own: slice = _ALL) -> torch.Tensor:
+        """Whole numbers in [0, below) of some rows of the part, as int64: PEFT on Windows saves them as floats. Raises
+        InvalidFile for others: a wrong one would read anything."""
+        stored = self[part][own]
+        found = stored.long()
+        if not torch.equal(found.to(stored.dtype), stored) or (
+            found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below
+        ):
             key = self.placed.parts[part]
             raise InvalidFile(
                 "bad_index",
-                f"{key} has indices that are not below {below}.",
+                f"{key} has indices that are not whole numbers below {below}.",
                 subject=key,
                 next_step="Save the adapter again, or name the base it was trained on.",
             )
-        return found.long()
+        return found

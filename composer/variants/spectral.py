@@ -1,4 +1,5 @@
-"""Deltas of few numbers, in another basis or in places of their own: FourierFT, C3A, Super-Tuning. W_OI are rows of
+"""Deltas of few numbers, in another basis or in places of their own: FourierFT, C3A, Super-Tuning,
+SHiRA. W_OI are rows of
 the weight."""
 
 import torch
@@ -44,13 +45,33 @@ def supertuning(module: Module) -> list[Delta]:
     scale = (float(options["lora_alpha"]) or 2.0 * rank) / rank if rank else 0.0
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
-        first, last = begin * inputs, (begin + len(W_OI)) * inputs
-        own = (places >= first) & (places < last)
-        delta_OI = W_OI.new_zeros(W_OI.shape)
-        delta_OI.view(-1).index_add_(0, (places[own] - first).to(W_OI.device), values[own].to(W_OI))
+        delta_OI = _scattered(places, values, W_OI, begin)
         if rank:
             A_RI, B_OR = (module[f"supertuning_lora_{side}"].to(W_OI) for side in "AB")
             delta_OI.addmm_(B_OR[begin : begin + len(W_OI)], A_RI, alpha=scale)
         return delta_OI
 
     return [module.computed(rows, reads_base=False)]
+
+
+def shira(module: Module) -> list[Delta]:
+    """Values at saved (row, column) places (arXiv 2406.13175)."""
+    outputs, inputs = module.size
+    rows_K = module.indices("shira_indices", outputs, slice(0, 1))[0]
+    columns_K = module.indices("shira_indices", inputs, slice(1, 2))[0]
+    places, values = rows_K * inputs + columns_K, module["shira_weight"]
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        return _scattered(places, values, W_OI, begin)
+
+    return [module.computed(rows, reads_base=False)]
+
+
+def _scattered(places: torch.Tensor, values: torch.Tensor, W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+    """The rows of W_OI with `values` at `places` of the flat weight, and zeros elsewhere."""
+    columns = W_OI.shape[1]
+    first, last = begin * columns, (begin + len(W_OI)) * columns
+    own = (places >= first) & (places < last)
+    delta_OI = torch.zeros(W_OI.shape, dtype=W_OI.dtype, device=W_OI.device)
+    delta_OI.view(-1).index_add_(0, (places[own] - first).to(W_OI.device), values[own].to(W_OI))
+    return delta_OI

@@ -38,6 +38,9 @@ Rules = Annotated[
         help="Another weight for the N-th adapter in layers or modules: 2:0-9/mlp.*=0.3",
     ),
 ]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="Each adapter on what those before it made: two DoRA of one weight.")
+]
 Require = Annotated[
     str | None,
     typer.Option(
@@ -101,6 +104,7 @@ def merge(  # noqa: PLR0913
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     rounding: Annotated[str, typer.Option(help="To the nearest value, or stochastic.")] = "nearest",
     seed: Annotated[int | None, typer.Option(help="Of stochastic rounding: 0 when left out.")] = None,
+    sequential: Sequential = False,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Take an fp8 or 4-bit base as the values that it stands for.")
     ] = False,
@@ -122,7 +126,7 @@ def merge(  # noqa: PLR0913
         message = "--seed says nothing here: it is for stochastic rounding."
         raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
-    adapters, settings = _weighted(adapter, rule), settings_of(set_)
+    adapters, settings = _weighted(adapter, rule), settings_of(set_, sequential=sequential)
     calibration = local_calibration(method, settings, base, suite, prompts)
     if calibration is not None:
         refuse_uneven(calibration, adapters)
@@ -269,9 +273,9 @@ def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
     return found
 
 
-def settings_of(texts: list[str] | None) -> dict[str, object]:
+def settings_of(texts: list[str] | None, *, sequential: bool = False) -> dict[str, object]:
     """`--set KEY=VALUE`, the value as JSON where it is some, and as text otherwise."""
-    found: dict[str, object] = {}
+    found: dict[str, object] = {"sequential": True} if sequential else {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals:

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoConfig
 
 from composer.errors import InvalidFile, NotSupported, RefusedOutput
-from composer.formats.checkpoint import Checkpoint, open_checkpoint
+from composer.formats.checkpoint import Architecture, Checkpoint, open_checkpoint
 from composer.hashing import hash_checkpoint, hash_file
 from composer.merge import MergePlan, chunks, plan_merge, ranges, run_merge, shards
+from composer.merge.grown import Vocabulary
 from composer.merge.target import Target
-from composer.output import copy_side_files, writing_aside
+from composer.output import writing_aside
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 
@@ -325,7 +326,7 @@ def test_no_link_is_followed_out_of_the_base(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("not yours")
     (base / "tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(InvalidFile, match="leads out of base"):
-        copy_side_files(base, target)
+        Vocabulary(Architecture("", False, {})).copy_side_files(base, target)
 
 
 @pytest.mark.parametrize("device", ["bogus", "cpu:x", "meta"])

@@ -196,6 +196,7 @@ def test_two_dora_adapters_of_one_weight_are_refused(tmp_path: Path, make_model:
     with pytest.raises(Mismatch, match="rescale") as caught:
         plan_merge(open_checkpoint(base), [(one, 1.0), (two, 1.0)])
     assert caught.value.code == "two_rescale"
+    assert "--sequential" in caught.value.next_step
 
 
 def test_kasa_and_anything_else_on_one_weight_are_refused(tmp_path: Path, make_model: MakeModel) -> None:

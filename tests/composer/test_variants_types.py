@@ -83,6 +83,7 @@ LLAMA_CASES: dict[str, peft.PeftConfig] = {
     ),
     "Super-Tuning": peft.SupertuningConfig(sparsity=0.9, **BOTH),
     "Super-Tuning with a pair": peft.SupertuningConfig(sparsity=0.8, select_top=False, r=3, lora_alpha=5, **BOTH),
+    "SHiRA": peft.ShiraConfig(r=2, **BOTH),
     "trained tokens": peft.TrainableTokensConfig(token_indices=[7, 2, 30], target_modules=["embed_tokens"]),
 }
 GPT2_CASES: dict[str, peft.PeftConfig] = {
@@ -199,6 +200,32 @@ def test_what_another_machine_would_draw_differently_is_refused(
     with pytest.raises(NotSupported, match=option) as caught:
         load_deltas(adapter, open_checkpoint(base).architecture)
     assert f"{option}=True" in caught.value.next_step
+
+
+def test_shira_without_its_indices_is_refused_with_that_reason(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["SHiRA"], tmp_path / "adapter")
+    change_tensors(adapter, lambda all_: {key: one for key, one in all_.items() if "indices" not in key})
+    with pytest.raises(Mismatch, match="no shira_indices: the places of its values were not saved") as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert caught.value.code == "missing_part"
+    assert "save_pretrained" in caught.value.next_step
+
+
+def test_indices_that_peft_saved_as_floats_on_windows_are_read_and_others_refused(
+    tmp_path: Path, make_model: MakeModel
+) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["SHiRA"], tmp_path / "adapter")
+    expected = peft_merged(base, adapter)
+
+    change_tensors(adapter, lambda all_: {key: one.float() for key, one in all_.items()})
+    merge(base, adapter, tmp_path / "merged")
+    assert_all_close(tensors_in(tmp_path / "merged"), expected, 1e-6)
+    change_tensors(adapter, lambda all_: {key: one + 0.5 if "ind" in key else one for key, one in all_.items()})
+    with pytest.raises(InvalidFile, match="whole numbers") as caught:
+        merge(base, adapter, tmp_path / "wrong")
+    assert caught.value.code == "bad_index"
 
 
 @pytest.mark.parametrize(

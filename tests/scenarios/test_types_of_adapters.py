@@ -1,5 +1,6 @@
 """Adapters that are no plain LoRA are released, found and merged like any other, and said to be what they are."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,16 @@ def test_a_conflict_report_of_unlike_types_says_what_it_cannot_compare(
     assert report["verdict"] in ("unmeasured", "warn")
 
 
-def test_two_adapters_that_rescale_one_weight_are_refused(on_disk: Cli, world: World, tmp_path: Path) -> None:
+def test_two_adapters_that_rescale_one_weight_need_a_stated_order(on_disk: Cli, world: World, tmp_path: Path) -> None:
     dora, oft = (save_adapted(world.base, KINDS[kind][0], tmp_path / kind) for kind in ("dora", "oft"))
-    ran = on_disk("merge", "--base", world.base, "--adapter", dora, "--adapter", oft, "-o", tmp_path / "merged")
+    merge = ("merge", "--base", world.base, "--adapter", dora, "--adapter", oft, "-o", tmp_path / "merged")
+    ran = on_disk(*merge)
     assert ran.code != 0
     assert "each rescale" in ran.err
+    assert "--sequential" in ran.err
     assert not (tmp_path / "merged").exists()
+    on_disk.ok(*merge, "--sequential")
+    assert json.loads((tmp_path / "merged" / "adaptory.json").read_text())["settings"]["sequential"] is True
 
 
 def test_a_change_of_type_needs_a_major_bump(embedded: Cli, world: World, tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""A vocabulary that an adapter has grown: its file holds every row of the tensors that have one a token.
+
+Shapes: V rows of the base's vocabulary, D columns.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from composer.delta import Computed, Delta, Replacement
+from composer.errors import Mismatch
+from composer.findings import Finding, Severity
+from composer.formats.checkpoint import Architecture, Checkpoint, contained
+from composer.formats.facts import Adapter, read_adapter
+from composer.formats.header import FLOAT_DTYPES
+from composer.formats.naming import TOKENS, Target, find_weight, is_vocabulary, split_key
+from composer.formats.tying import embedding_tensors, head_tensors
+from composer.output import side_files
+from composer.tensors import Aside, map_tensor
+from composer.variants import LoadedAdapter
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+)  # fmt: skip
+_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What adapters make of the base's vocabulary. `architecture` is the base's, with `rows` in each of `tensors`; 0
+    and none where nothing grows. `tokenizer` is the directory of the adapter that has the new tokens."""
+
+    architecture: Architecture
+    rows: int = 0
+    tensors: tuple[str, ...] = ()
+    tokenizer: Path | None = None
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        there = side_files(self.tokenizer) if self.tokenizer else []
+        return [contained(self.tokenizer, name) for name in TOKENIZER_FILES if name in there] if self.tokenizer else []
+
+    def findings(self) -> list[Finding]:
+        if not self.rows:
+            return []
+        message = f"The vocabulary grows to {self.rows} rows."
+        if not self.tokenizer_files:
+            message += " The adapter has no tokenizer, and the base's does not know the new tokens: save it there."
+            return [Finding("no_tokenizer", Severity.WARNING, "tokenizer", message)]
+        return [Finding("grown_vocabulary", Severity.NOTICE, "tokenizer", message + " The tokenizer is the adapter's.")]
+
+    def side_files(self, base: Path) -> dict[str, Path]:
+        """Name -> file of what lies beside the weights: the base's, with an adapter's own tokenizer in its place."""
+        own = {file.name: file for file in self.tokenizer_files}
+        left_out = TOKENIZER_FILES if own else ()
+        return {name: contained(base, name) for name in side_files(base) if name not in left_out} | own
+
+    def copy_side_files(self, base: Path, target: Path) -> None:
+        for name, file in self.side_files(base).items():
+            shutil.copyfile(file, target / name)
+
+
+def grown_vocabulary(checkpoint: Checkpoint, paths: Sequence[Path]) -> Vocabulary:
+    """The base's vocabulary, or a larger one where adapters hold all rows of it. One that lacks rows is not grown for:
+    its placement on the base says what does not fit."""
+    base = checkpoint.architecture
+    tensors = _vocabulary_tensors(base)
+    if not tensors or checkpoint.own_head is not None:
+        return Vocabulary(base)
+    found = {path: rows for path in paths if (rows := _rows_held(read_adapter(path), base))}
+    sizes = {rows.get(name, 0) for rows in found.values() for name in tensors}
+    if len(sizes) != 1 or 0 in sizes:
+        return Vocabulary(base)
+    (rows,) = sizes
+    larger = {name: replace(base.tensors[name], shape=(rows, *base.tensors[name].shape[1:])) for name in tensors}
+    architecture = replace(base, tensors={**base.tensors, **larger})
+    return Vocabulary(architecture, rows, tensors, next(iter(found)))
+
+
+def _vocabulary_tensors(base: Architecture) -> tuple[str, ...]:
+    """Input embedding and head; nothing where others count the tokens as well, such as a bias of the head."""
+    embeddings = embedding_tensors(base.tensors)
+    tensors = (*embeddings, *(() if base.tied else head_tensors(base.tensors)))
+    if len(embeddings) != 1 or any(base.tensors[name].dtype not in FLOAT_DTYPES for name in tensors):
+        return ()
+    rows = base.tensors[embeddings[0]].shape[:1]
+    known = {*tensors, *head_tensors(base.tensors)}
+    others = (name for name in base.tensors.keys() - known if not any(part.isdecimal() for part in name.split(".")))
+    same = all(base.tensors[name].shape[:1] == rows for name in tensors)
+    return tensors if same and not any(base.tensors[name].shape[:1] == rows for name in others) else ()
+
+
+def _rows_held(adapter: Adapter, base: Architecture) -> dict[str, int]:
+    """Tensor -> its rows, where the file has more than the base, and each that the base has not."""
+    found: dict[str, int] = {}
+    for key, entry in adapter.header.tensors.items():
+        split = split_key(key)
+        target = find_weight(split.module, "weight", base) if is_vocabulary(split.module) else None
+        if not isinstance(target, Target) or split.part not in ("weight", TOKENS):
+            continue
+        count = base.tensors[target.weight].shape[0]
+        rows = entry.spec.shape[0] if split.part == "weight" and entry.spec.shape else 0
+        if split.part == TOKENS:
+            new = sorted(row for row in adapter.config.tokens_of(split.module) if row >= count)
+            rows = count + len(new) if new == list(range(count, count + len(new))) else 0
+        if rows > count:
+            found[target.weight] = rows
+    return found
+
+
+def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vocabulary) -> LoadedAdapter:
+    """The adapter with trained rows of new tokens as the tensor that the base's becomes."""
+    made: dict[str, torch.Tensor] = {}
+    deltas: list[Delta] = []
+    for delta in adapter.deltas:
+        count = checkpoint.architecture.tensors[delta.weight].shape[0] if delta.weight in vocabulary.tensors else 0
+        if not (count and isinstance(delta, Computed) and delta.sets_rows >= set(range(count, vocabulary.rows))):
+            deltas.append(delta)
+            continue
+        if delta.weight not in made:
+            made[delta.weight] = _extended(map_tensor(*checkpoint.locate(delta.weight)), delta, vocabulary.rows)
+        deltas.append(Replacement(delta.module, delta.weight, made[delta.weight], delta.tied, delta.twin))
+    return replace(adapter, deltas=tuple(deltas)) if made else adapter
+
+
+def _extended(base_VD: torch.Tensor, delta: Computed, rows: int) -> torch.Tensor:
+    """In at least float32, so that what was trained is rounded once, when it is written."""
+    tensor = torch.zeros(rows, base_VD.shape[1], dtype=torch.promote_types(base_VD.dtype, torch.float32))
+    tensor[: len(base_VD)] = base_VD
+    for begin in range(0, rows, _BLOCK_ROWS):
+        block = tensor[begin : begin + _BLOCK_ROWS]
+        block += delta.rows(block, begin)
+    return Aside().put([tensor])[0]
+
+
+def refuse_uneven(vocabulary: Vocabulary, deltas: Mapping[str, Sequence[Delta]], head: str | None) -> None:
+    """Raise Mismatch where not each tensor of the vocabulary gets all of its rows in the end: an adapter of weight 0, a
+    side that a rule leaves out, differences instead of whole tensors."""
+    names = {*vocabulary.tensors, *([head] if head else [])} if vocabulary.rows else set[str]()
+    for name in sorted(names):
+        whole = [delta for delta in deltas.get(name, ()) if isinstance(delta, Replacement)]
+        if len(whole) != 1 or len(deltas[name]) != 1 or len(whole[0].tensor) != vocabulary.rows:
+            message = f"The vocabulary grows to {vocabulary.rows} rows, and {name} does not get all of them."
+            next_step = "Give the adapter that holds them the weight 1, without rules or replacements=delta for them."
+            raise Mismatch("vocabulary_mismatch", message, subject=name, next_step=next_step)
