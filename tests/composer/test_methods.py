@@ -19,7 +19,8 @@ from tests.composer import dense_methods as dense
 OUTPUTS, INPUTS = 150, 90
 RANKS = (4, 6, 3)
 WEIGHTS = (1.0, 0.5, -0.7)
-METHODS = [name for name, pipeline in PIPELINES.items() if not pipeline.parity and pipeline.calibrate == "none"]
+OF_WEIGHTS = {name: pipeline for name, pipeline in PIPELINES.items() if not pipeline.fitted}
+METHODS = [name for name, pipeline in OF_WEIGHTS.items() if not pipeline.parity and pipeline.calibrate == "none"]
 LOSSLESS = {"density": 1.0, "gamma": 0.0}
 
 
