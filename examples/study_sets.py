@@ -5,7 +5,8 @@
     python examples/study_sets.py --base BASE --adapters ADAPTERS --out ROWS.jsonl
 
 Four examples a member are fitted on; what is kept is measured on others, as they are and with their prompts wrapped in
-two polite sentences. Writes a line of JSON for each set and method, and prints the table of docs/study.md, whose rows are kept in sets.jsonl.
+two polite sentences. Writes a line of JSON for each set and method, and prints the table of docs/study.md, whose rows
+are kept in sets.jsonl.
 """
 
 import argparse
