@@ -119,7 +119,8 @@ class LockedInput:
 class Lock:
     """Everything that decides the result, by digest: two equal locks give the same weights, but for the last bits of a
     method that is fitted. `calibration` has for each input the digests of the examples that it is fitted on. `gates`
-    are those that the recipe did not name: each member against the inputs on its own suite. `method_version` is that of
+    are those that the recipe did not name, each member against the inputs on its own suite; they decide what is
+    published, not what it is, and the digest does not have them. `method_version` is that of
     the method's pipeline; where it is 1 the digest does not have it, so that older locks keep theirs."""
 
     base: str
@@ -133,8 +134,8 @@ class Lock:
     method_version: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        document = self._content()
-        return {**document, "digest": self.digest}
+        gates = {"gates": list(self.gates)} if self.gates else {}
+        return {**self._content(), **gates, "digest": self.digest}
 
     @property
     def digest(self) -> str:
@@ -161,7 +162,6 @@ class Lock:
             "inputs": inputs,
             **_rounding_json(self.rounding),
             **({"calibration": list(self.calibration)} if self.calibration else {}),
-            **({"gates": list(self.gates)} if self.gates else {}),
             **({"method_version": self.method_version} if self.method_version > 1 else {}),
         }
 
