@@ -68,20 +68,21 @@ class Spectrum:
         usual = self.norm / sqrt(entries) if entries else 0.0
         return [module.module for module in self.modules if module.norm < NEAR_ZERO * usual * sqrt(module.entries)]
 
-    def hints(self) -> list[Finding]:
+    def hints(self, known: Sequence[Finding] = ()) -> list[Finding]:
         """What the next training run could save: notices, since no measurement says what a lower rank would cost. And
-        zero_delta, for an adapter that adds nothing."""
-        found = [] if self.norm else zero_deltas("The adapter", [row.module for row in self.modules], len(self.modules))
+        zero_delta, for an adapter that adds nothing, unless that is `known`."""
+        idle = not self.norm and not any(one.code == "zero_delta" for one in known)
+        found = zero_deltas("The adapter", [row.module for row in self.modules], len(self.modules)) if idle else []
         if self.norm and self.rank_95 * 2 <= self.rank_max:
             message = (
                 f"Rank {self.rank_max}, but 95 % of the energy is in {self.rank_95} and 99 % in {self.rank_99}: "
                 "a lower rank may do."
             )
             found.append(Finding("rank_unused", Severity.NOTICE, "rank", message, self.rank_95))
-        if idle := self.near_zero:
-            named = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
-            message = f"{len(idle)} of {len(self.modules)} modules are near zero: {named}. These targets were wasted."
-            found.append(Finding("near_zero_modules", Severity.NOTICE, idle[0], message, len(idle)))
+        if near := self.near_zero:
+            named = ", ".join(near[:5]) + (f" and {len(near) - 5} more" if len(near) > 5 else "")
+            message = f"{len(near)} of {len(self.modules)} modules are near zero: {named}. These targets were wasted."
+            found.append(Finding("near_zero_modules", Severity.NOTICE, near[0], message, len(near)))
         return found
 
     def summary(self) -> dict[str, Any]:

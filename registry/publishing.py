@@ -245,7 +245,7 @@ def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card
     servers, loading = judge(seen.adapter.config, seen.facts, seen.placed)
     return _Seen(
         facts=_presentable(facts),
-        findings=[*seen.findings, *(used.hints() if used else [])],
+        findings=[*seen.findings, *(used.hints(seen.findings) if used else [])],
         card=card,
         spectrum=used.to_json() if used else None,
         servers=servers,

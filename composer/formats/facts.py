@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.errors import InvalidFile, became_shorter
 from composer.files import read_bytes
-from composer.findings import Finding, Severity
+from composer.findings import Finding, Severity, zero_deltas
 from composer.formats.checkpoint import contained, missing_weights
 from composer.formats.config import CONFIG_BYTES, AdapterConfig, parse_config
 from composer.formats.header import Header, TensorEntry
@@ -158,7 +158,7 @@ def _side_pair(config: AdapterConfig) -> tuple[int, float]:
 
 
 def health(path: Path, header: Header) -> list[Finding]:
-    """NaN or Inf in a tensor (error `not_finite`), and an adapter that does nothing (warning `zero_adapter`).
+    """NaN or Inf in a tensor (error `not_finite`), and an adapter that does nothing (warning `zero_delta`).
 
     Reads the weights file at `path` in chunks of 4 MiB and judges bit patterns, so that every float format costs the
     same.
@@ -175,8 +175,7 @@ def health(path: Path, header: Header) -> list[Finding]:
         pair = split.module if factor else name
         zero_parts[pair] = zero_parts.get(pair, False) or (zero and factor)
     if zero_parts and all(zero_parts.values()):
-        message = "Every delta of this adapter is zero: it was never trained, or saved before training."
-        findings.append(Finding("zero_adapter", Severity.WARNING, path.name, message))
+        findings += zero_deltas("The adapter", zero_parts, len(zero_parts))
     return findings
 
 

@@ -76,7 +76,7 @@ def _look(directory: Path, architecture: "Architecture | None", servers: Sequenc
     )
     return {
         "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
-        "findings": [finding.to_json() for finding in [*seen.findings, *(used.hints() if used else [])]],
+        "findings": [finding.to_json() for finding in [*seen.findings, *(used.hints(seen.findings) if used else [])]],
         "loads_in": [seen.loads_in(profile) for profile in servers],
     }
 

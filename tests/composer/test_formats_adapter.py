@@ -368,7 +368,7 @@ def test_an_untrained_adapter_is_a_warning_and_half_of_one_is_not(
     )
     assert health_of(adapter) == []
     change_tensors(adapter, lambda ts: {n: torch.full_like(t, zero) if "lora_B" in n else t for n, t in ts.items()})
-    assert [(finding.code, finding.severity) for finding in health_of(adapter)] == [("zero_adapter", Severity.WARNING)]
+    assert [(finding.code, finding.severity) for finding in health_of(adapter)] == [("zero_delta", Severity.WARNING)]
 
 
 @pytest.mark.parametrize("field", ["peft_version", "base_model_name_or_path", "revision"])

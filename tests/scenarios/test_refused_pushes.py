@@ -218,7 +218,7 @@ def test_an_adapter_of_zeros_is_published_with_a_warning(stocked_embedded: Cli, 
     pushed = stocked_embedded.ok("push", directory, "acme/sql:1.0.0", "--base", "tiny", "--json")
     assert "warning: " in pushed.err
     assert "zero" in pushed.err
-    assert [finding["code"] for finding in pushed.json["warnings"]] == ["zero_adapter"]
+    assert [finding["code"] for finding in pushed.json["warnings"]] == ["zero_delta"]
     assert traces(stocked_embedded).releases == ("acme/sql:1.0.0",)
 
 
