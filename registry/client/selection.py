@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from composer.findings import Finding, Severity
+from composer.formats.facts import read_adapter
 from composer.formats.layouts import CONFIG_FILE, WEIGHTS_FILE
 from registry.errors import Invalid, RegistryError, Usage, refuse_errors
 from registry.manifest import ENDS_BYTES, check_path, check_paths, is_zip, refuse_hidden, refuse_pickle, refuse_pickled
@@ -117,6 +118,8 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
     if problems:
         findings = [Finding(one.code, Severity.ERROR, one.subject, one.detail) for one in problems]
         refuse_errors(findings, str(directory), next_step=problems[0].next_step)
+    if not chosen and kind == "adapter":
+        read_adapter(directory)  # says what is there instead: nothing, or an adapter of another layout
     check_paths(chosen)
     return Selection(directory, chosen, tuple(_collapsed(there, set(chosen))))
 

@@ -54,7 +54,7 @@ def test_a_stranger_is_answered_alike_whatever_was_measured_in_private(house: Ho
         tried = [record(house, caller, "other", better) for caller, better in asked]
         tried += [house.ask("stranger", "GET", "/v1/releases", params={"sort": "long.f1"})]
         tried += [house.ask("stranger", "GET", "/v1/suites/long"), house.ask("stranger", "GET", "/v1/suites")]
-        return [(answer.status_code, answer.text) for answer in tried]
+        return [(one.status_code, one.text.replace(one.headers["X-Request-Id"], "")) for one in tried]
 
     before = answers()
     assert record(house, "publisher", "acme", better=True).status_code == 200

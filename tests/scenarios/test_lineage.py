@@ -36,14 +36,14 @@ def recipe(path: Path, version: str, weight: float = 1.0, **changes: Any) -> Pat
 
 def test_plan_show_and_diff_tell_rules_method_and_settings(team: Cli, tmp_path: Path) -> None:
     first = recipe(tmp_path / "recipe.yaml", "1.0.0")
-    planned = team.ok("compose", first, "--plan").out
+    planned = team.ok("compose", first, "--plan", "--wide").out
     assert f"method {HOW}" in planned
     assert "rounding stochastic, seed 0" in planned
     assert "0.3 in layer 0 of q_proj, 0 in v_proj" in planned
 
     team.ok("compose", first)
     for name in ("both", "merged"):
-        shown = team.ok("show", f"acme/{name}:1.0.0").out
+        shown = team.ok("show", f"acme/{name}:1.0.0", "--wide").out
         assert f"{RULED} x acme/sql:1.0.0" in shown
         assert HOW in shown
         assert ("stochastic, seed 0" in shown) is (name == "merged")
@@ -71,7 +71,7 @@ def test_members_are_told_in_the_recipes_order_with_its_method_whatever_was_publ
     turned = yaml.safe_load(recipe(tmp_path / "recipe.yaml", "1.0.0").read_text())["inputs"][::-1]
     team.ok("compose", recipe(tmp_path / "recipe.yaml", "1.0.0", inputs=turned))
     team.ok("compose", recipe(tmp_path / "recipe.yaml", "1.1.0"))
-    shown = team.ok("show", "acme/both:1.0.0").out
+    shown = team.ok("show", "acme/both:1.0.0", "--wide").out
     assert HOW in shown
     assert -1 < shown.index("1 x acme/terraform:1.0.0") < shown.index(f"{RULED} x acme/sql:1.0.0")
     rows = team.json("diff", "acme/both:1.0.0", "acme/both:1.1.0")["composition"]
