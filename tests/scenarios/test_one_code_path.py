@@ -64,7 +64,7 @@ def test_every_command_prints_the_same_documents_and_messages_both_ways(
     embedded, remote = both
     for words in lines:
         ours, theirs = embedded(*words, "--json"), remote(*words, "--json")
-        assert (ours.code, ours.err) == (theirs.code, theirs.err), words
+        assert (ours.code, without_registry(ours.err)) == (theirs.code, without_registry(theirs.err)), words
         assert timeless(ours.json) == timeless(theirs.json), words
         if words[0] not in ("push", "promote", "rollback", "yank"):
             ours, theirs = embedded(*words), remote(*words)
@@ -73,6 +73,11 @@ def test_every_command_prints_the_same_documents_and_messages_both_ways(
         cli.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / name)
     pulled = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("ours", "theirs")]
     assert pulled[0] == pulled[1]
+
+
+def without_registry(text: str) -> str:
+    """A change names the registry that it goes to, and these are two."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("registry: "))
 
 
 def without_moments(text: str) -> str:
