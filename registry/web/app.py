@@ -33,7 +33,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("bases", "router", ("bases",)),
     ("blobs", "router", ("uploads", "blobs")),
     ("compositions", "router", ("compositions",)),
-    ("operations", "router", ("jobs", "audit", "healthz", "readyz")),
+    ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
     ("access", "router", ("whoami", "tokens", "namespaces")),
 )
 """A module, the router in it, and parts of a path that each of its paths has one of."""

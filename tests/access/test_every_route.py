@@ -15,7 +15,7 @@ import pytest
 from registry.access import Role
 from registry.http.routes import Route
 from registry.http.rules import Rule, Where
-from registry.web.app import create_app, routers
+from registry.web.app import ROUTERS, create_app, routers
 from tests import services
 from tests.access.house import (
     CALLERS,
@@ -256,3 +256,12 @@ def _without_ids(text: str, things: Things) -> str:
     for value in (things.sha256, things.announced, things.upload_id, things.namespace):
         text = text.replace(value, "<id>")
     return re.sub(rf"\b({things.job_id}|{things.composition_id})\b", "<n>", text)
+
+
+def test_each_path_has_a_part_that_its_router_is_loaded_by() -> None:
+    """Within a command routers are loaded by the first request that may be meant for them."""
+    for entry in ROUTERS:
+        for prefix, router in routers([entry]):
+            for route in router.routes:
+                assert isinstance(route, Route)
+                assert set(f"{prefix}{route.path}".split("/")) & set(entry[2]), (entry[0], route.path)

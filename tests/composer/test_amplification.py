@@ -66,7 +66,7 @@ def test_a_direction_stronger_than_any_of_the_base_is_named(
     (told,) = [one for one in found.findings if one.code == "amplified" and delta.module in one.subject]
     assert told.measure == pytest.approx(3, rel=0.02)
     assert f"{delta.module} is 3 times as strong" in told.message
-    assert "top direction" in str(tables(found))
+    assert "spectral norm" in str(tables(found))
 
 
 def test_only_as_many_weights_are_looked_at_as_there_is_time_for(
