@@ -255,7 +255,7 @@ def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
         assert push(text, *AUTO, "--channel", "prod").code == 0
     network.loses("POST .*/rollback", reaches=reaches)
     back = stocked("rollback", "acme/sql@prod", "--reason", "incident")
-    assert (back.code, back.err) == (0, ""), back.err
+    assert (back.code, without_registry(back.err)) == (0, ""), back.err
     assert moves(stocked)[:2] == [("rollback", "1.0.1"), ("promote", "1.0.2")]
 
 
@@ -296,7 +296,7 @@ def test_a_move_whose_request_or_answer_was_lost_is_made_once(
     for channel, before in (("prod", [("promote", "1.0.0")]), ("beta", [])):
         network.loses(rf"PUT .*/channels/{channel}", reaches=reaches)
         pushed = push("mine", "acme/sql:1.0.1", "--channel", channel)
-        assert (pushed.code, pushed.err) == (0, ""), pushed.err
+        assert (pushed.code, without_registry(pushed.err)) == (0, ""), pushed.err
         somebody.ok("promote", "acme/sql:1.0.0", "--to", channel)
         late = network.again()
         assert (late.status_code, late.json()["to_version"]) == (200, "1.0.1"), late.text
@@ -338,3 +338,8 @@ def test_how_long_to_wait_is_told_in_seconds_whoever_says_it(
         refused = stocked("list")
         assert refused.code == 7
         assert re.search(wait or otherwise, refused.err), refused.err
+
+
+def without_registry(text: str) -> str:
+    """What is said beside the name of the registry that a change goes to."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("registry: "))
