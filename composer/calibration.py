@@ -14,11 +14,12 @@ from torch import nn
 
 from composer.applied import module_of
 from composer.calibration_sets import CalibrationSet
-from composer.delta import Delta
+from composer.delta import Delta, LowRank
 from composer.evaluate import Encoded, encode, encode_prompt
 from composer.methods.regmean import ModuleInputs
 from composer.model import LoadedModel
 from composer.observe import Pass, Watch, observe
+from composer.stack_inputs import Stack
 from composer.tensors import Aside
 
 
@@ -50,13 +51,25 @@ class Calibration:
         """That of some of the adapters, by their numbers among all."""
         return replace(self, sets=[self.sets[member] for member in members])
 
-    def observe(self, member: int, active: Sequence[Delta], modules: Sequence[str]) -> Mapping[str, ModuleInputs]:
-        """What the modules see on the member's examples with `active` deltas on the base. Raises what `encode` and
-        `applied` raise."""
-        examples = _encoded(self.model, self.sets[member])
-        collector = _Collector()
-        watches = {path: collector.watch(path) for path in modules if _is_linear(module_of(self.model.model, path))}
-        observe(self.model, examples, active, watches, _chosen(examples, self.tokens, self.seed))
+    def observe(
+        self, member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]
+    ) -> Mapping[str, ModuleInputs]:
+        """By key, what the matrices of the `wanted` deltas see on the member's examples with `active` deltas on the base.
+        Those whose inputs cannot be observed are left out. Raises what `encode` and `applied` raise."""
+        loaded, collector = self.model, _Collector()
+        examples = _encoded(loaded, self.sets[member])
+        watches: dict[str, Watch] = {}
+        stacks: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: defaultdict(list))
+        for key, delta in wanted.items():
+            if delta.stacked:
+                owner, _, _name = delta.stacked.parameter.rpartition(".")
+                stacks[owner][delta.stacked.parameter].append((key, delta.stacked.expert))
+            elif _is_linear(module_of(loaded.model, delta.module)):
+                watches[delta.module] = collector.watch(key)
+        for owner, parameters in stacks.items():
+            found = [(Stack.of(loaded.model, path), keys) for path, keys in parameters.items()]
+            watches[owner] = collector.watch_stacks([(stack, keys) for stack, keys in found if stack])
+        observe(loaded, examples, active, watches, _chosen(examples, self.tokens, self.seed))
         return collector.found()
 
 
@@ -70,15 +83,32 @@ class _Collector:
         self._aside, self._lock = Aside(), Lock()
 
     def watch(self, path: str) -> Watch:
-        def keep(seen: Pass, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             energy = float(seen.rows(output, path).float().square().sum())
             latest = self._latest.get(seen.indices)
-            if latest is None or latest[0] is not inputs:
-                rows_NI = seen.rows(inputs, path).cpu()
+            if latest is None or latest[0] is not inputs[0]:
+                rows_NI = seen.rows(inputs[0], path).cpu()
                 with self._lock:  # examples run side by side
                     (kept,) = self._aside.put([rows_NI])
-                self._latest[seen.indices] = latest = (inputs, kept)
+                self._latest[seen.indices] = latest = (inputs[0], kept)
             self._parts[path][seen.indices] = (latest[1], energy)
+
+        return keep
+
+    def watch_stacks(self, stacks: Sequence[tuple[Stack, Sequence[tuple[str, int]]]]) -> Watch:
+        """Of stacked matrices of one module: each with the keys and numbers of its experts. The parts of one expert
+        (its gate and its up projection) have the same inputs, and the energy of both."""
+
+        def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+            for stack, keys in stacks:
+                kept: dict[int, tuple[torch.Tensor, float]] = {}
+                for key, expert in keys:
+                    if expert not in kept:
+                        rows_NI = stack.rows(seen, inputs, expert)
+                        with self._lock:
+                            (rows,) = self._aside.put([rows_NI.cpu()])
+                        kept[expert] = (rows, stack.energy(rows_NI, expert))
+                    self._parts[key][seen.indices] = kept[expert]
 
         return keep
 

@@ -44,8 +44,8 @@ class Pass:
         return values.flatten(0, -2)
 
 
-Watch = Callable[[Pass, torch.Tensor, torch.Tensor], None]
-"""(pass, a module's first input, the base's output W x). Called from several threads, in the order of the modules."""
+Watch = Callable[[Pass, tuple[torch.Tensor, ...], torch.Tensor], None]
+"""(pass, a module's inputs, the base's output W x). Called from several threads, in the order of the modules."""
 
 _PASS: ContextVar[Pass] = ContextVar("_PASS")
 
@@ -101,7 +101,7 @@ def _run(
 @contextmanager
 def _watched(module: nn.Module, watch: Watch) -> Generator[None]:
     def show(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        watch(_PASS.get(), inputs[0], output)
+        watch(_PASS.get(), inputs, output)
 
     handle = module.register_forward_hook(show)
     try:

@@ -141,12 +141,12 @@ class _Watch:
         self._base = 0.0
         self._lock = Lock()
 
-    def __call__(self, seen: Pass, inputs: torch.Tensor, output: torch.Tensor) -> None:
+    def __call__(self, seen: Pass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         A_RI = self._A_RI.to(output.device)
         if self._layout is Layout.EMBEDDING:
-            H_NR = seen.rows(nn.functional.embedding(inputs, A_RI.T), self._path)
+            H_NR = seen.rows(nn.functional.embedding(inputs[0], A_RI.T), self._path)
         else:
-            H_NR = seen.rows(inputs, self._path).float() @ A_RI.T
+            H_NR = seen.rows(inputs[0], self._path).float() @ A_RI.T
         W_NO = seen.rows(output, self._path).float()
         moment, base = (H_NR.T @ H_NR).double().cpu(), float(W_NO.square().sum())
         with self._lock:  # examples run side by side

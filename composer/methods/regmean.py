@@ -24,7 +24,7 @@ from typing import cast
 
 import torch
 
-from composer.delta import Computed, Delta, Layout, LowRank, Replacement, names_of
+from composer.delta import Additive, Computed, Delta, Layout, LowRank, Replacement, names_of
 from composer.methods.linear import scaled
 from composer.variants import LoadedAdapter
 from composer.weights import Weight
@@ -45,16 +45,17 @@ class ModuleInputs:
         return torch.cat([part.double() for part in self.parts])
 
 
-Observe = Callable[[int, Sequence[Delta], Sequence[str]], Mapping[str, ModuleInputs]]
-"""(member's number, active deltas, modules) -> the inputs of those modules on that member's examples. A module that
-does not run by itself (a fused expert, a packed projection) is left out."""
+Observe = Callable[[int, Sequence[Delta], Mapping[str, LowRank]], Mapping[str, ModuleInputs]]
+"""(member's number, active deltas, a delta for each key) -> by key, the inputs of the matrix that the delta adds to, on
+that member's examples. A matrix whose inputs cannot be observed (a packed projection's) is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
     """What a fit came to. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
-    inputs of the last step, `errors_of_sum` the same of the weighted sum w0 Σ Δ_i. `fitted` counts modules; those in
-    `kept_at_sum` have the weighted sum, since their inputs are not to be had or an adapter has no factors there."""
+    inputs of the last step, `errors_of_sum` the same of the weighted sum w0 Σ Δ_i. `fitted` counts modules and stacks of
+    experts. Those in `kept_at_sum` have the weighted sum, a stack in at least one of its experts: their inputs cannot be
+    observed, no example reached them, or an adapter has no factors there."""
 
     w0: float
     errors: tuple[float, ...]
@@ -157,22 +158,24 @@ def fit(
         [_times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members
     ]
     pairs = _factored(own)
-    problem = _Problem.of(pairs, [observe(index, one, list(pairs)) for index, one in zip(members, own, strict=True)])
+    some = {key: next(iter(found.values())) for key, found in pairs.items()}
+    problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)])
     w0 = problem.common_weight(ridge)
     solved, errors = problem.solved(solve, w0, ridge)
     for _ in range(1, steps):
         merged = [delta for deltas in _with_factors(own, solved, w0) for delta in deltas]
-        problem = _Problem.of(pairs, [observe(index, merged, list(pairs)) for index in members])
+        problem = _Problem.of(pairs, [observe(index, merged, some) for index in members])
         solved, errors = problem.solved(solve, w0, ridge)
     fitted = dict(zip(members, _with_factors(own, solved, w0), strict=True))
+    additive = [one for deltas in own for one in deltas if not isinstance(one, Replacement)]
     report = FitReport(
         w0=w0,
         errors=tuple(errors),
         errors_of_sum=tuple(problem.errors_of_sum(w0)),
-        fitted=len(solved),
-        kept_at_sum=tuple(
-            sorted({one.module for deltas in own for one in deltas if not isinstance(one, Replacement)} - solved.keys())
+        fitted=len(
+            {_stack_or_module(one) for found in pairs.values() for one in found.values() if _key(one) in solved}
         ),
+        kept_at_sum=tuple(sorted({_stack_or_module(one) for one in additive if _key(one) not in solved})),
     )
     return Fit([replace(one, deltas=tuple(fitted.get(index, ()))) for index, one in enumerate(adapters)], report)
 
@@ -246,7 +249,7 @@ Solve = Callable[[Module, Sequence[float], float, float], list[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """One step's fit: the pairs of each module that can be fitted, by member, and what the modules see.
+    """One step's fit: the pairs of each matrix that can be fitted, by member, and what the matrices see.
 
     `inner` has for each member Σ over modules G_m / |W X_m|² (T x T), of which the diagonal gives t_m.
     """
@@ -328,23 +331,34 @@ class _Problem:
 
 
 def _factored(own: Sequence[Sequence[Delta]]) -> dict[str, dict[int, LowRank]]:
-    """Module -> the members' pairs there, where whoever has something there has one pair of a linear module."""
+    """Key of a matrix -> the members' pairs there, if each member that changes it has one pair of a linear module."""
     touched: dict[str, list[tuple[int, Delta]]] = defaultdict(list)
     for member, deltas in enumerate(own):
         for delta in deltas:
-            touched[delta.module].append((member, delta))
+            touched[_key(delta)].append((member, delta))
     found: dict[str, dict[int, LowRank]] = {}
-    for module, parts in touched.items():
+    for key, parts in touched.items():
         pairs = {member: delta for member, delta in parts if isinstance(delta, LowRank) and _is_linear(delta)}
         if len(pairs) == len(parts):
-            found[module] = pairs
+            found[key] = pairs
     return found
 
 
+def _key(delta: Delta) -> str:
+    """The matrix that a delta adds to: a module's, or an expert's part of a stack."""
+    if isinstance(delta, Replacement) or delta.stacked is None:
+        return delta.module
+    return f"{delta.stacked.parameter}/{delta.stacked.expert}/{delta.stacked.first}"
+
+
+def _stack_or_module(delta: Additive) -> str:
+    return delta.stacked.parameter if delta.stacked else delta.module
+
+
 def _is_linear(delta: LowRank) -> bool:
-    if not delta.weight.endswith(".weight"):  # a packed attention's own
+    if not (delta.stacked or delta.weight.endswith(".weight")):  # a packed attention's own
         return False
-    return delta.layout is not Layout.EMBEDDING and not (delta.stacked or delta.kernel or delta.nested or delta.tied)
+    return delta.layout is not Layout.EMBEDDING and not (delta.kernel or delta.nested or delta.tied)
 
 
 def _times(delta: Delta, factor: float) -> Delta:
@@ -359,8 +373,8 @@ def _with_factors(
     """Each member's deltas with the fitted A, and w0 times those that were not fitted."""
     return [
         [
-            replace(delta, A_RI=solved[delta.module][member])
-            if isinstance(delta, LowRank) and delta.module in solved
+            replace(delta, A_RI=solved[_key(delta)][member])
+            if isinstance(delta, LowRank) and _key(delta) in solved
             else _times(delta, w0)
             for delta in deltas
         ]
