@@ -54,7 +54,8 @@ class Calibration:
     def observe(
         self, member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]
     ) -> Mapping[str, ModuleInputs]:
-        """By key, what the matrices of the `wanted` deltas see on the member's examples with `active` deltas on the base.
+        """By key, what the matrices of the `wanted` deltas see on the member's examples under `active` deltas.
+
         Those whose inputs cannot be observed are left out. Raises what `encode` and `applied` raise."""
         loaded, collector = self.model, _Collector()
         examples = _encoded(loaded, self.sets[member])

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from composer.errors import InvalidFile, became_shorter
 from composer.files import read_bytes
 from composer.findings import Finding, Severity, zero_deltas
@@ -87,8 +89,9 @@ def read_adapter(path: Path) -> Adapter:
     """Open the adapter in directory `path`.
 
     Raises InvalidFile naming the file: missing config, missing or pickled weights, empty or flattened factors (a
-    shard of ZeRO-3 or FSDP that was saved without gathering), another layout than PEFT's. Raises NotSupported for a
-    setting of a newer PEFT, and for a layout that nothing converts.
+    shard of ZeRO-3 or FSDP that was saved without gathering), weights that safetensors' own library does not open,
+    another layout than PEFT's. Raises NotSupported for a setting of a newer PEFT, and for a layout that nothing
+    converts.
     """
     if not path.is_dir():
         raise InvalidFile(
@@ -122,7 +125,20 @@ def read_adapter(path: Path) -> Adapter:
             raise InvalidFile(
                 "ungathered", message, subject=name, next_step="Gather the parameters (ZeRO-3, FSDP) and save again."
             )
-    return Adapter(path, config, header)
+    adapter = Adapter(path, config, header)
+    _refuse_unopened(adapter.weights_path)
+    return adapter
+
+
+def _refuse_unopened(path: Path) -> None:
+    """The header is known to be sound by now; safetensors' own reader is what everybody else opens the file with."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        message = f"{path.name} is not a safetensors file that its own library opens: {error}."
+        next_step = "Save it again with safetensors."
+        raise InvalidFile("bad_safetensors", message, subject=path.name, next_step=next_step) from error
 
 
 def facts(config: AdapterConfig, header: Header, placed: Placed) -> AdapterFacts:

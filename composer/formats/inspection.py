@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from composer.errors import InvalidFile
 from composer.findings import Finding, Severity
 from composer.formats import facts, serving
 from composer.formats.checkpoint import Architecture
@@ -37,21 +34,9 @@ def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
     Without an architecture the fit is not checked. Raises InvalidFile and NotSupported for what cannot be read.
     """
     adapter = facts.read_adapter(directory)
-    _refuse_unopened(adapter.weights_path)
     placed = place(adapter.config, adapter.header, architecture, adapter.name)
     summary = facts.facts(adapter.config, adapter.header, placed)
     return Inspection(adapter, placed, summary, [*placed.findings, *facts.health(adapter.weights_path, adapter.header)])
-
-
-def _refuse_unopened(path: Path) -> None:
-    """The header is known to be sound by now; safetensors' own reader is what everybody else opens the file with."""
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        message = f"{path.name} is not a safetensors file that its own library opens: {error}."
-        next_step = "Save it again with safetensors."
-        raise InvalidFile("bad_safetensors", message, subject=path.name, next_step=next_step) from error
 
 
 def inspect_foreign(path: Path, architecture: Architecture | None) -> tuple[AdapterFacts, list[Finding]]:

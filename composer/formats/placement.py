@@ -192,8 +192,10 @@ def _check_prefix(placement: Placement, modules: list[str], subject: str) -> Non
     if placement.modules or not unmatched or placement.architecture is None:
         return
     first = next(iter(placement.header.tensors))
-    example = next((name for name in placement.architecture.tensors if name.endswith("proj.weight")), "")
-    example = example or next(iter(placement.architecture.tensors), "")
+    names = list(placement.architecture.tensors)
+    layer = split_key(first).module.rpartition(".")[2]
+    alike = (name for ending in (f".{layer}.weight", "proj.weight", "") for name in names if name.endswith(ending))
+    example = next(alike, "")
     expected = f"{PEFT_PREFIX}{example.removesuffix('.weight')}.lora_A.weight"
     message = f"No tensor matches the base: keys look like {first!r}, where the base expects {expected!r}."
     message += placement.renamed_perhaps(filter(None, modules))

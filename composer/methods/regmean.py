@@ -53,8 +53,8 @@ that member's examples. A matrix whose inputs cannot be observed (a packed proje
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
     """What a fit came to. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
-    inputs of the last step, `errors_of_sum` the same of the weighted sum w0 Σ Δ_i. `fitted` counts modules and stacks of
-    experts. Those in `kept_at_sum` have the weighted sum, a stack in at least one of its experts: their inputs cannot be
+    inputs of the last step, `errors_of_sum` the same of the weighted sum w0 Σ Δ_i. `fitted` counts modules and stacks
+    of experts. Those in `kept_at_sum` have the weighted sum, a stack in at least one expert: their inputs cannot be
     observed, no example reached them, or an adapter has no factors there."""
 
     w0: float
