@@ -113,7 +113,7 @@ def _measured(outcome: Outcome, policy: Policy) -> str:
     limit = worst.limit(Limits.of(policy))
     told = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite{by_weight(worst)}"
     if limit < inf:
-        told += f", and {limit:.2f} would be tolerated"
+        told += f", where the limit is {limit:.2f}"
     sure = outcome.risk
     if sure.to_json() is None:
         return f"{told}: one example tells no error."
@@ -163,7 +163,7 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
 
 
 def of_outcome(outcome: Outcome, limits: Limits, method: str) -> list[str]:
-    """For more than two adapters together, of which no pair may be at fault."""
+    """For more than two adapters together: each pair of them may be fine and the whole not."""
     verdict = outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
         return [_more_examples(outcome, limits)]
@@ -183,7 +183,8 @@ def _more_examples(outcome: Outcome, limits: Limits) -> str:
         return f"Undecided: add examples to {first.suite}, which has {first.examples}, and measure again."
     if outcome.k < USUAL_K:
         return f"Undecided: measure more examples (--probe {USUAL_K})."
-    return f"Undecided: measure more examples (--probe-max {2 * max(outcome.k, USUAL_MOST // 2)})."
+    most = 2 * max(outcome.k, USUAL_MOST // 2)
+    return f"Undecided: measure more examples (--probe-max {most}), as far as {undecided[0].suite} has them."
 
 
 def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, float]) -> list[str]:

@@ -157,7 +157,9 @@ def test_answering_as_well_as_alone_is_said_of_intervals(red: LoadedAdapter, gre
     assert report.advice(sure) == []
     open_ = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.1))
     assert report.headlines(open_)[1].endswith("no loss is sure on 8 examples.")
-    assert report.advice(open_) == ["red + green: Undecided: measure more examples (--probe-max 24)."]
+    assert report.advice(open_) == [
+        "red + green: Undecided: measure more examples (--probe-max 24), as far as red-exact has them."
+    ]
 
 
 def test_the_coverage_of_the_intervals_is_printed_and_what_they_are_not_corrected_for(
