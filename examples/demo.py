@@ -187,7 +187,7 @@ def generate(story: Story) -> None:
         worst = max(worst, ((merged_BTV - active_BTV).norm() / active_BTV.norm()).item())
         agreeing += int((merged_BTV.argmax(-1) == active_BTV.argmax(-1)).sum())
         positions += ids_BT.shape[1]
-    print("\nmerged against base + adapter active, in bf16: logits differ by", end=" ")
+    print("\nmerged, rounded to bf16, against base + adapter active: logits differ by", end=" ")
     print(f"{worst:.4f} of their norm (tolerance {LOGIT_TOLERANCE}),")
     print(f"the same next token at {agreeing} of {positions} positions")
     if worst > LOGIT_TOLERANCE:
