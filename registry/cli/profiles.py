@@ -59,7 +59,7 @@ def login(
     profiles.current = profile_name
     profiles.save()
     document = {"profile": profile_name, "url": address, "user": user}
-    render.document(document, json, lambda: print(f"logged in to {address} as {user} (profile {profile_name})"))
+    render.document(document, json, lambda: render.out(f"logged in to {address} as {user} (profile {profile_name})"))
 
 
 def logout(
