@@ -29,7 +29,9 @@ class Profiles:
     """The profiles in a file. Raises Invalid for a file that is damaged or that others may read."""
 
     def __init__(self, home: Path) -> None:
-        self._path = home / "profiles.json"
+        self._path = (
+            home / "profiles.json"
+        ).resolve()  # a link is followed: what logout removes must not stay behind it
         self.current: str | None = None
         self.known: dict[str, Profile] = {}
         if self._path.exists():

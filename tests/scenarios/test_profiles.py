@@ -130,6 +130,15 @@ def test_profiles_are_for_their_owner_alone_whatever_the_umask_and_a_damaged_fil
         os.umask(kept)
     assert [stat.S_IMODE(path.stat().st_mode) for path in (home, home / "profiles.json")] == [0o700, 0o600]
     assert [path.name for path in home.iterdir()] == ["profiles.json"]
+    (tmp_path / "dotfiles").mkdir()
+    linked = (home / "profiles.json").rename(tmp_path / "dotfiles" / "profiles.json")
+    (home / "profiles.json").symlink_to(linked)
+    assert with_stdin(cli, token, "login", url, "--name", "other", monkeypatch=monkeypatch).code == 0
+    cli.ok("logout", "other")
+    assert (home / "profiles.json").is_symlink()
+    assert list(json.loads(linked.read_text())["profiles"]) == ["work"]
+    cli.ok("logout", "work")
+    assert token not in linked.read_text()
     empty = Cli({**cli.environment, "ADAPTORY_URL": "http://127.0.0.1:1", "ADAPTORY_PROFILE": ""})
     assert empty("whoami").code == 7, "an empty ADAPTORY_PROFILE names none, and ADAPTORY_URL goes next"
     for row in ({"url": "http://a:b:c", "token": token}, {"url": url, "token": 5}, {"url": url, "token": "a b"}):
