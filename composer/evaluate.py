@@ -75,16 +75,19 @@ def encode(loaded: LoadedModel, example: Example, chat: bool, ends: bool = True)
             next_step="Leave the example out of the suite.",
         )
     ids = (*prompt, *scored)
+    _refuse_beyond_context(loaded, len(ids), example.prompt)
+    return Encoded(ids, len(prompt))
+
+
+def _refuse_beyond_context(loaded: LoadedModel, tokens: int, prompt: str) -> None:
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit is not None and len(ids) > limit:
-        message = f"An example has {len(ids)} tokens, the model's context is {limit}: {example.prompt[:60]!r}."
+    if limit is not None and tokens > limit:
         raise Mismatch(
             "example_too_long",
-            message,
-            subject=example.prompt[:60],
-            next_step="Shorten the example, or leave it out of the suite.",
+            f"An example has {tokens} tokens, the model's context is {limit}: {prompt[:60]!r}.",
+            subject=prompt[:60],
+            next_step="Shorten the example, or leave it out.",
         )
-    return Encoded(ids, len(prompt))
 
 
 def _eos(loaded: LoadedModel) -> int:
@@ -100,7 +103,8 @@ def _eos(loaded: LoadedModel) -> int:
 
 
 def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
-    """The prompt's token ids, at least one. Raises Mismatch for `chat` without a chat template."""
+    """The prompt's token ids, at least one. Raises Mismatch for `chat` without a chat template, and for a prompt longer
+    than the model's context."""
     tokenizer = loaded.tokenizer
     if not chat:
         ids = tokenizer(prompt)["input_ids"]
@@ -118,6 +122,7 @@ def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
         raise Mismatch(
             "empty_prompt", f"The prompt {prompt!r} has no tokens.", subject="tokenizer", next_step="Leave it out."
         )
+    _refuse_beyond_context(loaded, len(ids), prompt)
     return list(ids)
 
 

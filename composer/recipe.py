@@ -30,7 +30,7 @@ import yaml
 from composer.errors import InvalidFile, NotSupported
 from composer.findings import read_policy
 from composer.rounding import Mode, Rounding, parse_rounding
-from composer.settings import METHOD_NAMES, SETTINGS, parse_settings
+from composer.settings import METHOD_NAMES, PIPELINES, SETTINGS, parse_settings
 from composer.text import LONE_SURROGATE, shown
 from composer.weights import Weight, WeightRule, parse_weight
 
@@ -229,8 +229,10 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
         parse_settings(method, given)
     except NotSupported as error:
         raise _bad(f"{subject}: settings", error.message.rstrip("."), error.next_step) from error
+    parsed = tuple(_input(row, f"{subject}: inputs[{index}]") for index, row in enumerate(inputs))
+    _refuse_idle_prompts(method, parsed, subject)
     return Recipe(
-        inputs=tuple(_input(row, f"{subject}: inputs[{index}]") for index, row in enumerate(inputs)),
+        inputs=parsed,
         method=method,
         base=_text(fields, "base", subject),
         settings=given,
@@ -244,6 +246,15 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
         policy=_policy(fields.get("policy"), f"{subject}: policy"),
         rounding=_rounding(fields.get("rounding"), f"{subject}: rounding"),
     )
+
+
+def _refuse_idle_prompts(method: str, inputs: Sequence[RecipeInput], subject: str) -> None:
+    for index, source in enumerate(inputs):
+        where = f"{subject}: inputs[{index}]: prompts"
+        if source.prompts and not PIPELINES[method].fitted:
+            raise _bad(where, f"{method} is not fitted on anything", "Leave them out, or use regmean.")
+        if not all(prompt.strip() for prompt in source.prompts):
+            raise _bad(where, "one of them is empty")
 
 
 def _policy(document: object, subject: str) -> Mapping[str, Any]:

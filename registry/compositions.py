@@ -13,7 +13,20 @@ from composer.calibration_sets import CalibrationSet
 from composer.recipe import Lock, LockedInput, Recipe, parse_recipe
 from composer.settings import PIPELINES, parse_settings
 from composer.suite import Suite as SuiteContent
-from registry import audit, bases, gates, jobs, namespaces, numbering, releases, repositories, resolve, suites, tokens
+from registry import (
+    audit,
+    bases,
+    gates,
+    jobs,
+    metrics,
+    namespaces,
+    numbering,
+    releases,
+    repositories,
+    resolve,
+    suites,
+    tokens,
+)
 from registry.access import EVERYWHERE, Role, granted, may, may_read, permit, unknown_namespace
 from registry.audit import Act, Actor, EventQuery
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
@@ -44,6 +57,7 @@ def create(
 
     `signer` is the fingerprint of the key that the workers sign with, None where they have none.
     """
+    releases.refuse_long_notes(recipe.notes, owner(recipe))
     lock = _lock(session, recipe)
     for target in _targets(recipe, plan_only=plan_only):
         _check_target(session, recipe, lock, target)
@@ -412,6 +426,14 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 subject=str(rule),
                 next_step=f"Add {rule.suite} to `evaluate`.",
             )
+        if rule.metric not in metrics.HIGHER_IS_BETTER:
+            raise Usage(
+                "not_measured",
+                f"{rule}: a composition measures {' and '.join(metrics.HIGHER_IS_BETTER)} alone.",
+                subject=str(rule),
+                next_step=f"Record {rule.metric} afterwards, and set the rule for the channel (`adaptory gate`).",
+            )
+        gates.refuse_keeping_losses(session, rule)
         if isinstance(rule, Within) and rule.other == "base" and (rule.suite, rule.metric) not in measured:
             raise Refused(
                 "base_not_evaluated",

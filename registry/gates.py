@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import audit, namespaces, suites
+from registry import audit, metrics, namespaces, suites
 from registry.audit import Act, Actor
 from registry.errors import Usage
 from registry.models import Base, Gate, Release, ReleaseInput, Repository, Score
@@ -26,10 +26,11 @@ from registry.suites import Condition, exact, parse_condition
 MAX_RULES = 50
 _WITHIN = re.compile(
     r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+within\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s+of\s+"
-    r"(served|base|inputs)\s*"
+    r"(served|base|inputs)\s*",
+    re.ASCII,
 )
 _KEEPS = re.compile(
-    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+keeps\s+(0(?:\.\d+)?|1(?:\.0+)?)\s+of\s+inputs\s*"
+    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+keeps\s+(0(?:\.\d+)?|1(?:\.0+)?)\s+of\s+inputs\s*", re.ASCII
 )
 
 
@@ -190,6 +191,7 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
     for rule in rules:
         suites.find(session, rule.suite)
         suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
+        refuse_keeping_losses(session, rule)
     row = session.get(Gate, (repository.id, parse_part(channel, "channel")))
     before = list(row.rules) if row else []
     row = row or Gate(repository_id=repository.id, channel=channel)
@@ -207,6 +209,17 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
         after={"rules": row.rules},
     )
     return rules
+
+
+def refuse_keeping_losses(session: Session, rule: Rule) -> None:
+    """Raises Usage where a share is to be kept of what is better when lower: no release would pass."""
+    if isinstance(rule, Keeps) and not metrics.is_higher_better(session, rule.suite, rule.metric):
+        raise Usage(
+            "bad_rule",
+            f"{rule}: {rule.metric} is better when lower.",
+            subject=str(rule),
+            next_step=f"Write {rule.suite}.{rule.metric} within NUMBER of inputs.",
+        )
 
 
 def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:

@@ -80,13 +80,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     The blobs must be known already (bytes first, rows second). Raises Refused for a breaking change whose version lies
     within `^previous`, unless `allow_breaking` says why.
     """
-    if len(new.notes) > MAX_NOTES:
-        raise Invalid(
-            "notes_too_long",
-            f"Notes are limited to {MAX_NOTES:,} characters.",
-            subject=str(new.repository),
-            next_step="Shorten them, and put what is long into a file of the release.",
-        )
+    refuse_long_notes(new.notes, str(new.repository))
     commit = commit_id(canonical_manifest(new.files))
     repository = repositories.find_or_create(session, actor, new.repository, new.kind)
     # One after the other: who takes a number, and what breaks beside its neighbours, depends on what is there.
@@ -131,6 +125,16 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         after={"commit": commit, "base": new.base_digest, "signed_by": new.signed_by},
     )
     return release, True
+
+
+def refuse_long_notes(notes: str, subject: str) -> None:
+    if len(notes) > MAX_NOTES:
+        raise Invalid(
+            "notes_too_long",
+            f"Notes are limited to {MAX_NOTES:,} characters.",
+            subject=subject,
+            next_step="Shorten them, and put what is long into a file of the release.",
+        )
 
 
 def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:

@@ -37,7 +37,8 @@ def registry_url(text: str) -> str:
 
     Raises ValueError for another path, a query, or a name and password.
     """
-    match = re.fullmatch(r"(https?://[^/\s?#@]+)(?:/(?:v1/?)?)?", text.strip())
+    host = r"(?:[^/\s?#@:\\\[\]]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?"
+    match = re.fullmatch(rf"(https?://{host})(?:/(?:v1/?)?)?", text.strip())
     if match is None:
         raise ValueError("it is not the address of a registry, such as https://adapters.example, without a path")
     return match.group(1)
@@ -58,12 +59,23 @@ def _store_url(text: str) -> str | None:
     return text or None
 
 
-def _token(token: SecretStr) -> SecretStr:
+def stripped_token(text: str) -> str:
     """As a file or a shell gives it, with white space around. Not in any message: whoever reads it could use it."""
-    text = token.get_secret_value().strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", text):
-        raise PydanticCustomError("token", "it is no token: there is a space in it, or what is no ASCII")
-    return SecretStr(text)
+    if not re.fullmatch(r"[\x21-\x7e]*", text := text.strip()):
+        raise ValueError("it is no token: there is a space in it, or what is no ASCII")
+    return text
+
+
+def _token(token: SecretStr) -> SecretStr:
+    try:
+        return SecretStr(stripped_token(token.get_secret_value()))
+    except ValueError as error:
+        raise PydanticCustomError("token", "{why}", {"why": str(error)}) from error
+
+
+def _profile(text: str) -> str | None:
+    """Empty says that there is none."""
+    return text or None
 
 
 def _database_url(text: str) -> str:
@@ -193,7 +205,7 @@ class Settings(BaseSettings):
     url: Annotated[str, AfterValidator(_http_url)] | None = None
     """The registry that the command line talks to; without it, and without a profile in use, the registry in `home` is
     opened in this process."""
-    profile: str | None = None
+    profile: Annotated[str, AfterValidator(_profile)] | None = None
     """A profile that `adaptory login` has made, or `local` for the embedded registry; as the option --profile."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
     """The largest file a release may hold."""

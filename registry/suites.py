@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
 from composer.suite import Suite as SuiteContent
+from composer.weights import real
 from registry import audit, metrics
 from registry.access import EVERYWHERE, Role, holds, refuse_stranger
 from registry.audit import Act, Actor
@@ -64,7 +65,7 @@ def parse_condition(text: str) -> Condition:
     if match:
         suite, metric, operator, number = match.groups()
         try:
-            value = float(number)
+            value = real(number)
         except ValueError:
             value = math.nan
         if math.isfinite(value):

@@ -68,7 +68,7 @@ def create_token(
         body["scope"] = dict(_pair(text) for text in scope)
     with connected() as connection:
         found = connection.api.post("/v1/tokens", body)
-    render.document(found, json, lambda: print(found["token"]))
+    render.document(found, json, lambda: render.out(found["token"]))
 
 
 @tokens.command("list")

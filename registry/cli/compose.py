@@ -337,7 +337,7 @@ def _show(found: Json) -> None:
         render.gate_lines(found["gates"])
     if found["merge"]:
         merged = found["merge"]
-        print(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
+        render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
     for row in found["results"]:
         render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
 
@@ -379,7 +379,7 @@ def _show_conflicts(report: Json) -> None:
     if "summary" in report:  # reports of before 0.2 have none
         render.summary("conflicts", report["summary"])
     else:
-        print(f"conflicts: {report['verdict']}")
+        render.out(f"conflicts: {report['verdict']}")
 
 
 def required(verdict: str | None) -> "Verdict | None":

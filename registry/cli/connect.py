@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from registry.errors import Invalid, NotFound, Unavailable, Usage
+from registry.errors import NotFound, Unavailable, Usage
 from registry.names import nearest, parse_reference
 
 if TYPE_CHECKING:
@@ -178,13 +178,6 @@ def resolved(connection: Connection, ref: str, *, warned: bool = False) -> dict[
         found = connection.api.resolve(reference)
     except NotFound as error:
         raise with_near_names(connection, error, str(reference.repository)) from error
-    if reference.commit and not str(found["release"]["commit"]).startswith(reference.commit):
-        raise Invalid(
-            "commit_differs",
-            f"The registry answered {ref} with the commit {str(found['release']['commit'])[:40]}.",
-            subject=ref,
-            next_step="Ask who runs the registry.",
-        )
     if found["warning"] and not warned:
         render.say(f"warning: {found['warning']}")
     return found["release"]
@@ -204,9 +197,15 @@ def release_directory(connection: Connection, release: dict[str, Any]) -> Path:
     from registry.cli import render
     from registry.client.pull import cached
 
-    total = sum(row["size_bytes"] for row in release["files"])
-    with render.progress(f"pull {release['repository']}:{release['version']}", total) as done:
+    with render.progress(f"pull {release['repository']}:{release['version']}", total_bytes(release)) as done:
         return cached(connection.api, release, connection.cache, done)
+
+
+def total_bytes(release: dict[str, Any]) -> int:
+    from registry.client.api import understood
+
+    with understood():
+        return sum(row["size_bytes"] for row in release["files"])
 
 
 def base_checkpoint(base: dict[str, Any], override: Path | None) -> "Checkpoint":

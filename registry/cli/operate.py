@@ -172,7 +172,7 @@ def cancel(job: Annotated[int, typer.Argument(metavar="ID")], json: JsonFlag = F
     """Stop a job; nothing of it is published."""
     with connected() as connection:
         found = connection.api.post(f"/v1/jobs/{job}/cancel")
-    render.document(found, json, lambda: print(f"job {found['id']}: {found['state']}"))
+    render.document(found, json, lambda: render.out(f"job {found['id']}: {found['state']}"))
 
 
 def audit(  # noqa: PLR0913
@@ -199,7 +199,7 @@ def audit(  # noqa: PLR0913
         if export:
             with closing(connection.api.lines("/v1/audit.jsonl", **query)) as lines:
                 for line in islice(lines, limit):
-                    print(line)
+                    print(render.escaped(line))
             return
         found, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
     render.document({"items": found, "next": more}, json, lambda: _show_events(found))

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Any, cast
 
 from registry.errors import Invalid, NotFound
@@ -28,7 +29,9 @@ class Profiles:
     """The profiles in a file. Raises Invalid for a file that is damaged or that others may read."""
 
     def __init__(self, home: Path) -> None:
-        self._path = home / "profiles.json"
+        self._path = (
+            home / "profiles.json"
+        ).resolve()  # a link is followed: what logout removes must not stay behind it
         self.current: str | None = None
         self.known: dict[str, Profile] = {}
         if self._path.exists():
@@ -42,14 +45,21 @@ class Profiles:
 
     def save(self) -> None:
         """Replaces the file; it is never readable by others, not for a moment."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         rows = {one.name: {"url": one.url, "token": one.token} for one in self.known.values()}
-        staging = self._path.with_name(f".profiles.{os.getpid()}")
-        with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump({"current": self.current, "profiles": rows}, file, indent=2)
-        staging.replace(self._path)
+        descriptor, name = mkstemp(dir=self._path.parent, prefix=".profiles.")  # mode 0600, never a file that is there
+        staging = Path(name)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"current": self.current, "profiles": rows}, file, indent=2)
+            staging.replace(self._path)
+        except BaseException:
+            staging.unlink()
+            raise
 
     def _read(self) -> None:
+        from registry.settings import registry_url, stripped_token
+
         if self._path.stat().st_mode & 0o077:
             raise self._bad("others may read it", f"chmod 600 {self._path}, and make new tokens.")
         try:
@@ -57,7 +67,8 @@ class Profiles:
                 document = cast("dict[str, Any]", json.loads(file.read(_FILE_BYTES)))
             self.current = cast("str | None", document["current"])
             for name, row in document["profiles"].items():
-                self.known[name] = Profile(name, str(row["url"]), row["token"])
+                token = stripped_token(row["token"]) if row["token"] is not None else None
+                self.known[name] = Profile(name, registry_url(row["url"]), token)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._bad("it is not a list of profiles", f"Remove {self._path} and log in again.") from error
 

@@ -44,8 +44,9 @@ def login(
     try:
         address = registry_url(url)
     except ValueError as error:
-        raise Usage("bad_url", f"{url}: {error}.", subject=url, next_step="Write https://HOST[:PORT].") from error
-    profile_name = parse_part(name or (urlsplit(address).hostname or ""), "profile")
+        shown = "URL" if "@" in url else url  # there may be a password in it
+        raise Usage("bad_url", f"{shown}: {error}.", subject=shown, next_step="Write https://HOST[:PORT].") from error
+    profile_name = _profile_name(name, address)
     if profile_name == LOCAL:
         raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL, next_step="Name it otherwise.")
     api = Api(address, token=(token := _read_token()))
@@ -58,7 +59,7 @@ def login(
     profiles.current = profile_name
     profiles.save()
     document = {"profile": profile_name, "url": address, "user": user}
-    render.document(document, json, lambda: print(f"logged in to {address} as {user} (profile {profile_name})"))
+    render.document(document, json, lambda: render.out(f"logged in to {address} as {user} (profile {profile_name})"))
 
 
 def logout(
@@ -109,8 +110,28 @@ def _profiles() -> Profiles:
     return Profiles(load_settings().home_directory)
 
 
+def _profile_name(given: str | None, address: str) -> str:
+    name = given or urlsplit(address).hostname or ""
+    try:
+        return parse_part(name, "profile")
+    except Usage as error:
+        if given:
+            raise
+        next_step = "Give the profile a name with --name."
+        raise Usage("bad_profile", f"{name} cannot be a profile's name.", subject=name, next_step=next_step) from error
+
+
 def _read_token() -> str | None:
     """Never from an argument: others on the machine see those, and shells keep them."""
+    from registry.settings import stripped_token
+
+    text = ""
     if sys.stdin and sys.stdin.isatty():
-        return typer.prompt("Token", hide_input=True, default="", show_default=False, err=True).strip() or None
-    return sys.stdin.read(10_000).strip() or None if sys.stdin else None
+        text = typer.prompt("Token", hide_input=True, default="", show_default=False, err=True)
+    elif sys.stdin:
+        text = sys.stdin.read(10_000)
+    try:
+        return stripped_token(text) or None
+    except ValueError as error:
+        next_step = "Give the token alone, as `adaptory token create` printed it."
+        raise Usage("bad_token", f"The token: {error}.", subject="token", next_step=next_step) from error

@@ -70,15 +70,15 @@ def delete(
     """Delete a score that you recorded; admins may delete any. The audit log keeps its value."""
     from registry.client.api import release_path
 
-    suite, dot, metric = score.rpartition(".")
-    if not dot:
+    suite, _, metric = score.rpartition(".")
+    if "/" in score or not suite or not metric:
         next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
         raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
     with connected() as connection:
         release, base = _release_or_base(connection, what)
         path = release_path(release) if release else f"/v1/bases/{base['digest']}"
         deleted = connection.api.delete(f"{path}/scores/{quote(suite, safe='')}/{quote(metric, safe='')}")
-    render.document(deleted, json, lambda: print(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
+    render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
 
 
 def evaluate(

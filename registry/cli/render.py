@@ -5,6 +5,7 @@ Tables fit the terminal, or 80 columns.
 
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ wide = False
 """Set by --wide: tables are as wide as what is in them."""
 _CUT = frozenset({"module", "tensor"})
 _LEAST_CHARS = 24
+_NOT_PLAIN = re.compile(r"[^\n\x20-\x7e]")
 METRICS = {"accuracy": "exact match"}
 """What people read in place of a metric's id."""
 
@@ -34,7 +36,7 @@ METRICS = {"accuracy": "exact match"}
 def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
     """The document itself, or what `show` makes of it."""
     if as_json:
-        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        print(escaped(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
     else:
         show()
 
@@ -124,6 +126,11 @@ def plain(text: str) -> str:
     return "".join(one if one.isprintable() or one == "\n" else f"\\x{ord(one):02x}" for one in text)
 
 
+def escaped(document: str) -> str:
+    """The same JSON, its control characters written as escapes: JSON lets those of above ASCII stand as they are."""
+    return _NOT_PLAIN.sub(lambda one: one[0] if one[0].isprintable() else json.dumps(one[0])[1:-1], document)
+
+
 def cell(value: Any) -> str:
     if value is None:
         return "-"
@@ -202,13 +209,13 @@ class Progress:
 
 class _Bar(Progress):
     def __init__(self, bars: "Bars", label: str, total: int) -> None:
-        self._bars, self._task = bars, bars.add_task(label, total=total)
+        self._bars, self._task = bars, bars.add_task(plain(label), total=total)
 
     def __call__(self, count: int) -> None:
         self._bars.advance(self._task, count)
 
     def label(self, text: str) -> None:
-        self._bars.update(self._task, description=text)
+        self._bars.update(self._task, description=plain(text))
 
 
 @contextmanager
@@ -239,7 +246,7 @@ def progress(label: str, total: int, *, counts: bool = False) -> Generator[Progr
             return Text(f"{task.speed:.3g}/s" if task.speed else "")
 
     amount = [MofNCompleteColumn(), RateColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
-    columns = (TextColumn("{task.description}"), BarColumn(20), *amount, TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), *amount, TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         yield _Bar(bars, label, total)
 
@@ -258,7 +265,7 @@ def fail(error: Failure, as_json: bool) -> int:
     if next_step:
         say(f"next: {next_step}")
     if as_json:
-        print(json.dumps({"error": problem(told)}, indent=2, ensure_ascii=False))
+        print(escaped(json.dumps({"error": problem(told)}, indent=2, ensure_ascii=False)))
     return told.exit_code
 
 

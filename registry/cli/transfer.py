@@ -11,7 +11,7 @@ import typer
 
 from composer.files import read_text
 from registry.cli import render
-from registry.cli.connect import Connection, connected, release_directory, resolved
+from registry.cli.connect import Connection, connected, release_directory, resolved, total_bytes
 from registry.cli.fit import fitting_base
 from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
@@ -158,7 +158,7 @@ def pull(
             output = release_directory(connection, release)
             check(output)
         else:
-            with render.progress(f"pull {ref}", sum(row["size_bytes"] for row in release["files"])) as done:
+            with render.progress(f"pull {ref}", total_bytes(release)) as done:
                 blobs = BlobCache(connection.cache / "blobs")
                 client.pull(connection.api, release, output, done, blobs, check, replace=force)
     told = {

@@ -15,7 +15,7 @@ import httpx2
 from composer.formats.checkpoint import Architecture
 from composer.formats.header import TensorSpec
 from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavailable
-from registry.names import Reference, RepositoryName
+from registry.names import Reference, RepositoryName, parse_version
 
 Json = dict[str, Any]
 _PAGE = 500
@@ -130,7 +130,10 @@ class Api:
 
     def resolve(self, reference: Reference) -> Json:
         """{release, warning}: what fetching it needs; GET its `release_path` for its facts and scores."""
-        return self.get("/v1/resolve", ref=str(reference))
+        found = self.get("/v1/resolve", ref=str(reference))
+        with understood():
+            refuse_other_answer(reference, found["release"])
+        return found
 
     def base(self, text: str) -> Json:
         return self.get(f"/v1/bases/{quote(text)}")
@@ -190,6 +193,40 @@ class _Bearer(httpx2.Auth):
 
 def line_path(name: RepositoryName, kind: str = "adapter") -> str:
     return f"/v1/{kind}s/{name}"
+
+
+@contextmanager
+def understood() -> Generator[None]:
+    """Raises Invalid where a part of an answer is missing, or is of another type."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise untrusted("bad_answer", f"{type(error).__name__} {error}") from error
+
+
+def untrusted(code: str, why: str) -> Invalid:
+    return Invalid(
+        code,
+        f"The registry's answer cannot be trusted: {why.rstrip('.')}.",
+        next_step="Look at ADAPTORY_URL, and tell those who run the registry (adaptory fsck finds what is damaged).",
+    )
+
+
+def refuse_other_answer(asked: Reference, release: Json) -> None:
+    """Raises Invalid for a release that the reference does not name.
+
+    Which of the versions in a range, and which one a channel serves, is the registry's word.
+    """
+    repository, version, commit = (str(release[name]) for name in ("repository", "version", "commit"))
+    is_asked = (
+        repository == str(asked.repository)
+        and (asked.version is None or version == str(asked.version))
+        and (asked.range is None or parse_version(version) in asked.range)
+        and commit.startswith(asked.commit or "")
+    )
+    if not is_asked:
+        answered = f"{repository[:160]}:{version[:80]} {commit[:40]}"
+        raise untrusted("other_release", f"it answered {asked} with {answered}")
 
 
 def release_path(release: Json) -> str:

@@ -19,11 +19,11 @@ from urllib.parse import quote
 
 from composer.errors import InvalidFile
 from composer.hashing import hash_file
-from registry.client.api import Api, Json, release_path
+from registry.client.api import Api, Json, release_path, untrusted
 from registry.client.cache import BlobCache, is_regular
 from registry.client.parallel import PAUSES_S, Progress, each
 from registry.client.pieces import PartialFile
-from registry.errors import NO_SPACE, Conflict, Invalid, RegistryError, Unavailable
+from registry.errors import NO_SPACE, Conflict, RegistryError, Unavailable
 from registry.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.names import RepositoryName, Version, parse_digest, parse_repository, parse_version
 
@@ -54,12 +54,12 @@ def _parse_release(release: Json) -> _Release:
         repository, version = parse_repository(release["repository"]), parse_version(release["version"])
         path, claimed, commit = release_path(release), release["commit"], commit_id(canonical_manifest(files))
     except RegistryError as error:
-        raise _bad_answer(error.code, error.detail) from error
+        raise untrusted(error.code, error.detail) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _bad_answer("bad_answer", f"It is no release: {type(error).__name__} {error}.") from error
+        raise untrusted("bad_answer", f"it is no release: {type(error).__name__} {error}.") from error
     if claimed != commit:
-        raise _bad_answer(
-            "commit_differs", f"The commit of {repository}:{version} is not that of its files, {commit[:12]}."
+        raise untrusted(
+            "commit_differs", f"the commit of {repository}:{version} is not that of its files, {commit[:12]}."
         )
     for file in files:
         refuse_hidden(file.path)
@@ -71,14 +71,6 @@ def _parse_size(value: object) -> int:
     if not 0 <= size_bytes < 1 << 63:
         raise ValueError("a size beyond 64 bits")
     return size_bytes
-
-
-def _bad_answer(code: str, why: str) -> Invalid:
-    return Invalid(
-        code,
-        f"The registry's answer cannot be trusted: {why}",
-        next_step="Look at ADAPTORY_URL, and tell those who run the registry (adaptory fsck finds what is damaged).",
-    )
 
 
 def pull(  # noqa: PLR0913

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from composer.hashing import hash_file
-from registry.client.api import Api, Json, line_path, release_path
+from registry.client.api import Api, Json, line_path, refuse_other_answer, release_path, understood, untrusted
 from registry.client.parallel import PAUSES_S, Progress, patiently
 from registry.client.push import LocalFile, push, send
 from registry.client.selection import refuse_no_file
@@ -159,22 +159,21 @@ def read_private_key(path: Path) -> bytes:
 def bound_release(release: Json) -> SignedRelease:
     """What a signature of the release that a registry answered has to say. Raises Invalid where its commit is not that
     of its files."""
-    files = [ManifestFile(row["path"], row["size_bytes"], parse_digest(row["sha256"])) for row in release["files"]]
-    if commit_id(canonical_manifest(files)) != release["commit"]:
-        raise Invalid(
-            "commit_differs",
-            f"The commit of {release['repository']}:{release['version']} is not that of its files.",
-            next_step="Look at ADAPTORY_URL, and tell those who run the registry.",
-        )
+    with understood():
+        files = [ManifestFile(row["path"], row["size_bytes"], parse_digest(row["sha256"])) for row in release["files"]]
+        repository, version, base = release["repository"], release["version"], release["base"]["digest"]
+        claimed = release["commit"]
+    if commit_id(canonical_manifest(files)) != claimed:
+        raise untrusted("commit_differs", f"the commit of {repository}:{version} is not that of its files")
     kept = [file for file in files if file.path != SIGNATURE_FILE]
-    commit = commit_id(canonical_manifest(kept))
-    return SignedRelease(release["repository"], release["version"], release["base"]["digest"], commit)
+    return SignedRelease(repository, version, base, commit_id(canonical_manifest(kept)))
 
 
 def sign_release(api: Api, release: Json, key: Path) -> Json:
     """Signs a release that is out. The release as it is then. Raises Invalid for a key that cannot sign."""
+    bound = bound_release(release)
     files = {path: sha256 for path, sha256 in _digests(release).items() if path != SIGNATURE_FILE}
-    bundle = sign(read_private_key(key), bound_release(release), files)
+    bundle = sign(read_private_key(key), bound, files)
     return api.post(f"{release_path(release)}/signatures", {"bundle": bundle.decode()})
 
 
@@ -205,27 +204,23 @@ def verify_release(api: Api, release: Json, asked: Reference, directory: Path, p
     when it is unsigned, signed by another key, when a file is not the signed one, and for a signature of another
     repository, version or base.
     """
+    refuse_other_answer(asked, release)
     expected, digests = bound_release(release), _digests(release)
-    if str(asked.repository) != expected.repository or str(asked.version or expected.version) != expected.version:
-        raise Refused(
-            "other_release",
-            f"The registry answered {expected.repository}:{expected.version} to {asked}.",
-            subject=str(asked),
-            next_step="Look at ADAPTORY_URL, and tell those who run the registry.",
-        )
     bundles = [_read_signature(directory)] if SIGNATURE_FILE in digests else []
-    bundles += [row["bundle"].encode() for row in _later_signatures(api, release)]
+    bundles += _later_signatures(api, release)
     signed = _best(bundles, public_key)
     refuse_tampered(signed, digests)
     refuse_other_release(signed, expected)
     return signed
 
 
-def _later_signatures(api: Api, release: Json) -> list[Json]:
+def _later_signatures(api: Api, release: Json) -> list[bytes]:
     try:
-        return api.get(f"{release_path(release)}/signatures")["signatures"]
+        found = api.get(f"{release_path(release)}/signatures")
     except NotFound:  # a registry of before there were any
         return []
+    with understood():
+        return [row["bundle"].encode() for row in found["signatures"]]
 
 
 def _best(bundles: Sequence[bytes], public_key: str) -> Signed:

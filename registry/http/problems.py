@@ -146,7 +146,7 @@ def _disk_error(request: Request, error: Exception) -> JSONResponse:
 
 def _defect(request: Request, error: Exception) -> JSONResponse:
     """What nobody foresaw: logged whole for the operator, told without its inside to the client."""
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
     told = Unavailable("internal_error", f"The registry failed ({type(error).__name__}).", next_step="Look at its log.")
     return problem_response(told, 500, {"X-Request-Id": request_id() or ""})  # it leaves past what adds the header
 

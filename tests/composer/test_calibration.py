@@ -82,6 +82,17 @@ def test_without_examples_nothing_is_fitted(red: LoadedAdapter, green: LoadedAda
     assert caught.value.code == "needs_examples"
 
 
+def test_a_prompt_beyond_the_context_is_refused_before_it_is_run(
+    loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
+) -> None:
+    """A recipe of 200 kB could hold a worker for hours: attention takes the square of a prompt's length."""
+    long = CalibrationSet(prompts=("red " * (loaded.model.config.max_position_embeddings + 1),))
+    observe = Calibration(lambda: loaded, [long, long], tokens=2048).observe
+    with pytest.raises(Mismatch, match="the model's context is") as caught:
+        combine_deltas([red, green], [1.0, 1.0], "regmean", {}, observe)
+    assert caught.value.code == "example_too_long"
+
+
 def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter) -> None:
     sets = calibration(loaded, 3).sets
     used = used_in(sets, [RED, GREEN])

@@ -28,6 +28,8 @@ UNREADABLE = {
     "half a surrogate pair": 'inputs: [a/b]\nmethod: stack\nnotes: "\\ud800"',
     "half a surrogate pair in a key": 'inputs: [a/b]\nmethod: stack\n"\\ud800": 1',
     "a hexadecimal key of 5000 digits": "0x" + "f" * 5000 + ": 1",
+    "prompts for a method that is fitted on nothing": "inputs: [{adapter: a/b, prompts: [hi]}]\nmethod: stack",
+    "a prompt that says nothing": 'inputs: [{adapter: a/b, prompts: [hi, " "]}]\nmethod: regmean',
     "a rounding that there is not": "inputs: [a/b]\nmethod: stack\nrounding: up",
     "a rounding that is a list": "inputs: [a/b]\nmethod: stack\nrounding: [stochastic]",
     "a rounding with another key": "inputs: [a/b]\nmethod: stack\nrounding: {mode: stochastic, seeds: 1}",

@@ -19,6 +19,7 @@ from registry.client.pull import cached, pull
 from registry.errors import Invalid, Unavailable, Usage
 from registry.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.names import Digest
+from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, nothing
 
 CONTENT = b"#!/bin/sh\necho harm\n"
@@ -188,6 +189,28 @@ def test_the_command_line_says_that_the_registry_lies(
         assert "Traceback" not in ran.err
     assert tree(victim.parent) == {"authorized_keys": b"precious"}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("asked", ["acme/sql:1.0.1", "acme/sql:^2", "acme/other", "acme/sql#abcdef0"])
+def test_another_release_than_the_one_asked_for_is_neither_pulled_nor_signed(
+    hostile: HostileRegistry, cli: Cli, tmp_path: Path, asked: str
+) -> None:
+    """Who signs what a registry answers must not be made to sign something else."""
+    hostile.release, keys = release_of(row()), Keys(tmp_path, "team")
+    for words in (("pull", asked, "-o", tmp_path / "out"), ("sign", asked, "--key", keys.private)):
+        ran = cli(*words)
+        assert (ran.code, f"answered {asked} with acme/sql:1.0.0" in ran.err) == (6, True), ran.err
+    assert all(path.startswith("/v1/resolve") for path in hostile.asked), "nothing was fetched or sent"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changed", [{"base": "tiny"}, {"base": {}}, {"files": {"a": 1}}, {"files": [7]}])
+def test_an_answer_of_another_form_is_not_signed(
+    hostile: HostileRegistry, cli: Cli, tmp_path: Path, changed: Json
+) -> None:
+    hostile.release = release_of(row()) | changed
+    ran = cli("sign", "acme/sql:1.0.0", "--key", Keys(tmp_path, "team").private)
+    assert (ran.code, "answer cannot be trusted" in ran.err, "Traceback" in ran.err) == (6, True, False), ran.err
 
 
 def test_bytes_that_are_not_the_promised_never_appear(hostile: HostileRegistry, cli: Cli, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from registry.errors import Invalid, Usage
 from tests.scenarios.traces import api_of
@@ -59,6 +60,42 @@ def test_a_number_that_is_none_or_too_large_is_refused(
     ran = on_disk("conflicts", world.adapters["sql"], world.adapters["support"], *arguments)
     assert (ran.code, ran.out) == (code, "")
     assert told in ran.err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ({"gates": ["sql-exact.accuracy keeps 0.\uff19 of inputs"]}, "is not a gate rule"),
+        ({"gates": ["sql-exact.nll within \uff10.1 of base"]}, "is not a gate rule"),
+        ({"gates": ["sql-exact.nll <= 1_0"]}, "is not a gate rule"),
+        ({"gates": ["sql-exact.nll keeps 0.9 of inputs"]}, "nll is better when lower"),
+        ({"gates": ["sql-exact.rouge_l >= 0.5"]}, "a composition measures nll and accuracy alone"),
+        ({"notes": "x" * 20_001}, "Notes are limited to 20,000 characters"),
+    ],
+)
+def test_a_composition_that_could_not_end_well_is_refused_before_any_work(
+    stocked_embedded: Cli, world: World, tmp_path: Path, recipe: dict[str, object], told: str
+) -> None:
+    cli, path = stocked_embedded, tmp_path / "recipe.yaml"
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    document = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "acme/sum:1.0.0", "evaluate": ["sql-exact"]}
+    path.write_text(yaml.safe_dump({**document, **recipe}))
+    for words in (("compose", path, "--plan"), ("compose", path)):
+        refused = cli(*words)
+        assert (refused.code != 0, told in refused.err) == (True, True), refused.err
+    assert cli.json("jobs")["items"] == []
+
+
+def test_a_gate_takes_ascii_numbers_and_keeps_what_is_better_when_higher(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    for rule in (
+        "sql-exact.accuracy >= \uff10.5",
+        "sql-exact.nll within 0.\uff11 of base",
+        "sql-exact.nll keeps 0.9 of inputs",
+    ):
+        assert cli("gate", "acme/sql@prod", "--rule", rule).code == 2, rule
+    cli.ok("gate", "acme/sql@prod", "--rule", "sql-exact.accuracy keeps 0.9 of inputs")
 
 
 def test_a_rank_that_is_given_twice_is_refused(on_disk: Cli, world: World, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Which registry a command talks to: profiles that `login` makes, their precedence, and what it says of it."""
 
 import io
+import json
+import os
 import stat
 import sys
 from collections.abc import Generator
@@ -86,6 +88,10 @@ def test_a_change_says_which_registry_it_goes_to_and_a_narrow_scope_which_role_i
         ("http://a.example:8470/v1/", "http://a.example:8470"),
         ("https://a.example/adapters", None),
         ("https://mia:secret@a.example", None),
+        ("https://a.example:port", None),
+        ("https://a.example:80:81", None),
+        ("https://a.example\\@b.example", None),
+        ("http://[::1]:8470/", "http://[::1]:8470"),
         ("https://a.example?x=1", None),
         ("a.example", None),
     ],
@@ -96,4 +102,46 @@ def test_the_url_of_a_registry_is_normalised_or_refused(text: str, address: str 
         return
     refused = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_URL": text})("list")
     assert (refused.code, "ADAPTORY_URL" in refused.err) == (2, True)
-    assert Cli({"ADAPTORY_HOME": str(tmp_path)})("login", text).code == 2
+    login = Cli({"ADAPTORY_HOME": str(tmp_path)})("login", text)
+    assert (login.code, "secret" in refused.err + login.err) == (2, False)
+
+
+def test_what_login_cannot_use_is_refused_in_its_own_words_and_never_repeats_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
+    for token in ("adp_a b", "adp_x\r\nX-Evil: 1", "adp_\udcff", "adp_é"):
+        refused = with_stdin(cli, token, "login", "http://127.0.0.1:1", monkeypatch=monkeypatch)
+        assert (refused.code, "it is no token" in refused.err, "adp_" in refused.err) == (2, True, False)
+    unnamed = with_stdin(cli, "adp_x", "login", "http://[::1]:1", monkeypatch=monkeypatch)
+    assert (unnamed.code, "--name" in unnamed.err) == (2, True)
+    assert not (tmp_path / "home").exists()
+
+
+def test_profiles_are_for_their_owner_alone_whatever_the_umask_and_a_damaged_file_is_named(
+    company: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (url, token), home = company, tmp_path / "home"
+    cli = Cli({"ADAPTORY_HOME": str(home)})
+    kept = os.umask(0)
+    try:
+        assert with_stdin(cli, token, "login", url, "--name", "work", monkeypatch=monkeypatch).code == 0
+    finally:
+        os.umask(kept)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (home, home / "profiles.json")] == [0o700, 0o600]
+    assert [path.name for path in home.iterdir()] == ["profiles.json"]
+    (tmp_path / "dotfiles").mkdir()
+    linked = (home / "profiles.json").rename(tmp_path / "dotfiles" / "profiles.json")
+    (home / "profiles.json").symlink_to(linked)
+    assert with_stdin(cli, token, "login", url, "--name", "other", monkeypatch=monkeypatch).code == 0
+    cli.ok("logout", "other")
+    assert (home / "profiles.json").is_symlink()
+    assert list(json.loads(linked.read_text())["profiles"]) == ["work"]
+    cli.ok("logout", "work")
+    assert token not in linked.read_text()
+    empty = Cli({**cli.environment, "ADAPTORY_URL": "http://127.0.0.1:1", "ADAPTORY_PROFILE": ""})
+    assert empty("whoami").code == 7, "an empty ADAPTORY_PROFILE names none, and ADAPTORY_URL goes next"
+    for row in ({"url": "http://a:b:c", "token": token}, {"url": url, "token": 5}, {"url": url, "token": "a b"}):
+        (home / "profiles.json").write_text(json.dumps({"current": "work", "profiles": {"work": row}}))
+        damaged = cli("whoami")
+        assert (damaged.code, "not a list of profiles" in damaged.err) == (6, True)

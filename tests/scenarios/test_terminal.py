@@ -1,5 +1,12 @@
 """What others wrote does not speak to the terminal, nor look like a message of ours."""
 
+import io
+import json
+import sys
+
+import pytest
+
+from registry.cli import render
 from tests.scenarios.world import Cli, World
 
 HOSTILE = "bad\nerror: all is lost\r\x1b[31m\x1b]0;title\x07"
@@ -29,3 +36,35 @@ def test_notes_and_reasons_with_line_breaks_and_escapes_are_shown_and_not_obeyed
         assert not {"\x1b", "\x07", "\r"} & set(text), text
         assert not [line for line in text.splitlines() if line.startswith("error: all")], text
     assert "\\x1b[31m" in shown[1].out
+
+
+def test_a_json_document_has_escapes_for_what_speaks_to_a_terminal_and_reads_back_the_same(
+    stocked_embedded: Cli, world: World
+) -> None:
+    """JSON escapes ESC by itself, and neither the control characters of above ASCII (U+009B begins a sequence as ESC [
+    does) nor what turns the direction of a text around."""
+    cli, notes = stocked_embedded, "red\u009b31m \u202efdp.exe \x7f é 漢 \U000e0041\x1b"
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--notes", notes)
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", notes)
+    shown, refused = cli.ok("show", "acme/sql:1.0.0", "--json"), cli("show", f"acme/{notes}", "--json")
+    assert json.loads(shown.out)["notes"] == notes
+    assert notes in json.loads(refused.out)["error"]["subject"]
+    export = cli.ok("audit", "--namespace", "acme", "--jsonl")
+    assert notes in [json.loads(line)["reason"] for line in export.out.splitlines()]
+    assert "é 漢" in shown.out
+    for text in (shown.out, refused.out, export.out):
+        assert all(one.isprintable() or one == "\n" for one in text)
+
+
+def test_the_label_of_a_bar_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with render.progress("compose", 2, counts=True) as done:
+        done.label("[/red] \x1b]0;title\x07 [bold]merge")
+        done(1)
+    assert "[/red]" in terminal.getvalue()
+    assert "]0;title\x07" not in terminal.getvalue()
