@@ -337,7 +337,7 @@ def _show(found: Json) -> None:
         render.gate_lines(found["gates"])
     if found["merge"]:
         merged = found["merge"]
-        print(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
+        render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
     for row in found["results"]:
         render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
 
@@ -347,7 +347,7 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for score in scores:
         value = render.with_error(score["value"], score["stderr"])
-        metric = render.METRICS.get(score["metric"], score["metric"])
+        metric = render.metric(score["metric"])
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
         for one in score.get("inputs", []):
             name, value = f"{one['repository']}:{one['version']}", render.with_error(one["value"], one["stderr"])

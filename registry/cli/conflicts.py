@@ -129,13 +129,13 @@ def _explain(report: "ConflictReport", modules: int) -> None:
     for line in headlines(report):
         render.heading(line)
     for line in explanations(report):
-        print(render.plain(line))
+        render.out(line)
     for one in tables(report, worst_modules=modules):
         render.table(one.title, one.columns, one.rows)
         if one.note:
             render.out(one.note)
     for line in (*remarks(report.findings), *(f"try: {line}" for line in advice(report))):
-        print(render.plain(line))
+        render.out(line)
 
 
 def _write_page(path: Path, report: "ConflictReport") -> None:

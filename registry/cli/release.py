@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Ref = Annotated[
     str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)
 ]
-Channel = Annotated[str, typer.Argument(metavar="REPO@CHANNEL", autocompletion=complete.channels)]
+Channel = Annotated[
+    str, typer.Argument(metavar="REPO@CHANNEL", help="Such as acme/sql@prod.", autocompletion=complete.channels)
+]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Json = dict[str, Any]
 
@@ -32,7 +34,7 @@ def register(root: typer.Typer) -> None:
 
 
 def list_repositories(
-    repository: Annotated[str | None, typer.Argument(metavar="[REPO]")] = None,
+    repository: Annotated[str | None, typer.Argument(metavar="[REPO]", help="Its releases instead.")] = None,
     models: Annotated[bool, typer.Option("--models", help="Only merged models.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -54,7 +56,9 @@ def list_repositories(
     )
 
 
-def log(repository: Annotated[str, typer.Argument(metavar="REPO")], json: JsonFlag = False) -> None:
+def log(
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
+) -> None:
     """Releases of a repository, the highest version first."""
     with connected() as connection:
         line = _line(connection, str(parse_repository(repository)))
@@ -239,8 +243,9 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
         )
         for row in spectrum["modules"]
     ]
-    cuts = [f"energy at {rank}" for rank in ranks]
-    render.table(ref, ("module", "rank", "norm", "effective rank", *cuts, "95 % in", "99 % in", ""), rows)
+    title = f"{ref}: rank in use (at R: energy that a cut to R keeps; 95 %: rank that keeps it)"
+    cuts = [f"at {rank}" for rank in ranks]
+    render.table(title, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
     for module in spectrum["left_out"]:
         render.out(f"  {module}: not computed")
 
@@ -295,7 +300,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         rows = [
             (
                 s["suite"],
-                render.METRICS.get(s["metric"], s["metric"]),
+                render.metric(s["metric"]),
                 render.with_error(s["value"], s["stderr"]),
                 s["n"],
             )

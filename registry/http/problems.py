@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 outages = OutageLog(log)
 
 MEDIA_TYPE = "application/problem+json"
+_CHOICES = frozenset({"literal_error", "enum"})
+"""Errors of pydantic about a word that is none of a list."""
 
 
 def problem_response(
@@ -104,15 +106,20 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
     return problem_response(
         Invalid(
             "bad_request",
-            f"{where}: {first['msg']}.",
+            f"{where}: {_wrong(first)}.",
             subject=where,
             next_step=_right_way(first["type"], first.get("ctx", {})),
         )
     )
 
 
+def _wrong(error: Mapping[str, Any]) -> str:
+    """What is right instead is left to the next step, which lists it."""
+    return f"{str(error['input'])[:100]!r} is unknown" if error["type"] in _CHOICES else str(error["msg"])
+
+
 def _right_way(kind: str, context: Mapping[str, Any]) -> str:
-    if kind in ("literal_error", "enum"):
+    if kind in _CHOICES:
         return f"Use {context['expected']}."
     if kind.startswith("datetime"):
         return "Write a day or a moment, as in 2026-01-31 or 2026-01-31T12:00:00Z."
