@@ -45,7 +45,7 @@ def who_am_i(json: JsonFlag = False) -> None:
             if namespace in limited
             else role,
         )
-        for namespace, role in sorted(found["grants"].items())
+        for namespace, role in sorted({**dict.fromkeys(limited, "none"), **found["grants"]}.items())
     ]
     render.document(found, json, lambda: render.lines(found["user"], pairs))
 

@@ -92,7 +92,8 @@ def conflicts(  # noqa: PLR0913
         settings = settings_of(set_)
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
         calibration = calibration_of(method, settings, evidence.load, evidence.suites)
-        evidence = replace(evidence, calibration=calibration)
+        bar = stack.enter_context(render.progress("probe", None, "examples"))
+        evidence = replace(evidence, calibration=calibration, progress=bar)
         report = examine(
             group.load(),
             given,

@@ -158,7 +158,7 @@ def jobs(
             row["id"],
             row["kind"],
             row["state"],
-            [f"{step['name']}: {step['state']}" for step in row["steps"]],
+            [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
             row["created_by"],
         )
         for row in found
@@ -166,6 +166,12 @@ def jobs(
     told = found[0] if job else {"items": found, "next": more}
     render.document(told, json, lambda: render.table("", ("job", "kind", "state", "steps", "by"), rows))
     render.more(more, json)
+
+
+def _progress(step: dict[str, Any]) -> str:
+    if step["state"] != "running" or not step.get("total"):
+        return step["state"]
+    return f"{step['done']:,} of {step['total']:,} {step['unit']}"
 
 
 def cancel(

@@ -118,7 +118,7 @@ def evaluate(
                 deltas = load_deltas(release_directory(connection, release), model.architecture).deltas
         scores: list[Json] = []
         total = sum(min(limit or len(one.examples), len(one.examples)) for one in suites)
-        with render.progress(f"eval {what}", total, counts=True) as done:
+        with render.progress(f"eval {what}", total, "examples") as done:
             for one in suites:
                 scores += [score.to_json() for score in evaluate_suite(model, one, deltas, limit, done)]
         if limit is None:

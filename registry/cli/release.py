@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, resolved, with_near_names
+from registry.cli.connect import Connection, connected, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
@@ -215,17 +215,18 @@ def _path(release: Json) -> str:
 
 def _line(connection: Connection, repository: str) -> str:
     """The route of a repository, whose kind its name does not tell."""
-    for path in (f"/v1/adapters/{repository}", f"/v1/models/{repository}"):
+    adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
+    try:
+        connection.api.get(adapters)
+    except NotFound as unknown:
+        if unknown.code != "repository_unknown":
+            raise
         with suppress(NotFound):
-            connection.api.get(path)
-            return path
-    unknown = NotFound(
-        "repository_unknown",
-        f"There is no repository {repository} that you may see.",
-        subject=repository,
-        next_step="`adaptory list` shows what there is, `adaptory whoami` what you may see.",
-    )
-    raise with_near_names(connection, unknown, repository)
+            connection.api.get(models)
+            return models
+        detail = f"There is no repository {repository} that you may see."
+        raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
+    return adapters
 
 
 def _show_spectrum(ref: str, spectrum: Json) -> None:
@@ -243,9 +244,9 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
         )
         for row in spectrum["modules"]
     ]
-    title = f"{ref}: rank in use (at R: energy that a cut to R keeps; 95 %: rank that keeps it)"
     cuts = [f"at {rank}" for rank in ranks]
-    render.table(title, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
+    render.table(ref, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
+    render.out("at R: energy that a cut to rank R keeps; 95 %: rank that keeps so much")
     for module in spectrum["left_out"]:
         render.out(f"  {module}: not computed")
 

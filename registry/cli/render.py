@@ -237,52 +237,66 @@ class Progress:
     def __call__(self, count: int) -> None:
         pass
 
-    def label(self, text: str) -> None:
-        """Says what is being done now."""
+    def expect(self, total: int) -> None:
+        """How much there will be, where that is known only now or grows."""
+
+    def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
+        """What is being done now: a bar of its own, without an end where no amount is known."""
 
 
 class _Bar(Progress):
-    def __init__(self, bars: "Bars", label: str, total: int) -> None:
-        self._bars, self._task = bars, bars.add_task(middle(label, _LABEL_CHARS), total=total)
+    def __init__(self, bars: "Bars", label: str, total: int | None, unit: str) -> None:
+        self._bars, self._label = bars, label
+        self._task = bars.add_task(middle(label, _LABEL_CHARS), total=total, unit=unit)
 
     def __call__(self, count: int) -> None:
         self._bars.advance(self._task, count)
 
-    def label(self, text: str) -> None:
-        self._bars.update(self._task, description=middle(text, _LABEL_CHARS))
+    def expect(self, total: int) -> None:
+        self._bars.update(self._task, total=total)
+        self._bars.start()
+
+    def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
+        if label != self._label:
+            self._label = label
+            self._bars.reset(self._task, total=total, description=middle(label, _LABEL_CHARS), unit=unit)
+            self._bars.start()
+        self._bars.update(self._task, completed=done or 0, total=total, unit=unit)
 
 
 @contextmanager
-def progress(label: str, total: int, *, counts: bool = False) -> Generator[Progress]:
-    """A bar with rate and time left on stderr when that is a terminal, nothing otherwise.
+def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Progress]:
+    """A bar with amount, rate and time left on stderr when that is a terminal, nothing otherwise.
 
-    `total` and what the callback gets are bytes, or things with `counts`.
+    What the callback gets is in the unit. Without a total the bar appears when its amount or its first step is told.
     """
-    if not sys.stderr or not sys.stderr.isatty() or total <= 0:
+    if not sys.stderr or not sys.stderr.isatty() or total == 0:
         yield Progress()
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from rich.text import Text
 
-    class RateColumn(ProgressColumn):
+    class Amount(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.3g}/s" if task.speed else "")
+            if task.total is None:
+                return Text("")
+            rate = f" {_amount(task.speed, task)}/s" if task.speed else ""
+            return Text(f"{_amount(task.completed, task)}/{_amount(task.total, task)}{rate}", no_wrap=True)
 
-    amount = [MofNCompleteColumn(), RateColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
-    columns = (TextColumn("{task.description}"), BarColumn(20), *amount, TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _Bar(bars, label, total)
+    def _amount(count: float, task: Task) -> str:
+        return size(int(count)) if task.fields["unit"] == "bytes" else f"{count:.3g}" if count % 1 else f"{count:.0f}"
+
+    columns = (TextColumn("{task.description}"), BarColumn(14), Amount(), TimeRemainingColumn())
+    bars = Bars(*columns, console=Console(stderr=True), transient=True)
+    shown = _Bar(bars, label, total, unit)
+    if total is not None:
+        bars.start()
+    try:
+        yield shown
+    finally:
+        bars.stop()
 
 
 def fail(error: Failure, as_json: bool) -> int:

@@ -58,7 +58,7 @@ def fsck(
 
     with _own_resources() as resources:
         extent, place = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
-        with render.progress("fsck", extent.steps, counts=True) as done:
+        with render.progress("fsck", extent.steps, "rows") as done:
             findings = promises.check(resources, read_bytes=full, progress=done)
         failure, discarded = None, list[str]()
         try:

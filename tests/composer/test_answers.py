@@ -109,7 +109,7 @@ def test_the_share_that_is_left_is_printed_with_its_interval() -> None:
 def test_what_is_open_is_named_with_its_numbers() -> None:
     (answers,) = [one for one in of_outcome(answering(4, 3), Policy()) if one.code == "probe_open"]
     assert "open after 16 examples whether red retains 90% of its exact match" in answers.message
-    assert answers.message.endswith("(3 of 4 so far; 8 answered ones decide).")
+    assert answers.message.endswith("(3 of 4 so far; 8 exact ones decide).")
     assert (answers.subject, answers.measure) == ("red + green: red", 0.75)
     wide = replace(answering(9, 9).effects[0], loss_interval=interval(0.3, 1.0, 16, 2))
     (loss,) = of_outcome(Outcome(16, (wide,), ()), Policy())
