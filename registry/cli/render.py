@@ -259,7 +259,8 @@ class _Bar(Progress):
     def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
         if label != self._label:
             self._label = label
-            self._bars.reset(self._task, total=total, description=middle(label, _LABEL_CHARS), unit=unit)
+            self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(middle(label, _LABEL_CHARS), total=total, unit=unit)
             self._bars.start()
         self._bars.update(self._task, completed=done or 0, total=total, unit=unit)
 
@@ -283,7 +284,8 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
             if task.total is None:
                 return Text("")
             rate = f" {_amount(task.speed, task)}/s" if task.speed else ""
-            return Text(f"{_amount(task.completed, task)}/{_amount(task.total, task)}{rate}", no_wrap=True)
+            unit = "" if task.fields["unit"] == "bytes" else f" {task.fields['unit']}"
+            return Text(f"{_amount(task.completed, task)}/{_amount(task.total, task)}{unit}{rate}", no_wrap=True)
 
     def _amount(count: float, task: Task) -> str:
         return size(int(count)) if task.fields["unit"] == "bytes" else f"{count:.3g}" if count % 1 else f"{count:.0f}"
