@@ -107,7 +107,7 @@ DIRECTED: dict[str, tuple[str, Callable[[Row, str, str], float]]] = {
 }
 PAIRED: dict[str, tuple[str, Callable[[Row], float]]] = {
     **{
-        name.replace("_", " "): ("weights", whole(name))
+        {"crowding": "c_max (Pico)"}.get(name, name.replace("_", " ")): ("weights", whole(name))
         for name in (
             "cosine", "input_overlap", "input_excess", "output_overlap", "output_excess", "dominance", "interference",
             "crowding", "sign_excess", "sign_weighted",

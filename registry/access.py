@@ -54,13 +54,14 @@ def may_read(actor: Actor, namespace: str) -> bool:
 def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
     """Returns when the actor has the role there; denies otherwise.
 
-    Where the actor may not even read, it raises `hidden`, the NotFound of what was asked for.
+    Where the actor may not even read, it raises `hidden`, the NotFound of what was asked for. Without one the caller
+    has named the namespace, and is told of a role of its own there that the token's scope hides.
     """
     if may(actor, role, namespace):
         return
     if namespace == EVERYWHERE or may_read(actor, namespace):
         raise _denied(actor, role, namespace)
-    raise hidden or unknown_namespace(namespace)
+    raise hidden or _out_of_scope(actor, namespace) or unknown_namespace(namespace)
 
 
 def permit_somewhere(actor: Actor, role: Role) -> None:
@@ -120,6 +121,19 @@ def unknown_namespace(namespace: str) -> NotFound:
         f"There is no namespace {namespace[:64]} that you may see.",
         subject=namespace[:64],
         next_step="Look at its spelling, and at ADAPTORY_TOKEN.",
+    )
+
+
+def _out_of_scope(actor: Actor, namespace: str) -> NotFound | None:
+    """It says what the user's roles are, and not whether there is such a namespace."""
+    own = actor.hidden.get(namespace, actor.hidden.get(EVERYWHERE))
+    if own is None:
+        return None
+    return NotFound(
+        "namespace_unknown",
+        f"The scope of this token leaves out the namespace {namespace[:64]}, where {actor.name} has the role {own}.",
+        subject=namespace[:64],
+        next_step=f"Use a token whose scope has {namespace[:64]}={own}.",
     )
 
 

@@ -32,7 +32,7 @@ class Actor:
     source: str | None = None
     mints: bool = False
     hidden: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The actor's own roles where the token's scope allows a lower one."""
+    """The actor's own roles where the token's scope allows a lower one or none."""
 
 
 def operator(name: str, at: datetime) -> Actor:

@@ -32,7 +32,7 @@ from registry.audit import Act, Actor, EventQuery
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.gates import Keeps, Within
 from registry.models import Base, Composition, Job, Namespace, Release, ReleaseInput
-from registry.names import RepositoryName, Version, parse_reference
+from registry.names import RepositoryName, Version, nearest, parse_reference
 from registry.releases import full_name
 from registry.repositories import Kind
 from registry.signing import fingerprint
@@ -412,6 +412,8 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
     base = session.get_one(Base, lock.base)
     measured = gates.scores(session, base)
     for rule in gates.parse_rules(recipe.gates or ()):
+        suites.find(session, rule.suite)
+        _refuse_unmeasured(rule)
         if isinstance(rule, Within) and rule.other == "served":
             raise Usage(
                 "no_channel",
@@ -441,6 +443,18 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 subject=str(rule),
                 next_step=f"Run `adaptory eval {base.name} --suite {rule.suite}`, and compose again.",
             )
+
+
+def _refuse_unmeasured(rule: gates.Rule) -> None:
+    if rule.metric in metrics.HIGHER_IS_BETTER:
+        return
+    measured = " and ".join(metrics.HIGHER_IS_BETTER)
+    raise NotFound(
+        "metric_unknown",
+        f"{rule}: a composition measures {measured}, and no {rule.metric}.",
+        subject=str(rule),
+        next_step=nearest(rule.metric, metrics.HIGHER_IS_BETTER, "Leave the rule to the channel's gate."),
+    )
 
 
 def _suite_names(recipe: Recipe) -> list[str]:

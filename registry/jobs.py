@@ -6,6 +6,7 @@ off until then.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -105,14 +106,28 @@ def beat(session: Session, job_id: int, worker: str, now: datetime) -> bool:
     return row is not None and not row[0]
 
 
-def note_step(session: Session, job_id: int, worker: str, step: str, *, state: str, progress: float) -> bool:
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much of a step is done: bytes or examples."""
+
+    done: int
+    total: int
+    unit: str
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.done / max(self.total, 1))
+
+
+def note_step(session: Session, job_id: int, worker: str, step: str, *, state: str, progress: float | Amount) -> bool:
     """False, with nothing written, when the job is no longer this worker's: another may have ended it well since."""
     job = _locked(session, job_id)
     if job.worker != worker or job.state != "running":
         return False
-    job.steps = [
-        {**row, "state": state, "progress": round(progress, 3)} if row["name"] == step else row for row in job.steps
-    ]
+    amount = asdict(progress) if isinstance(progress, Amount) else {}
+    share = progress.share if isinstance(progress, Amount) else progress
+    noted = {"state": state, "progress": round(share, 3), **amount}
+    job.steps = [{**row, **noted} if row["name"] == step else row for row in job.steps]
     return True
 
 

@@ -11,7 +11,7 @@ from registry.audit import Act, Actor
 from registry.db import insert_if_absent
 from registry.errors import Conflict, NotFound
 from registry.models import Channel, Repository
-from registry.names import MAX_NEAR, RepositoryName, nearest
+from registry.names import MAX_NEAR, RepositoryName
 
 _LISTED = 20
 """Channels that an error names, at most."""
@@ -29,15 +29,21 @@ def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Re
             "repository_unknown",
             f"There is no {kind or 'repository'} {name}.",
             subject=str(name),
-            next_step=nearest(str(name), _beside(session, name), "`adaptory list` shows what there is."),
+            next_step="`adaptory list` shows what there is, `adaptory whoami` what you may see.",
         )
     return repository
 
 
-def _beside(session: Session, name: RepositoryName) -> list[str]:
-    """The repositories of a namespace, which whoever asks for one of them may see."""
-    query = select(Repository.name).where(Repository.namespace == name.namespace).order_by(Repository.id)
-    return [f"{name.namespace}/{row}" for row in session.scalars(query.limit(MAX_NEAR))]
+def beside(session: Session, actor: Actor, name: str) -> list[str]:
+    """Of the repositories that the actor may read those before and after a name in their order: many have thousands."""
+    namespace, own, key = Repository.namespace, Repository.name, tuple_(Repository.namespace, Repository.name)
+    asked = tuple_(*name.partition("/")[::2])
+    query = select(namespace, own).where(readable(actor, namespace))
+    sides = (
+        query.where(key < asked).order_by(namespace.desc(), own.desc()),
+        query.where(key >= asked).order_by(namespace, own),
+    )
+    return [f"{row[0]}/{row[1]}" for side in sides for row in session.execute(side.limit(MAX_NEAR // 2))]
 
 
 def unknown_channel(session: Session, repository: Repository, channel: str) -> NotFound:

@@ -51,7 +51,7 @@ class Caller:
     mints: bool
     expires_at: datetime | None
     hidden: Mapping[str, str]
-    """The user's own roles where the scope allows a lower one."""
+    """The user's own roles where the scope allows a lower one or none."""
 
 
 def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
@@ -133,7 +133,8 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
     roles = namespaces.roles_of(session, row.user)
     grants, own = effective_grants(roles, row.scope), effective_grants(roles, WHOLE)
     everywhere = own.get(EVERYWHERE, "")
-    hidden = {name: own.get(name, everywhere) for name, role in grants.items() if own.get(name, everywhere) != role}
+    roles_there = {name: own.get(name, everywhere) for name in {*grants, *own}}
+    hidden = {name: role for name, role in roles_there.items() if grants.get(name) != role}
     return Caller(row.user, row.id, grants, mints, row.expires_at, hidden)
 
 

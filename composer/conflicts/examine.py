@@ -9,7 +9,7 @@ from composer.checks import structural
 from composer.conflicts import ConflictReport, Method, conflicts
 from composer.conflicts.interference import MAX_PROMPTS, Activations, activations
 from composer.conflicts.outcome import Limits
-from composer.conflicts.probe import Effort, Probed, ProbeResult, by_method, probe, weighted
+from composer.conflicts.probe import Effort, Probed, ProbeResult, Progress, by_method, probe, weighted
 from composer.errors import InvalidFile
 from composer.findings import Policy, Severity
 from composer.formats.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ class Evidence:
     """What may be measured: `load` gives the base when it is needed. With a suite for each adapter, and `k`, they are
     probed, on `k` examples and up to `most`, with guards beside; otherwise, and with prompts, their activations are
     compared. The prompts of the suites are compared in any case. A fitted method is fitted on the `calibration`, and
-    probed on other examples; without one it is not measured."""
+    probed on other examples; without one it is not measured. `progress` is told of a probe's examples."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()
@@ -35,6 +35,7 @@ class Evidence:
     most: int = 0
     prompts: Sequence[str] = ()
     calibration: Calibration | None = None
+    progress: Progress | None = None
 
 
 def examine(
@@ -100,7 +101,7 @@ def _measured(
         combine = by_method(adapters, how.name, parsed, evidence.calibration)
         sets = evidence.calibration.sets if evidence.calibration else ()
         used_examples = used_in(sets, [*suites, *evidence.guards])
-        return probe(evidence.load(), members, evidence.guards, effort, combine, used_examples)
+        return probe(evidence.load(), members, evidence.guards, effort, combine, used_examples, evidence.progress)
     if evidence.prompts:
         own = effective_weights(weights, how.name, how.settings)
         taking_part = projected(adapters, weights_of(weights), parsed)

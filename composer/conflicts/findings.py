@@ -35,10 +35,11 @@ WEAK_EVIDENCE = {
 _WATCHED = {
     "input_overlap": ("input_excess", "share input directions beyond chance"),
     "output_overlap": ("output_excess", "share output directions beyond chance"),
-    "crowding": ("crowding", "crowd into one output direction"),
+    "crowding": ("crowding", "over-share one output direction"),
     "sign_conflict": ("sign_excess", "pull entries in different directions more than their angle tells"),
 }
 """Codes that only a policy gives a number: the number of a pair that they look at, and what it says."""
+_NAMES = {"crowding": "Pico's c_max"}
 
 
 def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared, weights: Sequence[Weight]) -> list[Finding]:
@@ -146,7 +147,7 @@ def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, p
     for code, (number, says) in _WATCHED.items():
         value = getattr(numbers, number)
         if value >= _threshold(policy, code):
-            message = f"{a} and {b} {says} ({number} {value:.2f})."
+            message = f"{a} and {b} {says} ({_NAMES.get(number, number)} {value:.2f})."
             found.append(Finding(code, Severity.WARNING, subject, message, value))
     return found + (of_outcome(outcome, policy) if outcome else [])
 
@@ -219,9 +220,9 @@ def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
         )
         yield Finding("probe_open", Severity.NOTICE, subject, message, effect.loss)
     if effect.of_answers(limits) is Verdict.UNDECIDED:
-        few = "" if limits.by_interval else f"; {LEAST_ANSWERED} answered ones decide"
+        few = "" if limits.by_interval else f"; {LEAST_ANSWERED} exact ones decide"
         message = (
-            f"{start} keeps {limits.answers:.0%} of what it answers word for word alone on {effect.suite} "
+            f"{start} retains {limits.answers:.0%} of its exact match on {effect.suite} "
             f"({effect.still_answered} of {effect.answered} so far{few})."
         )
         yield Finding("probe_open", Severity.NOTICE, subject, message, effect.answers_left)
@@ -254,8 +255,8 @@ def _of_effect(together: str, effect: Effect, limits: Limits) -> Iterator[Findin
     if effect.of_answers(limits) is Verdict.WARN:
         sure = share_interval(effect.still_answered, effect.answered)
         message = (
-            f"In {together}, {effect.member} still answers {effect.still_answered} of the {effect.answered} examples "
-            f"of {effect.suite} word for word that it answers alone ({sure.low:.0%} to {sure.high:.0%} of all)."
+            f"In {together}, {effect.member} retains exact match on {effect.still_answered} of the {effect.answered} "
+            f"examples of {effect.suite} that it has alone ({sure.low:.0%} to {sure.high:.0%} of all)."
         )
         yield Finding("probe_answers", Severity.WARNING, subject, message, effect.answers_left)
 

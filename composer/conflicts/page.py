@@ -47,7 +47,7 @@ MEASURES = {
     "cosine": Measure("Cosine"),
     "interference": Measure("Interference - 1"),
     "share": Measure("Share of what they have in common", None, 0.02, signed=False),
-    "crowding": Measure("Crowding (Pico's c_max)", None, signed=False),
+    "crowding": Measure("c_max (Pico)", None, signed=False),
     "sign_excess": Measure("Sign conflict beyond the angle"),
     "dominance": Measure("Dominance", 0.5, 0.5, signed=False),
 }
@@ -115,7 +115,7 @@ def _activations_table(evidence: Activations) -> Table:
         (victim, intruder, *(f"{value:.3f}" for value in (one.intruder, one.victim, one.ratio, one.along, one.across)))
         for (victim, intruder), one in evidence.directed.items()
     ]
-    columns = ("on the inputs of", "acts", "strength", "victim's own", "ratio", "along", "across")
+    columns = ("on the inputs of", "intruder", "strength", "victim's own", "ratio", "along", "across")
     note = f"On {evidence.prompts} prompts. Strength: the root of the sum over modules of (|Δx| / |Wx|)²."
     return Table("Activations", columns, tuple(rows), note)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from time import perf_counter
+from typing import Protocol
 
 from composer.calibration import Calibration
 from composer.conflicts.outcome import Limits, Outcome, effect_of, side_effect_of
@@ -43,6 +44,14 @@ class Probed:
 
 
 Combine = Callable[[Sequence[Probed]], Deltas]
+
+
+class Progress(Protocol):
+    """Is told how many examples there will be, again where that grows, and how many were just done."""
+
+    def expect(self, total: int) -> None: ...
+
+    def __call__(self, count: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +136,14 @@ def by_method(
     return combine
 
 
-def probe(
+def probe(  # noqa: PLR0913
     loaded: LoadedModel,
     members: Sequence[Probed],
     guards: Sequence[Suite] = (),
     effort: Effort | int = USUAL_K,
     combine: Combine = weighted_sum,
     used: Container[Example] = (),
+    progress: Progress | None = None,
 ) -> ProbeResult:
     """Measure every pair and the whole set on examples of each member's suite and of each guard.
 
@@ -149,7 +159,9 @@ def probe(
         message = f"A probe takes at least two members with names of their own and k >= 1, not {names} and {wanted.k}."
         raise Mismatch("probe_members", message, subject="members", next_step="Give each member a name of its own.")
     started = perf_counter()
-    bench = _Bench(loaded, combine, used)
+    bench = _Bench(loaded, combine, used, progress)
+    for chosen in (*combinations(members, 2), members):
+        bench.expect(chosen, guards, wanted.k)
 
     def outcome(chosen: Sequence[Probed]) -> Outcome:
         available = max(len(suite.examples) for suite in (*(member.suite for member in chosen), *guards))
@@ -160,19 +172,38 @@ def probe(
     return ProbeResult(wanted.k, pairs, whole, perf_counter() - started)
 
 
+def _together(chosen: Sequence[Probed]) -> tuple[str, ...]:
+    return ("combined", *(member.name for member in chosen))
+
+
 _Run = dict[str, list[Measured]]  # by suite digest
 
 
 class _Bench:
     """Passes over examples with the base, a member or a combination active, and what they found: each only once."""
 
-    def __init__(self, loaded: LoadedModel, combine: Combine, used: Container[Example]) -> None:
-        self._loaded, self._combine, self._used = loaded, combine, used
+    def __init__(
+        self, loaded: LoadedModel, combine: Combine, used: Container[Example], progress: Progress | None
+    ) -> None:
+        self._loaded, self._combine, self._used, self._progress = loaded, combine, used, progress
+        self._wanted: set[tuple[tuple[str, ...], str, Example]] = set()
         self._latest: tuple[tuple[str, ...], list[Delta]] | None = None
         self._encoded: dict[tuple[str, Example], Encoded] = {}
         self._measured: dict[tuple[tuple[str, ...], str, Example], Measured] = {}
 
+    def expect(self, chosen: Sequence[Probed], guards: Sequence[Suite], k: int) -> None:
+        """Says what `outcome` will measure, beside what was said before."""
+        everything = [*(member.suite for member in chosen), *guards]
+        runs = [((), everything), (_together(chosen), everything)]
+        runs += [((member.name,), [member.suite, *guards]) for member in chosen]
+        runs += [(("weighted", one.name), [one.suite]) for one in chosen if parse_weight(one.weight) != Weight()]
+        for who, suites in runs:
+            self._wanted |= {(who, one.digest, example) for one in suites for example in one.sample(k, self._used)}
+        if self._progress is not None:
+            self._progress.expect(len(self._wanted))
+
     def outcome(self, chosen: Sequence[Probed], guards: Sequence[Suite], k: int) -> Outcome:
+        self.expect(chosen, guards, k)
         own = [member.suite for member in chosen]
         base = self._run((), lambda: (), [*own, *guards], k)
         alone = {
@@ -189,8 +220,7 @@ class _Bench:
             for member in chosen
             if parse_weight(member.weight) != Weight()
         }
-        names = ("combined", *(member.name for member in chosen))
-        combined = self._run(names, lambda: self._combined(chosen), [*own, *guards], k)
+        combined = self._run(_together(chosen), lambda: self._combined(chosen), [*own, *guards], k)
         return Outcome(
             k,
             tuple(
@@ -225,7 +255,8 @@ class _Bench:
         ]
         if missing:
             encoded = [self._encode(suite, example) for suite, example in missing]
-            for (suite, example), found in zip(missing, measure(self._loaded, encoded, deltas()), strict=True):
+            measured = measure(self._loaded, encoded, deltas(), progress=self._progress)
+            for (suite, example), found in zip(missing, measured, strict=True):
                 self._measured[who, suite.digest, example] = found
         return {
             digest: [self._measured[who, digest, example] for _, example in rows] for digest, rows in examples.items()

@@ -17,7 +17,7 @@ from composer.findings import Finding, Severity, Verdict, next_step
 from composer.numbers import Numbers
 from composer.text import cut
 
-COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "crowding")
+COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "c_max")
 AS_WELL_NATS = 0.04
 """Members answer as well as alone where none loses more than this, at the upper end of its interval."""
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
@@ -106,10 +106,10 @@ def _measured_lines(report: ConflictReport) -> tuple[str, ...]:
 def _answers_line(effect: Effect, limits: Limits) -> str:
     name = cut(effect.member)
     if not effect.answered:
-        return f"{name} answers none of {_count(effect.examples, 'example')} alone: its loss decides"
+        return f"{name} has no exact match on {_count(effect.examples, 'example')} alone: its loss decides"
     share = share_interval(effect.still_answered, effect.answered)
-    kept = f"{effect.still_answered} of {effect.answered} answers ({share.low:.0%} to {share.high:.0%})"
-    return f"{name} keeps {kept}, {limits.answers:.0%} wanted"
+    kept = f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
+    return f"{name}: exact match retained on {kept}, {limits.answers:.0%} wanted"
 
 
 def _loss_line(effect: Effect, limits: Limits) -> str:
@@ -173,7 +173,7 @@ def _measured(who: str, outcome: Outcome) -> str:
     risk = f"{who}: risk {_within(worst.loss, sure)} nats per token, measured"
     lost = [effect for effect in outcome.effects if effect.still_answered < effect.answered]
     silenced = "".join(
-        f" {effect.member} still answers {effect.still_answered} of {effect.answered} word for word." for effect in lost
+        f" {effect.member}: exact match retained on {effect.still_answered} of {effect.answered}." for effect in lost
     )
     if sure.high <= AS_WELL_NATS and not lost:
         everybody = "both" if len(outcome.effects) == 2 else "all"
@@ -314,7 +314,8 @@ def _pairs(report: ConflictReport) -> Table:
         ("pair", *COLUMNS),
         tuple((name(pair), *_cells(pair.numbers)) for pair in report.pairs),
         "Overlap: share of one's energy in the other's span, (excess over chance). Interference: 1 independent, "
-        "above 1 they add up, below 1 they cancel. These explain a risk; they do not predict one.",
+        "above 1 they add up, below 1 they cancel. c_max (Pico, arXiv 2604.16826): energy share of the strongest "
+        "output direction in both B together. These explain a risk; they do not predict one.",
     )
 
 

@@ -17,7 +17,7 @@ from composer.text import LONE_SURROGATE, has_more_values, shown
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEQUANTIZE = "or let `adaptory merge --dequantize` take this one as the values that it stands for"
-"""The way out for a base that can be decoded."""
+"""The fix for a base that can be decoded."""
 _JSON_BYTES = 100_000_000
 _JSON_VALUES = 1_000_000  # an index of as many tensors
 _NAME_BYTES = 255  # of a file's, on every file system that is in use

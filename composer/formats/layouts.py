@@ -23,7 +23,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT, KOHYA, DIFFUSERS, MLX = "peft", "kohya", "diffusers", "mlx"
 MLX_FILE = "adapters.safetensors"
 _MAGIC = {b"GGUF": "gguf"}
-# layout -> why it is not read, and the way out.
+# layout -> why it is not read, and the fix.
 REFUSED = {
     "gguf": (
         "its names and the rows of q and k are those of llama.cpp",

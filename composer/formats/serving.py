@@ -1,4 +1,4 @@
-"""Which servers load an adapter as it is, why not, and the way out: facts read from the servers' sources.
+"""Which servers load an adapter as it is, why not, and the fix: facts read from the servers' sources.
 
 What does not depend on how a server was started is judged once (`judge`) and can be kept: a bit for each server and the
 reasons of those that refuse. Whether one server loads it is then asked of that and of its rank limit (`loads`).

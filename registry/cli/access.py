@@ -10,16 +10,21 @@ import typer
 from composer.files import read_text
 from registry.cli import render
 from registry.cli.connect import connected
+from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
-tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True, rich_markup_mode=None)
-namespaces = typer.Typer(help="Namespaces: the unit of permission.", no_args_is_help=True, rich_markup_mode=None)
+tokens = typer.Typer(cls=Commands, help="Manage access tokens.", no_args_is_help=True, rich_markup_mode=None)
+namespaces = typer.Typer(
+    cls=Commands, help="Namespaces: the unit of permission.", no_args_is_help=True, rich_markup_mode=None
+)
 Json = dict[str, Any]
 _KEY_BYTES = 10_000  # more than any key in PEM has
 
 User = Annotated[str, typer.Argument(help="A user's name.")]
-NamespaceName = Annotated[str, typer.Argument(metavar="NAMESPACE")]
+NamespaceName = Annotated[
+    str, typer.Argument(metavar="NAMESPACE", help="Such as acme; `*` is all of them where roles are given.")
+]
 
 
 def register(root: typer.Typer) -> None:
@@ -40,7 +45,7 @@ def who_am_i(json: JsonFlag = False) -> None:
             if namespace in limited
             else role,
         )
-        for namespace, role in sorted(found["grants"].items())
+        for namespace, role in sorted({**dict.fromkeys(limited, "none"), **found["grants"]}.items())
     ]
     render.document(found, json, lambda: render.lines(found["user"], pairs))
 
@@ -92,7 +97,10 @@ def list_tokens(json: JsonFlag = False) -> None:
 
 
 @tokens.command("revoke")
-def revoke_token(token: Annotated[str, typer.Argument(metavar="ID")], json: JsonFlag = False) -> None:
+def revoke_token(
+    token: Annotated[str, typer.Argument(metavar="ID", help="As `adaptory token list` shows it.")],
+    json: JsonFlag = False,
+) -> None:
     """End a token at once, by the id that `token list` shows (its 12 characters after adp_)."""
     with connected() as connection:
         found = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}")

@@ -8,6 +8,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import Connection, connected
+from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from composer.formats.checkpoint import Checkpoint
     from composer.hashing import BaseIdentity
 
-app = typer.Typer(help="Base models: what adapters were trained on.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Commands, help="Base models: what adapters were trained on.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 def register(root: typer.Typer) -> None:
@@ -123,6 +126,4 @@ def _show(base: dict[str, Any]) -> None:
     render.lines(f"base {base['name']}", pairs)
     for score in base["scores"]:
         value = render.with_error(score["value"], score["stderr"])
-        render.out(
-            f"  {score['suite']} {render.METRICS.get(score['metric'], score['metric'])}  {value}  (n={score['n']})"
-        )
+        render.out(f"  {score['suite']} {render.metric(score['metric'])}  {value}  (n={score['n']})")

@@ -54,7 +54,6 @@ _POLL_S = 0.2
 _RANKS = 5
 """So many are listed, of more the range is told."""
 _UNFINISHED = ("queued", "running")
-_STEP_UNFINISHED = ("waiting", "running")
 _ASKED_S = 1.2
 """How long a second interrupt is waited for: the first one ends the command within two seconds."""
 
@@ -310,19 +309,22 @@ def _follow_or_cancel(connection: Connection, found: Json) -> Json:
 
 
 def _follow(connection: Connection, found: Json) -> Json:
-    """Polls until the end, with a bar of its steps."""
-    finished = 0
-    with render.progress("compose", len(found["steps"]), counts=True) as done:
+    """Polls until the end, with a bar for each step."""
+    with render.progress("compose", None) as bar:
         while True:
-            ended = [step for step in found["steps"] if step["state"] not in _STEP_UNFINISHED]
-            done(len(ended) - finished)
-            finished = len(ended)
-            running = [step["name"] for step in found["steps"] if step["state"] == "running"]
-            done.label(f"compose: {running[0]}" if running else "compose")
+            bar.step(*_step(found["steps"]))
             if found["state"] not in _UNFINISHED:
                 return found
             time.sleep(_POLL_S)
             found = connection.api.get(f"/v1/compositions/{found['id']}")
+
+
+def _step(steps: list[Json]) -> tuple[str, int | None, int | None, str | None]:
+    """The running step as `2/6 combine`, and how much of it is done where that is known."""
+    for number, step in enumerate(steps, start=1):
+        if step["state"] == "running":
+            return f"{number}/{len(steps)} {step['name']}", step.get("done"), step.get("total"), step.get("unit")
+    return "waiting", None, None, None
 
 
 def _show(found: Json) -> None:
@@ -347,7 +349,7 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for score in scores:
         value = render.with_error(score["value"], score["stderr"])
-        metric = render.METRICS.get(score["metric"], score["metric"])
+        metric = render.metric(score["metric"])
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
         for one in score.get("inputs", []):
             name, value = f"{one['repository']}:{one['version']}", render.with_error(one["value"], one["stderr"])

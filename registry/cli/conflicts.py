@@ -92,7 +92,8 @@ def conflicts(  # noqa: PLR0913
         settings = settings_of(set_)
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
         calibration = calibration_of(method, settings, evidence.load, evidence.suites)
-        evidence = replace(evidence, calibration=calibration)
+        bar = stack.enter_context(render.progress("probe", None, "examples"))
+        evidence = replace(evidence, calibration=calibration, progress=bar)
         report = examine(
             group.load(),
             given,
@@ -129,13 +130,13 @@ def _explain(report: "ConflictReport", modules: int) -> None:
     for line in headlines(report):
         render.heading(line)
     for line in explanations(report):
-        print(render.plain(line))
+        render.out(line)
     for one in tables(report, worst_modules=modules):
         render.table(one.title, one.columns, one.rows)
         if one.note:
             render.out(one.note)
     for line in (*remarks(report.findings), *(f"try: {line}" for line in advice(report))):
-        print(render.plain(line))
+        render.out(line)
 
 
 def _write_page(path: Path, report: "ConflictReport") -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import NotFound, Unavailable, Usage
-from registry.names import nearest, parse_reference
+from registry.names import parse_reference
 
 if TYPE_CHECKING:
     from composer.formats.checkpoint import Checkpoint
@@ -174,22 +174,10 @@ def resolved(connection: Connection, ref: str, *, warned: bool = False) -> dict[
     from registry.cli import render
 
     reference = parse_reference(ref)
-    try:
-        found = connection.api.resolve(reference)
-    except NotFound as error:
-        raise with_near_names(connection, error, str(reference.repository)) from error
+    found = connection.api.resolve(reference)
     if found["warning"] and not warned:
         render.say(f"warning: {found['warning']}")
     return found["release"]
-
-
-def with_near_names(connection: Connection, error: NotFound, repository: str) -> NotFound:
-    """The error, with the nearest repositories that the user may see where it is about an unknown one."""
-    if error.code not in ("repository_unknown", "namespace_unknown") or error.next_step.startswith("Did you mean"):
-        return error
-    names = [row["repository"] for kind in ("adapters", "models") for row in connection.api.pages(f"/v1/{kind}")]
-    step = nearest(repository, names, error.next_step)
-    return NotFound(error.code, error.detail, subject=error.subject, next_step=step, findings=error.findings)
 
 
 def release_directory(connection: Connection, release: dict[str, Any]) -> Path:

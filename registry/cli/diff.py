@@ -37,8 +37,8 @@ def register(root: typer.Typer) -> None:
 
 
 def diff(
-    old: Annotated[str, typer.Argument(metavar="REF|DIR")],
-    new: Annotated[str, typer.Argument(metavar="REF|DIR")],
+    old: Annotated[str, typer.Argument(metavar="REF|DIR", help="The one before.")],
+    new: Annotated[str, typer.Argument(metavar="REF|DIR", help="The one after.")],
     everything: Annotated[bool, typer.Option("--all", help="Every module, not only the most changed.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -159,16 +159,22 @@ def _show_deltas(deltas: Json, *, everything: bool) -> None:
     rows = [row for row in deltas["modules"] if everything or row["status"] != "same"]
     shown = rows if everything else rows[:TOP_MODULES]
     columns = ("norm_old", "norm_new", "cosine", "norm_difference", "energy_gained", "energy_lost")
-    table = [
-        (row["module"], row["status"], row["rank_old"], row["rank_new"], *(row[name] for name in columns))
-        for row in shown
-    ]
-    whole = ("all deltas", "", None, None, *(deltas["whole"][name] for name in columns))
-    _table("modules", ("", "", "rank", "rank'", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [whole, *table])
+    table = [(row["module"], _remark(row["status"]), _ranks(row), *(row[name] for name in columns)) for row in shown]
+    whole = ("all deltas", "", "", *(deltas["whole"][name] for name in columns))
+    _table("modules", ("module", "", "rank", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [whole, *table])
     if len(rows) > len(shown):
         render.say(f"{len(rows) - len(shown)} more modules changed: --all shows them")
     for name in deltas["left_out"]:
         render.say(f"warning: {name} could not be compared")
+
+
+def _remark(status: str) -> str:
+    return "" if status == "changed" else status
+
+
+def _ranks(row: Json) -> str:
+    old, new = row["rank_old"], row["rank_new"]
+    return render.cell(new) if old == new else f"{render.cell(old)} -> {render.cell(new)}"
 
 
 def _score_row(row: Json) -> tuple[Any, ...]:
@@ -182,7 +188,7 @@ def _score_row(row: Json) -> tuple[Any, ...]:
         for side in ("old", "new")
     )
     difference = render.with_error(row["difference"], row["stderr"]) if row["difference"] is not None else None
-    return (row["suite"], row["metric"], old, new, difference, note)
+    return (row["suite"], render.metric(row["metric"]), old, new, difference, note)
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:

@@ -1,5 +1,6 @@
 """The list of commands that `adaptory --help` shows: in groups by task, with an example each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperGroup
@@ -36,7 +37,23 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )  # fmt: skip
 
 
-class GroupedCommands(TyperGroup):
+class Commands(TyperGroup):
+    """Lists its commands with the whole first sentence of each."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(self.summaries(ctx, self.list_commands(ctx)))
+
+    def summaries(self, ctx: Any, names: Sequence[str]) -> list[tuple[str, str]]:
+        known = [(name, self.get_command(ctx, name)) for name in names]
+        return [(name, _first_sentence(one.help or "")) for name, one in known if one and not one.hidden]
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
+
+
+class GroupedCommands(Commands):
     """A command that no group names is listed under `Other`."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -44,10 +61,7 @@ class GroupedCommands(TyperGroup):
             name for name in self.list_commands(ctx) if name not in {one for _, names, _ in GROUPS for one in names}
         ]
         for title, names, example in (*GROUPS, ("Other", tuple(left), "")):
-            known = [(name, self.get_command(ctx, name)) for name in names]
-            rows = [
-                (name, one.get_short_help_str(formatter.width - 14)) for name, one in known if one and not one.hidden
-            ]
+            rows = self.summaries(ctx, names)
             if not rows:
                 continue
             with formatter.section(title):

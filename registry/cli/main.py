@@ -25,6 +25,7 @@ from registry.cli import (
     transfer,
     upkeep,
 )
+from registry.cli.examples import add_examples
 from registry.cli.groups import GroupedCommands
 from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
@@ -95,6 +96,7 @@ for part in (
     upkeep,
 ):
     part.register(app)
+add_examples(app)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def register(root: typer.Typer) -> None:
 
 def serve(
     host: Annotated[str, typer.Option(help="Anything but loopback needs ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8470,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8470,
     with_worker: Annotated[
         bool, typer.Option("--worker/--no-worker", help="Run queued jobs in this process too.")
     ] = True,
@@ -140,11 +140,11 @@ def migrate(json: JsonFlag = False) -> None:
     run_migrations(database)
     told = {"database": database.url.render_as_string(hide_password=True), "from": before, "to": head_revision()}
     database.close()
-    render.document(told, json, lambda: print(f"{told['database']}: schema {before or 'none'} -> {told['to']}"))
+    render.document(told, json, lambda: render.out(f"{told['database']}: schema {before or 'none'} -> {told['to']}"))
 
 
 def jobs(
-    job: Annotated[int | None, typer.Argument(metavar="[ID]")] = None,
+    job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show this job alone.")] = None,
     limit: Limit = 50,
     cursor: After = None,
     json: JsonFlag = False,
@@ -158,7 +158,7 @@ def jobs(
             row["id"],
             row["kind"],
             row["state"],
-            [f"{step['name']}: {step['state']}" for step in row["steps"]],
+            [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
             row["created_by"],
         )
         for row in found
@@ -168,7 +168,15 @@ def jobs(
     render.more(more, json)
 
 
-def cancel(job: Annotated[int, typer.Argument(metavar="ID")], json: JsonFlag = False) -> None:
+def _progress(step: dict[str, Any]) -> str:
+    if step["state"] != "running" or not step.get("total"):
+        return step["state"]
+    return f"{step['done']:,} of {step['total']:,} {step['unit']}"
+
+
+def cancel(
+    job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
+) -> None:
     """Stop a job; nothing of it is published."""
     with connected() as connection:
         found = connection.api.post(f"/v1/jobs/{job}/cancel")
@@ -177,11 +185,12 @@ def cancel(job: Annotated[int, typer.Argument(metavar="ID")], json: JsonFlag = F
 
 def audit(  # noqa: PLR0913
     subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a beginning: 'acme/*'")] = None,
-    namespace: Annotated[str | None, typer.Option()] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only of this namespace.")] = None,
     by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
-    act: Annotated[
-        str | None, typer.Option("--event", "--act", help="channel:rollback, release:yank, …; another word lists all.")
+    event: Annotated[
+        str | None, typer.Option(help="channel:rollback, release:yank, …; another word lists all.")
     ] = None,
+    act: Annotated[str | None, typer.Option("--act", hidden=True, help="The earlier name of --event.")] = None,
     since: Annotated[str | None, typer.Option(help="From this moment on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
     until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
     export: Annotated[bool, typer.Option("--jsonl", help="The rows of the filter, a line of JSON each.")] = False,
@@ -194,7 +203,7 @@ def audit(  # noqa: PLR0913
     """Show the audit log: who changed what, from where, why; the newest first, with --jsonl in order."""
     if export and cursor:
         raise Usage("no_pages", "An export has no pages.", subject=cursor, next_step="Leave out --cursor or --jsonl.")
-    query = {"subject": subject, "namespace": namespace, "by": by, "act": act, "since": since, "until": until}
+    query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
     with connected() as connection:
         if export:
             with closing(connection.api.lines("/v1/audit.jsonl", **query)) as lines:

@@ -12,12 +12,13 @@ from urllib.parse import urlsplit
 import typer
 
 from registry.cli import render
+from registry.cli.groups import Commands
 from registry.cli.profile_file import LOCAL, Profile, Profiles
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.names import parse_part
 
-app = typer.Typer(help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=Commands, help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def register(root: typer.Typer) -> None:
@@ -34,8 +35,6 @@ def login(
     """Save a registry's URL and token in a profile, and use it from now on.
 
     Asks for the token, or reads it from stdin where that is not a terminal.
-
-    Example: adaptory login https://adapters.example
     """
     from registry.cli.connect import load_settings
     from registry.client.api import Api
@@ -66,10 +65,7 @@ def logout(
     name: Annotated[str | None, typer.Argument(metavar="[PROFILE]", help="The one in use when left out.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Remove a profile and its token from this machine.
-
-    Example: adaptory logout
-    """
+    """Remove a profile and its token from this machine."""
     profiles = _profiles()
     chosen = name or profiles.current
     if chosen is None:
@@ -79,7 +75,9 @@ def logout(
     profiles.current = None if profiles.current == chosen else profiles.current
     profiles.save()
     document = {"profile": chosen, "url": removed.url}
-    render.document(document, json, lambda: print(f"removed the profile {chosen}; its token is valid until revoked"))
+    render.document(
+        document, json, lambda: render.out(f"removed the profile {chosen}; its token is valid until revoked")
+    )
 
 
 @app.command("list")
@@ -96,12 +94,15 @@ def list_profiles(json: JsonFlag = False) -> None:
 
 
 @app.command("use")
-def use(name: Annotated[str, typer.Argument(metavar="PROFILE")], json: JsonFlag = False) -> None:
+def use(
+    name: Annotated[str, typer.Argument(metavar="PROFILE", help="As `adaptory profile list` shows it.")],
+    json: JsonFlag = False,
+) -> None:
     """Use a profile from now on; `local` is the embedded registry."""
     profiles = _profiles()
     profiles.current = None if name == LOCAL else profiles.find(name).name
     profiles.save()
-    render.document({"profile": name}, json, lambda: print(f"profile {name} is in use"))
+    render.document({"profile": name}, json, lambda: render.out(f"profile {name} is in use"))
 
 
 def _profiles() -> Profiles:

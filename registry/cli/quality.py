@@ -8,14 +8,17 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
+from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 
 if TYPE_CHECKING:
     from composer.suite import Suite
 
-suite_app = typer.Typer(help="Evaluation sets, versioned by content.", no_args_is_help=True, rich_markup_mode=None)
-score_app = typer.Typer(help="Recorded scores.", no_args_is_help=True, rich_markup_mode=None)
+suite_app = typer.Typer(
+    cls=Commands, help="Evaluation sets, versioned by content.", no_args_is_help=True, rich_markup_mode=None
+)
+score_app = typer.Typer(cls=Commands, help="Recorded scores.", no_args_is_help=True, rich_markup_mode=None)
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Where the base's weights are on this machine.")]
 Json = dict[str, Any]
@@ -63,7 +66,7 @@ def _show_suites(found: list[Json]) -> None:
 
 @score_app.command()
 def delete(
-    what: Annotated[str, typer.Argument(metavar="REF|BASE")],
+    what: Annotated[str, typer.Argument(metavar="REF|BASE", help="A release, or a base by its name.")],
     score: Annotated[str, typer.Argument(metavar="SUITE.METRIC", help="For an older content, the suite's digest.")],
     json: JsonFlag = False,
 ) -> None:
@@ -82,7 +85,12 @@ def delete(
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="REF|BASE", autocompletion=complete.references)],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF|BASE", help="A release, or a base by its name.", autocompletion=complete.references
+        ),
+    ],
     suite: Annotated[
         list[str], typer.Option("--suite", help="Name of a suite. May be repeated.", autocompletion=complete.suites)
     ],
@@ -110,7 +118,7 @@ def evaluate(
                 deltas = load_deltas(release_directory(connection, release), model.architecture).deltas
         scores: list[Json] = []
         total = sum(min(limit or len(one.examples), len(one.examples)) for one in suites)
-        with render.progress(f"eval {what}", total, counts=True) as done:
+        with render.progress(f"eval {what}", total, "examples") as done:
             for one in suites:
                 scores += [score.to_json() for score in evaluate_suite(model, one, deltas, limit, done)]
         if limit is None:
@@ -118,8 +126,7 @@ def evaluate(
             path = release_path(release) if release else f"/v1/bases/{base['digest']}"
             connection.api.post(f"{path}/scores", {"scores": rows})
     rows = [
-        (s["suite"], render.METRICS.get(s["metric"], s["metric"]), render.with_error(s["value"], s["stderr"]), s["n"])
-        for s in scores
+        (s["suite"], render.metric(s["metric"]), render.with_error(s["value"], s["stderr"]), s["n"]) for s in scores
     ]
     render.document(
         {"subject": what, "recorded": limit is None, "scores": scores},

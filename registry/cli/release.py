@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, resolved, with_near_names
+from registry.cli.connect import Connection, connected, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Ref = Annotated[
     str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)
 ]
-Channel = Annotated[str, typer.Argument(metavar="REPO@CHANNEL", autocompletion=complete.channels)]
+Channel = Annotated[
+    str, typer.Argument(metavar="REPO@CHANNEL", help="Such as acme/sql@prod.", autocompletion=complete.channels)
+]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
 Json = dict[str, Any]
 
@@ -32,7 +34,7 @@ def register(root: typer.Typer) -> None:
 
 
 def list_repositories(
-    repository: Annotated[str | None, typer.Argument(metavar="[REPO]")] = None,
+    repository: Annotated[str | None, typer.Argument(metavar="[REPO]", help="Its releases instead.")] = None,
     models: Annotated[bool, typer.Option("--models", help="Only merged models.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -54,7 +56,9 @@ def list_repositories(
     )
 
 
-def log(repository: Annotated[str, typer.Argument(metavar="REPO")], json: JsonFlag = False) -> None:
+def log(
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
+) -> None:
     """Releases of a repository, the highest version first."""
     with connected() as connection:
         line = _line(connection, str(parse_repository(repository)))
@@ -211,17 +215,18 @@ def _path(release: Json) -> str:
 
 def _line(connection: Connection, repository: str) -> str:
     """The route of a repository, whose kind its name does not tell."""
-    for path in (f"/v1/adapters/{repository}", f"/v1/models/{repository}"):
+    adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
+    try:
+        connection.api.get(adapters)
+    except NotFound as unknown:
+        if unknown.code != "repository_unknown":
+            raise
         with suppress(NotFound):
-            connection.api.get(path)
-            return path
-    unknown = NotFound(
-        "repository_unknown",
-        f"There is no repository {repository} that you may see.",
-        subject=repository,
-        next_step="`adaptory list` shows what there is, `adaptory whoami` what you may see.",
-    )
-    raise with_near_names(connection, unknown, repository)
+            connection.api.get(models)
+            return models
+        detail = f"There is no repository {repository} that you may see."
+        raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
+    return adapters
 
 
 def _show_spectrum(ref: str, spectrum: Json) -> None:
@@ -239,8 +244,9 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
         )
         for row in spectrum["modules"]
     ]
-    cuts = [f"energy at {rank}" for rank in ranks]
-    render.table(ref, ("module", "rank", "norm", "effective rank", *cuts, "95 % in", "99 % in", ""), rows)
+    cuts = [f"at {rank}" for rank in ranks]
+    render.table(ref, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
+    render.out("at R: energy that a cut to rank R keeps; 95 %: rank that keeps so much")
     for module in spectrum["left_out"]:
         render.out(f"  {module}: not computed")
 
@@ -295,7 +301,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         rows = [
             (
                 s["suite"],
-                render.METRICS.get(s["metric"], s["metric"]),
+                render.metric(s["metric"]),
                 render.with_error(s["value"], s["stderr"]),
                 s["n"],
             )

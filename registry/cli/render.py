@@ -7,11 +7,11 @@ import errno
 import json
 import re
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from shutil import get_terminal_size
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -27,10 +27,11 @@ Failure = RegistryError | ComposerError | OSError
 wide = False
 """Set by --wide: tables are as wide as what is in them."""
 _CUT = frozenset({"module", "tensor"})
+_ITEM_A_LINE = frozenset({"scores"})
 _LEAST_CHARS = 24
 _NOT_PLAIN = re.compile(r"[^\n\x20-\x7e]")
-METRICS = {"accuracy": "exact match"}
-"""What people read in place of a metric's id."""
+_LABEL_CHARS = 26
+"""Of a bar, so that amount, rate and time left fit into 80 columns beside it."""
 
 
 def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
@@ -43,38 +44,51 @@ def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 def say(message: str) -> None:
     """On stderr; what follows a line break is indented, so that no text of others looks like a message of ours."""
-    print(indented(message), file=sys.stderr)
+    print(_fitted(message, sys.stderr), file=sys.stderr)
 
 
 def out(text: str) -> None:
     """On stdout, as `say` on stderr."""
-    print(indented(text))
+    print(_fitted(text, sys.stdout))
 
 
-def indented(text: str, width: int = 4) -> str:
-    return plain(text).replace("\n", "\n" + " " * width)
+def _fitted(text: str, stream: TextIO) -> str:
+    """Wrapped between words on a terminal; elsewhere a line is left whole for what reads it."""
+    indent = " " * (len(text) - len(text.lstrip(" ")) + 4)
+    first, *rest = plain(text).split("\n")
+    lines = [first, *(indent + line for line in rest)]
+    if stream.isatty():
+        lines = [part for line in lines for part in _wrapped(line, _width(), indent)]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, room: int, indent: str = "") -> list[str]:
+    """Between words: a name, a path or a digest that is longer than a line stays whole."""
+    return wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Left-aligned text, right-aligned numbers; a record for each row where the table is wider than the output.
+    """Left-aligned text, right-aligned numbers; a record for each row where the table is wider than the output, or a
+    cell has several items that need a line each.
 
     Names of modules and tensors are cut in the middle before that. No cell is broken.
     """
     if title:
         heading(title)
-    cells = [[cell(value) for value in row] for row in rows]
-    if not cells:
+    if not rows:
         print("none")
         return
+    columns, rows = _used(columns, rows)
+    cells = [[cell(value) for value in row] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]
     room = _width() - 2 * (len(columns) - 1)
     for index, name in enumerate(columns):
         spare = room - (sum(widths) - widths[index])
         if name in _CUT and sum(widths) > room and spare >= _LEAST_CHARS:
-            for row in cells:
-                row[index] = middle(row[index], spare)
-            widths[index] = min(widths[index], spare)
-    if sum(widths) > room:
+            for row, text in zip(cells, _cut_apart([row[index] for row in cells], spare), strict=True):
+                row[index] = text
+            widths[index] = max(len(name), *(len(row[index]) for row in cells))
+    if sum(widths) > room or any(_has_lines(*pair) for row in rows for pair in zip(columns, row, strict=True)):
         for row in rows:
             lines(cell(row[0]), list(zip(columns[1:], row[1:], strict=True)))
         return
@@ -87,12 +101,31 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         print("  ".join(words).rstrip())
 
 
-def middle(text: str, most: int) -> str:
+def _used(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
+    """Without the columns that have no name and nothing in them, such as remarks where there are none."""
+    kept = [i for i, name in enumerate(columns) if name or any(row[i] not in (None, "") for row in rows)]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _has_lines(name: str, value: Any) -> bool:
+    return not wide and name in _ITEM_A_LINE and isinstance(value, list) and len(cast(list[Any], value)) > 1
+
+
+def middle(text: str, most: int, head: int | None = None) -> str:
     """The text, or its ends with `…` between them: module names differ at both."""
     if len(text) <= most:
         return text
-    head = (most - 1) // 2
+    head = (most - 1) // 2 if head is None else head
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def _cut_apart(names: Sequence[str], most: int) -> list[str]:
+    """The names cut nearest to their middle where different ones stay different, else whole."""
+    for head in sorted(range(most), key=lambda head: abs(head - (most - 1) // 2)):
+        found = [middle(name, most, head) for name in names]
+        if len(set(found)) == len(set(names)):
+            return found
+    return list(names)
 
 
 def lines(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
@@ -104,10 +137,10 @@ def lines(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
     for name, value in shown:
         room = max(_LEAST_CHARS, _width() - width - 4)
         whole = cell(value)
-        items = cast(Sequence[Any], value) if isinstance(value, list | tuple) and len(whole) > room else [whole]
-        texts = [
-            line for item in items for line in wrap(cell(item), room, break_long_words=False, break_on_hyphens=False)
-        ]
+        items = [whole]
+        if isinstance(value, list | tuple) and (len(whole) > room or _has_lines(name, value)):
+            items = cast(Sequence[Any], value)
+        texts = [line for item in items for line in _wrapped(cell(item), room)]
         for index, text in enumerate(texts):
             out(f"  {'' if index else name:<{width}}  {text}".rstrip())
 
@@ -118,7 +151,7 @@ def _width() -> int:
 
 
 def heading(text: str) -> None:
-    typer.secho(plain(text), bold=True)
+    typer.secho(_fitted(text, sys.stdout), bold=True)
 
 
 def plain(text: str) -> str:
@@ -136,6 +169,9 @@ def cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        named = cast(Mapping[str, Any], value)
+        return ", ".join(f"{plain(name)}: {cell(one)}" for name, one in named.items()) or "-"
     if isinstance(value, list | tuple):
         items = cast(Sequence[Any], value)
         return ", ".join(cell(item) for item in items) or "-"
@@ -149,13 +185,18 @@ def more(cursor: str | None, as_json: bool) -> None:
 
 
 def summary(label: str, summary: dict[str, Any]) -> None:
-    """A verdict, the lines that it rests on, and the fix, wrapped at words to 80 columns."""
+    """A verdict, the lines that it rests on, and the fix, wrapped at words."""
     heading(f"{label}: {summary['headline']}")
     fix = [f"fix: {summary['fix']}"] if summary["fix"] else []
     for line in (*(f"  {line}" for line in summary["lines"]), *fix):
         indent = "    " if line.startswith(" ") else "  "
-        for part in wrap(plain(line), 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False):
+        for part in _wrapped(plain(line), _width(), indent):
             print(part)
+
+
+def metric(name: str) -> str:
+    """What people read in place of a metric's id."""
+    return "exact match" if name == "accuracy" else name
 
 
 def with_error(value: float, stderr: float | None) -> str:
@@ -193,7 +234,7 @@ def gate_lines(report: Sequence[dict[str, Any]]) -> None:
             out(line)
             continue
         out(f"  {mark}  {result['rule']}:")
-        for part in wrap(plain(result["detail"]), _width() - 8, break_long_words=False, break_on_hyphens=False):
+        for part in _wrapped(plain(result["detail"]), _width() - 8):
             print(f"        {part}")
 
 
@@ -203,58 +244,77 @@ class Progress:
     def __call__(self, count: int) -> None:
         pass
 
-    def label(self, text: str) -> None:
-        """Says what is being done now."""
+    def expect(self, total: int) -> None:
+        """How much there will be, where that is known only now or grows."""
+
+    def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
+        """What is being done now: a bar of its own, without an end where no amount is known."""
 
 
 class _Bar(Progress):
-    def __init__(self, bars: "Bars", label: str, total: int) -> None:
-        self._bars, self._task = bars, bars.add_task(plain(label), total=total)
+    def __init__(self, bars: "Bars", label: str, total: int | None, unit: str) -> None:
+        self._bars, self._label = bars, label
+        self._task = bars.add_task(middle(plain(label), _LABEL_CHARS), total=total, unit=unit)
 
     def __call__(self, count: int) -> None:
         self._bars.advance(self._task, count)
 
-    def label(self, text: str) -> None:
-        self._bars.update(self._task, description=plain(text))
+    def expect(self, total: int) -> None:
+        self._bars.update(self._task, total=total)
+        self._bars.start()
+
+    def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
+        if label != self._label:
+            self._label = label
+            self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(middle(plain(label), _LABEL_CHARS), total=total, unit=unit)
+            self._bars.start()
+        self._bars.update(self._task, completed=done or 0, total=total, unit=unit)
 
 
 @contextmanager
-def progress(label: str, total: int, *, counts: bool = False) -> Generator[Progress]:
-    """A bar with rate and time left on stderr when that is a terminal, nothing otherwise.
+def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Progress]:
+    """A bar with amount, rate and time left on stderr when that is a terminal, nothing otherwise.
 
-    `total` and what the callback gets are bytes, or things with `counts`.
+    What the callback gets is in the unit. Without a total the bar appears when its amount or its first step is told.
     """
-    if not sys.stderr or not sys.stderr.isatty() or total <= 0:
+    if not sys.stderr or not sys.stderr.isatty() or total == 0:
         yield Progress()
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
     from rich.text import Text
 
-    class RateColumn(ProgressColumn):
+    class Amount(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:.3g}/s" if task.speed else "")
+            if task.total is None:
+                return Text("")
+            rate = f" {_amount(task.speed, task)}/s" if task.speed else ""
+            unit = "" if task.fields["unit"] == "bytes" else f" {task.fields['unit']}"
+            return Text(f"{_amount(task.completed, task)}/{_amount(task.total, task)}{unit}{rate}", no_wrap=True)
 
-    amount = [MofNCompleteColumn(), RateColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), *amount, TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        yield _Bar(bars, label, total)
+    def _amount(count: float, task: Task) -> str:
+        return size(int(count)) if task.fields["unit"] == "bytes" else f"{count:.3g}" if count % 1 else f"{count:.0f}"
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(14), Amount(), TimeRemainingColumn())
+    bars = Bars(*columns, console=Console(stderr=True), transient=True)
+    shown = _Bar(bars, label, total, unit)
+    if total is not None:
+        bars.start()
+    try:
+        yield shown
+    finally:
+        bars.stop()
 
 
 def fail(error: Failure, as_json: bool) -> int:
     """Says what is wrong and what to do next; returns the exit code of its family."""
     told = _told(error)
-    say(f"error: {told.detail}")
+    detail = told.detail
+    if told.code == "bad_request" and detail.startswith(f"{told.subject}: "):
+        detail = f"{_option(told.subject)}{detail[len(told.subject) :]}"
+    say(f"error: {detail}")
     for finding in told.findings:
         if "rule" in finding:
             mark = "pass" if finding["passed"] else "FAIL"
@@ -299,7 +359,12 @@ def _next_step(told: RegistryError) -> str:
     """Of a field of the request, what gave it on the command line: nobody at a terminal reads the OpenAPI document."""
     if told.code != "bad_request" or "/openapi.json" not in told.next_step:
         return told.next_step
-    field = told.subject.partition(".")[2]
-    option = f"--{field.partition('.')[0].replace('_', '-')}"
-    given = any(word.partition("=")[0] == option for word in sys.argv)
-    return f"Correct {option if given else field}; --help says what the command takes."
+    return f"Correct {_option(told.subject)}; --help says what the command takes."
+
+
+def _option(subject: str) -> str:
+    """`query.max_rank` as `--max-rank`, where that was given."""
+    field = subject.partition(".")[2]
+    name = "event" if field == "act" else field.partition(".")[0].replace("_", "-")
+    given = any(word.partition("=")[0] == f"--{name}" for word in sys.argv)
+    return f"--{name}" if given else field

@@ -28,12 +28,12 @@ def search(  # noqa: PLR0913
         typer.Option(help="related: casts and quantizations of the base too. refused: also what --loads-in refuses."),
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="The highest rank of any module.")] = None,
-    min_rank: Annotated[int | None, typer.Option()] = None,
-    alpha: Annotated[float | None, typer.Option()] = None,
+    min_rank: Annotated[int | None, typer.Option(help="Some module has at least this rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora_alpha, exactly.")] = None,
     kind: Annotated[str | None, typer.Option(help="adapter (the default) or model.")] = None,
     adapter_type: Annotated[str | None, typer.Option("--type", help="lora, …")] = None,
     variant: Annotated[str | None, typer.Option(help="lora, rslora, dora, …")] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option(help="F32, BF16, F16, …")] = None,
     license_: Annotated[
         str | None,
         typer.Option("--license", help="As the card writes it; for any case --provenance license:…"),
@@ -49,13 +49,13 @@ def search(  # noqa: PLR0913
     score: Annotated[list[str] | None, typer.Option(help="'suite.metric>=0.8'; may be repeated.")] = None,
     loads_in: Annotated[str | None, typer.Option(help="vllm:32, sglang, lorax, llamacpp, peft.")] = None,
     channel: Annotated[str | None, typer.Option(help="Served now by the channel of this name.")] = None,
-    namespace: Annotated[str | None, typer.Option()] = None,
-    repository: Annotated[str | None, typer.Option(metavar="REPO")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only of this namespace.")] = None,
+    repository: Annotated[str | None, typer.Option(metavar="REPO", help="Only of this repository.")] = None,
     stable: Annotated[bool, typer.Option("--stable", help="No pre-releases.")] = False,
     latest: Annotated[
         bool, typer.Option("--latest", help="The highest stable release of each repository that is not yanked.")
     ] = False,
-    include_yanked: Annotated[bool, typer.Option("--include-yanked")] = False,
+    include_yanked: Annotated[bool, typer.Option("--include-yanked", help="Yanked releases too.")] = False,
     sort: Annotated[
         str | None, typer.Option(help="newest, version, or suite.metric: the best first, without those that lack it.")
     ] = None,
@@ -84,10 +84,7 @@ def show_releases(found: list[Json]) -> None:
             release["base"]["name"],
             (release["adapter"]["rank_max"] or None) if release["adapter"] else None,
             release["adapter"]["targets"] if release["adapter"] else None,
-            [
-                f"{score['suite']} {render.METRICS.get(score['metric'], score['metric'])} {score['value']:.3f}"
-                for score in release["scores"]
-            ],
+            [f"{score['suite']} {render.metric(score['metric'])} {score['value']:.3f}" for score in release["scores"]],
             "; ".join(_remarks(release)),
         )
         for release in found

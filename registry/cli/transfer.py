@@ -33,7 +33,9 @@ def register(root: typer.Typer) -> None:
 
 def push(  # noqa: PLR0913
     directory: Annotated[Path, typer.Argument(help="What training wrote, with adapter_config.json in it.")],
-    target: Annotated[str, typer.Argument(metavar="REPO[:VERSION]")],
+    target: Annotated[
+        str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version give --bump.")
+    ],
     base: Annotated[str | None, typer.Option(help="The base it was trained on, if its config names none.")] = None,
     include: Annotated[
         list[str] | None,

@@ -43,7 +43,7 @@ def gc(
     verb = "would remove" if dry_run else "removed"
     counts = f"{found.blobs:,} blobs ({render.size(found.size_bytes)}), {found.unfinished:,} unfinished uploads"
     more = f", {found.leftovers:,} leftovers" if found.leftovers else ""
-    render.document(told, json, lambda: print(f"{verb} {counts}{more}"))
+    render.document(told, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 
 def fsck(
@@ -58,7 +58,7 @@ def fsck(
 
     with _own_resources() as resources:
         extent, place = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
-        with render.progress("fsck", extent.steps, counts=True) as done:
+        with render.progress("fsck", extent.steps, "rows") as done:
             findings = promises.check(resources, read_bytes=full, progress=done)
         failure, discarded = None, list[str]()
         try:
@@ -80,15 +80,15 @@ def fsck(
         for finding in findings:
             render.out(f"{finding.severity}: {finding.message}")
         for sha256 in discarded:
-            print(f"discarded the damaged blob {sha256}: push its files again")
+            render.out(f"discarded the damaged blob {sha256}: push its files again")
         verdict = f"{len(broken):,} broken promises" if broken else "clean"
         if extent.steps:
-            print(
+            render.out(
                 f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "
                 f"({render.size(extent.size_bytes)}{', every byte read' if full else ', sizes only'})"
             )
         else:
-            print(f"{verdict}, but nothing to check: {place} has no releases and no blobs")
+            render.out(f"{verdict}, but nothing to check: {place} has no releases and no blobs")
 
     render.document(told, json, show)
     if failure is not None:

@@ -1,24 +1,34 @@
 """RFC 9457: every error leaves as `application/problem+json` with a stable type."""
 
 import logging
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from composer.errors import ComposerError
+from registry import repositories
+from registry.audit import Actor
 from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage, of_composer
 from registry.http.exchanges import request_id
+from registry.names import nearest
 from registry.outages import OutageLog
+from registry.resources import Resources
 from registry.schemas import Problem
 
 log = logging.getLogger(__name__)
 outages = OutageLog(log)
 
 MEDIA_TYPE = "application/problem+json"
+_OF_NAMES = frozenset({"repository_unknown", "namespace_unknown"})
+_CHOICES = frozenset({"literal_error", "enum"})
+"""Errors of pydantic about a word that is none of a list."""
 
 
 def problem_response(
@@ -90,8 +100,26 @@ def _describe_problems(operation: dict[str, Any], content: dict[str, Any]) -> No
     responses["default"] = {"$ref": "#/components/responses/Problem"}
 
 
-def _registry_error(_request: Request, error: Exception) -> JSONResponse:
-    return problem_response(cast(RegistryError, error))
+async def _registry_error(request: Request, error: Exception) -> JSONResponse:
+    told = cast(RegistryError, error)
+    if told.code in _OF_NAMES and (actor := getattr(request.state, "actor", None)) is not None:
+        with suppress(RegistryError):  # a hint: what was asked for is answered without it
+            await run_in_threadpool(_name_near_ones, request, told, actor)
+    return problem_response(told)
+
+
+def _name_near_ones(request: Request, error: RegistryError, actor: Actor) -> None:
+    """Of what this caller may read, whether or not the thing itself is there: so the answer gives nothing away."""
+    asked = error.subject
+    if "/" not in asked:
+        name = request.path_params.get("name")
+        asked = f"{asked}/{name}" if name else re.split("[:@#]", request.query_params.get("ref", asked))[0]
+    resources = cast(Resources, request.app.state.resources)
+    with resources.read() as session:
+        known = repositories.beside(session, actor, asked)
+    if "/" not in asked:
+        known = sorted({one.partition("/")[0] for one in known})
+    error.next_step = nearest(asked, known, error.next_step)
 
 
 def _composer_error(_request: Request, error: Exception) -> JSONResponse:
@@ -104,15 +132,20 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
     return problem_response(
         Invalid(
             "bad_request",
-            f"{where}: {first['msg']}.",
+            f"{where}: {_wrong(first)}.",
             subject=where,
             next_step=_right_way(first["type"], first.get("ctx", {})),
         )
     )
 
 
+def _wrong(error: Mapping[str, Any]) -> str:
+    """What is right instead is left to the next step, which lists it."""
+    return f"{str(error['input'])[:100]!r} is unknown" if error["type"] in _CHOICES else str(error["msg"])
+
+
 def _right_way(kind: str, context: Mapping[str, Any]) -> str:
-    if kind in ("literal_error", "enum"):
+    if kind in _CHOICES:
         return f"Use {context['expected']}."
     if kind.startswith("datetime"):
         return "Write a day or a moment, as in 2026-01-31 or 2026-01-31T12:00:00Z."

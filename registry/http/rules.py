@@ -41,6 +41,7 @@ class Rule:
         client = cast(tuple[str, int] | None, request.scope.get("client"))
         credentials = credentials_of(dict(request.scope["headers"]), client)
         actor = callers.remembered(credentials) or await run_in_threadpool(callers.ask, credentials)
+        request.state.actor = actor  # for an error that says what else there is
         if (exchange := current.get()) is not None:
             exchange.actor = actor.name
         if self.where is Where.NAMESPACE:

@@ -71,7 +71,8 @@ class MembersOut(Wire):
 
 
 class WhoOut(Wire):
-    """The user and the roles that the token allows; `limited` are the user's own where the scope is narrower."""
+    """The user and the roles that the token allows; `limited` are the user's own where the token's scope allows less or
+    nothing."""
 
     user: str
     token: str | None

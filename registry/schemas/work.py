@@ -16,9 +16,14 @@ class CompositionIn(WireIn):
 
 
 class StepOut(Wire):
+    """`done` of `total` are in the `unit`, examples or bytes; all three are null where a step has no such amount."""
+
     name: str
     state: str
     progress: float
+    done: int | None = None
+    total: int | None = None
+    unit: str | None = None
 
 
 class ResultRow(Wire):

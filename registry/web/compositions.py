@@ -36,7 +36,7 @@ def signer_of(settings: Settings) -> str | None:
 
 @router.post("", status_code=202)
 def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
-    """Resolved and locked at once; its steps wait for a worker. A plan is work too: it takes a publisher."""
+    """Resolved and locked at once; its steps wait for a worker. A plan is work too: it requires publisher."""
     recipe = parse_recipe(body.recipe)
     for role, namespace in compositions.roles_needed(recipe):
         permit(actor, role, namespace)

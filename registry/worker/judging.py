@@ -38,6 +38,12 @@ class Examination:
     def count(self, suite: Suite) -> int:
         return len(suite.sample(None, self.used))
 
+    def examples(self, members: Sequence[Member]) -> int:
+        """How many the candidate and the members are measured on, one after the other."""
+        candidate = sum(self.count(suite) for suite in self.suites)
+        inputs = (self.count(suite) for member in members for suite in self.suites if self.needs(member, suite))
+        return candidate + sum(inputs)
+
     def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
         from composer.evaluate import evaluate
 

@@ -14,6 +14,7 @@ from typing import Any
 from composer.errors import ComposerError, Interrupted
 from registry import jobs
 from registry.errors import NO_SPACE, RegistryError, Unavailable, of_composer
+from registry.jobs import Amount
 from registry.models import Job
 from registry.resources import Resources
 from registry.upkeep import sweep_work
@@ -24,6 +25,8 @@ SWEEP_S = 600.0
 OTHERS_WAIT = timedelta(hours=1)
 """A job that another host must do waits so long for it."""
 _PROGRESS_STEP = 0.05
+_PROGRESS_S = 1.0
+"""What is done is written each time that this share was done, and where an amount is known this often as well."""
 _OUTAGES = {
     "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
     "disk_full", "disk_error", "busy",
@@ -58,9 +61,10 @@ class Held:
     lost: threading.Event = field(default_factory=threading.Event)
     _step: str = ""
     _noted: float = 0.0
+    _noted_s: float = 0.0
 
     def start_step(self, name: str) -> None:
-        self._step, self._noted = name, 0.0
+        self._step, self._noted, self._noted_s = name, 0.0, 0.0
         self.check()
         self._note("running", 0.0)
 
@@ -71,13 +75,15 @@ class Held:
         if self._step:
             self._write("failed", self._noted)
 
-    def progress(self, share: float) -> None:
+    def progress(self, done: float | Amount) -> None:
         """Called often; written now and then. Raises Released or Stopping when this worker is to let go."""
         self.check()
-        if share - self._noted >= _PROGRESS_STEP:
-            self._noted = share
+        share = done.share if isinstance(done, Amount) else done
+        late = isinstance(done, Amount) and time.monotonic() - self._noted_s >= _PROGRESS_S
+        if late or share - self._noted >= _PROGRESS_STEP:
+            self._noted, self._noted_s = share, time.monotonic()
             with suppress(Unavailable):  # a database that is away has to be there for the step's end, not for this
-                self._note("running", share)
+                self._note("running", done)
 
     def check(self, _done: int = 0) -> None:
         """Called often by what takes long, with what it has just done: raises as `progress`."""
@@ -86,13 +92,13 @@ class Held:
         if self.stop.is_set():
             raise Stopping
 
-    def _note(self, state: str, share: float) -> None:
-        if not self._write(state, share):
+    def _note(self, state: str, done: float | Amount) -> None:
+        if not self._write(state, done):
             raise Released
 
-    def _write(self, state: str, share: float) -> bool:
+    def _write(self, state: str, done: float | Amount) -> bool:
         with self.resources.write() as session:
-            return jobs.note_step(session, self.job_id, self.worker, self._step, state=state, progress=share)
+            return jobs.note_step(session, self.job_id, self.worker, self._step, state=state, progress=done)
 
 
 Step = Callable[[Held], None]

@@ -26,6 +26,7 @@ from composer.weights import Weight
 from registry import bases, compositions, gates, publishing, suites, uploads
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
+from registry.jobs import Amount
 from registry.manifest import ManifestFile
 from registry.models import Base, Release
 from registry.names import Digest, parse_reference
@@ -221,14 +222,13 @@ def evaluate(held: Held) -> None:
         merge(held)
         model, deltas = load_model(work.model_directory), ()
     contents = _suites(held, work.evaluated)
-    examination = Examination(
-        suites=contents,
-        used=used_in(work.calibration_sets(held), contents),
-        progress=_Share(held, sum(len(suite.examples) for suite in contents)),
-    )
+    done = _Share(held, "examples")
+    used = used_in(work.calibration_sets(held), contents)
+    examination, compared = Examination(suites=contents, used=used, progress=done), _compared(held, work)
+    done.expect(examination.examples(compared))
     found = [score for suite in contents for score in examination.scores(model, suite, deltas)]
     base = (lambda: model) if work.recipe.adapter else cache(lambda: load_model(work.base_checkpoint(held).path))
-    _store(held, work, candidate_scores=with_inputs(found, examination, _compared(held, work), base))
+    _store(held, work, candidate_scores=with_inputs(found, examination, compared, base))
 
 
 def _compared(held: Held, work: Work) -> list[Member]:
@@ -293,7 +293,7 @@ def merge(held: Held) -> None:
         plan = plan_merge(base, [(work.adapter_directory, 1.0)], dtype=work.lock.dtype, rounding=work.lock.rounding)
     else:
         plan = plan_merge(base, work.members(held), *how, work.lock.dtype, work.lock.rounding)
-    done = _Share(held, plan.size_bytes)
+    done = _Share(held, "bytes", plan.size_bytes)
     report = run_merge(plan, work.model_directory, progress=done, note=work.note)
     _store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
 
@@ -348,16 +348,25 @@ KINDS = {
 
 
 class _Share:
-    """Bytes or examples done, from several threads, as a share for the job's row, which one thread at a time writes."""
+    """Bytes or examples done, from several threads, for the job's row, which one thread at a time writes."""
 
-    def __init__(self, held: Held, total: int) -> None:
-        self._held, self._total, self._done = held, max(total, 1), 0
+    def __init__(self, held: Held, unit: str, total: int = 0) -> None:
+        self._held, self._unit, self._total, self._done = held, unit, total, 0
         self._lock = threading.Lock()
 
     def __call__(self, count: int) -> None:
         with self._lock:
             self._done += count
-            self._held.progress(self._done / self._total)
+            self._tell()
+
+    def expect(self, total: int) -> None:
+        """Before the first, or where more is to be done than was known."""
+        with self._lock:
+            self._total = total
+            self._tell()
+
+    def _tell(self) -> None:
+        self._held.progress(Amount(self._done, self._total, self._unit))
 
 
 def _work(held: Held) -> Work:
@@ -399,6 +408,7 @@ def _evidence(held: Held, work: Work) -> "Evidence":
         k=work.recipe.probe,
         most=usual_most(work.recipe.probe),
         calibration=_calibration(held, work, load),
+        progress=_Share(held, "examples"),
     )
 
 

@@ -253,6 +253,8 @@ def _body(method: str, path: str, things: Things) -> dict[str, Any]:
 
 
 def _without_ids(text: str, things: Things) -> str:
+    """Nor what it is told to mean: names near the one that it asked for, of what it may read."""
+    text = re.sub(r"Did you mean [^?]*\? ", "", text)
     for value in (things.sha256, things.announced, things.upload_id, things.namespace):
         text = text.replace(value, "<id>")
     return re.sub(rf"\b({things.job_id}|{things.composition_id})\b", "<n>", text)

@@ -18,7 +18,7 @@ from registry.models import ReleaseInput
 from registry.names import RepositoryName, Version
 from registry.tokens import NewToken
 from tests import services
-from tests.access.house import HOST, NOW, PRIVATE, House, build_house, entered, new_place, opened
+from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_place, opened
 
 
 @pytest.fixture(params=services.PAIRINGS)
@@ -123,6 +123,33 @@ def test_a_token_that_is_narrowed_or_expires_sees_and_revokes_itself_alone(
     assert {user, "ci"} <= {row["name"] for row in house.ask(user, "GET", "/v1/tokens").json()["items"]}
     assert house.ask("weak", "DELETE", f"/v1/tokens/{made['id']}").status_code == 200
     assert house.ask("weak", "GET", "/v1/whoami").status_code == 401
+
+
+def test_a_token_tells_its_user_alone_which_namespaces_its_scope_leaves_out(house: House) -> None:
+    made = house.ask("publisher", "POST", "/v1/tokens", json={"scope": {PUBLIC: "reader"}}).json()
+    house.secrets["weak"] = made["token"]
+    told = house.ask("weak", "GET", f"/v1/adapters/{PRIVATE}/sql").json()
+    assert told["status"] == 404
+    assert (
+        told["detail"]
+        == f"The scope of this token leaves out the namespace {PRIVATE}, where publisher has the role publisher."
+    )
+    assert told["next"].endswith(f"Use a token whose scope has {PRIVATE}=publisher.")
+    who = house.ask("weak", "GET", "/v1/whoami").json()
+    assert (who["grants"], who["limited"]) == ({PUBLIC: "reader"}, {PUBLIC: "publisher", PRIVATE: "publisher"})
+    for caller, namespace in (("weak", OTHER), ("weak", "ghost"), ("stranger", PRIVATE)):
+        told = house.ask(caller, "GET", f"/v1/adapters/{namespace}/sql").json()
+        assert (told["status"], told["detail"]) == (404, f"There is no namespace {namespace} that you may see.")
+
+
+def test_an_unknown_repository_is_answered_with_near_ones_of_what_the_caller_may_read(house: House) -> None:
+    for path, near in ((f"/v1/adapters/{PRIVATE}x/sql", PRIVATE), (f"/v1/resolve?ref={PRIVATE}/sqll@prod", PRIVATE)):
+        for caller in ("reader", "operator"):
+            assert f"{near}/sql" in house.ask(caller, "GET", path).json()["next"]
+        for caller in ("nobody", "stranger", "narrowed"):
+            told = house.ask(caller, "GET", path).json()
+            assert f"{near}/" not in told["next"], "though it is near"
+    assert f"Did you mean {OTHER}/sql" in house.ask("stranger", "GET", "/v1/adapters/othr/sql").json()["next"]
 
 
 def test_a_whole_token_revokes_the_narrowed_ones_of_its_user(house: House) -> None:

@@ -108,8 +108,8 @@ def test_the_share_that_is_left_is_printed_with_its_interval() -> None:
 
 def test_what_is_open_is_named_with_its_numbers() -> None:
     (answers,) = [one for one in of_outcome(answering(4, 3), Policy()) if one.code == "probe_open"]
-    assert "open after 16 examples whether red keeps 90% of what it answers" in answers.message
-    assert answers.message.endswith("(3 of 4 so far; 8 answered ones decide).")
+    assert "open after 16 examples whether red retains 90% of its exact match" in answers.message
+    assert answers.message.endswith("(3 of 4 so far; 8 exact ones decide).")
     assert (answers.subject, answers.measure) == ("red + green: red", 0.75)
     wide = replace(answering(9, 9).effects[0], loss_interval=interval(0.3, 1.0, 16, 2))
     (loss,) = of_outcome(Outcome(16, (wide,), ()), Policy())
@@ -152,7 +152,7 @@ def test_what_was_measured_of_the_whole_set_is_said_before_the_pairs(
     measured = ProbeResult(16, (answering(16, 16),), answering(13, 0), 1.0)
     report = conflicts([red, green, load("blue", 5)], [1.0] * 3, evidence=measured)
     assert headlines(report)[1].startswith("All together: risk +0.30")
-    assert "red still answers 0 of 13 word for word" in headlines(report)[1]
+    assert "red: exact match retained on 0 of 13" in headlines(report)[1]
     assert headlines(report)[1] in unescape(page(report))
 
 

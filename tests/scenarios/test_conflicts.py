@@ -221,7 +221,7 @@ def test_a_policy_in_a_recipe_can_end_a_composition_and_a_bad_one_is_refused_at_
     recipe.write_text(yaml.safe_dump(content | {"policy": {"crowding": "error", "thresholds": {"crowding": 0.01}}}))
     ended = team("compose", recipe, "--follow")
     assert ended.code == 1
-    assert "crowd into one output direction" in ended.err
+    assert "over-share one output direction" in ended.err
     assert team("show", "acme/both:1.0.0").code == 3, "nothing was published"
     recipe.write_text(yaml.safe_dump(content | {"policy": {"crowding": "fatal"}}))
     refused = team("compose", recipe)

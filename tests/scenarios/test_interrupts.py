@@ -1,5 +1,6 @@
 """Ctrl-C, at any moment of a command in a process of its own: exit 130 within two seconds, one line, no traceback."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from tests import services
+from tests.scenarios.terminal import on_terminal
 from tests.scenarios.world import Cli, World, environment
 
 BEGIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -39,6 +41,17 @@ def destroys(*arguments):
     time.sleep(60)
 transfer.resolved = destroys
 """
+
+SLOWLY = """
+import time
+from composer import evaluate
+quick = evaluate._measure_batch
+def slow(*arguments):
+    time.sleep(0.4)
+    return quick(*arguments)
+evaluate._measure_batch = slow
+"""
+"""An evaluation that takes some seconds, as those of real models do."""
 
 
 def begin(cli: Cli, code: str, *words: object) -> subprocess.Popen[str]:
@@ -118,6 +131,33 @@ def test_a_composition_of_a_server_goes_on_unless_it_is_interrupted_twice(
     assert ("is cancelled" in lines[1], state) == ((True, "cancelled") if again else (False, "queued"))
     assert again or "adaptory cancel 1" in lines[1]
     assert seconds < 3
+
+
+def test_on_a_terminal_a_composition_shows_its_steps_and_the_examples_that_are_done(
+    stocked_on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    for name in ("sql", "support"):
+        stocked_on_disk.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    recipe = tmp_path / "recipe.yaml"
+    content = {"inputs": ["acme/sql", "acme/support"], "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}
+    recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact", "support-exact"], "gates": []}))
+    shown = on_terminal(stocked_on_disk, "compose", recipe, code=SLOWLY)
+    assert shown.end() == 0, shown.text
+    assert re.search(r"3/6 evaluate .* \d+/12 examples .*\d/s \d:\d\d:\d\d", shown.text), shown.text
+    assert not re.search(r"2/6 combine [^\r\n]*/12", shown.text), "of a step without an amount none is shown"
+    assert max(len(line.rstrip()) for line in shown.lines) <= 80
+
+
+def test_an_interrupt_on_a_terminal_ends_an_evaluation_with_one_line(stocked_on_disk: Cli, world: World) -> None:
+    stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    running = on_terminal(stocked_on_disk, "eval", "acme/sql", "--suite", "sql-exact", code=SLOWLY)
+    running.read_until("/6 examples")
+    since = time.monotonic()
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == 130
+    assert time.monotonic() - since < 3, "two, and what a busy machine takes to end a process"
+    assert running.lines[-1] == "interrupted: no score was recorded; give the command again"
+    assert "Traceback" not in running.text
 
 
 def test_nothing_is_shown_of_progress_without_a_terminal(stocked_on_disk: Cli, world: World, tmp_path: Path) -> None:

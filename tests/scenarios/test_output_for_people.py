@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from registry.cli import render
+from tests.scenarios.terminal import on_terminal
 from tests.scenarios.world import Cli, World, environment
 
 LONG = "model.layers.17.self_attn.some_very_long_module_name_of_a_tower.q_proj"
@@ -39,9 +41,28 @@ def test_every_list_fits_80_columns_and_is_whole_with_wide(busy: Cli, world: Wor
             assert len(line) <= 80 or len(words) <= 2, f"{command}: {line}"
         whole = busy.ok(*command, "--wide").out
         lacking = {*re.findall(r"\w{5,}", whole)} - {*re.findall(r"\w{5,}", narrow)}
-        assert lacking <= {"release", "module", "server", "suite", "channel", "repository"}, (
-            "a record has its first column as its heading"
+        assert lacking <= {"release", "module", "server", "suite", "channel", "repository", "self_attn"}, (
+            "a record has its first column as its heading, and modules are cut"
         )
+
+
+def test_on_a_terminal_of_80_columns_no_line_is_longer(busy: Cli, world: World, tmp_path: Path) -> None:
+    busy.ok("push", world.adapters["terraform"], "acme/a-terraform-adapter:1.0.0", "--base", "tiny")
+    recipe = tmp_path / "recipe.yaml"
+    inputs = [{"adapter": "acme/sql"}, {"adapter": "acme/a-terraform-adapter"}]
+    content = {"inputs": inputs, "method": "stack", "adapter": "acme/sql-and-terraform:1.0.0", "probe": 0}
+    recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact"], "gates": ["sql-exact.nll <= 10000"]}))
+    for command in (
+        ("compose", recipe, "--plan"), ("compose", recipe), ("conflicts", "acme/sql", "acme/a-terraform-adapter"),
+        ("conflicts", "acme/sql", "acme/a-terraform-adapter", "--explain"), ("show", "acme/sql"), ("search",),
+        ("show", "acme/sql-and-terraform"), ("diff", "acme/sql", "acme/sql-and-terraform"), ("audit", "--limit", "5"),
+        ("eval", "acme/a-terraform-adapter", "--suite", "terraform-exact"), ("history", "acme/sql@prod"), ("jobs",),
+        ("inspect", "acme/a-terraform-adapter"), ("fsck", "--full"), ("show", "acme/nothing-of-such-a-long-name"),
+    ):  # fmt: skip
+        shown = on_terminal(busy, *command)
+        assert shown.end() in (0, 1, 3), shown.text
+        assert len(shown.lines) >= 2, shown.text
+        assert [line for line in shown.lines if len(line.rstrip()) > 80] == [], command
 
 
 def test_models_are_listed_beside_adapters_and_scores_have_a_line_each(busy: Cli) -> None:
@@ -74,6 +95,16 @@ def test_a_module_is_cut_in_the_middle_before_a_table_becomes_records(
     monkeypatch.setattr(render, "wide", True)
     render.table("", ("module", "what"), [(LONG, "x" * 90)])
     assert f"{LONG}  {'x' * 90}" in capsys.readouterr().out
+
+
+def test_modules_that_differ_in_their_middle_only_stay_apart_when_they_are_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "32")
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (20, 21)]
+    render.table("", ("module", "rank"), [(name, 8) for name in names])
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert (len(first), "…" in first, first != second) == (32, True, True)
 
 
 def test_the_shell_completes_references_channels_suites_and_methods(busy: Cli) -> None:

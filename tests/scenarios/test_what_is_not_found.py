@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import LlamaForCausalLM
 
 from tests.composer.small_model import save_adapter, save_gpt2
@@ -50,6 +51,22 @@ def test_a_gate_on_a_suite_or_metric_that_is_not_there_is_refused(small_team: Cl
     assert small_team.json("gate", "acme/sql@prod")["rules"] == []
 
 
+def test_a_recipe_is_refused_at_once_for_gates_on_suites_and_metrics_that_are_not_there(
+    small_team: Cli, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    content = {"inputs": ["acme/sql"], "method": "stack", "adapter": "acme/copy:v1.0.0", "evaluate": ["sql-exact"]}
+    for rule, hint in (
+        ("sql-exakt.accuracy >= 0.5", "Did you mean sql-exact?"),
+        ("sql-exact.acuracy >= 0.5", "Did you mean accuracy?"),
+        ("sql-exact.rouge_l >= 0.5", "a composition measures nll and accuracy, and no rouge_l"),
+    ):
+        recipe.write_text(yaml.safe_dump({**content, "gates": [rule]}))
+        refused = small_team("compose", recipe)
+        assert (refused.code, hint in refused.err) == (3, True), refused.err
+    assert small_team.json("jobs")["items"] == []
+
+
 def test_a_push_against_the_wrong_base_names_those_that_fit(small_team: Cli, world: World, tmp_path: Path) -> None:
     other = save_gpt2(tmp_path / "wide")
     small_team.ok("base", "add", other, "--name", "wide")
@@ -86,3 +103,11 @@ def test_a_version_may_have_the_v_of_a_tag(small_team: Cli, world: World, tmp_pa
     small_team.ok("promote", "acme/sql:v1.1.0", "--to", "prod")
     small_team.ok("rollback", "acme/sql@prod", "--to", "v1.0.0")
     small_team.ok("pull", "acme/sql:v1.0.0", "-o", tmp_path / "out")
+    for range_ in ("^v1.0", "v1.x", ">=v1.0.0 <v1.1.0", "v1.0.0 - v1.0.9"):
+        assert small_team.json("show", f"acme/sql:{range_}")["version"] in ("1.0.0", "1.1.0")
+    small_team.ok("yank", "acme/sql:v1.1.0", "--reason", "wrong")
+    recipe = tmp_path / "recipe.yaml"
+    content = {"inputs": ["acme/sql:v1.0.0"], "method": "stack", "adapter": "acme/copy:v1.0.0", "probe": 0}
+    recipe.write_text(yaml.safe_dump(content))
+    small_team.ok("compose", recipe)
+    assert small_team.json("show", "acme/copy:v1.0.0")["version"] == "1.0.0"

@@ -1,5 +1,6 @@
 """The command line as `--help` tells it, command by command."""
 
+import shlex
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,25 @@ def test_help_of_every_command_is_the_one_in_the_snapshot() -> None:
         page = cli.ok(*path, "--help").out
         pages.append(f"$ adaptory {' '.join((*path, '--help'))}\n{page.strip()}\n")
     snapshots.check("help.txt", "\n\n".join(pages))
+
+
+def test_every_command_has_an_example_that_it_takes_and_a_text_for_each_option_within_80_columns() -> None:
+    adaptory = typer.main.get_command(app)
+    for path in commands(adaptory):
+        page = Cli({"COLUMNS": "80", "NO_COLOR": "1"}).ok(*path, "--help").out.partition("\n")[2]
+        assert [line for line in page.splitlines() if len(line) > 80 or line.endswith("...")] == [], path
+        group, command = adaptory, adaptory
+        for name in path:
+            group, command = command, command.commands[name]  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):
+            continue
+        silent = [one.name for one in command.params if not getattr(one, "help", "") and not getattr(one, "hidden", 0)]
+        assert silent == [], path
+        example = page.partition("\n  Example:\n")[2].replace("\\\n", " ")
+        words = shlex.split(example)
+        assert words[: len(path) + 1] == ["adaptory", *path], page
+        parent = group.make_context("adaptory", [path[-1]])
+        assert command.make_context(path[-1], words[len(path) + 1 :], parent), "its options and arguments are right"
 
 
 @pytest.mark.parametrize(

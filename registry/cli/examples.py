@@ -1,0 +1,71 @@
+"""One example for each command, shown by its `--help`, with the names that README.md uses."""
+
+import typer
+
+EXAMPLES = {
+    "audit": "adaptory audit --subject 'acme/sql-migration@*'",
+    "base add": "adaptory base add .demo/base --name smollm2",
+    "base list": "adaptory base list",
+    "base show": "adaptory base show smollm2",
+    "base unalias": "adaptory base unalias HuggingFaceTB/SmolLM2-135M-Instruct",
+    "cancel": "adaptory cancel 1",
+    "combine": """adaptory combine --adapter examples/adapters/sql-migration \\
+  --adapter examples/adapters/terraform-review -o .demo/both""",
+    "compose": "adaptory compose examples/assistant.yaml --plan",
+    "conflicts": "adaptory conflicts acme/sql-migration acme/terraform-review --probe 8",
+    "convert": "adaptory convert kohya.safetensors --base .demo/base -o .demo/converted",
+    "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
+    "eval": "adaptory eval acme/sql-migration --suite sql-exact",
+    "fsck": "adaptory fsck --full",
+    "gate": """adaptory gate acme/sql-migration@prod \\
+  --rule 'sql-exact.accuracy >= 0.3'""",
+    "gc": "adaptory gc --dry-run",
+    "history": "adaptory history acme/sql-migration@prod",
+    "inspect": "adaptory inspect examples/adapters/sql-migration --base .demo/base",
+    "jobs": "adaptory jobs --limit 5",
+    "list": "adaptory list",
+    "log": "adaptory log acme/sql-migration",
+    "login": "adaptory login https://adapters.example",
+    "logout": "adaptory logout adapters.example",
+    "merge": """adaptory merge --base .demo/base \\
+  --adapter examples/adapters/sql-migration=0.5 -o .demo/merged""",
+    "migrate": "adaptory migrate",
+    "namespace grant": "adaptory namespace grant acme pia publisher",
+    "namespace list": "adaptory namespace list",
+    "namespace members": "adaptory namespace members acme",
+    "namespace revoke": "adaptory namespace revoke acme pia",
+    "namespace set": "adaptory namespace set acme --public",
+    "profile list": "adaptory profile list",
+    "profile use": "adaptory profile use local",
+    "promote": "adaptory promote acme/sql-migration:1.1.0 --to prod",
+    "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
+    "push": """adaptory push examples/adapters/sql-migration \\
+  acme/sql-migration:1.0.0 --base smollm2""",
+    "rollback": "adaptory rollback acme/sql-migration@prod --reason 'wrong quoting'",
+    "score delete": "adaptory score delete acme/sql-migration sql-exact.accuracy",
+    "search": "adaptory search --base smollm2 --score 'sql-exact.accuracy>=0.3'",
+    "serve": "adaptory serve --port 8470",
+    "show": "adaptory show acme/sql-migration@prod",
+    "sign": "adaptory sign acme/assistant --key ~/.config/adaptory/key.pem",
+    "suite add": "adaptory suite add examples/suites/*.yaml",
+    "suite list": "adaptory suite list",
+    "token create": "adaptory token create --user pia --scope acme=publisher",
+    "token list": "adaptory token list",
+    "token revoke": "adaptory token revoke 1a2b3c4d5e6f",
+    "unyank": "adaptory unyank acme/sql-migration:1.0.0 --reason 'quoting is fixed'",
+    "verify": "adaptory verify acme/assistant-merged --rebuild",
+    "whoami": "adaptory whoami",
+    "worker": "adaptory worker",
+    "yank": "adaptory yank acme/sql-migration:1.0.0 --reason 'wrong quoting'",
+}
+
+
+def add_examples(app: typer.Typer, group: str = "") -> None:
+    """Gives each command below `app` its example."""
+    for command in app.registered_commands:
+        name = f"{group}{command.name or getattr(command.callback, '__name__', '')}"
+        lines = "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())
+        command.epilog = f"\b\nExample:\n{lines}"
+    for part in app.registered_groups:
+        if part.typer_instance is not None:
+            add_examples(part.typer_instance, f"{part.name} ")

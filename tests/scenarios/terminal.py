@@ -1,0 +1,68 @@
+"""`adaptory …` in a process of its own on a terminal of 80 columns."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import dataclass, field
+
+from tests.scenarios.world import Cli, environment
+
+COLUMNS = 80
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass
+class OnTerminal:
+    """What the command writes to the terminal, as it comes."""
+
+    process: subprocess.Popen[bytes]
+    terminal: int
+    _shown: bytearray = field(default_factory=bytearray)
+
+    def read(self) -> bool:
+        """Waits for more; False at the end."""
+        try:
+            got = os.read(self.terminal, 1 << 16)
+        except OSError:  # EIO: the command has ended
+            return False
+        self._shown += got
+        return bool(got)
+
+    def read_until(self, text: str) -> None:
+        while text not in self.text:
+            assert self.read(), self.text
+
+    @property
+    def text(self) -> str:
+        return _CONTROL.sub("", self._shown.decode(errors="replace"))
+
+    @property
+    def lines(self) -> list[str]:
+        """Every line that was ever shown: a bar draws its own anew."""
+        return [line for line in re.split(r"[\r\n]+", self.text) if line.strip()]
+
+    def end(self) -> int:
+        while self.read():
+            pass
+        os.close(self.terminal)
+        return self.process.wait(30)
+
+
+def on_terminal(cli: Cli, *words: object, code: str = "") -> OnTerminal:
+    """Starts the command; `code` runs before it."""
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
+    start = f"{code}\nfrom registry.cli.start import main; main()"
+    with environment(cli.environment, []):
+        os.environ.pop("COLUMNS", None)
+        os.environ["TERM"] = "xterm"
+        process = subprocess.Popen(
+            [sys.executable, "-c", start, *map(str, words)], stdin=inside, stdout=inside, stderr=inside
+        )
+    os.close(inside)
+    return OnTerminal(process, terminal)
