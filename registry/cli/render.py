@@ -253,7 +253,8 @@ class Progress:
 
 class _Bar(Progress):
     def __init__(self, bars: "Bars", label: str, total: int | None, unit: str) -> None:
-        self._bars, self._label = bars, label
+        self._bars = bars
+        self._label: str = label
         self._task = bars.add_task(middle(plain(label), _LABEL_CHARS), total=total, unit=unit)
 
     def __call__(self, count: int) -> None:
