@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,7 @@ class Story:
 
     def run(self, *arguments: str | Path, expect: int = 0) -> None:
         """One command, shown as a user would type it; any other exit code than the expected one ends the demo."""
-        words = [shown(argument) for argument in arguments]
-        print(f"$ adaptory {' '.join(words)}", flush=True)
+        print(typed(["adaptory", *map(shown, arguments)]), flush=True)
         code = subprocess.run([ADAPTORY, *arguments], env=self.environment, check=False).returncode
         if code != expect:
             sys.exit(f"demo: expected exit code {expect}, got {code}")
@@ -71,6 +71,17 @@ def shown(argument: str | Path) -> str:
     if isinstance(argument, Path) and argument.is_relative_to(Path.cwd()):
         text = str(argument.relative_to(Path.cwd()))
     return f"'{text}'" if any(character in text for character in " ><=*") else text
+
+
+def typed(words: Sequence[str]) -> str:
+    """A command as it is typed, continued on the next line before it is wider than a terminal of 80 columns."""
+    lines = ["$"]
+    for word in words:
+        if len(lines[-1]) + len(word) > 76:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def prepare(story: Story) -> None:
@@ -146,7 +157,7 @@ def compose(story: Story) -> None:
     story.run("show", "acme/assistant-merged")
     story.chapter("All three in one? The gates against the inputs say what would be lost")
     story.run("compose", EXAMPLES / "all-three.yaml", expect=1)
-    print("So the assistant is shipped as one model, and support-macros is served as the adapter that it is.")
+    print("So the assistant is shipped as one model, and support-macros is served as it is.")
     for output in ("assistant", "assistant-merged"):
         story.run("promote", f"acme/{output}:1.0.0", "--to", "prod", "--reason", "keeps what both teams had")
 
@@ -187,15 +198,15 @@ def generate(story: Story) -> None:
         worst = max(worst, ((merged_BTV - active_BTV).norm() / active_BTV.norm()).item())
         agreeing += int((merged_BTV.argmax(-1) == active_BTV.argmax(-1)).sum())
         positions += ids_BT.shape[1]
-    print("\nmerged, rounded to bf16, against base + adapter active: logits differ by", end=" ")
-    print(f"{worst:.4f} of their norm (tolerance {LOGIT_TOLERANCE}),")
-    print(f"the same next token at {agreeing} of {positions} positions")
+    print("\nmerged, rounded to bf16, against base + adapter active: logits differ by")
+    print(f"{worst:.4f} of their norm (tolerance {LOGIT_TOLERANCE}), the next token is the same")
+    print(f"at {agreeing} of {positions} positions")
     if worst > LOGIT_TOLERANCE:
         sys.exit("demo: the merged model is not the adapted model")
 
 
 def first_line(text: str) -> str:
-    return " ".join(text.split())[:110]
+    return " ".join(text.split())[:70]
 
 
 def flags(name: str, values: Any) -> list[str]:
