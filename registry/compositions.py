@@ -428,13 +428,6 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 subject=str(rule),
                 next_step=f"Add {rule.suite} to `evaluate`.",
             )
-        if rule.metric not in metrics.HIGHER_IS_BETTER:
-            raise Usage(
-                "not_measured",
-                f"{rule}: a composition measures {' and '.join(metrics.HIGHER_IS_BETTER)} alone.",
-                subject=str(rule),
-                next_step=f"Record {rule.metric} afterwards, and set the rule for the channel (`adaptory gate`).",
-            )
         gates.refuse_keeping_losses(session, rule)
         if isinstance(rule, Within) and rule.other == "base" and (rule.suite, rule.metric) not in measured:
             raise Refused(
@@ -453,7 +446,9 @@ def _refuse_unmeasured(rule: gates.Rule) -> None:
         "metric_unknown",
         f"{rule}: a composition measures {measured}, and no {rule.metric}.",
         subject=str(rule),
-        next_step=nearest(rule.metric, metrics.HIGHER_IS_BETTER, "Leave the rule to the channel's gate."),
+        next_step=nearest(
+            rule.metric, metrics.HIGHER_IS_BETTER, f"Record {rule.metric} afterwards, and give the rule to the channel."
+        ),
     )
 
 
