@@ -74,10 +74,12 @@ def shown(argument: str | Path) -> str:
 
 
 def typed(words: Sequence[str]) -> str:
-    """A command as it is typed, continued on the next line before it is wider than a terminal of 80 columns."""
+    """A command as it is typed, continued on the next line before it is wider than a terminal of 80 columns. An option
+    stays beside its value."""
     lines = ["$"]
-    for word in words:
-        if len(lines[-1]) + len(word) > 76:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        together = len(word) + (1 + len(following) if word.startswith("-") else 0)
+        if len(lines[-1]) + together > 76 and not lines[-1].rpartition(" ")[2].startswith("-"):
             lines[-1] += " \\"
             lines.append("   ")
         lines[-1] += f" {word}"
@@ -129,7 +131,7 @@ def promote(story: Story) -> None:
     story.chapter("A better release passes the gate")
     release(story, "1.1.0", "sql-migration-1.1", "trained for 50 steps")
     story.run("promote", "acme/sql-migration:1.1.0", "--to", "prod", "--reason", "twice the accuracy")
-    story.chapter("A bad release: the gate refuses it; forced all the same, it is rolled back and yanked")
+    story.chapter("A bad release is refused; forced all the same, it is rolled back")
     bad = release(story, "1.2.0", "sql-migration-bad", "trained on a new export")
     story.run("promote", bad, "--to", "prod", expect=1)
     story.run("promote", bad, "--to", "prod", "--force", "--reason", "the release party is at noon")
@@ -148,9 +150,9 @@ def release(story: Story, version: str, adapter: str, notes: str) -> str:
 
 def compose(story: Story) -> None:
     references = [f"acme/{team}@prod" for team in COMBINED]
-    story.chapter("Would two of them fight if they were added up? Measured on eight examples of each and more")
+    story.chapter("Would two of them fight if they were added up? Measured")
     story.run("conflicts", *references, "--probe", "8", "--guard", "guard-general")
-    story.chapter("The recipe: fitted on eight examples of each, judged on the others beside the inputs")
+    story.chapter("The recipe: fitted on eight examples of each, judged on others")
     recipe = EXAMPLES / "assistant.yaml"
     print(recipe.read_text().rstrip())
     story.run("compose", recipe)
@@ -174,7 +176,7 @@ def generate(story: Story) -> None:
     from composer.suite import parse_suite
     from composer.variants import load_deltas
 
-    story.chapter("The merged checkpoint, pulled and run: one prompt a task, before and after")
+    story.chapter("The merged checkpoint, pulled and run on one prompt of each task")
     merged_directory, adapter_directory = story.directory / "merged", story.directory / "assistant"
     for directory in (merged_directory, adapter_directory):
         shutil.rmtree(directory, ignore_errors=True)
