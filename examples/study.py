@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
     parser.add_argument("--out", type=Path, required=True, help="a file of rows, which is gone on with if it is there")
     parser.add_argument("--only", nargs="+", default=[*OLDER, *SMALL], help="names of adapters; all by default")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="all by default")
     chosen = parser.parse_args()
     places = {name: ADAPTERS / name if name in OLDER else chosen.adapters / name for name in chosen.only}
     for directory in (chosen.base, *places.values()):
@@ -67,17 +68,22 @@ def main() -> None:
     guard = [encode(loaded, example, chat=True) for example in _in_order(_suite(TASKS["guard"]))]
     done = _rows(chosen.out)
     with chosen.out.open("a") as out:
-        for row in _measured(loaded, members, guard, done):
+        for row in _measured(loaded, members, guard, done, chosen.methods):
             out.write(_line(row))
             out.flush()
-            print(row.get("member") or (row["a"], row["b"], {m: round(row["losses"][m]["worse"], 3) for m in METHODS}))
+            worse = {method: round(one["worse"], 3) for method, one in row.get("losses", {}).items()}
+            print(row.get("member") or (row["a"], row["b"], worse))
 
 
 Key = tuple[str, ...]
 
 
 def _measured(
-    loaded: LoadedModel, members: Sequence[Member], guard: list[Encoded], done: Mapping[Key, Any]
+    loaded: LoadedModel,
+    members: Sequence[Member],
+    guard: list[Encoded],
+    done: Mapping[Key, Any],
+    methods: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     """The rows that are still missing: the base on the guard, each adapter alone, every pair."""
     alone = dict(done)
@@ -99,9 +105,9 @@ def _measured(
         both = (one, other)
         row: dict[str, Any] = {"a": one.name, "b": other.name, "weights": weights_say(one, other)}
         row["activations"] = activations_say(loaded, one, other)
-        row["combined"] = {method: combined(loaded, both, method, guard) for method in METHODS}
+        row["combined"] = {method: combined(loaded, both, method, guard) for method in methods}
         row |= {run: {member.name: _nll(alone[member.name,][run]) for member in both} for run in ("base", "alone")}
-        row["losses"] = {method: losses(both, row["combined"][method], alone) for method in METHODS}
+        row["losses"] = {method: losses(both, row["combined"][method], alone) for method in methods}
         yield row
 
 

@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/study.md from what study.py measured: `python examples/study_report.py [JSONL]`.
+"""The tables of docs/study.md from what study.py measured, and the plot: `python examples/study_report.py [JSONL]`.
 
 Every predictor is ranked against the measured loss by Spearman's correlation; the interval is a bootstrap over
 adapters, since the pairs of one adapter are not independent of each other.
@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
-METHODS = ("sum", "mean", "ties")
 DRAWS = 2000
 HALVES = 500
+KEPT = Path(__file__).parent / "study.jsonl"
 PLOT = Path(__file__).parents[1] / "docs" / "study.svg"
 
 
@@ -122,27 +122,30 @@ PAIRED: dict[str, tuple[str, Callable[[Row], float]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).parent / "study.jsonl")
+    parser.add_argument("results", type=Path, nargs="?", default=KEPT)
     results = parser.parse_args().results
     if not results.is_file():
         parser.error(f"{results} is not there: study.py writes it.")
     rows = [row for row in map(json.loads, results.read_text().splitlines()) if "a" in row]
     names = sorted({row[side] for row in rows for side in "ab"})
+    methods = [*rows[0]["losses"]]
+    columns = f" | {' | '.join(methods)} |\n|---|---{'|---' * len(methods)}|"
     print(f"{len(names)} adapters, {len(rows)} pairs\n")
-    ranked = {method: _paired(rows, names, method) for method in METHODS}
-    print("| predictor of the worse member's loss | from | " + " | ".join(METHODS) + " |\n|---|---|---|---|---|")
+    ranked = {method: _paired(rows, names, method) for method in methods}
+    print(f"| predictor of the worse member's loss | from{columns}")
     for place, one in enumerate(ranked["sum"]):
-        print(f"| {one.name} | {one.kind} | " + " | ".join(str(ranked[m][place]) for m in METHODS) + " |")
-    print("\n| who is hurt (victim <- intruder) | from | " + " | ".join(METHODS) + " |\n|---|---|---|---|---|")
-    directed = {method: _directed(rows, names, method) for method in METHODS}
+        print(f"| {one.name} | {one.kind} | " + " | ".join(str(ranked[m][place]) for m in methods) + " |")
+    print(f"\n| who is hurt (victim <- intruder) | from{columns}")
+    directed = {method: _directed(rows, names, method) for method in methods}
     for place, one in enumerate(directed["sum"]):
-        print(f"| {one.name} | {one.kind} | " + " | ".join(str(directed[m][place]) for m in METHODS) + " |")
+        print(f"| {one.name} | {one.kind} | " + " | ".join(str(directed[m][place]) for m in methods) + " |")
     print()
     for line in _damage(rows):
         print(line)
     print("\nThe statistic of weights that ranks best on half of the adapters, on the pairs of the other half:")
-    print(", ".join(f"{method} {_on_the_other_half(rows, names, method):+.2f}" for method in METHODS))
-    PLOT.write_text(_plot(sorted(ranked["sum"], key=lambda one: -one.rho)))
+    print(", ".join(f"{method} {_on_the_other_half(rows, names, method):+.2f}" for method in methods))
+    if results == KEPT:
+        PLOT.write_text(_plot(sorted(ranked["sum"], key=lambda one: -one.rho)))
 
 
 def _paired(rows: Sequence[Row], names: Sequence[str], method: str) -> list[Ranked]:
@@ -219,7 +222,7 @@ def _on_the_other_half(rows: Sequence[Row], names: Sequence[str], method: str) -
 def _damage(rows: Sequence[Row]) -> list[str]:
     """What the methods cost: the share of a member's gain over the base that is left, and the guard's rise."""
     lines = ["| method | gain kept, mean | gain kept, worse member | guard, rise in nats |", "|---|---|---|---|"]
-    for method in METHODS:
+    for method in rows[0]["losses"]:
         kept = [[_kept(row, method, row[side]) for side in "ab"] for row in rows]
         guard = np.mean([row["losses"][method]["guard"] for row in rows])
         lines.append(f"| {method} | {np.mean(kept):.2f} | {np.mean([min(one) for one in kept]):.2f} | {guard:+.2f} |")
