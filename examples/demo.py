@@ -208,7 +208,7 @@ def generate(story: Story) -> None:
 
 
 def first_line(text: str) -> str:
-    return " ".join(text.split())[:70]
+    return " ".join(text.split())[:71]
 
 
 def flags(name: str, values: Any) -> list[str]:
@@ -217,15 +217,20 @@ def flags(name: str, values: Any) -> list[str]:
 
 def farewell(story: Story) -> None:
     story.chapter("Done. Where everything lies:")
-    where = story.home
     print(f"  {shown(story.base)}: the base checkpoint")
-    print(f"  {where}: the registry (registry.db, and the blobs in store/)")
+    print(f"  {shown(story.home)}: the registry, with its database and its store")
     print(f"  {shown(story.directory / 'merged')}: the merged model, ready for transformers or vLLM")
     print("Three commands to try next:")
-    print(f'  export ADAPTORY_HOME={where} PATH="{ADAPTORY.parent}:$PATH"')
-    print("  adaptory history acme/sql-migration@prod --json")
-    print("  adaptory conflicts acme/sql-migration@prod acme/support-macros@prod --method regmean --probe 8")
-    print("  adaptory serve    # then: curl 'http://127.0.0.1:8470/v1/resolve?ref=acme/sql-migration@prod'")
+    print(f"  export ADAPTORY_HOME={story.home}")
+    print(f"  PATH={ADAPTORY.parent}:$PATH")
+    for words in (
+        ("history", "acme/sql-migration@prod", "--json"),
+        ("conflicts", *(f"acme/{team}@prod" for team in COMBINED), "--method", "regmean", "--probe", "8"),
+        ("serve",),
+    ):
+        print(f"  {typed(['adaptory', *words]).removeprefix('$ ')}")
+    print("and while it serves")
+    print("  curl '127.0.0.1:8470/v1/resolve?ref=acme/sql-migration@prod'")
 
 
 def main() -> None:
