@@ -52,12 +52,12 @@ def out(text: str) -> None:
     print(_fitted(text, sys.stdout))
 
 
-def _fitted(text: str, stream: TextIO) -> str:
-    """Wrapped between words on a terminal; elsewhere a line is left whole for what reads it."""
+def _fitted(text: str, stream: TextIO | None) -> str:
+    """Wrapped between words on a terminal; elsewhere a line stays whole for what reads it. None is a closed stream."""
     indent = " " * (len(text) - len(text.lstrip(" ")) + 4)
     first, *rest = plain(text).split("\n")
     lines = [first, *(indent + line for line in rest)]
-    if stream.isatty():
+    if stream and stream.isatty():
         lines = [part for line in lines for part in _wrapped(line, _width(), indent)]
     return "\n".join(lines)
 
