@@ -52,8 +52,11 @@ class Interrupts:
         self.said = True
         words = [word for word in sys.argv[1:] if not word.startswith("-")]
         kept = kept or KEPT.get(words[0] if words else "", "")
-        sys.stderr.write(f"interrupted: {kept}\n" if kept else "interrupted\n")
-        sys.stderr.flush()
+        # While a bar is shown, sys.stderr is rich's, which would draw the bar again below the line.
+        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        clear = "\r\x1b[2K" if stream.isatty() else ""
+        stream.write(f"{clear}interrupted: {kept}\n" if kept else f"{clear}interrupted\n")
+        stream.flush()
 
     def end(self) -> None:
         """Ends the process where it stands."""

@@ -256,7 +256,7 @@ def test_a_suite_whose_completions_do_not_end_scores_no_end_of_sequence(loaded: 
 
 
 def test_what_cannot_be_encoded_is_refused_and_never_cut(loaded: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(Mismatch, match="140 tokens, the model's context is 128"):
+    with pytest.raises(Mismatch, match="136 tokens, the model's context is 128"):
         encode(loaded, Example("a" * 136, "abc"), chat=False)
     plain = replace(loaded, tokenizer=save_tokenizer(tmp_path, template=None))
     with pytest.raises(Mismatch, match="no chat template"):

@@ -17,7 +17,7 @@ from tests.composer.adapted import save_adapted
 from tests.composer.small_model import save_gemma, save_gpt2, save_tokenizer
 from tests.composer.test_variants_experts import DOWN, GATE, lora, qwen3, save_base
 
-PROMPTS = ["who are you", "abc", "what is 12 and 30"]
+PROMPTS = ["who are you", "abc", "is 12 or 3"]
 
 
 def deltas(seed: int, modules: list[str], size: float = 0.2, layout: Layout = Layout.LINEAR) -> list[Delta]:

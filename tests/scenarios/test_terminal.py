@@ -63,8 +63,8 @@ def test_the_label_of_a_bar_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    with render.progress("compose", 2, counts=True) as done:
-        done.label("[/red] \x1b]0;title\x07 [bold]merge")
+    with render.progress("compose", 2, unit="steps") as done:
+        done.step("[/red] \x1b]0;title\x07 [bold]merge", 0, 2, "steps")
         done(1)
     assert "[/red]" in terminal.getvalue()
     assert "]0;title\x07" not in terminal.getvalue()
