@@ -29,7 +29,7 @@ BUCKET = "adaptory-test"
 REGION = "us-east-1"
 ACCESS_KEY = "adaptory:test"
 _STORAGE = ("account", "container", "object")
-_START_TIMEOUT_S = 60
+_START_TIMEOUT_S = 180
 
 _STORAGE_CONF = """
 [DEFAULT]
