@@ -41,7 +41,7 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
         for name, delta in touching
         if delta.tied and (tied == "untie" or not delta.twin)
     ]
-    return _check_tied(one_sided, tied) + findings  # what is told first of several says the fix
+    return _check_tied(one_sided, tied) + findings  # the first of several findings names the fix
 
 
 def treatment_of_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:

@@ -55,7 +55,7 @@ def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: Not
     """Returns when the actor has the role there; denies otherwise.
 
     Where the actor may not even read, it raises `hidden`, the NotFound of what was asked for. Without one the caller
-    has named the namespace, and is told of a role of its own there that the token's scope hides.
+    named the namespace, and the error says which of its own roles there the token's scope hides.
     """
     if may(actor, role, namespace):
         return

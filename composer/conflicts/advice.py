@@ -111,13 +111,13 @@ def _meaning(case: Case, policy: Policy) -> str:
 def _measured(outcome: Outcome, policy: Policy) -> str:
     worst = outcome.worst
     limit = worst.limit(Limits.of(policy))
-    told = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite{by_weight(worst)}"
+    loss = f"{worst.member} loses {worst.loss:+.2f} nats a token on its own suite{by_weight(worst)}"
     if limit < inf:
-        told += f", where the limit is {limit:.2f}"
+        loss += f", where the limit is {limit:.2f}"
     sure = outcome.risk
     if sure.to_json() is None:
-        return f"{told}: one example tells no error."
-    return f"{told}: the loss of the worse one lies between {sure.low:+.2f} and {sure.high:+.2f} (95 %)."
+        return f"{loss}: one example gives no interval."
+    return f"{loss}: the loss of the worse one lies between {sure.low:+.2f} and {sure.high:+.2f} (95 %)."
 
 
 def by_weight(effect: Effect) -> str:

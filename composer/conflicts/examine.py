@@ -26,7 +26,7 @@ class Evidence:
     """What may be measured: `load` gives the base when it is needed. With a suite for each adapter, and `k`, they are
     probed, on `k` examples and up to `most`, with guards beside; otherwise, and with prompts, their activations are
     compared. The prompts of the suites are compared in any case. A fitted method is fitted on the `calibration`, and
-    probed on other examples; without one it is not measured. `progress` is told of a probe's examples."""
+    probed on other examples; without one it is not measured. `progress` counts a probe's examples."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()

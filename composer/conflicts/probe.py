@@ -47,7 +47,7 @@ Combine = Callable[[Sequence[Probed]], Deltas]
 
 
 class Progress(Protocol):
-    """Is told how many examples there will be, again where that grows, and how many were just done."""
+    """Called with the number of examples planned, again whenever it grows, and with the number just measured."""
 
     def expect(self, total: int) -> None: ...
 

@@ -277,7 +277,7 @@ class _Bar(Progress):
 def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Progress]:
     """A bar with amount, rate and time left on stderr when that is a terminal, nothing otherwise.
 
-    What the callback gets is in the unit. Without a total the bar appears when its amount or its first step is told.
+    The callback's numbers are in `unit`. Without a total, the bar appears with the first amount or step.
     """
     if not sys.stderr or not sys.stderr.isatty() or total == 0:
         yield Progress()
@@ -311,37 +311,37 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
 
 def fail(error: Failure, as_json: bool) -> int:
     """Says what is wrong and what to do next; returns the exit code of its family."""
-    told = _told(error)
-    detail = told.detail
-    if told.code == "bad_request" and detail.startswith(f"{told.subject}: "):
-        detail = f"{_option(told.subject)}{detail[len(told.subject) :]}"
+    failure = _as_registry_error(error)
+    detail = failure.detail
+    if failure.code == "bad_request" and detail.startswith(f"{failure.subject}: "):
+        detail = f"{_option(failure.subject)}{detail[len(failure.subject) :]}"
     say(f"error: {detail}")
-    for finding in told.findings:
+    for finding in failure.findings:
         if "rule" in finding:
             mark = "pass" if finding["passed"] else "FAIL"
             say(f"  {mark}  {finding['rule']}: {finding['detail']}")
-        elif finding.get("severity") != "notice" and str(finding.get("message")) not in told.detail:
+        elif finding.get("severity") != "notice" and str(finding.get("message")) not in failure.detail:
             say(f"  {finding.get('severity')}: {finding.get('message')}")
-    next_step = _next_step(told)
+    next_step = _next_step(failure)
     if next_step:
         say(f"next: {next_step}")
     if as_json:
-        print(escaped(json.dumps({"error": problem(told)}, indent=2, ensure_ascii=False)))
-    return told.exit_code
+        print(escaped(json.dumps({"error": problem(failure)}, indent=2, ensure_ascii=False)))
+    return failure.exit_code
 
 
 def problem(error: Failure) -> dict[str, Any]:
-    told = _told(error)
+    failure = _as_registry_error(error)
     return {
-        "code": told.code,
-        "detail": told.detail,
-        "subject": told.subject,
-        "next": _next_step(told),
-        "findings": told.findings,
+        "code": failure.code,
+        "detail": failure.detail,
+        "subject": failure.subject,
+        "next": _next_step(failure),
+        "findings": failure.findings,
     }
 
 
-def _told(error: Failure) -> RegistryError:
+def _as_registry_error(error: Failure) -> RegistryError:
     if isinstance(error, OSError):
         return _of_disk(error)
     return of_composer(error) if isinstance(error, ComposerError) else error
@@ -356,11 +356,11 @@ def _of_disk(error: OSError) -> Unavailable:
     return Unavailable("disk_error", f"{told}.", subject=where, next_step=next_step)
 
 
-def _next_step(told: RegistryError) -> str:
+def _next_step(failure: RegistryError) -> str:
     """Of a field of the request, what gave it on the command line: nobody at a terminal reads the OpenAPI document."""
-    if told.code != "bad_request" or "/openapi.json" not in told.next_step:
-        return told.next_step
-    return f"Correct {_option(told.subject)}; --help says what the command takes."
+    if failure.code != "bad_request" or "/openapi.json" not in failure.next_step:
+        return failure.next_step
+    return f"Correct {_option(failure.subject)}; --help says what the command takes."
 
 
 def _option(subject: str) -> str:
