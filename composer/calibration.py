@@ -26,12 +26,13 @@ from composer.tensors import Aside
 @dataclass(frozen=True)
 class Calibration:
     """A set for each adapter, in their order; `load` gives the base, the same one every time. Of a member's tokens at
-    most `tokens` are looked at, chosen by `seed`."""
+    most `tokens` are looked at, chosen by `seed`. `progress` is called with each number of examples that were run."""
 
     load: Callable[[], LoadedModel]
     sets: Sequence[CalibrationSet]
     tokens: int
     seed: int = 0
+    progress: Callable[[int], None] = lambda _count: None
 
     @classmethod
     def by(
@@ -71,6 +72,7 @@ class Calibration:
             found = [(Stack.of(loaded.model, path), keys) for path, keys in parameters.items()]
             watches[owner] = collector.watch_stacks([(stack, keys) for stack, keys in found if stack])
         observe(loaded, examples, active, watches, _chosen(examples, self.tokens, self.seed))
+        self.progress(len(examples))
         return collector.found()
 
 

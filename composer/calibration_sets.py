@@ -21,6 +21,9 @@ class CalibrationSet:
     def examples(self) -> tuple[Example, ...]:
         return self.suite.sample(self.count) if self.suite else ()
 
+    def __len__(self) -> int:
+        return len(self.examples) or len(self.prompts)
+
     def __contains__(self, example: object) -> bool:
         """Was the example used, with its answer or as a prompt?"""
         if not isinstance(example, Example):

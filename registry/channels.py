@@ -8,7 +8,7 @@ from typing import Any, cast
 from sqlalchemy import Select, Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
-from registry import audit, gates, namespaces, releases, repositories
+from registry import audit, gates, namespaces, releases, repositories, signatures
 from registry.audit import Act, Actor
 from registry.db import insert_if_absent
 from registry.errors import Refused, Stale, Usage
@@ -149,7 +149,9 @@ def promote(
     """
     release = _asked(session, wanted)
     namespace = wanted.repository.namespace
-    releases.refuse_without_signature(namespace, release, release.signed_by, release.covers, wanted.release)
+    if release.require_signature:
+        signed = signatures.signer(session, release.id, release.signing_keys, (release.signed_by, release.covers))
+        releases.refuse_without_signature(namespace, release, *signed, wanted.release)
     [current] = _STATE.records(session, {"channel": release.channel_id, "release": release.id})
     _refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
     _check_expected(current.move_id, expected, wanted.subject)

@@ -29,7 +29,7 @@ from registry.signing import (
     SIGNATURE_FILE,
     Signed,
     SignedRelease,
-    fingerprint,
+    is_key_of,
     refuse_other_release,
 )
 
@@ -238,18 +238,18 @@ def refuse_without_signature(
 ) -> None:
     """The policy is a namespace's, read so that nobody changes it until this transaction ends.
 
-    `published` names a release that is out already. Its signature was judged when it came, by the keys of that day: a
-    true one may not have been known as such, and nothing reads it again.
+    `published` names a release that is out already. The signature among its files was judged when it was published, by
+    the keys of that day, and is not read again.
     """
     if not policy.require_signature:
         return
-    if signed_by in {fingerprint(key) for key in policy.signing_keys}:
+    if is_key_of(policy.signing_keys, signed_by):
         _refuse_files_only(namespace, policy.signature_covers, covers, published)
         return
     detail = f"{namespace} takes only releases that one of its keys has signed"
     next_step = "Push it with --sign KEY.pem; what is released already, as another version."
     if published is not None:
-        detail += f", and {published} was not known to be signed by one of them when it was published"
+        detail += f", and no signature of {published} is by one of them"
         next_step = f"Whoever published it, or an admin: `adaptory sign {published} --key KEY.pem`; then promote it."
     raise Refused("unsigned", f"{detail}.", subject=namespace, next_step=next_step)
 

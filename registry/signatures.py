@@ -1,20 +1,23 @@
 """Signatures that come after their release: `adaptory sign REF`, and those of a worker's key."""
 
+from collections.abc import Sequence
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry import audit, releases, repositories
+from registry import audit, namespaces, releases, repositories
 from registry.access import Role, holds
 from registry.audit import Act, Actor
 from registry.errors import NotAllowed, Refused
 from registry.manifest import parse_manifest
 from registry.models import Release, Signature
 from registry.releases import full_name
-from registry.signing import Signed, refuse_other_release, refuse_tampered
+from registry.signing import Signed, is_key_of, refuse_other_release, refuse_tampered
 
 
 def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle: bytes) -> None:
-    """Signs a release that is out. One key's next signature replaces its last.
+    """Signs a release that is out. One key's next signature replaces its last; another key's is kept beside it, and the
+    release names the first one whose key its namespace still has.
 
     For whoever published it, and for admins of its namespace. Raises Refused for a signature of another release, of
     other files, or of files alone.
@@ -41,11 +44,24 @@ def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle
     )
     refuse_tampered(signed, {file.path: file.sha256 for file in files})
     before = {"signed_by": release.signed_by, "signature_covers": release.signature_covers}
+    after = {"signed_by": signed.fingerprint, "signature_covers": signed.covers}
     keep(session, actor, release, signed.fingerprint, bundle)
-    release.signed_by, release.signature_covers = signed.fingerprint, signed.covers
+    trusted = namespaces.find_settled(session, namespace).signing_keys
+    if release.signature_covers != "release" or not is_key_of(trusted, release.signed_by):
+        release.signed_by, release.signature_covers = signed.fingerprint, signed.covers
     session.flush()
-    after = {"signed_by": release.signed_by, "signature_covers": release.signature_covers}
     audit.record(session, actor, Act.RELEASE_SIGN, name, namespace=namespace, before=before, after=after)
+
+
+def signer(
+    session: Session, release_id: int, keys: Sequence[str], named: tuple[str | None, str | None]
+) -> tuple[str | None, str | None]:
+    """Who signed and what that covers: as `named` in the release, or a later signature where only that one's key is
+    among the keys. Later ones always cover the release."""
+    if is_key_of(keys, named[0]):
+        return named
+    later = session.scalars(select(Signature.signed_by).where(Signature.release_id == release_id))
+    return next(((one, "release") for one in later if is_key_of(keys, one)), named)
 
 
 def of_release(session: Session, release: Release) -> list[Signature]:

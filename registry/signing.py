@@ -10,7 +10,7 @@ without reading a byte of the weights.
 import hashlib
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -105,6 +105,11 @@ def public_key_of(pem: bytes) -> str:
     private = b"PRIVATE KEY" in pem
     key = _load_private(pem).public_key() if private else _load(pem.decode("ascii", "replace"))
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def is_key_of(keys: Iterable[str], signed_by: str | None) -> bool:
+    """Is it the fingerprint of one of these public keys, in PEM?"""
+    return signed_by in {fingerprint(key) for key in keys}
 
 
 def fingerprint(public_key: str) -> str:

@@ -35,7 +35,7 @@ from composer.findings import HARD, Finding, Policy, Verdict
 from composer.formats.checkpoint import Checkpoint
 from composer.lowrank import Relations
 from composer.merge.survival import whole
-from composer.methods import combine_deltas, projected, used, with_deltas
+from composer.methods import combine_deltas, nothing_added, projected, used, with_deltas
 from composer.numbers import Numbers, Size, Together, short
 from composer.settings import PIPELINES, Pipeline, effective_weights, parse_settings
 from composer.suite import Contradiction
@@ -181,13 +181,16 @@ def conflicts(  # noqa: PLR0913
     `weights` are those given; what the method multiplies them by is counted in. `contradictions` are those of the
     members' suites, by the names of the adapters. With `base`, sizes are compared with the weights that the deltas are
     added to, from sampled rows. Deltas without factors are left out, and a finding names them. Conflicts are findings,
-    never exceptions; raises Mismatch only for a wrong call (no adapter, two of one name, or not one weight an adapter),
-    and where the method can do nothing with such adapters what `combine_deltas` raises.
+    never exceptions; raises Mismatch only for a wrong call (no adapter, two of one name, not one weight an adapter,
+    every weight 0), and where the method can do nothing with such adapters what `combine_deltas` raises.
     """
     names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
     _check_names(names, len(weights))
     settings = parse_settings(how.name, how.settings)
-    hard = structural(used(adapters, weights_of(weights), settings), settings)
+    participating = used(adapters, weights_of(weights), settings)
+    if not any(adapter.deltas for adapter in participating):
+        raise nothing_added()
+    hard = structural(participating, settings)
     if settings["replacements"] == "delta":
         adapters = [with_deltas(adapter) for adapter in adapters]
     blocked = any(finding.code in HARD for finding in hard)

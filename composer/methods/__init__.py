@@ -87,8 +87,7 @@ def combine_deltas(
     heads = {} if pipeline.parity else heads_alike(loaded)  # PEFT combines each side by itself
     replaced, places = _places(loaded, given, method, parsed, heads)
     if not replaced and not places:
-        message = "Every weight is 0: nothing would be added."
-        raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
+        raise nothing_added()
     tally, names = Tally(cast(float, parsed["lambda"])), [adapter.name for adapter in loaded]
     if pipeline.parity:
         made = _like_peft(loaded, places, pipeline.parity, parsed, tally)
@@ -289,3 +288,9 @@ def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:
         message = f"{name} saves {delta.weight} whole, which the effective weight {weight:g} cannot scale."
         next_step = "Give this adapter the weight 1, with lambda and normalize counted in, or set replacements=delta."
         raise Mismatch("weighted_replacement", message, subject=delta.module, next_step=next_step)
+
+
+def nothing_added() -> Mismatch:
+    """Every weight is 0, or no adapter changes anything."""
+    message = "Every weight is 0: nothing would be added."
+    return Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")

@@ -1,7 +1,9 @@
 """The examples that `combine`, `merge` and `conflicts` fit a method on."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,6 +81,21 @@ def local_calibration(
     return calibration_of(method, settings, lambda: load_model(base), list(map(parse_suite, suites or [])), asked)
 
 
+@contextmanager
+def fitting(
+    calibration: "Calibration | None", method: str, settings: dict[str, object]
+) -> "Generator[Calibration | None]":
+    """The calibration with a bar of its own: each step runs every example once."""
+    if calibration is None:
+        yield None
+        return
+    from composer.settings import parse_settings
+
+    steps = int(str(parse_settings(method, settings)["steps"]))
+    with render.progress("fit", steps * sum(map(len, calibration.sets)), "examples") as bar:
+        yield replace(calibration, progress=bar)
+
+
 def refuse_uneven(calibration: "Calibration | None", adapters: Sequence[object]) -> None:
     if calibration is not None and len(calibration.sets) != len(adapters):
         message = f"{len(calibration.sets)} suites or prompt files were given for {len(adapters)} adapters."
@@ -113,7 +130,8 @@ def fitted_adapter(
     directory = output.with_name(f"{output.name}-adapter")
     if not directory.is_dir():
         architecture = open_checkpoint(base).architecture
-        report = combine(adapters, directory, architecture, *how, calibration=calibration)
+        with fitting(calibration, *how) as counted:
+            report = combine(adapters, directory, architecture, *how, calibration=counted)
         for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
             render.say(f"{name}: {value}")
         return directory

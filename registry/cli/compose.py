@@ -11,7 +11,15 @@ import typer
 
 from composer.files import read_text
 from registry.cli import complete, render
-from registry.cli.calibration import Prompts, Suites, fit_lines, fitted_adapter, local_calibration, refuse_uneven
+from registry.cli.calibration import (
+    Prompts,
+    Suites,
+    fit_lines,
+    fitted_adapter,
+    fitting,
+    local_calibration,
+    refuse_uneven,
+)
 from registry.cli.connect import Connection, connected
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
@@ -174,7 +182,8 @@ def combine(  # noqa: PLR0913
     settings |= budget
     adapters, calibration = _weighted(adapter, rule), local_calibration(method, settings, base, suite, prompts)
     refuse_uneven(calibration, adapters)
-    report = combine_adapters(adapters, output, architecture, method, settings, calibration=calibration)
+    with fitting(calibration, method, settings) as counted:
+        report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted)
     _warn(report.findings)
     told = report.to_json()
     shown = [(key, value) for key, value in told.items() if key not in ("findings", "compressions", "fit")]

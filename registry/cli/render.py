@@ -291,7 +291,8 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
         def render(self, task: Task) -> Text:
             if task.total is None:
                 return Text("")
-            rate = f" {_amount(task.speed, task)}/s" if task.speed else ""
+            steady = (task.elapsed or 0) > 1  # one amount alone has no rate yet
+            rate = f" {_amount(task.speed, task)}/s" if task.speed and steady else ""
             unit = "" if task.fields["unit"] == "bytes" else f" {task.fields['unit']}"
             return Text(f"{_amount(task.completed, task)}/{_amount(task.total, task)}{unit}{rate}", no_wrap=True)
 

@@ -30,11 +30,9 @@ def sign(
     from registry.client.signing import sign_release
 
     with connected() as connection:
-        release = sign_release(connection.api, resolved(connection, ref), key)
+        release, signed_by = sign_release(connection.api, resolved(connection, ref), key)
     name = f"{release['repository']}:{release['version']}"
-    render.document(
-        release, json, lambda: render.out(f"signed {name} {release['commit'][:12]} by {release['signed_by']}")
-    )
+    render.document(release, json, lambda: render.out(f"signed {name} {release['commit'][:12]} by {signed_by}"))
 
 
 def signer(release: dict[str, Any]) -> str | None:

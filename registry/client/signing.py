@@ -169,12 +169,14 @@ def bound_release(release: Json) -> SignedRelease:
     return SignedRelease(repository, version, base, commit_id(canonical_manifest(kept)))
 
 
-def sign_release(api: Api, release: Json, key: Path) -> Json:
-    """Signs a release that is out. The release as it is then. Raises Invalid for a key that cannot sign."""
+def sign_release(api: Api, release: Json, key: Path) -> tuple[Json, str]:
+    """Signs a release that is out. The release as it is then, and the key's fingerprint. Raises Invalid for a key that
+    cannot sign."""
     bound = bound_release(release)
     files = {path: sha256 for path, sha256 in _digests(release).items() if path != SIGNATURE_FILE}
-    bundle = sign(read_private_key(key), bound, files)
-    return api.post(f"{release_path(release)}/signatures", {"bundle": bundle.decode()})
+    private = read_private_key(key)
+    signed = api.post(f"{release_path(release)}/signatures", {"bundle": sign(private, bound, files).decode()})
+    return signed, fingerprint(public_key_of(private))
 
 
 def _digests(release: Json) -> dict[str, str]:

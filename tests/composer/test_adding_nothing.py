@@ -10,6 +10,7 @@ import torch
 from composer.combine import combine
 from composer.conflicts import Method, conflicts
 from composer.delta import Computed, LowRank
+from composer.errors import Mismatch
 from composer.findings import Severity
 from composer.formats.checkpoint import open_checkpoint
 from composer.merge import plan_merge
@@ -74,6 +75,19 @@ def test_adding_nothing_is_one_finding_in_merge_combine_and_conflicts(
     for findings in (plan.findings, report.findings, compared.findings):
         (found,) = [one for one in findings if one.code == "zero_delta"]
         assert (found.severity, found.subject) == (Severity.WARNING, "idle")
+
+
+def test_weights_of_zero_alone_are_refused_by_merge_combine_and_conflicts(shared: Shared, tmp_path: Path) -> None:
+    base, given = open_checkpoint(shared.base), [(path, 0.0) for path in shared.adapters[:2]]
+    adapters = [load_deltas(path, base.architecture) for path, _ in given]
+    for attempt in (
+        lambda: plan_merge(base, given),
+        lambda: combine(given, tmp_path / "out", base.architecture),
+        lambda: conflicts(adapters, [0.0, 0.0]),
+    ):
+        with pytest.raises(Mismatch) as refused:
+            attempt()
+        assert refused.value.code == "nothing_added"
 
 
 def test_a_combined_adapter_is_as_readable_as_its_config(shared: Shared, tmp_path: Path) -> None:

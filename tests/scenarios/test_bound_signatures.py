@@ -123,6 +123,21 @@ def test_a_release_is_signed_afterwards_by_a_key_that_its_namespace_trusts(
     assert stocked("pull", "acme/sql", "-o", tmp_path / "no", "--verify", stranger.public).code == 1
 
 
+def test_a_release_that_two_keys_signed_can_be_promoted_while_either_key_is_trusted(
+    stocked: Cli, world: World, keys: Keys, tmp_path: Path
+) -> None:
+    other, third = Keys(tmp_path, "other"), Keys(tmp_path, "third")
+    require(stocked, keys, other, covers="release")
+    stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--sign", keys.private)
+    signed = stocked.ok("sign", "acme/sql:1.0.0", "--key", other.private)
+    assert fingerprint(other.pem) in signed.out
+    for channel, trusted in (("first", keys), ("second", other)):
+        require(stocked, trusted, covers="release")
+        stocked.ok("promote", "acme/sql:1.0.0", "--to", channel)
+    require(stocked, third, covers="release")
+    assert "unsigned" in stocked("promote", "acme/sql:1.0.0", "--to", "third", "--json").out
+
+
 def test_the_files_of_a_yanked_release_warn_and_are_refused_where_signatures_are_required(
     stocked_embedded: Cli, world: World, keys: Keys
 ) -> None:
