@@ -126,6 +126,9 @@ def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:
     said = [(grown(lambda k, pair=pair: pair.outcome(k, guarded), effort, most), pair.harmed(most)) for pair in pairs]
     verdicts = [(outcome.verdict(effort.limits), harmed) for outcome, harmed in said]
     wanted = [pair.keeps_what_is_wanted(most, effort.limits) for pair in pairs]
+    by_all = [(verdict, pair.harmed(0)) for pair, (verdict, _) in zip(pairs, verdicts, strict=True)]
+    judged = zip(pairs, verdicts, strict=True)
+    clean = [verdict for pair, (verdict, _) in judged if pair.keeps_what_is_wanted(0, effort.limits)]
     counts = Counter(str(verdict) for verdict, _ in verdicts)
     mean = sum(outcome.k for outcome, _ in said) / len(said)
     return [
@@ -136,6 +139,10 @@ def _verdicts(pairs: Sequence[Pair], most: int, guarded: bool) -> list[str]:
         f"of unharmed ones ok: {_share(verdict is Verdict.OK for verdict, harmed in verdicts if harmed is False)}",
         "of those that keep 90 % and lose at most 0.1 nats ok: "
         f"{_share(verdict is Verdict.OK for (verdict, _), kept in zip(verdicts, wanted, strict=True) if kept)}",
+        "judged by all examples, the probe's among them: "
+        f"of ok ones harmed {_share(harmed for verdict, harmed in by_all if verdict is Verdict.OK)}; "
+        f"of harmed ones warned {_share(verdict is Verdict.WARN for verdict, harmed in by_all if harmed)}; "
+        f"of clean ones ok {_share(verdict is Verdict.OK for verdict in clean)}",
     ]
 
 
