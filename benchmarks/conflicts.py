@@ -16,12 +16,12 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Sample
 from benchmarks.methods import ADAPTERS, LAYERS, RANK, SHAPES
-from composer.conflicts import conflicts
-from composer.conflicts.report import headlines
-from composer.delta import Layout, LowRank
-from composer.lowrank import Grams
-from composer.tensors import torch_threads
-from composer.variants import LoadedAdapter, load_deltas
+from composer.conflicts.render.text import headlines
+from composer.conflicts.report import conflicts
+from composer.deltas.delta import Layout, LowRank
+from composer.deltas.lowrank import Grams
+from composer.deltas.tensors import torch_threads
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
 
 GRAMS = "Gram matrices: norms, cosines, interference"
 FLOOR = "the products alone"

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Case, Sample
-from composer.conflicts import conflicts
-from composer.conflicts.interference import activations
-from composer.conflicts.probe import Effort, Probed, probe
-from composer.evaluate import encode, evaluate
-from composer.model import LoadedModel, load_model
-from composer.suite import Suite, parse_suite
-from composer.variants import LoadedAdapter, load_deltas
+from composer.conflicts.evidence.activations import activations
+from composer.conflicts.evidence.probe import Effort, Probed, probe
+from composer.conflicts.report import conflicts
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.evaluation.evaluate import encode, evaluate
+from composer.evaluation.model import LoadedModel, load_model
+from composer.formats.recipes.suite import Suite, parse_suite
 
 OWN = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
 GUARD = "guard-general"

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import harness
 from benchmarks.harness import Case, Sample
-from composer.formats.checkpoint import open_checkpoint
-from composer.hashing import hash_checkpoint
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.hashing import hash_checkpoint
 
 SHARDS, LAYERS, WIDTH = 8, 32, 2_048
 FLOOR = "sha256sum, parallel"

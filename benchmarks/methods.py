@@ -16,10 +16,10 @@ from torch import nn
 
 from benchmarks import harness
 from benchmarks.harness import Sample
-from composer.delta import Computed, Layout, LowRank
+from composer.deltas.delta import Computed, Layout, LowRank
+from composer.deltas.tensors import torch_threads
+from composer.formats.recipes.methods import PIPELINES, parse_settings
 from composer.methods.pipeline import Part, Place, Selections, run
-from composer.settings import PIPELINES, parse_settings
-from composer.tensors import torch_threads
 
 HIDDEN, INNER, LAYERS, RANK, ADAPTERS = 4096, 11008, 32, 16, 3
 SHAPES = {

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from composer.formats.header import TensorSpec, encode_header
+from composer.formats.checkpoints.header import TensorSpec, encode_header
 
 ADAPTERS = ("one", "two", "three")
 WIDTH, VOCABULARY = 2048, 32_000

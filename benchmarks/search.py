@@ -18,7 +18,7 @@ from sqlalchemy import insert, text
 
 from benchmarks import harness, load, resolve, stock
 from benchmarks.harness import Case
-from composer.formats.serving import parse_profile
+from composer.formats.adapters.serving import parse_profile
 from registry import search
 from registry.access import EVERYWHERE
 from registry.audit import Actor

@@ -17,8 +17,8 @@ from typing import Any
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.orm import Session
 
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.serving import SERVERS
+from composer.formats.adapters.serving import SERVERS
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from registry import models, terms
 from registry.db import Database, Row, migrate
 from registry.manifest import ManifestFile, canonical_manifest, commit_id

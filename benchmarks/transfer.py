@@ -21,7 +21,7 @@ from boto3.s3.transfer import TransferConfig
 
 from benchmarks import harness, load
 from benchmarks.harness import Sample
-from composer.hashing import hash_file
+from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json
 from registry.client.cache import BlobCache
 from registry.client.pull import pull

@@ -170,11 +170,11 @@ def generate(story: Story) -> None:
 
     torch.set_num_threads(1)  # one token at a time is too little work to share, least of all on busy cores
 
-    from composer.evaluate import applied, encode
-    from composer.evaluate import generate as complete
-    from composer.model import load_model
-    from composer.suite import parse_suite
-    from composer.variants import load_deltas
+    from composer.deltas.variants.load import load_deltas
+    from composer.evaluation.evaluate import applied, encode
+    from composer.evaluation.evaluate import generate as complete
+    from composer.evaluation.model import load_model
+    from composer.formats.recipes.suite import parse_suite
 
     story.chapter("The merged checkpoint, pulled and run on one prompt of each task")
     merged_directory, adapter_directory = story.directory / "merged", story.directory / "assistant"

@@ -20,13 +20,13 @@ from typing import Any
 from tasks import STUDY_TASKS, TASKS, Task
 from train import ADAPTERS, ALL_RUNS, RUNS
 
-from composer.conflicts import conflicts
-from composer.conflicts.interference import activation_interference
-from composer.evaluate import Encoded, Measured, encode, measure, ratio
-from composer.methods import combine_deltas
-from composer.model import LoadedModel, load_model
-from composer.suite import Example, Suite
-from composer.variants import LoadedAdapter, load_deltas
+from composer.conflicts.evidence.activations import activation_interference
+from composer.conflicts.report import conflicts
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.evaluation.evaluate import Encoded, Measured, encode, measure, ratio
+from composer.evaluation.model import LoadedModel, load_model
+from composer.formats.recipes.suite import Example, Suite
+from composer.methods.combine import combine_deltas
 
 OLDER = {"sql-migration": "sql", "terraform-review": "terraform", "support-macros": "support"}
 SMALL = [name for name in ALL_RUNS if name not in RUNS]

@@ -20,14 +20,14 @@ from study import OLDER
 from tasks import STUDY_TASKS, TASKS, Task
 from train import ADAPTERS
 
-from composer.calibration import Calibration
-from composer.calibration_sets import CalibrationSet
-from composer.delta import Delta
-from composer.evaluate import encode, measure, ratio
-from composer.methods import combine_deltas
-from composer.model import LoadedModel, load_model
-from composer.suite import Example, Suite
-from composer.variants import LoadedAdapter, load_deltas
+from composer.deltas.delta import Delta
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.evaluation.calibration import Calibration
+from composer.evaluation.evaluate import encode, measure, ratio
+from composer.evaluation.model import LoadedModel, load_model
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.suite import Example, Suite
+from composer.methods.combine import combine_deltas
 
 FITTED = 4
 MEASURED = 12

@@ -19,7 +19,7 @@ from tasks import STUDY_TASKS, TASKS, Pair
 from tasks.rehearsal import PAIRS
 from torch.nn.functional import cross_entropy, kl_div
 
-from composer.model import multiplies_in
+from composer.evaluation.model import multiplies_in
 
 ADAPTERS = Path(__file__).parent / "adapters"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

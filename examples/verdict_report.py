@@ -15,9 +15,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from composer.conflicts.outcome import Effect, Limits, Outcome, effect_of, side_effect_of
-from composer.conflicts.probe import USUAL_K, USUAL_MOST, Effort, grown
-from composer.evaluate import Measured
+from composer.conflicts.evidence.outcome import Effect, Limits, Outcome, effect_of, side_effect_of
+from composer.conflicts.evidence.probe import USUAL_K, USUAL_MOST, Effort, grown
+from composer.evaluation.evaluate import Measured
 from composer.findings import Verdict
 
 Row = Mapping[str, Any]

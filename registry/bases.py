@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, String, bindparam, or_, select
 from sqlalchemy.orm import Session, undefer
 
-from composer.formats.checkpoint import Architecture, TensorSpec
-from composer.formats.header import DTYPE_BITS
-from composer.hashing import architecture_digest, weights_digest
+from composer.formats.checkpoints.checkpoint import Architecture, TensorSpec
+from composer.formats.checkpoints.hashing import architecture_digest, weights_digest
+from composer.formats.checkpoints.header import DTYPE_BITS
 from registry import audit
 from registry.access import Role, holds, refuse_stranger
 from registry.audit import Act, Actor

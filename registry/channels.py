@@ -149,9 +149,7 @@ def promote(
     """
     release = _asked(session, wanted)
     namespace = wanted.repository.namespace
-    if release.require_signature:
-        signed = signatures.signer(session, release.id, release.signing_keys, (release.signed_by, release.covers))
-        releases.refuse_without_signature(namespace, release, *signed, wanted.release)
+    _refuse_unsigned(session, release, wanted)
     [current] = _STATE.records(session, {"channel": release.channel_id, "release": release.id})
     _refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
     _check_expected(current.move_id, expected, wanted.subject)
@@ -338,6 +336,12 @@ def _asked(session: Session, wanted: Promotion) -> Any:
         insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
         [row] = _ASKED.records(session, values)
     return row
+
+
+def _refuse_unsigned(session: Session, release: Any, wanted: Promotion) -> None:
+    if release.require_signature:
+        signed = signatures.signer(session, release.id, release.signing_keys, (release.signed_by, release.covers))
+        releases.refuse_without_signature(wanted.repository.namespace, release, *signed, wanted.release)
 
 
 def _refuse_unpromotable(yanked: str | None, wanted: Promotion, reason: str, *, force: bool) -> None:

@@ -9,10 +9,10 @@ from typing import Any, cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from composer.calibration_sets import CalibrationSet
-from composer.recipe import Lock, LockedInput, Recipe, parse_recipe
-from composer.settings import PIPELINES, parse_settings
-from composer.suite import Suite as SuiteContent
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import PIPELINES, parse_settings
+from composer.formats.recipes.recipe import Lock, LockedInput, Recipe, parse_recipe
+from composer.formats.recipes.suite import Suite as SuiteContent
 from registry import (
     audit,
     bases,

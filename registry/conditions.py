@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, Select, String, bindparam, not_, select
 
-from composer.formats.serving import Profile
+from composer.formats.adapters.serving import Profile
 from registry import bases
 from registry.access import readable_names
 from registry.audit import Actor

@@ -11,13 +11,13 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from composer.findings import Finding, Severity
-from composer.formats.card import CARD_FILE, card_provenance, parse_provenance
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.formats.facts import CONFIG_FILE, WEIGHTS_FILE
-from composer.formats.header import DEFAULT_LIMITS, header_length, parse_header
-from composer.formats.inspection import inspect
-from composer.formats.serving import judge
-from composer.spectrum import spectrum
+from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.adapters.inspection import inspect
+from composer.formats.adapters.serving import judge
+from composer.formats.adapters.spectrum import spectrum
+from composer.formats.checkpoints.card import CARD_FILE, card_provenance, parse_provenance
+from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
+from composer.formats.checkpoints.header import DEFAULT_LIMITS, header_length, parse_header
 from registry import bases, breaking, namespaces, numbering, releases, repeats, repositories, signatures
 from registry.audit import Actor
 from registry.errors import Invalid, Refused, Unavailable, refuse_errors
@@ -180,7 +180,7 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
 class _Seen:
     """What the files themselves say. `card` is the README's text, empty when there is none or it is too long to be one.
 
-    `servers` and `loading` are those of `composer.formats.serving`; a model has neither, nor a spectrum.
+    `servers` and `loading` are those of `composer.formats.adapters.serving`; a model has neither, nor a spectrum.
     """
 
     facts: Mapping[str, Any]

@@ -48,11 +48,12 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class NewRelease:
-    """`version` or `bump` is set. `facts` are those of `composer.formats.facts`, or of a merged checkpoint.
+    """`version` or `bump` is set. `facts` are an adapter's, or those of a merged checkpoint.
 
-    `allow_breaking` is why a breaking change may have a number that promises there is none. `servers` and `loading` are
-    those of `composer.formats.serving`, `spectrum` that of `composer.spectrum`. `signed` is what a signature among the
-    files says, or one beside them; `signed_by` is its key's fingerprint, where that key is trusted.
+    `allow_breaking` is why a breaking change may have a number that promises there is none. `facts`, `servers` and
+    `loading`, and `spectrum` are what facts.py, serving.py and spectrum.py in composer/formats/adapters/ return.
+    `signed` is what a signature among the files says, or one beside them; `signed_by` is its key's fingerprint, where
+    that key is trusted.
     """
 
     repository: RepositoryName
@@ -183,7 +184,7 @@ def unknown(session: Session, name: RepositoryName, version: Version) -> NotFoun
 
 
 def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: Kind) -> dict[str, Any]:
-    """What the ranks of each module are used for: `composer.spectrum`'s JSON."""
+    """What the ranks of each module are used for: `composer.formats.adapters.spectrum`'s JSON."""
     release = find(session, name, version, kind)
     found = session.scalar(select(Release.spectrum).where(Release.id == release.id))
     if found is None:

@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from composer.suite import Suite as SuiteContent
-from composer.weights import real
+from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.weights import real
 from registry import audit, metrics
 from registry.access import EVERYWHERE, Role, holds, refuse_stranger
 from registry.audit import Act, Actor

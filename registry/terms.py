@@ -12,7 +12,7 @@ from typing import Any, cast
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from composer.formats.card import FIELDS
+from composer.formats.checkpoints.card import FIELDS
 from registry.db import insert_if_absent
 from registry.errors import Usage
 from registry.models import Release, ReleaseWord, TargetSet, TargetSetMember, Traits
@@ -48,7 +48,7 @@ def words(text: str) -> list[str]:
 
 
 def stated(provenance: Mapping[str, Any]) -> list[str]:
-    """An entry for each value that a provenance, in the form of `composer.formats.card`, states."""
+    """An entry for each value that a provenance, in the form of `composer.formats.checkpoints.card`, states."""
     return list(dict.fromkeys(_entry(name, value) for name, value in _values(provenance)))[:MAX_STATED]
 
 

@@ -7,13 +7,14 @@ from itertools import pairwise
 from math import inf
 from typing import Literal
 
-from composer.conflicts.interference import Directed
-from composer.conflicts.outcome import Effect, Limits, Outcome
-from composer.conflicts.probe import USUAL_K, USUAL_MOST
-from composer.findings import THRESHOLDS, Policy, Verdict
-from composer.lowrank import Sums
-from composer.numbers import Numbers, short
-from composer.weights import layer_of
+from composer.conflicts.evidence.activations import Directed
+from composer.conflicts.evidence.outcome import Effect, Limits, Outcome
+from composer.conflicts.evidence.probe import USUAL_K, USUAL_MOST
+from composer.conflicts.metrics import Numbers, short
+from composer.deltas.lowrank import Sums
+from composer.findings import Verdict
+from composer.formats.recipes.policy import THRESHOLDS, Policy
+from composer.formats.recipes.weights import layer_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]
 FROM_WEIGHTS = (

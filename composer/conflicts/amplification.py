@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from composer.conflicts.compared import Compared
-from composer.delta import LowRank, names_of
-from composer.formats.checkpoint import Checkpoint
-from composer.formats.header import FLOAT_DTYPES
-from composer.merge.source import Source, picked_rows, source_rows
-from composer.merge.survival import Survival, survival_of
-from composer.tensors import TORCH_DTYPES
+from composer.conflicts.comparison import Compared
+from composer.deltas.delta import LowRank, names_of
+from composer.deltas.tensors import TORCH_DTYPES
+from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.checkpoints.header import FLOAT_DTYPES
+from composer.merge.io.source import Source, picked_rows, source_rows
+from composer.merge.rounding_loss import Survival, survival_of
 
 SAMPLED_ROWS = 32
 SPECTRAL_BYTES = 1 << 29

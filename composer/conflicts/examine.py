@@ -3,22 +3,23 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from composer.calibration import Calibration
-from composer.calibration_sets import used_in
-from composer.checks import structural
-from composer.conflicts import ConflictReport, Method, conflicts
-from composer.conflicts.interference import MAX_PROMPTS, Activations, activations
-from composer.conflicts.outcome import Limits
-from composer.conflicts.probe import Effort, Probed, ProbeResult, Progress, by_method, probe, weighted
+from composer.conflicts.evidence.activations import MAX_PROMPTS, Activations, activations
+from composer.conflicts.evidence.outcome import Limits
+from composer.conflicts.evidence.probe import Effort, Probed, ProbeResult, Progress, by_method, probe, weighted
+from composer.conflicts.report import ConflictReport, Method, conflicts
+from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import InvalidFile
-from composer.findings import Policy, Severity
-from composer.formats.checkpoint import Checkpoint
-from composer.methods import projected, used
-from composer.model import LoadedModel
-from composer.settings import PIPELINES, effective_weights, parse_settings
-from composer.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
-from composer.variants import LoadedAdapter
-from composer.weights import Weight, weights_of
+from composer.evaluation.calibration import Calibration
+from composer.evaluation.model import LoadedModel
+from composer.findings import Severity
+from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.recipes.calibration_sets import used_in
+from composer.formats.recipes.methods import PIPELINES, effective_weights, parse_settings
+from composer.formats.recipes.policy import Policy
+from composer.formats.recipes.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
+from composer.formats.recipes.weights import Weight, weights_of
+from composer.methods.combine import projected, used
+from composer.methods.structural import structural
 
 
 @dataclass(frozen=True)

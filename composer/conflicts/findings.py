@@ -5,18 +5,19 @@ from math import inf
 
 from composer.conflicts.advice import alike, by_weight, cancelling, near_duplicate
 from composer.conflicts.amplification import AtBase
-from composer.conflicts.compared import Compared, finite
-from composer.conflicts.interval import Interval, share_interval
-from composer.conflicts.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
-from composer.delta import Computed, LowRank, names_of
-from composer.findings import Finding, Policy, Severity, Verdict, zero_deltas
-from composer.lowrank import Sums
-from composer.merge.survival import swallowed
-from composer.numbers import Numbers, Size
-from composer.rounding import Rounding
-from composer.suite import Contradiction
-from composer.variants import LoadedAdapter
-from composer.weights import Weight
+from composer.conflicts.comparison import Compared, finite
+from composer.conflicts.evidence.interval import Interval, share_interval
+from composer.conflicts.evidence.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
+from composer.conflicts.metrics import Numbers, Size
+from composer.deltas.delta import Computed, LowRank, names_of
+from composer.deltas.lowrank import Sums
+from composer.deltas.variants.load import LoadedAdapter
+from composer.findings import Finding, Severity, Verdict, zero_deltas
+from composer.formats.recipes.policy import Policy
+from composer.formats.recipes.rounding import Rounding
+from composer.formats.recipes.suite import Contradiction
+from composer.formats.recipes.weights import Weight
+from composer.merge.rounding_loss import swallowed
 
 _SMALLEST = 2.0**-126
 """The smallest normal number of float32: a delta below it is zero."""

@@ -1,360 +1,370 @@
-"""A conflict report as headlines and tables of plain text: what to say first, and what to line up below it.
+"""Whether adapters can be combined, how much they get in each other's way, and on what evidence that is said.
 
-Nothing here draws: a table is a title, column names and rows of strings, for a terminal, a page or a file to lay out.
+Hard conflicts refuse. A probe is measured damage: it ends `ok`, `undecided` or `warn`, and without one the verdict is
+`unmeasured`. Numbers from activations or weights explain and locate; where no measurement backs a threshold they are
+shown, and nothing fails on them unless a policy says so.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
-from composer.conflicts import ConflictReport, Pair
-from composer.conflicts.advice import FROM_WEIGHTS, MEASURE, of_outcome
-from composer.conflicts.interval import Interval, share_interval
-from composer.conflicts.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
-from composer.conflicts.probe import ProbeResult
-from composer.findings import Finding, Severity, Verdict, next_step
-from composer.numbers import Numbers
-from composer.text import cut
+from composer.conflicts.advice import Case, EvidenceKind, Explanation, explain
+from composer.conflicts.amplification import AtBase, at_base
+from composer.conflicts.comparison import Compared, compare_all
+from composer.conflicts.evidence.activations import Activations, Directed
+from composer.conflicts.evidence.interval import Interval
+from composer.conflicts.evidence.outcome import Limits, Outcome
+from composer.conflicts.evidence.probe import ProbeResult
+from composer.conflicts.findings import (
+    of_adapters,
+    of_cancelling,
+    of_contradictions,
+    of_outcome,
+    of_pair,
+    of_retention,
+    of_rounding,
+    of_sizes,
+    weak_evidence,
+)
+from composer.conflicts.metrics import Numbers, Size, Together, short
+from composer.conflicts.retention import retained, too_large
+from composer.deltas.lowrank import Relations
+from composer.deltas.tensors import torch_threads
+from composer.deltas.variants.load import LoadedAdapter
+from composer.errors import Mismatch
+from composer.findings import HARD, Finding, Verdict
+from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.recipes.methods import PIPELINES, Pipeline, effective_weights, parse_settings
+from composer.formats.recipes.policy import Policy
+from composer.formats.recipes.suite import Contradiction
+from composer.formats.recipes.weights import Weight, weights_of
+from composer.merge.rounding_loss import whole
+from composer.methods.combine import combine_deltas, projected, used, with_deltas
+from composer.methods.structural import structural
 
-COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "c_max")
-AS_WELL_NATS = 0.04
-"""Members answer as well as alone where none loses more than this, at the upper end of its interval."""
-LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
+SCHEMA = 2
+"""Of `ConflictReport.to_json`: another number when a key goes or means something else."""
+MAX_ROWS = 20_000
+"""Rows of modules in the JSON of all pairs together: beyond, each pair keeps those that it shares most in."""
+
+_UNITS = {"probe": "nats per token", "activations": "strength beside the base's activations", "weights": None}
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """`rows` have one string for each of `columns`; `note` says how to read them."""
+class Method:
+    """How the adapters are to be combined: a name and settings of composer/formats/recipes/methods.py."""
 
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+    name: str = "stack"
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """What fits a screen: the verdict and how it was measured, about three lines, and what to do (empty: nothing)."""
+class Pair:
+    """Two adapters. `risk`: what the worse one loses when probed, in nats per token, within `interval`; from
+    activations, how strongly one acts on the other's inputs; None from weights alone, which do not say. `flat` is the
+    crowding that each module would have if all directions of both were equally strong.
+    """
 
-    headline: str
-    lines: tuple[str, ...]
-    fix: str
+    a: str
+    b: str
+    verdict: Verdict
+    risk: float | None
+    risk_stderr: float | None
+    interval: Interval | None
+    evidence: EvidenceKind
+    explanation: Explanation
+    numbers: Numbers
+    layers: Mapping[int, Numbers]
+    modules: Mapping[str, Numbers]
+    outcome: Outcome | None
+    flat: Mapping[str, float]
+
+    def to_json(self, most: int = MAX_ROWS) -> dict[str, object]:
+        """With at most so many modules, those first that it shares most in."""
+        ends = (self.interval and self.interval.to_json()) or {"low": None, "high": None}
+        told = list(self.explanation.shares)[:most] if len(self.modules) > most else list(self.modules)
+        return {
+            "a": self.a,
+            "b": self.b,
+            "verdict": str(self.verdict),
+            "risk": None if self.risk is None else short(self.risk),
+            "risk_unit": _UNITS[self.evidence],
+            "risk_stderr": self.risk_stderr,
+            "risk_low": ends["low"],
+            "risk_high": ends["high"],
+            "evidence": self.evidence,
+            **self.explanation.to_json(),
+            **self.numbers.to_json(),
+            "layers": [{"layer": layer, **numbers.to_json()} for layer, numbers in self.layers.items()],
+            "modules": [{"module": module, **self.modules[module].to_json()} for module in told],
+            "probe": self.outcome.to_json() if self.outcome else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter of the set: its share of the weighted energy, what the method leaves of it, and how large it is."""
+
+    name: str
+    weight: Weight
+    share: float
+    retention: float | None
+    size: Size
+    modules: Mapping[str, Size]
 
     def to_json(self) -> dict[str, object]:
-        return {"headline": self.headline, "lines": list(self.lines), "fix": self.fix}
+        return {
+            "name": self.name,
+            "weight": self.weight.to_json(),
+            "share": short(self.share),
+            "retention": None if self.retention is None else short(self.retention),
+            **self.size.to_json(),
+            "modules": [{"module": module, **size.to_json()} for module, size in self.modules.items()],
+        }
 
 
-def document(report: ConflictReport) -> dict[str, Any]:
-    """The report as JSON, with its summary."""
-    return {**report.to_json(), "summary": summary(report).to_json()}
+@dataclass(frozen=True, slots=True)
+class ConflictReport:
+    """The members, every pair, the whole set, and the findings, which the policy has judged. The verdict is the worst
+    of all pairs', of the whole set's where that was measured, and of the findings'."""
+
+    members: tuple[Member, ...]
+    pairs: tuple[Pair, ...]
+    together: Together
+    layers: Mapping[int, Together]
+    modules: Mapping[str, Together]
+    findings: tuple[Finding, ...]
+    evidence: ProbeResult | Activations | None
+    verdict: Verdict
+    limits: Limits
+    method: str
+
+    @property
+    def probe(self) -> ProbeResult | None:
+        return self.evidence if isinstance(self.evidence, ProbeResult) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's shape, as plain JSON values."""
+        most = max(1, MAX_ROWS // max(1, len(self.pairs)))
+        return {
+            "schema": SCHEMA,
+            "verdict": str(self.verdict),
+            "adapters": [member.to_json() for member in self.members],
+            "pairs": [pair.to_json(most) for pair in self.pairs],
+            "whole": {
+                **self.together.to_json(),
+                "shares": {member.name: short(member.share) for member in self.members},
+                "layers": [{"layer": layer, **one.to_json()} for layer, one in self.layers.items()],
+                "modules": [{"module": module, **one.to_json()} for module, one in self.modules.items()],
+                "probe": self.probe.whole.to_json() if self.probe else None,
+            },
+            "activations": _activations_json(self.evidence),
+            "findings": [finding.to_json() for finding in self.findings],
+        }
 
 
-def summary(report: ConflictReport) -> Summary:
-    """What decides the verdict: prompts that two members contradict each other on, else an error, else the worst
-    combination that was measured, else another warning."""
-    decisive = _decisive(report.findings)
-    if report.probe is None:
-        headline = f"{report.verdict}"
-    else:
-        most = max(outcome.k for outcome in _outcomes(report))
-        headline = f"{report.verdict}, measured on {_count(most, 'example')} a suite in {report.probe.seconds:.0f} s"
-    if decisive is not None:
-        otherwise = next((line for pair in by_verdict(report) for line in pair.explanation.advice), "")
-        measured = _measured_lines(report)[1:3] if report.probe else ()
-        return Summary(headline, (decisive.message, *measured), next_step(decisive.code, otherwise))
-    if report.probe is None:
-        return Summary(headline, _unmeasured_lines(report), MEASURE)
-    return Summary(headline, _measured_lines(report), next(iter(advice(report, cut_names=True)), ""))
+# All products are small: on busy cores, waiting for a second thread took 9 s where the work is 2 s.
+@torch_threads(1)
+def conflicts(  # noqa: PLR0913
+    adapters: Sequence[LoadedAdapter],
+    weights: Sequence[Weight | float],
+    method: Method | None = None,
+    *,
+    evidence: ProbeResult | Activations | None = None,
+    base: Checkpoint | None = None,
+    policy: Policy | None = None,
+    contradictions: Sequence[Contradiction] = (),
+) -> ConflictReport:
+    """Compare adapters module by module, layer by layer and as a whole, from their factors; evidence decides the risk.
 
-
-def _decisive(findings: Iterable[Finding]) -> Finding | None:
-    """The loudest error or warning, unless the probe says as much."""
-    loud = sorted((one for one in findings if one.severity is not Severity.NOTICE), key=_loudest)
-    loudest = [one for one in loud if _loudest(one) == _loudest(loud[0])]
-    return None if any(one.code.startswith("probe_") for one in loudest) else next(iter(loudest), None)
-
-
-def _outcomes(report: ConflictReport) -> list[Outcome]:
-    if report.probe is None:
-        return []
-    return [*report.probe.pairs, *([report.probe.whole] if len(report.members) > 2 else [])]
-
-
-def by_verdict(report: ConflictReport) -> list[Pair]:
-    """The worst pair first; of equal ones in the order given, where nothing was measured."""
-    order = list(Verdict)
-    return sorted(report.pairs, key=lambda pair: (-order.index(pair.verdict), -(pair.risk or 0.0)))
-
-
-def _measured_lines(report: ConflictReport) -> tuple[str, ...]:
-    limits, order = report.limits, list(Verdict)
-    outcomes = _outcomes(report)
-    worst = max(outcomes, key=lambda one: (order.index(one.verdict(limits)), one.worst.loss))
-    together = " + ".join(cut(member, 32) for member in worst.members)
-    among = f" (worst of {len(outcomes)} combinations)" if len(outcomes) > 1 else ""
-    victim = worst.victim(limits)
-    guards = [guard for guard in worst.guards if guard.verdict(limits) is not Verdict.OK]
-    lines = (f"{together}{among}", _answers_line(victim, limits), _loss_line(victim, limits))
-    if not guards:
-        return lines
-    guard = max(guards, key=lambda one: (order.index(one.verdict(limits)), one.rise))
-    spread = _between(guard.rise_interval)
-    return (*lines, f"guard {cut(guard.suite)} rises {guard.rise:.2f} nats a token{spread}, {limits.guard:.2f} allowed")
-
-
-def _answers_line(effect: Effect, limits: Limits) -> str:
-    name = cut(effect.member)
-    if not effect.answered:
-        return f"{name} has no exact match on {_count(effect.examples, 'example')} alone: its loss decides"
-    share = share_interval(effect.still_answered, effect.answered)
-    kept = f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
-    return f"{name}: exact match retained on {kept}, {limits.answers:.0%} wanted"
-
-
-def _loss_line(effect: Effect, limits: Limits) -> str:
-    limit = effect.limit(limits)
-    allowed = f", {limit:.2f} allowed" if limit < inf else ""
-    return f"{cut(effect.member)} loses {effect.loss:.2f} nats a token{_between(effect.loss_interval)}{allowed}"
-
-
-def _between(sure: Interval) -> str:
-    return f" ({sure.low:.2f} to {sure.high:.2f})" if sure.to_json() else ""
-
-
-def _unmeasured_lines(report: ConflictReport) -> tuple[str, ...]:
-    pairs = report.pairs
-    compared = f"{_count(len(pairs), 'pair')} compared, none probed: what they do together is not known"
-    if pairs and pairs[0].evidence == "activations":
-        worst = max(pairs, key=lambda pair: pair.risk or 0.0)
-        who = f"{cut(worst.a, 30)} + {cut(worst.b, 30)}"
-        return (
-            compared,
-            f"{who} act most on each other's prompts",
-            f"strength {worst.risk or 0.0:.2f} (weak evidence)",
-        )
-    meeting = [
-        f"{cut(pair.a)} + {cut(pair.b)} meet most in {cut(module, 40)}"
-        for pair in pairs[:1]
-        for module, _ in pair.explanation.causes[:1]
+    `weights` are those given; what the method multiplies them by is counted in. `contradictions` are those of the
+    members' suites, by the names of the adapters. With `base`, sizes are compared with the weights that the deltas are
+    added to, from sampled rows. Deltas without factors are left out, and a finding names them. Conflicts are findings,
+    never exceptions; raises Mismatch only for a wrong call (no adapter, two of one name, not one weight an adapter,
+    every weight 0), and where the method can do nothing with such adapters what `combine_deltas` raises.
+    """
+    names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
+    _check_names(names, len(weights))
+    settings = parse_settings(how.name, how.settings)
+    hard = structural(used(adapters, weights_of(weights), settings), settings)
+    if settings["replacements"] == "delta":
+        adapters = [with_deltas(adapter) for adapter in adapters]
+    blocked = any(finding.code in HARD for finding in hard)
+    taking_part = adapters if blocked else projected(adapters, weights_of(weights), settings)
+    compared = compare_all(taking_part, effective_weights(weights, how.name, how.settings))
+    rounded = at_base(compared, base) if base else {}
+    retention = [None] * len(names) if blocked else _retention(adapters, weights, how, compared.total)
+    members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
+    by_prompts = of_contradictions(contradictions, rules)
+    both = list(combinations(range(len(names)), 2))
+    pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, how.name) for indices in both)
+    findings = [
+        *by_prompts,
+        *hard,
+        *of_adapters(adapters, compared, weights_of(weights)),
+        *of_sizes({member.name: (member.size, member.modules) for member in members}, rules),
+        *of_rounding(rounded),
+        *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in pairs]),
+        *(one for pair in pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
+        *of_retention({member.name: member.retention for member in members}, rules),
+        *(_of_whole(names, compared.total, evidence, rules) if len(names) > 2 else []),
     ]
-    return (compared, "from weights alone: close to nothing about damage, across recipes", *meeting)
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def headlines(report: ConflictReport) -> list[str]:
-    """The verdict, then one sentence for the whole set where it was measured, and one a pair."""
-    whole = whole_headline(report)
-    told = [f"Verdict: {report.verdict}.", *([whole] if whole else [])]
-    return told + [headline(pair) for pair in report.pairs]
-
-
-def whole_headline(report: ConflictReport) -> str:
-    """The risk of more than two adapters together; empty where that was not measured."""
-    if report.probe is None or len(report.members) < 3:
-        return ""
-    return _measured("All together", report.probe.whole)
-
-
-def headline(pair: Pair) -> str:
-    """The risk of a pair, how good the evidence for it is, and who suffers."""
-    if pair.outcome is not None:
-        return _measured(name(pair), pair.outcome)
-    if pair.risk is None:
-        return f"{name(pair)}: risk unknown; weights alone do not tell it (probe it to know)."
-    return f"{name(pair)}: strength {pair.risk:.2f} beside the base's activations, from prompts alone (weak evidence)."
-
-
-def _measured(who: str, outcome: Outcome) -> str:
-    worst, sure = outcome.worst, outcome.risk
-    risk = f"{who}: risk {_within(worst.loss, sure)} nats per token, measured"
-    lost = [effect for effect in outcome.effects if effect.still_answered < effect.answered]
-    silenced = "".join(
-        f" {effect.member}: exact match retained on {effect.still_answered} of {effect.answered}." for effect in lost
+    verdicts = [rules.verdict(findings, _of_evidence(evidence, rules)), *(pair.verdict for pair in pairs)]
+    return ConflictReport(
+        members,
+        pairs,
+        _together(compared.total, list(rounded.values())),
+        {layer: _together(one, []) for layer, one in compared.layers.items()},
+        {
+            module: _together(one, [rounded[module]] if module in rounded else [])
+            for module, one in compared.modules.items()
+        },
+        tuple(rules.judged(findings)),
+        evidence,
+        Verdict.worst(verdicts),
+        Limits.of(rules),
+        how.name,
     )
-    if sure.high <= AS_WELL_NATS and not lost:
-        everybody = "both" if len(outcome.effects) == 2 else "all"
-        return f"{risk}: combined, {everybody} answer their own suites as well as alone."
-    if worst.loss_interval.low <= NOTICEABLE_NATS:
-        return f"{risk}: no loss is sure on {_count(worst.examples, 'example')}.{silenced}"
-    kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
-    return f"{risk}: {worst.member} is the one that suffers{kept}.{silenced}"
 
 
-def explanations(report: ConflictReport) -> list[str]:
-    """What the risks mean, one line a pair; what is the same for all pairs is said once, before them."""
-    from_weights = any(pair.evidence == "weights" for pair in report.pairs)
-    told = [*([FROM_WEIGHTS] if from_weights else []), *(explanation(pair) for pair in report.pairs)]
-    return [line for line in told if line]
-
-
-def explanation(pair: Pair) -> str:
-    """What the risk of this pair means, if that is its own, and which modules cause it."""
-    own = "" if pair.evidence == "weights" else pair.explanation.meaning
-    return f"{own} {causes(pair)}".strip()
-
-
-def causes(pair: Pair) -> str:
-    """The modules that the pair has most in common in, with their shares; empty when it has nothing in common."""
-    told = ", ".join(f"{module} {share:.0%}" for module, share in pair.explanation.causes)
-    return f"{name(pair)} meet most in {told}." if told else ""
-
-
-def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
-    """The probe if there is one, the whole-model numbers, and the modules that overlap most."""
-    built = [probe_table(report.probe)] if report.probe else []
-    built += [_members(report), _pairs(report)]
-    rows = [(name(pair), *row) for pair in report.pairs for row in _worst_modules(pair, worst_modules)]
-    if rows:
-        built.append(Table("Modules that share most input directions", ("pair", "module", *COLUMNS), tuple(rows)))
-    return built
-
-
-def remarks(findings: Iterable[Finding]) -> list[str]:
-    """One line a finding, the loudest first; a notice of the probe is left out, since its table says the same."""
-    told = [one for one in findings if not (one.severity is Severity.NOTICE and one.code == "probe_loss")]
-    return [f"{finding.severity}: {finding.message}" for finding in sorted(told, key=_loudest)]
-
-
-def _loudest(finding: Finding) -> tuple[bool, int]:
-    """Contradicting prompts before all others: nothing else matters where no one model can serve both."""
-    return finding.code != "same_prompts", LOUDEST_FIRST.index(finding.severity)
-
-
-def advice(report: ConflictReport, *, cut_names: bool = False) -> list[str]:
-    """What can be done, one line each, with the pair that it is for, the worst one first."""
-    alone = cut_names and len(report.pairs) == 1
-    lines: list[str] = []
-    for pair in by_verdict(report):
-        who = f"{cut(pair.a)} + {cut(pair.b)}" if cut_names else name(pair)
-        lines += [line if alone else f"{who}: {line}" for line in pair.explanation.advice]
-    if report.probe is not None and len(report.members) > 2:
-        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits, report.method)]
-    return lines
-
-
-def name(pair: Pair) -> str:
-    return f"{pair.a} + {pair.b}"
-
-
-def probe_table(probe: ProbeResult) -> Table:
-    """Every suite under every combination."""
-    outcomes = [*probe.pairs, *([probe.whole] if len(probe.pairs) > 1 else [])]
-    rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
-    columns = (
-        "combination",
-        "suite",
-        "examples",
-        "base",
-        "alone",
-        "combined",
-        "loss (95 %)",
-        "gain kept",
-        "exact match retained",
-    )
-    note = (
-        f"Nats per token, in {probe.seconds:.0f} s; alone is at weight 1, and loss combined minus that, with its 95 % "
-        f"interval. {coverage(len(outcomes))}"
-    )
-    return Table("Probe", columns, tuple(rows), note)
-
-
-def coverage(combinations: int) -> str:
-    """What the intervals held when they were tried, and what they are not corrected for."""
-    held = " and ".join(f"{share:.2f} on {k}" for k, share in COVERAGE.items())
-    told = f"On the study's pairs the intervals of both members held together in {held} examples."
-    if combinations > 1:
-        told += f" They are not corrected for looking at {combinations} combinations."
-    return told
-
-
-def _members(report: ConflictReport) -> Table:
-    rows = [
-        (
-            member.name,
-            f"{member.weight.value:.3g}" + (" with rules" if member.weight.rules else ""),
-            f"{member.share:.0%}",
-            "-" if member.retention is None else f"{member.retention:.2f}",
-            f"{member.size.norm:.3g}",
-            f"{member.size.spectral_norm:.3g}",
-            f"{member.size.stable_rank:.1f}",
-            _ratio(member.size.amplification),
-            _ratio(member.size.spectral_amplification),
+def _check_names(names: Sequence[str], weights: int) -> None:
+    if not names or len(set(names)) < len(names) or len(names) != weights:
+        message = f"A conflict check takes adapters of different names, each with a weight; not {names}."
+        raise Mismatch(
+            "conflict_members",
+            message,
+            subject="adapters",
+            next_step="Give each adapter a weight, and each a name of its own.",
         )
-        for member in report.members
-    ]
-    columns = (
-        "adapter",
-        "weight",
-        "energy",
-        "retention",
-        "norm",
-        "spectral norm",
-        "stable rank",
-        "amplification",
-        "spectral amplification",
+
+
+def _of_evidence(evidence: ProbeResult | Activations | None, policy: Policy, pair: Outcome | None = None) -> Verdict:
+    """Of a pair, or of the whole set, without what its findings say."""
+    if not isinstance(evidence, ProbeResult):
+        return Verdict.UNMEASURED
+    outcome = pair or evidence.whole
+    return Verdict.UNDECIDED if outcome.is_open(Limits.of(policy)) else Verdict.OK
+
+
+def _of_whole(
+    names: Sequence[str], total: Relations, evidence: ProbeResult | Activations | None, policy: Policy
+) -> list[Finding]:
+    found = of_cancelling(names, total.sums.interference(), sum(total.sums.shares()), policy)
+    return [*found, *(of_outcome(evidence.whole, policy) if isinstance(evidence, ProbeResult) else [])]
+
+
+def _together(compared: Relations, rounded: Sequence[AtBase]) -> Together:
+    survival = whole(one.survival for one in rounded)
+    return Together.of(compared, survival.lost_share if survival.entries else None)
+
+
+def _retention(
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], method: Method, total: Relations
+) -> list[float | None]:
+    """A plain sum is known from the factors; of another method its own result is compared with each adapter."""
+    pipeline = PIPELINES[method.name]
+    if pipeline.fitted:  # another one for each set of examples
+        return [None] * len(adapters)
+    cut = any(method.settings.get(name) for name in ("rank", "energy", "protect"))
+    if pipeline in (Pipeline(), Pipeline(combine="mean")) and not cut:
+        return [total.sums.retention(i) if total.sums.norm(i) else None for i in range(len(adapters))]
+    if (pipeline.space == "full" or pipeline.parity) and too_large(adapters):
+        return [None] * len(adapters)
+    return retained(adapters, combine_deltas(adapters, weights, method.name, method.settings).deltas)
+
+
+def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float | None]) -> Member:
+    touched = {module: one for module, one in compared.modules.items() if module in compared.touched[index]}
+    at = {module: rounded[module] for module in touched if module in rounded}
+    sizes = {
+        module: Size.of(one, index, at[module].energy, at[module].sigma) if module in at else Size.of(one, index, None)
+        for module, one in touched.items()
+    }
+    ratios = [one.spectral_amplification for one in sizes.values() if one.spectral_amplification is not None]
+    size = Size.of(compared.total, index, sum(one.energy for one in at.values()))
+    return Member(
+        compared.names[index],
+        compared.weights[index],
+        compared.total.sums.shares()[index],
+        retention[index],
+        replace(size, spectral_amplification=max(ratios, default=None)),
+        sizes,
     )
-    note = (
-        "Retention: how much of it is in the combination (its weight, where the others leave it alone). Amplification: "
-        "its norm over that of the base's weights; spectral: of its strongest direction, in the worst module sampled."
+
+
+def _pair(
+    compared: Compared,
+    indices: tuple[int, int],
+    evidence: ProbeResult | Activations | None,
+    by_prompts: Sequence[Finding],
+    policy: Policy,
+    method: str,
+) -> Pair:
+    a, b = (compared.names[index] for index in indices)
+    total = compared.total.sums.pick(*indices)
+    picked = {module: one.sums.pick(*indices) for module, one in compared.modules.items()}
+    shared = {module: sums for module, sums in picked.items() if sums.norm(0) and sums.norm(1)}
+    numbers = Numbers.of(total)
+    outcome = evidence.pair(a, b) if isinstance(evidence, ProbeResult) else None
+    directed = evidence.worse(a, b) if isinstance(evidence, Activations) else None
+    contradicting = [one for one in by_prompts if one.subject == f"{a} + {b}"]
+    case = Case(
+        (a, b),
+        (indices[0] + 1, indices[1] + 1),
+        numbers,
+        total,
+        shared,
+        outcome,
+        directed,
+        compared.factored,
+        bool(policy.judged(contradicting)),
+        method,
     )
-    return Table("Adapters", columns, tuple(rows), note)
-
-
-def _ratio(size: float | None) -> str:
-    return "-" if size is None else f"{size:.3g}"
-
-
-def _pairs(report: ConflictReport) -> Table:
-    return Table(
-        "Whole model, from the factors",
-        ("pair", *COLUMNS),
-        tuple((name(pair), *_cells(pair.numbers)) for pair in report.pairs),
-        "Overlap: share of one's energy in the other's span, (excess over chance). Interference: 1 independent, "
-        "above 1 they add up, below 1 they cancel. c_max (Pico, arXiv 2604.16826): energy share of the strongest "
-        "output direction in both B together. These explain a risk; they do not predict one.",
+    kind, risk = _risk(outcome, directed)
+    findings = [*contradicting, *of_pair((a, b), numbers, outcome, policy)]
+    return Pair(
+        a,
+        b,
+        policy.verdict(findings, _of_evidence(evidence, policy, outcome)),
+        risk,
+        outcome.worst.loss_stderr if outcome else None,
+        outcome.risk if outcome else None,
+        kind,
+        explain(case, policy),
+        numbers,
+        {layer: Numbers.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
+        {module: Numbers.of(sums) for module, sums in shared.items()},
+        outcome,
+        _flat(compared, indices, shared),
     )
 
 
-def _cells(numbers: Numbers) -> tuple[str, ...]:
-    return (
-        f"{numbers.cosine:+.3f}",
-        f"{numbers.input_overlap:.3f} ({numbers.input_excess:+.3f})",
-        f"{numbers.output_overlap:.3f} ({numbers.output_excess:+.3f})",
-        f"{numbers.norm_a:.3g} : {numbers.norm_b:.3g}",
-        f"{numbers.dominance:.0%}",
-        f"{numbers.interference:.3f}",
-        f"{numbers.sign_excess:+.3f}",
-        f"{numbers.crowding:.2f}",
-    )
+def _flat(compared: Compared, indices: tuple[int, int], modules: Iterable[str]) -> dict[str, float]:
+    """One over the ranks of the two together; of a stack of experts the largest."""
+    flat = dict.fromkeys(modules, 0.0)
+    for (module, _), deltas in compared.places.items():
+        ranks = sum(delta.rank for index in indices if (delta := deltas[index]) is not None)
+        if module in flat and ranks:
+            flat[module] = max(flat[module], 1 / ranks)
+    return flat
 
 
-def _worst_modules(pair: Pair, count: int) -> list[tuple[str, ...]]:
-    told = [module for module in pair.explanation.shares if module in pair.modules][:count]
-    return [(module, *_cells(pair.modules[module])) for module in told]
+def _risk(outcome: Outcome | None, directed: tuple[str, Directed] | None) -> tuple[EvidenceKind, float | None]:
+    if outcome is not None:
+        return "probe", outcome.worst.loss
+    if directed is not None:
+        return "activations", directed[1].intruder
+    return "weights", None
 
 
-def _outcome_rows(outcome: Outcome) -> list[tuple[str, ...]]:
-    together = " + ".join(outcome.members)
-    lines: list[Effect | SideEffect] = [*outcome.effects, *outcome.guards]
-    return [(together, *_line(line)) for line in lines]
-
-
-def _line(line: Effect | SideEffect) -> tuple[str, ...]:
-    k = str(line.examples)
-    if isinstance(line, Effect):
-        loss, kept = _within(line.loss, line.loss_interval), "-" if line.kept is None else f"{line.kept:.0%}"
-        answers = f"{line.still_answered} of {line.answered}" if line.answered else "-"
-        alone = f"{line.alone:.2f}"
-        if line.alone_weighted is not None:
-            alone += f" ({line.alone_weighted:.2f} at its weight)"
-        return (line.suite, k, f"{line.base:.2f}", alone, f"{line.combined:.2f}", loss, kept, answers)
-    rise, alone = _within(line.rise, line.rise_interval), max(line.alone.values())
-    return (f"{line.suite} (guard)", k, f"{line.base:.2f}", f"{alone:.2f}", f"{line.combined:.2f}", rise, "-", "-")
-
-
-def _within(value: float, sure: Interval) -> str:
-    return f"{value:+.2f}" if sure.to_json() is None else f"{value:+.2f} [{sure.low:+.2f}, {sure.high:+.2f}]"
+def _activations_json(evidence: ProbeResult | Activations | None) -> dict[str, object] | None:
+    if not isinstance(evidence, Activations):
+        return None
+    rows: list[dict[str, object]] = []
+    for (victim, intruder), one in evidence.directed.items():
+        told = {name: short(value) for name, value in asdict(one).items() if name != "modules"}
+        modules = [{"module": module, "share": short(share)} for module, share in one.modules.items()]
+        rows.append({"on": victim, "of": intruder, **told, "modules": modules})
+    return {"prompts": evidence.prompts, "directed": rows}

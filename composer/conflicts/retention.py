@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from composer.delta import Additive, Computed, Delta, LowRank
-from composer.formats.floats import Float64
-from composer.lowrank import Grams
-from composer.variants import LoadedAdapter
+from composer.deltas.delta import Additive, Computed, Delta, LowRank
+from composer.deltas.lowrank import Grams
+from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.checkpoints.numeric import Float64
 
 MAX_DENSE_ENTRIES = 1 << 28
 """Methods of full space make every entry, here and again in the merge: beyond so many, not here."""

@@ -1,1 +1,1 @@
-"""What is on disk: bytes and limits in, facts or one precise error out. No torch here."""
+"""Checkpoints, adapters and recipes as files: read, checked and named. Nothing here imports torch."""

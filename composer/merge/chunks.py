@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from composer.delta import Computed, Delta, LowRank, Replacement
+from composer.deltas.delta import Computed, Delta, LowRank, Replacement
+from composer.deltas.tensors import all_finite, give_back, torch_dtype
 from composer.errors import RefusedOutput
-from composer.formats.header import TensorEntry
-from composer.merge.rounded import round_into
-from composer.merge.source import Decoded, Source, source_rows
-from composer.merge.target import BLOCK_BYTES
-from composer.rounding import Mode, Rounding
-from composer.tensors import all_finite, give_back, torch_dtype
+from composer.formats.checkpoints.header import TensorEntry
+from composer.formats.recipes.rounding import Mode, Rounding
+from composer.merge.io.output_file import BLOCK_BYTES
+from composer.merge.io.rounding import round_into
+from composer.merge.io.source import Decoded, Source, source_rows
 
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB in float32: measured, 16 MiB cost as much CPU time and four times the memory
 _KEPT_BYTES = 8 << 20

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from composer.delta import Computed, Delta, Replacement
+from composer.deltas.delta import Computed, Delta, Replacement
+from composer.deltas.tensors import Aside, map_tensor
+from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.findings import Finding, Severity
-from composer.formats.checkpoint import Architecture, Checkpoint, contained
-from composer.formats.facts import Adapter, read_adapter
-from composer.formats.header import FLOAT_DTYPES
-from composer.formats.naming import TOKENS, Target, find_weight, is_vocabulary, split_key
-from composer.formats.tying import embedding_tensors, head_tensors
-from composer.output import side_files
-from composer.tensors import Aside, map_tensor
-from composer.variants import LoadedAdapter
+from composer.formats.adapters.facts import Adapter, read_adapter
+from composer.formats.adapters.placement.naming import TOKENS, Target, find_weight, is_vocabulary, split_key
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, contained
+from composer.formats.checkpoints.header import FLOAT_DTYPES
+from composer.formats.checkpoints.staging import side_files
+from composer.formats.checkpoints.tying import embedding_tensors, head_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",

@@ -11,29 +11,36 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
-from composer.delta import Computed, Delta, Replacement
+from composer.deltas.delta import Computed, Delta, Replacement
+from composer.deltas.tensors import TORCH_DTYPES, map_tensor
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity
-from composer.formats.checkpoint import INDEX_FILE, Checkpoint, contained
-from composer.formats.header import FLOAT_DTYPES, Header, TensorEntry, TensorSpec, encode_header, parse_header
-from composer.formats.naming import TIED_HEAD, is_head
-from composer.formats.placed import OTHER_PATHS
-from composer.formats.renames import stored_name
-from composer.formats.tying import embedding_tensors, head_tensors
-from composer.hashing import Identity, identities
-from composer.inputs import AdapterUse, adapter_use, files_of
+from composer.formats.adapters.placement.naming import TIED_HEAD, is_head
+from composer.formats.adapters.placement.result import OTHER_PATHS
+from composer.formats.adapters.provenance import AdapterUse, adapter_use, files_of
+from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, contained
+from composer.formats.checkpoints.hashing import Identity, identities
+from composer.formats.checkpoints.header import (
+    FLOAT_DTYPES,
+    Header,
+    TensorEntry,
+    TensorSpec,
+    encode_header,
+    parse_header,
+)
+from composer.formats.checkpoints.renames import stored_name
+from composer.formats.checkpoints.staging import side_files
+from composer.formats.checkpoints.tying import embedding_tensors, head_tensors
+from composer.formats.recipes.methods import parse_settings
+from composer.formats.recipes.rounding import Rounding
+from composer.formats.recipes.weights import Weight
 from composer.merge.chunks import TensorPlan
-from composer.merge.dequantized import Dequantized, dequantized
 from composer.merge.grown import Vocabulary, grown_vocabulary, refuse_uneven, with_new_rows
-from composer.merge.quantization_gap import quantized_bases
+from composer.merge.quantized.dequantized import Dequantized, dequantized
+from composer.merge.quantized.gap import quantized_bases
 from composer.merge.shards import ShardPlan
-from composer.methods import combine_deltas
-from composer.output import side_files
-from composer.rounding import Rounding
-from composer.settings import parse_settings
-from composer.tensors import TORCH_DTYPES, map_tensor
-from composer.variants import LoadedAdapter, load_deltas
-from composer.weights import Weight
+from composer.methods.combine import combine_deltas
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -16,21 +16,22 @@ from typing import Any, cast
 
 import torch
 
+from composer.deltas.tensors import torch_device, torch_threads
 from composer.errors import InvalidFile, Mismatch
-from composer.formats.checkpoint import INDEX_FILE, Checkpoint, read_json
-from composer.formats.header import PICKLE_SUFFIXES, TensorEntry
-from composer.formats.layouts import CONFIG_FILE, WEIGHTS_FILE
-from composer.hashing import hash_file
-from composer.inputs import AdapterUse, told_use
-from composer.merge import MergePlan, index_of, plan_merge
+from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.adapters.provenance import AdapterUse, told_use
+from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, read_json
+from composer.formats.checkpoints.hashing import hash_file
+from composer.formats.checkpoints.header import PICKLE_SUFFIXES, TensorEntry
+from composer.formats.checkpoints.staging import NOTE_FILE
+from composer.formats.recipes.methods import PIPELINES
+from composer.formats.recipes.rounding import Rounding, parse_rounding
 from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
-from composer.merge.ranges import Range, copied_ranges, equal, pieces
+from composer.merge.copying import Range, copied_ranges, equal, pieces
+from composer.merge.io.source import Source, source_rows
+from composer.merge.plan import MergePlan, plan_merge
+from composer.merge.run import index_of
 from composer.merge.shards import Progress, ShardPlan
-from composer.merge.source import Source, source_rows
-from composer.output import NOTE_FILE
-from composer.rounding import Rounding, parse_rounding
-from composer.settings import PIPELINES
-from composer.tensors import torch_device, torch_threads
 
 _ROUNDING_SHARE = {"F64": 1.0, "F32": 1.0, "F16": 8e-3, "BF16": 1e-3}
 """Of a tensor, as many elements may end in the neighbouring value on another machine, and a few of a small one:

@@ -14,14 +14,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer.formats.header import read_header
+from composer.deltas.tensors import tensor_bytes, torch_threads
+from composer.formats.checkpoints.header import read_header
 from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
-from composer.merge.ranges import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
-from composer.merge.resume import Journal
-from composer.merge.source import write_all
-from composer.merge.survival import Survival, confirm, unconfirmed
-from composer.merge.target import Target
-from composer.tensors import tensor_bytes, torch_threads
+from composer.merge.copying import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
+from composer.merge.io.journal import Journal
+from composer.merge.io.output_file import Target
+from composer.merge.io.source import write_all
+from composer.merge.rounding_loss import Survival, confirm, unconfirmed
 
 _SYNC_THREADS = 4
 _CONFIRMING_THREADS = 2

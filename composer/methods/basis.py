@@ -1,18 +1,20 @@
 """Small shared bases: T low-rank deltas of one place as small matrices X_i with Δ_i = P X_i Q^T, never dense.
 
 Shapes: O outputs, I inputs, r_i the ranks, R their sum, p and q columns of P and Q. From QR of the stacked factors,
-B = Q_B R_B and A^T = Q_A R_A, the core of delta i is C_i = R_B[:, i] R_A[:, i]^T and Δ_i = Q_B C_i Q_A^T.
+B = Q_B R_B and A^T = Q_A R_A, the core of delta i is C_i = R_B[:, i] R_A[:, i]^T and Δ_i = Q_B C_i Q_A^T. A pair is
+(B, A), with the scale folded into B.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import cast
 
 import torch
 
-from composer.delta import Additive, LowRank
+from composer.deltas.delta import Additive, LowRank
+from composer.deltas.lowrank import NOISE, numerical_rank
 from composer.errors import NotSupported
-from composer.lowrank import numerical_rank
 
 _MOST_SWEEPS = 1000
 _STEADY = 1e-10
@@ -163,3 +165,41 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
 def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:
     """The leading left singular vectors of [M_1 … M_T]."""
     return torch.linalg.svd(torch.cat(list(M_Tbn), dim=1), full_matrices=False)[0][:, :rank]
+
+
+def pico(pairs: Sequence[Pair]) -> list[Pair]:
+    """Output directions that many adapters share are damped: B_i <- U diag(a) U^T B_i (Pico, arXiv 2604.16826).
+
+    [B_1 … B_T] = U diag(s) V^T, c_j = s_j^2 / Σ s^2, a_j = 1 / (1 + (T - 1) c_j). Scales are folded in first, unlike
+    the authors' code, where adapters of unequal alpha would be weighed by their alpha. A is not touched.
+    """
+    if len(pairs) < 2:
+        return list(pairs)
+    U, sigma, _ = torch.linalg.svd(torch.cat([B for B, _ in pairs], dim=1), full_matrices=False)
+    energy = sigma.square()
+    a = 1 / (1 + (len(pairs) - 1) * energy / energy.sum().clamp(min=torch.finfo(torch.float32).tiny))
+    return [(U @ (a[:, None] * (U.T @ B)), A) for B, A in pairs]
+
+
+def norm_of(pair: Pair) -> float:
+    """|B A|_F from Gram matrices in float64."""
+    B, A = pair[0].double(), pair[1].double()
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+
+
+def restoring_factor(now: float, wanted: float) -> float:
+    """What brings a norm to the wanted one. 0 where inputs have cancelled: what is left is float32 noise, whose
+    direction is chance."""
+    return wanted / now if now > NOISE * wanted else 0.0
+
+
+def restored(pairs: Sequence[Pair], norms: Sequence[float]) -> list[Pair]:
+    """Each pair back to a norm."""
+    return [(B * restoring_factor(norm_of((B, A)), norm), A) for (B, A), norm in zip(pairs, norms, strict=True)]
+
+
+def cancellation(pairs: Sequence[Pair], weights: Sequence[float], norm: float) -> float:
+    """How many times smaller than `norm` the weighted sum of the pairs is; infinite where nothing but noise is left."""
+    B = torch.cat([B * weight for (B, _), weight in zip(pairs, weights, strict=True)], dim=1)
+    now = norm_of((B, torch.cat([A for _, A in pairs])))
+    return restoring_factor(now, norm) or (inf if norm else 0.0)

@@ -7,7 +7,7 @@ from math import isinf
 
 import torch
 
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
 from composer.findings import Finding, Severity, zero_deltas
 from composer.methods.pipeline import Part, Pipeline, Place, cancelled
 

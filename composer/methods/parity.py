@@ -11,10 +11,10 @@ from typing import cast
 
 import torch
 
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
+from composer.deltas.lowrank import numerical_rank
 from composer.errors import Mismatch
-from composer.formats.config import AdapterConfig
-from composer.lowrank import numerical_rank
+from composer.formats.adapters.config.config import AdapterConfig
 from composer.methods.basis import pair_of
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix, largest

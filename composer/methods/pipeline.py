@@ -9,17 +9,28 @@ from typing import cast
 
 import torch
 
-from composer.delta import Additive, Computed, Layout, LowRank
+from composer.deltas.delta import Additive, Computed, Layout, LowRank
 from composer.errors import NotSupported
-from composer.methods.basis import Basis, Pair, basis_of, canonical, factored, no_factors, pair_of
-from composer.methods.calibrate import cancellation, norm_of, pico, restored, restoring_factor
-from composer.methods.join import Join, joined, sce, sce_weights
-from composer.methods.linear import one_after_the_other, scaled, side_by_side
+from composer.formats.recipes.methods import Pipeline
+from composer.formats.recipes.weights import divisor
+from composer.methods.basis import (
+    Basis,
+    Pair,
+    basis_of,
+    cancellation,
+    canonical,
+    factored,
+    no_factors,
+    norm_of,
+    pair_of,
+    pico,
+    restored,
+    restoring_factor,
+)
+from composer.methods.join import Join, joined, one_after_the_other, scaled, sce, sce_weights, side_by_side
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, product, triples, tsv
-from composer.settings import Pipeline
-from composer.weights import divisor
 
 _DENSE = RLock()
 """Held by the place that has a matrix of its weight's size in memory: one at a time, however many threads there are."""

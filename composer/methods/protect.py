@@ -14,15 +14,14 @@ from typing import cast, overload
 
 import torch
 
-from composer.delta import Additive, Delta, Layout, LowRank, Replacement, mapped, names_of
-from composer.lowrank import NOISE, numerical_rank
-from composer.methods.basis import factored
-from composer.methods.calibrate import norm_of
-from composer.methods.heads import on_own_head
+from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, mapped, names_of
+from composer.deltas.lowrank import NOISE, numerical_rank
+from composer.deltas.tensors import Aside, give_back, torch_threads
+from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.recipes.weights import Weight
+from composer.methods.basis import factored, norm_of
 from composer.methods.spectral import decomposing
-from composer.tensors import Aside, give_back, torch_threads
-from composer.variants import LoadedAdapter
-from composer.weights import Weight
+from composer.methods.tied import on_own_head
 
 TOGETHER = 16  # places whose results are in memory at once
 _At = tuple[int, int]  # adapter, and the number of the delta among its own

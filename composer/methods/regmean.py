@@ -24,10 +24,10 @@ from typing import cast
 
 import torch
 
-from composer.delta import Additive, Computed, Delta, Layout, LowRank, Replacement, names_of
-from composer.methods.linear import scaled
-from composer.variants import LoadedAdapter
-from composer.weights import Weight
+from composer.deltas.delta import Additive, Computed, Delta, Layout, LowRank, Replacement, names_of
+from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.recipes.weights import Weight
+from composer.methods.join import scaled
 
 _CUT = 1e-12
 """Of the largest eigenvalue: below, the core form's R x R system is taken to be singular in that direction."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from composer.deltas.lowrank import numerical_rank
 from composer.errors import NotSupported
-from composer.lowrank import numerical_rank
 from composer.methods.basis import Basis, Pair
 from composer.methods.matrix import Matrix, square_sum
 

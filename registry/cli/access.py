@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import typer
 
-from composer.files import read_text
+from composer.formats.untrusted import read_text
 from registry.cli import render
 from registry.cli.connect import connected
 from registry.cli.groups import Commands

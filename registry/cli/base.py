@@ -13,8 +13,8 @@ from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed
 
 if TYPE_CHECKING:
-    from composer.formats.checkpoint import Checkpoint
-    from composer.hashing import BaseIdentity
+    from composer.formats.checkpoints.checkpoint import Checkpoint
+    from composer.formats.checkpoints.hashing import BaseIdentity
 
 app = typer.Typer(
     cls=Commands, help="Base models: what adapters were trained on.", no_args_is_help=True, rich_markup_mode=None
@@ -39,8 +39,8 @@ def add(
     json: JsonFlag = False,
 ) -> None:
     """Hash a checkpoint and register it. No weights are uploaded."""
-    from composer.formats.checkpoint import open_checkpoint
-    from composer.hashing import hash_checkpoint
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+    from composer.formats.checkpoints.hashing import hash_checkpoint
 
     checkpoint = open_checkpoint(directory)
     total = sum(header.size_bytes for header in checkpoint.shards.values())

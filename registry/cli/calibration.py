@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composer.files import read_text
+from composer.formats.untrusted import read_text
 from registry.cli import render
 from registry.errors import Conflict, Usage
 
 if TYPE_CHECKING:
-    from composer.calibration import Calibration
-    from composer.calibration_sets import CalibrationSet
-    from composer.model import LoadedModel
-    from composer.suite import Suite
-    from composer.weights import Weight
+    from composer.evaluation.calibration import Calibration
+    from composer.evaluation.model import LoadedModel
+    from composer.formats.recipes.calibration_sets import CalibrationSet
+    from composer.formats.recipes.suite import Suite
+    from composer.formats.recipes.weights import Weight
 
 Suites = Annotated[
     list[Path] | None,
@@ -42,12 +42,12 @@ def calibration_of(
 ) -> "Calibration | None":
     """What a fitted method is fitted on; None for another method, and where an adapter has neither a suite nor prompts.
     Raises Usage for a suite that would have no example left to judge by."""
-    from composer.settings import PIPELINES, parse_settings
+    from composer.formats.recipes.methods import PIPELINES, parse_settings
 
     if method not in PIPELINES or not PIPELINES[method].fitted:
         return None
-    from composer.calibration import Calibration
-    from composer.calibration_sets import CalibrationSet
+    from composer.evaluation.calibration import Calibration
+    from composer.formats.recipes.calibration_sets import CalibrationSet
 
     parsed = parse_settings(method, settings)
     count = int(str(parsed["examples"]))
@@ -62,7 +62,7 @@ def local_calibration(
 ) -> "Calibration | None":
     """By the options of `combine` and `merge`. Raises Usage for options that another method cannot use, for both, and
     for a fitted method without a base or without either."""
-    from composer.settings import PIPELINES, parse_settings
+    from composer.formats.recipes.methods import PIPELINES, parse_settings
 
     parse_settings(method, settings)
     if not PIPELINES[method].fitted:
@@ -74,8 +74,8 @@ def local_calibration(
         message = f"{method} is fitted on examples: it takes --base, and --suite or --prompts for each adapter."
         raise Usage("needs_examples", message, subject="--suite", next_step="Write --suite FILE once for each adapter.")
     from composer.conflicts.examine import parse_prompts
-    from composer.model import load_model
-    from composer.suite import MAX_FILE_BYTES, parse_suite
+    from composer.evaluation.model import load_model
+    from composer.formats.recipes.suite import MAX_FILE_BYTES, parse_suite
 
     asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in prompts or []]
     return calibration_of(method, settings, lambda: load_model(base), list(map(parse_suite, suites or [])), asked)
@@ -89,7 +89,7 @@ def fitting(
     if calibration is None:
         yield None
         return
-    from composer.settings import parse_settings
+    from composer.formats.recipes.methods import parse_settings
 
     steps = int(str(parse_settings(method, settings)["steps"]))
     with render.progress("fit", steps * sum(map(len, calibration.sets)), "examples") as bar:
@@ -121,11 +121,11 @@ def fitted_adapter(
 ) -> Path:
     """The adapter that a merge by a fitted method adds: `OUTPUT-adapter`, made now, or by an earlier run of this very
     command. Raises Conflict where something else has that name."""
-    from composer.combine import combine
-    from composer.formats.checkpoint import open_checkpoint
-    from composer.inputs import adapter_use
-    from composer.output import NOTE_FILE
-    from composer.settings import parse_settings
+    from composer.export.combine import combine
+    from composer.formats.adapters.provenance import adapter_use
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+    from composer.formats.checkpoints.staging import NOTE_FILE
+    from composer.formats.recipes.methods import parse_settings
 
     directory = output.with_name(f"{output.name}-adapter")
     if not directory.is_dir():
@@ -151,7 +151,7 @@ def fitted_adapter(
 
 
 def _set(suite: "Suite", count: int) -> "CalibrationSet":
-    from composer.calibration_sets import CalibrationSet
+    from composer.formats.recipes.calibration_sets import CalibrationSet
 
     if len(suite.examples) <= count:
         message = f"{suite.name} has {len(suite.examples)} examples: {count} to fit on leave none to judge by."

@@ -36,7 +36,7 @@ def suites(incomplete: str) -> list[str]:
 
 
 def methods(incomplete: str) -> list[str]:
-    from composer.settings import SETTINGS
+    from composer.formats.recipes.methods import SETTINGS
 
     return [name for name in SETTINGS if name.startswith(incomplete)]
 

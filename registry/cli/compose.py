@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composer.files import read_text
+from composer.formats.untrusted import read_text
 from registry.cli import complete, render
 from registry.cli.calibration import (
     Prompts,
@@ -27,7 +27,7 @@ from registry.errors import FAMILIES, Usage
 
 if TYPE_CHECKING:
     from composer.findings import Verdict
-    from composer.weights import Weight, WeightRule
+    from composer.formats.recipes.weights import Weight, WeightRule
 
 Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
 Settings = Annotated[
@@ -86,7 +86,7 @@ def compose(
 
     With --require a worse verdict of the conflict check ends it there: `require` in the recipe's policy says the same.
     """
-    from composer.recipe import MAX_FILE_BYTES, load_recipe
+    from composer.formats.recipes.recipe import MAX_FILE_BYTES, load_recipe
 
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
     if (verdict := required(require)) is not None:
@@ -124,10 +124,11 @@ def merge(  # noqa: PLR0913
 
     An interrupted merge goes on where it stopped when the same command is given again.
     """
-    from composer.formats.checkpoint import open_checkpoint
-    from composer.merge import plan_merge, run_merge
-    from composer.rounding import Mode, parse_rounding
-    from composer.weights import Weight
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+    from composer.formats.recipes.rounding import Mode, parse_rounding
+    from composer.formats.recipes.weights import Weight
+    from composer.merge.plan import plan_merge
+    from composer.merge.run import run_merge
 
     if seed is not None and rounding != Mode.STOCHASTIC:
         message = "--seed says nothing here: it is for stochastic rounding."
@@ -170,8 +171,8 @@ def combine(  # noqa: PLR0913
     json: JsonFlag = False,
 ) -> None:
     """Make one PEFT adapter of several on local directories, without a registry; tells what a cut to a rank lost."""
-    from composer.combine import combine as combine_adapters
-    from composer.formats.checkpoint import open_checkpoint
+    from composer.export.combine import combine as combine_adapters
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
 
     architecture = open_checkpoint(base).architecture if base else None
     budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
@@ -203,9 +204,9 @@ def convert(
     json: JsonFlag = False,
 ) -> None:
     """Write an adapter of another layout as a PEFT adapter that adds the same."""
-    from composer.convert import convert as convert_adapter
-    from composer.convert import convert_rebased
-    from composer.formats.checkpoint import open_checkpoint
+    from composer.export.convert import convert as convert_adapter
+    from composer.export.convert import convert_rebased
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
 
     write = convert_rebased if residual_base else convert_adapter
     told = write(source, output, open_checkpoint(base).architecture).to_json()
@@ -242,7 +243,7 @@ def _weighted(texts: list[str], rules: list[str] | None) -> "list[tuple[Path, We
 
 def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weight]":
     """The weights, each with the rules `N:WHERE=WEIGHT` for its number, counted from 1."""
-    from composer.weights import Weight, parse_rule
+    from composer.formats.recipes.weights import Weight, parse_rule
 
     own: list[list[WeightRule]] = [[] for _ in weights]
     numbers = {str(number) for number in range(1, len(weights) + 1)}
@@ -260,7 +261,7 @@ def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weigh
 
 
 def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
-    from composer.weights import factor
+    from composer.formats.recipes.weights import factor
 
     found: list[tuple[Path, float]] = []
     for text in texts:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composer.files import read_text
+from composer.formats.untrusted import read_text
 from registry.cli import render
 from registry.cli.calibration import calibration_of
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
@@ -20,12 +20,13 @@ from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
 if TYPE_CHECKING:
-    from composer.conflicts import ConflictReport
     from composer.conflicts.examine import Evidence
-    from composer.findings import Policy, Verdict
-    from composer.formats.checkpoint import Checkpoint
-    from composer.suite import Suite
-    from composer.variants import LoadedAdapter
+    from composer.conflicts.report import ConflictReport
+    from composer.deltas.variants.load import LoadedAdapter
+    from composer.findings import Verdict
+    from composer.formats.checkpoints.checkpoint import Checkpoint
+    from composer.formats.recipes.policy import Policy
+    from composer.formats.recipes.suite import Suite
 
 Json = dict[str, Any]
 Probe = Annotated[
@@ -77,10 +78,10 @@ def conflicts(  # noqa: PLR0913
 
     The verdict is ok, undecided, unmeasured, warn or refuse; the exit code is 1 for refuse, and what --require says.
     """
-    from composer.conflicts import Method as Combination
     from composer.conflicts.examine import examine
-    from composer.conflicts.report import document
-    from composer.findings import MAX_POLICY_CHARS, Policy, parse_policy
+    from composer.conflicts.render.text import document
+    from composer.conflicts.report import Method as Combination
+    from composer.formats.recipes.policy import MAX_POLICY_CHARS, Policy, parse_policy
 
     if len(adapters) < 2:
         raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
@@ -125,7 +126,7 @@ def _show(told: Json) -> None:
 
 def _explain(report: "ConflictReport", modules: int) -> None:
     """The headline of each pair first and why, then the tables, what else was found, and what to do."""
-    from composer.conflicts.report import advice, explanations, headlines, remarks, tables
+    from composer.conflicts.render.text import advice, explanations, headlines, remarks, tables
 
     for line in headlines(report):
         render.heading(line)
@@ -140,7 +141,7 @@ def _explain(report: "ConflictReport", modules: int) -> None:
 
 
 def _write_page(path: Path, report: "ConflictReport") -> None:
-    from composer.conflicts.page import page
+    from composer.conflicts.render.html import page
     from registry.client.cache import is_regular
 
     aside = path.with_name(f".{path.name[:200]}.{token_hex(4)}")
@@ -191,8 +192,8 @@ class _Group:
         return self._connect()
 
     def load(self) -> "list[LoadedAdapter]":
-        from composer.formats.checkpoint import open_checkpoint
-        from composer.variants import load_deltas
+        from composer.deltas.variants.load import load_deltas
+        from composer.formats.checkpoints.checkpoint import open_checkpoint
 
         architecture = None
         if self.base:
@@ -211,10 +212,10 @@ class _Group:
         self, own: list[str], guards: list[str], effort: tuple[int, int | None], prompts: Path | None, device: str
     ) -> "Evidence":
         """What may be measured, and the suites that are known, whose prompts are compared in any case."""
+        from composer.conflicts.evidence.probe import usual_most
         from composer.conflicts.examine import Evidence, parse_prompts
-        from composer.conflicts.probe import usual_most
-        from composer.model import load_model
-        from composer.suite import MAX_FILE_BYTES
+        from composer.evaluation.model import load_model
+        from composer.formats.recipes.suite import MAX_FILE_BYTES
 
         k, most = effort
         if not k and (own or guards):
@@ -236,7 +237,7 @@ class _Group:
 
     def checkpoint(self, *, measured: bool) -> "Checkpoint | None":
         """The base's weights, where they are at hand: named, or needed for a measurement anyway."""
-        from composer.formats.checkpoint import open_checkpoint
+        from composer.formats.checkpoints.checkpoint import open_checkpoint
 
         if not measured and self.base_dir is None:
             return None
@@ -261,7 +262,7 @@ class _Group:
 
     def _suite(self, name: str) -> "Suite":
         """A registered one by its name; what can be no name is a file, which needs no registry."""
-        from composer.suite import NAME, parse_suite
+        from composer.formats.recipes.suite import NAME, parse_suite
 
         return fetch_suite(self.connection, name) if NAME.fullmatch(name) else parse_suite(name)
 
@@ -272,7 +273,7 @@ class _Group:
 
 
 def _weights(text: str | None, count: int) -> list[float]:
-    from composer.weights import LARGEST, factor
+    from composer.formats.recipes.weights import LARGEST, factor
 
     try:
         weights = [factor(part) for part in text.split(",")] if text else [1.0] * count

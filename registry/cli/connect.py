@@ -13,7 +13,7 @@ from registry.errors import NotFound, Unavailable, Usage
 from registry.names import parse_reference
 
 if TYPE_CHECKING:
-    from composer.formats.checkpoint import Checkpoint
+    from composer.formats.checkpoints.checkpoint import Checkpoint
     from registry.client.api import Api
     from registry.resources import Resources
     from registry.settings import Settings
@@ -198,8 +198,8 @@ def total_bytes(release: dict[str, Any]) -> int:
 
 def base_checkpoint(base: dict[str, Any], override: Path | None) -> "Checkpoint":
     """The base's weights on this machine, verified: scores are of what was measured, not of what a path says."""
-    from composer.formats.checkpoint import local_directory, open_checkpoint
-    from composer.hashing import verify_checkpoint
+    from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
+    from composer.formats.checkpoints.hashing import verify_checkpoint
 
     directory = override or local_directory(base["locations"])
     if directory is None:

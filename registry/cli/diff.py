@@ -12,8 +12,8 @@ from registry.cli.render import JsonFlag
 from registry.errors import Usage, refuse_errors
 
 if TYPE_CHECKING:
-    from composer.compare import Comparison
-    from composer.formats.inspection import Inspection
+    from composer.formats.adapters.compare import Comparison
+    from composer.formats.adapters.inspection import Inspection
     from registry.client.lineage import Composition
 
 Json = dict[str, Any]
@@ -92,9 +92,9 @@ def _note(directory: Path) -> bytes:
 
 def _directory(directory: Path) -> Subject:
     """What a release of this directory would say of itself, as far as its files tell."""
-    from composer.formats.card import CARD_FILE, card_provenance
-    from composer.formats.serving import SERVERS, judge
-    from composer.spectrum import spectrum
+    from composer.formats.adapters.serving import SERVERS, judge
+    from composer.formats.adapters.spectrum import spectrum
+    from composer.formats.checkpoints.card import CARD_FILE, card_provenance
     from registry.client.lineage import of_note
     from registry.client.push import collect
     from registry.client.selection import select_files
@@ -117,7 +117,7 @@ def _directory(directory: Path) -> Subject:
 
 
 def _inspected(directory: Path) -> "Inspection":
-    from composer.formats.inspection import inspect
+    from composer.formats.adapters.inspection import inspect
 
     seen = inspect(directory, None)
     refuse_errors(seen.findings, str(directory))
@@ -125,7 +125,7 @@ def _inspected(directory: Path) -> "Inspection":
 
 
 def _compare(old: Path | None, new: Path | None) -> "Comparison | None":
-    from composer.compare import compare
+    from composer.formats.adapters.compare import compare
 
     if old is None or new is None:
         return None

@@ -9,7 +9,7 @@ from registry.cli.connect import Connection
 from registry.errors import Invalid, NotFound, Usage, refuse_errors
 
 if TYPE_CHECKING:
-    from composer.formats.inspection import Inspection
+    from composer.formats.adapters.inspection import Inspection
 
 Json = dict[str, Any]
 _TRIED = 50
@@ -23,7 +23,7 @@ def fitting_base(connection: Connection, directory: Path, base: str | None, kind
     """
     if kind == "model":
         return _base_of_model(connection, directory, base)
-    from composer.formats.inspection import inspect
+    from composer.formats.adapters.inspection import inspect
 
     named = base or inspect(directory, None).facts.base_model_name_or_path
     if not named:
@@ -77,7 +77,7 @@ def _refuse_wrong_base(connection: Connection, directory: Path, base: Json, seen
 
     Returns when it fits none, or when something is wrong with the adapter whatever its base is.
     """
-    from composer.formats.inspection import inspect
+    from composer.formats.adapters.inspection import inspect
     from registry.client.api import Api
 
     def fits(api: Api, other: Json) -> bool:

@@ -12,7 +12,7 @@ from registry.cli.release import used_ranks
 from registry.cli.render import JsonFlag
 
 if TYPE_CHECKING:
-    from composer.formats.checkpoint import Architecture
+    from composer.formats.checkpoints.checkpoint import Architecture
 
 Json = dict[str, Any]
 
@@ -45,8 +45,8 @@ def inspect(
     json: JsonFlag = False,
 ) -> None:
     """Facts and health of an adapter, and which servers will load it."""
-    from composer.formats.checkpoint import open_checkpoint
-    from composer.formats.layouts import PEFT, recognise
+    from composer.formats.adapters.layouts import PEFT, recognise
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
 
     directory, architecture = Path(what), None
     layout = recognise(directory).layout if directory.exists() else PEFT
@@ -67,8 +67,8 @@ def inspect(
 
 
 def _look(directory: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
-    from composer.formats.inspection import inspect as look
-    from composer.spectrum import spectrum
+    from composer.formats.adapters.inspection import inspect as look
+    from composer.formats.adapters.spectrum import spectrum
 
     seen = look(directory, architecture)
     used = (
@@ -83,8 +83,8 @@ def _look(directory: Path, architecture: "Architecture | None", servers: Sequenc
 
 def _look_at_another(path: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
     """At an adapter of another layout than PEFT's, which is the only one that servers are known to load."""
-    from composer.formats.inspection import inspect_foreign
-    from composer.formats.serving import Loading, parse_profile
+    from composer.formats.adapters.inspection import inspect_foreign
+    from composer.formats.adapters.serving import Loading, parse_profile
 
     facts, findings = inspect_foreign(path, architecture)
     way_out = (f"adaptory convert {path} --base BASE -o OUT",)

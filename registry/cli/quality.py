@@ -13,7 +13,7 @@ from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 
 if TYPE_CHECKING:
-    from composer.suite import Suite
+    from composer.formats.recipes.suite import Suite
 
 suite_app = typer.Typer(
     cls=Commands, help="Evaluation sets, versioned by content.", no_args_is_help=True, rich_markup_mode=None
@@ -39,7 +39,7 @@ def add(
     What a file states of its metrics (metrics: {rouge_l: higher}) holds for all versions; its author corrects it by
     adding the file again.
     """
-    from composer.suite import parse_suite
+    from composer.formats.recipes.suite import parse_suite
 
     contents = [parse_suite(file) for file in files]
     with connected() as connection:
@@ -102,9 +102,9 @@ def evaluate(
     json: JsonFlag = False,
 ) -> None:
     """Run suites on a release or a base, and record the scores."""
-    from composer.evaluate import evaluate as evaluate_suite
-    from composer.model import load_model
-    from composer.variants import load_deltas
+    from composer.deltas.variants.load import load_deltas
+    from composer.evaluation.evaluate import evaluate as evaluate_suite
+    from composer.evaluation.model import load_model
     from registry.client.api import release_path
 
     with connected() as connection:
@@ -137,7 +137,7 @@ def evaluate(
 
 def fetch_suite(connection: Connection, name: str) -> "Suite":
     """Raises Usage for what cannot be a name, before anybody is asked."""
-    from composer.suite import NAME, Suite
+    from composer.formats.recipes.suite import NAME, Suite
 
     if not NAME.fullmatch(name):
         raise Usage(

@@ -55,14 +55,14 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
 
 def _weights_digest(release: Json) -> str:
     """The sha256 of an adapter's weights, which is how a note names it."""
-    from composer.formats.facts import WEIGHTS_FILE
+    from composer.formats.adapters.facts import WEIGHTS_FILE
 
     return next(file["sha256"] for file in release["files"] if file["path"] == WEIGHTS_FILE)
 
 
 def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *, dequantize: bool) -> Json:
     """The same of what `adaptory merge` wrote into a directory, from the base and the adapters that are named."""
-    from composer.formats.checkpoint import open_checkpoint
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.merge.rebuild import plan_rebuild, rebuild
 
     if base_dir is None or not adapters:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from composer.files import read_text
+from composer.formats.untrusted import read_text
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved, total_bytes
 from registry.cli.fit import fitting_base
@@ -293,7 +293,7 @@ def _single_version(target: str, bump: str | None) -> Reference:
 
 
 def _provenance(path: Path) -> Json:
-    from composer.formats.card import FRONT_MATTER_BYTES, load_mapping, parse_provenance
+    from composer.formats.checkpoints.card import FRONT_MATTER_BYTES, load_mapping, parse_provenance
 
     return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
 

@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 import httpx2
 
-from composer.formats.checkpoint import Architecture
-from composer.formats.header import TensorSpec
+from composer.formats.checkpoints.checkpoint import Architecture
+from composer.formats.checkpoints.header import TensorSpec
 from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavailable
 from registry.names import Reference, RepositoryName, parse_version
 

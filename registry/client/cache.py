@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer.hashing import hash_file
+from composer.formats.checkpoints.hashing import hash_file
 from registry.errors import NO_SPACE
 from registry.names import parse_digest
 

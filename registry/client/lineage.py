@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from composer.errors import ComposerError
-from composer.settings import parse_settings
-from composer.weights import Weight, WeightRule, parse_weight
+from composer.formats.recipes.methods import parse_settings
+from composer.formats.recipes.weights import Weight, WeightRule, parse_weight
 from registry.client.api import Api, Json, release_path
 from registry.errors import Unavailable
 

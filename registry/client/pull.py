@@ -18,7 +18,7 @@ from threading import Lock
 from urllib.parse import quote
 
 from composer.errors import InvalidFile
-from composer.hashing import hash_file
+from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, release_path, untrusted
 from registry.client.cache import BlobCache, is_regular
 from registry.client.parallel import PAUSES_S, Progress, each

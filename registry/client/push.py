@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from composer.hashing import hash_file
+from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path
 from registry.client.parallel import PAUSES_S, Progress, each, once, patiently
 from registry.client.selection import Selection

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from composer.findings import Finding, Severity
-from composer.formats.facts import read_adapter
-from composer.formats.layouts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.adapters.facts import read_adapter
+from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from registry.errors import Invalid, RegistryError, Usage, refuse_errors
 from registry.manifest import ENDS_BYTES, check_path, check_paths, is_zip, refuse_hidden, refuse_pickle, refuse_pickled
 

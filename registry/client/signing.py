@@ -6,7 +6,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from composer.hashing import hash_file
+from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path, refuse_other_answer, release_path, understood, untrusted
 from registry.client.parallel import PAUSES_S, Progress, patiently
 from registry.client.push import LocalFile, push, send

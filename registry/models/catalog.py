@@ -195,7 +195,7 @@ class Release(Row):
     """A version given to a revision. The typed columns are facts that searches ask for; `facts` has the rest.
 
     `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
-    `composer.formats.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
+    `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
     `signature_covers` says whether it signed the `release` or its `files` alone.
     `stamp` is another number whenever what is told of it has changed: by a yank, or by a score.

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field
 
-from composer.formats.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
+from composer.formats.checkpoints.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
 from registry.schemas import MAX_INT64, Wire, WireIn
 from registry.schemas.quality import ScoreOut
 

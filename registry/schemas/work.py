@@ -9,7 +9,7 @@ from registry.schemas import Wire, WireIn
 
 
 class CompositionIn(WireIn):
-    """`recipe` as in composer/recipe.py."""
+    """`recipe` as in composer/formats/recipes/recipe.py."""
 
     recipe: dict[str, Any]
     plan: bool = Field(default=False, description="Resolve, lock and check; change nothing.")

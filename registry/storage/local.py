@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import BinaryIO
 
-from composer.output import sync
+from composer.formats.checkpoints.staging import sync
 from registry.errors import NO_SPACE, NotFound, Unavailable
 from registry.names import Digest
 from registry.storage.blobs import BlobStat, Reader, blob_key

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from composer.recipe import parse_recipe
+from composer.formats.recipes.recipe import parse_recipe
 from registry import compositions
 from registry.access import permit
 from registry.audit import Actor

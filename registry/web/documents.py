@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from composer.formats.serving import SERVERS
+from composer.formats.adapters.serving import SERVERS
 from registry.access import may_read
 from registry.audit import Actor
 from registry.channels import Moved

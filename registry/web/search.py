@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 
-from composer.formats.serving import Profile, loads, parse_profile
+from composer.formats.adapters.serving import Profile, loads, parse_profile
 from registry import resolve, search, suites
 from registry.access import Role, permit
 from registry.audit import Actor

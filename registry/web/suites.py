@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from composer.suite import Suite as SuiteContent
+from composer.formats.recipes.suite import Suite as SuiteContent
 from registry import bases, releases, suites
 from registry.http.pages import Cursor, Limit, decode_number, page
 from registry.http.request import ResourcesOf
@@ -24,7 +24,7 @@ repository_routes = APIRouter(tags=["quality"], route_class=Route)
 
 @router.post("/suites", status_code=201, responses={200: {"model": SuiteOut}})
 def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, response: Response) -> SuiteOut:
-    """The suite with its examples, as composer/suite.py describes it. Its author corrects `metrics` by adding it again.
+    """A suite with its examples, as in a suite file. Its author corrects `metrics` by adding it again.
 
     201 for new content. 200 for content known already; when it was an older one, it is the current one again.
     """

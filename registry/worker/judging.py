@@ -4,13 +4,13 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from composer.suite import Example, Suite
+from composer.formats.recipes.suite import Example, Suite
 from registry import gates
 from registry.gates import Measured, Scores
 
 if TYPE_CHECKING:
-    from composer.delta import Delta
-    from composer.model import LoadedModel
+    from composer.deltas.delta import Delta
+    from composer.evaluation.model import LoadedModel
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ class Examination:
         return candidate + sum(inputs)
 
     def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
-        from composer.evaluate import evaluate
+        from composer.evaluation.evaluate import evaluate
 
         found = evaluate(loaded, suite, deltas, progress=self.progress, without=self.used)
         return [score.to_json() for score in found]

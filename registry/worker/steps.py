@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
-from composer.calibration_sets import CalibrationSet, used_in
-from composer.findings import read_policy
-from composer.formats.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
-from composer.hashing import hash_file, verify_checkpoint
-from composer.recipe import Lock, Recipe, parse_recipe
-from composer.settings import PIPELINES
-from composer.suite import Suite as SuiteContent
-from composer.weights import Weight
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
+from composer.formats.checkpoints.hashing import hash_file, verify_checkpoint
+from composer.formats.recipes.calibration_sets import CalibrationSet, used_in
+from composer.formats.recipes.methods import PIPELINES
+from composer.formats.recipes.policy import read_policy
+from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
+from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.weights import Weight
 from registry import bases, compositions, gates, publishing, suites, uploads
 from registry.audit import Actor
 from registry.errors import Refused, Unavailable, refuse_errors
@@ -40,9 +40,9 @@ from registry.worker.loop import Held, JobKind
 from registry.worker.signed import publish_signed
 
 if TYPE_CHECKING:
-    from composer.calibration import Calibration
     from composer.conflicts.examine import Evidence
-    from composer.model import LoadedModel
+    from composer.evaluation.calibration import Calibration
+    from composer.evaluation.model import LoadedModel
 
 _NAMELESS = ("commit", "weight", "rules")
 """What may be told of an input to everybody: the rest of it names it."""
@@ -156,11 +156,11 @@ class Work:
 def check(held: Held) -> None:
     """Structural checks and the conflict report; a hard conflict ends the composition here, and so does a verdict worse
     than the policy requires, or an adapter that no file can hold."""
-    from composer.combine import refuse_uncombinable
-    from composer.conflicts import Method
     from composer.conflicts.examine import examine
-    from composer.conflicts.report import document, summary
-    from composer.variants import load_deltas
+    from composer.conflicts.render.text import document, summary
+    from composer.conflicts.report import Method
+    from composer.deltas.variants.load import load_deltas
+    from composer.export.combine import refuse_uncombinable
 
     work = _work(held)
     members = work.members(held)
@@ -187,8 +187,8 @@ def check(held: Held) -> None:
 
 def combine(held: Held) -> None:
     """The candidate where the recipe names an adapter: one PEFT adapter that adds what the recipe says."""
-    from composer.combine import combine as combine_adapters
-    from composer.model import load_model
+    from composer.evaluation.model import load_model
+    from composer.export.combine import combine as combine_adapters
 
     work = _work(held)
     if not work.recipe.adapter or work.adapter_directory.is_dir():
@@ -207,8 +207,8 @@ def combine(held: Held) -> None:
 def evaluate(held: Held) -> None:
     """The candidate on the recipe's suites: the base in memory with the adapter active, or the merged model, which is
     written before it is judged where nothing else is to be published."""
-    from composer.model import load_model
-    from composer.variants import load_deltas
+    from composer.deltas.variants.load import load_deltas
+    from composer.evaluation.model import load_model
 
     work = _work(held)
     if not work.evaluated:
@@ -233,7 +233,7 @@ def evaluate(held: Held) -> None:
 
 def _compared(held: Held, work: Work) -> list[Member]:
     """The inputs, with what is recorded of them."""
-    from composer.variants import load_deltas
+    from composer.deltas.variants.load import load_deltas
 
     with held.resources.read() as session:
         releases_used = compositions.inputs_of(session, work.lock)
@@ -282,7 +282,8 @@ def gate(held: Held) -> None:
 
 def merge(held: Held) -> None:
     """The merged checkpoint, streamed shard by shard and verified."""
-    from composer.merge import plan_merge, run_merge
+    from composer.merge.plan import plan_merge
+    from composer.merge.run import run_merge
 
     work = _work(held)
     if not work.recipe.model or work.model_directory.is_dir():
@@ -394,9 +395,9 @@ def _creator(held: Held, session: Session) -> Actor:
 def _evidence(held: Held, work: Work) -> "Evidence":
     """A probe in memory, where every member has a suite and the recipe asks for one; the report says when the evidence
     is weaker. The prompts of the suites are compared in any case."""
+    from composer.conflicts.evidence.probe import usual_most
     from composer.conflicts.examine import Evidence
-    from composer.conflicts.probe import usual_most
-    from composer.model import load_model
+    from composer.evaluation.model import load_model
 
     named = _suites(held, [suite for suite in work.member_suites if suite])
     suites = {suite.name: suite for suite in named}
@@ -416,7 +417,7 @@ def _calibration(held: Held, work: Work, load: "Callable[[], LoadedModel]") -> "
     """What a fitted method is fitted on; the base is loaded when it is first looked at."""
     if not PIPELINES[work.lock.method].fitted:
         return None
-    from composer.calibration import Calibration
+    from composer.evaluation.calibration import Calibration
 
     return Calibration.by(work.lock.settings, load, work.calibration_sets(held))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx2
 
-from composer.hashing import weights_digest
-from composer.recipe import parse_recipe
-from composer.suite import Suite
+from composer.formats.checkpoints.hashing import weights_digest
+from composer.formats.recipes.recipe import parse_recipe
+from composer.formats.recipes.suite import Suite
 from registry import bases, channels, compositions, namespaces, releases, suites, tokens
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor

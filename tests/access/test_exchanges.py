@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from composer.recipe import parse_recipe
+from composer.formats.recipes.recipe import parse_recipe
 from registry import compositions
 from registry.client.inprocess import InProcessTransport
 from registry.db import Database

@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from composer.suite import Suite, parse_suite
+from composer.formats.recipes.suite import Suite, parse_suite
 from registry.audit import EventQuery, events
 from tests import services
 from tests.access.house import House, build_house, new_place

@@ -9,11 +9,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from composer.applied import applied
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.formats.header import TensorSpec
-from composer.merge import MergePlan, plan_merge, run_merge
-from composer.variants import load_deltas
+from composer.deltas.variants.load import load_deltas
+from composer.evaluation.hooks import applied
+from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
+from composer.formats.checkpoints.header import TensorSpec
+from composer.merge.plan import MergePlan, plan_merge
+from composer.merge.run import run_merge
 from tests.composer.tiny import load_model
 
 IDS = torch.arange(20).reshape(2, 10)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from composer.model import LoadedModel
-from composer.model import load_model as load_for_measuring
-from composer.variants import LoadedAdapter
+from composer.deltas.variants.load import LoadedAdapter
+from composer.evaluation.model import LoadedModel
+from composer.evaluation.model import load_model as load_for_measuring
 from tests.composer.small_model import Load, load_adapter, save_llama
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
-from composer.formats.inspection import Inspection, inspect
+from composer.formats.adapters.inspection import Inspection, inspect
 
 Factors = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """(A, B) of one module: R x I and O x R."""

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from composer.delta import Computed, Delta, LowRank
-from composer.formats.checkpoint import open_checkpoint
-from composer.variants import LoadedAdapter, load_deltas
+from composer.deltas.delta import Computed, Delta, LowRank
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 
 Load = Callable[..., LoadedAdapter]
 """(name, seed, fields of the config) -> an adapter."""

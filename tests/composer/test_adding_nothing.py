@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer.combine import combine
-from composer.conflicts import Method, conflicts
-from composer.delta import Computed, LowRank
+from composer.conflicts.report import Method, conflicts
+from composer.deltas.delta import Computed, LowRank
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch
+from composer.export.combine import combine
 from composer.findings import Severity
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge
-from composer.methods import combine_deltas
-from composer.methods.basis import pair_of
-from composer.methods.calibrate import norm_of
-from composer.variants import LoadedAdapter, load_deltas
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import plan_merge
+from composer.methods.basis import norm_of, pair_of
+from composer.methods.combine import combine_deltas
 from tests.composer.test_methods_on_models import Shared, loaded, shared
 
 __all__ = ["shared"]

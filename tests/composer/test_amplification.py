@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from composer.conflicts import ConflictReport, amplification, conflicts
-from composer.conflicts.report import tables
-from composer.delta import Layout, LowRank
+from composer.conflicts import amplification
+from composer.conflicts.render.text import tables
+from composer.conflicts.report import ConflictReport, conflicts
+from composer.deltas.delta import Layout, LowRank
+from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Severity
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.header import read_header
-from composer.merge.source import Source
-from composer.variants import LoadedAdapter
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.header import read_header
+from composer.merge.io.source import Source
 from tests.composer.small_model import dense, save_llama, scaled
 
 

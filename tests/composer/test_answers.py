@@ -9,17 +9,18 @@ import pytest
 import torch
 from peft import LoHaConfig, get_peft_model
 
-from composer.conflicts import conflicts
+from composer.conflicts.evidence.interval import interval
+from composer.conflicts.evidence.outcome import Effect, Limits, Outcome
+from composer.conflicts.evidence.probe import ProbeResult
 from composer.conflicts.findings import of_outcome
-from composer.conflicts.interval import interval
-from composer.conflicts.outcome import Effect, Limits, Outcome
-from composer.conflicts.page import page
-from composer.conflicts.probe import ProbeResult
-from composer.conflicts.report import headlines, tables
-from composer.delta import Computed
-from composer.findings import Policy, Verdict, parse_policy
-from composer.formats.checkpoint import open_checkpoint
-from composer.variants import LoadedAdapter, load_deltas
+from composer.conflicts.render.html import page
+from composer.conflicts.render.text import headlines, tables
+from composer.conflicts.report import conflicts
+from composer.deltas.delta import Computed
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.findings import Verdict
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.policy import Policy, parse_policy
 from tests.composer.small_model import Load
 from tests.composer.tiny import MakeModel, load_model
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
+from composer.deltas.tensors import Aside, give_back, map_tensor, torch_threads
+from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, RefusedOutput
-from composer.formats.header import read_header
-from composer.methods import combine_deltas
-from composer.tensors import Aside, give_back, map_tensor, torch_threads
-from composer.variants import load_deltas
+from composer.formats.checkpoints.header import read_header
+from composer.methods.combine import combine_deltas
 from tests.composer.tiny import MakeAdapter, MakeModel
 
 SHAPES = [(3, 5), (0, 4), (1,), (70, 130)]

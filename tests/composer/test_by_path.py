@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer.formats.by_path import ByPath
+from composer.formats.adapters.config.by_path import ByPath
 
 PARTS = st.sampled_from(["a", "b", "ab", "q_proj", "0", "10", "1"])
 PATHS = st.lists(PARTS, min_size=1, max_size=5).map(".".join)

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer.calibration import Calibration
-from composer.calibration_sets import CalibrationSet, used_in
-from composer.conflicts import Method
 from composer.conflicts.examine import Evidence, examine
+from composer.conflicts.report import Method
+from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
-from composer.evaluate import evaluate
+from composer.evaluation.calibration import Calibration
+from composer.evaluation.evaluate import evaluate
+from composer.evaluation.model import LoadedModel, load_model
 from composer.findings import Verdict
-from composer.methods import combine_deltas
-from composer.model import LoadedModel, load_model
-from composer.suite import Example, Suite
-from composer.variants import LoadedAdapter
+from composer.formats.recipes.calibration_sets import CalibrationSet, used_in
+from composer.formats.recipes.suite import Example, Suite
+from composer.methods.combine import combine_deltas
 from tests.composer.small_model import Load, dense
 
 

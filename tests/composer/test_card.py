@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from composer.errors import InvalidFile
-from composer.formats import card
-from composer.formats.card import card_provenance, front_matter, load_mapping, parse_provenance, provenance
+from composer.formats.checkpoints import card
+from composer.formats.checkpoints.card import card_provenance, front_matter, load_mapping, parse_provenance, provenance
 from registry.schemas.catalog import Provenance
 
 FULL = """---

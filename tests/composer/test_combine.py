@@ -11,14 +11,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from composer.adapter import peft_form, write_adapter
-from composer.combine import combine
-from composer.delta import Layout, LowRank, Replacement
+from composer.deltas.delta import Layout, LowRank, Replacement
 from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge, run_merge
-from composer.methods import combine_deltas
-from composer.settings import SETTINGS, parse_settings
+from composer.export.combine import combine
+from composer.export.peft import peft_form, write_adapter
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.methods import SETTINGS, parse_settings
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
+from composer.methods.combine import combine_deltas
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -324,7 +325,7 @@ def test_an_input_that_is_replaced_meanwhile_is_refused_and_nothing_is_written(
         new.replace(other / "adapter_model.safetensors")
         return combined
 
-    monkeypatch.setattr("composer.combine.combine_deltas", replacing)
+    monkeypatch.setattr("composer.export.combine.combine_deltas", replacing)
     with pytest.raises(RefusedOutput, match=r"b/adapter_model\.safetensors changed") as caught:
         combine([(one, 1.0), (other, 1.0)], tmp_path / "out", None, method)
     assert caught.value.code == "inputs_changed"

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from composer.combine import combine
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
+from composer.deltas.variants.load import load_deltas
 from composer.errors import NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.methods import combine_deltas
-from composer.variants import load_deltas
-from composer.weights import Weight, layer_of, parse_rule, parse_weight
+from composer.export.combine import combine
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.weights import Weight, layer_of, parse_rule, parse_weight
+from composer.methods.combine import combine_deltas
 from tests.composer.adapted import peft_logits, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
 

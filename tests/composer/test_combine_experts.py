@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from composer.combine import CombineReport, combine
 from composer.errors import NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge, run_merge
-from composer.weights import Weight, parse_rule
+from composer.export.combine import CombineReport, combine
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.weights import Weight, parse_rule
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
 from tests.composer.adapted import (
     architecture_of,
     assert_all_close,

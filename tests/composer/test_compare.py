@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer.compare import Change, Comparison, compare
-from composer.formats.inspection import Inspection
+from composer.formats.adapters.compare import Change, Comparison, compare
+from composer.formats.adapters.inspection import Inspection
 from tests.composer.handmade import Factors, dense, random_factors, write_adapter
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -64,7 +64,7 @@ def test_a_small_change_of_large_factors_keeps_its_digits(tmp_path: Path, step: 
 @given(st.floats(-3, 3), st.floats(0, 2))
 def test_what_is_gained_and_lost_is_the_energy_of_the_change(along: float, beside: float) -> None:
     """On D' = along D + beside E with |D| = 2, |E| = 1 and E orthogonal to D."""
-    from composer.compare import _split  # pyright: ignore[reportPrivateUsage]
+    from composer.formats.adapters.compare import _split  # pyright: ignore[reportPrivateUsage]
 
     old, new, inner = 4.0, 4 * along**2 + beside**2, 4 * along
     change = _split(old, new, inner, 4 * (along - 1) ** 2 + beside**2)

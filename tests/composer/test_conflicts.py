@@ -8,18 +8,20 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from composer.conflicts import ConflictReport, Method, conflicts, report
+from composer.conflicts.evidence.probe import Probed, probe
 from composer.conflicts.findings import of_pair
-from composer.conflicts.probe import Probed, probe
-from composer.delta import Computed, LowRank
+from composer.conflicts.render import text
+from composer.conflicts.report import ConflictReport, Method, conflicts
+from composer.deltas.delta import Computed, LowRank
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
-from composer.findings import Severity, Verdict, parse_policy
-from composer.methods import combine_deltas
-from composer.model import load_model
-from composer.settings import effective_weights
-from composer.suite import Example, Suite
-from composer.variants import LoadedAdapter, load_deltas
-from composer.weights import Weight, WeightRule
+from composer.evaluation.model import load_model
+from composer.findings import Severity, Verdict
+from composer.formats.recipes.methods import effective_weights
+from composer.formats.recipes.policy import parse_policy
+from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.weights import Weight, WeightRule
+from composer.methods.combine import combine_deltas
 from tests.composer.adapted import save_adapted
 from tests.composer.small_model import Load, dense, scaled
 from tests.composer.tiny import MakeModel
@@ -57,7 +59,7 @@ def test_without_a_probe_the_verdict_is_unmeasured_and_no_risk_is_known(
     assert found.pairs[0].risk is None
     assert codes(found) == {"weak_evidence": Severity.NOTICE}
     assert found.pairs[0].interval is None
-    assert "risk unknown" in report.headlines(found)[1]
+    assert "risk unknown" in text.headlines(found)[1]
 
 
 def test_the_same_adapter_twice_is_a_warning_since_the_sum_overshoots(red: LoadedAdapter) -> None:
@@ -95,7 +97,7 @@ def test_a_lowered_threshold_makes_nobody_alike(
 def test_advice_to_keep_one_of_two_is_for_those_that_do_the_same(red: LoadedAdapter, green: LoadedAdapter) -> None:
     low = parse_policy("thresholds: {near_duplicate: -1}")
     told = [conflicts([red, other], [1.0, 1.0], policy=low) for other in (green, scaled(red, 1.1, "again"))]
-    assert ["keep one" in " ".join(report.advice(one)) for one in told] == [False, True]
+    assert ["keep one" in " ".join(text.advice(one)) for one in told] == [False, True]
 
 
 def test_an_adapter_that_adds_nothing_is_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
@@ -138,7 +140,7 @@ def test_two_whole_copies_of_one_tensor_refuse_and_are_remarked_first(load: Load
     saved = [load(name, seed, modules_to_save=["lm_head"]) for name, seed in (("one", 3), ("two", 4))]
     found = conflicts(saved, [1.0, 1.0])
     assert found.verdict is Verdict.REFUSE
-    first = report.remarks(found.findings)[0]
+    first = text.remarks(found.findings)[0]
     assert first.startswith("error: ")
     assert "lm_head" in first
 

@@ -1,6 +1,6 @@
 """Every model that transformers converts as it loads it: its checkpoints are found here, or refused with a reason.
 
-This fails where a new release of transformers renames, cuts or joins what composer/formats/renames.py does not know.
+This fails where a new release of transformers renames, cuts or joins what renames.py does not know.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from composer.formats.checkpoint import Architecture
-from composer.formats.experts import find_stack
-from composer.formats.header import TensorSpec
-from composer.formats.naming import Target, find_weight
-from composer.formats.renames import made_by
+from composer.formats.adapters.placement.experts import find_stack
+from composer.formats.adapters.placement.naming import Target, find_weight
+from composer.formats.checkpoints.checkpoint import Architecture
+from composer.formats.checkpoints.header import TensorSpec
+from composer.formats.checkpoints.renames import made_by
 
 # What a config needs that makes no model by its defaults.
 OWN: dict[str, dict[str, Any]] = {

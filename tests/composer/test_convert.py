@@ -9,12 +9,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from composer.convert import convert
 from composer.errors import ComposerError, InvalidFile, NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.config import parse_config
-from composer.formats.inspection import inspect_foreign
-from composer.formats.layouts import recognise
+from composer.export.convert import convert
+from composer.formats.adapters.config.config import parse_config
+from composer.formats.adapters.inspection import inspect_foreign
+from composer.formats.adapters.layouts import recognise
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import logits, merge, peft_logits, relative
 from tests.composer.test_variants_experts import mixtral, save_base
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in

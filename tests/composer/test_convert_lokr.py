@@ -9,9 +9,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from composer.convert import convert
 from composer.errors import ComposerError, NotSupported
-from composer.formats.checkpoint import open_checkpoint
+from composer.export.convert import convert
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import merge
 from tests.composer.tiny import MakeModel, assert_close, load_model, tensors_in
 

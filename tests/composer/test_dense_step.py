@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from composer.delta import Computed, Layout, LowRank
-from composer.methods import combine_deltas, pipeline
+from composer.deltas.delta import Computed, Layout, LowRank
+from composer.deltas.variants.load import LoadedAdapter
+from composer.methods import pipeline
+from composer.methods.combine import combine_deltas
 from composer.methods.matrix import Matrix
 from composer.methods.spectral import compress_dense
-from composer.variants import LoadedAdapter
 
 SIDE = 96
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from composer.delta import Layout, LowRank, Replacement
+from composer.deltas.delta import Layout, LowRank, Replacement
+from composer.deltas.variants.load import load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
-from composer.evaluate import Encoded, applied, encode, evaluate, generate, measure, ratio
-from composer.model import LoadedModel, load_model
-from composer.suite import Example, Suite
-from composer.variants import load_deltas
+from composer.evaluation.evaluate import Encoded, applied, encode, evaluate, generate, measure, ratio
+from composer.evaluation.model import LoadedModel, load_model
+from composer.formats.recipes.suite import Example, Suite
 from tests.composer.small_model import save_adapter, save_gemma, save_gpt2, save_llama, save_tokenizer
 
 IDS = torch.tensor([[5, 9, 13, 20, 7, 2, 30], [8, 8, 1, 44, 3, 17, 6]])

@@ -10,16 +10,17 @@ import jsonschema_rs
 import pytest
 import torch
 
-from composer.conflicts import SCHEMA, Method, conflicts
 from composer.conflicts.examine import Evidence, examine
-from composer.conflicts.report import document, summary
+from composer.conflicts.render.text import document, summary
+from composer.conflicts.report import SCHEMA, Method, conflicts
 from composer.conflicts.retention import too_large
-from composer.delta import Layout, LowRank
-from composer.findings import Verdict, parse_policy
-from composer.formats.checkpoint import open_checkpoint
-from composer.model import LoadedModel
-from composer.suite import Example, Suite
-from composer.variants import LoadedAdapter, load_deltas
+from composer.deltas.delta import Layout, LowRank
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.evaluation.model import LoadedModel
+from composer.findings import Verdict
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.policy import parse_policy
+from composer.formats.recipes.suite import Example, Suite
 from tests.composer.small_model import Load, save_adapter
 
 DOCUMENTED = Path(__file__).with_name("conflicts.schema.json")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
+from composer.formats.recipes.methods import PIPELINES, parse_settings
 from composer.methods.join import elect
 from composer.methods.pipeline import Part, Place, Selections, run
-from composer.settings import PIPELINES, parse_settings
 from tests.composer.test_methods import as_stored, combined, error, low_ranks
 
 

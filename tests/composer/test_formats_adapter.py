@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.findings import Finding, Severity
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.formats.config import parse_config
-from composer.formats.facts import AdapterFacts, facts, health, read_adapter
-from composer.formats.inspection import inspect
-from composer.formats.placed import Placed
-from composer.formats.placement import place
-from composer.formats.types import REFUSED, TYPES
-from composer.merge import plan_merge
+from composer.formats.adapters.config.config import parse_config
+from composer.formats.adapters.config.types import REFUSED, TYPES
+from composer.formats.adapters.facts import AdapterFacts, facts, health, read_adapter
+from composer.formats.adapters.inspection import inspect
+from composer.formats.adapters.placement.placement import place
+from composer.formats.adapters.placement.result import Placed
+from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
+from composer.merge.plan import plan_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

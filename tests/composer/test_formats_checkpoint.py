@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
-from composer.formats.checkpoint import local_directory, open_checkpoint
+from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
 from tests.composer.tiny import MakeModel, tensors_in
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from composer.deltas.tensors import TORCH_DTYPES
 from composer.errors import InvalidFile
-from composer.formats.header import Limits, TensorSpec, encode_header, parse_header, read_header
-from composer.tensors import TORCH_DTYPES
+from composer.formats.checkpoints.header import Limits, TensorSpec, encode_header, parse_header, read_header
 
 
 def file_with(table: object, data_bytes: int = 0) -> bytes:
@@ -177,7 +177,7 @@ READ_IN_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
 from composer.errors import InvalidFile
-from composer.formats.header import read_header
+from composer.formats.checkpoints.header import read_header
 
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 200_000_000,) * 2)  # of which malloc may reserve 128 MB for a thread

@@ -9,9 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from composer.errors import Mismatch
 from composer.findings import Severity
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge, run_merge
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import plan_merge
 from composer.merge.rebuild import rebuild
+from composer.merge.run import run_merge
 from tests.composer.adapted import assert_all_close, change_tensors, logits
 from tests.composer.tiny import MakeModel, load_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from composer.errors import InvalidFile
-from composer.formats.checkpoint import open_checkpoint
-from composer.hashing import hash_checkpoint, hash_file
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.hashing import hash_checkpoint, hash_file
 from tests.composer.tiny import MakeModel, tensors_in
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from composer.conflicts.evidence.activations import activation_interference, activations
 from composer.conflicts.examine import parse_prompts
-from composer.conflicts.interference import activation_interference, activations
-from composer.delta import Delta, Layout, LowRank, Replacement
+from composer.deltas.delta import Delta, Layout, LowRank, Replacement
+from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, Mismatch, NotSupported
-from composer.evaluate import Encoded, applied, encode_prompt
-from composer.model import LoadedModel, load_model
-from composer.variants import load_deltas
+from composer.evaluation.evaluate import Encoded, applied, encode_prompt
+from composer.evaluation.model import LoadedModel, load_model
 from tests.composer.adapted import save_adapted
 from tests.composer.small_model import save_gemma, save_gpt2, save_tokenizer
 from tests.composer.test_variants_experts import DOWN, GATE, lora, qwen3, save_base

@@ -5,7 +5,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from composer.conflicts.interval import Interval, interval, quantile, share_interval, surely_less
+from composer.conflicts.evidence.interval import Interval, interval, quantile, share_interval, surely_less
 
 
 @pytest.mark.parametrize(

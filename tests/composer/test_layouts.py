@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer.convert import convert
+from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.facts import read_adapter
-from composer.formats.inspection import inspect_foreign
-from composer.formats.layouts import recognise
-from composer.variants import load_deltas
+from composer.export.convert import convert
+from composer.formats.adapters.facts import read_adapter
+from composer.formats.adapters.inspection import inspect_foreign
+from composer.formats.adapters.layouts import recognise
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.test_convert import LAYOUTS, as_kohya
 from tests.composer.test_convert_lokr import lokr_file
 from tests.composer.tiny import MakeAdapter, MakeModel

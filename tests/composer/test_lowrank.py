@@ -6,8 +6,8 @@ from math import acos, pi
 import pytest
 import torch
 
-from composer.delta import Layout, LowRank
-from composer.lowrank import Grams, Sums, relations
+from composer.deltas.delta import Layout, LowRank
+from composer.deltas.lowrank import Grams, Sums, relations
 
 
 def delta(seed: int, outputs: int = 24, inputs: int = 17, rank: int = 3, layout: Layout = Layout.LINEAR) -> LowRank:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 
-from composer.memory import free_bytes, left_by_groups
+from composer.evaluation.memory import free_bytes, left_by_groups
 
 GB = 1 << 30
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

@@ -11,8 +11,9 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from composer.errors import Mismatch, RefusedOutput
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import MergePlan, plan_merge, run_merge
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import MergePlan, plan_merge
+from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 LLAMA_CASES: dict[str, dict[str, object]] = {

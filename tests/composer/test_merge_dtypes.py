@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import InvalidFile, NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge, run_merge
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
+from composer.deltas.tensors import Aside, give_back, map_tensor, read_into
 from composer.errors import InvalidFile
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.header import TensorSpec, encode_header, parse_header, read_header
-from composer.merge import plan_merge, run_merge
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.header import TensorSpec, encode_header, parse_header, read_header
+from composer.merge.plan import plan_merge
 from composer.merge.rebuild import steps_apart
-from composer.tensors import Aside, give_back, map_tensor, read_into
+from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 MB = 1 << 20

@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from composer.conflicts import conflicts
+from composer.conflicts.report import conflicts
+from composer.deltas.variants.load import load_deltas
 from composer.errors import NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import nf4, plan_merge, run_merge
-from composer.variants import load_deltas
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import plan_merge
+from composer.merge.quantized import nf4
+from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 

@@ -16,12 +16,14 @@ import torch
 from transformers import AutoConfig
 
 from composer.errors import InvalidFile, NotSupported, RefusedOutput
-from composer.formats.checkpoint import Architecture, Checkpoint, open_checkpoint
-from composer.hashing import hash_checkpoint, hash_file
-from composer.merge import MergePlan, chunks, plan_merge, ranges, run_merge, shards
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
+from composer.formats.checkpoints.hashing import hash_checkpoint, hash_file
+from composer.formats.checkpoints.staging import writing_aside
+from composer.merge import chunks, copying, shards
 from composer.merge.grown import Vocabulary
-from composer.merge.target import Target
-from composer.output import writing_aside
+from composer.merge.io.output_file import Target
+from composer.merge.plan import MergePlan, plan_merge
+from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 
@@ -94,7 +96,7 @@ def test_tensors_larger_than_a_chunk_are_merged_the_same(
 ) -> None:
     run_merge(plan, tmp_path / "whole", device="cpu")
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
-    monkeypatch.setattr(ranges, "_COPY_BYTES", 100)
+    monkeypatch.setattr(copying, "_COPY_BYTES", 100)
     run_merge(plan, tmp_path / "pieces", device="cpu")
     whole = tensors_in(tmp_path / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors_in(tmp_path / "pieces").items())
@@ -197,7 +199,7 @@ def test_what_a_killed_process_has_not_written_yet_needs_its_space_still(tmp_pat
 def test_a_disk_that_fills_up_during_a_merge_is_one_clear_error_and_leaves_nothing(
     plan: MergePlan, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("composer.merge._SPARE_BYTES", 0)
+    monkeypatch.setattr("composer.merge.run._SPARE_BYTES", 0)
 
     def fill(count: int) -> None:
         free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
@@ -213,9 +215,9 @@ def test_a_disk_that_fills_up_during_a_merge_is_one_clear_error_and_leaves_nothi
 def test_a_bit_that_flips_on_the_way_of_a_copied_range_is_noticed(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = ranges.copy_range
+    copy = copying.copy_range
 
-    def flipping(part: ranges.Range, source: int, target: int) -> None:
+    def flipping(part: copying.Range, source: int, target: int) -> None:
         copy(part, source, target)
         flip(target, part.target + part.size_bytes - 1)
 
@@ -275,20 +277,20 @@ def test_a_file_system_that_shares_blocks_is_asked_to_and_nothing_is_copied_then
 ) -> None:
     """What FICLONE does on btrfs and XFS, which are rarely there, done by copying."""
     cloned: list[int] = []
-    copied: list[ranges.Range] = []
-    copy = ranges.copy_range
+    copied: list[copying.Range] = []
+    copy = copying.copy_range
 
     def clone(target: int, request: int, source: int) -> None:
         assert request == 0x40049409
         cloned.append(os.sendfile(target, source, 0, os.fstat(source).st_size))
 
-    def copying(part: ranges.Range, source: int, target: int) -> None:
+    def counted(part: copying.Range, source: int, target: int) -> None:
         copied.append(part)
         copy(part, source, target)
 
     run_merge(plan, tmp_path / "copied", device="cpu")
     monkeypatch.setattr(fcntl, "ioctl", clone)
-    monkeypatch.setattr(shards, "copy_range", copying)
+    monkeypatch.setattr(shards, "copy_range", counted)
     run_merge(plan, tmp_path / "cloned", device="cpu")
     untouched = [shard for shard in plan.shards if not shard.rewritten]
     assert sorted(cloned) == sorted(shard.size_bytes for shard in untouched)

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import Mismatch
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.naming import split_key
-from composer.hashing import hash_checkpoint
-from composer.merge import plan_merge, run_merge
+from composer.formats.adapters.placement.naming import split_key
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.hashing import hash_checkpoint
+from composer.formats.recipes.rounding import Mode, Rounding
+from composer.merge.plan import plan_merge
 from composer.merge.rebuild import plan_rebuild, rebuild
-from composer.rounding import Mode, Rounding
+from composer.merge.run import run_merge
 from tests.composer.adapted import (
     assert_all_close,
     assert_merged_like_peft,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import plan_merge
 from tests.composer.adapted import assert_merged_like_peft
 from tests.composer.tiny import MakeAdapter, MakeModel
 

@@ -21,11 +21,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.formats.facts import read_adapter
-from composer.formats.header import TensorSpec
-from composer.formats.inspection import inspect
-from composer.formats.naming import (
+from composer.formats.adapters.facts import read_adapter
+from composer.formats.adapters.inspection import inspect
+from composer.formats.adapters.placement.naming import (
     INTO_LANGUAGE_MODEL,
     OF_BARE_MODEL,
     OF_BARE_TRANSFORMER,
@@ -34,9 +32,11 @@ from composer.formats.naming import (
     elsewhere,
     find_weight,
 )
-from composer.formats.placed import OTHER_PATHS
-from composer.formats.placement import place
-from composer.formats.serving import loads_in
+from composer.formats.adapters.placement.placement import place
+from composer.formats.adapters.placement.result import OTHER_PATHS
+from composer.formats.adapters.serving import loads_in
+from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
+from composer.formats.checkpoints.header import TensorSpec
 from tests.composer.adapted import assert_all_close, merge
 from tests.composer.test_formats_adapter import facts_of
 from tests.composer.tiny import load_model, tensors_in

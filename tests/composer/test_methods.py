@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from composer.delta import Additive, Computed, Layout, LowRank
+from composer.deltas.delta import Additive, Computed, Layout, LowRank
 from composer.errors import ComposerError
+from composer.formats.recipes.methods import PIPELINES, parse_settings
 from composer.methods.basis import ctm
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix
 from composer.methods.pipeline import Part, Place, Selections, run
 from composer.methods.spectral import compress_dense
-from composer.settings import PIPELINES, parse_settings
 from tests.composer import dense_methods as dense
 
 OUTPUTS, INPUTS = 150, 90

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from composer.delta import Computed, Delta, LowRank, Replacement
+from composer.deltas.delta import Computed, Delta, LowRank, Replacement
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import ComposerError
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.methods import combine_deltas
-from composer.settings import PIPELINES, effective_weights
-from composer.variants import LoadedAdapter, load_deltas
-from composer.weights import Weight, parse_rule
+from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
+from composer.formats.recipes.methods import PIPELINES, effective_weights
+from composer.formats.recipes.weights import Weight, parse_rule
+from composer.methods.combine import combine_deltas
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker, tensors_in
 
 PARITY = [name for name in PIPELINES if name.startswith("peft_")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from composer.model import load_model, multiplies_in
+from composer.evaluation.model import load_model, multiplies_in
 from tests.composer.small_model import save_llama, save_tokenizer
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import InvalidFile
-from composer.formats.header import TensorEntry, read_header
-from composer.formats.quantized import is_part, nf4_weights
-from composer.merge import nf4
+from composer.formats.checkpoints.header import TensorEntry, read_header
+from composer.formats.checkpoints.quantized import is_part, nf4_weights
+from composer.merge.quantized import nf4
 
 DATA = Path(__file__).parent / "data" / "nf4.safetensors"
 

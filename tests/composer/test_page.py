@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from composer.conflicts import ConflictReport, conflicts
 from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.examine import Evidence, examine
-from composer.conflicts.page import MEASURES, page
-from composer.conflicts.report import explanations
-from composer.model import load_model
-from composer.numbers import Numbers
-from composer.suite import Example, Suite
-from composer.variants import LoadedAdapter, load_deltas
+from composer.conflicts.metrics import Numbers
+from composer.conflicts.render.html import MEASURES, page
+from composer.conflicts.render.text import explanations
+from composer.conflicts.report import ConflictReport, conflicts
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.evaluation.model import load_model
+from composer.formats.recipes.suite import Example, Suite
 from tests.composer.handmade import random_factors, write_adapter
 from tests.composer.small_model import save_llama
 

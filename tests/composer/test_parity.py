@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
+from composer.deltas.variants.load import load_deltas
 from composer.errors import ComposerError
-from composer.formats.checkpoint import open_checkpoint
-from composer.methods import combine_deltas
-from composer.methods.linear import side_by_side
-from composer.variants import load_deltas
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.methods.combine import combine_deltas
+from composer.methods.join import side_by_side
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
 
 COMBINATIONS = ("cat", "svd", "linear", "ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd")

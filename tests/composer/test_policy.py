@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import composer.checks
-import composer.conflicts
+import composer.conflicts.report
 import composer.findings
+import composer.methods.structural
 from composer.errors import InvalidFile
-from composer.findings import CODES, HARD, THRESHOLDS, Finding, Policy, Severity, Verdict, parse_policy
+from composer.findings import HARD, Finding, Severity, Verdict
+from composer.formats.recipes.policy import CODES, THRESHOLDS, Policy, parse_policy
 
 
 def finding(code: str, severity: Severity) -> Finding:
@@ -92,7 +93,7 @@ def test_every_code_with_a_number_is_a_code() -> None:
 
 
 def test_every_finding_of_a_conflict_report_has_a_code_that_a_policy_knows() -> None:
-    shared = [Path(composer.checks.__file__), Path(composer.findings.__file__)]
+    shared = [Path(composer.methods.structural.__file__), Path(composer.findings.__file__)]
     sources = [*shared, *Path(composer.conflicts.__file__).parent.glob("*.py")]
     calls = [call for path in sources for call in ast.walk(ast.parse(path.read_text())) if isinstance(call, ast.Call)]
     made = [call.args[0] for call in calls if getattr(call.func, "id", "") in ("Finding", "_error") and call.args]

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from composer.conflicts.interval import interval
-from composer.conflicts.outcome import NOTICEABLE_NATS, Limits
-from composer.conflicts.probe import Effort, Probed, probe, usual_most, weighted, weighted_sum
-from composer.delta import Layout, LowRank
+from composer.conflicts.evidence.interval import interval
+from composer.conflicts.evidence.outcome import NOTICEABLE_NATS, Limits
+from composer.conflicts.evidence.probe import Effort, Probed, probe, usual_most, weighted, weighted_sum
+from composer.deltas.delta import Layout, LowRank
 from composer.errors import Mismatch
-from composer.evaluate import evaluate
+from composer.evaluation.evaluate import evaluate
+from composer.evaluation.model import LoadedModel
 from composer.findings import Verdict
-from composer.model import LoadedModel
-from composer.suite import Example, Kind, Suite
-from composer.weights import Weight, WeightRule
+from composer.formats.recipes.suite import Example, Kind, Suite
+from composer.formats.recipes.weights import Weight, WeightRule
 
 
 def suite(name: str, kind: Kind = "target", count: int = 6) -> Suite:

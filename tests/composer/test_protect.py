@@ -9,18 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composer.combine import combine
-from composer.conflicts import Method, conflicts
 from composer.conflicts.examine import Evidence, examine
-from composer.delta import Delta, Layout, LowRank
+from composer.conflicts.report import Method, conflicts
+from composer.deltas.delta import Delta, Layout, LowRank
+from composer.deltas.lowrank import Grams
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import ComposerError, Mismatch, NotSupported
-from composer.lowrank import Grams
-from composer.methods import combine_deltas
+from composer.evaluation.model import LoadedModel
+from composer.export.combine import combine
+from composer.formats.recipes.methods import parse_settings
+from composer.formats.recipes.weights import Weight, parse_rule, weights_of
+from composer.methods.combine import combine_deltas
 from composer.methods.protect import made_room
-from composer.model import LoadedModel
-from composer.settings import parse_settings
-from composer.variants import LoadedAdapter, load_deltas
-from composer.weights import Weight, parse_rule, weights_of
 from tests.composer.small_model import Load, dense
 
 OUTPUTS, INPUTS = 24, 17

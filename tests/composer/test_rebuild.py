@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import InvalidFile, Mismatch
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.header import read_header
-from composer.merge import chunks, plan_merge, run_merge
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.header import read_header
+from composer.formats.recipes.rounding import Mode, Rounding
+from composer.merge import chunks
+from composer.merge.plan import plan_merge
 from composer.merge.rebuild import Rebuilt, plan_rebuild, rebuild, steps_apart
-from composer.rounding import Mode, Rounding
+from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from composer.errors import InvalidFile
-from composer.recipe import Lock, LockedInput, load_recipe, parse_recipe
-from composer.rounding import Mode, Rounding
+from composer.formats.recipes.recipe import Lock, LockedInput, load_recipe, parse_recipe
+from composer.formats.recipes.rounding import Mode, Rounding
 
 BOMB = "\n".join(
     ["a0: &a0 [x, x, x, x, x, x, x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 12)]

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer.delta import Delta, Layout, LowRank
+from composer.deltas.delta import Delta, Layout, LowRank
+from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.recipes.weights import Weight
 from composer.methods.regmean import Fit, Inputs, Module, ModuleInputs, dual, fit, primal, solve_core, solve_input
-from composer.variants import LoadedAdapter
-from composer.weights import Weight
 
 INPUTS, OUTPUTS = 7, 5
 SEEDS = st.integers(0, 2**32 - 1)
@@ -139,7 +139,7 @@ def test_the_order_of_the_members_is_irrelevant():
 
 def test_a_weight_of_zero_is_as_if_the_adapter_were_not_there():
     one, other = adapter(1), adapter(7, "other")
-    from composer.methods import taking_part
+    from composer.methods.combine import taking_part
 
     idle = taking_part(other, Weight(0.0))
     with_it = fit([one, idle], [Weight(), Weight(0.0)], SETTINGS, seeing(3, 4))

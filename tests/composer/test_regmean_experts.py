@@ -8,17 +8,17 @@ import pytest
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from composer.applied import applied
-from composer.calibration import Calibration
-from composer.calibration_sets import CalibrationSet
-from composer.combine import combine
-from composer.delta import Delta
-from composer.formats.checkpoint import open_checkpoint
-from composer.methods import combine_deltas
-from composer.model import LoadedModel, load_model
-from composer.observe import Pass
-from composer.stack_inputs import Stack
-from composer.variants import LoadedAdapter, load_deltas
+from composer.deltas.delta import Delta
+from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.evaluation.calibration import Calibration
+from composer.evaluation.hooks import applied
+from composer.evaluation.model import LoadedModel, load_model
+from composer.evaluation.observe import Pass
+from composer.evaluation.stack_inputs import Stack
+from composer.export.combine import combine
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.methods.combine import combine_deltas
 from tests.composer.adapted import IDS, peft_logits, relative, save_adapted
 from tests.composer.small_model import save_tokenizer
 from tests.composer.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base

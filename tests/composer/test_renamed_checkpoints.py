@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from composer.applied import applied
+from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch
-from composer.formats.checkpoint import Architecture, open_checkpoint
-from composer.formats.header import TensorSpec
-from composer.formats.naming import Target, find_weight
-from composer.formats.tying import NEVER_TIED
-from composer.variants import load_deltas
+from composer.evaluation.hooks import applied
+from composer.formats.adapters.placement.naming import Target, find_weight
+from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
+from composer.formats.checkpoints.header import TensorSpec
+from composer.formats.checkpoints.tying import NEVER_TIED
 from tests.composer.adapted import (
     IDS,
     assert_all_close,

@@ -14,21 +14,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from composer import output
 from composer.errors import Interrupted, RefusedOutput
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import MergePlan, plan_merge, run_merge
-from composer.merge.ranges import Range, copy_range
-from composer.merge.resume import JOURNAL_FILE, Journal
-from composer.output import writing_aside
+from composer.formats.checkpoints import staging
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.staging import writing_aside
+from composer.merge.copying import Range, copy_range
+from composer.merge.io.journal import JOURNAL_FILE, Journal
+from composer.merge.plan import MergePlan, plan_merge
+from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel
 
 # Slowed down after every piece, so that a signal finds it at any point.
 SLOW_MERGE = """
 import sys, time
 from pathlib import Path
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge, run_merge
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
 base, adapter, out = map(Path, sys.argv[1:])
 plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
 print("ready", flush=True)
@@ -235,7 +237,7 @@ def test_what_is_in_use_is_not_taken_for_abandoned(tmp_path: Path) -> None:
 def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = output._finish  # pyright: ignore[reportPrivateUsage]
+    finish = staging._finish  # pyright: ignore[reportPrivateUsage]
 
     def too_late(aside: Path, out_dir: Path) -> None:
         if not out_dir.exists():
@@ -243,7 +245,7 @@ def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
             (out_dir / "theirs").touch()
         finish(aside, out_dir)
 
-    monkeypatch.setattr(output, "_finish", too_late)
+    monkeypatch.setattr(staging, "_finish", too_late)
     with pytest.raises(RefusedOutput, match="exists"):
         run_merge(plan, tmp_path / "merged", "cpu")
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["theirs"]

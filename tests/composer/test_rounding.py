@@ -7,10 +7,12 @@ import torch
 
 from composer.errors import NotSupported
 from composer.findings import Severity
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import MergeReport, chunks, plan_merge, run_merge
-from composer.merge.rounded import round_into
-from composer.rounding import Mode, Rounding, parse_rounding
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
+from composer.merge import chunks
+from composer.merge.io.rounding import round_into
+from composer.merge.plan import plan_merge
+from composer.merge.run import MergeReport, run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 
 CHANCE = Rounding(Mode.STOCHASTIC, seed=7)

@@ -7,9 +7,10 @@ import pytest
 from peft import LoraConfig, PeftModel
 
 from composer.errors import NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import MergePlan, plan_merge, run_merge
-from composer.settings import parse_settings
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.methods import parse_settings
+from composer.merge.plan import MergePlan, plan_merge
+from composer.merge.run import run_merge
 from tests.composer.adapted import assert_all_close, change_tensors, peft_merged, relative, save_adapted
 from tests.composer.tiny import MakeModel, load_model, tensors_in
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from composer.combine import combine
 from composer.errors import NotSupported
+from composer.export.combine import combine
 from composer.findings import Severity
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.facts import read_adapter
-from composer.formats.inspection import inspect
-from composer.formats.naming import is_raw
-from composer.formats.serving import SERVERS, Loading, judge, loads, loads_in, parse_profile
+from composer.formats.adapters.facts import read_adapter
+from composer.formats.adapters.inspection import inspect
+from composer.formats.adapters.placement.naming import is_raw
+from composer.formats.adapters.serving import SERVERS, Loading, judge, loads, loads_in, parse_profile
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import logits, peft_logits, relative
 from tests.composer.test_formats_adapter import Q0, change_tensors, facts_of, placed_on
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.errors import InvalidFile
-from composer.suite import MAX_FILE_BYTES, Contradiction, Example, Suite, contradicting_suites, parse_suite
+from composer.formats.recipes.suite import (
+    MAX_FILE_BYTES,
+    Contradiction,
+    Example,
+    Suite,
+    contradicting_suites,
+    parse_suite,
+)
 
 HEAD = "name: sql-exact\nkind: target\ndescription: one line\nchat: true\n"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "suites"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from composer.merge.target import BLOCK_BYTES, Target
+from composer.merge.io.output_file import BLOCK_BYTES, Target
 
 cuts = st.lists(st.integers(0, 12 * BLOCK_BYTES), min_size=2, max_size=12, unique=True).map(sorted)
 

@@ -3,10 +3,10 @@
 import pytest
 from peft import PeftModel
 
+from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch
 from composer.findings import Severity
-from composer.formats.checkpoint import open_checkpoint
-from composer.variants import load_deltas
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.test_formats_adapter import change_config, placed_on
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model
 

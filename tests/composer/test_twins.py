@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer.combine import combine
+from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import MergePlan, plan_merge, run_merge
-from composer.settings import PIPELINES
-from composer.variants import load_deltas
+from composer.export.combine import combine
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.methods import PIPELINES
+from composer.merge.plan import MergePlan, plan_merge
+from composer.merge.run import run_merge
 from tests.composer.adapted import logits, peft_logits, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model, tensors_in
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from peft import FourierFTConfig, MissConfig, OFTConfig, PeftConfig, RandLoraConfig, VeraConfig
 
-from composer.combine import combine
-from composer.delta import LowRank
+from composer.deltas.delta import LowRank
+from composer.deltas.tensors import is_mapped
+from composer.deltas.variants.load import load_deltas
 from composer.errors import NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.inspection import inspect
-from composer.tensors import is_mapped
-from composer.variants import load_deltas
+from composer.export.combine import combine
+from composer.formats.adapters.inspection import inspect
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import save_adapted
 from tests.composer.tiny import MakeModel
 

@@ -16,12 +16,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from composer.applied import applied
+from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.facts import facts, read_adapter
-from composer.formats.placement import place
-from composer.variants import load_deltas
+from composer.evaluation.hooks import applied
+from composer.formats.adapters.facts import facts, read_adapter
+from composer.formats.adapters.placement.placement import place
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import (
     IDS,
     assert_merged_like_peft,

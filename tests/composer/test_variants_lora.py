@@ -10,13 +10,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
-from composer.applied import applied
-from composer.convert import convert_rebased
+from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch, NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.merge import plan_merge, run_merge
-from composer.variants import load_deltas
-from composer.weights import Weight, parse_rule
+from composer.evaluation.hooks import applied
+from composer.export.convert import convert_rebased
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.weights import Weight, parse_rule
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
 from tests.composer.adapted import (
     IDS,
     assert_all_close,

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from composer.delta import Computed, LowRank
+from composer.deltas.delta import Computed, LowRank
+from composer.deltas.variants.load import load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.facts import read_adapter
-from composer.formats.inspection import inspect
-from composer.variants import load_deltas
+from composer.formats.adapters.facts import read_adapter
+from composer.formats.adapters.inspection import inspect
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import (
     assert_all_close,
     assert_merged_like_peft,

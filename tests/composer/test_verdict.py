@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from composer.conflicts import conflicts, report
-from composer.conflicts.interval import interval
-from composer.conflicts.outcome import Effect, Outcome, SideEffect
-from composer.conflicts.probe import ProbeResult
-from composer.findings import Severity, Verdict, parse_policy
-from composer.variants import LoadedAdapter
+from composer.conflicts.evidence.interval import interval
+from composer.conflicts.evidence.outcome import Effect, Outcome, SideEffect
+from composer.conflicts.evidence.probe import ProbeResult
+from composer.conflicts.render import text
+from composer.conflicts.report import conflicts
+from composer.deltas.variants.load import LoadedAdapter
+from composer.findings import Severity, Verdict
+from composer.formats.recipes.policy import parse_policy
 from tests.composer.small_model import Load
 from tests.composer.test_conflicts import codes
 
@@ -79,7 +81,7 @@ def test_the_verdict_of_a_set_is_its_worst_pairs(red: LoadedAdapter, green: Load
     found = conflicts([red, green, blue], [1.0] * 3, evidence=measured)
     assert [pair.verdict for pair in found.pairs] == [Verdict.OK, Verdict.WARN, Verdict.OK]
     assert found.verdict is Verdict.WARN
-    assert report.summary(found).lines[0] == "red + blue (worst of 4 combinations)"
+    assert text.summary(found).lines[0] == "red + blue (worst of 4 combinations)"
     alone = conflicts([red, green, blue], [1.0] * 3, evidence=replace(measured, pairs=(harmless, third, third)))
     assert alone.verdict is Verdict.OK
 
@@ -100,7 +102,7 @@ def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> 
     harmed = outcome(1.5, 0.4, 0.6, 0.1).whole
     effects = tuple(replace(one, answered=8, still_answered=2) for one in harmed.effects)
     result = ProbeResult(8, (replace(harmed, effects=effects),), replace(harmed, effects=effects), 1.5)
-    found = report.summary(conflicts([red, green], [1.0, 1.0], evidence=result))
+    found = text.summary(conflicts([red, green], [1.0, 1.0], evidence=result))
     assert found.headline == "warn, measured on 8 examples a suite in 2 s"
     assert found.lines == (
         "red + green",
@@ -109,7 +111,7 @@ def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> 
         "guard general rises 0.60 nats a token (0.36 to 0.84), 0.05 allowed",
     )
     assert "protect" in found.fix or "regmean" in found.fix
-    unmeasured = report.summary(conflicts([red, green], [1.0, 1.0]))
+    unmeasured = text.summary(conflicts([red, green], [1.0, 1.0]))
     assert unmeasured.headline == "unmeasured"
     assert unmeasured.fix == "Measure it: --probe 8 (probe: 8 in a recipe), with a suite for each."
     assert all(len(line) < 80 for line in (*found.lines, *unmeasured.lines))
@@ -119,11 +121,11 @@ def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     found = conflicts([red, green], [1.0, 1.0], evidence=outcome(1.5, 0.4, 0.6, 0.1))
-    verdict, headline = report.headlines(found)
+    verdict, headline = text.headlines(found)
     assert verdict == "Verdict: warn."
     assert headline.startswith("red + green: risk +1.50 [+1.22, +1.78] nats per token, measured: red is the one that")
     assert headline.endswith("suffers, 40% of its gain is left.")
-    first, *others = report.tables(found)
+    first, *others = text.tables(found)
     assert first.title == "Probe"
     assert first.rows[0] == (
         "red + green",
@@ -153,11 +155,11 @@ def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
 
 def test_answering_as_well_as_alone_is_said_of_intervals(red: LoadedAdapter, green: LoadedAdapter) -> None:
     sure = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.001))
-    assert report.headlines(sure)[1].endswith("both answer their own suites as well as alone.")
-    assert report.advice(sure) == []
+    assert text.headlines(sure)[1].endswith("both answer their own suites as well as alone.")
+    assert text.advice(sure) == []
     open_ = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.1))
-    assert report.headlines(open_)[1].endswith("no loss is sure on 8 examples.")
-    assert report.advice(open_) == [
+    assert text.headlines(open_)[1].endswith("no loss is sure on 8 examples.")
+    assert text.advice(open_) == [
         "red + green: Undecided: measure more examples (--probe-max 24), as far as red-exact has them."
     ]
 
@@ -165,10 +167,10 @@ def test_answering_as_well_as_alone_is_said_of_intervals(red: LoadedAdapter, gre
 def test_the_coverage_of_the_intervals_is_printed_and_what_they_are_not_corrected_for(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    pair = report.tables(conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.001)))[0]
+    pair = text.tables(conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.001)))[0]
     assert "the intervals of both members held together in 0." in pair.note
     assert "not corrected" not in pair.note
-    assert report.coverage(4).endswith("They are not corrected for looking at 4 combinations.")
+    assert text.coverage(4).endswith("They are not corrected for looking at 4 combinations.")
 
 
 def test_a_damaged_pair_gets_advice_that_names_positions_modules_and_settings(

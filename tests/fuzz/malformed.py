@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from composer.formats.checkpoint import Architecture
-from composer.formats.header import DTYPE_BITS, TensorSpec
+from composer.formats.checkpoints.checkpoint import Architecture
+from composer.formats.checkpoints.header import DTYPE_BITS, TensorSpec
 from tests.staying_whole.small import MODULE, RANK, SIZE
 
 BASE = Architecture("llama", False, {f"{MODULE}.weight": TensorSpec("F32", (SIZE, SIZE))})

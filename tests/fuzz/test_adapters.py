@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from composer.errors import InvalidFile, Mismatch, NotSupported
-from composer.formats.card import card_provenance
-from composer.formats.inspection import inspect
-from composer.recipe import load_recipe, parse_recipe
+from composer.formats.adapters.inspection import inspect
+from composer.formats.checkpoints.card import card_provenance
+from composer.formats.recipes.recipe import load_recipe, parse_recipe
 from tests.fuzz.malformed import BASE, HARMS, Adapter, junk, malformed
 
 FACTOR = int(os.environ.get("ADAPTORY_TEST_FUZZ", "1"))

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from composer.errors import InvalidFile
-from composer.formats.checkpoint import open_checkpoint
-from composer.formats.header import DTYPE_BITS, Header, TensorSpec, encode_header, parse_header
-from composer.hashing import hash_checkpoint
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.hashing import hash_checkpoint
+from composer.formats.checkpoints.header import DTYPE_BITS, Header, TensorSpec, encode_header, parse_header
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(
     lambda name: name != "__metadata__"

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer.delta import Layout, LowRank
-from composer.methods.linear import side_by_side
+from composer.deltas.delta import Layout, LowRank
+from composer.formats.recipes.methods import PIPELINES, parse_settings
+from composer.methods.join import side_by_side
 from composer.methods.pipeline import Part, Place, Selections, run
-from composer.settings import PIPELINES, parse_settings
 
 weights = st.floats(-4, 4, width=32)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from composer.delta import Layout, LowRank
-from composer.lowrank import Grams, relations
+from composer.deltas.delta import Layout, LowRank
+from composer.deltas.lowrank import Grams, relations
 
 OUTPUTS, INPUTS = 20, 14
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from composer.formats.patterns import compiled, matches_end, matches_whole
+from composer.formats.adapters.config.patterns import compiled, matches_end, matches_whole
 
 CHARACTERS = st.sampled_from(["a", "b", "_", ".", r"\.", "[ab]", "[^a.]", r"\w", r"\W", r"[\d_]"])
 REPEATS = st.sampled_from(["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,2}", "{2,}"])

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from composer.formats.serving import PROFILES, Profile, parse_profile
+from composer.formats.adapters.serving import PROFILES, Profile, parse_profile
 from registry import search, words
 from registry.access import EVERYWHERE
 from registry.audit import Actor

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from composer.formats.serving import SERVERS
-from composer.hashing import weights_digest
-from composer.suite import Suite
+from composer.formats.adapters.serving import SERVERS
+from composer.formats.checkpoints.hashing import weights_digest
+from composer.formats.recipes.suite import Suite
 from registry import bases, channels, releases, suites, yanks
 from registry.access import EVERYWHERE, Role
 from registry.audit import Actor

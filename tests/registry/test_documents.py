@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from composer.suite import Suite
+from composer.formats.recipes.suite import Suite
 from registry import search, suites, yanks
 from registry.db import Database, Session
 from registry.models import Release

@@ -18,7 +18,7 @@ from sqlalchemy import Integer, MetaData, func, insert, select, text
 from sqlalchemy.exc import ProgrammingError
 
 import registry.models
-from composer.formats.facts import WEIGHTS_FILE
+from composer.formats.adapters.facts import WEIGHTS_FILE
 from registry.db import Database, Row, ensure_schema, head_revision, migrate, migrations_directory, schema_revision
 from registry.errors import Unavailable
 from registry.resources import open_resources

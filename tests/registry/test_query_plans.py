@@ -17,7 +17,7 @@ import pytest
 from psycopg import sql
 
 from benchmarks import stock
-from composer.formats.serving import Profile
+from composer.formats.adapters.serving import Profile
 from registry import bases, descriptions, resolve, search
 from registry.access import EVERYWHERE
 from registry.audit import Actor

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from composer.evaluate import evaluate
-from composer.model import load_model
-from composer.suite import parse_suite
+from composer.evaluation.evaluate import evaluate
+from composer.evaluation.model import load_model
+from composer.formats.recipes.suite import parse_suite
 from tests.composer.small_model import save_adapter, save_llama
 from tests.scenarios.traces import Traces, traces
 from tests.scenarios.world import Cli, World

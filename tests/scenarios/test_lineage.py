@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from composer.weights import parse_rule
+from composer.formats.recipes.weights import parse_rule
 from registry.client.lineage import NOTE_FILE, of_note, of_release, rule_words, side_by_side
 from tests.scenarios import stored
 from tests.scenarios.world import Cli, World

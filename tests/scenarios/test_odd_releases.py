@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from composer.hashing import weights_digest
+from composer.formats.checkpoints.hashing import weights_digest
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli
 

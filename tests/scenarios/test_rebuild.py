@@ -164,7 +164,7 @@ def test_a_merge_into_what_a_4_bit_base_stands_for_is_made_again_too(
 
 INTERRUPTED = """
 import os, signal, time
-from composer.merge.resume import Journal
+from composer.merge.io.journal import Journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
 finish = Journal.finish
 def finish_and_be_interrupted(self, path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from composer.hashing import weights_digest
+from composer.formats.checkpoints.hashing import weights_digest
 from registry.errors import Conflict, Invalid, Usage
 from registry.web import documents
 from tests.scenarios.traces import api_of

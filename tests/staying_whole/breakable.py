@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 from fastapi.routing import APIRoute
 
-from composer.hashing import weights_digest
+from composer.formats.checkpoints.hashing import weights_digest
 from registry.client.api import Api
 from registry.client.push import push
 from registry.web.app import routers

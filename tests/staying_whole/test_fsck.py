@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from composer.hashing import hash_file
+from composer.formats.checkpoints.hashing import hash_file
 from registry import fsck
 from registry.client.push import collect
 from registry.client.selection import select_files

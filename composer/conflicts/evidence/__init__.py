@@ -1,0 +1,1 @@
+"""Evidence for a conflict report: a probe, activations, and their intervals."""

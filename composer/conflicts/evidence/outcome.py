@@ -1,0 +1,257 @@
+"""What a combination does to its members and to guards, and whether that is too much.
+
+Losses are decided by their intervals. Answers are decided by the share that is left, which no mean of nats stands for:
+of 262 adapters those that kept 0.8 to 0.9 of their gain in nats gave half of them under 22 % of their answers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+
+from composer.conflicts.evidence.interval import Interval, interval, share_interval, surely_less
+from composer.evaluation.evaluate import Measured, ratio
+from composer.findings import Verdict
+from composer.formats.recipes.policy import THRESHOLDS, Policy
+
+LEAST_EXAMPLES = 8
+"""Fewer decide nothing to be harmless: of the study's examples one in twelve fails, and four rarely hold that one."""
+LEAST_ANSWERED = 8
+"""Examples that a member answers word for word alone, from which on the share that is left is counted."""
+COVERAGE = {8: 0.90, 16: 0.92}
+"""Of the 95 % intervals: how often both members' held together, by examples a suite (docs/study.md)."""
+NOTICEABLE_NATS = 0.02
+"""A loss below this many nats a token changes a token's probability by 2 %: nothing a reader would see. No interval of
+a loss is narrower to either side: of the study's examples one in twelve fails, and a few that do not, all alike, say
+that they are sure. With it the intervals hold what they say; what Student's t alone missed lay within it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is too much: a member's `loss` in nats per token (with `of_gain`, a share of what it had gained over the
+    base, if that would be noticed); a smaller share than this of its `answers` left, counted from LEAST_ANSWERED on
+    (with `by_interval`, where a binomial test is sure); a `guard` that rises by more nats per token.
+    """
+
+    loss: float = 0.1
+    answers: float = 0.9
+    guard: float = 0.05
+    of_gain: bool = False
+    by_interval: bool = False
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Limits":
+        """What the policy ignores has no limit."""
+
+        def number(code: str, never: float) -> float:
+            value = policy.thresholds.get(code, THRESHOLDS[code])
+            return never if value is None or policy.ignores(code) else value
+
+        return cls(
+            number("probe_loss", inf),
+            min(max(number("probe_answers", 0.0), 0.0), 1.0),
+            number("probe_guard", inf),
+            "probe_loss" in policy.modes,
+            "probe_answers" in policy.modes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """A member's own suite in nats per completion token, on so many `examples` of it: the base, the member alone at
+    weight 1, and the combination.
+
+    `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
+    it lies in, all members' together. What a member's own weight takes is in it: a weight is chosen too.
+    `alone_weighted` is the member alone at the weight given (None: that is 1), so that combined - alone_weighted is
+    what the others do. `kept` is the share of the member's gain that is left, (base - combined) / (base - alone); None
+    when it had no gain. Of the examples the member alone answers `answered` word for word, and combined
+    `still_answered` of those.
+    """
+
+    member: str
+    suite: str
+    base: float
+    alone: float
+    combined: float
+    loss: float
+    loss_stderr: float | None
+    loss_interval: Interval
+    kept: float | None
+    answered: int
+    still_answered: int
+    examples: int
+    alone_weighted: float | None = None
+
+    @property
+    def weight_loss(self) -> float | None:
+        """What the member's own weight takes, in nats per token; None where that is 1."""
+        return None if self.alone_weighted is None else self.alone_weighted - self.alone
+
+    @property
+    def answers_left(self) -> float | None:
+        """The share of its answers; None where it gave none alone."""
+        return self.still_answered / self.answered if self.answered else None
+
+    def limit(self, limits: Limits) -> float:
+        """The loss that is too much, in nats per token."""
+        return max(NOTICEABLE_NATS, limits.loss * (self.base - self.alone)) if limits.of_gain else limits.loss
+
+    def of_loss(self, limits: Limits) -> Verdict:
+        """By its interval."""
+        limit = self.limit(limits)
+        if self.loss_interval.low > limit:
+            return Verdict.WARN
+        return Verdict.UNDECIDED if self.loss_interval.holds(limit) else Verdict.OK
+
+    def of_answers(self, limits: Limits) -> Verdict:
+        """By the share that is left; open while that is of too few."""
+        if self._surely_silenced(limits):
+            return Verdict.WARN
+        if not self.answered or not limits.answers:
+            return Verdict.OK
+        too_few_left = self.still_answered < limits.answers * self.answered
+        if limits.by_interval or self.answered < LEAST_ANSWERED:
+            return Verdict.UNDECIDED if too_few_left or not limits.by_interval else Verdict.OK
+        return Verdict.WARN if too_few_left else Verdict.OK
+
+    def verdict(self, limits: Limits) -> Verdict:
+        enough = Verdict.OK if self.examples >= LEAST_EXAMPLES else Verdict.UNDECIDED
+        return Verdict.worst([enough, self.of_loss(limits), self.of_answers(limits)])
+
+    def surely_harmed(self, limits: Limits) -> bool:
+        """Beyond what more examples would change."""
+        return self.of_loss(limits) is Verdict.WARN or self._surely_silenced(limits)
+
+    def _surely_silenced(self, limits: Limits) -> bool:
+        return surely_less(self.still_answered, self.answered, limits.answers)
+
+    def to_json(self) -> dict[str, object]:
+        share = share_interval(self.still_answered, self.answered).to_json() if self.answered else None
+        return {**asdict(self), "loss_interval": self.loss_interval.to_json(), "answers_interval": share}
+
+
+@dataclass(frozen=True, slots=True)
+class SideEffect:
+    """A guard suite in nats per completion token. `rise` is the combination over the worst member alone, paired."""
+
+    suite: str
+    base: float
+    alone: dict[str, float]
+    combined: float
+    rise: float
+    rise_stderr: float | None
+    rise_interval: Interval
+    examples: int
+
+    def verdict(self, limits: Limits) -> Verdict:
+        """By its interval, and open before LEAST_EXAMPLES."""
+        if self.rise_interval.low > limits.guard:
+            return Verdict.WARN
+        few = self.examples < LEAST_EXAMPLES and limits.guard < inf
+        return Verdict.UNDECIDED if few or self.rise_interval.holds(limits.guard) else Verdict.OK
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "rise_interval": self.rise_interval.to_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One combination measured on `k` examples a suite, or all that it has: the effect on each member and guard."""
+
+    k: int
+    effects: tuple[Effect, ...]
+    guards: tuple[SideEffect, ...]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(effect.member for effect in self.effects)
+
+    @property
+    def worst(self) -> Effect:
+        """The member that loses most; its loss, in nats per token, is the risk of the combination."""
+        return max(self.effects, key=lambda effect: effect.loss)
+
+    @property
+    def risk(self) -> Interval:
+        """What the worst member loses: all members' intervals hold together, so the largest loss is between the largest
+        of their lower and of their upper ends."""
+        intervals = [effect.loss_interval for effect in self.effects]
+        return Interval(max(one.low for one in intervals), max(one.high for one in intervals))
+
+    def victim(self, limits: Limits) -> Effect:
+        """The member with the worst verdict; of several the one that loses most."""
+        order = list(Verdict)
+        return max(self.effects, key=lambda one: (order.index(one.verdict(limits)), one.loss))
+
+    def verdict(self, limits: Limits) -> Verdict:
+        """The worst of all members and guards: `ok`, `undecided` or `warn`."""
+        return Verdict.worst(one.verdict(limits) for one in (*self.effects, *self.guards))
+
+    def is_open(self, limits: Limits) -> bool:
+        """Is something undecided of any member or guard?"""
+        return any(one.verdict(limits) is Verdict.UNDECIDED for one in (*self.effects, *self.guards))
+
+    def needs_more(self, limits: Limits) -> bool:
+        """Would more examples help? Something is open, a guard rose, or answers are lost that may be chance; not where
+        a member is surely harmed."""
+        if any(effect.surely_harmed(limits) for effect in self.effects):
+            return False
+        risen = any(guard.rise > limits.guard for guard in self.guards)
+        return risen or self.verdict(limits) is not Verdict.OK
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "k": self.k,
+            "effects": [one.to_json() for one in self.effects],
+            "guards": [one.to_json() for one in self.guards],
+        }
+
+
+def effect_of(
+    names: tuple[str, str],
+    base: Sequence[Measured],
+    alone: Sequence[Measured],
+    combined: Sequence[Measured],
+    members: int,
+    as_weighted: Sequence[Measured] | None = None,
+) -> Effect:
+    """On a member and its suite of these names, of the same examples under each. The interval holds together with those
+    of all `members`, and is never narrower than NOTICEABLE_NATS to either side."""
+    before, own, after = (_nll(run) for run in (base, alone, combined))
+    loss, stderr = _difference(combined, alone)
+    sure = interval(loss, stderr, len(alone), members)
+    answered = [after for own, after in zip(alone, combined, strict=True) if own.exact]
+    return Effect(
+        *names,
+        base=before,
+        alone=own,
+        combined=after,
+        loss=loss,
+        loss_stderr=stderr,
+        loss_interval=Interval(min(sure.low, loss - NOTICEABLE_NATS), max(sure.high, loss + NOTICEABLE_NATS)),
+        kept=(before - after) / (before - own) if before > own else None,
+        answered=len(answered),
+        still_answered=sum(one.exact for one in answered),
+        examples=len(alone),
+        alone_weighted=_nll(as_weighted) if as_weighted else None,
+    )
+
+
+def side_effect_of(
+    suite: str, base: Sequence[Measured], alone: Mapping[str, Sequence[Measured]], combined: Sequence[Measured]
+) -> SideEffect:
+    """On the same examples of a guard under the base, each member alone, and the combination."""
+    each = {name: _nll(run) for name, run in alone.items()}
+    rise, stderr = _difference(combined, alone[max(each, key=lambda name: each[name])])
+    n = len(base)
+    return SideEffect(suite, _nll(base), each, _nll(combined), rise, stderr, interval(rise, stderr, n), n)
+
+
+def _nll(measured: Sequence[Measured]) -> float:
+    return ratio([one.nats for one in measured], [one.tokens for one in measured])[0]
+
+
+def _difference(after: Sequence[Measured], before: Sequence[Measured]) -> tuple[float, float | None]:
+    """Nats per token gained and its standard error, paired: examples differ far more than their losses do."""
+    nats = [one.nats - other.nats for one, other in zip(after, before, strict=True)]
+    return ratio(nats, [one.tokens for one in after])

@@ -1,0 +1,135 @@
+"""What a conflict report tells of a pair, of an adapter and of the whole set: plain numbers, from sums over modules."""
+
+from dataclasses import asdict, dataclass, fields
+
+from composer.deltas.lowrank import Relations, Sums
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """How two deltas a and b lie to each other, in one module, in one layer or, summed first, in the whole model.
+
+    Overlaps are shares of energy inside the other's span, mean of both directions; *_excess has chance removed;
+    *_ab is the share of a inside b. *_alignment is the cosine of Delta Delta^T (outputs) or Delta^T Delta (inputs).
+    `norm_*` are Frobenius norms without weights. `dominance` is the larger one's share of the weighted energy, 0.5 to
+    1; `interference` 1 for orthogonal, up to 2 for the same, down to 0 for opposite. `retention_a` is what the weighted
+    sum of the two holds of a, <M, a> / |a|^2. `crowding` is Pico's c_max, of U sqrt(S). `sign_conflict` is the share of
+    sampled entries of different sign, `sign_excess` what is beyond arccos(cosine) / pi, `sign_weighted` counts by size.
+    """
+
+    cosine: float
+    input_overlap: float
+    input_excess: float
+    input_overlap_ab: float
+    input_overlap_ba: float
+    output_overlap: float
+    output_excess: float
+    output_overlap_ab: float
+    output_overlap_ba: float
+    input_alignment: float
+    output_alignment: float
+    norm_a: float
+    norm_b: float
+    dominance: float
+    interference: float
+    retention_a: float
+    retention_b: float
+    crowding: float
+    sign_conflict: float
+    sign_excess: float
+    sign_weighted: float
+
+    @classmethod
+    def of(cls, sums: Sums) -> "Numbers":
+        """Of the sums of two."""
+
+        def mean(both: tuple[float, float]) -> float:
+            return sum(both) / 2
+
+        input_overlap = (sums.input_overlap(0, 1), sums.input_overlap(1, 0))
+        output_overlap = (sums.output_overlap(0, 1), sums.output_overlap(1, 0))
+        return cls(
+            cosine=sums.cosine(0, 1),
+            input_overlap=mean(input_overlap),
+            input_excess=mean((sums.input_excess(0, 1), sums.input_excess(1, 0))),
+            input_overlap_ab=input_overlap[0],
+            input_overlap_ba=input_overlap[1],
+            output_overlap=mean(output_overlap),
+            output_excess=mean((sums.output_excess(0, 1), sums.output_excess(1, 0))),
+            output_overlap_ab=output_overlap[0],
+            output_overlap_ba=output_overlap[1],
+            input_alignment=sums.input_alignment(0, 1),
+            output_alignment=sums.output_alignment(0, 1),
+            norm_a=sums.norm(0),
+            norm_b=sums.norm(1),
+            dominance=max(sums.shares()),
+            interference=sums.interference(),
+            retention_a=sums.retention(0),
+            retention_b=sums.retention(1),
+            crowding=sums.crowding(0, 1),
+            sign_conflict=sums.sign_conflict(0, 1),
+            sign_excess=sums.sign_excess(0, 1),
+            sign_weighted=sums.sign_weighted(0, 1),
+        )
+
+    @property
+    def weighted_cosine(self) -> float:
+        """Of w_a a and w_b b: turned where the weights differ in sign. 0 where one of them is zero."""
+        apart = self.dominance * (1 - self.dominance)
+        return min(1.0, max(-1.0, (self.interference - 1) / (2 * apart**0.5))) if apart > 0 else 0.0
+
+    def to_json(self) -> dict[str, float]:
+        return {field.name: short(getattr(self, field.name)) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large one delta is: |Delta|_F, the largest sigma_1, |Delta|_F^2 / sigma_1^2 (of several modules the quotient
+    of the sums). With a base at hand w |Delta|_F / |W|_F and, of the weights that were looked at, the largest
+    w sigma_1(Delta) / sigma_1(W): over 1 it replaces the weight, or its strongest direction, rather than adapt it.
+    """
+
+    norm: float
+    spectral_norm: float
+    stable_rank: float
+    amplification: float | None = None
+    spectral_amplification: float | None = None
+
+    @classmethod
+    def of(cls, compared: Relations, index: int, base_energy: float | None, base_sigma: float | None = None) -> "Size":
+        """Of a module, or (without a sigma) of many."""
+        sums = compared.sums
+        weighted = max(0.0, float(sums.weighted[index, index]))
+        amplification = (weighted / base_energy) ** 0.5 if base_energy else None
+        spectral = compared.weighted_sigmas[index] / base_sigma if base_sigma else None
+        return cls(sums.norm(index), float(compared.sigmas[index]), sums.stable_rank(index), amplification, spectral)
+
+    def to_json(self) -> dict[str, float | None]:
+        return {name: None if value is None else short(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """The weighted sum of all: |M|_F, the largest sigma_1, |M|^2 over the sum of squares, and the largest crowding.
+
+    With a base at hand: the share of sampled entries of M that rounding to the base's dtype loses.
+    """
+
+    norm: float
+    spectral_norm: float
+    interference: float
+    crowding: float
+    lost_share: float | None = None
+
+    @classmethod
+    def of(cls, compared: Relations, lost_share: float | None) -> "Together":
+        norm = max(0.0, float(compared.sums.weighted.sum())) ** 0.5
+        return cls(norm, compared.spectral_norm, compared.sums.interference(), compared.crowding, lost_share)
+
+    def to_json(self) -> dict[str, float | None]:
+        return {name: None if value is None else short(value) for name, value in asdict(self).items()}
+
+
+def short(value: float) -> float:
+    """Six digits: a report has tens of thousands of numbers."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,1 @@
+"""A conflict report as text and as a page."""

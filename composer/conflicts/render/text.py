@@ -1,0 +1,360 @@
+"""A conflict report as headlines and tables of plain text: what to say first, and what to line up below it.
+
+Nothing here draws: a table is a title, column names and rows of strings, for a terminal, a page or a file to lay out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from composer.conflicts.advice import FROM_WEIGHTS, MEASURE, of_outcome
+from composer.conflicts.evidence.interval import Interval, share_interval
+from composer.conflicts.evidence.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
+from composer.conflicts.evidence.probe import ProbeResult
+from composer.conflicts.metrics import Numbers
+from composer.conflicts.report import ConflictReport, Pair
+from composer.findings import Finding, Severity, Verdict, next_step
+from composer.formats.untrusted import cut
+
+COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "c_max")
+AS_WELL_NATS = 0.04
+"""Members answer as well as alone where none loses more than this, at the upper end of its interval."""
+LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`rows` have one string for each of `columns`; `note` says how to read them."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What fits a screen: the verdict and how it was measured, about three lines, and what to do (empty: nothing)."""
+
+    headline: str
+    lines: tuple[str, ...]
+    fix: str
+
+    def to_json(self) -> dict[str, object]:
+        return {"headline": self.headline, "lines": list(self.lines), "fix": self.fix}
+
+
+def document(report: ConflictReport) -> dict[str, Any]:
+    """The report as JSON, with its summary."""
+    return {**report.to_json(), "summary": summary(report).to_json()}
+
+
+def summary(report: ConflictReport) -> Summary:
+    """What decides the verdict: prompts that two members contradict each other on, else an error, else the worst
+    combination that was measured, else another warning."""
+    decisive = _decisive(report.findings)
+    if report.probe is None:
+        headline = f"{report.verdict}"
+    else:
+        most = max(outcome.k for outcome in _outcomes(report))
+        headline = f"{report.verdict}, measured on {_count(most, 'example')} a suite in {report.probe.seconds:.0f} s"
+    if decisive is not None:
+        otherwise = next((line for pair in by_verdict(report) for line in pair.explanation.advice), "")
+        measured = _measured_lines(report)[1:3] if report.probe else ()
+        return Summary(headline, (decisive.message, *measured), next_step(decisive.code, otherwise))
+    if report.probe is None:
+        return Summary(headline, _unmeasured_lines(report), MEASURE)
+    return Summary(headline, _measured_lines(report), next(iter(advice(report, cut_names=True)), ""))
+
+
+def _decisive(findings: Iterable[Finding]) -> Finding | None:
+    """The loudest error or warning, unless the probe says as much."""
+    loud = sorted((one for one in findings if one.severity is not Severity.NOTICE), key=_loudest)
+    loudest = [one for one in loud if _loudest(one) == _loudest(loud[0])]
+    return None if any(one.code.startswith("probe_") for one in loudest) else next(iter(loudest), None)
+
+
+def _outcomes(report: ConflictReport) -> list[Outcome]:
+    if report.probe is None:
+        return []
+    return [*report.probe.pairs, *([report.probe.whole] if len(report.members) > 2 else [])]
+
+
+def by_verdict(report: ConflictReport) -> list[Pair]:
+    """The worst pair first; of equal ones in the order given, where nothing was measured."""
+    order = list(Verdict)
+    return sorted(report.pairs, key=lambda pair: (-order.index(pair.verdict), -(pair.risk or 0.0)))
+
+
+def _measured_lines(report: ConflictReport) -> tuple[str, ...]:
+    limits, order = report.limits, list(Verdict)
+    outcomes = _outcomes(report)
+    worst = max(outcomes, key=lambda one: (order.index(one.verdict(limits)), one.worst.loss))
+    together = " + ".join(cut(member, 32) for member in worst.members)
+    among = f" (worst of {len(outcomes)} combinations)" if len(outcomes) > 1 else ""
+    victim = worst.victim(limits)
+    guards = [guard for guard in worst.guards if guard.verdict(limits) is not Verdict.OK]
+    lines = (f"{together}{among}", _answers_line(victim, limits), _loss_line(victim, limits))
+    if not guards:
+        return lines
+    guard = max(guards, key=lambda one: (order.index(one.verdict(limits)), one.rise))
+    spread = _between(guard.rise_interval)
+    return (*lines, f"guard {cut(guard.suite)} rises {guard.rise:.2f} nats a token{spread}, {limits.guard:.2f} allowed")
+
+
+def _answers_line(effect: Effect, limits: Limits) -> str:
+    name = cut(effect.member)
+    if not effect.answered:
+        return f"{name} has no exact match on {_count(effect.examples, 'example')} alone: its loss decides"
+    share = share_interval(effect.still_answered, effect.answered)
+    kept = f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
+    return f"{name}: exact match retained on {kept}, {limits.answers:.0%} wanted"
+
+
+def _loss_line(effect: Effect, limits: Limits) -> str:
+    limit = effect.limit(limits)
+    allowed = f", {limit:.2f} allowed" if limit < inf else ""
+    return f"{cut(effect.member)} loses {effect.loss:.2f} nats a token{_between(effect.loss_interval)}{allowed}"
+
+
+def _between(sure: Interval) -> str:
+    return f" ({sure.low:.2f} to {sure.high:.2f})" if sure.to_json() else ""
+
+
+def _unmeasured_lines(report: ConflictReport) -> tuple[str, ...]:
+    pairs = report.pairs
+    compared = f"{_count(len(pairs), 'pair')} compared, none probed: what they do together is not known"
+    if pairs and pairs[0].evidence == "activations":
+        worst = max(pairs, key=lambda pair: pair.risk or 0.0)
+        who = f"{cut(worst.a, 30)} + {cut(worst.b, 30)}"
+        return (
+            compared,
+            f"{who} act most on each other's prompts",
+            f"strength {worst.risk or 0.0:.2f} (weak evidence)",
+        )
+    meeting = [
+        f"{cut(pair.a)} + {cut(pair.b)} meet most in {cut(module, 40)}"
+        for pair in pairs[:1]
+        for module, _ in pair.explanation.causes[:1]
+    ]
+    return (compared, "from weights alone: close to nothing about damage, across recipes", *meeting)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def headlines(report: ConflictReport) -> list[str]:
+    """The verdict, then one sentence for the whole set where it was measured, and one a pair."""
+    whole = whole_headline(report)
+    told = [f"Verdict: {report.verdict}.", *([whole] if whole else [])]
+    return told + [headline(pair) for pair in report.pairs]
+
+
+def whole_headline(report: ConflictReport) -> str:
+    """The risk of more than two adapters together; empty where that was not measured."""
+    if report.probe is None or len(report.members) < 3:
+        return ""
+    return _measured("All together", report.probe.whole)
+
+
+def headline(pair: Pair) -> str:
+    """The risk of a pair, how good the evidence for it is, and who suffers."""
+    if pair.outcome is not None:
+        return _measured(name(pair), pair.outcome)
+    if pair.risk is None:
+        return f"{name(pair)}: risk unknown; weights alone do not tell it (probe it to know)."
+    return f"{name(pair)}: strength {pair.risk:.2f} beside the base's activations, from prompts alone (weak evidence)."
+
+
+def _measured(who: str, outcome: Outcome) -> str:
+    worst, sure = outcome.worst, outcome.risk
+    risk = f"{who}: risk {_within(worst.loss, sure)} nats per token, measured"
+    lost = [effect for effect in outcome.effects if effect.still_answered < effect.answered]
+    silenced = "".join(
+        f" {effect.member}: exact match retained on {effect.still_answered} of {effect.answered}." for effect in lost
+    )
+    if sure.high <= AS_WELL_NATS and not lost:
+        everybody = "both" if len(outcome.effects) == 2 else "all"
+        return f"{risk}: combined, {everybody} answer their own suites as well as alone."
+    if worst.loss_interval.low <= NOTICEABLE_NATS:
+        return f"{risk}: no loss is sure on {_count(worst.examples, 'example')}.{silenced}"
+    kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
+    return f"{risk}: {worst.member} is the one that suffers{kept}.{silenced}"
+
+
+def explanations(report: ConflictReport) -> list[str]:
+    """What the risks mean, one line a pair; what is the same for all pairs is said once, before them."""
+    from_weights = any(pair.evidence == "weights" for pair in report.pairs)
+    told = [*([FROM_WEIGHTS] if from_weights else []), *(explanation(pair) for pair in report.pairs)]
+    return [line for line in told if line]
+
+
+def explanation(pair: Pair) -> str:
+    """What the risk of this pair means, if that is its own, and which modules cause it."""
+    own = "" if pair.evidence == "weights" else pair.explanation.meaning
+    return f"{own} {causes(pair)}".strip()
+
+
+def causes(pair: Pair) -> str:
+    """The modules that the pair has most in common in, with their shares; empty when it has nothing in common."""
+    told = ", ".join(f"{module} {share:.0%}" for module, share in pair.explanation.causes)
+    return f"{name(pair)} meet most in {told}." if told else ""
+
+
+def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
+    """The probe if there is one, the whole-model numbers, and the modules that overlap most."""
+    built = [probe_table(report.probe)] if report.probe else []
+    built += [_members(report), _pairs(report)]
+    rows = [(name(pair), *row) for pair in report.pairs for row in _worst_modules(pair, worst_modules)]
+    if rows:
+        built.append(Table("Modules that share most input directions", ("pair", "module", *COLUMNS), tuple(rows)))
+    return built
+
+
+def remarks(findings: Iterable[Finding]) -> list[str]:
+    """One line a finding, the loudest first; a notice of the probe is left out, since its table says the same."""
+    told = [one for one in findings if not (one.severity is Severity.NOTICE and one.code == "probe_loss")]
+    return [f"{finding.severity}: {finding.message}" for finding in sorted(told, key=_loudest)]
+
+
+def _loudest(finding: Finding) -> tuple[bool, int]:
+    """Contradicting prompts before all others: nothing else matters where no one model can serve both."""
+    return finding.code != "same_prompts", LOUDEST_FIRST.index(finding.severity)
+
+
+def advice(report: ConflictReport, *, cut_names: bool = False) -> list[str]:
+    """What can be done, one line each, with the pair that it is for, the worst one first."""
+    alone = cut_names and len(report.pairs) == 1
+    lines: list[str] = []
+    for pair in by_verdict(report):
+        who = f"{cut(pair.a)} + {cut(pair.b)}" if cut_names else name(pair)
+        lines += [line if alone else f"{who}: {line}" for line in pair.explanation.advice]
+    if report.probe is not None and len(report.members) > 2:
+        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits, report.method)]
+    return lines
+
+
+def name(pair: Pair) -> str:
+    return f"{pair.a} + {pair.b}"
+
+
+def probe_table(probe: ProbeResult) -> Table:
+    """Every suite under every combination."""
+    outcomes = [*probe.pairs, *([probe.whole] if len(probe.pairs) > 1 else [])]
+    rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
+    columns = (
+        "combination",
+        "suite",
+        "examples",
+        "base",
+        "alone",
+        "combined",
+        "loss (95 %)",
+        "gain kept",
+        "exact match retained",
+    )
+    note = (
+        f"Nats per token, in {probe.seconds:.0f} s; alone is at weight 1, and loss combined minus that, with its 95 % "
+        f"interval. {coverage(len(outcomes))}"
+    )
+    return Table("Probe", columns, tuple(rows), note)
+
+
+def coverage(combinations: int) -> str:
+    """What the intervals held when they were tried, and what they are not corrected for."""
+    held = " and ".join(f"{share:.2f} on {k}" for k, share in COVERAGE.items())
+    told = f"On the study's pairs the intervals of both members held together in {held} examples."
+    if combinations > 1:
+        told += f" They are not corrected for looking at {combinations} combinations."
+    return told
+
+
+def _members(report: ConflictReport) -> Table:
+    rows = [
+        (
+            member.name,
+            f"{member.weight.value:.3g}" + (" with rules" if member.weight.rules else ""),
+            f"{member.share:.0%}",
+            "-" if member.retention is None else f"{member.retention:.2f}",
+            f"{member.size.norm:.3g}",
+            f"{member.size.spectral_norm:.3g}",
+            f"{member.size.stable_rank:.1f}",
+            _ratio(member.size.amplification),
+            _ratio(member.size.spectral_amplification),
+        )
+        for member in report.members
+    ]
+    columns = (
+        "adapter",
+        "weight",
+        "energy",
+        "retention",
+        "norm",
+        "spectral norm",
+        "stable rank",
+        "amplification",
+        "spectral amplification",
+    )
+    note = (
+        "Retention: how much of it is in the combination (its weight, where the others leave it alone). Amplification: "
+        "its norm over that of the base's weights; spectral: of its strongest direction, in the worst module sampled."
+    )
+    return Table("Adapters", columns, tuple(rows), note)
+
+
+def _ratio(size: float | None) -> str:
+    return "-" if size is None else f"{size:.3g}"
+
+
+def _pairs(report: ConflictReport) -> Table:
+    return Table(
+        "Whole model, from the factors",
+        ("pair", *COLUMNS),
+        tuple((name(pair), *_cells(pair.numbers)) for pair in report.pairs),
+        "Overlap: share of one's energy in the other's span, (excess over chance). Interference: 1 independent, "
+        "above 1 they add up, below 1 they cancel. c_max (Pico, arXiv 2604.16826): energy share of the strongest "
+        "output direction in both B together. These explain a risk; they do not predict one.",
+    )
+
+
+def _cells(numbers: Numbers) -> tuple[str, ...]:
+    return (
+        f"{numbers.cosine:+.3f}",
+        f"{numbers.input_overlap:.3f} ({numbers.input_excess:+.3f})",
+        f"{numbers.output_overlap:.3f} ({numbers.output_excess:+.3f})",
+        f"{numbers.norm_a:.3g} : {numbers.norm_b:.3g}",
+        f"{numbers.dominance:.0%}",
+        f"{numbers.interference:.3f}",
+        f"{numbers.sign_excess:+.3f}",
+        f"{numbers.crowding:.2f}",
+    )
+
+
+def _worst_modules(pair: Pair, count: int) -> list[tuple[str, ...]]:
+    told = [module for module in pair.explanation.shares if module in pair.modules][:count]
+    return [(module, *_cells(pair.modules[module])) for module in told]
+
+
+def _outcome_rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    together = " + ".join(outcome.members)
+    lines: list[Effect | SideEffect] = [*outcome.effects, *outcome.guards]
+    return [(together, *_line(line)) for line in lines]
+
+
+def _line(line: Effect | SideEffect) -> tuple[str, ...]:
+    k = str(line.examples)
+    if isinstance(line, Effect):
+        loss, kept = _within(line.loss, line.loss_interval), "-" if line.kept is None else f"{line.kept:.0%}"
+        answers = f"{line.still_answered} of {line.answered}" if line.answered else "-"
+        alone = f"{line.alone:.2f}"
+        if line.alone_weighted is not None:
+            alone += f" ({line.alone_weighted:.2f} at its weight)"
+        return (line.suite, k, f"{line.base:.2f}", alone, f"{line.combined:.2f}", loss, kept, answers)
+    rise, alone = _within(line.rise, line.rise_interval), max(line.alone.values())
+    return (f"{line.suite} (guard)", k, f"{line.base:.2f}", f"{alone:.2f}", f"{line.combined:.2f}", rise, "-", "-")
+
+
+def _within(value: float, sure: Interval) -> str:
+    return f"{value:+.2f}" if sure.to_json() is None else f"{value:+.2f} [{sure.low:+.2f}, {sure.high:+.2f}]"

@@ -1,0 +1,1 @@
+"""What adapters add to weights, as tensors."""

@@ -1,0 +1,362 @@
+"""Inner products, angles, overlaps and spectra of low-rank deltas, from their factors alone.
+
+Delta_i = s_i B_i A_i in the module's own orientation, whatever the storage: the columns of B span its outputs, the rows
+of A its inputs. Shapes: T deltas, O outputs, I inputs, R sum of the ranks, r one rank, K a numerical rank. All follows
+from the R x R Gram matrices of the stacked factors; the O x I product is never built. A sum over the entries of each
+block of an R x R matrix is Z^T M Z, with Z_RT telling which delta a direction belongs to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import acos, pi
+from typing import Any
+
+import numpy as np
+import torch
+
+from composer.deltas.delta import LowRank
+from composer.formats.checkpoints.numeric import Float64, Summed
+
+NOISE = 1e-5
+"""A direction below this share of the largest singular value is float32 noise in the factors, not part of the span."""
+SAMPLED_SIDE = 128
+"""Signs are compared on so many rows and columns: 16 thousand entries a module."""
+
+Singular = tuple[torch.Tensor, torch.Tensor]
+"""sigma_K, and M_rK for which the near factor times M has orthonormal columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums(Summed):
+    """What T deltas have in common, T x T float64. Sums add up over modules; quotients are taken last.
+
+    inner: <Delta_i, Delta_j>; weighted: the same of w_i Delta_i; carried: <w_i Delta_i, Delta_j>.
+    outputs: energy of Delta_i inside the output span of Delta_j, |P_j Delta_i|_F^2; inputs: the same for input spans.
+    *_chance: what random spans of those dimensions would catch, |Delta_i|^2 K_j / O (or / I).
+    outputs_aligned: <Delta_i Delta_i^T, Delta_j Delta_j^T> = |Delta_i^T Delta_j|_F^2; inputs_aligned: of Delta^T Delta.
+    crowd: |B_i|^2 + |B_j|^2 of the balanced factors side by side, crowd_top: their largest squared singular value.
+    signs: sampled entries where both are not zero; differ: those of different sign; by_chance: how many would differ by
+    their cosine alone; shared: sum of min(|x_i|, |x_j|) over them; opposed: over those of different sign.
+    largest (T): sigma_1^2.
+    """
+
+    inner: Float64
+    weighted: Float64
+    carried: Float64
+    outputs: Float64
+    inputs: Float64
+    outputs_chance: Float64
+    inputs_chance: Float64
+    outputs_aligned: Float64
+    inputs_aligned: Float64
+    crowd: Float64
+    crowd_top: Float64
+    signs: Float64
+    differ: Float64
+    by_chance: Float64
+    shared: Float64
+    opposed: Float64
+    largest: Float64
+
+    @classmethod
+    def zero(cls, count: int) -> "Sums":
+        square = [np.zeros((count, count)) for _ in fields(cls)[:-1]]
+        return cls(*square, np.zeros(count))  # pyright: ignore[reportCallIssue]
+
+    def norm(self, i: int) -> float:
+        """|Delta_i|_F."""
+        return max(0.0, float(self.inner[i, i])) ** 0.5
+
+    def cosine(self, i: int, j: int) -> float:
+        """<Delta_i, Delta_j> / (|Delta_i| |Delta_j|); 0 when either is zero."""
+        return _quotient(self.inner[i, j], self.norm(i) * self.norm(j))
+
+    def output_overlap(self, i: int, j: int) -> float:
+        """The share of Delta_i's energy inside the output span of Delta_j. By chance it is rank / outputs."""
+        return _quotient(self.outputs[i, j], self.inner[i, i])
+
+    def input_overlap(self, i: int, j: int) -> float:
+        """The share of Delta_i's energy inside the input span of Delta_j. By chance it is rank / inputs."""
+        return _quotient(self.inputs[i, j], self.inner[i, i])
+
+    def output_excess(self, i: int, j: int) -> float:
+        """`output_overlap` with chance removed: (o - K/O) / (1 - K/O), 0 at chance, 1 for full overlap."""
+        return _excess(self.outputs[i, j], self.outputs_chance[i, j], self.inner[i, i])
+
+    def input_excess(self, i: int, j: int) -> float:
+        """`input_overlap` with chance removed: (o - K/I) / (1 - K/I), 0 at chance, 1 for full overlap."""
+        return _excess(self.inputs[i, j], self.inputs_chance[i, j], self.inner[i, i])
+
+    def output_alignment(self, i: int, j: int) -> float:
+        """The cosine of Delta Delta^T: do the strongest output directions coincide, whatever feeds them?"""
+        both = self.outputs_aligned
+        return _quotient(both[i, j], (both[i, i] * both[j, j]) ** 0.5)
+
+    def input_alignment(self, i: int, j: int) -> float:
+        """The cosine of Delta^T Delta: do the strongest input directions coincide, whatever they are made into?"""
+        both = self.inputs_aligned
+        return _quotient(both[i, j], (both[i, i] * both[j, j]) ** 0.5)
+
+    def crowding(self, i: int, j: int) -> float:
+        """The share of the strongest direction in both B together, as Pico's c_max (arXiv 2604.16826): 1/R when flat.
+
+        Of the balanced factors U sqrt(S), where Pico takes an adapter's own: they do not depend on how it splits its
+        product. The presets `pico_...` have all of S in B instead, where c_max is larger.
+        """
+        return _quotient(self.crowd_top[i, j], self.crowd[i, j])
+
+    def sign_conflict(self, i: int, j: int) -> float:
+        """The share of sampled entries of different sign: half for independent ones."""
+        return _quotient(self.differ[i, j], self.signs[i, j])
+
+    def sign_excess(self, i: int, j: int) -> float:
+        """`sign_conflict` beyond arccos(cosine) / pi, what the angle alone gives: only this is news."""
+        return _quotient(self.differ[i, j] - self.by_chance[i, j], self.signs[i, j])
+
+    def sign_weighted(self, i: int, j: int) -> float:
+        """The share of different signs with each entry counted by min(|x_i|, |x_j|): has a scale of its own."""
+        return _quotient(self.opposed[i, j], self.shared[i, j])
+
+    def stable_rank(self, i: int) -> float:
+        """|Delta|_F^2 / sigma_1^2; of several modules the quotient of the sums."""
+        return _quotient(self.inner[i, i], self.largest[i])
+
+    def retention(self, i: int) -> float:
+        """<M, Delta_i> / |Delta_i|^2 for the weighted sum M: its own weight where the others are orthogonal to it."""
+        return _quotient(self.carried[:, i].sum(), self.inner[i, i])
+
+    def interference(self) -> float:
+        """|sum w_i Delta_i|^2 / sum |w_i Delta_i|^2: 1 orthogonal, below 1 they cancel, above 1 they add up."""
+        return _quotient(self.weighted.sum(), self.weighted.trace())
+
+    def shares(self) -> list[float]:
+        """w_i^2 |Delta_i|^2 / sum over all: how much of the energy each delta brings; all 0 when there is none."""
+        return [_quotient(one, self.weighted.trace()) for one in self.weighted.diagonal()]
+
+    def pick(self, *indices: int) -> "Sums":
+        """The sums of some of the deltas, in the order given."""
+        square = np.ix_(indices, indices)
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Sums(*(value[square] if value.ndim == 2 else value[list(indices)] for value in values))
+
+
+@dataclass(frozen=True)
+class Grams:
+    """The Gram matrices of T deltas of one module, side by side, R x R float64: s_i s_j B_i^T B_j and A_i A_j^T."""
+
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+    ranks: tuple[int, ...]
+    shape: tuple[int, int]  # O, I
+
+    @classmethod
+    def of(cls, deltas: Sequence[LowRank]) -> "Grams":
+        """2 (O + I) R^2 flops in float64: products of float32 factors lose nothing there, so squaring the condition
+        number is harmless. With float32 products singular values below 3e-4 of the largest would be noise.
+        """
+        B_OR = torch.cat([delta.B_OR for delta in deltas], dim=1).double()
+        A_RI = torch.cat([delta.A_RI for delta in deltas]).double()
+        ranks = tuple(delta.rank for delta in deltas)
+        s_R = torch.tensor([delta.scale for delta in deltas], dtype=torch.float64).repeat_interleave(
+            torch.tensor(ranks)
+        )
+        return cls(s_R[:, None] * (B_OR.T @ B_OR) * s_R, A_RI @ A_RI.T, ranks, (B_OR.shape[0], A_RI.shape[1]))
+
+    def inner(self) -> Float64:
+        """<Delta_i, Delta_j>_F = sum over the entries of (B_i^T B_j) * (A_i A_j^T), scales folded in."""
+        return self.blocks(self.outputs * self.inputs)
+
+    def blocks(self, M_RR: torch.Tensor) -> Float64:
+        """T x T: the sum over the entries of each block."""
+        return (self.owner.T @ M_RR @ self.owner).numpy()
+
+    @cached_property
+    def owner(self) -> torch.Tensor:
+        """Z_RT."""
+        return torch.eye(len(self.ranks), dtype=torch.float64).repeat_interleave(torch.tensor(self.ranks), dim=0)
+
+    @cached_property
+    def output_spectra(self) -> list[Singular]:
+        return self._spectra(self.outputs, self.inputs)
+
+    @cached_property
+    def input_spectra(self) -> list[Singular]:
+        return self._spectra(self.inputs, self.outputs)
+
+    def _spectra(self, near: torch.Tensor, far: torch.Tensor) -> list[Singular]:
+        ends = list(accumulate(self.ranks, initial=0))
+        parts = [slice(begin, end) for begin, end in pairwise(ends)]
+        return [singular(near[part, part], far[part, part]) for part in parts]
+
+    def own(self, M_RR: torch.Tensor) -> torch.Tensor:
+        """The diagonal blocks alone."""
+        return M_RR * (self.owner @ self.owner.T)
+
+    def caught(self, near: torch.Tensor, far: torch.Tensor, spectra: Sequence[Singular]) -> Float64:
+        """Entry i, j: |U_j^T Delta_i|_F^2, the trace of S_i F_i S_i^T with S = U_j^T N = M_j^T N_j^T N, near side."""
+        rows = near.split(list(self.ranks))
+        columns: list[torch.Tensor] = []
+        own = self.own(far)
+        for (_, M_rK), N_rR in zip(spectra, rows, strict=True):
+            S_KR = M_rK.T @ N_rR
+            columns.append(((S_KR @ own) * S_KR).sum(0) @ self.owner)
+        return torch.stack(columns, dim=1).numpy()
+
+    def aligned(self, near: torch.Tensor, far: torch.Tensor) -> Float64:
+        """<Delta_i Delta_i^T, Delta_j Delta_j^T> = sum over the entries of (F_i N_ij F_j) * N_ij, near side outputs."""
+        own = self.own(far)
+        return self.blocks((own @ near @ own) * near)
+
+    def merged(self, weights: Sequence[float]) -> float:
+        """The spectral norm of sum w_i Delta_i."""
+        w_R = self.owner @ torch.tensor(weights, dtype=torch.float64)
+        sigma, _ = singular(w_R[:, None] * self.outputs * w_R, self.inputs)
+        return float(sigma[0]) if len(sigma) else 0.0
+
+    def balanced(self) -> list[list[torch.Tensor]]:
+        """Blocks of the Gram matrix of the balanced B_i = U_i sqrt(S_i)."""
+        turned = [M_rK * sigma_K.sqrt() for sigma_K, M_rK in self.output_spectra]
+        T_RK = torch.block_diag(*turned)
+        sizes = [turn.shape[1] for turn in turned]
+        return [list(row.split(sizes, dim=1)) for row in (T_RK.T @ self.outputs @ T_RK).split(sizes)]
+
+
+def numerical_rank(sigma: torch.Tensor) -> int:
+    """How many singular values, descending, are more than float32 noise."""
+    return int((sigma > NOISE * sigma[0]).sum()) if len(sigma) else 0
+
+
+def singular(near: torch.Tensor, far: torch.Tensor) -> Singular:
+    """Singular values of a delta, descending without noise, from its r x r Gram matrices, and M_rK of its near side.
+
+    With N the near factor and F^(1/2) the root of the far Gram matrix, N F^(1/2) = U sigma V^T has the delta's own U
+    and sigma, and its Gram matrix is V sigma^2 V^T. So U = N M with M = F^(1/2) V / sigma, in any gauge.
+    """
+    values, vectors = torch.linalg.eigh(far)
+    half = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    values, vectors = torch.linalg.eigh(half @ near @ half)
+    sigma = values.flip(0).clamp(min=0).sqrt()
+    K = numerical_rank(sigma)
+    return sigma[:K], half @ vectors.flip(1)[:, :K] / sigma[:K]
+
+
+@dataclass(frozen=True, slots=True)
+class Relations:
+    """Of one module, or of several: the sums, and the largest among the modules of sigma_1 of each delta (T), of the
+    weighted sum's, and of the crowding of all B together."""
+
+    sums: Sums
+    sigmas: Float64
+    spectral_norm: float = 0.0
+    crowding: float = 0.0
+
+    @classmethod
+    def zero(cls, count: int) -> "Relations":
+        return cls(Sums.zero(count), np.zeros(count))
+
+    def __add__(self, other: "Relations") -> "Relations":
+        return Relations(
+            self.sums + other.sums,
+            np.maximum(self.sigmas, other.sigmas),
+            max(self.spectral_norm, other.spectral_norm),
+            max(self.crowding, other.crowding),
+        )
+
+    @property
+    def weighted_sigmas(self) -> list[float]:
+        """|w| sigma_1 of each delta, of one module."""
+        inner, weighted = self.sums.inner.diagonal(), self.sums.weighted.diagonal()
+        return [float(one) * _quotient(w, i) ** 0.5 for one, w, i in zip(self.sigmas, weighted, inner, strict=True)]
+
+
+def relations(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = None) -> Relations:
+    """T deltas of one module; None where an adapter leaves it alone. Ranks may differ; weights are 1 without any."""
+    given = [1.0] * len(deltas) if weights is None else weights
+    present = [index for index, delta in enumerate(deltas) if delta is not None]
+    sums = Sums.zero(len(deltas))
+    if not present:
+        return Relations.zero(len(deltas))
+    here = [delta for delta in deltas if delta is not None]
+    own = [given[index] for index in present]
+    grams = Grams.of(here)
+    crowd, crowd_top, crowding = _crowding(grams.balanced())
+    found: dict[str, Any] = _angles(grams, own) | _signs(here, grams.inner()) | {"crowd": crowd, "crowd_top": crowd_top}
+    place = np.ix_(present, present)
+    for name, value in found.items():
+        getattr(sums, name)[place if value.ndim == 2 else present] = value
+    return Relations(sums, np.sqrt(sums.largest), grams.merged(own), crowding)
+
+
+def _angles(grams: Grams, weights: Sequence[float]) -> dict[str, Float64]:
+    inner, w = grams.inner(), np.array(weights)
+    norms = inner.diagonal()[:, None]
+    K = np.array([[len(sigma) for sigma, _ in grams.output_spectra]])
+    outputs, inputs = grams.outputs, grams.inputs
+    return {
+        "inner": inner,
+        "weighted": inner * w * w[:, None],
+        "carried": inner * w[:, None],
+        "outputs": grams.caught(outputs, inputs, grams.output_spectra),
+        "inputs": grams.caught(inputs, outputs, grams.input_spectra),
+        "outputs_chance": norms * K / grams.shape[0],
+        "inputs_chance": norms * K / grams.shape[1],
+        "outputs_aligned": grams.aligned(outputs, inputs),
+        "inputs_aligned": grams.aligned(inputs, outputs),
+        "largest": np.array([float(sigma[0]) ** 2 if len(sigma) else 0.0 for sigma, _ in grams.output_spectra]),
+    }
+
+
+def _crowding(balanced: list[list[torch.Tensor]]) -> tuple[Float64, Float64, float]:
+    """(T x T total, T x T top, c_max of all)."""
+    T = len(balanced)
+    total, top = np.zeros((T, T)), np.zeros((T, T))
+    for i in range(T):
+        for j in range(i, T):
+            rows = [[balanced[a][b] for b in (i, j)[: 1 + (i != j)]] for a in (i, j)[: 1 + (i != j)]]
+            total[i, j], top[i, j] = _crowd(rows)
+            total[j, i], top[j, i] = total[i, j], top[i, j]
+    whole, most = _crowd(balanced)
+    return total, top, _quotient(most, whole)
+
+
+def _crowd(blocks: list[list[torch.Tensor]]) -> tuple[float, float]:
+    gram = torch.cat([torch.cat(row, dim=1) for row in blocks])
+    if not len(gram):
+        return 0.0, 0.0
+    return float(gram.trace()), float(torch.linalg.eigvalsh(gram)[-1])
+
+
+def _signs(deltas: Sequence[LowRank], inner: Float64) -> dict[str, Float64]:
+    """On rows and columns at even distances: the same in every run, and in no order that a model has."""
+    T = len(deltas)
+    rows, columns = (_spread(size) for size in (deltas[0].B_OR.shape[0], deltas[0].A_RI.shape[1]))
+    X = [(delta.B_OR[rows].float() * delta.scale) @ delta.A_RI[:, columns].float() for delta in deltas]
+    sizes = [one.abs() for one in X]
+    found = {name: np.zeros((T, T)) for name in ("signs", "differ", "by_chance", "shared", "opposed")}
+    norms = np.sqrt(inner.diagonal().clip(min=0))
+    for i in range(T):
+        for j in range(i + 1, T):
+            apart = torch.sign(X[i]) * torch.sign(X[j])
+            smaller, differ = torch.minimum(sizes[i], sizes[j]), apart < 0
+            signs = float(apart.count_nonzero())
+            cosine = min(1.0, max(-1.0, _quotient(inner[i, j], norms[i] * norms[j])))
+            values = (signs, differ.sum(), signs * acos(cosine) / pi, smaller.sum(), smaller[differ].sum())
+            for name, value in zip(found, values, strict=True):
+                found[name][i, j] = found[name][j, i] = float(value)
+    return found
+
+
+def _spread(size: int) -> torch.Tensor:
+    return torch.linspace(0, size - 1, min(size, SAMPLED_SIDE)).round().long()
+
+
+def _quotient(part: float, whole: float) -> float:
+    return float(part / whole) if whole > 0 else 0.0
+
+
+def _excess(caught: float, chance: float, energy: float) -> float:
+    # Two full-rank deltas overlap by necessity: then chance is everything, and there is no excess.
+    room = energy - chance
+    return float((caught - chance) / room) if room > 1e-9 * energy else 0.0

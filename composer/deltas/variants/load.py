@@ -1,0 +1,215 @@
+"""An adapter's tensors and facts -> what it adds to each weight. What no delta can express is refused by name.
+
+A function for each variant takes a placed module and gives its deltas; they are one file a family beside this one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import overload
+
+import torch
+
+from composer.deltas.delta import Delta, LowRank, Replacement, mapped
+from composer.deltas.tensors import Aside, all_finite, is_mapped, torch_threads
+from composer.deltas.variants import lora, products, rescaled, rotations, shared, spectral
+from composer.deltas.variants.source import Module
+from composer.deltas.variants.tied import with_twins
+from composer.errors import InvalidFile, Mismatch, NotSupported
+from composer.findings import Finding, Severity, next_step
+from composer.formats.adapters.config.config import AdapterConfig
+from composer.formats.adapters.facts import Adapter, read_adapter
+from composer.formats.adapters.placement.placement import place
+from composer.formats.adapters.placement.result import Placed, PlacedModule
+from composer.formats.checkpoints.checkpoint import Architecture
+
+Read = Callable[[Module], list[Delta]]
+
+_KINDS: dict[str, Read] = {
+    "linear": lora.pair,
+    "conv1d": lora.pair,
+    "embedding": lora.pair,
+    "convolution": lora.pair,
+    "block_diagonal": lora.block_diagonal,
+    "experts": lora.experts,
+    "tokens": lora.tokens,
+    "kasa": rescaled.kasa,
+}
+_TYPES: dict[str, Read] = {
+    "ADALORA": products.adalora,
+    "LOHA": products.loha,
+    "LOKR": products.lokr,
+    "DELORA": products.delora,
+    "GRALORA": products.gralora,
+    "MISS": products.miss,
+    "IA3": rescaled.ia3,
+    "HIRA": rescaled.hira,
+    "OFT": rotations.oft,
+    "BOFT": rotations.boft,
+    "HRA": rotations.hra,
+    "ROAD": rotations.road,
+    "VERA": shared.vera,
+    "PVERA": shared.vera,
+    "RANDLORA": shared.randlora,
+    "VBLORA": shared.vblora,
+    "UNILORA": shared.unilora,
+    "FOURIERFT": spectral.fourierft,
+    "C3A": spectral.c3a,
+    "SUPERTUNING": spectral.supertuning,
+    "SHIRA": spectral.shira,
+}
+NAME_BASE = "Name the base that it was trained on: --base."
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter ready for arithmetic. Factors and replacements keep their dtype, mapped from the file where they are
+    in it as they are: whoever computes with them takes them to float32 or float64 first, and only memory that is
+    looked at is used.
+
+    `base_copies` maps a checkpoint tensor to PEFT's copy of it: a merge compares the two.
+    """
+
+    name: str
+    path: Path
+    config: AdapterConfig
+    placed: Placed
+    deltas: Sequence[Delta]
+    base_copies: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+
+class StoredDeltas(Sequence[Delta]):
+    """The deltas of an adapter, made from the file whenever one is asked for: who looks at one after the other holds
+    those of one module, however large the adapter is and however many there are. Factors that are not in the file as
+    they are (VeRA's, MiSS's, …) are made once, and wait on the disk."""
+
+    def __init__(self, adapter: Adapter, modules: Sequence[PlacedModule]) -> None:
+        self._adapter = adapter
+        self._latest: tuple[PlacedModule, list[Delta]] | None = None
+        self._aside: Aside | None = None
+        self._made: dict[int, list[Delta]] = {}
+        self._making = Lock()
+        self._places = [(module, place) for module in modules for place in range(_count(adapter, module))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Delta: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Delta, ...]: ...
+    def __getitem__(self, index: int | slice) -> Delta | tuple[Delta, ...]:
+        if isinstance(index, slice):
+            return tuple(self._delta(*place) for place in self._places[index])
+        return self._delta(*self._places[index])
+
+    def _delta(self, module: PlacedModule, place: int) -> Delta:
+        latest = self._latest
+        if latest is None or latest[0] is not module:
+            self._latest = latest = (module, self._deltas(module))
+        return latest[1][place]
+
+    def _deltas(self, module: PlacedModule) -> list[Delta]:
+        with self._making:
+            if id(module) in self._made:
+                return self._made[id(module)]
+            deltas = _read(self._adapter, module)
+            fresh = [delta for delta in deltas if isinstance(delta, LowRank) and not _in_file(delta)]
+            if not fresh:
+                return deltas
+            self._aside = self._aside or Aside()
+            put = dict(zip(map(id, fresh), mapped(self._aside, fresh), strict=True))
+            self._made[id(module)] = [put.get(id(delta), delta) for delta in deltas]
+            return self._made[id(module)]
+
+
+def _in_file(delta: LowRank) -> bool:
+    return all(is_mapped(factor) or not factor.numel() for factor in (delta.A_RI, delta.B_OR))
+
+
+def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
+    """Load the adapter in directory `path`, placed on a base (or only on its own names, without one).
+
+    Raises Mismatch when a tensor does not fit the base, NotSupported for what no delta of the base's weights can
+    express (PiSSA, activated LoRA, prompts, …) or, without a base, of a size that only a base tells (VeRA, OFT, …),
+    InvalidFile for a number that is not finite, and what `read_adapter` raises.
+    """
+    adapter = read_adapter(path)
+    placed = place_or_refuse(adapter, architecture, "merged")
+    _refuse_unsized(adapter, placed)
+    with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
+        for module in placed.adapted:
+            _refuse_not_finite(adapter, module)
+    placed = with_twins(adapter, placed, on_a_base=architecture is not None)
+    deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
+    copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
+    return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
+
+
+def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: str) -> Placed:
+    """Place an adapter that is about to be `done` (merged, …). Raises NotSupported for what no delta of the base's
+    weights can express, and Mismatch when a tensor does not fit the base."""
+    if (refusal := adapter.config.unsupported()) is not None:
+        message = f"{adapter.name} cannot be {done}: {refusal.reason}."
+        code = f"variant_{adapter.config.variant[:40]}"
+        raise NotSupported(code, message, subject=adapter.name, next_step=refusal.way_out)
+    placed = place(adapter.config, adapter.header, architecture, adapter.name)
+    refuse_errors(adapter.name, placed.findings)
+    return placed
+
+
+def refuse_errors(subject: str, findings: list[Finding]) -> None:
+    """Raise Mismatch for the first error among the findings, with the number of others."""
+    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
+    if errors:
+        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise Mismatch(
+            errors[0].code,
+            f"{subject}: {errors[0].message}{more}",
+            subject=errors[0].subject,
+            next_step=next_step(errors[0].code, "`adaptory inspect` lists all that does not fit."),
+        )
+
+
+def _refuse_unsized(adapter: Adapter, placed: Placed) -> None:
+    """Of some types the file does not tell a side of the weight, and without it there is no delta."""
+    for module in placed.modules:
+        if module.kind == "other" and (0 in module.shape or not module.shape):
+            message = f"A file of {adapter.config.peft_type} does not tell the size of {module.module}: its base does."
+            raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
+
+
+def _count(adapter: Adapter, module: PlacedModule) -> int:
+    """How many deltas the module has, without reading it."""
+    if module.kind == "experts":
+        return len(module.pieces)
+    empty = module.kind == "other" and any(0 in adapter.header.tensors[key].shape for key in module.parts.values())
+    return 0 if empty else 1
+
+
+def _read(adapter: Adapter, module: PlacedModule) -> list[Delta]:
+    if module.kind == "replacement":
+        return [Replacement(module.module, module.weight, _whole(adapter, module), module.tied, module.twin)]
+    return _reader(adapter.config, module)(Module(adapter, module))
+
+
+def _reader(config: AdapterConfig, module: PlacedModule) -> Read:
+    if config.peft_type == "LORA" and module.kind == "bias":
+        return lora.bias
+    if module.kind in _KINDS:
+        return rescaled.dora if "magnitude" in module.parts else _KINDS[module.kind]
+    return _TYPES[config.peft_type]
+
+
+def _refuse_not_finite(adapter: Adapter, module: PlacedModule) -> None:
+    source = Module(adapter, module)
+    if not all(all_finite(source[part]) for part in module.parts):
+        message = f"{adapter.name} has a NaN or an infinite value in {module.module}."
+        next_step = "Train again, or take an earlier save."
+        raise InvalidFile("not_finite", message, subject=module.module, next_step=next_step)
+
+
+def _whole(adapter: Adapter, module: PlacedModule) -> torch.Tensor:
+    (part,) = module.parts
+    return Module(adapter, module)[part]

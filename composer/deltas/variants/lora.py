@@ -1,0 +1,90 @@
+"""LoRA and what stays a sum of a few products: block-diagonal factors, experts, biases; and trained token rows.
+
+Shapes: O outputs, I inputs, R rank, E experts; W_MN as stored.
+"""
+
+import torch
+
+from composer.deltas.delta import Computed, Delta, Layout, LowRank, Stacked
+from composer.deltas.variants.source import Module
+from composer.formats.adapters.placement.naming import TOKENS, split_key
+from composer.formats.adapters.placement.result import Piece
+
+
+def pair(module: Module) -> list[Delta]:
+    """s B A (arXiv 2106.09685). A convolution's A has the kernel behind its inputs, B is 1 x 1."""
+    A_RI, B_OR = factors(module)
+    return [module.low_rank(A_RI, B_OR, module.placed.scale)]
+
+
+def factors(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B), R x I and O x R."""
+    prefix = "lora_embedding_" if module.layout is Layout.EMBEDDING else "lora_"
+    return module[f"{prefix}A"].flatten(1), module[f"{prefix}B"].flatten(1)
+
+
+def block_diagonal(module: Module) -> list[Delta]:
+    """BD-LoRA keeps only the blocks of A or B, one above the other."""
+    A_RI, B_OR = factors(module)
+    blocks = module.config.blocks
+    side = "" if blocks is None else blocks.side(module.placed.module)
+    count = 1 if blocks is None else blocks.count
+    if side == "A":
+        A_RI = torch.block_diag(*A_RI.chunk(count))
+    if side == "B":
+        B_OR = torch.block_diag(*B_OR.chunk(count))
+    return [module.low_rank(A_RI, B_OR, module.placed.scale)]
+
+
+def experts(module: Module) -> list[Delta]:
+    """s B[:, :, e] A[e] for each expert: in A the expert is the slow index of its rows, in B the fast one of its
+    columns."""
+    placed, rank = module.placed, module.placed.rank
+    A_ERI = module["lora_A"].unflatten(0, (-1, rank))
+    B_ORE = module["lora_B"].unflatten(1, (rank, -1))
+    owner, _, parameter = placed.module.rpartition(".")
+    rows = B_ORE.shape[0] if module.layout is Layout.LINEAR else A_ERI.shape[2]
+
+    def one(piece: Piece) -> LowRank:
+        own = piece.weight.split(".")[-2] if piece.weight.endswith(".weight") else parameter
+        A_RI, B_OR = A_ERI[piece.expert], B_ORE[piece.first : piece.last, :, piece.expert]
+        name, place = f"{owner}.{piece.expert}.{own}", piece.expert * rows + piece.first
+        stacked = Stacked(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), place)
+        return LowRank(name, piece.weight, module.layout, A_RI, B_OR, placed.scale, begin=piece.begin, stacked=stacked)
+
+    return [one(piece) for piece in placed.pieces]
+
+
+def bias(module: Module) -> list[Delta]:
+    """lora_B's own bias, times s."""
+    b_M = module["lora_B_bias"]
+    scale = module.placed.scale
+
+    def rows(W_M1: torch.Tensor, begin: int) -> torch.Tensor:
+        return scale * b_M[begin : begin + len(W_M1), None].to(W_M1)
+
+    return [module.computed(rows, reads_base=False)]
+
+
+def tokens(module: Module) -> list[Delta]:
+    """W[ids] becomes the trained rows, despite the part's name. `ids` are in the order of the config."""
+    placed, new_TN = module.placed, module[TOKENS]
+    ids_T = torch.tensor(module.config.tokens_of(_embedding(module)), dtype=torch.long)
+
+    def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
+        inside = (ids_T >= begin) & (ids_T < begin + len(W_MN))
+        at = ids_T[inside] - begin
+        delta_MN = torch.zeros_like(W_MN)
+        delta_MN[at] = new_TN[inside].to(W_MN) - W_MN[at]
+        return delta_MN
+
+    changed = Computed(
+        placed.module, placed.weight, module.stored_shape, rows, reads_base=True, tied=placed.tied,
+        layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
+    )  # fmt: skip
+    return [changed]
+
+
+def _embedding(module: Module) -> str:
+    """A tied head's rows are the embedding's, whose name the key has."""
+    return split_key(module.placed.parts[TOKENS]).module

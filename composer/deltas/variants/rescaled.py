@@ -1,0 +1,56 @@
+"""Deltas that scale what the base has: DoRA, KaSA, (IA)3, HiRA. W_OI are rows of the weight as the module uses it."""
+
+import torch
+
+from composer.deltas.delta import Delta
+from composer.deltas.variants.lora import factors
+from composer.deltas.variants.source import Module
+
+
+def dora(module: Module) -> list[Delta]:
+    """m / |V| * V - W with V = W + s B A, norms over the inputs of each output (arXiv 2402.09353, eq. 5)."""
+    A_RI, B_OR = factors(module)
+    m_O, scale = module["magnitude"].flatten(), module.placed.scale
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        own = slice(begin, begin + len(W_OI))
+        V_OI = torch.addmm(W_OI, B_OR[own].to(W_OI), A_RI.to(W_OI), alpha=scale)
+        factor_O = m_O[own].to(W_OI) / torch.linalg.vector_norm(V_OI, dim=1)
+        return V_OI.mul_(factor_O[:, None]).sub_(W_OI)
+
+    return [module.computed(rows)]
+
+
+def kasa(module: Module) -> list[Delta]:
+    """s B diag(v) A on a base without its R smallest singular triples (arXiv 2412.06071)."""
+    A_RI, B_OR = factors(module)
+    v_R, scale, rank = module["lora_diag"], module.placed.scale, module.placed.rank
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        U_OK, S_K, V_KI = torch.linalg.svd(W_OI, full_matrices=False)
+        dropped_OI = (U_OK[:, -rank:] * S_K[-rank:]) @ V_KI[-rank:]
+        return scale * (B_OR.to(W_OI) * v_R.to(W_OI)) @ A_RI.to(W_OI) - dropped_OI
+
+    return [module.computed(rows, alone=True, whole=True)]
+
+
+def ia3(module: Module) -> list[Delta]:
+    """W * l - W, l for outputs (O x 1) or inputs (1 x I) (arXiv 2205.05638). A bias is scaled as an output."""
+    l_OI = module["ia3_l"]
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        own_OI = l_OI if len(l_OI) == 1 else l_OI[begin : begin + len(W_OI)]
+        return W_OI * (own_OI.to(W_OI) - 1)
+
+    return [module.computed(rows)]
+
+
+def hira(module: Module) -> list[Delta]:
+    """W * (B A), element by element (Huang et al., ICLR 2025)."""
+    prefix = "hira_embedding_" if "hira_embedding_A" in module else "hira_"
+    A_RI, B_OR = module[f"{prefix}A"], module[f"{prefix}B"]
+
+    def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+        return W_OI * (B_OR[begin : begin + len(W_OI)].to(W_OI) @ A_RI.to(W_OI))
+
+    return [module.computed(rows)]

@@ -1,0 +1,97 @@
+"""The tensors of a placed module, and how what is computed from them becomes a delta of the stored weight.
+
+Shapes: O outputs and I inputs of the module (a kernel's elements counted), R rank; a stored matrix is M x N.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from composer.deltas.delta import Computed, Layout, LowRank, Rows
+from composer.deltas.tensors import map_tensor
+from composer.errors import InvalidFile
+from composer.formats.adapters.config.config import AdapterConfig
+from composer.formats.adapters.facts import Adapter
+from composer.formats.adapters.placement.result import PlacedModule
+
+_ALL = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """`module["lora_A"]` is the part's tensor, mapped from the file."""
+
+    adapter: Adapter
+    placed: PlacedModule
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        return map_tensor(self.adapter.weights_path, self.adapter.header.tensors[self.placed.parts[part]])
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.placed.parts
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.adapter.config
+
+    @property
+    def options(self) -> Mapping[str, bool | int | float | str]:
+        return self.config.options
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.placed.layout)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        shape = self.placed.shape
+        return shape[0], prod(shape[1:])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.stored_shape
+        return (rows, columns) if self.layout is Layout.LINEAR else (columns, rows)
+
+    def value(self, part: str) -> torch.Tensor:
+        """In float32, for arithmetic: two mapped parts may differ in dtype, and half precision would round between."""
+        return self[part].float()
+
+    def low_rank(self, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float = 1.0) -> LowRank:
+        placed, kernel = self.placed, self.placed.shape[2:]
+        return LowRank(
+            placed.module, placed.weight, self.layout, A_RI, B_OR, scale, placed.tied, kernel=kernel, twin=placed.twin,
+            nested=placed.nested,
+        )  # fmt: skip
+
+    def computed(self, rows: Rows, *, reads_base: bool = True, alone: bool = False, whole: bool = False) -> Computed:
+        """`rows` takes and gives rows of O x I: of a weight that is stored the other way all of them at once."""
+        placed, straight = self.placed, self.layout is Layout.LINEAR
+
+        def turned(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
+            return rows(W_MN.T, 0).T
+
+        return Computed(
+            placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
+            rescales=reads_base, alone=alone, whole=whole or not straight, tied=placed.tied, layout=self.layout,
+            kernel=placed.shape[2:], twin=placed.twin,
+        )  # fmt: skip
+
+    def indices(self, part: str, below: int, own: slice = _ALL) -> torch.Tensor:
+        """Whole numbers in [0, below) of some rows of the part, as int64: PEFT on Windows saves them as floats. Raises
+        InvalidFile for others: a wrong one would read anything."""
+        stored = self[part][own]
+        found = stored.long()
+        if not torch.equal(found.to(stored.dtype), stored) or (
+            found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below
+        ):
+            key = self.placed.parts[part]
+            raise InvalidFile(
+                "bad_index",
+                f"{key} has indices that are not whole numbers below {below}.",
+                subject=key,
+                next_step="Save the adapter again, or name the base it was trained on.",
+            )
+        return found

@@ -1,0 +1,61 @@
+"""The two sides of a tied weight, which an adapter may change alike: each is then the other's twin."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from composer.deltas.variants import lora
+from composer.deltas.variants.source import Module
+from composer.errors import Mismatch
+from composer.formats.adapters.facts import Adapter
+from composer.formats.adapters.placement.naming import is_embedding, is_head
+from composer.formats.adapters.placement.pairs import FACTOR_PARTS
+from composer.formats.adapters.placement.result import Placed, PlacedModule
+
+
+def with_twins(adapter: Adapter, placed: Placed, *, on_a_base: bool) -> Placed:
+    """The modules, twins marked as such: whole tensors and rows of tokens that are saved for both and equal, and pairs
+    that PEFT ties (`ensure_weight_tying`). Without a base to say what is tied, such pairs are if they are equal. Raises
+    Mismatch for pairs of a tied weight that are said to be one and differ."""
+    saved = (*_saved(adapter, placed, "replacement"), *_saved(adapter, placed, "tokens"))
+    twins = (*saved, *_pairs(adapter, placed, on_a_base=on_a_base))
+    modules = [
+        replace(module, weight=twins[0].weight, tied=True, twin=True) if module in twins else module
+        for module in placed.modules
+    ]
+    return Placed(modules, placed.findings)
+
+
+def _saved(adapter: Adapter, placed: Placed, kind: str) -> Sequence[PlacedModule]:
+    sides = _sides(module for module in placed.modules if module.kind == kind and module.tied and not module.twin)
+    tensors = [[Module(adapter, side)[part] for part in side.parts] for side in sides]
+    return sides if sides and _equal(*tensors) else ()
+
+
+def _pairs(adapter: Adapter, placed: Placed, *, on_a_base: bool) -> Sequence[PlacedModule]:
+    said = bool(adapter.config.raw.get("ensure_weight_tying"))
+    sides = _sides(module for module in placed.low_rank if said and (module.tied or not on_a_base))
+    if not sides:
+        return ()
+    embedding, head = sides
+    A_RI, B_OR = lora.factors(Module(adapter, embedding))
+    if _equal((B_OR.T, A_RI.T), lora.factors(Module(adapter, head))):
+        # A magnitude is each side's own, and so is the scale where a pattern names one of them.
+        plain = embedding.parts.keys() | head.parts.keys() <= FACTOR_PARTS and embedding.scale == head.scale
+        return sides if plain else ()
+    if not on_a_base:
+        return ()
+    message = f"{adapter.name} says that {head.module} and its twin are tied, but their factors differ."
+    raise Mismatch("twins_differ", message, subject=head.module, next_step="Set ensure_weight_tying to false.")
+
+
+def _sides(modules: Iterable[PlacedModule]) -> tuple[PlacedModule, ...]:
+    """(embedding, head), if there is one of each; else nothing."""
+    found = list(modules)
+    embeddings, heads = ([one for one in found if side(one.module)] for side in (is_embedding, is_head))
+    return (embeddings[0], heads[0]) if len(embeddings) == len(heads) == 1 else ()
+
+
+def _equal(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,149 @@
+"""The examples that a fitted method is fitted on, and what the base's modules see on them.
+
+Shapes: N tokens looked at, I inputs of a module, P positions of an example.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import cast
+
+import torch
+from torch import nn
+
+from composer.deltas.delta import Delta, LowRank
+from composer.deltas.tensors import Aside
+from composer.evaluation.evaluate import Encoded, encode, encode_prompt
+from composer.evaluation.hooks import module_of
+from composer.evaluation.model import LoadedModel
+from composer.evaluation.observe import Pass, Watch, observe
+from composer.evaluation.stack_inputs import Stack
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.methods.regmean import ModuleInputs
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A set for each adapter, in their order; `load` gives the base, the same one every time. Of a member's tokens at
+    most `tokens` are looked at, chosen by `seed`. `progress` is called with each number of examples that were run."""
+
+    load: Callable[[], LoadedModel]
+    sets: Sequence[CalibrationSet]
+    tokens: int
+    seed: int = 0
+    progress: Callable[[int], None] = lambda _count: None
+
+    @classmethod
+    def by(
+        cls, settings: Mapping[str, object], load: Callable[[], LoadedModel], sets: Sequence[CalibrationSet]
+    ) -> "Calibration":
+        """As the parsed settings of a fitted method say."""
+        return cls(load, sets, cast(int, settings["tokens"]), cast(int, settings["seed"]))
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.load()
+
+    def to_json(self) -> list[dict[str, object]]:
+        return [one.to_json() for one in self.sets]
+
+    def pick(self, members: Sequence[int]) -> "Calibration":
+        """That of some of the adapters, by their numbers among all."""
+        return replace(self, sets=[self.sets[member] for member in members])
+
+    def observe(
+        self, member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]
+    ) -> Mapping[str, ModuleInputs]:
+        """By key, what the matrices of the `wanted` deltas see on the member's examples under `active` deltas.
+
+        Those whose inputs cannot be observed are left out. Raises what `encode` and `applied` raise."""
+        loaded, collector = self.model, _Collector()
+        examples = _encoded(loaded, self.sets[member])
+        watches: dict[str, Watch] = {}
+        stacks: dict[str, dict[str, list[tuple[str, int]]]] = defaultdict(lambda: defaultdict(list))
+        for key, delta in wanted.items():
+            if delta.stacked:
+                owner, _, _name = delta.stacked.parameter.rpartition(".")
+                stacks[owner][delta.stacked.parameter].append((key, delta.stacked.expert))
+            elif _is_linear(module_of(loaded.model, delta.module)):
+                watches[delta.module] = collector.watch(key)
+        for owner, parameters in stacks.items():
+            found = [(Stack.of(loaded.model, path), keys) for path, keys in parameters.items()]
+            watches[owner] = collector.watch_stacks([(stack, keys) for stack, keys in found if stack])
+        observe(loaded, examples, active, watches, _chosen(examples, self.tokens, self.seed))
+        self.progress(len(examples))
+        return collector.found()
+
+
+class _Collector:
+    """Keeps each module's inputs on the disk, in the order of the examples. Modules that are given the very same tensor
+    one after the other (q, k and v; gate and up) share them."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[tuple[int, ...], tuple[torch.Tensor, float]]] = defaultdict(dict)
+        self._latest: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._aside, self._lock = Aside(), Lock()
+
+    def watch(self, path: str) -> Watch:
+        def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            energy = float(seen.rows(output, path).float().square().sum())
+            latest = self._latest.get(seen.indices)
+            if latest is None or latest[0] is not inputs[0]:
+                rows_NI = seen.rows(inputs[0], path).cpu()
+                with self._lock:  # examples run side by side
+                    (kept,) = self._aside.put([rows_NI])
+                self._latest[seen.indices] = latest = (inputs[0], kept)
+            self._parts[path][seen.indices] = (latest[1], energy)
+
+        return keep
+
+    def watch_stacks(self, stacks: Sequence[tuple[Stack, Sequence[tuple[str, int]]]]) -> Watch:
+        """Of stacked matrices of one module: each with the keys and numbers of its experts. The parts of one expert
+        (its gate and its up projection) have the same inputs, and the energy of both."""
+
+        def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+            for stack, keys in stacks:
+                kept: dict[int, tuple[torch.Tensor, float]] = {}
+                for key, expert in keys:
+                    if expert not in kept:
+                        rows_NI = stack.rows(seen, inputs, expert)
+                        with self._lock:
+                            (rows,) = self._aside.put([rows_NI.cpu()])
+                        kept[expert] = (rows, stack.energy(rows_NI, expert))
+                    self._parts[key][seen.indices] = kept[expert]
+
+        return keep
+
+    def found(self) -> dict[str, ModuleInputs]:
+        found: dict[str, ModuleInputs] = {}
+        for path, parts in self._parts.items():
+            ordered = [parts[indices] for indices in sorted(parts)]
+            found[path] = ModuleInputs(tuple(rows for rows, _ in ordered), sum(energy for _, energy in ordered))
+        return found
+
+
+def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
+    """Prompts are user turns where the base has a chat template."""
+    if used.suite is not None:
+        return [encode(loaded, one, used.suite.chat, used.suite.ends) for one in used.examples]
+    chat = loaded.tokenizer.chat_template is not None
+    ids = [tuple(encode_prompt(loaded, prompt, chat)) for prompt in used.prompts]
+    return [Encoded(one, len(one)) for one in ids]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Is it called with its inputs? transformers' Conv1D is known by its name; the output projection of a packed
+    attention is a linear layer that nobody calls."""
+    name = type(module).__name__
+    return name == "Conv1D" or (isinstance(module, nn.Linear) and name != "NonDynamicallyQuantizableLinear")
+
+
+def _chosen(examples: Sequence[Encoded], most: int, seed: int) -> list[torch.Tensor]:
+    """Which tokens of each example are looked at: all, or `most` of them by chance."""
+    lengths = [len(one.ids) for one in examples]
+    chosen = torch.ones(sum(lengths), dtype=torch.bool)
+    if len(chosen) > most:
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+        chosen[order[most:]] = False
+    return list(chosen.split(lengths))

@@ -1,0 +1,134 @@
+"""A base that suites and prompts are run on: in memory, or streamed from the disk when it does not fit there."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from composer.deltas.tensors import execution_device, torch_device
+from composer.errors import InvalidFile
+from composer.evaluation.memory import free_bytes
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
+
+# Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy; where
+# each pass reads the weights from the disk, large enough that reading them serves many tokens.
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
+_STREAMED_TOKENS = 8192
+_WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for activations, logits and everybody else
+_KEPT_SHARE = 0.5  # of it, when weights are streamed through the other half
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model, its tokenizer and its checkpoint's architecture.
+
+    `streamed` says that not all of its weights are in memory: each forward pass reads the others from the checkpoint, a
+    layer at a time, so that only one pass may run at once, and no parameter can be changed.
+    """
+
+    model: Any  # transformers' classes are imported when a model is loaded, not for annotations
+    tokenizer: Any
+    architecture: Architecture
+    streamed: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where a forward pass takes its input."""
+        return execution_device(self.model)
+
+    @property
+    def passes(self) -> int:
+        """How many forward passes may run side by side."""
+        return 1 if self.streamed or self.device.type != "cpu" else os.cpu_count() or 1
+
+    @property
+    def batch_tokens(self) -> int:
+        """The padded tokens of one pass."""
+        return _STREAMED_TOKENS if self.streamed else BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+
+
+def load_model(
+    directory: Path | str, device: str = "auto", dtype: torch.dtype | None = None, memory: int | None = None
+) -> LoadedModel:
+    """Load a Hugging Face checkpoint for evaluation. No code from the checkpoint is run and nothing is downloaded.
+
+    `device` auto is CUDA where there is one. `dtype` None is the checkpoint's own, or float32 where the device does not
+    multiply in it and the larger weights fit. Weights that need more than `memory` bytes of the device (None: most of
+    what is free there now) are streamed. Raises composer's errors for a checkpoint that cannot be read, and InvalidFile
+    when transformers refuses the model or its tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    checkpoint = open_checkpoint(Path(directory))
+    chosen = torch_device(device)
+    limit = int(_free_bytes(chosen) * _WEIGHTS_SHARE) if memory is None else memory
+    if dtype is None and _is_emulated(checkpoint, chosen) and _weight_bytes(checkpoint, torch.float32) <= limit:
+        dtype = torch.float32
+    streamed = _weight_bytes(checkpoint, dtype) > limit
+    places = _places(chosen, limit) if streamed else {}
+    # Its bar for reading weights is drawn even where stderr is no terminal.
+    logging.disable_progress_bar()
+    model: Any
+    try:
+        # Not asked for, transformers would ask whoever sits at the terminal whether to run it.
+        given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **given)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **places)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # not the checkpoint's fault
+    except Exception as error:  # what they raise over a damaged file has no other base: tokenizers raises just this
+        raise InvalidFile(
+            "model_not_loadable",
+            f"{directory}: transformers cannot load it: {error}",
+            subject=str(directory),
+            next_step="Evaluation needs a causal language model with its tokenizer beside it.",
+        ) from error
+    return LoadedModel(
+        model.eval() if streamed else model.eval().to(chosen), tokenizer, checkpoint.architecture, streamed
+    )
+
+
+def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Does the device multiply matrices of this dtype by instructions of its own? A CPU without them takes up to a
+    hundred times as long as in float32: on one with AVX2 alone, 0.9 GFLOP/s in bfloat16 and 75 in float32."""
+    if device.type != "cpu":
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return dtype not in (torch.bfloat16, torch.float16)
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _is_emulated(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Are most of the weights of a 16-bit dtype that the device does not multiply in?"""
+    sizes: Counter[str] = Counter()
+    for header in checkpoint.shards.values():
+        for entry in header.tensors.values():
+            sizes[entry.dtype] += entry.size_bytes
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16}.get(sizes.most_common(1)[0][0]) if sizes else None
+    return stored is not None and not multiplies_in(stored, device)
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    entries = [entry for header in checkpoint.shards.values() for entry in header.tensors.values()]
+    if dtype is None:
+        return sum(entry.size_bytes for entry in entries)
+    return sum(entry.spec.elements for entry in entries) * dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
+
+
+def _places(device: torch.device, limit: int) -> dict[str, object]:
+    """Layers are put on the device while they fit, then in the host's memory, and the rest stays in the checkpoint."""
+    kept = int(limit * _KEPT_SHARE)
+    if device.type == "cpu":
+        return {"device_map": "auto", "max_memory": {"cpu": kept}}
+    host = int(_free_bytes(torch.device("cpu")) * _WEIGHTS_SHARE * _KEPT_SHARE)
+    return {"device_map": "auto", "max_memory": {device.index or 0: kept, "cpu": host}}

@@ -1,0 +1,110 @@
+"""What the modules of a model see: their inputs, and what the base makes of them, on some examples with deltas active.
+
+Shapes: B examples of P positions in a batch, N tokens of it that are looked at.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from composer.deltas.tensors import torch_threads
+from composer.errors import NotSupported
+from composer.evaluation.evaluate import Encoded, batches_of, padded
+from composer.evaluation.hooks import Deltas, applied
+from composer.evaluation.model import LoadedModel
+from composer.formats.adapters.placement.naming import is_head
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass over the examples `indices`; `tokens` (B x P) are those to look at, none of them padding."""
+
+    indices: tuple[int, ...]
+    tokens: torch.Tensor
+    is_padded: bool
+
+    def rows(self, values: torch.Tensor, path: str) -> torch.Tensor:
+        """B x P x … as N x …, without the other tokens; all rows where a module sees its tokens in another shape (an
+        expert's own layer gets those which a router has chosen). Raises NotSupported when these may hold padding."""
+        tokens_BP = self.tokens.to(values.device)
+        if values.shape[:2] == tokens_BP.shape:
+            return values[tokens_BP]
+        if self.is_padded:
+            message = f"{path} does not see its tokens as examples x positions, so that padding cannot be left out."
+            raise NotSupported(
+                "padded", message, subject=path, next_step="Give one prompt, or measure where the base fits in memory."
+            )
+        return values.flatten(0, -2)
+
+
+Watch = Callable[[Pass, tuple[torch.Tensor, ...], torch.Tensor], None]
+"""(pass, a module's inputs, the base's output W x). Called from several threads, in the order of the modules."""
+
+_PASS: ContextVar[Pass] = ContextVar("_PASS")
+
+
+def observe(
+    loaded: LoadedModel,
+    examples: Sequence[Encoded],
+    active: Deltas,
+    watches: Mapping[str, Watch],
+    tokens: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Run every example with `active` deltas, and show each watched module's input and output to its watch.
+
+    The output is the base's, before any delta. `tokens` says for each example which of its tokens are looked at (a
+    boolean vector; all by default). Raises what `applied` and the watches raise.
+    """
+    looked_at = tokens or [torch.ones(len(one.ids), dtype=torch.bool) for one in examples]
+    # Watched before the deltas are put on, whose hooks change the output.
+    with ExitStack() as undo:
+        for path, watch in watches.items():
+            undo.enter_context(_watched(loaded.model.get_submodule(path), watch))
+        undo.enter_context(applied(loaded.model, active))
+        # What one pass costs beside its tokens is reading the weights: from memory, next to nothing.
+        batches = batches_of(examples, loaded.batch_tokens if loaded.streamed else 1)
+        workers = max(1, min(loaded.passes, len(examples)))
+        undo.enter_context(torch_threads(max(1, (os.cpu_count() or 1) // workers)))
+        pool = undo.enter_context(ThreadPoolExecutor(workers, "observe"))
+        heads = any(is_head(path) for path in watches)
+        list(pool.map(lambda batch: _run(loaded, batch, examples, looked_at, with_head=heads), batches))
+
+
+@torch.inference_mode()
+def _run(
+    loaded: LoadedModel,
+    batch: Sequence[int],
+    examples: Sequence[Encoded],
+    looked_at: Sequence[torch.Tensor],
+    *,
+    with_head: bool,
+) -> None:
+    # The head is the largest matrix; one position is enough where nobody looks at what it gets.
+    sparing = not with_head and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+    spared = {"logits_to_keep": 1} if sparing else {}
+    ids_BP = padded([examples[index] for index in batch])
+    tokens_BP = torch.zeros(ids_BP.shape, dtype=torch.bool)
+    for row, index in enumerate(batch):
+        tokens_BP[row, : len(looked_at[index])] = looked_at[index]
+    is_padded = len({len(examples[index].ids) for index in batch}) > 1
+    _PASS.set(Pass(tuple(batch), tokens_BP, is_padded))
+    loaded.model(input_ids=ids_BP.to(loaded.device), use_cache=False, **spared)
+
+
+@contextmanager
+def _watched(module: nn.Module, watch: Watch) -> Generator[None]:
+    def show(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        watch(_PASS.get(), inputs, output)
+
+    handle = module.register_forward_hook(show)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,67 @@
+"""The inputs of matrices that one module stacks: a layer's fused experts, or a router's own weight.
+
+Shapes: T tokens of a pass, N of them that are looked at and that the router sends to an expert, I inputs, O outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from composer.errors import NotSupported
+from composer.evaluation.observe import Pass
+
+_FIRST = {"gate_up_proj", "up_proj"}
+_SECOND = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A parameter of `owner` whose inputs can be had, with the base's own values, before any delta is put on."""
+
+    owner: nn.Module
+    path: str
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, path: str) -> "Stack | None":
+        """None where the inputs cannot be observed: experts of a class that does not follow transformers' common
+        interface, a bias, weights that are not in memory."""
+        owner_path, _, name = path.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        values = owner._parameters.get(name)
+        if values is None or values.is_meta:
+            return None
+        known = {*_FIRST, _SECOND} if hasattr(owner, "_apply_gate") else {"weight"}
+        return cls(owner, path, values.detach()) if name in known and values.ndim in (2, 3) else None
+
+    def rows(self, seen: Pass, inputs: tuple[Any, ...], expert: int) -> torch.Tensor:
+        """N x I: what the expert's matrix is multiplied with. `inputs` are the owner's: hidden states, then the experts
+        of each token."""
+        hidden_TI = cast(torch.Tensor, inputs[0]).flatten(0, -2)
+        chosen_T = seen.tokens.flatten().to(hidden_TI.device)
+        if len(chosen_T) != len(hidden_TI):
+            message = f"{self.path} sees {len(hidden_TI)} of {len(chosen_T)} tokens, and which they are is not known."
+            raise NotSupported("tokens_dropped", message, subject=self.path, next_step="Use a method without examples.")
+        if self.values.ndim == 3:
+            chosen_T = chosen_T & (inputs[1].reshape(len(hidden_TI), -1) == expert).any(1)
+        rows_NI = hidden_TI[chosen_T]
+        return self._between(rows_NI, expert) if self.path.endswith(f".{_SECOND}") else rows_NI
+
+    def energy(self, rows_NI: torch.Tensor, expert: int) -> float:
+        """Σ |W x|² over the rows, by the base's own weight."""
+        return float(self._times(rows_NI, self.values, expert).float().square().sum())
+
+    def _between(self, rows_NI: torch.Tensor, expert: int) -> torch.Tensor:
+        """What an expert's first half makes of its inputs, with the deltas that are on it at the moment."""
+        owner: Any = self.owner
+        name = "gate_up_proj" if owner.has_gate else "up_proj"
+        hidden_NO = self._times(rows_NI, getattr(owner, name), expert)
+        if owner.has_bias:
+            hidden_NO = hidden_NO + getattr(owner, f"{name}_bias")[expert]
+        return owner._apply_gate(hidden_NO) if owner.has_gate else owner.act_fn(hidden_NO)
+
+    def _times(self, rows_NI: torch.Tensor, stack: torch.Tensor, expert: int) -> torch.Tensor:
+        W = stack[expert] if stack.ndim == 3 else stack
+        return rows_NI @ (W if getattr(self.owner, "is_transposed", False) else W.T)

@@ -1,0 +1,1 @@
+"""Deltas written as one PEFT adapter, of several adapters or of another layout."""

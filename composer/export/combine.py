@@ -1,0 +1,159 @@
+"""Several adapters -> one ordinary PEFT adapter, every scale folded in, s = 1: exactly, or cut to a rank."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.deltas.variants.load import NAME_BASE, LoadedAdapter, load_deltas
+from composer.errors import NotSupported
+from composer.evaluation.calibration import Calibration
+from composer.export.peft import PeftForm, peft_form, refuse_unheld, write_adapter
+from composer.findings import Finding, Severity
+from composer.formats.adapters.provenance import adapter_use, files_of
+from composer.formats.checkpoints.checkpoint import Architecture
+from composer.formats.checkpoints.hashing import identities
+from composer.formats.recipes.methods import PIPELINES, Pipeline, parse_settings
+from composer.formats.recipes.weights import Weight, weights_of
+from composer.methods.combine import Compression, FitReport, combine_deltas, used
+
+_SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+
+
+@dataclass(frozen=True, slots=True)
+class CombineReport:
+    """What was written. `ranks` counts modules by rank; `compressions` say what each module lost to a rank."""
+
+    out_dir: str
+    modules: int
+    ranks: Mapping[int, int]
+    replacements: int
+    size_bytes: int
+    compressions: tuple[Compression, ...]
+    findings: tuple[Finding, ...]
+    fit: FitReport | None = None
+
+    @property
+    def lost(self) -> float:
+        """|Δ - Δ'| / |Δ| over the whole model; 0 where nothing was compressed."""
+        norm = sum(one.norm**2 for one in self.compressions)
+        return (sum(one.error**2 for one in self.compressions) / norm) ** 0.5 if norm else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]
+        fit = {"fit": self.fit.to_json() if self.fit else None}
+        return asdict(self) | {"compressions": rows, "lost": self.lost} | fit
+
+
+def combine(  # noqa: PLR0913
+    adapters: Sequence[tuple[Path, Weight | float]],
+    out_dir: Path,
+    architecture: Architecture | None = None,
+    method: str = "stack",
+    settings: Mapping[str, object] | None = None,
+    note: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+) -> CombineReport:
+    """Write the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
+
+    Its delta is the method's: exactly, with a rank up to the sum of the ranks, or cut to the settings' rank or share of
+    the energy, with the error of each module in the report. Alpha equals the rank (so s = 1, no rsLoRA), patterns say
+    where ranks differ; with a rank all modules have the same one, filled up with zeros. Without an architecture
+    adapters are matched by their own module names and shapes only. `calibration` is what a fitted method is fitted on,
+    with a set for each adapter. Raises NotSupported for a method of full space
+    without a rank, for more than a sum of stacks of experts without an architecture, and what a merge raises.
+    """
+    parsed = parse_settings(method, settings or {})
+    inputs = identities(files_of(path for path, _ in adapters))
+    loaded = [load_deltas(path, architecture) for path, _ in adapters]
+    if architecture is None and not _exact(PIPELINES[method], parsed):
+        _refuse_stacks(loaded, method)
+    refuse_uncombinable(loaded, [weight for _, weight in adapters], method, parsed)
+    # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
+    untied, observe = {**parsed, "tied": "untie"}, calibration.observe if calibration else None
+    combined = combine_deltas(loaded, [weight for _, weight in adapters], method, untied, observe)
+    form = peft_form(combined.deltas, one_rank=parsed.get("rank") is not None)
+    first = loaded[0].config.raw
+    fields = {name: first.get(name) for name in _SHARED_FIELDS}
+    fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
+    told = {
+        "made": "combine",
+        "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
+        "method": method,
+        "method_version": PIPELINES[method].version,
+        "settings": dict(parsed),
+        **({"calibration": calibration.to_json()} if calibration else {}),
+        "note": dict(note or {}),
+    }
+    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), told, inputs)
+    return CombineReport(
+        out_dir=str(out_dir),
+        modules=len(form.wrapped),
+        ranks=dict(Counter(one.rank for one in form.wrapped)),
+        replacements=len(form.replacements),
+        size_bytes=size,
+        compressions=tuple(combined.compressions),
+        findings=(*combined.findings, *_dropped_copies(loaded)),
+        fit=combined.fit,
+    )
+
+
+def refuse_uncombinable(
+    loaded: Sequence[LoadedAdapter],
+    weights: Sequence[Weight | float],
+    method: str,
+    settings: Mapping[str, object] | None = None,
+) -> None:
+    """Raise what `combine` would end with, before any work: Mismatch for a rule or a protected input that there is not,
+    NotSupported for a sum that no adapter can hold."""
+    parsed, pipeline = parse_settings(method, settings or {}), PIPELINES[method]
+    cut = pipeline.compress or any(parsed.get(name) is not None for name in ("rank", "energy"))
+    dense = pipeline.space == "full" and not cut
+    for adapter in used(loaded, weights_of(weights), parsed):
+        refuse_unheld(adapter.deltas, cut=cut, dense=dense)
+
+
+def _exact(pipeline: Pipeline, parsed: Mapping[str, object]) -> bool:
+    """Is the result a sum, which does not depend on where one place ends and the next one begins?"""
+    steps = (pipeline.space, pipeline.sparsify, pipeline.calibrate, pipeline.parity)
+    changed = any(parsed.get(name) for name in ("rank", "energy", "protect"))
+    return steps == ("factors", "none", "none", "") and not changed
+
+
+def _refuse_stacks(loaded: Sequence[LoadedAdapter], method: str) -> None:
+    """A checkpoint may keep gate and up of an expert apart: a merge then works on each, and so must an adapter."""
+    for module in (module for adapter in loaded for module in adapter.placed.modules if len(module.pieces) > 1):
+        message = f"{module.module} is a stack of experts; {method} works on its parts, which only a base tells."
+        raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
+
+
+def _short_targets(loaded: Sequence[LoadedAdapter], form: PeftForm) -> dict[str, list[str]]:
+    """The adapters' own target names where their union means exactly what is written; nothing where it does not.
+
+    Short names are what servers and people read. They are only true when no adapter chose among layers in another
+    way: a module that is wrapped without tensors would load as an untrained pair. They do not cover a head that
+    weight tying wrapped together with the embedding.
+    """
+    chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    short: dict[str, list[str]] = {}
+    placed = [module for adapter in loaded for module in adapter.placed.low_rank if not module.nested]
+    modules = [adapter.config.target_modules for adapter in loaded]
+    if all(isinstance(names, tuple) for names in modules) and not any(
+        adapter.config.raw.get(field) for adapter in loaded for field in chosen
+    ):
+        names = {name for own in modules for name in own or ()}
+        short |= _if_they_cover("target_modules", names, form.modules, {module.module for module in placed})
+    stacks = [module.module for adapter in loaded for module in adapter.placed.modules if module.kind == "experts"]
+    names = {name for adapter in loaded for name in adapter.config.target_parameters}
+    return short | _if_they_cover("target_parameters", names, form.parameters, set(stacks))
+
+
+def _if_they_cover(field: str, names: set[str], paths: Sequence[str], touched: set[str]) -> dict[str, list[str]]:
+    covered = all(any(f".{path}".endswith(f".{name}") for name in names) for path in paths)
+    return {field: sorted(names)} if names and covered and touched <= set(paths) else {}
+
+
+def _dropped_copies(loaded: Sequence[LoadedAdapter]) -> list[Finding]:
+    message = "The adapter's copy of this base weight was left out, unchecked: combining does not read the base."
+    return [Finding("base_copy_dropped", Severity.NOTICE, name, message) for one in loaded for name in one.base_copies]

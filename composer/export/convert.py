@@ -1,0 +1,276 @@
+"""An adapter in another layout -> PEFT's, exactly: its deltas are read and written with every scale folded in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from composer.deltas.delta import Layout, LowRank
+from composer.deltas.tensors import map_tensor
+from composer.deltas.variants.load import place_or_refuse
+from composer.errors import InvalidFile, NotSupported
+from composer.export.kronecker import Kronecker, as_peft, kronecker
+from composer.export.peft import peft_form, write_adapter, write_files
+from composer.export.peft_layout import Wrapped
+from composer.formats.adapters.config.config import PLAIN_INITS
+from composer.formats.adapters.config.types import KRONECKER
+from composer.formats.adapters.facts import WEIGHTS_FILE, read_adapter
+from composer.formats.adapters.foreign import Foreign, ForeignModule, read_foreign
+from composer.formats.adapters.layouts import MLX
+from composer.formats.adapters.placement.naming import (
+    PEFT_PREFIX,
+    TIED_HEAD,
+    Target,
+    find_weight,
+    is_embedding,
+    is_head,
+)
+from composer.formats.adapters.placement.result import CONV1D_MODELS, by
+from composer.formats.checkpoints.checkpoint import Architecture
+from composer.formats.checkpoints.hashing import hash_file
+from composer.methods.tied import pair_for_head
+
+_OF_THE_START = {"loftq_config", "corda_config", "lora_ga_config"}
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What was read and written. `layout` is that of the source."""
+
+    layout: str
+    modules: int
+    rank_max: int
+    out_dir: str
+    size_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertReport:
+    """Read the adapter at `path` (a directory or a file), placed on a base, and write it as a PEFT adapter.
+
+    Raises what `read_foreign` and `write_adapter` raise, and InvalidFile for factors that do not fit the base.
+    """
+    foreign = read_foreign(path, architecture)
+    note = {"made": "convert", "source": _source(foreign)}
+    if any(part in KRONECKER for module in foreign.modules for part in module.parts):
+        return _convert_kronecker(foreign, architecture, out_dir, note)
+    deltas = [delta for module in foreign.modules for delta in _deltas(foreign, module, architecture)]
+    fields: dict[str, Any] = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
+    form, magnitudes = peft_form(deltas), _magnitudes(foreign)
+    if magnitudes:
+        form = replace(form, wrapped=[_with_magnitude(one, magnitudes) for one in form.wrapped])
+    fields["use_dora"] = bool(magnitudes)
+    size = write_adapter(form, out_dir, fields, note)
+    return ConvertReport(foreign.layout, len(deltas), max(delta.rank for delta in deltas), str(out_dir), size)
+
+
+def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> ConvertReport:
+    """Write a LoRA that began with a decomposition of its base (PiSSA, arXiv 2404.02948, OLoRA, …) as the plain LoRA
+    that it is for the rest, W - s B_0 A_0, which `architecture` is of; that it is can be seen by nobody.
+
+    Raises what `read_adapter` raises, NotSupported for an adapter that fits its base as it is, and Mismatch for tensors
+    that do not fit this one.
+    """
+    adapter = read_adapter(path)
+    init, config = adapter.config.init, replace(adapter.config, init="true")
+    if config.peft_type != "LORA" or init in PLAIN_INITS:
+        message = f"{adapter.name} did not change its base at the start, so no other is left that it would fit."
+        raise NotSupported("not_rebased", message, subject=adapter.name, next_step="Use it on its base as it is.")
+    placed = place_or_refuse(replace(adapter, config=config), architecture, "converted")
+    tensors = {key: map_tensor(adapter.weights_path, entry) for key, entry in adapter.header.tensors.items()}
+    written = {name: value for name, value in config.raw.items() if name not in _OF_THE_START}
+    source = {"layout": init, "file": WEIGHTS_FILE, "digest": hash_file(adapter.weights_path)}
+    size = write_files(tensors, {**written, "init_lora_weights": True}, out_dir, {"made": "convert", "source": source})
+    rank = max((module.rank for module in placed.adapted), default=0)
+    return ConvertReport(init, len(placed.adapted), rank, str(out_dir), size)
+
+
+def _source(foreign: Foreign) -> dict[str, str]:
+    path = foreign.weights_path
+    return {"layout": foreign.layout, "file": path.name, "digest": hash_file(path)}
+
+
+def _convert_kronecker(
+    foreign: Foreign, architecture: Architecture, out_dir: Path, note: Mapping[str, Any]
+) -> ConvertReport:
+    """A type of its own in PEFT: no short factors are the same."""
+    tensors, config = as_peft([_kronecker(foreign, module, architecture) for module in foreign.modules])
+    keyed = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    size = write_files(keyed, {**config, "task_type": "CAUSAL_LM"}, out_dir, note)
+    rank = max(config["r"], *config["rank_pattern"].values(), 0)
+    return ConvertReport(foreign.layout, len(foreign.modules), rank, str(out_dir), size)
+
+
+def _kronecker(foreign: Foreign, module: ForeignModule, architecture: Architecture) -> Kronecker:
+    """Raises NotSupported for a module that PEFT has no LoKr for, or none beside others'; InvalidFile for one that does
+    not fit the base."""
+    path = module.module
+    others = sorted(part for part in module.parts if part not in KRONECKER and part != "alpha")
+    if others or not any(part in KRONECKER for part in module.parts):
+        message = (
+            f"{path} has {', '.join(others) or 'an alpha alone'} where other modules have a LoKr: PEFT has one type."
+        )
+        raise NotSupported("mixed_types", message, subject=path, next_step="Merge it where it was trained.")
+    target = _target(path, architecture)
+    if is_embedding(path) or architecture.model_type in CONV1D_MODELS:
+        message = f"{path} is no linear layer, and PEFT has no LoKr for it."
+        raise NotSupported("lokr_layer", message, subject=path, next_step="Merge it where it was trained.")
+    tensors = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
+    found = kronecker(path, tensors, _alpha(foreign, module))
+    _refuse_misfit(path, found.size, architecture.tensors[target.weight].shape)
+    return found
+
+
+def _magnitudes(foreign: Foreign) -> dict[str, torch.Tensor]:
+    """Module -> m of DoRA, O; with a norm over the inputs of each output, in MLX as in PEFT."""
+    parts = {module.module: module.parts for module in foreign.modules}
+    return {module: _tensor(foreign, own["magnitude"]) for module, own in parts.items() if "magnitude" in own}
+
+
+def _with_magnitude(module: Wrapped, magnitudes: Mapping[str, torch.Tensor]) -> Wrapped:
+    """PEFT has a magnitude for every module or for none, and for an embedding one of another norm than MLX's."""
+    m_O, B_OR = magnitudes.get(module.name), module.tensors.get(f"{module.name}.lora_B.weight")
+    if m_O is None or B_OR is None:
+        message = f"{module.name} has no magnitude (DoRA) that PEFT could hold, where other modules have."
+        raise NotSupported("dora", message, subject=module.name, next_step="Fuse it into the base with MLX.")
+    if m_O.shape != B_OR.shape[:1]:
+        message = f"{module.name} has a magnitude of shape {list(m_O.shape)} for {B_OR.shape[0]} outputs."
+        raise InvalidFile("shape_mismatch", message, subject=module.name, next_step="Export the adapter again.")
+    return replace(module, tensors={**module.tensors, f"{module.name}.lora_magnitude_vector": m_O})
+
+
+def _deltas(foreign: Foreign, module: ForeignModule, architecture: Architecture) -> list[LowRank]:
+    A, B = _factors(foreign, module)
+    if A.dim() == 3:  # experts, one after the other
+        # MLX stacks experts; on disk each has a tensor of its own.
+        paths = [module.module.replace(".experts.0.", f".experts.{number}.") for number in range(A.shape[0])]
+    else:
+        paths, A, B = [module.module], A[None], B[None]
+    scale = _scale(foreign, module, A.shape[1])
+    placed = [_placed(path, A[number], B[number], scale, architecture) for number, path in enumerate(paths)]
+    alone = not any(is_head(other.module) for other in foreign.modules)
+    if foreign.layout == MLX and placed[0].tied and is_embedding(module.module) and alone:
+        # There the embedding is the head as well (LoRAEmbedding.as_linear), with what it has learnt.
+        twin = replace(placed[0], twin=True)
+        return [twin, pair_for_head(twin, TIED_HEAD)]
+    return placed
+
+
+def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) in PEFT's orientation, R x I and O x R; with experts E x R x I and E x O x R.
+
+    Raises InvalidFile for parts that do not belong together.
+    """
+    parts = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
+    if "w1_a" in parts:
+        return _hadamard(module, parts)
+    if not {"A", "B"} <= parts.keys():
+        there = ", ".join(sorted(module.parts))
+        raise InvalidFile(
+            "missing_pair",
+            f"{module.module} has only {there}.",
+            subject=module.module,
+            next_step="Export the adapter again: a module needs all of its factors.",
+        )
+    A, B = parts["A"], parts["B"]
+    if foreign.layout == MLX and A.dim() == 2:
+        A, B = A.T, B.T
+    if A.dim() == 4 and A.shape[2:] == (1, 1):  # a linear layer that was trained as a convolution of one pixel
+        A, B = A.flatten(1), B.flatten(1)
+    fits = A.dim() == B.dim() and A.dim() in (2, 3) and A.shape[-2] == B.shape[-1] > 0
+    if not fits or (A.dim() == 3 and A.shape[0] != B.shape[0]):
+        shapes = f"{list(A.shape)} and {list(B.shape)}"
+        raise InvalidFile(
+            "shape_mismatch",
+            f"{module.module} has factors of shape {shapes}.",
+            subject=module.module,
+            next_step="Export the adapter again, or name the base it was trained on.",
+        )
+    return A, B
+
+
+def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """LoHa as a LoRA of rank r^2, exactly: (a b) * (c d) = Σ_ij (a_i * c_j)(b_i * d_j), columns and rows by element."""
+    try:
+        a, b, c, d = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    except KeyError as error:
+        message = f"{module.module} has no {error.args[0]}."
+        raise InvalidFile(
+            "missing_pair",
+            message,
+            subject=module.module,
+            next_step="Export the adapter again: a module needs all of its factors.",
+        ) from error
+    shapes = [list(part.shape) for part in (a, b, c, d)]
+    rank = a.shape[-1] if a.dim() == 2 else 0
+    wanted = [[shapes[0][0], rank], [rank, shapes[1][-1]]] if rank and b.dim() == 2 else []
+    if shapes != wanted * 2:
+        message = f"{module.module} has factors of the shapes {shapes}, which are no product."
+        raise InvalidFile(
+            "shape_mismatch",
+            message,
+            subject=module.module,
+            next_step="Export the adapter again, or name the base it was trained on.",
+        )
+    if rank**2 > min(len(a), b.shape[1]):  # the factors would take more than the matrix, which no LoRA has to
+        message = (
+            f"{module.module} is a LoHa of rank {rank}: a LoRA of rank {rank**2:,} would be larger than its matrix."
+        )
+        raise NotSupported("loha_rank", message, subject=module.module, next_step="Merge it where it was trained.")
+    B = (a[:, :, None] * c[:, None, :]).flatten(1)
+    A = (b[:, None, :] * d[None, :, :]).flatten(0, 1)
+    return A, B
+
+
+def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
+    """alpha / r; for LoHa r is the rank of each factor, whose square is the rank here."""
+    if "w1_a" in module.parts:
+        rank = round(rank**0.5)
+    if (alpha := _alpha(foreign, module)) is not None:
+        return alpha / rank
+    return 1.0 if module.scale is None else module.scale
+
+
+def _alpha(foreign: Foreign, module: ForeignModule) -> float | None:
+    """The module's own."""
+    if "alpha" not in module.parts:
+        return None
+    alpha = _tensor(foreign, module.parts["alpha"])
+    if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
+        message = f"{module.parts['alpha']} is no finite number."
+        raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
+    return float(alpha)
+
+
+def _placed(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architecture: Architecture) -> LowRank:
+    target = _target(path, architecture)
+    layout = Layout.EMBEDDING if is_embedding(path) else Layout.LINEAR
+    if architecture.model_type in CONV1D_MODELS and layout is Layout.LINEAR:
+        layout = Layout.CONV1D
+    delta = LowRank(path, target.weight, layout, A.float().contiguous(), B.float().contiguous(), scale, target.tied)
+    _refuse_misfit(path, delta.stored_shape, architecture.tensors[target.weight].shape)
+    return delta
+
+
+def _target(path: str, architecture: Architecture) -> Target:
+    target = find_weight(path, "weight", architecture)
+    if not isinstance(target, Target):
+        message = f"{path} is no tensor of the base."
+        next_step = "Name the base it was trained on."
+        raise InvalidFile("unmatched_tensor", message, subject=path, next_step=next_step)
+    return target
+
+
+def _refuse_misfit(path: str, made_for: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if made_for != expected:
+        message = f"{path} is made for {by(made_for)}; the base's is {by(expected)}."
+        next_step = "Export the adapter again, or name the base it was trained on."
+        raise InvalidFile("shape_mismatch", message, subject=path, next_step=next_step)
+
+
+def _tensor(foreign: Foreign, key: str) -> torch.Tensor:
+    return map_tensor(foreign.weights_path, foreign.header.tensors[key]).float()

@@ -1,0 +1,125 @@
+"""LoKr of LyCORIS -> PEFT's: the same products, in the shapes that PEFT makes of one config and loads no others than.
+
+A module adds s w1 ⊗ w2, each of the two whole or a product `_a _b` of rank R (arXiv 2309.14859); s = alpha / R, and 1
+where both are whole. PEFT multiplies by alpha / r always, so s goes into w2 and alpha is r.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from composer.errors import InvalidFile, NotSupported
+from composer.formats.adapters.config import parts
+
+Tensors = Mapping[str, torch.Tensor]
+Size = tuple[int, int]
+_SIDES = ("lokr_w1", "lokr_w2")
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """One module's parts by PEFT's names, s within. `rank` is that of the sides that are products, 0 for none."""
+
+    module: str
+    tensors: Tensors
+    rank: int
+
+    @property
+    def size(self) -> Size:
+        """(O, I). Raises InvalidFile for parts that make no product."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        try:
+            return parts.lokr(shapes, {}, (0, 0))
+        except KeyError as missing:
+            raise _bad("missing_part", self.module, f"has no {missing.args[0]}") from missing
+        except ValueError as wrong:
+            raise _bad("shape_mismatch", self.module, f"has {wrong}") from wrong
+
+    def is_whole(self, side: str) -> bool:
+        return side in self.tensors
+
+    def whole(self, side: str) -> torch.Tensor:
+        """The side multiplied out."""
+        if self.is_whole(side):
+            return self.tensors[side]
+        return self.tensors[f"{side}_a"] @ self.tensors[f"{side}_b"]
+
+    def shape(self, side: str) -> Size:
+        """Of the side multiplied out."""
+        ends = [side] * 2 if self.is_whole(side) else [f"{side}_a", f"{side}_b"]
+        return self.tensors[ends[0]].shape[0], self.tensors[ends[1]].shape[1]
+
+
+def kronecker(module: str, tensors: Tensors, alpha: float | None) -> Kronecker:
+    """The module of a file with these parts. Raises InvalidFile for parts that make no product of matrices."""
+    flat = {name: one.flatten(1) if one.shape[2:] == (1, 1) else one for name, one in tensors.items()}
+    if odd := next((name for name, one in flat.items() if one.dim() != 2 or not one.numel()), None):
+        raise _bad("shape_mismatch", module, f"has {odd} of shape {list(flat[odd].shape)}")
+    ranks = {one.shape[0] for name, one in flat.items() if name.endswith("_b")}
+    if len(ranks) > 1:
+        raise _bad("shape_mismatch", module, f"has factors of the ranks {', '.join(map(str, sorted(ranks)))}")
+    rank = next(iter(ranks), 0)
+    scale = alpha / rank if rank and alpha is not None else 1.0
+    scaled = {name: one * scale if name in ("lokr_w2", "lokr_w2_b") else one for name, one in flat.items()}
+    return Kronecker(module, scaled, rank)
+
+
+def as_peft(modules: list[Kronecker]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors by PEFT's key without prefix, the config of them). Raises NotSupported for modules that no one
+    decompose_factor splits as they are split."""
+    both = any(not one.is_whole("lokr_w1") for one in modules)
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for one in modules:
+        ranks[one.module], own = _as_made(one, both)
+        tensors |= {f"{one.module}.{name}": tensor for name, tensor in own.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{module}": own for module, own in ranks.items() if own != rank}
+    return tensors, {
+        "peft_type": "LOKR",
+        "target_modules": sorted(ranks),
+        "r": rank,
+        "alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "decompose_both": both,
+        "decompose_factor": _factor(modules),
+        "inference_mode": True,
+    }
+
+
+def _as_made(one: Kronecker, both: bool) -> tuple[int, Tensors]:
+    """(r, parts): as they are if PEFT decomposes the same sides at this rank, else multiplied out, at a rank at which
+    it decomposes none."""
+    largest = {side: max(one.shape(side)) for side in _SIDES}
+    decomposed = {"lokr_w1": both and one.rank < largest["lokr_w1"] / 2, "lokr_w2": one.rank < largest["lokr_w2"] / 2}
+    if one.rank and all(decomposed[side] != one.is_whole(side) for side in _SIDES):
+        return one.rank, one.tensors
+    return (max(largest.values()) + 1) // 2, {side: one.whole(side) for side in _SIDES}
+
+
+def _factor(modules: list[Kronecker]) -> int:
+    """The decompose_factor with which PEFT splits every module as it is split here."""
+    splits = {(own, other) for one in modules for own, other in zip(one.shape("lokr_w1"), one.size, strict=True)}
+    for factor in (-1, *sorted({own for own, _ in splits}, reverse=True)):
+        if all(_first(whole, factor) == own for own, whole in splits):
+            return factor
+    message = "The modules are split by different factors, and PEFT has one decompose_factor for all."
+    raise NotSupported("lokr_factors", message, next_step="Merge it where it was trained, or train with one factor.")
+
+
+def _first(dimension: int, factor: int) -> int:
+    """The smaller of the two numbers that PEFT splits a dimension into: the factor where it divides, else the divisor
+    nearest to the root that is not above it."""
+    if factor > 0 and dimension % factor == 0:
+        return factor
+    limit = dimension if factor == -1 else factor
+    return max(one for one in range(1, int(dimension**0.5) + 1) if dimension % one == 0 and one <= limit)
+
+
+def _bad(code: str, module: str, what: str) -> InvalidFile:
+    next_step = "Export the adapter again, or name the base it was trained on."
+    return InvalidFile(code, f"{module} {what}.", subject=module, next_step=next_step)

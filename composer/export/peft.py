@@ -1,0 +1,210 @@
+"""Deltas -> one ordinary PEFT adapter on disk, every scale folded in: alpha is the rank, so s = 1."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from composer.deltas.delta import Computed, Delta, LowRank, Replacement
+from composer.deltas.tensors import DTYPE_NAMES
+from composer.errors import NotSupported, RefusedOutput
+from composer.export.peft_layout import Wrapped, by_key, wrapped
+from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.adapters.placement.naming import PEFT_PREFIX, is_head, split_key
+from composer.formats.checkpoints.hashing import Identity, refuse_changed
+from composer.formats.checkpoints.header import FLOAT_DTYPES
+from composer.formats.checkpoints.staging import NOTE_FILE, write_json, writing_aside
+from composer.methods.join import side_by_side
+from composer.methods.structural import served_by_twin
+from composer.methods.tied import on_own_head, pair_for_head
+
+_SPARE_BYTES = 1 << 20
+_OS_ERROR = re.compile(r"os error ([0-9]{1,4})")
+NO_INPUTS: Mapping[Path, Identity] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class PeftForm:
+    """An adapter as PEFT has it: what it wraps, and tensors that are saved whole. `tied` says that the head's pair is
+    the embedding's, for which PEFT has a flag."""
+
+    wrapped: list[Wrapped]
+    replacements: list[Replacement]
+    tied: bool = False
+
+    @property
+    def modules(self) -> list[str]:
+        return [one.name for one in self.wrapped if not one.is_parameter]
+
+    @property
+    def parameters(self) -> list[str]:
+        return [one.name for one in self.wrapped if one.is_parameter]
+
+
+def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
+    """With `one_rank` every pair has the highest rank of all, filled up with zeros, and no pattern is needed. Raises
+    NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
+    refuse_unheld(deltas)
+    places = _as_twins(_one_a_place(deltas))
+    pairs = wrapped(places)
+    if one_rank and len({one.rank for one in pairs}) > 1:
+        pairs = wrapped(places, max(one.rank for one in pairs))
+    if not pairs:
+        raise NotSupported(
+            "no_pairs",
+            "There is no low-rank pair to write: nothing that an adapter could hold.",
+            next_step="Combine adapters that change weights, or merge them instead.",
+        )
+    whole = [delta for delta in deltas if isinstance(delta, Replacement)]
+    return PeftForm(pairs, whole, any(map(served_by_twin, places)))
+
+
+def write_adapter(
+    form: PeftForm,
+    out_dir: Path,
+    fields: Mapping[str, Any],
+    note: Mapping[str, Any],
+    inputs: Mapping[Path, Identity] = NO_INPUTS,
+) -> int:
+    """Write the adapter to the directory `out_dir`, in float32; return the size of the weights file.
+
+    `fields` are further fields of the config: its targets are every module and parameter by its path, unless they say
+    otherwise. `note` is what lies beside it. Raises what `write_files` raises.
+    """
+    return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note, inputs)
+
+
+def write_files(
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    out_dir: Path,
+    note: Mapping[str, Any],
+    inputs: Mapping[Path, Identity] = NO_INPUTS,
+) -> int:
+    """Write tensors by PEFT's key and the config; return the size of the weights file. Raises RefusedOutput for a
+    directory that exists, a value that is not finite, and for `inputs` that were written to meanwhile."""
+    _refuse_not_finite(tensors)
+    with writing_aside(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as aside:
+        _save(tensors, aside / WEIGHTS_FILE)
+        write_json(aside / CONFIG_FILE, config)
+        write_json(aside / NOTE_FILE, note)
+        (aside / WEIGHTS_FILE).chmod((aside / CONFIG_FILE).stat().st_mode)  # safetensors' is for its owner alone
+        refuse_changed(inputs)
+    return (out_dir / WEIGHTS_FILE).stat().st_size
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """By safetensors, which wants each tensor contiguous and in memory of its own. Raises OSError."""
+    own: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        one = tensor.contiguous()
+        own[key] = one.clone() if one.data_ptr() in seen else one
+        seen.add(one.data_ptr())
+    try:
+        save_file(own, path, {"format": "pt"})
+    except SafetensorError as error:
+        if code := _OS_ERROR.search(str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
+
+
+def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:
+    """A sum of low-rank deltas as one: an adapter holds one pair a place."""
+    places: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
+    for delta in map(on_own_head, deltas):  # an adapter leaves the weights alone: a tied tensor has two sides
+        if isinstance(delta, LowRank):
+            places[delta.weight, delta.begin].append(delta)
+    summed = [one for own in places.values() for one in side_by_side(own, [1.0] * len(own))]
+    return [one for one in summed if isinstance(one, LowRank)]
+
+
+def _as_twins(places: Sequence[LowRank]) -> list[LowRank]:
+    """A head that is its embedding's twin with the very factors of it: a scale may have gone into the other one."""
+    embedding = next((one for one in places if one.twin and not is_head(one.module)), None)
+    return [pair_for_head(embedding, one.module) if embedding and served_by_twin(one) else one for one in places]
+
+
+def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = False) -> None:
+    """Raise NotSupported for a delta that no LoRA can hold: as it is, or (`cut`) once it is cut to a rank, or (`dense`)
+    after a method that makes every one of them dense."""
+    for delta in deltas:
+        if isinstance(delta, Replacement):
+            continue
+        if delta.weight.endswith(".bias"):  # whatever its rank: the module's pair is its weight's
+            message = f"What is added to {delta.weight} is a bias's, which no pair of a LoRA can hold."
+            raise NotSupported("bias_delta", message, subject=delta.module, next_step="Merge it into the base.")
+        computed = isinstance(delta, Computed)
+        reading = computed and delta.reads_base
+        if reading or dense or (computed and not cut):
+            message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
+            next_step = "Merge it into the base: it depends on what the base has."
+            if not reading:
+                next_step = (
+                    "Cut it to a rank (rank=32 or energy=0.99; in a recipe `settings: {rank: 32}`), or merge it into "
+                    "the base."
+                )
+            raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
+
+
+def _tensors(form: PeftForm) -> dict[str, torch.Tensor]:
+    """PEFT's key -> tensor."""
+    modules = set(form.modules)
+
+    def key_of(delta: Replacement) -> str:
+        inside = ".base_layer" if delta.module in modules else ""
+        return f"{delta.module}{inside}.{delta.weight.rsplit('.', 1)[-1]}"
+
+    pairs = ((key, tensor) for one in form.wrapped for key, tensor in one.tensors.items())
+    whole = ((key_of(delta), delta.tensor) for delta in form.replacements)
+    return by_key((f"{PEFT_PREFIX}{key}", tensor) for key, tensor in chain(pairs, whole))
+
+
+def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if DTYPE_NAMES[tensor.dtype] in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
+            message = f"{key} would have a NaN or an infinite value."
+            raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
+
+
+def _config(form: PeftForm) -> dict[str, Any]:
+    rank = Counter(one.rank for one in form.wrapped).most_common(1)[0][0]
+    ranks = {f"^{one.name}": one.rank for one in form.wrapped if one.rank != rank}
+    tying = {"ensure_weight_tying": True} if form.tied else {}
+    parameters = {"target_parameters": sorted(form.parameters)} if form.parameters else {}
+    return {
+        "target_modules": sorted(form.modules),
+        **parameters,
+        **tying,
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "use_rslora": False,
+        "bias": _bias(form),
+        "modules_to_save": _whole_modules(form) or None,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _bias(form: PeftForm) -> str:
+    biased = {delta.module for delta in form.replacements if delta.weight.endswith(".bias")}
+    if not biased:
+        return "none"
+    return "lora_only" if biased <= set(form.modules) else "all"
+
+
+def _whole_modules(form: PeftForm) -> list[str]:
+    return sorted({delta.module for delta in form.replacements if not delta.weight.endswith(".bias")})

@@ -1,0 +1,207 @@
+"""What changed between two adapters, module by module, from their factors alone. No torch.
+
+With D the old delta of a module and D' the new one, a = <D, D'> / |D|^2 and E = D' - a D (the part of D' that no
+multiple of D is), the change D' - D = (a - 1) D + E has orthogonal parts, and its energy is split into
+
+    lost    max(1 - a, 0)^2 |D|^2             how far D was weakened (or turned round)
+    gained  max(a - 1, 0)^2 |D|^2 + |E|^2     how far it was amplified, and what is new
+
+so that gained + lost = |D' - D|^2. All of it comes from small cores: with QR of the stacked factors, [B, B'] = Q_B R_B
+and [A^T, A'^T] = Q_A R_A, each delta is s Q_B (its columns of R_B) (its columns of R_A)^T Q_A^T. Differences are taken
+between those cores in float64, where two large norms would cancel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import sqrt
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from composer.formats.adapters.factors import MAX_ENERGY, blocks, factors, readable
+from composer.formats.adapters.facts import Adapter
+from composer.formats.adapters.placement.result import LOW_RANK_KINDS, Placed, PlacedModule
+from composer.formats.checkpoints.header import FLOAT_DTYPES
+from composer.formats.checkpoints.numeric import Float64, Summed
+
+# A difference below this share of the larger norm is float64 rounding.
+_SAME = 1e-9
+
+Kind = Literal["delta", "replacement"]
+Status = Literal["changed", "same", "added", "removed", "reshaped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Summed):
+    """Energies (squares of Frobenius norms) of two deltas. They add up over modules; quotients are taken last."""
+
+    old: float = 0.0
+    new: float = 0.0
+    inner: float = 0.0
+    difference: float = 0.0
+    gained: float = 0.0
+    lost: float = 0.0
+
+    @property
+    def cosine(self) -> float | None:
+        """<D, D'> / (|D| |D'|), None where one of them is zero."""
+        norms = sqrt(self.old) * sqrt(self.new)
+        return max(-1.0, min(1.0, self.inner / norms)) if norms else None
+
+    @property
+    def finite(self) -> bool:
+        """In sum with others too."""
+        return all(abs(getattr(self, field.name)) <= MAX_ENERGY for field in fields(self))
+
+    def to_json(self) -> dict[str, float | None]:
+        return {
+            "norm_old": sqrt(self.old),
+            "norm_new": sqrt(self.new),
+            "cosine": self.cosine,
+            "norm_difference": sqrt(self.difference),
+            "energy_gained": self.gained,
+            "energy_lost": self.lost,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleChange:
+    """One module, in one adapter or in both. `change` is None where two shapes cannot be compared.
+
+    A `replacement` (a tensor saved whole) is compared as the tensor that it is: its norms are those of the weights.
+    """
+
+    module: str
+    kind: Kind
+    status: Status
+    rank_old: int | None
+    rank_new: int | None
+    change: Change | None
+
+    def to_json(self) -> dict[str, Any]:
+        told = {"module": self.module, "kind": self.kind, "status": self.status}
+        numbers = self.change.to_json() if self.change else dict.fromkeys(Change().to_json())
+        return {**told, "rank_old": self.rank_old, "rank_new": self.rank_new, **numbers}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`whole` sums up the deltas, replacements apart; `left_out` names modules that could not be read as numbers."""
+
+    modules: tuple[ModuleChange, ...]
+    whole: Change
+    left_out: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "whole": self.whole.to_json(),
+            "modules": [module.to_json() for module in self.modules],
+            "left_out": list(self.left_out),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A module of one of the adapters."""
+
+    adapter: Adapter
+    placed: PlacedModule
+
+    @property
+    def readable(self) -> bool:
+        if self.placed.kind in LOW_RANK_KINDS:
+            return readable(self.adapter, self.placed)
+        return all(self.adapter.header.tensors[key].dtype in FLOAT_DTYPES for key in self.placed.parts.values())
+
+
+def compare(old: Adapter, new: Adapter, old_placed: Placed, new_placed: Placed) -> Comparison:
+    """Every module of either adapter, the largest change first. What a variant adds beside s B A (DoRA) is not seen;
+    a delta of another form is left out."""
+    before, after = _sides(old, old_placed), _sides(new, new_placed)
+    found: list[ModuleChange] = []
+    others = {module.module for placed in (old_placed, new_placed) for module in placed.adapted}
+    left_out = sorted(others - {name for kind, name in {**before, **after} if kind == "delta"})
+    for (kind, name), one, other in ((key, before.get(key), after.get(key)) for key in {**before, **after}):
+        sides = [side for side in (one, other) if side]
+        reshaped = len({side.placed.shape for side in sides}) > 1
+        change = _change(kind, one, other) if all(side.readable for side in sides) and not reshaped else None
+        if not reshaped and (change is None or not change.finite):
+            left_out.append(name)
+            continue
+        rank_old, rank_new = (side.placed.rank if side and kind == "delta" else None for side in (one, other))
+        status = _status(one, other, change)
+        if change and status == "same":
+            change = Change(change.old, change.new, change.inner)
+        found.append(ModuleChange(name, kind, status, rank_old, rank_new, change))
+    whole = sum((row.change for row in found if row.change and row.kind == "delta"), Change())
+    found.sort(key=lambda row: row.change.difference if row.change else float("inf"), reverse=True)
+    return Comparison(tuple(found), whole, tuple(left_out))
+
+
+def _sides(adapter: Adapter, placed: Placed) -> dict[tuple[Kind, str], _Side]:
+    sides: dict[tuple[Kind, str], _Side] = {}
+    for module in placed.modules:
+        if module.kind in LOW_RANK_KINDS:
+            sides["delta", module.module] = _Side(adapter, module)
+        elif module.kind == "replacement":
+            sides["replacement", module.weight] = _Side(adapter, module)
+    return sides
+
+
+def _status(old: _Side | None, new: _Side | None, change: Change | None) -> Status:
+    if old is None:
+        return "added"
+    if new is None:
+        return "removed"
+    if change is None:
+        return "reshaped"
+    return "same" if change.difference <= _SAME**2 * max(change.old, change.new) else "changed"
+
+
+def _change(kind: Kind, old: _Side | None, new: _Side | None) -> Change:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _of_deltas(old, new) if kind == "delta" else _of_tensors(old, new)
+
+
+def _of_deltas(old: _Side | None, new: _Side | None) -> Change:
+    """Both deltas in one basis, as cores; a delta that is not there is zero."""
+    pairs = [factors(side.adapter, side.placed) for side in (old, new) if side]
+    R_B, R_A = (
+        cast(Float64, np.linalg.qr(stacked, mode="r"))
+        for stacked in (np.concatenate([B for _, B in pairs], axis=1), np.concatenate([A for A, _ in pairs]).T)
+    )
+    cores: list[Float64] = []
+    begin = 0
+    for side in (old, new):
+        end = begin + (side.placed.rank if side else 0)
+        scale = side.placed.scale if side else 0.0
+        cores.append(scale * (R_B[:, begin:end] @ R_A[:, begin:end].T))
+        begin = end
+    D, N = cores
+    return _split(*(float(product.sum()) for product in (D * D, N * N, D * N, (N - D) ** 2)))
+
+
+def _of_tensors(old: _Side | None, new: _Side | None) -> Change:
+    """Streamed a few million elements at a time: a replaced head has hundreds of millions."""
+    before = _elements(old) if old else (np.zeros(len(block)) for block in _elements(new))
+    after = _elements(new) if new else (np.zeros(len(block)) for block in _elements(old))
+    sums = np.zeros(4)
+    for D, N in zip(before, after, strict=True):
+        sums += (D @ D, N @ N, D @ N, ((N - D) ** 2).sum())
+    return _split(*sums.tolist())
+
+
+def _split(old: float, new: float, inner: float, difference: float) -> Change:
+    """The energies of D and D', <D, D'> and |D' - D|^2, with what was gained and lost."""
+    along = inner / old if old else 1.0
+    rescaled = (along - 1) ** 2 * old
+    beside = max(difference - rescaled, 0.0)
+    gained, lost = (beside + rescaled, 0.0) if along > 1 else (beside, rescaled)
+    return Change(old, new, inner, difference, gained, lost)
+
+
+def _elements(side: _Side | None) -> Iterator[Float64]:
+    if side is None:
+        return iter(())
+    (key,) = side.placed.parts.values()
+    return blocks(side.adapter.weights_path, side.adapter.header.tensors[key])

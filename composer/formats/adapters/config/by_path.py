@@ -1,0 +1,93 @@
+"""Values by patterns of module paths (`rank_pattern` and the like): PEFT's first pattern that holds decides.
+
+Asked one after the other, as PEFT does it, 500 patterns for 500 modules took minutes, and a mixture of experts may have
+one for each of 50,000. Nearly all are plain paths, which lie in a tree here, from their last part on; only the others
+are asked in turn.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from composer.formats.adapters.config.patterns import MAX_PATTERN_CHARS, matches_end
+
+_Value = TypeVar("_Value")
+_Default = TypeVar("_Default")
+_PLAIN = re.compile(r"(\^?)((?:[\w.-]|\\\.)+?)\$?")
+_ANY = re.compile(r"(?<!\\)\.")  # a dot is any character, as in every regular expression
+
+
+@dataclass(slots=True)
+class _Node:
+    """What has led here ends with each of `patterns` (its number, and whether it must be the whole path); before it
+    may stand, with any character between, what a child is called."""
+
+    children: dict[str, "_Node"] = field(default_factory=dict[str, "_Node"])
+    lengths: set[int] = field(default_factory=set[int])
+    patterns: list[tuple[int, bool]] = field(default_factory=list[tuple[int, bool]])
+
+
+def is_plain(pattern: str) -> bool:
+    """Is it a path with nothing to choose or repeat, so that it is valid as it stands?"""
+    return _plain(pattern) is not None
+
+
+def _plain(pattern: str) -> re.Match[str] | None:
+    return _PLAIN.fullmatch(pattern) if len(pattern) <= MAX_PATTERN_CHARS else None
+
+
+class ByPath(Mapping[str, _Value]):
+    """A mapping from patterns to values, in the order given, which decides."""
+
+    def __init__(self, values: Mapping[str, _Value]) -> None:
+        self._values = dict(values)
+        self._names = [*values]
+        self._root = _Node()
+        self._others = [(number, name) for number, name in enumerate(self._names) if not self._planted(number, name)]
+
+    def __getitem__(self, pattern: str) -> _Value:
+        return self._values[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def first(self, path: str, default: _Default) -> _Value | _Default:
+        """The value of the first pattern that holds for the whole path, or for its end from behind a dot."""
+        number = min(self._holding(path), default=None)
+        return default if number is None else self._values[self._names[number]]
+
+    def unused(self, paths: Iterable[str]) -> list[str]:
+        """The patterns that hold for none of the paths."""
+        used = {number for path in paths for number in self._holding(path)}
+        return [name for number, name in enumerate(self._names) if number not in used]
+
+    def _planted(self, number: int, pattern: str) -> bool:
+        found = _plain(pattern)
+        if found is None:
+            return False
+        node = self._root
+        for part in reversed(_ANY.split(found[2])):
+            name = part.replace("\\.", ".")
+            node.lengths.add(len(name))
+            node = node.children.setdefault(name, _Node())
+        node.patterns.append((number, bool(found[1])))
+        return True
+
+    def _holding(self, path: str) -> Iterator[int]:
+        yield from (number for number, pattern in self._others if matches_end(pattern, path))
+        nodes = [(self._root, len(path))]
+        while nodes:
+            node, end = nodes.pop()
+            for length in node.lengths:
+                child = node.children.get(path[end - length : end]) if length <= end else None
+                if child is None:
+                    continue
+                begin = end - length
+                if begin:
+                    nodes.append((child, begin - 1))
+                whole, at_a_dot = begin == 0, begin > 0 and path[begin - 1] == "."
+                yield from (number for number, anchored in child.patterns if whole or (at_a_dot and not anchored))

@@ -1,0 +1,49 @@
+"""One look at an adapter directory: what it says, where it fits, and whether its numbers are sound."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.findings import Finding, Severity
+from composer.formats.adapters import facts, serving
+from composer.formats.adapters.facts import Adapter, AdapterFacts
+from composer.formats.adapters.foreign import foreign_facts, read_foreign
+from composer.formats.adapters.placement.placement import place
+from composer.formats.adapters.placement.result import Placed
+from composer.formats.checkpoints.checkpoint import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """`findings` are those of the placement and of the health check."""
+
+    adapter: Adapter
+    placed: Placed
+    facts: AdapterFacts
+    findings: list[Finding]
+
+    def loads_in(self, profile: str) -> dict[str, Any]:
+        """Whether a server loads it: {profile, loads, reasons, way_out}."""
+        return serving.loads_in(self.adapter.config, self.facts, self.placed, profile).to_json()
+
+
+def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
+    """The same judgement before a push, by the registry that receives it, and for a curious user.
+
+    Without an architecture the fit is not checked. Raises InvalidFile and NotSupported for what cannot be read.
+    """
+    adapter = facts.read_adapter(directory)
+    placed = place(adapter.config, adapter.header, architecture, adapter.name)
+    summary = facts.facts(adapter.config, adapter.header, placed)
+    return Inspection(adapter, placed, summary, [*placed.findings, *facts.health(adapter.weights_path, adapter.header)])
+
+
+def inspect_foreign(path: Path, architecture: Architecture | None) -> tuple[AdapterFacts, list[Finding]]:
+    """The facts of an adapter of another layout that `convert` reads, and what was found.
+
+    Without an architecture the modules keep the file's names. Raises what `read_foreign` raises of what it does not.
+    """
+    foreign = read_foreign(path, architecture)
+    message = f"It is in the layout of {foreign.layout}; `adaptory convert` makes PEFT's of it."
+    findings = [Finding("another_layout", Severity.NOTICE, foreign.weights_path.name, message)]
+    return foreign_facts(foreign), [*findings, *facts.health(foreign.weights_path, foreign.header)]

@@ -1,0 +1,1 @@
+"""Which weight of the base each tensor of an adapter belongs to."""

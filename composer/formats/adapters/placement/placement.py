@@ -1,0 +1,363 @@
+"""Every tensor of an adapter on the base tensor it acts on, by full path and shape. What does not fit is a finding."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from composer.errors import NotSupported
+from composer.findings import Finding, Severity
+from composer.formats.adapters.config.config import AdapterConfig
+from composer.formats.adapters.config.parts import Size
+from composer.formats.adapters.config.patterns import matches_whole
+from composer.formats.adapters.config.types import RETIRED_PARTS, TYPES, UNSAVED_PARTS, AdapterType
+from composer.formats.adapters.placement.experts import missing_parameters, owner_of
+from composer.formats.adapters.placement.naming import (
+    PEFT_PREFIX,
+    SHARED,
+    TOKENS,
+    Target,
+    find_weight,
+    is_copy,
+    is_raw,
+    is_vocabulary,
+    lacks_prefix,
+    split_key,
+)
+from composer.formats.adapters.placement.pairs import PAIR_PARTS, place_pair, place_tokens
+from composer.formats.adapters.placement.result import (
+    NORMED_EMBEDDINGS,
+    WHOLE_KINDS,
+    Placed,
+    PlacedModule,
+    Placement,
+    bias_of,
+    by,
+)
+from composer.formats.adapters.placement.targeting import surely_untargeted
+from composer.formats.checkpoints.checkpoint import Architecture
+from composer.formats.checkpoints.header import FLOAT_DTYPES, Header
+
+
+def place(config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter") -> Placed:
+    """Match every tensor of the adapter with a base tensor.
+
+    Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
+    findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
+    unflagged_part, duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused,
+    unsupported_layer, grouped_convolution, empty_adapter.
+    Warnings: other_paths, pattern_unused where others of its keys match. Notices: no_prefix, raw_keys, unused_target.
+    Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
+    """
+    if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
+        message = f"{subject} cannot be read: {refusal.reason}."
+        raise NotSupported("adapter_type", message, subject=subject, next_step=refusal.way_out)
+    _refuse_retired(config, header, subject)
+    placement = Placement(config, header, architecture)
+    grouped = _group(placement)
+    shared = grouped.pop(SHARED, {}) if config.peft_type != "LORA" else {}
+    for module, parts in grouped.items():
+        if config.peft_type == "LORA":
+            place_pair(placement, module, parts)
+        else:
+            _place_other(placement, module, parts, shared)
+        place_tokens(placement, module, parts)
+        _place_whole_tensors(placement, module, parts)
+    _check_shared(placement, shared)
+    _check_prefix(placement, list(grouped), subject)
+    _check_dtypes(placement)
+    _check_twice(placement)
+    _check_looked_up(placement)
+    _check_config_is_used(placement)
+    _note_other_keys(placement, subject)
+    return Placed(placement.modules, placement.findings)
+
+
+def _refuse_retired(config: AdapterConfig, header: Header, subject: str) -> None:
+    for part in {split_key(key).part for key in header.tensors} & RETIRED_PARTS.keys():
+        reason, way_out = RETIRED_PARTS[part]
+        message = f"{subject} cannot be read: {reason}."
+        raise NotSupported("adapter_type", message, subject=subject, next_step=way_out)
+
+
+def _group(placement: Placement) -> dict[str, dict[str, str]]:
+    """Module -> part -> key, in file order."""
+    split = [split_key(key) for key in placement.header.tensors]
+    bare = [one for one in split if not one.key.startswith(PEFT_PREFIX) and one.module != SHARED]
+    if bare and any(one.key.startswith(PEFT_PREFIX) for one in split):
+        odd = bare[0].key
+        placement.error("wrong_prefix", odd, f"{odd} lacks the prefix {PEFT_PREFIX!r} that other keys have.")
+    grouped: dict[str, dict[str, str]] = defaultdict(dict)
+    for one in split:
+        if one.part == "ignored":
+            continue
+        parts = grouped[one.module]
+        twin = parts.setdefault(one.part, one.key)
+        if twin == one.key:
+            continue
+        parts[one.part] = min(twin, one.key, key=is_copy)
+        if is_copy(twin) == is_copy(one.key) or placement.shape(twin) != placement.shape(one.key):
+            placement.error("duplicate_tensor", one.key, f"{one.key} and {twin} are the same part of one module.")
+    return grouped
+
+
+def _own_parts(config: AdapterConfig) -> frozenset[str]:
+    """What the type keeps of a module it adapts, besides tensors that are saved whole."""
+    return frozenset({TOKENS, *(PAIR_PARTS if config.peft_type == "LORA" else TYPES[config.peft_type].parts)})
+
+
+def _place_other(placement: Placement, module: str, parts: Mapping[str, str], shared: Mapping[str, str]) -> None:
+    """Place a module of a type that is no LoRA: what its parts fit is in composer.formats.adapters.config.parts."""
+    kind = TYPES[placement.config.peft_type]
+    own = {part: key for part, key in parts.items() if part in kind.parts}
+    target = placement.find(module, "weight", next(iter(own.values()))) if own else None
+    if target is None:
+        return
+    found = {part: key for part, key in shared.items() if part in kind.shared} | own
+    base, layout = placement.base_shape(target), _layout(placement, module, target, own)
+    rows, columns = (base[0], prod(base[1:])) if len(base) > 1 else (0, 0)
+    size = (rows, columns) if layout == "linear" else (columns, rows)
+    shapes = {part: placement.shape(key) for part, key in found.items()}
+    if base and len(base) != 2 and not kind.convolutions:
+        kept = f"of {placement.config.peft_type} only matrices are read: merge it with PEFT"
+        message = f"{module} is stored as {by(base)}; {kept}."
+        placement.error("unsupported_layer", module, message)
+        return
+    try:
+        made_for = kind.fits(shapes, placement.config.options_for(module), size)
+    except KeyError as missing:
+        why = "".join(f": {reason}" for part, reason in UNSAVED_PARTS.items() if part == missing.args[0])
+        placement.error("missing_part", module, f"{module} has {', '.join(own)}, but no {missing.args[0]}{why}.")
+    except ValueError as wrong:
+        placement.error("shape_mismatch", module, f"{module} has {wrong}.")
+    else:
+        shape = base or (made_for if layout == "linear" else made_for[::-1])
+        placed = PlacedModule(
+            module, target.weight, "other", target.tied, 0, 0.0, 0.0, shape, found, target.rule, layout
+        )
+        _add_other(placement, placed, size, made_for)
+
+
+def _add_other(placement: Placement, placed: PlacedModule, size: Size, made_for: Size) -> None:
+    if placement.architecture is not None and made_for != size:
+        message = f"{placed.module} is made for {by(made_for)}; the base's {placed.weight} is {by(size)}."
+        placement.error("shape_mismatch", placed.module, message)
+        return
+    placement.modules.append(placed)
+    if placement.architecture is None or not _acts_on_bias(placement, TYPES[placement.config.peft_type], placed):
+        return
+    bias = find_weight(placed.module, "bias", placement.architecture)
+    if isinstance(bias, Target) and placement.fits(f"{placed.module}.bias", bias, size[:1]):
+        placement.modules.append(replace(placed, **bias_of(bias, size[0])))
+
+
+def _layout(placement: Placement, module: str, target: Target, own: Mapping[str, str]) -> str:
+    if any("_embedding_" in part for part in own):
+        return "embedding"
+    # No factors that would tell more than the model type does: PEFT ignores fan_in_fan_out where it does not hold.
+    return "conv1d" if placement.transposed(module, target, (0, 0)) else "linear"
+
+
+def _acts_on_bias(placement: Placement, kind: AdapterType, placed: PlacedModule) -> bool:
+    """A feed-forward (IA)3 scales inputs, which a bias has nothing to do with."""
+    feed_forward = "ia3_l" in placed.parts and placement.shape(placed.parts["ia3_l"])[1] > 1
+    return kind.acts_on_bias and not feed_forward
+
+
+def _check_shared(placement: Placement, shared: Mapping[str, str]) -> None:
+    used = TYPES[placement.config.peft_type].shared if placement.config.peft_type != "LORA" else ()
+    for part, key in shared.items():
+        if part not in used:
+            placement.error("unmatched_tensor", key, f"{key} is no part of a {placement.config.peft_type} adapter.")
+
+
+def _place_whole_tensors(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
+    own = _own_parts(placement.config)
+    families = tuple(f"{part.partition('_')[0]}_" for part in own)
+    for part, key in parts.items():
+        if part in own:
+            continue
+        if any(name.startswith(families) for name in (*module.split("."), part)):
+            message = f"{key} is no part of a {placement.config.peft_type} adapter that is known."
+            placement.error("unmatched_tensor", module or key, message)
+            continue
+        parameter = part.removeprefix("base_layer.")
+        target = placement.find(module, parameter, key)
+        shape = placement.shape(key)
+        if target is None or not placement.fits(f"{module}.{parameter}", target, shape):
+            continue
+        kind = "base_copy" if part == "base_layer.weight" else "replacement"
+        placement.modules.append(
+            PlacedModule(module, target.weight, kind, target.tied, 0, 0.0, 0.0, shape, {part: key}, target.rule)
+        )
+
+
+def _check_prefix(placement: Placement, modules: list[str], subject: str) -> None:
+    """When nothing matches, one finding that shows both sides says more than a hundred unmatched tensors."""
+    if not placement.header.tensors:
+        placement.error("empty_adapter", subject, f"{subject} has no tensors.")
+    unmatched = [finding for finding in placement.findings if finding.code == "unmatched_tensor"]
+    if placement.modules or not unmatched or placement.architecture is None:
+        return
+    first = next(iter(placement.header.tensors))
+    names = list(placement.architecture.tensors)
+    layer = split_key(first).module.rpartition(".")[2]
+    alike = (name for ending in (f".{layer}.weight", "proj.weight", "") for name in names if name.endswith(ending))
+    example = next(alike, "")
+    expected = f"{PEFT_PREFIX}{example.removesuffix('.weight')}.lora_A.weight"
+    message = f"No tensor matches the base: keys look like {first!r}, where the base expects {expected!r}."
+    message += placement.renamed_perhaps(filter(None, modules))
+    placement.findings[:] = [finding for finding in placement.findings if finding.code != "unmatched_tensor"]
+    placement.error("wrong_prefix", next(filter(None, modules), first), message)
+
+
+def _note_other_keys(placement: Placement, subject: str) -> None:
+    """What is read here as if it were named as PEFT does, and elsewhere not at all."""
+    keys = list(placement.header.tensors)
+    if lacks_prefix(keys):
+        message = f"No key has the prefix {PEFT_PREFIX!r}, without which PEFT itself loads nothing."
+        placement.findings.append(Finding("no_prefix", Severity.NOTICE, subject, message))
+    raw = [key for key in keys if is_raw(key)]
+    if raw:
+        message = f"{raw[0]} has the adapter's name in it, as in a raw state dict: it is read without."
+        placement.findings.append(Finding("raw_keys", Severity.NOTICE, subject, message))
+
+
+def _check_dtypes(placement: Placement) -> None:
+    """What deltas are computed from is plain floating point, but for indices: anything else has lost its scale."""
+    owners = {
+        key: placed.module
+        for placed in placement.modules
+        for part, key in placed.parts.items()
+        if placed.kind not in WHOLE_KINDS and "indices" not in part
+    }
+    for key, module in owners.items():
+        dtype = placement.header.tensors[key].dtype
+        if dtype not in FLOAT_DTYPES:
+            message = f"{key} is stored as {dtype}, not as F32, BF16, F16 or F64: save the adapter in one of those."
+            placement.error("bad_dtype", module, message)
+
+
+def _check_twice(placement: Placement) -> None:
+    seen: dict[str, str] = {}
+    for placed in placement.modules:
+        if placed.kind == "base_copy" or placed.tied:
+            continue
+        other = seen.setdefault(placed.weight, placed.module)
+        if other != placed.module:
+            placement.error(
+                "duplicate_target", placed.module, f"{placed.module} and {other} are both the tensor {placed.weight}."
+            )
+
+
+def _check_looked_up(placement: Placement) -> None:
+    if placement.model_type not in NORMED_EMBEDDINGS:
+        return
+    for placed in placement.modules:
+        if placed.kind == "tokens" or placed.layout == "embedding":
+            message = (
+                f"{placed.module} of {placement.model_type} normalises the rows that it looks up, but not what PEFT "
+                "trained: no weight gives the same. Serve it with PEFT, or train the embedding whole."
+            )
+            # First of all: PEFT saves the norm as well, which is not found, and not the point.
+            placement.findings.insert(0, Finding("unsupported_layer", Severity.ERROR, placed.module, message))
+
+
+def _check_config_is_used(placement: Placement) -> None:
+    """The config's own words must be true of the tensors: PEFT would silently ignore what they miss."""
+    config = placement.config
+    adapted = _adapted_paths(placement)
+    if not adapted and config.peft_type != "LORA":
+        placement.error("no_target", config.peft_type, f"No tensor is one of a {config.peft_type} adapter.")
+    if not adapted and placement.findings:
+        return
+    _check_targets(placement, adapted)
+    _check_saved_whole(placement)
+    if config.token_indices and not any(placed.kind == "tokens" for placed in placement.modules):
+        placement.error("no_target", "token_indices", "The config names trained tokens, but no tensor has their rows.")
+    for target in missing_parameters(placement):
+        message = f"target_parameters names {target!r}, but no tensor belongs to such a parameter."
+        placement.error("no_target", target, message)
+    for placed in placement.modules:
+        wrapped = placed.kind not in (*WHOLE_KINDS, "tokens", "bias") and placed.module in adapted
+        if wrapped and surely_untargeted(config, placed.module):
+            message = f"{placed.module} has factors, but the config does not target it: PEFT would ignore them."
+            placement.error("untargeted_tensor", placed.module, message)
+    _check_patterns(placement, adapted | {placed.module for placed in placement.modules if placed.kind == "experts"})
+
+
+def _check_targets(placement: Placement, adapted: set[str]) -> None:
+    """A general list names modules of many models, and PEFT is content when one of them is there. Nothing at all is an
+    error, and so is a module of the base that the file has lost the tensors of."""
+    targets = placement.config.target_modules
+    lacking = _targets_without_tensors(placement.config, adapted)
+    some = not isinstance(targets, str) and len(lacking) < len(targets or ())
+    for target in lacking:
+        message = f"target_modules has {target!r}, but no tensor belongs to a module that it matches"
+        if some and not _in_base(placement, target):
+            placement.findings.append(Finding("unused_target", Severity.NOTICE, target, f"{message}."))
+        else:
+            where = "; the base has such a module" if some else ""
+            placement.error("no_target", target, f"{message}{where}.")
+
+
+def _check_saved_whole(placement: Placement) -> None:
+    """What was trained whole and is lost, where the base has such a module. PEFT names `classifier` and `score` alike,
+    of which a model has one; a head that is tied to the embedding is saved as one of the two."""
+    base = placement.architecture
+    if base is None:
+        return
+    saved = {split_key(key).module for key in placement.header.tensors}
+    there, known = _as_text(saved), _as_text({name.rpartition(".")[0] for name in base.tensors})
+    for name in dict.fromkeys(placement.config.modules_to_save):
+        twin = base.tied and is_vocabulary(name) and any(map(is_vocabulary, saved))
+        if f".{name}." in known and f".{name}." not in there and not twin:
+            message = f"modules_to_save has {name!r}, but no tensor belongs to such a module; the base has one."
+            placement.error("no_target", name, message)
+
+
+def _as_text(modules: set[str]) -> str:
+    """To look for a name of some components at once, however many modules there are."""
+    return "\n".join(f".{module}." for module in modules)
+
+
+def _in_base(placement: Placement, target: str) -> bool:
+    """Does PEFT wrap a module by this name? Not an expert: those are one parameter in memory, whatever the file has."""
+    if placement.architecture is None:
+        return False
+    matrices = (name for name, entry in placement.architecture.tensors.items() if len(entry.shape) > 1)
+    paths = (name.removesuffix(".weight") for name in matrices if ".experts." not in name)
+    return any(f".{path}".endswith(f".{target}") and not surely_untargeted(placement.config, path) for path in paths)
+
+
+def _check_patterns(placement: Placement, paths: set[str]) -> None:
+    """Keys that match nothing are PEFT's to pass over: a config may be for several models. But where none matches they
+    may be the names of another version of transformers, and passing over them would change the scale."""
+    config = placement.config
+    for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        unused = pattern.unused(paths)
+        severity = Severity.ERROR if len(unused) == len(pattern) else Severity.WARNING
+        for key in unused:
+            message = f"{name} has {key!r}, which matches no module."
+            placement.findings.append(Finding("pattern_unused", severity, key, message))
+
+
+def _targets_without_tensors(config: AdapterConfig, adapted: set[str]) -> list[str]:
+    targets = config.target_modules
+    if isinstance(targets, str):
+        found = targets == "all-linear" or any(matches_whole(targets, module) for module in adapted)
+        return [] if found else [targets]
+    return [
+        target
+        for target in targets or ()
+        if not any(module == target or module.endswith(f".{target}") for module in adapted)
+    ]
+
+
+def _adapted_paths(placement: Placement) -> set[str]:
+    """The modules that PEFT wrapped, also those that did not fit: they are reported once, not as a missing target."""
+    own = _own_parts(placement.config)
+    split = (split_key(key) for key in placement.header.tensors)
+    tokens = placement.config.peft_type == "TRAINABLE_TOKENS"
+    own = own if tokens else own - {TOKENS}
+    return {owner_of(one.module) for one in split if one.part in own and one.module != SHARED}

@@ -1,0 +1,58 @@
+"""Would PEFT wrap this module? Only then does it load the module's low-rank tensors."""
+
+import re
+from typing import cast
+
+from composer.formats.adapters.config.config import AdapterConfig
+from composer.formats.adapters.config.patterns import matches_whole
+from composer.formats.adapters.placement.naming import is_embedding, is_head
+
+_ANY_LAYER = r"[^.]*"
+_PLAIN_NAME = re.compile(r"\w+")
+
+
+def surely_untargeted(config: AdapterConfig, module: str) -> bool:
+    """True when PEFT's rules (check_target_module_exists) say that the config leaves this module alone.
+
+    False where the answer depends on what is not read here: no target_modules (chosen by model type), parameters
+    targeted by name, and a head or embedding that weight tying wraps with its twin.
+    """
+    targets = config.target_modules
+    if targets is None or config.raw.get("target_parameters"):
+        return False
+    if config.raw.get("ensure_weight_tying") and (is_head(module) or is_embedding(module)):
+        return False
+    if config.exclude_modules and _names(config.exclude_modules, module):
+        return True
+    if isinstance(targets, str):
+        # PEFT takes this word in any case.
+        return targets.lower() != "all-linear" and not matches_whole(targets, module)
+    if module in targets:  # a whole path wins over the choice of layers
+        return False
+    return not _names(targets, module) or _in_another_layer(config, module)
+
+
+def _names(targets: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(targets, str):
+        return matches_whole(targets, module)
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _in_another_layer(config: AdapterConfig, module: str) -> bool:
+    chosen: object = config.raw.get("layers_to_transform")
+    if chosen is None or chosen == []:
+        return False
+    layers = cast("list[object]", chosen if isinstance(chosen, list) else [chosen])
+    given: object = config.raw.get("layers_pattern") or [_ANY_LAYER]
+    patterns = cast("list[object]", given if isinstance(given, list) else [given])
+    if any(type(layer) is not int for layer in layers):
+        return False
+    for pattern in patterns:
+        text = str(pattern)
+        if text != _ANY_LAYER and not _PLAIN_NAME.fullmatch(text):  # a regex of a stranger: not judged
+            return False
+        start = r".*?\." if text == _ANY_LAYER else r"(?:^|.*?\.)"
+        match = re.match(rf"{start}{text}\.(\d{{1,9}})\.", module)
+        if match:
+            return int(match[1]) not in layers
+    return True

@@ -1,0 +1,39 @@
+"""The adapters that something is made of: the files that its bytes follow from, and what a note says of each."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.checkpoints.hashing import hash_file
+from composer.formats.recipes.weights import Weight, parse_weight
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter that is used: `digest` is the sha256 of its weights file, `config` that of its config, whose scales
+    have a part in the bytes too (None in a note of before it was told)."""
+
+    name: str
+    weight: Weight
+    digest: str
+    config: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "weight": self.weight.to_json(), "digest": self.digest, "config": self.config}
+
+
+def files_of(adapters: Iterable[Path]) -> list[Path]:
+    return [path / file for path in adapters for file in (WEIGHTS_FILE, CONFIG_FILE)]
+
+
+def adapter_use(path: Path, weight: Weight | float) -> AdapterUse:
+    name = path.resolve().name
+    return AdapterUse(name, parse_weight(weight), hash_file(path / WEIGHTS_FILE), hash_file(path / CONFIG_FILE))
+
+
+def told_use(row: Mapping[str, Any]) -> AdapterUse:
+    """What a note says. Raises KeyError or TypeError for what it does not say, and what `parse_weight` raises."""
+    name, weight, digest = row["name"], row["weight"], row["digest"]
+    return AdapterUse(str(name), parse_weight(weight), str(digest), str(row["config"]) if "config" in row else None)

@@ -1,0 +1,228 @@
+"""The model card: the YAML between two lines of `---` that a README.md begins with, and the provenance it states.
+
+A card is what strangers wrote. It is read with bounds, without aliases (a few lines of them unfold to gigabytes), and
+what cannot be used is a finding, never an error: nobody's release should fail over its README.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
+from math import isfinite
+from typing import Any, cast
+
+import yaml
+
+from composer.errors import InvalidFile
+from composer.findings import Finding, Severity
+from composer.formats.untrusted import LONE_SURROGATE, shown
+
+CARD_FILE = "README.md"
+FRONT_MATTER_BYTES = 65_536
+MAX_DEPTH = 20
+MAX_TEXT = 1_000
+MAX_ITEMS = 100
+MAX_HYPERPARAMETERS = 200
+
+TEXTS = ("trainer", "run_url", "code_commit", "base_license", "license", "license_link", "library_name", "base_model")
+"""Provenance that is one short text."""
+FIELDS = (*TEXTS, "data", "hyperparameters", "tags")
+_LICENSE_CHARS = 100
+_COMMIT_DIGITS = 64
+_SAMPLE = ("name", "digest", "license")
+_FENCE = re.compile(rb"---[ \t]*\r?\n")
+_END = re.compile(rb"^(?:---|\.\.\.)[ \t]*\r?$", re.MULTILINE)
+_POWER = re.compile(r"[+-]?\d{1,20}[eE][+-]?\d{1,3}")  # 1e-4, which YAML 1.1 reads as text
+
+_INTEGER_TAG = "tag:yaml.org,2002:int"
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+Scalar = str | int | float | bool
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 0123456 for an octal number and 1:30 for ninety: here that is a commit, and text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _INTEGER if tag == _INTEGER_TAG else pattern) for tag, pattern in known]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_mapping(text: str, subject: str) -> dict[str, Any]:
+    """A YAML mapping whose keys are text, read with the bounds of a front matter. Raises InvalidFile."""
+    if len(text.encode("utf-8", "replace")) > FRONT_MATTER_BYTES:
+        raise _bad(subject, f"it has more than {FRONT_MATTER_BYTES:,} bytes")
+    try:
+        _refuse_tricks(text, subject)
+        value: object = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or type(error).__name__}") from error
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in cast("dict[object, object]", value)):
+        raise _bad(subject, "it is not a mapping of names")
+    return cast("dict[str, Any]", value)
+
+
+def _refuse_tricks(text: str, subject: str) -> None:
+    """Aliases and deep nesting cost more than they say. Seen event by event, before anything is built of them."""
+    depth = 0
+    events = cast("Iterator[object]", yaml.parse(text, yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            raise _bad(subject, "it has aliases, which are not read")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise _bad(subject, f"it is nested more than {MAX_DEPTH} deep")
+
+
+def front_matter(content: bytes) -> dict[str, Any]:
+    """The front matter of a card, {} when it has none. Raises InvalidFile; reads at most the first 64 kB."""
+    begin = _FENCE.match(content)
+    if begin is None:
+        return {}
+    end = _END.search(content, begin.end(), begin.end() + FRONT_MATTER_BYTES)
+    if end is None:
+        raise _bad(CARD_FILE, f"its front matter does not end within {FRONT_MATTER_BYTES:,} bytes")
+    block = content[begin.end() : end.start()].decode("utf-8", "replace")
+    return load_mapping(block, CARD_FILE) if block.strip() else {}
+
+
+def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:
+    """What a model card says of where an adapter comes from, and a warning for each part that cannot be used."""
+    try:
+        return provenance(front_matter(content))
+    except InvalidFile as error:
+        return {}, [_warn(CARD_FILE, error.message)]
+
+
+def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
+    """{trainer, run_url, code_commit, data: [{name, digest, license}], hyperparameters: {…}, base_license, license,
+    license_link, library_name, base_model, tags: […]}, of which only what is stated is there.
+
+    Hugging Face's own names are understood: `datasets` for `data`, and `license_name` where `license` is `other`.
+    Everything else on a card is no provenance and is passed over; a part of the wrong form is a warning.
+    """
+    told: dict[str, Any] = {}
+    findings: list[Finding] = []
+    given = _hub_names(stated)
+    for name in TEXTS:
+        _take(told, findings, name, given.get(name), _text)
+    _take(told, findings, "data", given.get("data"), _data)
+    _take(told, findings, "hyperparameters", given.get("hyperparameters"), _hyperparameters)
+    _take(told, findings, "tags", given.get("tags"), _texts)
+    if len(told.get("license", "")) > _LICENSE_CHARS:
+        findings.append(_warn("license", f"license has more than {_LICENSE_CHARS} characters."))
+        del told["license"]
+    return told, findings
+
+
+def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
+    """What somebody states on purpose, in the form of `provenance`. Raises InvalidFile for a name or value unknown."""
+    unknown = sorted(set(stated) - set(FIELDS))
+    if unknown:
+        raise _bad(subject, f"{shown(unknown[0])} is no part of it; known are {', '.join(FIELDS)}")
+    told, findings = provenance(stated)
+    if findings:
+        raise _bad(subject, findings[0].message.rstrip("."))
+    return told
+
+
+def _hub_names(stated: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in stated.items() if value is not None}
+    if "datasets" in given:
+        given.setdefault("data", given["datasets"])
+    if given.get("license") == "other" and "license_name" in given:
+        given["license"] = given["license_name"]
+    for name in ("license", "base_model"):
+        value: object = given.get(name)
+        if isinstance(value, list) and value:  # some cards list a single one
+            given[name] = cast("list[object]", value)[0]
+    return given
+
+
+def _take(
+    told: dict[str, Any], findings: list[Finding], name: str, value: object, read: Callable[[object], object]
+) -> None:
+    if value is None:
+        return
+    try:
+        told[name] = read(value)
+    except ValueError as error:
+        findings.append(_warn(name, f"{name} of the provenance cannot be used: {error}."))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, date):
+        value = value.isoformat()
+    if type(value) is int and abs(value) < 10**_COMMIT_DIGITS:
+        value = str(value)  # a commit of digits only, which YAML reads as a number
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("it is not a text")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"a text has more than {MAX_TEXT:,} characters")
+    if "\0" in value or LONE_SURROGATE.search(value):
+        raise ValueError("a text has characters that cannot be kept")
+    return value
+
+
+def _texts(value: object) -> list[str]:
+    return [_text(item) for item in _list(value)]
+
+
+def _data(value: object) -> list[dict[str, str]]:
+    """Each a name, or {name, digest, license}."""
+    rows: list[dict[str, str]] = []
+    for item in _list(value):
+        row: object = {"name": item} if isinstance(item, str) else item
+        if not isinstance(row, dict):
+            raise ValueError("an item is neither a name nor a mapping")
+        stated = cast("dict[object, object]", row)
+        if stated.get("name") is None or not set(stated) <= set(_SAMPLE):
+            raise ValueError(f"an item has a name and may have {' and '.join(_SAMPLE[1:])}, nothing else")
+        rows.append({name: _text(stated[name]) for name in _SAMPLE if stated.get(name) is not None})
+    return rows
+
+
+def _hyperparameters(value: object) -> dict[str, Scalar | list[Scalar]]:
+    if not isinstance(value, dict):
+        raise ValueError("it is not a mapping")
+    stated = cast("dict[object, object]", value)
+    if len(stated) > MAX_HYPERPARAMETERS:
+        raise ValueError(f"it has more than {MAX_HYPERPARAMETERS} entries")
+    told: dict[str, Scalar | list[Scalar]] = {}
+    for key, item in stated.items():
+        if isinstance(item, list):
+            told[_text(key)] = [_scalar(one) for one in _list(cast("object", item))]
+        elif item is not None:
+            told[_text(key)] = _scalar(item)
+    return told
+
+
+def _scalar(value: object) -> Scalar:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    if isinstance(value, float) and isfinite(value):
+        return value
+    text = _text(value)
+    return float(text) if _POWER.fullmatch(text) and isfinite(float(text)) else text
+
+
+def _list(value: object) -> Sequence[object]:
+    items = cast("list[object]", value) if isinstance(value, list) else [value]
+    if len(items) > MAX_ITEMS:
+        raise ValueError(f"it has more than {MAX_ITEMS} items")
+    return items
+
+
+def _warn(subject: str, message: str) -> Finding:
+    return Finding("provenance", Severity.WARNING, subject, message)
+
+
+def _bad(subject: str, why: str) -> InvalidFile:
+    return InvalidFile(
+        "bad_provenance", f"{subject}: {why}.", subject=subject, next_step="Correct it, or leave it out."
+    )

@@ -1,0 +1,310 @@
+"""A Hugging Face checkpoint on disk: config, shards and where each tensor lies."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+from composer.errors import InvalidFile, NotSupported
+from composer.formats.checkpoints.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
+from composer.formats.checkpoints.quantized import Nf4, is_part, nf4_weights
+from composer.formats.checkpoints.tying import embedding_tensors, head_tensors, said_tied, same_bytes
+from composer.formats.untrusted import LONE_SURROGATE, has_more_values, shown
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEQUANTIZE = "or let `adaptory merge --dequantize` take this one as the values that it stands for"
+"""The fix for a base that can be decoded."""
+_JSON_BYTES = 100_000_000
+_JSON_VALUES = 1_000_000  # an index of as many tensors
+_NAME_BYTES = 255  # of a file's, on every file system that is in use
+_FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})  # whose weights have scales beside them
+_FP8_FORMATS = (None, "float-quantized")  # of compressed-tensors: the others pack integers, or drop zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """All that a check of an adapter needs to know of a base: no weights, so a registry can keep it.
+
+    `tied` says that the output head shares the input embedding's tensor, or is stored a second time with the same
+    bytes, so that loading makes them one. `tensors` are named as on disk.
+    """
+
+    model_type: str
+    tied: bool
+    tensors: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file.
+
+    `dequantize` says that its quantized tensors stand for the values they were made from: `architecture` has those.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: Mapping[str, Header]
+    index: Mapping[str, Any] | None
+    dequantize: bool = False
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        tensors = {name: entry.spec for header in self.shards.values() for name, entry in header.tensors.items()}
+        if self.packed:
+            tensors = {name: spec for name, spec in tensors.items() if not is_part(name)}
+            tensors |= {name: packed.spec for name, packed in self.packed.items()}
+        tied = said_tied(self.config, tensors) and self.own_head is None
+        return Architecture(str(self.config.get("model_type", "")), tied, tensors)
+
+    @cached_property
+    def own_head(self) -> str | None:
+        """The head whose bytes are not the embedding's, though the config says that both are one: loading believes the
+        file, and so does this. None where the config is right."""
+        heads, embeddings = head_tensors(self._places), embedding_tensors(self._places)
+        if len(heads) != 1 or len(embeddings) != 1 or not said_tied(self.config, self._places):
+            return None
+        return None if same_bytes(self.locate(heads[0]), self.locate(embeddings[0])) else heads[0]
+
+    @cached_property
+    def packed(self) -> Mapping[str, Nf4]:
+        """The 4-bit weights by name; none where the checkpoint was not opened to be dequantized."""
+        return nf4_weights(self._places, self.locate) if self.dequantize else {}
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        return {name: shard for shard, header in self.shards.items() for name in header.tensors}
+
+    def locate(self, name: str) -> tuple[Path, TensorEntry]:
+        """File and entry of a tensor. Raises KeyError for a name that the architecture does not have."""
+        shard = self._places[name]
+        return self.path / shard, self.shards[shard].tensors[name]
+
+
+def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
+    """Open the checkpoint in directory `path`: reads config, index and headers, no weights.
+
+    Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about,
+    pickles), and NotSupported for a quantized base; for one in fp8 or 4-bit NormalFloat only without `dequantize`.
+    """
+    path = path.absolute()  # "." has no name that a message could say
+    config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
+    _refuse_quantized(path, config, dequantize)
+    if (path / INDEX_FILE).is_file():
+        index = read_json(path / INDEX_FILE, "missing_index", "Download the checkpoint again.")
+        shards = _read_shards(path, index)
+        _refuse_another(path, shards)
+    elif (path / SINGLE_FILE).is_file():
+        index, shards = None, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}
+    else:
+        raise missing_weights(path, SINGLE_FILE)
+    _refuse_packed(path, shards)
+    return Checkpoint(path, config, shards, index, dequantize)
+
+
+def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -> None:
+    stated: object = config.get("quantization_config")
+    if not stated:
+        return
+    if not isinstance(stated, dict):
+        raise InvalidFile(
+            "bad_config",
+            f"config.json: quantization_config is {shown(stated)}, no mapping.",
+            subject="config.json",
+            next_step="Save or download the checkpoint again.",
+        )
+    settings = cast("dict[str, Any]", stated)
+    method = str(settings.get("quant_method", "quantized"))[:40]
+    decodable = _decodable(method, settings)
+    if not decodable or not dequantize:
+        raise NotSupported(
+            "quantized_base",
+            f"{path.name} is quantized ({quantization(settings)}).",
+            subject="config.json",
+            next_step="Use the unquantized base" + (f", {DEQUANTIZE}." if decodable else "."),
+        )
+
+
+def quantization(settings: Mapping[str, Any]) -> str:
+    """What a config says of how the weights were quantized, in a few words."""
+    told = (settings.get("quant_method", "quantized"), settings.get("format"))
+    return ", ".join(str(word)[:40] for word in told if word)
+
+
+def _decodable(method: str, settings: Mapping[str, Any]) -> bool:
+    if method == "bitsandbytes":
+        return settings.get("bnb_4bit_quant_type", "nf4") == "nf4" and bool(_in_4bit(settings))
+    if method == "compressed-tensors":
+        return not _is_sparse(settings) and settings.get("format") in _FP8_FORMATS
+    return method in _FP8_METHODS
+
+
+def _is_sparse(settings: Mapping[str, Any]) -> bool:
+    stated: object = settings.get("sparsity_config") or {}
+    return not isinstance(stated, dict) or cast("dict[str, Any]", stated).get("format", "dense") != "dense"
+
+
+def _refuse_another(path: Path, shards: Mapping[str, Header]) -> None:
+    """Some loaders take the single file, and others what the index says."""
+    if SINGLE_FILE not in shards and (path / SINGLE_FILE).is_file():
+        raise InvalidFile(
+            "two_checkpoints",
+            f"{path.name} has weights twice: {SINGLE_FILE}, and the shards of {INDEX_FILE}.",
+            subject=SINGLE_FILE,
+            next_step="Remove the one that you do not mean.",
+        )
+
+
+def _refuse_packed(path: Path, shards: Mapping[str, Header]) -> None:
+    """Old tools packed weights without a word in the config."""
+    for shard, header in shards.items():
+        for name in header.tensors:
+            if name.endswith(".qweight"):
+                message = f"{path.name} is quantized (GPTQ or AWQ: {name})."
+                raise NotSupported("quantized_base", message, subject=shard, next_step="Use the unquantized base.")
+
+
+def _in_4bit(settings: Mapping[str, Any]) -> object:
+    return settings.get("load_in_4bit") or settings.get("_load_in_4bit")
+
+
+def local_directory(locations: Iterable[str]) -> Path | None:
+    """The first of a base's `file://` locations that has a checkpoint on this machine."""
+    for url in locations:
+        try:
+            path = Path(unquote(urlsplit(url).path))
+        except ValueError:  # no URL at all: nothing is there
+            continue
+        if url.startswith("file://") and (path / "config.json").is_file():
+            return path
+    return None
+
+
+def missing_weights(path: Path, expected: str) -> InvalidFile:
+    """The error for a directory without safetensors: another one when there are pickles to convert."""
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES) if path.is_dir() else []
+    if pickles:
+        message = f"{path.name} has its weights only as a pickle ({pickles[0]}), which runs code when opened."
+        return InvalidFile("pickle", message, subject=pickles[0], next_step=CONVERT)
+    return InvalidFile(
+        "missing_weights",
+        f"{path.name} has no {expected}.",
+        subject=expected,
+        next_step="Name a directory that has its weights as safetensors.",
+    )
+
+
+def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
+    """The JSON object in a file of at most 100 MB and a million values. Raises InvalidFile, with `code` for none."""
+    if not path.is_file():
+        raise InvalidFile(code, f"{path.parent.name} has no {path.name}.", subject=path.name, next_step=next_step)
+    contained(path.parent, path.name)
+    if path.stat().st_size > _JSON_BYTES:
+        raise InvalidFile(
+            "too_large",
+            f"{path.name} is larger than {_JSON_BYTES} bytes.",
+            subject=path.name,
+            next_step="Name a checkpoint's directory: its JSON files are small.",
+        )
+    content = path.read_bytes()
+    if has_more_values(content, _JSON_VALUES):
+        raise InvalidFile(
+            "too_large",
+            f"{path.name} has more than {_JSON_VALUES:,} values.",
+            subject=path.name,
+            next_step="Save or download the checkpoint again.",
+        )
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidFile(
+            "bad_json",
+            f"{path.name} is not JSON: {error}.",
+            subject=path.name,
+            next_step="Save or download the file again.",
+        ) from error
+    if not isinstance(value, dict):
+        raise InvalidFile(
+            "bad_json",
+            f"{path.name} is not a JSON object.",
+            subject=path.name,
+            next_step="Save or download the file again.",
+        )
+    return cast(dict[str, Any], value)
+
+
+def contained(directory: Path, name: str) -> Path:
+    """`directory / name`, once it is certain that no link leads out of the directory.
+
+    A Hugging Face cache keeps `snapshots/<commit>/file` as a link to `blobs/`: that one neighbour counts as inside.
+    """
+    real = (directory / name).resolve()
+    home = directory.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if Path(name).name != name or not any(real.is_relative_to(allowed) for allowed in homes):
+        raise InvalidFile(
+            "link_outside", f"{name} leads out of {directory.name}.", subject=name, next_step="Copy the file there."
+        )
+    return directory / name
+
+
+def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
+    wanted = _weight_map(index)
+    shards: dict[str, Header] = {}
+    for shard in sorted(set(wanted.values())):
+        file = contained(path, shard)
+        if not file.is_file():
+            raise InvalidFile(
+                "missing_shard",
+                f"{path.name} has no {shard}, which its index names.",
+                subject=shard,
+                next_step="Download the missing file.",
+            )
+        shards[shard] = read_header(file)
+    for name, shard in wanted.items():
+        if name not in shards[shard].tensors:
+            raise InvalidFile(
+                "missing_tensor",
+                f"{shard} has no tensor {name!r}, though the index says so.",
+                subject=shard,
+                next_step="Save or download the checkpoint again.",
+            )
+    for shard, header in shards.items():
+        for name in header.tensors:
+            if wanted.get(name) != shard:
+                message = f"{shard} has a tensor {name!r} that the index does not place there."
+                raise InvalidFile(
+                    "unindexed_tensor", message, subject=shard, next_step="Save or download the checkpoint again."
+                )
+    return shards
+
+
+def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor -> name of its shard. Raises InvalidFile for an index that is of another form."""
+    stated: object = index.get("weight_map")
+    if not isinstance(stated, dict) or not stated:
+        raise _bad_index("has no weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise _bad_index("has metadata that are no mapping")
+    for name, file in cast("dict[str, object]", stated).items():
+        if not _is_name(file):
+            raise _bad_index(f"places {shown(name)} in {shown(file)}, which can be no shard")
+    return cast("dict[str, str]", stated)
+
+
+def _is_name(value: object) -> bool:
+    """Can a shard have that name? One with another ending would be taken for what goes along with the weights."""
+    if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
+        return False
+    return (
+        value.endswith(".safetensors") and not Path(value).name.startswith(".") and len(value.encode()) <= _NAME_BYTES
+    )
+
+
+def _bad_index(why: str) -> InvalidFile:
+    return InvalidFile(
+        "bad_index", f"{INDEX_FILE} {why}.", subject=INDEX_FILE, next_step="Save or download the checkpoint again."
+    )

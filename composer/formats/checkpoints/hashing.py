@@ -1,0 +1,152 @@
+"""Digests of files and of a checkpoint's weights: streamed, in threads (hashlib lets go of the interpreter)."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from composer.errors import Mismatch, RefusedOutput, became_shorter
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint
+from composer.formats.checkpoints.header import TensorEntry
+
+_BLOCK_BYTES = 1 << 20  # measured: 64 KiB to 4 MiB all hash at the speed of sha256sum
+
+Progress = Callable[[int], None]
+Identity = tuple[int, int, int]
+"""Size, inode and time of last change: as long as they are the same, nobody has written to a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """What a base is, independent of sharding, file order and file metadata. Sizes count tensors, not files."""
+
+    weights_digest: str
+    architecture_digest: str
+    tensor_hashes: dict[str, str]
+    parameters: int
+    size_bytes: int
+
+
+def identity(path: Path) -> Identity:
+    status = path.stat()
+    return status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def identities(paths: Iterable[Path]) -> dict[Path, Identity]:
+    """Of those that are files."""
+    return {path: identity(path) for path in paths if path.is_file()}
+
+
+def refuse_changed(inputs: Mapping[Path, Identity]) -> None:
+    """Raises RefusedOutput naming the files that were written to, or removed, since their identities were taken."""
+    changed = [path for path, before in inputs.items() if not path.is_file() or identity(path) != before]
+    if changed:
+        raise RefusedOutput(
+            "inputs_changed",
+            f"{' and '.join(map(str, changed))} changed since this began.",
+            subject=str(changed[0]),
+            next_step="Run it again when nobody writes to it.",
+        )
+
+
+def hash_checkpoint(
+    checkpoint: Checkpoint, progress: Progress | None = None, workers: int | None = None
+) -> BaseIdentity:
+    """Identity of the checkpoint. `progress` is called, from several threads, with each number of bytes hashed.
+
+    Memory is one block a worker. Raises InvalidFile when a shard became shorter since it was opened, and what
+    `progress` raises.
+    """
+    tensors = [
+        (checkpoint.path / shard, entry)
+        for shard, header in checkpoint.shards.items()
+        for entry in header.tensors.values()
+    ]
+    # The largest first: one tensor is one thread's work, and a big one begun last would leave the others idle.
+    tensors.sort(key=lambda tensor: -tensor[1].size_bytes)
+    with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), "hash") as pool:
+        jobs = [pool.submit(_hash_tensor, path, entry, progress) for path, entry in tensors]
+        try:
+            hashes = [job.result() for job in jobs]
+        finally:
+            pool.shutdown(cancel_futures=True)  # whoever is told to stop need not wait for terabytes
+    tensor_hashes = {entry.name: digest for (_, entry), digest in zip(tensors, hashes, strict=True)}
+    architecture = checkpoint.architecture
+    specs = architecture.tensors.values()
+    table = ((name, spec.dtype, spec.shape, tensor_hashes[name]) for name, spec in architecture.tensors.items())
+    return BaseIdentity(
+        weights_digest=weights_digest(table),
+        architecture_digest=architecture_digest(architecture),
+        tensor_hashes=tensor_hashes,
+        parameters=sum(spec.elements for spec in specs),
+        size_bytes=sum(spec.size_bytes for spec in specs),
+    )
+
+
+def verify_checkpoint(checkpoint: Checkpoint, expected: str, progress: Progress | None = None) -> None:
+    """Raises Mismatch when the weights on disk are not those of the digest any more; `progress` as to hash them."""
+    if hash_checkpoint(checkpoint, progress).weights_digest != expected:
+        raise Mismatch(
+            "base_changed",
+            f"{checkpoint.path} does not hold the weights of the base {expected[:12]}.",
+            subject=str(checkpoint.path),
+            next_step="Name the right directory with --base-dir, or register what it holds now as another base.",
+        )
+
+
+def weights_digest(table: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """sha256 of a base's tensor table, rows (name, safetensors dtype, shape, sha256 of the raw bytes) in any order.
+
+    Each row is the line `name TAB dtype TAB shape TAB hash`, sorted by name, so that sharding and file order don't
+    count.
+    """
+    rows = sorted(table)
+    return _digest(f"{name}\t{dtype}\t{_joined(shape)}\t{digest}" for name, dtype, shape, digest in rows)
+
+
+def architecture_digest(architecture: Architecture) -> str:
+    """sha256 of the model type and every tensor's name and shape: the same for every fine-tune and cast of a model."""
+    lines = (f"{name}\t{_joined(architecture.tensors[name].shape)}" for name in sorted(architecture.tensors))
+    return _digest([architecture.model_type, *lines])
+
+
+def hash_file(path: Path, progress: Progress | None = None) -> str:
+    """sha256 of a file in hex. Raises OSError when it cannot be read."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return _hash_range(file, 0, os.fstat(file).st_size, path.name, progress)
+    finally:
+        os.close(file)
+
+
+def _hash_tensor(path: Path, entry: TensorEntry, progress: Progress | None) -> str:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return _hash_range(file, entry.begin, entry.end, path.name, progress)
+    finally:
+        os.close(file)
+
+
+def _hash_range(file: int, begin: int, end: int, subject: str, progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(min(_BLOCK_BYTES, end - begin)))
+    while begin < end:
+        count = os.preadv(file, [block[: end - begin]], begin)
+        if count == 0:
+            raise became_shorter(subject)
+        digest.update(block[:count])
+        begin += count
+        if progress is not None:
+            progress(count)
+    return digest.hexdigest()
+
+
+def _joined(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _digest(lines: Iterable[str]) -> str:
+    """sha256 of the lines, each ended by a newline, as `sha256sum` would see them in a file."""
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()

@@ -1,0 +1,29 @@
+"""The numbers of a safetensors file as numpy has them, and counts that add up over blocks."""
+
+from dataclasses import fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Float64 = npt.NDArray[np.float64]
+
+NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+"""What to read each dtype's bytes as, for `as_float64`."""
+
+
+def as_float64(stored: npt.NDArray[Any], dtype: str) -> Float64:
+    """bfloat16 is the upper half of a float32, which numpy has no name for."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.asarray(stored, dtype=np.float64)
+
+
+class Summed:
+    """A dataclass whose sum with another has the sums of their fields."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Self) -> Self:
+        names = [field.name for field in fields(self)]  # pyright: ignore[reportArgumentType]
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))

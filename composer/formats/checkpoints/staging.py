@@ -1,0 +1,180 @@
+"""Results appear complete or not at all: written aside, synced, renamed."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from composer.errors import Interrupted, RefusedOutput
+from composer.formats.checkpoints.checkpoint import INDEX_FILE
+from composer.formats.checkpoints.header import PICKLE_SUFFIXES
+
+NOTE_FILE = "adaptory.json"
+_ASIDE = ".partial-"
+_KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
+_UNIX_BLOCK_BYTES = 512
+_SYNC_THREADS = 8
+_TOO_LARGE = "A file is larger than the file system, or a limit of this process, allows"
+FULL = {errno.ENOSPC: "The disk is full", errno.EDQUOT: "The disk quota is used up", errno.EFBIG: _TOO_LARGE}
+"""Of an OSError's numbers those that say there is no room, in words."""
+_SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
+_WEIGHT_SUFFIXES = frozenset({
+    *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy",
+})  # fmt: skip
+
+
+@contextmanager
+def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Generator[Path]:
+    """A directory beside `out_dir` to write about `size_bytes` into, flat; synced and renamed when the block ends well.
+
+    Raises RefusedOutput when `out_dir` exists, its parent does not, another process is writing the same, or the disk is
+    full, before or while writing. When the block raises, the directory aside is removed.
+
+    `key` identifies what is written: a block that was killed or interrupted leaves its directory, and the next one with
+    the same key gets it back, with all that lies in it. Such directories of other keys are removed, unless in use. Keys
+    are of 12 hexadecimal digits: a directory of another name beside `out_dir` is somebody else's.
+    """
+    _refuse_existing(out_dir)
+    parent = out_dir.absolute().parent
+    if not parent.is_dir():
+        raise RefusedOutput(
+            "no_parent", f"{parent} is not a directory.", subject=str(parent), next_step="Create it first."
+        )
+    aside = parent / f"{out_dir.name}{_ASIDE}{key or secrets.token_hex(4)}"
+    with _held(aside, out_dir):
+        try:
+            _remove_abandoned(out_dir, aside)
+            # What was begun has its full size from the start, and takes up only what was written of it.
+            there = sum(file.stat().st_blocks * _UNIX_BLOCK_BYTES for file in aside.iterdir())
+            if shutil.disk_usage(parent).free + there < size_bytes:
+                raise _no_room(errno.ENOSPC, out_dir, size_bytes)
+            yield aside
+            _finish(aside, out_dir)
+        except BaseException as error:
+            # What was interrupted can go on later; after an error the same would only happen again.
+            again = isinstance(error, Exception) and not isinstance(error, Interrupted)
+            if aside.exists() and (key is None or again):
+                shutil.rmtree(aside)
+            elif aside.exists():
+                error.add_note(f"what is finished lies in {aside}, and the same command goes on with it")
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise _no_room(error.errno, out_dir, size_bytes) from error
+            raise
+
+
+def _finish(aside: Path, out_dir: Path) -> None:
+    # Together, since the file system's journal commits them together: one after the other cost 4 ms a file.
+    with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
+        list(pool.map(sync, list(aside.iterdir())))
+    sync(aside)
+    try:
+        aside.rename(out_dir)
+    except OSError:
+        _refuse_existing(out_dir)  # another process has finished first
+        raise
+    sync(out_dir.absolute().parent)
+
+
+@contextmanager
+def _held(aside: Path, out_dir: Path) -> Generator[None]:
+    """The directory made, and locked against other processes; the kernel lets go of the lock when this one dies."""
+    try:
+        if aside.is_symlink():  # what lies where it leads to is somebody else's
+            raise FileExistsError(errno.EEXIST, "there is a link of the name of what is written first", str(aside))
+        aside.mkdir(exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        parent = str(aside.parent)
+        message = f"Nothing can be written to {parent}: {error.strerror}."
+        raise RefusedOutput("not_writable", message, subject=parent, next_step="Choose another directory.") from error
+    handle = os.open(aside, os.O_RDONLY)
+    try:
+        if not _locked(handle):
+            message = f"Another process is writing {out_dir} now."
+            raise RefusedOutput("busy", message, subject=str(out_dir), next_step="Wait for it to end.")
+        # Between the look and the lock it may have finished and been renamed.
+        if not aside.is_dir() or not os.path.samestat(os.fstat(handle), aside.stat()):
+            _refuse_existing(out_dir)
+            raise RefusedOutput(
+                "busy", f"Another process wrote {out_dir} meanwhile.", subject=str(out_dir), next_step="Try again."
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_abandoned(out_dir: Path, aside: Path) -> None:
+    """Directories that a killed process left on the way to the same output: nobody holds their lock any more."""
+    ours = re.compile(re.escape(f"{out_dir.name}{_ASIDE}") + _KEY)
+    for other in aside.parent.iterdir():
+        if other == aside or not ours.fullmatch(other.name) or other.is_symlink() or not other.is_dir():
+            continue
+        handle = os.open(other, os.O_RDONLY)
+        try:
+            if _locked(handle):
+                shutil.rmtree(other)
+        finally:
+            os.close(handle)
+
+
+def _refuse_existing(out_dir: Path) -> None:
+    if out_dir.exists() or out_dir.is_symlink():
+        raise RefusedOutput(
+            "exists", f"{out_dir} exists.", subject=str(out_dir), next_step="Choose another output directory."
+        )
+
+
+def sync(path: Path) -> None:
+    """Have a file or directory on the disk, not only on its way there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def side_files(source: Path) -> list[str]:
+    """What a checkpoint has besides weights: tokenizer, generation config, licence, …; the config and index are the
+    caller's.
+
+    Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no hidden files.
+    """
+    return [file.name for file in sorted(source.iterdir()) if _is_side_file(file)]
+
+
+def _is_side_file(file: Path) -> bool:
+    if file.name in ("config.json", INDEX_FILE, NOTE_FILE) or file.name.startswith("."):
+        return False
+    if file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json") or not file.is_file():
+        return False
+    return file.stat().st_size <= _SIDE_FILE_BYTES
+
+
+def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:
+    free = shutil.disk_usage(out_dir.absolute().parent).free
+    there_is = f", and {free / 1e6:.0f} MB are free" if why == errno.ENOSPC else ""  # of a quota the disk cannot tell
+    message = f"{FULL[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
+    return RefusedOutput(
+        "disk_full", message, subject=str(out_dir), next_step="Free some space or choose another disk."
+    )

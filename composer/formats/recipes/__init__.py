@@ -1,0 +1,1 @@
+"""What people write: recipes, methods and their settings, weights, suites, rounding, policies."""

@@ -1,0 +1,49 @@
+"""Which examples a method is fitted on, by digest: a lock names them, and nothing is judged by them."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from composer.formats.recipes.suite import Example, Suite
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """What one adapter's part of a fitted method is fitted on: the first `count` examples of a suite's chosen order, or
+    prompts without answers."""
+
+    suite: Suite | None = None
+    count: int = 0
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        return self.suite.sample(self.count) if self.suite else ()
+
+    def __len__(self) -> int:
+        return len(self.examples) or len(self.prompts)
+
+    def __contains__(self, example: object) -> bool:
+        """Was the example used, with its answer or as a prompt?"""
+        if not isinstance(example, Example):
+            return False
+        return example in self.examples or example.prompt in self.prompts
+
+    def to_json(self) -> dict[str, object]:
+        """For a lock: sha256 of what was used, over the canonical JSON of [prompt, completion] or of the prompt."""
+        if self.suite is None:
+            return {"prompts": [_digest(prompt) for prompt in self.prompts]}
+        used = [_digest([one.prompt, one.completion]) for one in self.examples]
+        return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used}
+
+
+def used_in(sets: Iterable[CalibrationSet], suites: Iterable[Suite]) -> frozenset[Example]:
+    """The examples of the suites that one of the sets holds: what was fitted on them is judged on others."""
+    known = list(sets)
+    return frozenset(one for suite in suites for one in suite.examples if any(one in used for used in known))
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

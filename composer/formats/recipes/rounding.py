@@ -1,0 +1,46 @@
+"""The one rounding of a merge, from float32 to the output's dtype: to the nearest value, or up or down by chance.
+
+Rounding to the nearest loses what is smaller than half a step of the weight it is added to. Stochastic rounding goes to
+the upper neighbour with the probability of its share of the way there, so that the mean over many weights is what was
+added (Gupta et al., arXiv 1502.02551): single values are less exact, sums over them more.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from composer.errors import NotSupported
+from composer.formats.untrusted import shown
+
+
+class Mode(StrEnum):
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How values become the output's dtype; `seed` counts for the stochastic mode alone.
+
+    The chance at one value depends on the seed, the tensor's name and the value's place in it: not on chunks, threads,
+    the device or what else is merged.
+    """
+
+    mode: Mode = Mode.NEAREST
+    seed: int = 0
+
+    @property
+    def steps(self) -> float:
+        """How far from the exact value a rounded one may lie, in steps between neighbours."""
+        return 0.5 if self.mode is Mode.NEAREST else 1.0
+
+
+def parse_rounding(mode: str, seed: int = 0) -> Rounding:
+    """Raises NotSupported for an unknown mode or a seed that is no 64-bit number."""
+    if mode not in list(Mode):
+        message = f"There is no rounding {shown(mode)}."
+        raise NotSupported("rounding", message, subject=mode, next_step=f"Use one of {', '.join(Mode)}.")
+    if not 0 <= seed < 2**64:
+        raise NotSupported(
+            "seed", f"{seed} is no seed.", subject=str(seed), next_step="Use a whole number from 0 to 2^64 - 1."
+        )
+    return Rounding(Mode(mode), seed)

@@ -1,0 +1,96 @@
+"""Text, values and files that strangers wrote: bounded before they are read, safe to keep and to name in a message."""
+
+import re
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any
+
+from composer.errors import InvalidFile
+
+# JSON and YAML escapes can spell half a surrogate pair, which no encoding, database or tokenizer takes.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_SHOWN_INT = 10**20
+
+
+def shown(value: object) -> str:
+    """`value` in at most a few dozen printable characters: cut when it is simple, its type's name otherwise.
+
+    A few lines of YAML aliases have a repr of gigabytes, and an integer of 5000 digits has none.
+    """
+    simple = value is None or isinstance(value, str | float | bool)
+    if simple or (isinstance(value, int) and abs(value) < _SHOWN_INT):
+        return reprlib.repr(value)
+    return f"a value of type {type(value).__name__}"
+
+
+def has_more_values(content: bytes, most: int) -> bool:
+    """Would JSON build more values of it? As objects they take thirty times their text, so that bytes are no bound."""
+    return sum(map(content.count, (b",", b"[", b"{"))) > most
+
+
+class Twice(ValueError):
+    """A key that a JSON object has twice: what reads it takes one of the two, and not everybody the same."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`json.loads`' `object_pairs_hook`. Raises Twice, which says what is there twice."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise Twice(f"names {twice[:80]!r} twice")
+    return table
+
+
+def cut(text: str, most: int = 24) -> str:
+    """At most so many characters: of a longer text the middle is left out, since names differ at their ends."""
+    if len(text) <= most:
+        return text
+    front = (most - 1) // 2
+    return f"{text[:front]}…{text[front + 1 - most :]}"
+
+
+def refuse_endless(path: Path) -> None:
+    """Raises InvalidFile for a pipe, a device or a directory, and OSError for what is not there. To be asked before it
+    is opened: that waits for a pipe's other end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise _unreadable(path, "it is no regular file")
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """All of a regular file, or of one that a link leads to. Raises InvalidFile, which names it, for any other, for one
+    that cannot be read, and for one of more bytes."""
+    try:
+        refuse_endless(path)
+    except OSError as error:
+        raise _unreadable(path, str(error.strerror)) from error
+    return _bounded(path, most_bytes)
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a file that a user has named; a pipe is one too (a shell's `<(...)`). Raises InvalidFile as
+    `read_bytes`, and for what is no UTF-8."""
+    content = _bounded(path, most_bytes)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _unreadable(path, f"line {line} is not UTF-8, from byte {error.start} on") from error
+
+
+def _bounded(path: Path, most_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise _unreadable(path, str(error.strerror)) from error
+    if len(content) > most_bytes:
+        message = f"{path} is larger than the {most_bytes:,} bytes allowed."
+        raise InvalidFile("too_large", message, subject=str(path), next_step="Name a smaller file, or split it.")
+    return content
+
+
+def _unreadable(path: Path, why: str) -> InvalidFile:
+    message, next_step = f"{path} cannot be read: {why}.", "Name a file that is there and may be read."
+    return InvalidFile("unreadable", message, subject=str(path), next_step=next_step)

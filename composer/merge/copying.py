@@ -1,0 +1,110 @@
+"""Ranges of bytes that are the same in the base and the output: shared or copied by the kernel, and compared."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from composer.deltas.tensors import read_all
+from composer.merge.chunks import TensorPlan
+from composer.merge.io.source import write_all
+
+_COPY_BYTES = 8 << 20  # a large range is split: several threads share it, and it is compared while it is in the caches
+_COMPARE_BYTES = 256 << 10
+_CLONE = 0x40049409  # FICLONE of linux/fs.h
+_NO_KERNEL_COPY = frozenset({
+    errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTTY,
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes that are the same in the base and the output."""
+
+    path: Path
+    source: int
+    target: int
+    size_bytes: int
+
+    def joined(self, after: "Range") -> "Range | None":
+        """Both as one range, when the other follows on both sides."""
+        follows = (self.path, self.source + self.size_bytes, self.target + self.size_bytes)
+        if follows != (after.path, after.source, after.target):
+            return None
+        return replace(self, size_bytes=self.size_bytes + after.size_bytes)
+
+
+def cloned_whole(source: int, target: int) -> bool:
+    """Make the empty file `target` another name for the blocks of `source`; False where the file system cannot.
+
+    A block is copied when one of the two is written to (btrfs, XFS). No hard link: that is one file, and an edit of
+    the base in place would be one of the output.
+    """
+    try:
+        fcntl.ioctl(target, _CLONE, source)
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+        return False
+    return True
+
+
+def copied_ranges(tensors: Iterable[TensorPlan]) -> list[Range]:
+    """The untouched ones of an output shard's tensors, neighbours joined: where nothing is touched it is one range."""
+    ranges: list[Range] = []
+    for tensor in tensors:
+        part = Range(tensor.path, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
+        if tensor.copied and part.size_bytes:
+            joined = ranges[-1].joined(part) if ranges else None
+            ranges[-1 if joined else len(ranges) :] = [joined or part]
+    return ranges
+
+
+def pieces(part: Range) -> Iterator[Range]:
+    for done in range(0, part.size_bytes, _COPY_BYTES):
+        size = min(_COPY_BYTES, part.size_bytes - done)
+        yield Range(part.path, part.source + done, part.target + done, size)
+
+
+def copy_range(part: Range, source: int, target: int) -> None:
+    """Copy inside the kernel; through user space where the file systems cannot."""
+    done = 0
+    while done < part.size_bytes:
+        try:
+            count = os.copy_file_range(source, target, part.size_bytes - done, part.source + done, part.target + done)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+            count = 0
+        if count == 0:  # not supported here, or the source is shorter than it was: reading tells which
+            _copy_plainly(part, done, source, target)
+            return
+        done += count
+
+
+def _copy_plainly(part: Range, done: int, source: int, target: int) -> None:
+    buffer = memoryview(bytearray(_COMPARE_BYTES))
+    while done < part.size_bytes:
+        block = buffer[: part.size_bytes - done]
+        read_all(source, block, part.source + done, part.path.name)
+        write_all(target, block, part.target + done)
+        done += block.nbytes
+
+
+def equal(part: Range, source: int, target: int) -> bool:
+    """Whether the range has the same bytes in both files."""
+    # Compared as 64-bit words, eight times as fast as bytes. What a short last block leaves behind it is from the block
+    # before, which was equal.
+    words = -(-min(_COMPARE_BYTES, part.size_bytes) // 8)
+    ours, theirs = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
+    for done in range(0, part.size_bytes, _COMPARE_BYTES):
+        size = min(_COMPARE_BYTES, part.size_bytes - done)
+        read_all(source, ours.view(np.uint8).data[:size], part.source + done, part.path.name)
+        read_all(target, theirs.view(np.uint8).data[:size], part.target + done, "output")
+        if not np.array_equal(ours, theirs):
+            return False
+    return True

@@ -1,0 +1,69 @@
+"""What an interrupted merge has finished, so that the same merge can go on: a journal in the directory aside.
+
+A shard is written down once its bytes are verified and on the disk (fsync), with its size, inode and time of last
+change. A later run trusts it if all three are still the same, because nobody can have written to it since, and verifies
+it again with the same checks; a digest of every byte would add a third to each merge's time for the same answer.
+"""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from composer.formats.checkpoints.hashing import Identity, identity
+from composer.formats.checkpoints.staging import sync
+
+JOURNAL_FILE = ".journal"
+
+
+class Journal:
+    """The finished shards of the merge that writes into `directory`. Opening it removes all that is not one of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._path = directory / JOURNAL_FILE
+        self._lock = threading.Lock()
+        self._finished = {
+            name: then
+            for name, then in _read(self._path).items()
+            if (directory / name).is_file() and identity(directory / name) == then
+        }
+        for file in directory.iterdir():
+            if file.name not in self._finished:
+                file.unlink()
+        self._path.write_text("".join(_line(name, identity) for name, identity in self._finished.items()))
+        sync(self._path)
+        sync(directory)
+
+    def holds(self, name: str) -> bool:
+        """Whether an earlier run, or this one, has finished the shard."""
+        with self._lock:
+            return name in self._finished
+
+    def close(self) -> None:
+        """All is finished: the directory becomes the output, where a journal has no place."""
+        self._path.unlink()
+
+    def finish(self, path: Path) -> None:
+        """Write down a shard that is verified and synced."""
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            self._finished[path.name] = identity(path)
+            file.write(_line(path.name, self._finished[path.name]))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(name: str, identity: Identity) -> str:
+    return json.dumps([name, *identity]) + "\n"
+
+
+def _read(path: Path) -> dict[str, Identity]:
+    """The lines up to the first that a crash or a power cut spoilt: what follows was never promised."""
+    found: dict[str, Identity] = {}
+    for line in path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else ():
+        try:
+            name, size, inode, changed = json.loads(line)
+            found[str(name)] = (size, inode, changed)
+        except (ValueError, TypeError):
+            break
+    return found

@@ -1,0 +1,75 @@
+"""Weights in 4-bit NormalFloat as bitsandbytes stores them, as the values they stand for (QLoRA, arXiv 2305.14314).
+
+Two values a byte, the first in the upper half, in blocks of consecutive values with a scale each: value =
+quant_map[4 bits] * absmax[block]. With double quantization the scales are bytes themselves:
+absmax = nested_quant_map[byte] * nested_absmax[block of blocks] + nested_offset.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from composer.deltas.tensors import map_tensor
+from composer.formats.checkpoints.header import TensorEntry
+from composer.formats.checkpoints.quantized import Nf4
+from composer.merge.io.source import Decoded
+
+BLOCK = 64
+# The 16 quantiles of a normal distribution that NF4 has, arXiv 2305.14314, appendix E.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class Tensors(Protocol):
+    """Where tensors lie: a checkpoint."""
+
+    def locate(self, name: str) -> tuple[Path, TensorEntry]: ...
+
+
+def decoded(checkpoint: Tensors, packed: Nf4) -> Decoded:
+    """The values of one weight, a few rows at a time, in float32; written in the dtype that it was quantized from."""
+    columns = packed.shape[1]
+
+    def part(suffix: str) -> torch.Tensor:
+        return map_tensor(*checkpoint.locate(f"{packed.name}{suffix}"))
+
+    def rows(begin: int, end: int) -> torch.Tensor:
+        first, last = begin * columns, end * columns
+        halves = part("").reshape(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
+        values = _pairs(part(".quant_map").float()).index_select(0, halves.int()).reshape(-1)
+        block = first // packed.block
+        scales = _scales(part, packed, block, -(-last // packed.block)).repeat_interleave(packed.block)
+        values = values[first % 2 :][: last - first]
+        return values.mul_(scales[first - block * packed.block :][: last - first]).reshape(end - begin, columns)
+
+    return Decoded(packed.shape, rows, packed.dtype)
+
+
+def _pairs(levels: torch.Tensor) -> torch.Tensor:
+    """256 x 2: the two values that each byte stands for."""
+    codes = torch.arange(256)
+    return torch.stack([levels[codes >> 4], levels[codes & 0xF]], dim=1)
+
+
+def _scales(part: Callable[[str], torch.Tensor], packed: Nf4, first: int, last: int) -> torch.Tensor:
+    absmax = part(".absmax")[first:last]
+    if packed.nested_block is None:
+        return absmax.float()
+    outer = part(".nested_absmax").float()[torch.arange(first, last) // packed.nested_block]
+    return part(".nested_quant_map").float()[absmax.long()] * outer + packed.nested_offset
+
+
+def rounded(W_MN: torch.Tensor) -> torch.Tensor:
+    """What NF4 in blocks of 64 makes of float32 rows: how far the base that QLoRA trains on is from this one."""
+    flat = W_MN.float().reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
+    scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = torch.tensor(LEVELS)
+    middles = (levels[1:] + levels[:-1]) / 2
+    nearest = levels[torch.bucketize(blocks / scale, middles)]
+    return (nearest * scale).reshape(-1)[: len(flat)].reshape(W_MN.shape)

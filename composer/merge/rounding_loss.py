@@ -1,0 +1,186 @@
+"""What a merge wrote, against what it should have: sampled rows computed again in float64, and what rounding left of Δ.
+
+Looking at every value for this would take a third of the merge's time again, so the rows that verification recomputes
+anyway are the sample: nine or ten of each tensor, some 20 thousand values of a small one.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+
+from composer.deltas.delta import Computed
+from composer.errors import RefusedOutput
+from composer.findings import Finding, Severity
+from composer.formats.checkpoints.numeric import Summed
+from composer.formats.recipes.rounding import Mode, Rounding
+from composer.merge.chunks import TensorWork
+from composer.merge.io.source import Source, picked_rows, source_rows
+
+_SAMPLED_ROWS = 8
+_SAMPLED_ELEMENTS = 256  # of a tensor that is only cast or replaced
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
+_COMPUTED_ULPS = 512  # a delta without factors passes norms, rotations or transforms in float32
+_NOTICE, _WARNING = 0.18, 0.48  # of a delta's entries; in bfloat16, Gaussian, that is RMS(Δ)/RMS(W) = 1e-2 and 3e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Survival(Summed):
+    """Of sampled rows, or of many tensors' summed up: counts, and squares of norms in float64.
+
+    `lost` entries of Δ changed nothing: the output is what rounding the base alone would give. `weight` is ‖W‖²,
+    `delta` ‖Δ‖², `moved` ‖round(W + Δ) - W‖², `error` ‖round(W + Δ) - W - Δ‖².
+    """
+
+    rows: int = 0
+    entries: int = 0
+    lost: int = 0
+    weight: float = 0.0
+    delta: float = 0.0
+    moved: float = 0.0
+    error: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """RMS(Δ)/RMS(W)."""
+        return sqrt(self.delta / self.weight) if self.weight else 0.0
+
+    @property
+    def lost_share(self) -> float:
+        return self.lost / self.entries if self.entries else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """`lost_share` of Δ's entries, `energy_kept` ‖round(W + Δ) - W‖²/‖Δ‖², `error` ‖round(W + Δ) - W - Δ‖/‖Δ‖."""
+        delta = self.delta or 1.0
+        return {
+            "sampled_rows": self.rows,
+            "relative_size": self.size,
+            "lost_share": self.lost_share,
+            "energy_kept": self.moved / delta,
+            "error": sqrt(self.error / delta),
+        }
+
+
+def whole(survivals: Iterable[Survival]) -> Survival:
+    return reduce(Survival.__add__, survivals, Survival())
+
+
+def swallowed(survivals: dict[str, Survival], dtypes: dict[str, str], rounding: Rounding) -> list[Finding]:
+    """A finding for the tensors whose deltas the output's dtype loses much of, by sampled entries, with the one that
+    loses most as subject. Nothing for stochastic rounding, which keeps them on average.
+    """
+    if rounding.mode is Mode.STOCHASTIC:
+        return []
+    found: list[Finding] = []
+    for dtype in ("BF16", "F16"):
+        shares = {name: one.lost_share for name, one in survivals.items() if dtypes[name] == dtype and one.entries}
+        losing = sorted((share, name) for name, share in shares.items() if share >= _NOTICE)
+        if losing:
+            share, worst = losing[-1]
+            severity = Severity.WARNING if share >= _WARNING else Severity.NOTICE
+            message = (
+                f"{len(losing)} of {len(shares)} deltas are so small that {dtype} loses much of them, most of all of "
+                f"{worst} ({share:.0%} of its entries). Serve the adapter as it is, write fp32 or round "
+                "stochastically (right on average, and noisier)."
+            )
+            found.append(Finding(f"{dtype.lower()}_swallow", severity, worst, message, share))
+    return found
+
+
+@torch.inference_mode()
+def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> Survival:
+    """Recompute sampled rows of a rewritten tensor in float64 from the base and the deltas; what rounding left of Δ.
+
+    Each written value must lie within half a step of its dtype (a whole one where chance decides), plus the rounding
+    of R float32 additions (of a few hundred where a delta is no product of factors). Raises RefusedOutput naming the
+    tensor otherwise.
+    """
+    name = work.plan.target.name
+    chosen = _chosen(name, work.rows, _SAMPLED_ROWS if work.columns > 1 else _SAMPLED_ELEMENTS)
+    if not chosen:
+        return Survival()
+    W, delta, slack = _exact_rows(work, source, chosen)
+    written = picked_rows(Source(target, work.plan.target, work.columns), chosen)
+    exact = W + delta
+    if written.is_floating_point():
+        limits = torch.finfo(written.dtype)
+        slack = slack + exact.abs() * (limits.eps * rounding.steps) * (1 + 1e-6)
+        slack = slack + 2 * rounding.steps * limits.smallest_normal * limits.eps
+    if not bool(((written.double() - exact).abs() <= slack).all()):
+        raise unconfirmed(name, "rows of it are not what they should be")
+    return survival_of(W, delta, written) if work.changed else Survival(rows=len(chosen))
+
+
+def unconfirmed(subject: str, why: str) -> RefusedOutput:
+    message = f"{subject} was not written as planned: {why}."
+    next_step = "Check the disk and memory, and try again."
+    return RefusedOutput("verification", message, subject=subject, next_step=next_step)
+
+
+def _chosen(name: str, rows: int, count: int) -> list[int]:
+    """Seeded by the name alone: the same merge is checked at the same places. First and last are always among them."""
+    if not rows:
+        return []
+    picks = np.random.default_rng(list(name.encode())).integers(0, rows, count)
+    return sorted({0, rows - 1, *picks.tolist()})
+
+
+def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> Survival:
+    """Of some rows: W and Δ in float64, and the output in its dtype."""
+    moved = written.double() - W
+    touched = delta != 0
+    lost = touched & (written == W.to(written.dtype))
+
+    def energy(values: torch.Tensor) -> float:
+        return float(values.square().sum())
+
+    return Survival(
+        rows=W.shape[0], entries=int(touched.sum()), lost=int(lost.sum()), weight=energy(W), delta=energy(delta),
+        moved=energy(moved), error=energy(moved - delta),
+    )  # fmt: skip
+
+
+def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(W, Δ, the error that float32 accumulation may have made), the rows of each in float64."""
+    if work.replacement is not None:
+        W = work.replacement[list(rows)].double()
+        return W, torch.zeros_like(W), torch.zeros_like(W)
+    W = picked_rows(work.source(source), rows).double()
+    delta, slack = torch.zeros_like(W), torch.zeros_like(W)
+
+    def inside(begin: int, count: int) -> tuple[list[int], list[int]]:
+        held = [i for i, row in enumerate(rows) if begin <= row < begin + count]
+        return held, [rows[i] - begin for i in held]
+
+    bound, terms = torch.zeros_like(W), torch.zeros(len(rows), 1, dtype=torch.float64)
+    for factors in work.factors:
+        held, own = inside(factors.begin, factors.rows)
+        for part in factors.parts if held else ():
+            left, right = part.stored_rows(own, torch.float64)
+            delta[held] += left @ right
+            # |left| @ |right| bounds every partial sum; by Cauchy and Schwarz the norms do, without a second product.
+            # (Summed squares take a quarter of the time of torch's norm over rows.)
+            norms = left.square().sum(dim=1, keepdim=True).sqrt(), right.square().sum(dim=0, keepdim=True).sqrt()
+            bound[held] += norms[0] * norms[1]
+        terms[held] += factors.rank + 5
+    slack += (W.abs() + bound) * terms * _FLOAT32_EPS
+    for computed in work.computed:
+        held, own = inside(computed.begin, computed.stored_shape[0])
+        if held:
+            added = _computed_rows(work, computed, source, own)
+            delta[held] += added
+            slack[held] += (W[held].abs() + added.abs().amax(dim=1, keepdim=True)) * _COMPUTED_ULPS * _FLOAT32_EPS
+    return W, delta, slack
+
+
+def _computed_rows(work: TensorWork, delta: Computed, source: int, own: Sequence[int]) -> torch.Tensor:
+    def base(begin: int, end: int) -> torch.Tensor:
+        return source_rows(work.source(source), delta.begin + begin, delta.begin + end).double()
+
+    if delta.whole:
+        return delta.rows(base(0, delta.stored_shape[0]), 0)[list(own)]
+    return torch.cat([delta.rows(base(row, row + 1), row) for row in own])

@@ -1,0 +1,120 @@
+"""Merge adapters into a checkpoint: `plan_merge` decides (plan.py), `run_merge` writes and verifies (shards.py)."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.deltas.tensors import torch_device
+from composer.findings import Finding
+from composer.formats.checkpoints.checkpoint import INDEX_FILE
+from composer.formats.checkpoints.hashing import architecture_digest, refuse_changed
+from composer.formats.checkpoints.staging import NOTE_FILE, write_json, writing_aside
+from composer.formats.recipes.methods import PIPELINES
+from composer.merge.chunks import Rewriter
+from composer.merge.io.journal import Journal
+from composer.merge.plan import MergePlan
+from composer.merge.rounding_loss import Survival, swallowed, whole
+from composer.merge.shards import write_shards
+
+_SPARE_BYTES = 8 << 20  # index, notes and the file system's own
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did. Bytes were copied by the kernel or rewritten through float32; copied ones were compared, and
+    `resumed_bytes` of both are from an earlier run that was interrupted, and were verified again.
+
+    `survival` is what rounding left of all deltas together, `findings` says which were too small for the dtype.
+    """
+
+    out_dir: str
+    touched_tensors: int
+    shards: int
+    copied_bytes: int
+    rewritten_bytes: int
+    resumed_bytes: int
+    verified_rows: int
+    seconds: float
+    device: str
+    survival: Survival
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        told = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
+        return {**asdict(self), **told}
+
+
+def run_merge(
+    plan: MergePlan,
+    out_dir: Path,
+    device: str = "auto",
+    progress: Callable[[int], None] | None = None,
+    note: Mapping[str, Any] | None = None,
+) -> MergeReport:
+    """Write the merged checkpoint to `out_dir`: aside, verified, renamed. Memory is a few chunks a thread and the
+    factors of a few tensors, whatever the model's size.
+
+    A merge that was killed or interrupted goes on where it stopped when it is run again with the same inputs: whole
+    shards are kept, verified once more. `device` is `auto` (CUDA when there is one), `cpu` or `cuda:N`. `progress` is
+    called from several threads with the bytes just done, `plan.size_bytes` in all, and may raise Interrupted. `note` (a
+    recipe, a lock) goes into adaptory.json. Raises RefusedOutput for a directory that exists or is being written, a
+    full disk, inputs that were written to meanwhile, a value too large for the output dtype or a result that
+    verification does not confirm.
+    """
+    started = time.monotonic()
+    chosen = torch_device(device)
+    with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as aside:
+        journal = Journal(aside)
+        written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
+        refuse_changed(plan.inputs)
+        # Last, since shards have their full size from the start: without these, nothing loads what a kill leaves.
+        plan.vocabulary.copy_side_files(plan.checkpoint.path, aside)
+        write_json(aside / "config.json", plan.config)
+        if plan.checkpoint.index is not None:
+            write_json(aside / INDEX_FILE, index_of(plan))
+        write_json(aside / NOTE_FILE, _note(plan, note, written.survivals))
+        journal.close()
+    dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}
+    return MergeReport(
+        out_dir=str(out_dir),
+        touched_tensors=len(plan.touched),
+        shards=len(plan.shards),
+        copied_bytes=written.copied_bytes,
+        rewritten_bytes=written.rewritten_bytes,
+        resumed_bytes=written.resumed_bytes,
+        verified_rows=written.verified_rows,
+        seconds=time.monotonic() - started,
+        device=str(chosen),
+        survival=whole(written.survivals.values()),
+        findings=tuple(swallowed(written.survivals, dtypes, plan.rounding)),
+    )
+
+
+def index_of(plan: MergePlan) -> dict[str, Any]:
+    """The output's index file."""
+    weight_map = {tensor.target.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    total = sum(tensor.target.size_bytes for shard in plan.shards for tensor in shard.tensors)
+    old: Mapping[str, Any] = plan.checkpoint.index or {}
+    return {
+        "metadata": {**(old.get("metadata") or {}), "total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[str, Survival]) -> dict[str, Any]:
+    changed = {name: survival.to_json() for name, survival in survivals.items() if survival.entries}
+    architecture = plan.checkpoint.architecture
+    return {
+        "made": "merge",
+        "base": {"model_type": architecture.model_type, "architecture_digest": architecture_digest(architecture)},
+        "adapters": [adapter.to_json() for adapter in plan.adapters],
+        "method": plan.method,
+        "method_version": PIPELINES[plan.method].version,
+        "settings": dict(plan.settings),
+        "dtype": plan.dtype,
+        "rounding": asdict(plan.rounding),
+        "survival": {"whole": whole(survivals.values()).to_json(), "tensors": changed},
+        "note": dict(note or {}),
+    }

@@ -1,0 +1,38 @@
+"""A tied tensor's two sides: what an output head gets that was, or still is, one tensor with the input embedding."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from composer.deltas.delta import Computed, Delta, Layout, LowRank
+from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.adapters.placement.naming import is_head
+from composer.methods.structural import served_by_twin
+
+
+def heads_alike(loaded: Sequence[LoadedAdapter]) -> dict[str, str]:
+    """Tied tensor -> its head, where every adapter changes both sides alike. They are combined once, as the embedding,
+    whether they stay one tensor or not: a mask by chance, or a basis of one side's inputs, would make them differ."""
+    deltas = [delta for adapter in loaded for delta in adapter.deltas]
+    twins = {delta.weight: delta.module for delta in deltas if served_by_twin(delta)}
+    # Without a base only a twin is known to be tied: another adapter's delta of one side names a tensor of its own.
+    apart = {delta.weight for delta in deltas if not delta.twin}
+    return {weight: head for weight, head in twins.items() if not {weight, f"{head}.weight"} & apart}
+
+
+def for_head(delta: Delta, head: str) -> Delta:
+    """What an embedding's tensor gets, for the head that was tied to it."""
+    if isinstance(delta, LowRank):
+        return pair_for_head(delta, head)
+    own = replace(delta, module=head, weight=f"{head}.weight")
+    return replace(own, layout=Layout.LINEAR) if isinstance(own, Computed) else own
+
+
+def pair_for_head(delta: LowRank, head: str) -> LowRank:
+    """An embedding's pair as its head has it, whose inputs are the embedding's outputs."""
+    own = replace(delta, module=head, weight=f"{head}.weight", layout=Layout.LINEAR)
+    return replace(own, A_RI=delta.B_OR.T, B_OR=delta.A_RI.T)
+
+
+def on_own_head(delta: Delta) -> Delta:
+    """The delta of a tied output head, addressed to a tensor of its own; every other delta as it is."""
+    return replace(delta, weight=f"{delta.module}.weight") if delta.tied and is_head(delta.module) else delta
