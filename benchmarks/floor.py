@@ -11,8 +11,8 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import text
 
-from registry.db import Database
-from registry.resolve import OF_CHANNEL
+from registry.database.engine import Database
+from registry.domain.channels.resolve import OF_CHANNEL
 
 
 def create_app(database_url: str) -> FastAPI:

@@ -26,7 +26,7 @@ from sqlalchemy import text
 
 from benchmarks import harness, load, resolve, stock
 from benchmarks.load import Request
-from registry.db import Database
+from registry.database.engine import Database
 
 CLIENTS, LIMIT = 8, 50
 BASE, RANK = stock.BASES[0], 16

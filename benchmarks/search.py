@@ -19,17 +19,17 @@ from sqlalchemy import insert, text
 from benchmarks import harness, load, resolve, stock
 from benchmarks.harness import Case
 from composer.formats.adapters.serving import parse_profile
-from registry import search
-from registry.access import EVERYWHERE
-from registry.audit import Actor
-from registry.db import Database
-from registry.descriptions import describe
-from registry.models import ReleaseWord
-from registry.names import RepositoryName
-from registry.orders import NEWEST, VERSION, Order
-from registry.search import Query
-from registry.suites import parse_condition
-from registry.web.documents import release_document
+from registry.api.routes.documents import release_document
+from registry.database.engine import Database
+from registry.database.tables import ReleaseWord
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE
+from registry.domain.catalog.release_rows import describe
+from registry.domain.catalog.suites import parse_condition
+from registry.domain.search import search
+from registry.domain.search.ordering import NEWEST, VERSION, Order
+from registry.domain.search.search import Query
+from registry.formats.references import RepositoryName
 
 SIZES = (1_000, 100_000)
 LIMIT, CLIENTS = 50, 8

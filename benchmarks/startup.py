@@ -24,7 +24,7 @@ HEAVY = (
 HELP = "import sys; sys.argv = ['adaptory', '--help']\nfrom registry.cli.main import app\napp(standalone_mode=False)"
 ALLOWED = {
     "adaptory --help": (HELP, ()),
-    "import registry.web.app": ("import registry.web.app", ("numpy", "fastapi", "starlette", "sqlalchemy")),
+    "import registry.api.app": ("import registry.api.app", ("numpy", "fastapi", "starlette", "sqlalchemy")),
     "import registry.client.api": ("import registry.client.api", ("httpx2",)),
 }
 """What may be loaded where; everything else in HEAVY may not."""

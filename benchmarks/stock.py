@@ -19,11 +19,13 @@ from sqlalchemy.orm import Session
 
 from composer.formats.adapters.serving import SERVERS
 from composer.formats.checkpoints.checkpoint import open_checkpoint
-from registry import models, terms
-from registry.db import Database, Row, migrate
-from registry.manifest import ManifestFile, canonical_manifest, commit_id
-from registry.models import Channel, Move, Release
-from registry.names import Digest, Version
+from registry.database import tables
+from registry.database.engine import Database, Row
+from registry.database.migrate import migrate
+from registry.database.tables import Channel, Move, Release
+from registry.domain.catalog import search_index
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.formats.references import Digest, Version
 
 BASES = ("base-a", "base-b", "base-c", "base-d")
 SUITES = {1: "sql-exact", 2: "guard-general"}
@@ -58,27 +60,29 @@ def fill(database: Database, checkpoint: Path, releases: int) -> None:
     numbers = range(1, len(repositories) * RELEASES_EACH + 1)
     made = [_facts(chance) for _ in numbers]
     traits = {key: number for number, key in enumerate(dict.fromkeys(made), 1)}
-    tables: dict[type[Row], Iterable[Mapping[str, Any]]] = {
-        models.Base: _bases(checkpoint),
-        models.TargetSet: ({"id": number, "key": terms.target_set_key(targets)} for number, targets in TARGETS.items()),
-        models.TargetSetMember: (
+    contents: dict[type[Row], Iterable[Mapping[str, Any]]] = {
+        tables.Base: _bases(checkpoint),
+        tables.TargetSet: (
+            {"id": number, "key": search_index.target_set_key(targets)} for number, targets in TARGETS.items()
+        ),
+        tables.TargetSetMember: (
             {"target_set_id": number, "target": target} for number, targets in TARGETS.items() for target in targets
         ),
-        models.Traits: (_traits(facts, number) for facts, number in traits.items()),
-        models.Suite: _suites(),
-        models.Namespace: _namespaces(repositories),
-        models.Repository: _repositories(repositories),
-        models.Blob: _blobs(numbers),
-        models.Revision: _revisions(numbers),
-        models.RevisionFile: _files(numbers),
-        models.Release: (_release(number, made[number - 1], traits, chance) for number in numbers),
-        models.ReleaseWord: (word for number in numbers for word in _words(number)),
-        models.Score: (score for number in numbers for score in _scores(number, traits[made[number - 1]], chance)),
-        models.Channel: _channels(repositories),
-        models.Move: _moves(repositories),
+        tables.Traits: (_traits(facts, number) for facts, number in traits.items()),
+        tables.Suite: _suites(),
+        tables.Namespace: _namespaces(repositories),
+        tables.Repository: _repositories(repositories),
+        tables.Blob: _blobs(numbers),
+        tables.Revision: _revisions(numbers),
+        tables.RevisionFile: _files(numbers),
+        tables.Release: (_release(number, made[number - 1], traits, chance) for number in numbers),
+        tables.ReleaseWord: (word for number in numbers for word in _words(number)),
+        tables.Score: (score for number in numbers for score in _scores(number, traits[made[number - 1]], chance)),
+        tables.Channel: _channels(repositories),
+        tables.Move: _moves(repositories),
     }
     with database.write() as session:
-        for table, rows in tables.items():
+        for table, rows in contents.items():
             _insert(session, table, iter(rows))
             if not database.is_sqlite and "id" in table.__table__.c:  # rows that follow go on from there
                 name = table.__tablename__
@@ -319,8 +323,8 @@ def _release(number: int, facts: _Facts, traits: Mapping[_Facts, int], chance: r
 
 def _words(number: int) -> _Rows:
     namespace, _, name = repository_name(_repository_of(number)).partition("/")
-    entries = terms.words(f"{namespace} {name} {NOTES}") + terms.stated(_provenance(number))
-    for entry in entries + terms.homes(namespace, name):
+    entries = search_index.words(f"{namespace} {name} {NOTES}") + search_index.stated(_provenance(number))
+    for entry in entries + search_index.homes(namespace, name):
         yield {"word": entry, "release_id": number}
 
 

@@ -27,7 +27,7 @@ from registry.client.cache import BlobCache
 from registry.client.pull import pull
 from registry.client.push import LocalFile, collect, push, send
 from registry.client.selection import select_files
-from registry.names import parse_repository
+from registry.formats.references import parse_repository
 from tests import s3_server
 from tests.s3_server import BUCKET, S3Server
 from tests.scenarios.world import Cli, build_world, nothing

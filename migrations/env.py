@@ -1,10 +1,10 @@
-"""Runs the migrations over the engine that `registry.db.migrate` hands in."""
+"""Runs the migrations over the engine that `registry.database.engine.migrate` hands in."""
 
 from alembic import context
 from sqlalchemy import Connection, Engine, text
 
-import registry.models  # noqa: F401  (fills the metadata)
-from registry.db import Row
+import registry.database.tables  # noqa: F401  (fills the metadata)
+from registry.database.engine import Row
 
 LOCK = 0x41444150
 """The advisory lock that keeps two migrating processes apart on PostgreSQL."""

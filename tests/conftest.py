@@ -13,7 +13,7 @@ import pytest
 import typer.main
 from hypothesis import HealthCheck, settings
 
-from registry.db import Database
+from registry.database.engine import Database
 from tests import services
 from tests.s3_server import S3Server
 

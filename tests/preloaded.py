@@ -6,12 +6,12 @@ import psycopg  # noqa: F401
 import uvicorn.protocols.http.h11_impl
 import uvicorn.protocols.websockets.auto  # noqa: F401
 
+import registry.api.app
 import registry.cli.main
 import registry.cli.server
 import registry.client.push
-import registry.fsck
-import registry.storage.s3
-import registry.upkeep
-import registry.web.app
-import registry.worker.loop
+import registry.storage.s3.store
+import registry.transfer.collect
+import registry.transfer.fsck
+import registry.worker.runner
 import registry.worker.steps  # noqa: F401

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, create_engine, text
 
-from registry.db import Database, migrate
+from registry.database.engine import Database
+from registry.database.migrate import migrate
 from tests import s3_server
 from tests.ports import free_ports
 from tests.s3_server import S3Server, locked
@@ -85,7 +86,7 @@ def new_database_of(kind: str, directory: Path, *, migrated: bool = False) -> st
     """The URL of a database of one's own; SQLite's is a file in the directory."""
     if kind == "PostgreSQL":
         return new_database(migrated=migrated)
-    url = f"sqlite:///{directory / 'registry.db'}"
+    url = f"sqlite:///{directory / 'registry.database.engine'}"
     if migrated:
         database = Database(url)
         migrate(database)

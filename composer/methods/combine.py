@@ -285,4 +285,3 @@ def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:
         message = f"{name} saves {delta.weight} whole, which the effective weight {weight:g} cannot scale."
         next_step = "Give this adapter the weight 1, with lambda and normalize counted in, or set replacements=delta."
         raise Mismatch("weighted_replacement", message, subject=delta.module, next_step=next_step)
-

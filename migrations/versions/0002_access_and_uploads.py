@@ -156,7 +156,7 @@ def _fill_releases() -> None:
 
 
 def _fill_manifests() -> None:
-    """As `registry.manifest` writes them: a migration keeps the form of its day in its own words."""
+    """As `registry.formats.manifest` writes them: a migration keeps the form of its day in its own words."""
     connection = op.get_bind()
     rows = connection.execute(
         sa.text("SELECT revision_id, path, sha256, size_bytes FROM revision_files ORDER BY revision_id")
@@ -222,7 +222,7 @@ def _search() -> None:
 
 
 def _fill_search() -> None:
-    """As `registry.terms` writes them."""
+    """As `registry.domain.catalog.search_index` writes them."""
     connection = op.get_bind()
     facts = ("type", "variant", "rank_max", "alpha", "dtype", "license", "target_set_id", "servers")
     rows = connection.execute(

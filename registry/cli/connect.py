@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.errors import NotFound, Unavailable, Usage
-from registry.names import parse_reference
+from registry.formats.references import parse_reference
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
     from registry.client.api import Api
-    from registry.resources import Resources
     from registry.settings import Settings
+    from registry.transfer.resources import Resources
 
 EMBEDDED_URL = "http://localhost"
 _ALIKE = 0.94  # of two whole names: one letter wrong, missing or too many
@@ -40,7 +40,7 @@ class Connection:
         if self.resources is None:
             yield
             return
-        from registry.worker.loop import run_worker
+        from registry.worker.runner import run_worker
         from registry.worker.steps import KINDS
 
         stop = threading.Event()
@@ -147,9 +147,9 @@ def connected() -> Generator[Connection]:
             stack.callback(api.close)
             yield Connection(api, settings, None)
             return
+        from registry.api.app import create_app
         from registry.client.inprocess import InProcessTransport
-        from registry.resources import open_resources
-        from registry.web.app import create_app
+        from registry.transfer.resources import open_resources
 
         try:
             resources = open_resources(settings)

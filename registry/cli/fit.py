@@ -37,7 +37,7 @@ def fitting_base(connection: Connection, directory: Path, base: str | None, kind
 
 
 def _base_of_model(connection: Connection, directory: Path, base: str | None) -> str:
-    from registry.publishing import inspect_model
+    from registry.transfer.publishing import inspect_model
 
     if not base:
         raise _unnamed(directory, "was merged into")

@@ -15,7 +15,8 @@ from registry.cli import (
     conflicts,
     diff,
     inspection,
-    operate,
+    maintenance,
+    operations,
     profiles,
     quality,
     release,
@@ -23,7 +24,6 @@ from registry.cli import (
     search,
     sign,
     transfer,
-    upkeep,
 )
 from registry.cli.examples import add_examples
 from registry.cli.groups import GroupedCommands
@@ -92,8 +92,8 @@ for part in (
     quality,
     conflicts,
     compose,
-    operate,
-    upkeep,
+    operations,
+    maintenance,
 ):
     part.register(app)
 add_examples(app)

@@ -11,7 +11,7 @@ from tempfile import mkstemp
 from typing import Any, cast
 
 from registry.errors import Invalid, NotFound
-from registry.names import nearest
+from registry.formats.references import nearest
 
 LOCAL = "local"
 """The embedded registry, which no profile can be called."""

@@ -16,7 +16,7 @@ from registry.cli.groups import Commands
 from registry.cli.profile_file import LOCAL, Profile, Profiles
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
-from registry.names import parse_part
+from registry.formats.references import parse_part
 
 app = typer.Typer(cls=Commands, help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -11,7 +11,7 @@ from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
 from registry.errors import NotFound, RegistryError, Usage
-from registry.names import parse_channel_reference, parse_reference, parse_repository
+from registry.formats.references import parse_channel_reference, parse_reference, parse_repository
 
 if TYPE_CHECKING:
     from registry.client.lineage import Composition
@@ -93,10 +93,10 @@ def promote(
     json: JsonFlag = False,
 ) -> None:
     """Move a channel to a release; every gate is judged and printed."""
-    from registry.client import moves
+    from registry.client import channel_moves
 
     with connected() as connection:
-        move, since = moves.promote(connection.api, resolved(connection, ref), to, reason, force=force)
+        move, since = channel_moves.promote(connection.api, resolved(connection, ref), to, reason, force=force)
     render.document(move, json, lambda: show_move(move))
     warn_of_move_since(move, since)
 
@@ -108,12 +108,12 @@ def roll_back(
     json: JsonFlag = False,
 ) -> None:
     """Return a channel to what it served before; again goes further back."""
-    from registry.client import moves
+    from registry.client import channel_moves
 
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         line = _line(connection, str(repository))
-        move, since = moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
+        move, since = channel_moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
     render.document(move, json, lambda: show_move(move))
     warn_of_move_since(move, since)
 

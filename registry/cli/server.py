@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from uvicorn import Config
     from uvicorn.supervisors import Multiprocess
 
-    from registry.resources import Resources
     from registry.settings import Settings
+    from registry.transfer.resources import Resources
 
 HUNG_S = 30
 """A process that has not said a word for so long is replaced."""
@@ -78,7 +78,7 @@ def child_application() -> "FastAPI":
     """For the server process that calls it, which lives no longer than the one that watches over it."""
     from uvicorn.config import STARTUP_FAILURE
 
-    from registry.resources import open_resources
+    from registry.transfer.resources import open_resources
 
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
@@ -90,12 +90,12 @@ def child_application() -> "FastAPI":
 
 def _options(settings: "Settings") -> dict[str, Any]:
     """Of every server, however many answer."""
-    from registry.http.protocol import BoundedHttp
+    from registry.api.http.protocol import BoundedHttp
 
     return {
         "http": BoundedHttp,
         "log_level": "warning",
-        "access_log": False,  # it has paths and queries in it; ours is `registry.http.exchanges`
+        "access_log": False,  # it has paths and queries in it; ours is `registry.api.http.exchanges`
         "server_header": False,
         # Left to itself it believes every program on this machine what it says of other addresses.
         "proxy_headers": bool(settings.trusted_proxies),
@@ -104,7 +104,7 @@ def _options(settings: "Settings") -> dict[str, Any]:
 
 
 def _application(resources: "Resources") -> "FastAPI":
-    from registry.web.app import create_app
+    from registry.api.app import create_app
 
     application = create_app(
         resources, tokens=resources.settings.access == "tokens", access_log=resources.settings.access_log

@@ -9,7 +9,7 @@ from registry.cli import render
 from registry.cli.connect import connected, resolved
 from registry.cli.render import JsonFlag
 from registry.errors import Refused, Usage
-from registry.signing import Signed
+from registry.formats.signatures import Signed
 
 SignatureCovers = Annotated[
     str,

@@ -17,8 +17,8 @@ from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage
-from registry.names import Reference, parse_part, parse_reference
-from registry.signing import Signed
+from registry.formats.references import Reference, parse_part, parse_reference
+from registry.formats.signatures import Signed
 
 if TYPE_CHECKING:
     from registry.client.selection import Selection
@@ -91,7 +91,7 @@ def push(  # noqa: PLR0913
 
 def _promote(connection: Connection, document: Json, channel: str) -> RegistryError | None:
     """Moves the channel to the published release and enters the move, or what failed, into the document."""
-    from registry.client.moves import promote
+    from registry.client.channel_moves import promote
 
     try:
         document["move"], since = promote(connection.api, document["release"], channel)

@@ -15,7 +15,7 @@ import httpx2
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import TensorSpec
 from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavailable
-from registry.names import Reference, RepositoryName, parse_version
+from registry.formats.references import Reference, RepositoryName, parse_version
 
 Json = dict[str, Any]
 _PAGE = 500

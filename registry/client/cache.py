@@ -16,7 +16,7 @@ from pathlib import Path
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.errors import NO_SPACE
-from registry.names import parse_digest
+from registry.formats.references import parse_digest
 
 
 @dataclass(frozen=True, slots=True)

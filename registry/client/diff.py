@@ -5,9 +5,9 @@ from math import sqrt
 from typing import Any, cast
 
 from composer.findings import Finding
-from registry import breaking
-from registry.manifest import ManifestFile
-from registry.names import Digest
+from registry.formats import compatibility
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest
 
 Json = dict[str, Any]
 
@@ -35,15 +35,15 @@ def differences(old: Json, new: Json) -> Json:
     }
 
 
-def _surface(release: Json) -> breaking.Surface:
+def _surface(release: Json) -> compatibility.Surface:
     facts = release["adapter"] or release["model"]
     files = [ManifestFile(row["path"], row["size_bytes"], Digest(row["sha256"])) for row in release["files"]]
-    return breaking.surface(release["base"]["digest"] or "", facts, files)
+    return compatibility.surface(release["base"]["digest"] or "", facts, files)
 
 
 def _breaks(old: Json, new: Json) -> list[Finding]:
     """Of two directories nobody may know the base: then it is not held against them."""
-    found = breaking.breaks(_surface(old), _surface(new))
+    found = compatibility.breaks(_surface(old), _surface(new))
     known = old["base"]["digest"] and new["base"]["digest"]
     return [finding for finding in found if known or finding.code != "new_base"]
 

@@ -21,11 +21,11 @@ from composer.errors import InvalidFile
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, release_path, untrusted
 from registry.client.cache import BlobCache, is_regular
-from registry.client.parallel import PAUSES_S, Progress, each
-from registry.client.pieces import PartialFile
+from registry.client.partial_files import PartialFile
+from registry.client.retries import PAUSES_S, Progress, each
 from registry.errors import NO_SPACE, Conflict, RegistryError, Unavailable
-from registry.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
-from registry.names import RepositoryName, Version, parse_digest, parse_repository, parse_version
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
+from registry.formats.references import RepositoryName, Version, parse_digest, parse_repository, parse_version
 
 _SIGNS_OF_A_RELEASE = ("adapter_config.json", "config.json")
 """Every adapter has the first one, every model the second."""

@@ -10,11 +10,11 @@ from threading import Lock
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path
-from registry.client.parallel import PAUSES_S, Progress, each, once, patiently
+from registry.client.retries import PAUSES_S, Progress, each, once, patiently
 from registry.client.selection import Selection
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
-from registry.manifest import ManifestFile
-from registry.names import Digest, RepositoryName
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, RepositoryName
 
 _BLOCK_BYTES = 1 << 20
 _CHANGED = ("digest_differs", "size_differs")

@@ -15,7 +15,8 @@ from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from registry.errors import Invalid, RegistryError, Usage, refuse_errors
-from registry.manifest import ENDS_BYTES, check_path, check_paths, is_zip, refuse_hidden, refuse_pickle, refuse_pickled
+from registry.formats.manifest import check_path, check_paths, refuse_hidden
+from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle, refuse_pickled
 
 ADAPTER_FILES = (
     CONFIG_FILE,

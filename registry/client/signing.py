@@ -8,13 +8,13 @@ from pathlib import Path
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path, refuse_other_answer, release_path, understood, untrusted
-from registry.client.parallel import PAUSES_S, Progress, patiently
 from registry.client.push import LocalFile, push, send
+from registry.client.retries import PAUSES_S, Progress, patiently
 from registry.client.selection import refuse_no_file
 from registry.errors import Invalid, NotFound, Refused, RegistryError
-from registry.manifest import ManifestFile, canonical_manifest, commit_id
-from registry.names import Digest, Reference, RepositoryName, parse_digest, parse_version
-from registry.signing import (
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.formats.references import Digest, Reference, RepositoryName, parse_digest, parse_version
+from registry.formats.signatures import (
     MAX_SIGNATURE_BYTES,
     SIGNATURE_FILE,
     Signed,

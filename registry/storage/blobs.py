@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from registry.names import Digest
+from registry.formats.references import Digest
 
 
 def blob_key(sha256: Digest) -> str:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from composer.formats.checkpoints.staging import sync
 from registry.errors import NO_SPACE, NotFound, Unavailable
-from registry.names import Digest
+from registry.formats.references import Digest
 from registry.storage.blobs import BlobStat, Reader, blob_key
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.suite import Example, Suite
-from registry import gates
-from registry.gates import Measured, Scores
+from registry.domain.channels import gates
+from registry.domain.channels.gates import Measured, Scores
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta

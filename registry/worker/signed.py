@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from sqlalchemy.orm import Session
 
-from registry import namespaces, releases, signatures
-from registry.audit import Actor
-from registry.models import Release
-from registry.releases import NewRelease
+from registry.database.tables import Release
+from registry.domain.access import namespaces
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import releases, signatures
+from registry.domain.catalog.releases import NewRelease
+from registry.formats.signatures import fingerprint, open_signature, public_key_of, read_key, sign
 from registry.settings import Settings
-from registry.signing import fingerprint, open_signature, public_key_of, read_key, sign
 
 
 def publish_signed(settings: Settings, session: Session, actor: Actor, new: NewRelease) -> Release:

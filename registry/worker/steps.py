@@ -23,21 +23,24 @@ from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from composer.formats.recipes.suite import Suite as SuiteContent
 from composer.formats.recipes.weights import Weight
-from registry import bases, compositions, gates, publishing, suites, uploads
-from registry.audit import Actor
+from registry.database.tables import Base, Release
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import bases, suites
+from registry.domain.catalog.releases import Input
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import Measurement
+from registry.domain.channels import gates
+from registry.domain.compositions import compositions
+from registry.domain.jobs.queue import Amount
 from registry.errors import Refused, Unavailable, refuse_errors
-from registry.jobs import Amount
-from registry.manifest import ManifestFile
-from registry.models import Base, Release
-from registry.names import Digest, parse_reference
-from registry.publishing import Push
-from registry.releases import Input
-from registry.repositories import Kind
-from registry.suites import Measurement
-from registry.upkeep import work_of
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, parse_reference
+from registry.transfer import publishing, uploads
+from registry.transfer.publishing import Push
 from registry.worker.judging import Examination, Member, judge, with_inputs
-from registry.worker.loop import Held, JobKind
+from registry.worker.runner import Held, JobKind
 from registry.worker.signed import publish_signed
+from registry.worker.workspace import work_of
 
 if TYPE_CHECKING:
     from composer.conflicts.examine import Evidence

@@ -13,23 +13,26 @@ import httpx2
 from composer.formats.checkpoints.hashing import weights_digest
 from composer.formats.recipes.recipe import parse_recipe
 from composer.formats.recipes.suite import Suite
-from registry import bases, channels, compositions, namespaces, releases, suites, tokens
-from registry.access import EVERYWHERE, Role
-from registry.audit import Actor
-from registry.bases import NewBase, TensorRow
-from registry.channels import Promotion
+from registry.api.app import create_app
 from registry.client.inprocess import InProcessTransport
-from registry.manifest import ManifestFile
-from registry.models import Blob, BlobHolder, Upload
-from registry.names import Digest, RepositoryName, Version
-from registry.namespaces import Change
-from registry.releases import NewRelease
-from registry.repositories import Kind
-from registry.resources import Resources, open_resources
+from registry.database.tables import Blob, BlobHolder, Upload
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.audit import Actor
+from registry.domain.access.namespaces import Change
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.access.tokens import NewToken
+from registry.domain.catalog import bases, releases, suites
+from registry.domain.catalog.bases import NewBase, TensorRow
+from registry.domain.catalog.releases import NewRelease
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import Measurement
+from registry.domain.channels import moves
+from registry.domain.channels.moves import Promotion
+from registry.domain.compositions import compositions
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, RepositoryName, Version
 from registry.settings import Settings
-from registry.suites import Measurement
-from registry.tokens import NewToken
-from registry.web.app import create_app
+from registry.transfer.resources import Resources, open_resources
 from tests import services
 from tests.scenarios.world import environment
 
@@ -157,7 +160,7 @@ def _furnish(resources: Resources, namespace: str) -> Things:
                 facts = MODEL_FACTS if kind is Kind.MODEL else FACTS
                 new = NewRelease(RepositoryName(namespace, name), kind, version, None, files, base.digest, facts)
                 release, _ = releases.publish(session, HOST, new)
-                channels.promote(session, HOST, Promotion(new.repository, version, "prod"))
+                moves.promote(session, HOST, Promotion(new.repository, version, "prod"))
                 suite = suites.find(session, "exact")
                 suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False)])
         recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": f"{namespace}/sql:1.0.0"}], "method": "stack"})

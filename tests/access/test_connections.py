@@ -14,8 +14,9 @@ import httpx2
 import pytest
 from sqlalchemy import create_engine, text
 
-from registry import postgres
-from registry.db import Database, Patience, migrate
+from registry.database import postgres
+from registry.database.engine import Database, Patience
+from registry.database.migrate import migrate
 from registry.errors import Unavailable
 from tests import services
 from tests.ports import free_ports

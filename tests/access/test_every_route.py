@@ -12,10 +12,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from registry.access import Role
-from registry.http.routes import Route
-from registry.http.rules import Rule, Where
-from registry.web.app import ROUTERS, create_app, routers
+from registry.api.app import ROUTERS, create_app, routers
+from registry.api.http.routes import Route
+from registry.api.http.rules import Rule, Where
+from registry.domain.access.roles import Role
 from tests import services
 from tests.access.house import (
     CALLERS,

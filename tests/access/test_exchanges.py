@@ -14,13 +14,13 @@ import httpx2
 import pytest
 
 from composer.formats.recipes.recipe import parse_recipe
-from registry import compositions
+from registry.api.app import create_app
+from registry.api.routes import compositions as routes
 from registry.client.inprocess import InProcessTransport
-from registry.db import Database
+from registry.database.engine import Database
+from registry.domain.compositions import compositions
 from registry.errors import Invalid, Unavailable
 from registry.outages import OutageLog
-from registry.web import compositions as routes
-from registry.web.app import create_app
 from tests import services
 from tests.access.house import HOST, House, build_house, new_place
 from tests.scenarios.world import server
@@ -206,7 +206,7 @@ def test_an_address_of_a_download_ends_soon_and_pins_what_others_would_believe(t
 
 
 def test_a_name_for_anonymous_is_refused_before_anything_else() -> None:
-    from registry.access import refuse_reserved
+    from registry.domain.access.roles import refuse_reserved
 
     refuse_reserved("anonymouse")
     with pytest.raises(Invalid, match="callers without a token"):

@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from registry.api.app import UPLOAD_THREADS, create_app
 from registry.client.inprocess import InProcessTransport
-from registry.resources import open_resources
 from registry.settings import Settings
-from registry.web.app import UPLOAD_THREADS, create_app
+from registry.transfer.resources import open_resources
 from tests import services
 from tests.access.house import House, build_house, entered, new_place
 
@@ -95,7 +95,7 @@ def test_what_is_wrong_very_often_is_one_error(furnished: House, path: str, body
 
 
 def test_a_document_that_does_not_end_is_waited_for_so_long(furnished: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.http.request.DOCUMENT_S", 0.2)
+    monkeypatch.setattr("registry.api.http.request.DOCUMENT_S", 0.2)
     go_on = threading.Event()
 
     def slowly() -> Iterator[bytes]:

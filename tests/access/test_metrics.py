@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from composer.formats.recipes.suite import Suite, parse_suite
-from registry.audit import EventQuery, events
+from registry.domain.access.audit import EventQuery, events
 from tests import services
 from tests.access.house import House, build_house, new_place
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from registry.api.app import create_app
+from registry.api.http.threads import STORE_PATIENCE_S, STORE_ROOM, STORE_THREADS
 from registry.client.inprocess import InProcessTransport
-from registry.http.threads import STORE_PATIENCE_S, STORE_ROOM, STORE_THREADS
-from registry.web.app import create_app
 from tests import services
 from tests.access.house import PRIVATE, House, build_house, new_place
 

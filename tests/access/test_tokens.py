@@ -9,14 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
-from registry import namespaces, releases, tokens
-from registry.access import EVERYWHERE, Role, holds
-from registry.audit import Actor
-from registry.db import Row
+from registry.database.engine import Row
+from registry.database.tables import ReleaseInput
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role, holds
+from registry.domain.access.tokens import NewToken
+from registry.domain.catalog import releases
 from registry.errors import Unauthenticated
-from registry.models import ReleaseInput
-from registry.names import RepositoryName, Version
-from registry.tokens import NewToken
+from registry.formats.references import RepositoryName, Version
 from tests import services
 from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_place, opened
 
@@ -43,7 +44,7 @@ def test_the_secret_is_shown_once_and_lies_nowhere(house: House) -> None:
     house.resources.database.engine.dispose()
     assert all(
         secret[17:60].encode() not in path.read_bytes()
-        for path in house.resources.settings.home_directory.glob("registry.db*")
+        for path in house.resources.settings.home_directory.glob("registry.database.engine*")
     )
 
 

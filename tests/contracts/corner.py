@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from registry.names import Digest
+from registry.formats.references import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, Part, Put
-from registry.storage.s3 import S3Store
-from registry.storage.s3_arrivals import S3Arrivals
-from registry.storage.s3_bucket import open_bucket
+from registry.storage.s3.bucket import open_bucket
+from registry.storage.s3.store import S3Store
+from registry.storage.s3.uploads import S3Arrivals
 from tests.s3_server import BUCKET, S3Server
 
 PART_BYTES = 5 << 20

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from registry.errors import Conflict, Invalid
-from registry.names import Digest
+from registry.formats.references import Digest
 from registry.storage.blobs import Arrival, Part
 from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, send
 from tests.s3_server import BUCKET, S3Server

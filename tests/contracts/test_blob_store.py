@@ -14,11 +14,11 @@ import httpx2
 import pytest
 
 from registry.errors import NotFound, Unavailable
-from registry.names import Digest
+from registry.formats.references import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import BlobStore, blob_key
 from registry.storage.local import LocalStore, unwritable
-from registry.storage.s3 import S3Store
+from registry.storage.s3.store import S3Store
 from tests.s3_server import BUCKET, S3Server
 
 ABSENT = Digest("0" * 64)

@@ -14,12 +14,12 @@ import httpx2
 import pytest
 
 from registry.errors import Unavailable
-from registry.names import Digest
+from registry.formats.references import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import Arrival, Put
-from registry.storage.s3_arrivals import S3Arrivals
-from registry.storage.s3_bucket import open_bucket
-from registry.storage.s3_trial import NEVER, PROBE, STALE_S
+from registry.storage.s3.bucket import open_bucket
+from registry.storage.s3.probe import NEVER, PROBE, STALE_S
+from registry.storage.s3.uploads import S3Arrivals
 from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, relay, send
 from tests.s3_server import BUCKET, S3Server
 

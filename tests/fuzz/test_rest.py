@@ -22,18 +22,18 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from registry.bases import find as find_base
+from registry.api.app import create_app
 from registry.client.api import Api, line_path
 from registry.client.inprocess import InProcessTransport
 from registry.client.push import collect, push
 from registry.client.selection import select_files
+from registry.database.tables import BaseAlias
+from registry.domain.catalog.bases import find as find_base
+from registry.domain.catalog.suites import find as find_suite
 from registry.errors import Invalid, Refused
-from registry.fsck import check
-from registry.models import BaseAlias
-from registry.names import RepositoryName
-from registry.resources import Resources
-from registry.suites import find as find_suite
-from registry.web.app import create_app
+from registry.formats.references import RepositoryName
+from registry.transfer.fsck import check
+from registry.transfer.resources import Resources
 from tests import services
 from tests.access.house import House, build_house, copy_of, new_place, opened
 from tests.access.test_every_route import ROUTES

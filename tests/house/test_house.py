@@ -96,7 +96,7 @@ def test_only_the_database_commits() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "commit"
     }
-    assert commits == {"registry/db.py"}
+    assert commits == {"registry/database/engine.py"}
 
 
 def test_the_top_level_holds_what_was_agreed_and_nothing_else() -> None:

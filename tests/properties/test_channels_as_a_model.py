@@ -24,17 +24,18 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from registry import channels, releases, repositories, yanks
-from registry.access import EVERYWHERE, Role
-from registry.audit import Actor
-from registry.channels import Expected, Moved, Promotion
-from registry.db import Database, Session
+from registry.database.engine import Database, Session
+from registry.database.tables import Base, Blob, BlobHolder, Channel, Move
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.catalog import releases, repositories
+from registry.domain.catalog.releases import NewRelease
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels import moves, yanks
+from registry.domain.channels.moves import Expected, Moved, Promotion
 from registry.errors import NotFound, Refused, RegistryError, Stale
-from registry.manifest import ManifestFile
-from registry.models import Base, Blob, BlobHolder, Channel, Move
-from registry.names import Digest, RepositoryName, parse_version
-from registry.releases import NewRelease
-from registry.repositories import Kind
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, RepositoryName, parse_version
 
 VERSIONS = ("1.0.0", "1.1.0", "2.0.0-rc.1", "2.0.0")
 BYTES = {version: Digest(f"{number:064x}") for number, version in enumerate(VERSIONS)}
@@ -115,7 +116,7 @@ class ChannelMachine(RuleBasedStateMachine):
 
     def expectation(self, honest: bool | None) -> Expected | None:
         """What the caller says it saw: nothing, the truth, or a move that is not the last."""
-        last = self.seen[-1][0] if self.seen else channels.NOTHING_YET
+        last = self.seen[-1][0] if self.seen else moves.NOTHING_YET
         return None if honest is None else Expected(last if honest else last + 1)
 
     @rule(version=versions, honest=st.sampled_from([None, True, False]))
@@ -125,7 +126,7 @@ class ChannelMachine(RuleBasedStateMachine):
 
         def change(session: Any, actor: Actor) -> Moved:
             wanted = Promotion(self.name, parse_version(version), "prod")
-            return channels.promote(session, actor, wanted, reason="r", expected=expected)
+            return moves.promote(session, actor, wanted, reason="r", expected=expected)
 
         self.attempt(change, refusal)
         if refusal is None and self.live[-1:] != (version,):
@@ -156,7 +157,7 @@ class ChannelMachine(RuleBasedStateMachine):
         def change(session: Any, actor: Actor) -> Moved:
             target = parse_version(to) if to else None
             repository = repositories.find(session, self.name)
-            return channels.roll_back(session, actor, repository, "prod", to=target, reason="r", expected=expected)
+            return moves.roll_back(session, actor, repository, "prod", to=target, reason="r", expected=expected)
 
         self.attempt(change, refusal)
 
@@ -176,7 +177,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def the_channel_serves_what_the_model_says(self) -> None:
         with self.database.read() as session:
             channel = self.channel(session)
-            serving = channels.serving(session, channel) if channel is not None else None
+            serving = moves.serving(session, channel) if channel is not None else None
             allowed = [version for version in self.live if version not in self.yanked]
             assert (serving.to_release.version if serving else None) == (allowed[-1] if allowed else None)
 
@@ -185,10 +186,10 @@ class ChannelMachine(RuleBasedStateMachine):
         with self.database.read() as session:
             channel = self.channel(session)
             mine = Move.channel_id == (channel.id if channel else None)
-            moves = session.scalars(select(Move).where(mine).order_by(Move.id)).all()
+            recorded = session.scalars(select(Move).where(mine).order_by(Move.id)).all()
             found = [
                 (move.id, move.kind, move.from_release.version if move.from_release else None, move.to_release.version,
-                 move.actor, move.reason, move.at) for move in moves
+                 move.actor, move.reason, move.at) for move in recorded
             ]  # fmt: skip
         assert found[: len(self.seen)] == self.seen
         assert [row[1:4] for row in found] == [(m.kind, m.left, m.live[-1]) for m in self.moments]

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from registry.errors import Invalid
-from registry.manifest import MAX_PART_BYTES, ManifestFile, canonical_manifest, check_path, commit_id
-from registry.names import Digest
+from registry.formats.manifest import MAX_PART_BYTES, ManifestFile, canonical_manifest, check_path, commit_id
+from registry.formats.references import Digest
 
 segments = st.from_regex(r"\A[a-zA-Z0-9_é-]{1,8}\Z")
 paths = st.lists(segments, min_size=1, max_size=3).map("/".join)

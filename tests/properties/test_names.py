@@ -8,10 +8,10 @@ import semantic_version
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from registry import names
+from registry.database.tables import Release
 from registry.errors import Usage
-from registry.models import Release
-from registry.names import Reference, RepositoryName, Version, parse_range, parse_reference, parse_version
+from registry.formats import references
+from registry.formats.references import Reference, RepositoryName, Version, parse_range, parse_reference, parse_version
 
 small = st.integers(0, 3)
 numbers = st.one_of(small, st.integers(0, 10**18 - 1))
@@ -19,7 +19,7 @@ words = st.from_regex(r"\A[0-9]{0,3}[A-Za-z-][0-9A-Za-z-]{0,5}\Z")
 identifiers = st.one_of(numbers.map(str), words, st.sampled_from(["a", "alpha", "beta", "rc", "-", "0a", "a-1", "Z"]))
 prereleases = st.one_of(st.just(()), st.lists(identifiers, min_size=1, max_size=4).map(tuple))
 versions = st.builds(Version, numbers, numbers, numbers, prereleases).filter(
-    lambda version: len(str(version)) <= names.MAX_VERSION_CHARS
+    lambda version: len(str(version)) <= references.MAX_VERSION_CHARS
 )
 near = st.builds(Version, small, small, small, st.one_of(st.just(()), st.just(("rc", "1")), st.just(("rc", "2"))))
 parts = st.from_regex(r"\A[a-z0-9]([a-z0-9._-]{0,20}[a-z0-9])?\Z")
@@ -51,7 +51,7 @@ def test_the_byte_order_of_sort_keys_is_the_order_of_versions(one: Version, othe
 
 
 @given(versions)
-@example(Version(0, 0, 0, ("0",) * ((names.MAX_VERSION_CHARS - 5) // 2)))
+@example(Version(0, 0, 0, ("0",) * ((references.MAX_VERSION_CHARS - 5) // 2)))
 def test_every_accepted_version_fits_its_columns(version: Version) -> None:
     accepted = parse_version(str(version))
     assert len(accepted.sort_key) <= Release.__table__.c.sort_key.type.length
@@ -91,7 +91,7 @@ def test_the_largest_number_is_not_counted_up(part: str) -> None:
     assert "REPO:VERSION" in raised.value.next_step
 
 
-references = st.one_of(
+any_reference = st.one_of(
     st.builds(Reference, repositories),
     st.builds(Reference, repositories, version=versions),
     st.builds(Reference, repositories, channel=parts),
@@ -99,7 +99,7 @@ references = st.one_of(
 )
 
 
-@given(references)
+@given(any_reference)
 def test_a_reference_survives_being_written_and_read(reference: Reference) -> None:
     assert parse_reference(str(reference)) == reference
 
@@ -188,8 +188,9 @@ def test_what_is_no_range_is_one_clear_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "parse", [parse_reference, parse_version, parse_range, names.parse_repository, names.parse_channel_reference,
-              names.parse_digest, lambda text: names.parse_part(text, "channel")]
+    "parse", [parse_reference, parse_version, parse_range, references.parse_repository,
+              references.parse_channel_reference, references.parse_digest,
+              lambda text: references.parse_part(text, "channel")]
 )  # fmt: skip
 @given(text=hostile)
 @example(text="acme/sql:" + "9" * 5000)

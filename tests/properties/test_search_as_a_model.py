@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from composer.formats.adapters.serving import PROFILES, Profile, parse_profile
-from registry import search, words
-from registry.access import EVERYWHERE
-from registry.audit import Actor
-from registry.db import Database
-from registry.names import RepositoryName
-from registry.orders import NEWEST, VERSION, Order
-from registry.repositories import Kind
-from registry.search import Query
-from registry.suites import Condition
+from registry.database.engine import Database
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import Condition
+from registry.domain.search import search, term_index
+from registry.domain.search.ordering import NEWEST, VERSION, Order
+from registry.domain.search.search import Query
+from registry.formats.references import RepositoryName
 from tests.registry.shelf import BASES, CHANNELS, METRICS, NAMESPACES, RELATIONS, SUITES, TARGETS, Item, stock
 
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
@@ -65,7 +65,7 @@ WAYS: dict[str, dict[str, int]] = {
 @pytest.fixture(params=[*WAYS.values()], ids=[*WAYS])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in request.param.items():
-        for module in [one for one in (search, words) if hasattr(one, name)]:
+        for module in [one for one in (search, term_index) if hasattr(one, name)]:
             monkeypatch.setattr(module, name, value)
 
 

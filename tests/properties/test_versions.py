@@ -5,10 +5,10 @@ import semantic_version
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry import breaking
-from registry.breaking import Surface, breaks, bump_of, may_break, surface
-from registry.manifest import ManifestFile
-from registry.names import Digest, Version, parse_range, parse_version
+from registry.formats import compatibility
+from registry.formats.compatibility import Surface, breaks, bump_of, may_break, surface
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, Version, parse_range, parse_version
 from tests.properties.test_names import near, stable, versions
 
 CHANGES = ("breaking", "weights", "files")
@@ -98,7 +98,7 @@ def test_replaced_modules_count_as_touched_and_only_weights_as_weights() -> None
     found = surface("b" * 64, facts, files)
     assert found.touched == {"q_proj", "lm_head", "score"}
     assert found.weights == {("adapter_model.safetensors", "a" * 64)}
-    assert breaking.breaks(surface("b" * 64, {}, []), surface("b" * 64, {}, files)) == [], (
+    assert compatibility.breaks(surface("b" * 64, {}, []), surface("b" * 64, {}, files)) == [], (
         "a model has no facts of ranks"
     )
 

@@ -9,19 +9,20 @@ from datetime import UTC, datetime, timedelta
 from composer.formats.adapters.serving import SERVERS
 from composer.formats.checkpoints.hashing import weights_digest
 from composer.formats.recipes.suite import Suite
-from registry import bases, channels, releases, suites, yanks
-from registry.access import EVERYWHERE, Role
-from registry.audit import Actor
-from registry.bases import NewBase, TensorRow
-from registry.channels import Promotion
-from registry.db import Database, Session
-from registry.manifest import ManifestFile
-from registry.models import Base, Blob, BlobHolder
-from registry.names import Digest, RepositoryName, Version
-from registry.namespaces import find_or_create
-from registry.releases import NewRelease
-from registry.repositories import Kind
-from registry.suites import Measurement
+from registry.database.engine import Database, Session
+from registry.database.tables import Base, Blob, BlobHolder
+from registry.domain.access.audit import Actor
+from registry.domain.access.namespaces import find_or_create
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.catalog import bases, releases, suites
+from registry.domain.catalog.bases import NewBase, TensorRow
+from registry.domain.catalog.releases import NewRelease
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import Measurement
+from registry.domain.channels import moves, yanks
+from registry.domain.channels.moves import Promotion
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, RepositoryName, Version
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = Actor("host", START, {EVERYWHERE: Role.ADMIN.value}, mints=True)
@@ -149,18 +150,18 @@ def _publish(session: Session, chance: random.Random, number: int, digests: Mapp
 
 def _move_and_yank(session: Session, chance: random.Random, items: list[Item]) -> list[Item]:
     """Channels are promoted to several releases each, then some releases are yanked: channels fall back."""
-    moves: dict[tuple[RepositoryName, str], list[int]] = {}
+    made: dict[tuple[RepositoryName, str], list[int]] = {}
     by_id = {item.id: item for item in items}
     for item in items:
         if chance.random() < 0.5:
             channel = chance.choice(CHANNELS)
-            channels.promote(session, HOST, Promotion(item.repository, item.version, channel))
-            moves.setdefault((item.repository, channel), []).append(item.id)
+            moves.promote(session, HOST, Promotion(item.repository, item.version, channel))
+            made.setdefault((item.repository, channel), []).append(item.id)
     for item in items:
         if chance.random() < 0.25:
             yanks.yank(session, HOST, releases.find(session, item.repository, item.version), "wrong data")
             by_id[item.id] = replace(by_id[item.id], yanked=True)
-    for (_, channel), stack in moves.items():
+    for (_, channel), stack in made.items():
         served = next((number for number in reversed(stack) if not by_id[number].yanked), None)
         if served is not None:
             by_id[served] = replace(by_id[served], served=by_id[served].served | {channel})

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import MetaData, insert, select
 
-from registry.db import Database, migrate
-from registry.models import SuiteMetric
+from registry.database.engine import Database
+from registry.database.migrate import migrate
+from registry.database.tables import SuiteMetric
 from tests import services
 
 

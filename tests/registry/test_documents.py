@@ -5,13 +5,15 @@ from collections.abc import Callable, Generator
 import pytest
 
 from composer.formats.recipes.suite import Suite
-from registry import search, suites, yanks
-from registry.db import Database, Session
-from registry.models import Release
-from registry.orders import Order
-from registry.search import Query
-from registry.suites import Measurement
-from registry.web.documents import Documents
+from registry.api.routes.documents import Documents
+from registry.database.engine import Database, Session
+from registry.database.tables import Release
+from registry.domain.catalog import suites
+from registry.domain.catalog.suites import Measurement
+from registry.domain.channels import yanks
+from registry.domain.search import search
+from registry.domain.search.ordering import Order
+from registry.domain.search.search import Query
 from tests import services
 from tests.registry.shelf import HOST, SUITES, Item, stock
 

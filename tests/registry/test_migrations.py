@@ -17,12 +17,13 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Integer, MetaData, func, insert, select, text
 from sqlalchemy.exc import ProgrammingError
 
-import registry.models
 from composer.formats.adapters.facts import WEIGHTS_FILE
-from registry.db import Database, Row, ensure_schema, head_revision, migrate, migrations_directory, schema_revision
+from registry.database import tables
+from registry.database.engine import Database, Row
+from registry.database.migrate import ensure_schema, head_revision, migrate, migrations_directory, schema_revision
 from registry.errors import Unavailable
-from registry.resources import open_resources
 from registry.settings import Settings
+from registry.transfer.resources import open_resources
 from tests import services
 from tests.scenarios.traces import api_of, opened
 from tests.scenarios.world import Cli
@@ -191,7 +192,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
         api.post(f"/v1/compositions/{made['id']}/cancel")
     resources = opened(cli)
     with resources.write() as session:
-        session.add(registry.models.ReleaseInput(release_id=2, input_id=1, composition_id=made["id"], weight=0.5))
+        session.add(tables.ReleaseInput(release_id=2, input_id=1, composition_id=made["id"], weight=0.5))
     resources.close()
     return cli
 
@@ -206,18 +207,18 @@ def revision(request: pytest.FixtureRequest) -> str:
 def earlier(filled: Cli, revision: str, database: Database, url: str, tmp_path: Path) -> Cli:
     """The same registry as it was when the schema was that one."""
     migrate(database, revision)
-    tables = MetaData()
-    tables.reflect(database.engine)
+    earlier = MetaData()
+    earlier.reflect(database.engine)
     source = opened(filled)
     with source.read() as today, database.write() as then:
-        for table in tables.sorted_tables:
+        for table in earlier.sorted_tables:
             if table.name == "alembic_version":
                 continue
             now = Row.metadata.tables[table.name]
             query = select(*(now.c[column.name] for column in table.columns))
             rows = [dict(row) for row in today.execute(query).mappings()]
             assert rows or revision != FIRST, f"{table.name} is empty"
-            if rows := [was for row in rows if (was := _as_it_was(table.name, row, today, revision))]:
+            if rows := [old for row in rows if (old := _as_it_was(table.name, row, today, revision))]:
                 then.execute(insert(table), rows)
             if not database.is_sqlite and "id" in table.c and isinstance(table.c["id"].type, Integer):
                 told = text("SELECT setval(pg_get_serial_sequence(:name, 'id'), :last)")
@@ -237,11 +238,11 @@ def _as_it_was(table: str, row: dict[str, Any], today: Any, revision: str) -> di
     if table == "releases":
         return {**row, "facts": {name: value for name, value in row["facts"].items() if name != "spectrum"}}
     if table == "audit":
-        return {**row, "detail": _first_detail(today.get(registry.models.AuditRow, row["id"]))}
+        return {**row, "detail": _first_detail(today.get(tables.AuditRow, row["id"]))}
     return row
 
 
-def _first_detail(row: registry.models.AuditRow) -> dict[str, Any]:
+def _first_detail(row: tables.AuditRow) -> dict[str, Any]:
     """What the first schema's `audit.record` was given: nothing had a column of its own."""
     before, after = row.before or {}, row.after or {}
     if row.act in ("channel:promote", "channel:rollback"):
@@ -322,15 +323,15 @@ def test_what_was_done_before_a_migration_is_told_with_its_reason_and_its_change
 
 def test_more_old_audit_rows_than_one_batch_has_are_told_with_their_reasons(database: Database) -> None:
     migrate(database, FIRST)
-    tables = MetaData()
-    tables.reflect(database.engine)
+    earlier = MetaData()
+    earlier.reflect(database.engine)
     old = {"at": datetime.now(UTC), "actor": "mia", "act": "release:yank", "subject": "acme/sql:1.0.0"}
     details = [{"reason": f"wrong {number}"} if number % 3 else {} for number in range(2_500)]
     with database.write() as session:
-        session.execute(insert(tables.tables["audit"]), [{**old, "detail": detail} for detail in details])
+        session.execute(insert(earlier.tables["audit"]), [{**old, "detail": detail} for detail in details])
     migrate(database)
     with database.read() as session:
-        rows = session.scalars(select(registry.models.AuditRow).order_by(registry.models.AuditRow.id)).all()
+        rows = session.scalars(select(tables.AuditRow).order_by(tables.AuditRow.id)).all()
         assert [row.reason for row in rows] == [detail.get("reason") for detail in details]
         assert [row.detail for row in rows] == details
         assert {row.after is None for row in rows if row.reason is None} == {True}

@@ -18,16 +18,18 @@ from psycopg import sql
 
 from benchmarks import stock
 from composer.formats.adapters.serving import Profile
-from registry import bases, descriptions, resolve, search
-from registry.access import EVERYWHERE
-from registry.audit import Actor
-from registry.db import Database, Session
-from registry.names import RepositoryName, parse_reference
-from registry.orders import VERSION, Order, Place
-from registry.search import Query
-from registry.suites import Condition
-from registry.web import views
-from registry.web.documents import Documents
+from registry.api.routes import views
+from registry.api.routes.documents import Documents
+from registry.database.engine import Database, Session
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE
+from registry.domain.catalog import bases, release_rows
+from registry.domain.catalog.suites import Condition
+from registry.domain.channels import resolve
+from registry.domain.search import search
+from registry.domain.search.ordering import VERSION, Order, Place
+from registry.domain.search.search import Query
+from registry.formats.references import RepositoryName, parse_reference
 from tests import services
 from tests.composer.small_model import save_llama
 
@@ -222,7 +224,7 @@ def test_what_many_channels_of_a_name_give_out_is_read_in_order(
 
 
 def test_a_page_is_read_by_its_ids(stocked: Stocked) -> None:
-    for statement, plan in stocked.plans(lambda session: descriptions.describe(session, list(range(7_000, 7_050)))):
+    for statement, plan in stocked.plans(lambda session: release_rows.describe(session, list(range(7_000, 7_050)))):
         assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
 
 

@@ -8,9 +8,10 @@ from threading import Barrier
 
 import pytest
 
-from registry.db import Database, migrate
+from registry.database.engine import Database
+from registry.database.idempotency import KEPT, Answer, Keyed, claim, forget, keep, known
+from registry.database.migrate import migrate
 from registry.errors import Conflict
-from registry.repeats import KEPT, Answer, Keyed, claim, forget, keep, known
 from tests import services
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)

@@ -13,23 +13,13 @@ from sqlalchemy import Column, Float, MetaData, Select, String, Table, bindparam
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session
 
-from registry.db import Database, UtcDateTime
-from registry.descriptions import TOGETHER, describe
+from registry.database.dialects import PLANNED_VALUES, among, exact, filled, json_list, json_rows, moment, one_of
+from registry.database.engine import Database, UtcDateTime
+from registry.database.prepared import Prepared, prepared
+from registry.database.tables.catalog import Id, Release
+from registry.domain.catalog.release_rows import TOGETHER, describe
+from registry.domain.catalog.suites import scores_of
 from registry.errors import Unavailable
-from registry.models.catalog import Id, Release
-from registry.statements import (
-    PLANNED_VALUES,
-    Prepared,
-    among,
-    exact,
-    filled,
-    json_list,
-    json_rows,
-    moment,
-    one_of,
-    prepared,
-)
-from registry.suites import scores_of
 from tests.registry.shelf import stock
 
 THINGS = Table(

@@ -12,8 +12,8 @@ import yaml
 
 from registry.client.signing import verify_release
 from registry.errors import Invalid, Refused
-from registry.names import parse_reference
-from registry.signing import SIGNATURE_FILE, fingerprint
+from registry.formats.references import parse_reference
+from registry.formats.signatures import SIGNATURE_FILE, fingerprint
 from tests.scenarios.test_signatures import Keys, require, stock_sign
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World

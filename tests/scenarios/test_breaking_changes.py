@@ -12,9 +12,9 @@ from sqlalchemy import update
 
 from registry.client.push import collect, push
 from registry.client.selection import select_files
+from registry.database.tables import Release
 from registry.errors import Refused
-from registry.models import Release
-from registry.names import parse_repository
+from registry.formats.references import parse_repository
 from tests.composer.handmade import random_factors, write_adapter
 from tests.scenarios.traces import api_of, opened
 from tests.scenarios.world import Cli, Ran, World

@@ -20,10 +20,10 @@ import httpx2
 import pytest
 import yaml
 
-from registry.models import Job
-from registry.resources import Resources, open_resources
+from registry.database.tables import Job
 from registry.settings import Settings
-from registry.worker.loop import Held, JobKind, run_one
+from registry.transfer.resources import Resources, open_resources
+from registry.worker.runner import Held, JobKind, run_one
 from registry.worker.steps import KINDS
 from tests.scenarios import stored
 from tests.scenarios.conftest import USER, stock

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from registry import namespaces, tokens
-from registry.access import EVERYWHERE, Role
-from registry.audit import Actor
 from registry.client.api import Api
 from registry.client.lineage import NOTE_FILE, fetch_note, of_note, of_release
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.access.tokens import NewToken
 from registry.errors import NotFound
-from registry.resources import Resources
-from registry.tokens import NewToken
-from registry.worker.loop import run_one
+from registry.transfer.resources import Resources
+from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.test_crashes import resources_of, team
 from tests.scenarios.test_roles_of_a_composition import asking

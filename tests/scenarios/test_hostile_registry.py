@@ -17,8 +17,8 @@ from registry.client.api import Api
 from registry.client.cache import BlobCache
 from registry.client.pull import cached, pull
 from registry.errors import Invalid, Unavailable, Usage
-from registry.manifest import ManifestFile, canonical_manifest, commit_id
-from registry.names import Digest
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.formats.references import Digest
 from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, nothing
 

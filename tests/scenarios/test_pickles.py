@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from registry.errors import Invalid
-from registry.manifest import ENDS_BYTES, refuse_pickle, refuse_pickled
+from registry.formats.pickles import ENDS_BYTES, refuse_pickle, refuse_pickled
 from tests.scenarios.world import Cli, World
 
 

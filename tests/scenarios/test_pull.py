@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import text
 
 from registry.client.cache import BlobCache
-from registry.client.parallel import PAUSES_S
-from registry.client.pieces import PIECE_BYTES
+from registry.client.partial_files import PIECE_BYTES
 from registry.client.pull import pull
+from registry.client.retries import PAUSES_S
 from registry.errors import Refused, Unavailable
 from tests.scenarios import stored
 from tests.scenarios.test_bad_input import small_disk

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.fsck import check, discard
+from registry.transfer.fsck import check, discard
 from tests.scenarios import stored
 from tests.scenarios.test_signatures import Keys
 from tests.scenarios.traces import hashes, home_of, opened, traces

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from registry.client import push
 from registry.client.selection import Selection, select_files
 from registry.errors import Invalid, NotFound, RegistryError
-from registry.names import parse_repository
+from registry.formats.references import parse_repository
 from tests import services
 from tests.composer.small_model import save_adapter
 from tests.scenarios.conftest import stock

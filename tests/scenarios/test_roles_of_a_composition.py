@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
-from registry import namespaces, tokens
-from registry.access import EVERYWHERE, Role
-from registry.audit import Actor
+from registry.api.app import create_app
 from registry.client.api import Api
 from registry.client.inprocess import InProcessTransport
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.audit import Actor
+from registry.domain.access.namespaces import Change
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.access.tokens import NewToken
 from registry.errors import NotAllowed
-from registry.namespaces import Change
-from registry.resources import Resources
-from registry.tokens import NewToken
-from registry.web.app import create_app
-from registry.worker.loop import run_one
+from registry.transfer.resources import Resources
+from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.test_crashes import resources_of, team, write_recipe
 from tests.scenarios.traces import traces

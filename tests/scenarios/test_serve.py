@@ -18,9 +18,9 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
+from registry.api.http.protocol import HEAD_S, MAX_PIPELINED
 from registry.cli.server import HUNG_S
-from registry.db import head_revision
-from registry.http.protocol import HEAD_S, MAX_PIPELINED
+from registry.database.migrate import head_revision
 from tests import services
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server

@@ -18,8 +18,8 @@ from registry.client.push import collect, push
 from registry.client.selection import select_files
 from registry.client.signing import read_public_key, verify_directory
 from registry.errors import Invalid, Refused
-from registry.names import parse_repository
-from registry.signing import SIGNATURE_FILE, fingerprint, open_signature
+from registry.formats.references import parse_repository
+from registry.formats.signatures import SIGNATURE_FILE, fingerprint, open_signature
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 

@@ -17,10 +17,10 @@ import pytest
 
 from registry.client.push import collect, push, send
 from registry.client.selection import select_files
-from registry.jobs import MAX_ATTEMPTS, PAUSES
-from registry.names import parse_repository
-from registry.resources import Resources
-from registry.worker.loop import run_one
+from registry.domain.jobs.queue import MAX_ATTEMPTS, PAUSES
+from registry.formats.references import parse_repository
+from registry.transfer.resources import Resources
+from registry.worker.runner import run_one
 from tests import services
 from tests.s3_server import S3Server
 from tests.scenarios.conftest import USER, serving, stock

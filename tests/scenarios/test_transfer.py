@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from registry.client import pieces
+from registry.client import partial_files
 from registry.client.api import Api, Json, Stream
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
 from registry.client.push import collect, send
 from registry.client.selection import select_files
 from registry.errors import Invalid
-from registry.names import Digest
+from registry.formats.references import Digest
 from registry.storage.blobs import BlobStore
 from tests import services
 from tests.scenarios.conftest import serving, stock
@@ -148,7 +148,7 @@ def test_a_killed_push_and_a_killed_pull_go_on_where_they_stopped(on_s3: Cli, wo
     done = len(journal.read_text().split())
     api.fetched.clear()
     pull(api, release, out, nothing, BlobCache(tmp_path / "cache"))
-    spans = [(start, length) for start, length in api.fetched if length == pieces.PIECE_BYTES]
+    spans = [(start, length) for start, length in api.fetched if length == partial_files.PIECE_BYTES]
     assert 1 <= done < 11
     assert len(spans) == 11 - done, "pieces that were there are not fetched again"
     assert hashes(out) == hashes(adapter)

@@ -12,16 +12,16 @@ from typing import Any
 import httpx2
 import pytest
 
-from registry import upkeep, uploads
-from registry.audit import Actor
+from registry.api.http.problems import problem_response
 from registry.client.api import Api
+from registry.domain.access.audit import Actor
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, TooLarge, TooMany, Usage
-from registry.http.problems import problem_response
-from registry.manifest import ManifestFile
-from registry.names import Digest
-from registry.resources import Resources
-from registry.upkeep import Swept
-from registry.uploads import Announced
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest
+from registry.transfer import collect, uploads
+from registry.transfer.collect import Swept
+from registry.transfer.resources import Resources
+from registry.transfer.uploads import Announced
 from tests import services
 from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of, opened, s3_of, traces
@@ -228,10 +228,10 @@ def test_bytes_that_are_present_are_kept_for_who_was_told_so(embedded: Cli) -> N
     deliver(resources, actor, uploads.plan(resources, actor, "acme", [file])[0], b"mine")
     later = resources.clock() + timedelta(days=30)
     much_later = replace(resources, clock=lambda: later)
-    upkeep.sweep(resources, later)
-    assert upkeep.collect(much_later, grace=timedelta(days=1), dry_run=True).blobs == 1
+    collect.sweep(resources, later)
+    assert collect.collect(much_later, grace=timedelta(days=1), dry_run=True).blobs == 1
     assert uploads.plan(much_later, replace(actor, at=later), "acme", [file])[0].upload_id is None
-    assert upkeep.collect(much_later, grace=timedelta(days=1)).blobs == 0
+    assert collect.collect(much_later, grace=timedelta(days=1)).blobs == 0
     assert resources.store.stat(file.sha256) is not None
     resources.close()
 
@@ -242,15 +242,15 @@ def test_an_upload_that_nobody_finished_is_forgotten_in_time(embedded: Cli) -> N
     file = ManifestFile("notes.txt", 4, Digest(hashlib.sha256(b"mine").hexdigest()))
     upload_id = uploads.plan(resources, actor, "acme", [file])[0].upload_id or ""
     now = resources.clock()
-    assert upkeep.sweep(resources, now) == Swept(0, 0)
+    assert collect.sweep(resources, now) == Swept(0, 0)
     later = now + timedelta(seconds=resources.settings.upload_expires_s + 60)
     with pytest.raises(NotFound):
         uploads.complete(resources, replace(actor, at=later), upload_id)
     again = uploads.plan(resources, replace(actor, at=now + timedelta(hours=1)), "acme", [file])[0]
     assert again.upload_id == upload_id
-    assert upkeep.sweep(resources, later) == Swept(0, 0), "it was asked for again since"
+    assert collect.sweep(resources, later) == Swept(0, 0), "it was asked for again since"
     deliver(resources, actor, again, b"mine")
-    assert upkeep.sweep(resources, later + timedelta(hours=2)) == Swept(0, 0), "it came"
+    assert collect.sweep(resources, later + timedelta(hours=2)) == Swept(0, 0), "it came"
     with pytest.raises(NotFound):
         uploads.complete(resources, actor, upload_id)
     resources.close()
@@ -259,8 +259,8 @@ def test_an_upload_that_nobody_finished_is_forgotten_in_time(embedded: Cli) -> N
 def swept_in_time(resources: Resources, left: Path) -> bool:
     """Whether what a dead process left stays as long as an upload may last, and is gone afterwards."""
     now = resources.clock()
-    too_early, stayed = upkeep.sweep(resources, now), left.exists()
-    later = upkeep.sweep(resources, now + timedelta(seconds=resources.settings.upload_expires_s + 60))
+    too_early, stayed = collect.sweep(resources, now), left.exists()
+    later = collect.sweep(resources, now + timedelta(seconds=resources.settings.upload_expires_s + 60))
     return (too_early, stayed, later, left.exists()) == (Swept(0, 0), True, Swept(0, 1), False)
 
 
@@ -379,9 +379,9 @@ def test_an_expired_upload_in_s3_leaves_nothing(on_s3: Cli) -> None:
         put(api, b"finished")
     resources = opened(on_s3)
     later = resources.clock() + timedelta(days=3)
-    assert upkeep.sweep(resources, resources.clock()) == Swept(0, 0)
-    assert upkeep.sweep(resources, later) == Swept(1, 1)
-    assert upkeep.sweep(resources, later) == Swept(0, 0)
+    assert collect.sweep(resources, resources.clock()) == Swept(0, 0)
+    assert collect.sweep(resources, later) == Swept(1, 1)
+    assert collect.sweep(resources, later) == Swept(0, 0)
     assert [blob.size_bytes for blob in resources.store.iterate()] == [len(b"finished")]
     resources.close()
     with api_of(on_s3) as api:

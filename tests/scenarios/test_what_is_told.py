@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from composer.formats.checkpoints.hashing import weights_digest
+from registry.api.routes import documents
 from registry.errors import Conflict, Invalid, Usage
-from registry.web import documents
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 

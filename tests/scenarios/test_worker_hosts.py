@@ -13,10 +13,11 @@ import yaml
 
 from composer.errors import RefusedOutput
 from registry.errors import Unavailable
-from registry.resources import Resources
-from registry.upkeep import collect, sweep_work
-from registry.worker.loop import Held, JobKind, run_one, run_worker
+from registry.transfer.collect import collect
+from registry.transfer.resources import Resources
+from registry.worker.runner import Held, JobKind, run_one, run_worker
 from registry.worker.steps import KINDS
+from registry.worker.workspace import sweep_work
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import begin, resources_of, team, watched, write_recipe
 from tests.scenarios.test_workers import within

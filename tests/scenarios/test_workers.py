@@ -14,9 +14,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from registry import jobs
+from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
-from registry.worker.loop import Held, run_one
+from registry.worker.runner import Held, run_one
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
 from tests.scenarios.traces import traces
@@ -98,7 +98,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
     place = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
     with resources_of(place) as resources:
         held = Held(resources, "worker", 1, threading.Event())
-        other = sqlite3.connect(Path(place["ADAPTORY_HOME"]) / "registry.db", isolation_level=None)
+        other = sqlite3.connect(Path(place["ADAPTORY_HOME"]) / "registry.database.engine", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(Unavailable):
             held.finish_step()
@@ -119,7 +119,7 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
 
         def state() -> str:
             with resources.read() as session:
-                return jobs.find(session, 1).state
+                return queue.find(session, 1).state
 
         worker = subprocess.Popen([sys.executable, "-m", "registry.cli.start", "worker"], env=values | cli.environment)
         try:

@@ -12,9 +12,9 @@ import boto3
 
 from registry.cli.connect import connected
 from registry.client.api import Api
-from registry.resources import Resources, open_resources
 from registry.settings import Settings
-from registry.storage.s3_trial import PROBE
+from registry.storage.s3.probe import PROBE
+from registry.transfer.resources import Resources, open_resources
 from tests.scenarios.world import Cli, environment
 
 

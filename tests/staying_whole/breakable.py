@@ -16,10 +16,10 @@ import httpx2
 from fastapi.routing import APIRoute
 
 from composer.formats.checkpoints.hashing import weights_digest
+from registry.api.app import routers
 from registry.client.api import Api
 from registry.client.push import push
-from registry.web.app import routers
-from registry.worker.loop import run_worker
+from registry.worker.runner import run_worker
 from registry.worker.steps import KINDS
 from tests import services
 from tests.staying_whole.processes import CHANNEL, NAME, resources

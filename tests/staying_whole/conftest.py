@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from registry.fsck import check
-from registry.resources import Resources, open_resources
 from registry.settings import Settings
+from registry.transfer.fsck import check
+from registry.transfer.resources import Resources, open_resources
 from tests import services
 from tests.scenarios.world import Cli, environment
 from tests.staying_whole.breakable import Postgres

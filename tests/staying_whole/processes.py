@@ -20,10 +20,10 @@ from typing import Any
 from registry.client.api import Api, line_path
 from registry.client.push import push
 from registry.errors import Conflict, NotFound, Refused, Stale, TooMany, Unavailable
-from registry.names import RepositoryName
-from registry.resources import Resources, open_resources
+from registry.formats.references import RepositoryName
 from registry.settings import Settings
-from registry.upkeep import collect as collect_garbage
+from registry.transfer.collect import collect as collect_garbage
+from registry.transfer.resources import Resources, open_resources
 from tests.staying_whole.small import adapter_files
 
 NAME = RepositoryName("acme", "sql")
@@ -44,7 +44,7 @@ def resources() -> Resources:
 def serve(port: int) -> None:
     import uvicorn
 
-    from registry.web.app import create_app
+    from registry.api.app import create_app
 
     uvicorn.run(create_app(resources()), host="127.0.0.1", port=port, log_level="error")
 

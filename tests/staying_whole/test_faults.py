@@ -16,15 +16,15 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
-from registry import upkeep
 from registry.client.api import Api, Json, line_path
 from registry.client.pull import pull
 from registry.client.push import push, send
 from registry.errors import Unavailable
-from registry.names import Digest
+from registry.formats.references import Digest
 from registry.settings import S3Storage
-from registry.storage.s3 import S3Store
-from registry.worker.loop import run_one
+from registry.storage.s3.store import S3Store
+from registry.transfer import collect
+from registry.worker.runner import run_one
 from tests import services
 from tests.forked import start
 from tests.s3_server import S3Server
@@ -257,7 +257,7 @@ def test_a_statement_that_waits_for_a_lock_too_long_is_told(on_postgres: Registr
 
 def test_a_sqlite_database_that_another_process_keeps_locked_is_told_and_read_meanwhile(tmp_path: Path) -> None:
     with running({"ADAPTORY_HOME": str(tmp_path / "home"), **PATIENCE}, tmp_path) as registry:
-        other = sqlite3.connect(tmp_path / "home" / "registry.db", isolation_level=None)
+        other = sqlite3.connect(tmp_path / "home" / "registry.database.engine", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         started = time.monotonic()
         with ThreadPoolExecutor(8) as pool:
@@ -385,7 +385,7 @@ def test_a_collection_whose_store_goes_away_is_finished_by_the_next_one(on_s3: R
     dying.server = own_s3
     later = replace(held, clock=lambda: datetime.now(UTC) + timedelta(days=2))
     with pytest.raises(Unavailable):
-        upkeep.collect(replace(later, store=dying), grace=timedelta(0))
+        collect.collect(replace(later, store=dying), grace=timedelta(0))
     own_s3.start()
     assert broken_promises(on_s3.place, read_bytes=True) == []
     told = Cli(dict(on_s3.place)).ok("fsck").out
@@ -393,7 +393,7 @@ def test_a_collection_whose_store_goes_away_is_finished_by_the_next_one(on_s3: R
     with pytest.raises(Unavailable) as leaving:
         send(api, "acme", unused, lambda _count: None)
     assert leaving.value.code == "blob_leaving"
-    assert upkeep.collect(later, grace=timedelta(0)).blobs == 1  # the other file of the adapter is a release's too
+    assert collect.collect(later, grace=timedelta(0)).blobs == 1  # the other file of the adapter is a release's too
     held.close()
     assert "being removed" not in Cli(dict(on_s3.place)).ok("fsck").out
     send(api, "acme", unused, lambda _count: None)

@@ -11,13 +11,13 @@ import pytest
 from sqlalchemy import update
 
 from composer.formats.checkpoints.hashing import hash_file
-from registry import fsck
 from registry.client.push import collect
 from registry.client.selection import select_files
-from registry.db import rely_on_blobs
-from registry.models import Channel
-from registry.names import Digest
+from registry.database.locks import rely_on_blobs
+from registry.database.tables import Channel
+from registry.formats.references import Digest
 from registry.storage.blobs import Reader
+from registry.transfer import fsck
 from tests.scenarios import stored
 from tests.scenarios.traces import home_of
 from tests.scenarios.world import Cli

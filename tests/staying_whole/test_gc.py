@@ -14,19 +14,19 @@ import httpx2
 import pytest
 from sqlalchemy import func, select, update
 
-from registry import fsck, upkeep
-from registry.audit import Act, EventQuery, events
 from registry.client.api import Api, line_path
 from registry.client.push import LocalFile, collect, push, send
 from registry.client.selection import select_files
-from registry.db import only_collection
+from registry.database.locks import only_collection
+from registry.database.tables import Blob, Upload
+from registry.domain.access.audit import Act, EventQuery, events
 from registry.errors import Conflict
-from registry.manifest import ManifestFile
-from registry.models import Blob, Upload
-from registry.names import Digest
-from registry.resources import Resources
-from registry.upkeep import Collected
-from registry.upkeep import collect as collect_garbage
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest
+from registry.transfer import fsck
+from registry.transfer.collect import Collected
+from registry.transfer.collect import collect as collect_garbage
+from registry.transfer.resources import Resources
 from tests import services
 from tests.forked import start
 from tests.scenarios.world import SMALL_PARTS, Cli
@@ -335,7 +335,7 @@ def test_the_command_tells_what_it_removed(place: dict[str, str], api: Api, tmp_
 def test_uploads_that_expired_are_counted_however_many_there_are_and_each_is_told(
     place: dict[str, str], api: Api, held: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "_UPLOADS_BATCH", 3)
+    monkeypatch.setattr("registry.transfer.collect._UPLOADS_BATCH", 3)
     rows = [{"path": f"{n}.txt", "size_bytes": 1, "sha256": f"{n:064x}"} for n in range(7)]
     api.post("/v1/uploads", {"namespace": "acme", "files": rows})
     later = after(held, 2 * DAY)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from registry.models import Move, Release
+from registry.database.tables import Move, Release
 from tests import services
 from tests.forked import start
 from tests.staying_whole.conftest import broken_promises, opened

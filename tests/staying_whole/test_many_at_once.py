@@ -13,12 +13,12 @@ import httpx2
 import pytest
 from sqlalchemy import func, select, text
 
+from registry.api.http.routes import DIRECT_PATIENCE_S, DIRECT_THREADS
 from registry.client.api import Api, line_path
 from registry.client.push import push
+from registry.database.tables import AuditRow, Move, Release
 from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
-from registry.http.routes import DIRECT_PATIENCE_S, DIRECT_THREADS
-from registry.models import AuditRow, Move, Release
-from registry.names import RepositoryName
+from registry.formats.references import RepositoryName
 from tests import services
 from tests.forked import start
 from tests.staying_whole.conftest import broken_promises, opened

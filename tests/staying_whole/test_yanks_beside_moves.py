@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from registry import channels, releases, search, yanks
-from registry.audit import Actor
-from registry.channels import Promotion
 from registry.client.api import Api, line_path
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import releases
+from registry.domain.channels import moves, yanks
+from registry.domain.channels.moves import Promotion
+from registry.domain.search import search
+from registry.domain.search.ordering import Order
+from registry.domain.search.search import Query
 from registry.errors import Refused
-from registry.names import Version
-from registry.orders import Order
-from registry.resources import Resources
-from registry.search import Query
+from registry.formats.references import Version
+from registry.transfer.resources import Resources
 from tests.scenarios.world import Cli
 from tests.staying_whole.conftest import broken_promises, opened
 from tests.staying_whole.processes import NAME
@@ -37,7 +39,7 @@ def yank(session: Session, _channel: str) -> None:
 
 
 def promote(session: Session, channel: str) -> None:
-    channels.promote(session, operator(), Promotion(NAME, SECOND, channel))
+    moves.promote(session, operator(), Promotion(NAME, SECOND, channel))
 
 
 @dataclass

@@ -16,7 +16,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_importing_the_web_application_loads_neither_torch_nor_boto3() -> None:
-    loaded = loaded_by("import registry.web.app")
+    loaded = loaded_by("import registry.api.app")
     assert "fastapi" in loaded
     assert not loaded & set(HEAVY)
 

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from registry.resources import open_resources
+from registry.api.app import create_app
 from registry.settings import Settings
-from registry.web.app import create_app
+from registry.transfer.resources import open_resources
 from tests.wire import snapshots
 
 

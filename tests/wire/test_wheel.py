@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from registry.db import head_revision
+from registry.database.migrate import head_revision
 
 ROOT = Path(__file__).parents[2]
 

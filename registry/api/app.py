@@ -1,0 +1,105 @@
+"""`create_app(resources)`: the one ASGI application, in a server or in the command line's own process."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+
+from anyio import CapacityLimiter
+from fastapi import APIRouter, FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from registry.api.http import problems
+from registry.api.http.callers import Callers
+from registry.api.http.exchanges import AccessLog, Exchanges
+from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
+from registry.api.routes.documents import Documents
+from registry.api.routes.repository import REPOSITORY_PREFIXES
+from registry.transfer.resources import Resources
+
+DESCRIPTION = "The release registry for LoRA adapters."
+UPLOAD_THREADS = 32
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+
+Entry = tuple[str, str, tuple[str, ...]]
+
+ROUTERS: tuple[Entry, ...] = (
+    # They are tried in turn: first what is asked most. Suites before bases: /v1/bases/{base:path} takes all.
+    ("search", "router", ("releases", "resolve")),
+    ("channels", "repository_routes", ("channels", "gates")),
+    ("releases", "repository_routes", ("adapters", "models")),
+    ("suites", "repository_routes", ("scores", "target-suite")),
+    ("suites", "router", ("suites", "bases")),
+    ("bases", "router", ("bases",)),
+    ("blobs", "router", ("uploads", "blobs")),
+    ("compositions", "router", ("compositions",)),
+    ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
+    ("access", "router", ("whoami", "tokens", "namespaces")),
+)
+"""A module, the router in it, and parts of a path that each of its paths has one of."""
+
+
+def create_app(
+    resources: Resources, *, tokens: bool = False, on_demand: bool = False, access_log: AccessLog = "off"
+) -> FastAPI:
+    """For one user on loopback; with `tokens` for everybody, as far as their tokens let them.
+
+    With `on_demand` routes are loaded by the first request that needs them: a command asks for a few paths and ends.
+
+    There are no pages for browsing the API: those of the framework load scripts from elsewhere.
+    """
+    app = FastAPI(
+        title="Adaptory",
+        version=version("adaptory"),
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.resources = resources
+    app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
+    app.state.callers = Callers(resources, single_user=not tokens)
+    app.state.documents = Documents()
+    problems.install(app)
+    if on_demand:
+        app.add_middleware(RoutesOnDemand, load=partial(_include, app))
+    app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
+    if tokens:
+        app.add_middleware(CallerLimits, callers=app.state.callers)
+    else:
+        app.add_middleware(SameSite, names=LOOPBACK_NAMES)
+    app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
+    app.add_middleware(Exchanges, access_log=access_log)
+    if not on_demand:
+        _include(app, ROUTERS)
+    return app
+
+
+class RoutesOnDemand:
+    """Includes the routers that a path may be meant for before the first request with such a path goes on."""
+
+    def __init__(self, app: ASGIApp, load: Callable[[Sequence[Entry]], None]) -> None:
+        self.app, self._load = app, load
+        self._waiting = list(ROUTERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            parts = str(scope["path"]).split("/")
+            wanted = [one for one in self._waiting if any(part in parts for part in one[2])]
+            self._waiting = [one for one in self._waiting if one not in wanted]
+            self._load(wanted)
+        await self.app(scope, receive, send)
+
+
+def routers(entries: Sequence[Entry] = ROUTERS) -> list[tuple[str, APIRouter]]:
+    """(prefix, router) of the entries, which loads them."""
+    return [
+        (prefix, getattr(import_module(f"registry.api.routes.{module}"), name))
+        for module, name, _ in entries
+        for prefix in (REPOSITORY_PREFIXES if name == "repository_routes" else ("",))
+    ]
+
+
+def _include(app: FastAPI, entries: Sequence[Entry]) -> None:
+    for prefix, router in routers(entries):
+        app.include_router(router, prefix=prefix)

@@ -1,0 +1,1 @@
+"""Callers, rules, limits and problems of HTTP."""

@@ -1,0 +1,127 @@
+"""Who asks: the single user of an embedded registry, the user of a token, or nobody in particular."""
+
+import hashlib
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from datetime import datetime
+from threading import Lock
+
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import ANONYMOUS, EVERYWHERE, Role
+from registry.domain.access.tokens import Caller
+from registry.errors import Unauthenticated
+from registry.transfer.resources import Resources
+
+MAX_REMEMBERED = 10_000
+_MAX_TOKEN_CHARACTERS = 200
+_MAX_SOURCE_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a request says of itself: its Authorization header, its address and its client."""
+
+    authorization: str
+    source: str
+
+    @property
+    def key(self) -> str:
+        """What limits are counted by: the token, without keeping it, or the address of who has none."""
+        if self.authorization:
+            scheme, _, text = self.authorization.partition(" ")  # however it is spelled, it is one token
+            return hashlib.sha256(f"{scheme.lower()} {text.strip()}".encode()).hexdigest()
+        return self.address
+
+    @property
+    def address(self) -> str:
+        return self.source.partition(" ")[0]
+
+
+@dataclass(slots=True)
+class Callers:
+    """Remembers for `access_cache_s` seconds whom a token stands for and which namespaces are public.
+
+    A change made through this process is seen at once (`forget`), one made through another when the time is up.
+    """
+
+    resources: Resources
+    single_user: bool
+    _known: "OrderedDict[str, tuple[float, Caller]]" = field(default_factory=OrderedDict[str, tuple[float, Caller]])
+    _public: tuple[float, frozenset[str]] = (0.0, frozenset())
+    _generation: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def remembered(self, credentials: Credentials) -> Actor | None:
+        """The actor, if that needs no database."""
+        now = self.resources.clock()
+        if self.single_user:
+            everything = {EVERYWHERE: Role.ADMIN.value}
+            return Actor(self.resources.settings.user, now, everything, source=credentials.source, mints=True)
+        until, public = self._public
+        if until < time.monotonic():
+            return None
+        if not credentials.authorization:
+            return Actor(ANONYMOUS, now, {}, public, source=credentials.source)
+        known = self._known.get(credentials.key)
+        if known is None or known[0] < time.monotonic() or not _in_force(known[1], now):
+            return None
+        return _actor(known[1], now, public, credentials)
+
+    def ask(self, credentials: Credentials) -> Actor:
+        """The actor, from the database. Raises Unauthenticated for a token that is not in force."""
+        generation, now = self._generation, self.resources.clock()
+        with self.resources.read() as session:
+            public = namespaces.public_names(session)
+            caller = tokens.authenticate(session, _bearer(credentials), now) if credentials.authorization else None
+        self._remember(generation, credentials, public, caller)
+        if caller is None:
+            return Actor(ANONYMOUS, now, {}, public, source=credentials.source)
+        return _actor(caller, now, public, credentials)
+
+    def forget(self) -> None:
+        """Called after a change of tokens, members or namespaces has been committed."""
+        with self._lock:
+            self._generation += 1
+            self._known.clear()
+            self._public = (0.0, frozenset())
+
+    def _remember(
+        self, generation: int, credentials: Credentials, public: frozenset[str], caller: Caller | None
+    ) -> None:
+        until = time.monotonic() + self.resources.settings.access_cache_s
+        with self._lock:
+            if generation != self._generation:  # what was read may be from before the change
+                return
+            self._public = (until, public)
+            if caller is not None:
+                self._known[credentials.key] = (until, caller)
+                self._known.move_to_end(credentials.key)
+            while len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+
+
+def credentials_of(headers: dict[bytes, bytes], client: tuple[str, int] | None) -> Credentials:
+    agent = headers.get(b"user-agent", b"").decode("latin-1")
+    source = f"{client[0] if client else 'unknown'} {agent}"
+    return Credentials(headers.get(b"authorization", b"").decode("latin-1"), source[:_MAX_SOURCE_CHARACTERS])
+
+
+def _bearer(credentials: Credentials) -> str:
+    scheme, _, text = credentials.authorization.partition(" ")
+    if scheme.lower() != "bearer" or len(text) > _MAX_TOKEN_CHARACTERS:
+        raise Unauthenticated(
+            "token_invalid", "The Authorization header has no token.", next_step="Send Authorization: Bearer TOKEN."
+        )
+    return text.strip()
+
+
+def _in_force(caller: Caller, now: datetime) -> bool:
+    return caller.expires_at is None or caller.expires_at > now
+
+
+def _actor(caller: Caller, now: datetime, public: frozenset[str], credentials: Credentials) -> Actor:
+    return Actor(
+        caller.user, now, caller.grants, public, caller.token_id, credentials.source, caller.mints, caller.hidden
+    )

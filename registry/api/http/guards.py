@@ -1,0 +1,233 @@
+"""What is refused before a route sees it: bodies that are too long, names that are not ours, pages of other sites."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from registry.api.http.callers import Callers, Credentials, credentials_of
+from registry.api.http.problems import problem_response
+from registry.api.http.request import MAX_DIGITS
+from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauthenticated, Usage
+from registry.settings import is_loopback
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
+
+BLOB_PATHS = "/v1/blobs/"
+"""Their size is limited by `max_file_bytes`, where they are received."""
+HEALTH_PATHS = ("/healthz", "/readyz")
+"""A probe asks often, and from the address of whatever stands in front."""
+
+
+class BodyLimit:
+    """Answers 413 to a document longer than `limit_bytes`, by its Content-Length or, without one, as it arrives."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app = app
+        self.limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(BLOB_PATHS):
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        claimed = headers.get(b"content-length", b"0")
+        if not claimed.isdigit() or len(claimed) > MAX_DIGITS or int(claimed) > self.limit_bytes:
+            await problem_response(self._error())(scope, receive, send)
+            return
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.limit_bytes:
+                raise self._error()
+            return message
+
+        async def answer(message: Message) -> None:
+            if taken <= self.limit_bytes:
+                await send(message)
+
+        await self.app(scope, bounded, answer)
+        if taken > self.limit_bytes:  # the framework calls whatever goes wrong with a body a 400
+            await problem_response(self._error())(scope, receive, send)
+
+    def _error(self) -> TooLarge:
+        return TooLarge(
+            "body_too_large",
+            f"The body is longer than {self.limit_bytes:,} bytes.",
+            next_step="Send less, or let an operator raise ADAPTORY_MAX_DOCUMENT_BYTES where the registry runs; a base "
+            "needs some 200 bytes a tensor.",
+        )
+
+
+def headers_too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(
+        "headers_too_large",
+        f"Headers and query are longer than {limit_bytes:,} bytes.",
+        next_step="Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
+    )
+
+
+class HeaderLimit:
+    """Answers 431 to headers that are longer than `limit_bytes` together."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app = app
+        self.limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            taken = len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+            if taken > self.limit_bytes:
+                await problem_response(headers_too_large(self.limit_bytes), 431)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class CallerLimits:
+    """Answers 429 to a caller with too many requests, or too many uploads at a time: counted by token, or by address.
+
+    Tokens that are not in force count by address too, since anybody can make up any number of them. Who has sent too
+    many of those is asked for a right one before anything else is done for it, and then counted by that one alone:
+    others may share the address.
+
+    Each server process counts for itself.
+    """
+
+    def __init__(self, app: ASGIApp, callers: Callers) -> None:
+        import limits  # only where there are tokens: the embedded registry counts nothing
+        from limits.storage import MemoryStorage
+        from limits.strategies import FixedWindowRateLimiter
+
+        self.app = app
+        settings = callers.resources.settings
+        self._callers = callers
+        self._rate = limits.parse(settings.rate_limit) if settings.rate_limit else None
+        self._window = FixedWindowRateLimiter(MemoryStorage())
+        self._max_uploads = settings.max_concurrent_uploads
+        self._uploads: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
+            await self.app(scope, receive, send)
+            return
+        credentials, rate = credentials_of(dict(scope["headers"]), scope.get("client")), self._rate
+
+        async def count_guesses(message: Message) -> None:
+            denied = message["type"] == "http.response.start" and message["status"] == 401
+            if denied and rate and credentials.authorization:
+                self._window.hit(rate, _guesses(credentials))
+            await send(message)
+
+        error = await self._refusal(rate, credentials) if rate else None
+        if error is not None:
+            await problem_response(error)(scope, receive, send)
+        elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
+            await self._upload(credentials, scope, receive, count_guesses)
+        else:
+            await self.app(scope, receive, count_guesses)
+
+    async def _refusal(self, rate: "RateLimitItem", credentials: Credentials) -> RegistryError | None:
+        """Why the request goes no further, or None; counts it."""
+        guesses = _guesses(credentials)
+        if credentials.authorization and not self._window.test(rate, guesses):
+            try:
+                if self._callers.remembered(credentials) is None:
+                    await run_in_threadpool(self._callers.ask, credentials)
+            except Unauthenticated:
+                return self._too_many(rate, guesses, "tokens that are not in force, from this address")
+            except RegistryError as error:
+                return error
+        if not self._window.hit(rate, credentials.key):
+            return self._too_many(rate, credentials.key, _whom(credentials))
+        return None
+
+    def _too_many(self, rate: "RateLimitItem", key: str, whom: str) -> TooMany:
+        error = TooMany(
+            "too_many_requests",
+            f"More than {rate} with {whom}.",
+            next_step="Wait as long as Retry-After says; ADAPTORY_RATE_LIMIT sets the limit.",
+        )
+        return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
+
+    async def _upload(self, credentials: Credentials, scope: Scope, receive: Receive, send: Send) -> None:
+        key = credentials.key
+        if self._uploads[key] >= self._max_uploads:
+            error = TooMany(
+                "too_many_uploads",
+                f"{self._max_uploads} files are being sent already with {_whom(credentials)}.",
+                next_step="Send fewer at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
+            )
+            await problem_response(error)(scope, receive, send)
+            return
+        self._uploads[key] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._uploads[key] -= 1
+            if not self._uploads[key]:
+                del self._uploads[key]
+
+
+def _whom(credentials: Credentials) -> str:
+    """Those who are counted together, in words."""
+    return "this token" if credentials.authorization else "no token, from this address"
+
+
+def _guesses(credentials: Credentials) -> str:
+    """Under which the tokens of an address that are not in force are counted."""
+    return f"guesses {credentials.address}"
+
+
+class SameSite:
+    """Answers only to its own names: 400 to a request by another name, 403 to a browser that acts for another site.
+
+    A page on the web could point a name of its own at loopback, and a form there could post to a loopback server.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app = app
+        self.names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._error(dict(scope["headers"])) if scope["type"] == "http" else None
+        answer = self.app if error is None else problem_response(error)
+        await answer(scope, receive, send)
+
+    def _error(self, headers: Mapping[bytes, bytes]) -> RegistryError | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if not self._is_own(_hostname(f"//{host}")):
+            return Usage(
+                "unknown_host",
+                f"This registry does not go by the name {host[:200]!r}.",
+                subject=host[:200],
+                next_step=f"Ask for it as {self.names[0]}.",
+            )
+        if origin and not self._is_own(_hostname(origin)):
+            return NotAllowed(
+                "other_site",
+                f"Pages of {origin[:200]} may not use this registry.",
+                subject=origin[:200],
+                next_step=f"Use a page of {self.names[0]}, or a client that is no browser.",
+            )
+        return None
+
+    def _is_own(self, name: str | None) -> bool:
+        """No page has one of these, or can point a name of its own at an address that is written as one."""
+        return name in self.names or is_loopback(name or "")
+
+
+def _hostname(url: str) -> str | None:
+    """None also for what is no URL, such as `http://[`."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

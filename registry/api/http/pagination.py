@@ -1,0 +1,83 @@
+"""Cursors of keyset pagination, and ETags of channels."""
+
+import base64
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
+
+from fastapi import Query
+
+from registry.api.http.request import MAX_DIGITS
+from registry.api.schemas import Page, Wire
+from registry.domain.channels.moves import NOTHING_YET, Expected
+from registry.errors import Usage
+
+Row = TypeVar("Row")
+Item = TypeVar("Item", bound=Wire)
+
+Limit = Annotated[int, Query(ge=1, le=500, description="Items a page.")]
+Cursor = Annotated[str | None, Query(max_length=400, description="`next` of the page before.")]
+
+
+def encode_cursor(key: str | int) -> str:
+    """Opaque on purpose: what a list is ordered by may change."""
+    return base64.urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str | None) -> str:
+    if not cursor:
+        return ""
+    try:
+        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        if "\0" in text:
+            raise ValueError
+        return text
+    except ValueError:  # not ASCII, not base64, not UTF-8
+        raise Usage(
+            "bad_cursor",
+            f"{cursor[:80]!r} is not a cursor.",
+            subject=cursor[:80],
+            next_step="Use `next` of the page before as it is.",
+        ) from None
+
+
+def decode_number(cursor: str | None) -> int:
+    text = decode_cursor(cursor) or "0"
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
+        raise Usage(
+            "bad_cursor",
+            f"{cursor!r} is not a cursor of this list.",
+            next_step="Use `next` of the page before as it is.",
+        )
+    return int(text)
+
+
+def page(items: Sequence[Item], limit: int, keys: Sequence[str | int]) -> Page[Item]:
+    """`items` were asked for with `limit + 1`: the one too many says that there is a next page."""
+    more = len(items) > limit
+    return Page(items=list(items[:limit]), next=encode_cursor(keys[limit - 1]) if more else None)
+
+
+def etag(move_id: int) -> str:
+    return f'"{move_id}"'
+
+
+def expected_from(if_match: str | None, if_none_match: str | None) -> Expected | None:
+    """`If-Match: "17"` is the move that the caller saw; `If-None-Match: *` says that the channel must not exist yet."""
+    if if_none_match is not None:
+        if if_none_match.strip() != "*":
+            raise Usage(
+                "bad_precondition",
+                "If-None-Match takes only * here.",
+                next_step="Send *, or If-Match with the ETag of GET channels/{channel}.",
+            )
+        return Expected(NOTHING_YET)
+    if if_match is None or if_match.strip() == "*":
+        return None
+    text = if_match.strip().removeprefix("W/").strip('"')
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
+        raise Usage(
+            "bad_precondition",
+            f"If-Match {if_match[:40]!r} is not the ETag of a channel.",
+            next_step="Send the ETag of GET channels/{channel}.",
+        )
+    return Expected(int(text))

@@ -1,0 +1,190 @@
+"""RFC 9457: every error leaves as `application/problem+json` with a stable type."""
+
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from composer.errors import ComposerError
+from registry.api.http.exchanges import request_id
+from registry.api.schemas import Problem
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import repositories
+from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage, of_composer
+from registry.formats.references import nearest
+from registry.outages import OutageLog
+from registry.transfer.resources import Resources
+
+log = logging.getLogger(__name__)
+outages = OutageLog(log)
+
+MEDIA_TYPE = "application/problem+json"
+_OF_NAMES = frozenset({"repository_unknown", "namespace_unknown"})
+_CHOICES = frozenset({"literal_error", "enum"})
+"""Errors of pydantic about a word that is none of a list."""
+
+
+def problem_response(
+    error: RegistryError, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The status, in the answer and in its body, is that of the error's family unless HTTP has a closer one."""
+    status = status or error.status
+    problem = Problem(
+        type=f"urn:adaptory:problem:{error.code}",
+        title=error.title,
+        status=status,
+        detail=error.detail,
+        code=error.code,
+        subject=error.subject,
+        next=error.next_step,
+        findings=error.findings,
+        request_id=request_id(),
+    )
+    more = dict(headers or {})
+    if error.retry_after_s is not None and status == error.status:
+        more["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthenticated):
+        more["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(problem.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=more)
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(RegistryError, _registry_error)
+    app.add_exception_handler(ComposerError, _composer_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OSError, _disk_error)
+    app.add_exception_handler(UnicodeEncodeError, _unicode_error)
+    app.add_exception_handler(Exception, _defect)
+    _describe(app)
+
+
+def _describe(app: FastAPI) -> None:
+    """In the OpenAPI document every operation may answer a problem, in place of the framework's own form of a 422."""
+    of_framework = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = of_framework()
+            components: dict[str, Any] = document["components"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                components["schemas"].pop(name, None)
+            components["schemas"]["Problem"] = Problem.model_json_schema()
+            content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+            components["responses"] = {
+                "Problem": {"description": "What went wrong, and what to do.", "content": content}
+            }
+            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    _describe_problems(operation, content)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+def _describe_problems(operation: dict[str, Any], content: dict[str, Any]) -> None:
+    """The statuses that the route declares, and whatever else may come."""
+    responses: dict[str, Any] = operation["responses"]
+    for status, response in responses.items():
+        if status.isdecimal() and int(status) >= 400:
+            response["content"] = content
+    responses["default"] = {"$ref": "#/components/responses/Problem"}
+
+
+async def _registry_error(request: Request, error: Exception) -> JSONResponse:
+    told = cast(RegistryError, error)
+    if told.code in _OF_NAMES and (actor := getattr(request.state, "actor", None)) is not None:
+        with suppress(RegistryError):  # a hint: what was asked for is answered without it
+            await run_in_threadpool(_name_near_ones, request, told, actor)
+    return problem_response(told)
+
+
+def _name_near_ones(request: Request, error: RegistryError, actor: Actor) -> None:
+    """Of what this caller may read, whether or not the thing itself is there: so the answer gives nothing away."""
+    asked = error.subject
+    if "/" not in asked:
+        name = request.path_params.get("name")
+        asked = f"{asked}/{name}" if name else re.split("[:@#]", request.query_params.get("ref", asked))[0]
+    resources = cast(Resources, request.app.state.resources)
+    with resources.read() as session:
+        known = repositories.beside(session, actor, asked)
+    if "/" not in asked:
+        known = sorted({one.partition("/")[0] for one in known})
+    error.next_step = nearest(asked, known, error.next_step)
+
+
+def _composer_error(_request: Request, error: Exception) -> JSONResponse:
+    return problem_response(of_composer(cast(ComposerError, error)))
+
+
+def _validation_error(_request: Request, error: Exception) -> JSONResponse:
+    first = cast(RequestValidationError, error).errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return problem_response(
+        Invalid(
+            "bad_request",
+            f"{where}: {_wrong(first)}.",
+            subject=where,
+            next_step=_right_way(first["type"], first.get("ctx", {})),
+        )
+    )
+
+
+def _wrong(error: Mapping[str, Any]) -> str:
+    """What is right instead is left to the next step, which lists it."""
+    return f"{str(error['input'])[:100]!r} is unknown" if error["type"] in _CHOICES else str(error["msg"])
+
+
+def _right_way(kind: str, context: Mapping[str, Any]) -> str:
+    if kind in _CHOICES:
+        return f"Use {context['expected']}."
+    if kind.startswith("datetime"):
+        return "Write a day or a moment, as in 2026-01-31 or 2026-01-31T12:00:00Z."
+    return "See /openapi.json for the fields of this request."
+
+
+def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the router itself refuses: an unknown path, a method that the path does not have."""
+    raised = cast(HTTPException, error)
+    family = next((family for family in FAMILIES if family.status == raised.status_code), Usage)
+    told = family(
+        f"http_{raised.status_code}",
+        f"{request.method} {request.url.path[:200]}: {raised.detail}.",
+        next_step="See /openapi.json for the paths of this registry and their methods.",
+    )
+    return problem_response(told, raised.status_code, raised.headers)
+
+
+def _disk_error(request: Request, error: Exception) -> JSONResponse:
+    """A disk that is full, gone or not ours to write, wherever a route met it."""
+    outages.warn(f"The disk cannot be used, as in {request.method} {request.url.path[:200]!r}", error)
+    reason = cast(OSError, error).strerror or type(error).__name__
+    return problem_response(
+        Unavailable(
+            "disk_error",
+            f"The registry cannot use its disk: {reason}.",
+            next_step="See that its home has space and may be written, then repeat.",
+        )
+    )
+
+
+def _defect(request: Request, error: Exception) -> JSONResponse:
+    """What nobody foresaw: logged whole for the operator, told without its inside to the client."""
+    log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
+    told = Unavailable("internal_error", f"The registry failed ({type(error).__name__}).", next_step="Look at its log.")
+    return problem_response(told, 500, {"X-Request-Id": request_id() or ""})  # it leaves past what adds the header
+
+
+def _unicode_error(_request: Request, _error: Exception) -> JSONResponse:
+    """JSON can spell half of a surrogate pair, which no database and no encoding takes."""
+    told = Invalid("bad_text", "A text has half of a surrogate pair.", next_step="Send valid Unicode.")
+    return problem_response(told)

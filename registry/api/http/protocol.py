@@ -1,0 +1,142 @@
+"""HTTP as the server reads it from its sockets, with a bound on what comes before and behind a body, and as it answers.
+
+The fast parser keeps a head of any length, and the application's own limit (`HeaderLimit`) is asked only when all of it
+has come: without this bound a client could fill the server's memory with one endless header.
+"""
+
+import asyncio
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from registry.api.http.exchanges import Exchange, current
+from registry.api.http.guards import headers_too_large
+from registry.api.http.problems import problem_response
+from registry.errors import RegistryError, Usage
+
+MAX_HEAD_BYTES = 256 << 10
+"""Above every limit that `ADAPTORY_MAX_HEADER_BYTES` makes sense for: those leave the connection open, this one hangs
+up."""
+MAX_PIPELINED = 100
+"""So many requests of a connection may wait for the answers to those before them."""
+HEAD_S = 30
+"""Within which a head ends."""
+MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
+"""What is still read, and for how long, of a head that was refused."""
+
+
+class Gathered:
+    """A transport that sends together what is written in one turn of the loop.
+
+    The server writes a head and its body one after the other: two packets, for which the client is woken twice.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._send)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts and not self._transport.is_closing():
+            self._transport.writelines(parts)
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Answers 431 and hangs up when a head does not end in time; hangs up when what is behind a body, or between its
+    chunks, does not.
+
+    What is said behind a body is no header: the parser would put it among them, where it could speak for the proxy that
+    had looked at the head.
+    """
+
+    _in_head = True
+    _refused = False
+    _loose_bytes = 0
+    """Of the connection since it last came to an end of a head, or to a body."""
+    _too_late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(Any, Gathered(cast(asyncio.Transport, transport), self.loop)))
+
+    def data_received(self, data: bytes) -> None:
+        self._loose_bytes += len(data)
+        if self._refused:
+            if self._loose_bytes > MAX_DISCARDED_BYTES:
+                self.transport.close()
+            return
+        super().data_received(data)
+        if self._loose_bytes > MAX_HEAD_BYTES:
+            if self._in_head:
+                self._refuse()
+            else:
+                self.transport.close()
+        elif self._in_head and self._too_late is None:  # mostly all of a head comes at once, and no clock is set
+            self._too_late = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._loose_bytes = True, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._loose_bytes = False, 0
+        self._stop_clock()
+        super().on_headers_complete()
+
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise ValueError("too many requests wait")  # for the parser, which ends there; the answer is a 400
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.pipeline:  # the server reads on after each answer, however many requests wait
+            self.flow.pause_reading()
+
+    def on_body(self, body: bytes) -> None:
+        self._loose_bytes = 0
+        super().on_body(body)
+
+    def _stop_clock(self) -> None:
+        if self._too_late is not None:
+            self._too_late.cancel()
+            self._too_late = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP, or too many requests at once: the parser ends there."""
+        self._answer(
+            Usage("bad_http", f"{msg.rstrip('.')}.", next_step="Send HTTP/1.1, one request after the other."), 400
+        )
+        self.transport.close()
+
+    def _refuse(self) -> None:
+        """Reads on for a moment: who is still sending when the connection is closed does not get to see the answer."""
+        self._refused = True
+        self._answer(headers_too_large(MAX_HEAD_BYTES), 431)
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _answer(self, error: RegistryError, status: int) -> None:
+        """A problem document like those of the application, with an id of its own, before the connection is closed."""
+        exchange = Exchange()
+        token = current.set(exchange)
+        problem = problem_response(error, status, {"Connection": "close", "X-Request-Id": exchange.request_id})
+        current.reset(token)
+        lines = [b"HTTP/1.1 %d " % status, *(b"%s: %s" % header for header in problem.raw_headers)]
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(problem.body))

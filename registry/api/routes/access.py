@@ -1,0 +1,119 @@
+"""Tokens, namespaces and their members."""
+
+from datetime import timedelta
+
+from fastapi import APIRouter, Response
+
+from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
+from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import Route
+from registry.api.http.rules import Admin, Caller, CallersOf, Member, Reader
+from registry.api.schemas import Page
+from registry.api.schemas.access import (
+    MemberIn,
+    MembersOut,
+    NamespaceIn,
+    NamespaceOut,
+    NewTokenOut,
+    TokenIn,
+    TokenOut,
+    WhoOut,
+)
+from registry.database.tables import Namespace, Token
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.namespaces import Change
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.access.tokens import NewToken
+from registry.formats.references import parse_part
+
+router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
+
+
+@router.get("/whoami")
+def who_am_i(actor: Caller) -> WhoOut:
+    return WhoOut(user=actor.name, token=actor.token_id, grants=dict(actor.grants), limited=dict(actor.hidden))
+
+
+@router.post("/tokens", status_code=201)
+def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response: Response) -> NewTokenOut:
+    """The only answer that has the secret."""
+    scope = {namespace: Role(role) for namespace, role in body.scope.items()}
+    lifetime = timedelta(days=body.expires_in_days) if body.expires_in_days is not None else None
+    with resources.write() as session:
+        row, secret = tokens.create(session, actor, NewToken(body.user or actor.name, body.name, scope, lifetime))
+        response.headers["Cache-Control"] = "no-store"
+        return NewTokenOut(**_token_view(row).model_dump(), token=secret)
+
+
+@router.get("/tokens")
+def list_tokens(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[TokenOut]:
+    """One's own; everybody's for an admin of the registry; itself alone for a token with a scope or an expiry."""
+    with resources.read() as session:
+        rows = tokens.list_page(session, actor, after=decode_cursor(cursor), limit=limit + 1)
+        return page([_token_view(row) for row in rows], limit, [row.id for row in rows])
+
+
+@router.delete("/tokens/{token_id}")
+def revoke_token(token_id: str, resources: ResourcesOf, actor: Member, callers: CallersOf) -> TokenOut:
+    with resources.write() as session:
+        view = _token_view(tokens.revoke(session, actor, token_id))
+    callers.forget()
+    return view
+
+
+@router.get("/namespaces")
+def list_namespaces(
+    resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None
+) -> Page[NamespaceOut]:
+    """Those that the caller may read."""
+    with resources.read() as session:
+        rows = namespaces.list_page(session, actor, after=decode_cursor(cursor), limit=limit + 1)
+        return page([_namespace_view(row) for row in rows], limit, [row.name for row in rows])
+
+
+@router.get("/namespaces/{namespace}")
+def show_namespace(namespace: str, resources: ResourcesOf, actor: Reader) -> NamespaceOut:
+    with resources.read() as session:
+        return _namespace_view(namespaces.find(session, namespace))
+
+
+@router.put("/namespaces/{namespace}")
+def set_namespace(
+    namespace: str, body: NamespaceIn, resources: ResourcesOf, actor: Admin, callers: CallersOf
+) -> NamespaceOut:
+    """Makes the namespace, for an admin of the registry, or changes what the body names."""
+    wanted = Change(body.public, body.require_signature, body.signing_keys, body.signature_covers)
+    with resources.write() as session:
+        view = _namespace_view(namespaces.change(session, actor, namespace, wanted))
+    callers.forget()
+    return view
+
+
+@router.get("/namespaces/{namespace}/members")
+def list_members(namespace: str, resources: ResourcesOf, actor: Admin) -> MembersOut:
+    """Of a namespace, or with `*` the roles that hold in all of them."""
+    with resources.read() as session:
+        if namespace != EVERYWHERE:
+            namespaces.find(session, namespace)
+        return MembersOut(members=namespaces.members(session, namespace))
+
+
+@router.put("/namespaces/{namespace}/members")
+def set_member(namespace: str, body: MemberIn, resources: ResourcesOf, actor: Admin, callers: CallersOf) -> MembersOut:
+    role = Role(body.role) if body.role else None
+    if namespace != EVERYWHERE:
+        parse_part(namespace, "namespace")
+    with resources.write() as session:
+        namespaces.set_member(session, actor, namespace, body.user, role)
+        view = MembersOut(members=namespaces.members(session, namespace))
+    callers.forget()
+    return view
+
+
+def _token_view(row: Token) -> TokenOut:
+    return TokenOut.model_validate(row, from_attributes=True)
+
+
+def _namespace_view(row: Namespace) -> NamespaceOut:
+    document = {name: getattr(row, name) for name in NamespaceOut.model_fields if name != "namespace"}
+    return NamespaceOut.model_validate({"namespace": row.name, **document})

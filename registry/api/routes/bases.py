@@ -1,0 +1,65 @@
+"""/v1/bases"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
+from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import Route
+from registry.api.http.rules import Contributor, Member
+from registry.api.routes.views import base_page, base_view
+from registry.api.schemas import Page
+from registry.api.schemas.catalog import BaseIn, BaseOut
+from registry.domain.catalog import bases
+from registry.domain.catalog.bases import NewBase, TensorRow
+from registry.formats.references import parse_digest
+
+router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=Route)
+
+
+@router.post("", status_code=201, responses={200: {"model": BaseOut}})
+def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response: Response) -> BaseOut:
+    """201 for a new base, 200 for one known already, whose aliases and locations are added to."""
+    rows = [TensorRow(row.name, row.dtype, tuple(row.shape), parse_digest(row.sha256)) for row in body.tensors]
+    new = NewBase(
+        name=body.name,
+        model_type=body.model_type,
+        tied=body.tied,
+        tensors=rows,
+        weights_digest=parse_digest(body.weights_digest),
+        aliases=body.aliases,
+        locations=body.locations,
+        derived_from=body.derived_from,
+        relation=body.relation,
+    )
+    with resources.write() as session:
+        base, created = bases.register(session, actor, new)
+        response.status_code = 201 if created else 200
+        return base_view(session, base)
+
+
+@router.delete("/aliases/{alias:path}")
+def remove_alias(alias: str, resources: ResourcesOf, actor: Contributor) -> BaseOut:
+    """For who made the base, and for admins of the registry; answers with the base."""
+    with resources.write() as session:
+        return base_view(session, bases.remove_alias(session, actor, alias))
+
+
+@router.get("")
+def list_bases(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[BaseOut]:
+    with resources.read() as session:
+        rows = bases.list_page(session, after=decode_cursor(cursor), limit=limit + 1)
+        return page(base_page(session, rows), limit, [row.name for row in rows])
+
+
+@router.get("/{base:path}")
+def show(
+    base: str,
+    resources: ResourcesOf,
+    actor: Member,
+    tensors: Annotated[bool, Query(description="With the tensor table.")] = False,
+) -> BaseOut:
+    """By digest, name or alias."""
+    with resources.read() as session:
+        return base_view(session, bases.find(session, base), tensors=tensors)

@@ -1,0 +1,163 @@
+"""/v1/uploads and /v1/blobs: bytes in and out, streamed."""
+
+import re
+from functools import partial
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.responses import RedirectResponse
+
+from registry.api.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
+from registry.api.http.routes import Route
+from registry.api.http.rules import Caller
+from registry.api.http.threads import BlobResponse, in_store_threads
+from registry.api.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
+from registry.database.tables import RevisionFile
+from registry.domain.access.roles import Role, permit
+from registry.errors import Unavailable
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, parse_digest, parse_part
+from registry.storage.blobs import BlobStat, Put
+from registry.transfer import uploads
+from registry.transfer.resources import Resources
+from registry.transfer.uploads import Announced
+
+router = APIRouter(prefix="/v1", tags=["blobs"], route_class=Route)
+
+BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The bytes.", "content": {"application/octet-stream": {}}},
+    206: {"description": "The part of them that Range names.", "content": {"application/octet-stream": {}}},
+    307: {"description": "Where the store gives them out."},
+    416: {"description": "Range begins behind the end."},
+}
+"""What a route that sends a file states."""
+UploadId = Annotated[str, Path(max_length=64)]
+PartNumber = Annotated[int, Path(ge=1, le=10_000)]
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+
+
+@router.post("/uploads")
+@in_store_threads
+def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> UploadOut:
+    """For each file: present already, or where and how to PUT its bytes. Ask again to go on after a failure."""
+    namespace = parse_part(body.namespace, "namespace")
+    permit(actor, Role.PUBLISHER, namespace)
+    files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
+    return UploadOut(files=[_upload_row(one) for one in uploads.plan(resources, actor, namespace, files)])
+
+
+@router.post("/uploads/{upload_id}/parts/{number}")
+@in_store_threads
+def plan_part(upload_id: UploadId, number: PartNumber, body: PartIn, resources: ResourcesOf, actor: Caller) -> PutOut:
+    """How to PUT one part of a large file. The store refuses other bytes than those of `sha256` where it can."""
+    return _put_out(uploads.part(resources, actor, upload_id, number, parse_digest(body.sha256)))
+
+
+@router.post("/uploads/{upload_id}/complete")
+@in_store_threads
+def complete_upload(upload_id: UploadId, resources: ResourcesOf, actor: Caller) -> CompletedOut:
+    """Checks size and digest of what was sent; the namespace of the upload may name the blob afterwards."""
+    done = uploads.complete(resources, actor, upload_id)
+    return CompletedOut(sha256=done.sha256, size_bytes=done.size_bytes)
+
+
+@router.put("/blobs/{sha256}", status_code=201, response_class=Response)
+async def upload(
+    sha256: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: Caller,
+    upload_id: Annotated[str, Query(alias="upload", max_length=64)],
+) -> Response:
+    """The bytes themselves, where the store has no address of its own."""
+    digest, size = parse_digest(sha256), content_length(request)
+    receive = partial(uploads.receive, resources, actor, upload_id, digest, body_chunks(request), size)
+    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    return Response(status_code=201)
+
+
+@router.get("/blobs/{sha256}", response_class=Response, responses=BYTES)
+@in_store_threads
+def download(
+    sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Annotated[str | None, Header(alias="Range")] = None
+) -> Response:
+    return blob_response(resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
+
+
+@router.head("/blobs/{sha256}", response_class=Response)
+@in_store_threads
+def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
+    stat = uploads.readable(resources, actor, parse_digest(sha256))
+    return Response(headers=_headers(stat.sha256, stat.size_bytes))
+
+
+def file_response(resources: Resources, file: RevisionFile, named: str, byte_range: str | None) -> Response:
+    """As `blob_response`, for a caller that may read a release with this file, in which it is `named` so."""
+    stat = resources.store.stat(Digest(file.sha256))
+    if stat is None:
+        raise Unavailable(
+            "blob_lost",
+            f"The store has lost the bytes of {named} ({file.sha256}).",
+            subject=file.sha256,
+            next_step="Restore the blob from a backup, or push the same file again.",
+        )
+    uploads.refuse_damaged(stat, file.size_bytes, named)
+    return blob_response(resources, stat, byte_range)
+
+
+def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
+    """The bytes, a part of them, or the way to them where the store has addresses."""
+    url = resources.store.url(stat.sha256, resources.settings.download_expires_s)
+    if url is not None:
+        return RedirectResponse(url, status_code=307)
+    span = _span(byte_range, stat.size_bytes)
+    if span is None:
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{stat.size_bytes}"})
+    start, length = span
+    headers = _headers(stat.sha256, length)
+    if byte_range and length < stat.size_bytes:
+        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{stat.size_bytes}"
+    reader = resources.store.open(stat.sha256, start, length)
+    status = 206 if "Content-Range" in headers else 200
+    return BlobResponse(reader, status, headers)
+
+
+def _upload_row(announced: Announced) -> UploadRow:
+    file, upload_id = announced.file, announced.upload_id
+    put = _put_out(announced.put) if announced.put is not None else None
+    if announced.through_the_api:
+        put = PutOut(
+            url=f"/v1/blobs/{file.sha256}?upload={upload_id}", headers={"Content-Length": str(file.size_bytes)}
+        )
+    parts = [PartOut(number=part.number, size_bytes=part.size_bytes, present=part.present) for part in announced.parts]
+    return UploadRow(
+        path=file.path, sha256=file.sha256, present=upload_id is None, upload=upload_id, put=put, parts=parts
+    )
+
+
+def _put_out(put: Put) -> PutOut:
+    return PutOut(url=put.url, headers=dict(put.headers))
+
+
+def _headers(sha256: Digest, length: int) -> dict[str, str]:
+    return {
+        "ETag": f'"{sha256}"',
+        "Content-Length": str(length),
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, immutable",
+    }
+
+
+def _span(byte_range: str | None, size: int) -> tuple[int, int] | None:
+    """(start, length) of a Range, the whole for one not understood (RFC 9110 section 14.2), None where 416 is due."""
+    match = _RANGE.fullmatch(byte_range.strip()) if byte_range else None
+    if match is None or match.groups() == ("", ""):
+        return 0, size
+    first, last = match.groups()
+    if not first:
+        length = min(int(last), size)
+        return (size - length, length) if length else None
+    start = int(first)
+    end = min(int(last), size - 1) if last else size - 1
+    return (start, end - start + 1) if start <= end else None

@@ -1,0 +1,94 @@
+"""Compositions: create, look, follow, cancel. The work itself happens in a worker."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from composer.formats.recipes.recipe import parse_recipe
+from registry.api.http.request import ResourcesOf, RowId
+from registry.api.http.routes import Route
+from registry.api.http.rules import ASKED_AGAIN, Caller
+from registry.api.routes.views import composition_view
+from registry.api.schemas.work import CompositionIn, CompositionOut
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import permit
+from registry.domain.compositions import compositions
+from registry.domain.jobs.queue import FINISHED
+from registry.formats.signatures import fingerprint, public_key_of, read_key
+from registry.settings import Settings
+from registry.transfer.resources import Resources
+
+router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class=Route)
+
+_POLL_S = 0.5
+_KEEP_ALIVE_S = 15.0
+"""Proxies close a connection on which nothing has come for a minute or less."""
+
+
+def signer_of(settings: Settings) -> str | None:
+    """The fingerprint of the key that signs what is composed."""
+    return fingerprint(public_key_of(read_key(settings.signing_key))) if settings.signing_key else None
+
+
+@router.post("", status_code=202)
+def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
+    """Resolved and locked at once; its steps wait for a worker. A plan is work too: it requires publisher."""
+    recipe = parse_recipe(body.recipe)
+    for role, namespace in compositions.roles_needed(recipe):
+        permit(actor, role, namespace)
+    with resources.write() as session:
+        composition = compositions.create(
+            session, actor, recipe, plan_only=body.plan, signer=signer_of(resources.settings)
+        )
+        return composition_view(*compositions.find(session, composition.id))
+
+
+@router.get("/{composition_id}")
+def show(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> CompositionOut:
+    return _look(resources, actor, composition_id)
+
+
+@router.get(
+    "/{composition_id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller, request: Request) -> StreamingResponse:
+    """Server-sent events: the composition each time that it changes, until it is finished. A comment comes in between
+    where nothing changes for 15 seconds."""
+    first = await run_in_threadpool(_look, resources, actor, composition_id)
+    return StreamingResponse(_events(resources, request, first), media_type="text/event-stream")
+
+
+@router.post("/{composition_id}/cancel")
+def cancel(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> CompositionOut:
+    with resources.write() as session:
+        found = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *found, hidden=compositions.unknown(composition_id))
+        return composition_view(*compositions.cancel(session, actor, composition_id))
+
+
+def _look(resources: Resources, actor: Actor, composition_id: int) -> CompositionOut:
+    with resources.read() as session:
+        found = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *found, hidden=compositions.unknown(composition_id))
+        return composition_view(*found)
+
+
+async def _events(resources: Resources, request: Request, view: CompositionOut) -> AsyncIterator[str]:
+    yield f"data: {view.model_dump_json()}\n\n"
+    said = time.monotonic()
+    while view.state not in FINISHED:
+        await asyncio.sleep(_POLL_S)
+        actor = await ASKED_AGAIN(request)  # a token that was revoked meanwhile ends the stream
+        latest = await run_in_threadpool(_look, resources, actor, view.id)
+        if latest != view:
+            view, said = latest, time.monotonic()
+            yield f"data: {view.model_dump_json()}\n\n"
+        elif time.monotonic() - said >= _KEEP_ALIVE_S:
+            said = time.monotonic()
+            yield ": keep-alive\n\n"

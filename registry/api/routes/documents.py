@@ -1,0 +1,227 @@
+"""Releases as JSON documents, as ReleaseOut describes them.
+
+Built from columns that were checked when they were written, and those that hold JSON go out as they lie: to read, check
+and write a page of fifty again would cost several times what it costs to find it. Tests hold documents against schemas.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from threading import Lock
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from composer.formats.adapters.serving import SERVERS
+from registry.api.schemas.catalog import Provenance, ReleaseOut
+from registry.database.engine import Session
+from registry.database.tables import Release
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import may_read
+from registry.domain.catalog.release_rows import TOGETHER, Description, Stamp, describe
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels.moves import Moved
+from registry.formats.references import RepositoryName
+
+Json = dict[str, Any]
+_NO_PROVENANCE = Provenance().model_dump()
+_MANIFEST = '{"files":', "}"
+"""What stands around the rows of files in a canonical manifest."""
+MAX_KEPT_BYTES = 64 << 20
+"""Some 20,000 documents of an adapter with three files and four scores."""
+PAGE_BYTES = 16 << 20
+"""A page that has so much ends early: a release of thousands of files takes a megabyte."""
+_ENTRY_BYTES = 600  # measured: what a document takes besides its text
+
+
+def json_response(document: Json, **headers: str) -> Response:
+    return Response(_dumped(document), media_type="application/json", headers=headers)
+
+
+def move_document(moved: Moved, repository: RepositoryName, channel: str) -> Json:
+    """As MoveOut."""
+    return {
+        "id": moved.id,
+        "repository": str(repository),
+        "channel": channel,
+        "kind": moved.kind,
+        "from_version": moved.from_version,
+        "to_version": moved.to_version,
+        "actor": moved.actor,
+        "reason": moved.reason,
+        "forced": moved.forced,
+        "gates": moved.gates,
+        "at": moved.at,
+    }
+
+
+def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[bytes]:
+    """In the order of the ids: as many as a page holds."""
+    written: list[bytes] = []
+    for some in _in_parts(release_ids):
+        written += [_dumped(release_document(actor, one)) for one in describe(session, some)]
+        if (fit := _how_many_fit(map(len, written))) < len(written):
+            return written[:fit]
+    return written
+
+
+def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut:
+    """One of them, checked."""
+    session.flush()
+    return ReleaseOut.model_validate_json(release_documents(session, actor, [release.id])[0])
+
+
+def _in_parts(release_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (release_ids[start : start + TOGETHER] for start in range(0, len(release_ids), TOGETHER))
+
+
+def _how_many_fit(sizes: Iterable[int]) -> int:
+    """Of documents of those sizes, on a page; one at least."""
+    return max(1, sum(total <= PAGE_BYTES for total in accumulate(sizes)))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A release's document, and of its row what a search remarks on."""
+
+    stamp: Stamp
+    document: bytes
+    base_digest: str
+    rank_max: int | None
+    servers: int
+    loading: str
+
+    @property
+    def size_bytes(self) -> int:
+        return _ENTRY_BYTES + len(self.document) + len(self.loading)
+
+    def with_remarks(self, remarks: bytes) -> bytes:
+        """`remarks` are a JSON object, whose fields come after its own."""
+        return self.document[:-1] + b"," + remarks[1:]
+
+
+@dataclass(slots=True)
+class Documents:
+    """Keeps the documents that were asked for last, and asks the database each time whether they are still true.
+    `kept_bytes` is what they take in memory, roughly.
+
+    Not those that depend on who asks: of releases that others went into.
+    """
+
+    max_bytes: int = MAX_KEPT_BYTES
+    kept_bytes: int = 0
+    _kept: "OrderedDict[int, Told]" = field(default_factory=OrderedDict[int, Told])
+    _lock: Lock = field(default_factory=Lock)
+
+    def page(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[Told]:
+        """In the order of the ids of `stamps`, which say what is true now: as many as a page holds."""
+        told: list[Told] = []
+        for some in _in_parts(list(stamps)):
+            told += self._told(session, actor, {number: stamps[number] for number in some})
+            if (fit := _how_many_fit(len(one.document) for one in told)) < len(told):
+                return told[:fit]
+        return told
+
+    def _told(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[Told]:
+        found = self._true(stamps)
+        for one in describe(session, [number for number in stamps if number not in found]):
+            row = one.release
+            document = _dumped(release_document(actor, one))
+            told = Told(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
+            found[row.id] = told
+            if not one.inputs:
+                self._keep(row.id, told)
+        return [found[number] for number in stamps]
+
+    def _true(self, now: Mapping[int, Stamp]) -> dict[int, Told]:
+        with self._lock:
+            found = {number: told for number in now if (told := self._kept.get(number)) and told.stamp == now[number]}
+            for number in found:
+                self._kept.move_to_end(number)
+        return found
+
+    def _keep(self, release_id: int, told: Told) -> None:
+        with self._lock:
+            before = self._kept.pop(release_id, None)
+            self._kept[release_id] = told
+            self.kept_bytes += told.size_bytes - (before.size_bytes if before else 0)
+            while self.kept_bytes > self.max_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self.kept_bytes -= oldest.size_bytes
+
+
+def page_response(items: Sequence[bytes], following: str | None) -> Response:
+    """As Page, of documents that are written already."""
+    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
+    return Response(body, media_type="application/json")
+
+
+def _dumped(document: Json) -> bytes:
+    return orjson.dumps(document, option=orjson.OPT_UTC_Z)
+
+
+def release_document(actor: Actor, described: Description) -> Json:
+    """As the actor may see it: what went into a release keeps its commit, and its name where the actor may read it."""
+    row = described.release
+    adapter = row.kind == Kind.ADAPTER
+    return {
+        "repository": f"{row.namespace}/{row.repository}",
+        "kind": row.kind,
+        "version": row.version,
+        "commit": row.commit,
+        "base": {"digest": row.base_digest, "name": row.base_name},
+        "adapter": orjson.Fragment(row.facts) if adapter else None,
+        "model": None if adapter else orjson.Fragment(row.facts),
+        "scores": _scores(described),
+        "yanked": bool(row.yanked),
+        "yank_reason": row.yank_reason,
+        "notes": row.notes,
+        "created_at": row.created_at,
+        "created_by": row.created_by,
+        "files": files_of(row.manifest),
+        "inputs": [
+            {
+                "repository": f"{namespace}/{repository}" if may_read(actor, namespace) else None,
+                "version": version if may_read(actor, namespace) else None,
+                "commit": commit,
+                "weight": float(weight),
+            }
+            for _, _, namespace, repository, version, commit, weight in described.inputs
+        ],
+        "provenance": _NO_PROVENANCE if row.provenance == "{}" else _NO_PROVENANCE | orjson.loads(row.provenance),
+        "servers": _servers(row.servers),
+        "loading": orjson.Fragment(row.loading),
+        "signed_by": row.signed_by,
+        "signature_covers": row.signature_covers,
+        "breaking_reason": row.breaking_reason,
+    }
+
+
+@lru_cache(1 << len(SERVERS))
+def _servers(mask: int) -> tuple[str, ...]:
+    return tuple(server for bit, server in enumerate(SERVERS) if mask >> bit & 1)
+
+
+def files_of(manifest: str) -> orjson.Fragment:
+    """The rows of files of a canonical manifest, which are those of a document."""
+    before, after = _MANIFEST
+    return orjson.Fragment(manifest.removeprefix(before).removesuffix(after))
+
+
+def _scores(described: Description) -> list[Json]:
+    return [
+        {
+            "suite": suite,
+            "suite_digest": digest,
+            "metric": metric,
+            "value": float(value),
+            "stderr": None if stderr is None else float(stderr),
+            "n": n,
+            "higher_is_better": bool(higher_is_better),
+            "measured": measured,
+        }
+        for _, suite, metric, digest, value, stderr, n, higher_is_better, measured in described.scores
+    ]

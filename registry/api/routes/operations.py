@@ -1,0 +1,126 @@
+"""Jobs, the event log and health."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import StreamingResponse
+
+from registry.api.http.pagination import Cursor, Limit, decode_number, page
+from registry.api.http.request import Moment, ResourcesOf, RowId
+from registry.api.http.routes import Route
+from registry.api.http.rules import Caller
+from registry.api.http.threads import in_store_threads
+from registry.api.routes.views import audit_view, job_view
+from registry.api.schemas import Page
+from registry.api.schemas.work import AuditOut, JobOut
+from registry.database.engine import Session
+from registry.database.migrate import ensure_schema
+from registry.database.tables import Job
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor, EventQuery
+from registry.domain.access.roles import Role, granted, permit_somewhere
+from registry.domain.compositions import compositions
+from registry.domain.jobs import queue
+from registry.formats.references import ABSENT
+from registry.transfer.resources import Resources
+
+router = APIRouter(tags=["operations"], route_class=Route)
+
+_EXPORT_ROWS = 1000
+
+
+@router.get("/v1/jobs")
+def list_jobs(resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None) -> Page[JobOut]:
+    """The newest first, of the namespaces where the caller is a publisher, whose inputs the caller may read."""
+    permit_somewhere(actor, Role.PUBLISHER)
+    with resources.read() as session:
+        rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=limit + 1)
+        return page([job_view(row) for row in rows], limit, [row.id for row in rows])
+
+
+@router.get("/v1/jobs/{job_id}")
+def show_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
+    with resources.read() as session:
+        return job_view(_job(session, actor, job_id))
+
+
+@router.post("/v1/jobs/{job_id}/cancel")
+def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
+    with resources.write() as session:
+        _job(session, actor, job_id)
+        _, job = compositions.cancel(session, actor, compositions.of_job(session, job_id).id)
+        return job_view(job)
+
+
+def event_query(  # noqa: PLR0913
+    actor: Caller,
+    namespace: Annotated[str | None, Query(max_length=64)] = None,
+    subject: Annotated[str | None, Query(max_length=300, description="acme/sql@prod, or a beginning: acme/*")] = None,
+    by: Annotated[str | None, Query(max_length=128, description="The user who did it.")] = None,
+    act: Annotated[Act | None, Query()] = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
+) -> EventQuery:
+    """An admin of the registry reads all rows, an admin of namespaces theirs."""
+    permit_somewhere(actor, Role.ADMIN)
+    return EventQuery(granted(actor, Role.ADMIN), namespace, subject, by, act, since, until)
+
+
+@router.get("/v1/audit")
+def events(
+    resources: ResourcesOf,
+    wanted: Annotated[EventQuery, Depends(event_query)],
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> Page[AuditOut]:
+    """What was done, the newest first."""
+    with resources.read() as session:
+        rows = audit.latest(session, wanted, before=decode_number(cursor), limit=limit + 1)
+        return page([audit_view(row) for row in rows], limit, [row.id for row in rows])
+
+
+@router.get(
+    "/v1/audit.jsonl", response_class=StreamingResponse, responses={200: {"content": {"application/jsonl": {}}}}
+)
+def export(resources: ResourcesOf, wanted: Annotated[EventQuery, Depends(event_query)]) -> StreamingResponse:
+    """All rows of the filter in the order in which it was done, a line of JSON each."""
+    lines = _lines(resources, wanted)
+    first = next(lines, "")  # before the answer begins: what goes wrong can still be told
+    return StreamingResponse(chain([first], lines), media_type="application/jsonl")
+
+
+def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
+    """A transaction for each piece: an export of millions of rows must not hold one open."""
+    after = 0
+    while True:
+        with resources.read() as session:
+            rows = audit.events(session, wanted, after=after, limit=_EXPORT_ROWS)
+            text = "".join(f"{audit_view(row).model_dump_json()}\n" for row in rows)
+        if not rows:
+            return
+        after = rows[-1].id
+        yield text
+
+
+def _job(session: Session, actor: Actor, job_id: int) -> Job:
+    """By the rule of the composition that it does."""
+    job = queue.find(session, job_id)
+    compositions.permit_look(actor, compositions.of_job(session, job_id), job, hidden=queue.unknown(job_id))
+    return job
+
+
+@router.get("/healthz")
+async def alive() -> dict[str, str]:
+    """Asynchronous, since all threads may be waiting for a database that hangs: restarting would not help that."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+@in_store_threads
+def ready(resources: ResourcesOf) -> dict[str, str]:
+    """503 while the database or the store is away, or the database has another schema than this version's."""
+    ensure_schema(resources.database, create=False)
+    resources.store.stat(ABSENT)
+    return {"status": "ok"}

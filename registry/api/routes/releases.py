@@ -1,0 +1,186 @@
+"""Repositories and their releases. The same routes serve adapters and models."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request, Response
+
+from registry.api.http.pagination import Cursor, Limit, decode_cursor, encode_cursor, page
+from registry.api.http.request import RequestKey, ResourcesOf, keyed
+from registry.api.http.routes import Route
+from registry.api.http.rules import Caller, Publisher, Reader, Releaser
+from registry.api.http.threads import in_store_threads
+from registry.api.routes.blobs import BYTES, file_response
+from registry.api.routes.documents import page_response, release_documents, release_view
+from registry.api.routes.repository import KindOf, RepositoryOf
+from registry.api.routes.views import repository_page
+from registry.api.schemas import Page
+from registry.api.schemas.catalog import (
+    NextOut,
+    PublishedOut,
+    ReleaseIn,
+    ReleaseOut,
+    RepositoryOut,
+    SignatureIn,
+    SignatureOut,
+    SignaturesOut,
+    SpectrumOut,
+    TargetSuiteOut,
+    YankIn,
+)
+from registry.database.tables import Release
+from registry.domain.access.roles import Role, permit
+from registry.domain.catalog import releases, repositories, signatures
+from registry.domain.channels import yanks
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import parse_digest, parse_version
+
+repository_routes = APIRouter(tags=["releases"], route_class=Route)
+"""Mounted once under /v1/adapters and once under /v1/models."""
+
+
+@repository_routes.get("")
+def list_repositories(
+    kind: KindOf, resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None
+) -> Page[RepositoryOut]:
+    """Those that the caller may read."""
+    with resources.snapshot() as session:
+        rows = repositories.list_page(session, actor, kind, after=decode_cursor(cursor), limit=limit + 1)
+        return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
+
+
+@repository_routes.get("/{namespace}/{name}")
+def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> RepositoryOut:
+    with resources.snapshot() as session:
+        return repository_page(session, [repositories.find(session, named.name, named.kind)])[0]
+
+
+@repository_routes.post("/{namespace}/{name}/releases", status_code=201, responses={200: {"model": PublishedOut}})
+@in_store_threads
+def publish(  # noqa: PLR0913
+    named: RepositoryOf,
+    body: ReleaseIn,
+    resources: ResourcesOf,
+    actor: Publisher,
+    request: Request,
+    response: Response,
+    key: RequestKey = None,
+) -> PublishedOut:
+    """201 for a new release, 200 where another request published the same, 409 for other content under the version."""
+    if body.allow_breaking is not None:
+        permit(actor, Role.RELEASER, named.name.namespace)
+    files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
+    version = parse_version(body.version) if body.version else None
+    from registry.transfer import publishing  # with all that inspects adapters, which only a publication needs
+
+    push = publishing.Push(
+        repository=named.name,
+        kind=named.kind,
+        version=version,
+        bump=body.bump,
+        base=body.base,
+        files=files,
+        notes=body.notes,
+        allow_breaking=body.allow_breaking,
+        provenance=body.provenance.model_dump(exclude_unset=True) if body.provenance else {},
+    )
+    published = publishing.publish(resources, actor, push, keyed(request, actor, key, body))
+    response.status_code = 201 if published.created else 200
+    with resources.read() as session:
+        view = release_view(session, actor, session.get_one(Release, published.release_id))
+        return PublishedOut(release=view, created=published.created, warnings=published.warnings)
+
+
+@repository_routes.post("/{namespace}/{name}/next-version")
+@in_store_threads
+def next_version(named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher) -> NextOut:
+    """The number that a release of these files would get now by its `bump`: a signature has to name it."""
+    files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
+    from registry.transfer import publishing
+
+    push = publishing.Push(named.name, named.kind, None, body.bump, body.base, files)
+    return NextOut(version=str(publishing.next_version(resources, push)))
+
+
+@repository_routes.get("/{namespace}/{name}/releases", response_model=Page[ReleaseOut])
+def list_releases(
+    named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
+) -> Response:
+    """The highest version first."""
+    with resources.read() as session:
+        repository = repositories.find(session, named.name, named.kind)
+        rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
+        items = release_documents(session, actor, [row.id for row in rows[:limit]])
+    return page_response(items, encode_cursor(rows[len(items) - 1].sort_key) if rows[len(items) :] else None)
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}")
+def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> ReleaseOut:
+    with resources.read() as session:
+        return release_view(session, actor, releases.find(session, named.name, parse_version(version), named.kind))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/target-suite")
+def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> TargetSuiteOut:
+    """The target suite that the release gained most on over its base, which stands for it in a probe."""
+    with resources.read() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        from registry.domain.compositions import compositions
+
+        return TargetSuiteOut(target_suite=compositions.own_suite(session, release))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/spectrum")
+def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> SpectrumOut:
+    """What the ranks of each module are used for; 404 where that was not computed (a merged model has none)."""
+    with resources.read() as session:
+        return SpectrumOut(**releases.spectrum_of(session, named.name, parse_version(version), named.kind))
+
+
+@repository_routes.get(
+    "/{namespace}/{name}/releases/{version}/files/{path:path}", response_class=Response, responses=BYTES
+)
+@in_store_threads
+def download_file(
+    named: RepositoryOf,
+    version: str,
+    path: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+) -> Response:
+    with resources.read() as session:
+        file = releases.find_file(session, releases.find(session, named.name, parse_version(version), named.kind), path)
+    return file_response(resources, file, f"{path} of {named.name}:{version}", byte_range)
+
+
+@repository_routes.post("/{namespace}/{name}/releases/{version}/signatures")
+def sign(named: RepositoryOf, version: str, body: SignatureIn, resources: ResourcesOf, actor: Publisher) -> ReleaseOut:
+    """A signature of a release that is out, by a key of its namespace: from whoever published it, or an admin."""
+    target = (named.name, parse_version(version), named.kind)
+    from registry.transfer import publishing
+
+    release_id = publishing.add_signature(resources, actor, target, body.bundle.encode())
+    with resources.read() as session:
+        return release_view(session, actor, session.get_one(Release, release_id))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/signatures")
+def list_signatures(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> SignaturesOut:
+    with resources.read() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        rows = signatures.of_release(session, release)
+        return SignaturesOut(signatures=[SignatureOut.model_validate(row, from_attributes=True) for row in rows])
+
+
+@repository_routes.post("/{namespace}/{name}/releases/{version}/yank")
+def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
+    with resources.write() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        return release_view(session, actor, yanks.yank(session, actor, release, body.reason))
+
+
+@repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
+def unyank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
+    with resources.write() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        return release_view(session, actor, yanks.unyank(session, actor, release, body.reason))

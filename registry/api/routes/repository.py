@@ -1,0 +1,33 @@
+"""The part of a path that names a repository: /v1/adapters or /v1/models, /{namespace}/{name}."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from registry.domain.catalog.repositories import Kind
+from registry.formats.references import RepositoryName, parse_part
+
+REPOSITORY_PREFIXES = {"/v1/adapters": Kind.ADAPTER, "/v1/models": Kind.MODEL}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedRepository:
+    name: RepositoryName
+    kind: Kind
+
+
+async def kind_of(request: Request) -> Kind:
+    return next(kind for prefix, kind in REPOSITORY_PREFIXES.items() if request.scope["path"].startswith(prefix))
+
+
+KindOf = Annotated[Kind, Depends(kind_of)]
+
+
+async def repository_of(namespace: str, name: str, kind: KindOf) -> NamedRepository:
+    return NamedRepository(
+        RepositoryName(parse_part(namespace, "namespace"), parse_part(name, "repository name")), kind
+    )
+
+
+RepositoryOf = Annotated[NamedRepository, Depends(repository_of)]

@@ -1,0 +1,207 @@
+"""Search across repositories, and resolve: the two questions that are asked all the time."""
+
+import hashlib
+import json
+from types import NoneType
+from typing import Annotated, cast
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import QueryParams
+
+from composer.formats.adapters.serving import Profile, loads, parse_profile
+from registry.api.http.pagination import decode_cursor, encode_cursor
+from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import Direct, Route, once
+from registry.api.http.rules import Caller
+from registry.api.routes.documents import Documents, Json, Told, files_of, json_response, page_response
+from registry.api.schemas import MAX_INT64, Page, Problem
+from registry.api.schemas.search import FoundOut, ResolvedOut, SearchIn
+from registry.database.engine import Session
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, permit
+from registry.domain.catalog import suites
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import parse_condition
+from registry.domain.channels import resolve
+from registry.domain.channels.resolve import Located
+from registry.domain.search import search
+from registry.domain.search.ordering import NEWEST, VERSION, Match, Order, Place
+from registry.domain.search.search import Found
+from registry.errors import Usage
+from registry.formats.references import parse_part, parse_reference, parse_repository
+
+router = APIRouter(prefix="/v1", tags=["search"], route_class=Route)
+
+NO_REMARKS = b'{"related":null,"loads_in":null}'
+PARAMETERS = [
+    {"name": name, "in": "query", "required": False, "schema": schema}
+    for name, schema in SearchIn.model_json_schema()["properties"].items()
+]
+
+
+@once
+def _asked(query: bytes) -> tuple[SearchIn, search.Query]:
+    """Read here, since the framework takes longer to read so many parameters than most searches take altogether."""
+    given: dict[str, list[str]] = {}
+    for name, value in QueryParams(query).multi_items():
+        given.setdefault(name, []).append(value)
+    try:
+        read = SearchIn.model_validate(given)
+    except ValidationError as error:
+        raise RequestValidationError([{**one, "loc": ("query", *one["loc"])} for one in error.errors()]) from error
+    return read, _wanted(read)
+
+
+def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
+    """Releases across repositories that meet every condition: of what the caller may read."""
+    query, wanted = _asked(request.scope["query_string"])
+    order = Order(query.sort, query.limit + 1, _place(query))
+    # What is asked of a release's neighbours is listed by one statement, and looked at by another.
+    at_one_moment = wanted.channel is not None or wanted.latest
+    with resources.snapshot() if at_one_moment else resources.read() as session:
+        found = _found(session, actor, query, wanted, order)
+        told = _told(session, actor, _documents(request), found, query.limit)
+    if any(one.stamp != place.stamp for one, place in zip(told, found.places, strict=False)):  # changed in between
+        with resources.snapshot() as session:
+            found = _found(session, actor, query, wanted, order)
+            told = _told(session, actor, _documents(request), found, query.limit)
+    items = [one.with_remarks(_remarks(one, found, wanted.loads_in)) for one in told]
+    following = _cursor(query, found.places[len(told) - 1]) if len(found.places) > len(told) else None
+    return page_response(items, following)
+
+
+router.add_api_route(
+    "/releases",
+    search_releases,
+    response_model=Page[FoundOut],
+    responses={422: {"model": Problem}},
+    openapi_extra={"parameters": PARAMETERS},
+    route_class_override=Direct,
+)
+
+
+def _found(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> Found:
+    found = search.search(session, actor, wanted, order)
+    if not found.places and not query.cursor and actor.grants:  # nothing fits, or a metric is misspelt
+        for suite, metric in _metrics(query, wanted):
+            suites.refuse_unknown_metric(session, actor, suite, metric)
+    return found
+
+
+def _told(session: Session, actor: Actor, documents: Documents, found: Found, limit: int) -> list[Told]:
+    return documents.page(session, actor, {place.release_id: place.stamp for place in found.places[:limit]})
+
+
+@router.get("/resolve", response_model=ResolvedOut)
+def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: ResourcesOf, actor: Caller) -> Response:
+    reference = parse_reference(ref)
+    permit(actor, Role.READER, reference.repository.namespace)
+    with resources.read() as session:
+        found = resolve.at_once(session, reference)
+    if found is None:
+        with resources.snapshot() as session:
+            found = resolve.locate(session, reference)
+    return json_response(_resolved(found))
+
+
+def _resolved(found: Located) -> Json:
+    """As ResolvedOut, from columns checked when they were written: to validate them costs more than to read them."""
+    row = found.row
+    release = {
+        "repository": f"{row.namespace}/{row.repository}",
+        "kind": row.kind,
+        "version": row.version,
+        "commit": row.commit,
+        "base": {"digest": row.base_digest, "name": row.base_name},
+        "yanked": row.yanked,
+        "yank_reason": row.yank_reason,
+        "size_bytes": row.size_bytes,
+        "files": files_of(row.manifest),
+    }
+    return {"release": release, "warning": found.warning}
+
+
+def _wanted(query: SearchIn) -> search.Query:
+    return search.Query(
+        kind=Kind(query.kind),
+        namespace=query.namespace,
+        repository=parse_repository(query.repository) if query.repository else None,
+        base=query.base,
+        related="related" in query.include,
+        type=query.type,
+        variant=query.variant,
+        dtype=query.dtype,
+        license=query.license,
+        alpha=query.alpha,
+        min_rank=query.min_rank,
+        max_rank=query.max_rank,
+        targets_within=query.targets_within,
+        targets_include=query.targets_include,
+        targets_exact=query.targets_exact,
+        max_size_bytes=query.max_size_bytes,
+        scores=[parse_condition(text) for text in query.score],
+        channel=parse_part(query.channel, "channel") if query.channel else None,
+        text=query.text,
+        provenance=query.provenance,
+        loads_in=parse_profile(query.loads_in) if query.loads_in else None,
+        explain="refused" in query.include,
+        include_yanked=query.include_yanked,
+        stable=query.stable,
+        latest=query.latest,
+    )
+
+
+def _metrics(query: SearchIn, wanted: search.Query) -> list[tuple[str, str]]:
+    """Suite and metric of each score that is asked for or sorted by."""
+    asked = [(condition.suite, condition.metric) for condition in wanted.scores]
+    suite, dot, metric = query.sort.rpartition(".")
+    return [*asked, (suite, metric)] if dot else asked
+
+
+def _fingerprint(query: SearchIn) -> str:
+    """Of all that decides what a search finds and in which order: a cursor is worth something there alone."""
+    asked = query.model_dump_json(exclude={"limit", "cursor"}, exclude_defaults=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:12]
+
+
+def _cursor(query: SearchIn, last: Match) -> str:
+    return encode_cursor(json.dumps([_fingerprint(query), last.key, last.release_id]))
+
+
+def _place(query: SearchIn) -> Place | None:
+    if query.cursor is None:
+        return None
+    try:
+        fingerprint, key, release_id = json.loads(decode_cursor(query.cursor))
+    except (ValueError, TypeError):
+        fingerprint, key, release_id = None, None, 0
+    kind = {NEWEST: NoneType, VERSION: str}.get(query.sort, float)
+    whole = isinstance(key, kind) and type(release_id) is int and 0 < release_id <= MAX_INT64
+    if not whole or fingerprint != _fingerprint(query):
+        raise Usage(
+            "bad_cursor",
+            "The cursor is not one of this search.",
+            subject=query.cursor[:80],
+            next_step="Repeat the search that gave it, with the same conditions and the same order.",
+        )
+    return Place(key, release_id)
+
+
+def _documents(request: Request) -> Documents:
+    return cast(Documents, request.app.state.documents)
+
+
+def _remarks(row: Told, found: Found, profile: Profile | None) -> bytes:
+    """What FoundOut has besides a release: is it for another base than asked for, and does the server load it?"""
+    if not profile and not (found.base and found.relations[row.base_digest]):
+        return NO_REMARKS
+    related = loading = None
+    if found.base and (relation := found.relations[row.base_digest]):
+        digest, name = found.base
+        related = {"base": {"digest": digest, "name": name}, "relation": relation}
+    if profile:
+        loading = loads(row.servers, json.loads(row.loading), row.rank_max or 0, profile).to_json()
+    return orjson.dumps({"related": related, "loads_in": loading})

@@ -1,0 +1,80 @@
+"""Tokens, namespaces and members on the wire."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from registry.api.schemas import Wire, WireIn
+
+RoleName = Literal["reader", "publisher", "releaser", "admin"]
+User = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
+
+
+class TokenIn(WireIn):
+    """`scope` maps namespaces, or `*`, to the highest role there. Without `expires_in_days` it lasts until revoked."""
+
+    user: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
+    name: str = Field(default="", max_length=100)
+    scope: dict[str, RoleName] = Field(default={"*": "admin"}, min_length=1, max_length=100)
+    expires_in_days: float | None = Field(default=None, gt=0, le=3660)
+
+
+class TokenOut(Wire):
+    id: str
+    user: str
+    name: str
+    scope: dict[str, str]
+    created_at: datetime
+    created_by: str
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+class NewTokenOut(TokenOut):
+    """`token` is the secret, which is shown this once."""
+
+    token: str
+
+
+class NamespaceIn(WireIn):
+    """What is left out stays as it is. `signing_keys` are public keys in PEM form; `signature_covers` is what a
+    signature has to cover where one is required."""
+
+    public: bool | None = None
+    require_signature: bool | None = None
+    signing_keys: list[Annotated[str, Field(max_length=2000)]] | None = Field(default=None, max_length=20)
+    signature_covers: Literal["release", "files"] | None = None
+
+
+class NamespaceOut(Wire):
+    namespace: str
+    public: bool
+    require_signature: bool
+    signing_keys: list[str]
+    signature_covers: Literal["release", "files"]
+    created_at: datetime
+    created_by: str
+
+
+class MemberIn(WireIn):
+    """`role` None takes the role away."""
+
+    user: str = User
+    role: RoleName | None
+
+
+class MembersOut(Wire):
+    """Roles by user."""
+
+    members: dict[str, str]
+
+
+class WhoOut(Wire):
+    """The user and the roles that the token allows; `limited` are the user's own where the token's scope allows less or
+    nothing."""
+
+    user: str
+    token: str | None
+    grants: dict[str, str]
+    limited: dict[str, str]

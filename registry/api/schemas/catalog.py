@@ -1,0 +1,261 @@
+"""Bases, repositories and releases on the wire."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import FailFast, Field
+
+from composer.formats.checkpoints.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
+from registry.api.schemas import MAX_INT64, Wire, WireIn
+from registry.api.schemas.quality import ScoreOut
+
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+Count = Annotated[int, Field(ge=0, le=MAX_INT64)]
+
+
+class TensorRow(Wire):
+    name: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")
+    dtype: str = Field(pattern="^[A-Z0-9_]{1,16}$")
+    shape: list[Count] = Field(max_length=16)
+    sha256: str = Sha256
+
+
+class BaseIn(WireIn):
+    name: str
+    model_type: str = Field(max_length=64)
+    tied: bool
+    weights_digest: str = Sha256
+    tensors: Annotated[list[TensorRow], FailFast()] = Field(min_length=1, max_length=1_000_000)
+    aliases: list[str] = Field(default=[], max_length=100)
+    locations: list[str] = Field(default=[], max_length=100)
+    derived_from: str | None = Field(default=None, max_length=200, description="Digest, name or alias of a known base.")
+    relation: Literal["cast", "quantized", "finetuned", "merged"] | None = None
+
+
+class BaseRef(Wire):
+    digest: str
+    name: str
+
+
+class BaseOut(Wire):
+    digest: str
+    architecture_digest: str
+    name: str
+    aliases: list[str]
+    locations: list[str]
+    model_type: str
+    tied: bool
+    parameters: int
+    size_bytes: int
+    tensor_count: int
+    created_at: datetime
+    created_by: str
+    scores: list[ScoreOut]
+    tensors: list[TensorRow] | None = None
+    derived_from: BaseRef | None
+    relation: str | None
+
+
+class FileRow(Wire):
+    path: str = Field(max_length=400)
+    size_bytes: Count
+    sha256: str = Sha256
+
+
+class DataRow(Wire):
+    """Data that an adapter was trained on."""
+
+    name: str = Field(max_length=MAX_TEXT)
+    digest: str | None = Field(default=None, max_length=MAX_TEXT)
+    license: str | None = Field(default=None, max_length=MAX_TEXT)
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Setting = bool | int | float | str | None
+
+
+class Provenance(Wire):
+    """Where a release comes from, as far as its model card or its pusher says."""
+
+    trainer: Text | None = None
+    run_url: Text | None = None
+    code_commit: Text | None = None
+    base_license: Text | None = None
+    base_model: Text | None = None
+    license: str | None = Field(default=None, min_length=1, max_length=100)
+    license_link: Text | None = None
+    library_name: Text | None = None
+    data: list[DataRow] = Field(default=[], max_length=MAX_ITEMS)
+    hyperparameters: dict[Text, Setting | Annotated[list[Setting], Field(max_length=MAX_ITEMS)]] = Field(
+        default={}, max_length=MAX_HYPERPARAMETERS
+    )
+    tags: list[Text] = Field(default=[], max_length=MAX_ITEMS)
+
+
+class ReleaseIn(WireIn):
+    """`allow_breaking` is the reason why a breaking change may have a number that promises none."""
+
+    version: str | None = None
+    bump: Literal["auto", "major", "minor", "patch"] | None = None
+    base: str = Field(min_length=1, max_length=200)
+    files: list[FileRow] = Field(min_length=1, max_length=2_000)
+    notes: str = Field(default="", max_length=20_000)
+    allow_breaking: str | None = Field(default=None, min_length=1, max_length=1000)
+    provenance: Provenance | None = None
+
+
+class SpectrumSummary(Wire):
+    """`norm` is |Delta|_F of all modules; `rank_95` the rank that every module could be cut to with 95 % of its square
+    left, `energy` what is left at ranks 1, 2, 4, …; `effective_rank` exp(entropy of the singular values), the mean by
+    energy; `near_zero` a number of modules."""
+
+    norm: float
+    effective_rank: float
+    energy: dict[str, float] = Field(default_factory=dict[str, float])
+    rank_95: int
+    rank_99: int
+    near_zero: int
+
+
+class ModuleSpectrum(Wire):
+    module: str
+    rank: int
+    norm: float
+    effective_rank: float
+    energy: dict[str, float] = Field(default_factory=dict[str, float])
+    rank_95: int
+    rank_99: int
+    near_zero: bool
+
+
+class SpectrumOut(SpectrumSummary):
+    """`left_out` are modules whose singular values were not computed."""
+
+    modules: list[ModuleSpectrum]
+    left_out: list[str]
+
+
+class Refusal(Wire):
+    """Why a server does not load an adapter, and what would help."""
+
+    reasons: list[str]
+    way_out: list[str]
+
+
+class AdapterFactsOut(Wire):
+    """`ranks` and `alphas` name the modules that differ from `rank_max` and `alpha`."""
+
+    type: str
+    variant: str
+    rank_max: int
+    alpha: float
+    targets: list[str]
+    modules: int
+    parameters: int
+    size_bytes: int
+    dtype: str
+    modules_to_save: list[str]
+    use_rslora: bool
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    base_model_name_or_path: str | None
+    peft_version: str | None
+    spectrum: SpectrumSummary | None = None
+
+
+class ModelFactsOut(Wire):
+    type: str
+    variant: str
+    parameters: int
+    size_bytes: int
+    dtype: str
+
+
+class InputOut(Wire):
+    """`repository` and `version` are None where the reader may not see them."""
+
+    repository: str | None
+    version: str | None
+    commit: str
+    weight: float
+
+
+class ReleaseOut(Wire):
+    """`servers` load it if its rank is within their limit, `loading` says why the others do not.
+
+    `signed_by` is the sha256 of the key, in PEM, that signed it; `signature_covers` says whether that binds the release
+    (repository, version, base, commit) or its files alone. `breaking_reason` is why it may break its range.
+    """
+
+    repository: str
+    kind: str
+    version: str
+    commit: str
+    base: BaseRef
+    adapter: AdapterFactsOut | None
+    model: ModelFactsOut | None
+    scores: list[ScoreOut]
+    yanked: bool
+    yank_reason: str | None
+    notes: str
+    created_at: datetime
+    created_by: str
+    files: list[FileRow]
+    inputs: list[InputOut]
+    provenance: Provenance
+    servers: list[str]
+    loading: dict[str, Refusal]
+    signed_by: str | None
+    signature_covers: Literal["release", "files"] | None
+    breaking_reason: str | None
+
+
+class NextOut(Wire):
+    """The number that a push with this bump would get now."""
+
+    version: str
+
+
+class SignatureIn(WireIn):
+    """`bundle` is a Sigstore bundle, as `adaptory sign` makes one."""
+
+    bundle: str = Field(max_length=16_000_000)
+
+
+class SignatureOut(Wire):
+    signed_by: str
+    bundle: str
+    created_at: datetime
+    created_by: str
+
+
+class SignaturesOut(Wire):
+    """Those that came after the release; one that came with its files is `model.sig` among them."""
+
+    signatures: list[SignatureOut]
+
+
+class PublishedOut(Wire):
+    release: ReleaseOut
+    created: bool
+    warnings: list[dict[str, Any]]
+
+
+class RepositoryOut(Wire):
+    repository: str
+    kind: str
+    latest: str | None
+    channels: dict[str, str]
+    created_at: datetime
+
+
+class TargetSuiteOut(Wire):
+    """None where no target suite has been measured on the release."""
+
+    target_suite: str | None
+
+
+class YankIn(WireIn):
+    """Of a yank, and of taking it back."""
+
+    reason: str = Field(min_length=1, max_length=1000)

@@ -1,0 +1,152 @@
+"""Search and resolve on the wire."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import Field, model_validator
+
+from registry.api.schemas import MAX_INT32, MAX_INT64, Wire
+from registry.api.schemas.catalog import BaseRef, FileRow, ReleaseOut
+from registry.errors import Usage
+
+Rank = Annotated[int | None, Field(ge=1, le=MAX_INT32)]
+Word = Annotated[str | None, Field(max_length=200)]
+Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=200)]
+
+LISTS = ("include", "targets_within", "targets_include", "targets_exact")
+"""Of names, which have no commas."""
+WHOLE = ("score", "provenance")
+"""Lists whose items are what they are."""
+INCLUDED = {"related": "base", "refused": "loads_in"}
+"""What `include` adds, and the condition that it adds to."""
+
+
+class SearchIn(Wire):
+    """Query parameters, all of which hold together. A list is given by repeating its parameter or with commas. None but
+    `text` may be empty."""
+
+    kind: Literal["adapter", "model"] = "adapter"
+    namespace: Word = None
+    repository: Word = Field(default=None, description="namespace/name")
+    base: Word = Field(default=None, description="Digest, the first 12 or more digits of one, name or alias.")
+    include: list[Literal["related", "refused"]] = Field(
+        default=[],
+        max_length=2,
+        description="related: also releases for casts and quantizations of the base, each saying so. "
+        "refused: also those that do not load in `loads_in`, each with the reasons.",
+    )
+    type: Word = None
+    variant: Word = None
+    dtype: Word = None
+    license: Word = Field(default=None, description="As the release states it; provenance=license:… for any case.")
+    alpha: float | None = Field(default=None, allow_inf_nan=False)
+    min_rank: Rank = None
+    max_rank: Rank = Field(default=None, description="The highest rank of any module.")
+    targets_within: Names = Field(default=[], description="Only these module names may be adapted.")
+    targets_include: Names = Field(default=[], max_length=20, description="All of these module names are adapted.")
+    targets_exact: Names = Field(default=[], description="These module names are adapted, and no others.")
+    max_size_bytes: int | None = Field(default=None, ge=0, le=MAX_INT64, description="Of all files together.")
+    score: list[str] = Field(default=[], max_length=20, description="suite.metric>=number or suite.metric<=number")
+    channel: Word = Field(default=None, description="Served now by the channel of this name.")
+    text: str = Field(
+        default="", max_length=200, description="Beginnings of words of the name or the notes, all of them."
+    )
+    provenance: list[Annotated[str, Field(max_length=3_000)]] = Field(
+        default=[],
+        max_length=20,
+        description="NAME:VALUE that the release states, whatever the case: trainer:axolotl, data:sha256:ab12, "
+        "hyperparameters.learning_rate:0.003",
+    )
+    loads_in: Word = Field(default=None, description="vllm:<max_lora_rank>, sglang, lorax, llamacpp or peft")
+    include_yanked: bool = False
+    stable: bool = Field(default=False, description="No pre-releases.")
+    latest: bool = Field(default=False, description="The highest stable release of each repository that is not yanked.")
+    sort: str = Field(
+        default="newest",
+        max_length=150,
+        description="newest, version (the highest first) or suite.metric (the best first, without those that lack it). "
+        "One that no release you may read has is unknown.",
+    )
+    limit: int = Field(default=50, ge=1, le=500, description="Items a page.")
+    cursor: str | None = Field(default=None, max_length=1000, description="`next` of the page before.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        """From parameters as they are repeated."""
+        parameters: dict[str, Any] = {}
+        for name, values in cast(Mapping[str, list[str]], given).items():
+            parameters[name] = _value(name, values)
+        return parameters
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> Self:
+        """What would be passed over in silence."""
+        for added, condition in INCLUDED.items():
+            if added in self.include and not getattr(self, condition):
+                raise Usage(
+                    "idle_include",
+                    f"include={added} adds nothing to a search without {condition}.",
+                    subject=added,
+                    next_step=f"Say which with {condition} (--{condition.replace('_', '-')}), or leave {added} out.",
+                )
+        return self
+
+
+def _value(name: str, given: list[str]) -> str | list[str]:
+    parts = [part.strip() for text in given for part in text.split(",") if part.strip()]
+    if not parts and name != "text":  # words may be none
+        flag = f"--{name.replace('_', '-')}"
+        raise Usage(
+            "empty_parameter",
+            f"{name} names nothing.",
+            subject=name,
+            next_step=f"Give {name} ({flag}) a value, or leave it out.",
+        )
+    if name in LISTS:
+        return parts
+    if name not in WHOLE and len(given) > 1:
+        raise Usage("repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give one.")
+    return given if name in WHOLE else given[0]
+
+
+class RelatedOut(Wire):
+    """The base that was asked for, and the relations that lead from it to the release's own."""
+
+    base: BaseRef
+    relation: str
+
+
+class LoadingOut(Wire):
+    profile: str
+    loads: bool
+    reasons: list[str]
+    way_out: list[str]
+
+
+class FoundOut(ReleaseOut):
+    """`related` is set when the release was made for another base than the one asked for."""
+
+    related: RelatedOut | None
+    loads_in: LoadingOut | None
+
+
+class ResolvedRelease(Wire):
+    """What is needed to fetch a release; GET it for its facts and scores. `size_bytes` is that of all its files."""
+
+    repository: str
+    kind: str
+    version: str
+    commit: str
+    base: BaseRef
+    yanked: bool
+    yank_reason: str | None
+    size_bytes: int
+    files: list[FileRow]
+
+
+class ResolvedOut(Wire):
+    """`warning` says that the reference did not lead where it plainly should have."""
+
+    release: ResolvedRelease
+    warning: str

@@ -1,0 +1,80 @@
+"""Compositions, jobs and audit rows on the wire."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import Field
+
+from registry.api.schemas import Wire, WireIn
+
+
+class CompositionIn(WireIn):
+    """`recipe` as in composer/formats/recipes/recipe.py."""
+
+    recipe: dict[str, Any]
+    plan: bool = Field(default=False, description="Resolve, lock and check; change nothing.")
+
+
+class StepOut(Wire):
+    """`done` of `total` are in the `unit`, examples or bytes; all three are null where a step has no such amount."""
+
+    name: str
+    state: str
+    progress: float
+    done: int | None = None
+    total: int | None = None
+    unit: str | None = None
+
+
+class ResultRow(Wire):
+    repository: str
+    version: str
+    commit: str
+
+
+class CompositionOut(Wire):
+    """`result` is the first of `results`: the combined adapter's release, or the model's where there is no adapter."""
+
+    id: int
+    job: int
+    state: str
+    plan: bool
+    recipe: dict[str, Any]
+    lock: dict[str, Any]
+    conflicts: dict[str, Any] | None
+    candidate_scores: list[dict[str, Any]] | None
+    gates: list[dict[str, Any]] | None
+    merge: dict[str, Any] | None
+    result: ResultRow | None
+    results: list[ResultRow]
+    steps: list[StepOut]
+    error: dict[str, Any] | None
+
+
+class JobOut(Wire):
+    id: int
+    kind: str
+    namespace: str | None
+    state: str
+    steps: list[StepOut]
+    error: dict[str, Any] | None
+    created_at: datetime
+    created_by: str
+    finished_at: datetime | None
+
+
+class AuditOut(Wire):
+    """`before` and `after` are what changed; `source` is the address and the client it came from."""
+
+    id: int
+    at: datetime
+    actor: str
+    token: str | None
+    source: str | None
+    act: str
+    subject: str
+    namespace: str | None
+    reason: str | None
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    detail: dict[str, Any]

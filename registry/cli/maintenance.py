@@ -1,0 +1,111 @@
+"""Keeping a registry whole: gc and fsck. They work on the database and the store themselves, beside running servers."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import own_settings
+from registry.cli.render import JsonFlag
+from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from registry.transfer.resources import Resources
+
+
+def register(root: typer.Typer) -> None:
+    for command in (gc, fsck):
+        root.command()(command)
+
+
+def gc(
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Keep what is younger; a push must not take longer than this.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count blobs and uploads.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Remove unfinished uploads and blobs that no release names. Safe while others push and pull."""
+    from registry.transfer.collect import collect
+    from registry.worker.workspace import sweep_work
+
+    with _own_resources() as resources:
+        found = collect(resources, grace=timedelta(hours=grace_hours), dry_run=dry_run)
+        if not dry_run:
+            found.leftovers += sweep_work(resources)
+    told = {
+        "blobs": found.blobs,
+        "size_bytes": found.size_bytes,
+        "unfinished": found.unfinished,
+        "leftovers": found.leftovers,
+        "dry_run": dry_run,
+    }
+    verb = "would remove" if dry_run else "removed"
+    counts = f"{found.blobs:,} blobs ({render.size(found.size_bytes)}), {found.unfinished:,} unfinished uploads"
+    more = f", {found.leftovers:,} leftovers" if found.leftovers else ""
+    render.document(told, json, lambda: render.out(f"{verb} {counts}{more}"))
+
+
+def fsck(
+    full: Annotated[bool, typer.Option("--full", help="Read and hash every blob, not only ask for its size.")] = False,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Delete damaged blobs, so that pushing the same files sends them again.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Check that the registry keeps its promises; changes nothing without --discard. Exits 1 when one is broken."""
+    from registry.transfer import fsck as promises
+
+    with _own_resources() as resources:
+        extent, place = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
+        with render.progress("fsck", extent.steps, "rows") as done:
+            findings = promises.check(resources, read_bytes=full, progress=done)
+        failure, discarded = None, list[str]()
+        try:
+            discarded.extend(promises.discard(resources, findings) if discard else ())
+        except (RegistryError, OSError) as error:  # told after what was found, which may have taken hours
+            failure = error
+    broken = [finding for finding in findings if finding.severity == "error"]
+    told: dict[str, Any] = {
+        "clean": not broken,
+        "checked": extent.to_json(),
+        "findings": [finding.to_json() for finding in findings],
+    }
+    if discard:
+        told["discarded"] = discarded
+    if failure is not None:
+        told["error"] = render.problem(failure)
+
+    def show() -> None:
+        for finding in findings:
+            render.out(f"{finding.severity}: {finding.message}")
+        for sha256 in discarded:
+            render.out(f"discarded the damaged blob {sha256}: push its files again")
+        verdict = f"{len(broken):,} broken promises" if broken else "clean"
+        if extent.steps:
+            render.out(
+                f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "
+                f"({render.size(extent.size_bytes)}{', every byte read' if full else ', sizes only'})"
+            )
+        else:
+            render.out(f"{verdict}, but nothing to check: {place} has no releases and no blobs")
+
+    render.document(told, json, show)
+    if failure is not None:
+        raise typer.Exit(render.fail(failure, as_json=False))
+    if broken:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _own_resources() -> "Generator[Resources]":
+    from registry.transfer.resources import open_resources
+
+    resources = open_resources(own_settings())
+    try:
+        yield resources
+    finally:
+        resources.close()

@@ -1,0 +1,229 @@
+"""Running a registry: serve, worker, migrate, jobs, cancel."""
+
+import signal
+import socket
+import threading
+from contextlib import closing
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli import render
+from registry.cli.connect import connected, own_settings
+from registry.cli.render import JsonFlag
+from registry.errors import NotAllowed, Unavailable, Usage
+
+if TYPE_CHECKING:
+    from registry.transfer.resources import Resources
+
+Limit = Annotated[int, typer.Option(min=1, help="Maximum number.")]
+After = Annotated[str | None, typer.Option("--cursor", help="`next` of the page before.")]
+
+AUDIT_ROWS = 1000
+"""Of a table, which is read by people."""
+BACKLOG = 2048
+STOP_S = 30.0
+"""How long a server that stops waits for its worker to hand its job back."""
+
+
+def register(root: typer.Typer) -> None:
+    for command in (serve, worker, migrate, jobs, cancel, audit):
+        root.command()(command)
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Anything but loopback needs ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8470,
+    with_worker: Annotated[
+        bool, typer.Option("--worker/--no-worker", help="Run queued jobs in this process too.")
+    ] = True,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Number of server processes, for PostgreSQL; one more supervises them."),
+    ] = 1,
+) -> None:
+    """Serve the REST API, with a worker beside it: to one user on loopback, or with ADAPTORY_ACCESS=tokens to many."""
+    from registry.cli.server import serve_beside, serve_here
+    from registry.settings import is_loopback
+    from registry.transfer.resources import open_resources
+    from registry.worker.runner import run_worker
+    from registry.worker.steps import KINDS
+
+    settings = own_settings()
+    with_tokens = settings.access == "tokens"
+    if not with_tokens and not is_loopback(host):
+        raise NotAllowed(
+            "not_loopback",
+            f"Without tokens the registry listens on loopback only, not on {host}.",
+            subject=host,
+            next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and make one: `adaptory token create`.",
+        )
+    listener = _listen(host, port)
+    resources = open_resources(settings)
+    if with_tokens:
+        _refuse_without_tokens(resources)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # requests and the job may end first, as with SIGTERM
+    stop = threading.Event()
+    thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
+    if with_worker:
+        thread.start()
+    address = f"[{host}]" if ":" in host else host
+    render.say(f"listening on http://{address}:{listener.getsockname()[1]}")
+    try:
+        if processes == 1:
+            serve_here(resources, listener)
+        else:
+            serve_beside(settings, listener, processes)
+    finally:
+        stop.set()
+        if with_worker:
+            thread.join(STOP_S)
+        resources.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise Unavailable(
+            "port_unusable",
+            f"{host}:{port} cannot be listened on: {error.strerror or error}.",
+            subject=f"{host}:{port}",
+            next_step="Choose another --port, or stop what listens there.",
+        ) from error
+
+
+def _refuse_without_tokens(resources: "Resources") -> None:
+    """Nobody could use it, and nobody could tell why."""
+    from registry.domain.access import tokens
+
+    with resources.read() as session:
+        if tokens.exist(session):
+            return
+    resources.close()
+    raise NotAllowed(
+        "no_tokens",
+        "There is no token, so nobody could use this server.",
+        next_step="On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
+    )
+
+
+def worker() -> None:
+    """Run queued jobs; on SIGTERM requeue the current one. Any number of these may run beside the servers."""
+    from registry.transfer.resources import open_resources
+    from registry.worker.runner import run_worker
+    from registry.worker.steps import KINDS
+
+    resources = open_resources(own_settings())
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    render.say("waiting for jobs")
+    try:
+        run_worker(resources, KINDS, stop)
+    finally:
+        resources.close()
+
+
+def migrate(json: JsonFlag = False) -> None:
+    """Bring the database to this version's schema."""
+    from registry.database.engine import Database, Patience
+    from registry.database.migrate import head_revision, schema_revision
+    from registry.database.migrate import migrate as run_migrations
+
+    settings = own_settings()
+    if settings.database_url is None:
+        settings.home_directory.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.effective_database_url, Patience(statement_s=None))
+    before = schema_revision(database)
+    run_migrations(database)
+    told = {"database": database.url.render_as_string(hide_password=True), "from": before, "to": head_revision()}
+    database.close()
+    render.document(told, json, lambda: render.out(f"{told['database']}: schema {before or 'none'} -> {told['to']}"))
+
+
+def jobs(
+    job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show this job alone.")] = None,
+    limit: Limit = 50,
+    cursor: After = None,
+    json: JsonFlag = False,
+) -> None:
+    """Jobs, the newest first, or one of them."""
+    with connected() as connection:
+        api = connection.api
+        found, more = ([api.get(f"/v1/jobs/{job}")], None) if job else api.first("/v1/jobs", limit, cursor=cursor)
+    rows = [
+        (
+            row["id"],
+            row["kind"],
+            row["state"],
+            [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
+            row["created_by"],
+        )
+        for row in found
+    ]
+    told = found[0] if job else {"items": found, "next": more}
+    render.document(told, json, lambda: render.table("", ("job", "kind", "state", "steps", "by"), rows))
+    render.more(more, json)
+
+
+def _progress(step: dict[str, Any]) -> str:
+    if step["state"] != "running" or not step.get("total"):
+        return step["state"]
+    return f"{step['done']:,} of {step['total']:,} {step['unit']}"
+
+
+def cancel(
+    job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
+) -> None:
+    """Stop a job; nothing of it is published."""
+    with connected() as connection:
+        found = connection.api.post(f"/v1/jobs/{job}/cancel")
+    render.document(found, json, lambda: render.out(f"job {found['id']}: {found['state']}"))
+
+
+def audit(  # noqa: PLR0913
+    subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a beginning: 'acme/*'")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only of this namespace.")] = None,
+    by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
+    event: Annotated[
+        str | None, typer.Option(help="channel:rollback, release:yank, …; another word lists all.")
+    ] = None,
+    act: Annotated[str | None, typer.Option("--act", hidden=True, help="The earlier name of --event.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this moment on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
+    export: Annotated[bool, typer.Option("--jsonl", help="The rows of the filter, a line of JSON each.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number: 1000 by default, with --jsonl all from the first on.")
+    ] = None,
+    cursor: After = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show the audit log: who changed what, from where, why; the newest first, with --jsonl in order."""
+    if export and cursor:
+        raise Usage("no_pages", "An export has no pages.", subject=cursor, next_step="Leave out --cursor or --jsonl.")
+    query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
+    with connected() as connection:
+        if export:
+            with closing(connection.api.lines("/v1/audit.jsonl", **query)) as lines:
+                for line in islice(lines, limit):
+                    print(render.escaped(line))
+            return
+        found, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
+    render.document({"items": found, "next": more}, json, lambda: _show_events(found))
+    render.more(more, json)
+
+
+def _show_events(found: list[dict[str, Any]]) -> None:
+    """A record for each event, with all that it changed."""
+    for row in found:
+        pairs = [
+            ("event", row["act"]),
+            ("subject", row["subject"]),
+            ("user", row["actor"]),
+            *render.changes(row),
+            ("reason", row["reason"]),
+        ]
+        render.lines(f"{row['id']}  {row['at'][:19]}", pairs)

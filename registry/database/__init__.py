@@ -1,0 +1,1 @@
+"""The database: engine, tables, locks, migrations and the two dialects. No rule of the product."""

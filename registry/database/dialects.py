@@ -1,0 +1,89 @@
+"""SQL that PostgreSQL and SQLite spell differently."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import BigInteger, ColumnElement, Integer, Select, String, bindparam, column
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+T = TypeVar("T")
+PLANNED_VALUES = 10
+"""Of a list, in a plan that PostgreSQL keeps."""
+
+
+class _Spelled(FunctionElement[Any]):
+    """What SQLite and PostgreSQL spell differently: texts with `{0}`, `{1}` or `{all}` for the arguments."""
+
+    inherit_cache = False
+
+    def __init__(self, sqlite: str, postgresql: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.texts = {"sqlite": sqlite, "postgresql": postgresql}
+
+
+@compiles(_Spelled)
+def _spell(element: _Spelled, compiler: SQLCompiler, **options: Any) -> str:  # pyright: ignore[reportUnusedFunction]
+    arguments = [compiler.process(argument, **options) for argument in element.clauses]
+    return element.texts[compiler.dialect.name].format(*arguments, all=", ".join(arguments))
+
+
+def among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    """The column has one of the values that the parameter lists: texts or whole numbers, as the column does."""
+    kind = "BIGINT" if isinstance(column.type, BigInteger | Integer) else "TEXT"
+    listed = f"{{0}} = ANY (CAST({{1}} AS {kind}[]))"
+    return _Spelled("{0} IN (SELECT value FROM json_each({1}))", listed, column, bindparam(name))
+
+
+def listed(name: str) -> ColumnElement[str]:
+    """The column of a table that has the texts that the parameter lists."""
+    # PostgreSQL names the column as the table.
+    texts = _Spelled("json_each({0})", "unnest(CAST({0} AS TEXT[]))", bindparam(name))
+    return texts.table_valued(column("value", String), name="value").c.value
+
+
+def one_of(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
+    """The column has one of the values of those few rows, which refer to nothing around them.
+
+    They are found first, and an index of the column is asked for each: PostgreSQL, which cannot know that they are few,
+    would rather go through the table and look for each of its rows among them.
+    """
+    return _Spelled("{0} IN {1}", "{0} = ANY (ARRAY{1})", column, rows.scalar_subquery())
+
+
+def filled(values: Sequence[T]) -> list[T]:
+    """For `among`: the values, the last one repeated until there are as many as PostgreSQL's kept plans are made for.
+
+    It would think that planning anew for fewer pays; for one release that took five times as long as to read it.
+    """
+    found = list(values)
+    return found + found[-1:] * (PLANNED_VALUES - len(found))
+
+
+def json_list(column: ColumnElement[Any]) -> ColumnElement[str]:
+    """An aggregate: the text of a JSON array of a column's values, null or empty without rows."""
+    return _Spelled("json_group_array({0})", "CAST(json_agg({0}) AS TEXT)", column)
+
+
+def json_rows(*columns: Any) -> ColumnElement[str]:
+    """An aggregate: the text of a JSON array with an array for each row, null or empty without rows.
+
+    Its floats must be `exact`, since SQLite rounds those in JSON to 15 digits.
+    """
+    return _Spelled("json_group_array(json_array({all}))", "CAST(json_agg(json_build_array({all})) AS TEXT)", *columns)
+
+
+def exact(column: ColumnElement[Any]) -> ColumnElement[str]:
+    """A float as a text that reads back as the same number."""
+    return _Spelled("CASE WHEN {0} IS NOT NULL THEN printf('%!.17g', {0}) END", "CAST({0} AS TEXT)", column)
+
+
+def moment(column: ColumnElement[Any]) -> ColumnElement[str]:
+    """A moment as JSON documents have it: RFC 3339 in UTC, with microseconds where there are some."""
+    text = "replace({}, '.000000', '') || 'Z'"
+    return _Spelled(
+        text.format("replace({0}, ' ', 'T')"),
+        text.format("to_char({0} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US')"),
+        column,
+    )

@@ -1,0 +1,109 @@
+"""Errors of the driver as errors of the registry: what is away, what is full, which constraint was broken."""
+
+import logging
+import re
+import sqlite3
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InvalidRequestError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session as Session
+
+from registry.errors import Conflict, Invalid, Unavailable
+from registry.outages import OutageLog
+
+outages = OutageLog(logging.getLogger(__name__))
+
+UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
+"""PostgreSQL's SQLSTATEs."""
+
+_DROPPED_AGAIN = "This connection is closed"
+"""SQLAlchemy's pool, where a connection that it made anew was dropped as well: there is no type for it."""
+
+
+@contextmanager
+def translate_database_errors() -> Generator[None]:
+    """Database errors leave as errors that a user can act on."""
+    try:
+        yield
+    except IntegrityError as error:
+        table = _doubled(error)
+        if table is None:
+            raise
+        raise Conflict(
+            "raced",
+            f"Somebody else has just added the same to {table.replace('_', ' ')}.",
+            subject=table,
+            next_step="Run the command again.",
+        ) from error
+    except DataError as error:
+        raise Invalid(
+            "bad_value",
+            "A value does not fit its column: a text is too long or has a NUL, or a number is too large.",
+            next_step="Correct the value and repeat.",
+        ) from error
+    except PoolTimeout as error:
+        raise Unavailable(
+            "database_busy",
+            "All connections of this process to the database are in use (ADAPTORY_DATABASE_POOL_SIZE).",
+            next_step="Try again in a moment.",
+        ) from error
+    except InvalidRequestError as error:
+        if error.args[:1] != (_DROPPED_AGAIN,):
+            raise
+        outages.warn("The database cannot be used", error)
+        raise Unavailable(
+            "database_unavailable", "The database drops its connections.", next_step="Try again; see that it runs."
+        ) from error
+    except OperationalError as error:
+        raise _away(error) from error
+    except DBAPIError as error:
+        if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY:
+            outages.warn("The database cannot be used", error.orig)
+            raise Unavailable(
+                "database_unavailable",
+                "The database cannot be used.",
+                next_step="Try again; if it stays so, see that it runs and may be written.",
+            ) from error
+        raise
+
+
+def _away(error: OperationalError) -> Unavailable:
+    if _is_limit(error.orig):
+        outages.warn("The database lets no more connections in", error.orig)
+        return _no_connection_left()
+    outages.warn("The database cannot be used", error.orig)
+    return Unavailable(
+        "database_unavailable",
+        "The database cannot be used.",
+        next_step="See that it runs, has space and is migrated.",
+    )
+
+
+def _is_limit(error: BaseException | None) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return False
+    from registry.database.postgres import is_limit
+
+    return is_limit(error)
+
+
+def _no_connection_left() -> Unavailable:
+    return Unavailable(
+        "database_connections",
+        "PostgreSQL lets no more connections in: its max_connections, or the limit of the user or the database, is "
+        "reached.",
+        next_step="Try again in a moment. If it stays so, lower ADAPTORY_DATABASE_POOL_SIZE or --processes, or raise "
+        "max_connections.",
+    )
+
+
+def _doubled(error: IntegrityError) -> str | None:
+    """The table that has such a row already; None when it is another constraint that broke."""
+    if getattr(error.orig, "sqlstate", None) == UNIQUE_VIOLATION:
+        diagnosis: Any = getattr(error.orig, "diag", None)
+        return str(diagnosis.table_name)
+    match = re.match(r"UNIQUE constraint failed: (\w+)", str(error.orig))
+    return match and match.group(1)

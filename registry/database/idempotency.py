@@ -1,0 +1,59 @@
+"""A request that comes again under the same key is done once: what it made is kept, and is its answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, update
+from sqlalchemy.orm import Session
+
+from registry.database.engine import insert_if_absent
+from registry.database.tables import KeptAnswer
+from registry.errors import Conflict
+
+KEPT = timedelta(days=7)
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A request under a key that its user gave it; `request` is the sha256 of all that it asks for."""
+
+    user: str
+    key: str
+    request: str
+
+
+def known(session: Session, keyed: Keyed) -> Answer | None:
+    """What it made when it came before. Raises Conflict where the key is that of another request."""
+    kept = session.get(KeptAnswer, (keyed.user, keyed.key))
+    if kept is None:
+        return None
+    if kept.request != keyed.request:
+        raise Conflict(
+            "key_reused",
+            f"The Idempotency-Key {keyed.key} was that of another request.",
+            subject=keyed.key,
+            next_step="Give every request a key of its own.",
+        )
+    return kept.answer
+
+
+def claim(session: Session, keyed: Keyed | None, at: datetime) -> Answer | None:
+    """As `known`; where that is None, this transaction does it, and says with `keep` what it made. The same request at
+    the same moment waits for it, and does it where this transaction fails."""
+    if keyed is None:
+        return None
+    named = {"user": keyed.user, "key": keyed.key, "request": keyed.request}
+    return None if insert_if_absent(session, KeptAnswer, **named, answer={}, at=at) else known(session, keyed)
+
+
+def keep(session: Session, keyed: Keyed | None, answer: Mapping[str, Any]) -> None:
+    if keyed is not None:
+        own = (KeptAnswer.user == keyed.user, KeptAnswer.key == keyed.key)
+        session.execute(update(KeptAnswer).where(*own).values(answer=dict(answer)))
+
+
+def forget(session: Session, now: datetime) -> None:
+    session.execute(delete(KeptAnswer).where(KeptAnswer.at < now - KEPT))

@@ -1,0 +1,76 @@
+"""The schema: which revision a database has, and how it gets the one that this version needs."""
+
+from functools import cache
+from pathlib import Path
+
+from sqlalchemy import (
+    inspect,
+    text,
+)
+from sqlalchemy.orm import Session as Session
+
+from registry.database.engine import Database
+from registry.database.errors import translate_database_errors
+from registry.errors import Unavailable
+
+
+def migrations_directory() -> Path:
+    """Inside the installed package, or at the top of a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"
+
+
+@cache
+def head_revision() -> str:
+    """The newest migration when this process first asked: a newer version may be installed beneath it since. A file is
+    named `0001_what.py` and its revision is the number."""
+    return max(path.name.split("_")[0] for path in (migrations_directory() / "versions").glob("[0-9]*_*.py"))
+
+
+def schema_revision(database: Database) -> str | None:
+    """None for a database without our tables."""
+    with translate_database_errors():
+        if not inspect(database.engine).has_table("alembic_version"):
+            return None
+    with database.read() as session:
+        return session.scalar(text("SELECT version_num FROM alembic_version"))
+
+
+def migrate(database: Database, revision: str = "head") -> None:
+    """Runs the migrations up to `revision`; a second process doing the same waits and finds nothing left to do.
+
+    Raises Unavailable for a database that a newer version has migrated.
+    """
+    from alembic import command
+    from alembic.config import Config
+
+    _refuse_newer(schema_revision(database))
+    config = Config()
+    config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
+    config.attributes["engine"] = database.engine
+    with translate_database_errors():
+        command.upgrade(config, revision)
+
+
+def ensure_schema(database: Database, *, create: bool) -> None:
+    """Refuses a database of another schema; with `create`, an empty one is made ready."""
+    found, head = schema_revision(database), head_revision()
+    if found is None and create:
+        migrate(database)
+    elif found is None or found < head:
+        raise Unavailable(
+            "schema_old",
+            f"The database is at schema {found or 'none'}, this version needs {head}.",
+            next_step="Run `adaptory migrate`.",
+        )
+    _refuse_newer(found)
+
+
+def _refuse_newer(found: str | None) -> None:
+    if found is not None and found > (head := head_revision()):
+        raise Unavailable(
+            "schema_new",
+            f"The database is at schema {found}, newer than {head}.",
+            next_step="Install a newer adaptory, or restart what runs if that is done.",
+        )

@@ -1,0 +1,62 @@
+"""Namespaces, their members, and tokens."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, String
+from sqlalchemy.orm import Mapped, mapped_column
+
+from registry.database.engine import Row, UtcDateTime
+
+
+class Namespace(Row):
+    """The unit of permission. `signing_keys` are the public keys (PEM) that releases must be signed with, if any, and
+    `signature_covers` what a signature has to cover where one is required: the `release`, or its `files` alone."""
+
+    __tablename__ = "namespaces"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    public: Mapped[bool] = mapped_column(index=True)
+    require_signature: Mapped[bool]
+    signing_keys: Mapped[list[str]] = mapped_column(JSON)
+    signature_covers: Mapped[str] = mapped_column(String(16), default="release", server_default="release")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+
+
+class Member(Row):
+    """One user's role in one namespace, or in all of them where `namespace` is `*` (so it is no foreign key)."""
+
+    __tablename__ = "members"
+
+    user: Mapped[str] = mapped_column(String(128), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64), primary_key=True, index=True)
+    role: Mapped[str] = mapped_column(String(16))
+
+
+class KeptAnswer(Row):
+    """What a request that came with a key of its user's has made. `request` is the sha256 of all that it asked for."""
+
+    __tablename__ = "kept_answers"
+
+    user: Mapped[str] = mapped_column(String(128), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    request: Mapped[str] = mapped_column(String(64))
+    answer: Mapped[dict[str, Any]] = mapped_column(JSON)
+    at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class Token(Row):
+    """A secret that acts for a user, kept as its sha256. `scope` maps namespaces, or `*`, to its highest role there."""
+
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    user: Mapped[str] = mapped_column(String(128), index=True)
+    name: Mapped[str] = mapped_column(String(100))
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    scope: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -1,0 +1,261 @@
+"""Bases, repositories, revisions and releases."""
+
+from datetime import datetime
+from secrets import randbits
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from registry.database.engine import Row, UtcDateTime
+
+Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only in an INTEGER key
+
+
+ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale would sort by its own mind
+
+
+def new_stamp() -> int:
+    """One that no release has had: a counter would begin again in a database that was restored."""
+    return randbits(62)
+
+
+_ASKED = ("yanked", "stable", "size_bytes", "repository_id")
+"""Columns of a release that a search may ask about besides its traits."""
+
+
+class Base(Row):
+    """The identity of a base model. `tensors` is its table: [[name, dtype, [shape], sha256], ...] sorted by name."""
+
+    __tablename__ = "bases"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    architecture_digest: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    model_type: Mapped[str] = mapped_column(String(64))
+    tied: Mapped[bool]
+    parameters: Mapped[int] = mapped_column(BigInteger)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    tensor_count: Mapped[int]
+    tensors: Mapped[list[Any]] = mapped_column(JSON, deferred=True)
+    derived_from: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"), index=True)
+    relation: Mapped[str | None] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+
+
+class BaseAlias(Row):
+    """Another name of a base; hub ids keep their upper case, so an alias is looked up as it was written."""
+
+    __tablename__ = "base_aliases"
+
+    alias: Mapped[str] = mapped_column(String(200), primary_key=True)
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"), index=True)
+
+
+class BaseLocation(Row):
+    """Where the weights of a base can be read: `file://`, `hf://` or `s3://`."""
+
+    __tablename__ = "base_locations"
+
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"), primary_key=True)
+    url: Mapped[str] = mapped_column(String(1000), primary_key=True)
+
+
+class Repository(Row):
+    __tablename__ = "repositories"
+    __table_args__ = (UniqueConstraint("namespace", "name"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Blob(Row):
+    """Bytes that were verified and that at least one revision may name.
+
+    `removing_at` is set when a collection has decided to remove them, `removing_by` names its run: nobody may come to
+    rely on them any more, and they can be sent again once the row is gone.
+    """
+
+    __tablename__ = "blobs"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    removing_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    removing_by: Mapped[str | None] = mapped_column(String(32))
+
+
+class BlobHolder(Row):
+    """A namespace that has shown that it has a blob's bytes, by sending them: knowing a digest opens nothing."""
+
+    __tablename__ = "blob_holders"
+
+    sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256", ondelete="CASCADE"), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+
+class Upload(Row):
+    """Bytes on their way: who announced them, for which namespace, and until when they are waited for.
+
+    `multipart_id` and `part_bytes` are set where the store takes the file in parts.
+    """
+
+    __tablename__ = "uploads"
+    __table_args__ = (UniqueConstraint("namespace", "sha256"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    multipart_id: Mapped[str | None] = mapped_column(String(1000))
+    part_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128), index=True)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class Revision(Row):
+    """Files under one commit. `manifest` is the canonical manifest, whose sha256 the commit is the beginning of."""
+
+    __tablename__ = "revisions"
+    __table_args__ = (UniqueConstraint("repository_id", "commit"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
+    commit: Mapped[str] = mapped_column(String(40))
+    manifest: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    files: Mapped[list["RevisionFile"]] = relationship(order_by="RevisionFile.path", lazy="raise")
+
+
+class RevisionFile(Row):
+    __tablename__ = "revision_files"
+
+    revision_id: Mapped[int] = mapped_column(ForeignKey("revisions.id"), primary_key=True)
+    path: Mapped[str] = mapped_column(String(400), primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)
+
+
+class TargetSet(Row):
+    """An interned set of target names, by their sha256: thousands of releases share a few dozen sets."""
+
+    __tablename__ = "target_sets"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+
+
+class TargetSetMember(Row):
+    __tablename__ = "target_set_members"
+
+    target_set_id: Mapped[int] = mapped_column(ForeignKey("target_sets.id"), primary_key=True)
+    target: Mapped[str] = mapped_column(String(200), primary_key=True, index=True)
+
+
+class Traits(Row):
+    """An interned combination of the facts that searches ask for, by the sha256 of all of them.
+
+    Thousands of releases share a few hundred combinations. A search finds those that fit, then reads only releases that
+    do, in the order it wants; that nothing fits is known without looking at a release.
+    """
+
+    __tablename__ = "traits"
+    __table_args__ = (Index("ix_traits_base", "base_digest", "kind", "target_set_id", "rank_max"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"))
+    kind: Mapped[str] = mapped_column(String(16))
+    type: Mapped[str | None] = mapped_column(String(32))
+    variant: Mapped[str | None] = mapped_column(String(32))
+    rank_max: Mapped[int | None]
+    alpha: Mapped[float | None]
+    dtype: Mapped[str | None] = mapped_column(String(100))
+    license: Mapped[str | None] = mapped_column(String(100))
+    target_set_id: Mapped[int | None] = mapped_column(ForeignKey("target_sets.id"))
+    servers: Mapped[int]
+
+
+class ReleaseWord(Row):
+    """A word of a release's repository or notes, or what it states: an inverted index, the same on every database."""
+
+    __tablename__ = "release_words"
+    __table_args__ = (Index("ix_release_words_release", "release_id", "word"),)
+
+    word: Mapped[str] = mapped_column(ByteOrdered, primary_key=True)
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
+
+
+class Release(Row):
+    """A version given to a revision. The typed columns are facts that searches ask for; `facts` has the rest.
+
+    `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
+    `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
+    `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
+    `signature_covers` says whether it signed the `release` or its `files` alone.
+    `stamp` is another number whenever what is told of it has changed: by a yank, or by a score.
+    """
+
+    __tablename__ = "releases"
+    __table_args__ = (
+        UniqueConstraint("repository_id", "version"),
+        Index("ix_releases_repository_order", "repository_id", "sort_key", "stable", "yanked"),
+        # In the order of each sort, of those with the same traits and of all; `id` is the order of publication. They
+        # cover what else a search asks, so that only the page's rows are read whole.
+        Index("ix_releases_traits_newest", "traits_id", "id", *_ASKED, "sort_key"),
+        Index("ix_releases_traits_version", "traits_id", "sort_key", "id", *_ASKED),
+        Index("ix_releases_newest", "id", "traits_id", *_ASKED, "sort_key"),
+        Index("ix_releases_version", "sort_key", "id", "traits_id", *_ASKED),
+        Index("ix_releases_size", "size_bytes", "traits_id"),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
+    revision_id: Mapped[int] = mapped_column(ForeignKey("revisions.id"), index=True)
+    version: Mapped[str] = mapped_column(String(100))
+    sort_key: Mapped[str] = mapped_column(ByteOrdered)
+    stable: Mapped[bool]
+    base_digest: Mapped[str] = mapped_column(ForeignKey("bases.digest"))
+    type: Mapped[str | None] = mapped_column(String(32))
+    variant: Mapped[str | None] = mapped_column(String(32))
+    rank_max: Mapped[int | None]
+    alpha: Mapped[float | None]
+    dtype: Mapped[str | None] = mapped_column(String(100))
+    license: Mapped[str | None] = mapped_column(String(100))
+    target_set_id: Mapped[int | None] = mapped_column(ForeignKey("target_sets.id"))
+    traits_id: Mapped[int] = mapped_column(ForeignKey("traits.id"))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON)
+    spectrum: Mapped[dict[str, Any] | None] = mapped_column(JSON, deferred=True)
+    servers: Mapped[int]
+    loading: Mapped[dict[str, Any]] = mapped_column(JSON)
+    breaking_reason: Mapped[str | None]
+    signed_by: Mapped[str | None] = mapped_column(String(64))
+    signature_covers: Mapped[str | None] = mapped_column(String(16))
+    notes: Mapped[str]
+    yanked: Mapped[bool] = mapped_column(default=False)
+    yank_reason: Mapped[str | None]
+    stamp: Mapped[int] = mapped_column(BigInteger, default=new_stamp, onupdate=new_stamp, server_default=text("0"))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+    repository: Mapped[Repository] = relationship(lazy="joined", innerjoin=True)
+    revision: Mapped[Revision] = relationship(lazy="joined", innerjoin=True)
+    base: Mapped[Base] = relationship(lazy="joined", innerjoin=True)
+
+
+class Signature(Row):
+    """A bundle that signs a release, made after it: one a key. A signature that came with the files is one of them."""
+
+    __tablename__ = "signatures"
+
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
+    signed_by: Mapped[str] = mapped_column(String(64), primary_key=True)
+    bundle: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))

@@ -1,0 +1,132 @@
+"""Suites and scores, channels, their moves and their gates."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from registry.database.engine import Row, UtcDateTime
+from registry.database.tables.catalog import ByteOrdered, Id, Release
+
+
+class Suite(Row):
+    """A suite is its content: another example is another digest under the same name. The last one added is current."""
+
+    __tablename__ = "suites"
+    __table_args__ = (
+        Index("uq_suites_name", "name", unique=True, sqlite_where=text("current"), postgresql_where=text("current")),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    examples: Mapped[int]
+    content: Mapped[dict[str, Any]] = mapped_column(JSON, deferred=True)
+    current: Mapped[bool]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+
+
+class SuiteMetric(Row):
+    """Which way a metric is better, in all versions of the suite of that name. Everybody may read what is `stated`, in
+    the suite's file; what a score of its author has fixed, only who may read a score of the metric."""
+
+    __tablename__ = "suite_metrics"
+
+    suite: Mapped[str] = mapped_column(String(64), primary_key=True)
+    metric: Mapped[str] = mapped_column(String(64), primary_key=True)
+    higher_is_better: Mapped[bool]
+    stated: Mapped[bool]
+    by: Mapped[str] = mapped_column(String(128))
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Score(Row):
+    """One metric of one suite for one release or one base; measuring again replaces it, and the audit keeps both.
+
+    `traits_id` is the release's, so that the best of those with some traits are found without the others.
+    """
+
+    __tablename__ = "scores"
+    __table_args__ = (
+        UniqueConstraint("release_id", "suite_id", "metric"),
+        UniqueConstraint("base_digest", "suite_id", "metric"),
+        Index("ix_scores_of_release", "release_id", "suite_id", "metric", "value"),
+        # The best first, of releases with the same traits and of all.
+        Index("ix_scores_traits_best", "suite_id", "metric", "traits_id", "value", "release_id"),
+        Index("ix_scores_best", "suite_id", "metric", "value", "release_id"),
+        CheckConstraint("(release_id IS NULL) <> (base_digest IS NULL)", name="one_subject"),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    release_id: Mapped[int | None] = mapped_column(ForeignKey("releases.id"))
+    traits_id: Mapped[int | None] = mapped_column(ForeignKey("traits.id"))
+    base_digest: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"))
+    suite_id: Mapped[int] = mapped_column(ForeignKey("suites.id"))
+    metric: Mapped[str] = mapped_column(String(64))
+    value: Mapped[float]
+    stderr: Mapped[float | None]
+    n: Mapped[int]
+    higher_is_better: Mapped[bool]
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # read by nothing, and to be dropped
+    measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    measured_by: Mapped[str] = mapped_column(String(128))
+    suite: Mapped[Suite] = relationship(lazy="joined", innerjoin=True)
+
+
+class Channel(Row):
+    """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would come first).
+
+    `served_id` is the release that it gives out: that of the last move or, where it is yanked, of the first one below
+    that is not; None where there is none. `served_key` is the release's sort key. A search reads them in order.
+    """
+
+    __tablename__ = "channels"
+    __table_args__ = (
+        UniqueConstraint("repository_id", "name"),
+        Index("ix_channels_newest", "name", "served_id"),
+        Index("ix_channels_version", "name", "served_key", "served_id"),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
+    name: Mapped[str] = mapped_column(String(64))
+    move_id: Mapped[int | None] = mapped_column(Id)
+    served_id: Mapped[int | None] = mapped_column(Id)
+    served_key: Mapped[str | None] = mapped_column(ByteOrdered)
+
+
+class Move(Row):
+    """One step of a channel; rows are only ever added.
+
+    `below_id` is the move that a rollback from here returns to. Promotion puts a move on top of the current one; a
+    rollback to move M stands where M stood (`below_id` of M), so that rolling back again goes further back.
+    """
+
+    __tablename__ = "moves"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    channel_id: Mapped[int] = mapped_column(ForeignKey("channels.id"), index=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    from_release_id: Mapped[int | None] = mapped_column(ForeignKey("releases.id"))
+    to_release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"))
+    below_id: Mapped[int | None] = mapped_column(ForeignKey("moves.id"))
+    actor: Mapped[str] = mapped_column(String(128))
+    reason: Mapped[str]
+    forced: Mapped[bool]
+    gates: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    from_release: Mapped[Release | None] = relationship(foreign_keys=[from_release_id])
+    to_release: Mapped[Release] = relationship(foreign_keys=[to_release_id], lazy="joined", innerjoin=True)
+
+
+class Gate(Row):
+    """The rules that a promotion to one channel of one repository must pass, as they were written."""
+
+    __tablename__ = "gates"
+
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"), primary_key=True)
+    channel: Mapped[str] = mapped_column(String(64), primary_key=True)
+    rules: Mapped[list[str]] = mapped_column(JSON)

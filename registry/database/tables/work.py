@@ -1,0 +1,87 @@
+"""The event log, jobs, compositions and lineage."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, Float, ForeignKey, Index, String
+from sqlalchemy.orm import Mapped, mapped_column
+
+from registry.database.engine import Row, UtcDateTime
+from registry.database.tables.catalog import Id
+
+
+class AuditRow(Row):
+    """What somebody did, written in the transaction that did it: by which token, from where, why, and what it changed.
+
+    `namespace` is whose admins may read the row; None belongs to the site.
+    """
+
+    __tablename__ = "audit"
+    __table_args__ = (
+        Index("ix_audit_subject", "subject", "id"),
+        Index("ix_audit_namespace", "namespace", "id"),
+        Index("ix_audit_actor", "actor", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    actor: Mapped[str] = mapped_column(String(128))
+    act: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(300))
+    namespace: Mapped[str | None] = mapped_column(String(64))
+    token_id: Mapped[str | None] = mapped_column(String(16))
+    source: Mapped[str | None] = mapped_column(String(200))
+    reason: Mapped[str | None]
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class Job(Row):
+    """Work for one namespace that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat says a
+    worker has it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (Index("ix_jobs_state", "state", "id"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32))
+    namespace: Mapped[str | None] = mapped_column(String(64), index=True)
+    state: Mapped[str] = mapped_column(String(16))
+    steps: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    worker: Mapped[str | None] = mapped_column(String(64))
+    heartbeat_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    attempts: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class Composition(Row):
+    """A recipe on its way to a release: what was locked, found, measured and published."""
+
+    __tablename__ = "compositions"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    plan_only: Mapped[bool]
+    recipe: Mapped[dict[str, Any]] = mapped_column(JSON)
+    lock: Mapped[dict[str, Any]] = mapped_column(JSON)
+    conflicts: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    candidate_scores: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
+    gates: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
+    merge: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    results: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+
+
+class ReleaseInput(Row):
+    """Lineage: a release that a composition made, and one release that went into it."""
+
+    __tablename__ = "release_inputs"
+
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
+    input_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True, index=True)
+    composition_id: Mapped[int | None] = mapped_column(ForeignKey("compositions.id"))
+    weight: Mapped[float] = mapped_column(Float)

@@ -1,0 +1,1 @@
+"""Namespaces, members, roles, tokens and the audit log."""

@@ -1,0 +1,145 @@
+"""Who did what: typed acts and the one event log."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, cast
+
+from sqlalchemy import Select, Table, insert, select
+from sqlalchemy.orm import Session
+
+from registry.database.prepared import Prepared
+from registry.database.tables import AuditRow
+
+_audit = cast(Table, AuditRow.__table__)
+_INSERT = Prepared(insert(_audit), sets=[column.name for column in _audit.c if column is not _audit.c.id])
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who acts, when, by which token and from where. `registry.domain.access.roles` says what the grants allow.
+
+    `grants` maps a namespace, or `*` for all of them, to a role; `public` are the namespaces that everybody may read.
+    `mints` says whether the actor may make tokens, which a narrowed or a passing token may not.
+    """
+
+    name: str
+    at: datetime
+    grants: Mapping[str, str]
+    public: frozenset[str] = field(default=frozenset())
+    token_id: str | None = None
+    source: str | None = None
+    mints: bool = False
+    hidden: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The actor's own roles where the token's scope allows a lower one or none."""
+
+
+def operator(name: str, at: datetime) -> Actor:
+    """Who runs a command on the registry's own machine, past its doors."""
+    return Actor(name, at, {})
+
+
+class Act(StrEnum):
+    BASE_ADD = "base:add"
+    BASE_UPDATE = "base:update"
+    BLOB_COLLECT = "blob:collect"
+    BLOB_DISCARD = "blob:discard"
+    CHANNEL_PROMOTE = "channel:promote"
+    CHANNEL_ROLLBACK = "channel:rollback"
+    COMPOSITION_CANCEL = "composition:cancel"
+    COMPOSITION_CREATE = "composition:create"
+    GATE_SET = "gate:set"
+    MEMBER_SET = "member:set"
+    NAMESPACE_CREATE = "namespace:create"
+    NAMESPACE_SET = "namespace:set"
+    RELEASE_PUBLISH = "release:publish"
+    RELEASE_SIGN = "release:sign"
+    RELEASE_UNYANK = "release:unyank"
+    RELEASE_YANK = "release:yank"
+    REPOSITORY_CREATE = "repository:create"
+    SCORE_DELETE = "score:delete"
+    SCORE_RECORD = "score:record"
+    SUITE_ADD = "suite:add"
+    SUITE_METRIC = "suite:metric"
+    TOKEN_CREATE = "token:create"  # noqa: S105  (the name of an act)
+    TOKEN_REVOKE = "token:revoke"  # noqa: S105
+    UPLOAD_EXPIRE = "upload:expire"
+
+
+def record(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    act: Act,
+    subject: object,
+    *,
+    namespace: str | None,
+    reason: str | None = None,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    **detail: Any,
+) -> None:
+    """`namespace` is whose admins may read it, None the site's alone; `before` and `after` are what changed."""
+    values = {
+        "at": actor.at,
+        "actor": actor.name,
+        "act": act,
+        "subject": str(subject),
+        "namespace": namespace,
+        "token_id": actor.token_id,
+        "source": actor.source,
+        "reason": reason or None,
+        "before": dict(before) if before is not None else None,
+        "after": dict(after) if after is not None else None,
+        "detail": detail,
+    }
+    _INSERT.run(session, values)
+
+
+@dataclass(frozen=True, slots=True)
+class EventQuery:
+    """`namespaces` is None for an admin of the site, who sees all. A subject with a `*` at its end is a beginning."""
+
+    namespaces: Sequence[str] | None
+    namespace: str | None = None
+    subject: str | None = None
+    actor: str | None = None
+    act: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+def events(session: Session, query: EventQuery, *, after: int = 0, limit: int = 100) -> list[AuditRow]:
+    """In the order of writing; `after` is the id of the last row seen."""
+    statement = select(AuditRow).where(AuditRow.id > after).order_by(AuditRow.id).limit(limit)
+    return list(session.scalars(_filtered(statement, query)))
+
+
+def latest(session: Session, query: EventQuery, *, before: int = 0, limit: int = 100) -> list[AuditRow]:
+    """The newest first; `before` is the id of the last row seen, 0 for none."""
+    statement = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
+    if before:
+        statement = statement.where(AuditRow.id < before)
+    return list(session.scalars(_filtered(statement, query)))
+
+
+def _filtered(statement: Select[AuditRow], query: EventQuery) -> Select[AuditRow]:
+    if query.namespaces is not None:
+        statement = statement.where(AuditRow.namespace.in_(query.namespaces))
+    if query.subject and query.subject.endswith("*"):
+        beginning = query.subject.removesuffix("*")
+        statement = statement.where(AuditRow.subject.startswith(beginning, autoescape=True))
+    elif query.subject:
+        statement = statement.where(AuditRow.subject == query.subject)
+    for column, value in (
+        (AuditRow.namespace, query.namespace),
+        (AuditRow.actor, query.actor),
+        (AuditRow.act, query.act),
+    ):
+        if value is not None:
+            statement = statement.where(column == value)
+    if query.since is not None:
+        statement = statement.where(AuditRow.at >= query.since)
+    if query.until is not None:
+        statement = statement.where(AuditRow.at < query.until)
+    return statement

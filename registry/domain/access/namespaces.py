@@ -1,0 +1,163 @@
+"""Namespaces and their members."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from registry.database.engine import insert_if_absent
+from registry.database.tables import Member, Namespace
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import EVERYWHERE, Role, permit, readable, refuse_reserved, unknown_namespace
+from registry.errors import Invalid
+from registry.formats.references import parse_part
+from registry.formats.signatures import Covers, fingerprint
+
+MAX_SIGNING_KEYS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is None stays as it is."""
+
+    public: bool | None = None
+    require_signature: bool | None = None
+    signing_keys: Sequence[str] | None = None
+    signature_covers: Covers | None = None
+
+
+def find(session: Session, name: str) -> Namespace:
+    row = session.get(Namespace, name)
+    if row is None:
+        raise unknown_namespace(name)
+    return row
+
+
+def find_settled(session: Session, name: str) -> Namespace:
+    """As `find`; nobody changes it until this transaction ends."""
+    row = session.get(Namespace, name, with_for_update={"read": True}, populate_existing=True)
+    if row is None:
+        raise unknown_namespace(name)
+    return row
+
+
+def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
+    """A namespace comes to be with its first repository, if an admin of the whole registry makes that."""
+    row = session.get(Namespace, name)
+    if row is None:
+        permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
+        new = insert_if_absent(
+            session,
+            Namespace,
+            name=parse_part(name, "namespace"),
+            public=False,
+            require_signature=False,
+            signing_keys=[],
+            signature_covers="release",
+            created_at=actor.at,
+            created_by=actor.name,
+        )
+        if new:
+            audit.record(session, actor, Act.NAMESPACE_CREATE, name, namespace=name)
+        row = session.get_one(Namespace, name)
+    return row
+
+
+def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespace:
+    row = find_or_create(session, actor, name)
+    session.refresh(row, with_for_update=True)  # waits for those who publish by what it says now
+    before = _settings(row)
+    if wanted.public is not None:
+        row.public = wanted.public
+    if wanted.signing_keys is not None:
+        row.signing_keys = _checked_keys(wanted.signing_keys)
+    if wanted.require_signature is not None:
+        row.require_signature = wanted.require_signature
+    if wanted.signature_covers is not None:
+        row.signature_covers = wanted.signature_covers
+    if row.require_signature and not row.signing_keys:
+        raise Invalid(
+            "signing_keys_missing",
+            f"{name} cannot require signatures without a key that may sign.",
+            subject=name,
+            next_step="Name the keys with it: --signing-key PUB.pem, over REST signing_keys.",
+        )
+    session.flush()
+    after = _settings(row)
+    if after != before:
+        audit.record(session, actor, Act.NAMESPACE_SET, name, namespace=name, before=before, after=after)
+    return row
+
+
+def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list[Namespace]:
+    """Those that the actor may read, by name."""
+    query = select(Namespace).where(Namespace.name > after, readable(actor, Namespace.name))
+    return list(session.scalars(query.order_by(Namespace.name).limit(limit)))
+
+
+def signing_keys(session: Session, name: str) -> list[str]:
+    """The public keys (PEM) that releases of the namespace may be signed with; none for a namespace to come."""
+    row = session.get(Namespace, name)
+    return list(row.signing_keys) if row else []
+
+
+def public_names(session: Session) -> frozenset[str]:
+    return frozenset(session.scalars(select(Namespace.name).where(Namespace.public)))
+
+
+def set_member(session: Session, actor: Actor, namespace: str, user: str, role: Role | None) -> None:
+    """Gives a user a role in a namespace (`*` for all of them), or with None takes it away."""
+    if role is not None:
+        refuse_reserved(user)
+    if namespace != EVERYWHERE:
+        find_or_create(session, actor, namespace)
+    row = session.get(Member, (user, namespace))
+    before = {"role": row.role} if row else {}
+    if role is None:
+        session.execute(delete(Member).where(Member.user == user, Member.namespace == namespace))
+    elif row is None:
+        session.add(Member(user=user, namespace=namespace, role=role))
+    else:
+        row.role = role
+    session.flush()
+    after = {"role": str(role)} if role else {}
+    if before != after:
+        where = None if namespace == EVERYWHERE else namespace
+        subject = f"{namespace}/members/{user}"
+        audit.record(session, actor, Act.MEMBER_SET, subject, namespace=where, before=before, after=after)
+
+
+def members(session: Session, namespace: str) -> dict[str, str]:
+    """The role of each user."""
+    rows = session.scalars(select(Member).where(Member.namespace == namespace).order_by(Member.user))
+    return {row.user: row.role for row in rows}
+
+
+def roles_of(session: Session, user: str) -> dict[str, str]:
+    """The user's role by namespace."""
+    return {row.namespace: row.role for row in session.scalars(select(Member).where(Member.user == user))}
+
+
+def _settings(row: Namespace) -> Mapping[str, Any]:
+    return {
+        "public": row.public,
+        "require_signature": row.require_signature,
+        "signing_keys": list(row.signing_keys),
+        "signature_covers": row.signature_covers,
+    }
+
+
+def _checked_keys(keys: Sequence[str]) -> list[str]:
+    """A key that cannot verify would refuse every push; so it is tried here."""
+    if len(keys) > MAX_SIGNING_KEYS:
+        raise Invalid(
+            "too_many_keys",
+            f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.",
+            next_step="Name those that still sign.",
+        )
+    for key in keys:
+        fingerprint(key)
+    return list(keys)

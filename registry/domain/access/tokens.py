@@ -1,0 +1,188 @@
+"""Tokens: made, shown once, kept as a hash, checked on every request, revoked.
+
+    adp_<id: 12 of a-z2-7>_<secret: 64 hexadecimal digits><checksum: 8 hexadecimal digits>
+
+The id finds the row; the secret has 256 random bits, so that a plain sha256 keeps it; the checksum lets anybody tell a
+mistyped token, or a token in a leaked file, from other text without asking.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import ColumnElement, select, true
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Token
+from registry.domain.access import audit, namespaces
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import EVERYWHERE, Role, higher, holds, lower, refuse_reserved
+from registry.errors import NotAllowed, NotFound, Unauthenticated
+from registry.formats.references import parse_part
+
+WHOLE = {EVERYWHERE: Role.ADMIN.value}
+"""The scope of a token that may do whatever its user may."""
+_SHAPE = re.compile(r"(adp_([a-z2-7]{12})_[0-9a-f]{64})([0-9a-f]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """`scope` maps namespaces, or `*`, to the highest role that the token has there; the user's own roles limit it."""
+
+    user: str
+    name: str
+    scope: Mapping[str, Role]
+    lifetime: timedelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whom a token stands for, until when; a web process may remember it for some seconds."""
+
+    user: str
+    token_id: str
+    grants: Mapping[str, str]
+    mints: bool
+    expires_at: datetime | None
+    hidden: Mapping[str, str]
+    """The user's own roles where the scope allows a lower one or none."""
+
+
+def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
+    """The token and its secret text, which is told this once.
+
+    A token that is narrowed or that expires makes no tokens: it could outlive or widen itself.
+    """
+    if not actor.mints or (new.user != actor.name and not holds(actor, Role.ADMIN)):
+        raise NotAllowed(
+            "token_not_allowed",
+            f"{actor.name} may not make this token with this one.",
+            subject=new.user,
+            next_step="Use a token without scope and expiry; a token for another user needs an admin of the registry.",
+        )
+    refuse_reserved(new.user)
+    token_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
+    body = f"adp_{token_id}_{secrets.token_hex(32)}"
+    row = Token(
+        id=token_id,
+        user=new.user,
+        name=new.name,
+        secret_sha256=_hash(body),
+        scope=_checked_scope(new.scope),
+        created_at=actor.at,
+        created_by=actor.name,
+        expires_at=actor.at + new.lifetime if new.lifetime is not None else None,
+        revoked_at=None,
+    )
+    session.add(row)
+    session.flush()
+    after = {"user": row.user, "scope": row.scope, "expires_at": row.expires_at.isoformat() if row.expires_at else None}
+    audit.record(session, actor, Act.TOKEN_CREATE, f"token/{row.id}", namespace=None, after=after)
+    return row, body + _checksum(body)
+
+
+def revoke(session: Session, actor: Actor, token_id: str) -> Token:
+    """One's own, or as an admin of the registry anybody's. Twice is once.
+
+    A token that is narrowed or that expires revokes itself alone: who finds it must not lock its user out.
+    """
+    row = session.scalar(select(Token).where(Token.id == token_id, _in_reach(actor)))
+    if row is None:
+        raise NotFound(
+            "token_unknown",
+            f"There is no token {token_id[:16]} that you may revoke with this one.",
+            subject=token_id[:16],
+            next_step="`adaptory token list` shows those you may; one with a scope or an expiry revokes itself alone.",
+        )
+    if row.revoked_at is None:
+        row.revoked_at = actor.at
+        session.flush()
+        audit.record(session, actor, Act.TOKEN_REVOKE, f"token/{row.id}", namespace=None, before={"user": row.user})
+    return row
+
+
+def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list[Token]:
+    """By id, those that the actor may revoke."""
+    query = select(Token).where(_in_reach(actor), Token.id > after).order_by(Token.id).limit(limit)
+    return list(session.scalars(query))
+
+
+def exist(session: Session) -> bool:
+    return session.scalars(select(Token.id).where(Token.revoked_at.is_(None)).limit(1)).first() is not None
+
+
+def authenticate(session: Session, text: str, now: datetime) -> Caller:
+    """Raises Unauthenticated for whatever is not a token in force."""
+    match = _SHAPE.fullmatch(text)
+    if match is None or _checksum(match.group(1)) != match.group(3):
+        raise _invalid("is not a token: a character is missing or mistyped")
+    row = session.get(Token, match.group(2))
+    if row is None or not hmac.compare_digest(row.secret_sha256, _hash(match.group(1))):
+        raise _invalid("is not known here")
+    if row.revoked_at is not None:
+        raise _invalid("was revoked")
+    if row.expires_at is not None and row.expires_at <= now:
+        raise _invalid("has expired")
+    mints = row.scope == WHOLE and row.expires_at is None
+    roles = namespaces.roles_of(session, row.user)
+    grants, own = effective_grants(roles, row.scope), effective_grants(roles, WHOLE)
+    everywhere = own.get(EVERYWHERE, "")
+    roles_there = {name: own.get(name, everywhere) for name in {*grants, *own}}
+    hidden = {name: role for name, role in roles_there.items() if grants.get(name) != role}
+    return Caller(row.user, row.id, grants, mints, row.expires_at, hidden)
+
+
+def grants_of(session: Session, token_id: str) -> dict[str, str]:
+    """What its user may do by the token now: nothing once it was revoked.
+
+    For work that goes on after the request: that the token has expired since takes nothing back.
+    """
+    row = session.get_one(Token, token_id)
+    return {} if row.revoked_at else effective_grants(namespaces.roles_of(session, row.user), row.scope)
+
+
+def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
+    """In each namespace the lower of the user's role and the token's."""
+    found: dict[str, str] = {}
+    everywhere = roles.get(EVERYWHERE)
+    for namespace in {*roles, *(scope if everywhere else ())}:
+        own = roles.get(namespace)
+        role = higher(own, everywhere) if own and everywhere else own or everywhere
+        limit = scope.get(namespace, scope.get(EVERYWHERE))
+        if role and limit:
+            found[namespace] = lower(role, limit).value
+    return found
+
+
+def _in_reach(actor: Actor) -> ColumnElement[bool]:
+    """What the actor may see and revoke."""
+    if not actor.mints:
+        return Token.id == actor.token_id
+    return true() if holds(actor, Role.ADMIN) else Token.user == actor.name
+
+
+def _checked_scope(scope: Mapping[str, Role]) -> dict[str, str]:
+    return {
+        namespace if namespace == EVERYWHERE else parse_part(namespace, "namespace"): role.value
+        for namespace, role in scope.items()
+    }
+
+
+def _invalid(what: str) -> Unauthenticated:
+    return Unauthenticated(
+        "token_invalid", f"The token {what}.", next_step="Make one with `adaptory token create`, set ADAPTORY_TOKEN."
+    )
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"

@@ -1,0 +1,1 @@
+"""Repositories, releases, bases, suites and scores."""

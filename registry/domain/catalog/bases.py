@@ -1,0 +1,374 @@
+"""Base models: registered by what their weights are, found by digest, name or alias."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import ColumnElement, String, bindparam, or_, select
+from sqlalchemy.orm import Session, undefer
+
+from composer.formats.checkpoints.checkpoint import Architecture, TensorSpec
+from composer.formats.checkpoints.hashing import architecture_digest, weights_digest
+from composer.formats.checkpoints.header import DTYPE_BITS
+from registry.database.prepared import Prepared
+from registry.database.tables import Base, BaseAlias, BaseLocation
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role, holds, refuse_stranger
+from registry.errors import Conflict, Invalid, NotFound, Usage
+from registry.formats.references import MAX_NEAR, Digest, nearest, parse_part
+
+RELATIONS = ("quantized", "cast", "finetuned", "merged")
+SAME_MODEL = ("cast", "quantized")
+"""Relations that keep what a base computes, but for rounding: an adapter of one is worth trying on the other."""
+MAX_STEPS, MAX_RELATED = 4, 100
+MAX_PARAMETERS = 1 << 59
+"""With which a size still fits into a column; a million times what the largest models have."""
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
+_DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
+_SCHEMES = ("file://", "hf://", "s3://")
+
+_base, _alias = Base.__table__.c, BaseAlias.__table__.c
+_TEXT = bindparam("text", type_=String)
+_BY_DIGEST = Prepared(select(_base.digest, _base.name).where(_base.digest.between(_TEXT, bindparam("last"))).limit(2))
+
+
+def _called(name: ColumnElement[str]) -> ColumnElement[bool]:
+    return or_(_base.name == name, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == name)))
+
+
+_BY_NAME = Prepared(select(_base.digest, _base.name).where(_called(_TEXT)))
+
+
+def is_name(text: str) -> bool:
+    """A name or an alias, which one base can have; what looks like a digest may begin several."""
+    return _DIGEST_LIKE.fullmatch(text) is None
+
+
+def digest_of(name: ColumnElement[str]) -> ColumnElement[str]:
+    """Within another statement: most searches ask for a base, and are spared one for that."""
+    return select(_base.digest).where(_called(name)).limit(1).scalar_subquery()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One line of the tensor table: safetensors dtype, shape, sha256 of the raw little-endian bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class NewBase:
+    name: str
+    model_type: str
+    tied: bool
+    tensors: Sequence[TensorRow]
+    weights_digest: Digest
+    aliases: Sequence[str] = ()
+    locations: Sequence[str] = field(default=())
+    derived_from: str | None = None
+    relation: str | None = None
+
+
+def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
+    """The base and whether it is new. Adding a known base again only adds aliases, locations and its origin.
+
+    Those of another's base are for its maker and admins to add: an alias decides what a push is checked against. Raises
+    NotAllowed for others, unless all that they state is there, and Conflict for another model type or another tie.
+    """
+    architecture = _checked_architecture(new)
+    base = session.get(Base, new.weights_digest)
+    created = base is None
+    if base is None:
+        base = _insert(session, actor, new, architecture)
+    elif (base.model_type, base.tied) != (new.model_type, new.tied):
+        raise Conflict(
+            "base_differs",
+            f"These weights are {base.name!r}, of model type {base.model_type!r} with tied={base.tied}, "
+            f"not {new.model_type!r} with tied={new.tied}.",
+            subject=new.name,
+            next_step="Compare config.json with the one that the base was added from.",
+        )
+    _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
+    _add_locations(session, actor, base, new.locations)
+    _add_relation(session, actor, base, new)
+    session.flush()
+    return base, created
+
+
+def _checked_architecture(new: NewBase) -> Architecture:
+    """What a base is follows from its table of tensors, and that from the weights digest."""
+    tensors = {row.name: TensorSpec(row.dtype, row.shape) for row in new.tensors}
+    for row in new.tensors:
+        if row.dtype not in DTYPE_BITS:
+            raise Invalid(
+                "unknown_dtype",
+                f"{row.name} has the unknown dtype {row.dtype}.",
+                subject=row.name,
+                next_step=f"Name one of safetensors' dtypes: {', '.join(DTYPE_BITS)}.",
+            )
+    hashed = weights_digest((row.name, row.dtype, row.shape, row.sha256) for row in new.tensors)
+    if len(tensors) != len(new.tensors) or hashed != new.weights_digest:
+        raise Invalid(
+            "digest_differs",
+            "The weights digest does not follow from the tensor table.",
+            subject=new.name,
+            next_step="Hash the checkpoint again.",
+        )
+    if sum(spec.elements for spec in tensors.values()) > MAX_PARAMETERS:
+        raise Invalid(
+            "base_too_large",
+            f"No checkpoint is as large as the tensor table of {new.name!r} says.",
+            subject=new.name,
+            next_step="Look at the shapes.",
+        )
+    return Architecture(new.model_type, new.tied, tensors)
+
+
+def _insert(session: Session, actor: Actor, new: NewBase, architecture: Architecture) -> Base:
+    _refuse_taken_name(session, new)
+    rows = sorted(new.tensors, key=lambda row: row.name)
+    specs = architecture.tensors.values()
+    base = Base(
+        digest=new.weights_digest,
+        architecture_digest=architecture_digest(architecture),
+        name=parse_part(new.name, "base name"),
+        model_type=new.model_type,
+        tied=new.tied,
+        parameters=sum(spec.elements for spec in specs),
+        size_bytes=sum(spec.size_bytes for spec in specs),
+        tensor_count=len(rows),
+        tensors=[[row.name, row.dtype, list(row.shape), row.sha256] for row in rows],
+        derived_from=None,
+        relation=None,
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    session.add(base)
+    session.flush()
+    audit.record(session, actor, Act.BASE_ADD, base.digest, namespace=None, after={"name": base.name})
+    return base
+
+
+def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
+    """The base that it named, which keeps its own name."""
+    row = session.get(BaseAlias, alias)
+    if row is None:
+        raise NotFound(
+            "alias_unknown",
+            f"No base has the alias {alias[:200]!r}.",
+            subject=alias[:200],
+            next_step="`adaptory base list` shows the aliases; a base's own name stays.",
+        )
+    base = session.get_one(Base, row.base_digest)
+    _refuse_stranger(actor, base)
+    session.delete(row)
+    session.flush()
+    audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, before={"alias": alias})
+    return base
+
+
+def find(session: Session, text: str) -> Base:
+    """By digest (12 digits or more), by name or by alias. No name may look like a digest, so that none can hide one."""
+    return session.get_one(Base, identify(session, text)[0])
+
+
+def identify(session: Session, text: str) -> tuple[str, str]:
+    """(digest, name) of the base that `find` finds."""
+    query = _BY_NAME if is_name(text) else _BY_DIGEST
+    matches = query.rows(session, {"text": text, "last": text.ljust(64, "g")})
+    if not matches:
+        raise NotFound(
+            "base_unknown",
+            f"There is no base {text!r}.",
+            subject=text,
+            next_step=nearest(
+                text,
+                _all_names(session),
+                "Register it with `adaptory base add DIR --name NAME`; `adaptory base list` shows those known.",
+            ),
+        )
+    if len(matches) > 1:
+        raise Usage("base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits.")
+    [(digest, name)] = matches
+    return digest, name
+
+
+def _all_names(session: Session) -> list[str]:
+    names = session.scalars(select(Base.name).order_by(Base.name).limit(MAX_NEAR))
+    return [*names, *session.scalars(select(BaseAlias.alias).order_by(BaseAlias.alias).limit(MAX_NEAR))]
+
+
+def architecture(session: Session, digest: str) -> Architecture:
+    """What an adapter is checked against."""
+    base = session.scalars(select(Base).where(Base.digest == digest).options(undefer(Base.tensors))).one()
+    return Architecture(
+        base.model_type, base.tied, {name: TensorSpec(dtype, tuple(shape)) for name, dtype, shape, _ in base.tensors}
+    )
+
+
+def aliases(session: Session, *listed: Base) -> dict[str, list[str]]:
+    """By digest; one query for a page of bases, as those that follow."""
+    return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, listed)
+
+
+def locations(session: Session, *listed: Base) -> dict[str, list[str]]:
+    return _by_digest(session, BaseLocation.base_digest, BaseLocation.url, listed)
+
+
+def origins(session: Session, *listed: Base) -> dict[str, str]:
+    """The name of the base that each was made from, by that one's digest."""
+    query = select(Base.digest, Base.name).where(Base.digest.in_({base.derived_from for base in listed}))
+    return dict(session.execute(query).all())
+
+
+def _by_digest(session: Session, digest: Any, text: Any, listed: Sequence[Base]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {base.digest: [] for base in listed}
+    for of, one in session.execute(select(digest, text).where(digest.in_(found)).order_by(text)):
+        found[of].append(one)
+    return found
+
+
+def related(session: Session, digest: str) -> dict[str, str]:
+    """Digests of the base ("") and of those that casts and quantizations link it to, in either direction: for each the
+    relations on the way, as in `cast` or `quantized, cast`. At most `MAX_STEPS` relations away and `MAX_RELATED` bases.
+    """
+    found: dict[str, str] = {digest: ""}
+    edge = [digest]
+    for _ in range(MAX_STEPS):
+        touching = or_(Base.digest.in_(edge), Base.derived_from.in_(edge))
+        links = select(Base.digest, Base.derived_from, Base.relation).where(touching, Base.relation.in_(SAME_MODEL))
+        reached: dict[str, str] = {}
+        for made, origin, relation in session.execute(links.order_by(Base.digest).limit(MAX_RELATED)):
+            for here, there in ((made, origin or ""), (origin or "", made)):
+                if here in found and there not in found:
+                    reached[there] = ", ".join(part for part in (found[here], relation) if part)
+        edge = list(reached)[: MAX_RELATED - len(found)]
+        found |= {there: reached[there] for there in edge}
+        if not edge:
+            break
+    return found
+
+
+def list_page(session: Session, *, after: str, limit: int) -> list[Base]:
+    return list(session.scalars(select(Base).where(Base.name > after).order_by(Base.name).limit(limit)))
+
+
+def _refuse_taken_name(session: Session, new: NewBase) -> None:
+    if _DIGEST_LIKE.fullmatch(new.name):
+        raise Usage(
+            "bad_name",
+            f"{new.name!r} looks like a digest.",
+            subject=new.name,
+            next_step="Choose a name that says what it is.",
+        )
+    other = session.scalar(select(Base.digest).where(Base.name == new.name))
+    other = other or session.scalar(select(BaseAlias.base_digest).where(BaseAlias.alias == new.name))
+    if other:
+        raise Conflict(
+            "base_name_taken",
+            f"{new.name!r} names the base {other[:12]}, whose weights differ.",
+            subject=new.name,
+            next_step="Choose another --name.",
+        )
+
+
+def _refuse_stranger(actor: Actor, base: Base) -> None:
+    refuse_stranger(actor, f"base {base.name}", base.created_by, f"use it as it is, by the name {base.name}")
+
+
+def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:
+    for alias in wanted:
+        if not _ALIAS.fullmatch(alias) or _DIGEST_LIKE.fullmatch(alias):
+            raise Usage(
+                "bad_alias",
+                f"{alias[:80]!r} cannot be an alias.",
+                subject=alias[:80],
+                next_step="Use letters, digits and . _ - /, and not the form of a digest.",
+            )
+        owner = session.scalar(select(Base.digest).where(Base.name == alias))
+        row = session.get(BaseAlias, alias)
+        owner = owner or (row.base_digest if row else None)
+        if owner is None:
+            _refuse_stranger(actor, base)
+            session.add(BaseAlias(alias=alias, base_digest=base.digest))
+            session.flush()
+            audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"alias": alias})
+        elif owner != base.digest:
+            raise Conflict(
+                "alias_taken",
+                f"{alias!r} names the base {owner[:12]}, whose weights differ.",
+                subject=alias,
+                next_step="Choose another alias.",
+            )
+
+
+def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:
+    for url in wanted:
+        if not url.startswith(_SCHEMES) or len(url) > 1000:
+            raise Usage(
+                "bad_location",
+                f"{url[:120]!r} is not a location.",
+                subject=url[:120],
+                next_step=f"Begin it with one of {', '.join(_SCHEMES)}.",
+            )
+        if session.get(BaseLocation, (base.digest, url)) is None:
+            _refuse_stranger(actor, base)
+            session.add(BaseLocation(base_digest=base.digest, url=url))
+            session.flush()
+            audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"location": url})
+
+
+def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> None:
+    if new.derived_from is None and new.relation is None:
+        return
+    if new.derived_from is None or new.relation not in RELATIONS:
+        raise Usage(
+            "bad_relation",
+            f"{new.name!r} must say both what it is derived from and how.",
+            subject=new.name,
+            next_step=f"Name a registered base, and one of {', '.join(RELATIONS)}.",
+        )
+    origin = find(session, new.derived_from)
+    if (base.derived_from, base.relation) == (origin.digest, new.relation):
+        return
+    _refuse_stranger(actor, base)
+    if base.derived_from is not None and not holds(actor, Role.ADMIN):
+        raise Conflict(
+            "relation_known",
+            f"{base.name!r} is {base.relation} from the base {base.derived_from[:12]} already.",
+            subject=base.name,
+            next_step="An admin of the registry may correct it.",
+        )
+    if base.digest in _origins(session, origin):
+        raise Invalid(
+            "relation_circular",
+            f"{origin.name!r} was itself made from {base.name!r}.",
+            subject=base.name,
+            next_step="Name the base that was there first.",
+        )
+    if new.relation == "cast" and base.architecture_digest != origin.architecture_digest:
+        raise Invalid(
+            "not_a_cast",
+            f"{base.name!r} has other tensors or shapes than {origin.name!r}, so it is no cast of it.",
+            subject=base.name,
+            next_step="Name another relation: quantized, finetuned or merged.",
+        )
+    before = {"derived_from": base.derived_from, "relation": base.relation} if base.derived_from else None
+    base.derived_from, base.relation = origin.digest, new.relation
+    session.flush()
+    after = {"derived_from": origin.digest, "relation": new.relation}
+    audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, before=before, after=after)
+
+
+def _origins(session: Session, base: Base) -> set[str]:
+    """The base and all that it was made from."""
+    found = {base.digest}
+    while base.derived_from is not None and base.derived_from not in found:
+        found.add(base.derived_from)
+        base = session.get_one(Base, base.derived_from)
+    return found

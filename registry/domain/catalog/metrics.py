@@ -1,0 +1,158 @@
+"""Which way a metric of a suite is better: stated in the suite's file, or fixed by the first score of its author.
+
+It belongs to the suite's name, in all versions of its content. Whoever records first elsewhere decides nothing, and
+what only private scores show of a metric is shown to nobody who may not read them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from registry.database.engine import insert_if_absent
+from registry.database.tables import Release, Repository, Score, Suite, SuiteMetric
+from registry.database.tables.catalog import new_stamp
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role, holds, readable_names
+from registry.errors import Invalid
+
+HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
+"""The metrics that `adaptory eval` measures, on every suite."""
+
+
+def state(session: Session, actor: Actor, suite: str, metrics: Mapping[str, bool]) -> None:
+    """The author's word, which everybody may read. It corrects the direction of scores that are there.
+
+    Raises Invalid where it contradicts what `adaptory eval` measures.
+    """
+    for metric, better in metrics.items():
+        if HIGHER_IS_BETTER.get(metric, better) != better:
+            raise Invalid(
+                "bad_metric",
+                f"{suite}: {metric} is {'lower' if better else 'higher'} is better on every suite.",
+                subject=metric,
+                next_step=f"Leave {metric} out of the suite's metrics: `adaptory eval` records it.",
+            )
+        if metric not in HIGHER_IS_BETTER:
+            _set(session, actor, suite, metric, better)
+
+
+def _set(session: Session, actor: Actor, suite: str, metric: str, better: bool) -> None:
+    values = {"higher_is_better": better, "stated": True, "by": actor.name, "at": actor.at}
+    before = None
+    if not insert_if_absent(session, SuiteMetric, suite=suite, metric=metric, **values):
+        row = session.get_one(SuiteMetric, (suite, metric), with_for_update=True, populate_existing=True)
+        if row.stated and row.higher_is_better == better:
+            return
+        before = {"higher_is_better": row.higher_is_better} if row.higher_is_better != better else None
+        row.higher_is_better, row.stated, row.by, row.at = better, True, actor.name, actor.at
+    _align(session, suite, metric, better)
+    audit.record(
+        session,
+        actor,
+        Act.SUITE_METRIC,
+        f"suite/{suite}",
+        namespace=None,
+        before=before,
+        after={"higher_is_better": better},
+        metric=metric,
+    )
+
+
+def _align(session: Session, suite: str, metric: str, better: bool) -> None:
+    """Scores say what their suite says, and so do the documents of releases that have some."""
+    of_suite = Score.suite_id.in_(select(Suite.id).where(Suite.name == suite))
+    wrong = of_suite & (Score.metric == metric) & (Score.higher_is_better != better)
+    of_releases = Release.id.in_(select(Score.release_id).where(wrong))
+    session.execute(update(Release).where(of_releases).values(stamp=new_stamp()))
+    session.execute(update(Score).where(wrong).values(higher_is_better=better))
+
+
+def check(session: Session, actor: Actor, suite: Suite, metric: str, better: bool) -> None:
+    """Returns where a score may say so. The author's first score of a metric fixes its direction.
+
+    Raises Invalid for another direction, and for a metric that the suite does not state as far as the actor may see.
+    """
+    if metric in HIGHER_IS_BETTER:
+        expected = HIGHER_IS_BETTER[metric]
+    elif (visible := _visible(session, actor, suite.name, metric)) is not None:
+        expected = visible
+    elif not is_author(session, actor, suite.name):
+        raise Invalid(
+            "metric_unstated",
+            f"{suite.name} does not state which way {metric} is better.",
+            subject=metric,
+            next_step=f"Ask {suite.created_by} to add `metrics: {{{metric}: higher}}`, or lower, to the suite's file "
+            "and to run `adaptory suite add` again.",
+        )
+    else:
+        expected = _fix(session, actor, suite.name, metric, better)
+    if better != expected:
+        raise Invalid(
+            "bad_score",
+            f"higher_is_better is {expected} for {metric} of {suite.name}.",
+            subject=metric,
+            next_step="Record it so. The suite's author corrects it under `metrics` in the suite's file, and runs "
+            "`adaptory suite add` again.",
+        )
+
+
+def _fix(session: Session, actor: Actor, suite: str, metric: str, better: bool) -> bool:
+    """What the author's first score said, which may be another than this one."""
+    values = {"higher_is_better": better, "stated": False, "by": actor.name, "at": actor.at}
+    if insert_if_absent(session, SuiteMetric, suite=suite, metric=metric, **values):
+        _align(session, suite, metric, better)
+    row = session.get_one(SuiteMetric, (suite, metric), with_for_update={"read": True}, populate_existing=True)
+    return row.higher_is_better
+
+
+def _visible(session: Session, actor: Actor, suite: str, metric: str) -> bool | None:
+    """The direction that the suite has fixed, where the actor may know of it. The row stays as it is until the end of
+    the transaction, so that no score is recorded against a correction."""
+    query = select(SuiteMetric).where(SuiteMetric.suite == suite, SuiteMetric.metric == metric)
+    row = session.scalar(query.with_for_update(read=True))
+    if row is None or not (row.stated or is_measured(session, actor, suite, metric)):
+        return None
+    return row.higher_is_better
+
+
+def is_known(session: Session, actor: Actor, suite: str, metric: str) -> bool:
+    """Whether a search may name it: it is stated, or the actor may read a score of it."""
+    stated = select(SuiteMetric.stated).where(SuiteMetric.suite == suite, SuiteMetric.metric == metric)
+    return bool(metric in HIGHER_IS_BETTER or session.scalar(stated)) or is_measured(session, actor, suite, metric)
+
+
+def is_measured(session: Session, actor: Actor, suite: str, metric: str) -> bool:
+    """Of a base, which every member may read, or of a release that the actor may."""
+    scores = select(Score.id).join(Suite).where(Suite.name == suite, Score.metric == metric)
+    if (readable := readable_names(actor)) is not None:
+        scores = scores.outerjoin(Release, Release.id == Score.release_id)
+        scores = scores.outerjoin(Repository, Repository.id == Release.repository_id)
+        scores = scores.where(Score.base_digest.is_not(None) | Repository.namespace.in_(readable))
+    return session.scalar(scores.limit(1)) is not None
+
+
+def is_author(session: Session, actor: Actor, suite: str) -> bool:
+    """Whoever made its current version, or an admin of the registry."""
+    made_by = select(Suite.created_by).where(Suite.name == suite, Suite.current)
+    return holds(actor, Role.ADMIN) or session.scalar(made_by) == actor.name
+
+
+def is_higher_better(session: Session, suite: str, metric: str) -> bool:
+    """As a search sorts: by the suite's word, else by that of its first score."""
+    if metric in HIGHER_IS_BETTER:
+        return HIGHER_IS_BETTER[metric]
+    stated = select(SuiteMetric.higher_is_better).where(SuiteMetric.suite == suite, SuiteMetric.metric == metric)
+    first = select(Score.higher_is_better).join(Suite).where(Suite.name == suite, Score.metric == metric)
+    found = session.scalar(stated)
+    return bool(session.scalar(first.order_by(Score.id).limit(1)) if found is None else found)
+
+
+def stated(session: Session, suites: Sequence[Suite]) -> dict[str, dict[str, bool]]:
+    """What each suite states for everybody, by its name: metric -> whether higher is better."""
+    found: dict[str, dict[str, bool]] = {suite.name: {} for suite in suites}
+    query = select(SuiteMetric).where(SuiteMetric.suite.in_(found), SuiteMetric.stated).order_by(SuiteMetric.metric)
+    for row in session.scalars(query):
+        found[row.suite][row.metric] = row.higher_is_better
+    return found

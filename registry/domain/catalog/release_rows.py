@@ -1,0 +1,158 @@
+"""All that the registry says of releases, in one statement for a page of them.
+
+Texts of JSON are left as they are, and nothing is checked again: a page of fifty is read many times a second, by nobody
+who changes what it shows, and mostly to be sent on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+from sqlalchemy import FromClause, Text, cast, select
+from sqlalchemy.orm import Session
+
+from registry.database.dialects import among, exact, filled, json_list, json_rows, moment
+from registry.database.prepared import Prepared
+from registry.database.tables import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
+
+TOGETHER = 50
+"""So many releases a statement: with manifests of thousands of files each they still fit in memory."""
+
+_base, _input, _release, _repository, _revision, _score, _suite = (
+    table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, Suite)
+)
+
+
+class ReleaseRow(NamedTuple):
+    """`manifest`, `facts`, `provenance` and `loading` are JSON, `created_at` is as documents have it."""
+
+    id: int
+    namespace: str
+    repository: str
+    kind: str
+    version: str
+    commit: str
+    manifest: str
+    base_digest: str
+    base_name: str
+    rank_max: int | None
+    facts: str
+    provenance: str
+    loading: str
+    servers: int
+    breaking_reason: str | None
+    signed_by: str | None
+    signature_covers: str | None
+    notes: str
+    yanked: bool
+    yank_reason: str | None
+    created_at: str
+    created_by: str
+    stamp: int
+
+
+ScoreRow = list[Any]
+"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, when."""
+InputRow = list[Any]
+"""Id of the release that was made and of the one that went into it; namespace, repository, version, commit, weight."""
+
+
+_NAMED: FromClause = (
+    Release.__table__.join(Repository.__table__, _repository.id == _release.repository_id)
+    .join(Revision.__table__, _revision.id == _release.revision_id)
+)  # fmt: skip
+_RELEASES = (
+    select(
+        json_rows(
+            _release.id,
+            _repository.namespace,
+            _repository.name,
+            _repository.kind,
+            _release.version,
+            _revision.commit,
+            _revision.manifest,
+            _base.digest,
+            _base.name,
+            _release.rank_max,
+            cast(_release.facts, Text),
+            cast(_release.provenance, Text),
+            cast(_release.loading, Text),
+            _release.servers,
+            _release.breaking_reason,
+            _release.signed_by,
+            _release.signature_covers,
+            _release.notes,
+            _release.yanked,
+            _release.yank_reason,
+            moment(_release.created_at),
+            _release.created_by,
+            _release.stamp,
+        )
+    )
+    .select_from(_NAMED.join(Base.__table__, _base.digest == _release.base_digest))
+    .where(among(_release.id, "ids"))
+)
+# The sum keeps SQLite from going from each suite through all of its scores.
+_SCORES = (
+    select(
+        json_rows(
+            _score.release_id,
+            _suite.name,
+            _score.metric,
+            _suite.digest,
+            exact(_score.value),
+            exact(_score.stderr),
+            _score.n,
+            _score.higher_is_better,
+            moment(_score.measured_at),
+        )
+    )
+    .select_from(Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0))
+    .where(among(_score.release_id, "ids"), _suite.current)
+)
+_INPUTS = (
+    select(
+        json_rows(
+            _input.release_id,
+            _input.input_id,
+            _repository.namespace,
+            _repository.name,
+            _release.version,
+            _revision.commit,
+            exact(_input.weight),
+        )
+    )
+    .select_from(_NAMED.join(ReleaseInput.__table__, _input.input_id == _release.id))
+    .where(among(_input.release_id, "ids"))
+)
+CURRENT_SUITES = select(json_list(_suite.id)).where(_suite.current).scalar_subquery()
+_PAGE = Prepared(select(*(part.scalar_subquery() for part in (_RELEASES, _SCORES, _INPUTS)), CURRENT_SUITES))
+
+Stamp = tuple[int, str | None]
+"""Of the release, and of which suites are current: two descriptions of a release with the same stamp say the same."""
+
+
+@dataclass(slots=True)
+class Description:
+    """A release, the scores of current suites by suite and metric, and what went into it. Floats are texts."""
+
+    release: ReleaseRow
+    stamp: Stamp
+    scores: list[ScoreRow] = field(default_factory=list[ScoreRow])
+    inputs: list[InputRow] = field(default_factory=list[InputRow])
+
+
+def describe(session: Session, release_ids: Sequence[int]) -> list[Description]:
+    """In the order of the ids."""
+    found: dict[int, Description] = {}
+    for start in range(0, len(release_ids), TOGETHER):
+        [(*texts, suites)] = _PAGE.rows(session, {"ids": filled(release_ids[start : start + TOGETHER])})
+        releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
+        for row in map(ReleaseRow._make, releases):
+            found[row.id] = Description(row, (row.stamp, suites))
+        for row in sorted(scores):  # no two have the same suite and metric
+            found[row[0]].scores.append(row)
+        for row in sorted(inputs):
+            found[row[0]].inputs.append(row)
+    return [found[number] for number in release_ids]

@@ -1,0 +1,373 @@
+"""Publish, yank, unyank. A release never changes; everything it says was true of its files when it was published."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Row, select
+from sqlalchemy.orm import Session
+
+from registry.database.locks import rely_on_blobs
+from registry.database.tables import (
+    Base,
+    Blob,
+    BlobHolder,
+    Namespace,
+    Release,
+    ReleaseInput,
+    Repository,
+    Revision,
+    RevisionFile,
+)
+from registry.domain.access import audit, namespaces
+from registry.domain.access.audit import Act, Actor
+from registry.domain.catalog import repositories, search_index, versioning
+from registry.domain.catalog.repositories import Kind
+from registry.errors import Conflict, Invalid, NotFound, Refused
+from registry.formats import compatibility
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.formats.references import RepositoryName, Version
+from registry.formats.signatures import SIGNATURE_FILE, Signed, SignedRelease, is_key_of, refuse_other_release
+
+MAX_NOTES = 20_000
+_LISTED = 5
+"""Versions that an error names, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One release that a composition used, by its commit."""
+
+    release_id: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class NewRelease:
+    """`version` or `bump` is set. `facts` are an adapter's, or those of a merged checkpoint.
+
+    `allow_breaking` is why a breaking change may have a number that promises there is none. `facts`, `servers` and
+    `loading`, and `spectrum` are what facts.py, serving.py and spectrum.py in composer/formats/adapters/ return.
+    `signed` is what a signature among the files says, or one beside them; `signed_by` is its key's fingerprint, where
+    that key is trusted.
+    """
+
+    repository: RepositoryName
+    kind: Kind
+    version: Version | None
+    bump: str | None
+    files: Sequence[ManifestFile]
+    base_digest: str
+    facts: Mapping[str, Any]
+    notes: str = ""
+    inputs: Sequence[Input] = field(default=())
+    composition_id: int | None = None
+    allow_breaking: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    spectrum: Mapping[str, Any] | None = None
+    servers: int = 0
+    loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    signed: Signed | None = None
+    signed_by: str | None = None
+
+
+def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
+    """The release and whether it is new. The same content again is a retry, other content under the version a Conflict.
+
+    The blobs must be known already (bytes first, rows second). Raises Refused for a breaking change whose version lies
+    within `^previous`, unless `allow_breaking` says why.
+    """
+    refuse_long_notes(new.notes, str(new.repository))
+    commit = commit_id(canonical_manifest(new.files))
+    repository = repositories.find_or_create(session, actor, new.repository, new.kind)
+    # One after the other: who takes a number, and what breaks beside its neighbours, depends on what is there.
+    repositories.lock(session, repository.id)
+    surface = compatibility.surface(new.base_digest, new.facts, new.files)
+    version = new.version or versioning.next_version(session, repository, new.bump, surface)
+    existing = _by_version(session, repository, version)
+    if existing is not None:
+        return _retry(existing, new, commit), False
+    if new.version is None and (same := versioning.released_as(session, repository, commit, new.base_digest)):
+        return same, False
+    bound = signable(str(new.repository), str(version), new.base_digest, new.files)
+    if new.signed is not None:
+        refuse_other_release(new.signed, bound)
+    policy = namespaces.find_settled(session, new.repository.namespace)  # none that is set meanwhile is missed
+    covers = new.signed.covers if new.signed and new.signed_by else None
+    refuse_without_signature(new.repository.namespace, policy, new.signed_by, covers)
+    if policy.require_signature:
+        refuse_yanked_files(session, new.repository.namespace, new.files)
+    breaking_reason = versioning.refuse_breaking(session, repository, version, surface, commit, new.allow_breaking)
+    revision = _revision(session, actor, repository, commit, new.files)
+    release = _insert(session, actor, new, version, repository, revision)
+    release.breaking_reason = breaking_reason
+    release.signed_by, release.signature_covers = new.signed_by, covers
+    for source in new.inputs:
+        session.add(
+            ReleaseInput(
+                release_id=release.id,
+                input_id=source.release_id,
+                composition_id=new.composition_id,
+                weight=source.weight,
+            )
+        )
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        Act.RELEASE_PUBLISH,
+        full_name(release),
+        namespace=new.repository.namespace,
+        reason=breaking_reason,
+        after={"commit": commit, "base": new.base_digest, "signed_by": new.signed_by},
+    )
+    return release, True
+
+
+def refuse_long_notes(notes: str, subject: str) -> None:
+    if len(notes) > MAX_NOTES:
+        raise Invalid(
+            "notes_too_long",
+            f"Notes are limited to {MAX_NOTES:,} characters.",
+            subject=subject,
+            next_step="Shorten them, and put what is long into a file of the release.",
+        )
+
+
+def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
+    """Raises Invalid for a file whose bytes the namespace has not sent, since knowing a digest is no right to its
+    content, or that has another size than they have."""
+    query = select(Blob.sha256, Blob.size_bytes).join(BlobHolder, BlobHolder.sha256 == Blob.sha256)
+    query = query.where(BlobHolder.namespace == namespace, Blob.sha256.in_({file.sha256 for file in files}))
+    query = query.where(Blob.removing_at.is_(None))
+    sizes = dict(session.execute(query).all())
+    for file in files:
+        stored = sizes.get(file.sha256)
+        if stored is None:
+            raise Invalid(
+                "blob_missing",
+                f"The bytes of {file.path} were not uploaded.",
+                subject=file.path,
+                next_step="Push again; what is there already is not sent twice.",
+            )
+        if stored != file.size_bytes:
+            raise Invalid(
+                "size_differs",
+                f"{file.path} is said to have {file.size_bytes:,} bytes; those of its digest are {stored:,}.",
+                subject=file.path,
+                next_step="Look at the file: one digest has one size.",
+            )
+
+
+def find(session: Session, name: RepositoryName, version: Version, kind: Kind | None = None) -> Release:
+    release = _by_version(session, repositories.find(session, name, kind), version)
+    if release is None:
+        raise unknown(session, name, version)
+    return release
+
+
+def unknown(session: Session, name: RepositoryName, version: Version) -> NotFound:
+    """The error for a version that a repository does not have; it names the highest ones that it has."""
+    query = select(Release.version).join(Repository, Repository.id == Release.repository_id)
+    query = query.where(Repository.namespace == name.namespace, Repository.name == name.name)
+    there = list(session.scalars(query.order_by(Release.sort_key.desc()).limit(_LISTED)))
+    return NotFound(
+        "release_unknown",
+        f"{name} has no release {version}.",
+        subject=f"{name}:{version}",
+        next_step=f"It has {', '.join(there)}; `adaptory log {name}` shows all." if there else "It has no release yet.",
+    )
+
+
+def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: Kind) -> dict[str, Any]:
+    """What the ranks of each module are used for: `composer.formats.adapters.spectrum`'s JSON."""
+    release = find(session, name, version, kind)
+    found = session.scalar(select(Release.spectrum).where(Release.id == release.id))
+    if found is None:
+        raise NotFound(
+            "spectrum_unknown",
+            f"{full_name(release)} has no spectrum.",
+            subject=full_name(release),
+            next_step="Only adapters have one, and only those released since it is computed: `adaptory inspect REF`.",
+        )
+    return found
+
+
+def list_page(session: Session, repository: Repository, *, before: str, limit: int) -> list[Release]:
+    """The newest version first; `before` is the sort key of the last release of the page before."""
+    query = select(Release).where(Release.repository_id == repository.id).order_by(Release.sort_key.desc()).limit(limit)
+    if before:
+        query = query.where(Release.sort_key < before)
+    return list(session.scalars(query))
+
+
+def find_file(session: Session, release: Release, path: str) -> RevisionFile:
+    file = session.get(RevisionFile, (release.revision_id, path))
+    if file is None:
+        raise NotFound(
+            "file_unknown",
+            f"{full_name(release)} has no file {path[:200]!r}.",
+            subject=path[:200],
+            next_step=f"`adaptory show {full_name(release)}` lists its files.",
+        )
+    return file
+
+
+def files_of(session: Session, *listed: Release) -> dict[int, list[RevisionFile]]:
+    """The files of each revision, by path; one query for a page of releases."""
+    found: dict[int, list[RevisionFile]] = {release.revision_id: [] for release in listed}
+    query = select(RevisionFile).where(RevisionFile.revision_id.in_(found)).order_by(RevisionFile.path)
+    for file in session.scalars(query):
+        found[file.revision_id].append(file)
+    return found
+
+
+def full_name(release: Release) -> str:
+    return f"{repositories.name_of(release.repository)}:{release.version}"
+
+
+def refuse_without_signature(
+    namespace: str,
+    policy: Namespace | Row[*tuple[Any, ...]],
+    signed_by: str | None,
+    covers: str | None,
+    published: str | None = None,
+) -> None:
+    """The policy is a namespace's, read so that nobody changes it until this transaction ends.
+
+    `published` names a release that is out already. The signature among its files was judged when it was published, by
+    the keys of that day, and is not read again.
+    """
+    if not policy.require_signature:
+        return
+    if is_key_of(policy.signing_keys, signed_by):
+        _refuse_files_only(namespace, policy.signature_covers, covers, published)
+        return
+    detail = f"{namespace} takes only releases that one of its keys has signed"
+    next_step = "Push it with --sign KEY.pem; what is released already, as another version."
+    if published is not None:
+        detail += f", and no signature of {published} is by one of them"
+        next_step = f"Whoever published it, or an admin: `adaptory sign {published} --key KEY.pem`; then promote it."
+    raise Refused("unsigned", f"{detail}.", subject=namespace, next_step=next_step)
+
+
+def _refuse_files_only(namespace: str, needed: str, covers: str | None, published: str | None) -> None:
+    if covers == "release" or needed == "files":
+        return
+    next_step = f"`adaptory sign {published} --key KEY.pem`" if published else "Push it with --sign KEY.pem"
+    raise Refused(
+        "signature_files_only",
+        f"{namespace} takes signatures of a release, and this one covers files only: they could be released under "
+        "another name, number or base.",
+        subject=published or namespace,
+        next_step=f"{next_step}. An admin may take it: `adaptory namespace set {namespace} --signature-covers files`.",
+    )
+
+
+def signable(repository: str, version: str, base_digest: str, files: Sequence[ManifestFile]) -> SignedRelease:
+    """What a signature of the release has to say; the files without the signature among them."""
+    kept = [file for file in files if file.path != SIGNATURE_FILE]
+    return SignedRelease(repository, version, base_digest, commit_id(canonical_manifest(kept)))
+
+
+def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile]) -> Release | None:
+    """A yanked release of the namespace with the same files, whatever signature is among them."""
+    digests = {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
+    largest = max((file for file in files if file.path in digests), key=lambda file: file.size_bytes, default=None)
+    if largest is None:
+        return None
+    query = select(Release).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
+    query = query.join(Repository, Repository.id == Release.repository_id)
+    query = query.where(Release.yanked, Repository.namespace == namespace, RevisionFile.sha256 == largest.sha256)
+    found = session.scalars(query.order_by(Release.id.desc())).unique().all()
+    there = files_of(session, *found)
+    return next((one for one in found if _without_signature(there[one.revision_id]) == digests), None)
+
+
+def refuse_yanked_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
+    """Where signatures are required: one of before a yank must not bring its files back."""
+    twin = yanked_twin(session, namespace, files)
+    if twin is not None:
+        raise Refused(
+            "yanked_files",
+            f"These are the files of {full_name(twin)}, which is yanked: {twin.yank_reason}.",
+            subject=full_name(twin),
+            next_step=f"Release other files, or take the yank back: `adaptory unyank {full_name(twin)} --reason WHY`.",
+        )
+
+
+def _without_signature(files: Sequence[RevisionFile]) -> dict[str, str]:
+    return {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
+
+
+def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
+    if existing.revision.commit == commit and existing.base_digest == new.base_digest:
+        return existing
+    what = "other files" if existing.revision.commit != commit else "another base"
+    raise Conflict(
+        "version_exists",
+        f"{full_name(existing)} has {what}, as {existing.revision.commit[:12]}; a release never changes.",
+        subject=full_name(existing),
+        next_step="Push it as the next version, or with --bump patch.",
+    )
+
+
+def _by_version(session: Session, repository: Repository, version: Version) -> Release | None:
+    return session.scalar(
+        select(Release).where(Release.repository_id == repository.id, Release.version == str(version))
+    )
+
+
+def _revision(
+    session: Session, actor: Actor, repository: Repository, commit: str, files: Sequence[ManifestFile]
+) -> Revision:
+    query = select(Revision).where(Revision.repository_id == repository.id, Revision.commit == commit)
+    known = session.scalar(query)
+    if known is not None:
+        return known
+    rely_on_blobs(session)
+    refuse_absent_blobs(session, repository.namespace, files)
+    manifest = canonical_manifest(files).decode()
+    revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest, created_at=actor.at)
+    session.add(revision)
+    session.flush()
+    for file in files:
+        session.add(
+            RevisionFile(revision_id=revision.id, path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+        )
+    return revision
+
+
+def _insert(
+    session: Session, actor: Actor, new: NewRelease, version: Version, repository: Repository, revision: Revision
+) -> Release:
+    targets = new.facts.get("targets")
+    release = Release(
+        repository=repository,
+        revision=revision,
+        base=session.get_one(Base, new.base_digest),
+        version=str(version),
+        sort_key=version.sort_key,
+        stable=version.stable,
+        type=new.facts.get("type"),
+        variant=new.facts.get("variant"),
+        rank_max=new.facts.get("rank_max"),
+        alpha=new.facts.get("alpha"),
+        dtype=new.facts.get("dtype"),
+        license=new.provenance.get("license"),
+        provenance=dict(new.provenance),
+        spectrum=dict(new.spectrum) if new.spectrum is not None else None,
+        servers=new.servers,
+        loading=dict(new.loading),
+        breaking_reason=None,
+        target_set_id=search_index.target_set(session, targets) if targets else None,
+        size_bytes=sum(file.size_bytes for file in new.files),
+        facts=dict(new.facts),
+        notes=new.notes,
+        yanked=False,
+        yank_reason=None,
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    search_index.add(session, release)
+    return release

@@ -1,0 +1,113 @@
+"""Repositories: found or created by name. Each holds the releases of one kind."""
+
+from enum import StrEnum
+
+from sqlalchemy import select, tuple_
+from sqlalchemy.orm import Session
+
+from registry.database.engine import insert_if_absent
+from registry.database.tables import Channel, Repository
+from registry.domain.access import audit, namespaces
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import readable
+from registry.errors import Conflict, NotFound
+from registry.formats.references import MAX_NEAR, RepositoryName
+
+_LISTED = 20
+"""Channels that an error names, at most."""
+
+
+class Kind(StrEnum):
+    ADAPTER = "adapter"
+    MODEL = "model"
+
+
+def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Repository:
+    repository = _lookup(session, name)
+    if repository is None or (kind and repository.kind != kind):
+        raise NotFound(
+            "repository_unknown",
+            f"There is no {kind or 'repository'} {name}.",
+            subject=str(name),
+            next_step="`adaptory list` shows what there is, `adaptory whoami` what you may see.",
+        )
+    return repository
+
+
+def beside(session: Session, actor: Actor, name: str) -> list[str]:
+    """Of the repositories that the actor may read those before and after a name in their order: many have thousands."""
+    namespace, own, key = Repository.namespace, Repository.name, tuple_(Repository.namespace, Repository.name)
+    asked = tuple_(*name.partition("/")[::2])
+    query = select(namespace, own).where(readable(actor, namespace))
+    sides = (
+        query.where(key < asked).order_by(namespace.desc(), own.desc()),
+        query.where(key >= asked).order_by(namespace, own),
+    )
+    return [f"{row[0]}/{row[1]}" for side in sides for row in session.execute(side.limit(MAX_NEAR // 2))]
+
+
+def unknown_channel(session: Session, repository: Repository, channel: str) -> NotFound:
+    """The error for a channel without a move; it lists those that have one."""
+    query = select(Channel.name).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
+    there = list(session.scalars(query.order_by(Channel.name).limit(_LISTED)))
+    full = f"{name_of(repository)}@{channel}"
+    has = f"The channels of {name_of(repository)}: {', '.join(there)}." if there else "It has none yet."
+    step = f"{has} To make it, promote a release with --to {channel}."
+    return NotFound("channel_unknown", f"There is no channel {full}.", subject=full, next_step=step)
+
+
+def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: Kind) -> Repository:
+    repository = _lookup(session, name)
+    if repository is None:
+        namespaces.find_or_create(session, actor, name.namespace)
+        values = {"namespace": name.namespace, "name": name.name, "kind": kind, "created_at": actor.at}
+        if insert_if_absent(session, Repository, **values):
+            after = {"kind": str(kind)}
+            audit.record(session, actor, Act.REPOSITORY_CREATE, name, namespace=name.namespace, after=after)
+        repository = find(session, name)
+    _check_kind(repository, kind)
+    return repository
+
+
+def find_if_any(session: Session, name: RepositoryName, kind: Kind) -> Repository | None:
+    """None where there is none yet. Raises Conflict when a repository of that name holds another kind of releases."""
+    repository = _lookup(session, name)
+    if repository is not None:
+        _check_kind(repository, kind)
+    return repository
+
+
+def _check_kind(repository: Repository, kind: Kind) -> None:
+    if repository.kind != kind:
+        name = name_of(repository)
+        raise Conflict(
+            "kind_differs",
+            f"{name} holds {repository.kind} releases, not {kind} releases.",
+            subject=str(name),
+            next_step="Choose another repository name.",
+        )
+
+
+def list_page(session: Session, actor: Actor, kind: Kind, *, after: str, limit: int) -> list[Repository]:
+    """Those that the actor may read, by namespace, then name; `after` is the last full name of the page before."""
+    namespace, _, name = after.partition("/")
+    key = tuple_(Repository.namespace, Repository.name)
+    query = select(Repository).where(
+        Repository.kind == kind, key > tuple_(namespace, name), readable(actor, Repository.namespace)
+    )
+    return list(session.scalars(query.order_by(Repository.namespace, Repository.name).limit(limit)))
+
+
+def name_of(repository: Repository) -> RepositoryName:
+    return RepositoryName(repository.namespace, repository.name)
+
+
+def _lookup(session: Session, name: RepositoryName) -> Repository | None:
+    return session.scalar(
+        select(Repository).where(Repository.namespace == name.namespace, Repository.name == name.name)
+    )
+
+
+def lock(session: Session, repository_id: int) -> None:
+    """Pushes, yanks and the making of channels in one repository follow one another until their transactions end."""
+    session.execute(select(Repository.id).where(Repository.id == repository_id).with_for_update(key_share=True))

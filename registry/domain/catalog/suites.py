@@ -1,0 +1,283 @@
+"""Suites, the scores recorded against them, and conditions on scores."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, select, update
+from sqlalchemy.orm import Session
+
+from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.weights import real
+from registry.database.tables import Base, Release, Score, Suite
+from registry.database.tables.catalog import new_stamp
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_stranger
+from registry.domain.catalog import metrics
+from registry.errors import Invalid, NotAllowed, NotFound, Usage
+from registry.formats.references import MAX_NEAR, nearest, parse_part
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
+
+
+RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
+"""What their values can be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One metric of one suite; `stderr` in the units of `value`, `n` examples."""
+
+    suite_digest: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`SUITE.METRIC>=VALUE` or `<=`."""
+
+    suite: str
+    metric: str
+    operator: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.suite}.{self.metric} {self.operator} {exact(self.value)}"
+
+    def holds(self, value: float) -> bool:
+        return value >= self.value if self.operator == ">=" else value <= self.value
+
+
+def exact(value: float) -> str:
+    """Reads back as the same number: a rule must be kept as it was written."""
+    return repr(value).removesuffix(".0")
+
+
+def parse_condition(text: str) -> Condition:
+    match = _CONDITION.fullmatch(text)
+    if match:
+        suite, metric, operator, number = match.groups()
+        try:
+            value = real(number)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            return Condition(suite, metric, operator, value)
+    raise Usage(
+        "bad_condition",
+        f"{text[:120]!r} is not a condition on a score.",
+        subject=text[:120],
+        next_step="Write SUITE.METRIC>=NUMBER or SUITE.METRIC<=NUMBER, as in sql-exact.accuracy>=0.5.",
+    )
+
+
+def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
+    """The suite and whether it is new. The suite added last, also again, is the current one of its name. What it says
+    of its metrics stands for all its versions."""
+    parse_part(content.name, "suite name")
+    known = session.scalar(select(Suite).where(Suite.digest == content.digest))
+    if known is not None and known.current:
+        if content.metrics.items() - metrics.stated(session, [known])[known.name].items():
+            refuse_stranger(actor, f"suite/{content.name}", known.created_by)
+            metrics.state(session, actor, content.name, content.metrics)
+        return known, False
+    replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
+    refuse_stranger(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
+    session.execute(update(Suite).where(Suite.name == content.name).values(current=False))
+    suite = known or Suite(
+        name=content.name,
+        digest=content.digest,
+        kind=content.kind,
+        examples=len(content.examples),
+        content=content.content,
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    suite.current = True
+    session.add(suite)
+    session.flush()
+    metrics.state(session, actor, content.name, content.metrics)
+    audit.record(
+        session,
+        actor,
+        Act.SUITE_ADD,
+        f"suite/{content.name}",
+        namespace=None,
+        before={"digest": replaced.digest} if replaced else None,
+        after={"digest": content.digest, "examples": len(content.examples)},
+    )
+    return suite, known is None
+
+
+def find(session: Session, text: str) -> Suite:
+    """By digest, or the current suite of that name. Its content is read when it is first asked for."""
+    named = Suite.digest == text if _DIGEST.fullmatch(text) else (Suite.name == text) & Suite.current
+    suite = session.scalar(select(Suite).where(named))
+    if suite is None:
+        raise NotFound(
+            "suite_unknown",
+            f"There is no suite {text!r}.",
+            subject=text,
+            next_step=nearest(text, _names(session), "Add it with `adaptory suite add FILE`."),
+        )
+    return suite
+
+
+def _names(session: Session) -> list[str]:
+    return list(session.scalars(select(Suite.name).where(Suite.current).order_by(Suite.name).limit(MAX_NEAR)))
+
+
+def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
+    """Raises NotFound unless `adaptory eval` records it, the suite states it, or the actor may read a score of it."""
+    if not metrics.is_known(session, actor, find(session, suite).name, metric):
+        measured = ", ".join(metrics.HIGHER_IS_BETTER)
+        raise NotFound(
+            "metric_unknown",
+            f"No release that you may see has a score {suite}.{metric}.",
+            subject=f"{suite}.{metric}",
+            next_step=nearest(
+                metric,
+                metrics.HIGHER_IS_BETTER,
+                f"`adaptory eval` records {measured}; `adaptory show REF` has others.",
+            ),
+        )
+
+
+def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
+    return list(session.scalars(select(Suite).where(Suite.id > after, Suite.current).order_by(Suite.id).limit(limit)))
+
+
+def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
+    """Measuring again replaces a score; the audit row keeps what it replaced."""
+    if isinstance(subject, Base):
+        refuse_stranger(actor, f"base {subject.name}", subject.created_by)
+    else:
+        subject.stamp = new_stamp()
+    rows: list[Score] = []
+    used = [find(session, measurement.suite_digest) for measurement in measurements]
+    for measurement, suite in zip(measurements, used, strict=True):
+        _check_measurement(measurement, suite)
+        metrics.check(session, actor, suite, measurement.metric, measurement.higher_is_better)
+        score = session.scalar(
+            select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == measurement.metric)
+        )
+        before = {"value": score.value, "n": score.n} if score else None
+        score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
+        score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
+        score.higher_is_better = measurement.higher_is_better
+        score.measured_at, score.measured_by = actor.at, actor.name
+        session.add(score)
+        session.flush()
+        audit.record(
+            session,
+            actor,
+            Act.SCORE_RECORD,
+            _subject_name(subject),
+            namespace=subject.repository.namespace if isinstance(subject, Release) else None,
+            before=before,
+            after={"value": measurement.value, "n": measurement.n},
+            suite=suite.name,
+            metric=measurement.metric,
+        )
+        rows.append(score)
+    return rows
+
+
+def _check_measurement(measurement: Measurement, suite: Suite) -> None:
+    """Raises Invalid for a score that cannot come from the suite."""
+    least, most = RANGES.get(measurement.metric, (-math.inf, math.inf))
+    if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < 1:
+        raise Invalid(
+            "bad_score",
+            f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
+            subject=measurement.metric,
+            next_step=f"Record a finite value from {least:g} to {most:g}, measured on one example or more.",
+        )
+    if measurement.n > suite.examples:
+        raise Invalid(
+            "bad_score",
+            f"n = {measurement.n} is more than the {suite.examples} examples of {suite.name}.",
+            subject=measurement.metric,
+            next_step="Record what `adaptory eval` measured.",
+        )
+
+
+def delete(session: Session, actor: Actor, subject: Release | Base, named: str, metric: str) -> Score:
+    """Removes a score; `named` is a suite's name, for its current content, or a digest. The audit row keeps its value.
+
+    For whoever recorded it, and for admins: of the namespace, of the registry where it is a base's. Raises NotFound
+    and NotAllowed.
+    """
+    suite, name = find(session, named), _subject_name(subject)
+    owned = select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == metric)
+    score = session.scalar(owned.with_for_update(of=Score))
+    if score is None:
+        raise NotFound(
+            "score_unknown",
+            f"{name} has no score {suite.name}.{metric}.",
+            subject=f"{suite.name}.{metric}",
+            next_step="`adaptory show` lists its scores; one on an older content is named by the suite's digest.",
+        )
+    namespace = subject.repository.namespace if isinstance(subject, Release) else EVERYWHERE
+    if score.measured_by != actor.name and not holds(actor, Role.ADMIN, namespace):
+        raise NotAllowed(
+            "not_yours",
+            f"{score.measured_by} recorded {suite.name}.{metric} of {name}.",
+            subject=f"{suite.name}.{metric}",
+            next_step=f"Ask {score.measured_by} or an admin.",
+        )
+    before = {"value": score.value, "n": score.n, "measured_by": score.measured_by}
+    session.delete(score)
+    if isinstance(subject, Release):
+        subject.stamp = new_stamp()
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        Act.SCORE_DELETE,
+        name,
+        namespace=namespace if isinstance(subject, Release) else None,
+        before=before,
+        suite=suite.name,
+        metric=metric,
+    )
+    return score
+
+
+def scores_of(session: Session, subject: Release | Base) -> list[Score]:
+    """Of the current suites, by suite and metric."""
+    query = select(Score).join(Suite).where(_of(subject), Suite.current)
+    return list(session.scalars(query.order_by(Suite.name, Score.metric)))
+
+
+def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
+    """As `scores_of`, by the digest of each base; one query for a page of them."""
+    found: dict[str, list[Score]] = {base.digest: [] for base in listed}
+    query = select(Score).join(Suite).where(Score.base_digest.in_(found), Suite.current)
+    for score in session.scalars(query.order_by(Suite.name, Score.metric)):
+        found[score.base_digest or ""].append(score)
+    return found
+
+
+def _of(subject: Release | Base) -> ColumnElement[bool]:
+    return Score.release_id == subject.id if isinstance(subject, Release) else Score.base_digest == subject.digest
+
+
+def _owner_columns(subject: Release | Base) -> dict[str, Any]:
+    if isinstance(subject, Base):
+        return {"base_digest": subject.digest}
+    return {"release_id": subject.id, "traits_id": subject.traits_id}
+
+
+def _subject_name(subject: Release | Base) -> str:
+    if isinstance(subject, Base):
+        return subject.digest
+    return f"{subject.repository.namespace}/{subject.repository.name}:{subject.version}"

@@ -1,0 +1,247 @@
+"""Rules that a promotion or a composition must pass, and the judgement with its numbers.
+
+sql-exact.accuracy >= 0.5                 the score itself
+guard-general.nll within 0.1 of served    not worse than what the channel serves by more than 0.1
+guard-general.nll within 0.1 of base      not worse than the base by more than 0.1
+sql-exact.nll within 0.1 of inputs        not worse than the best input of the composition by more than 0.1
+sql-exact.accuracy keeps 0.9 of inputs    at least 0.9 of the best input's exact match
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Base, Gate, Release, ReleaseInput, Repository, Score
+from registry.domain.access import audit, namespaces
+from registry.domain.access.audit import Act, Actor
+from registry.domain.catalog import metrics, suites
+from registry.domain.catalog.suites import Condition, exact, parse_condition
+from registry.errors import Usage
+from registry.formats.references import parse_part
+
+MAX_RULES = 50
+_WITHIN = re.compile(
+    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+within\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s+of\s+"
+    r"(served|base|inputs)\s*",
+    re.ASCII,
+)
+_KEEPS = re.compile(
+    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+keeps\s+(0(?:\.\d+)?|1(?:\.0+)?)\s+of\s+inputs\s*", re.ASCII
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Not worse than the score of `other` by more than `margin`, in the units of the metric."""
+
+    suite: str
+    metric: str
+    margin: float
+    other: str
+
+    def __str__(self) -> str:
+        return f"{self.suite}.{self.metric} within {exact(self.margin)} of {self.other}"
+
+
+@dataclass(frozen=True, slots=True)
+class Keeps:
+    """At least `share` of the best input's score, of a metric of which more is better."""
+
+    suite: str
+    metric: str
+    share: float
+
+    other = "inputs"
+
+    def __str__(self) -> str:
+        return f"{self.suite}.{self.metric} keeps {exact(self.share)} of inputs"
+
+
+Rule = Condition | Within | Keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a judgement needs of a score."""
+
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+
+    def __str__(self) -> str:
+        error = f" ± {self.stderr:.3g}" if self.stderr is not None else ""
+        return f"{self.value:.4g}{error} (n={self.n})"
+
+
+Scores = Mapping[tuple[str, str], Measured]
+"""By suite name and metric; only scores on the suite's current content."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    rule: str
+    passed: bool
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rule": self.rule, "passed": self.passed, "detail": self.detail}
+
+
+def parse_rule(text: str) -> Rule:
+    match = _WITHIN.fullmatch(text)
+    if match and isfinite(float(match.group(3))):
+        suite, metric, margin, other = match.groups()
+        return Within(suite, metric, float(margin), other)
+    if match := _KEEPS.fullmatch(text):
+        suite, metric, share = match.groups()
+        return Keeps(suite, metric, float(share))
+    try:
+        return parse_condition(text)
+    except Usage as error:
+        raise Usage(
+            "bad_rule",
+            f"{text[:120]!r} is not a gate rule.",
+            subject=text[:120],
+            next_step="Write SUITE.METRIC>=NUMBER, SUITE.METRIC<=NUMBER, SUITE.METRIC within NUMBER of "
+            "served|base|inputs or SUITE.METRIC keeps SHARE of inputs.",
+        ) from error
+
+
+def parse_rules(texts: Sequence[str]) -> list[Rule]:
+    if len(texts) > MAX_RULES:
+        raise Usage("too_many_rules", f"A gate has at most {MAX_RULES} rules.", next_step="Leave some out.")
+    return [parse_rule(text) for text in texts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class References:
+    """What a candidate is compared with. `served` is None for an empty channel; `inputs` is None where nothing is known
+    to have gone into it, and otherwise has the best input's score for each suite and metric. With `hides_inputs` a
+    result says nothing of these scores but whether the rule passes: not every reader of it may read every input."""
+
+    base: Scores
+    served: Scores | None = None
+    inputs: Scores | None = None
+    hides_inputs: bool = False
+
+
+def best_of(members: Sequence[Scores]) -> Scores:
+    """For each suite and metric the best of the members' scores."""
+    best: dict[tuple[str, str], Measured] = {}
+    for key, own in (item for member in members for item in member.items()):
+        known = best.get(key)
+        if known is None or (own.value > known.value) == own.higher_is_better:
+            best[key] = own
+    return best
+
+
+def judge(rules: Sequence[Rule], candidate: Scores, against: References) -> list[GateResult]:
+    """A missing score fails its rule: what was not measured was not passed."""
+    return [_judge(rule, candidate, against) for rule in rules]
+
+
+def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
+    key = (rule.suite, rule.metric)
+    own = candidate.get(key)
+    if own is None:
+        return GateResult(
+            str(rule),
+            False,
+            f"no {rule.metric} on the current {rule.suite}: run `adaptory eval REF --suite {rule.suite}`",
+        )
+    if isinstance(rule, Condition):
+        return GateResult(str(rule), rule.holds(own.value), str(own))
+    if rule.other == "served" and against.served is None:
+        return GateResult(str(rule), True, f"{own}; the channel serves nothing yet")
+    if rule.other == "inputs" and against.inputs is None:
+        return GateResult(str(rule), False, f"{own}, but no composition made it: there are no inputs to compare with")
+    scores = {"served": against.served, "inputs": against.inputs}.get(rule.other) or {}
+    other = (against.base if rule.other == "base" else scores).get(key)
+    if other is None:
+        missing = "no input has" if rule.other == "inputs" else f"the {rule.other} has no"
+        measure = f"{rule.metric} on the current {rule.suite}: evaluate it first"
+        return GateResult(str(rule), False, f"{own}, but {missing} {measure}")
+    result = _kept(rule, own, other) if isinstance(rule, Keeps) else _within(rule, own, other)
+    if rule.other == "inputs" and against.hides_inputs:
+        return replace(result, detail=f"{own}; the inputs' scores are not shown, since some are private")
+    return result
+
+
+def _kept(rule: Keeps, own: Measured, best: Measured) -> GateResult:
+    if not own.higher_is_better:
+        return GateResult(str(rule), False, f"{rule.metric} is better when lower: write `within NUMBER of inputs`")
+    share = f"{own.value / best.value:.0%} kept" if best.value > 0 else "the inputs have nothing to keep"
+    return GateResult(str(rule), own.value >= rule.share * best.value - 1e-9, f"{own} against {best}: {share}")
+
+
+def _within(rule: Within, own: Measured, other: Measured) -> GateResult:
+    worse_by = (other.value - own.value) if own.higher_is_better else (own.value - other.value)
+    change = f"worse by {worse_by:.4g}" if worse_by > 0 else f"better by {-worse_by:.4g}"
+    # Decimal margins such as 0.1 have no exact binary form: a difference of just the margin passes.
+    return GateResult(str(rule), worse_by <= rule.margin + 1e-9, f"{own} against {other}: {change}")
+
+
+def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:
+    rules = parse_rules(texts)
+    for rule in rules:
+        suites.find(session, rule.suite)
+        suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
+        refuse_keeping_losses(session, rule)
+    row = session.get(Gate, (repository.id, parse_part(channel, "channel")))
+    before = list(row.rules) if row else []
+    row = row or Gate(repository_id=repository.id, channel=channel)
+    row.rules = [str(rule) for rule in rules]
+    session.add(row)
+    session.flush()
+    subject = f"{repository.namespace}/{repository.name}@{channel}"
+    audit.record(
+        session,
+        actor,
+        Act.GATE_SET,
+        subject,
+        namespace=repository.namespace,
+        before={"rules": before},
+        after={"rules": row.rules},
+    )
+    return rules
+
+
+def refuse_keeping_losses(session: Session, rule: Rule) -> None:
+    """Raises Usage where a share is to be kept of what is better when lower: no release would pass."""
+    if isinstance(rule, Keeps) and not metrics.is_higher_better(session, rule.suite, rule.metric):
+        raise Usage(
+            "bad_rule",
+            f"{rule}: {rule.metric} is better when lower.",
+            subject=str(rule),
+            next_step=f"Write {rule.suite}.{rule.metric} within NUMBER of inputs.",
+        )
+
+
+def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:
+    rows = session.scalars(select(Gate).where(Gate.repository_id == repository.id).order_by(Gate.channel))
+    return {row.channel: parse_rules(row.rules) for row in rows}
+
+
+def lineage(session: Session, release: Release) -> tuple[Scores | None, bool]:
+    """The best scores of what the release was composed of (None without lineage), and whether some of them are in a
+    private namespace other than its own."""
+    rows = session.scalars(select(ReleaseInput.input_id).where(ReleaseInput.release_id == release.id)).all()
+    if not rows:
+        return None, False
+    inputs = [session.get_one(Release, row) for row in rows]
+    others = {one.repository.namespace for one in inputs} - {release.repository.namespace}
+    return best_of([scores(session, one) for one in inputs]), bool(others - namespaces.public_names(session))
+
+
+def scores(session: Session, subject: Release | Base) -> Scores:
+    return {(row.suite.name, row.metric): measured(row) for row in suites.scores_of(session, subject)}
+
+
+def measured(row: Score) -> Measured:
+    return Measured(row.value, row.stderr, row.n, row.higher_is_better)

@@ -1,0 +1,75 @@
+"""Take a release out of what ranges and channels give out, and put it back."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Channel, Release
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.catalog import repositories
+from registry.domain.catalog.releases import full_name
+from registry.domain.channels import moves
+from registry.errors import Usage
+
+
+def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
+    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve, warning.
+
+    Of one that is yanked already another reason is recorded; the same again is a retry.
+    """
+    _need_reason("A yank", release, reason)
+    _lock(session, release)
+    if not (release.yanked and release.yank_reason == reason):
+        _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
+    return release
+
+
+def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
+    """What is not yanked stays as it is, without a row: it may be a retry of what was done already."""
+    _need_reason("Taking a yank back", release, reason)
+    _lock(session, release)
+    if release.yanked:
+        _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
+    return release
+
+
+def _need_reason(act: str, release: Release, reason: str) -> None:
+    if not reason.strip():
+        raise Usage(
+            "reason_missing", f"{act} needs a reason.", subject=full_name(release), next_step="Say why with --reason."
+        )
+
+
+def _lock(session: Session, release: Release) -> None:
+    """One yank waits for another, and then sees what that has made of the release: so says the audit's `before`. No
+    channel of the repository is made meanwhile; who moves one sees the yank, or is seen by it (`_channels_of`)."""
+    repositories.lock(session, release.repository_id)
+    session.refresh(release, ["yanked", "yank_reason"])
+
+
+def _set_yank(
+    session: Session, actor: Actor, release: Release, act: Act, reason: str, *, yank_reason: str | None
+) -> None:
+    before = {"yanked": release.yanked, "yank_reason": release.yank_reason}
+    release.yanked, release.yank_reason = yank_reason is not None, yank_reason
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        act,
+        full_name(release),
+        namespace=release.repository.namespace,
+        reason=reason,
+        before=before,
+        after={"yanked": release.yanked, "yank_reason": release.yank_reason},
+    )
+    for channel in _channels_of(session, release):
+        served = moves.serving(session, channel)
+        channel.served_id = served.to_release_id if served else None
+        channel.served_key = served.to_release.sort_key if served else None
+
+
+def _channels_of(session: Session, release: Release) -> list[Channel]:
+    """All of its repository, locked: what lies below whichever of their moves may change."""
+    query = select(Channel).where(Channel.repository_id == release.repository_id).order_by(Channel.id)
+    return list(session.scalars(query.with_for_update().execution_options(populate_existing=True)))

@@ -1,0 +1,1 @@
+"""Recipes, locks and what became of them."""

@@ -1,0 +1,1 @@
+"""Search: a query, its filters, orders and access paths."""

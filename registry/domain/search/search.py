@@ -1,0 +1,278 @@
+"""Query value -> releases that fit a base, a rank, a set of targets, a server and scores.
+
+A search costs what its page costs, however many releases there are: what fits is decided on interned traits, and of
+each combination that fits an index already has the order. Only when many fit are all releases looked at in that order,
+and then the page is soon full. A condition that few releases meet is looked up first instead, and the newest that have
+some words are read from the index of words, since all that have one may be old.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any
+
+import orjson
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Select,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    select,
+    true,
+)
+from sqlalchemy.orm import Session
+
+from registry.database.dialects import among, filled, json_list
+from registry.database.prepared import Prepared, prepared
+from registry.database.prepared import Query as Selection
+from registry.database.tables import Channel, Release, ReleaseWord, Score
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import bases, suites
+from registry.domain.catalog.release_rows import CURRENT_SUITES
+from registry.domain.search import filters
+from registry.domain.search.ordering import By, Match, Order, by_of
+from registry.domain.search.query import Form, asks_traits, form_of, values_of
+from registry.domain.search.query import Query as Query
+from registry.domain.search.term_index import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
+from registry.errors import NotFound
+
+FEW = 16
+"""So many combinations of traits are merged; with more, the page is filled from all releases in order."""
+RARE = 500
+"""A condition that so few releases meet is looked up first, and the others are tried on those."""
+SIDE_BY_SIDE = 2_000
+"""The same, where one index has them side by side: to list as many takes 0.2 ms."""
+COMMON, SOON = 10, 3
+"""A word that one in so many of the newest releases has does not hold up who reads them by their traits. That is done
+first then; else after so many vain tries of releases with the word."""
+
+_channel, _release, _score, _word = (table.__table__.c for table in (Channel, Release, Score, ReleaseWord))
+_NEWEST_OF_ALL = Prepared(select(func.max(_release.id)))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`base` is (digest, name) of the one asked for, where others that follow from it were searched too; `relations`
+    says how they do."""
+
+    places: Sequence[Match]
+    base: tuple[str, str] | None = None
+    relations: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
+    """What the actor may read, in order. Raises NotFound for a base or a suite that is not registered: to those who may
+    list bases and suites. Others find nothing."""
+    try:
+        return _search(session, actor, query, order)
+    except NotFound:
+        if actor.grants:
+            raise
+        return Found([])
+
+
+def _search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
+    name = query.base if query.base and bases.is_name(query.base) and not query.related else None
+    base = bases.identify(session, query.base) if query.base and not name else None
+    relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}
+    scored = [suites.find(session, condition.suite).id for condition in query.scores]
+    values = values_of(actor, query, list(relations), scored)
+    by, nowhere = by_of(session, order, values), values.get("homes") == []
+    if by.column == "id" and "homes" in values:
+        values |= reach(session, values)
+        nowhere = not values["highest"]
+    form = form_of(query, values)
+    places = [] if nowhere else _places(session, form, by, values | {"limit": order.limit})
+    if name and not places:
+        bases.identify(session, name)  # nothing fits, or there is no such base
+    return Found(places, base, relations)
+
+
+def _places(session: Session, form: Form, by: By, values: Mapping[str, Any]) -> list[Match]:
+    words = tuple(range(form.entries))
+    thinnest: Newest | None = None
+    if by.column == "id":
+        thinnest, words = thinnest_of(session, form, values)
+    if thinnest and thinnest.are_all:
+        return _among(session, form, by, values, [thinnest.ids])
+    for rare in _rare(form, by, words):
+        [text] = rare.column(session, values)
+        if text is not None:
+            ids = orjson.loads(text)
+            return _among(session, form, by, values, _newest_first(ids, values) if by.column == "id" else [ids])
+    if thinnest:
+        return _of_word(session, form, by, values, thinnest)
+    few = _of_few_if_few(session, form, by, values)
+    if few is not None:
+        return few
+    of_channel = "channel" in form.asked and not by.of_score
+    return by.places(_of_all(form, replace(by, of_channel=of_channel)).rows(session, values), values["limit"])
+
+
+def _of_word(session: Session, form: Form, by: By, values: Mapping[str, Any], thinnest: Newest) -> list[Match]:
+    """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
+    parts = read_on(session, form, thinnest, values)
+    found: list[Match] = []
+    further: Sequence[int] | None = ()
+    by_traits = asks_traits(form)
+    if not (by_traits and _is_common(session, thinnest, values)):
+        if by_traits and not _any_fits(form).rows(session, values):
+            return found
+        found = _among(session, form, by, values, islice(parts, SOON))
+        further = next(parts, None) if len(found) < values["limit"] else None
+    if further is None:
+        return found
+    few = _of_few_if_few(session, form, by, values)
+    if few is not None:
+        return few
+    return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
+
+
+def _of_few_if_few(session: Session, form: Form, by: By, values: Mapping[str, Any]) -> list[Match] | None:
+    """The page from the combinations of traits that fit; None when many fit."""
+    pages = _of_few(form, by, FEW).rows(session, values)
+    many = any(fitting > FEW for _page, _suites, fitting in pages)
+    return None if many else by.places(pages, values["limit"])
+
+
+@prepared
+def _any_fits(form: Form) -> Selection:
+    return filters.fitting(form).limit(1)
+
+
+def _is_common(session: Session, thinnest: Newest, values: Mapping[str, Any]) -> bool:
+    [newest] = [values["after_id"]] if "after_id" in values else _NEWEST_OF_ALL.column(session, {})
+    return newest - thinnest.ids[-1] <= COMMON * thinnest.count
+
+
+def _among(
+    session: Session, form: Form, by: By, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
+) -> list[Match]:
+    """The page from lists of releases, each of which comes wholly before the next in the order."""
+    found: list[Match] = []
+    for ids in parts:
+        if ids:
+            pages = _among_rare(form, by).rows(session, {**values, "ids": filled(ids)})
+            found += by.places(pages, values["limit"])
+        if len(found) >= values["limit"]:
+            break
+    return found[: values["limit"]]
+
+
+def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
+    """In parts, since the first is mostly enough."""
+    left = sorted({number for number in ids if number < values.get("after_id", END)}, reverse=True)
+    count = ENTRIES * values["limit"]
+    while left:
+        yield left[:count]
+        left, count = left[count:], count * MORE
+
+
+def _rare(form: Form, by: By, words: tuple[int, ...]) -> Iterator[Prepared]:
+    """For each condition with an index of its own: the releases that meet it, or NULL after so many entries.
+
+    `words` are the numbers of those to look for. Scores are looked for among all first, then among what fits: none may
+    be as good, and what fits may be of thousands of combinations of traits.
+    """
+    scores = [*enumerate(form.operators)]
+    yield from (_with_word(form, number, SIDE_BY_SIDE) for number in words)
+    yield from (_with_score(number, operator, SIDE_BY_SIDE) for number, operator in scores)
+    if "channel" in form.asked:
+        yield _on_channel(RARE)
+    if "size" in form.asked:
+        yield _small_that_fits(form, RARE)
+    if asks_traits(form):
+        yield from (_with_score_that_fits(form, number, operator, RARE) for number, operator in scores)
+
+
+@prepared
+def _with_word(form: Form, number: int, most: int) -> Selection:
+    return _unless_many(select(_word.release_id.label("id")).where(filters.is_entry(form, number, _word.word)), most)
+
+
+@prepared
+def _with_score(number: int, operator: str, most: int) -> Selection:
+    return _unless_many(_scored(number, operator), most)
+
+
+@prepared
+def _with_score_that_fits(form: Form, number: int, operator: str, most: int) -> Selection:
+    return _unless_many(_scored(number, operator).where(_score.traits_id.in_(filters.fitting(form))), most)
+
+
+def _scored(number: int, operator: str) -> Selection:
+    of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
+    return of_release.where(*filters.enough(number, operator))
+
+
+@prepared
+def _on_channel(most: int) -> Selection:
+    of_name = (_channel.name == bindparam("channel"), _channel.served_id.is_not(None))
+    return _unless_many(select(_channel.served_id.label("id")).where(*of_name), most)
+
+
+@prepared
+def _small_that_fits(form: Form, most: int) -> Selection:
+    small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
+    if not asks_traits(form):  # all of the kind fit, and SQLite would go through them
+        return _unless_many(small.where(filters.fits(form, _release.traits_id)), most)
+    return _unless_many(small.where(_release.traits_id.in_(filters.fitting(form))), most)
+
+
+def _unless_many(releases: Selection, most: int) -> Selection:
+    found = releases.limit(most + 1).cte("found")
+    ids = func.coalesce(json_list(found.c.id), "[]")
+    return select(case((func.count() <= most, ids))).select_from(found)
+
+
+def _each_of_few(form: Form, by: By, few: int) -> Selection:
+    """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
+    With each, how many fit.
+
+    One text for each: an aggregate is what SQLite can make of an ordered and limited part of an index.
+    """
+    fitting, count = _fitting(form, few)
+    first = by.first(_entries(form, by, fitting, _release.stamp)).correlate(fitting).subquery("first")
+    each = select(case((count <= few, by.text(first.c, first.c.stamp).scalar_subquery())), CURRENT_SUITES, count)
+    return each.select_from(fitting)
+
+
+def _all_of_few(form: Form, by: By, few: int) -> Selection:
+    """One text of all, merged: PostgreSQL looks up the stamps of that page alone."""
+    fitting, count = _fitting(form, few)
+    of_each = by.first(_entries(form, by, fitting)).lateral("of_each")
+    all_first = select(of_each.c.key, of_each.c.id).select_from(fitting.join(of_each, true())).where(count <= few)
+    page = by.first_of_all(of_each, all_first).subquery("page")
+    stamp = select(_release.stamp).where(_release.id == page.c.id).scalar_subquery()
+    return select(by.text(page.c, stamp).scalar_subquery(), CURRENT_SUITES, count)
+
+
+_of_few = prepared(_each_of_few, postgresql=_all_of_few)
+
+
+def _fitting(form: Form, few: int) -> tuple[CTE, ColumnElement[int]]:
+    """The combinations of traits that fit, one more than few at most, and their number.
+
+    The limit is in the text: a plan for a limit that is yet unknown reads a tenth of what fits, without an index.
+    """
+    fitting = filters.fitting(form).limit(literal_column(str(few + 1))).cte("fitting")
+    return fitting, select(func.count()).select_from(fitting).scalar_subquery()
+
+
+def _entries(form: Form, by: By, fitting: CTE, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+    return by.select(*more).where(by.traits_id == fitting.c.id, *filters.on_release(form))
+
+
+@prepared
+def _of_all(form: Form, by: By) -> Selection:
+    """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
+    return by.page(filters.fits(form, by.traits_id + 0), *filters.on_release(form))
+
+
+@prepared
+def _among_rare(form: Form, by: By) -> Selection:
+    asked = (filters.fits(form, _release.traits_id), *filters.on_release(form))
+    return by.page(among(by.release_id, "ids"), *asked, in_order=False)

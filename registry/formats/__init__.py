@@ -1,0 +1,1 @@
+"""References, manifests, signatures: text and bytes parsed, without disk, network or database."""

@@ -1,0 +1,94 @@
+"""Which change breaks who follows a range, and the number such a change must get: semver for adapters.
+
+A server that is set up for one release (its base, its highest rank, the modules it adapts) must load the next one that
+`^version` resolves to. What it could not load is a breaking change and belongs outside that range: a new major number,
+and in 0.y.z, which semver leaves open, what npm and Cargo make of it: a new minor number (in 0.0.z a new patch number).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from composer.findings import Finding, Severity
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Version
+
+Bump = Literal["major", "minor", "patch"]
+
+_WEIGHT_FILES = ("adapter_config.json", "config.json")
+_WEIGHT_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What a release asks of a server, and the digests of what it computes with. Facts are None for a model.
+
+    `touched` are the last path components of every module it adapts or replaces.
+    """
+
+    base: str
+    type: str | None
+    variant: str | None
+    rank_max: int | None
+    touched: frozenset[str]
+    weights: frozenset[tuple[str, str]]
+
+
+def surface(base_digest: str, facts: Mapping[str, Any], files: Iterable[ManifestFile]) -> Surface:
+    replaced = [module.rpartition(".")[2] for module in facts.get("modules_to_save", ())]
+    return Surface(
+        base=base_digest,
+        type=facts.get("type"),
+        variant=facts.get("variant"),
+        rank_max=facts.get("rank_max"),
+        touched=frozenset([*facts.get("targets", ()), *replaced]),
+        weights=frozenset(
+            (file.path, file.sha256)
+            for file in files
+            if file.path.endswith(_WEIGHT_SUFFIX) or file.path in _WEIGHT_FILES
+        ),
+    )
+
+
+def breaks(old: Surface, new: Surface) -> list[Finding]:
+    """Every reason why who could load `old` may not be able to load `new`; none for a compatible change."""
+    found: list[Finding] = []
+
+    def say(code: str, message: str, measure: float | None = None) -> None:
+        found.append(Finding(code, Severity.ERROR, code, message, measure))
+
+    if new.base != old.base:
+        say("new_base", f"Its base is {new.base[:12]}, not {old.base[:12]}.")
+    if (new.type, new.variant) != (old.type, old.variant):
+        say("other_type", f"It is {_kind(new)}, not {_kind(old)}.")
+    if (new.rank_max or 0) > (old.rank_max or 0):
+        say("larger_rank", f"Its largest rank is {new.rank_max}, not {old.rank_max}.", new.rank_max)
+    if more := sorted(new.touched - old.touched):
+        named = ", ".join(more[:8]) + (f" and {len(more) - 8} more" if len(more) > 8 else "")
+        say("more_targets", f"It adapts {named}, which was left alone.", len(more))
+    return found
+
+
+def may_break(old: Version, new: Version) -> bool:
+    """Is `new` outside `^old`, so that nobody who follows that range gets it?"""
+    numbers = (new.major, new.minor, new.patch)
+    kept = _kept(old)
+    return numbers[: len(kept)] != kept
+
+
+def bump_of(change: Literal["breaking", "weights", "files"], version: Version) -> Bump:
+    """The least part of `version` that such a change must count up."""
+    parts: tuple[Bump, ...] = ("major", "minor", "patch")
+    leading = len(_kept(version)) - 1
+    return parts[min(leading + ("breaking", "weights", "files").index(change), 2)]
+
+
+def _kept(version: Version) -> tuple[int, ...]:
+    """The numbers that `^version` holds fast: up to the first that is not zero."""
+    if version.major:
+        return (version.major,)
+    return (0, version.minor) if version.minor else (0, 0, version.patch)
+
+
+def _kind(surface: Surface) -> str:
+    return surface.type or "unknown" if surface.type == surface.variant else f"{surface.type} ({surface.variant})"

@@ -1,0 +1,109 @@
+"""Files -> canonical manifest -> commit id."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import PurePosixPath
+
+from registry.errors import Invalid
+from registry.formats.references import Digest
+
+MAX_FILES = 2_000
+MAX_PATH_CHARACTERS = 400
+MAX_PART_BYTES = 240
+"""File systems take 255, of which the name of an unfinished copy needs some."""
+_HIDDEN = re.compile(r"\.|git~\d+$", re.IGNORECASE)
+"""`GIT~1` is what Windows calls `.git`, too."""
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories of what is not shown, or shows the rest in another order or on another line."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    path: str
+    size_bytes: int
+    sha256: Digest
+
+
+def check_path(path: str) -> str:
+    """A relative POSIX path in its normal form, which no client could turn into a place outside its directory."""
+    parts = PurePosixPath(path).parts
+    bad = (
+        not parts
+        or len(path) > MAX_PATH_CHARACTERS
+        or path != "/".join(parts)
+        or path.startswith("/")
+        or "\\" in path
+        or any(part in {".", ".."} or part.endswith((".", " ")) or ":" in part for part in parts)
+        or any(unicodedata.category(character) in _UNSEEN for character in path)
+        or any(len(part.encode()) > MAX_PART_BYTES for part in parts)
+    )
+    if bad:
+        raise Invalid(
+            "bad_path",
+            f"{path[:120]!r} cannot be a file of a release.",
+            subject=path[:120],
+            next_step="Use relative paths below the pushed directory, in plain characters and short names.",
+        )
+    return path
+
+
+def refuse_hidden(path: str) -> None:
+    """Raises Invalid for what programs may run wherever it lies. Releases from before this was asked may have some."""
+    if any(_HIDDEN.match(part) for part in path.split("/")):
+        raise Invalid(
+            "hidden_file",
+            f"{path[:120]!r} is hidden, or lies in a hidden directory.",
+            subject=path[:120],
+            next_step="Release it without: programs do what such files say (.git, .envrc) wherever they lie.",
+        )
+
+
+def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
+    """One line of JSON, files sorted by path: the same set of files always has the same bytes."""
+    rows = sorted(files, key=lambda file: file.path)
+    check_paths([file.path for file in rows])
+    document = [{"path": file.path, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in rows]
+    return json.dumps({"files": document}, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def check_paths(paths: Sequence[str]) -> None:
+    """Raises Invalid for paths that cannot be those of one release: each alone, too many of them, or two that some file
+    system would put in one place, such as a file and a directory."""
+    if not 0 < len(paths) <= MAX_FILES:
+        raise Invalid(
+            "bad_manifest",
+            f"A release holds 1 to {MAX_FILES:,} files, not {len(paths):,}.",
+            next_step="Pack many small files into one.",
+        )
+    places = sorted((_place(path), path) for path in map(check_path, paths))
+    for (place, path), (next_place, next_path) in pairwise(places):  # what lies below a path follows it at once
+        if next_place[: len(place)] == place:
+            raise Invalid(
+                "bad_manifest",
+                f"{path} and {next_path} cannot both be: one is a directory of the other, or they differ only by upper "
+                "and lower case, by how an accent is written, or not at all.",
+                subject=next_path,
+                next_step="Rename one of them.",
+            )
+
+
+def _place(path: str) -> list[str]:
+    """Alike for paths that a file system may take for one: Unicode's canonical caseless matching."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold()).split("/")
+
+
+def parse_manifest(manifest: str) -> list[ManifestFile]:
+    """The files of a canonical manifest, sorted by path."""
+    return [
+        ManifestFile(file["path"], file["size_bytes"], Digest(file["sha256"])) for file in json.loads(manifest)["files"]
+    ]
+
+
+def commit_id(manifest: bytes) -> str:
+    """The first 40 hexadecimal digits of the sha256 of the canonical manifest."""
+    return hashlib.sha256(manifest).hexdigest()[:40]

@@ -1,0 +1,158 @@
+"""Pickles by name and by content: every one is refused, since loading one runs code."""
+
+import pickletools
+import re
+
+from registry.errors import Invalid
+
+ENDS_BYTES = 64 << 10
+"""How much of a file's beginning and of its end is looked at."""
+
+_PICKLE_NAME = re.compile(
+    r"\.(?:bin|ckpt|cloudpickle|dill|distcp|joblib|mar|nemo|pckl|pickle|pkl|pt|pt2|pth|ptl)"
+    r"(?:\.(?:tar|tgz|zip|gz|bz2|xz|lzma|zst|lz4|z))*\Z",
+    re.IGNORECASE,
+)
+"""What loaders that unpickle are given by name: alone, packed or compressed. Not .npy and .npz: numpy reads objects out
+of these only when it is told to, and most hold numbers."""
+
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+
+_PICKLE = re.compile(rb"\x80[\x02-\x05][" + re.escape(bytes(_OPCODES)) + rb"]")
+"""The protocol, from 2 on, and any other opcode; protocols 0 and 1 have no such sign."""
+
+_IMPORTS = frozenset({"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"})
+
+_CALLS = frozenset({"BUILD", "INST", "NEWOBJ", "NEWOBJ_EX", "OBJ", "REDUCE"})
+
+_NAME = rb"[A-Za-z_][\w.]*\n"  # two lines of a text mostly are none
+
+_INTEGER = rb"(?:[ \t\v\f\r]*[+-]?[0-9]\w*[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"  # in any base, and C reads on to a NUL
+
+_FLOAT = rb"(?:[ \t\v\f\r]*[+-]?(?:nan|inf(?:inity)?|[0-9._]+(?:e[+-]?[0-9_]+)?)[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"
+
+_LINES = {
+    name: re.compile(pattern, re.IGNORECASE)
+    for name, pattern in {
+        "INT": _INTEGER,
+        "LONG": _INTEGER,
+        "GET": _INTEGER,
+        "PUT": _INTEGER,
+        "FLOAT": _FLOAT,
+        "STRING": rb"""(["'])[^\n]*\1\n""",
+        "UNICODE": rb"[^\n]*\n",
+        "PERSID": rb"[\0-\x09\x0b-\x7f]*\n",
+        "GLOBAL": _NAME * 2,
+        "INST": _NAME * 2,
+    }.items()
+}
+"""What a loader takes for the argument of an opcode that has it in lines: `pickletools` takes less."""
+
+_LENGTH_BYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+
+_TORCH_ENTRY = b"data.pkl"
+"""What torch.save writes first into its zip."""
+
+_LISTED_TORCH_ENTRY = re.compile(rb"PK\x01\x02.{42}[^\x00-\x1f]{0,400}data\.pkl", re.DOTALL)
+"""The same in the list at a zip's end."""
+
+_NUMPY_OBJECTS = re.compile(rb"\x93NUMPY.{4,6}\{[^}]*'\|O", re.DOTALL)
+
+
+def refuse_pickle(path: str) -> None:
+    """Raises Invalid by the name alone, before a byte is sent."""
+    if _PICKLE_NAME.search(path):
+        why = "is refused by its name: such files mostly are pickles, which run code when they are opened"
+        raise _pickle(path, why, " Rename it if it is none.")
+
+
+def is_zip(first: bytes) -> bool:
+    return first.startswith(b"PK\x03\x04")
+
+
+def refuse_pickled(path: str, first: bytes, last: bytes = b"") -> None:
+    """Raises Invalid by the bytes at a file's two ends, whatever its name; of what is no zip the first ones suffice."""
+    if (
+        _PICKLE.match(first)
+        or _is_old_pickle(first)
+        or _NUMPY_OBJECTS.match(first)
+        or (is_zip(first) and _is_of_torch(first, last))
+    ):
+        raise _pickle(path, "is a pickle, which runs code when it is opened")
+
+
+def _is_old_pickle(first: bytes) -> bool:
+    """Whether bytes without the sign of a protocol import and call something as a pickle, or are nothing but pickles.
+
+    Texts begin with letters that are opcodes, too; but none goes on so that each finds on the stack what it takes.
+    One pickle may follow another, as in what torch.save wrote of old.
+    """
+    depths = [0]  # of the stack, and above each mark
+    imported, alone, at = False, True, 0
+    while at < len(first):
+        opcode = _OPCODES.get(first[at])
+        end = None if opcode is None else _end_of(opcode, first, at + 1)
+        if opcode is None or end is None or not _takes(depths, opcode):
+            return False
+        imported = imported or opcode.name in _IMPORTS
+        if imported and opcode.name in _CALLS:
+            return True
+        at = end
+        if opcode.name == "STOP":
+            alone, depths = alone and depths == [0], [0]
+            if at == len(first):
+                return alone
+    return False
+
+
+def _end_of(opcode: pickletools.OpcodeInfo, content: bytes, start: int) -> int | None:
+    """Where the argument ends that begins at `start`; None for what is no argument of this opcode, or is cut off."""
+    if opcode.name in _LINES:
+        match = _LINES[opcode.name].match(content, start)
+        return match.end() if match else None
+    size = opcode.arg.n if opcode.arg else 0
+    if size < 0:
+        counted = _LENGTH_BYTES[size]
+        size = counted + int.from_bytes(content[start : start + counted], "little")
+    return start + size if start + size <= len(content) else None
+
+
+def _takes(depths: list[int], opcode: pickletools.OpcodeInfo) -> bool:
+    """Does to the stack what the opcode does; False where that lacks what it takes."""
+    taken = opcode.stack_before
+    if opcode.name == "POP" and depths[-1] == 0:
+        taken = [pickletools.markobject]  # it takes a mark, too
+    if pickletools.markobject in taken:
+        below = taken.index(pickletools.markobject)
+        above = len(taken) - below - 1 - (pickletools.stackslice in taken)
+        if len(depths) == 1 or depths.pop() < above:
+            return False
+    else:
+        below = len(taken)
+    if depths[-1] < below:
+        return False
+    depths[-1] -= below
+    if pickletools.markobject in opcode.stack_after:
+        depths.append(0)
+    else:
+        depths[-1] += len(opcode.stack_after)
+    return True
+
+
+def _is_of_torch(first: bytes, last: bytes) -> bool:
+    first_entry = first[30 : 30 + int.from_bytes(first[26:28], "little")]
+    return first_entry.endswith(_TORCH_ENTRY) or _LISTED_TORCH_ENTRY.search(last) is not None
+
+
+def _pickle(path: str, why: str, otherwise: str = "") -> Invalid:
+    return Invalid(
+        "pickle",
+        f"{path} {why}.",
+        subject=path,
+        next_step=f"Save safetensors (PEFT's save_pretrained does) and leave the pickle out.{otherwise}",
+    )

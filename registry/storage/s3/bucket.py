@@ -1,0 +1,124 @@
+"""A bucket and what goes wrong with it: boto3's answers and errors in our words."""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import boto3  # pyright: ignore[reportMissingTypeStubs]
+from boto3.exceptions import S3UploadFailedError  # pyright: ignore[reportMissingTypeStubs]
+from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
+from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
+
+from registry.errors import NotFound, Unavailable
+from registry.formats.references import Digest
+from registry.outages import OutageLog
+from registry.settings import S3Storage
+from registry.storage.blobs import blob_key
+
+outages = OutageLog(logging.getLogger(__name__))
+
+MISSING = {"404", "NoSuchKey", "NotFound"}
+"""Codes of an object that is not there; a bucket that is not there has one of its own and is the operator's fault."""
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_to_sign: ContextVar[Mapping[str, str]] = ContextVar("_to_sign", default=NO_HEADERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One client per process: boto3's are safe to share between threads."""
+
+    client: Any
+    name: str
+    prefix: str
+
+    def blob(self, sha256: Digest) -> dict[str, str]:
+        """How boto3 names the object of a blob."""
+        return self.object(blob_key(sha256))
+
+    def object(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.name, "Key": f"{self.prefix}{key}"}
+
+    def head(self, named: dict[str, str]) -> dict[str, Any] | None:
+        with told(named["Key"]):
+            try:
+                return self.client.head_object(**named)
+            except ClientError as error:
+                if code_of(error) in MISSING:
+                    return None
+                raise
+
+    def signed_url(
+        self, operation: str, params: Mapping[str, Any], expires_s: int, headers: Mapping[str, str] = NO_HEADERS
+    ) -> str:
+        """`headers` are part of the signature too: those that boto3 has no parameter for."""
+        token = _to_sign.set(headers)
+        try:
+            with told(params["Key"]):
+                return self.client.generate_presigned_url(operation, Params=params, ExpiresIn=expires_s)
+        finally:
+            _to_sign.reset(token)
+
+    def listed(self, beginning: str) -> Iterator[dict[str, Any]]:
+        """Key, Size and LastModified of every object whose key begins so."""
+        with told(self.name):
+            pages = self.client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.name, Prefix=f"{self.prefix}{beginning}"):
+                yield from page.get("Contents", ())
+
+
+def open_bucket(storage: S3Storage) -> Bucket:
+    """Version 4 signatures, since 2 signs no headers; addresses with paths, since not every store has names for each.
+
+    A store that hangs costs a request `(connect + read timeout) * attempts` seconds, then the caller is told. Standard
+    retries, not adaptive ones: those go on waiting when the store is back.
+    """
+    config = Config(
+        signature_version="s3v4",
+        s3={"addressing_style": "path"},
+        connect_timeout=storage.connect_timeout_s,
+        read_timeout=storage.read_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": storage.attempts},
+        request_checksum_calculation=storage.checksums,
+        max_pool_connections=40,
+    )
+    session: Any = boto3.Session()
+    client = session.client("s3", endpoint_url=storage.endpoint_url, config=config)
+    client.meta.events.register("before-sign.s3", _add_headers)
+    return Bucket(client, storage.bucket, storage.prefix)
+
+
+def _add_headers(request: Any, **_: object) -> None:
+    for name, value in _to_sign.get().items():
+        request.headers[name] = value
+
+
+@contextmanager
+def told(subject: str) -> Generator[None]:
+    """boto3's errors leave as errors that a user can act on."""
+    try:
+        yield
+    except (BotoCoreError, ClientError, S3UploadFailedError) as error:
+        if isinstance(error, ClientError) and code_of(error) in MISSING:
+            raise NotFound(
+                "blob_missing",
+                f"The store has no blob {subject}.",
+                subject=subject,
+                next_step="Push the file again, or restore the blob from a backup.",
+            ) from error
+        outages.warn("The blob store does not answer as it should", error)  # its address is nobody else's business
+        raise Unavailable(
+            "store_unavailable",
+            "The blob store does not answer as it should.",
+            subject=subject,
+            next_step="Try again; if it stays so, look at the server's log, at ADAPTORY_STORAGE__ENDPOINT_URL and "
+            "__BUCKET, and at the credentials that boto3 finds.",
+        ) from error
+
+
+def code_of(error: ClientError) -> str:
+    response: Any = error.response
+    return str(response.get("Error", {}).get("Code", ""))

@@ -1,0 +1,79 @@
+"""Files that come in parts, each by a request of its own."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
+
+from registry.formats.references import Digest
+from registry.storage.blobs import Put
+from registry.storage.s3.bucket import Bucket, code_of
+
+Stored = Mapping[int, Mapping[str, Any]]
+"""Number -> what the store says of a part that has arrived."""
+_FORGOTTEN = {"NoSuchUpload", "404", "NoSuchKey"}  # Ceph says NoSuchKey of parts
+_NAMING = ("ETag", "ChecksumSHA256")
+"""What a part is named by when it is joined. AWS lists the sha256 of parts that came with one, and wants it back."""
+
+
+def checksum(sha256: Digest) -> str:
+    """As S3 writes it."""
+    return base64.b64encode(bytes.fromhex(sha256)).decode()
+
+
+class Parts:
+    """`upload` names the object that they become, and as `UploadId` the upload: how boto3 is told of both.
+
+    Raises botocore's errors, but for an upload that is gone: another request has joined or ended it meanwhile.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    def begin(self, named: dict[str, str], *, checked: bool) -> str:
+        """The id of an upload to the object that is `named`.
+
+        `checked`: every part comes with its sha256. AWS wants to be told at the beginning, and takes no part of the
+        other kind then.
+        """
+        how = {"ChecksumAlgorithm": "SHA256"} if checked else {}
+        return self._bucket.client.create_multipart_upload(**named, **how)["UploadId"]
+
+    def put(self, upload: dict[str, str], number: int, size_bytes: int, sha256: Digest | None, expires_s: int) -> Put:
+        """Number and length of the part are signed, and its sha256 where the upload was begun as a `checked` one."""
+        params = {**upload, "PartNumber": number, "ContentLength": size_bytes}
+        headers = {"Content-Length": str(size_bytes)}
+        if sha256 is not None:
+            params["ChecksumSHA256"] = headers["x-amz-checksum-sha256"] = checksum(sha256)
+        return Put(self._bucket.signed_url("upload_part", params, expires_s), headers)
+
+    def stored(self, upload: dict[str, str]) -> Stored | None:
+        """None when the store knows no such upload: it was joined, ended or forgotten."""
+        found: dict[int, dict[str, Any]] = {}
+        try:
+            for page in self._bucket.client.get_paginator("list_parts").paginate(**upload):
+                found |= {row["PartNumber"]: row for row in page.get("Parts", ())}
+        except ClientError as error:
+            if code_of(error) in _FORGOTTEN:
+                return None
+            raise
+        return found
+
+    def join(self, upload: dict[str, str], there: Stored) -> None:
+        parts = [
+            {"PartNumber": number, **{key: there[number][key] for key in _NAMING if key in there[number]}}
+            for number in sorted(there)
+        ]
+        try:
+            self._bucket.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+        except ClientError as error:
+            if code_of(error) not in _FORGOTTEN:
+                raise
+
+    def abort(self, upload: dict[str, str]) -> None:
+        try:
+            self._bucket.client.abort_multipart_upload(**upload)
+        except ClientError as error:
+            if code_of(error) not in _FORGOTTEN:
+                raise

@@ -1,0 +1,213 @@
+"""How far a store may be trusted with what others send it: tried by each process, on objects of its own."""
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from threading import Lock
+from time import monotonic
+from types import MappingProxyType
+from typing import Any
+
+import httpx2
+from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
+
+from registry.errors import NotFound, Unavailable
+from registry.formats.references import Digest
+from registry.settings import S3Storage
+from registry.storage.blobs import Arrival, Put
+from registry.storage.s3.bucket import Bucket, code_of, told
+from registry.storage.s3.multipart import Parts
+
+log = logging.getLogger(__name__)
+
+NEVER: Mapping[str, str] = MappingProxyType({"X-Delete-After": "9999999999", "X-Delete-At": "9999999999"})
+"""The end of an object that nobody may end: signed, so that its sender cannot name another. A store that knows these
+headers, as Swift does, takes them for the last moment that it knows (in 2286); for others they say nothing."""
+PROBE = "probe-"
+"""What the ids of a trial's own arrivals begin with."""
+STALE_S = 60.0
+"""An object of a trial that is older was left by a process that was killed."""
+FAILED_S = 5.0
+"""So long a trial that the store did not answer is not begun again: as long as `Retry-After` says."""
+NOT_IMPLEMENTED = 501
+"""How some stores refuse a header that they do not know."""
+_SOON = "60"
+_RIGHT, _WRONG = b"right", b"wrong"
+_CONDITION_FAILED = {"412", "PreconditionFailed"}
+
+Headers = Iterable[tuple[str, str]]
+SignedPut = Callable[[Arrival, dict[str, str], int, Mapping[str, str]], Put]
+"""The request that a sender gets for an object, good for so many seconds, with further headers signed."""
+
+
+class Trial:
+    """`aside` names the object where an arrival waits."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        storage: S3Storage,
+        signed_put: SignedPut,
+        parts: Parts,
+        aside: Callable[[Arrival], dict[str, str]],
+    ) -> None:
+        self._bucket, self._storage = bucket, storage
+        self._signed_put, self._parts, self._aside = signed_put, parts, aside
+        self._answers: dict[Callable[[], bool], bool] = {}
+        self._lock = Lock()
+        self._failed: tuple[float, Unavailable] | None = None
+
+    def checks_bodies(self) -> bool:
+        """Whether the store refuses a body of another sha256 than the signed one. Raises Unavailable for a store that
+        copies whatever the condition."""
+        return self._answer(self._tells_bodies_apart)
+
+    def allows_in_place(self) -> bool:
+        """Whether a request for a blob's own key serves for its bytes and for nothing else.
+
+        Where the settings leave it open: if the store takes right bytes with the signed end, and refuses the same bytes
+        with every other one.
+        """
+        if not self.checks_bodies():
+            return False
+        said = self._storage.direct
+        return self._answer(self._holds_to_the_signed_end) if said == "auto" else said
+
+    def checks_parts(self) -> bool:
+        """Whether the store refuses a part of another sha256 than the signed one, and joins those that came with it."""
+        return self._answer(self._tells_parts_apart)
+
+    def _answer(self, trial: Callable[[], bool]) -> bool:
+        """Of a trial that is made once. Who waited for one that failed fails with it: one after the other would wait as
+        long again, each with a thread of the server in hand."""
+        if trial not in self._answers:
+            with self._lock:
+                if self._failed and monotonic() < self._failed[0]:
+                    raise self._failed[1]
+                try:
+                    if trial not in self._answers:
+                        self._answers[trial] = trial()
+                except Unavailable as error:
+                    self._failed = (monotonic() + FAILED_S, error)
+                    raise
+        return self._answers[trial]
+
+    def _holds_to_the_signed_end(self) -> bool:
+        probe = _probe()
+        put = self._signed_put(probe, self._aside(probe), 60, NEVER)
+        try:
+            if not self._accepts(put.url, _RIGHT, put.headers.items()):
+                return False  # something on the way takes away what is signed
+            return not any(self._accepts(put.url, _RIGHT, other) for other in _with_another_end(put.headers))
+        finally:
+            self._remove(probe)
+
+    def _remove(self, probe: Arrival) -> None:
+        with told(self._bucket.name):
+            self._bucket.client.delete_object(**self._aside(probe))
+
+    def _takes(self, probe: Arrival, body: bytes) -> bool:
+        """Sent as a client would send it."""
+        put = self._signed_put(probe, self._aside(probe), 60, {})
+        return self._accepts(put.url, body, put.headers.items())
+
+    def _accepts(self, url: str, body: bytes, headers: Headers) -> bool:
+        try:
+            answer = httpx2.put(url, content=body, headers=list(headers), timeout=self._storage.read_timeout_s)
+        except httpx2.TransportError as error:
+            log.warning("The blob store does not answer: %s", error)
+            raise Unavailable("store_unavailable", "The blob store does not answer.", next_step="Try again.") from error
+        if answer.status_code >= 500 and answer.status_code != NOT_IMPLEMENTED:
+            raise Unavailable(
+                "store_unavailable", f"The blob store answers {answer.status_code}.", next_step="Try again."
+            )
+        return answer.status_code < 300
+
+    def _tells_bodies_apart(self) -> bool:
+        """Whether it refuses wrong bytes; it has to take the right ones, and to copy them on a condition alone."""
+        probe = _probe()
+        copy = replace(probe, upload_id=f"{probe.upload_id}-copy")
+        refuses = not self._takes(probe, _WRONG)
+        try:
+            if not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe, copy):
+                raise Unavailable(
+                    "store_unfit",
+                    "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
+                    "exchanged after it was checked.",
+                    next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
+                )
+        finally:
+            self._remove(probe)
+            self._remove(copy)
+        return refuses and not self._storage.hash_arrivals
+
+    def _tells_parts_apart(self) -> bool:
+        """Raises Unavailable for a store that takes no part of either kind: it is not said that it cannot check."""
+        checks = self._joins_right_parts(_probe(), checked=True)
+        if not checks and not self._joins_right_parts(_probe(), checked=False):
+            raise Unavailable(
+                "store_unavailable", "The blob store refuses a file in parts.", next_step="Try again, and look at it."
+            )
+        log.info("The blob store %s the sha256 of parts.", "checks" if checks else "does not check")
+        return checks
+
+    def _joins_right_parts(self, probe: Arrival, *, checked: bool) -> bool:
+        """And refuses wrong ones, where they are `checked`."""
+        named = self._aside(probe)
+        upload: dict[str, str] | None = None
+        try:
+            with told(self._bucket.name):
+                upload = {**named, "UploadId": self._parts.begin(named, checked=checked)}
+                if not self._takes_right_part(upload, probe, checked=checked):
+                    return False
+                self._parts.join(upload, self._parts.stored(upload) or {})
+                upload = None
+            return self._bucket.head(named) is not None
+        except (NotFound, Unavailable) as error:
+            if isinstance(error.__cause__, ClientError) and _is_refusal(error.__cause__):
+                return False
+            raise
+        finally:
+            with told(self._bucket.name):
+                if upload is not None:
+                    self._parts.abort(upload)
+            self._remove(probe)
+
+    def _takes_right_part(self, upload: dict[str, str], probe: Arrival, *, checked: bool) -> bool:
+        put = self._parts.put(upload, 1, probe.size_bytes, probe.sha256 if checked else None, 60)
+        if checked and self._accepts(put.url, _WRONG, put.headers.items()):
+            return False
+        return self._accepts(put.url, _RIGHT, put.headers.items())
+
+    def _copies_whatever_the_condition(self, probe: Arrival, copy: Arrival) -> bool:
+        source, target = self._aside(probe), self._aside(copy)
+        with told(self._bucket.name):
+            try:
+                self._bucket.client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')
+            except ClientError as error:
+                if code_of(error) not in _CONDITION_FAILED:
+                    raise
+                return False
+        return True
+
+
+def _is_refusal(error: ClientError) -> bool:
+    """A store that refuses is told from one that fails."""
+    response: Any = error.response
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return status < 500 or status == NOT_IMPLEMENTED
+
+
+def _with_another_end(headers: Mapping[str, str]) -> Iterator[Headers]:
+    """In place of the signed one, before it, after it, or none."""
+    signed = [row for row in headers.items() if row[0] in NEVER]
+    others = [row for row in headers.items() if row[0] not in NEVER]
+    soon = [(name, _SOON) for name in NEVER]
+    for end in (soon, soon + signed, signed + soon, []):
+        yield others + end
+
+
+def _probe() -> Arrival:
+    return Arrival(f"{PROBE}{uuid.uuid4().hex}", Digest(hashlib.sha256(_RIGHT).hexdigest()), len(_RIGHT))

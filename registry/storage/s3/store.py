@@ -1,0 +1,97 @@
+"""Blobs in S3 or a compatible store, through boto3; credentials come from its usual chain."""
+
+from collections.abc import Collection, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
+
+from registry.errors import Unavailable
+from registry.formats.references import Digest
+from registry.settings import S3Storage
+from registry.storage.blobs import BlobStat, Reader
+from registry.storage.s3.bucket import Bucket, code_of, open_bucket, told
+from registry.storage.s3.uploads import S3Arrivals
+
+_PLAIN = {
+    "ResponseContentEncoding": "identity",
+    "ResponseContentType": "application/octet-stream",
+    "ResponseContentDisposition": "attachment",
+    "ResponseCacheControl": "private, immutable",
+}
+"""Whoever sent a blob may have sent false headers with it, which clients and browsers would believe."""
+
+
+class S3Store:
+    def __init__(self, storage: S3Storage) -> None:
+        self._bucket: Bucket = open_bucket(storage)
+        self._client: Any = self._bucket.client
+        self._arrivals = S3Arrivals(self._bucket, storage)
+
+    @property
+    def arrivals(self) -> S3Arrivals:
+        return self._arrivals
+
+    def stat(self, sha256: Digest) -> BlobStat | None:
+        head = self._bucket.head(self._bucket.blob(sha256))
+        return BlobStat(sha256, head["ContentLength"], head["LastModified"]) if head is not None else None
+
+    def open(self, sha256: Digest, start: int = 0, length: int | None = None) -> Reader:
+        if length == 0:
+            return _Body(None)
+        last = "" if length is None else str(start + length - 1)
+        wanted = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
+        with told(sha256):
+            try:
+                found = self._client.get_object(**self._bucket.blob(sha256), **wanted)
+            except ClientError as error:
+                if code_of(error) == "InvalidRange":  # from the end on there is nothing to read, which is no failure
+                    return _Body(None)
+                raise
+        return _Body(found["Body"])
+
+    def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
+        stat = self.stat(sha256)
+        if stat is None:
+            named = self._bucket.blob(sha256)
+            with told(sha256):
+                self._client.upload_file(str(source), named["Bucket"], named["Key"])
+            stat = self.stat(sha256)
+        if stat is None or stat.size_bytes != source.stat().st_size:
+            raise Unavailable(
+                "store_wrong", f"The store did not keep {sha256} whole.", subject=sha256, next_step="Push again."
+            )
+        if move:
+            source.unlink()
+        return stat
+
+    def url(self, sha256: Digest, expires_s: int) -> str | None:
+        request = {**self._bucket.blob(sha256), **_PLAIN}
+        return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
+
+    def delete(self, sha256: Digest) -> None:
+        with told(sha256):
+            self._client.delete_object(**self._bucket.blob(sha256))
+
+    def iterate(self) -> Iterator[BlobStat]:
+        for row in self._bucket.listed("blobs/"):
+            yield BlobStat(Digest(row["Key"].rpartition("/")[2]), row["Size"], row["LastModified"])
+
+    def sweep(self, before: datetime, keep: Collection[str]) -> int:
+        return self._arrivals.sweep(before, keep)
+
+
+class _Body(Reader):
+    """A response's body; None is an empty one, which S3 cannot be asked for by range."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def read(self, size: int = -1, /) -> bytes:
+        with told("blob"):
+            return self._body.read(None if size < 0 else size) if self._body is not None else b""
+
+    def close(self) -> None:
+        if self._body is not None:
+            self._body.close()

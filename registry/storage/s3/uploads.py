@@ -1,0 +1,227 @@
+"""Bytes that clients send to S3 by themselves, through requests that we sign and results that we check."""
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTypeStubs]
+
+from registry.errors import Conflict, Invalid
+from registry.formats.references import Digest
+from registry.settings import S3Storage
+from registry.storage.blobs import Arrival, BlobStat, Part, Put
+from registry.storage.s3.bucket import NO_HEADERS, Bucket, told
+from registry.storage.s3.multipart import Parts, checksum
+from registry.storage.s3.probe import NEVER, PROBE, STALE_S, Trial
+
+INCOMING = "incoming/"
+CHECKED = "sha256:"
+"""How the `multipart_id` of an upload begins whose parts come with their sha256: they all do, or none does."""
+_MAX_PARTS = 10_000
+_MIB = 1 << 20
+_BLOCK_BYTES = 1 << 20
+_LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunksize=1024 * _MIB)
+"""S3 copies at most 5 GiB in one request."""
+
+
+class S3Arrivals:
+    """A file sent whole goes straight to the key of its blob where the store refuses a body of another sha256 and a
+    signed request serves for nothing else, as `Trial` finds or the settings say.
+
+    Whoever holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then with
+    a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
+
+    Everything else is put aside under `incoming/`, read back, hashed and copied: files in parts, whose sha256 no store
+    knows; files for a blob that is there already, since the sender must show its own bytes and leave the others alone;
+    and all files where the store does not check.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        storage: S3Storage,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._bucket, self._storage, self._now = bucket, storage, now
+        self._client: Any = bucket.client
+        self._parts = Parts(bucket)
+        self._trial = Trial(bucket, storage, self._put_of, self._parts, self._aside)
+
+    def part_bytes(self, size_bytes: int) -> int | None:
+        if size_bytes < self._storage.multipart_bytes:
+            return None
+        least = -(-size_bytes // _MAX_PARTS)
+        return max(self._storage.part_bytes, -(-least // _MIB) * _MIB)
+
+    def begin(self, arrival: Arrival) -> str:
+        checked = self._trial.checks_parts()
+        with told(arrival.sha256):
+            return (CHECKED if checked else "") + self._parts.begin(self._aside(arrival), checked=checked)
+
+    def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
+        if sent_before and self._arrived(arrival) is not None:
+            return None
+        if not known and self._trial.allows_in_place():
+            return self._put_of(arrival, self._bucket.blob(arrival.sha256), expires_s, NEVER)
+        return self._put_of(arrival, self._aside(arrival), expires_s)
+
+    def parts(self, arrival: Arrival) -> list[Part] | None:
+        with told(arrival.sha256):
+            there = self._parts.stored(self._upload(arrival))
+        if there is None:
+            return None if self._bucket.head(self._aside(arrival)) is None else []
+        return [
+            Part(number, size, present=number in there and there[number]["Size"] == size)
+            for number, size in enumerate(arrival.part_sizes, start=1)
+        ]
+
+    def part(self, arrival: Arrival, number: int, sha256: Digest, expires_s: int) -> Put:
+        signed = sha256 if (arrival.multipart_id or "").startswith(CHECKED) else None
+        size = arrival.part_sizes[number - 1]
+        return self._parts.put(self._upload(arrival), number, size, signed, expires_s)
+
+    def finish(self, arrival: Arrival) -> BlobStat:
+        if arrival.multipart_id is not None:
+            self._join_parts(arrival)
+        found = self._arrived(arrival)
+        if found is None:
+            return self._finished_before(arrival)
+        if found["ContentLength"] != arrival.size_bytes:
+            self.discard(arrival)
+            raise _differs(arrival, f"has {found['ContentLength']:,} bytes, not {arrival.size_bytes:,}")
+        if found["aside"]:
+            self._accept(arrival, found["ETag"])
+        head = self._bucket.head(self._bucket.blob(arrival.sha256))
+        if head is None:
+            raise _incomplete(arrival)
+        return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
+
+    def abandon(self, arrival: Arrival) -> None:
+        with told(arrival.sha256):
+            if arrival.multipart_id is not None:
+                self._parts.abort(self._upload(arrival))
+
+    def discard(self, arrival: Arrival) -> None:
+        self.abandon(arrival)
+        with told(arrival.sha256):
+            self._client.delete_object(**self._aside(arrival))
+
+    def sweep(self, before: datetime, keep: Collection[str]) -> int:
+        """Also ends uploads in parts of our own, and removes what a trial left, of a process that died."""
+        removed, probes_before = 0, self._now() - timedelta(seconds=STALE_S)
+
+        def is_left(key: str, since: datetime) -> bool:
+            upload_id = key.rpartition("/")[2]
+            return since < (probes_before if upload_id.startswith(PROBE) else before) and upload_id not in keep
+
+        with told(self._bucket.name):
+            for row in self._bucket.listed(INCOMING):
+                if is_left(row["Key"], row["LastModified"]):
+                    self._client.delete_object(Bucket=self._bucket.name, Key=row["Key"])
+                    removed += 1
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self._bucket.name, Prefix=self._bucket.prefix):
+                for row in page.get("Uploads", ()):
+                    if is_left(row["Key"], row["Initiated"]):
+                        self._parts.abort({"Bucket": self._bucket.name, "Key": row["Key"], "UploadId": row["UploadId"]})
+                        removed += 1
+        return removed
+
+    def _aside(self, arrival: Arrival) -> dict[str, str]:
+        return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
+
+    def _upload(self, arrival: Arrival) -> dict[str, str]:
+        return {**self._aside(arrival), "UploadId": (arrival.multipart_id or "").removeprefix(CHECKED)}
+
+    def _put_of(
+        self, arrival: Arrival, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
+    ) -> Put:
+        """Length, sha256, the upload and `more` headers are signed: the request serves these bytes and no others."""
+        sha256 = checksum(arrival.sha256)
+        params = {
+            **named,
+            "ContentLength": arrival.size_bytes,
+            "ChecksumSHA256": sha256,
+            "Metadata": {"upload": arrival.upload_id},
+        }
+        url = self._bucket.signed_url("put_object", params, expires_s, more)
+        headers = {"x-amz-checksum-sha256": sha256, "x-amz-meta-upload": arrival.upload_id, **more}
+        return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
+
+    def _arrived(self, arrival: Arrival) -> dict[str, Any] | None:
+        """What lies aside, or the blob itself where this very upload wrote it; `aside` says which."""
+        head = self._bucket.head(self._aside(arrival))
+        if head is not None:
+            return {**head, "aside": True}
+        head = self._bucket.head(self._bucket.blob(arrival.sha256))
+        if head is not None and _upload_of(head) == arrival.upload_id and self._trial.checks_bodies():
+            return {**head, "aside": False}
+        return None
+
+    def _finished_before(self, arrival: Arrival) -> BlobStat:
+        """A copy keeps the name of the upload that it came from."""
+        head = self._bucket.head(self._bucket.blob(arrival.sha256))
+        if head is None or _upload_of(head) != arrival.upload_id:
+            raise _incomplete(arrival)
+        return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
+
+    def _join_parts(self, arrival: Arrival) -> None:
+        with told(arrival.sha256):
+            there = self._parts.stored(self._upload(arrival))
+        if there is None:  # joined before, or never begun: what lies aside will tell
+            return
+        if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:
+            raise _incomplete(arrival)
+        with told(arrival.sha256):
+            self._parts.join(self._upload(arrival), there)
+
+    def _accept(self, arrival: Arrival, etag: str) -> None:
+        """Copies what was hashed and nothing else: who has the signed request could write once more meanwhile."""
+        if arrival.multipart_id is not None or not self._trial.checks_bodies():
+            self._check_digest(arrival, etag)
+        named = self._bucket.blob(arrival.sha256)
+        if self._bucket.head(named) is not None:
+            return
+        condition = {
+            "CopySourceIfMatch": etag,
+            "MetadataDirective": "REPLACE",
+            "Metadata": {"upload": arrival.upload_id},
+        }
+        with told(arrival.sha256):
+            self._client.copy(
+                self._aside(arrival), named["Bucket"], named["Key"], ExtraArgs=condition, Config=_LARGE_COPY
+            )
+
+    def _check_digest(self, arrival: Arrival, etag: str) -> None:
+        digest = hashlib.sha256()
+        with told(arrival.sha256):
+            body = self._client.get_object(**self._aside(arrival), IfMatch=etag)["Body"]
+            while block := body.read(_BLOCK_BYTES):
+                digest.update(block)
+        if digest.hexdigest() != arrival.sha256:
+            self.discard(arrival)
+            raise _differs(arrival, f"has the sha256 {digest.hexdigest()}")
+
+
+def _upload_of(head: dict[str, Any]) -> str | None:
+    """Some stores give names of metadata back in another case."""
+    return {name.lower(): value for name, value in head["Metadata"].items()}.get("upload")
+
+
+def _incomplete(arrival: Arrival) -> Conflict:
+    return Conflict(
+        "upload_incomplete",
+        f"Not all of {arrival.sha256} has arrived.",
+        subject=arrival.sha256,
+        next_step="Ask again where to send it (POST /v1/uploads), and send what is missing.",
+    )
+
+
+def _differs(arrival: Arrival, what: str) -> Invalid:
+    return Invalid(
+        "digest_differs",
+        f"What was sent as {arrival.sha256} {what}.",
+        subject=arrival.sha256,
+        next_step="Send the file again.",
+    )

@@ -1,0 +1,1 @@
+"""Bytes and rows together: uploads, publishing, collection, fsck."""

@@ -1,0 +1,188 @@
+"""Collect what nobody refers to: unfinished uploads, unused blobs, bytes without a row. Safe while others push.
+
+A blob leaves in three steps: its row is marked in a transaction that checks again that nothing refers to it, then its
+bytes go, then its row, in one transaction with its audit row. Between the first and the last nobody can come to rely on
+it, so a crash leaves a marked row, which the next collection finishes.
+"""
+
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+
+from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from registry.database import idempotency
+from registry.database.locks import collect_blobs, only_collection
+from registry.database.tables import Blob, RevisionFile, Upload
+from registry.domain.access import audit
+from registry.domain.access.audit import Act
+from registry.formats.references import Digest
+from registry.storage.blobs import BlobStat
+from registry.storage.local import remove_stale
+from registry.transfer.resources import Resources
+from registry.transfer.uploads import ARRIVED
+
+_BATCH = 100
+_UPLOADS_BATCH = 1_000
+_SCRATCH = ("upload-*", "inspect-*", "signature-*")
+_UNTRACKED = {"synchronize_session": False}
+
+
+@dataclass(slots=True)
+class Collected:
+    """`unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its own."""
+
+    blobs: int = 0
+    size_bytes: int = 0
+    unfinished: int = 0
+    leftovers: int = 0
+
+
+def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) -> Collected:
+    """Removes what has been unused for `grace`; with `dry_run` only counts blobs and uploads.
+
+    The grace is what a push may take between the check that a blob is there and the release that names it.
+    """
+    now, run = resources.clock(), uuid.uuid4().hex
+    before = now - grace
+    found = Collected()
+    if dry_run:
+        with resources.read() as session:
+            sizes = list(session.scalars(select(Blob.size_bytes).where(*_unused(before, now))))
+            found.unfinished = _count_expired(session, now)
+        sizes += [stat.size_bytes for batch in _orphans(resources, before, now) for stat in batch]
+        found.blobs, found.size_bytes = len(sizes), sum(sizes)
+        return found
+    with only_collection(resources.database):
+        swept = sweep(resources, now)
+        found.unfinished, found.leftovers = swept.uploads, swept.leftovers
+        while claimed := _claim(resources, run, before, now):
+            _remove(resources, run, claimed, found)
+        for batch in _orphans(resources, before, now):
+            claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
+            _remove(resources, run, claimed, found)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """`uploads` expired before their bytes came; `leftovers` are what came of them, and of processes that died."""
+
+    uploads: int
+    leftovers: int
+
+
+def sweep(resources: Resources, now: datetime) -> Swept:
+    """Forgets uploads that were waited for too long, and removes what came of them and of processes that died.
+
+    Safe while others upload: what is younger than an upload may last stays.
+    """
+    before = now - timedelta(seconds=resources.settings.upload_expires_s)
+    forgotten = 0
+    while (count := _forget_expired(resources, now)) is not None:
+        forgotten += count
+    with resources.write() as session:
+        idempotency.forget(session, now)
+    with resources.read() as session:
+        live = set(session.scalars(select(Upload.id)))
+    leftovers = resources.store.sweep(before, live)
+    for pattern in _SCRATCH:
+        leftovers += remove_stale(resources.work_directory.glob(pattern), before)
+    return Swept(forgotten, leftovers)
+
+
+def _count_expired(session: Session, now: datetime) -> int:
+    """Of uploads that `sweep` would count."""
+    return session.scalar(select(func.count()).select_from(Upload).where(Upload.expires_at < now, ~ARRIVED)) or 0
+
+
+def _forget_expired(resources: Resources, now: datetime) -> int | None:
+    """The next uploads that expired: of how many the bytes never came. None when there are no more.
+
+    A transaction for each batch, since there may be as many as all users together may have announced in a day.
+    """
+    operator = audit.operator(resources.settings.user, now)
+    with resources.write() as session:
+        expired = select(Upload.id, ARRIVED).where(Upload.expires_at < now).limit(_UPLOADS_BATCH)
+        arrived = dict(session.execute(expired).all())
+        if not arrived:
+            return None
+        still = (Upload.id.in_(arrived), Upload.expires_at < now)  # and not announced anew meanwhile
+        unfinished = [
+            row for row in session.scalars(delete(Upload).where(*still).returning(Upload)).all() if not arrived[row.id]
+        ]
+        for row in unfinished:  # what came is a blob, whose collection has a row of its own
+            lost = {"size_bytes": row.size_bytes, "created_by": row.created_by}
+            audit.record(session, operator, Act.UPLOAD_EXPIRE, row.sha256, namespace=row.namespace, before=lost)
+    return len(unfinished)
+
+
+def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:
+    return (
+        Blob.created_at < before,
+        ~exists().where(RevisionFile.sha256 == Blob.sha256),
+        ~exists().where(Upload.sha256 == Blob.sha256, Upload.expires_at >= now),
+    )
+
+
+def _claim(resources: Resources, run: str, before: datetime, now: datetime) -> dict[Digest, int]:
+    """Marks the next unused blobs, and those that a collection which died had marked, as this run's to remove."""
+    with resources.write() as session:
+        collect_blobs(session)
+        free = or_(
+            and_(Blob.removing_at.is_(None), *_unused(before, now)),
+            and_(Blob.removing_at.is_not(None), Blob.removing_by != run),
+        )
+        chosen = select(Blob.sha256).where(free).limit(_BATCH)
+        marked = update(Blob).where(Blob.sha256.in_(chosen)).values(removing_at=now, removing_by=run)
+        rows = session.execute(marked.returning(Blob.sha256, Blob.size_bytes), execution_options=_UNTRACKED).all()
+    return {Digest(sha256): size_bytes for sha256, size_bytes in rows}
+
+
+def _orphans(resources: Resources, before: datetime, now: datetime) -> Iterator[list[BlobStat]]:
+    """Bytes that have been in the store for longer than the grace and that nobody wants, a batch at a time."""
+    old = (stat for stat in resources.store.iterate() if stat.written_at < before)
+    while batch := list(islice(old, _BATCH)):
+        with resources.read() as session:
+            wanted = _wanted(session, [stat.sha256 for stat in batch], now)
+        if orphans := [stat for stat in batch if stat.sha256 not in wanted]:
+            yield orphans
+
+
+def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Digest, int]) -> dict[Digest, int]:
+    """Gives them a marked row, unless somebody announced or completed the same bytes meanwhile."""
+    with resources.write() as session:
+        collect_blobs(session)
+        wanted = _wanted(session, sizes, now)
+        claimed = {sha256: size_bytes for sha256, size_bytes in sizes.items() if sha256 not in wanted}
+        rows = [
+            {"sha256": sha256, "size_bytes": size_bytes, "created_at": now, "removing_at": now, "removing_by": run}
+            for sha256, size_bytes in claimed.items()
+        ]
+        if rows:
+            session.execute(insert(Blob), rows)
+    return claimed
+
+
+def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: Collected) -> None:
+    for sha256 in claimed:
+        resources.store.delete(sha256)
+    operator = audit.operator(resources.settings.user, resources.clock())
+    with resources.write() as session:
+        session.execute(delete(Blob).where(Blob.sha256.in_(claimed), Blob.removing_by == run))
+        for sha256, size_bytes in claimed.items():
+            gone = {"size_bytes": size_bytes}
+            audit.record(session, operator, Act.BLOB_COLLECT, sha256, namespace=None, before=gone, run=run)
+    found.blobs += len(claimed)
+    found.size_bytes += sum(claimed.values())
+
+
+def _wanted(session: Session, digests: Iterable[Digest], now: datetime) -> set[str]:
+    """Those that have a row, or that somebody has announced."""
+    asked = list(digests)
+    known = select(Blob.sha256).where(Blob.sha256.in_(asked))
+    announced = select(Upload.sha256).where(Upload.sha256.in_(asked), Upload.expires_at >= now)
+    return {*session.scalars(known), *session.scalars(announced)}

@@ -1,0 +1,379 @@
+"""Verify bytes, then publish rows: for web and worker alike."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from composer.findings import Finding, Severity
+from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.adapters.inspection import inspect
+from composer.formats.adapters.serving import judge
+from composer.formats.adapters.spectrum import spectrum
+from composer.formats.checkpoints.card import CARD_FILE, card_provenance, parse_provenance
+from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
+from composer.formats.checkpoints.header import DEFAULT_LIMITS, header_length, parse_header
+from registry.database import idempotency
+from registry.database.idempotency import Keyed
+from registry.database.tables import Release
+from registry.domain.access import namespaces
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import bases, releases, repositories, signatures, versioning
+from registry.domain.catalog.releases import Input, NewRelease
+from registry.domain.catalog.repositories import Kind
+from registry.errors import Invalid, Refused, Unavailable, refuse_errors
+from registry.formats import compatibility
+from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
+from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle, refuse_pickled
+from registry.formats.references import Digest, RepositoryName, Version
+from registry.formats.signatures import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE_FILE,
+    Signed,
+    doubt,
+    open_signature,
+    refuse_tampered,
+)
+from registry.storage.blobs import BlobStore
+from registry.transfer.resources import Resources
+
+_BLOCK_BYTES = 1 << 20
+_CARD_BYTES = 1_000_000
+_PARALLEL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """What a client wants released; `version` or `bump` is set, and the bytes of `files` are in the store.
+
+    `provenance` is what the pusher states of it; it wins over what the model card says.
+    """
+
+    repository: RepositoryName
+    kind: Kind
+    version: Version | None
+    bump: str | None
+    base: str
+    files: Sequence[ManifestFile]
+    notes: str = ""
+    inputs: Sequence[Input] = field(default=())
+    composition_id: int | None = None
+    allow_breaking: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """`created` is False where another request published the same. `warnings` are findings that did not stop it."""
+
+    release_id: int
+    created: bool
+    warnings: list[dict[str, Any]]
+
+
+def publish(resources: Resources, actor: Actor, push: Push, keyed: Keyed | None = None) -> Published:
+    """Reads the facts from the files themselves, checks them against the base, and makes the release.
+
+    Raises Invalid with every error finding when the files do not fit; nothing is written then.
+    """
+    if keyed is not None:
+        with resources.read() as session:
+            known = idempotency.known(session, keyed)
+        if known is not None:
+            return Published(**known)
+    new, findings = prepare(resources, push)
+    with resources.write() as session:
+        known = idempotency.claim(session, keyed, actor.at)
+        if known is not None:
+            return Published(**known)
+        release, created = releases.publish(session, actor, new)
+        published = Published(release.id, created, [finding.to_json() for finding in findings])
+        idempotency.keep(session, keyed, asdict(published))
+        return published
+
+
+def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]]:
+    """All of a publication but its rows, so that several can be published in one transaction."""
+    for file in push.files:
+        check_path(file.path)
+        refuse_hidden(file.path)
+        refuse_pickle(file.path)
+    with resources.read() as session:
+        base_digest = bases.find(session, push.base).digest
+        architecture = bases.architecture(session, base_digest)
+        keys = namespaces.signing_keys(session, push.repository.namespace)
+        releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before a byte of them is read
+        twin = _yanked_twin(session, push)
+    parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # by whatever inspects it
+    _refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
+    signed, doubted = _judge_signature(resources, push, keys)
+    seen = _inspect(resources, push, architecture)
+    stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
+    new = NewRelease(
+        repository=push.repository,
+        kind=push.kind,
+        version=push.version,
+        bump=push.bump,
+        files=push.files,
+        base_digest=base_digest,
+        facts=seen.facts,
+        notes=push.notes,
+        inputs=push.inputs,
+        composition_id=push.composition_id,
+        allow_breaking=push.allow_breaking,
+        provenance={**stated, **parse_provenance(push.provenance, "provenance")},
+        spectrum=seen.spectrum,
+        servers=seen.servers,
+        loading=seen.loading,
+        signed=signed,
+        signed_by=signed.fingerprint if signed and keys else None,
+    )
+    return new, [*seen.findings, *doubts, *doubted, *_doubts_of_yanked(twin)]
+
+
+def next_version(resources: Resources, push: Push) -> Version:
+    """The number that the push would get now, for whoever has to know it first, to sign it."""
+    new, _ = prepare(resources, push)
+    with resources.read() as session:
+        repository = repositories.find_if_any(session, new.repository, new.kind)
+        if repository is None:
+            return versioning.FIRST_VERSION
+        surface = compatibility.surface(new.base_digest, new.facts, new.files)
+        return versioning.next_version(session, repository, new.bump, surface)
+
+
+def add_signature(
+    resources: Resources, actor: Actor, target: tuple[RepositoryName, Version, Kind], bundle: bytes
+) -> int:
+    """The id of the release, once the bundle is one of its signatures. Raises Refused where no key of its namespace
+    made it."""
+    repository, version, kind = target
+    with resources.write() as session:
+        release = releases.find(session, repository, version, kind)
+        keys = namespaces.find_settled(session, repository.namespace).signing_keys
+        if not keys:
+            raise Refused(
+                "signing_keys_missing",
+                f"{repository.namespace} has no key that may sign.",
+                subject=repository.namespace,
+                next_step=f"An admin names one: `adaptory namespace set {repository.namespace} --signing-key PUB.pem`.",
+            )
+        signatures.add(session, actor, release, open_signature(bundle, keys), bundle)
+        return release.id
+
+
+def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
+    """Writes files of a release below `directory`, every one verified against its digest."""
+    for file in files:
+        target = directory / check_path(file.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            continue
+        aside = target.with_name(f".{target.name}.partial")
+        _copy_verified(resources.store, file, aside)
+        aside.replace(target)
+
+
+def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
+    return [
+        ManifestFile(file.path, file.size_bytes, Digest(file.sha256))
+        for file in releases.files_of(session, release)[release.revision_id]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the files themselves say. `card` is the README's text, empty when there is none or it is too long to be one.
+
+    `servers` and `loading` are those of `composer.formats.adapters.serving`; a model has neither, nor a spectrum.
+    """
+
+    facts: Mapping[str, Any]
+    findings: Sequence[Finding]
+    card: bytes
+    spectrum: Mapping[str, Any] | None = None
+    servers: int = 0
+    loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None:
+    """Looks into every file; what is named safetensors must be that, whose readers run nothing.
+
+    The first bytes of those may be anything, and a pickle of that name is opened by who does not look at the name.
+    """
+
+    def look(file: ManifestFile) -> None:
+        with resources.store.open(file.sha256, 0, ENDS_BYTES) as source:
+            first = source.read()
+        if file.path.lower().endswith(".safetensors"):
+            _check_header(resources.store, file, first)
+            return
+        last = b""
+        if is_zip(first):
+            with resources.store.open(file.sha256, max(0, file.size_bytes - ENDS_BYTES)) as source:
+                last = source.read()
+        refuse_pickled(file.path, first, last)
+
+    with ThreadPoolExecutor(_PARALLEL, "look") as pool:
+        list(pool.map(look, files))
+
+
+def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
+    """Raises InvalidFile for what is no safetensors file; `first` are its first bytes."""
+    rest = 8 + header_length(first, file.size_bytes, DEFAULT_LIMITS, file.path) - len(first)
+    if rest > 0:
+        with store.open(file.sha256, len(first), rest) as source:
+            first += source.read()
+    parse_header(first, file.size_bytes, DEFAULT_LIMITS, file.path)
+
+
+def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Seen:
+    with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
+        place = Path(directory) / push.repository.name
+        place.mkdir()
+        cards = [file for file in push.files if file.path == CARD_FILE and file.size_bytes <= _CARD_BYTES]
+        materialise(resources, cards, place)
+        card = (place / CARD_FILE).read_bytes() if cards else b""
+        if push.kind is Kind.MODEL:
+            _materialise_headers(resources, push.files, place)
+            return _Seen(inspect_model(place, architecture), [], card)
+        wanted = (CONFIG_FILE, WEIGHTS_FILE)
+        materialise(resources, [file for file in push.files if file.path in wanted], place)
+        return _inspect_adapter(place, architecture, str(push.repository), card)
+
+
+def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card: bytes) -> _Seen:
+    seen = inspect(place, architecture)
+    refuse_errors(seen.findings, subject)
+    used = spectrum(seen.adapter, seen.placed)
+    facts = seen.facts.to_json() | {"spectrum": used.summary() if used else None}
+    servers, loading = judge(seen.adapter.config, seen.facts, seen.placed)
+    return _Seen(
+        facts=_presentable(facts),
+        findings=[*seen.findings, *(used.hints(seen.findings) if used else [])],
+        card=card,
+        spectrum=used.to_json() if used else None,
+        servers=servers,
+        loading=loading,
+    )
+
+
+def _yanked_twin(session: Session, push: Push) -> str | None:
+    """What is yanked with the same files, and why; not the release that is pushed again."""
+    twin = releases.yanked_twin(session, push.repository.namespace, push.files)
+    if twin is None or releases.full_name(twin) == f"{push.repository}:{push.version}":
+        return None
+    return f"{releases.full_name(twin)}, which is yanked: {twin.yank_reason}"
+
+
+def _doubts_of_yanked(twin: str | None) -> list[Finding]:
+    if twin is None:
+        return []
+    return [Finding("yanked_files", Severity.WARNING, twin.partition(",")[0], f"These are the files of {twin}.")]
+
+
+def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> tuple[Signed | None, list[Finding]]:
+    """What a key has signed, its fingerprint empty where the namespace has no keys; None without a signature.
+
+    Raises Refused for a signature by no key of the namespace, and for a file that is not the signed one. Where the
+    namespace has no keys nobody can say who signed; a signature of other files is then kept, with a warning,
+    unless it is too large to be one. Of which release it has to be is known once the release has its number.
+    """
+    files = push.files
+    signature = next((file for file in files if file.path == SIGNATURE_FILE), None)
+    if signature is None:
+        return None, []
+    if signature.size_bytes > MAX_SIGNATURE_BYTES:
+        raise Invalid(
+            "bad_signature",
+            f"{SIGNATURE_FILE} is too large to be a signature.",
+            subject=SIGNATURE_FILE,
+            next_step="Push it with --sign KEY.pem, which makes one.",
+        )
+    with TemporaryDirectory(dir=resources.work_directory, prefix="signature-") as directory:
+        materialise(resources, [signature], Path(directory))
+        content = (Path(directory) / SIGNATURE_FILE).read_bytes()
+    digests = {file.path: file.sha256 for file in files}
+    if not keys:
+        return doubt(content, digests)
+    signed = open_signature(content, keys)
+    refuse_tampered(signed, digests)
+    if signed.release is not None:
+        return signed, []
+    message = (
+        f"{SIGNATURE_FILE} covers files only: it verifies under any name, number and base. Push with --sign KEY.pem."
+    )
+    return signed, [Finding("signature_files_only", Severity.WARNING, SIGNATURE_FILE, message)]
+
+
+def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
+    """What could not be shown again must not be published: one such release would spoil every list it is on."""
+    try:
+        json.dumps(facts, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise Invalid(
+            "bad_config",
+            f"adapter_config.json has a value that cannot be kept: {error}.",
+            subject="adapter_config.json",
+            next_step="Save the adapter again with PEFT.",
+        ) from error
+    return facts
+
+
+def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
+    """JSON files whole; of a shard only its header, with a hole for the tensors: looking must not cost a copy."""
+    materialise(resources, [file for file in files if file.path.endswith(".json")], directory)
+    for file in files:
+        if file.path.endswith(".safetensors"):
+            (directory / file.path).parent.mkdir(parents=True, exist_ok=True)
+            with resources.store.open(file.sha256) as source, (directory / file.path).open("wb") as copy:
+                first = source.read(8)
+                copy.write(first + source.read(header_length(first, file.size_bytes, DEFAULT_LIMITS, file.path)))
+                copy.truncate(file.size_bytes)
+
+
+def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]:
+    """Facts of a checkpoint. Raises Invalid when a tensor of the base is missing or has another shape."""
+    found = open_checkpoint(directory).architecture
+    for name, spec in architecture.tensors.items():
+        own = found.tensors.get(name)
+        if own is None or own.shape != spec.shape:
+            what = "is missing" if own is None else f"has the shape {list(own.shape)}, not {list(spec.shape)}"
+            raise Invalid(
+                "model_differs",
+                f"{name} {what}: this is not a checkpoint of that base.",
+                subject=name,
+                next_step="Name its true base.",
+            )
+    sizes = [spec.size_bytes for spec in found.tensors.values()]
+    dtypes = sorted({spec.dtype for spec in found.tensors.values()})
+    parameters = sum(spec.elements for spec in found.tensors.values())
+    return {
+        "type": "model",
+        "variant": "merged",
+        "parameters": parameters,
+        "size_bytes": sum(sizes),
+        "dtype": ",".join(dtypes),
+    }
+
+
+def _copy_verified(store: BlobStore, file: ManifestFile, target: Path) -> None:
+    digest = hashlib.sha256()
+    with store.open(file.sha256) as source, target.open("wb") as copy:
+        while block := source.read(_BLOCK_BYTES):
+            digest.update(block)
+            copy.write(block)
+    if digest.hexdigest() != file.sha256:
+        target.unlink()
+        raise Unavailable(
+            "blob_corrupt",
+            f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
+            subject=file.path,
+            next_step="Whoever runs the registry: `adaptory fsck --full --discard`; then push the file again.",
+        )

@@ -1,0 +1,60 @@
+"""What a process holds: database, store, settings, clock."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from registry.database.engine import Database, Patience
+from registry.database.migrate import ensure_schema
+from registry.settings import LocalStorage, Settings
+from registry.storage.blobs import BlobStore
+from registry.storage.local import LocalStore
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    settings: Settings
+    database: Database
+    store: BlobStore
+    work_directory: Path
+    clock: Callable[[], datetime] = utc_now
+
+    def read(self) -> AbstractContextManager[Session]:
+        return self.database.read()
+
+    def snapshot(self) -> AbstractContextManager[Session]:
+        return self.database.snapshot()
+
+    def write(self) -> AbstractContextManager[Session]:
+        return self.database.write()
+
+    def close(self) -> None:
+        self.database.close()
+
+
+def open_resources(settings: Settings) -> Resources:
+    """Opens the database and the store. An empty embedded database gets its tables; any other must be at the head."""
+    if settings.database_url is None:
+        settings.home_directory.mkdir(parents=True, exist_ok=True)
+    patience = Patience(settings.database_connect_timeout_s, settings.database_timeout_s)
+    database = Database(settings.effective_database_url, patience, settings.database_pool_size)
+    ensure_schema(database, create=settings.database_url is None)
+    work = settings.work_directory
+    work.mkdir(parents=True, exist_ok=True)
+    return Resources(settings, database, _open_store(settings), work)
+
+
+def _open_store(settings: Settings) -> BlobStore:
+    if isinstance(settings.storage, LocalStorage):
+        return LocalStore(settings.store_directory)
+    from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
+
+    return S3Store(settings.storage)

@@ -1,0 +1,381 @@
+"""Bytes on their way into the store: who may send which, how they are sent, and that they are what they claim to be.
+
+A namespace holds a blob once it has sent the blob's bytes itself: knowing a digest opens nothing.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sqlalchemy import exists, func, select, update
+from sqlalchemy.orm import Session
+
+from registry.database.engine import insert_if_absent
+from registry.database.locks import rely_on_blobs
+from registry.database.tables import Blob, BlobHolder, RevisionFile, Upload
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, may_read, permit
+from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
+from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
+from registry.formats.pickles import refuse_pickle
+from registry.formats.references import Digest
+from registry.storage.blobs import Arrival, Arrivals, BlobStat, Part, Put
+from registry.storage.local import unwritable
+from registry.transfer.resources import Resources
+
+_PARALLEL = 8
+ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
+"""The namespace of the upload holds its blob."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A file of a plan. `upload_id` is None where the namespace holds its bytes.
+
+    Otherwise it is sent whole by `put`, or in `parts` (`part` says how), or `through_the_api` where the store has no
+    address. With neither, all of it has arrived and waits to be completed.
+    """
+
+    file: ManifestFile
+    upload_id: str | None = None
+    put: Put | None = None
+    parts: Sequence[Part] = ()
+    through_the_api: bool = False
+
+
+def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> list[Announced]:
+    """For each file: held by the namespace, or how to send it. Paths and sizes are checked first.
+
+    Asked again, it goes on with what was announced before: parts that arrived are not asked for. Raises TooMany when
+    the actor has announced more than it sends.
+    """
+    for file in files:
+        check_path(file.path)
+        refuse_hidden(file.path)
+        _check_size(resources, file.path, file.size_bytes)
+        refuse_pickle(file.path)
+    wanted = {file.sha256: file for file in files}
+    kept = _kept_for_good(resources, namespace, wanted)
+    # Announced before it is looked at: from here on nobody removes a blob that no release names yet.
+    rows = _announce(resources, actor, namespace, [file for file in wanted.values() if file.sha256 not in kept])
+    with resources.read() as session:
+        held = _held(session, namespace, wanted)
+        known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(wanted))))
+
+    def is_stored(sha256: Digest) -> bool:
+        return _is_stored(resources, wanted[sha256])
+
+    with ThreadPoolExecutor(_PARALLEL, "plan") as pool:
+        stored = {sha256 for sha256, there in zip(held, pool.map(is_stored, held), strict=True) if there}
+        lost = [wanted[sha256] for sha256 in held if sha256 not in stored]
+        rows = {**rows, **_announce(resources, actor, namespace, lost)}
+        absent = [file for sha256, file in wanted.items() if sha256 not in stored]
+        known -= {file.sha256 for file in lost}
+
+        def way(file: ManifestFile) -> Announced:
+            return _way(resources, file, rows[file.sha256], known=file.sha256 in known)
+
+        ways = {one.file.sha256: one for one in pool.map(way, absent)}
+    return [replace(ways[file.sha256], file=file) if file.sha256 in ways else Announced(file) for file in files]
+
+
+def part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256: Digest) -> Put:
+    """How to send one part of a file that was planned in parts, whose own digest the store checks where it can.
+
+    That spares a wrong part the way to the end; the whole is hashed all the same.
+    """
+    row = _find(resources, actor, upload_id)
+    arrivals, arrival = resources.store.arrivals, _arrival(row)
+    if arrivals is None or arrival.multipart_id is None or number > len(arrival.part_sizes):
+        raise NotFound(
+            "part_unknown",
+            f"Upload {upload_id} has no part {number:,}.",
+            subject=upload_id,
+            next_step="Send the parts that POST /v1/uploads names.",
+        )
+    left_s = max(1, int((row.expires_at - actor.at).total_seconds()))
+    return arrivals.part(arrival, number, sha256, left_s)
+
+
+def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile:
+    """Checks what arrived and makes a blob of it that the namespace holds. Completing twice is fine.
+
+    Raises Conflict when bytes are missing still, Invalid when they are not what was announced; nothing is kept then.
+    """
+    row = _find(resources, actor, upload_id)
+    file = ManifestFile("", row.size_bytes, Digest(row.sha256))
+    with resources.read() as session:
+        held = bool(_held(session, row.namespace, [file.sha256]))
+    arrivals = resources.store.arrivals
+    if held and _is_stored(resources, file):
+        if arrivals is not None:  # another client completed it while this one was still sending
+            arrivals.discard(_arrival(row))
+        return file
+    if arrivals is None:
+        raise NotFound(
+            "upload_incomplete",
+            f"No bytes have come for {file.sha256}.",
+            subject=file.sha256,
+            next_step=f"PUT them to /v1/blobs/{file.sha256}?upload={upload_id}.",
+        )
+    stat = arrivals.finish(_arrival(row))
+    _hold(resources, actor, row.namespace, stat)
+    arrivals.discard(_arrival(row))
+    return file
+
+
+def receive(
+    resources: Resources, actor: Actor, upload_id: str, sha256: Digest, chunks: Iterable[bytes], size_bytes: int
+) -> None:
+    """Takes the bytes of one blob. Nothing appears under its digest unless digest and size are right."""
+    row = _find(resources, actor, upload_id)
+    if row.sha256 != sha256:
+        raise _unknown(upload_id)
+    if resources.store.arrivals is not None:
+        raise Usage(
+            "sent_directly",
+            "The store of this registry takes bytes itself, and the registry none.",
+            subject=sha256,
+            next_step="Send them to the url that POST /v1/uploads names.",
+        )
+    if size_bytes != row.size_bytes:
+        raise Invalid(
+            "size_differs",
+            f"{row.size_bytes:,} bytes were announced, not {size_bytes:,}.",
+            subject=sha256,
+            next_step="Send the file that was announced.",
+        )
+    with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
+        path = Path(directory) / "blob"
+        digest, taken = hashlib.sha256(), 0
+        try:
+            with path.open("wb") as file:
+                for chunk in chunks:
+                    taken += len(chunk)
+                    if taken > size_bytes:
+                        break
+                    digest.update(chunk)
+                    file.write(chunk)
+        except OSError as error:
+            raise unwritable("The upload", sha256, error) from error
+        if taken != size_bytes or digest.hexdigest() != sha256:
+            raise Invalid(
+                "digest_differs",
+                f"The bytes received are not those of {sha256}.",
+                subject=sha256,
+                next_step="Send the file again.",
+            )
+        store_file(resources, actor, row.namespace, sha256, path, move=True)
+
+
+def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Digest, path: Path, *, move: bool) -> None:
+    """Puts a verified file into the store, then its rows: a crash between the two leaves an orphan, no more.
+
+    It is announced first, so that no collection takes the bytes in between for garbage.
+    """
+    _announce(resources, actor, namespace, [ManifestFile(path.name, path.stat().st_size, sha256)])
+    _hold(resources, actor, namespace, resources.store.put(sha256, path, move=move))
+
+
+def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
+    """The blob, if the actor may read in one of the namespaces that hold it. Raises NotFound also when it may not."""
+    with resources.read() as session:
+        holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
+        size_bytes = session.scalar(select(Blob.size_bytes).where(Blob.sha256 == sha256)) or 0
+    stat = resources.store.stat(sha256) if any(may_read(actor, namespace) for namespace in holders) else None
+    if stat is None:
+        raise NotFound(
+            "blob_unknown",
+            f"There is no blob {sha256} that you may see.",
+            subject=sha256,
+            next_step="Announce its bytes (POST /v1/uploads) and send them.",
+        )
+    refuse_damaged(stat, size_bytes, f"blob {sha256}")
+    return stat
+
+
+def refuse_damaged(stat: BlobStat, size_bytes: int, named: str) -> None:
+    """Raises Unavailable for a blob of another size than it came with; other bytes of that size a client finds."""
+    if stat.size_bytes != size_bytes:
+        raise Unavailable(
+            "blob_corrupt",
+            f"{named} is damaged: it has {size_bytes:,} bytes, and {stat.size_bytes:,} in the store.",
+            subject=stat.sha256,
+            next_step="Tell those who run the registry: `adaptory fsck` names what is damaged.",
+        )
+
+
+def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Digest]:
+    query = select(BlobHolder.sha256).where(BlobHolder.namespace == namespace, BlobHolder.sha256.in_(list(digests)))
+    return [Digest(sha256) for sha256 in session.scalars(query)]
+
+
+def _kept_for_good(resources: Resources, namespace: str, digests: Iterable[str]) -> set[str]:
+    """Those that the namespace holds and some release names, which is never deleted."""
+    with resources.read() as session:
+        held = _held(session, namespace, digests)
+        return set(session.scalars(select(RevisionFile.sha256).where(RevisionFile.sha256.in_(held))))
+
+
+def _hold(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:
+    with resources.write() as session:
+        rely_on_blobs(session)
+        _refuse_leaving(session, [stat.sha256])
+        insert_if_absent(session, Blob, sha256=stat.sha256, size_bytes=stat.size_bytes, created_at=actor.at)
+        insert_if_absent(session, BlobHolder, sha256=stat.sha256, namespace=namespace)
+
+
+def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
+    """What a collection is about to remove must be gone before it can come again."""
+    leaving = select(Blob.sha256).where(Blob.sha256.in_(digests), Blob.removing_at.is_not(None)).limit(1)
+    if (found := session.scalar(leaving)) is not None:
+        raise Unavailable(
+            "blob_leaving",
+            f"The unused blob {found} is being removed.",
+            subject=found,
+            next_step="Try again in a moment; when it stays like this, run `adaptory gc` again.",
+        )
+
+
+def _is_stored(resources: Resources, file: ManifestFile) -> bool:
+    """The store may have lost what the rows know."""
+    stat = resources.store.stat(file.sha256)
+    return stat is not None and stat.size_bytes == file.size_bytes
+
+
+def _announce(
+    resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]
+) -> Mapping[str, tuple[Upload, bool]]:
+    """sha256 -> the upload, new or announced before, and whether it was there before."""
+    if not files:
+        return {}
+    arrivals = resources.store.arrivals
+    expires_at = actor.at + timedelta(seconds=resources.settings.upload_expires_s)
+    mine = select(Upload).where(Upload.namespace == namespace, Upload.sha256.in_([file.sha256 for file in files]))
+    with resources.write() as session:
+        rely_on_blobs(session)
+        _refuse_leaving(session, [file.sha256 for file in files])
+        before = {row.sha256: row.expires_at for row in session.scalars(mine)}
+        open_still = {sha256 for sha256, expires_at in before.items() if expires_at >= actor.at}
+        more = {file.sha256 for file in files} - open_still
+        more.difference_update(_held(session, namespace, more))
+        _refuse_too_many(session, actor, len(more), resources.settings.max_open_uploads)
+        for file in files:
+            if file.sha256 not in before:
+                insert_if_absent(
+                    session,
+                    Upload,
+                    id=uuid.uuid4().hex,
+                    namespace=namespace,
+                    sha256=file.sha256,
+                    size_bytes=file.size_bytes,
+                    part_bytes=arrivals.part_bytes(file.size_bytes) if arrivals else None,
+                    created_at=actor.at,
+                    created_by=actor.name,
+                    expires_at=expires_at,
+                )
+        rows = {row.sha256: row for row in session.scalars(mine)}
+        for file in files:
+            if file.sha256 in before.keys() - open_still:  # it is not of who let it expire any more
+                rows[file.sha256].created_by = actor.name
+            rows[file.sha256].expires_at = expires_at
+            if rows[file.sha256].size_bytes != file.size_bytes:
+                raise Invalid(
+                    "size_differs",
+                    f"{file.path} was announced with {rows[file.sha256].size_bytes:,} bytes before, "
+                    f"now with {file.size_bytes:,}.",
+                    subject=file.path,
+                    next_step="Look at the file: one digest has one size.",
+                )
+    return {sha256: (row, sha256 in before) for sha256, row in rows.items()}
+
+
+def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> None:
+    """What has expired counts no longer, whether it was swept or not: it cannot be sent any more. Raises TooLarge for
+    what can never be announced together, TooMany for what can be later."""
+    if more > limit:
+        raise TooLarge(
+            "too_many_files",
+            f"{more:,} files are announced at once, more than the {limit:,} that may be open.",
+            subject=actor.name,
+            next_step="Raise ADAPTORY_MAX_OPEN_UPLOADS on the registry, or announce and send them in parts (REST).",
+        )
+    mine = (Upload.created_by == actor.name) & (Upload.expires_at >= actor.at) & ~ARRIVED
+    count, first_end = session.execute(select(func.count(), func.min(Upload.expires_at)).where(mine)).one()
+    if more > 0 and count + more > limit:
+        wait = first_end - actor.at if first_end else timedelta()
+        raise TooMany(
+            "too_many_uploads",
+            f"{actor.name} has announced {count:,} files whose bytes have not come; with these {more:,} there would be "
+            f"more than {limit:,}.",
+            subject=actor.name,
+            next_step="Send them, announce fewer, or wait as long as Retry-After says, when the first of them expires.",
+        ).again_in(wait.total_seconds())
+
+
+def _way(resources: Resources, file: ManifestFile, announced: tuple[Upload, bool], *, known: bool) -> Announced:
+    row, sent_before = announced
+    arrivals = resources.store.arrivals
+    if arrivals is None:
+        return Announced(file, row.id, through_the_api=True)
+    expires_s = resources.settings.upload_expires_s
+    if row.part_bytes is None:
+        put = arrivals.whole(_arrival(row), expires_s, sent_before=sent_before, known=known)
+        return Announced(file, row.id, put)
+    parts = arrivals.parts(_arrival(row)) if row.multipart_id else None
+    if parts is None:
+        row = _begin_parts(resources, arrivals, row)
+        parts = arrivals.parts(_arrival(row))
+    return Announced(file, row.id, parts=parts or ())
+
+
+def _begin_parts(resources: Resources, arrivals: Arrivals, row: Upload) -> Upload:
+    """Of two that begin the same upload at once, the later one goes on with what the other has begun."""
+    multipart_id = arrivals.begin(_arrival(row))
+    with resources.write() as session:
+        unchanged = Upload.multipart_id.is_not_distinct_from(row.multipart_id)
+        session.execute(update(Upload).where(Upload.id == row.id, unchanged).values(multipart_id=multipart_id))
+        now = session.get(Upload, row.id)
+        if now is None:
+            raise _unknown(row.id)
+    if now.multipart_id != multipart_id:
+        arrivals.abandon(replace(_arrival(row), multipart_id=multipart_id))
+    return now
+
+
+def _arrival(row: Upload) -> Arrival:
+    return Arrival(row.id, Digest(row.sha256), row.size_bytes, row.multipart_id, row.part_bytes)
+
+
+def _find(resources: Resources, actor: Actor, upload_id: str) -> Upload:
+    with resources.read() as session:
+        row = session.get(Upload, upload_id)
+    if row is None or row.expires_at < actor.at:
+        raise _unknown(upload_id)
+    permit(actor, Role.PUBLISHER, row.namespace, hidden=_unknown(upload_id))
+    return row
+
+
+def _unknown(upload_id: str) -> NotFound:
+    return NotFound(
+        "upload_unknown",
+        f"There is no upload {upload_id[:64]}.",
+        subject=upload_id[:64],
+        next_step="Announce the file again (POST /v1/uploads).",
+    )
+
+
+def _check_size(resources: Resources, subject: str, size_bytes: int) -> None:
+    limit = resources.settings.max_file_bytes
+    if not 0 <= size_bytes <= limit:
+        raise TooLarge(
+            "file_too_large",
+            f"{subject} has {size_bytes:,} bytes; the limit is {limit:,}.",
+            subject=subject,
+            next_step="ADAPTORY_MAX_FILE_BYTES sets it.",
+        )

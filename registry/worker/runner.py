@@ -1,0 +1,288 @@
+"""The executor: claims a job, keeps its heartbeat, runs its unfinished steps, says how it ended."""
+
+import logging
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from composer.errors import ComposerError, Interrupted
+from registry.database.tables import Job
+from registry.domain.jobs import queue
+from registry.domain.jobs.queue import Amount
+from registry.errors import NO_SPACE, RegistryError, Unavailable, of_composer
+from registry.transfer.resources import Resources
+from registry.worker.workspace import sweep_work
+
+BEAT_S = 10.0
+POLL_S = 1.0
+SWEEP_S = 600.0
+OTHERS_WAIT = timedelta(hours=1)
+"""A job that another host must do waits so long for it."""
+_PROGRESS_STEP = 0.05
+_PROGRESS_S = 1.0
+"""What is done is written each time that this share was done, and where an amount is known this often as well."""
+_OUTAGES = {
+    "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
+    "disk_full", "disk_error", "busy",
+}  # fmt: skip
+"""Codes of what passes, or what an operator mends, while the job itself is as good as before."""
+_ELSEWHERE = {"base_not_here"}
+"""Codes of what this host lacks, and another one may have."""
+
+log = logging.getLogger(__name__)
+
+
+class Released(Interrupted):
+    """The job was cancelled or taken over: this worker lets go of it."""
+
+
+class Stopping(Interrupted):
+    """This worker is told to stop: the job goes back, for another to go on with."""
+
+
+@dataclass(slots=True)
+class Held:
+    """A job in this worker's hands, as its steps see it.
+
+    `passed` has the jobs that this worker has left to others, and since when; None where there are no others.
+    """
+
+    resources: Resources
+    worker: str
+    job_id: int
+    stop: threading.Event
+    passed: dict[int, datetime] | None = None
+    lost: threading.Event = field(default_factory=threading.Event)
+    _step: str = ""
+    _noted: float = 0.0
+    _noted_s: float = 0.0
+
+    def start_step(self, name: str) -> None:
+        self._step, self._noted, self._noted_s = name, 0.0, 0.0
+        self.check()
+        self._note("running", 0.0)
+
+    def finish_step(self) -> None:
+        self._note("done", 1.0)
+
+    def fail_step(self) -> None:
+        if self._step:
+            self._write("failed", self._noted)
+
+    def progress(self, done: float | Amount) -> None:
+        """Called often; written now and then. Raises Released or Stopping when this worker is to let go."""
+        self.check()
+        share = done.share if isinstance(done, Amount) else done
+        late = isinstance(done, Amount) and time.monotonic() - self._noted_s >= _PROGRESS_S
+        if late or share - self._noted >= _PROGRESS_STEP:
+            self._noted, self._noted_s = share, time.monotonic()
+            with suppress(Unavailable):  # a database that is away has to be there for the step's end, not for this
+                self._note("running", done)
+
+    def check(self, _done: int = 0) -> None:
+        """Called often by what takes long, with what it has just done: raises as `progress`."""
+        if self.lost.is_set():
+            raise Released
+        if self.stop.is_set():
+            raise Stopping
+
+    def _note(self, state: str, done: float | Amount) -> None:
+        if not self._write(state, done):
+            raise Released
+
+    def _write(self, state: str, done: float | Amount) -> bool:
+        with self.resources.write() as session:
+            return queue.note_step(session, self.job_id, self.worker, self._step, state=state, progress=done)
+
+
+Step = Callable[[Held], None]
+
+
+@dataclass(frozen=True, slots=True)
+class JobKind:
+    """Steps by name; `clean` runs before the job is said to have ended, and may run again."""
+
+    steps: Mapping[str, Step]
+    clean: Step
+
+
+def run_worker(
+    resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event, *, alone: bool = False
+) -> None:
+    """Works until `stop` is set; the job in hand is handed back at its next sign of life.
+
+    What this host has not got ends a job at once when the worker is `alone`; else other hosts have time to take it.
+    """
+    worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
+    passed: dict[int, datetime] | None = None if alone else {}
+    sweep_at = 0.0
+    while not stop.is_set():
+        try:
+            if time.monotonic() >= sweep_at:
+                sweep_at = time.monotonic() + SWEEP_S
+                sweep_work(resources)
+            worked = run_one(resources, kinds, worker, stop, passed)
+        except Unavailable as error:
+            log.warning("The worker cannot reach its stores and waits: %s", error)
+            worked = False
+        except Exception:  # a defect in one job must not end the worker; the job's lease runs out and it is tried again
+            log.exception("The worker lost a job")
+            worked = False
+        if not worked:
+            stop.wait(POLL_S)
+
+
+def run_one(
+    resources: Resources,
+    kinds: Mapping[str, JobKind],
+    worker: str,
+    stop: threading.Event | None = None,
+    passed: dict[int, datetime] | None = None,
+) -> bool:
+    """Does one job, if one waits; of those in `passed` only what other hosts have not taken in `OTHERS_WAIT`."""
+    now = resources.clock()
+    leave = [job_id for job_id, since in (passed or {}).items() if now - since < OTHERS_WAIT]
+    with resources.write() as session:
+        job = queue.claim(session, worker, now, leave)
+    if job is None:
+        return False
+    held = Held(resources, worker, job.id, stop or threading.Event(), passed)
+    done = threading.Event()
+    heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
+    heart.start()
+    try:
+        _run(held, job, kinds[job.kind])
+    finally:
+        done.set()
+        heart.join()
+    return True
+
+
+def _run(held: Held, job: Job, kind: JobKind) -> None:
+    try:
+        _go_on(held, job, kind)
+    except Stopping:
+        with held.resources.write() as session:
+            queue.hand_back(session, held.job_id, held.worker)
+    except Released:
+        _finish(held, kind, "cancelled", None)
+    except (RegistryError, ComposerError, OSError) as error:
+        _stumbled(held, job, kind, _told(error))
+    except Exception as error:
+        log.exception("Job %s failed", job.id)
+        held.fail_step()
+        told = Unavailable("job_failed", f"{type(error).__name__}: {error}", next_step="Look at the worker's log.")
+        _finish(held, kind, "failed", told)
+    else:
+        _finish(held, kind, "done", None)
+
+
+def _told(error: RegistryError | ComposerError | OSError) -> RegistryError:
+    if isinstance(error, RegistryError):
+        return error
+    if isinstance(error, ComposerError):
+        return of_composer(error)
+    log.warning("The disk of this worker", exc_info=error)
+    return Unavailable(
+        "disk_full" if error.errno in NO_SPACE else "disk_error",
+        f"This worker cannot read or write its files: {error.strerror or error}.",
+        next_step="Look at its disk, and at its log.",
+    )
+
+
+def _stumbled(held: Held, job: Job, kind: JobKind, error: RegistryError) -> None:
+    """Puts the job off, leaves it to other hosts, or ends it."""
+    if error.code in _OUTAGES and job.attempts < queue.MAX_ATTEMPTS:
+        _put_off(held, queue.PAUSES[job.attempts - 1], error)
+        return
+    if error.code in _ELSEWHERE and held.passed is not None:
+        if held.passed.pop(job.id, None) is None:
+            _pass_on(held, held.passed, kind, error)
+            return
+        minutes = OTHERS_WAIT.total_seconds() / 60
+        error.detail += f" No worker that finds one took the job within {minutes:.0f} minutes."
+    held.fail_step()
+    _finish(held, kind, "refused" if error.exit_code == 1 else "failed", error)
+
+
+def _go_on(held: Held, job: Job, kind: JobKind) -> None:
+    if job.cancel_requested:
+        raise Released
+    if job.attempts > queue.MAX_ATTEMPTS:
+        raise Unavailable(
+            "worker_lost",
+            f"The worker was lost {queue.MAX_ATTEMPTS} times.",
+            next_step="Look at its log, then start the work again.",
+        )
+    for step in job.steps:
+        if step["state"] != "done":
+            held.start_step(step["name"])
+            kind.steps[step["name"]](held)
+            held.finish_step()
+
+
+def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) -> None:
+    """Cleans, then says so: a crash in between leaves a job to take over, never a job that ended and left its files."""
+    if not _cleaned(held, kind):
+        return
+    told = _as_row(error) if error is not None else None
+    with held.resources.write() as session:
+        queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), told)
+
+
+def _pass_on(held: Held, passed: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
+    """Whoever goes on has another disk: what lies on this one is of no more use."""
+    log.warning("Job %s is left to a worker on another host: %s", held.job_id, error)
+    if _cleaned(held, kind):
+        with held.resources.write() as session:
+            queue.hand_back(session, held.job_id, held.worker, _as_row(error))
+        passed[held.job_id] = held.resources.clock()
+
+
+def _cleaned(held: Held, kind: JobKind) -> bool:
+    """False, with nothing removed, when the job is no longer this worker's."""
+    with held.resources.read() as session:
+        if queue.find(session, held.job_id).worker != held.worker:
+            return False
+    kind.clean(held)
+    return True
+
+
+def _put_off(held: Held, pause: timedelta, error: RegistryError) -> None:
+    """Whoever goes on finds what the finished steps have left."""
+    log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
+    with held.resources.write() as session:
+        queue.put_off(session, held.job_id, held.worker, held.resources.clock() + pause, _as_row(error))
+
+
+def _as_row(error: RegistryError) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "detail": error.detail,
+        "subject": error.subject,
+        "next": error.next_step,
+        "exit_code": error.exit_code,
+        "findings": error.findings,
+    }
+
+
+def _beat(held: Held, done: threading.Event) -> None:
+    """Keeps the lease, and learns of a cancellation within a beat."""
+    wait = 0.5
+    while not done.wait(wait):
+        wait = min(BEAT_S, wait * 2)
+        try:
+            with held.resources.write() as session:
+                kept = queue.beat(session, held.job_id, held.worker, held.resources.clock())
+        except Exception:  # whatever it was, the lease has time for another try
+            log.warning("No heartbeat for job %s", held.job_id, exc_info=True)
+            continue
+        if not kept:
+            held.lost.set()
+            return

@@ -1,0 +1,33 @@
+"""Directories that compositions work in."""
+
+import shutil
+from pathlib import Path
+
+from sqlalchemy import select
+
+from registry.database.tables import Composition, Job
+from registry.domain.jobs.queue import FINISHED
+from registry.transfer.resources import Resources
+
+_WORK = "composition-"
+
+
+def work_of(resources: Resources, composition_id: int) -> Path:
+    """Where this host's workers keep what the steps of a composition make."""
+    return resources.work_directory / f"{_WORK}{composition_id}"
+
+
+def sweep_work(resources: Resources) -> int:
+    """Removes the work of compositions that have ended, and tells of how many: a worker of another host may have ended
+    one that was begun here, and removed only what lay on its own disk.
+    """
+    names = (path.name.removeprefix(_WORK) for path in resources.work_directory.glob(f"{_WORK}*"))
+    found = {int(name) for name in names if name.isdecimal()}
+    if not found:
+        return 0
+    with resources.read() as session:
+        going_on = select(Composition.id).join(Job, Job.id == Composition.job_id).where(Job.state.not_in(FINISHED))
+        ended = found - set(session.scalars(going_on.where(Composition.id.in_(found))))
+    for composition_id in ended:
+        shutil.rmtree(work_of(resources, composition_id), ignore_errors=True)
+    return len(ended)
