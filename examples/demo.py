@@ -79,7 +79,8 @@ def typed(words: Sequence[str]) -> str:
     lines = ["$"]
     for word, following in zip(words, [*words[1:], ""], strict=True):
         together = len(word) + (1 + len(following) if word.startswith("-") else 0)
-        if len(lines[-1]) + together > 76 and not lines[-1].rpartition(" ")[2].startswith("-"):
+        is_value = lines[-1].rpartition(" ")[2].startswith("-") and not word.startswith("-")
+        if len(lines[-1]) + together > 76 and not is_value:
             lines[-1] += " \\"
             lines.append("   ")
         lines[-1] += f" {word}"

@@ -9,7 +9,7 @@ from composer.conflicts.comparison import Compared, finite
 from composer.conflicts.evidence.interval import Interval, share_interval
 from composer.conflicts.evidence.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
 from composer.conflicts.metrics import Numbers, Size
-from composer.deltas.delta import Computed, LowRank, names_of
+from composer.deltas.delta import NOTHING, Computed, LowRank, names_of
 from composer.deltas.lowrank import Sums
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Finding, Severity, Verdict, zero_deltas
@@ -19,7 +19,6 @@ from composer.formats.recipes.suite import Contradiction
 from composer.formats.recipes.weights import Weight
 from composer.merge.rounding_loss import swallowed
 
-_SMALLEST = 2.0**-126
 """The smallest normal number of float32: a delta below it is zero."""
 WEAK_EVIDENCE = {
     "weights": (
@@ -67,15 +66,18 @@ def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared, weights: 
 
 
 def _zero_deltas(adapter: LoadedAdapter, index: int, compared: Compared, weight: Weight) -> list[Finding]:
-    """Deltas that are zero, or become zero by what the method multiplies them with. Those of weight 0 take no part."""
+    """Deltas that are zero, or become zero by what the method multiplies them with. Modules whose weight is 0 take no
+    part, as a rule may have it; an adapter whose every weight is 0 adds nothing."""
     own = {delta.module: weight.of(*names_of(delta)) for delta in adapter.deltas}
     touched = [module for module in compared.touched[index] if own[module]]
+    if not touched:
+        return zero_deltas(adapter.name, compared.touched[index], len(compared.touched[index]))
     zero = [module for module in touched if _vanishes(compared.modules[module].sums, index)]
     return zero_deltas(adapter.name, zero, len(touched))
 
 
 def _vanishes(sums: Sums, index: int) -> bool:
-    return float(sums.weighted[index, index]) ** 0.5 < _SMALLEST
+    return float(sums.weighted[index, index]) ** 0.5 < NOTHING
 
 
 def of_sizes(sizes: Mapping[str, tuple[Size, Mapping[str, Size]]], policy: Policy) -> list[Finding]:

@@ -19,6 +19,8 @@ import torch
 from composer.deltas.tensors import Aside, read_into
 
 _AT_ONCE = 1 << 20  # bytes
+NOTHING = 1e-20
+"""A delta without an entry of this size adds nothing: weights are some 1e-2, of which float32 keeps seven digits."""
 
 
 class Layout(StrEnum):

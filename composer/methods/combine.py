@@ -17,7 +17,7 @@ from composer.deltas.delta import Additive, Computed, Delta, LowRank, Replacemen
 from composer.deltas.tensors import Aside, torch_threads
 from composer.deltas.variants.load import LoadedAdapter, refuse_errors
 from composer.errors import Mismatch
-from composer.findings import Finding
+from composer.findings import Finding, zero_deltas
 from composer.formats.adapters.facts import WEIGHTS_FILE
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.recipes.methods import PIPELINES, Pipeline, divides, parse_settings
@@ -74,6 +74,7 @@ def combine_deltas(
     parsed["tied"] = tied = treatment_of_tied(loaded, parsed)
     findings = structural(loaded, parsed)
     refuse_errors("These adapters cannot be combined", findings)
+    findings += _left_out(adapters, loaded)
     loaded = made_room(loaded, given, parsed)
     pipeline, fitted = PIPELINES[method], None
     if pipeline.fitted:
@@ -127,6 +128,13 @@ def used(
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
     return participating
+
+
+def _left_out(adapters: Sequence[LoadedAdapter], participating: Sequence[LoadedAdapter]) -> list[Finding]:
+    """Adapters whose every weight is 0."""
+    idle = [one for one, left in zip(adapters, participating, strict=True) if one.deltas and not left.deltas]
+    modules = [(one.name, {delta.module for delta in one.deltas}) for one in idle]
+    return [finding for name, touched in modules for finding in zero_deltas(name, touched, len(touched))]
 
 
 def projected(

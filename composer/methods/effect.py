@@ -5,9 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isinf
 
-import torch
-
-from composer.deltas.delta import LowRank
+from composer.deltas.delta import NOTHING, LowRank
 from composer.findings import Finding, Severity, zero_deltas
 from composer.methods.pipeline import Part, Pipeline, Place, cancelled
 
@@ -61,6 +59,6 @@ class Tally:
 
 
 def _vanishes(delta: LowRank, factor: float) -> bool:
-    """Whether no entry of the delta, times the factor, is a normal number of float32."""
+    """Whether no entry of the delta, times the factor, reaches `NOTHING`."""
     largest = [float(one.abs().amax()) if one.numel() else 0.0 for one in (delta.B_OR, delta.A_RI)]
-    return abs(factor * delta.scale) * largest[0] * largest[1] * delta.rank < torch.finfo(torch.float32).tiny
+    return abs(factor * delta.scale) * largest[0] * largest[1] * delta.rank < NOTHING

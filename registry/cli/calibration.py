@@ -17,6 +17,7 @@ from registry.errors import Conflict, Usage
 if TYPE_CHECKING:
     from composer.evaluation.calibration import Calibration
     from composer.evaluation.model import LoadedModel
+    from composer.findings import Finding
     from composer.formats.recipes.calibration_sets import CalibrationSet
     from composer.formats.recipes.suite import Suite
     from composer.formats.recipes.weights import Weight
@@ -94,6 +95,18 @@ def fitting(
     steps = int(str(parse_settings(method, settings)["steps"]))
     with render.progress("fit", steps * sum(map(len, calibration.sets)), "examples") as bar:
         yield replace(calibration, progress=bar)
+
+
+def contradictions(calibration: "Calibration | None", names: Sequence[str]) -> "list[Finding]":
+    """Adapters whose suites ask the same prompts and want other answers: no fit serves both."""
+    from composer.conflicts.findings import of_contradictions
+    from composer.formats.recipes.policy import Policy
+    from composer.formats.recipes.suite import contradicting_suites
+
+    if calibration is None:
+        return []
+    suites = {name: one.suite for name, one in zip(names, calibration.sets, strict=True) if one.suite}
+    return of_contradictions(contradicting_suites(suites), Policy())
 
 
 def refuse_uneven(calibration: "Calibration | None", adapters: Sequence[object]) -> None:

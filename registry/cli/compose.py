@@ -14,6 +14,7 @@ from registry.cli import complete, render
 from registry.cli.calibration import (
     Prompts,
     Suites,
+    contradictions,
     fit_lines,
     fitted_adapter,
     fitting,
@@ -138,6 +139,7 @@ def merge(  # noqa: PLR0913
     calibration = local_calibration(method, settings, base, suite, prompts)
     if calibration is not None:
         refuse_uneven(calibration, adapters)
+        _warn(contradictions(calibration, [path.name for path, _ in adapters]))
         adapters = [(fitted_adapter(base, adapters, output, (method, settings), calibration), Weight())]
         method, settings = "stack", {}
     merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded)
@@ -183,6 +185,7 @@ def combine(  # noqa: PLR0913
     settings |= budget
     adapters, calibration = _weighted(adapter, rule), local_calibration(method, settings, base, suite, prompts)
     refuse_uneven(calibration, adapters)
+    _warn(contradictions(calibration, [path.name for path, _ in adapters]))
     with fitting(calibration, method, settings) as counted:
         report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted)
     _warn(report.findings)

@@ -9,7 +9,7 @@ from registry.cli.connect import Connection
 from registry.errors import Invalid, NotFound, Usage, refuse_errors
 
 if TYPE_CHECKING:
-    from composer.formats.adapters.inspection import Inspection
+    from composer.formats.checkpoints.checkpoint import Architecture
 
 Json = dict[str, Any]
 _TRIED = 50
@@ -28,10 +28,17 @@ def fitting_base(connection: Connection, directory: Path, base: str | None, kind
     named = base or inspect(directory, None).facts.base_model_name_or_path
     if not named:
         raise _unnamed(directory, "was trained on")
-    known = base_by_name_or_location(connection, named)
+    try:
+        known = base_by_name_or_location(connection, named)
+    except NotFound as unknown:
+        fitting = [] if base else _fitting(connection, directory)
+        fits = f"It fits {', '.join(fitting)}: name one with --base. " if fitting else ""
+        raise NotFound(
+            unknown.code, unknown.detail, subject=unknown.subject, next_step=f"{fits}{unknown.next_step}"
+        ) from None
     seen = inspect(directory, connection.api.architecture(known["digest"]))
     if any(finding.severity == "error" for finding in seen.findings):
-        _refuse_wrong_base(connection, directory, known, seen)
+        _refuse_wrong_base(connection, directory, known)
         refuse_errors(seen.findings, str(directory))
     return base or known["digest"]
 
@@ -72,28 +79,28 @@ def _directory(location: str) -> Path | None:
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
-def _refuse_wrong_base(connection: Connection, directory: Path, base: Json, seen: "Inspection") -> None:
+def _refuse_wrong_base(connection: Connection, directory: Path, base: Json) -> None:
     """Raises Invalid when the adapter fits another registered base: then the base is wrong, and not its keys.
 
     Returns when it fits none, or when something is wrong with the adapter whatever its base is.
     """
+    if fitting := _fitting(connection, directory, base["digest"]):
+        raise Invalid(
+            "wrong_base",
+            f"{directory} does not fit the base {base['name']}: its modules are missing there or differ in shape.",
+            subject=str(directory),
+            next_step=f"It fits {', '.join(fitting)}: name one with --base.",
+        )
+
+
+def _fitting(connection: Connection, directory: Path, without: str = "") -> list[str]:
+    """The registered bases that the adapter fits, by name; none where something is wrong with it on every base."""
     from composer.formats.adapters.inspection import inspect
-    from registry.client.api import Api
 
-    def fits(api: Api, other: Json) -> bool:
-        findings = inspect(directory, api.architecture(other["digest"])).findings
-        return not any(finding.severity == "error" for finding in findings)
+    def fits(architecture: "Architecture | None") -> bool:
+        return not any(finding.severity == "error" for finding in inspect(directory, architecture).findings)
 
-    if any(finding.severity == "error" for finding in inspect(directory, None).findings):
-        return
-    others = [one for one in islice(connection.api.pages("/v1/bases"), _TRIED) if one["digest"] != base["digest"]]
-    fitting = [one["name"] for one in others if fits(connection.api, one)]
-    if not fitting:
-        return
-    errors = sum(finding.severity == "error" for finding in seen.findings)
-    raise Invalid(
-        "wrong_base",
-        f"{directory} does not fit the base {base['name']}: {errors} of its modules are missing or differ in shape.",
-        subject=str(directory),
-        next_step=f"It fits {', '.join(fitting)}: name one with --base.",
-    )
+    if not fits(None):
+        return []
+    others = [one for one in islice(connection.api.pages("/v1/bases"), _TRIED) if one["digest"] != without]
+    return [one["name"] for one in others if fits(connection.api.architecture(one["digest"]))]

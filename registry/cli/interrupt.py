@@ -26,7 +26,8 @@ KEPT = {
     "merge": "the same command goes on with what is finished",
     "eval": "no score was recorded; give the command again",
     "base": "nothing was registered; give the command again",
-    "compose": "`adaptory jobs` shows what became of the composition",
+    "compose": "the same command goes on with the shards that are finished; `adaptory jobs` shows the composition",
+    "conflicts": "nothing was measured; give the command again",
 }
 """What is left of an interrupted command, where the command itself does not say."""
 

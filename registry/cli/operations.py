@@ -223,6 +223,8 @@ def _show_events(found: list[dict[str, Any]]) -> None:
             ("event", row["act"]),
             ("subject", row["subject"]),
             ("user", row["actor"]),
+            ("from", row["source"]),
+            *((name, value) for name, value in row["detail"].items() if value not in ([], {})),
             *render.changes(row),
             ("reason", row["reason"]),
         ]

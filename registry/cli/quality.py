@@ -156,6 +156,6 @@ def _release_or_base(connection: Connection, what: str) -> tuple[Json | None, Js
     except (Usage, NotFound) as error:
         try:
             return None, connection.api.base(what)
-        except NotFound:
-            raise error from None
+        except NotFound as unknown:
+            raise (error if "/" in what else unknown) from None
     return release, connection.api.base(release["base"]["digest"])

@@ -63,8 +63,10 @@ def _fitted(text: str, stream: TextIO | None) -> str:
 
 
 def _wrapped(text: str, room: int, indent: str = "") -> list[str]:
-    """Between words: a name, a path or a digest that is longer than a line stays whole."""
-    return wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+    """Between words: a name, a path or a digest that is longer than a line stays whole, without the indent if that
+    is what makes it too long."""
+    lines = wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+    return [line.lstrip() if len(line) > room else line for line in lines]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

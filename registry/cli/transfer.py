@@ -51,7 +51,9 @@ def push(  # noqa: PLR0913
     provenance: Annotated[
         Path | None, typer.Option(help="YAML: trainer, run_url, code_commit, data, hyperparameters, license, …")
     ] = None,
-    sign: Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign every file with this private key.")] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")
+    ] = None,
     notes: Annotated[str, typer.Option(help="What is new in this release.")] = "",
     channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
     json: JsonFlag = False,

@@ -76,6 +76,18 @@ def test_adding_nothing_is_one_finding_in_merge_combine_and_conflicts(
         assert (found.severity, found.subject) == (Severity.WARNING, "idle")
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-30])
+def test_an_adapter_without_weight_beside_another_is_the_same_finding(
+    shared: Shared, tmp_path: Path, weight: float
+) -> None:
+    base, given = open_checkpoint(shared.base), [(shared.adapters[0], 1.0), (shared.adapters[1], weight)]
+    adapters = [load_deltas(path, base.architecture) for path, _ in given]
+    plan = plan_merge(base, given)
+    report = combine(given, tmp_path / "out", base.architecture)
+    for findings in (plan.findings, report.findings, conflicts(adapters, [1.0, weight]).findings):
+        assert [one.subject for one in findings if one.code == "zero_delta"] == [adapters[1].name]
+
+
 def test_weights_of_zero_alone_are_refused_by_merge_combine_and_conflicts(shared: Shared, tmp_path: Path) -> None:
     base, given = open_checkpoint(shared.base), [(path, 0.0) for path in shared.adapters[:2]]
     adapters = [load_deltas(path, base.architecture) for path, _ in given]

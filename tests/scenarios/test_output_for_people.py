@@ -78,6 +78,9 @@ def test_an_audit_shows_before_and_after_in_full(busy: Cli) -> None:
     shown = busy.ok("audit", "--event", "gate:set").out
     assert "sql-exact.accuracy >= 0, guard-exact.nll <= 10000" in " ".join(shown.split()).replace("rules ", "")
     assert "..." not in shown
+    for event, words in (("score:record", ("sql-exact", "nll")), ("suite:add", ("from",))):
+        shown = busy.ok("audit", "--event", event).out
+        assert all(word in shown for word in words), shown
 
 
 def test_a_module_is_cut_in_the_middle_before_a_table_becomes_records(

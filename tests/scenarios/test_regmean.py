@@ -39,6 +39,18 @@ def test_combine_and_merge_fit_on_suites_or_prompts(on_disk: Cli, world: World, 
     assert on_disk.json("combine", *fitting, *prompts, "-o", tmp_path / "asked")["fit"]["fitted"] > 0
 
 
+@pytest.mark.parametrize("command", ["combine", "merge"])
+def test_suites_that_want_other_answers_to_the_same_prompts_are_named(
+    on_disk: Cli, world: World, tmp_path: Path, command: str
+) -> None:
+    suite = yaml.safe_load(world.suites["sql"].read_text())
+    other = {**suite, "name": "other", "examples": [{**one, "completion": " no"} for one in suite["examples"]]}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    both = [word for file in (world.suites["sql"], tmp_path / "other.yaml") for word in ("--suite", file)]
+    fitting = (*adapters(world), "--base", world.base, "--method", "regmean", *both)
+    assert "no one model serves both" in on_disk.ok(command, *fitting, "-o", tmp_path / "out").err
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

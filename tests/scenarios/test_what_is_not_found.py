@@ -8,6 +8,8 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM
 
+from composer.formats.adapters.inspection import inspect
+from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.small_model import save_adapter, save_gpt2
 from tests.scenarios.world import Cli, World
 
@@ -31,6 +33,7 @@ def small_team(stocked_on_disk: Cli, world: World) -> Cli:
         (["base", "show", "tinny"], "Did you mean tiny?"),
         (["base", "show", "Acme/Tiny-LLama"], "Did you mean Acme/Tiny-Llama"),
         (["eval", "acme/sql", "--suite", "sql-exakt"], "Did you mean sql-exact?"),
+        (["eval", "tinny", "--suite", "sql-exact"], "Did you mean tiny?"),
         (["pul", "acme/sql"], "Did you mean 'pull'?"),
     ],
 )
@@ -49,6 +52,16 @@ def test_a_gate_on_a_suite_or_metric_that_is_not_there_is_refused(small_team: Cl
         refused = small_team("gate", "acme/sql@prod", "--rule", rule)
         assert (refused.code, hint in refused.err) == (3, True), refused.err
     assert small_team.json("gate", "acme/sql@prod")["rules"] == []
+
+
+def test_a_metric_that_a_suite_states_is_named_beside_those_of_every_suite(small_team: Cli, tmp_path: Path) -> None:
+    stated = {"name": "summary", "kind": "target", "chat": False, "metrics": {"rouge_l": "higher"}}
+    file = tmp_path / "summary.yaml"
+    file.write_text(yaml.safe_dump({**stated, "examples": [{"prompt": "Say it.", "completion": " It."}]}))
+    small_team.ok("suite", "add", file)
+    for metric, hint in (("rouge", "Did you mean rouge_l?"), ("f1", "summary has nll, accuracy, rouge_l")):
+        refused = small_team("gate", "acme/sql@prod", "--rule", f"summary.{metric} >= 0.5")
+        assert (refused.code, hint in refused.err) == (3, True), refused.err
 
 
 def test_a_recipe_is_refused_at_once_for_gates_on_suites_and_metrics_that_are_not_there(
@@ -77,6 +90,17 @@ def test_a_push_against_the_wrong_base_names_those_that_fit(small_team: Cli, wor
     assert "lora_A" not in refused.err, "its keys are right"
 
 
+def test_a_base_of_other_shapes_is_not_taken_for_wrong_keys(world: World, tmp_path: Path) -> None:
+    """Some of its keys are the base's, and the base has fewer layers."""
+    small = LlamaForCausalLM.from_pretrained(world.base).config
+    small.num_hidden_layers, small.hidden_size = small.num_hidden_layers + 1, 2 * small.hidden_size
+    save_adapter(LlamaForCausalLM(small), tmp_path / "other", 9, r=2, target_modules=["q_proj"])
+    seen = inspect(tmp_path / "other", open_checkpoint(world.base).architecture)
+    codes = {finding.code for finding in seen.findings}
+    assert "shape_mismatch" in codes
+    assert "wrong_prefix" not in codes
+
+
 def test_the_path_that_an_adapter_names_is_matched_with_registered_locations(
     small_team: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -89,6 +113,7 @@ def test_the_path_that_an_adapter_names_is_matched_with_registered_locations(
         (directory / "adapter_config.json").write_text(json.dumps(config))
         pushed = small_team("push", directory, "acme/new", "--bump", "auto")
         assert pushed.code == code, pushed.err
+    assert "It fits tiny: name one with --base." in pushed.err
     copy = shutil.copytree(world.base, tmp_path / "copy")
     config["base_model_name_or_path"] = str(copy)
     (directory / "adapter_config.json").write_text(json.dumps(config))

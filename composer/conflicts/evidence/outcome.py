@@ -17,7 +17,7 @@ LEAST_EXAMPLES = 8
 """Fewer decide nothing to be harmless: of the study's examples one in twelve fails, and four rarely hold that one."""
 LEAST_ANSWERED = 8
 """Examples that a member answers word for word alone, from which on the share that is left is counted."""
-COVERAGE = {8: 0.90, 16: 0.92}
+COVERAGE = {8: 0.94, 16: 0.96}
 """Of the 95 % intervals: how often both members' held together, by examples a suite (docs/study.md)."""
 NOTICEABLE_NATS = 0.02
 """A loss below this many nats a token changes a token's probability by 2 %: nothing a reader would see. No interval of

@@ -83,6 +83,7 @@ Releaser = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.RELEASER))]
 Admin = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.ADMIN))]
 Member = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.READER))]
 Contributor = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.PUBLISHER))]
+AdminSomewhere = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.ADMIN))]
 Caller = Annotated[Actor, Depends(Rule(Where.INSIDE))]
 
 ASKED_AGAIN = Rule(Where.INSIDE)

@@ -123,6 +123,13 @@ def is_known(session: Session, actor: Actor, suite: str, metric: str) -> bool:
     return bool(metric in HIGHER_IS_BETTER or session.scalar(stated)) or is_measured(session, actor, suite, metric)
 
 
+def known(session: Session, actor: Actor, suite: str) -> list[str]:
+    """The metrics of a suite that the actor may name: those of every suite, those it states, and those of scores."""
+    of_suite = select(SuiteMetric.metric).where(SuiteMetric.suite == suite).order_by(SuiteMetric.metric)
+    others = [metric for metric in session.scalars(of_suite) if is_known(session, actor, suite, metric)]
+    return [*HIGHER_IS_BETTER, *others]
+
+
 def is_measured(session: Session, actor: Actor, suite: str, metric: str) -> bool:
     """Of a base, which every member may read, or of a release that the actor may."""
     scores = select(Score.id).join(Suite).where(Suite.name == suite, Score.metric == metric)

@@ -138,16 +138,13 @@ def _names(session: Session) -> list[str]:
 def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
     """Raises NotFound unless `adaptory eval` records it, the suite states it, or the actor may read a score of it."""
     if not metrics.is_known(session, actor, find(session, suite).name, metric):
-        measured = ", ".join(metrics.HIGHER_IS_BETTER)
+        known = metrics.known(session, actor, suite)
+        recorded = ", ".join(metrics.HIGHER_IS_BETTER)
         raise NotFound(
             "metric_unknown",
             f"No release that you may see has a score {suite}.{metric}.",
             subject=f"{suite}.{metric}",
-            next_step=nearest(
-                metric,
-                metrics.HIGHER_IS_BETTER,
-                f"`adaptory eval` records {measured}; `adaptory show REF` has others.",
-            ),
+            next_step=nearest(metric, known, f"{suite} has {', '.join(known)}; `adaptory eval` records {recorded}."),
         )
 
 

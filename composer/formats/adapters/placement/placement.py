@@ -196,8 +196,10 @@ def _check_prefix(placement: Placement, modules: list[str], subject: str) -> Non
     """When nothing matches, one finding that shows both sides says more than a hundred unmatched tensors."""
     if not placement.header.tensors:
         placement.error("empty_adapter", subject, f"{subject} has no tensors.")
-    unmatched = [finding for finding in placement.findings if finding.code == "unmatched_tensor"]
-    if placement.modules or not unmatched or placement.architecture is None:
+    codes = {finding.code for finding in placement.findings}
+    if placement.modules or "unmatched_tensor" not in codes or placement.architecture is None:
+        return
+    if "shape_mismatch" in codes:  # some keys do match: it is another base
         return
     first = next(iter(placement.header.tensors))
     names = list(placement.architecture.tensors)
