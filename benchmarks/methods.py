@@ -16,10 +16,10 @@ from torch import nn
 
 from benchmarks import harness
 from benchmarks.harness import Sample
-from composer.deltas.delta import Computed, Layout, LowRank
+from composer.deltas.delta import Layout, LowRank, RowwiseDelta
 from composer.deltas.tensors import torch_threads
 from composer.formats.recipes.methods import PIPELINES, parse_settings
-from composer.methods.pipeline import Part, Place, Selections, run
+from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 
 HIDDEN, INNER, LAYERS, RANK, ADAPTERS = 4096, 11008, 32, 16, 3
 SHAPES = {
@@ -54,7 +54,7 @@ def main() -> None:
     _table(layer[:1] if chosen.quick else layer, chosen.rounds)
 
 
-def _table(layer: list[Place], rounds: int) -> None:
+def _table(layer: list[WeightSlot], rounds: int) -> None:
     """One layer with all methods."""
     cases = {name: partial(_timed, partial(combine, name, layer)) for name in (*IN_A_BASIS, *IN_FULL)}
     results = harness.interleave(cases, rounds)
@@ -66,15 +66,15 @@ def _table(layer: list[Place], rounds: int) -> None:
     harness.table(f"{ADAPTERS} adapters, {shown} ({rounds} rounds, {LAYERS} layers computed)", rows)
 
 
-def combine(method: str, places: list[Place]) -> None:
+def combine(method: str, places: list[WeightSlot]) -> None:
     """The whole of a method: in a basis its factors, in full space every row."""
     settings = parse_settings(method, {"rank": RANK} if method in IN_A_BASIS else {})
     pipeline = PIPELINES[method]
 
-    def one(place: Place) -> None:
-        added, _ = run(pipeline, place, settings, Selections())
+    def one(place: WeightSlot) -> None:
+        added, _ = combine_slot(pipeline, place, settings, Selections())
         for delta in added:
-            if isinstance(delta, Computed):
+            if isinstance(delta, RowwiseDelta):
                 rows, columns = delta.stored_shape
                 for begin in range(0, rows, 256):
                     count = min(256, rows - begin)
@@ -84,16 +84,16 @@ def combine(method: str, places: list[Place]) -> None:
         list(pool.map(one, places))
 
 
-def _places(layer: int) -> Iterator[Place]:
+def _places(layer: int) -> Iterator[WeightSlot]:
     generator = torch.Generator().manual_seed(layer)
     for name, (outputs, inputs) in SHAPES.items():
-        parts: list[Part] = []
+        parts: list[SlotDelta] = []
         for number in range(ADAPTERS):
             A = torch.randn(RANK, inputs, generator=generator)
             B = torch.randn(outputs, RANK, generator=generator)
             delta = LowRank(f"layers.{layer}.{name}", f"layers.{layer}.{name}.weight", Layout.LINEAR, A, B, 1.0)
-            parts.append(Part(number, delta, 1.0, f"{number}/{layer}/{name}"))
-        yield Place(parts, float(ADAPTERS))
+            parts.append(SlotDelta(number, delta, 1.0, f"{number}/{layer}/{name}"))
+        yield WeightSlot(parts, float(ADAPTERS))
 
 
 def _peft_model(hidden: int) -> object:

@@ -24,7 +24,7 @@ from registry.database.engine import Database
 from registry.database.tables import ReleaseWord
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE
-from registry.domain.catalog.release_rows import describe
+from registry.domain.catalog.release_rows import load_details
 from registry.domain.catalog.suites import parse_condition
 from registry.domain.search import search
 from registry.domain.search.ordering import NEWEST, VERSION, Order
@@ -167,7 +167,7 @@ def _verbs(
 def _page(database: Database, actor: Actor, query: Query, order: str, limit: int) -> list[object]:
     with database.read() as session:
         places = search.search(session, actor, query, Order(order, limit + 1)).places[:limit]
-        return [release_document(actor, one) for one in describe(session, [place.release_id for place in places])]
+        return [release_document(actor, one) for one in load_details(session, [place.release_id for place in places])]
 
 
 def _throughput(kind: str, ports: Mapping[int, int], rounds: int, seconds: float) -> None:

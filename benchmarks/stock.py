@@ -323,8 +323,10 @@ def _release(number: int, facts: _Facts, traits: Mapping[_Facts, int], chance: r
 
 def _words(number: int) -> _Rows:
     namespace, _, name = repository_name(_repository_of(number)).partition("/")
-    entries = search_index.words(f"{namespace} {name} {NOTES}") + search_index.stated(_provenance(number))
-    for entry in entries + search_index.homes(namespace, name):
+    entries = search_index.text_terms(f"{namespace} {name} {NOTES}") + search_index.provenance_terms(
+        _provenance(number)
+    )
+    for entry in entries + search_index.namespace_terms(namespace, name):
         yield {"word": entry, "release_id": number}
 
 

@@ -10,8 +10,8 @@ from typing import Literal
 from composer.conflicts.evidence.activations import Directed
 from composer.conflicts.evidence.outcome import Effect, Limits, Outcome
 from composer.conflicts.evidence.probe import USUAL_K, USUAL_MOST
-from composer.conflicts.metrics import Numbers, short
-from composer.deltas.lowrank import Sums
+from composer.conflicts.metrics import PairMetrics, rounded_for_json
+from composer.deltas.lowrank import PairSums
 from composer.findings import Verdict
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.weights import layer_of
@@ -44,7 +44,7 @@ class Explanation:
         return [(module, share) for module, share in self.shares.items() if share > 0][:_TOLD]
 
     def to_json(self) -> dict[str, object]:
-        causes = [{"module": module, "share": short(share)} for module, share in self.causes]
+        causes = [{"module": module, "share": rounded_for_json(share)} for module, share in self.causes]
         return {"meaning": self.meaning, "causes": causes, "advice": list(self.advice)}
 
 
@@ -57,9 +57,9 @@ class Case:
 
     names: tuple[str, str]
     positions: tuple[int, int]
-    numbers: Numbers
-    total: Sums
-    modules: Mapping[str, Sums]
+    numbers: PairMetrics
+    total: PairSums
+    modules: Mapping[str, PairSums]
     outcome: Outcome | None
     directed: tuple[str, Directed] | None
     factored: bool
@@ -90,7 +90,7 @@ def _shares(case: Case) -> dict[str, float]:
     return {module: share / total if total else 0.0 for module, share in ordered}
 
 
-def _caught(sums: Sums, total: Sums) -> float:
+def _caught(sums: PairSums, total: PairSums) -> float:
     shares = [
         max(0.0, float(sums.inputs[i, 1 - i] - sums.inputs_chance[i, 1 - i])) / float(total.inner[i, i]) for i in (0, 1)
     ]
@@ -126,13 +126,13 @@ def by_weight(effect: Effect) -> str:
     return "" if effect.weight_loss is None else f", of which its own weight takes {effect.weight_loss:+.2f}"
 
 
-def near_duplicate(numbers: Numbers, policy: Policy) -> bool:
+def near_duplicate(numbers: PairMetrics, policy: Policy) -> bool:
     """Do the two, as they are weighted, add up in one direction, as far as the policy lets them?"""
     near = policy.threshold("near_duplicate")
     return near is not None and numbers.weighted_cosine >= near and numbers.interference > 1
 
 
-def alike(numbers: Numbers) -> bool:
+def alike(numbers: PairMetrics) -> bool:
     """Are they as one task trained twice? A policy may ask for less, which does not make them so."""
     return numbers.weighted_cosine >= (THRESHOLDS["near_duplicate"] or 1)
 

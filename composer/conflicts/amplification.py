@@ -17,7 +17,7 @@ from composer.deltas.tensors import TORCH_DTYPES
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.header import FLOAT_DTYPES
 from composer.merge.io.source import Source, picked_rows, source_rows
-from composer.merge.rounding_loss import Survival, survival_of
+from composer.merge.rounding_loss import RoundingLoss, survival_of
 
 SAMPLED_ROWS = 32
 SPECTRAL_BYTES = 1 << 29
@@ -33,7 +33,7 @@ class AtBase:
     weighted sum of the deltas leaves there; the dtype it is rounded to; and sigma_1(W), where it was looked for."""
 
     energy: float
-    survival: Survival
+    survival: RoundingLoss
     dtype: str
     sigma: float | None = None
 
@@ -74,7 +74,7 @@ def at_base(compared: Compared, base: Checkpoint) -> dict[str, AtBase]:
         for weight in weights:
             energy, survival = _sampled(weight)
             dtype = weight.source.entry.dtype
-            before = found.get(weight.module, AtBase(0.0, Survival(), dtype))
+            before = found.get(weight.module, AtBase(0.0, RoundingLoss(), dtype))
             found[weight.module] = AtBase(before.energy + energy, before.survival + survival, dtype)
         for weight in _worth_a_look(weights, compared, found):
             sigma = max(found[weight.module].sigma or 0.0, largest_singular_value(weight))
@@ -98,7 +98,7 @@ def _weights(compared: Compared, base: Checkpoint, stack: ExitStack) -> Iterator
         yield BaseWeight(module, Source(opened[path], entry, own[0][0].stored_shape[1]), own)
 
 
-def _sampled(weight: BaseWeight) -> tuple[float, Survival]:
+def _sampled(weight: BaseWeight) -> tuple[float, RoundingLoss]:
     count = weight.shape[0]
     rows = torch.linspace(0, count - 1, min(count, SAMPLED_ROWS)).round().long()
     W = picked_rows(weight.source, [weight.begin + row for row in rows.tolist()]).double()

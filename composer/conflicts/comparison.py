@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from composer.deltas.delta import Computed, LowRank, names_of
+from composer.deltas.delta import LowRank, RowwiseDelta, names_of
 from composer.deltas.lowrank import Relations, relations
 from composer.deltas.tensors import all_finite
 from composer.deltas.variants.load import LoadedAdapter
@@ -59,7 +59,7 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
         dict(sorted(layers.items())),
         sum(modules.values(), nothing),
         touched,
-        not any(isinstance(delta, Computed) for adapter in adapters for delta in adapter.deltas),
+        not any(isinstance(delta, RowwiseDelta) for adapter in adapters for delta in adapter.deltas),
     )
 
 

@@ -18,7 +18,7 @@ from composer.formats.recipes.methods import PIPELINES, effective_weights, parse
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight, weights_of
-from composer.methods.combine import projected, used
+from composer.methods.combine import participating, projected_off_protected
 from composer.methods.structural import structural
 
 
@@ -78,7 +78,7 @@ def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
 def _blocked(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: Mapping[str, object]
 ) -> bool:
-    parts = used(adapters, weights_of(weights), settings)
+    parts = participating(adapters, weights_of(weights), settings)
     return any(finding.severity is Severity.ERROR for finding in structural(parts, settings))
 
 
@@ -105,7 +105,7 @@ def _measured(
         return probe(evidence.load(), members, evidence.guards, effort, combine, used_examples, evidence.progress)
     if evidence.prompts:
         own = effective_weights(weights, how.name, how.settings)
-        taking_part = projected(adapters, weights_of(weights), parsed)
+        taking_part = projected_off_protected(adapters, weights_of(weights), parsed)
         alone = {one.name: weighted(one.deltas, weight) for one, weight in zip(taking_part, own, strict=True)}
         return activations(evidence.load(), alone, evidence.prompts)
     return None

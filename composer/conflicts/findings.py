@@ -8,16 +8,16 @@ from composer.conflicts.amplification import AtBase
 from composer.conflicts.comparison import Compared, finite
 from composer.conflicts.evidence.interval import Interval, share_interval
 from composer.conflicts.evidence.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
-from composer.conflicts.metrics import Numbers, Size
-from composer.deltas.delta import NOTHING, Computed, LowRank, names_of
-from composer.deltas.lowrank import Sums
+from composer.conflicts.metrics import DeltaSize, PairMetrics
+from composer.deltas.delta import NOTHING, LowRank, RowwiseDelta, names_of
+from composer.deltas.lowrank import PairSums
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Finding, Severity, Verdict, zero_deltas
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.rounding import Rounding
 from composer.formats.recipes.suite import Contradiction
 from composer.formats.recipes.weights import Weight
-from composer.merge.rounding_loss import swallowed
+from composer.merge.rounding_loss import find_lost
 
 """The smallest normal number of float32: a delta below it is zero."""
 WEAK_EVIDENCE = {
@@ -55,7 +55,7 @@ def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared, weights: 
             if not finite(delta)
         ]
         found += _zero_deltas(adapter, index, compared, weights[index])
-        others = [delta.module for delta in adapter.deltas if isinstance(delta, Computed)]
+        others = [delta.module for delta in adapter.deltas if isinstance(delta, RowwiseDelta)]
         if others:
             message = (
                 f"{len(others)} deltas of {adapter.name} have no factors ({others[0]} first): all checks leave them "
@@ -76,11 +76,11 @@ def _zero_deltas(adapter: LoadedAdapter, index: int, compared: Compared, weight:
     return zero_deltas(adapter.name, zero, len(touched))
 
 
-def _vanishes(sums: Sums, index: int) -> bool:
+def _vanishes(sums: PairSums, index: int) -> bool:
     return float(sums.weighted[index, index]) ** 0.5 < NOTHING
 
 
-def of_sizes(sizes: Mapping[str, tuple[Size, Mapping[str, Size]]], policy: Policy) -> list[Finding]:
+def of_sizes(sizes: Mapping[str, tuple[DeltaSize, Mapping[str, DeltaSize]]], policy: Policy) -> list[Finding]:
     """Deltas larger than the weights that they are added to: of each adapter, as a whole and in the worst module."""
     found: list[Finding] = []
     most = _threshold(policy, "amplified")
@@ -104,7 +104,7 @@ def of_sizes(sizes: Mapping[str, tuple[Size, Mapping[str, Size]]], policy: Polic
 def of_rounding(rounded: Mapping[str, AtBase]) -> list[Finding]:
     """Deltas so small that rounding loses them."""
     survivals = {module: one.survival for module, one in rounded.items()}
-    return swallowed(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
+    return find_lost(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
 
 
 def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[Finding]:
@@ -130,7 +130,7 @@ def weak_evidence(pairs: Iterable[tuple[str, str, str]]) -> list[Finding]:
     ]
 
 
-def of_pair(names: tuple[str, str], numbers: Numbers, outcome: Outcome | None, policy: Policy) -> list[Finding]:
+def of_pair(names: tuple[str, str], numbers: PairMetrics, outcome: Outcome | None, policy: Policy) -> list[Finding]:
     """What the numbers of a pair and its probe say."""
     (a, b), subject = names, " + ".join(names)
     found: list[Finding] = []

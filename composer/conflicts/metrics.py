@@ -2,11 +2,11 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from composer.deltas.lowrank import Relations, Sums
+from composer.deltas.lowrank import PairSums, Relations
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class PairMetrics:
     """How two deltas a and b lie to each other, in one module, in one layer or, summed first, in the whole model.
 
     Overlaps are shares of energy inside the other's span, mean of both directions; *_excess has chance removed;
@@ -40,7 +40,7 @@ class Numbers:
     sign_weighted: float
 
     @classmethod
-    def of(cls, sums: Sums) -> "Numbers":
+    def of(cls, sums: PairSums) -> "PairMetrics":
         """Of the sums of two."""
 
         def mean(both: tuple[float, float]) -> float:
@@ -79,11 +79,11 @@ class Numbers:
         return min(1.0, max(-1.0, (self.interference - 1) / (2 * apart**0.5))) if apart > 0 else 0.0
 
     def to_json(self) -> dict[str, float]:
-        return {field.name: short(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: rounded_for_json(getattr(self, field.name)) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class DeltaSize:
     """How large one delta is: |Delta|_F, the largest sigma_1, |Delta|_F^2 / sigma_1^2 (of several modules the quotient
     of the sums). With a base at hand w |Delta|_F / |W|_F and, of the weights that were looked at, the largest
     w sigma_1(Delta) / sigma_1(W): over 1 it replaces the weight, or its strongest direction, rather than adapt it.
@@ -96,7 +96,9 @@ class Size:
     spectral_amplification: float | None = None
 
     @classmethod
-    def of(cls, compared: Relations, index: int, base_energy: float | None, base_sigma: float | None = None) -> "Size":
+    def of(
+        cls, compared: Relations, index: int, base_energy: float | None, base_sigma: float | None = None
+    ) -> "DeltaSize":
         """Of a module, or (without a sigma) of many."""
         sums = compared.sums
         weighted = max(0.0, float(sums.weighted[index, index]))
@@ -105,11 +107,11 @@ class Size:
         return cls(sums.norm(index), float(compared.sigmas[index]), sums.stable_rank(index), amplification, spectral)
 
     def to_json(self) -> dict[str, float | None]:
-        return {name: None if value is None else short(value) for name, value in asdict(self).items()}
+        return {name: None if value is None else rounded_for_json(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
+class SetMetrics:
     """The weighted sum of all: |M|_F, the largest sigma_1, |M|^2 over the sum of squares, and the largest crowding.
 
     With a base at hand: the share of sampled entries of M that rounding to the base's dtype loses.
@@ -122,14 +124,14 @@ class Together:
     lost_share: float | None = None
 
     @classmethod
-    def of(cls, compared: Relations, lost_share: float | None) -> "Together":
+    def of(cls, compared: Relations, lost_share: float | None) -> "SetMetrics":
         norm = max(0.0, float(compared.sums.weighted.sum())) ** 0.5
         return cls(norm, compared.spectral_norm, compared.sums.interference(), compared.crowding, lost_share)
 
     def to_json(self) -> dict[str, float | None]:
-        return {name: None if value is None else short(value) for name, value in asdict(self).items()}
+        return {name: None if value is None else rounded_for_json(value) for name, value in asdict(self).items()}
 
 
-def short(value: float) -> float:
+def rounded_for_json(value: float) -> float:
     """Six digits: a report has tens of thousands of numbers."""
     return float(f"{value:.6g}")

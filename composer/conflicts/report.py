@@ -28,7 +28,7 @@ from composer.conflicts.findings import (
     of_sizes,
     weak_evidence,
 )
-from composer.conflicts.metrics import Numbers, Size, Together, short
+from composer.conflicts.metrics import DeltaSize, PairMetrics, SetMetrics, rounded_for_json
 from composer.conflicts.retention import retained, too_large
 from composer.deltas.lowrank import Relations
 from composer.deltas.tensors import torch_threads
@@ -40,8 +40,8 @@ from composer.formats.recipes.methods import PIPELINES, Pipeline, effective_weig
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.suite import Contradiction
 from composer.formats.recipes.weights import Weight, weights_of
-from composer.merge.rounding_loss import whole
-from composer.methods.combine import combine_deltas, projected, used, with_deltas
+from composer.merge.rounding_loss import total
+from composer.methods.combine import combine_deltas, participating, projected_off_protected, with_deltas
 from composer.methods.structural import structural
 
 SCHEMA = 2
@@ -75,9 +75,9 @@ class Pair:
     interval: Interval | None
     evidence: EvidenceKind
     explanation: Explanation
-    numbers: Numbers
-    layers: Mapping[int, Numbers]
-    modules: Mapping[str, Numbers]
+    numbers: PairMetrics
+    layers: Mapping[int, PairMetrics]
+    modules: Mapping[str, PairMetrics]
     outcome: Outcome | None
     flat: Mapping[str, float]
 
@@ -89,7 +89,7 @@ class Pair:
             "a": self.a,
             "b": self.b,
             "verdict": str(self.verdict),
-            "risk": None if self.risk is None else short(self.risk),
+            "risk": None if self.risk is None else rounded_for_json(self.risk),
             "risk_unit": _UNITS[self.evidence],
             "risk_stderr": self.risk_stderr,
             "risk_low": ends["low"],
@@ -111,15 +111,15 @@ class Member:
     weight: Weight
     share: float
     retention: float | None
-    size: Size
-    modules: Mapping[str, Size]
+    size: DeltaSize
+    modules: Mapping[str, DeltaSize]
 
     def to_json(self) -> dict[str, object]:
         return {
             "name": self.name,
             "weight": self.weight.to_json(),
-            "share": short(self.share),
-            "retention": None if self.retention is None else short(self.retention),
+            "share": rounded_for_json(self.share),
+            "retention": None if self.retention is None else rounded_for_json(self.retention),
             **self.size.to_json(),
             "modules": [{"module": module, **size.to_json()} for module, size in self.modules.items()],
         }
@@ -132,9 +132,9 @@ class ConflictReport:
 
     members: tuple[Member, ...]
     pairs: tuple[Pair, ...]
-    together: Together
-    layers: Mapping[int, Together]
-    modules: Mapping[str, Together]
+    together: SetMetrics
+    layers: Mapping[int, SetMetrics]
+    modules: Mapping[str, SetMetrics]
     findings: tuple[Finding, ...]
     evidence: ProbeResult | Activations | None
     verdict: Verdict
@@ -155,7 +155,7 @@ class ConflictReport:
             "pairs": [pair.to_json(most) for pair in self.pairs],
             "whole": {
                 **self.together.to_json(),
-                "shares": {member.name: short(member.share) for member in self.members},
+                "shares": {member.name: rounded_for_json(member.share) for member in self.members},
                 "layers": [{"layer": layer, **one.to_json()} for layer, one in self.layers.items()],
                 "modules": [{"module": module, **one.to_json()} for module, one in self.modules.items()],
                 "probe": self.probe.whole.to_json() if self.probe else None,
@@ -188,11 +188,11 @@ def conflicts(  # noqa: PLR0913
     names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
     _check_names(names, len(weights))
     settings = parse_settings(how.name, how.settings)
-    hard = structural(used(adapters, weights_of(weights), settings), settings)
+    hard = structural(participating(adapters, weights_of(weights), settings), settings)
     if settings["replacements"] == "delta":
         adapters = [with_deltas(adapter) for adapter in adapters]
     blocked = any(finding.code in HARD for finding in hard)
-    taking_part = adapters if blocked else projected(adapters, weights_of(weights), settings)
+    taking_part = adapters if blocked else projected_off_protected(adapters, weights_of(weights), settings)
     compared = compare_all(taking_part, effective_weights(weights, how.name, how.settings))
     rounded = at_base(compared, base) if base else {}
     retention = [None] * len(names) if blocked else _retention(adapters, weights, how, compared.total)
@@ -255,9 +255,9 @@ def _of_whole(
     return [*found, *(of_outcome(evidence.whole, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
-def _together(compared: Relations, rounded: Sequence[AtBase]) -> Together:
-    survival = whole(one.survival for one in rounded)
-    return Together.of(compared, survival.lost_share if survival.entries else None)
+def _together(compared: Relations, rounded: Sequence[AtBase]) -> SetMetrics:
+    survival = total(one.survival for one in rounded)
+    return SetMetrics.of(compared, survival.lost_share if survival.entries else None)
 
 
 def _retention(
@@ -279,11 +279,13 @@ def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], reten
     touched = {module: one for module, one in compared.modules.items() if module in compared.touched[index]}
     at = {module: rounded[module] for module in touched if module in rounded}
     sizes = {
-        module: Size.of(one, index, at[module].energy, at[module].sigma) if module in at else Size.of(one, index, None)
+        module: DeltaSize.of(one, index, at[module].energy, at[module].sigma)
+        if module in at
+        else DeltaSize.of(one, index, None)
         for module, one in touched.items()
     }
     ratios = [one.spectral_amplification for one in sizes.values() if one.spectral_amplification is not None]
-    size = Size.of(compared.total, index, sum(one.energy for one in at.values()))
+    size = DeltaSize.of(compared.total, index, sum(one.energy for one in at.values()))
     return Member(
         compared.names[index],
         compared.weights[index],
@@ -306,7 +308,7 @@ def _pair(
     total = compared.total.sums.pick(*indices)
     picked = {module: one.sums.pick(*indices) for module, one in compared.modules.items()}
     shared = {module: sums for module, sums in picked.items() if sums.norm(0) and sums.norm(1)}
-    numbers = Numbers.of(total)
+    numbers = PairMetrics.of(total)
     outcome = evidence.pair(a, b) if isinstance(evidence, ProbeResult) else None
     directed = evidence.worse(a, b) if isinstance(evidence, Activations) else None
     contradicting = [one for one in by_prompts if one.subject == f"{a} + {b}"]
@@ -334,8 +336,8 @@ def _pair(
         kind,
         explain(case, policy),
         numbers,
-        {layer: Numbers.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
-        {module: Numbers.of(sums) for module, sums in shared.items()},
+        {layer: PairMetrics.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
+        {module: PairMetrics.of(sums) for module, sums in shared.items()},
         outcome,
         _flat(compared, indices, shared),
     )
@@ -364,7 +366,7 @@ def _activations_json(evidence: ProbeResult | Activations | None) -> dict[str, o
         return None
     rows: list[dict[str, object]] = []
     for (victim, intruder), one in evidence.directed.items():
-        told = {name: short(value) for name, value in asdict(one).items() if name != "modules"}
-        modules = [{"module": module, "share": short(share)} for module, share in one.modules.items()]
+        told = {name: rounded_for_json(value) for name, value in asdict(one).items() if name != "modules"}
+        modules = [{"module": module, "share": rounded_for_json(share)} for module, share in one.modules.items()]
         rows.append({"on": victim, "of": intruder, **told, "modules": modules})
     return {"prompts": evidence.prompts, "directed": rows}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from composer.deltas.delta import Additive, Computed, Delta, LowRank
+from composer.deltas.delta import Additive, Delta, LowRank, RowwiseDelta
 from composer.deltas.lowrank import Grams
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.checkpoints.numeric import Float64
@@ -28,7 +28,7 @@ def too_large(adapters: Sequence[LoadedAdapter]) -> bool:
         (delta.module, delta.begin): delta.stored_shape
         for adapter in adapters
         for delta in adapter.deltas
-        if isinstance(delta, Computed | LowRank)
+        if isinstance(delta, RowwiseDelta | LowRank)
     }
     return sum(rows * columns for rows, columns in shapes.values()) > MAX_DENSE_ENTRIES
 
@@ -38,10 +38,10 @@ def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> li
     combination reads the base."""
     merged: dict[_Place, list[Additive]] = defaultdict(list)
     for delta in combined:
-        if not isinstance(delta, Computed | LowRank):
+        if not isinstance(delta, RowwiseDelta | LowRank):
             continue
         merged[delta.module, delta.begin].append(delta)
-    if any(isinstance(delta, Computed) and delta.reads_base for deltas in merged.values() for delta in deltas):
+    if any(isinstance(delta, RowwiseDelta) and delta.reads_base for deltas in merged.values() for delta in deltas):
         return [None] * len(adapters)
     products, energies = np.zeros(len(adapters)), np.zeros(len(adapters))
     for index, adapter in enumerate(adapters):
@@ -58,11 +58,11 @@ def _against(delta: LowRank, merged: Sequence[Additive]) -> tuple[float, float]:
     """(|Δ|^2, <M, Δ>) at one place."""
     factors = [one for one in merged if isinstance(one, LowRank)]
     inner: Float64 = Grams.of([delta, *factors]).inner()
-    dense = sum(_dense_product(one, delta) for one in merged if isinstance(one, Computed))
+    dense = sum(_dense_product(one, delta) for one in merged if isinstance(one, RowwiseDelta))
     return float(inner[0, 0]), float(inner[0, 1:].sum()) + dense
 
 
-def _dense_product(computed: Computed, delta: LowRank) -> float:
+def _dense_product(computed: RowwiseDelta, delta: LowRank) -> float:
     rows, columns = computed.stored_shape
     left, right = delta.stored_factors()
     step = rows if computed.whole else max(1, _BLOCK_ENTRIES // columns)

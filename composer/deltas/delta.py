@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import torch
 
-from composer.deltas.tensors import Aside, read_into
+from composer.deltas.tensors import SpillFile, read_into
 
 _AT_ONCE = 1 << 20  # bytes
 NOTHING = 1e-20
@@ -32,7 +32,7 @@ class Layout(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Stacked:
+class ExpertSlice:
     """Where an expert's delta lies in `parameter`, which stacks all `experts` of a layer in memory: from row `begin` of
     its matrix, and of the expert's own `outputs` from the `first` on."""
 
@@ -67,7 +67,7 @@ class LowRank:
     begin: int = 0
     kernel: tuple[int, ...] = ()
     twin: bool = False
-    stacked: Stacked | None = None
+    stacked: ExpertSlice | None = None
     nested: bool = False
 
     @property
@@ -119,7 +119,7 @@ Rows = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class RowwiseDelta:
     """A delta that is no short product: `rows` gives its rows when they are needed, from the base's rows.
 
     `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N,
@@ -145,7 +145,7 @@ class Computed:
     kernel: tuple[int, ...] = ()
     twin: bool = False
     sets_rows: frozenset[int] = frozenset()
-    stacked: Stacked | None = None
+    stacked: ExpertSlice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,8 @@ class Replacement:
     twin: bool = False
 
 
-Additive = LowRank | Computed
-Delta = LowRank | Computed | Replacement
+Additive = LowRank | RowwiseDelta
+Delta = LowRank | RowwiseDelta | Replacement
 
 
 def names_of(delta: Delta) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def names_of(delta: Delta) -> tuple[str, ...]:
     return (delta.module, stacked.parameter) if stacked else (delta.module,)
 
 
-def mapped(aside: Aside, deltas: Sequence[LowRank]) -> list[LowRank]:
+def mapped(aside: SpillFile, deltas: Sequence[LowRank]) -> list[LowRank]:
     """The same with their factors on the disk, where they take no memory until they are looked at."""
     factors = iter(aside.put([factor for delta in deltas for factor in (delta.A_RI, delta.B_OR)]))
     return [replace(delta, A_RI=next(factors), B_OR=next(factors)) for delta in deltas]

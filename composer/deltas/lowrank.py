@@ -29,7 +29,7 @@ Singular = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Sums(Summed):
+class PairSums(Summed):
     """What T deltas have in common, T x T float64. Sums add up over modules; quotients are taken last.
 
     inner: <Delta_i, Delta_j>; weighted: the same of w_i Delta_i; carried: <w_i Delta_i, Delta_j>.
@@ -61,7 +61,7 @@ class Sums(Summed):
     largest: Float64
 
     @classmethod
-    def zero(cls, count: int) -> "Sums":
+    def zero(cls, count: int) -> "PairSums":
         square = [np.zeros((count, count)) for _ in fields(cls)[:-1]]
         return cls(*square, np.zeros(count))  # pyright: ignore[reportCallIssue]
 
@@ -135,11 +135,11 @@ class Sums(Summed):
         """w_i^2 |Delta_i|^2 / sum over all: how much of the energy each delta brings; all 0 when there is none."""
         return [_quotient(one, self.weighted.trace()) for one in self.weighted.diagonal()]
 
-    def pick(self, *indices: int) -> "Sums":
+    def pick(self, *indices: int) -> "PairSums":
         """The sums of some of the deltas, in the order given."""
         square = np.ix_(indices, indices)
         values = [getattr(self, field.name) for field in fields(self)]
-        return Sums(*(value[square] if value.ndim == 2 else value[list(indices)] for value in values))
+        return PairSums(*(value[square] if value.ndim == 2 else value[list(indices)] for value in values))
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,10 @@ class Grams:
 
     def blocks(self, M_RR: torch.Tensor) -> Float64:
         """T x T: the sum over the entries of each block."""
-        return (self.owner.T @ M_RR @ self.owner).numpy()
+        return (self.membership.T @ M_RR @ self.membership).numpy()
 
     @cached_property
-    def owner(self) -> torch.Tensor:
+    def membership(self) -> torch.Tensor:
         """Z_RT."""
         return torch.eye(len(self.ranks), dtype=torch.float64).repeat_interleave(torch.tensor(self.ranks), dim=0)
 
@@ -190,28 +190,28 @@ class Grams:
         parts = [slice(begin, end) for begin, end in pairwise(ends)]
         return [singular(near[part, part], far[part, part]) for part in parts]
 
-    def own(self, M_RR: torch.Tensor) -> torch.Tensor:
+    def diagonal_blocks(self, M_RR: torch.Tensor) -> torch.Tensor:
         """The diagonal blocks alone."""
-        return M_RR * (self.owner @ self.owner.T)
+        return M_RR * (self.membership @ self.membership.T)
 
-    def caught(self, near: torch.Tensor, far: torch.Tensor, spectra: Sequence[Singular]) -> Float64:
+    def energy_inside(self, near: torch.Tensor, far: torch.Tensor, spectra: Sequence[Singular]) -> Float64:
         """Entry i, j: |U_j^T Delta_i|_F^2, the trace of S_i F_i S_i^T with S = U_j^T N = M_j^T N_j^T N, near side."""
         rows = near.split(list(self.ranks))
         columns: list[torch.Tensor] = []
-        own = self.own(far)
+        own = self.diagonal_blocks(far)
         for (_, M_rK), N_rR in zip(spectra, rows, strict=True):
             S_KR = M_rK.T @ N_rR
-            columns.append(((S_KR @ own) * S_KR).sum(0) @ self.owner)
+            columns.append(((S_KR @ own) * S_KR).sum(0) @ self.membership)
         return torch.stack(columns, dim=1).numpy()
 
     def aligned(self, near: torch.Tensor, far: torch.Tensor) -> Float64:
         """<Delta_i Delta_i^T, Delta_j Delta_j^T> = sum over the entries of (F_i N_ij F_j) * N_ij, near side outputs."""
-        own = self.own(far)
+        own = self.diagonal_blocks(far)
         return self.blocks((own @ near @ own) * near)
 
     def merged(self, weights: Sequence[float]) -> float:
         """The spectral norm of sum w_i Delta_i."""
-        w_R = self.owner @ torch.tensor(weights, dtype=torch.float64)
+        w_R = self.membership @ torch.tensor(weights, dtype=torch.float64)
         sigma, _ = singular(w_R[:, None] * self.outputs * w_R, self.inputs)
         return float(sigma[0]) if len(sigma) else 0.0
 
@@ -247,14 +247,14 @@ class Relations:
     """Of one module, or of several: the sums, and the largest among the modules of sigma_1 of each delta (T), of the
     weighted sum's, and of the crowding of all B together."""
 
-    sums: Sums
+    sums: PairSums
     sigmas: Float64
     spectral_norm: float = 0.0
     crowding: float = 0.0
 
     @classmethod
     def zero(cls, count: int) -> "Relations":
-        return cls(Sums.zero(count), np.zeros(count))
+        return cls(PairSums.zero(count), np.zeros(count))
 
     def __add__(self, other: "Relations") -> "Relations":
         return Relations(
@@ -275,7 +275,7 @@ def relations(deltas: Sequence[LowRank | None], weights: Sequence[float] | None 
     """T deltas of one module; None where an adapter leaves it alone. Ranks may differ; weights are 1 without any."""
     given = [1.0] * len(deltas) if weights is None else weights
     present = [index for index, delta in enumerate(deltas) if delta is not None]
-    sums = Sums.zero(len(deltas))
+    sums = PairSums.zero(len(deltas))
     if not present:
         return Relations.zero(len(deltas))
     here = [delta for delta in deltas if delta is not None]
@@ -298,8 +298,8 @@ def _angles(grams: Grams, weights: Sequence[float]) -> dict[str, Float64]:
         "inner": inner,
         "weighted": inner * w * w[:, None],
         "carried": inner * w[:, None],
-        "outputs": grams.caught(outputs, inputs, grams.output_spectra),
-        "inputs": grams.caught(inputs, outputs, grams.input_spectra),
+        "outputs": grams.energy_inside(outputs, inputs, grams.output_spectra),
+        "inputs": grams.energy_inside(inputs, outputs, grams.input_spectra),
         "outputs_chance": norms * K / grams.shape[0],
         "inputs_chance": norms * K / grams.shape[1],
         "outputs_aligned": grams.aligned(outputs, inputs),

@@ -16,8 +16,8 @@ import torch
 
 from composer.errors import NotSupported, RefusedOutput, became_shorter
 from composer.formats.checkpoints.header import TensorEntry
-from composer.formats.checkpoints.staging import FULL
-from composer.formats.untrusted import shown
+from composer.formats.checkpoints.staging import DISK_FULL_ERRNOS
+from composer.formats.untrusted import printable
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -130,9 +130,9 @@ def _mapped(mapping: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> to
     return torch.frombuffer(mapping, dtype=dtype, count=size // dtype.itemsize, offset=begin)
 
 
-def give_back(tensor: torch.Tensor) -> None:
-    """Let go of the memory of the file that a mapped tensor is in (`map_tensor`, `Aside`); what is looked at again is
-    read again. Nothing happens to any other tensor.
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Drop the memory of the file that a mapped tensor is in (`map_tensor`, `SpillFile`); what is used again is read
+    again. Nothing happens to any other tensor.
 
     Of the whole file, since the kernel maps as much around a page that is looked at as it has in one piece, megabytes
     even: whoever looks at a neighbour brings the tensor back.
@@ -143,7 +143,7 @@ def give_back(tensor: torch.Tensor) -> None:
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Does it lie in a file (`map_tensor`, `Aside`), and not in memory of its own?"""
+    """Does it lie in a file (`map_tensor`, `SpillFile`), and not in memory of its own?"""
     return _place_of(tensor) is not None
 
 
@@ -157,7 +157,7 @@ def _place_of(tensor: torch.Tensor) -> _Place | None:
 
 def read_into(out: torch.Tensor, tensor: torch.Tensor) -> None:
     """`out` gets the values of a matrix, in its own dtype. Those of a mapped one are read from its file, which takes no
-    memory but `out` and as much again: what is looked at in a mapping stays in memory until `give_back`.
+    memory but `out` and as much again: what is looked at in a mapping stays in memory until `drop_pages`.
 
     Raises InvalidFile for a file that has become shorter.
     """
@@ -170,7 +170,7 @@ def read_into(out: torch.Tensor, tensor: torch.Tensor) -> None:
         _read_rows(out.T, tensor.T, place)
     else:
         out.copy_(tensor)
-        give_back(tensor)
+        drop_pages(tensor)
 
 
 def _read_rows(out: torch.Tensor, tensor: torch.Tensor, place: _Place) -> None:
@@ -207,8 +207,8 @@ def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
         offset += count
 
 
-class Aside:
-    """Tensors that wait on the disk: mapped, they take memory only where they are looked at, until `give_back`.
+class SpillFile:
+    """Tensors that wait on the disk: mapped, they take memory only where they are looked at, until `drop_pages`.
 
     The file has no name and goes with the last of them.
     """
@@ -229,9 +229,9 @@ class Aside:
                 self._file.write(tensor_bytes(tensor))
             self._file.truncate(self._end + begins[-1])
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL_ERRNOS:
                 raise
-            message = f"{FULL[error.errno]}: {gettempdir()} has no room for the combined factors."
+            message = f"{DISK_FULL_ERRNOS[error.errno]}: {gettempdir()} has no room for the combined factors."
             next_step = "Free some space, or name another directory (TMPDIR)."
             raise RefusedOutput("disk_full", message, subject=gettempdir(), next_step=next_step) from error
         with _MAPPING:
@@ -295,6 +295,6 @@ def torch_device(name: str) -> torch.device:
         raise NotSupported("no_cuda", "There is no CUDA device here.", subject=name, next_step="Use --device cpu.")
     cards = range(torch.cuda.device_count())
     if name not in ("cpu", "cuda", *(f"cuda:{card}" for card in cards)):
-        message = f"There is no device {shown(name)} here."
+        message = f"There is no device {printable(name)} here."
         raise NotSupported("device", message, subject=name, next_step="Use auto, cpu, cuda or cuda:N.")
     return torch.device(name)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from composer.deltas.delta import Delta, LowRank
-from composer.deltas.tensors import Aside
+from composer.deltas.tensors import SpillFile
 from composer.evaluation.evaluate import Encoded, encode, encode_prompt
 from composer.evaluation.hooks import module_of
 from composer.evaluation.model import LoadedModel
@@ -83,7 +83,7 @@ class _Collector:
     def __init__(self) -> None:
         self._parts: dict[str, dict[tuple[int, ...], tuple[torch.Tensor, float]]] = defaultdict(dict)
         self._latest: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._aside, self._lock = Aside(), Lock()
+        self._aside, self._lock = SpillFile(), Lock()
 
     def watch(self, path: str) -> Watch:
         def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from composer.deltas.tensors import torch_threads
 from composer.errors import Mismatch
-from composer.evaluation.hooks import Deltas, applied
+from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.suite import Example, Suite
 
@@ -146,7 +146,7 @@ def measure(
     workers = max(1, min(loaded.passes, len(batches)))
     results: dict[int, Measured] = {}
     with (
-        applied(loaded.model, deltas),
+        deltas_applied(loaded.model, deltas),
         torch_threads(max(1, (os.cpu_count() or 1) // workers)),
         ThreadPoolExecutor(workers, "measure") as pool,
     ):
@@ -250,7 +250,7 @@ def ratio(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float 
 def generate(loaded: LoadedModel, prompt: str, chat: bool = True, deltas: Deltas = (), max_new_tokens: int = 64) -> str:
     """The greedy completion of a prompt with `deltas` active, without special tokens."""
     prompt_ids = torch.tensor([encode_prompt(loaded, prompt, chat)], device=loaded.device)
-    with applied(loaded.model, deltas):
+    with deltas_applied(loaded.model, deltas):
         ids = loaded.model.generate(
             input_ids=prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from composer.deltas.delta import Additive, Computed, Delta, Layout, LowRank, Replacement
+from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, RowwiseDelta
 from composer.deltas.tensors import execution_device
 from composer.errors import Mismatch, NotSupported
 
@@ -19,7 +19,7 @@ Deltas = Iterable[Delta]
 
 
 @contextmanager
-def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
+def deltas_applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
     """The model with `deltas` active inside the block, several on one module adding up; its weights stay as they are.
 
     A low-rank delta adds scale * (x A^T) B^T to its module's output, in float32 with one rounding to the output's
@@ -126,7 +126,7 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
     changed_MN = W_MN.clone()
     for delta, begin in deltas:
         own = slice(begin, begin + delta.stored_shape[0])
-        changed_MN[own] += delta.rows(W_MN[own], 0) if isinstance(delta, Computed) else _product(delta)
+        changed_MN[own] += delta.rows(W_MN[own], 0) if isinstance(delta, RowwiseDelta) else _product(delta)
     module._parameters[name] = nn.Parameter(changed_MN.reshape(old.shape).to(old), requires_grad=False)
     try:
         yield

@@ -17,7 +17,7 @@ from torch import nn
 from composer.deltas.tensors import torch_threads
 from composer.errors import NotSupported
 from composer.evaluation.evaluate import Encoded, batches_of, padded
-from composer.evaluation.hooks import Deltas, applied
+from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.model import LoadedModel
 from composer.formats.adapters.placement.naming import is_head
 
@@ -67,7 +67,7 @@ def observe(
     with ExitStack() as undo:
         for path, watch in watches.items():
             undo.enter_context(_watched(loaded.model.get_submodule(path), watch))
-        undo.enter_context(applied(loaded.model, active))
+        undo.enter_context(deltas_applied(loaded.model, active))
         # What one pass costs beside its tokens is reading the weights: from memory, next to nothing.
         batches = batches_of(examples, loaded.batch_tokens if loaded.streamed else 1)
         workers = max(1, min(loaded.passes, len(examples)))

@@ -9,14 +9,14 @@ from typing import Any
 from composer.deltas.variants.load import NAME_BASE, LoadedAdapter, load_deltas
 from composer.errors import NotSupported
 from composer.evaluation.calibration import Calibration
-from composer.export.peft import PeftForm, peft_form, refuse_unheld, write_adapter
+from composer.export.peft import PeftAdapter, peft_form, refuse_unheld, write_adapter
 from composer.findings import Finding, Severity
 from composer.formats.adapters.provenance import adapter_use, files_of
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import identities
 from composer.formats.recipes.methods import PIPELINES, Pipeline, parse_settings
 from composer.formats.recipes.weights import Weight, weights_of
-from composer.methods.combine import Compression, FitReport, combine_deltas, used
+from composer.methods.combine import Compression, FitReport, combine_deltas, participating
 
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
@@ -110,7 +110,7 @@ def refuse_uncombinable(
     parsed, pipeline = parse_settings(method, settings or {}), PIPELINES[method]
     cut = pipeline.compress or any(parsed.get(name) is not None for name in ("rank", "energy"))
     dense = pipeline.space == "full" and not cut
-    for adapter in used(loaded, weights_of(weights), parsed):
+    for adapter in participating(loaded, weights_of(weights), parsed):
         refuse_unheld(adapter.deltas, cut=cut, dense=dense)
 
 
@@ -128,7 +128,7 @@ def _refuse_stacks(loaded: Sequence[LoadedAdapter], method: str) -> None:
         raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
 
 
-def _short_targets(loaded: Sequence[LoadedAdapter], form: PeftForm) -> dict[str, list[str]]:
+def _short_targets(loaded: Sequence[LoadedAdapter], form: PeftAdapter) -> dict[str, list[str]]:
     """The adapters' own target names where their union means exactly what is written; nothing where it does not.
 
     Short names are what servers and people read. They are only true when no adapter chose among layers in another

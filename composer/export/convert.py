@@ -13,7 +13,7 @@ from composer.deltas.variants.load import place_or_refuse
 from composer.errors import InvalidFile, NotSupported
 from composer.export.kronecker import Kronecker, as_peft, kronecker
 from composer.export.peft import peft_form, write_adapter, write_files
-from composer.export.peft_layout import Wrapped
+from composer.export.peft_layout import PeftModule
 from composer.formats.adapters.config.config import PLAIN_INITS
 from composer.formats.adapters.config.types import KRONECKER
 from composer.formats.adapters.facts import WEIGHTS_FILE, read_adapter
@@ -27,7 +27,7 @@ from composer.formats.adapters.placement.naming import (
     is_embedding,
     is_head,
 )
-from composer.formats.adapters.placement.result import CONV1D_MODELS, by
+from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import hash_file
 from composer.methods.tied import pair_for_head
@@ -131,7 +131,7 @@ def _magnitudes(foreign: Foreign) -> dict[str, torch.Tensor]:
     return {module: _tensor(foreign, own["magnitude"]) for module, own in parts.items() if "magnitude" in own}
 
 
-def _with_magnitude(module: Wrapped, magnitudes: Mapping[str, torch.Tensor]) -> Wrapped:
+def _with_magnitude(module: PeftModule, magnitudes: Mapping[str, torch.Tensor]) -> PeftModule:
     """PEFT has a magnitude for every module or for none, and for an embedding one of another norm than MLX's."""
     m_O, B_OR = magnitudes.get(module.name), module.tensors.get(f"{module.name}.lora_B.weight")
     if m_O is None or B_OR is None:
@@ -267,7 +267,7 @@ def _target(path: str, architecture: Architecture) -> Target:
 
 def _refuse_misfit(path: str, made_for: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if made_for != expected:
-        message = f"{path} is made for {by(made_for)}; the base's is {by(expected)}."
+        message = f"{path} is made for {shape_text(made_for)}; the base's is {shape_text(expected)}."
         next_step = "Export the adapter again, or name the base it was trained on."
         raise InvalidFile("shape_mismatch", message, subject=path, next_step=next_step)
 

@@ -14,17 +14,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from composer.deltas.delta import Computed, Delta, LowRank, Replacement
+from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
 from composer.deltas.tensors import DTYPE_NAMES
 from composer.errors import NotSupported, RefusedOutput
-from composer.export.peft_layout import Wrapped, by_key, wrapped
+from composer.export.peft_layout import PeftModule, by_key, wrapped
 from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.adapters.placement.naming import PEFT_PREFIX, is_head, split_key
 from composer.formats.checkpoints.hashing import Identity, refuse_changed
 from composer.formats.checkpoints.header import FLOAT_DTYPES
-from composer.formats.checkpoints.staging import NOTE_FILE, write_json, writing_aside
-from composer.methods.join import side_by_side
-from composer.methods.structural import served_by_twin
+from composer.formats.checkpoints.staging import NOTE_FILE, staged_directory, write_json
+from composer.methods.join import stack_factors
+from composer.methods.structural import is_tied_duplicate
 from composer.methods.tied import on_own_head, pair_for_head
 
 _SPARE_BYTES = 1 << 20
@@ -33,11 +33,11 @@ NO_INPUTS: Mapping[Path, Identity] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
-class PeftForm:
+class PeftAdapter:
     """An adapter as PEFT has it: what it wraps, and tensors that are saved whole. `tied` says that the head's pair is
     the embedding's, for which PEFT has a flag."""
 
-    wrapped: list[Wrapped]
+    wrapped: list[PeftModule]
     replacements: list[Replacement]
     tied: bool = False
 
@@ -50,7 +50,7 @@ class PeftForm:
         return [one.name for one in self.wrapped if one.is_parameter]
 
 
-def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
+def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftAdapter:
     """With `one_rank` every pair has the highest rank of all, filled up with zeros, and no pattern is needed. Raises
     NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
     refuse_unheld(deltas)
@@ -65,11 +65,11 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftForm:
             next_step="Combine adapters that change weights, or merge them instead.",
         )
     whole = [delta for delta in deltas if isinstance(delta, Replacement)]
-    return PeftForm(pairs, whole, any(map(served_by_twin, places)))
+    return PeftAdapter(pairs, whole, any(map(is_tied_duplicate, places)))
 
 
 def write_adapter(
-    form: PeftForm,
+    form: PeftAdapter,
     out_dir: Path,
     fields: Mapping[str, Any],
     note: Mapping[str, Any],
@@ -93,7 +93,7 @@ def write_files(
     """Write tensors by PEFT's key and the config; return the size of the weights file. Raises RefusedOutput for a
     directory that exists, a value that is not finite, and for `inputs` that were written to meanwhile."""
     _refuse_not_finite(tensors)
-    with writing_aside(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as aside:
+    with staged_directory(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as aside:
         _save(tensors, aside / WEIGHTS_FILE)
         write_json(aside / CONFIG_FILE, config)
         write_json(aside / NOTE_FILE, note)
@@ -124,14 +124,14 @@ def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:
     for delta in map(on_own_head, deltas):  # an adapter leaves the weights alone: a tied tensor has two sides
         if isinstance(delta, LowRank):
             places[delta.weight, delta.begin].append(delta)
-    summed = [one for own in places.values() for one in side_by_side(own, [1.0] * len(own))]
+    summed = [one for own in places.values() for one in stack_factors(own, [1.0] * len(own))]
     return [one for one in summed if isinstance(one, LowRank)]
 
 
 def _as_twins(places: Sequence[LowRank]) -> list[LowRank]:
     """A head that is its embedding's twin with the very factors of it: a scale may have gone into the other one."""
     embedding = next((one for one in places if one.twin and not is_head(one.module)), None)
-    return [pair_for_head(embedding, one.module) if embedding and served_by_twin(one) else one for one in places]
+    return [pair_for_head(embedding, one.module) if embedding and is_tied_duplicate(one) else one for one in places]
 
 
 def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = False) -> None:
@@ -143,7 +143,7 @@ def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = F
         if delta.weight.endswith(".bias"):  # whatever its rank: the module's pair is its weight's
             message = f"What is added to {delta.weight} is a bias's, which no pair of a LoRA can hold."
             raise NotSupported("bias_delta", message, subject=delta.module, next_step="Merge it into the base.")
-        computed = isinstance(delta, Computed)
+        computed = isinstance(delta, RowwiseDelta)
         reading = computed and delta.reads_base
         if reading or dense or (computed and not cut):
             message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
@@ -156,7 +156,7 @@ def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = F
             raise NotSupported("no_factors", message, subject=delta.module, next_step=next_step)
 
 
-def _tensors(form: PeftForm) -> dict[str, torch.Tensor]:
+def _tensors(form: PeftAdapter) -> dict[str, torch.Tensor]:
     """PEFT's key -> tensor."""
     modules = set(form.modules)
 
@@ -176,7 +176,7 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             raise RefusedOutput("not_finite", message, subject=split_key(key).module, next_step="Lower the weights.")
 
 
-def _config(form: PeftForm) -> dict[str, Any]:
+def _config(form: PeftAdapter) -> dict[str, Any]:
     rank = Counter(one.rank for one in form.wrapped).most_common(1)[0][0]
     ranks = {f"^{one.name}": one.rank for one in form.wrapped if one.rank != rank}
     tying = {"ensure_weight_tying": True} if form.tied else {}
@@ -199,12 +199,12 @@ def _config(form: PeftForm) -> dict[str, Any]:
     }
 
 
-def _bias(form: PeftForm) -> str:
+def _bias(form: PeftAdapter) -> str:
     biased = {delta.module for delta in form.replacements if delta.weight.endswith(".bias")}
     if not biased:
         return "none"
     return "lora_only" if biased <= set(form.modules) else "all"
 
 
-def _whole_modules(form: PeftForm) -> list[str]:
+def _whole_modules(form: PeftAdapter) -> list[str]:
     return sorted({delta.module for delta in form.replacements if not delta.weight.endswith(".bias")})

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from composer.deltas.delta import Layout, LowRank, Stacked
+from composer.deltas.delta import ExpertSlice, Layout, LowRank
 from composer.errors import NotSupported
 from composer.formats.adapters.placement.experts import nested_names
 from composer.methods.basis import Pair
 
 
 @dataclass(frozen=True, slots=True)
-class Wrapped:
+class PeftModule:
     """What PEFT wraps under one name, with one rank: `name` is what targets and patterns call it, a module or (with
     `is_parameter`) a parameter. `tensors` are its factors by key, without the prefix; every scale is folded in."""
 
@@ -27,12 +27,12 @@ class Wrapped:
     is_parameter: bool = False
 
 
-def wrapped(deltas: Sequence[LowRank], least: int = 0) -> list[Wrapped]:
+def wrapped(deltas: Sequence[LowRank], least: int = 0) -> list[PeftModule]:
     """The deltas, one a place and each with the scale 1, as what PEFT wraps; a rank below `least` is filled up with
     zeros. Raises NotSupported for an expert with a pair of its own beside a stack of others of its layer, and for two
     tensors of one key."""
     modules: dict[str, list[LowRank]] = defaultdict(list)
-    stacks: dict[str, list[tuple[Stacked, LowRank]]] = defaultdict(list)
+    stacks: dict[str, list[tuple[ExpertSlice, LowRank]]] = defaultdict(list)
     for delta in deltas:
         if delta.stacked:
             stacks[delta.stacked.parameter].append((delta.stacked, delta))
@@ -67,10 +67,10 @@ def _layer_of(weight: str) -> str | None:
     return ".".join(layer) if last == "weight" and expert.isdigit() else None
 
 
-def _module(name: str, deltas: Sequence[LowRank], least: int) -> Wrapped:
+def _module(name: str, deltas: Sequence[LowRank], least: int) -> PeftModule:
     """A module's own pair; with a packed attention's goes its output projection's, which has the same rank."""
     rank = max(least, *(delta.rank for delta in deltas))
-    return Wrapped(name, rank, by_key(one for delta in deltas for one in _pair(name, delta, rank)))
+    return PeftModule(name, rank, by_key(one for delta in deltas for one in _pair(name, delta, rank)))
 
 
 def _pair(name: str, delta: LowRank, rank: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,7 +89,7 @@ def _pair(name: str, delta: LowRank, rank: int) -> Iterator[tuple[str, torch.Ten
     yield f"{path}.lora_B.weight", B_OR
 
 
-def _stack(name: str, path: str, deltas: Sequence[tuple[Stacked, LowRank]], least: int) -> Wrapped:
+def _stack(name: str, path: str, deltas: Sequence[tuple[ExpertSlice, LowRank]], least: int) -> PeftModule:
     """A (E R x I) with the expert slow, B (O x R E) with the expert fast; R is the largest of the experts' ranks."""
     place, first = deltas[0]
     parts: list[list[tuple[int, Pair]]] = [[] for _ in range(place.experts)]
@@ -100,7 +100,7 @@ def _stack(name: str, path: str, deltas: Sequence[tuple[Stacked, LowRank]], leas
     padded = [_of_rank(pair, rank) for pair in pairs]
     A_XI = torch.cat([A_RI for _, A_RI in padded])
     B_OX = torch.stack([B_OR for B_OR, _ in padded], dim=2).flatten(1)
-    return Wrapped(name, rank, {f"{path}.lora_A.weight": A_XI, f"{path}.lora_B.weight": B_OX}, is_parameter=True)
+    return PeftModule(name, rank, {f"{path}.lora_A.weight": A_XI, f"{path}.lora_B.weight": B_OX}, is_parameter=True)
 
 
 def _expert(parts: Sequence[tuple[int, Pair]], outputs: int, inputs: int) -> Pair:

@@ -13,7 +13,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN_INT = 10**20
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """`value` in at most a few dozen printable characters: cut when it is simple, its type's name otherwise.
 
     A few lines of YAML aliases have a repr of gigabytes, and an integer of 5000 digits has none.
@@ -29,17 +29,17 @@ def has_more_values(content: bytes, most: int) -> bool:
     return sum(map(content.count, (b",", b"[", b"{"))) > most
 
 
-class Twice(ValueError):
+class DuplicateKey(ValueError):
     """A key that a JSON object has twice: what reads it takes one of the two, and not everybody the same."""
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`json.loads`' `object_pairs_hook`. Raises Twice, which says what is there twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise Twice(f"names {twice[:80]!r} twice")
+        raise DuplicateKey(f"names {twice[:80]!r} twice")
     return table
 
 

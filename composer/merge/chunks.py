@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from composer.deltas.delta import Computed, Delta, LowRank, Replacement
-from composer.deltas.tensors import all_finite, give_back, torch_dtype
+from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
+from composer.deltas.tensors import all_finite, drop_pages, torch_dtype
 from composer.errors import RefusedOutput
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.recipes.rounding import Mode, Rounding
@@ -106,7 +106,7 @@ class TensorWork:
     columns: int
     factors: Sequence[Factors]
     uploaded: Sequence[Factors]
-    computed: Sequence[Computed]
+    computed: Sequence[RowwiseDelta]
     replacement: torch.Tensor | None
     rights: _Rights = field(default_factory=_Rights)
 
@@ -150,7 +150,7 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     """What is to be done to the tensor. On CUDA its factors are uploaded; otherwise nothing is read yet."""
     additions = [delta for delta in tensor.deltas if not isinstance(delta, Replacement)]
     replacement = next((delta.tensor.reshape(-1, 1) for delta in tensor.deltas if isinstance(delta, Replacement)), None)
-    computed = [one for one in additions if isinstance(one, Computed)]
+    computed = [one for one in additions if isinstance(one, RowwiseDelta)]
     factors = _together([one for one in additions if isinstance(one, LowRank)])
     shapes = [one.stored_shape for one in additions] + ([tensor.decoded.shape] if tensor.decoded else [])
     columns = 1 if replacement is not None or not shapes else shapes[-1][1]
@@ -161,8 +161,8 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
         torch.cuda.current_stream(device).synchronize()
         for delta in additions:
             if isinstance(delta, LowRank):  # no memory any more, if mapped
-                give_back(delta.A_RI)
-                give_back(delta.B_OR)
+                drop_pages(delta.A_RI)
+                drop_pages(delta.B_OR)
     return TensorWork(tensor, rows, columns, factors, uploaded, computed, replacement)
 
 
@@ -320,7 +320,7 @@ def _not_finite(target: TensorEntry, W_MN: torch.Tensor) -> RefusedOutput:
     return RefusedOutput("not_finite", message, subject=target.name, next_step=next_step)
 
 
-def _computed_within(chunk: Chunk) -> Iterator[tuple[slice, slice, Computed]]:
+def _computed_within(chunk: Chunk) -> Iterator[tuple[slice, slice, RowwiseDelta]]:
     for delta in chunk.work.computed:
         if common := _common(chunk, delta.begin, delta.stored_shape[0]):
             yield *common, delta

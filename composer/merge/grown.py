@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from composer.deltas.delta import Computed, Delta, Replacement
-from composer.deltas.tensors import Aside, map_tensor
+from composer.deltas.delta import Delta, Replacement, RowwiseDelta
+from composer.deltas.tensors import SpillFile, map_tensor
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.findings import Finding, Severity
@@ -118,7 +118,7 @@ def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vo
     deltas: list[Delta] = []
     for delta in adapter.deltas:
         count = checkpoint.architecture.tensors[delta.weight].shape[0] if delta.weight in vocabulary.tensors else 0
-        if not (count and isinstance(delta, Computed) and delta.sets_rows >= set(range(count, vocabulary.rows))):
+        if not (count and isinstance(delta, RowwiseDelta) and delta.sets_rows >= set(range(count, vocabulary.rows))):
             deltas.append(delta)
             continue
         if delta.weight not in made:
@@ -127,14 +127,14 @@ def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vo
     return replace(adapter, deltas=tuple(deltas)) if made else adapter
 
 
-def _extended(base_VD: torch.Tensor, delta: Computed, rows: int) -> torch.Tensor:
+def _extended(base_VD: torch.Tensor, delta: RowwiseDelta, rows: int) -> torch.Tensor:
     """In at least float32, so that what was trained is rounded once, when it is written."""
     tensor = torch.zeros(rows, base_VD.shape[1], dtype=torch.promote_types(base_VD.dtype, torch.float32))
     tensor[: len(base_VD)] = base_VD
     for begin in range(0, rows, _BLOCK_ROWS):
         block = tensor[begin : begin + _BLOCK_ROWS]
         block += delta.rows(block, begin)
-    return Aside().put([tensor])[0]
+    return SpillFile().put([tensor])[0]
 
 
 def refuse_uneven(vocabulary: Vocabulary, deltas: Mapping[str, Sequence[Delta]], head: str | None) -> None:

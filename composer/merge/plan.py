@@ -11,7 +11,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
-from composer.deltas.delta import Computed, Delta, Replacement
+from composer.deltas.delta import Delta, Replacement, RowwiseDelta
 from composer.deltas.tensors import TORCH_DTYPES, map_tensor
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
@@ -284,8 +284,8 @@ def _tokens_on_own_head(checkpoint: Checkpoint, adapter: LoadedAdapter) -> Loade
     return replace(adapter, deltas=(*adapter.deltas, *also)) if also else adapter
 
 
-def _sets_tokens(delta: Delta) -> TypeGuard[Computed]:
-    return isinstance(delta, Computed) and bool(delta.sets_rows)
+def _sets_tokens(delta: Delta) -> TypeGuard[RowwiseDelta]:
+    return isinstance(delta, RowwiseDelta) and bool(delta.sets_rows)
 
 
 def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:

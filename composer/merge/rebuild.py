@@ -19,7 +19,7 @@ import torch
 from composer.deltas.tensors import torch_device, torch_threads
 from composer.errors import InvalidFile, Mismatch
 from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
-from composer.formats.adapters.provenance import AdapterUse, told_use
+from composer.formats.adapters.provenance import AdapterUse, parse_use
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, read_json
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.checkpoints.header import PICKLE_SUFFIXES, TensorEntry
@@ -135,7 +135,7 @@ def _told(note: Mapping[str, Any]) -> _Told:
         method, settings, dtype = note["method"], note["settings"], note["dtype"]
         if not (isinstance(method, str) and isinstance(settings, dict) and isinstance(dtype, str | None)):
             raise TypeError("method, settings or dtype")
-        adapters = tuple(told_use(row) for row in note["adapters"])
+        adapters = tuple(parse_use(row) for row in note["adapters"])
         rounding = parse_rounding(**note["rounding"])
     except (KeyError, TypeError) as error:
         raise InvalidFile(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from composer.deltas.delta import Computed
+from composer.deltas.delta import RowwiseDelta
 from composer.errors import RefusedOutput
 from composer.findings import Finding, Severity
 from composer.formats.checkpoints.numeric import Summed
@@ -29,7 +29,7 @@ _NOTICE, _WARNING = 0.18, 0.48  # of a delta's entries; in bfloat16, Gaussian, t
 
 
 @dataclass(frozen=True, slots=True)
-class Survival(Summed):
+class RoundingLoss(Summed):
     """Of sampled rows, or of many tensors' summed up: counts, and squares of norms in float64.
 
     `lost` entries of Δ changed nothing: the output is what rounding the base alone would give. `weight` is ‖W‖²,
@@ -65,11 +65,11 @@ class Survival(Summed):
         }
 
 
-def whole(survivals: Iterable[Survival]) -> Survival:
-    return reduce(Survival.__add__, survivals, Survival())
+def total(survivals: Iterable[RoundingLoss]) -> RoundingLoss:
+    return reduce(RoundingLoss.__add__, survivals, RoundingLoss())
 
 
-def swallowed(survivals: dict[str, Survival], dtypes: dict[str, str], rounding: Rounding) -> list[Finding]:
+def find_lost(survivals: dict[str, RoundingLoss], dtypes: dict[str, str], rounding: Rounding) -> list[Finding]:
     """A finding for the tensors whose deltas the output's dtype loses much of, by sampled entries, with the one that
     loses most as subject. Nothing for stochastic rounding, which keeps them on average.
     """
@@ -92,7 +92,7 @@ def swallowed(survivals: dict[str, Survival], dtypes: dict[str, str], rounding: 
 
 
 @torch.inference_mode()
-def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> Survival:
+def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> RoundingLoss:
     """Recompute sampled rows of a rewritten tensor in float64 from the base and the deltas; what rounding left of Δ.
 
     Each written value must lie within half a step of its dtype (a whole one where chance decides), plus the rounding
@@ -102,7 +102,7 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> S
     name = work.plan.target.name
     chosen = _chosen(name, work.rows, _SAMPLED_ROWS if work.columns > 1 else _SAMPLED_ELEMENTS)
     if not chosen:
-        return Survival()
+        return RoundingLoss()
     W, delta, slack = _exact_rows(work, source, chosen)
     written = picked_rows(Source(target, work.plan.target, work.columns), chosen)
     exact = W + delta
@@ -112,7 +112,7 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> S
         slack = slack + 2 * rounding.steps * limits.smallest_normal * limits.eps
     if not bool(((written.double() - exact).abs() <= slack).all()):
         raise unconfirmed(name, "rows of it are not what they should be")
-    return survival_of(W, delta, written) if work.changed else Survival(rows=len(chosen))
+    return survival_of(W, delta, written) if work.changed else RoundingLoss(rows=len(chosen))
 
 
 def unconfirmed(subject: str, why: str) -> RefusedOutput:
@@ -129,7 +129,7 @@ def _chosen(name: str, rows: int, count: int) -> list[int]:
     return sorted({0, rows - 1, *picks.tolist()})
 
 
-def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> Survival:
+def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> RoundingLoss:
     """Of some rows: W and Δ in float64, and the output in its dtype."""
     moved = written.double() - W
     touched = delta != 0
@@ -138,7 +138,7 @@ def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> 
     def energy(values: torch.Tensor) -> float:
         return float(values.square().sum())
 
-    return Survival(
+    return RoundingLoss(
         rows=W.shape[0], entries=int(touched.sum()), lost=int(lost.sum()), weight=energy(W), delta=energy(delta),
         moved=energy(moved), error=energy(moved - delta),
     )  # fmt: skip
@@ -177,7 +177,7 @@ def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[tor
     return W, delta, slack
 
 
-def _computed_rows(work: TensorWork, delta: Computed, source: int, own: Sequence[int]) -> torch.Tensor:
+def _computed_rows(work: TensorWork, delta: RowwiseDelta, source: int, own: Sequence[int]) -> torch.Tensor:
     def base(begin: int, end: int) -> torch.Tensor:
         return source_rows(work.source(source), delta.begin + begin, delta.begin + end).double()
 

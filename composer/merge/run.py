@@ -10,12 +10,12 @@ from composer.deltas.tensors import torch_device
 from composer.findings import Finding
 from composer.formats.checkpoints.checkpoint import INDEX_FILE
 from composer.formats.checkpoints.hashing import architecture_digest, refuse_changed
-from composer.formats.checkpoints.staging import NOTE_FILE, write_json, writing_aside
+from composer.formats.checkpoints.staging import NOTE_FILE, staged_directory, write_json
 from composer.formats.recipes.methods import PIPELINES
 from composer.merge.chunks import Rewriter
 from composer.merge.io.journal import Journal
 from composer.merge.plan import MergePlan
-from composer.merge.rounding_loss import Survival, swallowed, whole
+from composer.merge.rounding_loss import RoundingLoss, find_lost, total
 from composer.merge.shards import write_shards
 
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
@@ -38,7 +38,7 @@ class MergeReport:
     verified_rows: int
     seconds: float
     device: str
-    survival: Survival
+    survival: RoundingLoss
     findings: tuple[Finding, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def run_merge(
     """
     started = time.monotonic()
     chosen = torch_device(device)
-    with writing_aside(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as aside:
+    with staged_directory(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as aside:
         journal = Journal(aside)
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
         refuse_changed(plan.inputs)
@@ -87,8 +87,8 @@ def run_merge(
         verified_rows=written.verified_rows,
         seconds=time.monotonic() - started,
         device=str(chosen),
-        survival=whole(written.survivals.values()),
-        findings=tuple(swallowed(written.survivals, dtypes, plan.rounding)),
+        survival=total(written.survivals.values()),
+        findings=tuple(find_lost(written.survivals, dtypes, plan.rounding)),
     )
 
 
@@ -103,7 +103,7 @@ def index_of(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[str, Survival]) -> dict[str, Any]:
+def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[str, RoundingLoss]) -> dict[str, Any]:
     changed = {name: survival.to_json() for name, survival in survivals.items() if survival.entries}
     architecture = plan.checkpoint.architecture
     return {
@@ -115,6 +115,6 @@ def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[st
         "settings": dict(plan.settings),
         "dtype": plan.dtype,
         "rounding": asdict(plan.rounding),
-        "survival": {"whole": whole(survivals.values()).to_json(), "tensors": changed},
+        "survival": {"whole": total(survivals.values()).to_json(), "tensors": changed},
         "note": dict(note or {}),
     }

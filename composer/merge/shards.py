@@ -19,9 +19,9 @@ from composer.formats.checkpoints.header import read_header
 from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.merge.copying import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
 from composer.merge.io.journal import Journal
-from composer.merge.io.output_file import Target
+from composer.merge.io.output_file import OutputFile
 from composer.merge.io.source import write_all
-from composer.merge.rounding_loss import Survival, confirm, unconfirmed
+from composer.merge.rounding_loss import RoundingLoss, confirm, unconfirmed
 
 _SYNC_THREADS = 4
 _CONFIRMING_THREADS = 2
@@ -29,8 +29,8 @@ _MOST_WORKERS = 16  # two for a core, one waits for the disk while the other com
 _MOST_UNCONFIRMED = 16  # tensors; the factors of each stay in memory until then
 
 Progress = Callable[[int], None]
-Job = Callable[[], Future[Survival] | None]
-Jobs = Sequence[tuple[str, Future[Future[Survival] | None]]]
+Job = Callable[[], Future[RoundingLoss] | None]
+Jobs = Sequence[tuple[str, Future[Future[RoundingLoss] | None]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Written:
     rewritten_bytes: int
     resumed_bytes: int
     verified_rows: int
-    survivals: dict[str, Survival]
+    survivals: dict[str, RoundingLoss]
 
 
 class _Countdown:
@@ -93,7 +93,7 @@ def write_shards(
         works = (prepare(tensor, rewriter.device) for tensor in changed)
         syncing: list[Future[None]] = []
         queue = _Queue(pool, 2 * workers)
-        ends: list[Future[dict[str, Survival]]] = []
+        ends: list[Future[dict[str, RoundingLoss]]] = []
         resumed = 0
 
         def sync(file: int) -> None:
@@ -102,7 +102,7 @@ def write_shards(
         for shard in shards:
             fresh = not journal.holds(shard.file)
             resumed += 0 if fresh else shard.size_bytes
-            target = Target.opened(journal.directory / shard.file, fresh, sync, files)
+            target = OutputFile.opened(journal.directory / shard.file, fresh, sync, files)
             run = _ShardRun(shard, sources, target, rewriter, confirming, progress or (lambda count: None))
             jobs = [(name, queue.submit(job)) for name, job in run.jobs(works)]
             ends.append(disk.submit(_end, run, jobs, journal))
@@ -130,7 +130,7 @@ class _ShardRun:
 
     shard: ShardPlan
     sources: dict[Path, int]
-    target: Target
+    target: OutputFile
     rewriter: Rewriter
     confirming: ThreadPoolExecutor
     report: Progress
@@ -170,7 +170,7 @@ class _ShardRun:
         for chunk in chunks:
             yield work.plan.target.name, (lambda chunk=chunk: self._rewritten(chunk, countdown))
 
-    def _rewritten(self, chunk: Chunk, countdown: _Countdown) -> Future[Survival] | None:
+    def _rewritten(self, chunk: Chunk, countdown: _Countdown) -> Future[RoundingLoss] | None:
         source = self.sources[chunk.work.plan.path]
         if self.target.fresh:
             out_MN = self.rewriter.computed(chunk, source)
@@ -182,7 +182,7 @@ class _ShardRun:
         return self.confirming.submit(confirm, chunk.work, source, self.target.file, self.rewriter.rounding)
 
 
-def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, Survival]:
+def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, RoundingLoss]:
     """Waits for a shard's jobs, then has it verified, synced and written down."""
     survivals = {name: later.result() for name, job in jobs if (later := job.result())}
     path = journal.directory / run.shard.file
@@ -201,10 +201,10 @@ class _Queue:
     def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
         self._pool = pool
         self._room = threading.Semaphore(most)
-        self._begun: deque[Future[Future[Survival] | None]] = deque()
-        self._unconfirmed: deque[Future[Survival]] = deque()
+        self._begun: deque[Future[Future[RoundingLoss] | None]] = deque()
+        self._unconfirmed: deque[Future[RoundingLoss]] = deque()
 
-    def submit(self, job: Job) -> Future[Future[Survival] | None]:
+    def submit(self, job: Job) -> Future[Future[RoundingLoss] | None]:
         """Waits for room. Raises what an earlier job, or the confirmation that it began, has raised."""
         self._room.acquire()
         while self._begun and self._begun[0].done():
@@ -215,7 +215,7 @@ class _Queue:
         self._begun.append(self._pool.submit(self._run, job))
         return self._begun[-1]
 
-    def _run(self, job: Job) -> Future[Survival] | None:
+    def _run(self, job: Job) -> Future[RoundingLoss] | None:
         try:
             return job()
         finally:

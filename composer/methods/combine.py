@@ -13,8 +13,8 @@ from typing import cast
 
 import torch
 
-from composer.deltas.delta import Additive, Computed, Delta, LowRank, Replacement, mapped, names_of
-from composer.deltas.tensors import Aside, torch_threads
+from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta, mapped, names_of
+from composer.deltas.tensors import SpillFile, torch_threads
 from composer.deltas.variants.load import LoadedAdapter, refuse_errors
 from composer.errors import Mismatch
 from composer.findings import Finding, zero_deltas
@@ -24,11 +24,11 @@ from composer.formats.recipes.methods import PIPELINES, Pipeline, divides, parse
 from composer.formats.recipes.weights import Weight, divisor, weights_of
 from composer.methods.effect import Tally
 from composer.methods.parity import Parity
-from composer.methods.pipeline import Part, Place, Selections, prepared, run
-from composer.methods.protect import TOGETHER, let_go, made_room
+from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot, prepared
+from composer.methods.protect import TOGETHER, drop_pages_of, project_out_protected
 from composer.methods.regmean import Fit, FitReport, Observe, fit
 from composer.methods.spectral import Compression, decomposing
-from composer.methods.structural import served_by_twin, structural, treatment_of_tied
+from composer.methods.structural import is_tied_duplicate, resolve_tied, structural
 from composer.methods.tied import for_head, heads_alike, on_own_head
 
 Result = tuple[list[Additive], Compression | None]
@@ -70,12 +70,12 @@ def combine_deltas(
             subject="weights",
             next_step="Give one weight an adapter.",
         )
-    loaded = used(adapters, given, parsed)
-    parsed["tied"] = tied = treatment_of_tied(loaded, parsed)
+    loaded = participating(adapters, given, parsed)
+    parsed["tied"] = tied = resolve_tied(loaded, parsed)
     findings = structural(loaded, parsed)
     refuse_errors("These adapters cannot be combined", findings)
     findings += _left_out(adapters, loaded)
-    loaded = made_room(loaded, given, parsed)
+    loaded = project_out_protected(loaded, given, parsed)
     pipeline, fitted = PIPELINES[method], None
     if pipeline.fitted:
         fitted = _fitted(loaded, given, parsed, observe)
@@ -91,7 +91,7 @@ def combine_deltas(
         if parsed.get("scope") == "model":  # otherwise each place is prepared when its turn comes, and let go
             places = list(pool.map(lambda place: prepared(pipeline, place, parsed), places))
         selections = Selections.over(places, pipeline, parsed)
-        aside, results = Aside(), list[Result]()
+        aside, results = SpillFile(), list[Result]()
         for begin in range(0, len(places), TOGETHER):
             own = places[begin : begin + TOGETHER]
             finished = list(pool.map(lambda place: _run(pipeline, place, parsed, selections, tally), own))
@@ -117,17 +117,17 @@ def _fitted(
     return fit(loaded, weights, parsed, observe)
 
 
-def used(
+def participating(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]
 ) -> list[LoadedAdapter]:
     """The adapters as they take part. Raises Mismatch for what was asked for and cannot have an effect."""
     _refuse_idle(adapters, weights, parsed)
     loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else adapters
-    participating = [taking_part(adapter, weight) for adapter, weight in zip(loaded, weights, strict=True)]
-    if not any(len(adapter.deltas) for adapter in participating):
+    kept = [without_zero_weights(adapter, weight) for adapter, weight in zip(loaded, weights, strict=True)]
+    if not any(len(adapter.deltas) for adapter in kept):
         message = "Every weight is 0: nothing would be added."
         raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
-    return participating
+    return kept
 
 
 def _left_out(adapters: Sequence[LoadedAdapter], participating: Sequence[LoadedAdapter]) -> list[Finding]:
@@ -137,26 +137,26 @@ def _left_out(adapters: Sequence[LoadedAdapter], participating: Sequence[LoadedA
     return [finding for name, touched in modules for finding in zero_deltas(name, touched, len(touched))]
 
 
-def projected(
+def projected_off_protected(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]
 ) -> list[LoadedAdapter]:
     """The adapters off the subspaces of protected ones, as they are combined; what has the weight 0 is still there.
-    Raises what `used` and `made_room` do."""
-    tied = treatment_of_tied(used(adapters, weights, parsed), parsed)
-    return made_room(adapters, weights, {**parsed, "tied": tied})
+    Raises what `used` and `project_out_protected` do."""
+    tied = resolve_tied(participating(adapters, weights, parsed), parsed)
+    return project_out_protected(adapters, weights, {**parsed, "tied": tied})
 
 
 def _run(
-    pipeline: Pipeline, place: Place, parsed: Mapping[str, object], selections: Selections, tally: Tally
+    pipeline: Pipeline, place: WeightSlot, parsed: Mapping[str, object], selections: Selections, tally: Tally
 ) -> Result:
     with decomposing(place.module):
         tally.see(place.parts)
         place = prepared(pipeline, place, parsed)
         tally.see_prepared(pipeline, place)
-        return run(pipeline, place, parsed, selections)
+        return combine_slot(pipeline, place, parsed, selections)
 
 
-def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result]) -> list[Result]:
+def _set_aside(aside: SpillFile, places: Sequence[WeightSlot], results: Sequence[Result]) -> list[Result]:
     """The results with all factors mapped that are not the inputs' own: what waits to be merged takes no memory,
     however many places there are, nor do the inputs that were looked at."""
     inputs = [part.delta for place in places for part in place.parts]
@@ -168,7 +168,7 @@ def _set_aside(aside: Aside, places: Sequence[Place], results: Sequence[Result])
         if isinstance(delta, LowRank) and not {delta.A_RI.data_ptr(), delta.B_OR.data_ptr()} & known
     ]
     by_identity = dict(zip(map(id, made), mapped(aside, made), strict=True))
-    let_go(inputs)
+    drop_pages_of(inputs)
     return [([by_identity.get(id(delta), delta) for delta in deltas], lost) for deltas, lost in results]
 
 
@@ -193,7 +193,7 @@ def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], p
                 raise Mismatch("rule_unused", message, subject=adapter.name, next_step="Look at its modules: inspect.")
 
 
-def taking_part(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
+def without_zero_weights(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapter:
     """Without what has the weight 0: it is as if it were not there. The two sides of a tied weight that rules weigh
     differently are no twins."""
     if weight.value and not weight.rules:
@@ -217,16 +217,16 @@ def _places(
     method: str,
     parsed: Mapping[str, object],
     heads: Mapping[str, str],
-) -> tuple[list[Delta], list[Place]]:
+) -> tuple[list[Delta], list[WeightSlot]]:
     """(replacements, places), without those of `heads`; only what those are the same as is still called a twin."""
     pipeline = PIPELINES[method]
-    parts: dict[tuple[str, int], list[Part]] = defaultdict(list)
+    parts: dict[tuple[str, int], list[SlotDelta]] = defaultdict(list)
     replaced: dict[str, Delta] = {}
     factor = cast(float, parsed["lambda"])
     for index, (adapter, weight) in enumerate(zip(loaded, weights, strict=True)):
         digest = hash_file(adapter.path / WEIGHTS_FILE) if pipeline.random else ""
         for found in adapter.deltas:
-            if served_by_twin(found) and (parsed["tied"] != "untie" or found.weight in heads):
+            if is_tied_duplicate(found) and (parsed["tied"] != "untie" or found.weight in heads):
                 continue
             delta = on_own_head(found) if parsed["tied"] == "untie" else found
             delta = delta if delta.weight in heads or not delta.twin else replace(delta, twin=False)
@@ -237,8 +237,8 @@ def _places(
                 replaced[delta.weight] = delta
             else:
                 key = f"{digest}/{_own_name(delta)}/{delta.begin}"
-                parts[delta.weight, delta.begin].append(Part(index, delta, own, key))
-    return list(replaced.values()), [Place(own, _total(weights, own[0].delta)) for own in parts.values()]
+                parts[delta.weight, delta.begin].append(SlotDelta(index, delta, own, key))
+    return list(replaced.values()), [WeightSlot(own, _total(weights, own[0].delta)) for own in parts.values()]
 
 
 def _own_name(delta: Additive) -> str:
@@ -254,7 +254,7 @@ def _total(weights: Sequence[Weight], delta: Delta) -> float:
 
 def _like_peft(
     loaded: Sequence[LoadedAdapter],
-    places: Sequence[Place],
+    places: Sequence[WeightSlot],
     combination: str,
     parsed: Mapping[str, object],
     tally: Tally,
@@ -276,7 +276,7 @@ def with_deltas(adapter: LoadedAdapter) -> LoadedAdapter:
     return replace(adapter, deltas=tuple(deltas))
 
 
-def _as_delta(delta: Replacement) -> Computed:
+def _as_delta(delta: Replacement) -> RowwiseDelta:
     tensor = delta.tensor
     columns = tensor.shape[-1] if tensor.dim() > 1 else 1
     rows_MN = tensor.reshape(-1, columns)
@@ -285,7 +285,7 @@ def _as_delta(delta: Replacement) -> Computed:
         return rows_MN[begin : begin + W_MN.shape[0]].to(W_MN) - W_MN
 
     shape = (rows_MN.shape[0], rows_MN.shape[1])
-    return Computed(delta.module, delta.weight, shape, rows, reads_base=True, tied=delta.tied, twin=delta.twin)
+    return RowwiseDelta(delta.module, delta.weight, shape, rows, reads_base=True, tied=delta.tied, twin=delta.twin)
 
 
 def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:

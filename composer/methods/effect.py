@@ -7,7 +7,7 @@ from math import isinf
 
 from composer.deltas.delta import NOTHING, LowRank
 from composer.findings import Finding, Severity, zero_deltas
-from composer.methods.pipeline import Part, Pipeline, Place, cancelled
+from composer.methods.pipeline import Pipeline, SlotDelta, WeightSlot, cancelled
 
 _MOST_RESTORED = 10.0
 """Pico brings a sum that much back to its norm without a finding; inputs that do not cancel need about 1."""
@@ -23,13 +23,13 @@ class Tally:
     zero: dict[int, list[str]] = field(default_factory=lambda: defaultdict[int, list[str]](list))
     cancelled: dict[str, float] = field(default_factory=dict[str, float])
 
-    def see(self, parts: Iterable[Part]) -> None:
+    def see(self, parts: Iterable[SlotDelta]) -> None:
         for part in parts:
             self.touched[part.adapter].append(part.delta.module)
             if isinstance(part.delta, LowRank) and _vanishes(part.delta, part.weight * self.factor):
                 self.zero[part.adapter].append(part.delta.module)
 
-    def see_prepared(self, pipeline: Pipeline, place: Place) -> None:
+    def see_prepared(self, pipeline: Pipeline, place: WeightSlot) -> None:
         self.cancelled[place.module] = cancelled(pipeline, place)
 
     def findings(self, names: Sequence[str]) -> list[Finding]:

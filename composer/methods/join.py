@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from composer.deltas.delta import Additive, Computed, LowRank
+from composer.deltas.delta import Additive, LowRank, RowwiseDelta
 from composer.formats.recipes.weights import divisor
 
 _NOTHING = 1e-3  # of the kept weights' magnitudes
@@ -82,7 +82,7 @@ def sce(X_TMN: torch.Tensor, w_T: Sequence[float]) -> torch.Tensor:
     return total_MN if D_MN is None else total_MN / D_MN.clamp(min=1e-6)
 
 
-def side_by_side(deltas: Sequence[Additive], weights: Sequence[float]) -> list[Additive]:
+def stack_factors(deltas: Sequence[Additive], weights: Sequence[float]) -> list[Additive]:
     """Σ w_i s_i B_i A_i as B = [c_1 B_1 … c_T B_T] (O x R) and A = [A_1; …; A_T] (R x I), R = Σ r_i.
 
     The deltas are those of one place; weights and scales are folded into B in float32, so the result's scale is 1.
@@ -90,7 +90,7 @@ def side_by_side(deltas: Sequence[Additive], weights: Sequence[float]) -> list[A
     """
     weighted = list(zip(deltas, weights, strict=True))
     pairs = [(delta, weight) for delta, weight in weighted if isinstance(delta, LowRank)]
-    others = [scaled(delta, weight) for delta, weight in weighted if isinstance(delta, Computed)]
+    others = [scaled(delta, weight) for delta, weight in weighted if isinstance(delta, RowwiseDelta)]
     if not pairs:
         return [*others]
     B_OR = torch.cat([delta.B_OR.float() * (weight * delta.scale) for delta, weight in pairs], dim=1)
@@ -98,16 +98,16 @@ def side_by_side(deltas: Sequence[Additive], weights: Sequence[float]) -> list[A
     return [*others, replace(pairs[0][0], A_RI=A_RI, B_OR=B_OR, scale=1.0)]
 
 
-def scaled(delta: Computed, weight: float) -> Computed:
+def scaled(delta: RowwiseDelta, weight: float) -> RowwiseDelta:
     """The delta times its weight; itself for the weight 1."""
     return delta if weight == 1 else replace(delta, rows=lambda W_MN, begin: delta.rows(W_MN, begin) * weight)
 
 
-def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Computed:
+def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> RowwiseDelta:
     """The deltas of one place, each with its weight, as one delta: those of a step are taken from W plus all that the
     steps before it added. That is what merging adapter after adapter gives, without its rounding in between."""
     deltas = [delta for step in steps for delta, _ in step]
-    first, computed = deltas[0], [delta for delta in deltas if isinstance(delta, Computed)]
+    first, computed = deltas[0], [delta for delta in deltas if isinstance(delta, RowwiseDelta)]
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
         added_MN = torch.zeros_like(W_MN)
@@ -117,7 +117,7 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Co
                 added_MN += weight * _rows(delta, now_MN, begin)
         return added_MN
 
-    return Computed(
+    return RowwiseDelta(
         first.module, first.weight, first.stored_shape, rows, reads_base=True, rescales=True,
         whole=any(delta.whole for delta in computed), tied=first.tied, twin=first.twin, begin=first.begin,
         layout=first.layout, kernel=first.kernel, stacked=first.stacked,
@@ -126,7 +126,7 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Co
 
 
 def _rows(delta: Additive, W_MN: torch.Tensor, begin: int) -> torch.Tensor:
-    if isinstance(delta, Computed):
+    if isinstance(delta, RowwiseDelta):
         return delta.rows(W_MN, begin)
     left_MR, right_RN = delta.stored_factors(W_MN.dtype)
     return left_MR[begin : begin + len(W_MN)].to(W_MN.device) @ right_RN.to(W_MN.device)

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from composer.deltas.delta import Additive, Computed, Layout, LowRank
+from composer.deltas.delta import Additive, Layout, LowRank, RowwiseDelta
 from composer.errors import NotSupported
 from composer.formats.recipes.methods import Pipeline
 from composer.formats.recipes.weights import divisor
@@ -27,7 +27,7 @@ from composer.methods.basis import (
     restored,
     restoring_factor,
 )
-from composer.methods.join import Join, joined, one_after_the_other, scaled, sce, sce_weights, side_by_side
+from composer.methods.join import Join, joined, one_after_the_other, scaled, sce, sce_weights, stack_factors
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, product, triples, tsv
@@ -37,7 +37,7 @@ _DENSE = RLock()
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SlotDelta:
     """One adapter's delta at a place: `adapter` is its number among the inputs, `key` what random steps know it by."""
 
     adapter: int
@@ -52,10 +52,10 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WeightSlot:
     """All deltas of one place. `total` is the sum of all adapters' weights there, also of those without a delta."""
 
-    parts: list[Part]
+    parts: list[SlotDelta]
     total: float
     norm: float | None = None
     """What calibration wants the norm of the result to be."""
@@ -77,7 +77,7 @@ class Selections:
     largest: Mapping[tuple[int, str, int], Largest] = field(default_factory=dict[tuple[int, str, int], Largest])
 
     @classmethod
-    def over(cls, places: Sequence[Place], pipeline: Pipeline, settings: Mapping[str, object]) -> "Selections":
+    def over(cls, places: Sequence[WeightSlot], pipeline: Pipeline, settings: Mapping[str, object]) -> "Selections":
         if settings.get("scope") != "model":
             return cls()
         if pipeline.space != "full":
@@ -96,18 +96,18 @@ class Selections:
                 found[adapter, part.delta.weight, part.delta.begin] = one
         return cls(found)
 
-    def of(self, part: Part) -> Largest | None:
+    def of(self, part: SlotDelta) -> Largest | None:
         return self.largest.get((part.adapter, part.delta.weight, part.delta.begin))
 
 
-def _refuse_reading(parts: Sequence[Part]) -> None:
+def _refuse_reading(parts: Sequence[SlotDelta]) -> None:
     for part in parts:
-        if isinstance(part.delta, Computed) and part.delta.reads_base:
+        if isinstance(part.delta, RowwiseDelta) and part.delta.reads_base:
             message = f"scope=model counts all entries beforehand; those of {part.delta.module} depend on the base."
             raise NotSupported("bad_setting", message, subject="scope", next_step="Use scope=tensor.")
 
 
-def prepared(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> Place:
+def prepared(pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object]) -> WeightSlot:
     """The place calibrated: what everything after sees."""
     if place.is_prepared or pipeline.calibrate != "pico":
         return place
@@ -116,7 +116,7 @@ def prepared(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -
     return replace(_calibrated(place, settings), norm=wanted, is_prepared=True)
 
 
-def cancelled(pipeline: Pipeline, place: Place) -> float:
+def cancelled(pipeline: Pipeline, place: WeightSlot) -> float:
     """How many times smaller than the norm that Pico restores the sum of a prepared place is; 1 of another method,
     and of an election, which sums nothing that cancels."""
     if place.norm is None or pipeline.combine == "elect":
@@ -124,8 +124,8 @@ def cancelled(pipeline: Pipeline, place: Place) -> float:
     return cancellation([pair_of(part.low_rank) for part in place.parts], place.weights, place.norm)
 
 
-def run(
-    pipeline: Pipeline, place: Place, settings: Mapping[str, object], selections: Selections
+def combine_slot(
+    pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object], selections: Selections
 ) -> tuple[list[Additive], Compression | None]:
     """What is added at the place, and what compression lost there, if anything was compressed."""
     place = prepared(pipeline, place, settings)
@@ -148,7 +148,7 @@ def run(
     return [_times(delta, factor) for delta in deltas], None if lost is None else lost.times(factor)
 
 
-def _usual_rank(place: Place) -> int:
+def _usual_rank(place: WeightSlot) -> int:
     ranks = [part.delta.rank for part in place.parts if isinstance(part.delta, LowRank)]
     if not ranks:
         message = f"No input has a rank at {place.module}, so none can be taken over."
@@ -161,11 +161,11 @@ def _plain(pipeline: Pipeline) -> bool:
     return pipeline.combine in ("sum", "mean") and pipeline.sparsify == "none" and pipeline.space in ("factors", "core")
 
 
-def _without_factors(place: Place) -> bool:
-    return any(isinstance(part.delta, Computed) for part in place.parts)
+def _without_factors(place: WeightSlot) -> bool:
+    return any(isinstance(part.delta, RowwiseDelta) for part in place.parts)
 
 
-def _calibrated(place: Place, settings: Mapping[str, object]) -> Place:
+def _calibrated(place: WeightSlot, settings: Mapping[str, object]) -> WeightSlot:
     pairs = [pair_of(part.low_rank) for part in place.parts]
     if settings["gauge"] == "canonical":
         # All of Σ in B: what crowds a direction is what is written into it.
@@ -177,7 +177,7 @@ def _calibrated(place: Place, settings: Mapping[str, object]) -> Place:
     return replace(place, parts=parts)
 
 
-def _with(part: Part, pair: Pair) -> Part:
+def _with(part: SlotDelta, pair: Pair) -> SlotDelta:
     return replace(part, delta=_named(part.low_rank, pair))
 
 
@@ -201,11 +201,11 @@ def _named(like: Additive, pair: Pair) -> LowRank:
     )
 
 
-def _reads_base(place: Place) -> bool:
-    return any(isinstance(part.delta, Computed) and part.delta.reads_base for part in place.parts)
+def _reads_base(place: WeightSlot) -> bool:
+    return any(isinstance(part.delta, RowwiseDelta) and part.delta.reads_base for part in place.parts)
 
 
-def _in_order(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> Computed:
+def _in_order(pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object]) -> RowwiseDelta:
     """Each adapter's deltas from what the adapters before it made of the base: only what reads the base is another
     delta for that. The weights are the last ones, since such a delta is not simply scaled."""
     steps: dict[int, list[tuple[Additive, float]]] = {}
@@ -215,21 +215,21 @@ def _in_order(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) 
     return one_after_the_other(list(steps.values()))
 
 
-def _weights(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> list[float]:
+def _weights(pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object]) -> list[float]:
     if pipeline.combine == "mean" or settings.get("normalize"):
         return [weight / divisor(place.total) for weight in place.weights]
     return place.weights
 
 
-def _summed(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> list[Additive]:
+def _summed(pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object]) -> list[Additive]:
     weights = _weights(pipeline, place, settings)
     if place.norm is not None:  # that of the sum
-        return side_by_side([part.delta for part in place.parts], weights)
+        return stack_factors([part.delta for part in place.parts], weights)
     return [_times(part.delta, weight) for part, weight in zip(place.parts, weights, strict=True)]
 
 
 def _in_basis(
-    pipeline: Pipeline, place: Place, settings: Mapping[str, object], rank: int | None, energy: float | None
+    pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object], rank: int | None, energy: float | None
 ) -> tuple[list[Additive], Compression | None]:
     """In a small shared basis: nothing of the weight's size is formed but the factors."""
     like = place.parts[0].low_rank
@@ -254,7 +254,7 @@ def _in_basis(
     return [_named(like, pair)], lost
 
 
-def _missed(pipeline: Pipeline, place: Place, settings: Mapping[str, object], basis: Basis) -> Compression | None:
+def _missed(pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object], basis: Basis) -> Compression | None:
     """What a basis that is too small loses: of the sum, where one is made, else of the deltas beforehand."""
     if basis.whole is None:
         return None
@@ -268,21 +268,21 @@ def _missed(pipeline: Pipeline, place: Place, settings: Mapping[str, object], ba
     return Compression(place.module, min(basis.X[0].shape), full_rank, norm, max(0.0, norm**2 - left**2) ** 0.5)
 
 
-def _thin(pipeline: Pipeline, place: Place, settings: Mapping[str, object], basis: Basis) -> torch.Tensor:
+def _thin(pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object], basis: Basis) -> torch.Tensor:
     matrices = [Matrix.of(X) for X in basis.X]
     keep = keeps(pipeline.sparsify, matrices, [part.key for part in place.parts], settings)
     X_Tpq = torch.stack([keep_i(X, 0) for keep_i, X in zip(keep, basis.X, strict=True)])
     return _join(pipeline, place, settings)(X_Tpq)
 
 
-def _join(pipeline: Pipeline, place: Place, settings: Mapping[str, object]) -> Join:
+def _join(pipeline: Pipeline, place: WeightSlot, settings: Mapping[str, object]) -> Join:
     combine = "mean" if settings.get("normalize") else pipeline.combine
     return joined("sum" if combine == "iso" else combine, place.weights, place.total, settings)
 
 
 def _in_full(
     pipeline: Pipeline,
-    place: Place,
+    place: WeightSlot,
     settings: Mapping[str, object],
     selections: Selections,
     budget: tuple[int | None, float | None] | None,
@@ -303,7 +303,7 @@ def _in_full(
         matrix = _combined(pipeline, place, settings, selections, W_MN) if reading else made()
         return matrix.rows(begin, begin + W_MN.shape[0]).to(W_MN)
 
-    computed = Computed(
+    computed = RowwiseDelta(
         first.module, first.weight, first.stored_shape, rows, reads_base=reading, whole=reading or _whole(place),
         tied=first.tied, twin=first.twin, begin=first.begin, layout=first.layout, kernel=first.kernel,
         stacked=first.stacked,
@@ -312,7 +312,7 @@ def _in_full(
 
 
 def _compressed(
-    place: Place, matrix: Matrix, rank: int | None, energy: float | None
+    place: WeightSlot, matrix: Matrix, rank: int | None, energy: float | None
 ) -> tuple[list[Additive], Compression | None]:
     like = place.parts[0].delta
     (left, right), lost = compress_dense(place.module, matrix, rank, energy)
@@ -320,8 +320,8 @@ def _compressed(
     return [_named(like, (B_OR, A_RI))], lost
 
 
-def _whole(place: Place) -> bool:
-    return any(isinstance(part.delta, Computed) and part.delta.whole for part in place.parts)
+def _whole(place: WeightSlot) -> bool:
+    return any(isinstance(part.delta, RowwiseDelta) and part.delta.whole for part in place.parts)
 
 
 class _Once:
@@ -356,7 +356,7 @@ def _dense(delta: Additive, W_MN: torch.Tensor | None) -> Matrix:
 
 def _combined(
     pipeline: Pipeline,
-    place: Place,
+    place: WeightSlot,
     settings: Mapping[str, object],
     selections: Selections,
     W_MN: torch.Tensor | None,
@@ -408,6 +408,6 @@ def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
     return found
 
 
-def _ratio(delta: Computed, norm: float) -> Matrix:
+def _ratio(delta: RowwiseDelta, norm: float) -> Matrix:
     now = square_sum(_dense(delta, None)) ** 0.5
     return Matrix.of(torch.tensor([[restoring_factor(now, norm)]]))

@@ -16,7 +16,7 @@ import torch
 
 from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, mapped, names_of
 from composer.deltas.lowrank import NOISE, numerical_rank
-from composer.deltas.tensors import Aside, give_back, torch_threads
+from composer.deltas.tensors import SpillFile, drop_pages, torch_threads
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.weights import Weight
 from composer.methods.basis import factored, norm_of
@@ -27,7 +27,7 @@ TOGETHER = 16  # places whose results are in memory at once
 _At = tuple[int, int]  # adapter, and the number of the delta among its own
 
 
-def made_room(
+def project_out_protected(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Mapping[str, object]
 ) -> list[LoadedAdapter]:
     """The adapters off the subspaces of those that `settings["protect"]` counts from 1; the protected as they are.
@@ -37,7 +37,7 @@ def made_room(
     without factors is protected beside another, or would have to be moved.
     """
     chosen = {position - 1 for position in cast("tuple[int, ...]", settings.get("protect", ()))}
-    side, moved, aside = str(settings.get("protect_side")), [dict[int, LowRank]() for _ in adapters], Aside()
+    side, moved, aside = str(settings.get("protect_side")), [dict[int, LowRank]() for _ in adapters], SpillFile()
     shared = _shared(adapters, weights, chosen, str(settings["tied"])) if chosen else []
     if not shared:
         return list(adapters)
@@ -56,17 +56,17 @@ def made_room(
             for places, inputs, made in list(pool.map(at, shared[begin : begin + TOGETHER])):
                 for (adapter, number), delta in zip(places, mapped(aside, made), strict=True):
                     moved[adapter][number] = delta
-                let_go(inputs)
+                drop_pages_of(inputs)
     pairs = zip(adapters, moved, strict=True)
     return [replace(one, deltas=_Moved(one.deltas, own)) if own else one for one, own in pairs]
 
 
-def let_go(deltas: Sequence[Additive]) -> None:
+def drop_pages_of(deltas: Sequence[Additive]) -> None:
     """Of the memory of mapped factors that were looked at."""
     for delta in deltas:
         if isinstance(delta, LowRank):
-            give_back(delta.A_RI)
-            give_back(delta.B_OR)
+            drop_pages(delta.A_RI)
+            drop_pages(delta.B_OR)
 
 
 class _Moved(Sequence[Delta]):

@@ -24,7 +24,7 @@ from typing import cast
 
 import torch
 
-from composer.deltas.delta import Additive, Computed, Delta, Layout, LowRank, Replacement, names_of
+from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, RowwiseDelta, names_of
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.weights import Weight
 from composer.methods.join import scaled
@@ -364,7 +364,7 @@ def _is_linear(delta: LowRank) -> bool:
 def _times(delta: Delta, factor: float) -> Delta:
     if isinstance(delta, LowRank):
         return replace(delta, scale=delta.scale * factor)
-    return scaled(delta, factor) if isinstance(delta, Computed) else delta
+    return scaled(delta, factor) if isinstance(delta, RowwiseDelta) else delta
 
 
 def _with_factors(

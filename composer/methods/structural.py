@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from composer.deltas.delta import Additive, Computed, Delta, Replacement
+from composer.deltas.delta import Additive, Delta, Replacement, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import is_head, is_vocabulary
@@ -23,11 +23,11 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
     shape_conflict. Notices: tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that
     also has a low-rank pair.
     """
-    tied = treatment_of_tied(loaded, settings)
+    tied = resolve_tied(loaded, settings)
     touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
     for adapter in loaded:
         for delta in adapter.deltas:
-            if tied != "untie" and served_by_twin(delta):
+            if tied != "untie" and is_tied_duplicate(delta):
                 continue
             # Untied, the head and the embedding are two tensors; shared, they are one.
             side = delta.module if tied == "untie" and delta.tied else ""
@@ -44,7 +44,7 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
     return _check_tied(one_sided, tied) + findings  # the first of several findings names the fix
 
 
-def treatment_of_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:
+def resolve_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:
     """The setting, with `auto` as what it comes to: `untie` where the two sides are to differ, without which the merged
     model is not the adapted one, `shared` otherwise."""
     tied = str(settings.get("tied", "auto"))
@@ -53,7 +53,7 @@ def treatment_of_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, ob
     return "untie" if any(delta.tied and not delta.twin for one in loaded for delta in one.deltas) else "shared"
 
 
-def served_by_twin(delta: Delta) -> bool:
+def is_tied_duplicate(delta: Delta) -> bool:
     """Is this the head's side of a change that the embedding's side makes already, as long as they are one tensor?"""
     return delta.twin and is_head(delta.module)
 
@@ -92,7 +92,7 @@ def _check_place(weight: str, adding: Sequence[tuple[str, Additive]], *, in_orde
 
 def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
     """A row that two adapters trained anew can only be one of the two."""
-    setting = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.sets_rows]
+    setting = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.sets_rows]
     for (name, one), (other_name, other) in itertools.combinations(setting, 2):
         shared = sorted(one.sets_rows & other.sets_rows)
         if shared:
@@ -104,12 +104,12 @@ def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fin
 def _check_order(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order: bool) -> list[Finding]:
     """Two deltas that each rescale the base's own weight were trained in no common order, unless the user states one
     (`in_order`); one that drops a part of it leaves no base that another was trained on."""
-    alone = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.alone]
+    alone = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.alone]
     if alone and len({name for name, _ in adding}) > 1:
         name, delta = alone[0]
         message = f"{name} drops directions of {weight} (KaSA), which other adapters were trained with."
         return [_error("changed_base", delta.module, message)]
-    reading = [(name, delta) for name, delta in adding if isinstance(delta, Computed) and delta.rescales]
+    reading = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.rescales]
     if len(reading) < 2 or in_order:
         return []
     names = " and ".join(name for name, _ in reading)

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from composer.deltas.delta import Computed, Delta, Layout, LowRank
+from composer.deltas.delta import Delta, Layout, LowRank, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.adapters.placement.naming import is_head
-from composer.methods.structural import served_by_twin
+from composer.methods.structural import is_tied_duplicate
 
 
 def heads_alike(loaded: Sequence[LoadedAdapter]) -> dict[str, str]:
     """Tied tensor -> its head, where every adapter changes both sides alike. They are combined once, as the embedding,
     whether they stay one tensor or not: a mask by chance, or a basis of one side's inputs, would make them differ."""
     deltas = [delta for adapter in loaded for delta in adapter.deltas]
-    twins = {delta.weight: delta.module for delta in deltas if served_by_twin(delta)}
+    twins = {delta.weight: delta.module for delta in deltas if is_tied_duplicate(delta)}
     # Without a base only a twin is known to be tied: another adapter's delta of one side names a tensor of its own.
     apart = {delta.weight for delta in deltas if not delta.twin}
     return {weight: head for weight, head in twins.items() if not {weight, f"{head}.weight"} & apart}
@@ -24,7 +24,7 @@ def for_head(delta: Delta, head: str) -> Delta:
     if isinstance(delta, LowRank):
         return pair_for_head(delta, head)
     own = replace(delta, module=head, weight=f"{head}.weight")
-    return replace(own, layout=Layout.LINEAR) if isinstance(own, Computed) else own
+    return replace(own, layout=Layout.LINEAR) if isinstance(own, RowwiseDelta) else own
 
 
 def pair_for_head(delta: LowRank, head: str) -> LowRank:

@@ -10,10 +10,10 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.api.http import problems
-from registry.api.http.callers import Callers
+from registry.api.http.callers import ActorCache
 from registry.api.http.exchanges import AccessLog, Exchanges
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
-from registry.api.routes.documents import Documents
+from registry.api.routes.documents import RenderedReleaseCache
 from registry.api.routes.repository import REPOSITORY_PREFIXES
 from registry.transfer.resources import Resources
 
@@ -58,8 +58,8 @@ def create_app(
     )
     app.state.resources = resources
     app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
-    app.state.callers = Callers(resources, single_user=not tokens)
-    app.state.documents = Documents()
+    app.state.callers = ActorCache(resources, single_user=not tokens)
+    app.state.documents = RenderedReleaseCache()
     problems.install(app)
     if on_demand:
         app.add_middleware(RoutesOnDemand, load=partial(_include, app))

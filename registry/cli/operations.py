@@ -129,14 +129,14 @@ def worker() -> None:
 
 def migrate(json: JsonFlag = False) -> None:
     """Bring the database to this version's schema."""
-    from registry.database.engine import Database, Patience
+    from registry.database.engine import Database, DatabaseTimeouts
     from registry.database.migrate import head_revision, schema_revision
     from registry.database.migrate import migrate as run_migrations
 
     settings = own_settings()
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.effective_database_url, Patience(statement_s=None))
+    database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
     before = schema_revision(database)
     run_migrations(database)
     told = {"database": database.url.render_as_string(hide_password=True), "from": before, "to": head_revision()}

@@ -16,7 +16,7 @@ from registry.cli.groups import Commands
 from registry.cli.profile_file import LOCAL, Profile, Profiles
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
-from registry.formats.references import parse_part
+from registry.formats.references import parse_name
 
 app = typer.Typer(cls=Commands, help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -114,7 +114,7 @@ def _profiles() -> Profiles:
 def _profile_name(given: str | None, address: str) -> str:
     name = given or urlsplit(address).hostname or ""
     try:
-        return parse_part(name, "profile")
+        return parse_name(name, "profile")
     except Usage as error:
         if given:
             raise

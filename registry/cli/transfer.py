@@ -17,7 +17,7 @@ from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage
-from registry.formats.references import Reference, parse_part, parse_reference
+from registry.formats.references import Reference, parse_name, parse_reference
 from registry.formats.signatures import Signed
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def push(  # noqa: PLR0913
 
     reference = _single_version(target, bump)
     if channel:
-        parse_part(channel, "channel")  # before a release is out that cannot be taken back
+        parse_name(channel, "channel")  # before a release is out that cannot be taken back
     request = {
         "version": str(reference.version) if reference.version else None,
         "bump": bump,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from registry.client.api import Api, Json
-from registry.client.retries import PAUSES_S, once, patiently
+from registry.client.retries import PAUSES_S, send_once, with_retries
 from registry.errors import Unavailable
 
 
@@ -24,11 +24,11 @@ def roll_back(api: Api, line: str, channel: str, body: Json) -> tuple[Json, str 
 
 
 def _moved(api: Api, path: str, full: str, ask: Callable[[dict[str, str]], Json]) -> tuple[Json, str | None]:
-    move, lost = once(ask, f"adaptory history {full}")
+    move, lost = send_once(ask, f"adaptory history {full}")
     if not lost:
         return move, None
     with suppress(Unavailable):  # the move is known to be made, whatever else is told
-        now = patiently(lambda: api.get(path), iter(PAUSES_S))
+        now = with_retries(lambda: api.get(path), iter(PAUSES_S))
         if now["move"] > move["id"]:
             return move, now["version"] or "no release that is not yanked"
     return move, None

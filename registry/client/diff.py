@@ -43,7 +43,7 @@ def _surface(release: Json) -> compatibility.Surface:
 
 def _breaks(old: Json, new: Json) -> list[Finding]:
     """Of two directories nobody may know the base: then it is not held against them."""
-    found = compatibility.breaks(_surface(old), _surface(new))
+    found = compatibility.breaking_changes(_surface(old), _surface(new))
     known = old["base"]["digest"] and new["base"]["digest"]
     return [finding for finding in found if known or finding.code != "new_base"]
 

@@ -22,7 +22,7 @@ from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, release_path, untrusted
 from registry.client.cache import BlobCache, is_regular
 from registry.client.partial_files import PartialFile
-from registry.client.retries import PAUSES_S, Progress, each
+from registry.client.retries import PAUSES_S, Progress, map_in_threads
 from registry.errors import NO_SPACE, Conflict, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.formats.references import RepositoryName, Version, parse_digest, parse_repository, parse_version
@@ -200,7 +200,7 @@ def _is_whole(directory: Path, files: Sequence[ManifestFile], progress: Progress
         except (OSError, InvalidFile):  # unreadable, or cut off meanwhile
             return False
 
-    whole = all(each(is_same, files))
+    whole = all(map_in_threads(is_same, files))
     if not whole:
         progress(-told)
     return whole
@@ -228,12 +228,12 @@ class _Pull:
     def run(self) -> None:
         """A second time for files that an earlier attempt had left wrong; then there is nothing left to be wrong."""
         while pending := [file for file in self._files if file.wanted.path not in self._finished]:
-            each(self._look_here, pending)
+            map_in_threads(self._look_here, pending)
             lacking = [file for file in pending if file.wanted.path not in self._finished]
             self._make_room(lacking)
             pieces = [(number, file) for file in lacking for number in file.missing]
             # The first piece of each file first: who goes through a file in order hashes its bytes as they pass.
-            each(self._fetch, sorted(pieces, key=itemgetter(0)))
+            map_in_threads(self._fetch, sorted(pieces, key=itemgetter(0)))
 
     def _look_here(self, file: PartialFile) -> None:
         """Whole from an earlier attempt, in the cache, or begun; in this order."""

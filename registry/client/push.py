@@ -10,7 +10,7 @@ from threading import Lock
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path
-from registry.client.retries import PAUSES_S, Progress, each, once, patiently
+from registry.client.retries import PAUSES_S, Progress, map_in_threads, send_once, with_retries
 from registry.client.selection import Selection
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile
@@ -35,7 +35,7 @@ def collect(selection: Selection, progress: Progress = lambda _count: None) -> l
         path = selection.directory / name
         return LocalFile(path, ManifestFile(name, path.stat().st_size, Digest(hash_file(path, progress))))
 
-    return each(hashed, selection.paths)
+    return map_in_threads(hashed, selection.paths)
 
 
 def push(
@@ -47,7 +47,7 @@ def push(
     """
     sent = send(api, name.namespace, files, progress)
     path, body = f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)}
-    published, _ = once(lambda headers: api.post(path, body, headers), f"adaptory log {name}")
+    published, _ = send_once(lambda headers: api.post(path, body, headers), f"adaptory log {name}")
     return {**published, "sent": sent}
 
 
@@ -58,7 +58,7 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
     row came no further. Raises Invalid with the name of a file that was changed meanwhile.
     """
     pauses = iter(PAUSES_S)
-    plan, told = patiently(lambda: _plan(api, namespace, files), pauses), 0
+    plan, told = with_retries(lambda: _plan(api, namespace, files), pauses), 0
     lacking = len(_uploads(plan, files))
     while True:
         uploads = _uploads(plan, files)
@@ -76,7 +76,7 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
         if pause is None:
             raise attempt.error
         time.sleep(pause)
-        plan = patiently(lambda: _plan(api, namespace, files), pauses)
+        plan = with_retries(lambda: _plan(api, namespace, files), pauses)
 
 
 def _plan(api: Api, namespace: str, files: Sequence[LocalFile]) -> list[Json]:
@@ -122,8 +122,8 @@ class _Attempt:
         self.told = 0
 
     def run(self, uploads: Sequence[_Upload]) -> None:
-        each(self._complete, [upload for upload in uploads if not upload.pieces])
-        each(self._send, [(upload, piece) for upload in uploads for piece in upload.pieces])
+        map_in_threads(self._complete, [upload for upload in uploads if not upload.pieces])
+        map_in_threads(self._send, [(upload, piece) for upload in uploads for piece in upload.pieces])
 
     def _send(self, part: tuple[_Upload, _Piece]) -> None:
         upload, piece = part

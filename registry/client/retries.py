@@ -18,7 +18,7 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 """Between attempts that came no further; after the last one the failure is told."""
 
 
-def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Calls `function` in threads. After a failure those that run may end, no other begins, and it is raised."""
     with ThreadPoolExecutor(PARALLEL, "transfer") as pool:
         jobs = [pool.submit(function, item) for item in items]
@@ -29,7 +29,7 @@ def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
             raise
 
 
-def patiently(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
+def with_retries(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
     """The answer to what may be asked twice: after a pause again, while the registry or its store is away. Raises what
     went wrong last when there are no more pauses."""
     while True:
@@ -42,7 +42,7 @@ def patiently(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
             time.sleep(pause)
 
 
-def once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Result, bool]:
+def send_once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Result, bool]:
     """The answer to a request that must not be done twice, and whether one before was lost.
 
     `ask` gets headers with a key, by which the registry knows the request again. Raises what went wrong last, and where
@@ -60,7 +60,7 @@ def once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Result, bo
             raise
 
     try:
-        return patiently(attempt, iter(PAUSES_S)), lost
+        return with_retries(attempt, iter(PAUSES_S)), lost
     except Unavailable as error:
         if not lost:
             raise

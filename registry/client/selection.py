@@ -16,7 +16,7 @@ from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from registry.errors import Invalid, RegistryError, Usage, refuse_errors
 from registry.formats.manifest import check_path, check_paths, refuse_hidden
-from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle, refuse_pickled
+from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
 
 ADAPTER_FILES = (
     CONFIG_FILE,
@@ -178,9 +178,9 @@ def _problem(directory: Path, path: str) -> RegistryError | None:
         refuse_no_file(directory / path, Path(path), directory)
         check_path(path)
         refuse_hidden(path)
-        refuse_pickle(path)
+        refuse_pickle_name(path)
         if not path.lower().endswith(".safetensors"):  # whose header the registry reads
-            refuse_pickled(path, *_ends(directory / path))
+            refuse_pickle_content(path, *_ends(directory / path))
     except RegistryError as error:
         return error
     return None

@@ -29,21 +29,21 @@ def _spell(element: _Spelled, compiler: SQLCompiler, **options: Any) -> str:  # 
     return element.texts[compiler.dialect.name].format(*arguments, all=", ".join(arguments))
 
 
-def among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+def in_list(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
     """The column has one of the values that the parameter lists: texts or whole numbers, as the column does."""
     kind = "BIGINT" if isinstance(column.type, BigInteger | Integer) else "TEXT"
-    listed = f"{{0}} = ANY (CAST({{1}} AS {kind}[]))"
-    return _Spelled("{0} IN (SELECT value FROM json_each({1}))", listed, column, bindparam(name))
+    unnest = f"{{0}} = ANY (CAST({{1}} AS {kind}[]))"
+    return _Spelled("{0} IN (SELECT value FROM json_each({1}))", unnest, column, bindparam(name))
 
 
-def listed(name: str) -> ColumnElement[str]:
+def unnest(name: str) -> ColumnElement[str]:
     """The column of a table that has the texts that the parameter lists."""
     # PostgreSQL names the column as the table.
     texts = _Spelled("json_each({0})", "unnest(CAST({0} AS TEXT[]))", bindparam(name))
     return texts.table_valued(column("value", String), name="value").c.value
 
 
-def one_of(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
+def in_subquery(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
     """The column has one of the values of those few rows, which refer to nothing around them.
 
     They are found first, and an index of the column is asked for each: PostgreSQL, which cannot know that they are few,
@@ -52,7 +52,7 @@ def one_of(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> Column
     return _Spelled("{0} IN {1}", "{0} = ANY (ARRAY{1})", column, rows.scalar_subquery())
 
 
-def filled(values: Sequence[T]) -> list[T]:
+def padded(values: Sequence[T]) -> list[T]:
     """For `among`: the values, the last one repeated until there are as many as PostgreSQL's kept plans are made for.
 
     It would think that planning anew for fewer pays; for one release that took five times as long as to read it.
@@ -74,12 +74,12 @@ def json_rows(*columns: Any) -> ColumnElement[str]:
     return _Spelled("json_group_array(json_array({all}))", "CAST(json_agg(json_build_array({all})) AS TEXT)", *columns)
 
 
-def exact(column: ColumnElement[Any]) -> ColumnElement[str]:
+def float_text(column: ColumnElement[Any]) -> ColumnElement[str]:
     """A float as a text that reads back as the same number."""
     return _Spelled("CASE WHEN {0} IS NOT NULL THEN printf('%!.17g', {0}) END", "CAST({0} AS TEXT)", column)
 
 
-def moment(column: ColumnElement[Any]) -> ColumnElement[str]:
+def timestamp_text(column: ColumnElement[Any]) -> ColumnElement[str]:
     """A moment as JSON documents have it: RFC 3339 in UTC, with microseconds where there are some."""
     text = "replace({}, '.000000', '') || 'Z'"
     return _Spelled(

@@ -62,7 +62,7 @@ class Row(DeclarativeBase):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class DatabaseTimeouts:
     """How many seconds PostgreSQL may take to let us in, and any database for one statement, its locks included.
 
     `statement_s` is None for work that takes as long as it takes.
@@ -72,7 +72,7 @@ class Patience:
     statement_s: float | None = 30.0
 
 
-class _Reading(Session):
+class _ReadSession(Session):
     """Of one connection, on which nothing is begun until rows are to be objects: a transaction of SQLAlchemy takes
     longer to begin and to end than most of what is asked."""
 
@@ -87,7 +87,7 @@ class _Reading(Session):
 class Database:
     """An engine and its two doors. A `Session` never leaves the `with` block that opened it."""
 
-    def __init__(self, url: str, patience: Patience = Patience(), pool_size: int = 20) -> None:
+    def __init__(self, url: str, patience: DatabaseTimeouts = DatabaseTimeouts(), pool_size: int = 20) -> None:
         """`pool_size` is the most connections to PostgreSQL that are open at a time."""
         self.url: URL = make_url(url)
         self.reading: Engine = (
@@ -113,7 +113,7 @@ class Database:
         with (
             translate_database_errors(),
             self.reading.connect() as connection,
-            _Reading(connection, expire_on_commit=False) as session,
+            _ReadSession(connection, expire_on_commit=False) as session,
         ):
             yield session
 
@@ -168,11 +168,11 @@ def insert_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
     return added.first() is not None
 
 
-def _sqlite_wait_s(patience: Patience) -> float:
+def _sqlite_wait_s(patience: DatabaseTimeouts) -> float:
     return _SQLITE_MOST_S if patience.statement_s is None else patience.statement_s
 
 
-def _sqlite(url: URL, patience: Patience) -> Engine:
+def _sqlite(url: URL, patience: DatabaseTimeouts) -> Engine:
     connect = {"check_same_thread": False, "timeout": _sqlite_wait_s(patience)}
     engine = create_engine(url, connect_args=connect, pool_size=SQLITE_POOL_SIZE, max_overflow=0)
 
@@ -198,7 +198,7 @@ def _sqlite(url: URL, patience: Patience) -> Engine:
     return engine
 
 
-def _postgresql(url: URL, patience: Patience, pool_size: int) -> Engine:
+def _postgresql(url: URL, patience: DatabaseTimeouts, pool_size: int) -> Engine:
     from registry.database.postgres import postgresql_engine  # psycopg is loaded where it is used
 
     return postgresql_engine(url, pool_size, patience.connect_s, patience.statement_s)

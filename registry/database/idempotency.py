@@ -17,7 +17,7 @@ Answer = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Keyed:
+class IdempotentRequest:
     """A request under a key that its user gave it; `request` is the sha256 of all that it asks for."""
 
     user: str
@@ -25,7 +25,7 @@ class Keyed:
     request: str
 
 
-def known(session: Session, keyed: Keyed) -> Answer | None:
+def find_answer(session: Session, keyed: IdempotentRequest) -> Answer | None:
     """What it made when it came before. Raises Conflict where the key is that of another request."""
     kept = session.get(KeptAnswer, (keyed.user, keyed.key))
     if kept is None:
@@ -40,20 +40,20 @@ def known(session: Session, keyed: Keyed) -> Answer | None:
     return kept.answer
 
 
-def claim(session: Session, keyed: Keyed | None, at: datetime) -> Answer | None:
+def claim_key(session: Session, keyed: IdempotentRequest | None, at: datetime) -> Answer | None:
     """As `known`; where that is None, this transaction does it, and says with `keep` what it made. The same request at
     the same moment waits for it, and does it where this transaction fails."""
     if keyed is None:
         return None
     named = {"user": keyed.user, "key": keyed.key, "request": keyed.request}
-    return None if insert_if_absent(session, KeptAnswer, **named, answer={}, at=at) else known(session, keyed)
+    return None if insert_if_absent(session, KeptAnswer, **named, answer={}, at=at) else find_answer(session, keyed)
 
 
-def keep(session: Session, keyed: Keyed | None, answer: Mapping[str, Any]) -> None:
+def store_answer(session: Session, keyed: IdempotentRequest | None, answer: Mapping[str, Any]) -> None:
     if keyed is not None:
         own = (KeptAnswer.user == keyed.user, KeptAnswer.key == keyed.key)
         session.execute(update(KeptAnswer).where(*own).values(answer=dict(answer)))
 
 
-def forget(session: Session, now: datetime) -> None:
+def expire_keys(session: Session, now: datetime) -> None:
     session.execute(delete(KeptAnswer).where(KeptAnswer.at < now - KEPT))

@@ -19,7 +19,7 @@ _BLOBS_LOCK, _COLLECTION_LOCK = 0x424C4F42, 0x434F4C4C
 
 
 @contextmanager
-def only_collection(database: Database) -> Generator[None]:
+def exclusive_collection(database: Database) -> Generator[None]:
     """One collection of blobs at a time, on all machines; the lock ends with the process that holds it.
 
     Two would take each other's marked blobs for those of a dead one, and remove bytes that came again meanwhile.
@@ -49,7 +49,7 @@ def _collecting() -> Conflict:
     return Conflict("collecting", "Another collection is running.", next_step="Wait until it has ended.")
 
 
-def rely_on_blobs(session: Session) -> None:
+def lock_blobs_shared(session: Session) -> None:
     """Until this transaction ends no collection begins: for whoever comes to rely on blobs that are there.
 
     Row locks would not do: a reference takes one that does not conflict with what a collection writes. On SQLite there
@@ -58,7 +58,7 @@ def rely_on_blobs(session: Session) -> None:
     _advisory_lock(session, "pg_advisory_xact_lock_shared")
 
 
-def collect_blobs(session: Session) -> None:
+def lock_blobs_exclusive(session: Session) -> None:
     """Until this transaction ends nobody comes to rely on a blob; waits for those who are about to."""
     _advisory_lock(session, "pg_advisory_xact_lock")
 

@@ -50,7 +50,7 @@ def surface(base_digest: str, facts: Mapping[str, Any], files: Iterable[Manifest
     )
 
 
-def breaks(old: Surface, new: Surface) -> list[Finding]:
+def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
     """Every reason why who could load `old` may not be able to load `new`; none for a compatible change."""
     found: list[Finding] = []
 
@@ -69,14 +69,14 @@ def breaks(old: Surface, new: Surface) -> list[Finding]:
     return found
 
 
-def may_break(old: Version, new: Version) -> bool:
+def outside_caret_range(old: Version, new: Version) -> bool:
     """Is `new` outside `^old`, so that nobody who follows that range gets it?"""
     numbers = (new.major, new.minor, new.patch)
     kept = _kept(old)
     return numbers[: len(kept)] != kept
 
 
-def bump_of(change: Literal["breaking", "weights", "files"], version: Version) -> Bump:
+def required_bump(change: Literal["breaking", "weights", "files"], version: Version) -> Bump:
     """The least part of `version` that such a change must count up."""
     parts: tuple[Bump, ...] = ("major", "minor", "patch")
     leading = len(_kept(version)) - 1

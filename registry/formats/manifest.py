@@ -80,7 +80,7 @@ def check_paths(paths: Sequence[str]) -> None:
             f"A release holds 1 to {MAX_FILES:,} files, not {len(paths):,}.",
             next_step="Pack many small files into one.",
         )
-    places = sorted((_place(path), path) for path in map(check_path, paths))
+    places = sorted((_collision_key(path), path) for path in map(check_path, paths))
     for (place, path), (next_place, next_path) in pairwise(places):  # what lies below a path follows it at once
         if next_place[: len(place)] == place:
             raise Invalid(
@@ -92,7 +92,7 @@ def check_paths(paths: Sequence[str]) -> None:
             )
 
 
-def _place(path: str) -> list[str]:
+def _collision_key(path: str) -> list[str]:
     """Alike for paths that a file system may take for one: Unicode's canonical caseless matching."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold()).split("/")
 

@@ -64,7 +64,7 @@ _LISTED_TORCH_ENTRY = re.compile(rb"PK\x01\x02.{42}[^\x00-\x1f]{0,400}data\.pkl"
 _NUMPY_OBJECTS = re.compile(rb"\x93NUMPY.{4,6}\{[^}]*'\|O", re.DOTALL)
 
 
-def refuse_pickle(path: str) -> None:
+def refuse_pickle_name(path: str) -> None:
     """Raises Invalid by the name alone, before a byte is sent."""
     if _PICKLE_NAME.search(path):
         why = "is refused by its name: such files mostly are pickles, which run code when they are opened"
@@ -75,7 +75,7 @@ def is_zip(first: bytes) -> bool:
     return first.startswith(b"PK\x03\x04")
 
 
-def refuse_pickled(path: str, first: bytes, last: bytes = b"") -> None:
+def refuse_pickle_content(path: str, first: bytes, last: bytes = b"") -> None:
     """Raises Invalid by the bytes at a file's two ends, whatever its name; of what is no zip the first ones suffice."""
     if (
         _PICKLE.match(first)

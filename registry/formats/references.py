@@ -59,7 +59,7 @@ def parse_digest(text: str) -> Digest:
     return Digest(text)
 
 
-def parse_part(text: str, what: str) -> str:
+def parse_name(text: str, what: str) -> str:
     """A namespace, a repository's own name, a channel, a base's or a suite's name."""
     if not _PART.fullmatch(text):
         raise Usage(
@@ -89,7 +89,7 @@ def parse_repository(text: str) -> RepositoryName:
             subject=text[:80],
             next_step="Write it as namespace/name, as in acme/sql; a directory is only one when it is there.",
         )
-    return RepositoryName(parse_part(namespace, "namespace"), parse_part(name, "repository name"))
+    return RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name"))
 
 
 @total_ordering
@@ -300,7 +300,7 @@ def parse_reference(text: str) -> Reference:
         return Reference(parse_repository(text))
     repository, rest = parse_repository(text[: match.start()]), text[match.end() :]
     if match.group() == "@":
-        return Reference(repository, channel=parse_part(rest, "channel"))
+        return Reference(repository, channel=parse_name(rest, "channel"))
     if match.group() == "#":
         if not _COMMIT.fullmatch(rest):
             raise Usage(

@@ -37,7 +37,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class IncomingUpload:
     """Bytes that a client was told to send: `upload_id` is its own, the rest is what they claim to be.
 
     `multipart_id` and `part_bytes` are set where they come in parts of that size, the last one shorter.
@@ -72,7 +72,7 @@ class Part:
     present: bool
 
 
-class Arrivals(Protocol):
+class DirectUploads(Protocol):
     """The side of a store that clients send to directly. What has arrived is no blob before `finish` has checked it.
 
     Only who sends the bytes can finish an arrival: another one of the same digest does not help it.
@@ -82,26 +82,26 @@ class Arrivals(Protocol):
         """In parts of which size a file of that size is sent; None for one sent whole."""
         ...
 
-    def begin(self, arrival: Arrival) -> str:
+    def begin(self, arrival: IncomingUpload) -> str:
         """The `multipart_id` of a file that comes in parts."""
         ...
 
-    def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
+    def sign_object(self, arrival: IncomingUpload, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         """How to send the file; None when it has arrived, which is only looked at if it was `sent_before`.
 
         `known` says that there is such a blob already, which must not be touched by bytes that nobody has checked.
         """
         ...
 
-    def parts(self, arrival: Arrival) -> list[Part] | None:
+    def parts(self, arrival: IncomingUpload) -> list[Part] | None:
         """All of them; [] once they are joined; None when the store has forgotten the upload: begin again."""
         ...
 
-    def part(self, arrival: Arrival, number: int, sha256: Digest, expires_s: int) -> Put:
+    def sign_part(self, arrival: IncomingUpload, number: int, sha256: Digest, expires_s: int) -> Put:
         """How to send that part. A store that can refuses bytes of another sha256."""
         ...
 
-    def finish(self, arrival: Arrival) -> BlobStat:
+    def finish(self, arrival: IncomingUpload) -> BlobStat:
         """Makes a blob of what arrived, having checked its size and its digest. Twice is once.
 
         Raises Conflict when something is missing still, and Invalid when the bytes are not what they claim to be,
@@ -109,11 +109,11 @@ class Arrivals(Protocol):
         """
         ...
 
-    def abandon(self, arrival: Arrival) -> None:
+    def abandon(self, arrival: IncomingUpload) -> None:
         """The parts that came for this `multipart_id` are gone, and nothing else of the upload."""
         ...
 
-    def discard(self, arrival: Arrival) -> None:
+    def discard(self, arrival: IncomingUpload) -> None:
         """What arrived is gone, unless it has become a blob. Discarding what never came is fine."""
         ...
 
@@ -122,7 +122,7 @@ class BlobStore(Protocol):
     """Promises. Errors: `NotFound` for bytes that are not there, `Unavailable` when the store is away or full."""
 
     @property
-    def arrivals(self) -> Arrivals | None:
+    def arrivals(self) -> DirectUploads | None:
         """None where bytes come through the API, which then checks them and calls `put`."""
         ...
 

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, s
 from sqlalchemy.orm import Session
 
 from registry.database import idempotency
-from registry.database.locks import collect_blobs, only_collection
+from registry.database.locks import exclusive_collection, lock_blobs_exclusive
 from registry.database.tables import Blob, RevisionFile, Upload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
@@ -56,7 +56,7 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
         sizes += [stat.size_bytes for batch in _orphans(resources, before, now) for stat in batch]
         found.blobs, found.size_bytes = len(sizes), sum(sizes)
         return found
-    with only_collection(resources.database):
+    with exclusive_collection(resources.database):
         swept = sweep(resources, now)
         found.unfinished, found.leftovers = swept.uploads, swept.leftovers
         while claimed := _claim(resources, run, before, now):
@@ -85,7 +85,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     while (count := _forget_expired(resources, now)) is not None:
         forgotten += count
     with resources.write() as session:
-        idempotency.forget(session, now)
+        idempotency.expire_keys(session, now)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))
     leftovers = resources.store.sweep(before, live)
@@ -104,7 +104,7 @@ def _forget_expired(resources: Resources, now: datetime) -> int | None:
 
     A transaction for each batch, since there may be as many as all users together may have announced in a day.
     """
-    operator = audit.operator(resources.settings.user, now)
+    operator = audit.operator_actor(resources.settings.user, now)
     with resources.write() as session:
         expired = select(Upload.id, ARRIVED).where(Upload.expires_at < now).limit(_UPLOADS_BATCH)
         arrived = dict(session.execute(expired).all())
@@ -131,7 +131,7 @@ def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:
 def _claim(resources: Resources, run: str, before: datetime, now: datetime) -> dict[Digest, int]:
     """Marks the next unused blobs, and those that a collection which died had marked, as this run's to remove."""
     with resources.write() as session:
-        collect_blobs(session)
+        lock_blobs_exclusive(session)
         free = or_(
             and_(Blob.removing_at.is_(None), *_unused(before, now)),
             and_(Blob.removing_at.is_not(None), Blob.removing_by != run),
@@ -155,7 +155,7 @@ def _orphans(resources: Resources, before: datetime, now: datetime) -> Iterator[
 def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Digest, int]) -> dict[Digest, int]:
     """Gives them a marked row, unless somebody announced or completed the same bytes meanwhile."""
     with resources.write() as session:
-        collect_blobs(session)
+        lock_blobs_exclusive(session)
         wanted = _wanted(session, sizes, now)
         claimed = {sha256: size_bytes for sha256, size_bytes in sizes.items() if sha256 not in wanted}
         rows = [
@@ -170,7 +170,7 @@ def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Di
 def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: Collected) -> None:
     for sha256 in claimed:
         resources.store.delete(sha256)
-    operator = audit.operator(resources.settings.user, resources.clock())
+    operator = audit.operator_actor(resources.settings.user, resources.clock())
     with resources.write() as session:
         session.execute(delete(Blob).where(Blob.sha256.in_(claimed), Blob.removing_by == run))
         for sha256, size_bytes in claimed.items():

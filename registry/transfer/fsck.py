@@ -16,7 +16,7 @@ from sqlalchemy import Select, func, select, text
 from sqlalchemy.orm import Session, selectinload
 
 from composer.findings import Finding, Severity
-from registry.database.locks import collect_blobs
+from registry.database.locks import lock_blobs_exclusive
 from registry.database.tables import (
     AuditRow,
     Blob,
@@ -32,7 +32,7 @@ from registry.database.tables import (
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels.moves import serving
+from registry.domain.channels.moves import effective_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import ABSENT, Digest, parse_version
@@ -98,7 +98,7 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Diges
         with _as_it_was(resources, stat) as session:
             if session is None:
                 continue
-            operator = audit.operator(resources.settings.user, resources.clock())
+            operator = audit.operator_actor(resources.settings.user, resources.clock())
             gone = {"size_bytes": stat.size_bytes}
             audit.record(session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged", before=gone)
         # In a transaction of its own: what fails from here on leaves a row too many, and never a deletion without one.
@@ -113,7 +113,7 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Diges
 def _as_it_was(resources: Resources, stat: BlobStat) -> Generator[Session | None]:
     """A transaction during which nobody comes to rely on the blob; None where it has been written anew."""
     with resources.write() as session:
-        collect_blobs(session)
+        lock_blobs_exclusive(session)
         yield session if resources.store.stat(stat.sha256) == stat else None
 
 
@@ -205,7 +205,7 @@ def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Itera
 
 def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[Finding]:
     """A search finds what the channel says that it gives out."""
-    move = serving(session, channel)
+    move = effective_move(session, channel)
     served = (move.to_release_id, move.to_release.sort_key) if move else (None, None)
     if (channel.served_id, channel.served_key) != served:
         yield _error("channel_adrift", subject, f"A search does not find on {subject} what it gives out.")

@@ -20,7 +20,7 @@ from composer.formats.checkpoints.card import CARD_FILE, card_provenance, parse_
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
 from composer.formats.checkpoints.header import DEFAULT_LIMITS, header_length, parse_header
 from registry.database import idempotency
-from registry.database.idempotency import Keyed
+from registry.database.idempotency import IdempotentRequest
 from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
@@ -30,15 +30,15 @@ from registry.domain.catalog.repositories import Kind
 from registry.errors import Invalid, Refused, Unavailable, refuse_errors
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
-from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle, refuse_pickled
+from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
 from registry.formats.references import Digest, RepositoryName, Version
 from registry.formats.signatures import (
     MAX_SIGNATURE_BYTES,
     SIGNATURE_FILE,
     Signed,
-    doubt,
     open_signature,
     refuse_tampered,
+    unverifiable_signature,
 )
 from registry.storage.blobs import BlobStore
 from registry.transfer.resources import Resources
@@ -77,24 +77,24 @@ class Published:
     warnings: list[dict[str, Any]]
 
 
-def publish(resources: Resources, actor: Actor, push: Push, keyed: Keyed | None = None) -> Published:
+def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentRequest | None = None) -> Published:
     """Reads the facts from the files themselves, checks them against the base, and makes the release.
 
     Raises Invalid with every error finding when the files do not fit; nothing is written then.
     """
     if keyed is not None:
         with resources.read() as session:
-            known = idempotency.known(session, keyed)
+            known = idempotency.find_answer(session, keyed)
         if known is not None:
             return Published(**known)
     new, findings = prepare(resources, push)
     with resources.write() as session:
-        known = idempotency.claim(session, keyed, actor.at)
+        known = idempotency.claim_key(session, keyed, actor.at)
         if known is not None:
             return Published(**known)
         release, created = releases.publish(session, actor, new)
         published = Published(release.id, created, [finding.to_json() for finding in findings])
-        idempotency.keep(session, keyed, asdict(published))
+        idempotency.store_answer(session, keyed, asdict(published))
         return published
 
 
@@ -103,7 +103,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
     for file in push.files:
         check_path(file.path)
         refuse_hidden(file.path)
-        refuse_pickle(file.path)
+        refuse_pickle_name(file.path)
     with resources.read() as session:
         base_digest = bases.find(session, push.base).digest
         architecture = bases.architecture(session, base_digest)
@@ -156,7 +156,7 @@ def add_signature(
     repository, version, kind = target
     with resources.write() as session:
         release = releases.find(session, repository, version, kind)
-        keys = namespaces.find_settled(session, repository.namespace).signing_keys
+        keys = namespaces.find_for_share(session, repository.namespace).signing_keys
         if not keys:
             raise Refused(
                 "signing_keys_missing",
@@ -188,7 +188,7 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _Inspected:
     """What the files themselves say. `card` is the README's text, empty when there is none or it is too long to be one.
 
     `servers` and `loading` are those of `composer.formats.adapters.serving`; a model has neither, nor a spectrum.
@@ -218,7 +218,7 @@ def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None
         if is_zip(first):
             with resources.store.open(file.sha256, max(0, file.size_bytes - ENDS_BYTES)) as source:
                 last = source.read()
-        refuse_pickled(file.path, first, last)
+        refuse_pickle_content(file.path, first, last)
 
     with ThreadPoolExecutor(_PARALLEL, "look") as pool:
         list(pool.map(look, files))
@@ -233,7 +233,7 @@ def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
     parse_header(first, file.size_bytes, DEFAULT_LIMITS, file.path)
 
 
-def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Seen:
+def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Inspected:
     with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
         place = Path(directory) / push.repository.name
         place.mkdir()
@@ -242,19 +242,19 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _S
         card = (place / CARD_FILE).read_bytes() if cards else b""
         if push.kind is Kind.MODEL:
             _materialise_headers(resources, push.files, place)
-            return _Seen(inspect_model(place, architecture), [], card)
+            return _Inspected(inspect_model(place, architecture), [], card)
         wanted = (CONFIG_FILE, WEIGHTS_FILE)
         materialise(resources, [file for file in push.files if file.path in wanted], place)
         return _inspect_adapter(place, architecture, str(push.repository), card)
 
 
-def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card: bytes) -> _Seen:
+def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:
     seen = inspect(place, architecture)
     refuse_errors(seen.findings, subject)
     used = spectrum(seen.adapter, seen.placed)
     facts = seen.facts.to_json() | {"spectrum": used.summary() if used else None}
     servers, loading = judge(seen.adapter.config, seen.facts, seen.placed)
-    return _Seen(
+    return _Inspected(
         facts=_presentable(facts),
         findings=[*seen.findings, *(used.hints(seen.findings) if used else [])],
         card=card,
@@ -301,7 +301,7 @@ def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> t
         content = (Path(directory) / SIGNATURE_FILE).read_bytes()
     digests = {file.path: file.sha256 for file in files}
     if not keys:
-        return doubt(content, digests)
+        return unverifiable_signature(content, digests)
     signed = open_signature(content, keys)
     refuse_tampered(signed, digests)
     if signed.release is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from registry.database.engine import Database, Patience
+from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import ensure_schema
 from registry.settings import LocalStorage, Settings
 from registry.storage.blobs import BlobStore
@@ -44,7 +44,7 @@ def open_resources(settings: Settings) -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must be at the head."""
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
-    patience = Patience(settings.database_connect_timeout_s, settings.database_timeout_s)
+    patience = DatabaseTimeouts(settings.database_connect_timeout_s, settings.database_timeout_s)
     database = Database(settings.effective_database_url, patience, settings.database_pool_size)
     ensure_schema(database, create=settings.database_url is None)
     work = settings.work_directory

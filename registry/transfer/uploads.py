@@ -16,15 +16,15 @@ from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
-from registry.database.locks import rely_on_blobs
+from registry.database.locks import lock_blobs_shared
 from registry.database.tables import Blob, BlobHolder, RevisionFile, Upload
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, may_read, permit
 from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
-from registry.formats.pickles import refuse_pickle
+from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Digest
-from registry.storage.blobs import Arrival, Arrivals, BlobStat, Part, Put
+from registry.storage.blobs import BlobStat, DirectUploads, IncomingUpload, Part, Put
 from registry.storage.local import unwritable
 from registry.transfer.resources import Resources
 
@@ -34,7 +34,7 @@ ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespac
 
 
 @dataclass(frozen=True, slots=True)
-class Announced:
+class PlannedUpload:
     """A file of a plan. `upload_id` is None where the namespace holds its bytes.
 
     Otherwise it is sent whole by `put`, or in `parts` (`part` says how), or `through_the_api` where the store has no
@@ -48,7 +48,7 @@ class Announced:
     through_the_api: bool = False
 
 
-def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> list[Announced]:
+def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> list[PlannedUpload]:
     """For each file: held by the namespace, or how to send it. Paths and sizes are checked first.
 
     Asked again, it goes on with what was announced before: parts that arrived are not asked for. Raises TooMany when
@@ -58,7 +58,7 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
         check_path(file.path)
         refuse_hidden(file.path)
         _check_size(resources, file.path, file.size_bytes)
-        refuse_pickle(file.path)
+        refuse_pickle_name(file.path)
     wanted = {file.sha256: file for file in files}
     kept = _kept_for_good(resources, namespace, wanted)
     # Announced before it is looked at: from here on nobody removes a blob that no release names yet.
@@ -77,14 +77,14 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
         absent = [file for sha256, file in wanted.items() if sha256 not in stored]
         known -= {file.sha256 for file in lost}
 
-        def way(file: ManifestFile) -> Announced:
-            return _way(resources, file, rows[file.sha256], known=file.sha256 in known)
+        def way(file: ManifestFile) -> PlannedUpload:
+            return _upload_instructions(resources, file, rows[file.sha256], known=file.sha256 in known)
 
         ways = {one.file.sha256: one for one in pool.map(way, absent)}
-    return [replace(ways[file.sha256], file=file) if file.sha256 in ways else Announced(file) for file in files]
+    return [replace(ways[file.sha256], file=file) if file.sha256 in ways else PlannedUpload(file) for file in files]
 
 
-def part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256: Digest) -> Put:
+def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256: Digest) -> Put:
     """How to send one part of a file that was planned in parts, whose own digest the store checks where it can.
 
     That spares a wrong part the way to the end; the whole is hashed all the same.
@@ -99,7 +99,7 @@ def part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256
             next_step="Send the parts that POST /v1/uploads names.",
         )
     left_s = max(1, int((row.expires_at - actor.at).total_seconds()))
-    return arrivals.part(arrival, number, sha256, left_s)
+    return arrivals.sign_part(arrival, number, sha256, left_s)
 
 
 def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile:
@@ -124,12 +124,12 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
             next_step=f"PUT them to /v1/blobs/{file.sha256}?upload={upload_id}.",
         )
     stat = arrivals.finish(_arrival(row))
-    _hold(resources, actor, row.namespace, stat)
+    _register_blob(resources, actor, row.namespace, stat)
     arrivals.discard(_arrival(row))
     return file
 
 
-def receive(
+def receive_body(
     resources: Resources, actor: Actor, upload_id: str, sha256: Digest, chunks: Iterable[bytes], size_bytes: int
 ) -> None:
     """Takes the bytes of one blob. Nothing appears under its digest unless digest and size are right."""
@@ -179,7 +179,7 @@ def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Diges
     It is announced first, so that no collection takes the bytes in between for garbage.
     """
     _announce(resources, actor, namespace, [ManifestFile(path.name, path.stat().st_size, sha256)])
-    _hold(resources, actor, namespace, resources.store.put(sha256, path, move=move))
+    _register_blob(resources, actor, namespace, resources.store.put(sha256, path, move=move))
 
 
 def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
@@ -222,9 +222,9 @@ def _kept_for_good(resources: Resources, namespace: str, digests: Iterable[str])
         return set(session.scalars(select(RevisionFile.sha256).where(RevisionFile.sha256.in_(held))))
 
 
-def _hold(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:
+def _register_blob(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:
     with resources.write() as session:
-        rely_on_blobs(session)
+        lock_blobs_shared(session)
         _refuse_leaving(session, [stat.sha256])
         insert_if_absent(session, Blob, sha256=stat.sha256, size_bytes=stat.size_bytes, created_at=actor.at)
         insert_if_absent(session, BlobHolder, sha256=stat.sha256, namespace=namespace)
@@ -258,7 +258,7 @@ def _announce(
     expires_at = actor.at + timedelta(seconds=resources.settings.upload_expires_s)
     mine = select(Upload).where(Upload.namespace == namespace, Upload.sha256.in_([file.sha256 for file in files]))
     with resources.write() as session:
-        rely_on_blobs(session)
+        lock_blobs_shared(session)
         _refuse_leaving(session, [file.sha256 for file in files])
         before = {row.sha256: row.expires_at for row in session.scalars(mine)}
         open_still = {sha256 for sha256, expires_at in before.items() if expires_at >= actor.at}
@@ -318,23 +318,25 @@ def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> N
         ).again_in(wait.total_seconds())
 
 
-def _way(resources: Resources, file: ManifestFile, announced: tuple[Upload, bool], *, known: bool) -> Announced:
+def _upload_instructions(
+    resources: Resources, file: ManifestFile, announced: tuple[Upload, bool], *, known: bool
+) -> PlannedUpload:
     row, sent_before = announced
     arrivals = resources.store.arrivals
     if arrivals is None:
-        return Announced(file, row.id, through_the_api=True)
+        return PlannedUpload(file, row.id, through_the_api=True)
     expires_s = resources.settings.upload_expires_s
     if row.part_bytes is None:
-        put = arrivals.whole(_arrival(row), expires_s, sent_before=sent_before, known=known)
-        return Announced(file, row.id, put)
+        put = arrivals.sign_object(_arrival(row), expires_s, sent_before=sent_before, known=known)
+        return PlannedUpload(file, row.id, put)
     parts = arrivals.parts(_arrival(row)) if row.multipart_id else None
     if parts is None:
         row = _begin_parts(resources, arrivals, row)
         parts = arrivals.parts(_arrival(row))
-    return Announced(file, row.id, parts=parts or ())
+    return PlannedUpload(file, row.id, parts=parts or ())
 
 
-def _begin_parts(resources: Resources, arrivals: Arrivals, row: Upload) -> Upload:
+def _begin_parts(resources: Resources, arrivals: DirectUploads, row: Upload) -> Upload:
     """Of two that begin the same upload at once, the later one goes on with what the other has begun."""
     multipart_id = arrivals.begin(_arrival(row))
     with resources.write() as session:
@@ -348,8 +350,8 @@ def _begin_parts(resources: Resources, arrivals: Arrivals, row: Upload) -> Uploa
     return now
 
 
-def _arrival(row: Upload) -> Arrival:
-    return Arrival(row.id, Digest(row.sha256), row.size_bytes, row.multipart_id, row.part_bytes)
+def _arrival(row: Upload) -> IncomingUpload:
+    return IncomingUpload(row.id, Digest(row.sha256), row.size_bytes, row.multipart_id, row.part_bytes)
 
 
 def _find(resources: Resources, actor: Actor, upload_id: str) -> Upload:

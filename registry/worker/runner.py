@@ -38,16 +38,16 @@ _ELSEWHERE = {"base_not_here"}
 log = logging.getLogger(__name__)
 
 
-class Released(Interrupted):
+class JobLost(Interrupted):
     """The job was cancelled or taken over: this worker lets go of it."""
 
 
-class Stopping(Interrupted):
+class WorkerStopping(Interrupted):
     """This worker is told to stop: the job goes back, for another to go on with."""
 
 
 @dataclass(slots=True)
-class Held:
+class JobRun:
     """A job in this worker's hands, as its steps see it.
 
     `passed` has the jobs that this worker has left to others, and since when; None where there are no others.
@@ -88,20 +88,20 @@ class Held:
     def check(self, _done: int = 0) -> None:
         """Called often by what takes long, with what it has just done: raises as `progress`."""
         if self.lost.is_set():
-            raise Released
+            raise JobLost
         if self.stop.is_set():
-            raise Stopping
+            raise WorkerStopping
 
     def _note(self, state: str, done: float | Amount) -> None:
         if not self._write(state, done):
-            raise Released
+            raise JobLost
 
     def _write(self, state: str, done: float | Amount) -> bool:
         with self.resources.write() as session:
             return queue.note_step(session, self.job_id, self.worker, self._step, state=state, progress=done)
 
 
-Step = Callable[[Held], None]
+Step = Callable[[JobRun], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def run_one(
         job = queue.claim(session, worker, now, leave)
     if job is None:
         return False
-    held = Held(resources, worker, job.id, stop or threading.Event(), passed)
+    held = JobRun(resources, worker, job.id, stop or threading.Event(), passed)
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -164,16 +164,16 @@ def run_one(
     return True
 
 
-def _run(held: Held, job: Job, kind: JobKind) -> None:
+def _run(held: JobRun, job: Job, kind: JobKind) -> None:
     try:
         _go_on(held, job, kind)
-    except Stopping:
+    except WorkerStopping:
         with held.resources.write() as session:
-            queue.hand_back(session, held.job_id, held.worker)
-    except Released:
+            queue.requeue(session, held.job_id, held.worker)
+    except JobLost:
         _finish(held, kind, "cancelled", None)
     except (RegistryError, ComposerError, OSError) as error:
-        _stumbled(held, job, kind, _told(error))
+        _handle_failure(held, job, kind, _told(error))
     except Exception as error:
         log.exception("Job %s failed", job.id)
         held.fail_step()
@@ -196,14 +196,14 @@ def _told(error: RegistryError | ComposerError | OSError) -> RegistryError:
     )
 
 
-def _stumbled(held: Held, job: Job, kind: JobKind, error: RegistryError) -> None:
+def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:
     """Puts the job off, leaves it to other hosts, or ends it."""
     if error.code in _OUTAGES and job.attempts < queue.MAX_ATTEMPTS:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
     if error.code in _ELSEWHERE and held.passed is not None:
         if held.passed.pop(job.id, None) is None:
-            _pass_on(held, held.passed, kind, error)
+            _leave_to_other_hosts(held, held.passed, kind, error)
             return
         minutes = OTHERS_WAIT.total_seconds() / 60
         error.detail += f" No worker that finds one took the job within {minutes:.0f} minutes."
@@ -211,9 +211,9 @@ def _stumbled(held: Held, job: Job, kind: JobKind, error: RegistryError) -> None
     _finish(held, kind, "refused" if error.exit_code == 1 else "failed", error)
 
 
-def _go_on(held: Held, job: Job, kind: JobKind) -> None:
+def _go_on(held: JobRun, job: Job, kind: JobKind) -> None:
     if job.cancel_requested:
-        raise Released
+        raise JobLost
     if job.attempts > queue.MAX_ATTEMPTS:
         raise Unavailable(
             "worker_lost",
@@ -227,7 +227,7 @@ def _go_on(held: Held, job: Job, kind: JobKind) -> None:
             held.finish_step()
 
 
-def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) -> None:
+def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None) -> None:
     """Cleans, then says so: a crash in between leaves a job to take over, never a job that ended and left its files."""
     if not _cleaned(held, kind):
         return
@@ -236,16 +236,16 @@ def _finish(held: Held, kind: JobKind, state: str, error: RegistryError | None) 
         queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), told)
 
 
-def _pass_on(held: Held, passed: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
+def _leave_to_other_hosts(held: JobRun, passed: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
     """Whoever goes on has another disk: what lies on this one is of no more use."""
     log.warning("Job %s is left to a worker on another host: %s", held.job_id, error)
     if _cleaned(held, kind):
         with held.resources.write() as session:
-            queue.hand_back(session, held.job_id, held.worker, _as_row(error))
+            queue.requeue(session, held.job_id, held.worker, _as_row(error))
         passed[held.job_id] = held.resources.clock()
 
 
-def _cleaned(held: Held, kind: JobKind) -> bool:
+def _cleaned(held: JobRun, kind: JobKind) -> bool:
     """False, with nothing removed, when the job is no longer this worker's."""
     with held.resources.read() as session:
         if queue.find(session, held.job_id).worker != held.worker:
@@ -254,11 +254,11 @@ def _cleaned(held: Held, kind: JobKind) -> bool:
     return True
 
 
-def _put_off(held: Held, pause: timedelta, error: RegistryError) -> None:
+def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
     """Whoever goes on finds what the finished steps have left."""
     log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
     with held.resources.write() as session:
-        queue.put_off(session, held.job_id, held.worker, held.resources.clock() + pause, _as_row(error))
+        queue.retry_later(session, held.job_id, held.worker, held.resources.clock() + pause, _as_row(error))
 
 
 def _as_row(error: RegistryError) -> dict[str, Any]:
@@ -272,14 +272,14 @@ def _as_row(error: RegistryError) -> dict[str, Any]:
     }
 
 
-def _beat(held: Held, done: threading.Event) -> None:
+def _beat(held: JobRun, done: threading.Event) -> None:
     """Keeps the lease, and learns of a cancellation within a beat."""
     wait = 0.5
     while not done.wait(wait):
         wait = min(BEAT_S, wait * 2)
         try:
             with held.resources.write() as session:
-                kept = queue.beat(session, held.job_id, held.worker, held.resources.clock())
+                kept = queue.extend_lease(session, held.job_id, held.worker, held.resources.clock())
         except Exception:  # whatever it was, the lease has time for another try
             log.warning("No heartbeat for job %s", held.job_id, exc_info=True)
             continue

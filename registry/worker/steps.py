@@ -38,7 +38,7 @@ from registry.formats.references import Digest, parse_reference
 from registry.transfer import publishing, uploads
 from registry.transfer.publishing import Push
 from registry.worker.judging import Examination, Member, judge, with_inputs
-from registry.worker.runner import Held, JobKind
+from registry.worker.runner import JobKind, JobRun
 from registry.worker.signed import publish_signed
 from registry.worker.workspace import work_of
 
@@ -61,7 +61,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class CompositionRun:
     """A composition as its steps need it; everything is read anew in each step, so that a step can be the first one."""
 
     composition_id: int
@@ -119,7 +119,7 @@ class Work:
         own = [suite for suite in self.member_suites if suite in self.evaluated]
         return dict.fromkeys(compositions.gates_against_inputs(own), False)
 
-    def calibration_sets(self, held: Held) -> list[CalibrationSet]:
+    def calibration_sets(self, held: JobRun) -> list[CalibrationSet]:
         """What the lock says that each input is fitted on."""
         found: list[CalibrationSet] = []
         for source, row in zip(self.recipe.inputs, self.lock.calibration, strict=False):
@@ -130,7 +130,7 @@ class Work:
                 found.append(CalibrationSet(prompts=source.prompts))
         return found
 
-    def members(self, held: Held) -> list[tuple[Path, Weight]]:
+    def members(self, held: JobRun) -> list[tuple[Path, Weight]]:
         """Each input's directory, its files verified, and its weight with its rules."""
         found: list[tuple[Path, Weight]] = []
         for locked, files in zip(self.lock.inputs, self.files, strict=True):
@@ -141,7 +141,7 @@ class Work:
             found.append((place, locked.weighted))
         return found
 
-    def base_checkpoint(self, held: Held) -> Checkpoint:
+    def base_checkpoint(self, held: JobRun) -> Checkpoint:
         """The base on this host, its weights verified: a location is a promise that nobody kept watch over."""
         directory = local_directory(self.locations)
         if directory is None:
@@ -156,7 +156,7 @@ class Work:
         return checkpoint
 
 
-def check(held: Held) -> None:
+def check(held: JobRun) -> None:
     """Structural checks and the conflict report; a hard conflict ends the composition here, and so does a verdict worse
     than the policy requires, or an adapter that no file can hold."""
     from composer.conflicts.examine import examine
@@ -188,7 +188,7 @@ def check(held: Held) -> None:
         refuse_uncombinable(loaded, [weight for _, weight in members], work.lock.method, work.lock.settings)
 
 
-def combine(held: Held) -> None:
+def combine(held: JobRun) -> None:
     """The candidate where the recipe names an adapter: one PEFT adapter that adds what the recipe says."""
     from composer.evaluation.model import load_model
     from composer.export.combine import combine as combine_adapters
@@ -207,7 +207,7 @@ def combine(held: Held) -> None:
     )
 
 
-def evaluate(held: Held) -> None:
+def evaluate(held: JobRun) -> None:
     """The candidate on the recipe's suites: the base in memory with the adapter active, or the merged model, which is
     written before it is judged where nothing else is to be published."""
     from composer.deltas.variants.load import load_deltas
@@ -234,7 +234,7 @@ def evaluate(held: Held) -> None:
     _store(held, work, candidate_scores=with_inputs(found, examination, compared, base))
 
 
-def _compared(held: Held, work: Work) -> list[Member]:
+def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
     """The inputs, with what is recorded of them."""
     from composer.deltas.variants.load import load_deltas
 
@@ -258,7 +258,7 @@ def _compared(held: Held, work: Work) -> list[Member]:
     ]
 
 
-def gate(held: Held) -> None:
+def gate(held: JobRun) -> None:
     """The recipe's gates and those of the lock; nothing was published yet when one of them fails."""
     work = _work(held)
     with held.resources.read() as session:
@@ -283,7 +283,7 @@ def gate(held: Held) -> None:
         )
 
 
-def merge(held: Held) -> None:
+def merge(held: JobRun) -> None:
     """The merged checkpoint, streamed shard by shard and verified."""
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
@@ -302,7 +302,7 @@ def merge(held: Held) -> None:
     _store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
 
 
-def publish(held: Held) -> None:
+def publish(held: JobRun) -> None:
     """Bytes of every output first; then all releases, their lineage and scores in one transaction, or none of them.
 
     With the roles that the creator has now. Raises NotAllowed when one was taken away; nothing is published then.
@@ -329,10 +329,10 @@ def publish(held: Held) -> None:
                 suites.record(session, actor, release, measured)
 
 
-def clean(held: Held) -> None:
+def clean(held: JobRun) -> None:
     """Inputs, candidate and merged checkpoint: published ones lie in the store by now."""
     with held.resources.read() as session:
-        composition = compositions.of_job(session, held.job_id)
+        composition = compositions.find_by_job(session, held.job_id)
     shutil.rmtree(work_of(held.resources, composition.id), ignore_errors=True)
 
 
@@ -354,7 +354,7 @@ KINDS = {
 class _Share:
     """Bytes or examples done, from several threads, for the job's row, which one thread at a time writes."""
 
-    def __init__(self, held: Held, unit: str, total: int = 0) -> None:
+    def __init__(self, held: JobRun, unit: str, total: int = 0) -> None:
         self._held, self._unit, self._total, self._done = held, unit, total, 0
         self._lock = threading.Lock()
 
@@ -373,12 +373,12 @@ class _Share:
         self._held.progress(Amount(self._done, self._total, self._unit))
 
 
-def _work(held: Held) -> Work:
+def _work(held: JobRun) -> CompositionRun:
     with held.resources.read() as session:
-        composition = compositions.of_job(session, held.job_id)
+        composition = compositions.find_by_job(session, held.job_id)
         recipe, lock = parse_recipe(composition.recipe), Lock.from_json(composition.lock)
         inputs = compositions.inputs_of(session, lock)
-        return Work(
+        return CompositionRun(
             composition_id=composition.id,
             recipe=recipe,
             lock=lock,
@@ -391,11 +391,11 @@ def _work(held: Held) -> Work:
         )
 
 
-def _creator(held: Held, session: Session) -> Actor:
-    return compositions.creator(session, compositions.of_job(session, held.job_id), held.resources.clock())
+def _creator(held: JobRun, session: Session) -> Actor:
+    return compositions.creator(session, compositions.find_by_job(session, held.job_id), held.resources.clock())
 
 
-def _evidence(held: Held, work: Work) -> "Evidence":
+def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
     """A probe in memory, where every member has a suite and the recipe asks for one; the report says when the evidence
     is weaker. The prompts of the suites are compared in any case."""
     from composer.conflicts.evidence.probe import usual_most
@@ -416,7 +416,7 @@ def _evidence(held: Held, work: Work) -> "Evidence":
     )
 
 
-def _calibration(held: Held, work: Work, load: "Callable[[], LoadedModel]") -> "Calibration | None":
+def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedModel]") -> "Calibration | None":
     """What a fitted method is fitted on; the base is loaded when it is first looked at."""
     if not PIPELINES[work.lock.method].fitted:
         return None
@@ -425,19 +425,19 @@ def _calibration(held: Held, work: Work, load: "Callable[[], LoadedModel]") -> "
     return Calibration.by(work.lock.settings, load, work.calibration_sets(held))
 
 
-def _suites(held: Held, names: Sequence[str]) -> list[SuiteContent]:
+def _suites(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:
     with held.resources.read() as session:
         return [SuiteContent.from_json(suites.find(session, name).content) for name in names]
 
 
-def _store(held: Held, work: Work, **columns: Any) -> None:
+def _store(held: JobRun, work: CompositionRun, **columns: Any) -> None:
     with held.resources.write() as session:
         composition, _ = compositions.find(session, work.composition_id)
         for name, value in columns.items():
             setattr(composition, name, value)
 
 
-def _upload(held: Held, actor: Actor, work: Work, output: Output) -> Push:
+def _upload(held: JobRun, actor: Actor, work: CompositionRun, output: Output) -> Push:
     reference, directory = parse_reference(output.target), output.directory
     files: list[ManifestFile] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):

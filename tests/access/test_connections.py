@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from registry.database import postgres
-from registry.database.engine import Database, Patience
+from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import migrate
 from registry.errors import Unavailable
 from tests import services
@@ -43,7 +43,7 @@ def count(url: str) -> int:
 
 
 def test_a_process_that_gets_no_further_connection_waits_for_one_of_its_own(url: str) -> None:
-    others = [Database(url, pool_size=90), Database(url, Patience(connect_s=2), pool_size=20)]
+    others = [Database(url, pool_size=90), Database(url, DatabaseTimeouts(connect_s=2), pool_size=20)]
     taken = [others[0].engine.connect() for _ in range(90)]
     assert all(one.scalar(text("SELECT 1")) == 1 for one in taken)
 
@@ -57,7 +57,7 @@ def test_a_process_that_gets_no_further_connection_waits_for_one_of_its_own(url:
     others[1].close()
     more = Database(url, pool_size=20)
     rest = [more.engine.connect() for _ in range(10)]  # a superuser has the reserved ones too
-    third = Database(url, Patience(connect_s=2))
+    third = Database(url, DatabaseTimeouts(connect_s=2))
     with pytest.raises(Unavailable, match="max_connections") as raised, third.read():
         pass
     assert "ADAPTORY_DATABASE_POOL_SIZE" in raised.value.next_step

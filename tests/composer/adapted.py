@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from composer.deltas.variants.load import load_deltas
-from composer.evaluation.hooks import applied
+from composer.evaluation.hooks import deltas_applied
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
 from composer.formats.checkpoints.header import TensorSpec
 from composer.merge.plan import MergePlan, plan_merge
@@ -46,7 +46,7 @@ def _adapted(model: nn.Module, config: PeftConfig, directory: Path, size: float)
 def changed_by(layers: nn.Module, before: Weights, adapter: Path) -> Weights:
     """The layers' tensors with the adapter's deltas, as the composer computes them."""
     layers.load_state_dict(before)
-    with applied(layers, load_deltas(adapter, architecture_of(before)).deltas):
+    with deltas_applied(layers, load_deltas(adapter, architecture_of(before)).deltas):
         return {name: tensor.clone() for name, tensor in layers.state_dict().items()}
 
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from composer.deltas.delta import Computed, Delta, LowRank
+from composer.deltas.delta import Delta, LowRank, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 
@@ -107,5 +107,5 @@ def dense(delta: Delta) -> torch.Tensor:
     """Of a delta that does not look at the base, in float64, as its module uses it."""
     if isinstance(delta, LowRank):
         return delta.scale * delta.B_OR.double() @ delta.A_RI.double()
-    assert isinstance(delta, Computed)
+    assert isinstance(delta, RowwiseDelta)
     return delta.rows(torch.zeros(delta.stored_shape), 0).double()

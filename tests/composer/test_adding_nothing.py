@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from composer.conflicts.report import Method, conflicts
-from composer.deltas.delta import Computed, LowRank
+from composer.deltas.delta import LowRank, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch
 from composer.export.combine import combine
@@ -51,7 +51,7 @@ def test_a_sum_that_pico_multiplies_by_a_large_factor_is_a_finding(shared: Share
 def test_what_is_made_row_by_row_is_not_restored_from_rounding_either(shared: Shared) -> None:
     (one,) = loaded(shared.base, shared.adapters[0])
     made = combine_deltas([one, one], [1.0, -1.0], "pico_magnitude_prune", {"tied": "untie", "density": 0.5})
-    rows = [one.rows(torch.zeros(one.stored_shape), 0) for one in made.deltas if isinstance(one, Computed)]
+    rows = [one.rows(torch.zeros(one.stored_shape), 0) for one in made.deltas if isinstance(one, RowwiseDelta)]
     assert rows
     assert not any(bool(one.any()) for one in rows)
     assert "cancelled" in {finding.code for finding in made.findings}

@@ -16,7 +16,7 @@ from composer.conflicts.findings import of_outcome
 from composer.conflicts.render.html import page
 from composer.conflicts.render.text import headlines, tables
 from composer.conflicts.report import conflicts
-from composer.deltas.delta import Computed
+from composer.deltas.delta import RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.findings import Verdict
 from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -178,7 +178,7 @@ def test_advice_names_no_method_that_wants_factors_where_an_adapter_has_none(
     advised = " ".join(conflicts([red, green], [1.0, 1.0], evidence=measured).pairs[0].explanation.advice)
     assert "protect=1" in advised
     assert "knots_ties" in advised
-    other = Computed("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
+    other = RowwiseDelta("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
     computed = replace(green, deltas=(*green.deltas, other))
     advised = " ".join(conflicts([red, computed], [1.0, 1.0], evidence=measured).pairs[0].explanation.advice)
     assert "--method ties" in advised

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from composer.deltas.delta import LowRank
-from composer.deltas.tensors import Aside, give_back, map_tensor, torch_threads
+from composer.deltas.tensors import SpillFile, drop_pages, map_tensor, torch_threads
 from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, RefusedOutput
 from composer.formats.checkpoints.header import read_header
@@ -25,32 +25,32 @@ def rss_bytes() -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_what_is_put_aside_has_the_same_values_also_after_its_memory_was_given_back(dtype: torch.dtype) -> None:
-    aside = Aside()
+    aside = SpillFile()
     for seed in range(3):
         torch.manual_seed(seed)
         given = [(torch.randn(shape) * 50).to(dtype) for shape in SHAPES]
         mapped = aside.put([*given[:-1], given[-1].T])
         for one in mapped:
-            give_back(one)
+            drop_pages(one)
         assert all(torch.equal(one, other) for one, other in zip(mapped, [*given[:-1], given[-1].T], strict=True))
 
 
 def test_nothing_may_be_put_aside() -> None:
-    assert Aside().put([]) == []
+    assert SpillFile().put([]) == []
 
 
 def test_what_is_put_aside_takes_no_memory_once_it_is_given_back() -> None:
-    aside, before = Aside(), rss_bytes()
+    aside, before = SpillFile(), rss_bytes()
     for _ in range(20):
         (mapped,) = aside.put([torch.ones(1 << 20)])
         assert float(mapped.sum()) == 1 << 20
-        give_back(mapped)
+        drop_pages(mapped)
     assert rss_bytes() - before < 40 << 20, "of 80 MB"
 
 
 def test_a_disk_without_room_is_one_clear_error() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    aside = Aside()
+    aside = SpillFile()
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(RefusedOutput, match="TMPDIR") as caught:
@@ -61,7 +61,7 @@ def test_a_disk_without_room_is_one_clear_error() -> None:
 
 
 def test_a_file_that_cannot_be_written_for_another_reason_is_not_called_a_full_disk() -> None:
-    aside, pipe = Aside(), os.pipe()
+    aside, pipe = SpillFile(), os.pipe()
     os.dup2(pipe[0], aside._file.fileno())  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(OSError, match="Illegal seek"):
         aside.put([torch.ones(1 << 20)])
@@ -76,7 +76,7 @@ def test_combined_factors_outlive_the_call_that_made_them(make_model: MakeModel,
     before = [one.A_RI.clone() for one in made]
     assert before
     for one in made:
-        give_back(one.A_RI)
+        drop_pages(one.A_RI)
     assert all(torch.equal(one.A_RI, other) for one, other in zip(made, before, strict=True))
 
 

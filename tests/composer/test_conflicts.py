@@ -12,7 +12,7 @@ from composer.conflicts.evidence.probe import Probed, probe
 from composer.conflicts.findings import of_pair
 from composer.conflicts.render import text
 from composer.conflicts.report import ConflictReport, Method, conflicts
-from composer.deltas.delta import Computed, LowRank
+from composer.deltas.delta import LowRank, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.model import load_model
@@ -262,7 +262,7 @@ def test_a_mean_tells_the_weights_that_it_comes_to(red: LoadedAdapter, green: Lo
 
 
 def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    other = Computed("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
+    other = RowwiseDelta("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
     found = conflicts([red, replace(green, deltas=(*green.deltas, other))], [1.0, 1.0])
     (told,) = [finding for finding in found.findings if finding.code == "not_factors"]
     assert (told.subject, told.measure) == ("green", 1.0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from composer.deltas.delta import Computed, Layout, LowRank
+from composer.deltas.delta import Layout, LowRank, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter
 from composer.methods import pipeline
 from composer.methods.combine import combine_deltas
@@ -65,9 +65,9 @@ def test_deltas_that_are_only_made_whole_are_made_one_place_at_a_time(
     inside = Inside()
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
 
-    def whole(place: int) -> Computed:
+    def whole(place: int) -> RowwiseDelta:
         rows = inside.watched(lambda W, begin: torch.eye(SIDE)[begin : begin + len(W)])
-        return Computed(f"m{place}", f"m{place}.weight", (SIDE, SIDE), rows, whole=True)
+        return RowwiseDelta(f"m{place}", f"m{place}.weight", (SIDE, SIDE), rows, whole=True)
 
     own = replace(red, deltas=tuple(map(whole, range(6))))
     assert len(combine_deltas([own], [1.0], "ties_svd", {"rank": 2}).compressions) == 6

@@ -17,7 +17,7 @@ from composer.formats.adapters.config.types import REFUSED, TYPES
 from composer.formats.adapters.facts import AdapterFacts, facts, health, read_adapter
 from composer.formats.adapters.inspection import inspect
 from composer.formats.adapters.placement.placement import place
-from composer.formats.adapters.placement.result import Placed
+from composer.formats.adapters.placement.result import PlacementResult
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
 from composer.merge.plan import plan_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
@@ -36,7 +36,7 @@ def change_config(adapter: Path, **fields: object) -> None:
     (adapter / CONFIG).write_text(json.dumps(config | fields))
 
 
-def placed_on(adapter: Path, architecture: Architecture | None) -> Placed:
+def placed_on(adapter: Path, architecture: Architecture | None) -> PlacementResult:
     opened = read_adapter(adapter)
     return place(opened.config, opened.header, architecture, opened.name)
 

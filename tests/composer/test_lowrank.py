@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer.deltas.delta import Layout, LowRank
-from composer.deltas.lowrank import Grams, Sums, relations
+from composer.deltas.lowrank import Grams, PairSums, relations
 
 
 def delta(seed: int, outputs: int = 24, inputs: int = 17, rank: int = 3, layout: Layout = Layout.LINEAR) -> LowRank:
@@ -97,13 +97,13 @@ def test_the_whole_model_is_the_quotient_of_sums_not_the_mean_of_quotients() -> 
 def test_picking_two_of_three_equals_comparing_those_two() -> None:
     parts = [delta(1), delta(2), delta(3)]
     picked, alone = relations(parts).sums.pick(2, 0), relations([parts[2], parts[0]]).sums
-    for field in fields(Sums):
+    for field in fields(PairSums):
         assert getattr(picked, field.name) == pytest.approx(getattr(alone, field.name), rel=1e-9), field.name
 
 
 def test_sums_start_from_zero() -> None:
     sums = relations([delta(1), delta(2)]).sums
-    assert (Sums.zero(2) + sums).inner == pytest.approx(sums.inner)
+    assert (PairSums.zero(2) + sums).inner == pytest.approx(sums.inner)
 
 
 def test_alignments_equal_the_cosines_of_the_dense_gram_matrices() -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from composer.deltas.delta import LowRank
-from composer.deltas.tensors import Aside, give_back, map_tensor, read_into
+from composer.deltas.tensors import SpillFile, drop_pages, map_tensor, read_into
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.checkpoints.header import TensorSpec, encode_header, parse_header, read_header
@@ -36,7 +36,7 @@ def test_a_mapped_tensor_takes_memory_while_it_is_looked_at_and_is_read_again_af
     before = mapped_bytes()
     total = int(a.sum())
     assert mapped_bytes() - before > 60 * MB
-    give_back(a)
+    drop_pages(a)
     assert mapped_bytes() - before < 4 * MB
     assert int(a.sum()) == total == (8 * MB - 1) * 4 * MB
     assert b.tolist() == [1, 1, 1]
@@ -54,7 +54,7 @@ def test_all_tensors_of_a_file_share_one_mapping_that_goes_with_the_last_of_them
     entries = read_header(path).tensors
     mapped = [map_tensor(path, entries[name]) for name in names]
     assert mappings_of(path) == 1
-    give_back(mapped[7])
+    drop_pages(mapped[7])
     assert [int(one[0]) for one in mapped] == list(range(50))
 
     save_file({name: torch.full((100,), -1) for name in names}, tmp_path / "other.safetensors")
@@ -80,7 +80,7 @@ def test_a_file_larger_than_all_memory_is_mapped(tmp_path: Path) -> None:
 
 def test_what_is_not_mapped_is_left_alone(tmp_path: Path) -> None:
     own = torch.arange(5_000)
-    give_back(own)
+    drop_pages(own)
     assert torch.equal(own, torch.arange(5_000))
 
 
@@ -104,7 +104,7 @@ def test_a_view_of_a_mapped_matrix_is_read_as_it_is(view: str, dtype: torch.dtyp
     matrix = torch.randn(1_000, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     save_file({"before": torch.ones(3), "m": matrix}, tmp_path / "file.safetensors")
     entry = read_header(tmp_path / "file.safetensors").tensors["m"]
-    aside = Aside()
+    aside = SpillFile()
     aside.put([torch.ones(5)])
     for source in (map_tensor(tmp_path / "file.safetensors", entry), *aside.put([matrix]), matrix):
         expected = VIEWS[view](matrix).float()
@@ -123,8 +123,8 @@ def test_a_merge_looks_at_no_factor_where_it_is_mapped(
     for path, _ in adapters:
         for factor in (delta for one in plan.shards for tensor in one.tensors for delta in tensor.deltas):
             assert isinstance(factor, LowRank)
-            give_back(factor.A_RI)
-            give_back(factor.B_OR)
+            drop_pages(factor.A_RI)
+            drop_pages(factor.B_OR)
         assert resident_of(path / "adapter_model.safetensors") == 0
     run_merge(plan, tmp_path / "merged", "cpu")
     assert [resident_of(path / "adapter_model.safetensors") for path, _ in adapters] == [0, 0, 0]

@@ -18,10 +18,10 @@ from transformers import AutoConfig
 from composer.errors import InvalidFile, NotSupported, RefusedOutput
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.hashing import hash_checkpoint, hash_file
-from composer.formats.checkpoints.staging import writing_aside
+from composer.formats.checkpoints.staging import staged_directory
 from composer.merge import chunks, copying, shards
 from composer.merge.grown import Vocabulary
-from composer.merge.io.output_file import Target
+from composer.merge.io.output_file import OutputFile
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
@@ -166,7 +166,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(small_disk: Path) -> None:
-    with pytest.raises(RefusedOutput, match="disk is full") as caught, writing_aside(small_disk / "merged", 2 << 20):
+    with pytest.raises(RefusedOutput, match="disk is full") as caught, staged_directory(small_disk / "merged", 2 << 20):
         pytest.fail("nothing should have been started")
     assert caught.value.code == "disk_full"
 
@@ -177,7 +177,7 @@ def test_a_file_above_a_limit_names_the_output_and_leaves_nothing(tmp_path: Path
     try:
         with (
             pytest.raises(RefusedOutput, match="merged needs") as caught,
-            writing_aside(tmp_path / "merged", 0) as aside,
+            staged_directory(tmp_path / "merged", 0) as aside,
         ):
             (aside / "shard").write_bytes(bytes(8192))
     finally:
@@ -192,7 +192,7 @@ def test_what_a_killed_process_has_not_written_yet_needs_its_space_still(tmp_pat
     with (aside / "shard").open("wb") as shard:
         shard.truncate(1 << 40)
     sparse = shutil.disk_usage(tmp_path).free + (1 << 39)
-    with pytest.raises(RefusedOutput, match="disk is full"), writing_aside(tmp_path / "merged", sparse, "a" * 12):
+    with pytest.raises(RefusedOutput, match="disk is full"), staged_directory(tmp_path / "merged", sparse, "a" * 12):
         pytest.fail("there is no room for it")
 
 
@@ -228,13 +228,13 @@ def test_a_bit_that_flips_on_the_way_of_a_copied_range_is_noticed(
 def test_a_bit_that_flips_on_the_way_of_a_rewritten_tensor_is_noticed(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Target.write
+    write = OutputFile.write
 
-    def flipping(target: Target, buffer: memoryview, offset: int, address: int) -> None:
+    def flipping(target: OutputFile, buffer: memoryview, offset: int, address: int) -> None:
         write(target, buffer, offset, address)
         flip(target.file, offset + 1)
 
-    monkeypatch.setattr(Target, "write", flipping)
+    monkeypatch.setattr(OutputFile, "write", flipping)
     refuses(plan, tmp_path)
 
 

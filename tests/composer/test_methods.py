@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from composer.deltas.delta import Additive, Computed, Layout, LowRank
+from composer.deltas.delta import Additive, Layout, LowRank, RowwiseDelta
 from composer.errors import ComposerError
 from composer.formats.recipes.methods import PIPELINES, parse_settings
 from composer.methods.basis import ctm
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix
-from composer.methods.pipeline import Part, Place, Selections, run
+from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 from composer.methods.spectral import compress_dense
 from tests.composer import dense_methods as dense
 
@@ -48,10 +48,10 @@ def combined(
     method: str, deltas: Sequence[Additive], weights: Sequence[float], settings: dict[str, object] | None = None
 ) -> torch.Tensor:
     """What the method adds, dense and as stored, in float64."""
-    parts = [Part(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))]
-    place = Place(parts, sum(weights))
+    parts = [SlotDelta(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))]
+    place = WeightSlot(parts, sum(weights))
     parsed = parse_settings(method, settings or {})
-    added, _ = run(PIPELINES[method], place, parsed, Selections.over([place], PIPELINES[method], parsed))
+    added, _ = combine_slot(PIPELINES[method], place, parsed, Selections.over([place], PIPELINES[method], parsed))
     return sum((as_stored(delta) for delta in added), torch.zeros(added[0].stored_shape, dtype=torch.float64))
 
 
@@ -166,12 +166,12 @@ def test_one_adapter_of_weight_one_is_itself_when_nothing_is_dropped(method: str
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_order_of_adapters_does_not_matter(method: str) -> None:
-    parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
+    parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
     parsed = parse_settings(method, {})
     results = []
     for order in ((0, 1, 2), (2, 0, 1)):
-        place = Place([parts[i] for i in order], sum(WEIGHTS))
-        added, _ = run(PIPELINES[method], place, parsed, Selections())
+        place = WeightSlot([parts[i] for i in order], sum(WEIGHTS))
+        added, _ = combine_slot(PIPELINES[method], place, parsed, Selections())
         results.append(sum(as_stored(delta) for delta in added))
     assert error(results[1], results[0]) < 1e-4
 
@@ -235,9 +235,9 @@ def test_a_compression_reports_the_error_that_it_made() -> None:
     deltas = low_ranks()
     exact = dense.summed([B @ A for B, A in pairs(deltas)], WEIGHTS)
     for method in ("svd", "stack", "ties_svd"):
-        parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
+        parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
         parsed = parse_settings(method, {"rank": 5, **known(method, {"density": 1.0, "divide": "none"})})
-        (made,), lost = run(PIPELINES[method], Place(parts, 0.8), parsed, Selections())
+        (made,), lost = combine_slot(PIPELINES[method], WeightSlot(parts, 0.8), parsed, Selections())
         assert lost is not None
         assert isinstance(made, LowRank)
         assert (lost.rank, made.rank) == (5, 5)
@@ -267,10 +267,10 @@ def test_a_small_loss_of_a_dense_delta_is_told_as_well() -> None:
 @pytest.mark.parametrize("method", ["pico_stack", "pico_ties", "pico_knots_ties", "pico_ctm_mean", "ctm_mean"])
 @pytest.mark.parametrize("restore", ["merged", "each"])
 def test_what_a_cut_loses_is_told_of_the_sum_also_where_its_norm_is_given_back(method: str, restore: str) -> None:
-    parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
+    parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
     cut, whole = (known(method, {"restore": restore, **more}) for more in ({"rank": 3}, {"ctm_rank": sum(RANKS)}))
-    (made,), lost = run(PIPELINES[method], Place(parts, 0.8), parse_settings(method, cut), Selections())
-    uncut, _ = run(PIPELINES[method], Place(parts, 0.8), parse_settings(method, whole), Selections())
+    (made,), lost = combine_slot(PIPELINES[method], WeightSlot(parts, 0.8), parse_settings(method, cut), Selections())
+    uncut, _ = combine_slot(PIPELINES[method], WeightSlot(parts, 0.8), parse_settings(method, whole), Selections())
     exact = sum(as_stored(delta) for delta in uncut)
     assert lost is not None
     assert lost.error == pytest.approx(float((as_stored(made) - exact).norm()), rel=1e-4)
@@ -279,11 +279,11 @@ def test_what_a_cut_loses_is_told_of_the_sum_also_where_its_norm_is_given_back(m
 
 @pytest.mark.parametrize("method", ["stack", "svd", "ties_svd", "knots_ties"])
 def test_a_share_of_the_energy_decides_the_rank(method: str) -> None:
-    parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
+    parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
     ranks = []
     for energy in (0.5, 0.9, 0.99):
-        (made,), lost = run(
-            PIPELINES[method], Place(parts, 0.8), parse_settings(method, {"energy": energy}), Selections()
+        (made,), lost = combine_slot(
+            PIPELINES[method], WeightSlot(parts, 0.8), parse_settings(method, {"energy": energy}), Selections()
         )
         assert lost is not None
         assert isinstance(made, LowRank)
@@ -296,9 +296,9 @@ def test_random_masks_depend_on_seed_and_adapter_and_not_on_rows_or_order() -> N
     deltas = low_ranks()
 
     def made(seed: int) -> Additive:
-        parts = [Part(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
-        (added,), _ = run(
-            PIPELINES["dare_ties"], Place(parts, 0.8), parse_settings("dare_ties", {"seed": seed}), Selections()
+        parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
+        (added,), _ = combine_slot(
+            PIPELINES["dare_ties"], WeightSlot(parts, 0.8), parse_settings("dare_ties", {"seed": seed}), Selections()
         )
         return added
 
@@ -322,11 +322,14 @@ def test_what_is_dropped_at_random_is_made_up_for_on_average(method: str) -> Non
 def test_ties_over_the_whole_model_trims_the_smaller_module_more() -> None:
     small, large = low_ranks(1), low_ranks(2)
     small = [LowRank("s", "s.weight", d.layout, d.A_RI, d.B_OR, d.scale / 10) for d in small]
-    places = [Place([Part(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0) for deltas in (small, large)]
+    places = [
+        WeightSlot([SlotDelta(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0)
+        for deltas in (small, large)
+    ]
     parsed = parse_settings("magnitude_prune", {"scope": "model", "density": 0.2})
     pipeline = PIPELINES["magnitude_prune"]
     selections = Selections.over(places, pipeline, parsed)
-    kept = [int(as_stored(run(pipeline, place, parsed, selections)[0][0]).count_nonzero()) for place in places]
+    kept = [int(as_stored(combine_slot(pipeline, place, parsed, selections)[0][0]).count_nonzero()) for place in places]
     assert kept[0] < kept[1] / 10
     with pytest.raises(ComposerError, match="scope"):
         Selections.over(places, PIPELINES["core_ties"], parse_settings("core_ties", {"scope": "model"}))
@@ -353,7 +356,7 @@ def test_the_subspaces_of_adapters_that_share_them_are_found_by_ctm() -> None:
 def test_a_delta_without_factors_is_cut_to_a_rank_like_any_other(method: str) -> None:
     deltas = low_ranks()
     dense_one = as_stored(deltas[1]).float()
-    computed = Computed(
+    computed = RowwiseDelta(
         "m", "m.weight", (OUTPUTS, INPUTS), lambda W, begin: dense_one[begin : begin + W.shape[0]].to(W)
     )
     mixed = combined(method, [deltas[0], computed, deltas[2]], WEIGHTS, {"rank": 5})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from composer.deltas.delta import Computed, Delta, LowRank, Replacement
+from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
@@ -48,7 +48,7 @@ def merged(base: Path, deltas: list[Delta]) -> dict[str, torch.Tensor]:
         original = tensors_in(base)[delta.weight].double()
         if isinstance(delta, Replacement):
             found[delta.weight] = delta.tensor.double()
-        elif isinstance(delta, Computed):
+        elif isinstance(delta, RowwiseDelta):
             found[delta.weight] = W + delta.rows(original, 0)
         else:
             left, right = delta.stored_factors()
@@ -147,7 +147,7 @@ def test_slips_in_weights_and_settings_are_refused(make_model: MakeModel, make_a
     saved = loaded(base, make_adapter(base, "a2", seed=3, modules_to_save=["lm_head"]))
     with pytest.raises(ComposerError, match="cannot scale"):
         combine_deltas([*both, *saved], [1.0, 1.0, 1.0], "mean")
-    loha = replace(both[0], deltas=(Computed("m", "m.weight", (8, 8), lambda W, begin: W),))
+    loha = replace(both[0], deltas=(RowwiseDelta("m", "m.weight", (8, 8), lambda W, begin: W),))
     with pytest.raises(ComposerError, match="rank or energy"):
         combine_deltas([loha], [1.0], "ties_svd")
 
@@ -157,7 +157,7 @@ def test_the_model_wide_trim_counts_what_it_filters(make_model: MakeModel, make_
     both = loaded(base, make_adapter(base, "a0"), make_adapter(base, "a1", seed=2))
     settings = {"scope": "model", "density": 0.2, "restore": "none"}
     deltas = combine_deltas(both[:1] * 2, [1.0, 1.0], "pico_magnitude_prune", settings).deltas
-    entries = [delta.rows(torch.zeros(delta.stored_shape), 0) for delta in deltas if isinstance(delta, Computed)]
+    entries = [delta.rows(torch.zeros(delta.stored_shape), 0) for delta in deltas if isinstance(delta, RowwiseDelta)]
     share = sum(int(one.count_nonzero()) for one in entries) / sum(one.numel() for one in entries)
     assert share == pytest.approx(0.2, abs=0.01)
     dora = loaded(base, make_adapter(base, "d0", use_dora=True))
@@ -176,7 +176,7 @@ def test_weights_that_cancel_do_not_blow_an_election_up(make_model: MakeModel, m
     both = loaded(base, make_adapter(base, "a0"), make_adapter(base, "a1", seed=2))
     settings = {"density": 1.0, "divide": "weights"}
     for delta in combine_deltas(both, [1.0, -0.9999], "ties", settings).deltas:
-        assert isinstance(delta, Computed)
+        assert isinstance(delta, RowwiseDelta)
         assert float(delta.rows(torch.zeros(delta.stored_shape), 0).abs().max()) < 100
 
 
@@ -197,7 +197,9 @@ def test_masks_are_the_same_with_a_checkpoint_at_hand_and_without(
         deltas = combine_deltas([load_deltas(adapter, architecture)], [1.0], method).deltas
         names = {delta.module: delta.weight for delta in deltas}
         assert all(name.startswith("h." if architecture else "transformer.") for name in names.values())
-        return {one.module: one.rows(torch.zeros(one.stored_shape), 0) for one in deltas if isinstance(one, Computed)}
+        return {
+            one.module: one.rows(torch.zeros(one.stored_shape), 0) for one in deltas if isinstance(one, RowwiseDelta)
+        }
 
     known, unknown = rows(open_checkpoint(published).architecture), rows(None)
     assert known.keys() == unknown.keys() != set()

@@ -13,7 +13,7 @@ import pytest
 
 from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.examine import Evidence, examine
-from composer.conflicts.metrics import Numbers
+from composer.conflicts.metrics import PairMetrics
 from composer.conflicts.render.html import MEASURES, page
 from composer.conflicts.render.text import explanations
 from composer.conflicts.report import ConflictReport, conflicts
@@ -167,7 +167,7 @@ def test_what_chance_gives_has_no_colour(report: ConflictReport) -> None:
     assert _level(report, "dominance", replace(numbers, dominance=1.0)) == "h8"
 
 
-def _level(report: ConflictReport, measure: str, numbers: Numbers) -> str:
+def _level(report: ConflictReport, measure: str, numbers: PairMetrics) -> str:
     """The shade of a module with these numbers."""
     first = report.pairs[0]
     module = next(iter(first.modules))

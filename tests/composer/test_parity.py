@@ -12,7 +12,7 @@ from composer.deltas.variants.load import load_deltas
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.methods.combine import combine_deltas
-from composer.methods.join import side_by_side
+from composer.methods.join import stack_factors
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model
 
 COMBINATIONS = ("cat", "svd", "linear", "ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd")
@@ -44,7 +44,7 @@ def ours(base: Path, adapters: list[Path], combination: str, rank: int | None = 
     combined = combine_deltas(loaded, list(WEIGHTS[: len(adapters)]), f"peft_{combination}", settings)
     found: dict[str, torch.Tensor] = {}
     for delta in combined.deltas:
-        (one,) = side_by_side([delta], [1.0]) if isinstance(delta, LowRank) else ()
+        (one,) = stack_factors([delta], [1.0]) if isinstance(delta, LowRank) else ()
         assert isinstance(one, LowRank)
         left, right = one.stored_factors()
         found[one.module] = left @ right

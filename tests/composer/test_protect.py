@@ -20,7 +20,7 @@ from composer.export.combine import combine
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.weights import Weight, parse_rule, weights_of
 from composer.methods.combine import combine_deltas
-from composer.methods.protect import made_room
+from composer.methods.protect import project_out_protected
 from tests.composer.small_model import Load, dense
 
 OUTPUTS, INPUTS = 24, 17
@@ -43,7 +43,7 @@ def moved(like: LoadedAdapter, pairs: Sequence[Pair], side: str, layout: Layout 
     protect = list(range(2, len(pairs) + 1))
     parsed = parse_settings("stack", {"protect": protect, "protect_side": side}) | {"tied": "shared"}
     adapters = [held(like, one, layout) for one in pairs]
-    return dense(made_room(adapters, weights_of([1.0] * len(pairs)), parsed)[0].deltas[0])
+    return dense(project_out_protected(adapters, weights_of([1.0] * len(pairs)), parsed)[0].deltas[0])
 
 
 def reference(pairs: Sequence[Pair], side: str) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_an_embedding_and_a_head_of_one_tensor_are_turned_to_each_other(red: Loa
     (B, A), (B_head, A_head) = pair(1, 3), pair(2, 3)
     parsed = parse_settings("stack", {"protect": 2, "protect_side": side}) | {"tied": "shared"}
     adapters = [held(red, (A.T, B.T), Layout.EMBEDDING), held(red, (B_head, A_head))]
-    found = made_room(adapters, weights_of([1.0, 1.0]), parsed)[0].deltas[0]
+    found = project_out_protected(adapters, weights_of([1.0, 1.0]), parsed)[0].deltas[0]
     assert error(dense(found).T, reference([(B, A), (B_head, A_head)], side)) < 1e-5
 
 
@@ -150,7 +150,7 @@ def test_noise_in_the_factors_decides_on_nothing_beside_a_protected_one(red: Loa
 
 def test_only_what_is_moved_becomes_another_delta(red: LoadedAdapter, green: LoadedAdapter) -> None:
     parsed = parse_settings("stack", {"protect": 1}) | {"tied": "shared"}
-    one, other = made_room([red, green], weights_of([1.0, 1.0]), parsed)
+    one, other = project_out_protected([red, green], weights_of([1.0, 1.0]), parsed)
     assert one is red
     changed = {
         now.module for now, before in zip(other.deltas, green.deltas, strict=True) if error(dense(now), dense(before))

@@ -139,9 +139,9 @@ def test_the_order_of_the_members_is_irrelevant():
 
 def test_a_weight_of_zero_is_as_if_the_adapter_were_not_there():
     one, other = adapter(1), adapter(7, "other")
-    from composer.methods.combine import taking_part
+    from composer.methods.combine import without_zero_weights
 
-    idle = taking_part(other, Weight(0.0))
+    idle = without_zero_weights(other, Weight(0.0))
     with_it = fit([one, idle], [Weight(), Weight(0.0)], SETTINGS, seeing(3, 4))
     without = fit([one], [Weight()], SETTINGS, seeing(3))
     torch.testing.assert_close(summed(with_it, "b"), summed(without, "b"))

@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from composer.deltas.delta import Delta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.calibration import Calibration
-from composer.evaluation.hooks import applied
+from composer.evaluation.hooks import deltas_applied
 from composer.evaluation.model import LoadedModel, load_model
 from composer.evaluation.observe import Pass
 from composer.evaluation.stack_inputs import Stack
@@ -51,7 +51,7 @@ def loaded_adapters(base: Path, paths: list[Path]) -> list[LoadedAdapter]:
 
 
 def output(loaded: LoadedModel, prompt: str, deltas: list[Delta]) -> torch.Tensor:
-    with torch.inference_mode(), applied(loaded.model, deltas):
+    with torch.inference_mode(), deltas_applied(loaded.model, deltas):
         return loaded.model(torch.tensor([loaded.tokenizer(prompt)["input_ids"]])).logits
 
 
@@ -79,7 +79,7 @@ def test_the_fitted_stacks_are_packed_and_load_in_peft(model: str, tmp_path: Pat
     both = tmp_path / "both"
     combine([(path, 1.0) for path in paths], both, known, "regmean", calibration=calibration(loaded))
     deltas = combine_deltas(loaded_adapters(base, paths), [1.0, 1.0], "regmean", {}, calibration(loaded).observe).deltas
-    with torch.inference_mode(), applied(loaded.model, deltas):
+    with torch.inference_mode(), deltas_applied(loaded.model, deltas):
         assert relative(loaded.model(IDS).logits, peft_logits(base, both)) < 1e-5
 
 

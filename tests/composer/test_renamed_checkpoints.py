@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch
-from composer.evaluation.hooks import applied
+from composer.evaluation.hooks import deltas_applied
 from composer.formats.adapters.placement.naming import Target, find_weight
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
 from composer.formats.checkpoints.header import TensorSpec
@@ -251,7 +251,7 @@ def test_new_tokens_of_a_tied_gpt_neox_reach_its_head_in_memory_too(tmp_path: Pa
     adapter = save_adapted(base, config, tmp_path / "adapter")
     expected = peft_logits(base, adapter)
     model = load_model(base).eval()
-    with torch.no_grad(), applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
+    with torch.no_grad(), deltas_applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
         assert relative(model(IDS).logits, expected) <= 1e-5
     merge(base, adapter, tmp_path / "untied", tied="untie")
     assert "embed_out.weight" in tensors_in(tmp_path / "untied")

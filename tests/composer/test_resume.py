@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from composer.errors import Interrupted, RefusedOutput
 from composer.formats.checkpoints import staging
 from composer.formats.checkpoints.checkpoint import open_checkpoint
-from composer.formats.checkpoints.staging import writing_aside
+from composer.formats.checkpoints.staging import staged_directory
 from composer.merge.copying import Range, copy_range
 from composer.merge.io.journal import JOURNAL_FILE, Journal
 from composer.merge.plan import MergePlan, plan_merge
@@ -226,7 +226,7 @@ def test_what_is_in_use_is_not_taken_for_abandoned(tmp_path: Path) -> None:
         directory.mkdir()
     handle = os.open(busy, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with writing_aside(tmp_path / "out", 0, "a" * 12) as aside:
+    with staged_directory(tmp_path / "out", 0, "a" * 12) as aside:
         assert aside.name == f"out.partial-{'a' * 12}"
         assert busy.exists()
         assert others.exists(), "nobody's but its maker's"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from composer.merge.io.output_file import BLOCK_BYTES, Target
+from composer.merge.io.output_file import BLOCK_BYTES, OutputFile
 
 cuts = st.lists(st.integers(0, 12 * BLOCK_BYTES), min_size=2, max_size=12, unique=True).map(sorted)
 
@@ -24,9 +24,9 @@ def placed(data: bytes, offset: int) -> np.ndarray:
     return room[first : first + len(data)]
 
 
-def written(path: Path, data: bytes, parts: list[tuple[int, int]], direct: bool) -> Target:
+def written(path: Path, data: bytes, parts: list[tuple[int, int]], direct: bool) -> OutputFile:
     with ExitStack() as stack:
-        target = Target.opened(path, True, os.fdatasync, stack)
+        target = OutputFile.opened(path, True, os.fdatasync, stack)
         if not direct:
             target.direct = None
 
@@ -62,7 +62,7 @@ def test_whole_blocks_pass_by_the_page_cache_and_only_the_rest_is_counted_as_cac
 def test_memory_that_lies_otherwise_than_the_file_goes_through_the_page_cache(tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes(3 * BLOCK_BYTES)
     with ExitStack() as stack:
-        target = Target.opened(tmp_path / "file", True, os.fdatasync, stack)
+        target = OutputFile.opened(tmp_path / "file", True, os.fdatasync, stack)
         array = placed(data, 8)
         target.write(array.data, 0, array.ctypes.data)
         assert target.unsynced == len(data)
@@ -72,7 +72,7 @@ def test_memory_that_lies_otherwise_than_the_file_goes_through_the_page_cache(tm
 def test_a_disk_with_larger_blocks_is_written_through_the_page_cache(tmp_path: Path) -> None:
     data = np.random.default_rng(0).bytes(2 * BLOCK_BYTES + 8)
     with ExitStack() as stack:
-        target = Target.opened(tmp_path / "file", True, os.fdatasync, stack)
+        target = OutputFile.opened(tmp_path / "file", True, os.fdatasync, stack)
         array = placed(data, 8)
         # What the kernel says of a disk whose blocks are larger, it says of memory that is not where it seems.
         target.write(array.data, 0, 0)
@@ -83,7 +83,7 @@ def test_a_disk_with_larger_blocks_is_written_through_the_page_cache(tmp_path: P
 def test_bytes_are_taken_to_the_disk_as_they_come(tmp_path: Path) -> None:
     synced: list[int] = []
     with ExitStack() as stack:
-        target = Target.opened(tmp_path / "file", True, synced.append, stack)
+        target = OutputFile.opened(tmp_path / "file", True, synced.append, stack)
         for _ in range(5):
             target.cached(32 << 20)
         assert synced == [target.file, target.file]
@@ -92,6 +92,6 @@ def test_bytes_are_taken_to_the_disk_as_they_come(tmp_path: Path) -> None:
 def test_a_file_that_an_earlier_run_wrote_is_neither_written_nor_synced_again(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"finished")
     with ExitStack() as stack:
-        target = Target.opened(tmp_path / "file", False, lambda file: pytest.fail("synced"), stack)
+        target = OutputFile.opened(tmp_path / "file", False, lambda file: pytest.fail("synced"), stack)
         target.cached(1 << 30)
         assert target.direct is None

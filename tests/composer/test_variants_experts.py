@@ -18,7 +18,7 @@ from transformers import (
 
 from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch
-from composer.evaluation.hooks import applied
+from composer.evaluation.hooks import deltas_applied
 from composer.formats.adapters.facts import facts, read_adapter
 from composer.formats.adapters.placement.placement import place
 from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -112,7 +112,7 @@ def test_experts_on_a_loaded_model_are_the_adapter_itself(
     base = save_base(make(), tmp_path / "base")
     adapter = save_adapted(base, lora(GATE, DOWN), tmp_path / "adapter")
     model = load_model(base).eval()
-    with torch.no_grad(), applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
+    with torch.no_grad(), deltas_applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
         assert relative(model(IDS).logits, peft_logits(base, adapter)) <= 1e-5
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch, NotSupported
-from composer.evaluation.hooks import applied
+from composer.evaluation.hooks import deltas_applied
 from composer.export.convert import convert_rebased
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.recipes.weights import Weight, parse_rule
@@ -81,7 +81,7 @@ def test_a_delta_on_a_loaded_model_is_the_adapter_itself(case: str, tmp_path: Pa
     base = make_model(kind, shard="1GB")
     adapter = save_adapted(base, lora(**settings), tmp_path / "adapter")
     model = load_model(base).eval()
-    with torch.no_grad(), applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
+    with torch.no_grad(), deltas_applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
         assert relative(model(IDS).logits, peft_logits(base, adapter)) <= 1e-5
 
 
@@ -128,7 +128,7 @@ def test_tokens_of_a_tied_embedding_change_both_sides(kind: str, tmp_path: Path,
         assert relative(logits(tmp_path / out), expected) <= 1e-5
     assert load_model(tmp_path / "merged").config.tie_word_embeddings
     model = load_model(base).eval()
-    with torch.no_grad(), applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
+    with torch.no_grad(), deltas_applied(model, load_deltas(adapter, open_checkpoint(base).architecture).deltas):
         assert relative(model(IDS).logits, expected) <= 1e-5
 
 

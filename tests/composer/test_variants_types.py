@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from composer.deltas.delta import Computed, LowRank
+from composer.deltas.delta import LowRank, RowwiseDelta
 from composer.deltas.variants.load import load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
 from composer.formats.adapters.facts import read_adapter
@@ -283,9 +283,11 @@ def test_a_damaged_part_is_an_error_and_never_another_delta(case: str, tmp_path:
                 refused.append(error)
                 continue
             for delta in deltas:
-                assert isinstance(delta, LowRank | Computed)
+                assert isinstance(delta, LowRank | RowwiseDelta)
                 W_MN = W[delta.weight].reshape(delta.stored_shape)
-                added = delta.rows(W_MN, 0) if isinstance(delta, Computed) else torch.matmul(*delta.stored_factors())
+                added = (
+                    delta.rows(W_MN, 0) if isinstance(delta, RowwiseDelta) else torch.matmul(*delta.stored_factors())
+                )
                 assert added.shape == W_MN.shape
     assert len(refused) >= 3 * len(kinds)
     assert all(error.subject for error in refused)
@@ -336,7 +338,7 @@ def test_rows_are_the_same_in_any_cut(case: str, dtype: torch.dtype, tmp_path: P
     W = tensors_in(base)
     adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")
     for delta in load_deltas(adapter, open_checkpoint(base).architecture).deltas:
-        if isinstance(delta, Computed):
+        if isinstance(delta, RowwiseDelta):
             W_MN = W[delta.weight].reshape(delta.stored_shape).to(dtype)
             before = W_MN.clone()
             whole = delta.rows(W_MN, 0)

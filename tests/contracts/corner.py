@@ -14,7 +14,7 @@ import httpx2
 
 from registry.formats.references import Digest
 from registry.settings import S3Storage
-from registry.storage.blobs import Arrival, Part, Put
+from registry.storage.blobs import IncomingUpload, Part, Put
 from registry.storage.s3.bucket import open_bucket
 from registry.storage.s3.store import S3Store
 from registry.storage.s3.uploads import S3Arrivals
@@ -51,31 +51,31 @@ class Corner:
             now=lambda: datetime.now(UTC) + timedelta(seconds=self.seconds),
         )
 
-    def announce(self, content: bytes) -> Arrival:
+    def announce(self, content: bytes) -> IncomingUpload:
         """As the registry would, for a blob that nobody has yet."""
         part_bytes = self.arrivals.part_bytes(len(content))
         digest = Digest(hashlib.sha256(content).hexdigest())
-        arrival = Arrival(uuid.uuid4().hex, digest, len(content), None, part_bytes)
+        arrival = IncomingUpload(uuid.uuid4().hex, digest, len(content), None, part_bytes)
         if part_bytes is None:
             return arrival
         multipart_id = self.arrivals.begin(arrival)
-        return Arrival(arrival.upload_id, digest, len(content), multipart_id, part_bytes)
+        return IncomingUpload(arrival.upload_id, digest, len(content), multipart_id, part_bytes)
 
-    def whole(self, arrival: Arrival, *, known: bool = False) -> Put:
-        put = self.arrivals.whole(arrival, 600, sent_before=False, known=known)
+    def whole(self, arrival: IncomingUpload, *, known: bool = False) -> Put:
+        put = self.arrivals.sign_object(arrival, 600, sent_before=False, known=known)
         assert put is not None
         return put
 
-    def missing_parts(self, arrival: Arrival) -> list[Part]:
+    def missing_parts(self, arrival: IncomingUpload) -> list[Part]:
         parts = self.arrivals.parts(arrival)
         assert parts is not None
         return [part for part in parts if not part.present]
 
-    def part(self, arrival: Arrival, number: int, content: bytes) -> Put:
+    def part(self, arrival: IncomingUpload, number: int, content: bytes) -> Put:
         """How to send the part that would have this content."""
-        return self.arrivals.part(arrival, number, Digest(hashlib.sha256(content).hexdigest()), 600)
+        return self.arrivals.sign_part(arrival, number, Digest(hashlib.sha256(content).hexdigest()), 600)
 
-    def key(self, arrival: Arrival) -> str:
+    def key(self, arrival: IncomingUpload) -> str:
         return f"{self.prefix}blobs/sha256/{arrival.sha256[:2]}/{arrival.sha256}"
 
     def read(self, sha256: Digest) -> bytes:

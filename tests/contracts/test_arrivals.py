@@ -9,12 +9,12 @@ import pytest
 
 from registry.errors import Conflict, Invalid
 from registry.formats.references import Digest
-from registry.storage.blobs import Arrival, Part
+from registry.storage.blobs import IncomingUpload, Part
 from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, send
 from tests.s3_server import BUCKET, S3Server
 
 
-def send_parts(corner: Corner, arrival: Arrival, parts: list[Part], content: bytes) -> None:
+def send_parts(corner: Corner, arrival: IncomingUpload, parts: list[Part], content: bytes) -> None:
     for part in parts:
         mine = of_part(part.number, content)
         assert send(corner.part(arrival, part.number, mine), mine) == 200
@@ -112,9 +112,9 @@ def test_what_another_sent_does_not_finish_an_arrival(corner: Corner) -> None:
 
 def test_whether_a_file_has_arrived_is_known_before_it_is_finished(corner: Corner) -> None:
     arrival = corner.announce(b"0123456789")
-    assert corner.arrivals.whole(arrival, 600, sent_before=True, known=False) is not None
+    assert corner.arrivals.sign_object(arrival, 600, sent_before=True, known=False) is not None
     assert send(corner.whole(arrival), b"0123456789") == 200
-    assert corner.arrivals.whole(arrival, 600, sent_before=True, known=False) is None
+    assert corner.arrivals.sign_object(arrival, 600, sent_before=True, known=False) is None
 
 
 def test_a_large_file_comes_in_parts_in_any_order_and_only_the_missing_ones_are_asked_for(corner: Corner) -> None:
@@ -178,8 +178,8 @@ def test_parts_grow_with_the_file_so_that_there_are_never_more_than_10_000(corne
     for size in (64 << 30, (64 << 30) + 1, 5 << 40):
         part_bytes = corner.arrivals.part_bytes(size)
         assert part_bytes is not None
-        assert len(Arrival("", Digest(""), size, None, part_bytes).part_sizes) <= 10_000
-        assert sum(Arrival("", Digest(""), size, None, part_bytes).part_sizes) == size
+        assert len(IncomingUpload("", Digest(""), size, None, part_bytes).part_sizes) <= 10_000
+        assert sum(IncomingUpload("", Digest(""), size, None, part_bytes).part_sizes) == size
 
 
 def test_a_false_encoding_that_was_sent_with_a_blob_is_not_passed_on(s3: S3Server, credentials: None) -> None:

@@ -16,7 +16,7 @@ import pytest
 from registry.errors import Unavailable
 from registry.formats.references import Digest
 from registry.settings import S3Storage
-from registry.storage.blobs import Arrival, Put
+from registry.storage.blobs import IncomingUpload, Put
 from registry.storage.s3.bucket import open_bucket
 from registry.storage.s3.probe import NEVER, PROBE, STALE_S
 from registry.storage.s3.uploads import S3Arrivals
@@ -121,9 +121,9 @@ def test_those_who_wait_for_a_trial_that_the_store_does_not_answer_fail_with_it(
                 tried += 1
 
     def announced(arrivals: S3Arrivals) -> str:
-        arrival = Arrival("an-upload", Digest("0" * 64), 1)
+        arrival = IncomingUpload("an-upload", Digest("0" * 64), 1)
         with pytest.raises(Unavailable) as raised:
-            arrivals.whole(arrival, 600, sent_before=False, known=False)
+            arrivals.sign_object(arrival, 600, sent_before=False, known=False)
         return raised.value.code
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -32,7 +32,7 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, yanks
-from registry.domain.channels.moves import Expected, Moved, Promotion
+from registry.domain.channels.moves import ChannelMove, Expected, PromotionRequest
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, parse_version
@@ -102,7 +102,9 @@ class ChannelMachine(RuleBasedStateMachine):
     def live(self) -> tuple[str, ...]:
         return self.moments[-1].live if self.moments else ()
 
-    def attempt(self, change: Callable[[Any, Actor], Moved], refusal: type[RegistryError] | None) -> Moved | None:
+    def attempt(
+        self, change: Callable[[Any, Actor], ChannelMove], refusal: type[RegistryError] | None
+    ) -> ChannelMove | None:
         """Does the change in a transaction of its own, or sees it refused as the model foretold."""
         self.now += timedelta(seconds=1)
         actor = Actor("mia", self.now, {EVERYWHERE: Role.ADMIN})
@@ -124,8 +126,8 @@ class ChannelMachine(RuleBasedStateMachine):
         refusal = Refused if version in self.yanked else Stale if honest is False else None
         expected = self.expectation(honest)
 
-        def change(session: Any, actor: Actor) -> Moved:
-            wanted = Promotion(self.name, parse_version(version), "prod")
+        def change(session: Any, actor: Actor) -> ChannelMove:
+            wanted = PromotionRequest(self.name, parse_version(version), "prod")
             return moves.promote(session, actor, wanted, reason="r", expected=expected)
 
         self.attempt(change, refusal)
@@ -154,7 +156,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def roll_back_registry(
         self, to: str | None, expected: Expected | None, refusal: type[RegistryError] | None
     ) -> None:
-        def change(session: Any, actor: Actor) -> Moved:
+        def change(session: Any, actor: Actor) -> ChannelMove:
             target = parse_version(to) if to else None
             repository = repositories.find(session, self.name)
             return moves.roll_back(session, actor, repository, "prod", to=target, reason="r", expected=expected)
@@ -177,7 +179,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def the_channel_serves_what_the_model_says(self) -> None:
         with self.database.read() as session:
             channel = self.channel(session)
-            serving = moves.serving(session, channel) if channel is not None else None
+            serving = moves.effective_move(session, channel) if channel is not None else None
             allowed = [version for version in self.live if version not in self.yanked]
             assert (serving.to_release.version if serving else None) == (allowed[-1] if allowed else None)
 

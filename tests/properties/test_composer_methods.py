@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from composer.deltas.delta import Layout, LowRank
 from composer.formats.recipes.methods import PIPELINES, parse_settings
-from composer.methods.join import side_by_side
-from composer.methods.pipeline import Part, Place, Selections, run
+from composer.methods.join import stack_factors
+from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 
 weights = st.floats(-4, 4, width=32)
 
@@ -41,8 +41,10 @@ def stored(delta: LowRank) -> torch.Tensor:
 
 
 def added(method: str, parts: list[tuple[LowRank, float]], **settings: object) -> list[LowRank]:
-    place = Place([Part(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(parts)], sum(w for _, w in parts))
-    deltas, _ = run(PIPELINES[method], place, parse_settings(method, settings), Selections())
+    place = WeightSlot(
+        [SlotDelta(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(parts)], sum(w for _, w in parts)
+    )
+    deltas, _ = combine_slot(PIPELINES[method], place, parse_settings(method, settings), Selections())
     return [delta for delta in deltas if isinstance(delta, LowRank)]
 
 
@@ -85,7 +87,7 @@ class TestEverySum:
 
     @given(low_ranks(3))
     def test_combining_in_two_steps_is_combining_at_once(self, method: str, deltas: list[LowRank]) -> None:
-        (first,) = side_by_side(added(method, [(deltas[0], 2.0), (deltas[1], -1.0)]), [1.0, 1.0])
+        (first,) = stack_factors(added(method, [(deltas[0], 2.0), (deltas[1], -1.0)]), [1.0, 1.0])
         assert isinstance(first, LowRank)
         at_once = combined(method, [(deltas[0], 2.0), (deltas[1], -1.0), (deltas[2], 0.5)])
         assert close(combined(method, [(first, 1.0), (deltas[2], 0.5)]), at_once)

@@ -190,7 +190,7 @@ def test_what_is_no_range_is_one_clear_error(text: str) -> None:
 @pytest.mark.parametrize(
     "parse", [parse_reference, parse_version, parse_range, references.parse_repository,
               references.parse_channel_reference, references.parse_digest,
-              lambda text: references.parse_part(text, "channel")]
+              lambda text: references.parse_name(text, "channel")]
 )  # fmt: skip
 @given(text=hostile)
 @example(text="acme/sql:" + "9" * 5000)

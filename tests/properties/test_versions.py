@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.formats import compatibility
-from registry.formats.compatibility import Surface, breaks, bump_of, may_break, surface
+from registry.formats.compatibility import Surface, breaking_changes, outside_caret_range, required_bump, surface
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, Version, parse_range, parse_version
 from tests.properties.test_names import near, stable, versions
@@ -31,25 +31,25 @@ surfaces = st.builds(
 def test_a_release_may_break_just_where_no_caret_range_leads_to_it(old: Version, new: Version) -> None:
     held = semantic_version.Version(str(new)) in semantic_version.NpmSpec(f"^{old}")
     if new >= old:
-        assert may_break(old, new) == (not held)
+        assert outside_caret_range(old, new) == (not held)
 
 
 @given(stable, near)
 def test_a_prerelease_may_break_what_the_release_it_leads_to_may(old: Version, new: Version) -> None:
-    assert may_break(old, new) == may_break(old, Version(new.major, new.minor, new.patch))
+    assert outside_caret_range(old, new) == outside_caret_range(old, Version(new.major, new.minor, new.patch))
 
 
 @given(followed_versions)
 def test_the_bump_of_a_breaking_change_leaves_the_caret_range_and_no_lesser_one_would(old: Version) -> None:
-    part = bump_of("breaking", old)
-    assert may_break(old, old.bump(part))
+    part = required_bump("breaking", old)
+    assert outside_caret_range(old, old.bump(part))
     lesser = ("major", "minor", "patch")[("major", "minor", "patch").index(part) + 1 :]
-    assert not any(may_break(old, old.bump(smaller)) for smaller in lesser)
+    assert not any(outside_caret_range(old, old.bump(smaller)) for smaller in lesser)
 
 
 @given(followed_versions.filter(lambda version: version.major or version.minor), st.sampled_from(["weights", "files"]))
 def test_the_bump_of_any_other_change_stays_in_the_caret_range(old: Version, change: str) -> None:
-    assert old.bump(bump_of(change, old)) in parse_range(f"^{old}")  # pyright: ignore[reportArgumentType]
+    assert old.bump(required_bump(change, old)) in parse_range(f"^{old}")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -64,23 +64,23 @@ def test_in_0_y_z_the_first_number_that_is_not_zero_counts_as_the_major_one(
     version: str, bumped: tuple[str, str, str]
 ) -> None:
     old = parse_version(version)
-    assert tuple(str(old.bump(bump_of(change, old))) for change in CHANGES) == bumped
+    assert tuple(str(old.bump(required_bump(change, old))) for change in CHANGES) == bumped
 
 
 @given(surfaces)
 def test_a_release_does_not_break_itself(one: Surface) -> None:
-    assert breaks(one, one) == []
+    assert breaking_changes(one, one) == []
 
 
 @given(surfaces, surfaces, surfaces)
 def test_what_breaks_over_two_steps_broke_in_one_of_them(one: Surface, two: Surface, three: Surface) -> None:
-    if breaks(one, three):
-        assert breaks(one, two) or breaks(two, three)
+    if breaking_changes(one, three):
+        assert breaking_changes(one, two) or breaking_changes(two, three)
 
 
 @given(surfaces, surfaces)
 def test_a_change_breaks_for_the_reasons_that_the_contract_names(old: Surface, new: Surface) -> None:
-    assert {finding.code for finding in breaks(old, new)} == {
+    assert {finding.code for finding in breaking_changes(old, new)} == {
         code
         for code, holds in {
             "new_base": new.base != old.base,
@@ -98,7 +98,7 @@ def test_replaced_modules_count_as_touched_and_only_weights_as_weights() -> None
     found = surface("b" * 64, facts, files)
     assert found.touched == {"q_proj", "lm_head", "score"}
     assert found.weights == {("adapter_model.safetensors", "a" * 64)}
-    assert compatibility.breaks(surface("b" * 64, {}, []), surface("b" * 64, {}, files)) == [], (
+    assert compatibility.breaking_changes(surface("b" * 64, {}, []), surface("b" * 64, {}, files)) == [], (
         "a model has no facts of ranks"
     )
 

@@ -1,11 +1,11 @@
-"""Documents that are kept are those that would be made anew, whoever has changed what they tell of."""
+"""RenderedReleaseCache that are kept are those that would be made anew, whoever has changed what they tell of."""
 
 from collections.abc import Callable, Generator
 
 import pytest
 
 from composer.formats.recipes.suite import Suite
-from registry.api.routes.documents import Documents
+from registry.api.routes.documents import RenderedReleaseCache
 from registry.database.engine import Database, Session
 from registry.database.tables import Release
 from registry.domain.catalog import suites
@@ -40,7 +40,7 @@ def elsewhere(url: str) -> Generator[Database]:
     opened.close()
 
 
-def told(database: Database, documents: Documents, items: list[Item]) -> list[bytes]:
+def told(database: Database, documents: RenderedReleaseCache, items: list[Item]) -> list[bytes]:
     with database.read() as session:
         found = search.search(session, HOST, Query(include_yanked=True), Order(limit=1_000)).places
         stamps = {place.release_id: place.stamp for place in found}
@@ -72,7 +72,7 @@ CHANGES: dict[str, Change] = {
 
 
 def test_a_change_made_elsewhere_is_told_at_once(database: Database, elsewhere: Database) -> None:
-    items, documents = stock(database, count=20), Documents()
+    items, documents = stock(database, count=20), RenderedReleaseCache()
     changed = next(item for item in items if not item.yanked)
     before = told(database, documents, items)
     assert told(database, documents, items) == before
@@ -80,20 +80,20 @@ def test_a_change_made_elsewhere_is_told_at_once(database: Database, elsewhere: 
         with elsewhere.write() as session:
             change(session, session.get_one(Release, changed.id))
         after = told(database, documents, items)
-        assert after == told(database, Documents(), items), name
+        assert after == told(database, RenderedReleaseCache(), items), name
         assert after[items.index(changed)] != before[items.index(changed)], name
         before = after
 
 
 def test_what_was_asked_for_last_is_kept_within_bounds(database: Database) -> None:
     items = stock(database, count=20)
-    asked, all_kept = told(database, Documents(), items), Documents()
+    asked, all_kept = told(database, RenderedReleaseCache(), items), RenderedReleaseCache()
     assert told(database, all_kept, items) == asked
     assert all_kept.kept_bytes > sum(map(len, asked)), "what is around the text takes memory too"
-    few = Documents(max_bytes=all_kept.kept_bytes // 5)
+    few = RenderedReleaseCache(max_bytes=all_kept.kept_bytes // 5)
     for _ in range(2):
         assert told(database, few, items) == asked
         assert 0 < few.kept_bytes <= few.max_bytes
-    tiny = Documents(max_bytes=10)
+    tiny = RenderedReleaseCache(max_bytes=10)
     assert told(database, tiny, items) == asked
     assert tiny.kept_bytes == 0

@@ -19,7 +19,7 @@ from psycopg import sql
 from benchmarks import stock
 from composer.formats.adapters.serving import Profile
 from registry.api.routes import views
-from registry.api.routes.documents import Documents
+from registry.api.routes.documents import RenderedReleaseCache
 from registry.database.engine import Database, Session
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE
@@ -27,7 +27,7 @@ from registry.domain.catalog import bases, release_rows
 from registry.domain.catalog.suites import Condition
 from registry.domain.channels import resolve
 from registry.domain.search import search
-from registry.domain.search.ordering import VERSION, Order, Place
+from registry.domain.search.ordering import VERSION, Order, Position
 from registry.domain.search.search import Query
 from registry.formats.references import RepositoryName, parse_reference
 from tests import services
@@ -138,11 +138,11 @@ def stocked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 NARROW: dict[str, tuple[Query, Order]] = {
     "what fits": (FITTING, Order()),
-    "what fits, the next page": (FITTING, Order(after=Place(None, 5_000))),
+    "what fits, the next page": (FITTING, Order(after=Position(None, 5_000))),
     "what fits and loads": (Query(base=BASE, loads_in=Profile("vllm", 8), targets_exact=("q_proj", "v_proj")), Order()),
     "what fits, by version": (FITTING, Order(VERSION)),
     "what fits, by score": (FITTING, Order("sql-exact.accuracy")),
-    "what fits, by score, the next page": (FITTING, Order("sql-exact.accuracy", after=Place(0.9, 5_000))),
+    "what fits, by score, the next page": (FITTING, Order("sql-exact.accuracy", after=Position(0.9, 5_000))),
     "what fits and scores": (
         Query(base=BASE, max_rank=8, targets_exact=("q_proj", "v_proj"), scores=(ACCURATE,)),
         Order(),
@@ -160,13 +160,13 @@ NARROW: dict[str, tuple[Query, Order]] = {
     "what a channel serves for a base, by score": (Query(channel=stock.CHANNEL, base=BASE), Order("sql-exact.nll")),
     "rare words": (Query(text="adapter 499"), Order()),
     "words of old releases": (Query(text="adapter 2"), Order()),
-    "words of old releases, the next page": (Query(text="adapter 2"), Order(after=Place(None, 4_500))),
+    "words of old releases, the next page": (Query(text="adapter 2"), Order(after=Position(None, 4_500))),
     "words of old releases for a base": (Query(text="adapter 2", base=BASE, max_rank=16), Order()),
     "a run that is stated": (Query(provenance=("run_url:https://runs.example/170",)), Order()),
     "small files": (Query(max_size_bytes=1), Order()),
     "what a stranger may read": (Query(base=BASE), Order()),
     "everything that a stranger may read": (Query(), Order()),
-    "everything that a stranger may read, the next page": (Query(), Order(after=Place(None, 700))),
+    "everything that a stranger may read, the next page": (Query(), Order(after=Position(None, 700))),
     "everything that a stranger may read, by version": (Query(), Order(VERSION)),
     "everything that a stranger may read, by score": (Query(), Order("sql-exact.accuracy")),
     "words of all that a stranger may read": (Query(text="train ticket"), Order()),
@@ -174,7 +174,7 @@ NARROW: dict[str, tuple[Query, Order]] = {
 }
 BROAD: dict[str, tuple[Query, Order]] = {
     "everything": (Query(), Order()),
-    "everything, the next page": (Query(), Order(after=Place(None, 5_000))),
+    "everything, the next page": (Query(), Order(after=Position(None, 5_000))),
     "everything by version": (Query(), Order(VERSION)),
     "a base": (Query(base=BASE), Order()),
     "a base by score": (Query(base=BASE), Order("sql-exact.nll")),
@@ -224,12 +224,12 @@ def test_what_many_channels_of_a_name_give_out_is_read_in_order(
 
 
 def test_a_page_is_read_by_its_ids(stocked: Stocked) -> None:
-    for statement, plan in stocked.plans(lambda session: release_rows.describe(session, list(range(7_000, 7_050)))):
+    for statement, plan in stocked.plans(lambda session: release_rows.load_details(session, list(range(7_000, 7_050)))):
         assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
 
 
 def test_a_page_whose_documents_are_kept_is_one_statement(stocked: Stocked) -> None:
-    documents = Documents()
+    documents = RenderedReleaseCache()
 
     def ask(session: Session) -> None:
         found = search.search(session, HOST, FITTING, Order())
@@ -275,7 +275,7 @@ def test_a_channel_is_resolved_with_one_statement(stocked: Stocked) -> None:
     assert len(stocked.plans(lambda session: _locate(session, f"{stock.repository_name(77)}@{stock.CHANNEL}"))) == 1
 
 
-def _locate(session: Session, text: str) -> resolve.Located:
+def _locate(session: Session, text: str) -> resolve.ResolvedRow:
     return resolve.locate(session, parse_reference(text))
 
 

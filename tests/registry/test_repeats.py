@@ -9,13 +9,21 @@ from threading import Barrier
 import pytest
 
 from registry.database.engine import Database
-from registry.database.idempotency import KEPT, Answer, Keyed, claim, forget, keep, known
+from registry.database.idempotency import (
+    KEPT,
+    Answer,
+    IdempotentRequest,
+    claim_key,
+    expire_keys,
+    find_answer,
+    store_answer,
+)
 from registry.database.migrate import migrate
 from registry.errors import Conflict
 from tests import services
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
-ASKED = Keyed("mia", "one", "a" * 64)
+ASKED = IdempotentRequest("mia", "one", "a" * 64)
 
 
 @pytest.fixture(params=services.DATABASES)
@@ -26,12 +34,12 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Databa
     opened.close()
 
 
-def made(database: Database, asked: Keyed, number: int) -> Answer:
+def made(database: Database, asked: IdempotentRequest, number: int) -> Answer:
     with database.write() as session:
-        before = claim(session, asked, NOW)
+        before = claim_key(session, asked, NOW)
         if before is not None:
             return before
-        keep(session, asked, {"made": number})
+        store_answer(session, asked, {"made": number})
         return {"made": number}
 
 
@@ -46,14 +54,14 @@ def test_of_many_at_once_one_is_done_and_all_are_told_what_it_made(database: Dat
         answers = list(pool.map(ask, range(8)))
     assert all(answer == answers[0] for answer in answers)
     with database.read() as session:
-        assert known(session, ASKED) == answers[0]
+        assert find_answer(session, ASKED) == answers[0]
 
 
 def test_what_failed_is_not_kept(database: Database) -> None:
     def fail() -> None:
         with database.write() as session:
-            assert claim(session, ASKED, NOW) is None
-            keep(session, ASKED, {"made": 1})
+            assert claim_key(session, ASKED, NOW) is None
+            store_answer(session, ASKED, {"made": 1})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -63,15 +71,15 @@ def test_what_failed_is_not_kept(database: Database) -> None:
 
 def test_a_key_is_its_users_and_of_one_request(database: Database) -> None:
     made(database, ASKED, 1)
-    assert made(database, Keyed("ben", "one", "b" * 64), 2) == {"made": 2}
+    assert made(database, IdempotentRequest("ben", "one", "b" * 64), 2) == {"made": 2}
     with pytest.raises(Conflict, match="of another request"):
-        made(database, Keyed("mia", "one", "b" * 64), 3)
+        made(database, IdempotentRequest("mia", "one", "b" * 64), 3)
 
 
 def test_a_key_is_forgotten_after_a_week(database: Database) -> None:
     made(database, ASKED, 1)
     for later, kept in ((KEPT, True), (KEPT + timedelta(seconds=1), False)):
         with database.write() as session:
-            forget(session, NOW + later)
+            expire_keys(session, NOW + later)
         with database.read() as session:
-            assert (known(session, ASKED) is not None) == kept
+            assert (find_answer(session, ASKED) is not None) == kept

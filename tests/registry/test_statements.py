@@ -13,11 +13,20 @@ from sqlalchemy import Column, Float, MetaData, Select, String, Table, bindparam
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session
 
-from registry.database.dialects import PLANNED_VALUES, among, exact, filled, json_list, json_rows, moment, one_of
+from registry.database.dialects import (
+    PLANNED_VALUES,
+    float_text,
+    in_list,
+    in_subquery,
+    json_list,
+    json_rows,
+    padded,
+    timestamp_text,
+)
 from registry.database.engine import Database, UtcDateTime
 from registry.database.prepared import Prepared, prepared
 from registry.database.tables.catalog import Id, Release
-from registry.domain.catalog.release_rows import TOGETHER, describe
+from registry.domain.catalog.release_rows import BATCH_SIZE, load_details
 from registry.domain.catalog.suites import scores_of
 from registry.errors import Unavailable
 from tests.registry.shelf import stock
@@ -55,13 +64,13 @@ def keep(session: Session, **columns: Any) -> None:
 def test_a_float_reads_back_as_the_same_number(database: Database, value: float) -> None:
     parameter: Any = bindparam("value", type_=Float())
     with database.read() as session:
-        [[found]] = Prepared(select(exact(parameter))).rows(session, {"value": value})
+        [[found]] = Prepared(select(float_text(parameter))).rows(session, {"value": value})
     assert float(found) == value
 
 
 def test_a_float_that_is_not_there_stays_so(session: Session) -> None:
     keep(session, id=1, value=None)
-    assert Prepared(select(exact(THINGS.c.value))).column(session, {}) == [None]
+    assert Prepared(select(float_text(THINGS.c.value))).column(session, {}) == [None]
 
 
 @pytest.mark.parametrize(
@@ -78,18 +87,18 @@ def test_a_moment_is_told_in_utc_as_documents_have_it(
     keep(session, id=1, at=at)
     if not database.is_sqlite:
         session.execute(text("SET LOCAL TIME ZONE 'Asia/Kathmandu'"))
-    assert Prepared(select(moment(THINGS.c.at))).column(session, {}) == [told]
+    assert Prepared(select(timestamp_text(THINGS.c.at))).column(session, {}) == [told]
     assert orjson.dumps(at, option=orjson.OPT_UTC_Z) == f'"{told}"'.encode()
 
 
 def test_a_list_of_values_finds_those_and_no_others(session: Session) -> None:
     for number, name in enumerate(NAMES):
         keep(session, id=number, name=name)
-    by_name = Prepared(select(THINGS.c.id).where(among(THINGS.c.name, "names")).order_by(THINGS.c.id))
+    by_name = Prepared(select(THINGS.c.id).where(in_list(THINGS.c.name, "names")).order_by(THINGS.c.id))
     assert by_name.column(session, {"names": [NAMES[1], NAMES[3], NAMES[5], "nobody"]}) == [1, 3, 5]
     assert by_name.column(session, {"names": []}) == []
-    by_number = Prepared(select(THINGS.c.name).where(among(THINGS.c.id, "ids"), THINGS.c.name != bindparam("but")))
-    assert by_number.column(session, {"ids": filled([2, 4, 99]), "but": "{}"}) == ["a,b"]
+    by_number = Prepared(select(THINGS.c.name).where(in_list(THINGS.c.id, "ids"), THINGS.c.name != bindparam("but")))
+    assert by_number.column(session, {"ids": padded([2, 4, 99]), "but": "{}"}) == ["a,b"]
 
 
 def test_rows_come_as_one_text(session: Session) -> None:
@@ -108,7 +117,7 @@ def test_values_of_other_rows_find_those_and_no_others(session: Session, highest
     for number, name in enumerate(NAMES):
         keep(session, id=number, name=name)
     low = THINGS.alias()
-    those = one_of(THINGS.c.id, select(low.c.id).where(low.c.id <= bindparam("highest")))
+    those = in_subquery(THINGS.c.id, select(low.c.id).where(low.c.id <= bindparam("highest")))
     assert (
         Prepared(select(THINGS.c.id).where(those).order_by(THINGS.c.id)).column(session, {"highest": highest}) == found
     )
@@ -117,17 +126,17 @@ def test_values_of_other_rows_find_those_and_no_others(session: Session, highest
 @pytest.mark.parametrize("count", [0, 1, PLANNED_VALUES - 1, PLANNED_VALUES, PLANNED_VALUES + 1])
 def test_a_list_is_filled_with_its_own_values(count: int) -> None:
     values = list(range(count))
-    assert set(filled(values)) == set(values)
-    assert len(filled(values)) == (max(count, PLANNED_VALUES) if count else 0)
+    assert set(padded(values)) == set(values)
+    assert len(padded(values)) == (max(count, PLANNED_VALUES) if count else 0)
 
 
 def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(database: Database) -> None:
     ids = [item.id for item in reversed(stock(database))]
-    assert len(ids) > TOGETHER
+    assert len(ids) > BATCH_SIZE
     with database.read() as session:
-        told = describe(session, ids)
+        told = load_details(session, ids)
         kept = {number: scores_of(session, session.get_one(Release, number)) for number in ids}
-        assert describe(session, []) == []
+        assert load_details(session, []) == []
     assert [one.release.id for one in told] == ids
     found = {one.release.id: [(*row[1:3], float(row[4]), row[6]) for row in one.scores] for one in told}
     assert any(found.values())

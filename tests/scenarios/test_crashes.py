@@ -23,7 +23,7 @@ import yaml
 from registry.database.tables import Job
 from registry.settings import Settings
 from registry.transfer.resources import Resources, open_resources
-from registry.worker.runner import Held, JobKind, run_one
+from registry.worker.runner import JobKind, JobRun, run_one
 from registry.worker.steps import KINDS
 from tests.scenarios import stored
 from tests.scenarios.conftest import USER, stock
@@ -71,8 +71,8 @@ def resources_of(place: Mapping[str, str], later: timedelta = timedelta(0)) -> G
 def watched(seen: list[str], after: Callable[[str], None] = lambda _name: None) -> dict[str, JobKind]:
     """The real steps, noting each that ran; `after` runs when the step has done its work but has not said so yet."""
 
-    def wrap(name: str, step: Callable[[Held], None]) -> Callable[[Held], None]:
-        def run(held: Held) -> None:
+    def wrap(name: str, step: Callable[[JobRun], None]) -> Callable[[JobRun], None]:
+        def run(held: JobRun) -> None:
             step(held)
             seen.append(name)
             after(name)

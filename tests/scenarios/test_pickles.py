@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from registry.errors import Invalid
-from registry.formats.pickles import ENDS_BYTES, refuse_pickle, refuse_pickled
+from registry.formats.pickles import ENDS_BYTES, refuse_pickle_content, refuse_pickle_name
 from tests.scenarios.world import Cli, World
 
 
@@ -100,16 +100,16 @@ def ends(content: bytes) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize("what", list(PICKLES))
 def test_a_pickle_is_known_by_its_bytes(what: str) -> None:
     with pytest.raises(Invalid, match=r"notes\.txt is a pickle"):
-        refuse_pickled("notes.txt", *ends(PICKLES[what]))
+        refuse_pickle_content("notes.txt", *ends(PICKLES[what]))
 
 
 @pytest.mark.parametrize("value", READ_BY_LOADERS_ALONE, ids=repr)
 def test_code_behind_a_value_is_known_however_the_value_is_written(value: bytes) -> None:
     assert pickle.loads(value + b"0N.", encoding="utf-8") is None  # noqa: S301
     with pytest.raises(Invalid, match=r"notes\.txt is a pickle"):
-        refuse_pickled("notes.txt", value + b"0" + RUN)
+        refuse_pickle_content("notes.txt", value + b"0" + RUN)
     with pytest.raises(Invalid, match=r"notes\.txt is a pickle"):
-        refuse_pickled("notes.txt", value + b"N." + RUN)
+        refuse_pickle_content("notes.txt", value + b"N." + RUN)
 
 
 @given(
@@ -120,7 +120,7 @@ def test_code_behind_a_value_is_known_however_the_value_is_written(value: bytes)
 )
 def test_whatever_is_pickled_is_known_by_its_first_bytes(value: Any, protocol: int) -> None:
     with pytest.raises(Invalid):
-        refuse_pickled("x", pickle.dumps(value, protocol)[:ENDS_BYTES])
+        refuse_pickle_content("x", pickle.dumps(value, protocol)[:ENDS_BYTES])
 
 
 @given(
@@ -129,20 +129,20 @@ def test_whatever_is_pickled_is_known_by_its_first_bytes(value: Any, protocol: i
 )
 def test_a_whole_pickle_of_an_old_protocol_is_known_although_it_has_no_sign(value: Any, protocol: int) -> None:
     with pytest.raises(Invalid):
-        refuse_pickled("x", pickle.dumps(value, protocol))
+        refuse_pickle_content("x", pickle.dumps(value, protocol))
 
 
 @given(st.binary())
 def test_bytes_of_any_kind_are_judged_and_nothing_else_happens(content: bytes) -> None:
     with suppress(Invalid):
-        refuse_pickled("x", content)
+        refuse_pickle_content("x", content)
 
 
 def test_texts_are_no_pickles_whatever_letters_they_begin_with() -> None:
     tracked = [path for end in ("md", "py", "yaml", "jsonl", "json", "txt") for path in HOUSE.glob(f"[!.]*/**/*.{end}")]
     assert len(tracked) > 300
     for path in tracked:
-        refuse_pickled(path.name, path.read_bytes()[:ENDS_BYTES])
+        refuse_pickle_content(path.name, path.read_bytes()[:ENDS_BYTES])
     for text in (
         "N.B.\ncopyright\nnotice\nby me\n",
         "I. Introduction\nconfig\nname\nbuilt\n",
@@ -152,14 +152,14 @@ def test_texts_are_no_pickles_whatever_letters_they_begin_with() -> None:
         "See also\ncopy\nthat\nback\n",
         "N.\n" * 100,
     ):
-        refuse_pickled("notes.txt", text.encode())
+        refuse_pickle_content("notes.txt", text.encode())
     for text in ("copyright\nnotice\n(the terms\n", "cat\ncab\ncar\n.\n", "(in\norder)\n.", ".", "NNNNNNNN", "I am.\n"):
-        refuse_pickled("notes.txt", text.encode())
+        refuse_pickle_content("notes.txt", text.encode())
 
 
 @pytest.mark.parametrize("what", list(OTHERS))
 def test_what_is_no_pickle_passes(what: str) -> None:
-    refuse_pickled("notes.txt", *ends(OTHERS[what]))
+    refuse_pickle_content("notes.txt", *ends(OTHERS[what]))
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_what_is_no_pickle_passes(what: str) -> None:
 )
 def test_names_that_loaders_unpickle_are_refused_before_a_byte_is_sent(name: str) -> None:
     with pytest.raises(Invalid, match="is refused by its name: such files mostly are pickles") as raised:
-        refuse_pickle(f"somewhere/{name}")
+        refuse_pickle_name(f"somewhere/{name}")
     assert "Rename it if it is none" in raised.value.next_step, "nobody has looked into it"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "bin", "a.bin.json", "notes.pt.md", "x.npy", "x.npz", "model.pte"])
 def test_names_of_other_files_pass(name: str) -> None:
-    refuse_pickle(name)
+    refuse_pickle_name(name)
 
 
 def test_a_pickle_under_the_name_of_a_text_is_not_released(stocked: Cli, world: World, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from registry.formats.references import Digest
 from registry.transfer import collect, uploads
 from registry.transfer.collect import Swept
 from registry.transfer.resources import Resources
-from registry.transfer.uploads import Announced
+from registry.transfer.uploads import PlannedUpload
 from tests import services
 from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of, opened, s3_of, traces
@@ -186,11 +186,11 @@ def publisher(resources: Resources, namespace: str, name: str = "eve") -> Actor:
     return Actor(name, resources.clock(), {namespace: "publisher"})
 
 
-def deliver(resources: Resources, actor: Actor, announced: Announced, content: bytes) -> None:
+def deliver(resources: Resources, actor: Actor, announced: PlannedUpload, content: bytes) -> None:
     """Sent to whom the plan names, be it the store or the registry, and completed."""
     upload_id = announced.upload_id or ""
     if announced.put is None:
-        uploads.receive(resources, actor, upload_id, announced.file.sha256, [content], len(content))
+        uploads.receive_body(resources, actor, upload_id, announced.file.sha256, [content], len(content))
     else:
         httpx2.put(announced.put.url, content=content, headers=dict(announced.put.headers)).raise_for_status()
     uploads.complete(resources, actor, upload_id)
@@ -204,7 +204,7 @@ def test_an_upload_of_another_namespace_is_not_there(embedded: Cli) -> None:
     assert announced.upload_id is not None
     for attempt in (
         lambda: uploads.complete(resources, other, announced.upload_id or ""),
-        lambda: uploads.receive(resources, other, announced.upload_id or "", file.sha256, [b"mine"], 4),
+        lambda: uploads.receive_body(resources, other, announced.upload_id or "", file.sha256, [b"mine"], 4),
         lambda: uploads.readable(resources, other, file.sha256),
         lambda: uploads.complete(resources, mine, "0" * 32),
     ):

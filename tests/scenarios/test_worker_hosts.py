@@ -15,7 +15,7 @@ from composer.errors import RefusedOutput
 from registry.errors import Unavailable
 from registry.transfer.collect import collect
 from registry.transfer.resources import Resources
-from registry.worker.runner import Held, JobKind, run_one, run_worker
+from registry.worker.runner import JobKind, JobRun, run_one, run_worker
 from registry.worker.steps import KINDS
 from registry.worker.workspace import sweep_work
 from tests.scenarios.conftest import stock
@@ -66,14 +66,14 @@ def site(embedded: Cli, world: World, tmp_path: Path) -> Generator[Site]:
         yield Site(cli, base, resources)
 
 
-def replacing(name: str, step: Callable[[Held], None]) -> dict[str, JobKind]:
+def replacing(name: str, step: Callable[[JobRun], None]) -> dict[str, JobKind]:
     """The real steps, but for one."""
     kind = KINDS["composition"]
     return {"composition": JobKind({**kind.steps, name: step}, kind.clean)}
 
 
 def failing(name: str, error: Exception) -> dict[str, JobKind]:
-    def step(_held: Held) -> None:
+    def step(_held: JobRun) -> None:
         raise error
 
     return replacing(name, step)
@@ -179,7 +179,7 @@ def test_a_step_that_is_told_to_stop_gives_its_job_back_before_it_has_read_or_me
     stop, ended = threading.Event(), list[str]()
     step = KINDS["composition"].steps[name]
 
-    def stopped(held: Held) -> None:
+    def stopped(held: JobRun) -> None:
         stop.set()
         step(held)
         ended.append(name)
@@ -202,7 +202,7 @@ def test_a_suite_that_is_replaced_while_the_candidate_is_measured_fails_its_gate
     content["examples"] = [{"prompt": "new", "completion": "other"}]
     (tmp_path / "guard.yaml").write_text(yaml.safe_dump(content))
 
-    def replaced(held: Held) -> None:
+    def replaced(held: JobRun) -> None:
         KINDS["composition"].steps["evaluate"](held)
         cli.ok("suite", "add", tmp_path / "guard.yaml")
         cli.ok("eval", "tiny", "--suite", "guard-exact")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
-from registry.worker.runner import Held, run_one
+from registry.worker.runner import JobRun, run_one
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
 from tests.scenarios.traces import traces
@@ -97,7 +97,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
     on_disk.ok("list")
     place = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
     with resources_of(place) as resources:
-        held = Held(resources, "worker", 1, threading.Event())
+        held = JobRun(resources, "worker", 1, threading.Event())
         other = sqlite3.connect(Path(place["ADAPTORY_HOME"]) / "registry.database.engine", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(Unavailable):

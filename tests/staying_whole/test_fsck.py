@@ -13,7 +13,7 @@ from sqlalchemy import update
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.push import collect
 from registry.client.selection import select_files
-from registry.database.locks import rely_on_blobs
+from registry.database.locks import lock_blobs_shared
 from registry.database.tables import Channel
 from registry.formats.references import Digest
 from registry.storage.blobs import Reader
@@ -150,7 +150,7 @@ def test_what_was_found_is_told_when_nothing_of_it_can_be_discarded(
     impatient = Cli(place | {"ADAPTORY_DATABASE_TIMEOUT_S": "1"})
     held = opened(place)
     with held.write() as session:
-        rely_on_blobs(session)  # and is in the way for longer than fsck waits
+        lock_blobs_shared(session)  # and is in the way for longer than fsck waits
         told = impatient("fsck", "--full", "--discard", "--json")
         shown = impatient("fsck", "--full", "--discard")
     held.close()

@@ -17,9 +17,9 @@ from sqlalchemy import func, select, update
 from registry.client.api import Api, line_path
 from registry.client.push import LocalFile, collect, push, send
 from registry.client.selection import select_files
-from registry.database.locks import only_collection
+from registry.database.locks import exclusive_collection
 from registry.database.tables import Blob, Upload
-from registry.domain.access.audit import Act, EventQuery, events
+from registry.domain.access.audit import Act, EventQuery, list_oldest_first
 from registry.errors import Conflict
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
@@ -102,7 +102,7 @@ def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_
     assert (found.blobs, found.size_bytes) == (1, 1_000)
     assert digests(held) == kept
     with held.read() as session:
-        (told,) = events(session, EventQuery(None, act=Act.BLOB_COLLECT))
+        (told,) = list_oldest_first(session, EventQuery(None, act=Act.BLOB_COLLECT))
     assert (told.subject, told.namespace, told.before) == (unused[0].manifest.sha256, None, {"size_bytes": 1_000})
     assert collect_garbage(after(held, 3650 * DAY), grace=NONE).blobs == 0, "what a release names never goes"
     assert fsck.check(held, read_bytes=True) == []
@@ -120,11 +120,11 @@ def test_an_upload_that_expires_before_its_bytes_come_is_told_to_its_namespace_a
     asked = EventQuery(["acme"], act=Act.UPLOAD_EXPIRE)
     collect_garbage(held, grace=NONE)
     with held.read() as session:
-        assert events(session, asked) == [], "it is still waited for"
+        assert list_oldest_first(session, asked) == [], "it is still waited for"
     for _ in range(2):
         collect_garbage(after(held, 2 * DAY), grace=NONE)
     with held.read() as session:
-        (told,) = events(session, asked)
+        (told,) = list_oldest_first(session, asked)
     gone = {"size_bytes": 1_000, "created_by": "mia"}
     assert (told.subject, told.namespace, told.actor, told.before) == (sha256, "acme", "mia", gone)
 
@@ -239,7 +239,7 @@ def test_a_blob_that_a_dead_run_was_removing_cannot_be_relied_on_until_the_next_
     assert int(refused.headers["Retry-After"]) > 0
     assert "adaptory gc" in refused.json()["next"]
     assert "adaptory gc` finishes that" in Cli(place).ok("fsck").out
-    with only_collection(held.database), pytest.raises(Conflict, match="Another collection"):
+    with exclusive_collection(held.database), pytest.raises(Conflict, match="Another collection"):
         collect_garbage(held, grace=DAY)  # the run may be at work still
     assert collect_garbage(held, grace=DAY).blobs == 1
     assert digests(held) == set()

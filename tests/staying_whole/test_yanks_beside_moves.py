@@ -13,7 +13,7 @@ from registry.client.api import Api, line_path
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import releases
 from registry.domain.channels import moves, yanks
-from registry.domain.channels.moves import Promotion
+from registry.domain.channels.moves import PromotionRequest
 from registry.domain.search import search
 from registry.domain.search.ordering import Order
 from registry.domain.search.search import Query
@@ -39,7 +39,7 @@ def yank(session: Session, _channel: str) -> None:
 
 
 def promote(session: Session, channel: str) -> None:
-    moves.promote(session, operator(), Promotion(NAME, SECOND, channel))
+    moves.promote(session, operator(), PromotionRequest(NAME, SECOND, channel))
 
 
 @dataclass

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Protocol
 
 from composer.conflicts.evidence.outcome import Limits, Outcome, effect_of, side_effect_of
-from composer.deltas.delta import Computed, Delta, LowRank, names_of
+from composer.deltas.delta import Delta, LowRank, RowwiseDelta, names_of
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.calibration import Calibration
@@ -105,7 +105,7 @@ def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
 def _times(delta: Delta, weight: float) -> Delta:
     if isinstance(delta, LowRank):
         return replace(delta, scale=delta.scale * weight)
-    return scaled(delta, weight) if isinstance(delta, Computed) else delta
+    return scaled(delta, weight) if isinstance(delta, RowwiseDelta) else delta
 
 
 def by_method(

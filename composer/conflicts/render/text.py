@@ -12,7 +12,7 @@ from composer.conflicts.advice import FROM_WEIGHTS, MEASURE, of_outcome
 from composer.conflicts.evidence.interval import Interval, share_interval
 from composer.conflicts.evidence.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
 from composer.conflicts.evidence.probe import ProbeResult
-from composer.conflicts.metrics import Numbers
+from composer.conflicts.metrics import PairMetrics
 from composer.conflicts.report import ConflictReport, Pair
 from composer.findings import Finding, Severity, Verdict, next_step
 from composer.formats.untrusted import cut
@@ -319,7 +319,7 @@ def _pairs(report: ConflictReport) -> Table:
     )
 
 
-def _cells(numbers: Numbers) -> tuple[str, ...]:
+def _cells(numbers: PairMetrics) -> tuple[str, ...]:
     return (
         f"{numbers.cosine:+.3f}",
         f"{numbers.input_overlap:.3f} ({numbers.input_excess:+.3f})",

@@ -12,16 +12,16 @@ from typing import overload
 import torch
 
 from composer.deltas.delta import Delta, LowRank, Replacement, mapped
-from composer.deltas.tensors import Aside, all_finite, is_mapped, torch_threads
+from composer.deltas.tensors import SpillFile, all_finite, is_mapped, torch_threads
 from composer.deltas.variants import lora, products, rescaled, rotations, shared, spectral
 from composer.deltas.variants.source import Module
-from composer.deltas.variants.tied import with_twins
+from composer.deltas.variants.tied import mark_tied_pairs
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.findings import Finding, Severity, next_step
 from composer.formats.adapters.config.config import AdapterConfig
 from composer.formats.adapters.facts import Adapter, read_adapter
 from composer.formats.adapters.placement.placement import place
-from composer.formats.adapters.placement.result import Placed, PlacedModule
+from composer.formats.adapters.placement.result import PlacedModule, PlacementResult
 from composer.formats.checkpoints.checkpoint import Architecture
 
 Read = Callable[[Module], list[Delta]]
@@ -74,7 +74,7 @@ class LoadedAdapter:
     name: str
     path: Path
     config: AdapterConfig
-    placed: Placed
+    placed: PlacementResult
     deltas: Sequence[Delta]
     base_copies: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
@@ -87,7 +87,7 @@ class StoredDeltas(Sequence[Delta]):
     def __init__(self, adapter: Adapter, modules: Sequence[PlacedModule]) -> None:
         self._adapter = adapter
         self._latest: tuple[PlacedModule, list[Delta]] | None = None
-        self._aside: Aside | None = None
+        self._aside: SpillFile | None = None
         self._made: dict[int, list[Delta]] = {}
         self._making = Lock()
         self._places = [(module, place) for module in modules for place in range(_count(adapter, module))]
@@ -118,7 +118,7 @@ class StoredDeltas(Sequence[Delta]):
             fresh = [delta for delta in deltas if isinstance(delta, LowRank) and not _in_file(delta)]
             if not fresh:
                 return deltas
-            self._aside = self._aside or Aside()
+            self._aside = self._aside or SpillFile()
             put = dict(zip(map(id, fresh), mapped(self._aside, fresh), strict=True))
             self._made[id(module)] = [put.get(id(delta), delta) for delta in deltas]
             return self._made[id(module)]
@@ -141,13 +141,13 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
         for module in placed.adapted:
             _refuse_not_finite(adapter, module)
-    placed = with_twins(adapter, placed, on_a_base=architecture is not None)
+    placed = mark_tied_pairs(adapter, placed, on_a_base=architecture is not None)
     deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
     copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
     return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
 
 
-def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: str) -> Placed:
+def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: str) -> PlacementResult:
     """Place an adapter that is about to be `done` (merged, …). Raises NotSupported for what no delta of the base's
     weights can express, and Mismatch when a tensor does not fit the base."""
     if (refusal := adapter.config.unsupported()) is not None:
@@ -172,7 +172,7 @@ def refuse_errors(subject: str, findings: list[Finding]) -> None:
         )
 
 
-def _refuse_unsized(adapter: Adapter, placed: Placed) -> None:
+def _refuse_unsized(adapter: Adapter, placed: PlacementResult) -> None:
     """Of some types the file does not tell a side of the weight, and without it there is no delta."""
     for module in placed.modules:
         if module.kind == "other" and (0 in module.shape or not module.shape):

@@ -5,7 +5,7 @@ Shapes: O outputs, I inputs, R rank, E experts; W_MN as stored.
 
 import torch
 
-from composer.deltas.delta import Computed, Delta, Layout, LowRank, Stacked
+from composer.deltas.delta import Delta, ExpertSlice, Layout, LowRank, RowwiseDelta
 from composer.deltas.variants.source import Module
 from composer.formats.adapters.placement.naming import TOKENS, split_key
 from composer.formats.adapters.placement.result import Piece
@@ -49,7 +49,7 @@ def experts(module: Module) -> list[Delta]:
         own = piece.weight.split(".")[-2] if piece.weight.endswith(".weight") else parameter
         A_RI, B_OR = A_ERI[piece.expert], B_ORE[piece.first : piece.last, :, piece.expert]
         name, place = f"{owner}.{piece.expert}.{own}", piece.expert * rows + piece.first
-        stacked = Stacked(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), place)
+        stacked = ExpertSlice(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), place)
         return LowRank(name, piece.weight, module.layout, A_RI, B_OR, placed.scale, begin=piece.begin, stacked=stacked)
 
     return [one(piece) for piece in placed.pieces]
@@ -78,7 +78,7 @@ def tokens(module: Module) -> list[Delta]:
         delta_MN[at] = new_TN[inside].to(W_MN) - W_MN[at]
         return delta_MN
 
-    changed = Computed(
+    changed = RowwiseDelta(
         placed.module, placed.weight, module.stored_shape, rows, reads_base=True, tied=placed.tied,
         layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from composer.deltas.delta import Computed, Layout, LowRank, Rows
+from composer.deltas.delta import Layout, LowRank, Rows, RowwiseDelta
 from composer.deltas.tensors import map_tensor
 from composer.errors import InvalidFile
 from composer.formats.adapters.config.config import AdapterConfig
@@ -66,14 +66,16 @@ class Module:
             nested=placed.nested,
         )  # fmt: skip
 
-    def computed(self, rows: Rows, *, reads_base: bool = True, alone: bool = False, whole: bool = False) -> Computed:
+    def computed(
+        self, rows: Rows, *, reads_base: bool = True, alone: bool = False, whole: bool = False
+    ) -> RowwiseDelta:
         """`rows` takes and gives rows of O x I: of a weight that is stored the other way all of them at once."""
         placed, straight = self.placed, self.layout is Layout.LINEAR
 
         def turned(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
             return rows(W_MN.T, 0).T
 
-        return Computed(
+        return RowwiseDelta(
             placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
             rescales=reads_base, alone=alone, whole=whole or not straight, tied=placed.tied, layout=self.layout,
             kernel=placed.shape[2:], twin=placed.twin,

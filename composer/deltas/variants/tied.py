@@ -11,10 +11,10 @@ from composer.errors import Mismatch
 from composer.formats.adapters.facts import Adapter
 from composer.formats.adapters.placement.naming import is_embedding, is_head
 from composer.formats.adapters.placement.pairs import FACTOR_PARTS
-from composer.formats.adapters.placement.result import Placed, PlacedModule
+from composer.formats.adapters.placement.result import PlacedModule, PlacementResult
 
 
-def with_twins(adapter: Adapter, placed: Placed, *, on_a_base: bool) -> Placed:
+def mark_tied_pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: bool) -> PlacementResult:
     """The modules, twins marked as such: whole tensors and rows of tokens that are saved for both and equal, and pairs
     that PEFT ties (`ensure_weight_tying`). Without a base to say what is tied, such pairs are if they are equal. Raises
     Mismatch for pairs of a tied weight that are said to be one and differ."""
@@ -24,16 +24,16 @@ def with_twins(adapter: Adapter, placed: Placed, *, on_a_base: bool) -> Placed:
         replace(module, weight=twins[0].weight, tied=True, twin=True) if module in twins else module
         for module in placed.modules
     ]
-    return Placed(modules, placed.findings)
+    return PlacementResult(modules, placed.findings)
 
 
-def _saved(adapter: Adapter, placed: Placed, kind: str) -> Sequence[PlacedModule]:
+def _saved(adapter: Adapter, placed: PlacementResult, kind: str) -> Sequence[PlacedModule]:
     sides = _sides(module for module in placed.modules if module.kind == kind and module.tied and not module.twin)
     tensors = [[Module(adapter, side)[part] for part in side.parts] for side in sides]
     return sides if sides and _equal(*tensors) else ()
 
 
-def _pairs(adapter: Adapter, placed: Placed, *, on_a_base: bool) -> Sequence[PlacedModule]:
+def _pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: bool) -> Sequence[PlacedModule]:
     said = bool(adapter.config.raw.get("ensure_weight_tying"))
     sides = _sides(module for module in placed.low_rank if said and (module.tied or not on_a_base))
     if not sides:

@@ -20,7 +20,7 @@ import numpy as np
 
 from composer.formats.adapters.factors import MAX_ENERGY, blocks, factors, readable
 from composer.formats.adapters.facts import Adapter
-from composer.formats.adapters.placement.result import LOW_RANK_KINDS, Placed, PlacedModule
+from composer.formats.adapters.placement.result import LOW_RANK_KINDS, PlacedModule, PlacementResult
 from composer.formats.checkpoints.header import FLOAT_DTYPES
 from composer.formats.checkpoints.numeric import Float64, Summed
 
@@ -114,7 +114,7 @@ class _Side:
         return all(self.adapter.header.tensors[key].dtype in FLOAT_DTYPES for key in self.placed.parts.values())
 
 
-def compare(old: Adapter, new: Adapter, old_placed: Placed, new_placed: Placed) -> Comparison:
+def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed: PlacementResult) -> Comparison:
     """Every module of either adapter, the largest change first. What a variant adds beside s B A (DoRA) is not seen;
     a delta of another form is left out."""
     before, after = _sides(old, old_placed), _sides(new, new_placed)
@@ -138,7 +138,7 @@ def compare(old: Adapter, new: Adapter, old_placed: Placed, new_placed: Placed) 
     return Comparison(tuple(found), whole, tuple(left_out))
 
 
-def _sides(adapter: Adapter, placed: Placed) -> dict[tuple[Kind, str], _Side]:
+def _sides(adapter: Adapter, placed: PlacementResult) -> dict[tuple[Kind, str], _Side]:
     sides: dict[tuple[Kind, str], _Side] = {}
     for module in placed.modules:
         if module.kind in LOW_RANK_KINDS:

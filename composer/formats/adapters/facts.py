@@ -14,7 +14,7 @@ from composer.formats.adapters.config.config import CONFIG_BYTES, AdapterConfig,
 from composer.formats.adapters.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_layout, recognise
 from composer.formats.adapters.placement.naming import split_key
 from composer.formats.adapters.placement.pairs import FACTOR_PARTS
-from composer.formats.adapters.placement.result import Placed
+from composer.formats.adapters.placement.result import PlacementResult
 from composer.formats.checkpoints.checkpoint import contained, missing_weights
 from composer.formats.checkpoints.header import Header, TensorEntry
 from composer.formats.untrusted import read_bytes
@@ -141,7 +141,7 @@ def _refuse_unopened(path: Path) -> None:
         raise InvalidFile("bad_safetensors", message, subject=path.name, next_step=next_step) from error
 
 
-def facts(config: AdapterConfig, header: Header, placed: Placed) -> AdapterFacts:
+def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> AdapterFacts:
     """Sum up an adapter from its config, its header and its placement."""
     adapted = placed.adapted
     side_rank, side_alpha = _side_pair(config)

@@ -9,7 +9,7 @@ from composer.formats.adapters import facts, serving
 from composer.formats.adapters.facts import Adapter, AdapterFacts
 from composer.formats.adapters.foreign import foreign_facts, read_foreign
 from composer.formats.adapters.placement.placement import place
-from composer.formats.adapters.placement.result import Placed
+from composer.formats.adapters.placement.result import PlacementResult
 from composer.formats.checkpoints.checkpoint import Architecture
 
 
@@ -18,7 +18,7 @@ class Inspection:
     """`findings` are those of the placement and of the health check."""
 
     adapter: Adapter
-    placed: Placed
+    placed: PlacementResult
     facts: AdapterFacts
     findings: list[Finding]
 

@@ -15,7 +15,7 @@ from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.formats.adapters.placement.naming import PEFT_PREFIX
 from composer.formats.checkpoints.checkpoint import contained, missing_weights
 from composer.formats.checkpoints.header import Header, read_header
-from composer.formats.untrusted import refuse_endless, shown
+from composer.formats.untrusted import printable, refuse_endless
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -127,7 +127,7 @@ def _of_keys(path: Path, keys: list[str]) -> str:
         return DIFFUSERS
     raise InvalidFile(
         "unknown_layout",
-        f"{path.name} is no adapter in a layout that is known; its keys look like {shown(keys[0] if keys else '')}.",
+        f"{path.name} is not in a known layout of adapters; its keys look like {printable(keys[0] if keys else '')}.",
         subject=path.name,
         next_step=f"Known are {PEFT}, {KOHYA}, {DIFFUSERS} and {MLX}.",
     )

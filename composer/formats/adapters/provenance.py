@@ -33,7 +33,7 @@ def adapter_use(path: Path, weight: Weight | float) -> AdapterUse:
     return AdapterUse(name, parse_weight(weight), hash_file(path / WEIGHTS_FILE), hash_file(path / CONFIG_FILE))
 
 
-def told_use(row: Mapping[str, Any]) -> AdapterUse:
+def parse_use(row: Mapping[str, Any]) -> AdapterUse:
     """What a note says. Raises KeyError or TypeError for what it does not say, and what `parse_weight` raises."""
     name, weight, digest = row["name"], row["weight"], row["digest"]
     return AdapterUse(str(name), parse_weight(weight), str(digest), str(row["config"]) if "config" in row else None)

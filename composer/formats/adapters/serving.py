@@ -12,7 +12,7 @@ from composer.errors import NotSupported
 from composer.formats.adapters.config.config import REBASED_INITS, AdapterConfig
 from composer.formats.adapters.facts import AdapterFacts
 from composer.formats.adapters.placement.naming import PEFT_PREFIX, is_raw, lacks_prefix
-from composer.formats.adapters.placement.result import GROUPED, OTHER_PATHS, Placed
+from composer.formats.adapters.placement.result import GROUPED, OTHER_PATHS, PlacementResult
 
 SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
 """Bit i of a mask of servers stands for SERVERS[i]. Masks are kept: a new server is only ever appended."""
@@ -78,7 +78,9 @@ def parse_profile(text: str) -> Profile:
     return Profile(server, int(limit) if colon else VLLM_DEFAULT_RANK)
 
 
-def judge(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> tuple[int, dict[str, dict[str, list[str]]]]:
+def judge(
+    config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult
+) -> tuple[int, dict[str, dict[str, list[str]]]]:
     """(mask, {server: {reasons, way_out}}): the servers that load it if its rank is within their limit, and why the
     others do not. As JSON; `loads` reads it again."""
     other = [] if config.peft_type == "LORA" else _other_type(config)
@@ -116,7 +118,7 @@ def loads(servers: int, refusals: Mapping[str, Any], rank_max: int, profile: Pro
     return Loading(str(profile), not reasons, tuple(reasons), tuple(dict.fromkeys(ways)))
 
 
-def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: Placed, profile: str) -> Loading:
+def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult, profile: str) -> Loading:
     """Both at once, for an adapter at hand. Raises NotSupported for an unknown profile."""
     asked = parse_profile(profile)
     return loads(*judge(config, facts, placed), facts.rank_max, asked)
@@ -127,37 +129,37 @@ def _other_type(config: AdapterConfig) -> list[tuple[str, str]]:
     return [(f"{config.peft_type} is refused: only LoRA is loaded", "" if config.unsupported() else _MERGE)]
 
 
-def _unknown(placed: Placed) -> list[tuple[str, str]]:
+def _unknown(placed: PlacementResult) -> list[tuple[str, str]]:
     found = [finding.subject for finding in placed.findings if finding.code == "unmatched_tensor"]
     return [(f"tensors match nothing that is known ({found[0]})", "")] if found else []
 
 
-def _elsewhere(placed: Placed) -> list[tuple[str, str]]:
+def _elsewhere(placed: PlacementResult) -> list[tuple[str, str]]:
     if not any(finding.code == OTHER_PATHS for finding in placed.findings):
         return []
     return [("its paths are those of another model: where the base has its modules, servers do not look", _MERGE)]
 
 
-def _bare(config: AdapterConfig, placed: Placed) -> list[tuple[str, str]]:
+def _bare(config: AdapterConfig, placed: PlacementResult) -> list[tuple[str, str]]:
     """PEFT and LoRAX look for whole keys; vLLM and the conversion to GGUF take them without PEFT's prefix."""
     if not lacks_prefix(_keys(placed)):
         return []
     return [(f"keys lack the prefix {PEFT_PREFIX!r}: they are left out, and the base is served", _renamed(config))]
 
 
-def _raw(config: AdapterConfig, placed: Placed) -> list[tuple[str, str]]:
+def _raw(config: AdapterConfig, placed: PlacementResult) -> list[tuple[str, str]]:
     """vLLM and the conversion to GGUF raise at such keys."""
     raw = any(map(is_raw, _keys(placed)))
     return [("keys with the adapter's name in them (.default) are refused", _renamed(config))] if raw else []
 
 
-def _raw_beside_pairs(placed: Placed) -> bool:
+def _raw_beside_pairs(placed: PlacementResult) -> bool:
     """PEFT takes such keys of factors, and raises at those of trained tokens and of tensors saved whole."""
     beside = (module for module in placed.modules if module.kind in ("replacement", "tokens"))
     return any(is_raw(key) for module in beside for key in module.parts.values())
 
 
-def _keys(placed: Placed) -> list[str]:
+def _keys(placed: PlacementResult) -> list[str]:
     return [key for module in placed.modules for key in module.parts.values()]
 
 
@@ -175,7 +177,7 @@ def _beyond_vllm(facts: AdapterFacts) -> list[tuple[str, str]]:
     return [(f"rank {facts.rank_max} is above {most}, the highest max_lora_rank there is", _TRUNCATE)]
 
 
-def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[tuple[str, str]]:
+def _common(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult) -> list[tuple[str, str]]:
     """vLLM, and what is known of SGLang and LoRAX: plain pairs, one scale for all modules."""
     problems: list[tuple[str, str]] = []
     if config.flags:
@@ -209,7 +211,7 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[
     return problems
 
 
-def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> list[tuple[str, str]]:
+def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult) -> list[tuple[str, str]]:
     """The converter to GGUF keeps one lora_alpha and divides by each tensor's rank."""
     problems: list[tuple[str, str]] = []
     if config.use_rslora or any(module.alpha != config.alpha for module in placed.low_rank):
@@ -234,13 +236,13 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: Placed) -> lis
     return problems
 
 
-def _convolutions(placed: Placed) -> bool:
+def _convolutions(placed: PlacementResult) -> bool:
     """Also those in groups, which are placed nowhere."""
     grouped = any(finding.code == GROUPED for finding in placed.findings)
     return grouped or any(module.kind == "convolution" for module in placed.modules)
 
 
-def _extra_parts(placed: Placed) -> str:
+def _extra_parts(placed: PlacementResult) -> str:
     """What the tensors hold although no flag of the config says so: a base's copy."""
     return ", ".join(sorted({part for one in placed.modules if one.kind == "base_copy" for part in one.parts}))
 

@@ -16,7 +16,7 @@ import numpy as np
 from composer.findings import Finding, Severity, zero_deltas
 from composer.formats.adapters.factors import MAX_ENERGY, factor_grams, readable
 from composer.formats.adapters.facts import Adapter
-from composer.formats.adapters.placement.result import Placed, PlacedModule
+from composer.formats.adapters.placement.result import PlacedModule, PlacementResult
 from composer.formats.checkpoints.numeric import Float64
 
 NEAR_ZERO = 0.01
@@ -114,7 +114,7 @@ class Spectrum:
         return {**self.summary(), "modules": rows, "left_out": list(self.left_out[:MAX_MODULES])}
 
 
-def spectrum(adapter: Adapter, placed: Placed) -> Spectrum | None:
+def spectrum(adapter: Adapter, placed: PlacementResult) -> Spectrum | None:
     """The spectrum of an adapter whose placement and numbers are sound; None when it has no low-rank module.
 
     224 modules of a 7B model at rank 16 take 0.3 s on one core; memory is one block of a factor, whatever the adapter.

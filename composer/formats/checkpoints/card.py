@@ -14,7 +14,7 @@ import yaml
 
 from composer.errors import InvalidFile
 from composer.findings import Finding, Severity
-from composer.formats.untrusted import LONE_SURROGATE, shown
+from composer.formats.untrusted import LONE_SURROGATE, printable
 
 CARD_FILE = "README.md"
 FRONT_MATTER_BYTES = 65_536
@@ -122,7 +122,7 @@ def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
     """What somebody states on purpose, in the form of `provenance`. Raises InvalidFile for a name or value unknown."""
     unknown = sorted(set(stated) - set(FIELDS))
     if unknown:
-        raise _bad(subject, f"{shown(unknown[0])} is no part of it; known are {', '.join(FIELDS)}")
+        raise _bad(subject, f"{printable(unknown[0])} is no part of it; known are {', '.join(FIELDS)}")
     told, findings = provenance(stated)
     if findings:
         raise _bad(subject, findings[0].message.rstrip("."))

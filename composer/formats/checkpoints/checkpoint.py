@@ -12,7 +12,7 @@ from composer.errors import InvalidFile, NotSupported
 from composer.formats.checkpoints.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
 from composer.formats.checkpoints.quantized import Nf4, is_part, nf4_weights
 from composer.formats.checkpoints.tying import embedding_tensors, head_tensors, said_tied, same_bytes
-from composer.formats.untrusted import LONE_SURROGATE, has_more_values, shown
+from composer.formats.untrusted import LONE_SURROGATE, has_more_values, printable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -112,7 +112,7 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
     if not isinstance(stated, dict):
         raise InvalidFile(
             "bad_config",
-            f"config.json: quantization_config is {shown(stated)}, no mapping.",
+            f"config.json: quantization_config is {printable(stated)}, no mapping.",
             subject="config.json",
             next_step="Save or download the checkpoint again.",
         )
@@ -291,7 +291,7 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
         raise _bad_index("has metadata that are no mapping")
     for name, file in cast("dict[str, object]", stated).items():
         if not _is_name(file):
-            raise _bad_index(f"places {shown(name)} in {shown(file)}, which can be no shard")
+            raise _bad_index(f"places {printable(name)} in {printable(file)}, which can be no shard")
     return cast("dict[str, str]", stated)
 
 

@@ -19,7 +19,7 @@ from traceback import clear_frames
 from typing import Any, cast
 
 from composer.errors import InvalidFile
-from composer.formats.untrusted import Twice, refuse_endless, unique
+from composer.formats.untrusted import DuplicateKey, refuse_endless, reject_duplicate_keys
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
@@ -240,8 +240,8 @@ def _bound_structure(text: bytes, limits: Limits, subject: str) -> None:
 def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
     why = "its header is not a JSON object"
     try:
-        table: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=_integer)
-    except Twice as error:
+        table: object = json.loads(text.decode("utf-8"), object_pairs_hook=reject_duplicate_keys, parse_int=_integer)
+    except DuplicateKey as error:
         table, why = None, f"its header {error}"
     except (ValueError, RecursionError):
         table, why = None, "its header is not JSON"  # raised below, not from here: a JSONDecodeError keeps the text

@@ -23,7 +23,11 @@ _KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
 _UNIX_BLOCK_BYTES = 512
 _SYNC_THREADS = 8
 _TOO_LARGE = "A file is larger than the file system, or a limit of this process, allows"
-FULL = {errno.ENOSPC: "The disk is full", errno.EDQUOT: "The disk quota is used up", errno.EFBIG: _TOO_LARGE}
+DISK_FULL_ERRNOS = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EFBIG: _TOO_LARGE,
+}
 """Of an OSError's numbers those that say there is no room, in words."""
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
 _WEIGHT_SUFFIXES = frozenset({
@@ -32,7 +36,7 @@ _WEIGHT_SUFFIXES = frozenset({
 
 
 @contextmanager
-def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Generator[Path]:
+def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> Generator[Path]:
     """A directory beside `out_dir` to write about `size_bytes` into, flat; synced and renamed when the block ends well.
 
     Raises RefusedOutput when `out_dir` exists, its parent does not, another process is writing the same, or the disk is
@@ -65,7 +69,7 @@ def writing_aside(out_dir: Path, size_bytes: int, key: str | None = None) -> Gen
                 shutil.rmtree(aside)
             elif aside.exists():
                 error.add_note(f"what is finished lies in {aside}, and the same command goes on with it")
-            if isinstance(error, OSError) and error.errno in FULL:
+            if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
                 raise _no_room(error.errno, out_dir, size_bytes) from error
             raise
 
@@ -91,7 +95,7 @@ def _held(aside: Path, out_dir: Path) -> Generator[None]:
             raise FileExistsError(errno.EEXIST, "there is a link of the name of what is written first", str(aside))
         aside.mkdir(exist_ok=True)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL_ERRNOS:
             raise
         parent = str(aside.parent)
         message = f"Nothing can be written to {parent}: {error.strerror}."
@@ -174,7 +178,7 @@ def _is_side_file(file: Path) -> bool:
 def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:
     free = shutil.disk_usage(out_dir.absolute().parent).free
     there_is = f", and {free / 1e6:.0f} MB are free" if why == errno.ENOSPC else ""  # of a quota the disk cannot tell
-    message = f"{FULL[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
+    message = f"{DISK_FULL_ERRNOS[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
     return RefusedOutput(
         "disk_full", message, subject=str(out_dir), next_step="Free some space or choose another disk."
     )

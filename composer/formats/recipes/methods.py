@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from composer.errors import NotSupported
-from composer.formats.recipes.weights import Divided, Weight, factor, real, weights_of
-from composer.formats.untrusted import shown
+from composer.formats.recipes.weights import NormalizedWeight, Weight, factor, real, weights_of
+from composer.formats.untrusted import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
     if method not in SETTINGS:
         raise NotSupported(
             "unknown_method",
-            f"There is no method {shown(method)}.",
+            f"There is no method {printable(method)}.",
             subject=method,
             next_step=f"Use one of {METHOD_NAMES}.",
         )
@@ -218,14 +218,14 @@ def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, obj
     parsed = {name: default for name, (default, _) in known.items()}
     for name, value in settings.items():
         if name not in known:
-            message = f"{method} has no setting {shown(name)}."
+            message = f"{method} has no setting {printable(name)}."
             raise NotSupported(
                 "unknown_setting", message, subject=name, next_step=f"It knows {', '.join(sorted(known))}."
             )
         try:
             parsed[name] = known[name][1](value)
         except ValueError as error:
-            message = f"The setting {name} is {shown(value)}."
+            message = f"The setting {name} is {printable(value)}."
             raise NotSupported("bad_setting", message, subject=name, next_step=f"It is {error}.") from error
     _check_together(method, parsed)
     return {name: value for name, value in parsed.items() if name not in _LEFT_OUT or value != known[name][0]}
@@ -245,7 +245,7 @@ def effective_weights(weights: Sequence[Weight | float], method: str, settings: 
     if not divides(method, parsed):
         return given
     among = tuple(weights_of(weights))
-    return [Divided(weight.value, weight.rules, among) for weight in given]
+    return [NormalizedWeight(weight.value, weight.rules, among) for weight in given]
 
 
 def divides(method: str, parsed: Mapping[str, object]) -> bool:

@@ -9,7 +9,7 @@ import yaml
 from composer.errors import InvalidFile
 from composer.findings import HARD, Finding, Severity, Verdict
 from composer.formats.recipes.weights import real
-from composer.formats.untrusted import shown
+from composer.formats.untrusted import printable
 
 MAX_POLICY_CHARS = 100_000
 
@@ -106,7 +106,7 @@ def read_policy(document: object, subject: str = "policy") -> Policy:
     numbers = _mapping(rows.pop("thresholds", None), f"{subject}: thresholds")
     require = rows.pop("require", None)
     if require not in (None, *Verdict):
-        raise _bad(f"{subject}: require", f"{shown(require)} is none of {', '.join(Verdict)}")
+        raise _bad(f"{subject}: require", f"{printable(require)} is none of {', '.join(Verdict)}")
     modes = {code for code, value in numbers.items() if code in MODES and str(value).endswith(f" {MODES[code]}")}
     plain = {code: str(value).removesuffix(MODES[code]) if code in modes else value for code, value in numbers.items()}
     return Policy(
@@ -123,16 +123,16 @@ def _mapping(document: object, subject: str) -> dict[str, object]:
     rows = cast("dict[object, object]", document or {})
     for key in rows:
         if not isinstance(key, str):
-            raise _bad(subject, f"{shown(key)} is no code")
+            raise _bad(subject, f"{printable(key)} is no code")
     return dict(cast("dict[str, object]", rows))
 
 
 def _severity(code: str, value: object, subject: str) -> Severity | None:
     if code not in CODES:
-        raise _bad(f"{subject}: {shown(code)}", f"the codes are {', '.join(sorted(CODES))}")
+        raise _bad(f"{subject}: {printable(code)}", f"the codes are {', '.join(sorted(CODES))}")
     words = [*Severity, IGNORE]
     if value not in words:
-        raise _bad(f"{subject}: {shown(code)}", f"{shown(value)} is none of {', '.join(words)}")
+        raise _bad(f"{subject}: {printable(code)}", f"{printable(value)} is none of {', '.join(words)}")
     if code in HARD and value != Severity.ERROR:
         raise _bad(f"{subject}: {code}", "nothing can be merged with this conflict, so it stays an error")
     return None if value == IGNORE else Severity(str(value))
@@ -140,11 +140,11 @@ def _severity(code: str, value: object, subject: str) -> Severity | None:
 
 def _number(code: str, value: object, subject: str) -> float:
     if code not in THRESHOLDS:
-        raise _bad(f"{subject}: {shown(code)}", f"the codes with a number are {', '.join(THRESHOLDS)}")
+        raise _bad(f"{subject}: {printable(code)}", f"the codes with a number are {', '.join(THRESHOLDS)}")
     try:
         return real(value)  # also `1e-3`, which YAML takes for a text
     except ValueError as error:
-        raise _bad(f"{subject}: {code}", f"{shown(value)} is not a finite number") from error
+        raise _bad(f"{subject}: {code}", f"{printable(value)} is not a finite number") from error
 
 
 def _bad(where: str, why: str) -> InvalidFile:

@@ -32,7 +32,7 @@ from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, SETTINGS, 
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
 from composer.formats.recipes.weights import Weight, WeightRule, parse_weight
-from composer.formats.untrusted import LONE_SURROGATE, shown
+from composer.formats.untrusted import LONE_SURROGATE, printable
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_INPUTS = 64
@@ -214,10 +214,10 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     if method is None:
         raise _bad(f"{subject}: method", "it is missing", f"Name one of {METHOD_NAMES}.")
     if method not in SETTINGS:
-        raise _bad(f"{subject}: method", f"there is no method {shown(method)}", f"Use one of {METHOD_NAMES}.")
+        raise _bad(f"{subject}: method", f"there is no method {printable(method)}", f"Use one of {METHOD_NAMES}.")
     dtype = _text(fields, "dtype", subject)
     if dtype is not None and dtype not in DTYPES:
-        raise _bad(f"{subject}: dtype", f"{shown(dtype)} is none of {', '.join(DTYPES)}")
+        raise _bad(f"{subject}: dtype", f"{printable(dtype)} is none of {', '.join(DTYPES)}")
     probe = fields.get("probe", 8)
     if type(probe) is not int or not 0 <= probe <= MAX_PROBE:
         raise _bad(f"{subject}: probe", f"it must be a whole number from 0 to {MAX_PROBE}")
@@ -320,7 +320,7 @@ def _check_texts(document: object, subject: str) -> None:
             return
         value = pending.pop()
         if isinstance(value, str) and LONE_SURROGATE.search(value):
-            raise _bad(subject, f"{shown(value)} has half a surrogate pair")
+            raise _bad(subject, f"{printable(value)} has half a surrogate pair")
         if isinstance(value, dict):
             pending += [part for item in cast("dict[object, object]", value).items() for part in item]
         elif isinstance(value, list | tuple | set):
@@ -333,7 +333,7 @@ def _mapping(document: object, subject: str, known: set[str]) -> dict[str, objec
         raise _bad(subject, "it must be a mapping")
     for key in cast("dict[object, object]", document):
         if key not in known:
-            name = key[:100] if isinstance(key, str) else shown(key)
+            name = key[:100] if isinstance(key, str) else printable(key)
             raise _bad(f"{subject}: {name}", f"the key is unknown; known are {', '.join(sorted(known))}")
     return cast("dict[str, object]", document)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from composer.errors import NotSupported
-from composer.formats.untrusted import shown
+from composer.formats.untrusted import printable
 
 
 class Mode(StrEnum):
@@ -37,7 +37,7 @@ class Rounding:
 def parse_rounding(mode: str, seed: int = 0) -> Rounding:
     """Raises NotSupported for an unknown mode or a seed that is no 64-bit number."""
     if mode not in list(Mode):
-        message = f"There is no rounding {shown(mode)}."
+        message = f"There is no rounding {printable(mode)}."
         raise NotSupported("rounding", message, subject=mode, next_step=f"Use one of {', '.join(Mode)}.")
     if not 0 <= seed < 2**64:
         raise NotSupported(

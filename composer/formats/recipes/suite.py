@@ -22,7 +22,7 @@ from typing import Literal, cast
 import yaml
 
 from composer.errors import InvalidFile
-from composer.formats.untrusted import LONE_SURROGATE, read_text, shown
+from composer.formats.untrusted import LONE_SURROGATE, printable, read_text
 
 Kind = Literal["target", "guard"]
 
@@ -221,7 +221,7 @@ def _fields(document: object, subject: str) -> Mapping[str, object]:
             next_step=_SUITE,
         )
     fields = cast("dict[str, object]", document)
-    unknown = sorted(shown(key) for key in fields if key not in FIELDS)
+    unknown = sorted(printable(key) for key in fields if key not in FIELDS)
     missing = [key for key in FIELDS if key not in fields and key not in _OPTIONAL]
     if unknown or missing:
         problem = f"unknown field {unknown[0]}" if unknown else f"field {missing[0]} is missing"
@@ -283,7 +283,7 @@ def _example(row: object, place: str) -> Example:
         )
     texts = cast("dict[str, object]", row)
     if texts.keys() != {"prompt", "completion"}:
-        found = ", ".join(sorted(map(shown, texts))[:4]) or "nothing"
+        found = ", ".join(sorted(map(printable, texts))[:4]) or "nothing"
         raise InvalidFile(
             "suite_example",
             f"{place}: an example has prompt and completion; found {found}.",

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any, cast
 
 from composer.errors import Mismatch, NotSupported
-from composer.formats.untrusted import shown
+from composer.formats.untrusted import printable
 
 MAX_RULES = 100
 LARGEST = 1e12
@@ -92,7 +92,7 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Divided(Weight):
+class NormalizedWeight(Weight):
     """A weight over the sum of all weights `among`, module by module."""
 
     among: tuple[Weight, ...] = ()
@@ -102,9 +102,9 @@ class Divided(Weight):
         own = Weight.of(self, *names)
         return own / divisor(sum(weight.of(*names) for weight in self.among)) if own else 0.0
 
-    def times(self, factor: float) -> "Divided":
+    def times(self, factor: float) -> "NormalizedWeight":
         plain = Weight.times(self, factor)
-        return Divided(plain.value, plain.rules, self.among)
+        return NormalizedWeight(plain.value, plain.rules, self.among)
 
     def to_json(self) -> float | dict[str, Any]:
         """What it comes to; with rules, what has to be divided and `among` which weights, since modules differ."""
@@ -150,7 +150,7 @@ def parse_rule(text: str) -> WeightRule:
     if not slash and not _RANGE.fullmatch(selector):
         layers, modules = "", selector
     if not equals or not selector or (slash and not (layers and modules)):
-        raise _bad(f"{shown(text)} is no rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
+        raise _bad(f"{printable(text)} is no rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
     row: dict[str, object] = {"weight": weight}
     return _rule(row | ({"layers": layers} if layers else {}) | ({"modules": modules} if modules else {}))
 
@@ -163,7 +163,7 @@ def _rule(row: object) -> WeightRule:
         raise _bad("a rule has a weight, and layers or modules that it is for")
     modules = given.get("modules")
     if modules is not None and (not isinstance(modules, str) or not _GLOB.fullmatch(modules)):
-        raise _bad(f"{shown(modules)} is no glob of module names")
+        raise _bad(f"{printable(modules)} is no glob of module names")
     return WeightRule(_number(given["weight"]), _layers(given.get("layers")), modules)
 
 
@@ -174,14 +174,14 @@ def _layers(value: object) -> tuple[int, int] | None:
     first = int(match[1]) if match else 0
     last = int(match[2] or match[1]) if match else -1
     if last < first:
-        raise _bad(f"{shown(value)} is no range of layers; write 0-9, or 3")
+        raise _bad(f"{printable(value)} is no range of layers; write 0-9, or 3")
     return first, last
 
 
 def _known(given: Mapping[object, object], known: set[str]) -> dict[str, object]:
     for key in given:
         if key not in known:
-            raise _bad(f"{shown(key)} is none of {', '.join(sorted(known))}")
+            raise _bad(f"{printable(key)} is none of {', '.join(sorted(known))}")
     return cast("dict[str, object]", dict(given))
 
 
@@ -189,7 +189,7 @@ def _number(value: object) -> float:
     try:
         return factor(value)
     except ValueError as error:
-        raise _bad(f"{shown(value)} is not {error}") from error
+        raise _bad(f"{printable(value)} is not {error}") from error
 
 
 def _bad(why: str) -> NotSupported:

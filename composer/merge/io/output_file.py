@@ -23,7 +23,7 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass
-class Target:
+class OutputFile:
     """An output file: `fresh` says that it is written now; otherwise an earlier run did, and it is only verified.
 
     `direct` is the same file, opened to be written past the page cache, or None. `sync` has a file taken to the disk.
@@ -37,7 +37,7 @@ class Target:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def opened(cls, path: Path, fresh: bool, sync: Callable[[int], object], stack: ExitStack) -> "Target":
+    def opened(cls, path: Path, fresh: bool, sync: Callable[[int], object], stack: ExitStack) -> "OutputFile":
         """Raises FileExistsError for a fresh one that is there."""
         file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if fresh else 0), 0o644)
         stack.callback(os.close, file)

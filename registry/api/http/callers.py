@@ -40,7 +40,7 @@ class Credentials:
 
 
 @dataclass(slots=True)
-class Callers:
+class ActorCache:
     """Remembers for `access_cache_s` seconds whom a token stands for and which namespaces are public.
 
     A change made through this process is seen at once (`forget`), one made through another when the time is up.

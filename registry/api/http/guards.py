@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from registry.api.http.callers import Callers, Credentials, credentials_of
+from registry.api.http.callers import ActorCache, Credentials, credentials_of
 from registry.api.http.problems import problem_response
 from registry.api.http.request import MAX_DIGITS
 from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauthenticated, Usage
@@ -101,7 +101,7 @@ class CallerLimits:
     Each server process counts for itself.
     """
 
-    def __init__(self, app: ASGIApp, callers: Callers) -> None:
+    def __init__(self, app: ASGIApp, callers: ActorCache) -> None:
         import limits  # only where there are tokens: the embedded registry counts nothing
         from limits.storage import MemoryStorage
         from limits.strategies import FixedWindowRateLimiter

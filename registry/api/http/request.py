@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel
 from starlette.requests import ClientDisconnect
 
 from registry.api.schemas import MAX_INT64
-from registry.database.idempotency import Keyed
+from registry.database.idempotency import IdempotentRequest
 from registry.domain.access.audit import Actor
 from registry.errors import Usage
 from registry.transfer.resources import Resources
@@ -27,13 +27,13 @@ async def resources_of(request: Request) -> Resources:
     return cast(Resources, request.app.state.resources)
 
 
-def keyed(request: Request, actor: Actor, key: str | None, body: BaseModel) -> Keyed | None:
+def idempotent_request(request: Request, actor: Actor, key: str | None, body: BaseModel) -> IdempotentRequest | None:
     """The request as it is known again, for a route that takes a `RequestKey`."""
     if key is None:
         return None
     expected = [request.headers.get(name, "") for name in ("If-Match", "If-None-Match")]
     asked = "\n".join((request.method, request.url.path, *expected, body.model_dump_json()))
-    return Keyed(actor.name, key, hashlib.sha256(asked.encode()).hexdigest())
+    return IdempotentRequest(actor.name, key, hashlib.sha256(asked.encode()).hexdigest())
 
 
 def uploads_limiter(request: Request) -> CapacityLimiter:

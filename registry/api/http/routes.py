@@ -33,7 +33,7 @@ DIRECT_PATIENCE_S = 5.0
 _threads = ThreadPoolExecutor(DIRECT_THREADS, "direct")
 
 
-def once(read: Callable[[bytes], T]) -> Callable[[bytes], T]:
+def cached_by_query(read: Callable[[bytes], T]) -> Callable[[bytes], T]:
     """Keeps what a query says: who deploys asks the same again and again. Long ones are read each time."""
     kept = lru_cache(MAX_QUERIES)(read)
 
@@ -60,7 +60,7 @@ class Route(APIRoute):
 
     def get_route_handler(self) -> Handler:
         answer, known = self._answer(), self._parameters()
-        is_known = once(partial(_is_known, known))
+        is_known = cached_by_query(partial(_is_known, known))
         rules = rules_of(self.dependant) if self.body_field else None
 
         async def handle(request: Request) -> Response:
@@ -84,7 +84,7 @@ class Route(APIRoute):
         return (*_declared(self.dependant), *(one["name"] for one in described if one["in"] == "query"))
 
 
-class Direct(Route):
+class ThreadedRoute(Route):
     """A route that is given the request and what depends on nothing else, makes its own response, and runs in a thread.
 
     The framework takes longer to find that out anew, and to reach its threads, than a database to answer.

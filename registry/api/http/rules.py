@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 from fastapi.dependencies.models import Dependant
 from starlette.concurrency import run_in_threadpool
 
-from registry.api.http.callers import Callers, credentials_of
+from registry.api.http.callers import ActorCache, credentials_of
 from registry.api.http.exchanges import current
 from registry.api.http.request import content_length
 from registry.domain.access.audit import Actor
@@ -67,15 +67,15 @@ def rules_of(dependant: Dependant) -> list[Rule]:
     return own + [rule for child in dependant.dependencies for rule in rules_of(child)]
 
 
-def callers_of(request: Request) -> Callers:
-    return cast(Callers, request.app.state.callers)
+def callers_of(request: Request) -> ActorCache:
+    return cast(ActorCache, request.app.state.callers)
 
 
-async def _callers(request: Request) -> Callers:
+async def _callers(request: Request) -> ActorCache:
     return callers_of(request)
 
 
-CallersOf = Annotated[Callers, Depends(_callers)]
+CallersOf = Annotated[ActorCache, Depends(_callers)]
 
 Reader = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.READER))]
 Publisher = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.PUBLISHER))]

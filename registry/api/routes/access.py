@@ -24,7 +24,7 @@ from registry.domain.access import namespaces, tokens
 from registry.domain.access.namespaces import Change
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
-from registry.formats.references import parse_part
+from registry.formats.references import parse_name
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
 
@@ -102,7 +102,7 @@ def list_members(namespace: str, resources: ResourcesOf, actor: Admin) -> Member
 def set_member(namespace: str, body: MemberIn, resources: ResourcesOf, actor: Admin, callers: CallersOf) -> MembersOut:
     role = Role(body.role) if body.role else None
     if namespace != EVERYWHERE:
-        parse_part(namespace, "namespace")
+        parse_name(namespace, "namespace")
     with resources.write() as session:
         namespaces.set_member(session, actor, namespace, body.user, role)
         view = MembersOut(members=namespaces.members(session, namespace))

@@ -17,11 +17,11 @@ from registry.database.tables import RevisionFile
 from registry.domain.access.roles import Role, permit
 from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
-from registry.formats.references import Digest, parse_digest, parse_part
+from registry.formats.references import Digest, parse_digest, parse_name
 from registry.storage.blobs import BlobStat, Put
 from registry.transfer import uploads
 from registry.transfer.resources import Resources
-from registry.transfer.uploads import Announced
+from registry.transfer.uploads import PlannedUpload
 
 router = APIRouter(prefix="/v1", tags=["blobs"], route_class=Route)
 
@@ -41,7 +41,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 @in_store_threads
 def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> UploadOut:
     """For each file: present already, or where and how to PUT its bytes. Ask again to go on after a failure."""
-    namespace = parse_part(body.namespace, "namespace")
+    namespace = parse_name(body.namespace, "namespace")
     permit(actor, Role.PUBLISHER, namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     return UploadOut(files=[_upload_row(one) for one in uploads.plan(resources, actor, namespace, files)])
@@ -51,7 +51,7 @@ def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> Upload
 @in_store_threads
 def plan_part(upload_id: UploadId, number: PartNumber, body: PartIn, resources: ResourcesOf, actor: Caller) -> PutOut:
     """How to PUT one part of a large file. The store refuses other bytes than those of `sha256` where it can."""
-    return _put_out(uploads.part(resources, actor, upload_id, number, parse_digest(body.sha256)))
+    return _put_out(uploads.sign_part(resources, actor, upload_id, number, parse_digest(body.sha256)))
 
 
 @router.post("/uploads/{upload_id}/complete")
@@ -72,7 +72,7 @@ async def upload(
 ) -> Response:
     """The bytes themselves, where the store has no address of its own."""
     digest, size = parse_digest(sha256), content_length(request)
-    receive = partial(uploads.receive, resources, actor, upload_id, digest, body_chunks(request), size)
+    receive = partial(uploads.receive_body, resources, actor, upload_id, digest, body_chunks(request), size)
     await to_thread.run_sync(receive, limiter=uploads_limiter(request))
     return Response(status_code=201)
 
@@ -123,7 +123,7 @@ def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) 
     return BlobResponse(reader, status, headers)
 
 
-def _upload_row(announced: Announced) -> UploadRow:
+def _upload_row(announced: PlannedUpload) -> UploadRow:
     file, upload_id = announced.file, announced.upload_id
     put = _put_out(announced.put) if announced.put is not None else None
     if announced.through_the_api:

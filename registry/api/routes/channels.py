@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
-from registry.api.http.request import RequestKey, ResourcesOf, keyed
+from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Reader, Releaser
 from registry.api.routes.documents import json_response, move_document
@@ -61,15 +61,15 @@ def promote(  # noqa: PLR0913
     key: RequestKey = None,
 ) -> Response:
     """422 with the numbers when a gate fails, 412 when the channel has left the ETag given."""
-    expected, asked = expected_from(if_match, if_none_match), keyed(request, actor, key, body)
-    wanted = moves.Promotion(named.name, parse_version(body.version), channel, named.kind)
+    expected, asked = expected_from(if_match, if_none_match), idempotent_request(request, actor, key, body)
+    wanted = moves.PromotionRequest(named.name, parse_version(body.version), channel, named.kind)
     with resources.write() as session:
-        made = idempotency.claim(session, asked, actor.at)
+        made = idempotency.claim_key(session, asked, actor.at)
         if made:
             move = _move(session, named, channel, made["move"])
         else:
             move = moves.promote(session, actor, wanted, reason=body.reason, force=body.force, expected=expected)
-            idempotency.keep(session, asked, {"move": move.id})
+            idempotency.store_answer(session, asked, {"move": move.id})
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
@@ -84,20 +84,20 @@ def roll_back(  # noqa: PLR0913
     if_match: IfMatch = None,
     key: RequestKey = None,
 ) -> Response:
-    expected, asked = expected_from(if_match, None), keyed(request, actor, key, body)
+    expected, asked = expected_from(if_match, None), idempotent_request(request, actor, key, body)
     to = parse_version(body.to) if body.to else None
     with resources.write() as session:
-        made = idempotency.claim(session, asked, actor.at)
+        made = idempotency.claim_key(session, asked, actor.at)
         if made:
             move = _move(session, named, channel, made["move"])
         else:
             repository = repositories.find(session, named.name, named.kind)
             move = moves.roll_back(session, actor, repository, channel, to=to, reason=body.reason, expected=expected)
-            idempotency.keep(session, asked, {"move": move.id})
+            idempotency.store_answer(session, asked, {"move": move.id})
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
-def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> moves.Moved:
+def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> moves.ChannelMove:
     row = moves.find(session, repositories.find(session, named.name, named.kind), channel)
     return moves.history(session, row, before=move_id + 1, limit=1)[0]
 

@@ -21,9 +21,9 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read
-from registry.domain.catalog.release_rows import TOGETHER, Description, Stamp, describe
+from registry.domain.catalog.release_rows import BATCH_SIZE, ReleaseDetails, Stamp, load_details
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels.moves import Moved
+from registry.domain.channels.moves import ChannelMove
 from registry.formats.references import RepositoryName
 
 Json = dict[str, Any]
@@ -41,7 +41,7 @@ def json_response(document: Json, **headers: str) -> Response:
     return Response(_dumped(document), media_type="application/json", headers=headers)
 
 
-def move_document(moved: Moved, repository: RepositoryName, channel: str) -> Json:
+def move_document(moved: ChannelMove, repository: RepositoryName, channel: str) -> Json:
     """As MoveOut."""
     return {
         "id": moved.id,
@@ -62,7 +62,7 @@ def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]
     """In the order of the ids: as many as a page holds."""
     written: list[bytes] = []
     for some in _in_parts(release_ids):
-        written += [_dumped(release_document(actor, one)) for one in describe(session, some)]
+        written += [_dumped(release_document(actor, one)) for one in load_details(session, some)]
         if (fit := _how_many_fit(map(len, written))) < len(written):
             return written[:fit]
     return written
@@ -75,7 +75,7 @@ def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut
 
 
 def _in_parts(release_ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (release_ids[start : start + TOGETHER] for start in range(0, len(release_ids), TOGETHER))
+    return (release_ids[start : start + BATCH_SIZE] for start in range(0, len(release_ids), BATCH_SIZE))
 
 
 def _how_many_fit(sizes: Iterable[int]) -> int:
@@ -84,7 +84,7 @@ def _how_many_fit(sizes: Iterable[int]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RenderedRelease:
     """A release's document, and of its row what a search remarks on."""
 
     stamp: Stamp
@@ -104,7 +104,7 @@ class Told:
 
 
 @dataclass(slots=True)
-class Documents:
+class RenderedReleaseCache:
     """Keeps the documents that were asked for last, and asks the database each time whether they are still true.
     `kept_bytes` is what they take in memory, roughly.
 
@@ -113,37 +113,37 @@ class Documents:
 
     max_bytes: int = MAX_KEPT_BYTES
     kept_bytes: int = 0
-    _kept: "OrderedDict[int, Told]" = field(default_factory=OrderedDict[int, Told])
+    _kept: "OrderedDict[int, RenderedRelease]" = field(default_factory=OrderedDict[int, RenderedRelease])
     _lock: Lock = field(default_factory=Lock)
 
-    def page(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[Told]:
+    def page(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[RenderedRelease]:
         """In the order of the ids of `stamps`, which say what is true now: as many as a page holds."""
-        told: list[Told] = []
+        told: list[RenderedRelease] = []
         for some in _in_parts(list(stamps)):
             told += self._told(session, actor, {number: stamps[number] for number in some})
             if (fit := _how_many_fit(len(one.document) for one in told)) < len(told):
                 return told[:fit]
         return told
 
-    def _told(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[Told]:
+    def _told(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[RenderedRelease]:
         found = self._true(stamps)
-        for one in describe(session, [number for number in stamps if number not in found]):
+        for one in load_details(session, [number for number in stamps if number not in found]):
             row = one.release
             document = _dumped(release_document(actor, one))
-            told = Told(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
+            told = RenderedRelease(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
             found[row.id] = told
             if not one.inputs:
                 self._keep(row.id, told)
         return [found[number] for number in stamps]
 
-    def _true(self, now: Mapping[int, Stamp]) -> dict[int, Told]:
+    def _true(self, now: Mapping[int, Stamp]) -> dict[int, RenderedRelease]:
         with self._lock:
             found = {number: told for number in now if (told := self._kept.get(number)) and told.stamp == now[number]}
             for number in found:
                 self._kept.move_to_end(number)
         return found
 
-    def _keep(self, release_id: int, told: Told) -> None:
+    def _keep(self, release_id: int, told: RenderedRelease) -> None:
         with self._lock:
             before = self._kept.pop(release_id, None)
             self._kept[release_id] = told
@@ -163,7 +163,7 @@ def _dumped(document: Json) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_UTC_Z)
 
 
-def release_document(actor: Actor, described: Description) -> Json:
+def release_document(actor: Actor, described: ReleaseDetails) -> Json:
     """As the actor may see it: what went into a release keeps its commit, and its name where the actor may read it."""
     row = described.release
     adapter = row.kind == Kind.ADAPTER
@@ -211,7 +211,7 @@ def files_of(manifest: str) -> orjson.Fragment:
     return orjson.Fragment(manifest.removeprefix(before).removesuffix(after))
 
 
-def _scores(described: Description) -> list[Json]:
+def _scores(described: ReleaseDetails) -> list[Json]:
     return [
         {
             "suite": suite,

@@ -49,7 +49,7 @@ def show_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
 def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.write() as session:
         _job(session, actor, job_id)
-        _, job = compositions.cancel(session, actor, compositions.of_job(session, job_id).id)
+        _, job = compositions.cancel(session, actor, compositions.find_by_job(session, job_id).id)
         return job_view(job)
 
 
@@ -75,7 +75,7 @@ def events(
 ) -> Page[AuditOut]:
     """What was done, the newest first."""
     with resources.read() as session:
-        rows = audit.latest(session, wanted, before=decode_number(cursor), limit=limit + 1)
+        rows = audit.list_newest_first(session, wanted, before=decode_number(cursor), limit=limit + 1)
         return page([audit_view(row) for row in rows], limit, [row.id for row in rows])
 
 
@@ -94,7 +94,7 @@ def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
     after = 0
     while True:
         with resources.read() as session:
-            rows = audit.events(session, wanted, after=after, limit=_EXPORT_ROWS)
+            rows = audit.list_oldest_first(session, wanted, after=after, limit=_EXPORT_ROWS)
             text = "".join(f"{audit_view(row).model_dump_json()}\n" for row in rows)
         if not rows:
             return
@@ -105,7 +105,7 @@ def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
 def _job(session: Session, actor: Actor, job_id: int) -> Job:
     """By the rule of the composition that it does."""
     job = queue.find(session, job_id)
-    compositions.permit_look(actor, compositions.of_job(session, job_id), job, hidden=queue.unknown(job_id))
+    compositions.permit_look(actor, compositions.find_by_job(session, job_id), job, hidden=queue.unknown(job_id))
     return job
 
 

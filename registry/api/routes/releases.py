@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, encode_cursor, page
-from registry.api.http.request import RequestKey, ResourcesOf, keyed
+from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
@@ -83,7 +83,7 @@ def publish(  # noqa: PLR0913
         allow_breaking=body.allow_breaking,
         provenance=body.provenance.model_dump(exclude_unset=True) if body.provenance else {},
     )
-    published = publishing.publish(resources, actor, push, keyed(request, actor, key, body))
+    published = publishing.publish(resources, actor, push, idempotent_request(request, actor, key, body))
     response.status_code = 201 if published.created else 200
     with resources.read() as session:
         view = release_view(session, actor, session.get_one(Release, published.release_id))
@@ -126,7 +126,7 @@ def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf,
         release = releases.find(session, named.name, parse_version(version), named.kind)
         from registry.domain.compositions import compositions
 
-        return TargetSuiteOut(target_suite=compositions.own_suite(session, release))
+        return TargetSuiteOut(target_suite=compositions.best_target_suite(session, release))
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/spectrum")

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from registry.domain.catalog.repositories import Kind
-from registry.formats.references import RepositoryName, parse_part
+from registry.formats.references import RepositoryName, parse_name
 
 REPOSITORY_PREFIXES = {"/v1/adapters": Kind.ADAPTER, "/v1/models": Kind.MODEL}
 
@@ -26,7 +26,7 @@ KindOf = Annotated[Kind, Depends(kind_of)]
 
 async def repository_of(namespace: str, name: str, kind: KindOf) -> NamedRepository:
     return NamedRepository(
-        RepositoryName(parse_part(namespace, "namespace"), parse_part(name, "repository name")), kind
+        RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name")), kind
     )
 
 

@@ -14,9 +14,16 @@ from starlette.datastructures import QueryParams
 from composer.formats.adapters.serving import Profile, loads, parse_profile
 from registry.api.http.pagination import decode_cursor, encode_cursor
 from registry.api.http.request import ResourcesOf
-from registry.api.http.routes import Direct, Route, once
+from registry.api.http.routes import Route, ThreadedRoute, cached_by_query
 from registry.api.http.rules import Caller
-from registry.api.routes.documents import Documents, Json, Told, files_of, json_response, page_response
+from registry.api.routes.documents import (
+    Json,
+    RenderedRelease,
+    RenderedReleaseCache,
+    files_of,
+    json_response,
+    page_response,
+)
 from registry.api.schemas import MAX_INT64, Page, Problem
 from registry.api.schemas.search import FoundOut, ResolvedOut, SearchIn
 from registry.database.engine import Session
@@ -26,12 +33,12 @@ from registry.domain.catalog import suites
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import parse_condition
 from registry.domain.channels import resolve
-from registry.domain.channels.resolve import Located
+from registry.domain.channels.resolve import ResolvedRow
 from registry.domain.search import search
-from registry.domain.search.ordering import NEWEST, VERSION, Match, Order, Place
+from registry.domain.search.ordering import NEWEST, VERSION, Hit, Order, Position
 from registry.domain.search.search import Found
 from registry.errors import Usage
-from registry.formats.references import parse_part, parse_reference, parse_repository
+from registry.formats.references import parse_name, parse_reference, parse_repository
 
 router = APIRouter(prefix="/v1", tags=["search"], route_class=Route)
 
@@ -42,7 +49,7 @@ PARAMETERS = [
 ]
 
 
-@once
+@cached_by_query
 def _asked(query: bytes) -> tuple[SearchIn, search.Query]:
     """Read here, since the framework takes longer to read so many parameters than most searches take altogether."""
     given: dict[str, list[str]] = {}
@@ -79,7 +86,7 @@ router.add_api_route(
     response_model=Page[FoundOut],
     responses={422: {"model": Problem}},
     openapi_extra={"parameters": PARAMETERS},
-    route_class_override=Direct,
+    route_class_override=ThreadedRoute,
 )
 
 
@@ -91,7 +98,9 @@ def _found(session: Session, actor: Actor, query: SearchIn, wanted: search.Query
     return found
 
 
-def _told(session: Session, actor: Actor, documents: Documents, found: Found, limit: int) -> list[Told]:
+def _told(
+    session: Session, actor: Actor, documents: RenderedReleaseCache, found: Found, limit: int
+) -> list[RenderedRelease]:
     return documents.page(session, actor, {place.release_id: place.stamp for place in found.places[:limit]})
 
 
@@ -100,14 +109,14 @@ def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: Res
     reference = parse_reference(ref)
     permit(actor, Role.READER, reference.repository.namespace)
     with resources.read() as session:
-        found = resolve.at_once(session, reference)
+        found = resolve.resolve_exact(session, reference)
     if found is None:
         with resources.snapshot() as session:
             found = resolve.locate(session, reference)
     return json_response(_resolved(found))
 
 
-def _resolved(found: Located) -> Json:
+def _resolved(found: ResolvedRow) -> Json:
     """As ResolvedOut, from columns checked when they were written: to validate them costs more than to read them."""
     row = found.row
     release = {
@@ -143,7 +152,7 @@ def _wanted(query: SearchIn) -> search.Query:
         targets_exact=query.targets_exact,
         max_size_bytes=query.max_size_bytes,
         scores=[parse_condition(text) for text in query.score],
-        channel=parse_part(query.channel, "channel") if query.channel else None,
+        channel=parse_name(query.channel, "channel") if query.channel else None,
         text=query.text,
         provenance=query.provenance,
         loads_in=parse_profile(query.loads_in) if query.loads_in else None,
@@ -167,11 +176,11 @@ def _fingerprint(query: SearchIn) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()[:12]
 
 
-def _cursor(query: SearchIn, last: Match) -> str:
+def _cursor(query: SearchIn, last: Hit) -> str:
     return encode_cursor(json.dumps([_fingerprint(query), last.key, last.release_id]))
 
 
-def _place(query: SearchIn) -> Place | None:
+def _place(query: SearchIn) -> Position | None:
     if query.cursor is None:
         return None
     try:
@@ -187,14 +196,14 @@ def _place(query: SearchIn) -> Place | None:
             subject=query.cursor[:80],
             next_step="Repeat the search that gave it, with the same conditions and the same order.",
         )
-    return Place(key, release_id)
+    return Position(key, release_id)
 
 
-def _documents(request: Request) -> Documents:
-    return cast(Documents, request.app.state.documents)
+def _documents(request: Request) -> RenderedReleaseCache:
+    return cast(RenderedReleaseCache, request.app.state.documents)
 
 
-def _remarks(row: Told, found: Found, profile: Profile | None) -> bytes:
+def _remarks(row: RenderedRelease, found: Found, profile: Profile | None) -> bytes:
     """What FoundOut has besides a release: is it for another base than asked for, and does the server load it?"""
     if not profile and not (found.base and found.relations[row.base_digest]):
         return NO_REMARKS

@@ -10,7 +10,7 @@ from registry.database.engine import Session
 from registry.database.tables import AuditRow, Base, Channel, Composition, Job, Repository, Score, Suite
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
-from registry.domain.channels.moves import Moved
+from registry.domain.channels.moves import ChannelMove
 from registry.formats.references import RepositoryName
 
 
@@ -103,7 +103,7 @@ def _suite_view(row: Suite, stated: Mapping[str, bool]) -> SuiteOut:
 
 
 def channel_view(session: Session, row: Channel, repository: Repository) -> ChannelOut:
-    move, served = moves.current_of(session, row), moves.serving(session, row)
+    move, served = moves.current_of(session, row), moves.effective_move(session, row)
     return ChannelOut(
         repository=str(repositories.name_of(repository)),
         channel=row.name,
@@ -116,7 +116,7 @@ def channel_view(session: Session, row: Channel, repository: Repository) -> Chan
     )
 
 
-def move_view(moved: Moved, repository: RepositoryName, channel: str) -> MoveOut:
+def move_view(moved: ChannelMove, repository: RepositoryName, channel: str) -> MoveOut:
     return MoveOut.model_validate(move_document(moved, repository, channel))
 
 

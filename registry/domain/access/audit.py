@@ -35,7 +35,7 @@ class Actor:
     """The actor's own roles where the token's scope allows a lower one or none."""
 
 
-def operator(name: str, at: datetime) -> Actor:
+def operator_actor(name: str, at: datetime) -> Actor:
     """Who runs a command on the registry's own machine, past its doors."""
     return Actor(name, at, {})
 
@@ -109,13 +109,13 @@ class EventQuery:
     until: datetime | None = None
 
 
-def events(session: Session, query: EventQuery, *, after: int = 0, limit: int = 100) -> list[AuditRow]:
+def list_oldest_first(session: Session, query: EventQuery, *, after: int = 0, limit: int = 100) -> list[AuditRow]:
     """In the order of writing; `after` is the id of the last row seen."""
     statement = select(AuditRow).where(AuditRow.id > after).order_by(AuditRow.id).limit(limit)
     return list(session.scalars(_filtered(statement, query)))
 
 
-def latest(session: Session, query: EventQuery, *, before: int = 0, limit: int = 100) -> list[AuditRow]:
+def list_newest_first(session: Session, query: EventQuery, *, before: int = 0, limit: int = 100) -> list[AuditRow]:
     """The newest first; `before` is the id of the last row seen, 0 for none."""
     statement = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
     if before:

@@ -13,7 +13,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, permit, readable, refuse_reserved, unknown_namespace
 from registry.errors import Invalid
-from registry.formats.references import parse_part
+from registry.formats.references import parse_name
 from registry.formats.signatures import Covers, fingerprint
 
 MAX_SIGNING_KEYS = 20
@@ -36,7 +36,7 @@ def find(session: Session, name: str) -> Namespace:
     return row
 
 
-def find_settled(session: Session, name: str) -> Namespace:
+def find_for_share(session: Session, name: str) -> Namespace:
     """As `find`; nobody changes it until this transaction ends."""
     row = session.get(Namespace, name, with_for_update={"read": True}, populate_existing=True)
     if row is None:
@@ -52,7 +52,7 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
         new = insert_if_absent(
             session,
             Namespace,
-            name=parse_part(name, "namespace"),
+            name=parse_name(name, "namespace"),
             public=False,
             require_signature=False,
             signing_keys=[],

@@ -28,11 +28,11 @@ class Role(StrEnum):
 _ORDER = {role: rank for rank, role in enumerate(Role)}
 
 
-def lower(one: str, other: str) -> Role:
+def min_role(one: str, other: str) -> Role:
     return min(Role(one), Role(other), key=_ORDER.__getitem__)
 
 
-def higher(one: str, other: str) -> Role:
+def max_role(one: str, other: str) -> Role:
     return max(Role(one), Role(other), key=_ORDER.__getitem__)
 
 
@@ -104,7 +104,7 @@ def refuse_reserved(user: str) -> None:
         )
 
 
-def refuse_stranger(actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name") -> None:
+def refuse_other_owner(actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name") -> None:
     """Bases, their scores and suites are everybody's yardstick: who did not make one may not change it."""
     if owner is not None and owner != actor.name and not holds(actor, Role.ADMIN):
         raise NotAllowed(

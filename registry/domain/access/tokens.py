@@ -22,9 +22,9 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Token
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, higher, holds, lower, refuse_reserved
+from registry.domain.access.roles import EVERYWHERE, Role, holds, max_role, min_role, refuse_reserved
 from registry.errors import NotAllowed, NotFound, Unauthenticated
-from registry.formats.references import parse_part
+from registry.formats.references import parse_name
 
 WHOLE = {EVERYWHERE: Role.ADMIN.value}
 """The scope of a token that may do whatever its user may."""
@@ -153,10 +153,10 @@ def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict
     everywhere = roles.get(EVERYWHERE)
     for namespace in {*roles, *(scope if everywhere else ())}:
         own = roles.get(namespace)
-        role = higher(own, everywhere) if own and everywhere else own or everywhere
+        role = max_role(own, everywhere) if own and everywhere else own or everywhere
         limit = scope.get(namespace, scope.get(EVERYWHERE))
         if role and limit:
-            found[namespace] = lower(role, limit).value
+            found[namespace] = min_role(role, limit).value
     return found
 
 
@@ -169,7 +169,7 @@ def _in_reach(actor: Actor) -> ColumnElement[bool]:
 
 def _checked_scope(scope: Mapping[str, Role]) -> dict[str, str]:
     return {
-        namespace if namespace == EVERYWHERE else parse_part(namespace, "namespace"): role.value
+        namespace if namespace == EVERYWHERE else parse_name(namespace, "namespace"): role.value
         for namespace, role in scope.items()
     }
 

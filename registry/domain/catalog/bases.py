@@ -15,9 +15,9 @@ from registry.database.prepared import Prepared
 from registry.database.tables import Base, BaseAlias, BaseLocation
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, holds, refuse_stranger
+from registry.domain.access.roles import Role, holds, refuse_other_owner
 from registry.errors import Conflict, Invalid, NotFound, Usage
-from registry.formats.references import MAX_NEAR, Digest, nearest, parse_part
+from registry.formats.references import MAX_NEAR, Digest, nearest, parse_name
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
 SAME_MODEL = ("cast", "quantized")
@@ -136,7 +136,7 @@ def _insert(session: Session, actor: Actor, new: NewBase, architecture: Architec
     base = Base(
         digest=new.weights_digest,
         architecture_digest=architecture_digest(architecture),
-        name=parse_part(new.name, "base name"),
+        name=parse_name(new.name, "base name"),
         model_type=new.model_type,
         tied=new.tied,
         parameters=sum(spec.elements for spec in specs),
@@ -278,7 +278,7 @@ def _refuse_taken_name(session: Session, new: NewBase) -> None:
 
 
 def _refuse_stranger(actor: Actor, base: Base) -> None:
-    refuse_stranger(actor, f"base {base.name}", base.created_by, f"use it as it is, by the name {base.name}")
+    refuse_other_owner(actor, f"base {base.name}", base.created_by, f"use it as it is, by the name {base.name}")
 
 
 def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:

@@ -12,11 +12,11 @@ import orjson
 from sqlalchemy import FromClause, Text, cast, select
 from sqlalchemy.orm import Session
 
-from registry.database.dialects import among, exact, filled, json_list, json_rows, moment
+from registry.database.dialects import float_text, in_list, json_list, json_rows, padded, timestamp_text
 from registry.database.prepared import Prepared
 from registry.database.tables import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
 
-TOGETHER = 50
+BATCH_SIZE = 50
 """So many releases a statement: with manifests of thousands of files each they still fit in memory."""
 
 _base, _input, _release, _repository, _revision, _score, _suite = (
@@ -85,13 +85,13 @@ _RELEASES = (
             _release.notes,
             _release.yanked,
             _release.yank_reason,
-            moment(_release.created_at),
+            timestamp_text(_release.created_at),
             _release.created_by,
             _release.stamp,
         )
     )
     .select_from(_NAMED.join(Base.__table__, _base.digest == _release.base_digest))
-    .where(among(_release.id, "ids"))
+    .where(in_list(_release.id, "ids"))
 )
 # The sum keeps SQLite from going from each suite through all of its scores.
 _SCORES = (
@@ -101,15 +101,15 @@ _SCORES = (
             _suite.name,
             _score.metric,
             _suite.digest,
-            exact(_score.value),
-            exact(_score.stderr),
+            float_text(_score.value),
+            float_text(_score.stderr),
             _score.n,
             _score.higher_is_better,
-            moment(_score.measured_at),
+            timestamp_text(_score.measured_at),
         )
     )
     .select_from(Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0))
-    .where(among(_score.release_id, "ids"), _suite.current)
+    .where(in_list(_score.release_id, "ids"), _suite.current)
 )
 _INPUTS = (
     select(
@@ -120,11 +120,11 @@ _INPUTS = (
             _repository.name,
             _release.version,
             _revision.commit,
-            exact(_input.weight),
+            float_text(_input.weight),
         )
     )
     .select_from(_NAMED.join(ReleaseInput.__table__, _input.input_id == _release.id))
-    .where(among(_input.release_id, "ids"))
+    .where(in_list(_input.release_id, "ids"))
 )
 CURRENT_SUITES = select(json_list(_suite.id)).where(_suite.current).scalar_subquery()
 _PAGE = Prepared(select(*(part.scalar_subquery() for part in (_RELEASES, _SCORES, _INPUTS)), CURRENT_SUITES))
@@ -134,7 +134,7 @@ Stamp = tuple[int, str | None]
 
 
 @dataclass(slots=True)
-class Description:
+class ReleaseDetails:
     """A release, the scores of current suites by suite and metric, and what went into it. Floats are texts."""
 
     release: ReleaseRow
@@ -143,14 +143,14 @@ class Description:
     inputs: list[InputRow] = field(default_factory=list[InputRow])
 
 
-def describe(session: Session, release_ids: Sequence[int]) -> list[Description]:
+def load_details(session: Session, release_ids: Sequence[int]) -> list[ReleaseDetails]:
     """In the order of the ids."""
-    found: dict[int, Description] = {}
-    for start in range(0, len(release_ids), TOGETHER):
-        [(*texts, suites)] = _PAGE.rows(session, {"ids": filled(release_ids[start : start + TOGETHER])})
+    found: dict[int, ReleaseDetails] = {}
+    for start in range(0, len(release_ids), BATCH_SIZE):
+        [(*texts, suites)] = _PAGE.rows(session, {"ids": padded(release_ids[start : start + BATCH_SIZE])})
         releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
         for row in map(ReleaseRow._make, releases):
-            found[row.id] = Description(row, (row.stamp, suites))
+            found[row.id] = ReleaseDetails(row, (row.stamp, suites))
         for row in sorted(scores):  # no two have the same suite and metric
             found[row[0]].scores.append(row)
         for row in sorted(inputs):

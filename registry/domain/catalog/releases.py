@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
-from registry.database.locks import rely_on_blobs
+from registry.database.locks import lock_blobs_shared
 from registry.database.tables import (
     Base,
     Blob,
@@ -87,12 +87,12 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     existing = _by_version(session, repository, version)
     if existing is not None:
         return _retry(existing, new, commit), False
-    if new.version is None and (same := versioning.released_as(session, repository, commit, new.base_digest)):
+    if new.version is None and (same := versioning.unchanged_release(session, repository, commit, new.base_digest)):
         return same, False
     bound = signable(str(new.repository), str(version), new.base_digest, new.files)
     if new.signed is not None:
         refuse_other_release(new.signed, bound)
-    policy = namespaces.find_settled(session, new.repository.namespace)  # none that is set meanwhile is missed
+    policy = namespaces.find_for_share(session, new.repository.namespace)  # none that is set meanwhile is missed
     covers = new.signed.covers if new.signed and new.signed_by else None
     refuse_without_signature(new.repository.namespace, policy, new.signed_by, covers)
     if policy.require_signature:
@@ -325,7 +325,7 @@ def _revision(
     known = session.scalar(query)
     if known is not None:
         return known
-    rely_on_blobs(session)
+    lock_blobs_shared(session)
     refuse_absent_blobs(session, repository.namespace, files)
     manifest = canonical_manifest(files).decode()
     revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest, created_at=actor.at)
@@ -369,5 +369,5 @@ def _insert(
         created_at=actor.at,
         created_by=actor.name,
     )
-    search_index.add(session, release)
+    search_index.index_release(session, release)
     return release

@@ -31,28 +31,30 @@ _WORD = re.compile(r"[^\W_]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?")
 
 
-def add(session: Session, release: Release) -> None:
+def index_release(session: Session, release: Release) -> None:
     """Adds a release to the registry and to what searches look at; its facts and its name are set already."""
     release.traits_id = _traits(session, release)
     session.add(release)
     session.flush()
-    found = words(f"{release.repository.namespace} {release.repository.name} {release.notes}")[:MAX_WORDS]
-    found += stated(release.provenance) + homes(release.repository.namespace, release.repository.name)
+    found = text_terms(f"{release.repository.namespace} {release.repository.name} {release.notes}")[:MAX_WORDS]
+    found += provenance_terms(release.provenance) + namespace_terms(
+        release.repository.namespace, release.repository.name
+    )
     session.execute(insert(ReleaseWord), [{"word": word, "release_id": release.id} for word in found])
 
 
-def words(text: str) -> list[str]:
+def text_terms(text: str) -> list[str]:
     """Letters and digits in the order of their first appearance, folded so that case and width don't count."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return list(dict.fromkeys(word[:MAX_WORD_CHARACTERS] for word in _WORD.findall(folded)))
 
 
-def stated(provenance: Mapping[str, Any]) -> list[str]:
+def provenance_terms(provenance: Mapping[str, Any]) -> list[str]:
     """An entry for each value that a provenance, in the form of `composer.formats.checkpoints.card`, states."""
     return list(dict.fromkeys(_entry(name, value) for name, value in _values(provenance)))[:MAX_STATED]
 
 
-def homes(namespace: str, name: str | None = None) -> list[str]:
+def namespace_terms(namespace: str, name: str | None = None) -> list[str]:
     """The entries of what is in that namespace and, with a name, in that repository. No search for words finds them."""
     return [f"/{namespace}"] + ([f"/{namespace}/{name}"] if name else [])
 

@@ -47,7 +47,7 @@ def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle
     before = {"signed_by": release.signed_by, "signature_covers": release.signature_covers}
     after = {"signed_by": signed.fingerprint, "signature_covers": signed.covers}
     keep(session, actor, release, signed.fingerprint, bundle)
-    trusted = namespaces.find_settled(session, namespace).signing_keys
+    trusted = namespaces.find_for_share(session, namespace).signing_keys
     if release.signature_covers != "release" or not is_key_of(trusted, release.signed_by):
         release.signed_by, release.signature_covers = signed.fingerprint, signed.covers
     session.flush()

@@ -15,10 +15,10 @@ from registry.database.tables import Base, Release, Score, Suite
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_stranger
+from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_other_owner
 from registry.domain.catalog import metrics
 from registry.errors import Invalid, NotAllowed, NotFound, Usage
-from registry.formats.references import MAX_NEAR, nearest, parse_part
+from registry.formats.references import MAX_NEAR, nearest, parse_name
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
@@ -50,13 +50,13 @@ class Condition:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.suite}.{self.metric} {self.operator} {exact(self.value)}"
+        return f"{self.suite}.{self.metric} {self.operator} {number_text(self.value)}"
 
     def holds(self, value: float) -> bool:
         return value >= self.value if self.operator == ">=" else value <= self.value
 
 
-def exact(value: float) -> str:
+def number_text(value: float) -> str:
     """Reads back as the same number: a rule must be kept as it was written."""
     return repr(value).removesuffix(".0")
 
@@ -82,15 +82,15 @@ def parse_condition(text: str) -> Condition:
 def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
     """The suite and whether it is new. The suite added last, also again, is the current one of its name. What it says
     of its metrics stands for all its versions."""
-    parse_part(content.name, "suite name")
+    parse_name(content.name, "suite name")
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     if known is not None and known.current:
         if content.metrics.items() - metrics.stated(session, [known])[known.name].items():
-            refuse_stranger(actor, f"suite/{content.name}", known.created_by)
+            refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
             metrics.state(session, actor, content.name, content.metrics)
         return known, False
     replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
-    refuse_stranger(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
+    refuse_other_owner(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
     session.execute(update(Suite).where(Suite.name == content.name).values(current=False))
     suite = known or Suite(
         name=content.name,
@@ -155,7 +155,7 @@ def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
 def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
     """Measuring again replaces a score; the audit row keeps what it replaced."""
     if isinstance(subject, Base):
-        refuse_stranger(actor, f"base {subject.name}", subject.created_by)
+        refuse_other_owner(actor, f"base {subject.name}", subject.created_by)
     else:
         subject.stamp = new_stamp()
     rows: list[Score] = []

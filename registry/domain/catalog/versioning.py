@@ -46,7 +46,7 @@ def next_version(session: Session, repository: Repository, bump: str | None, new
     return latest.bump(bump) if latest else FIRST_VERSION
 
 
-def released_as(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
+def unchanged_release(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
     """The highest stable release, if it has these files for this base: what `--bump` answers when nothing has changed.
 
     An older one, or one that is yanked, is not what is asked for: it would move channels back, or nowhere. What was a
@@ -69,10 +69,10 @@ def refuse_breaking(
     found, previous = _broken_neighbour(session, repository, version, lambda _neighbour: new)
     if not found or (allowed and allowed.strip()):
         return allowed if found else None
-    if same := released_as(session, repository, commit, new.base):
+    if same := unchanged_release(session, repository, commit, new.base):
         right = f"It is released already, as {same.version}: use that"
     else:
-        right = _right(session, repository, lambda _previous: new, ", which --bump auto finds")
+        right = _suggested_version(session, repository, lambda _previous: new, ", which --bump auto finds")
     next_step = f"{right}, or say why not with --allow-breaking REASON."
     raise _breaking(repository, version, previous, found, next_step)
 
@@ -85,10 +85,12 @@ def refuse_other_base(session: Session, repository: Repository, version: Version
 
     found, previous = _broken_neighbour(session, repository, version, beside)
     if found:
-        raise _breaking(repository, version, previous, found, f"{_right(session, repository, beside)}.")
+        raise _breaking(repository, version, previous, found, f"{_suggested_version(session, repository, beside)}.")
 
 
-def _right(session: Session, repository: Repository, beside: Callable[[Surface], Surface], by: str = "") -> str:
+def _suggested_version(
+    session: Session, repository: Repository, beside: Callable[[Surface], Surface], by: str = ""
+) -> str:
     try:
         return f"Publish it as {_auto(session, repository, beside)}{by}"
     except Usage:  # no number follows the highest one
@@ -115,14 +117,18 @@ def _broken_neighbour(
     `beside` gives the release's own surface, as it is to be compared with that of a neighbour.
     """
     below, above = highest_stable(session, repository, version), _lowest_stable(session, repository, version)
-    judged = below is not None and not compatibility.may_break(parse_version(below.version), version)
+    judged = below is not None and not compatibility.outside_caret_range(parse_version(below.version), version)
     if below is not None and judged:
         old = _surface(below)
-        if found := compatibility.breaks(old, beside(old)):
+        if found := compatibility.breaking_changes(old, beside(old)):
             return found, parse_version(below.version)
-    if version.stable and above is not None and not compatibility.may_break(version, parse_version(above.version)):
+    if (
+        version.stable
+        and above is not None
+        and not compatibility.outside_caret_range(version, parse_version(above.version))
+    ):
         newer = _surface(above)
-        return compatibility.breaks(beside(newer), newer), version
+        return compatibility.breaking_changes(beside(newer), newer), version
     return [], version
 
 
@@ -150,8 +156,14 @@ def _auto(session: Session, repository: Repository, beside: Callable[[Surface], 
     if previous is not None:
         old = _surface(previous)
         new = beside(old)
-        change = "breaking" if compatibility.breaks(old, new) else "files" if old.weights == new.weights else "weights"
-    return latest.bump(compatibility.bump_of(change, latest))
+        change = (
+            "breaking"
+            if compatibility.breaking_changes(old, new)
+            else "files"
+            if old.weights == new.weights
+            else "weights"
+        )
+    return latest.bump(compatibility.required_bump(change, latest))
 
 
 def _surface(release: Release) -> Surface:

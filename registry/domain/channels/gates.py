@@ -20,9 +20,9 @@ from registry.database.tables import Base, Gate, Release, ReleaseInput, Reposito
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import metrics, suites
-from registry.domain.catalog.suites import Condition, exact, parse_condition
+from registry.domain.catalog.suites import Condition, number_text, parse_condition
 from registry.errors import Usage
-from registry.formats.references import parse_part
+from registry.formats.references import parse_name
 
 MAX_RULES = 50
 _WITHIN = re.compile(
@@ -45,7 +45,7 @@ class Within:
     other: str
 
     def __str__(self) -> str:
-        return f"{self.suite}.{self.metric} within {exact(self.margin)} of {self.other}"
+        return f"{self.suite}.{self.metric} within {number_text(self.margin)} of {self.other}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Keeps:
     other = "inputs"
 
     def __str__(self) -> str:
-        return f"{self.suite}.{self.metric} keeps {exact(self.share)} of inputs"
+        return f"{self.suite}.{self.metric} keeps {number_text(self.share)} of inputs"
 
 
 Rule = Condition | Within | Keeps
@@ -193,7 +193,7 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
         suites.find(session, rule.suite)
         suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
         refuse_keeping_losses(session, rule)
-    row = session.get(Gate, (repository.id, parse_part(channel, "channel")))
+    row = session.get(Gate, (repository.id, parse_name(channel, "channel")))
     before = list(row.rules) if row else []
     row = row or Gate(repository_id=repository.id, channel=channel)
     row.rules = [str(rule) for rule in rules]

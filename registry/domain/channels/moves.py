@@ -1,7 +1,7 @@
 """Promote, roll back, history: a channel moves by compare-and-set and its moves are never rewritten."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
 from registry.domain.channels.gates import GateResult
 from registry.errors import Refused, Stale, Usage
-from registry.formats.references import RepositoryName, Version, parse_part
+from registry.formats.references import RepositoryName, Version, parse_name
 
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
@@ -62,7 +62,7 @@ _ASKED = Prepared(
 for each other here instead of failing, unless they say what they expect to find."""
 _VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_version")]
 _MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
-"""What `Moved` holds, in its order."""
+"""What a `ChannelMove` holds, by the names of its fields."""
 _asked_for = Release.__table__.alias("asked_for")
 _STATE = Prepared(
     select(_asked_for.c.yank_reason, _channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
@@ -103,9 +103,9 @@ class Expected:
     move_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """A move as it is told; `gates` are the results as they were written down."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelMove:
+    """A move of a channel; `gates` are the results as they were recorded."""
 
     id: int
     kind: str
@@ -117,9 +117,22 @@ class Moved:
     gates: Sequence[Mapping[str, Any]]
     at: datetime
 
+    @classmethod
+    def of_row(cls, row: Any) -> "ChannelMove":
+        """Of a row with the columns `_MOVED`, and perhaps others."""
+        return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
+
+    @classmethod
+    def recorded(
+        cls, move_id: int, values: Mapping[str, Any], from_version: str | None, to_version: str
+    ) -> "ChannelMove":
+        """Of the columns that were inserted."""
+        own = {name: values[name] for name in ("kind", "actor", "reason", "forced", "gates", "at")}
+        return cls(id=move_id, from_version=from_version, to_version=to_version, **own)
+
 
 @dataclass(frozen=True, slots=True)
-class Promotion:
+class PromotionRequest:
     """What is to be put where. A repository of another kind than `kind`, if it is given, is not found."""
 
     repository: RepositoryName
@@ -139,17 +152,17 @@ class Promotion:
 def promote(
     session: Session,
     actor: Actor,
-    wanted: Promotion,
+    wanted: PromotionRequest,
     *,
     reason: str = "",
     force: bool = False,
     expected: Expected | None = None,
-) -> Moved:
+) -> ChannelMove:
     """Puts the release on the channel when every gate passes. `force` skips failed gates, and needs a reason.
 
     What the channel serves already is not moved again: the answer is its current move.
     """
-    release = _asked(session, wanted)
+    release = _load_release_and_policy(session, wanted)
     namespace = wanted.repository.namespace
     _refuse_unsigned(session, release, wanted)
     [current] = _STATE.records(session, {"channel": release.channel_id, "release": release.id})
@@ -160,15 +173,9 @@ def promote(
     failed = sum(not result.passed for result in report)
     results = [result.to_json() for result in report]
     if failed and not force:
-        raise Refused(
-            "gate_failed",
-            f"{wanted.release} does not pass {failed} of {len(report)} gates of {wanted.subject}.",
-            subject=wanted.subject,
-            next_step="Look at the numbers; a releaser may use --force with a --reason.",
-            findings=results,
-        )
+        raise _gate_failed(wanted, failed, results)
     if current.to_release_id == release.id:
-        return Moved(*current[-len(_MOVED) :])
+        return ChannelMove.of_row(current)
     values = {
         "channel_id": release.channel_id,
         "kind": "promote",
@@ -181,7 +188,7 @@ def promote(
         "gates": results,
         "at": actor.at,
     }
-    move_id = _set(session, values, release.sort_key, current.move_id, wanted.subject)
+    move_id = _record_move(session, values, release.sort_key, current.move_id, wanted.subject)
     audit.record(
         session,
         actor,
@@ -194,8 +201,7 @@ def promote(
         forced=failed > 0,
         gates=results,
     )
-    version = str(wanted.version)
-    return Moved(move_id, "promote", current.to_version, version, actor.name, reason, failed > 0, results, actor.at)
+    return ChannelMove.recorded(move_id, values, current.to_version, str(wanted.version))
 
 
 def roll_back(  # noqa: PLR0913
@@ -207,7 +213,7 @@ def roll_back(  # noqa: PLR0913
     to: Version | None = None,
     reason: str = "",
     expected: Expected | None = None,
-) -> Moved:
+) -> ChannelMove:
     """Returns to the release that was live before the current one was promoted, or to `to`; yanked ones are skipped."""
     session.scalar(_locked(repository, channel_name))
     channel = find(session, repository, channel_name)
@@ -215,7 +221,7 @@ def roll_back(  # noqa: PLR0913
     _check_expected(channel.move_id, expected, subject)
     current = current_of(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
-    target = _served_before(session, channel, current, to, subject) if to else _below(session, current)
+    target = _served_before(session, channel, current, to, subject) if to else _previous_unyanked(session, current)
     if target is None:
         raise Refused(
             "nothing_below",
@@ -235,7 +241,7 @@ def roll_back(  # noqa: PLR0913
         "gates": [],
         "at": actor.at,
     }
-    move_id = _set(session, values, target.to_release.sort_key, current.id, subject)
+    move_id = _record_move(session, values, target.to_release.sort_key, current.id, subject)
     left, reached = current.to_release, target.to_release
     audit.record(
         session,
@@ -248,7 +254,7 @@ def roll_back(  # noqa: PLR0913
         after=_serves(move_id, reached.version, reached.revision.commit),
         returns_to_move=target.id,
     )
-    return Moved(move_id, "rollback", left.version, reached.version, actor.name, reason, False, [], actor.at)
+    return ChannelMove.recorded(move_id, values, left.version, reached.version)
 
 
 def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
@@ -256,17 +262,17 @@ def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
     return {"move": move_id, "version": version, "commit": commit}
 
 
-def serving(session: Session, channel: Channel) -> Move | None:
+def effective_move(session: Session, channel: Channel) -> Move | None:
     """The move whose release the channel gives out: the current one, or the first one below it that is not yanked.
     None before its first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
-    return _below(session, current) if current and current.to_release.yanked else current
+    return _previous_unyanked(session, current) if current and current.to_release.yanked else current
 
 
-def history(session: Session, channel: Channel, *, before: int, limit: int) -> list[Moved]:
+def history(session: Session, channel: Channel, *, before: int, limit: int) -> list[ChannelMove]:
     """The newest move first; `before` is the id of the last move of the page before, 0 for the first page."""
     query = _HISTORY.where(_move.id < before) if before else _HISTORY
-    return [Moved(*row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
+    return [ChannelMove.of_row(row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
 
 
 def find(session: Session, repository: Repository, name: str) -> Channel:
@@ -287,7 +293,7 @@ def current_of(session: Session, channel: Channel) -> Move:
     return session.get_one(Move, channel.move_id)
 
 
-def _below(session: Session, move: Move) -> Move | None:
+def _previous_unyanked(session: Session, move: Move) -> Move | None:
     below = session.get(Move, move.below_id) if move.below_id else None
     while below is not None and (below.to_release.yanked or below.to_release_id == move.to_release_id):
         below = session.get(Move, below.below_id) if below.below_id else None
@@ -320,19 +326,19 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
     return move
 
 
-def _asked(session: Session, wanted: Promotion) -> Any:
+def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
     """Raises NotFound for what there is not, but for the channel: its first move makes it."""
     name = wanted.repository
     values = {
         "in_namespace": name.namespace,
         "in_repository": name.name,
         "named": str(wanted.version),
-        "onto": parse_part(wanted.channel, "channel"),
+        "onto": parse_name(wanted.channel, "channel"),
     }
     row = next(iter(_ASKED.records(session, values)), None)
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
-        namespaces.find_settled(session, name.namespace)
+        namespaces.find_for_share(session, name.namespace)
         repositories.lock(session, release.repository_id)  # a yank has locked all channels that there are
         # Of those that make it at the same moment one does, and the others wait for what comes of that.
         insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
@@ -340,13 +346,23 @@ def _asked(session: Session, wanted: Promotion) -> Any:
     return row
 
 
-def _refuse_unsigned(session: Session, release: Any, wanted: Promotion) -> None:
+def _gate_failed(wanted: PromotionRequest, failed: int, results: list[dict[str, Any]]) -> Refused:
+    return Refused(
+        "gate_failed",
+        f"{wanted.release} does not pass {failed} of {len(results)} gates of {wanted.subject}.",
+        subject=wanted.subject,
+        next_step="Look at the numbers; a releaser may use --force with a --reason.",
+        findings=results,
+    )
+
+
+def _refuse_unsigned(session: Session, release: Any, wanted: PromotionRequest) -> None:
     if release.require_signature:
         signed = signatures.signer(session, release.id, release.signing_keys, (release.signed_by, release.covers))
         releases.refuse_without_signature(wanted.repository.namespace, release, *signed, wanted.release)
 
 
-def _refuse_unpromotable(yanked: str | None, wanted: Promotion, reason: str, *, force: bool) -> None:
+def _refuse_unpromotable(yanked: str | None, wanted: PromotionRequest, reason: str, *, force: bool) -> None:
     if yanked is not None:
         raise Refused(
             "release_yanked",
@@ -368,7 +384,7 @@ def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[
     if not rules:
         return []
     # What users get: a yanked release on the channel is no yardstick.
-    given = serving(session, session.get_one(Channel, release.channel_id, populate_existing=True))
+    given = effective_move(session, session.get_one(Channel, release.channel_id, populate_existing=True))
     served = gates.scores(session, given.to_release) if given else None
     candidate = session.get_one(Release, release.id)
     inputs, hides = gates.lineage(session, candidate)
@@ -388,7 +404,7 @@ def _check_expected(move_id: int | None, expected: Expected | None, subject: str
         raise _moved(subject)
 
 
-def _set(session: Session, move: Mapping[str, Any], key: str, seen: int | None, subject: str) -> int:
+def _record_move(session: Session, move: Mapping[str, Any], key: str, seen: int | None, subject: str) -> int:
     """The move's id. Compare-and-set: whatever locks hold, of two moves that saw the same state one gets through. What
     it moves to is not yanked, and so is given out; `key` is its sort key."""
     [move_id] = _INSERT.column(session, move)

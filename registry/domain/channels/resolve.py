@@ -60,7 +60,7 @@ _BY_ID = Prepared(_FOUND.where(_release.id == bindparam("named")))
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class ResolvedRow:
     """A row of `_FOUND`. `warning` says that the reference did not lead where it plainly should have."""
 
     row: Any
@@ -91,9 +91,9 @@ def resolve(session: Session, reference: Reference, kind: Kind | None = None) ->
     return Resolved(session.get_one(Release, found.row.id), found.warning)
 
 
-def locate(session: Session, reference: Reference, kind: Kind | None = None) -> Located:
+def locate(session: Session, reference: Reference, kind: Kind | None = None) -> ResolvedRow:
     """Raises NotFound when nothing matches. Yanked releases are found only by exact version and by commit."""
-    found = at_once(session, reference)
+    found = resolve_exact(session, reference)
     if found is None and reference.range:
         found = _by_range(session, reference)
     elif found is None and reference.channel:
@@ -104,7 +104,7 @@ def locate(session: Session, reference: Reference, kind: Kind | None = None) -> 
     return found
 
 
-def at_once(session: Session, reference: Reference) -> Located | None:
+def resolve_exact(session: Session, reference: Reference) -> ResolvedRow | None:
     """What one statement tells, and so is of one moment. None where there is more to ask."""
     if reference.range:
         return None
@@ -115,9 +115,9 @@ def at_once(session: Session, reference: Reference) -> Located | None:
         return _warn_if_yanked(rows[0]) if rows else None
     if reference.channel:
         rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel)
-        return Located(rows[0]) if rows and not rows[0].yanked else None
+        return ResolvedRow(rows[0]) if rows and not rows[0].yanked else None
     rows = _rows(session, _HIGHEST_STABLE, reference.repository)
-    return Located(rows[0]) if rows else None
+    return ResolvedRow(rows[0]) if rows else None
 
 
 def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
@@ -132,7 +132,7 @@ def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
     moved = select(Channel, Release.version, Release.yanked).join(Move, Move.id == Channel.move_id)
     moved = moved.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(found))
     for channel, version, yanked in session.execute(moved.order_by(Channel.name)):
-        served = moves.serving(session, channel) if yanked else None
+        served = moves.effective_move(session, channel) if yanked else None
         if served or not yanked:
             found[channel.repository_id].channels[channel.name] = served.to_release.version if served else version
     return found
@@ -148,16 +148,16 @@ def _by_id(session: Session, release_id: int) -> Any:
     return row
 
 
-def _by_range(session: Session, reference: Reference) -> Located | None:
+def _by_range(session: Session, reference: Reference) -> ResolvedRow | None:
     repository = repositories.find(session, reference.repository)
     query = select(Release.id, Release.version).where(Release.repository_id == repository.id, ~Release.yanked)
     for release_id, version in session.execute(query.order_by(Release.sort_key.desc())):
         if reference.range and parse_version(version) in reference.range:
-            return Located(_by_id(session, release_id))
+            return ResolvedRow(_by_id(session, release_id))
     return None
 
 
-def _by_commit(session: Session, reference: Reference) -> Located | None:
+def _by_commit(session: Session, reference: Reference) -> ResolvedRow | None:
     digits = reference.commit or ""
     rows = _rows(session, _OF_COMMIT, reference.repository, named=digits, last=digits.ljust(40, "g"))
     if len({row.revision_id for row in rows}) > 1:
@@ -170,12 +170,12 @@ def _by_commit(session: Session, reference: Reference) -> Located | None:
     return _warn_if_yanked(rows[0]) if rows else None
 
 
-def _by_channel(session: Session, reference: Reference) -> Located:
+def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
     """Where the last move's release is yanked."""
     rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel or "")
     repository = repositories.find(session, reference.repository)
     channel = moves.find(session, repository, reference.channel or "")
-    serving = moves.serving(session, channel)
+    serving = moves.effective_move(session, channel)
     if serving is None:
         raise NotFound(
             "no_match",
@@ -185,14 +185,14 @@ def _by_channel(session: Session, reference: Reference) -> Located:
         )
     row = _by_id(session, serving.to_release_id)
     if not rows:  # the channel's first move was committed a moment ago
-        return Located(row)
-    name, reason = Located(rows[0]).full_name, rows[0].yank_reason
-    return Located(row, f"{name} is yanked ({reason}); {reference} gives {row.version}.")
+        return ResolvedRow(row)
+    name, reason = ResolvedRow(rows[0]).full_name, rows[0].yank_reason
+    return ResolvedRow(row, f"{name} is yanked ({reason}); {reference} gives {row.version}.")
 
 
-def _warn_if_yanked(row: Any) -> Located:
-    found = Located(row)
-    return Located(row, f"{found.full_name} is yanked: {row.yank_reason}.") if row.yanked else found
+def _warn_if_yanked(row: Any) -> ResolvedRow:
+    found = ResolvedRow(row)
+    return ResolvedRow(row, f"{found.full_name} is yanked: {row.yank_reason}.") if row.yanked else found
 
 
 def _nothing(session: Session, reference: Reference) -> NotFound:

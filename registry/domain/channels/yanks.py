@@ -64,7 +64,7 @@ def _set_yank(
         after={"yanked": release.yanked, "yank_reason": release.yank_reason},
     )
     for channel in _channels_of(session, release):
-        served = moves.serving(session, channel)
+        served = moves.effective_move(session, channel)
         channel.served_id = served.to_release_id if served else None
         channel.served_key = served.to_release.sort_key if served else None
 

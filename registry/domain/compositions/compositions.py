@@ -106,7 +106,7 @@ def creator(session: Session, composition: Composition, now: datetime) -> Actor:
     The audit row names the token; without one it was the single user of the registry, who may do everything.
     """
     asked_for = EventQuery(None, subject=subject(composition), act=Act.COMPOSITION_CREATE)
-    (asked,) = audit.events(session, asked_for, limit=1)
+    (asked,) = audit.list_oldest_first(session, asked_for, limit=1)
     grants = tokens.grants_of(session, asked.token_id) if asked.token_id else {EVERYWHERE: Role.ADMIN.value}
     actor = Actor(asked.actor, now, grants, namespaces.public_names(session), asked.token_id, asked.source)
     for role, namespace in roles_needed(parse_recipe(composition.recipe)):
@@ -136,7 +136,7 @@ def unknown(composition_id: int) -> NotFound:
     )
 
 
-def of_job(session: Session, job_id: int) -> Composition:
+def find_by_job(session: Session, job_id: int) -> Composition:
     """Raises NotFound for a job that there is not; every job is a composition's so far."""
     job = queue.find(session, job_id)
     return session.scalars(select(Composition).where(Composition.job_id == job.id)).one()
@@ -197,10 +197,13 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
 
 def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -> list[str | None]:
     """For each input the suite that stands for it: named in the recipe, or the target suite it gained most on."""
-    return [source.suite or own_suite(session, release) for source, release in zip(recipe.inputs, inputs, strict=True)]
+    return [
+        source.suite or best_target_suite(session, release)
+        for source, release in zip(recipe.inputs, inputs, strict=True)
+    ]
 
 
-def own_suite(session: Session, release: Release) -> str | None:
+def best_target_suite(session: Session, release: Release) -> str | None:
     """The target suite that the release gained most on over its base, in nats per token."""
     base = gates.scores(session, release.base)
     gains: list[tuple[float, str]] = []
@@ -215,7 +218,7 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     found = [
         resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER).release for source in recipe.inputs
     ]
-    _refuse_twice(found)
+    _refuse_duplicates(found)
     base: Base = bases.find(session, recipe.base) if recipe.base else found[0].base
     for release in found:
         if release.base_digest != base.digest:
@@ -319,7 +322,7 @@ def _calibration(
     return tuple(one.to_json() for one in sets)
 
 
-def _refuse_twice(found: Sequence[Release]) -> None:
+def _refuse_duplicates(found: Sequence[Release]) -> None:
     """Lineage knows one weight of a release."""
     counts = Counter(map(full_name, found))
     for name, count in counts.items():

@@ -97,7 +97,7 @@ def claim(session: Session, worker: str, now: datetime, leave: Collection[int] =
     return session.get(Job, row[0], populate_existing=True) if row else None
 
 
-def beat(session: Session, job_id: int, worker: str, now: datetime) -> bool:
+def extend_lease(session: Session, job_id: int, worker: str, now: datetime) -> bool:
     """Keeps the job. False when it was taken over or is to be cancelled: the worker must let go."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     row = session.execute(
@@ -140,14 +140,14 @@ def finish(
     return session.execute(ended, execution_options={"synchronize_session": False}).first() is not None
 
 
-def hand_back(session: Session, job_id: int, worker: str, error: dict[str, Any] | None = None) -> None:
+def requeue(session: Session, job_id: int, worker: str, error: dict[str, Any] | None = None) -> None:
     """A worker that is told to stop, or lacks what another has: the next one goes on at once; no attempt is counted."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     given = held.values(state="queued", worker=None, heartbeat_at=None, attempts=Job.attempts - 1, error=error)
     session.execute(given, execution_options={"synchronize_session": False})
 
 
-def put_off(session: Session, job_id: int, worker: str, until: datetime, error: dict[str, Any]) -> None:
+def retry_later(session: Session, job_id: int, worker: str, until: datetime, error: dict[str, Any]) -> None:
     """A worker whose stores are away: nobody goes on before that moment, and the attempt counts."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     session.execute(held.values(state="queued", worker=None, heartbeat_at=until, error=error))

@@ -8,7 +8,7 @@ import orjson
 from sqlalchemy import BindParameter, ColumnElement, FromClause, Select, bindparam, select, tuple_
 from sqlalchemy.orm import Session
 
-from registry.database.dialects import exact, json_rows
+from registry.database.dialects import float_text, json_rows
 from registry.database.prepared import Rows
 from registry.database.tables import Channel, Release, Score
 from registry.domain.catalog import metrics, suites
@@ -22,14 +22,14 @@ _channel, _release, _score = Channel.__table__.c, Release.__table__.c, Score.__t
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Position:
     """Of a release in its order: its sort key (None where the id is the key) and its id."""
 
     key: str | float | None
     release_id: int
 
 
-class Match(NamedTuple):
+class Hit(NamedTuple):
     """A release that was found, its place, and its stamp at that moment."""
 
     key: str | float | None
@@ -43,11 +43,11 @@ class Order:
 
     name: str = NEWEST
     limit: int = 50
-    after: Place | Match | None = None
+    after: Position | Hit | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class By:
+class SortKey:
     """The form of an order: of releases, or of scores joined to their releases. Of those that a channel gives out
     alone, where the channels of that name are to be read in order: their index has the releases' keys."""
 
@@ -115,9 +115,9 @@ class By:
 
     def text(self, first: Any, stamp: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
         """Keys, ids and stamps of a page with those columns as one text, for `places` to read."""
-        return select(json_rows(exact(first.key) if self.of_score else first.key, first.id, stamp))
+        return select(json_rows(float_text(first.key) if self.of_score else first.key, first.id, stamp))
 
-    def places(self, pages: Rows, limit: int) -> list[Match]:
+    def places(self, pages: Rows, limit: int) -> list[Hit]:
         """The first of several pages."""
         suites = next((suites for _page, suites, *_ in pages), None)
         rows = [row for page, *_ in pages if page for row in orjson.loads(page)]
@@ -125,15 +125,15 @@ class By:
             rows = [(float(key), release_id, stamp) for key, release_id, stamp in rows]
         rows.sort(reverse=self.descending)
         by_id = self.column == "id"
-        return [Match(None if by_id else key, number, (stamp, suites)) for key, number, stamp in rows[:limit]]
+        return [Hit(None if by_id else key, number, (stamp, suites)) for key, number, stamp in rows[:limit]]
 
 
-def by_of(session: Session, order: Order, values: dict[str, Any]) -> By:
+def by_of(session: Session, order: Order, values: dict[str, Any]) -> SortKey:
     if order.after:
         values |= {"after_key": order.after.key, "after_id": order.after.release_id}
     goes_on = order.after is not None
     if order.name in (NEWEST, VERSION):
-        return By("id" if order.name == NEWEST else "sort_key", goes_on=goes_on)
+        return SortKey("id" if order.name == NEWEST else "sort_key", goes_on=goes_on)
     suite_name, dot, metric = order.name.rpartition(".")
     if not dot:
         raise Usage(
@@ -144,4 +144,4 @@ def by_of(session: Session, order: Order, values: dict[str, Any]) -> By:
         )
     suite = suites.find(session, suite_name)
     values |= {"by_suite": suite.id, "by_metric": metric}
-    return By("value", metrics.is_higher_better(session, suite.name, metric), goes_on)
+    return SortKey("value", metrics.is_higher_better(session, suite.name, metric), goes_on)

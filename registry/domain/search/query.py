@@ -1,7 +1,7 @@
 """What a search asks, its shape, and the values that its statement is run with.
 
 A condition names its value instead of holding it: searches that ask for the same things, whatever their values, share
-their statements (`Form`), and to build one takes longer than to run it.
+their statements (`QueryShape`), and to build one takes longer than to run it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,13 @@ from composer.formats.adapters.serving import Profile
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import readable_names
 from registry.domain.catalog.repositories import Kind
-from registry.domain.catalog.search_index import MAX_WORD_CHARACTERS, homes, parse_stated, target_set_key, words
+from registry.domain.catalog.search_index import (
+    MAX_WORD_CHARACTERS,
+    namespace_terms,
+    parse_stated,
+    target_set_key,
+    text_terms,
+)
 from registry.domain.catalog.suites import Condition
 from registry.errors import Usage
 from registry.formats.references import RepositoryName
@@ -64,7 +70,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class QueryShape:
     """A query without its values: which conditions it has, and how often."""
 
     asked: frozenset[str]
@@ -79,7 +85,7 @@ class Form:
         return self.stated + self.words + ("homes" in self.asked)
 
 
-def values_of(actor: Actor, query: Query, digests: Sequence[str], suites: Sequence[int]) -> dict[str, Any]:
+def bind_values(actor: Actor, query: Query, digests: Sequence[str], suites: Sequence[int]) -> dict[str, Any]:
     """The values of a query by the names that conditions give them; what is not asked is not there.
 
     `digests` are of the base asked for and of those related to it, or none: then it is asked for by its name. `suites`
@@ -130,12 +136,12 @@ def _where(query: Query, readable: set[str] | None) -> dict[str, list[str]]:
         return found
     places = set[str]() if len(asked) > 1 else asked or readable or set[str]()
     reached = places if readable is None else places & readable
-    return found | {"homes": [homes(place, name)[-1] for place in sorted(reached)]}
+    return found | {"homes": [namespace_terms(place, name)[-1] for place in sorted(reached)]}
 
 
-def form_of(query: Query, values: Mapping[str, Any]) -> Form:
+def shape_of(query: Query, values: Mapping[str, Any]) -> QueryShape:
     flags = {name for name in ("include_yanked", "stable", "latest") if getattr(query, name)}
-    return Form(
+    return QueryShape(
         frozenset(values) | flags,
         len(query.targets_include),
         len(_asked_words(query)),
@@ -145,7 +151,7 @@ def form_of(query: Query, values: Mapping[str, Any]) -> Form:
 
 
 def _asked_words(query: Query) -> list[str]:
-    found = words(query.text)
+    found = text_terms(query.text)
     if (query.text and not found) or len(found) > MAX_WORDS:
         raise Usage(
             "bad_text",
@@ -156,5 +162,5 @@ def _asked_words(query: Query) -> list[str]:
     return found
 
 
-def asks_traits(form: Form) -> bool:
+def asks_traits(form: QueryShape) -> bool:
     return form.includes > 0 or not form.asked.isdisjoint(_OF_TRAITS)

@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from registry.database.dialects import among, filled, json_list
+from registry.database.dialects import in_list, json_list, padded
 from registry.database.prepared import Prepared, prepared
 from registry.database.prepared import Query as Selection
 from registry.database.tables import Channel, Release, ReleaseWord, Score
@@ -33,10 +33,18 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
 from registry.domain.catalog.release_rows import CURRENT_SUITES
 from registry.domain.search import filters
-from registry.domain.search.ordering import By, Match, Order, by_of
-from registry.domain.search.query import Form, asks_traits, form_of, values_of
+from registry.domain.search.ordering import Hit, Order, SortKey, by_of
 from registry.domain.search.query import Query as Query
-from registry.domain.search.term_index import END, ENTRIES, MORE, Newest, reach, read_on, thinnest_of
+from registry.domain.search.query import QueryShape, asks_traits, bind_values, shape_of
+from registry.domain.search.term_index import (
+    END,
+    ENTRIES,
+    MORE,
+    TermMatches,
+    id_bounds,
+    iterate_matches,
+    most_selective_term,
+)
 from registry.errors import NotFound
 
 FEW = 16
@@ -58,7 +66,7 @@ class Found:
     """`base` is (digest, name) of the one asked for, where others that follow from it were searched too; `relations`
     says how they do."""
 
-    places: Sequence[Match]
+    places: Sequence[Hit]
     base: tuple[str, str] | None = None
     relations: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -79,23 +87,23 @@ def _search(session: Session, actor: Actor, query: Query, order: Order) -> Found
     base = bases.identify(session, query.base) if query.base and not name else None
     relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}
     scored = [suites.find(session, condition.suite).id for condition in query.scores]
-    values = values_of(actor, query, list(relations), scored)
+    values = bind_values(actor, query, list(relations), scored)
     by, nowhere = by_of(session, order, values), values.get("homes") == []
     if by.column == "id" and "homes" in values:
-        values |= reach(session, values)
+        values |= id_bounds(session, values)
         nowhere = not values["highest"]
-    form = form_of(query, values)
+    form = shape_of(query, values)
     places = [] if nowhere else _places(session, form, by, values | {"limit": order.limit})
     if name and not places:
         bases.identify(session, name)  # nothing fits, or there is no such base
     return Found(places, base, relations)
 
 
-def _places(session: Session, form: Form, by: By, values: Mapping[str, Any]) -> list[Match]:
+def _places(session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any]) -> list[Hit]:
     words = tuple(range(form.entries))
-    thinnest: Newest | None = None
+    thinnest: TermMatches | None = None
     if by.column == "id":
-        thinnest, words = thinnest_of(session, form, values)
+        thinnest, words = most_selective_term(session, form, values)
     if thinnest and thinnest.are_all:
         return _among(session, form, by, values, [thinnest.ids])
     for rare in _rare(form, by, words):
@@ -112,10 +120,12 @@ def _places(session: Session, form: Form, by: By, values: Mapping[str, Any]) -> 
     return by.places(_of_all(form, replace(by, of_channel=of_channel)).rows(session, values), values["limit"])
 
 
-def _of_word(session: Session, form: Form, by: By, values: Mapping[str, Any], thinnest: Newest) -> list[Match]:
+def _of_word(
+    session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any], thinnest: TermMatches
+) -> list[Hit]:
     """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
-    parts = read_on(session, form, thinnest, values)
-    found: list[Match] = []
+    parts = iterate_matches(session, form, thinnest, values)
+    found: list[Hit] = []
     further: Sequence[int] | None = ()
     by_traits = asks_traits(form)
     if not (by_traits and _is_common(session, thinnest, values)):
@@ -131,7 +141,7 @@ def _of_word(session: Session, form: Form, by: By, values: Mapping[str, Any], th
     return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
 
 
-def _of_few_if_few(session: Session, form: Form, by: By, values: Mapping[str, Any]) -> list[Match] | None:
+def _of_few_if_few(session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any]) -> list[Hit] | None:
     """The page from the combinations of traits that fit; None when many fit."""
     pages = _of_few(form, by, FEW).rows(session, values)
     many = any(fitting > FEW for _page, _suites, fitting in pages)
@@ -139,23 +149,23 @@ def _of_few_if_few(session: Session, form: Form, by: By, values: Mapping[str, An
 
 
 @prepared
-def _any_fits(form: Form) -> Selection:
-    return filters.fitting(form).limit(1)
+def _any_fits(form: QueryShape) -> Selection:
+    return filters.matching_traits(form).limit(1)
 
 
-def _is_common(session: Session, thinnest: Newest, values: Mapping[str, Any]) -> bool:
+def _is_common(session: Session, thinnest: TermMatches, values: Mapping[str, Any]) -> bool:
     [newest] = [values["after_id"]] if "after_id" in values else _NEWEST_OF_ALL.column(session, {})
     return newest - thinnest.ids[-1] <= COMMON * thinnest.count
 
 
 def _among(
-    session: Session, form: Form, by: By, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
-) -> list[Match]:
+    session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
+) -> list[Hit]:
     """The page from lists of releases, each of which comes wholly before the next in the order."""
-    found: list[Match] = []
+    found: list[Hit] = []
     for ids in parts:
         if ids:
-            pages = _among_rare(form, by).rows(session, {**values, "ids": filled(ids)})
+            pages = _among_rare(form, by).rows(session, {**values, "ids": padded(ids)})
             found += by.places(pages, values["limit"])
         if len(found) >= values["limit"]:
             break
@@ -171,7 +181,7 @@ def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Seq
         left, count = left[count:], count * MORE
 
 
-def _rare(form: Form, by: By, words: tuple[int, ...]) -> Iterator[Prepared]:
+def _rare(form: QueryShape, by: SortKey, words: tuple[int, ...]) -> Iterator[Prepared]:
     """For each condition with an index of its own: the releases that meet it, or NULL after so many entries.
 
     `words` are the numbers of those to look for. Scores are looked for among all first, then among what fits: none may
@@ -189,7 +199,7 @@ def _rare(form: Form, by: By, words: tuple[int, ...]) -> Iterator[Prepared]:
 
 
 @prepared
-def _with_word(form: Form, number: int, most: int) -> Selection:
+def _with_word(form: QueryShape, number: int, most: int) -> Selection:
     return _unless_many(select(_word.release_id.label("id")).where(filters.is_entry(form, number, _word.word)), most)
 
 
@@ -199,13 +209,13 @@ def _with_score(number: int, operator: str, most: int) -> Selection:
 
 
 @prepared
-def _with_score_that_fits(form: Form, number: int, operator: str, most: int) -> Selection:
-    return _unless_many(_scored(number, operator).where(_score.traits_id.in_(filters.fitting(form))), most)
+def _with_score_that_fits(form: QueryShape, number: int, operator: str, most: int) -> Selection:
+    return _unless_many(_scored(number, operator).where(_score.traits_id.in_(filters.matching_traits(form))), most)
 
 
 def _scored(number: int, operator: str) -> Selection:
     of_release = select(_score.release_id.label("id")).where(_score.release_id.is_not(None))
-    return of_release.where(*filters.enough(number, operator))
+    return of_release.where(*filters.score_threshold(number, operator))
 
 
 @prepared
@@ -215,11 +225,11 @@ def _on_channel(most: int) -> Selection:
 
 
 @prepared
-def _small_that_fits(form: Form, most: int) -> Selection:
+def _small_that_fits(form: QueryShape, most: int) -> Selection:
     small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
     if not asks_traits(form):  # all of the kind fit, and SQLite would go through them
-        return _unless_many(small.where(filters.fits(form, _release.traits_id)), most)
-    return _unless_many(small.where(_release.traits_id.in_(filters.fitting(form))), most)
+        return _unless_many(small.where(filters.traits_match(form, _release.traits_id)), most)
+    return _unless_many(small.where(_release.traits_id.in_(filters.matching_traits(form))), most)
 
 
 def _unless_many(releases: Selection, most: int) -> Selection:
@@ -228,7 +238,7 @@ def _unless_many(releases: Selection, most: int) -> Selection:
     return select(case((func.count() <= most, ids))).select_from(found)
 
 
-def _each_of_few(form: Form, by: By, few: int) -> Selection:
+def _each_of_few(form: QueryShape, by: SortKey, few: int) -> Selection:
     """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
     With each, how many fit.
 
@@ -240,7 +250,7 @@ def _each_of_few(form: Form, by: By, few: int) -> Selection:
     return each.select_from(fitting)
 
 
-def _all_of_few(form: Form, by: By, few: int) -> Selection:
+def _all_of_few(form: QueryShape, by: SortKey, few: int) -> Selection:
     """One text of all, merged: PostgreSQL looks up the stamps of that page alone."""
     fitting, count = _fitting(form, few)
     of_each = by.first(_entries(form, by, fitting)).lateral("of_each")
@@ -253,26 +263,26 @@ def _all_of_few(form: Form, by: By, few: int) -> Selection:
 _of_few = prepared(_each_of_few, postgresql=_all_of_few)
 
 
-def _fitting(form: Form, few: int) -> tuple[CTE, ColumnElement[int]]:
+def _fitting(form: QueryShape, few: int) -> tuple[CTE, ColumnElement[int]]:
     """The combinations of traits that fit, one more than few at most, and their number.
 
     The limit is in the text: a plan for a limit that is yet unknown reads a tenth of what fits, without an index.
     """
-    fitting = filters.fitting(form).limit(literal_column(str(few + 1))).cte("fitting")
+    fitting = filters.matching_traits(form).limit(literal_column(str(few + 1))).cte("fitting")
     return fitting, select(func.count()).select_from(fitting).scalar_subquery()
 
 
-def _entries(form: Form, by: By, fitting: CTE, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
-    return by.select(*more).where(by.traits_id == fitting.c.id, *filters.on_release(form))
+def _entries(form: QueryShape, by: SortKey, fitting: CTE, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+    return by.select(*more).where(by.traits_id == fitting.c.id, *filters.release_conditions(form))
 
 
 @prepared
-def _of_all(form: Form, by: By) -> Selection:
+def _of_all(form: QueryShape, by: SortKey) -> Selection:
     """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
-    return by.page(filters.fits(form, by.traits_id + 0), *filters.on_release(form))
+    return by.page(filters.traits_match(form, by.traits_id + 0), *filters.release_conditions(form))
 
 
 @prepared
-def _among_rare(form: Form, by: By) -> Selection:
-    asked = (filters.fits(form, _release.traits_id), *filters.on_release(form))
-    return by.page(among(by.release_id, "ids"), *asked, in_order=False)
+def _among_rare(form: QueryShape, by: SortKey) -> Selection:
+    asked = (filters.traits_match(form, _release.traits_id), *filters.release_conditions(form))
+    return by.page(in_list(by.release_id, "ids"), *asked, in_order=False)

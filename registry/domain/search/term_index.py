@@ -13,11 +13,11 @@ import orjson
 from sqlalchemy import CTE, ColumnElement, bindparam, case, func, literal, select
 from sqlalchemy.orm import Session
 
-from registry.database.dialects import json_list, listed
+from registry.database.dialects import json_list, unnest
 from registry.database.prepared import Prepared, Query, prepared
 from registry.database.tables import ReleaseWord
 from registry.domain.search import filters
-from registry.domain.search.query import Form
+from registry.domain.search.query import QueryShape
 
 MANY_WORDS = 128
 """Of so many words with one beginning the newest releases are merged; with more, all are looked at in order."""
@@ -33,7 +33,7 @@ _word = ReleaseWord.__table__.c
 
 
 @dataclass(frozen=True, slots=True)
-class Newest:
+class TermMatches:
     """The newest `count` releases, of those before some other, that have a word that fits the condition of that number,
     or all where there are fewer.
 
@@ -50,12 +50,14 @@ class Newest:
         return len(self.ids) < self.count
 
 
-def thinnest_of(session: Session, form: Form, values: Mapping[str, Any]) -> tuple[Newest | None, tuple[int, ...]]:
+def most_selective_term(
+    session: Session, form: QueryShape, values: Mapping[str, Any]
+) -> tuple[TermMatches | None, tuple[int, ...]]:
     """Of the conditions that words meet the first that few releases meet, or the one whose releases lie farthest apart;
     and those that too many words meet to read them so."""
     below = values.get("after_id") or END
     values = {**values, "below": below, "entries": ENTRIES * values["limit"], "most_words": MANY_WORDS}
-    found: list[Newest] = []
+    found: list[TermMatches] = []
     left: list[int] = []
     for number in range(form.entries):
         newest = _newest(session, form, number, values)
@@ -76,7 +78,7 @@ def thinnest_of(session: Session, form: Form, values: Mapping[str, Any]) -> tupl
     return max(found, key=lambda newest: newest.ids[0] - newest.ids[-1]), tuple(left)
 
 
-def reach(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
+def id_bounds(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
     """The `lowest` and the `highest` id of the releases in the places to look in, 0 for none.
 
     Of more than `MANY_WORDS` places those of all releases: to ask each would take longer than it helps.
@@ -87,7 +89,9 @@ def reach(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
     return {"lowest": lowest or 0, "highest": highest or 0}
 
 
-def read_on(session: Session, form: Form, newest: Newest, values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
+def iterate_matches(
+    session: Session, form: QueryShape, newest: TermMatches, values: Mapping[str, Any]
+) -> Iterator[Sequence[int]]:
     """All that meet that condition, more at a time, but for those that lack other words: a database skips faster."""
     yield newest.ids
     while not newest.are_all:
@@ -98,25 +102,27 @@ def read_on(session: Session, form: Form, newest: Newest, values: Mapping[str, A
 
 
 def _newest(
-    session: Session, form: Form, number: int, values: Mapping[str, Any], *, with_others: bool = False
-) -> Newest:
+    session: Session, form: QueryShape, number: int, values: Mapping[str, Any], *, with_others: bool = False
+) -> TermMatches:
     if filters.ends_of(form, number) is None:
         return _newest_at_home(session, form, number, values, with_others)
     texts = _newest_of_each(form, number, with_others).column(session, values)
     return _newest_of(number, texts, values)
 
 
-def _newest_of(number: int, texts: Sequence[str | None], values: Mapping[str, Any]) -> Newest:
+def _newest_of(number: int, texts: Sequence[str | None], values: Mapping[str, Any]) -> TermMatches:
     ids = {release_id for text in texts if text for release_id in orjson.loads(text)}
-    return Newest(number, len(texts), values["entries"], sorted(ids, reverse=True)[: values["entries"]])
+    return TermMatches(number, len(texts), values["entries"], sorted(ids, reverse=True)[: values["entries"]])
 
 
-def _newest_at_home(session: Session, form: Form, number: int, values: Mapping[str, Any], with_others: bool) -> Newest:
+def _newest_at_home(
+    session: Session, form: QueryShape, number: int, values: Mapping[str, Any], with_others: bool
+) -> TermMatches:
     """Of many places each is read as far down as all together go: to read a page of each would take as many times as
     long as there are places."""
     homes = len(values["homes"])
     if homes > MANY_WORDS:
-        return Newest(number, homes, values["entries"], ())
+        return TermMatches(number, homes, values["entries"], ())
     below = min(values["below"], values["highest"] + 1)
     span = values.get("span", ENTRIES * values["entries"]) if homes > 1 else below
     while True:
@@ -130,7 +136,7 @@ def _newest_at_home(session: Session, form: Form, number: int, values: Mapping[s
 
 def _ends_at_home() -> Prepared:
     """The ends of each place are looked up in the index, which its entries need not be read for."""
-    home = listed("homes")
+    home = unnest("homes")
     of_home = _word.word == home
     lowest, highest = (
         select(end(_word.release_id)).where(of_home).correlate(home.table).scalar_subquery()
@@ -143,7 +149,7 @@ _ENDS_AT_HOME = _ends_at_home()
 
 
 @prepared
-def _newest_of_each(form: Form, number: int, with_others: bool) -> Query:
+def _newest_of_each(form: QueryShape, number: int, with_others: bool) -> Query:
     """For each word that fits: the newest releases that have it; NULL when there are many words.
 
     A word is found from the one before it, and of each the index has its releases in order: to read all entries of the
@@ -159,7 +165,7 @@ def _newest_of_each(form: Form, number: int, with_others: bool) -> Query:
     if ends and ends[0] is ends[1]:
         of_word = entries.where(_word.word == ends[0]).subquery("newest")
         return select(json_list(of_word.c.id))
-    words = _words_between(*ends) if ends else select(listed("homes").label("word")).cte("words")
+    words = _words_between(*ends) if ends else select(unnest("homes").label("word")).cte("words")
     newest = entries.where(_word.word == words.c.word).correlate(words).subquery("newest")
     ids = select(json_list(newest.c.id)).scalar_subquery()
     count = select(func.count(words.c.word)).scalar_subquery()

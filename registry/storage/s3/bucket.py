@@ -43,7 +43,7 @@ class Bucket:
         return {"Bucket": self.name, "Key": f"{self.prefix}{key}"}
 
     def head(self, named: dict[str, str]) -> dict[str, Any] | None:
-        with told(named["Key"]):
+        with translate_store_errors(named["Key"]):
             try:
                 return self.client.head_object(**named)
             except ClientError as error:
@@ -57,14 +57,14 @@ class Bucket:
         """`headers` are part of the signature too: those that boto3 has no parameter for."""
         token = _to_sign.set(headers)
         try:
-            with told(params["Key"]):
+            with translate_store_errors(params["Key"]):
                 return self.client.generate_presigned_url(operation, Params=params, ExpiresIn=expires_s)
         finally:
             _to_sign.reset(token)
 
     def listed(self, beginning: str) -> Iterator[dict[str, Any]]:
         """Key, Size and LastModified of every object whose key begins so."""
-        with told(self.name):
+        with translate_store_errors(self.name):
             pages = self.client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.name, Prefix=f"{self.prefix}{beginning}"):
                 yield from page.get("Contents", ())
@@ -97,7 +97,7 @@ def _add_headers(request: Any, **_: object) -> None:
 
 
 @contextmanager
-def told(subject: str) -> Generator[None]:
+def translate_store_errors(subject: str) -> Generator[None]:
     """boto3's errors leave as errors that a user can act on."""
     try:
         yield

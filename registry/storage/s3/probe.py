@@ -16,8 +16,8 @@ from botocore.exceptions import ClientError  # pyright: ignore[reportMissingType
 from registry.errors import NotFound, Unavailable
 from registry.formats.references import Digest
 from registry.settings import S3Storage
-from registry.storage.blobs import Arrival, Put
-from registry.storage.s3.bucket import Bucket, code_of, told
+from registry.storage.blobs import IncomingUpload, Put
+from registry.storage.s3.bucket import Bucket, code_of, translate_store_errors
 from registry.storage.s3.multipart import Parts
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,11 @@ _RIGHT, _WRONG = b"right", b"wrong"
 _CONDITION_FAILED = {"412", "PreconditionFailed"}
 
 Headers = Iterable[tuple[str, str]]
-SignedPut = Callable[[Arrival, dict[str, str], int, Mapping[str, str]], Put]
+SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], Put]
 """The request that a sender gets for an object, good for so many seconds, with further headers signed."""
 
 
-class Trial:
+class StoreProbe:
     """`aside` names the object where an arrival waits."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Trial:
         storage: S3Storage,
         signed_put: SignedPut,
         parts: Parts,
-        aside: Callable[[Arrival], dict[str, str]],
+        aside: Callable[[IncomingUpload], dict[str, str]],
     ) -> None:
         self._bucket, self._storage = bucket, storage
         self._signed_put, self._parts, self._aside = signed_put, parts, aside
@@ -104,11 +104,11 @@ class Trial:
         finally:
             self._remove(probe)
 
-    def _remove(self, probe: Arrival) -> None:
-        with told(self._bucket.name):
+    def _remove(self, probe: IncomingUpload) -> None:
+        with translate_store_errors(self._bucket.name):
             self._bucket.client.delete_object(**self._aside(probe))
 
-    def _takes(self, probe: Arrival, body: bytes) -> bool:
+    def _takes(self, probe: IncomingUpload, body: bytes) -> bool:
         """Sent as a client would send it."""
         put = self._signed_put(probe, self._aside(probe), 60, {})
         return self._accepts(put.url, body, put.headers.items())
@@ -153,12 +153,12 @@ class Trial:
         log.info("The blob store %s the sha256 of parts.", "checks" if checks else "does not check")
         return checks
 
-    def _joins_right_parts(self, probe: Arrival, *, checked: bool) -> bool:
+    def _joins_right_parts(self, probe: IncomingUpload, *, checked: bool) -> bool:
         """And refuses wrong ones, where they are `checked`."""
         named = self._aside(probe)
         upload: dict[str, str] | None = None
         try:
-            with told(self._bucket.name):
+            with translate_store_errors(self._bucket.name):
                 upload = {**named, "UploadId": self._parts.begin(named, checked=checked)}
                 if not self._takes_right_part(upload, probe, checked=checked):
                     return False
@@ -170,20 +170,20 @@ class Trial:
                 return False
             raise
         finally:
-            with told(self._bucket.name):
+            with translate_store_errors(self._bucket.name):
                 if upload is not None:
                     self._parts.abort(upload)
             self._remove(probe)
 
-    def _takes_right_part(self, upload: dict[str, str], probe: Arrival, *, checked: bool) -> bool:
+    def _takes_right_part(self, upload: dict[str, str], probe: IncomingUpload, *, checked: bool) -> bool:
         put = self._parts.put(upload, 1, probe.size_bytes, probe.sha256 if checked else None, 60)
         if checked and self._accepts(put.url, _WRONG, put.headers.items()):
             return False
         return self._accepts(put.url, _RIGHT, put.headers.items())
 
-    def _copies_whatever_the_condition(self, probe: Arrival, copy: Arrival) -> bool:
+    def _copies_whatever_the_condition(self, probe: IncomingUpload, copy: IncomingUpload) -> bool:
         source, target = self._aside(probe), self._aside(copy)
-        with told(self._bucket.name):
+        with translate_store_errors(self._bucket.name):
             try:
                 self._bucket.client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')
             except ClientError as error:
@@ -209,5 +209,5 @@ def _with_another_end(headers: Mapping[str, str]) -> Iterator[Headers]:
         yield others + end
 
 
-def _probe() -> Arrival:
-    return Arrival(f"{PROBE}{uuid.uuid4().hex}", Digest(hashlib.sha256(_RIGHT).hexdigest()), len(_RIGHT))
+def _probe() -> IncomingUpload:
+    return IncomingUpload(f"{PROBE}{uuid.uuid4().hex}", Digest(hashlib.sha256(_RIGHT).hexdigest()), len(_RIGHT))

@@ -11,7 +11,7 @@ from registry.errors import Unavailable
 from registry.formats.references import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import BlobStat, Reader
-from registry.storage.s3.bucket import Bucket, code_of, open_bucket, told
+from registry.storage.s3.bucket import Bucket, code_of, open_bucket, translate_store_errors
 from registry.storage.s3.uploads import S3Arrivals
 
 _PLAIN = {
@@ -42,7 +42,7 @@ class S3Store:
             return _Body(None)
         last = "" if length is None else str(start + length - 1)
         wanted = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
-        with told(sha256):
+        with translate_store_errors(sha256):
             try:
                 found = self._client.get_object(**self._bucket.blob(sha256), **wanted)
             except ClientError as error:
@@ -55,7 +55,7 @@ class S3Store:
         stat = self.stat(sha256)
         if stat is None:
             named = self._bucket.blob(sha256)
-            with told(sha256):
+            with translate_store_errors(sha256):
                 self._client.upload_file(str(source), named["Bucket"], named["Key"])
             stat = self.stat(sha256)
         if stat is None or stat.size_bytes != source.stat().st_size:
@@ -71,7 +71,7 @@ class S3Store:
         return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
 
     def delete(self, sha256: Digest) -> None:
-        with told(sha256):
+        with translate_store_errors(sha256):
             self._client.delete_object(**self._bucket.blob(sha256))
 
     def iterate(self) -> Iterator[BlobStat]:
@@ -89,7 +89,7 @@ class _Body(Reader):
         self._body = body
 
     def read(self, size: int = -1, /) -> bytes:
-        with told("blob"):
+        with translate_store_errors("blob"):
             return self._body.read(None if size < 0 else size) if self._body is not None else b""
 
     def close(self) -> None:

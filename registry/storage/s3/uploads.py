@@ -10,10 +10,10 @@ from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTyp
 from registry.errors import Conflict, Invalid
 from registry.formats.references import Digest
 from registry.settings import S3Storage
-from registry.storage.blobs import Arrival, BlobStat, Part, Put
-from registry.storage.s3.bucket import NO_HEADERS, Bucket, told
+from registry.storage.blobs import BlobStat, IncomingUpload, Part, Put
+from registry.storage.s3.bucket import NO_HEADERS, Bucket, translate_store_errors
 from registry.storage.s3.multipart import Parts, checksum
-from registry.storage.s3.probe import NEVER, PROBE, STALE_S, Trial
+from registry.storage.s3.probe import NEVER, PROBE, STALE_S, StoreProbe
 
 INCOMING = "incoming/"
 CHECKED = "sha256:"
@@ -27,7 +27,7 @@ _LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chun
 
 class S3Arrivals:
     """A file sent whole goes straight to the key of its blob where the store refuses a body of another sha256 and a
-    signed request serves for nothing else, as `Trial` finds or the settings say.
+    signed request serves for nothing else, as `StoreProbe` finds or the settings say.
 
     Whoever holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then with
     a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
@@ -46,7 +46,7 @@ class S3Arrivals:
         self._bucket, self._storage, self._now = bucket, storage, now
         self._client: Any = bucket.client
         self._parts = Parts(bucket)
-        self._trial = Trial(bucket, storage, self._put_of, self._parts, self._aside)
+        self._trial = StoreProbe(bucket, storage, self._put_of, self._parts, self._aside)
 
     def part_bytes(self, size_bytes: int) -> int | None:
         if size_bytes < self._storage.multipart_bytes:
@@ -54,20 +54,20 @@ class S3Arrivals:
         least = -(-size_bytes // _MAX_PARTS)
         return max(self._storage.part_bytes, -(-least // _MIB) * _MIB)
 
-    def begin(self, arrival: Arrival) -> str:
+    def begin(self, arrival: IncomingUpload) -> str:
         checked = self._trial.checks_parts()
-        with told(arrival.sha256):
+        with translate_store_errors(arrival.sha256):
             return (CHECKED if checked else "") + self._parts.begin(self._aside(arrival), checked=checked)
 
-    def whole(self, arrival: Arrival, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
+    def sign_object(self, arrival: IncomingUpload, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
             return None
         if not known and self._trial.allows_in_place():
             return self._put_of(arrival, self._bucket.blob(arrival.sha256), expires_s, NEVER)
         return self._put_of(arrival, self._aside(arrival), expires_s)
 
-    def parts(self, arrival: Arrival) -> list[Part] | None:
-        with told(arrival.sha256):
+    def parts(self, arrival: IncomingUpload) -> list[Part] | None:
+        with translate_store_errors(arrival.sha256):
             there = self._parts.stored(self._upload(arrival))
         if there is None:
             return None if self._bucket.head(self._aside(arrival)) is None else []
@@ -76,12 +76,12 @@ class S3Arrivals:
             for number, size in enumerate(arrival.part_sizes, start=1)
         ]
 
-    def part(self, arrival: Arrival, number: int, sha256: Digest, expires_s: int) -> Put:
+    def sign_part(self, arrival: IncomingUpload, number: int, sha256: Digest, expires_s: int) -> Put:
         signed = sha256 if (arrival.multipart_id or "").startswith(CHECKED) else None
         size = arrival.part_sizes[number - 1]
         return self._parts.put(self._upload(arrival), number, size, signed, expires_s)
 
-    def finish(self, arrival: Arrival) -> BlobStat:
+    def finish(self, arrival: IncomingUpload) -> BlobStat:
         if arrival.multipart_id is not None:
             self._join_parts(arrival)
         found = self._arrived(arrival)
@@ -97,14 +97,14 @@ class S3Arrivals:
             raise _incomplete(arrival)
         return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
 
-    def abandon(self, arrival: Arrival) -> None:
-        with told(arrival.sha256):
+    def abandon(self, arrival: IncomingUpload) -> None:
+        with translate_store_errors(arrival.sha256):
             if arrival.multipart_id is not None:
                 self._parts.abort(self._upload(arrival))
 
-    def discard(self, arrival: Arrival) -> None:
+    def discard(self, arrival: IncomingUpload) -> None:
         self.abandon(arrival)
-        with told(arrival.sha256):
+        with translate_store_errors(arrival.sha256):
             self._client.delete_object(**self._aside(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
@@ -115,7 +115,7 @@ class S3Arrivals:
             upload_id = key.rpartition("/")[2]
             return since < (probes_before if upload_id.startswith(PROBE) else before) and upload_id not in keep
 
-        with told(self._bucket.name):
+        with translate_store_errors(self._bucket.name):
             for row in self._bucket.listed(INCOMING):
                 if is_left(row["Key"], row["LastModified"]):
                     self._client.delete_object(Bucket=self._bucket.name, Key=row["Key"])
@@ -128,14 +128,14 @@ class S3Arrivals:
                         removed += 1
         return removed
 
-    def _aside(self, arrival: Arrival) -> dict[str, str]:
+    def _aside(self, arrival: IncomingUpload) -> dict[str, str]:
         return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
 
-    def _upload(self, arrival: Arrival) -> dict[str, str]:
+    def _upload(self, arrival: IncomingUpload) -> dict[str, str]:
         return {**self._aside(arrival), "UploadId": (arrival.multipart_id or "").removeprefix(CHECKED)}
 
     def _put_of(
-        self, arrival: Arrival, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
+        self, arrival: IncomingUpload, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
     ) -> Put:
         """Length, sha256, the upload and `more` headers are signed: the request serves these bytes and no others."""
         sha256 = checksum(arrival.sha256)
@@ -149,7 +149,7 @@ class S3Arrivals:
         headers = {"x-amz-checksum-sha256": sha256, "x-amz-meta-upload": arrival.upload_id, **more}
         return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
 
-    def _arrived(self, arrival: Arrival) -> dict[str, Any] | None:
+    def _arrived(self, arrival: IncomingUpload) -> dict[str, Any] | None:
         """What lies aside, or the blob itself where this very upload wrote it; `aside` says which."""
         head = self._bucket.head(self._aside(arrival))
         if head is not None:
@@ -159,24 +159,24 @@ class S3Arrivals:
             return {**head, "aside": False}
         return None
 
-    def _finished_before(self, arrival: Arrival) -> BlobStat:
+    def _finished_before(self, arrival: IncomingUpload) -> BlobStat:
         """A copy keeps the name of the upload that it came from."""
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
         if head is None or _upload_of(head) != arrival.upload_id:
             raise _incomplete(arrival)
         return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
 
-    def _join_parts(self, arrival: Arrival) -> None:
-        with told(arrival.sha256):
+    def _join_parts(self, arrival: IncomingUpload) -> None:
+        with translate_store_errors(arrival.sha256):
             there = self._parts.stored(self._upload(arrival))
         if there is None:  # joined before, or never begun: what lies aside will tell
             return
         if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:
             raise _incomplete(arrival)
-        with told(arrival.sha256):
+        with translate_store_errors(arrival.sha256):
             self._parts.join(self._upload(arrival), there)
 
-    def _accept(self, arrival: Arrival, etag: str) -> None:
+    def _accept(self, arrival: IncomingUpload, etag: str) -> None:
         """Copies what was hashed and nothing else: who has the signed request could write once more meanwhile."""
         if arrival.multipart_id is not None or not self._trial.checks_bodies():
             self._check_digest(arrival, etag)
@@ -188,14 +188,14 @@ class S3Arrivals:
             "MetadataDirective": "REPLACE",
             "Metadata": {"upload": arrival.upload_id},
         }
-        with told(arrival.sha256):
+        with translate_store_errors(arrival.sha256):
             self._client.copy(
                 self._aside(arrival), named["Bucket"], named["Key"], ExtraArgs=condition, Config=_LARGE_COPY
             )
 
-    def _check_digest(self, arrival: Arrival, etag: str) -> None:
+    def _check_digest(self, arrival: IncomingUpload, etag: str) -> None:
         digest = hashlib.sha256()
-        with told(arrival.sha256):
+        with translate_store_errors(arrival.sha256):
             body = self._client.get_object(**self._aside(arrival), IfMatch=etag)["Body"]
             while block := body.read(_BLOCK_BYTES):
                 digest.update(block)
@@ -209,7 +209,7 @@ def _upload_of(head: dict[str, Any]) -> str | None:
     return {name.lower(): value for name, value in head["Metadata"].items()}.get("upload")
 
 
-def _incomplete(arrival: Arrival) -> Conflict:
+def _incomplete(arrival: IncomingUpload) -> Conflict:
     return Conflict(
         "upload_incomplete",
         f"Not all of {arrival.sha256} has arrived.",
@@ -218,7 +218,7 @@ def _incomplete(arrival: Arrival) -> Conflict:
     )
 
 
-def _differs(arrival: Arrival, what: str) -> Invalid:
+def _differs(arrival: IncomingUpload, what: str) -> Invalid:
     return Invalid(
         "digest_differs",
         f"What was sent as {arrival.sha256} {what}.",

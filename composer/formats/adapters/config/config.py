@@ -11,7 +11,7 @@ from composer.formats.adapters.config.by_path import ByPath, is_plain
 from composer.formats.adapters.config.parts import Options
 from composer.formats.adapters.config.patterns import compiled
 from composer.formats.adapters.config.types import MERGE_NEXT, MERGED_BY_PEFT, REFUSED, TYPES, AdapterType
-from composer.formats.untrusted import LONE_SURROGATE, Twice, has_more_values, shown, unique
+from composer.formats.untrusted import LONE_SURROGATE, DuplicateKey, has_more_values, printable, reject_duplicate_keys
 
 _CONFIG_FILE = "adapter_config.json"
 CONFIG_BYTES = 10_000_000
@@ -229,7 +229,7 @@ def _refused_type(config: AdapterConfig) -> Refusal | None:
     if config.peft_type not in TYPES:
         why = REFUSED.get(config.peft_type, "this version does not know it")
         done = "Merge it into its base" if config.peft_type in MERGED_BY_PEFT else "Serve it"
-        return Refusal(f"{shown(config.peft_type)}: {why}", f"{done} with PEFT itself, or train a LoRA.")
+        return Refusal(f"{printable(config.peft_type)}: {why}", f"{done} with PEFT itself, or train a LoRA.")
     option, why = TYPES[config.peft_type].needs
     if not option or config.options[option]:
         return None
@@ -247,9 +247,9 @@ def _json_object(content: bytes, subject: str) -> dict[str, Any]:
     if has_more_values(content, _CONFIG_VALUES):
         raise _bad(subject, f"it has more than {_CONFIG_VALUES:,} values")
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
-        raise _bad(subject, f"it {error}" if isinstance(error, Twice) else "it is not JSON") from error
+        raise _bad(subject, f"it {error}" if isinstance(error, DuplicateKey) else "it is not JSON") from error
     if not isinstance(value, dict):
         raise _bad(subject, "it is not a JSON object")
     return cast(dict[str, Any], value)
@@ -259,7 +259,7 @@ def _refuse_unknown(raw: Mapping[str, Any], known: Set[str], subject: str) -> No
     unknown = sorted(key for key, value in raw.items() if value and key not in known)
     if not unknown:
         return
-    listed = ", ".join(shown(key) for key in unknown[:_MOST_LISTED])
+    listed = ", ".join(printable(key) for key in unknown[:_MOST_LISTED])
     more = f" and {len(unknown) - _MOST_LISTED} more" if len(unknown) > _MOST_LISTED else ""
     message = f"{subject} has settings that this version does not know: {listed}{more}."
     raise NotSupported(
@@ -278,13 +278,13 @@ def _check_text(value: object, name: str, subject: str) -> None:
 
 def _positive_int(value: object, name: str, subject: str) -> int:
     if type(value) is not int or not 0 < value < 2**31:
-        raise _bad(subject, f"{name} is {shown(value)}, not a positive whole number")
+        raise _bad(subject, f"{name} is {printable(value)}, not a positive whole number")
     return value
 
 
 def _whole_number(value: object, name: str, subject: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise _bad(subject, f"{name} is {shown(value)}, not a whole number")
+        raise _bad(subject, f"{name} is {printable(value)}, not a whole number")
     return value
 
 
@@ -297,7 +297,7 @@ def _number(value: object, name: str, subject: str) -> float:
 def _flag(raw: Mapping[str, Any], name: str, subject: str) -> bool:
     value = raw.get(name) or False
     if not isinstance(value, bool):
-        raise _bad(subject, f"{name} is {shown(value)}, not true or false")
+        raise _bad(subject, f"{name} is {printable(value)}, not true or false")
     return value
 
 
@@ -325,7 +325,7 @@ def _check_regex(text: str, name: str, subject: str) -> None:
 def _bias(raw: Mapping[str, Any], kind: str, subject: str) -> str:
     bias: object = raw.get("bias") or "none"
     if bias not in ("none", f"{kind}_only", "all"):
-        raise _bad(subject, f"bias is {shown(bias)}, not none, {kind}_only or all")
+        raise _bad(subject, f"bias is {printable(bias)}, not none, {kind}_only or all")
     return str(bias)
 
 
@@ -344,7 +344,7 @@ def _option(raw: Mapping[str, Any], name: str, kind: AdapterType, subject: str) 
         return default
     if name in kind.choices:
         if value not in kind.choices[name]:
-            raise _bad(subject, f"{name} is {shown(value)}, not one of {', '.join(map(str, kind.choices[name]))}")
+            raise _bad(subject, f"{name} is {printable(value)}, not one of {', '.join(map(str, kind.choices[name]))}")
         return value
     if isinstance(default, bool):
         return _flag(raw, name, subject)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from composer.formats.adapters.placement.naming import Target, find_weight
-from composer.formats.adapters.placement.result import Piece, PlacedModule, Placement, by
+from composer.formats.adapters.placement.result import Piece, PlacedModule, Placement, shape_text
 from composer.formats.checkpoints.checkpoint import Architecture
 
 # In the order of transformers' modules. Fused name -> what an expert's own tensors are called, first rows first.
@@ -114,7 +114,11 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
         return
     rank, stacked = config.rank_for(path), a_shape[0]
     if len(a_shape) != 2 or len(b_shape) != 2 or stacked != b_shape[1] or stacked % rank:
-        placement.error("rank_mismatch", path, f"{path} has factors of {by(a_shape)} and {by(b_shape)}, rank {rank}.")
+        placement.error(
+            "rank_mismatch",
+            path,
+            f"{path} has factors of {shape_text(a_shape)} and {shape_text(b_shape)}, rank {rank}.",
+        )
         return
     experts, size = stacked // rank, (b_shape[0], a_shape[1])
     if experts > MAX_EXPERTS:
@@ -131,7 +135,7 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
     rows, columns = size[::-1] if transposed else size
     wanted = (experts, rows, columns) if len(stack.shape) == 3 else (rows, columns)
     if stack.shape != wanted or (len(wanted) == 2 and experts != 1):
-        message = f"{path} is made for {by((experts, rows, columns))}; the base's is {by(stack.shape)}."
+        message = f"{path} is made for {shape_text((experts, rows, columns))}; the base's is {shape_text(stack.shape)}."
         placement.error("shape_mismatch", path, message)
         return
     placement.modules.append(

@@ -6,7 +6,7 @@ from math import prod
 
 from composer.formats.adapters.placement.experts import owner_of, parameter_of, place_experts
 from composer.formats.adapters.placement.naming import TIED_HEAD, TOKENS, Target, is_head, split_key
-from composer.formats.adapters.placement.result import GROUPED, PlacedModule, Placement, by
+from composer.formats.adapters.placement.result import GROUPED, PlacedModule, Placement, shape_text
 
 FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 FACTOR_PARTS = frozenset({*FACTORS, *FACTORS.values()})
@@ -40,7 +40,7 @@ def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> N
 def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
     """Do the factors' shapes make a pair of the rank that the config says?"""
     if not _make_a_pair(a_shape, b_shape):
-        message = f"{module} has factors of shape {by(a_shape)} and {by(b_shape)}, which make no pair."
+        message = f"{module} has factors of shape {shape_text(a_shape)} and {shape_text(b_shape)}, which make no pair."
         placement.error("unsupported_layer", module, message)
         return False
     owner, blocks = owner_of(module), placement.config.blocks
@@ -124,7 +124,7 @@ def _extras_fit(placement: Placement, path: str, found: Mapping[str, str], outpu
     key = found.get("magnitude")
     if key is None or placement.header.tensors[key].spec.elements == outputs:
         return True
-    message = f"{path} has a magnitude of shape {by(placement.shape(key))} for {outputs} outputs."
+    message = f"{path} has a magnitude of shape {shape_text(placement.shape(key))} for {outputs} outputs."
     placement.error("shape_mismatch", path, message)
     return False
 
@@ -135,7 +135,7 @@ def _place_bias(placement: Placement, pair: PlacedModule, outputs: int) -> None:
     if target is None or not placement.fits(f"{pair.module}.bias", target, (outputs,)):
         return
     if placement.shape(key) != (outputs,):
-        message = f"{key} has the shape {by(placement.shape(key))} for {outputs} outputs."
+        message = f"{key} has the shape {shape_text(placement.shape(key))} for {outputs} outputs."
         placement.error("shape_mismatch", pair.module, message)
         return
     placement.modules.append(
@@ -156,8 +156,8 @@ def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) ->
     vocabulary = base[0] or max(rows, default=0) + 1
     if len(shape) != 2 or shape[0] != len(rows) or shape[1:] != base[1:] or max(rows, default=0) >= vocabulary:
         message = (
-            f"{module} has {by(shape)} trained rows for {len(rows)} token ids up to {max(rows, default=0)}; "
-            f"the base's {target.weight} is {by(base)}."
+            f"{module} has {shape_text(shape)} trained rows for {len(rows)} token ids up to {max(rows, default=0)}; "
+            f"the base's {target.weight} is {shape_text(base)}."
         )
         placement.error("shape_mismatch", module, message)
         return

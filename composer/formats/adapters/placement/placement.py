@@ -28,18 +28,20 @@ from composer.formats.adapters.placement.pairs import PAIR_PARTS, place_pair, pl
 from composer.formats.adapters.placement.result import (
     NORMED_EMBEDDINGS,
     WHOLE_KINDS,
-    Placed,
     PlacedModule,
     Placement,
+    PlacementResult,
     bias_of,
-    by,
+    shape_text,
 )
 from composer.formats.adapters.placement.targeting import surely_untargeted
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import FLOAT_DTYPES, Header
 
 
-def place(config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter") -> Placed:
+def place(
+    config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter"
+) -> PlacementResult:
     """Match every tensor of the adapter with a base tensor.
 
     Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
@@ -70,7 +72,7 @@ def place(config: AdapterConfig, header: Header, architecture: Architecture | No
     _check_looked_up(placement)
     _check_config_is_used(placement)
     _note_other_keys(placement, subject)
-    return Placed(placement.modules, placement.findings)
+    return PlacementResult(placement.modules, placement.findings)
 
 
 def _refuse_retired(config: AdapterConfig, header: Header, subject: str) -> None:
@@ -120,7 +122,7 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     shapes = {part: placement.shape(key) for part, key in found.items()}
     if base and len(base) != 2 and not kind.convolutions:
         kept = f"of {placement.config.peft_type} only matrices are read: merge it with PEFT"
-        message = f"{module} is stored as {by(base)}; {kept}."
+        message = f"{module} is stored as {shape_text(base)}; {kept}."
         placement.error("unsupported_layer", module, message)
         return
     try:
@@ -140,7 +142,9 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
 
 def _add_other(placement: Placement, placed: PlacedModule, size: Size, made_for: Size) -> None:
     if placement.architecture is not None and made_for != size:
-        message = f"{placed.module} is made for {by(made_for)}; the base's {placed.weight} is {by(size)}."
+        message = (
+            f"{placed.module} is made for {shape_text(made_for)}; the base's {placed.weight} is {shape_text(size)}."
+        )
         placement.error("shape_mismatch", placed.module, message)
         return
     placement.modules.append(placed)

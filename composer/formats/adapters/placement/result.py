@@ -66,7 +66,7 @@ class PlacedModule:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacementResult:
     modules: list[PlacedModule]
     findings: list[Finding]
 
@@ -157,7 +157,7 @@ class Placement:
         expected = self.base_shape(target)
         if self.architecture is None or shape == expected:
             return True
-        message = f"{subject} is made for {by(shape)}; the base's {target.weight} is {by(expected)}."
+        message = f"{subject} is made for {shape_text(shape)}; the base's {target.weight} is {shape_text(expected)}."
         self.error("shape_mismatch", subject, message)
         return False
 
@@ -173,7 +173,7 @@ class Placement:
         return self.config.fan_in_fan_out and self.base_shape(target) == size[::-1] != size
 
 
-def by(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
