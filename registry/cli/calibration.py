@@ -12,7 +12,7 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli import render
-from registry.errors import Conflict, Usage
+from registry.errors import Conflict, Refused, Usage
 
 if TYPE_CHECKING:
     from composer.evaluation.calibration import Calibration
@@ -168,5 +168,5 @@ def _set(suite: "Suite", count: int) -> "CalibrationSet":
 
     if len(suite.examples) <= count:
         message = f"{suite.name} has {len(suite.examples)} examples: {count} to fit on leave none to judge by."
-        raise Usage("suite_too_small", message, subject=suite.name, next_step="Add examples, or --set examples=N.")
+        raise Refused("suite_too_small", message, subject=suite.name, next_step="Add examples, or --set examples=N.")
     return CalibrationSet(suite, count)

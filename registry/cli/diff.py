@@ -9,7 +9,8 @@ import typer
 from registry.cli import render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
-from registry.errors import Usage, refuse_errors
+from registry.error_codes import refuse_errors
+from registry.errors import Usage
 
 if TYPE_CHECKING:
     from composer.formats.adapters.compare import Comparison

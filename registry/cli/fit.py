@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from registry.cli.connect import Connection
-from registry.errors import Invalid, NotFound, Usage, refuse_errors
+from registry.error_codes import refuse_errors
+from registry.errors import Invalid, NotFound, Usage
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Architecture

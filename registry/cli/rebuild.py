@@ -66,7 +66,7 @@ def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *
     from composer.merge.rebuild import plan_rebuild, rebuild
 
     if base_dir is None or not adapters:
-        raise Usage(
+        raise Refused(
             "no_lineage",
             f"{directory} is a directory, which does not say where its inputs are.",
             subject=str(directory),

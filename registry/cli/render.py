@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from composer.errors import ComposerError
-from registry.errors import RegistryError, Unavailable, of_composer
+from registry.error_codes import of_composer
+from registry.errors import RegistryError, Unavailable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

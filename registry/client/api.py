@@ -1,6 +1,6 @@
 """Calls to a registry, over HTTP or in process; answers are the wire's JSON objects, errors the seven families."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -315,9 +315,9 @@ def _wait(retry_after: str) -> str:
 
 
 def _family(status: int, problem: Json) -> type[RegistryError]:
-    """The family that made this problem: two share the status 422, and their titles tell them apart."""
+    """As the problem says, or by the status of an answer that says none, as of an older server."""
     if status >= 500:
         return Unavailable
-    matching: Sequence[type[RegistryError]] = [family for family in FAMILIES if family.status == status]
-    named = [family for family in matching if family.title == problem.get("title")]
+    named = [family for family in FAMILIES if family.family == problem.get("family")]
+    matching = [family for family in FAMILIES if family.status == status]
     return (named or matching or [Invalid])[0]

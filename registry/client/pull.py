@@ -54,7 +54,7 @@ def _parse_release(release: Json) -> _Release:
         repository, version = parse_repository(release["repository"]), parse_version(release["version"])
         path, claimed, commit = release_path(release), release["commit"], commit_id(canonical_manifest(files))
     except RegistryError as error:
-        raise untrusted(error.code, error.detail) from error
+        raise untrusted("bad_answer", error.detail) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise untrusted("bad_answer", f"it is no release: {type(error).__name__} {error}.") from error
     if claimed != commit:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from composer.findings import Finding, Severity
-from registry.errors import Invalid, Refused, Unavailable, refuse_errors
+from registry.error_codes import refuse_errors
+from registry.errors import Invalid, Refused, Unavailable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -167,9 +168,7 @@ def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
         Finding("file_tampered", Severity.ERROR, path[:400], f"{path[:400]!r} {what}.")
         for path, what in _differences(signed.files, files)
     ]
-    refuse_errors(
-        found, SIGNATURE_FILE, Refused, "Sign the release again if the change is yours; trust it no more if not."
-    )
+    refuse_errors(found, SIGNATURE_FILE, "Sign the release again if the change is yours; trust it no more if not.")
 
 
 def refuse_other_release(signed: Signed, release: SignedRelease) -> None:

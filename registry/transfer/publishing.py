@@ -27,7 +27,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, releases, repositories, signatures, versioning
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.errors import Invalid, Refused, Unavailable, refuse_errors
+from registry.error_codes import refuse_errors
+from registry.errors import Invalid, Refused, Unavailable
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name

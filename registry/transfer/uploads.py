@@ -20,7 +20,7 @@ from registry.database.locks import lock_blobs_shared
 from registry.database.tables import Blob, BlobHolder, RevisionFile, Upload
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, may_read, permit
-from registry.errors import Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
+from registry.errors import Conflict, Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Digest
@@ -117,7 +117,7 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
             arrivals.discard(_arrival(row))
         return file
     if arrivals is None:
-        raise NotFound(
+        raise Conflict(
             "upload_incomplete",
             f"No bytes have come for {file.sha256}.",
             subject=file.sha256,

@@ -15,7 +15,8 @@ from composer.errors import ComposerError, Interrupted
 from registry.database.tables import Job
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import Amount
-from registry.errors import NO_SPACE, RegistryError, Unavailable, of_composer
+from registry.error_codes import ELSEWHERE, RETRYABLE, of_composer
+from registry.errors import NO_SPACE, RegistryError, Unavailable
 from registry.transfer.resources import Resources
 from registry.worker.workspace import sweep_work
 
@@ -27,13 +28,6 @@ OTHERS_WAIT = timedelta(hours=1)
 _PROGRESS_STEP = 0.05
 _PROGRESS_S = 1.0
 """What is done is written each time that this share was done, and where an amount is known this often as well."""
-_OUTAGES = {
-    "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
-    "disk_full", "disk_error", "busy",
-}  # fmt: skip
-"""Codes of what passes, or what an operator mends, while the job itself is as good as before."""
-_ELSEWHERE = {"base_not_here"}
-"""Codes of what this host lacks, and another one may have."""
 
 log = logging.getLogger(__name__)
 
@@ -198,10 +192,10 @@ def _told(error: RegistryError | ComposerError | OSError) -> RegistryError:
 
 def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:
     """Puts the job off, leaves it to other hosts, or ends it."""
-    if error.code in _OUTAGES and job.attempts < queue.MAX_ATTEMPTS:
+    if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
-    if error.code in _ELSEWHERE and held.passed is not None:
+    if error.code in ELSEWHERE and held.passed is not None:
         if held.passed.pop(job.id, None) is None:
             _leave_to_other_hosts(held, held.passed, kind, error)
             return

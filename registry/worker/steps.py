@@ -32,7 +32,8 @@ from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import gates
 from registry.domain.compositions import compositions
 from registry.domain.jobs.queue import Amount
-from registry.errors import Refused, Unavailable, refuse_errors
+from registry.error_codes import refuse_errors
+from registry.errors import NotFound, Refused
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
 from registry.transfer import publishing, uploads
@@ -145,7 +146,7 @@ class CompositionRun:
         """The base on this host, its weights verified: a location is a promise that nobody kept watch over."""
         directory = local_directory(self.locations)
         if directory is None:
-            raise Unavailable(
+            raise NotFound(
                 "base_not_here",
                 f"This worker finds none of the base's locations ({', '.join(self.locations) or 'there are none'}).",
                 subject=self.lock.base,
@@ -180,7 +181,7 @@ def check(held: JobRun) -> None:
         policy=policy,
     )
     _store(held, work, conflicts=document(report))
-    refuse_errors(report.findings, "recipe", Refused, "Change the recipe.")
+    refuse_errors(report.findings, "recipe", "Change the recipe.")
     if not policy.accepts(report.verdict):
         message = f"The verdict of the conflict check is {report.verdict}, and {policy.require} is required."
         raise Refused("verdict", message, subject="recipe", next_step=summary(report).fix or "Change the recipe.")

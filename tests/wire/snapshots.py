@@ -8,8 +8,8 @@ REWRITE = os.environ.get("ADAPTORY_SNAPSHOTS") == "1"
 
 
 def check(name: str, found: str) -> None:
-    """Compares `found` with the snapshot `name` beside this file, or writes it."""
-    path = Path(__file__).with_name(name)
+    """Compares `found` with the file `name`, a path from this folder, or writes it."""
+    path = (Path(__file__).parent / name).resolve()
     found = found.rstrip("\n") + "\n"
     if REWRITE:
         path.write_text(found, encoding="utf-8")

@@ -17,7 +17,8 @@ from registry.api.http.exchanges import request_id
 from registry.api.schemas import Problem
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
-from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage, of_composer
+from registry.error_codes import of_composer
+from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage
 from registry.formats.references import nearest
 from registry.outages import OutageLog
 from registry.transfer.resources import Resources
@@ -39,6 +40,7 @@ def problem_response(
     problem = Problem(
         type=f"urn:adaptory:problem:{error.code}",
         title=error.title,
+        family=error.family,
         status=status,
         detail=error.detail,
         code=error.code,

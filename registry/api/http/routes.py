@@ -17,7 +17,7 @@ from starlette.datastructures import QueryParams
 from registry.api.http.request import document, limit_bytes
 from registry.api.http.rules import Rule, Where, rules_of
 from registry.domain.access.roles import Role
-from registry.errors import TooLarge, Unavailable, Usage
+from registry.errors import Invalid, RegistryError, TooLarge, Unavailable, Usage
 
 T = TypeVar("T")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -176,10 +176,10 @@ def _odd(known: tuple[str, ...], query: bytes) -> str | None:
     return next((name for name, value in asked if name not in known or "\0" in value), None)
 
 
-def _refusal(request: Request, known: tuple[str, ...]) -> Usage:
+def _refusal(request: Request, known: tuple[str, ...]) -> RegistryError:
     name = (_odd(known, request.scope["query_string"]) or "")[:80]
     if name in known:
-        return Usage("bad_value", f"{name} has a NUL.", subject=name, next_step="Leave it out.")
+        return Invalid("bad_value", f"{name} has a NUL.", subject=name, next_step="Leave it out.")
     meant = get_close_matches(name, known, 1)
     there_are = f"There are {', '.join(known)}." if known else "Leave it out."
     return Usage(

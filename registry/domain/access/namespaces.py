@@ -12,7 +12,7 @@ from registry.database.tables import Member, Namespace
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, permit, readable, refuse_reserved, unknown_namespace
-from registry.errors import Invalid
+from registry.errors import Invalid, Refused
 from registry.formats.references import parse_name
 from registry.formats.signatures import Covers, fingerprint
 
@@ -79,7 +79,7 @@ def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespa
     if wanted.signature_covers is not None:
         row.signature_covers = wanted.signature_covers
     if row.require_signature and not row.signing_keys:
-        raise Invalid(
+        raise Refused(
             "signing_keys_missing",
             f"{name} cannot require signatures without a key that may sign.",
             subject=name,

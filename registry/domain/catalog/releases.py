@@ -144,7 +144,7 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
     for file in files:
         stored = sizes.get(file.sha256)
         if stored is None:
-            raise Invalid(
+            raise NotFound(
                 "blob_missing",
                 f"The bytes of {file.path} were not uploaded.",
                 subject=file.path,

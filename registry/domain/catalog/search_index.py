@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from composer.formats.checkpoints.card import FIELDS
 from registry.database.engine import insert_if_absent
 from registry.database.tables import Release, ReleaseWord, TargetSet, TargetSetMember, Traits
-from registry.errors import Usage
+from registry.errors import Invalid
 
 MAX_WORDS = 500
 """Of one release: who writes a book into the notes is found by its first chapters."""
@@ -64,7 +64,7 @@ def parse_stated(text: str) -> str:
     name, _, value = text.partition(":")
     known = _folded(name) in STATED_NAMES or (_folded(name).startswith(_SETTING) and _folded(name) != _SETTING)
     if not known or not value.strip():
-        raise Usage(
+        raise Invalid(
             "bad_provenance",
             f"{text[:80]!r} is not NAME:VALUE of a provenance.",
             subject=text[:80],

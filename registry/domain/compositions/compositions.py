@@ -222,7 +222,7 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     base: Base = bases.find(session, recipe.base) if recipe.base else found[0].base
     for release in found:
         if release.base_digest != base.digest:
-            raise Refused(
+            raise Conflict(
                 "base_differs",
                 f"{full_name(release)} was made for the base {release.base.name}, not for {base.name}.",
                 subject=full_name(release),
@@ -304,7 +304,7 @@ def _calibration(
             sets.append(CalibrationSet(prompts=source.prompts))
             continue
         if name is None:
-            raise Refused(
+            raise Usage(
                 "needs_examples",
                 f"{recipe.method} is fitted on examples, and {source.adapter} has no score on a target suite.",
                 subject=source.adapter,

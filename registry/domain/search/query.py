@@ -20,7 +20,7 @@ from registry.domain.catalog.search_index import (
     text_terms,
 )
 from registry.domain.catalog.suites import Condition
-from registry.errors import Usage
+from registry.errors import Invalid
 from registry.formats.references import RepositoryName
 
 MAX_WORDS = 8
@@ -153,7 +153,7 @@ def shape_of(query: Query, values: Mapping[str, Any]) -> QueryShape:
 def _asked_words(query: Query) -> list[str]:
     found = text_terms(query.text)
     if (query.text and not found) or len(found) > MAX_WORDS:
-        raise Usage(
+        raise Invalid(
             "bad_text",
             f"{query.text[:80]!r} is not 1 to {MAX_WORDS} words.",
             subject=query.text[:80],

@@ -1,0 +1,82 @@
+"""One register of errors: every code that is raised is in it, with its family, and docs/errors.md lists them all."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import composer
+from registry.error_codes import PREFIXES, REGISTER, family_of
+from registry.errors import FAMILIES, RegistryError
+from tests.wire import snapshots
+
+ROOT = Path(composer.__file__).parents[1]
+OF_REGISTRY = {family.__name__: family for family in FAMILIES}
+TAKES_A_CODE = {"read_json": 1, "untrusted": 0, "_unfit": 0}
+"""Functions that raise an error of the code that they are given, and which argument that is."""
+OF_COMPOSER = {"InvalidFile", "Mismatch", "NotSupported", "RefusedOutput"}
+HEAD = """# Errors
+
+Every error has a `code`, which is stable, and a family, which decides the exit code of the command line and the HTTP
+status. Over REST an error is a problem document (RFC 9457): `code`, `family`, `subject` (what it is about), `detail`
+(what is wrong) and `next` (what to do in this case). What to do in general is below.
+
+This page is made of `registry/error_codes.py`: `make snapshots` writes it.
+"""
+
+
+def calls() -> Iterator[tuple[str, str, str]]:
+    """(where, callee, code) of each call that names a code."""
+    files = [path for folder in ("registry", "composer") for path in sorted((ROOT / folder).rglob("*.py"))]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    positions = dict.fromkeys((*OF_REGISTRY, *OF_COMPOSER), 0) | TAKES_A_CODE
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                callee = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                position = positions.get(callee)
+                if position is not None and len(node.args) > position:
+                    code = node.args[position]
+                    if isinstance(code, ast.Constant) and isinstance(code.value, str):
+                        yield f"{path.relative_to(ROOT)}:{node.lineno}", callee, code.value
+
+
+def test_every_code_that_is_raised_is_registered_with_its_family() -> None:
+    wrong: list[str] = []
+    raised: dict[str, set[str]] = defaultdict(set)
+    for where, callee, code in calls():
+        raised[code].add(callee)
+        try:
+            family = family_of(code)
+        except KeyError:
+            wrong.append(f"{where}: {code} is not registered")
+            continue
+        if callee in OF_REGISTRY and OF_REGISTRY[callee] is not family:
+            wrong.append(f"{where}: {code} is {family.__name__}, not {callee}")
+    assert wrong == []
+    assert len(raised) > 250
+
+
+def test_no_code_is_registered_that_nothing_raises() -> None:
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("registry", "composer")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "error_codes.py"
+    )
+    idle = [code for codes in REGISTER.values() for code in codes if f'"{code}"' not in text]
+    assert idle == []
+
+
+def test_a_code_of_a_file_belongs_to_the_family_of_its_beginning() -> None:
+    assert {family_of(f"{prefix}x") for prefix in PREFIXES} == {OF_REGISTRY["Refused"]}
+
+
+def test_the_documentation_lists_every_code() -> None:
+    snapshots.check("../../docs/errors.md", HEAD + "".join(map(_section, FAMILIES)))
+
+
+def _section(family: type[RegistryError]) -> str:
+    rows = [f"| `{code}` | {fix.replace('|', chr(92) + '|')} |" for code, fix in sorted(REGISTER[family].items())]
+    title = f"## {family.title}: `{family.family}`, exit code {family.exit_code}, HTTP {family.status}"
+    return "\n".join(["", title, "", "| code | what to do |", "|---|---|", *rows, ""])
