@@ -1,4 +1,4 @@
-"""What the risk of a pair means, which modules cause it, and what can be done about it."""
+"""Explains the risk of a pair: what it means, which modules cause it, and what to do about it."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from composer.formats.recipes.weights import layer_of
 
 EvidenceKind = Literal["probe", "activations", "weights"]
 FROM_WEIGHTS = (
-    "Nothing was measured: from weights alone no risk is known. What two adapters have in common says where they meet, "
-    "and close to nothing about what will happen."
+    "Nothing was measured: weights alone give no risk. What two adapters have in common shows where they meet, but "
+    "says almost nothing about what will happen."
 )
-"""For every pair that is neither probed nor compared by activations."""
-# From this share on of what two adapters have in common, leaving one kind of module out is worth a try.
+"""The meaning of every pair that is neither probed nor compared by activations."""
+# If one kind of module holds at least this share of what two adapters have in common, leaving it out is worth a try.
 _CONCENTRATED = 0.4
 _TOLD = 5
 MEASURE = f"Measure it: --probe {USUAL_K} (probe: {USUAL_K} in a recipe), with a suite for each."
@@ -32,8 +32,8 @@ _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`meaning` is one sentence; `shares` are all modules' parts in what the two have in common, largest first, and sum
-    to 1; `advice` can be followed as it is written, with adapters counted from 1 in the order given."""
+    """`meaning` is one sentence. `shares` are the modules' parts of what the two have in common, largest first; they
+    sum to 1. `advice` can be followed literally; adapters are numbered from 1 in the order given."""
 
     meaning: str
     shares: Mapping[str, float]
@@ -50,10 +50,9 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A pair to be explained: names and positions of the two, their numbers, their sums in the whole model and in the
-    modules that both touch, and what was measured: an outcome, or the worse victim with what is done to it. `factored`
-    as in Compared. They `contradict` where they want different answers to the same prompts; `method` is what combines
-    them."""
+    """A pair to explain: names and positions, numbers, sums over the model and over the modules that both touch, and
+    the measurement: an outcome, or the worse victim and what is done to it. `factored` is as in Compared. They
+    `contradict` if they want different answers to the same prompts. `method` combines them."""
 
     names: tuple[str, str]
     positions: tuple[int, int]
@@ -79,14 +78,14 @@ def explain(case: Case, policy: Policy) -> Explanation:
 
 
 def _shares(case: Case) -> dict[str, float]:
-    """On activations, of the intruder's energy on the victim's inputs; otherwise of each one's energy that lies in the
-    other's input span beyond chance, since what shares no input is not triggered together."""
+    """Each module's share. From activations: of the intruder's energy on the victim's inputs. Otherwise: of the energy
+    in the other's input span beyond chance, since deltas without shared inputs are not triggered together."""
     if case.directed is not None:
-        found = {module: case.directed[1].modules.get(module, 0.0) for module in case.modules}
+        shares = {module: case.directed[1].modules.get(module, 0.0) for module in case.modules}
     else:
-        found = {module: _caught(sums, case.total) for module, sums in case.modules.items()}
-    total = sum(found.values())
-    ordered = sorted(found.items(), key=lambda one: -one[1])
+        shares = {module: _caught(sums, case.total) for module, sums in case.modules.items()}
+    total = sum(shares.values())
+    ordered = sorted(shares.items(), key=lambda one: -one[1])
     return {module: share / total if total else 0.0 for module, share in ordered}
 
 
@@ -101,10 +100,11 @@ def _meaning(case: Case, policy: Policy) -> str:
     if case.outcome is not None:
         return _measured(case.outcome, policy)
     if case.directed is not None:
-        victim, found = case.directed
+        victim, directed = case.directed
         return (
-            f"On these prompts {case.other(victim)} acts with a strength of {found.intruder:.2f} beside the base's own "
-            f"outputs, {found.ratio:.2f} times {victim}'s, {found.along:+.2f} of it in {victim}'s own direction."
+            f"On these prompts, {case.other(victim)} acts with a strength of {directed.intruder:.2f} relative to the "
+            f"base's outputs, {directed.ratio:.2f} times {victim}'s, {directed.along:+.2f} of it in {victim}'s own "
+            "direction."
         )
     return FROM_WEIGHTS
 
@@ -122,23 +122,23 @@ def _measured(outcome: Outcome, policy: Policy) -> str:
 
 
 def by_weight(effect: Effect) -> str:
-    """What the member's own weight takes, beside its loss: the rest is the others' doing."""
-    return "" if effect.weight_loss is None else f", of which its own weight takes {effect.weight_loss:+.2f}"
+    """The part of the loss that the member's own weight causes; the others cause the rest."""
+    return "" if effect.weight_loss is None else f", of which its own weight causes {effect.weight_loss:+.2f}"
 
 
 def near_duplicate(numbers: PairMetrics, policy: Policy) -> bool:
-    """Do the two, as they are weighted, add up in one direction, as far as the policy lets them?"""
+    """Whether the two, with their weights, add up in one direction beyond the policy's threshold."""
     near = policy.threshold("near_duplicate")
     return near is not None and numbers.weighted_cosine >= near and numbers.interference > 1
 
 
 def alike(numbers: PairMetrics) -> bool:
-    """Are they as one task trained twice? A policy may ask for less, which does not make them so."""
+    """Whether they look like one task trained twice, whatever lower threshold a policy sets."""
     return numbers.weighted_cosine >= (THRESHOLDS["near_duplicate"] or 1)
 
 
 def cancelling(interference: float, energy: float, policy: Policy) -> bool:
-    """Is less of the energy left in the sum than the policy lets it? Where there is none nothing can cancel."""
+    """Whether the sum retains less energy than the policy allows. Without energy nothing can cancel."""
     least = policy.threshold("cancelling")
     return least is not None and energy > 0 and interference < least
 
@@ -147,11 +147,11 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     advice: list[str] = []
     numbers = case.numbers
     if case.contradict:
-        advice.append("Serve them apart and route each request to its adapter: no one model gives both answers.")
+        advice.append("Serve them separately and route each request to its adapter: no single model can give both.")
     if near_duplicate(numbers, policy) and alike(numbers):
         advice.append("They do the same: keep one of them, or take their mean (--method mean).")
     if cancelling(numbers.interference, numbers.dominance, policy):
-        advice.append("They cancel: leave one of them out, or turn the sign of its weight if that is wrong.")
+        advice.append("They cancel: leave one of them out, or flip the sign of its weight if that is wrong.")
     if case.outcome is None:
         return [*advice, *_balanced(case, policy), MEASURE]
     limits = Limits.of(policy)
@@ -164,7 +164,7 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
 
 
 def of_outcome(outcome: Outcome, limits: Limits, method: str) -> list[str]:
-    """For more than two adapters together: each pair of them may be fine and the whole not."""
+    """Advice for more than two adapters together, which may fail although each pair is fine."""
     verdict = outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
         return [_more_examples(outcome, limits)]
@@ -176,44 +176,44 @@ def _fit(method: str) -> list[str]:
 
 
 def _more_examples(outcome: Outcome, limits: Limits) -> str:
-    """Of the suites that an open question is about: some have no more to give."""
+    """How to get more examples for an open question: some suites have no more."""
     undecided = [one for one in (*outcome.effects, *outcome.guards) if one.verdict(limits) is Verdict.UNDECIDED]
     exhausted = [one for one in undecided if one.examples < outcome.k]
     if exhausted:
         first = exhausted[0]
-        return f"Undecided: add examples to {first.suite}, which has {first.examples}, and measure again."
+        return f"Undecided: add examples to {first.suite}, which has only {first.examples}, and measure again."
     if outcome.k < USUAL_K:
         return f"Undecided: measure more examples (--probe {USUAL_K})."
     most = 2 * max(outcome.k, USUAL_MOST // 2)
-    return f"Undecided: measure more examples (--probe-max {most}), as far as {undecided[0].suite} has them."
+    return f"Undecided: measure more examples (--probe-max {most}), if {undecided[0].suite} has them."
 
 
 def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, float]) -> list[str]:
-    """In the order in which they were worth trying on real adapters, where shrinking the sum mostly harmed more; none
-    is sure, so each is to be probed again."""
+    """Remedies in the order in which they helped on real adapters, where shrinking the sum mostly did more harm. None
+    is certain, so each needs another probe."""
     victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
     advice = [] if case.contradict else _fit(case.method)
     if case.factored and worst.verdict(limits) is Verdict.WARN:
-        advice.append(f"Protect {worst.member}: --set protect={victim} takes the others off its directions.")
+        advice.append(f"Protect {worst.member}: --set protect={victim} removes the others from its directions.")
     advice.append(f"Let fewer entries meet: --method {'knots_ties' if case.factored else 'ties'}.")
     concentrated = _concentrated(shares)
     if concentrated is not None:
         where, share, rule = concentrated
-        told = f"{share:.0%} of what they share lies in {where}"
-        advice.append(f"{told}: --rule {intruder}:{rule}=0 leaves {case.other(worst.member)} out there.")
+        concentration = f"{share:.0%} of what they share lies in {where}"
+        advice.append(f"{concentration}: --rule {intruder}:{rule}=0 leaves {case.other(worst.member)} out there.")
     return [*advice, _SHRINK]
 
 
 def _balanced(case: Case, policy: Policy) -> list[str]:
     dominant = policy.threshold("dominance")
     numbers = case.numbers
-    if dominant is None or not dominant <= numbers.dominance < 1:  # all of it: the other is zero, or has the weight 0
+    if dominant is None or not dominant <= numbers.dominance < 1:  # 1: the other one is zero or has weight 0
         return []
     energy = case.total.weighted.diagonal()
     louder = int(energy[1] > energy[0])
     factor = float(energy[1 - louder] / energy[louder]) ** 0.5
     name, position = case.names[louder], case.positions[louder]
-    return [f"{name} is the louder one: {factor:.2g} times its weight (number {position}) makes both equally loud."]
+    return [f"{name} is louder: {factor:.2g} times its weight (number {position}) makes both equally loud."]
 
 
 def _concentrated(shares: Mapping[str, float]) -> tuple[str, float, str] | None:

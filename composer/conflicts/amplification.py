@@ -1,7 +1,7 @@
-"""How large deltas are beside the weights that they are added to, and what rounding will leave.
+"""Compares deltas in size with the weights they are added to, and estimates what rounding leaves of them.
 
-Norms and rounding are from sampled rows; the weights' largest singular values take passes over all of a weight, so that
-only as many bytes are looked at as a report has time for.
+Norms and rounding come from sampled rows. A weight's largest singular value takes passes over all of it, so only as
+many bytes are read as a report has time for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ from composer.merge.rounding_loss import RoundingLoss, survival_of
 
 SAMPLED_ROWS = 32
 SPECTRAL_BYTES = 1 << 29
-"""Of weights whose largest singular value is looked for: 3 to 5 s of one core."""
-_STEPS = 20  # 10 were 3 % low on real weights; growth stalls and starts again, so it does not say when to stop
-_NOTHING_NEW = 1e-5  # of a direction's length: what float32 leaves of one that was there before
+"""Limit on the weights whose largest singular value is computed: 3 to 5 s on one core."""
+_STEPS = 20  # 10 were 3 % low on real weights; growth stalls and resumes, so it is no stopping criterion
+_NOTHING_NEW = 1e-5  # of a direction's length: what float32 leaves of a direction already in the space
 _BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class AtBase:
-    """Of one module: |W|^2 of the rows that the deltas are for, estimated from the sampled ones; what rounding the
-    weighted sum of the deltas leaves there; the dtype it is rounded to; and sigma_1(W), where it was looked for."""
+    """One module: |W|^2 over the deltas' rows, estimated from sampled rows; what rounding leaves of the weighted sum of
+    the deltas; the dtype it is rounded to; and sigma_1(W), if computed."""
 
     energy: float
     survival: RoundingLoss
@@ -40,7 +40,7 @@ class AtBase:
 
 @dataclass(frozen=True, slots=True)
 class BaseWeight:
-    """Rows of a base weight with the deltas that are for them."""
+    """Rows of a base weight with the deltas that apply to them."""
 
     module: str
     source: Source
@@ -64,32 +64,32 @@ class BaseWeight:
 
 
 def at_base(compared: Compared, base: Checkpoint) -> dict[str, AtBase]:
-    """By module, from rows at even distances. What the base does not have as plain floating point is left out.
+    """Estimates by module, from evenly spaced rows. Weights that the base does not store as plain floats are left out.
 
-    sigma_1(W) is looked for where a delta may be large beside it, at most SPECTRAL_BYTES in all.
+    sigma_1(W) is computed where a delta may be large relative to it, for at most SPECTRAL_BYTES of weights.
     """
-    found: dict[str, AtBase] = {}
+    estimates: dict[str, AtBase] = {}
     with ExitStack() as stack:
         weights = list(_weights(compared, base, stack))
         for weight in weights:
             energy, survival = _sampled(weight)
             dtype = weight.source.entry.dtype
-            before = found.get(weight.module, AtBase(0.0, RoundingLoss(), dtype))
-            found[weight.module] = AtBase(before.energy + energy, before.survival + survival, dtype)
-        for weight in _worth_a_look(weights, compared, found):
-            sigma = max(found[weight.module].sigma or 0.0, largest_singular_value(weight))
-            found[weight.module] = replace(found[weight.module], sigma=sigma)
-    return found
+            before = estimates.get(weight.module, AtBase(0.0, RoundingLoss(), dtype))
+            estimates[weight.module] = AtBase(before.energy + energy, before.survival + survival, dtype)
+        for weight in _worth_a_look(weights, compared, estimates):
+            sigma = max(estimates[weight.module].sigma or 0.0, largest_singular_value(weight))
+            estimates[weight.module] = replace(estimates[weight.module], sigma=sigma)
+    return estimates
 
 
 def _weights(compared: Compared, base: Checkpoint, stack: ExitStack) -> Iterator[BaseWeight]:
     opened: dict[Path, int] = {}
-    for (module, _), deltas in compared.places.items():
+    for (module, _), deltas in compared.slots.items():
         both = zip(deltas, compared.weights, strict=True)
         own = [(one, weight.of(*names_of(one))) for one, weight in both if one is not None]
         name = own[0][0].weight
         spec = base.architecture.tensors.get(name)
-        # Of a packed weight the architecture has what it stands for, and its bytes may be stored as any dtype.
+        # For a packed weight, the architecture has the unpacked dtype; its bytes may be stored as any dtype.
         if spec is None or spec.dtype not in FLOAT_DTYPES or name in base.packed:
             continue
         path, entry = base.locate(name)
@@ -111,13 +111,14 @@ def _sampled(weight: BaseWeight) -> tuple[float, RoundingLoss]:
 
 
 def _worth_a_look(
-    weights: Sequence[BaseWeight], compared: Compared, found: Mapping[str, AtBase]
+    weights: Sequence[BaseWeight], compared: Compared, estimates: Mapping[str, AtBase]
 ) -> Iterator[BaseWeight]:
-    """Those first whose deltas may be largest beside sigma_1(W), which is at least |W| / sqrt(the smaller side)."""
+    """The weights within SPECTRAL_BYTES, first those whose deltas may be largest relative to sigma_1(W), which is at
+    least |W| / sqrt(the smaller side)."""
 
     def most(weight: BaseWeight) -> float:
         sigma = max(compared.modules[weight.module].weighted_sigmas)
-        energy = found[weight.module].energy
+        energy = estimates[weight.module].energy
         return sigma * (min(weight.shape) / energy) ** 0.5 if energy else 0.0
 
     left = SPECTRAL_BYTES
@@ -129,11 +130,11 @@ def _worth_a_look(
 
 
 def largest_singular_value(weight: BaseWeight) -> float:
-    """sigma_1(W) from below, to a percent even where it barely stands out: of W on a Krylov space of W^T W (Lanczos).
+    """A lower bound of sigma_1(W) on a Krylov space of W^T W (Lanczos), within 1 % even if sigma_1 barely stands out.
 
-    Of 210 weights of a real model and 15 random ones the worst was 0.4 % low; 0.3 s for 4096 x 4096 in bfloat16.
+    On 210 weights of a real model and 15 random ones, the worst was 0.4 % low; 0.3 s for 4096 x 4096 in bfloat16.
 
-    The weight is in memory once, in its own dtype, and taken to float32 a few rows at a time in each of the passes.
+    The weight is in memory once, in its own dtype; each pass converts a few rows at a time to float32.
     """
     rows, columns = weight.shape
     W_MN = source_rows(weight.source, weight.begin, weight.begin + rows)
@@ -143,7 +144,7 @@ def largest_singular_value(weight: BaseWeight) -> float:
     V_NK, Y_MK = torch.zeros(columns, 0), torch.zeros(rows, 0)
     for _ in range(min(_STEPS, rows + 1, columns)):
         before = float(v_N.norm())
-        for _ in range(2):  # twice is enough: against what rounding leaves of earlier directions
+        for _ in range(2):  # twice is enough to remove earlier directions despite rounding
             v_N = v_N - V_NK @ (V_NK.T @ v_N)
         length = float(v_N.norm())
         if length <= _NOTHING_NEW * before:

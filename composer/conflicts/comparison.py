@@ -1,4 +1,4 @@
-"""All adapters of a set compared: module by module, by layer, and in the whole model."""
+"""Compares all adapters of a set: by module, by layer, and in the whole model."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.weights import Weight, layer_of
 from composer.methods.spectral import decomposing
 
-Place = tuple[str, int]
-"""A module, and the first row of the delta in its weight: the experts of a stack are places of their own."""
+Slot = tuple[str, int]
+"""A module and the first row of the delta in its weight. Each expert of a stack is a slot of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`places` holds what can be compared, one delta or None an adapter; `touched` the modules of each adapter.
-    `factored` says that every adapter consists of factors, as some methods want."""
+    """`slots` holds what can be compared, one delta or None per adapter; `touched` holds the modules of each adapter.
+    `factored` is true if every adapter consists of factors, which some methods require."""
 
     names: Sequence[str]
     weights: Sequence[Weight]
-    places: Mapping[Place, Sequence[LowRank | None]]
+    slots: Mapping[Slot, Sequence[LowRank | None]]
     modules: Mapping[str, Relations]
     layers: Mapping[int, Relations]
     total: Relations
@@ -31,12 +31,13 @@ class Compared:
 
 
 def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) -> Compared:
-    """`weights` are what the deltas are multiplied by in the end. What is not finite, or has no factors, or two shapes
-    at one place, is left out: other checks name it. Raises NotSupported for numbers too large to be compared."""
-    places = _places(adapters)
+    """Compares the deltas, multiplied by `weights` (the effective ones). Leaves out deltas that are not finite, have no
+    factors, or differ in shape at one slot; other checks name them. Raises NotSupported for numbers too large to
+    compare."""
+    slots = _slots(adapters)
     modules: dict[str, Relations] = {}
-    # One after the other: the work is many small calls, and two of Python's threads were no faster than one.
-    for (module, _), deltas in places.items():
+    # Sequential: the work is many small calls, and two Python threads were no faster than one.
+    for (module, _), deltas in slots.items():
         names = names_of(next(delta for delta in deltas if delta))
         with decomposing(module):
             one = relations(deltas, [weight.of(*names) for weight in weights])
@@ -48,13 +49,13 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
         if layer is not None:
             layers[layer] = layers.get(layer, nothing) + one
     touched = [
-        frozenset(module for (module, _), deltas in places.items() if deltas[index] is not None)
+        frozenset(module for (module, _), deltas in slots.items() if deltas[index] is not None)
         for index in range(len(adapters))
     ]
     return Compared(
         [adapter.name for adapter in adapters],
         weights,
-        places,
+        slots,
         modules,
         dict(sorted(layers.items())),
         sum(modules.values(), nothing),
@@ -67,11 +68,11 @@ def finite(delta: LowRank) -> bool:
     return all_finite(delta.A_RI) and all_finite(delta.B_OR)
 
 
-def _places(adapters: Sequence[LoadedAdapter]) -> dict[Place, list[LowRank | None]]:
-    places: dict[Place, list[LowRank | None]] = defaultdict(lambda: [None] * len(adapters))
+def _slots(adapters: Sequence[LoadedAdapter]) -> dict[Slot, list[LowRank | None]]:
+    slots: dict[Slot, list[LowRank | None]] = defaultdict(lambda: [None] * len(adapters))
     for index, adapter in enumerate(adapters):
         for delta in adapter.deltas:
             if isinstance(delta, LowRank) and finite(delta):
-                places[delta.module, delta.begin][index] = delta
+                slots[delta.module, delta.begin][index] = delta
     # Deltas of different shapes have no inner product; `structural` refuses them with both shapes named.
-    return {place: deltas for place, deltas in places.items() if len({one.stored_shape for one in deltas if one}) == 1}
+    return {slot: deltas for slot, deltas in slots.items() if len({one.stored_shape for one in deltas if one}) == 1}

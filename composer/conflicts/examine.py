@@ -1,4 +1,4 @@
-"""The whole question of a set of adapters: what evidence there can be, gathered, and the report that stands on it."""
+"""Examines a set of adapters: gathers the strongest available evidence and builds the report on it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from composer.methods.structural import structural
 
 @dataclass(frozen=True)
 class Evidence:
-    """What may be measured: `load` gives the base when it is needed. With a suite for each adapter, and `k`, they are
-    probed, on `k` examples and up to `most`, with guards beside; otherwise, and with prompts, their activations are
-    compared. The prompts of the suites are compared in any case. A fitted method is fitted on the `calibration`, and
-    probed on other examples; without one it is not measured. `progress` counts a probe's examples."""
+    """What may be measured. `load` returns the base when it is needed. With `k` and a suite for each adapter, they are
+    probed on `k` to `most` examples, guards included. Otherwise, with prompts, their activations are compared. The
+    suites' prompts are always compared. A fitted method is fitted on the `calibration` and probed on other examples;
+    without a calibration it is not measured. `progress` counts the probe's examples."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()
@@ -48,7 +48,7 @@ def examine(
     base: Checkpoint | None = None,
     policy: Policy | None = None,
 ) -> ConflictReport:
-    """The conflict report on the strongest evidence that there can be: probe, activations, or weights alone.
+    """The conflict report on the strongest available evidence: a probe, activations, or weights alone.
 
     Adapters that cannot be combined at all are not measured. Raises what `conflicts`, `probe` and `activations` do.
     """
@@ -63,15 +63,15 @@ def examine(
 
 
 def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
-    """One prompt a line; empty lines are none. Raises InvalidFile for none, more than MAX_PROMPTS, or one of more than
-    MAX_TEXT_CHARS."""
+    """The prompts, one per line; empty lines are ignored. Raises InvalidFile for no prompts, more than MAX_PROMPTS, or
+    one longer than MAX_TEXT_CHARS."""
     prompts = [line for line in text.splitlines() if line.strip()]
     if not 1 <= len(prompts) <= MAX_PROMPTS:
-        message = f"{subject} has {len(prompts)} prompts; 1 to {MAX_PROMPTS} are taken, one a line."
-        raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write one prompt a line.")
+        message = f"{subject} has {len(prompts)} prompts; 1 to {MAX_PROMPTS} are allowed, one per line."
+        raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write one prompt per line.")
     if (longest := max(map(len, prompts))) > MAX_TEXT_CHARS:
-        message = f"{subject} has a prompt of {longest:,} characters; {MAX_TEXT_CHARS:,} are taken."
-        raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write shorter prompts, one a line.")
+        message = f"{subject} has a prompt of {longest:,} characters; at most {MAX_TEXT_CHARS:,} are allowed."
+        raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write shorter prompts, one per line.")
     return prompts
 
 

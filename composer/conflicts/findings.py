@@ -1,4 +1,4 @@
-"""What a conflict report finds, by code: docs/composing.md lists them with the numbers that they hang on."""
+"""The findings of a conflict report, by code. docs/composing.md lists them with their thresholds."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
@@ -19,55 +19,55 @@ from composer.formats.recipes.suite import Contradiction
 from composer.formats.recipes.weights import Weight
 from composer.merge.rounding_loss import find_lost
 
-"""The smallest normal number of float32: a delta below it is zero."""
+"""The smallest normal number of float32. A smaller delta counts as zero."""
 WEAK_EVIDENCE = {
     "weights": (
-        "Nothing was measured, and weights alone say close to nothing across recipes: the statistic that ranked best "
-        "on half of the study's adapters ranks the other half at 0.25, and fresh ones at -0.12. Give each adapter a "
-        "suite and probe them."
+        "Nothing was measured. Across recipes, weights alone say almost nothing: the statistic that ranked best on "
+        "half of the study's adapters correlates at 0.25 on the other half and at -0.12 on fresh adapters. Give each "
+        "adapter a suite and probe them."
     ),
     "activations": (
         "Activations on prompts are weaker evidence than a probe: on the members' own examples, with completions, the "
         "rank correlation with the loss of the worse member was 0.79 over the study's 66 pairs and 0.48 on fresh "
-        "adapters; other prompts were not tried. Give each adapter a suite and probe them."
+        "adapters. Other prompts were not tried. Give each adapter a suite and probe them."
     ),
 }
 _WATCHED = {
     "input_overlap": ("input_excess", "share input directions beyond chance"),
     "output_overlap": ("output_excess", "share output directions beyond chance"),
     "crowding": ("crowding", "over-share one output direction"),
-    "sign_conflict": ("sign_excess", "pull entries in different directions more than their angle tells"),
+    "sign_conflict": ("sign_excess", "pull entries in opposite directions more than their angle explains"),
 }
-"""Codes that only a policy gives a number: the number of a pair that they look at, and what it says."""
+"""Codes without a default threshold; only a policy sets one. Each has the pair's number and what it means."""
 _NAMES = {"crowding": "Pico's c_max"}
 
 
 def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared, weights: Sequence[Weight]) -> list[Finding]:
-    """NaN or infinity, deltas that add nothing, and deltas without factors."""
-    found: list[Finding] = []
+    """Findings about NaN or infinity, deltas that add nothing, and deltas without factors."""
+    findings: list[Finding] = []
     for index, adapter in enumerate(adapters):
         pairs = [delta for delta in adapter.deltas if isinstance(delta, LowRank)]
-        found += [
+        findings += [
             Finding(
                 "not_finite", Severity.ERROR, delta.module, f"{adapter.name} has NaN or infinity in {delta.module}."
             )
             for delta in pairs
             if not finite(delta)
         ]
-        found += _zero_deltas(adapter, index, compared, weights[index])
+        findings += _zero_deltas(adapter, index, compared, weights[index])
         others = [delta.module for delta in adapter.deltas if isinstance(delta, RowwiseDelta)]
         if others:
             message = (
-                f"{len(others)} deltas of {adapter.name} have no factors ({others[0]} first): all checks leave them "
-                "out, and so does every risk that is not probed."
+                f"{len(others)} deltas of {adapter.name} have no factors ({others[0]} first). Only a probe covers "
+                "them; the other checks leave them out."
             )
-            found.append(Finding("not_factors", Severity.NOTICE, adapter.name, message, float(len(others))))
-    return found
+            findings.append(Finding("not_factors", Severity.NOTICE, adapter.name, message, float(len(others))))
+    return findings
 
 
 def _zero_deltas(adapter: LoadedAdapter, index: int, compared: Compared, weight: Weight) -> list[Finding]:
-    """Deltas that are zero, or become zero by what the method multiplies them with. Modules whose weight is 0 take no
-    part, as a rule may have it; an adapter whose every weight is 0 adds nothing."""
+    """Deltas that are zero, or that the method's factors make zero. Modules whose weight is 0 are ignored, since a rule
+    may want that; an adapter whose weights are all 0 adds nothing."""
     own = {delta.module: weight.of(*names_of(delta)) for delta in adapter.deltas}
     touched = [module for module in compared.touched[index] if own[module]]
     if not touched:
@@ -81,34 +81,34 @@ def _vanishes(sums: PairSums, index: int) -> bool:
 
 
 def of_sizes(sizes: Mapping[str, tuple[DeltaSize, Mapping[str, DeltaSize]]], policy: Policy) -> list[Finding]:
-    """Deltas larger than the weights that they are added to: of each adapter, as a whole and in the worst module."""
-    found: list[Finding] = []
+    """Deltas larger than the weights they are added to: for each adapter, in total and in its worst module."""
+    findings: list[Finding] = []
     most = _threshold(policy, "amplified")
     for name, (size, modules) in sizes.items():
         if size.amplification is not None and size.amplification > most:
             message = (
                 f"{name} is {size.amplification:.2g} times as large as the weights it is added to: it replaces them."
             )
-            found.append(Finding("amplified", Severity.WARNING, name, message, size.amplification))
+            findings.append(Finding("amplified", Severity.WARNING, name, message, size.amplification))
         ratios = {module: one.spectral_amplification or 0.0 for module, one in modules.items()}
         worst = max(ratios, key=lambda module: ratios[module], default="")
         if worst and ratios[worst] > most:
             message = (
-                f"The strongest direction of {name} in {worst} is {ratios[worst]:.2g} times as strong as any of the "
-                "base's there: it replaces what the base does rather than adapt it."
+                f"The strongest direction of {name} in {worst} is {ratios[worst]:.2g} times as strong as the base's "
+                "strongest one there: it replaces what the base does rather than adapting it."
             )
-            found.append(Finding("amplified", Severity.WARNING, f"{name}: {worst}", message, ratios[worst]))
-    return found
+            findings.append(Finding("amplified", Severity.WARNING, f"{name}: {worst}", message, ratios[worst]))
+    return findings
 
 
 def of_rounding(rounded: Mapping[str, AtBase]) -> list[Finding]:
-    """Deltas so small that rounding loses them."""
+    """Deltas that rounding loses because they are too small."""
     survivals = {module: one.survival for module, one in rounded.items()}
     return find_lost(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
 
 
 def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[Finding]:
-    """Only where a policy says how little is too little."""
+    """Members of which too little is retained, if a policy sets the limit."""
     least = policy.threshold("low_retention")
     return [
         Finding("low_retention", Severity.WARNING, name, f"{share:.0%} of {name} is left in the combination.", share)
@@ -118,7 +118,7 @@ def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[F
 
 
 def weak_evidence(pairs: Iterable[tuple[str, str, str]]) -> list[Finding]:
-    """One finding for all pairs (a, b, kind of evidence) of a kind."""
+    """One finding for each kind of weak evidence, over all pairs (a, b, kind)."""
     named: dict[str, list[str]] = {kind: [] for kind in WEAK_EVIDENCE}
     for a, b, kind in pairs:
         if kind in named:
@@ -131,58 +131,58 @@ def weak_evidence(pairs: Iterable[tuple[str, str, str]]) -> list[Finding]:
 
 
 def of_pair(names: tuple[str, str], numbers: PairMetrics, outcome: Outcome | None, policy: Policy) -> list[Finding]:
-    """What the numbers of a pair and its probe say."""
+    """Findings from a pair's numbers and its probe."""
     (a, b), subject = names, " + ".join(names)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     if near_duplicate(numbers, policy):
         cosine = numbers.weighted_cosine
         message = (
-            f"As they are weighted, {a} and {b} {_direction(cosine)} (cosine {cosine:.2f}), and their sum has "
-            f"{numbers.interference:.2f} times the energy of the two apart."
+            f"With their weights, {a} and {b} {_direction(cosine)} (cosine {cosine:.2f}), and their sum has "
+            f"{numbers.interference:.2f} times the energy of the two separately."
         )
         if alike(numbers):
-            message += " Like one task trained twice they overshoot: lower the weights to a mean, or keep one."
-        found.append(Finding("near_duplicate", Severity.WARNING, subject, message, cosine))
-    found += of_cancelling(names, numbers.interference, numbers.dominance, policy)
-    if _threshold(policy, "dominance") <= numbers.dominance < 1:  # all of it: the other is zero, or has the weight 0
-        message = f"One of {a} and {b} brings {numbers.dominance:.0%} of the energy and may drown the other."
-        found.append(Finding("dominance", Severity.NOTICE, subject, message, numbers.dominance))
+            message += " They overshoot like one task trained twice: lower the weights to a mean, or keep one."
+        findings.append(Finding("near_duplicate", Severity.WARNING, subject, message, cosine))
+    findings += of_cancelling(names, numbers.interference, numbers.dominance, policy)
+    if _threshold(policy, "dominance") <= numbers.dominance < 1:  # 1: the other one is zero or has weight 0
+        message = f"One of {a} and {b} has {numbers.dominance:.0%} of the energy and may drown out the other."
+        findings.append(Finding("dominance", Severity.NOTICE, subject, message, numbers.dominance))
     for code, (number, says) in _WATCHED.items():
         value = getattr(numbers, number)
         if value >= _threshold(policy, code):
             message = f"{a} and {b} {says} ({_NAMES.get(number, number)} {value:.2f})."
-            found.append(Finding(code, Severity.WARNING, subject, message, value))
-    return found + (of_outcome(outcome, policy) if outcome else [])
+            findings.append(Finding(code, Severity.WARNING, subject, message, value))
+    return findings + (of_outcome(outcome, policy) if outcome else [])
 
 
 def _direction(cosine: float) -> str:
-    """In words that are true of any cosine above 0: the policy may have lowered the number to any value."""
+    """Words that hold for any cosine, since a policy may set the threshold to any value."""
     if cosine < 0.1:
-        return "are hardly related"
+        return "are barely related"
     return "point the same way" if cosine >= 0.9 else f"point {'mostly' if cosine >= 0.5 else 'partly'} the same way"
 
 
 def of_cancelling(names: Sequence[str], interference: float, energy: float, policy: Policy) -> list[Finding]:
-    """Of some adapters as they are weighted, two or all: `energy` is above 0 where they add anything at all."""
+    """A finding for weighted adapters, two or all, that cancel. `energy` is 0 if they add nothing at all."""
     if not cancelling(interference, energy, policy):
         return []
     message = (
-        f"{' and '.join(names)} cancel: as they are weighted, their sum has {max(0.0, interference):.2f} times the "
-        "energy of them apart, where independent ones keep all of it. Leave one out, or mend the sign of a weight; "
-        "where one is meant to be taken away from another, let a policy ignore this."
+        f"{' and '.join(names)} cancel: with their weights, their sum has {max(0.0, interference):.2f} times their "
+        "separate energy, where independent adapters keep all of it. Leave one out, or correct the sign of a weight. "
+        "If one is meant to be subtracted from another, let a policy ignore this."
     )
     return [Finding("cancelling", Severity.WARNING, " + ".join(names), message, interference)]
 
 
 def of_contradictions(contradictions: Iterable[Contradiction], policy: Policy) -> list[Finding]:
-    """Members that ask the same prompts and want other answers."""
+    """Findings for members whose suites want different answers to the same prompts."""
     return [
         Finding(
             "same_prompts",
             Severity.WARNING,
             f"{one.a} + {one.b}",
-            f"{one.a} and {one.b} share {one.shared} prompts and want other answers to {one.different} of them: no one "
-            "model serves both. Serve them apart and route each request to its adapter.",
+            f"{one.a} and {one.b} share {one.shared} prompts and want different answers to {one.different} of them: no "
+            "single model serves both. Serve them separately and route each request to its adapter.",
             one.share,
         )
         for one in contradictions
@@ -191,10 +191,10 @@ def of_contradictions(contradictions: Iterable[Contradiction], policy: Policy) -
 
 
 def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
-    """What a probe decides: a member that loses too much, or something; a guard made worse. And what stays open."""
+    """What a probe shows: a member that loses something or too much, a guard made worse, and what stays open."""
     together, limits = " + ".join(outcome.members), Limits.of(policy)
-    found = [finding for effect in outcome.effects for finding in _of_effect(together, effect, limits)]
-    found += [finding for effect in outcome.effects for finding in _open(together, effect, limits)]
+    findings = [finding for effect in outcome.effects for finding in _of_effect(together, effect, limits)]
+    findings += [finding for effect in outcome.effects for finding in _open(together, effect, limits)]
     for guard in outcome.guards:
         subject, verdict = f"{together}: {guard.suite}", guard.verdict(limits)
         if verdict is Verdict.WARN:
@@ -202,19 +202,19 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
                 f"{together} is {guard.rise:.2f} nats a token worse on {guard.suite} than its worst member alone "
                 f"({guard.base:.2f} base, {max(guard.alone.values()):.2f} alone, {guard.combined:.2f} combined)."
             )
-            found.append(Finding("probe_guard", Severity.WARNING, subject, message, guard.rise))
+            findings.append(Finding("probe_guard", Severity.WARNING, subject, message, guard.rise))
         if verdict is Verdict.UNDECIDED:
             message = (
-                f"After {_examples(guard.examples)} it is open whether {together} is more than {limits.guard:.2f} nats "
-                f"a token worse on {guard.suite} than its worst member alone ({_so_far(guard.rise_interval)})."
+                f"After {_examples(guard.examples)}, it is open whether {together} is more than {limits.guard:.2f} "
+                f"nats a token worse on {guard.suite} than its worst member alone ({_so_far(guard.rise_interval)})."
             )
-            found.append(Finding("probe_open", Severity.NOTICE, subject, message, guard.rise))
-    return found
+            findings.append(Finding("probe_open", Severity.NOTICE, subject, message, guard.rise))
+    return findings
 
 
 def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
-    """What is undecided of this member, with the numbers so far: its loss, its answers, or whether that is enough."""
-    start = f"In {together} it is open after {_examples(effect.examples)} whether {effect.member}"
+    """What is undecided for this member, with the numbers so far: its loss, its answers, or too few examples."""
+    start = f"In {together}, it is open after {_examples(effect.examples)} whether {effect.member}"
     subject, open_loss = f"{together}: {effect.member}", effect.of_loss(limits) is Verdict.UNDECIDED
     if open_loss:
         message = (
@@ -223,19 +223,19 @@ def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
         )
         yield Finding("probe_open", Severity.NOTICE, subject, message, effect.loss)
     if effect.of_answers(limits) is Verdict.UNDECIDED:
-        few = "" if limits.by_interval else f"; {LEAST_ANSWERED} exact ones decide"
+        few = "" if limits.by_interval else f"; {LEAST_ANSWERED} exact matches are needed to decide"
         message = (
             f"{start} retains {limits.answers:.0%} of its exact match on {effect.suite} "
             f"({effect.still_answered} of {effect.answered} so far{few})."
         )
         yield Finding("probe_open", Severity.NOTICE, subject, message, effect.answers_left)
     elif effect.verdict(limits) is Verdict.UNDECIDED and not open_loss:
-        message = f"{start} is unharmed on {effect.suite}: fewer than {LEAST_EXAMPLES} decide nothing."
+        message = f"{start} is unharmed on {effect.suite}: fewer than {LEAST_EXAMPLES} examples decide nothing."
         yield Finding("probe_open", Severity.NOTICE, subject, message, effect.loss)
 
 
 def _so_far(sure: Interval) -> str:
-    return f"between {sure.low:.2f} and {sure.high:.2f} so far" if sure.to_json() else "of no known error so far"
+    return f"between {sure.low:.2f} and {sure.high:.2f} so far" if sure.to_json() else "no error estimate so far"
 
 
 def _examples(count: int) -> str:
@@ -243,7 +243,7 @@ def _examples(count: int) -> str:
 
 
 def _of_effect(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
-    """What is lost: nats that anybody would notice, and answers."""
+    """Findings for noticeable losses in nats, and for lost answers."""
     subject = f"{together}: {effect.member}"
     if effect.loss_interval.low > min(NOTICEABLE_NATS, effect.limit(limits)):
         kept = (
@@ -259,7 +259,7 @@ def _of_effect(together: str, effect: Effect, limits: Limits) -> Iterator[Findin
         sure = share_interval(effect.still_answered, effect.answered)
         message = (
             f"In {together}, {effect.member} retains exact match on {effect.still_answered} of the {effect.answered} "
-            f"examples of {effect.suite} that it has alone ({sure.low:.0%} to {sure.high:.0%} of all)."
+            f"examples of {effect.suite} that it answers alone ({sure.low:.0%} to {sure.high:.0%} of all)."
         )
         yield Finding("probe_answers", Severity.WARNING, subject, message, effect.answers_left)
 

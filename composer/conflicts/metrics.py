@@ -1,4 +1,4 @@
-"""What a conflict report tells of a pair, of an adapter and of the whole set: plain numbers, from sums over modules."""
+"""The numbers of a conflict report: for a pair, for an adapter and for the whole set, from sums over modules."""
 
 from dataclasses import asdict, dataclass, fields
 
@@ -7,14 +7,15 @@ from composer.deltas.lowrank import PairSums, Relations
 
 @dataclass(frozen=True, slots=True)
 class PairMetrics:
-    """How two deltas a and b lie to each other, in one module, in one layer or, summed first, in the whole model.
+    """Relations between two deltas a and b in one module, in one layer or, from summed terms, in the whole model.
 
-    Overlaps are shares of energy inside the other's span, mean of both directions; *_excess has chance removed;
+    Overlaps are shares of energy inside the other's span, averaged over both directions; *_excess has chance removed;
     *_ab is the share of a inside b. *_alignment is the cosine of Delta Delta^T (outputs) or Delta^T Delta (inputs).
     `norm_*` are Frobenius norms without weights. `dominance` is the larger one's share of the weighted energy, 0.5 to
-    1; `interference` 1 for orthogonal, up to 2 for the same, down to 0 for opposite. `retention_a` is what the weighted
-    sum of the two holds of a, <M, a> / |a|^2. `crowding` is Pico's c_max, of U sqrt(S). `sign_conflict` is the share of
-    sampled entries of different sign, `sign_excess` what is beyond arccos(cosine) / pi, `sign_weighted` counts by size.
+    1. `interference` is 1 for orthogonal deltas, up to 2 for equal ones, down to 0 for opposite ones. `retention_a` is
+    how much of a is in the weighted sum M, <M, a> / |a|^2. `crowding` is Pico's c_max, of U sqrt(S). `sign_conflict` is
+    the share of sampled entries with different signs, `sign_excess` its part beyond arccos(cosine) / pi, and
+    `sign_weighted` weights the entries by size.
     """
 
     cosine: float
@@ -41,7 +42,7 @@ class PairMetrics:
 
     @classmethod
     def of(cls, sums: PairSums) -> "PairMetrics":
-        """Of the sums of two."""
+        """The numbers from the sums of two adapters."""
 
         def mean(both: tuple[float, float]) -> float:
             return sum(both) / 2
@@ -74,7 +75,7 @@ class PairMetrics:
 
     @property
     def weighted_cosine(self) -> float:
-        """Of w_a a and w_b b: turned where the weights differ in sign. 0 where one of them is zero."""
+        """The cosine of w_a a and w_b b: negated if the weights differ in sign, 0 if either is zero."""
         apart = self.dominance * (1 - self.dominance)
         return min(1.0, max(-1.0, (self.interference - 1) / (2 * apart**0.5))) if apart > 0 else 0.0
 
@@ -84,9 +85,9 @@ class PairMetrics:
 
 @dataclass(frozen=True, slots=True)
 class DeltaSize:
-    """How large one delta is: |Delta|_F, the largest sigma_1, |Delta|_F^2 / sigma_1^2 (of several modules the quotient
-    of the sums). With a base at hand w |Delta|_F / |W|_F and, of the weights that were looked at, the largest
-    w sigma_1(Delta) / sigma_1(W): over 1 it replaces the weight, or its strongest direction, rather than adapt it.
+    """The size of one delta: |Delta|_F, the largest sigma_1, and |Delta|_F^2 / sigma_1^2 (for several modules, the
+    quotient of the sums). With a base, also w |Delta|_F / |W|_F and the largest w sigma_1(Delta) / sigma_1(W) of the
+    weights examined. Above 1, the delta replaces the weight or its strongest direction rather than adapting it.
     """
 
     norm: float
@@ -99,7 +100,7 @@ class DeltaSize:
     def of(
         cls, compared: Relations, index: int, base_energy: float | None, base_sigma: float | None = None
     ) -> "DeltaSize":
-        """Of a module, or (without a sigma) of many."""
+        """The size in one module, or in several (without `sigma`)."""
         sums = compared.sums
         weighted = max(0.0, float(sums.weighted[index, index]))
         amplification = (weighted / base_energy) ** 0.5 if base_energy else None
@@ -112,9 +113,10 @@ class DeltaSize:
 
 @dataclass(frozen=True, slots=True)
 class SetMetrics:
-    """The weighted sum of all: |M|_F, the largest sigma_1, |M|^2 over the sum of squares, and the largest crowding.
+    """The weighted sum M of all adapters: |M|_F, the largest sigma_1, |M|^2 over the sum of squares, and the largest
+    crowding.
 
-    With a base at hand: the share of sampled entries of M that rounding to the base's dtype loses.
+    With a base, also the share of sampled entries of M that rounding to the base's dtype loses.
     """
 
     norm: float
@@ -133,5 +135,5 @@ class SetMetrics:
 
 
 def rounded_for_json(value: float) -> float:
-    """Six digits: a report has tens of thousands of numbers."""
+    """The value with six digits, because a report has tens of thousands of numbers."""
     return float(f"{value:.6g}")

@@ -1,8 +1,8 @@
-"""Whether adapters can be combined, how much they get in each other's way, and on what evidence that is said.
+"""Whether adapters can be combined, how much they interfere, and on what evidence.
 
 Hard conflicts refuse. A probe is measured damage: it ends `ok`, `undecided` or `warn`, and without one the verdict is
-`unmeasured`. Numbers from activations or weights explain and locate; where no measurement backs a threshold they are
-shown, and nothing fails on them unless a policy says so.
+`unmeasured`. Numbers from activations or weights explain and locate. Those without a measured threshold are shown,
+and only a policy can make them fail.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,16 +45,16 @@ from composer.methods.combine import combine_deltas, participating, projected_of
 from composer.methods.structural import structural
 
 SCHEMA = 2
-"""Of `ConflictReport.to_json`: another number when a key goes or means something else."""
+"""Version of `ConflictReport.to_json`; it changes when a key is removed or changes its meaning."""
 MAX_ROWS = 20_000
-"""Rows of modules in the JSON of all pairs together: beyond, each pair keeps those that it shares most in."""
+"""Module rows in the JSON, over all pairs. Beyond this, each pair keeps the modules with the largest shares."""
 
 _UNITS = {"probe": "nats per token", "activations": "strength beside the base's activations", "weights": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How the adapters are to be combined: a name and settings of composer/formats/recipes/methods.py."""
+    """How to combine the adapters: a name and settings from composer/formats/recipes/methods.py."""
 
     name: str = "stack"
     settings: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -62,9 +62,9 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two adapters. `risk`: what the worse one loses when probed, in nats per token, within `interval`; from
-    activations, how strongly one acts on the other's inputs; None from weights alone, which do not say. `flat` is the
-    crowding that each module would have if all directions of both were equally strong.
+    """Two adapters. `risk` depends on the evidence. Probe: the loss of the worse one in nats per token, within
+    `interval`. Activations: how strongly one acts on the other's inputs. Weights alone: None. `flat` is the crowding
+    that each module would have if all directions of both were equally strong.
     """
 
     a: str
@@ -82,9 +82,9 @@ class Pair:
     flat: Mapping[str, float]
 
     def to_json(self, most: int = MAX_ROWS) -> dict[str, object]:
-        """With at most so many modules, those first that it shares most in."""
+        """The pair with at most `most` modules, largest shares first if some are cut."""
         ends = (self.interval and self.interval.to_json()) or {"low": None, "high": None}
-        told = list(self.explanation.shares)[:most] if len(self.modules) > most else list(self.modules)
+        listed = list(self.explanation.shares)[:most] if len(self.modules) > most else list(self.modules)
         return {
             "a": self.a,
             "b": self.b,
@@ -98,14 +98,14 @@ class Pair:
             **self.explanation.to_json(),
             **self.numbers.to_json(),
             "layers": [{"layer": layer, **numbers.to_json()} for layer, numbers in self.layers.items()],
-            "modules": [{"module": module, **self.modules[module].to_json()} for module in told],
+            "modules": [{"module": module, **self.modules[module].to_json()} for module in listed],
             "probe": self.outcome.to_json() if self.outcome else None,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One adapter of the set: its share of the weighted energy, what the method leaves of it, and how large it is."""
+    """One adapter of the set: its share of the weighted energy, what the method retains of it, and its size."""
 
     name: str
     weight: Weight
@@ -127,8 +127,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ConflictReport:
-    """The members, every pair, the whole set, and the findings, which the policy has judged. The verdict is the worst
-    of all pairs', of the whole set's where that was measured, and of the findings'."""
+    """The members, every pair, the set together, and the findings as judged by the policy. The verdict is the worst
+    of the pairs, of the findings, and of the whole set if it was measured."""
 
     members: tuple[Member, ...]
     pairs: tuple[Pair, ...]
@@ -146,7 +146,7 @@ class ConflictReport:
         return self.evidence if isinstance(self.evidence, ProbeResult) else None
 
     def to_json(self) -> dict[str, Any]:
-        """The contract's shape, as plain JSON values."""
+        """The report as plain JSON values, in the shape of the contract."""
         most = max(1, MAX_ROWS // max(1, len(self.pairs)))
         return {
             "schema": SCHEMA,
@@ -158,14 +158,14 @@ class ConflictReport:
                 "shares": {member.name: rounded_for_json(member.share) for member in self.members},
                 "layers": [{"layer": layer, **one.to_json()} for layer, one in self.layers.items()],
                 "modules": [{"module": module, **one.to_json()} for module, one in self.modules.items()],
-                "probe": self.probe.whole.to_json() if self.probe else None,
+                "probe": self.probe.overall.to_json() if self.probe else None,
             },
             "activations": _activations_json(self.evidence),
             "findings": [finding.to_json() for finding in self.findings],
         }
 
 
-# All products are small: on busy cores, waiting for a second thread took 9 s where the work is 2 s.
+# All products are small. On busy cores, two threads took 9 s for 2 s of work, mostly waiting for each other.
 @torch_threads(1)
 def conflicts(  # noqa: PLR0913
     adapters: Sequence[LoadedAdapter],
@@ -177,13 +177,14 @@ def conflicts(  # noqa: PLR0913
     policy: Policy | None = None,
     contradictions: Sequence[Contradiction] = (),
 ) -> ConflictReport:
-    """Compare adapters module by module, layer by layer and as a whole, from their factors; evidence decides the risk.
+    """Compares adapters by module, by layer and in total, from their factors. Evidence decides the risk.
 
-    `weights` are those given; what the method multiplies them by is counted in. `contradictions` are those of the
-    members' suites, by the names of the adapters. With `base`, sizes are compared with the weights that the deltas are
-    added to, from sampled rows. Deltas without factors are left out, and a finding names them. Conflicts are findings,
-    never exceptions; raises Mismatch only for a wrong call (no adapter, two of one name, not one weight an adapter,
-    every weight 0), and where the method can do nothing with such adapters what `combine_deltas` raises.
+    `weights` are the user's; the method's own factors are applied here. `contradictions` are those of the members'
+    suites, by adapter name. With `base`, the deltas are compared in size with the base weights, from sampled rows.
+    Deltas without factors are left out, and a finding names them.
+
+    Conflicts are findings, never exceptions. Raises Mismatch only for a wrong call (no adapter, a name twice, a missing
+    weight, all weights 0), and whatever `combine_deltas` raises if the method cannot combine these adapters.
     """
     names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
     _check_names(names, len(weights))
@@ -209,7 +210,7 @@ def conflicts(  # noqa: PLR0913
         *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in pairs]),
         *(one for pair in pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
         *of_retention({member.name: member.retention for member in members}, rules),
-        *(_of_whole(names, compared.total, evidence, rules) if len(names) > 2 else []),
+        *(_of_set(names, compared.total, evidence, rules) if len(names) > 2 else []),
     ]
     verdicts = [rules.verdict(findings, _of_evidence(evidence, rules)), *(pair.verdict for pair in pairs)]
     return ConflictReport(
@@ -231,28 +232,28 @@ def conflicts(  # noqa: PLR0913
 
 def _check_names(names: Sequence[str], weights: int) -> None:
     if not names or len(set(names)) < len(names) or len(names) != weights:
-        message = f"A conflict check takes adapters of different names, each with a weight; not {names}."
+        message = f"A conflict check needs adapters with different names and one weight each, not {names}."
         raise Mismatch(
             "conflict_members",
             message,
             subject="adapters",
-            next_step="Give each adapter a weight, and each a name of its own.",
+            next_step="Give each adapter a weight and its own name.",
         )
 
 
 def _of_evidence(evidence: ProbeResult | Activations | None, policy: Policy, pair: Outcome | None = None) -> Verdict:
-    """Of a pair, or of the whole set, without what its findings say."""
+    """The verdict on a pair, or on the whole set, before its findings are counted."""
     if not isinstance(evidence, ProbeResult):
         return Verdict.UNMEASURED
-    outcome = pair or evidence.whole
+    outcome = pair or evidence.overall
     return Verdict.UNDECIDED if outcome.is_open(Limits.of(policy)) else Verdict.OK
 
 
-def _of_whole(
+def _of_set(
     names: Sequence[str], total: Relations, evidence: ProbeResult | Activations | None, policy: Policy
 ) -> list[Finding]:
-    found = of_cancelling(names, total.sums.interference(), sum(total.sums.shares()), policy)
-    return [*found, *(of_outcome(evidence.whole, policy) if isinstance(evidence, ProbeResult) else [])]
+    findings = of_cancelling(names, total.sums.interference(), sum(total.sums.shares()), policy)
+    return [*findings, *(of_outcome(evidence.overall, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
 def _together(compared: Relations, rounded: Sequence[AtBase]) -> SetMetrics:
@@ -263,9 +264,9 @@ def _together(compared: Relations, rounded: Sequence[AtBase]) -> SetMetrics:
 def _retention(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], method: Method, total: Relations
 ) -> list[float | None]:
-    """A plain sum is known from the factors; of another method its own result is compared with each adapter."""
+    """Reads the retention of a plain sum from the factors; otherwise compares the method's result with each adapter."""
     pipeline = PIPELINES[method.name]
-    if pipeline.fitted:  # another one for each set of examples
+    if pipeline.fitted:  # the result depends on the examples
         return [None] * len(adapters)
     cut = any(method.settings.get(name) for name in ("rank", "energy", "protect"))
     if pipeline in (Pipeline(), Pipeline(combine="mean")) and not cut:
@@ -344,9 +345,9 @@ def _pair(
 
 
 def _flat(compared: Compared, indices: tuple[int, int], modules: Iterable[str]) -> dict[str, float]:
-    """One over the ranks of the two together; of a stack of experts the largest."""
+    """One over the sum of both ranks, by module; for a stack of experts, the largest."""
     flat = dict.fromkeys(modules, 0.0)
-    for (module, _), deltas in compared.places.items():
+    for (module, _), deltas in compared.slots.items():
         ranks = sum(delta.rank for index in indices if (delta := deltas[index]) is not None)
         if module in flat and ranks:
             flat[module] = max(flat[module], 1 / ranks)
@@ -366,7 +367,7 @@ def _activations_json(evidence: ProbeResult | Activations | None) -> dict[str, o
         return None
     rows: list[dict[str, object]] = []
     for (victim, intruder), one in evidence.directed.items():
-        told = {name: rounded_for_json(value) for name, value in asdict(one).items() if name != "modules"}
+        numbers = {name: rounded_for_json(value) for name, value in asdict(one).items() if name != "modules"}
         modules = [{"module": module, "share": rounded_for_json(share)} for module, share in one.modules.items()]
-        rows.append({"on": victim, "of": intruder, **told, "modules": modules})
+        rows.append({"on": victim, "of": intruder, **numbers, "modules": modules})
     return {"prompts": evidence.prompts, "directed": rows}

@@ -1,7 +1,7 @@
-"""How much of each adapter is left in what a method made of them all: <M, Δ_i> / |Δ_i|^2 over the whole model.
+"""How much of each adapter is left in the combination M: <M, Δ_i> / |Δ_i|^2 over the whole model.
 
-Of a plain sum of orthogonal deltas this is the adapter's own weight; of any method it is the weight that explains most
-of M by Δ_i alone.
+For a plain sum of orthogonal deltas, this is the adapter's own weight. For any method, it is the weight with which Δ_i
+alone explains most of M.
 """
 
 from collections import defaultdict
@@ -16,14 +16,14 @@ from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.checkpoints.numeric import Float64
 
 MAX_DENSE_ENTRIES = 1 << 28
-"""Methods of full space make every entry, here and again in the merge: beyond so many, not here."""
+"""Full-space methods compute every entry, here and again in the merge. Beyond this many, they are skipped here."""
 _BLOCK_ENTRIES = 1 << 22
 
-_Place = tuple[str, int]
+_Slot = tuple[str, int]
 
 
 def too_large(adapters: Sequence[LoadedAdapter]) -> bool:
-    """Would dense deltas of all places together have too many entries?"""
+    """Whether the dense deltas of all slots together would have too many entries."""
     shapes = {
         (delta.module, delta.begin): delta.stored_shape
         for adapter in adapters
@@ -34,9 +34,9 @@ def too_large(adapters: Sequence[LoadedAdapter]) -> bool:
 
 
 def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> list[float | None]:
-    """One number an adapter, from its deltas that have factors: None where it has none, and for all where the
-    combination reads the base."""
-    merged: dict[_Place, list[Additive]] = defaultdict(list)
+    """One number per adapter, from its deltas with factors. None for an adapter without any, and for all adapters if
+    the combination reads the base."""
+    merged: dict[_Slot, list[Additive]] = defaultdict(list)
     for delta in combined:
         if not isinstance(delta, RowwiseDelta | LowRank):
             continue
@@ -55,7 +55,7 @@ def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> li
 
 
 def _against(delta: LowRank, merged: Sequence[Additive]) -> tuple[float, float]:
-    """(|Δ|^2, <M, Δ>) at one place."""
+    """(|Δ|^2, <M, Δ>) at one slot."""
     factors = [one for one in merged if isinstance(one, LowRank)]
     inner: Float64 = Grams.of([delta, *factors]).inner()
     dense = sum(_dense_product(one, delta) for one in merged if isinstance(one, RowwiseDelta))
@@ -65,11 +65,11 @@ def _against(delta: LowRank, merged: Sequence[Additive]) -> tuple[float, float]:
 def _dense_product(computed: RowwiseDelta, delta: LowRank) -> float:
     rows, columns = computed.stored_shape
     left, right = delta.stored_factors()
-    step = rows if computed.whole else max(1, _BLOCK_ENTRIES // columns)
+    step = rows if computed.all_rows else max(1, _BLOCK_ENTRIES // columns)
     total = 0.0
     for begin in range(0, rows, step):
         own = left[begin : begin + step]
-        # W is not looked at: these deltas do not read the base.
+        # Any W will do: these deltas do not read the base.
         made = computed.rows(torch.zeros(()).expand(own.shape[0], columns), begin)
         total += float((made.float() @ right.T * own).sum(dtype=torch.float64))
     return total

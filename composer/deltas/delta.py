@@ -126,7 +126,7 @@ class RowwiseDelta:
     `layout` and `kernel` say what the rows and columns are, so that it can be compressed to factors.
     `reads_base` says that `rows` looks at W, `rescales` that two such deltas of one weight have no order that both were
     trained in (DoRA, OFT, …), `alone` that it was trained on another weight than W (KaSA), on which no other delta was.
-    `whole` says that all M rows are needed at once (a norm over a column of a transposed
+    `all_rows` says that all M rows are needed at once (a norm over a column of a transposed
     weight). `sets_rows` are rows that become what they are whatever the base has there: two deltas cannot both do that
     to one row. `stacked` as in LowRank.
     """
@@ -138,7 +138,7 @@ class RowwiseDelta:
     reads_base: bool = False
     rescales: bool = False
     alone: bool = False
-    whole: bool = False
+    all_rows: bool = False
     tied: bool = False
     begin: int = 0
     layout: Layout = Layout.LINEAR

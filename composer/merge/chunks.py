@@ -193,7 +193,7 @@ def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
 
 def chunks_of(work: TensorWork) -> Iterator[Chunk]:
     step = max(1, _CHUNK_ELEMENTS // max(1, work.columns))
-    if any(one.whole for one in work.computed):
+    if any(one.all_rows for one in work.computed):
         step = max(1, work.rows)
     for begin in range(0, work.rows, step):
         yield Chunk(work, begin, min(work.rows, begin + step))

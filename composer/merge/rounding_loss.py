@@ -181,6 +181,6 @@ def _computed_rows(work: TensorWork, delta: RowwiseDelta, source: int, own: Sequ
     def base(begin: int, end: int) -> torch.Tensor:
         return source_rows(work.source(source), delta.begin + begin, delta.begin + end).double()
 
-    if delta.whole:
+    if delta.all_rows:
         return delta.rows(base(0, delta.stored_shape[0]), 0)[list(own)]
     return torch.cat([delta.rows(base(row, row + 1), row) for row in own])

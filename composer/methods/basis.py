@@ -1,4 +1,4 @@
-"""Small shared bases: T low-rank deltas of one place as small matrices X_i with Δ_i = P X_i Q^T, never dense.
+"""Small shared bases: T low-rank deltas of one slot as small matrices X_i with Δ_i = P X_i Q^T, never dense.
 
 Shapes: O outputs, I inputs, r_i the ranks, R their sum, p and q columns of P and Q. From QR of the stacked factors,
 B = Q_B R_B and A^T = Q_A R_A, the core of delta i is C_i = R_B[:, i] R_A[:, i]^T and Δ_i = Q_B C_i Q_A^T. A pair is
@@ -18,7 +18,7 @@ from composer.errors import NotSupported
 
 _MOST_SWEEPS = 1000
 _STEADY = 1e-10
-_LEFT = 1e-6  # of the largest entry: their rounding is 6e-8, and near singular values mix it
+_LEFT = 1e-6  # of the largest entry: rounding is 6e-8, and close singular values mix it
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(B, A): O x r with the scale folded in, r x I."""
@@ -28,24 +28,24 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Basis:
     """P is O x p, Q is I x q, both with orthonormal columns, and each X_i is p x q. None stands for the identity.
 
-    `whole` is each delta in a basis that misses nothing of any, where this one is too small for all of them:
-    |Δ_i - P X_i Q^T|^2 = |whole_i|^2 - |X_i|^2, and the same for sums of them.
+    If this basis is too small for all deltas, `exact` has each delta in one that loses nothing:
+    |Δ_i - P X_i Q^T|^2 = |exact_i|^2 - |X_i|^2, and likewise for sums.
     """
 
     P: torch.Tensor | None
     Q: torch.Tensor | None
     X: list[torch.Tensor]
-    whole: list[torch.Tensor] | None = None
+    exact: list[torch.Tensor] | None = None
 
     def lift(self, X: torch.Tensor) -> Pair:
-        """(B, A) with B A = P X Q^T: the rank is the smaller side of X."""
+        """(B, A) with B A = P X Q^T; the rank is the smaller side of X."""
         if self.Q is None:
             return (self.P, X) if self.P is not None else (X, torch.eye(X.shape[1]))
         return (X if self.P is None else self.P @ X), self.Q.T
 
     def for_entries(self) -> "Basis":
-        """For steps that look at single entries, in float32. What is left of float32 factors in a delta's own zeros
-        becomes zero: in the directions of a protected one, say, chance would decide whether it counts as agreeing."""
+        """The basis in float32 for elementwise steps. Rounding residue of a delta's own zeros becomes zero; otherwise
+        chance would decide whether it agrees, for example in the directions of a protected delta."""
         X = [torch.where(one.abs() > _LEFT * one.abs().max(), one, 0.0).float() for one in self.X]
         if not all(one.isfinite().all() for one in X):
             raise torch.linalg.LinAlgError("an entry is too large")  # pyright: ignore[reportPrivateImportUsage]
@@ -54,14 +54,14 @@ class Basis:
 
 
 def factored(delta: Additive) -> LowRank:
-    """Raises NotSupported where the delta has no factors."""
+    """The delta if it has factors. Raises NotSupported otherwise."""
     if isinstance(delta, LowRank):
         return delta
     raise no_factors(delta.module)
 
 
 def no_factors(module: str) -> NotSupported:
-    message = f"The delta of {module} has no factors, which this method works on."
+    message = f"The delta of {module} has no factors, which this method needs."
     next_step = "Use stack, linear or ties, without a rank and without protect."
     return NotSupported("no_factors", message, subject=module, next_step=next_step)
 
@@ -71,8 +71,8 @@ def pair_of(delta: LowRank) -> Pair:
 
 
 def canonical(pair: Pair, in_output: float = 0.5) -> Pair:
-    """The factors U Σ^p, Σ^(1-p) V^T of the same product, p = `in_output`: what does not depend on how an adapter
-    splits it."""
+    """The factors U Σ^p, Σ^(1-p) V^T of the same product, p = `in_output`. They do not depend on how an adapter splits
+    it."""
     Q_B, R_B = torch.linalg.qr(pair[0])
     Q_A, R_A = torch.linalg.qr(pair[1].T)
     U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)
@@ -95,7 +95,7 @@ class Cores:
 
 
 def cores(pairs: Sequence[Pair]) -> Cores:
-    """2 (O + I) R^2 flops; everything after it is of the size R."""
+    """QR of the stacked factors: 2 (O + I) R^2 flops. Everything after it has size R."""
     ranks = [B.shape[1] for B, _ in pairs]
     Q_B, R_B = torch.linalg.qr(torch.cat([B for B, _ in pairs], dim=1))
     Q_A, R_A = torch.linalg.qr(torch.cat([A for _, A in pairs]).T)
@@ -113,38 +113,38 @@ def basis_of(space: str, pairs: Sequence[Pair], settings: Mapping[str, object]) 
 
 
 def core(pairs: Sequence[Pair]) -> Basis:
-    """P the left singular vectors of the stacked B, Q the right ones of the stacked A (arXiv 2509.17786).
+    """P is the left singular vectors of the stacked B, Q the right ones of the stacked A (arXiv 2509.17786).
 
-    Sums need any basis; an elementwise step sees this one.
+    Any basis would do for sums; this one matters for elementwise steps.
     """
-    found = cores(pairs)
-    U = torch.linalg.svd(torch.cat(found.R_B, dim=1))[0]
-    V = torch.linalg.svd(torch.cat(found.R_A, dim=1))[0]
-    return Basis(found.Q_B @ U, found.Q_A @ V, [U.T @ C @ V for C in found.each])
+    core_factors = cores(pairs)
+    U = torch.linalg.svd(torch.cat(core_factors.R_B, dim=1))[0]
+    V = torch.linalg.svd(torch.cat(core_factors.R_A, dim=1))[0]
+    return Basis(core_factors.Q_B @ U, core_factors.Q_A @ V, [U.T @ C @ V for C in core_factors.each])
 
 
 def knots(pairs: Sequence[Pair], side: str = "output") -> Basis:
     """[Δ_1 … Δ_T] = P S [V_1^T … V_T^T], X_i = S V_i^T (arXiv 2410.19735), from the SVD of [C_1 … C_T].
 
-    `input` does it with the transposed deltas. Directions below float32 noise are left out.
+    `input` uses the transposed deltas. Directions below float32 noise are left out.
     """
     if side == "input":
         turned = knots([(A.T, B.T) for B, A in pairs])
         return Basis(None, turned.P, [X.T for X in turned.X])
-    found = cores(pairs)
-    U, sigma, _ = torch.linalg.svd(torch.cat(found.each, dim=1), full_matrices=False)
-    U = U[:, : max(1, numerical_rank(sigma))]  # one is left even of deltas that are all zero
-    return Basis(found.Q_B @ U, None, [(U.T @ C) @ found.Q_A.T for C in found.each])
+    core_factors = cores(pairs)
+    U, sigma, _ = torch.linalg.svd(torch.cat(core_factors.each, dim=1), full_matrices=False)
+    U = U[:, : max(1, numerical_rank(sigma))]  # one is left even if all deltas are zero
+    return Basis(core_factors.Q_B @ U, None, [(U.T @ C) @ core_factors.Q_A.T for C in core_factors.each])
 
 
 def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
-    """The bases of that rank that hold most of all deltas, each counted alike: max Σ |U^T Δ̃_i V|^2 (arXiv 2606.03723).
+    """The bases of rank `rank` that hold most of all deltas, equally weighted: max Σ |U^T Δ̃_i V|^2 (arXiv 2606.03723).
 
-    Δ̃_i = Δ_i / |Δ_i| (β |Δ_i| + (1 - β) mean |Δ|). Tucker-2 by alternating from the HOSVD, in the core, until the fit
-    moves by less than 1e-10 of the energy. X_i = U^T Δ_i V of the deltas as they are; what the bases miss is lost.
+    Δ̃_i = Δ_i / |Δ_i| (β |Δ_i| + (1 - β) mean |Δ|). Tucker-2 by alternation from the HOSVD, in the core, until the fit
+    changes by less than 1e-10 of the energy. X_i = U^T Δ_i V uses the original deltas; what the bases miss is lost.
     """
-    found = cores(pairs)
-    C_Tba = torch.stack(found.each).double()
+    core_factors = cores(pairs)
+    C_Tba = torch.stack(core_factors.each).double()
     norms = C_Tba.flatten(1).norm(dim=1)
     wanted = beta * norms + (1 - beta) * norms.mean()
     M_Tba = C_Tba * torch.where(norms > 0, wanted / norms, 0.0)[:, None, None]
@@ -158,8 +158,8 @@ def ctm(pairs: Sequence[Pair], rank: int, beta: float = 0.0) -> Basis:
         if now - fit <= _STEADY * energy:
             break
         fit = now
-    X = [(U.T @ C @ V).to(found.Q_B) for C in C_Tba]
-    return Basis(found.Q_B @ U.to(found.Q_B), found.Q_A @ V.to(found.Q_A), X, list(C_Tba))
+    X = [(U.T @ C @ V).to(core_factors.Q_B) for C in C_Tba]
+    return Basis(core_factors.Q_B @ U.to(core_factors.Q_B), core_factors.Q_A @ V.to(core_factors.Q_A), X, list(C_Tba))
 
 
 def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:
@@ -168,10 +168,10 @@ def _leading(M_Tbn: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def pico(pairs: Sequence[Pair]) -> list[Pair]:
-    """Output directions that many adapters share are damped: B_i <- U diag(a) U^T B_i (Pico, arXiv 2604.16826).
+    """Damps output directions that many adapters share: B_i <- U diag(a) U^T B_i (Pico, arXiv 2604.16826).
 
-    [B_1 … B_T] = U diag(s) V^T, c_j = s_j^2 / Σ s^2, a_j = 1 / (1 + (T - 1) c_j). Scales are folded in first, unlike
-    the authors' code, where adapters of unequal alpha would be weighed by their alpha. A is not touched.
+    [B_1 … B_T] = U diag(s) V^T, c_j = s_j^2 / Σ s^2, a_j = 1 / (1 + (T - 1) c_j). Scales are folded in first; in the
+    authors' code they are not, so adapters would count by their alpha. A is unchanged.
     """
     if len(pairs) < 2:
         return list(pairs)
@@ -188,18 +188,18 @@ def norm_of(pair: Pair) -> float:
 
 
 def restoring_factor(now: float, wanted: float) -> float:
-    """What brings a norm to the wanted one. 0 where inputs have cancelled: what is left is float32 noise, whose
-    direction is chance."""
+    """The factor from norm `now` to norm `wanted`. 0 if the inputs have cancelled, since the rest is float32 noise with
+    a random direction."""
     return wanted / now if now > NOISE * wanted else 0.0
 
 
 def restored(pairs: Sequence[Pair], norms: Sequence[float]) -> list[Pair]:
-    """Each pair back to a norm."""
+    """Each pair, scaled back to its norm."""
     return [(B * restoring_factor(norm_of((B, A)), norm), A) for (B, A), norm in zip(pairs, norms, strict=True)]
 
 
 def cancellation(pairs: Sequence[Pair], weights: Sequence[float], norm: float) -> float:
-    """How many times smaller than `norm` the weighted sum of the pairs is; infinite where nothing but noise is left."""
+    """How many times smaller than `norm` the weighted sum of the pairs is; infinite if only noise is left."""
     B = torch.cat([B * weight for (B, _), weight in zip(pairs, weights, strict=True)], dim=1)
     now = norm_of((B, torch.cat([A for _, A in pairs])))
     return restoring_factor(now, norm) or (inf if norm else 0.0)

@@ -1,4 +1,4 @@
-"""What a combination comes to where it comes to little: inputs that add nothing, and inputs that cancel."""
+"""Records how much a combination adds: finds inputs that add nothing, and inputs that cancel."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ from composer.findings import Finding, Severity, zero_deltas
 from composer.methods.pipeline import Pipeline, SlotDelta, WeightSlot, cancelled
 
 _MOST_RESTORED = 10.0
-"""Pico brings a sum that much back to its norm without a finding; inputs that do not cancel need about 1."""
+"""Pico may restore the norm of a sum by this factor without a finding. Inputs that do not cancel need about 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What each input adds, and how far inputs cancel: filled place by place, from any number of threads. `factor` is
-    what the method multiplies its result by."""
+    """What each input adds, and how far inputs cancel. Filled slot by slot, from any number of threads. The method
+    multiplies its result by `factor`."""
 
     factor: float
     touched: dict[int, list[str]] = field(default_factory=lambda: defaultdict[int, list[str]](list))
@@ -29,11 +29,11 @@ class Tally:
             if isinstance(part.delta, LowRank) and _vanishes(part.delta, part.weight * self.factor):
                 self.zero[part.adapter].append(part.delta.module)
 
-    def see_prepared(self, pipeline: Pipeline, place: WeightSlot) -> None:
-        self.cancelled[place.module] = cancelled(pipeline, place)
+    def see_prepared(self, pipeline: Pipeline, slot: WeightSlot) -> None:
+        self.cancelled[slot.module] = cancelled(pipeline, slot)
 
     def findings(self, names: Sequence[str]) -> list[Finding]:
-        """zero_delta or zero_modules for an adapter, cancelled and restored_norm for the combination."""
+        """The findings: zero_delta or zero_modules for an adapter, cancelled and restored_norm for the combination."""
         nothing = [
             finding
             for adapter, touched in sorted(self.touched.items())
@@ -44,18 +44,18 @@ class Tally:
     def _of_cancelled(self) -> list[Finding]:
         gone = sorted(module for module, factor in self.cancelled.items() if isinf(factor))
         large = {module: one for module, one in self.cancelled.items() if one > _MOST_RESTORED and not isinf(one)}
-        found: list[Finding] = []
+        findings: list[Finding] = []
         if gone:
             message = f"The inputs cancel in {len(gone)} modules, {gone[0]} first: nothing is added there."
-            found.append(Finding("cancelled", Severity.WARNING, gone[0], message, float(len(gone))))
+            findings.append(Finding("cancelled", Severity.WARNING, gone[0], message, float(len(gone))))
         if large:
             worst = max(large, key=lambda module: large[module])
             message = (
-                f"The inputs nearly cancel in {len(large)} modules: Pico multiplies what is left of {worst} by "
+                f"The inputs nearly cancel in {len(large)} modules: Pico multiplies what remains of {worst} by "
                 f"{large[worst]:.3g}. Change a weight, or set restore=none."
             )
-            found.append(Finding("restored_norm", Severity.WARNING, worst, message, large[worst]))
-        return found
+            findings.append(Finding("restored_norm", Severity.WARNING, worst, message, large[worst]))
+        return findings
 
 
 def _vanishes(delta: LowRank, factor: float) -> bool:

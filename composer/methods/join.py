@@ -1,4 +1,4 @@
-"""Several deltas of one weight -> one: their factors side by side, or entry by entry.
+"""Joins several deltas of one weight into one: by concatenated factors, or entry by entry.
 
 X_TMN are T deltas (rows of them), w_T their weights.
 """
@@ -19,7 +19,7 @@ Join = Callable[[torch.Tensor], torch.Tensor]
 
 
 def joined(step: str, weights: Sequence[float], total: float, settings: Mapping[str, object]) -> Join:
-    """The join of T deltas. `total` is the sum of all adapters' weights, also of those that leave this place alone."""
+    """The join of T deltas. `total` is the sum of all adapters' weights, including those without a delta here."""
     if step == "elect":
         return lambda X_TMN: elect(X_TMN, weights, str(settings["vote"]), str(settings["divide"]))
     w_T = torch.tensor(weights, dtype=torch.float32)
@@ -29,18 +29,18 @@ def joined(step: str, weights: Sequence[float], total: float, settings: Mapping[
 
 
 def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide: str = "count") -> torch.Tensor:
-    """Each entry takes the sign of the sum of its deltas, and those that have it: Σ_kept w_i X_i / D.
+    """Elects the sign of each entry by vote and joins the deltas that have it: Σ_kept w_i X_i / D.
 
-    TIES, arXiv 2306.01708, where votes are plain, D counts the kept ones and w = 1. `weighted` votes with w_i X_i,
-    `count` with the signs, and plainly where those are even (the signs of a basis are arbitrary, so plus would be too);
-    D may be the kept ones' weights, or 1 (`none`). A zero has no say.
+    TIES (arXiv 2306.01708) has plain votes, D counts the kept deltas, and w = 1. `weighted` votes with w_i X_i, `count`
+    with the signs; a tie falls back to the plain vote, since plus would be arbitrary (the signs of a basis are). D may
+    also be the sum of the kept weights, or 1 (`none`). Zeros do not vote.
     """
     votes_MN = _votes(X_TMN, w_T, vote)
     total_MN, D_MN = _agreeing(X_TMN, w_T, votes_MN, divide)
     if D_MN is None:
         return total_MN
     nothing: torch.Tensor | float = 0.0
-    if divide == "weights" and min(w_T) < 0 < max(w_T):  # weights that cancel are no divisor
+    if divide == "weights" and min(w_T) < 0 < max(w_T):  # weights that cancel cannot be a divisor
         nothing = _NOTHING * cast(torch.Tensor, _agreeing(X_TMN, [abs(w) for w in w_T], votes_MN, divide)[1])
     return total_MN / torch.where(D_MN.abs() <= nothing, 1.0, D_MN)
 
@@ -58,7 +58,7 @@ def _votes(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str) -> torch.Tensor
 def _agreeing(
     X_TMN: torch.Tensor, w_T: Sequence[float], votes_MN: torch.Tensor, divide: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(Σ w_i X_i over those of the elected sign, what to divide by). One delta after the other, in place."""
+    """(Σ w_i X_i over deltas with the elected sign, the divisor). Works in place, one delta at a time."""
     sign_MN = torch.where(votes_MN >= 0, 1.0, -1.0).to(X_TMN.dtype)
     total_MN = torch.zeros_like(sign_MN)
     D_MN = None if divide == "none" else torch.zeros_like(sign_MN)
@@ -71,13 +71,13 @@ def _agreeing(
 
 
 def sce_weights(squares: Sequence[float]) -> list[float]:
-    """Each delta's share of the energy that the mask left: the weights of SCE (arXiv 2408.07990), which adds to 1."""
+    """The weights of SCE (arXiv 2408.07990): each delta's share of the energy left by the mask. They sum to 1."""
     total = sum(squares)
     return [square / total if total else 0.0 for square in squares]
 
 
 def sce(X_TMN: torch.Tensor, w_T: Sequence[float]) -> torch.Tensor:
-    """`elect` by a plain vote with SCE's weights, divided by the kept ones' weights where they are not nothing."""
+    """`elect` by a plain vote with SCE's weights, divided by the kept weights unless those are negligible."""
     total_MN, D_MN = _agreeing(X_TMN, w_T, X_TMN.sum(0), "weights")
     return total_MN if D_MN is None else total_MN / D_MN.clamp(min=1e-6)
 
@@ -85,8 +85,8 @@ def sce(X_TMN: torch.Tensor, w_T: Sequence[float]) -> torch.Tensor:
 def stack_factors(deltas: Sequence[Additive], weights: Sequence[float]) -> list[Additive]:
     """Σ w_i s_i B_i A_i as B = [c_1 B_1 … c_T B_T] (O x R) and A = [A_1; …; A_T] (R x I), R = Σ r_i.
 
-    The deltas are those of one place; weights and scales are folded into B in float32, so the result's scale is 1.
-    Deltas without factors keep to themselves, each with its weight.
+    The deltas belong to one slot. Weights and scales are folded into B in float32, so the result's scale is 1. Deltas
+    without factors stay separate, each with its weight.
     """
     weighted = list(zip(deltas, weights, strict=True))
     pairs = [(delta, weight) for delta, weight in weighted if isinstance(delta, LowRank)]
@@ -99,13 +99,13 @@ def stack_factors(deltas: Sequence[Additive], weights: Sequence[float]) -> list[
 
 
 def scaled(delta: RowwiseDelta, weight: float) -> RowwiseDelta:
-    """The delta times its weight; itself for the weight 1."""
+    """The delta times its weight; the same object for weight 1."""
     return delta if weight == 1 else replace(delta, rows=lambda W_MN, begin: delta.rows(W_MN, begin) * weight)
 
 
 def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> RowwiseDelta:
-    """The deltas of one place, each with its weight, as one delta: those of a step are taken from W plus all that the
-    steps before it added. That is what merging adapter after adapter gives, without its rounding in between."""
+    """The weighted deltas of one slot as one delta. Each step's deltas apply to W plus the results of the steps before,
+    as if the adapters were merged one after the other, but without rounding in between."""
     deltas = [delta for step in steps for delta, _ in step]
     first, computed = deltas[0], [delta for delta in deltas if isinstance(delta, RowwiseDelta)]
 
@@ -119,7 +119,7 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Ro
 
     return RowwiseDelta(
         first.module, first.weight, first.stored_shape, rows, reads_base=True, rescales=True,
-        whole=any(delta.whole for delta in computed), tied=first.tied, twin=first.twin, begin=first.begin,
+        all_rows=any(delta.all_rows for delta in computed), tied=first.tied, twin=first.twin, begin=first.begin,
         layout=first.layout, kernel=first.kernel, stacked=first.stacked,
         sets_rows=frozenset[int]().union(*(delta.sets_rows for delta in computed)),
     )  # fmt: skip

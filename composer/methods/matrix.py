@@ -1,7 +1,7 @@
-"""A matrix whose rows are made when they are asked for, and which of its entries are the largest.
+"""A matrix whose rows are made on demand, and the selection of its largest entries.
 
-What is decided about an entry (is it kept, which sign wins) must not depend on how many rows were asked for at once:
-a product of a few rows may differ from one of many in the last bit. So rows are always made in the same blocks.
+Decisions about an entry (whether it is kept, which sign wins) must not depend on how many rows are requested at once,
+but a product of few rows may differ from one of many in the last bit. So rows are always made in the same blocks.
 Shapes: M rows, N columns.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 BLOCK_ROWS = 64
-_MAGNITUDE = 0x7FFF_FFFF  # a float32 without its sign: as integers, magnitudes keep their order
+_MAGNITUDE = 0x7FFF_FFFF  # a float32 without its sign bit: as integers, magnitudes keep their order
 _INFINITY = 0x7F80_0000
 _LOW_BITS = 15
 _NONE = (-1, -1)
@@ -23,7 +23,7 @@ _MARGIN = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """`make(first, last)` gives float32 rows, of one whole block of `BLOCK_ROWS` at a time (the last is shorter)."""
+    """`make(first, last)` returns float32 rows, one complete block of `BLOCK_ROWS` at a time (the last is shorter)."""
 
     shape: tuple[int, int]
     make: Callable[[int, int], torch.Tensor]
@@ -50,23 +50,23 @@ class Matrix:
         return X_MN
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of every block, in order."""
+        """Yields (first row, rows) of every block, in order."""
         for first in range(0, self.shape[0], BLOCK_ROWS):
             yield first, self.make(first, min(first + BLOCK_ROWS, self.shape[0]))
 
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """The k largest magnitudes of one matrix: those above `threshold`, and of those equal to it the first ones.
+    """The k largest magnitudes of one matrix: those above `threshold`, and the first of those equal to it.
 
-    `cut` is the row and column up to which equal ones belong, that place included; (-1, -1) where none does.
+    `cut` is the row and column of the last equal one that belongs; (-1, -1) if none does.
     """
 
     threshold: int
     cut: tuple[int, int]
 
     def mask(self, X_MN: torch.Tensor, begin: int) -> torch.Tensor:
-        """Which entries of the rows from `begin` are among them."""
+        """The mask of selected entries in the rows from `begin`."""
         bits, row = magnitude_bits(X_MN), self.cut[0] - begin
         mask = bits > self.threshold
         mask[: max(0, row)] |= bits[: max(0, row)] == self.threshold
@@ -75,7 +75,7 @@ class Largest:
         return mask
 
     def kept(self, X_MN: torch.Tensor, begin: int) -> torch.Tensor:
-        """The rows from `begin` with everything else set to zero, in one pass but for the row of the cut."""
+        """The rows from `begin` with all other entries set to zero, in one pass except for the row of the cut."""
         row = self.cut[0] - begin
         if 0 <= row < X_MN.shape[0]:
             return torch.where(self.mask(X_MN, begin), X_MN, 0.0)
@@ -83,27 +83,27 @@ class Largest:
 
 
 def _shrunk(X_MN: torch.Tensor, bits: int) -> torch.Tensor:
-    """Without the magnitudes up to the one of these bits."""
+    """The entries with the magnitudes up to `bits` set to zero."""
     if bits < 0:
         return X_MN
     return torch.nn.functional.hardshrink(X_MN, float(np.int32(bits).view(np.float32)))
 
 
 def largest(matrices: Sequence[Matrix], k: int) -> list[Largest]:
-    """The k largest magnitudes of all matrices together; equal ones are taken in the order of matrices, rows, columns.
+    """Selects the k largest magnitudes of all matrices together; ties go in the order of matrices, rows, columns.
 
-    A sample brackets the k-th magnitude, then one pass counts what lies above and keeps the few within. Should the
-    sample have misled, a histogram of bit patterns brackets it for certain. Nothing of the matrices' size is kept.
+    A sample brackets the k-th magnitude, then one pass counts what lies above and keeps the few within. If the bracket
+    misses, a histogram of bit patterns brackets it with certainty. Nothing of the matrices' size is kept.
     """
     total = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     if k <= 0:
         return [Largest(_INFINITY, _NONE) for _ in matrices]
     if k >= total:
         return [Largest(0, _all_of(matrix)) for matrix in matrices]
-    found = _search(matrices, k, *_guess(matrices, k / total))
-    while found is None:
-        found = _search(matrices, k, *_certain(matrices, k))
-    threshold, ties, equal = found
+    result = _search(matrices, k, *_guess(matrices, k / total))
+    while result is None:
+        result = _search(matrices, k, *_certain(matrices, k))
+    threshold, ties, equal = result
     if ties == equal:
         return [Largest(threshold, _all_of(matrix)) for matrix in matrices]
     kept: list[Largest] = []
@@ -118,20 +118,20 @@ def _all_of(matrix: Matrix) -> tuple[int, int]:
 
 
 def _cut(matrix: Matrix, threshold: int, ties: int) -> tuple[tuple[int, int], int]:
-    """(where the last of that many equal ones lies, how many are left for the next matrix)."""
+    """(position of the last of `ties` equal entries, how many are left for the next matrix)."""
     if ties <= 0:
         return _NONE, 0
     for first, X_MN in matrix.blocks():
-        places = (magnitude_bits(X_MN) == threshold).nonzero()
-        if len(places) >= ties:
-            row, column = places[ties - 1].tolist()
+        rows_and_columns = (magnitude_bits(X_MN) == threshold).nonzero()
+        if len(rows_and_columns) >= ties:
+            row, column = rows_and_columns[ties - 1].tolist()
             return (first + row, column), 0
-        ties -= len(places)
+        ties -= len(rows_and_columns)
     return _all_of(matrix), ties
 
 
 def _guess(matrices: Sequence[Matrix], share: float) -> tuple[int, int]:
-    """Bit patterns (low, high) between which the k-th magnitude should lie: every few blocks, every few entries."""
+    """Bit patterns (low, high) that should bracket the k-th magnitude, from a sample of blocks and entries."""
     sampled: list[torch.Tensor] = []
     for matrix in matrices:
         last = -(-matrix.shape[0] // BLOCK_ROWS) - 1
@@ -139,13 +139,13 @@ def _guess(matrices: Sequence[Matrix], share: float) -> tuple[int, int]:
             rows = matrix.make(number * BLOCK_ROWS, min(matrix.shape[0], (number + 1) * BLOCK_ROWS))
             sampled.append(magnitude_bits(rows).reshape(-1)[::_SAMPLED_EVERY])
     ordered = _descending(torch.cat(sampled))
-    place, margin = share * len(ordered), max(16.0, _MARGIN * len(ordered))
-    first, end = max(0, int(place - margin)), min(len(ordered) - 1, int(place + margin))
+    position, margin = share * len(ordered), max(16.0, _MARGIN * len(ordered))
+    first, end = max(0, int(position - margin)), min(len(ordered) - 1, int(position + margin))
     return int(ordered[end]), int(ordered[first])
 
 
 def _search(matrices: Sequence[Matrix], k: int, low: int, high: int) -> tuple[int, int, int] | None:
-    """(the k-th magnitude's bits, how many equal ones belong, how many there are); None if it is not within."""
+    """(bits of the k-th magnitude, equal ones that belong, equal ones in total); None if outside the bracket."""
     above, at_high, at_low, inside = 0, 0, 0, [torch.empty(0, dtype=torch.int32)]
     for matrix in matrices:
         for _, X_MN in matrix.blocks():
@@ -174,7 +174,7 @@ def _descending(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _certain(matrices: Sequence[Matrix], k: int) -> tuple[int, int]:
-    """The range of bit patterns that share the k-th magnitude's upper bits."""
+    """The range of bit patterns with the k-th magnitude's upper bits."""
     counts = np.zeros(1 << 16, dtype=np.int64)
     for matrix in matrices:
         for _, X_MN in matrix.blocks():
@@ -194,5 +194,5 @@ def square_sum(matrix: Matrix) -> float:
 
 
 def magnitude_bits(X_MN: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of the magnitudes."""
+    """Integers that order like the magnitudes."""
     return X_MN.contiguous().view(torch.int32) & _MAGNITUDE

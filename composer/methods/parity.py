@@ -1,7 +1,7 @@
-"""The values of PEFT's `add_weighted_adapter`, as they are: to reproduce a combination that was made with it.
+"""The exact values of PEFT's `add_weighted_adapter`, to reproduce combinations made with it.
 
-Its plain modes work on A and B apart, which adds cross terms: two unrelated adapters combined by its `linear` are off
-from the weighted sum by as much as the sum itself. Formulas were read from PEFT 0.21 and are tested against it.
+Its plain modes combine A and B separately, which adds cross terms: for two unrelated adapters, its `linear` differs
+from the weighted sum by as much as the sum itself. The formulas follow PEFT 0.21 and are tested against it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from composer.methods.spectral import Compression, decomposing
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """`combination` is PEFT's `combination_type`, `rank` that of the new config, `scale` what PEFT will multiply by.
-    Random masks come from one generator, in the order of the places."""
+    """`combination` is PEFT's `combination_type`, `rank` is the new config's, and `scale` is the factor PEFT will use.
+    Random masks come from one generator, in the order of the slots."""
 
     combination: str
     density: float
@@ -34,20 +34,20 @@ class Parity:
 
     @classmethod
     def of(cls, combination: str, configs: Sequence[AdapterConfig], settings: Mapping[str, object]) -> "Parity":
-        """A single adapter is always combined linearly."""
+        """The combination for these adapter configs. A single adapter is always combined linearly."""
         combination = "linear" if len(configs) == 1 else combination
         ranks = [max([config.rank, *config.rank_pattern.values()]) for config in configs]
         asked = cast("int | None", settings["rank"]) if combination.endswith("svd") else None
         rank = asked or (sum(ranks) if combination == "cat" else max(ranks))
-        # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so that its scale is √r and not 1.
+        # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so its scale is √r and not 1.
         scale = sqrt(rank) if configs[0].use_rslora else 1.0
         generator = torch.Generator().manual_seed(cast(int, settings["seed"]))
         return cls(combination, cast(float, settings["density"]), rank, scale, generator)
 
     def combined(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[LowRank, Compression | None]:
-        """The deltas of one place, and what a cut to the rank has lost.
+        """The combined delta of one slot, and the loss from truncation to the rank.
 
-        Raises Mismatch for unequal ranks where A and B are combined apart, NotSupported where no SVD is found.
+        Raises Mismatch for unequal ranks if A and B are combined separately, and NotSupported if the SVD fails.
         """
         lost: Compression | None = None
         parts = [(replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()), weight) for one, weight in parts]
@@ -61,7 +61,7 @@ class Parity:
         return replace(parts[0][0], A_RI=A_RI, B_OR=B_OR, scale=self.scale), lost
 
     def _truncated(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor, Compression]:
-        """All singular values go into B."""
+        """The truncated SVD of the sum; all singular values go into B."""
         dense = [B @ A for B, A in (pair_of(delta) for delta, _ in parts)]
         total = self._join(dense, [weight for _, weight in parts], self.combination.removesuffix("_svd"))
         rank, module = self.rank, parts[0][0].module
@@ -72,7 +72,7 @@ class Parity:
 
     def _apart(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor]:
         if len({delta.rank for delta, _ in parts}) > 1:
-            message = f"{parts[0][0].module} has adapters of different ranks, whose A and B cannot be combined apart."
+            message = f"{parts[0][0].module} has adapters of different ranks, so A and B cannot be combined separately."
             raise Mismatch("ranks_differ", message, subject=parts[0][0].module, next_step="Use peft_cat or peft_svd.")
         roots = [sqrt(abs(weight * delta.scale)) for delta, weight in parts]
         signed = [copysign(root, weight * delta.scale) for root, (delta, weight) in zip(roots, parts, strict=True)]

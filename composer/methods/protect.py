@@ -1,8 +1,8 @@
-"""Room for protected inputs: every other delta without its part in their subspaces.
+"""Protects adapters: removes from every other delta its part in their subspaces.
 
-Off the inputs of a protected delta, another no longer reacts to what that one reacts to; off its outputs, it no longer
-writes where that one writes. The subspaces are the delta's own, whatever its factors and its size. Shapes, of a delta
-as stored: M rows, N columns, r its rank, K directions of all protected ones together. Nothing of M x N is formed.
+Without the inputs of a protected delta, another delta no longer reacts to what that one reacts to; without its outputs,
+it no longer writes where that one writes. The subspaces depend only on the delta, not on its factors or size. Shapes of
+a stored delta: M rows, N columns, rank r, K directions of all protected deltas together. No M x N matrix is formed.
 """
 
 import os
@@ -23,28 +23,28 @@ from composer.methods.basis import factored, norm_of
 from composer.methods.spectral import decomposing
 from composer.methods.tied import on_own_head
 
-TOGETHER = 16  # places whose results are in memory at once
-_At = tuple[int, int]  # adapter, and the number of the delta among its own
+TOGETHER = 16  # slots whose results are in memory at once
+_At = tuple[int, int]  # adapter, index of the delta in it
 
 
 def project_out_protected(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Mapping[str, object]
 ) -> list[LoadedAdapter]:
-    """The adapters off the subspaces of those that `settings["protect"]` counts from 1; the protected as they are.
+    """Projects adapters off the subspaces of the protected ones, `settings["protect"]` (counted from 1).
 
-    `settings["tied"]` is settled (`treatment_of_tied`). What has the weight 0 protects nothing. Ranks stay; what was
-    moved is float32 and waits on the disk, so that memory is that of a few places. Raises NotSupported where a delta
-    without factors is protected beside another, or would have to be moved.
+    `settings["tied"]` is resolved (`resolve_tied`). Deltas with weight 0 protect nothing. Ranks do not change.
+    Projected deltas are float32 and spilled to disk, so that memory holds a few slots. Raises NotSupported if a delta
+    without factors shares a slot with a protected one, whichever of the two it is.
     """
     chosen = {position - 1 for position in cast("tuple[int, ...]", settings.get("protect", ()))}
-    side, moved, aside = str(settings.get("protect_side")), [dict[int, LowRank]() for _ in adapters], SpillFile()
+    side, moved, spill = str(settings.get("protect_side")), [dict[int, LowRank]() for _ in adapters], SpillFile()
     shared = _shared(adapters, weights, chosen, str(settings["tied"])) if chosen else []
     if not shared:
         return list(adapters)
 
-    def at(place: Sequence[_At]) -> tuple[list[_At], list[Additive], list[LowRank]]:
-        """(the places of what is moved, the inputs, what is moved)."""
-        deltas = [(one, cast(Additive, adapters[one[0]].deltas[one[1]])) for one in place]
+    def at(slot: Sequence[_At]) -> tuple[list[_At], list[Additive], list[LowRank]]:
+        """(indices of the projected deltas, the inputs, the projected deltas)."""
+        deltas = [(one, cast(Additive, adapters[one[0]].deltas[one[1]])) for one in slot]
         with decomposing(deltas[0][1].module):
             room = _Room.beside([delta for (adapter, _), delta in deltas if adapter in chosen], side)
             others = [(one, delta) for one, delta in deltas if one[0] not in chosen]
@@ -53,8 +53,8 @@ def project_out_protected(
 
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "protect") as pool:
         for begin in range(0, len(shared), TOGETHER):
-            for places, inputs, made in list(pool.map(at, shared[begin : begin + TOGETHER])):
-                for (adapter, number), delta in zip(places, mapped(aside, made), strict=True):
+            for indices, inputs, made in list(pool.map(at, shared[begin : begin + TOGETHER])):
+                for (adapter, number), delta in zip(indices, mapped(spill, made), strict=True):
                     moved[adapter][number] = delta
                 drop_pages_of(inputs)
     pairs = zip(adapters, moved, strict=True)
@@ -62,7 +62,7 @@ def project_out_protected(
 
 
 def drop_pages_of(deltas: Sequence[Additive]) -> None:
-    """Of the memory of mapped factors that were looked at."""
+    """Drops the resident pages of mapped factors that were read."""
     for delta in deltas:
         if isinstance(delta, LowRank):
             drop_pages(delta.A_RI)
@@ -70,7 +70,7 @@ def drop_pages_of(deltas: Sequence[Additive]) -> None:
 
 
 class _Moved(Sequence[Delta]):
-    """An adapter's deltas, some of them replaced: the others are made when they are asked for, as before."""
+    """An adapter's deltas, some of them replaced; the others are still made on demand."""
 
     def __init__(self, deltas: Sequence[Delta], moved: Mapping[int, LowRank]) -> None:
         self._deltas, self._moved = deltas, moved
@@ -92,26 +92,27 @@ class _Moved(Sequence[Delta]):
 def _shared(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], chosen: set[int], tied: str
 ) -> list[list[_At]]:
-    """Where each delta lies of the places that both a protected adapter and another one change."""
-    places: dict[tuple[str, int], list[_At]] = defaultdict(list)
+    """The deltas of each slot that both a protected adapter and another one change."""
+    slots: dict[tuple[str, int], list[_At]] = defaultdict(list)
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        for number, found in enumerate(adapter.deltas):
-            delta = on_own_head(found) if tied == "untie" else found
+        for number, original in enumerate(adapter.deltas):
+            delta = on_own_head(original) if tied == "untie" else original
             if not isinstance(delta, Replacement) and (index not in chosen or weight.of(*names_of(delta))):
-                places[delta.weight, delta.begin].append((index, number))
-    return [own for own in places.values() if len({adapter in chosen for adapter, _ in own}) == 2]
+                slots[delta.weight, delta.begin].append((index, number))
+    return [own for own in slots.values() if len({adapter in chosen for adapter, _ in own}) == 2]
 
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """What is taken: orthonormal columns over the rows (M x K) and over the columns (N x K), float64, or nothing."""
+    """The protected subspaces: orthonormal columns over the rows (M x K) and over the columns (N x K), float64; or
+    None."""
 
     rows: torch.Tensor | None
     columns: torch.Tensor | None
 
     @classmethod
     def beside(cls, protected: Sequence[Additive], side: str) -> "_Room":
-        """Each delta's own bases first: beside a larger one a small one would not be seen."""
+        """The room of several deltas, from each one's own basis, so that a large delta does not hide a small one."""
         rows, columns = list[torch.Tensor](), list[torch.Tensor]()
         for delta in map(factored, protected):
             U, V = _spans(delta)
@@ -122,7 +123,8 @@ class _Room:
         return cls(_joined(rows), _joined(columns))
 
     def without(self, delta: LowRank) -> LowRank:
-        """The delta off what is taken. What is then no more than noise becomes zero: its direction would be chance."""
+        """The delta without the protected subspaces. A remainder that is only noise becomes zero, since its direction
+        is random."""
         left, right = delta.stored_factors(torch.float64)
         before = norm_of((left, right))
         if self.rows is not None:
@@ -136,7 +138,7 @@ class _Room:
 
 
 def _spans(delta: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal bases of the delta's columns (M x K) and rows (N x K), without directions that are float32 noise."""
+    """Orthonormal bases of the delta's columns (M x K) and rows (N x K), without float32 noise."""
     left, right = delta.stored_factors(torch.float64)
     Q_left, R_left = torch.linalg.qr(left)
     Q_right, R_right = torch.linalg.qr(right.T)
@@ -149,4 +151,4 @@ def _joined(bases: Sequence[torch.Tensor]) -> torch.Tensor | None:
     if len(bases) < 2:
         return bases[0] if bases else None
     U, sigma, _ = torch.linalg.svd(torch.cat(list(bases), dim=1), full_matrices=False)
-    return U[:, sigma > NOISE]  # of unit columns: a share of 1
+    return U[:, sigma > NOISE]  # relative to 1, since the columns have unit length

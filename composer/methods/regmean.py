@@ -1,13 +1,13 @@
-"""RegMean on LoRA factors: B stays as it was trained, and A is fitted on what the modules see.
+"""RegMean on LoRA factors: keeps the trained B and fits A on the modules' inputs.
 
-On the inputs that member m's own examples give a module, the combination D is to do what m does alone:
+On the inputs that a module gets from member m's own examples, the combination D should do what m does alone:
 
     min over D = Σ_i B_i A*_i of  Σ_m a_m |(D - Δ_m) X_m|² + rho |D - w0 Σ_i Δ_i|²
 
-RegMean (2212.09849) for the factors of LoRA (IterIS, 2411.15231). With a second step the inputs are those of the
-merged model and the targets stay (RegMean++, 2508.03121). The rank is that of a stack, R = Σ r_i; nothing of size
-I x I or O x I is made. a_m = 1 / (|W X_m|² t_m) with t_m = Σ over modules |Δ_m X_m|² / |W X_m|² makes the members'
-relative errors count alike; rho is relative to the mean eigenvalue of Σ a_m X_m X_m^T; w0 is the mean of the
+This is RegMean (2212.09849) for the factors of LoRA (IterIS, 2411.15231). In a second step, the inputs are those of the
+merged model while the targets stay (RegMean++, 2508.03121). The rank is that of a stack, R = Σ r_i. No matrix of size
+I x I or O x I is formed. a_m = 1 / (|W X_m|² t_m) with t_m = Σ over modules |Δ_m X_m|² / |W X_m|² makes the members'
+relative errors count equally. rho is relative to the mean eigenvalue of Σ a_m X_m X_m^T. w0 is the mean of the
 least-squares weights.
 
 Shapes: O outputs and I inputs of a module, r_i rank of member i, R their sum, T members; N_m rows (tokens) of member m,
@@ -30,12 +30,12 @@ from composer.formats.recipes.weights import Weight
 from composer.methods.join import scaled
 
 _CUT = 1e-12
-"""Of the largest eigenvalue: below, the core form's R x R system is taken to be singular in that direction."""
+"""Relative to the largest eigenvalue; below this, the core form's R x R system counts as singular in a direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleInputs:
-    """What one module sees on one member's examples: rows X (N x I in parts, any dtype), and Σ |W x|² over them."""
+    """One module's inputs on one member's examples: rows X (N x I in parts, any dtype), and Σ |W x|² over them."""
 
     parts: Sequence[torch.Tensor]
     base_energy: float
@@ -46,16 +46,16 @@ class ModuleInputs:
 
 
 Observe = Callable[[int, Sequence[Delta], Mapping[str, LowRank]], Mapping[str, ModuleInputs]]
-"""(member's number, active deltas, a delta for each key) -> by key, the inputs of the matrix that the delta adds to, on
-that member's examples. A matrix whose inputs cannot be observed (a packed projection's) is left out."""
+"""(member index, active deltas, a delta per key) -> by key, the inputs of the matrix that the delta adds to, on that
+member's examples. Matrices whose inputs cannot be observed (packed projections) are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
-    """What a fit came to. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
-    inputs of the last step, `errors_of_sum` the same of the weighted sum w0 Σ Δ_i. `fitted` counts modules and stacks
-    of experts. Those in `kept_at_sum` have the weighted sum, a stack in at least one expert: their inputs cannot be
-    observed, no example reached them, or an adapter has no factors there."""
+    """The result of a fit. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
+    inputs of the last step; `errors_of_sum` has the same for the weighted sum w0 Σ Δ_i. `fitted` counts modules and
+    expert stacks. Those in `kept_at_sum` keep the weighted sum (a stack, in at least one expert): their inputs cannot
+    be observed, no example reached them, or an adapter has no factors there."""
 
     w0: float
     errors: tuple[float, ...]
@@ -69,14 +69,15 @@ class FitReport:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The adapters with their fitted factors, every weight folded in, so that their plain sum is the combination."""
+    """The adapters with fitted factors and all weights folded in, so that their plain sum is the combination."""
 
     adapters: list[LoadedAdapter]
     report: FitReport
 
 
 class Inputs:
-    """What a module sees: X_m (N_m x I) for each member, and what modules with the same inputs (q, k and v) share."""
+    """A module's inputs: X_m (N_m x I) for each member, and products that modules with the same inputs (q, k, v)
+    share."""
 
     def __init__(self, X: Sequence[torch.Tensor]) -> None:
         self.X = list(X)
@@ -100,15 +101,15 @@ class Inputs:
 
     @cached_property
     def products(self) -> torch.Tensor:
-        """<x, y> of all rows, N x N."""
+        """<x, y> for all pairs of rows, N x N."""
         X_NI = torch.cat(self.X)
         return X_NI @ X_NI.T
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module's factors and inputs. `A` (r_i x I) and `B` (O x r_i) have an entry for each member, of rank 0 where
-    it has no delta. Scales and weights are folded into B."""
+    """One module's factors and inputs. `A` (r_i x I) and `B` (O x r_i) have an entry per member, of rank 0 if it has no
+    delta. Scales and weights are folded into B."""
 
     A: list[torch.Tensor]
     B: list[torch.Tensor]
@@ -146,7 +147,7 @@ class Module:
 def fit(
     adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Mapping[str, object], observe: Observe
 ) -> Fit:
-    """Fit the factors of the adapters' linear modules; every other delta gets the weight w0, and the report names it.
+    """Fits the factors of the adapters' linear modules; every other delta gets the weight w0, and the report names it.
 
     The settings are `ridge` (rho), `steps` (1 or 2) and `form`: `input` fits A over the whole input side, `core` only
     recombines the rows of A (an R x R matrix). Raises what `observe` raises.
@@ -158,7 +159,7 @@ def fit(
         [_times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members
     ]
     pairs = _factored(own)
-    some = {key: next(iter(found.values())) for key, found in pairs.items()}
+    some = {key: next(iter(own.values())) for key, own in pairs.items()}
     problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)])
     w0 = problem.common_weight(ridge)
     solved, errors = problem.solved(solve, w0, ridge)
@@ -173,7 +174,7 @@ def fit(
         errors=tuple(errors),
         errors_of_sum=tuple(problem.errors_of_sum(w0)),
         fitted=len(
-            {_stack_or_module(one) for found in pairs.values() for one in found.values() if _key(one) in solved}
+            {_stack_or_module(one) for by_member in pairs.values() for one in by_member.values() if _key(one) in solved}
         ),
         kept_at_sum=tuple(sorted({_stack_or_module(one) for one in additive if _key(one) not in solved})),
     )
@@ -181,11 +182,11 @@ def fit(
 
 
 def solve_input(module: Module, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
-    """A* of each member over the whole input side, by the smaller of two equal systems: the primal one of I x I,
+    """A* of each member over the whole input side, by the smaller of two equivalent systems: the primal of size I x I,
 
     A*_i = A_i (a_i S_i + rho w0) (Σ_j a_j S_j + rho)^-1,  S = X^T X,
 
-    or its dual of N x N, where there are fewer rows than inputs.
+    or its dual of size N x N, if there are fewer rows than inputs.
     """
     inputs = module.inputs
     rho = ridge * sum(one * energy for one, energy in zip(a, inputs.energies, strict=True)) / inputs.columns
@@ -221,7 +222,7 @@ def _factor(system: torch.Tensor, rho: float) -> torch.Tensor:
 
 
 def solve_core(module: Module, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
-    """A* = M A, the rows of A recombined by one R x R matrix:
+    """A* = M A: recombines the rows of A by one R x R matrix:
 
     M = (Σ a_m E_m K_m + rho w0 G) (Σ a_m K_m + rho G)^-1,  K_m = A X_m^T X_m A^T,  G = A A^T,  E_m keeps m's rows.
 
@@ -249,9 +250,9 @@ Solve = Callable[[Module, Sequence[float], float, float], list[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """One step's fit: the pairs of each matrix that can be fitted, by member, and what the matrices see.
+    """One step's fit: for each matrix that can be fitted, the pairs by member and the inputs.
 
-    `inner` has for each member Σ over modules G_m / |W X_m|² (T x T), of which the diagonal gives t_m.
+    `inner` has Σ over modules G_m / |W X_m|² (T x T) for each member; its diagonal gives t_m.
     """
 
     pairs: Mapping[str, Mapping[int, LowRank]]
@@ -260,9 +261,9 @@ class _Problem:
 
     @classmethod
     def of(cls, pairs: Mapping[str, Mapping[int, LowRank]], seen: Sequence[Mapping[str, ModuleInputs]]) -> "_Problem":
-        pairs = {name: found for name, found in pairs.items() if any(name in one for one in seen)}
-        # An expert may get no token of a member's examples: it has no rows there.
-        columns = {name: next(iter(found.values())).A_RI.shape[1] for name, found in pairs.items()}
+        pairs = {name: own for name, own in pairs.items() if any(name in one for one in seen)}
+        # An expert that gets no token of a member's examples has no rows there.
+        columns = {name: next(iter(own.values())).A_RI.shape[1] for name, own in pairs.items()}
         none = {name: ModuleInputs([torch.zeros(0, count)], 0.0) for name, count in columns.items()}
         inner = [torch.zeros(len(seen), len(seen), dtype=torch.float64) for _ in seen]
         problem = cls(pairs, seen := [{**none, **one} for one in seen], inner)
@@ -273,7 +274,7 @@ class _Problem:
         return problem
 
     def modules(self) -> Iterator[tuple[str, Module]]:
-        """One at a time, in float64."""
+        """Yields the modules one at a time, in float64."""
         latest: tuple[list[int], Inputs] | None = None
         for name, pairs in self.pairs.items():
             rows = [one[name] for one in self.seen]
@@ -287,15 +288,15 @@ class _Problem:
             yield name, Module(A, B, latest[1])
 
     def alpha(self, name: str) -> list[float]:
-        """a_m = 1 / (|W X_m|² t_m); 0 where the base does nothing. A member that does nothing has no t_m."""
+        """a_m = 1 / (|W X_m|² t_m); 0 if the base does nothing. A member that does nothing has no t_m."""
         energies = [one[name].base_energy for one in self.seen]
         return [1 / (one * (t or 1.0)) if one > 0 else 0.0 for one, t in zip(energies, self._t(), strict=True)]
 
     def common_weight(self, ridge: float) -> float:
-        """w0: the mean of the weights w that make Σ_m a_m |Σ_i w_i Δ_i X_m - Δ_m X_m|² least over all modules together,
+        """w0: the mean of the weights w that minimize Σ_m a_m |Σ_i w_i Δ_i X_m - Δ_m X_m|² over all modules together,
 
         (Σ_m G_m / t_m + r) w = Σ_m G_m[:, m] / t_m + r / T  (2605.29101), with r relative to the mean eigenvalue. 1 / T
-        where nothing was seen.
+        if there were no inputs.
         """
         count = len(self.seen)
         grams = [one / (t or 1.0) for one, t in zip(self.inner, self._t(), strict=True)]
@@ -308,19 +309,19 @@ class _Problem:
         return float(torch.linalg.solve(system_TT + r * identity, wanted_T + r / count).mean())
 
     def solved(self, solve: Solve, w0: float, ridge: float) -> tuple[dict[str, list[torch.Tensor]], list[float]]:
-        """Each module's fitted A by member, in float32, and each member's relative error on what was seen."""
-        found: dict[str, list[torch.Tensor]] = {}
+        """Each module's fitted A by member, in float32, and each member's relative error on the inputs."""
+        solved: dict[str, list[torch.Tensor]] = {}
         squares = [0.0] * len(self.seen)
         for name, module in self.modules():
             alpha = self.alpha(name)
             fitted = solve(module, alpha, w0, ridge)
-            found[name] = [A.float() for A in fitted]
+            solved[name] = [A.float() for A in fitted]
             for member, one in enumerate(alpha):
                 squares[member] += one * module.error(fitted, member)
-        return found, list(map(sqrt, squares))
+        return solved, list(map(sqrt, squares))
 
     def errors_of_sum(self, w0: float) -> Iterator[float]:
-        """Each member's relative error under w0 Σ Δ_i: |Σ_i c_i Δ_i X_m|² with c_i = w0, and w0 - 1 for m itself."""
+        """Each member's relative error under w0 Σ Δ_i: |Σ_i c_i Δ_i X_m|² with c_i = w0, but c_m = w0 - 1."""
         for member, (inner_TT, t) in enumerate(zip(self.inner, self._t(), strict=True)):
             c_T = torch.full((len(self.seen),), w0, dtype=torch.float64)
             c_T[member] -= 1
@@ -331,21 +332,21 @@ class _Problem:
 
 
 def _factored(own: Sequence[Sequence[Delta]]) -> dict[str, dict[int, LowRank]]:
-    """Key of a matrix -> the members' pairs there, if each member that changes it has one pair of a linear module."""
+    """Key of a matrix -> the members' pairs, if each member that changes it has exactly one pair of a linear module."""
     touched: dict[str, list[tuple[int, Delta]]] = defaultdict(list)
     for member, deltas in enumerate(own):
         for delta in deltas:
             touched[_key(delta)].append((member, delta))
-    found: dict[str, dict[int, LowRank]] = {}
+    matrices: dict[str, dict[int, LowRank]] = {}
     for key, parts in touched.items():
         pairs = {member: delta for member, delta in parts if isinstance(delta, LowRank) and _is_linear(delta)}
         if len(pairs) == len(parts):
-            found[key] = pairs
-    return found
+            matrices[key] = pairs
+    return matrices
 
 
 def _key(delta: Delta) -> str:
-    """The matrix that a delta adds to: a module's, or an expert's part of a stack."""
+    """The key of the matrix that a delta adds to: a module's, or one expert's part of a stack."""
     if isinstance(delta, Replacement) or delta.stacked is None:
         return delta.module
     return f"{delta.stacked.parameter}/{delta.stacked.expert}/{delta.stacked.first}"
@@ -356,7 +357,7 @@ def _stack_or_module(delta: Additive) -> str:
 
 
 def _is_linear(delta: LowRank) -> bool:
-    if not (delta.stacked or delta.weight.endswith(".weight")):  # a packed attention's own
+    if not (delta.stacked or delta.weight.endswith(".weight")):  # packed attention
         return False
     return delta.layout is not Layout.EMBEDDING and not (delta.kernel or delta.nested or delta.tied)
 
@@ -370,7 +371,7 @@ def _times(delta: Delta, factor: float) -> Delta:
 def _with_factors(
     own: Sequence[Sequence[Delta]], solved: Mapping[str, list[torch.Tensor]], w0: float
 ) -> list[list[Delta]]:
-    """Each member's deltas with the fitted A, and w0 times those that were not fitted."""
+    """Each member's deltas with the fitted A; those that were not fitted, times w0."""
     return [
         [
             replace(delta, A_RI=solved[_key(delta)][member])

@@ -1,6 +1,6 @@
-"""Which entries of a delta are kept: each step decides once per delta, then answers for any rows.
+"""Chooses which entries of a delta are kept. Each step decides once per delta, then answers for any rows.
 
-p is the density (the share that is kept), n the number of entries. Shapes: M rows, N columns.
+p is the density (the share kept), n the number of entries. Shapes: M rows, N columns.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ import torch
 from composer.methods.matrix import BLOCK_ROWS, Matrix, count_nonzero, largest, magnitude_bits
 
 Keep = Callable[[torch.Tensor, int], torch.Tensor]
-"""(X_MN, first row) -> X_MN with the entries that go set to zero; pure."""
+"""(X_MN, first row) -> X_MN with dropped entries set to zero; pure."""
 
 _DRAWS = 1 << 16
 
 
 def keeps(step: str, matrices: Sequence[Matrix], keys: Sequence[str], settings: Mapping[str, object]) -> list[Keep]:
-    """What each of the T deltas of one place keeps. `keys` name them for the random steps: adapter, tensor, place."""
+    """One Keep for each of the T deltas of a slot. `keys` identify them for the random steps: adapter, tensor, slot."""
     if step == "magnitude":
         return [largest([matrix], kept_entries(matrix, _density(settings)))[0].kept for matrix in matrices]
     if step == "dare":
@@ -34,9 +34,9 @@ def keeps(step: str, matrices: Sequence[Matrix], keys: Sequence[str], settings: 
 
 
 def dare(density: float, seed: int, key: str) -> Keep:
-    """Each entry is kept with probability p and divided by it, so that the expectation stays (arXiv 2311.03099).
+    """Keeps each entry with probability p and divides it by p, which preserves the expectation (arXiv 2311.03099).
 
-    The mask depends on seed, key and place alone: neither on the order of adapters, nor on rows, threads or device.
+    The mask depends only on seed, key and position: not on the order of adapters, nor on rows, threads or device.
     """
     limit = max(1, round(density * _DRAWS))
 
@@ -47,9 +47,9 @@ def dare(density: float, seed: int, key: str) -> Keep:
 
 
 def della(density: float, epsilon: float, seed: int, key: str) -> Keep:
-    """The larger an entry within its row, the likelier it is kept: (p - ε) + 2ε rank / (N - 1), and divided by that.
+    """Keeps larger entries of a row with higher probability, (p - ε) + 2ε rank / (N - 1), and divides by it.
 
-    MagPrune of arXiv 2406.11617; ranks count magnitudes from the smallest, 0.
+    This is MagPrune (arXiv 2406.11617); rank 0 is the smallest magnitude.
     """
 
     def keep(X_MN: torch.Tensor, begin: int) -> torch.Tensor:
@@ -61,9 +61,9 @@ def della(density: float, epsilon: float, seed: int, key: str) -> Keep:
 
 
 def _ranks(X_MN: torch.Tensor) -> torch.Tensor:
-    """Of the magnitudes in their row, from the smallest, 0; equal ones in the order of columns.
+    """The ranks of the magnitudes within their row, 0 for the smallest; ties in column order.
 
-    Magnitude and column are sorted as one number: twice as fast as a stable argsort.
+    Sorts magnitude and column as one number, which is twice as fast as a stable argsort.
     """
     columns = torch.arange(X_MN.shape[1])
     keys = magnitude_bits(X_MN).long() << 32 | columns
@@ -72,7 +72,7 @@ def _ranks(X_MN: torch.Tensor) -> torch.Tensor:
 
 
 def breadcrumbs(matrix: Matrix, density: float, gamma: float) -> Keep:
-    """Without the int(gamma n) largest, then without the smallest until int(p n) are left (arXiv 2312.06795)."""
+    """Drops the int(gamma n) largest entries, then the smallest until int(p n) are left (arXiv 2312.06795)."""
     n = _entries(matrix)
     outliers = int(gamma * n)
     (kept,) = largest([matrix], min(n, outliers + kept_entries(matrix, density)))
@@ -83,15 +83,15 @@ def breadcrumbs(matrix: Matrix, density: float, gamma: float) -> Keep:
 
 
 def by_variance(matrices: Sequence[Matrix], density: float) -> Keep:
-    """One mask for all: the int(p * nonzero) entries that vary most between the adapters (arXiv 2408.07990).
+    """Keeps, with one mask for all, the int(p * nonzero) entries that vary most between adapters (arXiv 2408.07990).
 
-    One adapter alone varies nowhere, and keeps all it has.
+    A single adapter has no variance and keeps all entries.
     """
     if len(matrices) == 1:
         return lambda X_MN, _begin: X_MN
 
     def variance(first: int, last: int) -> torch.Tensor:
-        # By hand: torch's `var` over a short first dimension takes fifteen times as long.
+        # torch's `var` over a short first dimension takes fifteen times as long.
         X_TMN = torch.stack([matrix.rows(first, last) for matrix in matrices])
         return X_TMN.sub_(X_TMN.mean(0)).square_().mean(0)
 
@@ -105,7 +105,7 @@ def by_variance(matrices: Sequence[Matrix], density: float) -> Keep:
 
 
 def _draws(X_MN: torch.Tensor, begin: int, seed: int, key: str) -> torch.Tensor:
-    """Uniform integers below 2^16, one an entry: Philox counts, so a block's numbers need none of the blocks before."""
+    """Uniform integers below 2^16, one per entry. Philox is counter-based, so a block does not need earlier blocks."""
     words = np.frombuffer(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:16], dtype="<u8")
     rows, columns = X_MN.shape
     first, quads = begin - begin % BLOCK_ROWS, -(-columns // 4)
@@ -119,7 +119,7 @@ def _draws(X_MN: torch.Tensor, begin: int, seed: int, key: str) -> torch.Tensor:
 
 
 def kept_entries(matrix: Matrix, density: float) -> int:
-    """At least one: a basis of few directions has so few entries that a share of them may be none."""
+    """The number of entries to keep, at least one: in a basis of few directions, the share may round to none."""
     return max(1, int(density * _entries(matrix)))
 
 

@@ -1,4 +1,4 @@
-"""Joins by singular vectors, and compression to a rank with the error it makes. Shapes: p x q small, M x N dense."""
+"""Joins by singular vectors, and compression to a rank with its error. Shapes: p x q small, M x N dense."""
 
 import os
 from collections.abc import Generator, Sequence
@@ -19,12 +19,12 @@ _ROWS = 256
 _SMALL = 512  # up to this size an exact SVD costs less than a second
 
 Triples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""U, sigma and V^T of a matrix, in the order in which a cut keeps them."""
+"""U, sigma and V^T of a matrix, in the order in which truncation keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """What a module lost: |Δ - Δ'|_F is `error`, |Δ|_F is `norm`, `rank` is what was kept of `full_rank` directions."""
+    """The loss in a module: |Δ - Δ'|_F is `error`, |Δ|_F is `norm`, and `rank` of `full_rank` directions were kept."""
 
     module: str
     rank: int
@@ -36,10 +36,10 @@ class Compression:
         return replace(self, norm=self.norm * abs(factor), error=self.error * abs(factor))
 
     def at(self, norm: float) -> "Compression":
-        """The same where Δ and Δ' are each brought to that norm.
+        """The compression after Δ and Δ' are each scaled to that norm.
 
-        Of |Δ|² a share e² was lost, and what was lost is orthogonal to what is left: the angle between Δ and Δ' has the
-        cosine c = √(1 - e²), and |Δ - Δ'| = |Δ| √(2 (1 - c)) then, which is |Δ| e √(2 / (1 + c)).
+        A share e² of |Δ|² was lost, and the lost part is orthogonal to the rest. So the angle between Δ and Δ' has
+        cosine c = √(1 - e²), and |Δ - Δ'| = |Δ| √(2 (1 - c)) = |Δ| e √(2 / (1 + c)).
         """
         cosine = max(0.0, 1 - self.relative**2) ** 0.5
         return replace(self, norm=norm, error=norm * self.relative * (2 / (1 + cosine)) ** 0.5)
@@ -51,21 +51,22 @@ class Compression:
 
 @contextmanager
 def decomposing(module: str) -> Generator[None]:
-    """Raises NotSupported, naming the module, where a decomposition inside does not converge."""
+    """Raises NotSupported, naming the module, if a decomposition inside does not converge."""
     try:
         yield
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        message = f"The factors at {module} cannot be decomposed: their product leaves float32 ({error})."
-        next_step = "Look at this adapter's norms (inspect); leave it out, or take a plain sum (stack)."
+        message = f"The factors at {module} cannot be decomposed: their product exceeds float32 ({error})."
+        next_step = "Check this adapter's norms (inspect); leave it out, or use a plain sum (stack)."
         raise NotSupported("not_decomposable", message, subject=module, next_step=next_step) from error
 
 
 def tsv(X: Sequence[torch.Tensor], weights: Sequence[float], smaller_side: int) -> torch.Tensor:
-    """TSV-M (arXiv 2412.00081): all singular vectors side by side, each side replaced by its nearest orthonormal set.
+    """TSV-M (arXiv 2412.00081): concatenates all singular vectors and replaces each side by its nearest orthonormal
+    set.
 
-    Of each X_i = U_i Σ_i V_i^T the first t_i triples are taken, t_i = its numerical rank or `smaller_side` of the
-    weight / T if that is less; the result is Û⊥ diag(w_i Σ_i) V̂⊥^T. Zero singular values bring no vectors: theirs
-    would be arbitrary.
+    Takes the first t_i triples of each X_i = U_i Σ_i V_i^T, where t_i is its numerical rank or `smaller_side` of the
+    weight / T, whichever is less. The result is Û⊥ diag(w_i Σ_i) V̂⊥^T. Zero singular values contribute no vectors,
+    since theirs are arbitrary.
     """
     most = max(1, smaller_side // len(X))
     U, sigma, V = [], [], []
@@ -81,7 +82,7 @@ def tsv(X: Sequence[torch.Tensor], weights: Sequence[float], smaller_side: int) 
 def _polar(U_pn: torch.Tensor) -> torch.Tensor:
     """The nearest matrix with orthonormal columns (rows, if there are more columns than rows)."""
     left, sigma, right = torch.linalg.svd(U_pn, full_matrices=False)
-    n = numerical_rank(sigma)  # vectors that several share (one adapter twice, a frozen A) leave others arbitrary
+    n = numerical_rank(sigma)  # shared vectors (one adapter twice, a frozen A) leave others arbitrary
     return left[:, :n] @ right[:n]
 
 
@@ -90,10 +91,10 @@ def triples(X: torch.Tensor) -> Triples:
 
 
 def iso(X: torch.Tensor) -> Triples:
-    """Iso-C (arXiv 2502.04959): all singular values become their mean, over the numerical rank.
+    """Iso-C (arXiv 2502.04959): replaces all singular values by their mean, over the numerical rank.
 
-    With n = min(M, N) as for dense task vectors the null space would be filled with an arbitrary rotation. The triples
-    stay in the order of what they were, so that a cut keeps those that the sum had most of.
+    With n = min(M, N), as for dense task vectors, an arbitrary rotation would fill the null space. The triples keep
+    their original order, so that truncation keeps the strongest directions of the sum.
     """
     U, sigma, Vh = triples(X)
     n = max(1, numerical_rank(sigma))
@@ -106,11 +107,11 @@ def product(parts: Triples) -> torch.Tensor:
 
 
 def kept_rank(sigma: torch.Tensor, norm: float, rank: int | None, energy: float | None) -> int:
-    """How many directions to keep: at most `rank`, and no more than hold that share of |Δ|^2; at least one."""
+    """The number of directions to keep: at most `rank`, no more than hold the share `energy` of |Δ|^2, at least one."""
     count = len(sigma) if rank is None else min(rank, len(sigma))
     if energy is not None:
         share = sigma.double().square().cumsum(0) / max(norm**2, torch.finfo(torch.float64).tiny)
-        # 1e-12: a sum in another order must not ask for one direction more.
+        # 1e-12, so that another order of summation does not add a direction.
         count = min(count, int(torch.searchsorted(share, energy * (1 - 1e-12))) + 1)
     return max(1, min(count, numerical_rank(sigma)))
 
@@ -118,7 +119,7 @@ def kept_rank(sigma: torch.Tensor, norm: float, rank: int | None, energy: float 
 def compress(
     module: str, basis: Basis, parts: Triples, rank: int | None, energy: float | None
 ) -> tuple[Pair, Compression]:
-    """P X Q^T to the first directions of X, the roots of their sizes on either side. The error is exact."""
+    """Truncates P X Q^T to the first directions of X, with the roots of sigma on either side. The error is exact."""
     U, sigma, Vh = parts
     norm = float(sigma.double().norm())
     count = kept_rank(sigma, norm, rank, energy)
@@ -129,10 +130,10 @@ def compress(
 
 
 def _leading(X: torch.Tensor, size: int, pool: ThreadPoolExecutor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, sigma and V^T of about so many leading directions."""
+    """U, sigma and V^T of about `size` leading directions."""
 
     def product(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
-        """X Y, in parts that are always the same ones: the last bits are those of any number of threads."""
+        """X Y in fixed parts, so that the last bits do not depend on the number of threads."""
         return torch.cat(list(pool.map(lambda rows: rows @ Y, X.split(_ROWS))))
 
     Y = product(X, torch.randn(X.shape[1], size, generator=torch.Generator().manual_seed(0)))
@@ -144,10 +145,10 @@ def _leading(X: torch.Tensor, size: int, pool: ThreadPoolExecutor) -> tuple[torc
 
 
 def compress_dense(module: str, matrix: Matrix, rank: int | None, energy: float | None) -> tuple[Pair, Compression]:
-    """A dense delta to rank r, by a randomized range with power passes (arXiv 0909.4061); the error is measured.
+    """Compresses a dense delta to rank r by a randomized range with power passes (arXiv 0909.4061). Measures the error.
 
-    The dense matrix is in memory while this runs, on all cores. Where it is small, or r no small part of it, the SVD is
-    exact, and takes three times as much.
+    Uses all cores and keeps the dense matrix in memory. If the matrix is small, or r is not a small part of it, the SVD
+    is exact and takes three times as much.
     """
     with ThreadPoolExecutor(os.cpu_count() or 1, "dense") as pool:
         X = matrix.dense(pool)
@@ -158,6 +159,6 @@ def compress_dense(module: str, matrix: Matrix, rank: int | None, energy: float 
     count = kept_rank(sigma, norm, rank, energy)
     root = sigma[:count].sqrt()
     left, right = U[:, :count] * root, root[:, None] * Vh[:count]
-    # Looked at entry by entry: of |X|^2 - |X'|^2 nothing is left in float32 where little is lost.
+    # Measured by entry: for a small loss, |X|^2 - |X'|^2 vanishes in float32.
     missed = square_sum(Matrix((len(X), X.shape[1]), lambda first, last: X[first:last] - left[first:last] @ right))
     return (left, right), Compression(module, count, min(X.shape), norm, missed**0.5)

@@ -1,4 +1,4 @@
-"""Structural checks: what cannot be combined at all, whatever the numbers are. Findings, never exceptions."""
+"""Structural checks: what cannot be combined, whatever the values are. Returns findings, never raises them."""
 
 import itertools
 from collections import defaultdict
@@ -15,13 +15,12 @@ _Touch = tuple[str, Delta]  # adapter name, what it does
 
 
 def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> list[Finding]:
-    """Hard conflicts between adapters, and between an adapter and a tied weight.
+    """Finds hard conflicts between adapters, and between an adapter and a tied weight.
 
-    `settings["tied"]` is `auto` (default), `untie`, `shared` or `refuse`; with `settings["sequential"]` the adapters
-    come one after the other. Error codes: replacement_conflict,
-    replacement_and_delta, two_rescale, changed_base, token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch,
-    shape_conflict. Notices: tied_shared, tied_untied. One adapter alone can be in conflict: a tensor saved whole that
-    also has a low-rank pair.
+    `settings["tied"]` is `auto` (default), `untie`, `shared` or `refuse`. With `settings["sequential"]`, the adapters
+    are applied in order. Error codes: replacement_conflict, replacement_and_delta, two_rescale, changed_base,
+    token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices: tied_shared,
+    tied_untied. A single adapter can conflict with itself: a fully saved tensor that also has a low-rank pair.
     """
     tied = resolve_tied(loaded, settings)
     touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
@@ -29,7 +28,7 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
         for delta in adapter.deltas:
             if tied != "untie" and is_tied_duplicate(delta):
                 continue
-            # Untied, the head and the embedding are two tensors; shared, they are one.
+            # Untied, head and embedding are two tensors; shared, they are one.
             side = delta.module if tied == "untie" and delta.tied else ""
             touches[delta.weight, side].append((adapter.name, delta))
     findings: list[Finding] = []
@@ -45,8 +44,8 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
 
 
 def resolve_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:
-    """The setting, with `auto` as what it comes to: `untie` where the two sides are to differ, without which the merged
-    model is not the adapted one, `shared` otherwise."""
+    """The setting, with `auto` resolved: `untie` if the two sides will differ, since the merged model would otherwise
+    not be the adapted one; `shared` if not."""
     tied = str(settings.get("tied", "auto"))
     if tied != "auto":
         return tied
@@ -54,7 +53,7 @@ def resolve_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]
 
 
 def is_tied_duplicate(delta: Delta) -> bool:
-    """Is this the head's side of a change that the embedding's side makes already, as long as they are one tensor?"""
+    """Whether this is the head's side of a change that the embedding's side already makes to the same tensor."""
     return delta.twin and is_head(delta.module)
 
 
@@ -69,51 +68,49 @@ def _check_weight(weight: str, touching: list[_Touch], *, in_order: bool) -> lis
     findings = [
         finding for first, other in itertools.pairwise(replacing) if (finding := _check_replacements(first, other))
     ]
-    places: dict[int, list[tuple[str, Additive]]] = defaultdict(list)  # the experts of a stack are places of their own
+    slots: dict[int, list[tuple[str, Additive]]] = defaultdict(list)  # each expert of a stack is a slot of its own
     for name, delta in adding:
-        places[delta.begin].append((name, delta))
-    return findings + [
-        finding for place in places.values() for finding in _check_place(weight, place, in_order=in_order)
-    ]
+        slots[delta.begin].append((name, delta))
+    return findings + [finding for slot in slots.values() for finding in _check_slot(weight, slot, in_order=in_order)]
 
 
-def _check_place(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order: bool) -> list[Finding]:
+def _check_slot(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order: bool) -> list[Finding]:
     shapes = [(name, delta.stored_shape) for name, delta in adding]  # two adapters may have the same name
     if len({shape for _, shape in shapes}) > 1:
         code = "vocabulary_mismatch" if is_vocabulary(adding[0][1].module) else "shape_conflict"
         sizes = ", ".join(f"{name}: {' x '.join(map(str, shape))}" for name, shape in shapes)
         turned = all(sorted(shape) == sorted(shapes[0][1]) for _, shape in shapes)
-        # PEFT saves fan_in_fan_out as false for GPT-2 when lm_head is targeted too, though c_attn is no Linear.
-        why = " Their configs differ in how it is stored (fan_in_fan_out), which a base tells." if turned else ""
+        # PEFT saves fan_in_fan_out as false for GPT-2 if lm_head is targeted too, although c_attn is not a Linear.
+        why = " Their configs disagree on its layout (fan_in_fan_out); a base settles it." if turned else ""
         message = f"The adapters were trained for different shapes of {weight}: {sizes}.{why}"
         return [_error(code, adding[0][1].module, message)]
     return _check_order(weight, adding, in_order=in_order) + _check_rows(weight, adding)
 
 
 def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
-    """A row that two adapters trained anew can only be one of the two."""
+    """Refuses rows that two adapters both retrained: only one of them can be used."""
     setting = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.sets_rows]
     for (name, one), (other_name, other) in itertools.combinations(setting, 2):
         shared = sorted(one.sets_rows & other.sets_rows)
         if shared:
-            message = f"{name} and {other_name} both trained token {shared[0]} of {weight} anew ({len(shared)} in all)."
+            message = f"{name} and {other_name} both retrained token {shared[0]} of {weight} ({len(shared)} in all)."
             return [_error("token_conflict", one.module, message)]
     return []
 
 
 def _check_order(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order: bool) -> list[Finding]:
-    """Two deltas that each rescale the base's own weight were trained in no common order, unless the user states one
-    (`in_order`); one that drops a part of it leaves no base that another was trained on."""
+    """Refuses two deltas that each rescale the base's weight, since their order is unknown unless the user gives one
+    (`in_order`), and a delta that drops a part of the weight that another was trained on."""
     alone = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.alone]
     if alone and len({name for name, _ in adding}) > 1:
         name, delta = alone[0]
-        message = f"{name} drops directions of {weight} (KaSA), which other adapters were trained with."
+        message = f"{name} drops directions of {weight} (KaSA) that the other adapters were trained with."
         return [_error("changed_base", delta.module, message)]
     reading = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.rescales]
     if len(reading) < 2 or in_order:
         return []
     names = " and ".join(name for name, _ in reading)
-    message = f"{names} each rescale {weight} (DoRA, OFT, …): one after the other is another function in either order."
+    message = f"{names} each rescale {weight} (DoRA, OFT, …): the result depends on their order."
     return [_error("two_rescale", reading[0][1].module, message)]
 
 
@@ -122,10 +119,10 @@ def _check_replacements(first: tuple[str, Replacement], other: tuple[str, Replac
     if one.tensor.shape != two.tensor.shape:
         code = "vocabulary_mismatch" if is_vocabulary(one.module) else "replacement_conflict"
         shapes = f"{list(one.tensor.shape)} and {list(two.tensor.shape)}"
-        message = f"{first_name} and {other_name} both save {one.weight}, with the shapes {shapes}."
+        message = f"{first_name} and {other_name} both save {one.weight}, with shapes {shapes}."
         return _error(code, one.module, message)
     if one.tensor.dtype != two.tensor.dtype or not torch.equal(one.tensor, two.tensor):
-        message = f"{first_name} and {other_name} both save {one.weight} whole, with different values."
+        message = f"{first_name} and {other_name} both save all of {one.weight}, with different values."
         return _error("replacement_conflict", one.module, message)
     return None
 
@@ -136,25 +133,23 @@ def _check_tied(touching: list[_Touch], tied: str) -> list[Finding]:
     modules = sorted({delta.module for _, delta in touching})
     name, first = touching[0]
     if tied == "refuse":
-        message = (
-            f"{name} changes {first.module}, whose tensor {first.weight} is output head and input embedding in one."
-        )
+        message = f"{name} changes {first.module}, whose tensor {first.weight} is both output head and input embedding."
         return [
             _error(
                 "tied_weight",
                 first.module,
-                f"{message} Set tied=untie (each side its own tensor) or tied=shared (both change, as in PEFT).",
+                f"{message} Set tied=untie (each side gets its own tensor) or tied=shared (both change, as in PEFT).",
             )
         ]
     if tied == "untie":
-        message = f"The output head gets a tensor of its own: {' and '.join(modules)} changed."
+        message = f"The output head gets its own tensor: {' and '.join(modules)} changed."
         return [Finding("tied_untied", Severity.NOTICE, first.module, message)]
     if len(modules) > 1:
         message = (
-            f"{' and '.join(modules)} share one tensor and both are changed; that is only possible with tied=untie."
+            f"{' and '.join(modules)} share one tensor and both are changed, which is only possible with tied=untie."
         )
         return [_error("tied_both_sides", modules[0], message)]
-    message = f"{first.module} is changed in the tensor that embedding and head share: the other side changes too."
+    message = f"{first.module} is changed in the tensor shared by embedding and head, so the other side changes too."
     return [Finding("tied_shared", Severity.NOTICE, first.module, message)]
 
 

@@ -110,7 +110,7 @@ def test_the_share_that_is_left_is_printed_with_its_interval() -> None:
 def test_what_is_open_is_named_with_its_numbers() -> None:
     (answers,) = [one for one in of_outcome(answering(4, 3), Policy()) if one.code == "probe_open"]
     assert "open after 16 examples whether red retains 90% of its exact match" in answers.message
-    assert answers.message.endswith("(3 of 4 so far; 8 exact ones decide).")
+    assert answers.message.endswith("(3 of 4 so far; 8 exact matches are needed to decide).")
     assert (answers.subject, answers.measure) == ("red + green: red", 0.75)
     wide = replace(answering(9, 9).effects[0], loss_interval=interval(0.3, 1.0, 16, 2))
     (loss,) = of_outcome(Outcome(16, (wide,), ()), Policy())
@@ -142,8 +142,8 @@ def test_what_a_members_own_weight_takes_is_told_beside_its_loss(red: LoadedAdap
     outcome = Outcome(16, (lowered, answering(0, 0).effects[1]), ())
     report = conflicts([red, green], [0.7, 1.0], evidence=ProbeResult(16, (outcome,), outcome, 1.0))
     (loss,) = report.findings
-    assert "(0.10 alone, 0.40 combined), of which its own weight takes +0.20;" in loss.message
-    assert "of which its own weight takes +0.20" in report.pairs[0].explanation.meaning
+    assert "(0.10 alone, 0.40 combined), of which its own weight causes +0.20;" in loss.message
+    assert "of which its own weight causes +0.20" in report.pairs[0].explanation.meaning
     assert "0.10 (0.30 at its weight)" in tables(report)[0].rows[0]
 
 

@@ -107,7 +107,7 @@ def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter
     evidence = Evidence(lambda: loaded, [RED, GREEN], k=10, most=10, calibration=calibration(loaded, 3))
     report = examine([red, green], [1.0, 1.0], Method("regmean"), evidence=evidence)
     assert report.probe is not None
-    assert {effect.examples for effect in report.probe.whole.effects} == {7}
+    assert {effect.examples for effect in report.probe.overall.effects} == {7}
 
 
 def test_a_fitted_method_without_examples_is_unmeasured(

@@ -76,8 +76,8 @@ def test_the_same_adapter_twice_is_a_warning_since_the_sum_overshoots(red: Loade
 @pytest.mark.parametrize(
     ("cosine", "said"),
     [
-        (0.001, "are hardly related (cosine 0.00)"),
-        (0.09, "are hardly related (cosine 0.09)"),
+        (0.001, "are barely related (cosine 0.00)"),
+        (0.09, "are barely related (cosine 0.09)"),
         (0.3, "point partly the same way (cosine 0.30)"),
         (0.7, "point mostly the same way (cosine 0.70)"),
         (1.0, "point the same way (cosine 1.00)"),
@@ -167,13 +167,13 @@ def test_a_report_has_the_contracts_shape(red: LoadedAdapter, green: LoadedAdapt
 def test_weights_that_do_not_match_the_adapters_are_refused(
     red: LoadedAdapter, green: LoadedAdapter, weights: list[float]
 ) -> None:
-    with pytest.raises(Mismatch, match="each with a weight"):
+    with pytest.raises(Mismatch, match="one weight each"):
         conflicts([red, green], weights)
 
 
 def test_no_adapter_or_two_of_one_name_are_refused(red: LoadedAdapter) -> None:
     for adapters in ([], [red, red]):
-        with pytest.raises(Mismatch, match="adapters of different names"):
+        with pytest.raises(Mismatch, match="adapters with different names"):
             conflicts(adapters, [1.0] * len(adapters))
 
 

@@ -67,7 +67,7 @@ def test_deltas_that_are_only_made_whole_are_made_one_place_at_a_time(
 
     def whole(place: int) -> RowwiseDelta:
         rows = inside.watched(lambda W, begin: torch.eye(SIDE)[begin : begin + len(W)])
-        return RowwiseDelta(f"m{place}", f"m{place}.weight", (SIDE, SIDE), rows, whole=True)
+        return RowwiseDelta(f"m{place}", f"m{place}.weight", (SIDE, SIDE), rows, all_rows=True)
 
     own = replace(red, deltas=tuple(map(whole, range(6))))
     assert len(combine_deltas([own], [1.0], "ties_svd", {"rank": 2}).compressions) == 6

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from composer.deltas.delta import Layout, LowRank, Replacement
 from composer.deltas.variants.load import load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
-from composer.evaluation.evaluate import Encoded, applied, encode, evaluate, generate, measure, ratio
+from composer.evaluation.evaluate import Encoded, deltas_applied, encode, evaluate, generate, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Example, Suite
 from tests.composer.small_model import save_adapter, save_gemma, save_gpt2, save_llama, save_tokenizer
@@ -56,7 +56,7 @@ def test_an_adapter_through_hooks_gives_the_logits_that_peft_gives(base: Path, t
     adapted = save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path, seed=1, **config)
     own = load_model(base, device="cpu")
     before = logits(own.model)
-    with applied(own.model, load_deltas(tmp_path, own.architecture).deltas):
+    with deltas_applied(own.model, load_deltas(tmp_path, own.architecture).deltas):
         torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(logits(own.model), before, atol=1e-2)
     torch.testing.assert_close(logits(own.model), before, rtol=0, atol=0)
@@ -67,7 +67,7 @@ def test_a_conv1d_adapter_through_hooks_gives_the_logits_that_peft_gives(tmp_pat
     config = {"r": 4, "target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}
     adapted = save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", seed=2, **config)
     own = load_model(base, device="cpu")
-    with applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
+    with deltas_applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
         torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_a_delta_of_a_tied_head_leaves_the_embedding_as_it_is(tmp_path: Path) ->
     vocabulary = own.model.lm_head.weight.shape[0]
     head = replace(proj_delta("lm_head", outputs=vocabulary), weight="model.embed_tokens.weight", tied=True)
     hidden = own.model.model(input_ids=IDS).last_hidden_state
-    with applied(own.model, [head]):
+    with deltas_applied(own.model, [head]):
         torch.testing.assert_close(own.model.model(input_ids=IDS).last_hidden_state, hidden, rtol=0, atol=0)
         changed = own.model.lm_head.weight + 0.5 * head.B_OR @ head.A_RI
         torch.testing.assert_close(logits(own.model), hidden @ changed.T, rtol=1e-4, atol=1e-4)
@@ -89,12 +89,12 @@ def test_deltas_on_one_module_add_up_like_their_dense_sum(loaded: LoadedModel, b
     dense = load_model(base, device="cpu").model
     with torch.no_grad():
         dense.get_submodule(path).weight += sum(part.scale * part.B_OR @ part.A_RI for part in parts)
-    with applied(loaded.model, parts):
+    with deltas_applied(loaded.model, parts):
         torch.testing.assert_close(logits(loaded.model), logits(dense), rtol=1e-4, atol=1e-4)
 
 
 def _fail_inside(loaded: LoadedModel, deltas: list[LowRank | Replacement]) -> None:
-    with applied(loaded.model, deltas):
+    with deltas_applied(loaded.model, deltas):
         raise RuntimeError("out of patience")
 
 
@@ -102,7 +102,7 @@ def test_the_base_is_bit_for_bit_itself_after_an_error_inside_the_block(loaded: 
     weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     head = Replacement("lm_head", "lm_head.weight", torch.zeros_like(loaded.model.lm_head.weight))
     before = logits(loaded.model)
-    with applied(loaded.model, [head]):
+    with deltas_applied(loaded.model, [head]):
         assert logits(loaded.model).abs().max() == 0
     with pytest.raises(RuntimeError, match="out of patience"):
         _fail_inside(loaded, [head, proj_delta("model.layers.0.self_attn.q_proj")])
@@ -126,7 +126,7 @@ def test_a_delta_that_does_not_fit_is_an_error_naming_its_module_and_nothing_sta
     before = logits(loaded.model)
     with (
         pytest.raises(error, match=delta.module.replace(".", r"\.")) as caught,
-        applied(loaded.model, [proj_delta("model.layers.0.self_attn.q_proj"), delta]),
+        deltas_applied(loaded.model, [proj_delta("model.layers.0.self_attn.q_proj"), delta]),
     ):
         pass
     assert (caught.value.code, caught.value.subject) == (code, delta.module)
@@ -297,7 +297,7 @@ def test_a_delta_of_an_embedding_that_scales_is_scaled_as_the_embedding_is(tmp_p
     own = load_model(base, device="cpu", dtype=dtype)
     embedding = own.model.get_submodule("model.embed_tokens")
     factor = float(embedding.embed_scale.to(dtype))
-    with torch.inference_mode(), applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
+    with torch.inference_mode(), deltas_applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
         found = embedding(IDS).float() / factor
         if dtype == torch.float32:
             torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)

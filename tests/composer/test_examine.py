@@ -65,7 +65,7 @@ def test_the_evidence_that_is_weak_is_said_to_be(adapters: list[LoadedAdapter], 
             ("probe", Evidence(lambda: loaded, suites(3), k=2)),
         )
     }  # fmt: skip
-    assert any("weights alone say close to nothing across recipes" in one for one in said["weights"])
+    assert any("weights alone say almost nothing" in one for one in said["weights"])
     assert any(
         "weaker evidence than a probe: on the members' own examples, with completions," in one
         for one in said["activations"]
@@ -99,13 +99,13 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
     report = examine(adapters, [1.0] * 3, evidence=Evidence(never, own))
     assert report.findings[0].code == "same_prompts"
     assert report.findings[0].subject == "red + blue"
-    assert "no one model serves both" in report.findings[0].message
+    assert "no single model serves both" in report.findings[0].message
     verdicts = {(pair.a, pair.b): pair.verdict for pair in report.pairs}
     assert verdicts == {("red", "green"): "unmeasured", ("red", "blue"): "warn", ("green", "blue"): "unmeasured"}
     assert report.verdict is Verdict.WARN
     told = summary(report)
-    assert "want other answers to 1 of them: no one model serves both" in told.lines[0]
-    assert told.fix.startswith("Serve them apart and route")
+    assert "want different answers to 1 of them: no single model serves both" in told.lines[0]
+    assert told.fix.startswith("Serve them separately and route")
     ignored = examine(adapters, [1.0] * 3, evidence=Evidence(never, own), policy=parse_policy("same_prompts: ignore"))
     assert (ignored.verdict, summary(ignored).fix[:10]) == (Verdict.UNMEASURED, "Measure it")
 
@@ -115,7 +115,9 @@ def test_a_method_is_probed_as_what_it_makes(adapters: list[LoadedAdapter], load
     def measured(name: str) -> list[float]:
         report = examine(adapters, [1.0] * 3, Method(name), evidence=Evidence(lambda: loaded, suites(3), k=2))
         assert report.probe is not None
-        return [effect.combined for outcome in (*report.probe.pairs, report.probe.whole) for effect in outcome.effects]
+        return [
+            effect.combined for outcome in (*report.probe.pairs, report.probe.overall) for effect in outcome.effects
+        ]
 
     assert all(
         one != pytest.approx(other, abs=1e-4) for one, other in zip(measured(method), measured("stack"), strict=True)
@@ -193,7 +195,7 @@ def test_a_policy_reaches_the_probe_and_the_findings(adapters: list[LoadedAdapte
     policy = parse_policy("{probe_loss: error, thresholds: {probe_loss: -1000}}")
     report = examine(adapters[:2], [1.0, 1.0], evidence=Evidence(lambda: loaded, suites(2), k=2, most=2), policy=policy)
     assert report.probe is not None
-    sure = [effect for effect in report.probe.whole.effects if effect.loss_interval.low > -1000]
+    sure = [effect for effect in report.probe.overall.effects if effect.loss_interval.low > -1000]
     assert len([finding for finding in report.findings if finding.code == "probe_loss"]) == len(sure) > 0
     assert report.verdict == "refuse"
 

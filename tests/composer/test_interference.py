@@ -11,7 +11,7 @@ from composer.conflicts.examine import parse_prompts
 from composer.deltas.delta import Delta, Layout, LowRank, Replacement
 from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, Mismatch, NotSupported
-from composer.evaluation.evaluate import Encoded, applied, encode_prompt
+from composer.evaluation.evaluate import Encoded, deltas_applied, encode_prompt
 from composer.evaluation.model import LoadedModel, load_model
 from tests.composer.adapted import save_adapted
 from tests.composer.small_model import save_gemma, save_gpt2, save_tokenizer
@@ -49,7 +49,7 @@ def captured(loaded: LoadedModel, victim: list[Delta]) -> dict[str, tuple[torch.
         )
         for module in MODULES
     ]
-    with torch.inference_mode(), applied(loaded.model, victim):
+    with torch.inference_mode(), deltas_applied(loaded.model, victim):
         for one in encoded(loaded):
             loaded.model(input_ids=torch.tensor([one.ids]))
     for handle in handles:
@@ -150,7 +150,7 @@ def test_an_embedding_that_scales_what_it_looks_up_scales_what_an_adapter_adds(
     ids, embedding = torch.cat([torch.tensor(one.ids) for one in encoded(gemma)]), gemma.model.get_submodule(path)
     with torch.inference_mode():
         before = embedding(ids)
-        with applied(gemma.model, [own]):
+        with deltas_applied(gemma.model, [own]):
             moved = embedding(ids) - before
     expected = (moved.square().sum() / before.square().sum()).sqrt().item()
     found = activation_interference(gemma, encoded(gemma), [own], [own])

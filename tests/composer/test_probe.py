@@ -71,16 +71,16 @@ def test_every_number_of_a_probe_is_the_evaluation_it_stands_for(loaded: LoadedM
 def test_three_members_give_three_pairs_and_the_whole(loaded: LoadedModel) -> None:
     result = probe(loaded, MEMBERS, effort=2)
     assert [outcome.members for outcome in result.pairs] == [("red", "green"), ("red", "blue"), ("green", "blue")]
-    assert result.whole.members == ("red", "green", "blue")
+    assert result.overall.members == ("red", "green", "blue")
     whole = nll(loaded, MEMBERS[1].suite, weighted_sum(MEMBERS), k=2)
-    assert result.whole.effects[1].combined == pytest.approx(whole, rel=1e-5)
+    assert result.overall.effects[1].combined == pytest.approx(whole, rel=1e-5)
     assert result.seconds > 0
 
 
 def test_a_partner_of_weight_zero_costs_nothing_and_takes_nothing_of_the_gain(loaded: LoadedModel) -> None:
     result = probe(loaded, [MEMBERS[0], replace(MEMBERS[1], weight=0.0)], effort=3)
     (pair,) = result.pairs
-    assert result.whole == pair
+    assert result.overall == pair
     assert pair.effects[0].loss == pytest.approx(0.0, abs=1e-5)
     assert pair.effects[1].combined == pytest.approx(nll(loaded, MEMBERS[1].suite, MEMBERS[0].deltas), rel=1e-5)
 

@@ -344,7 +344,7 @@ def test_rows_are_the_same_in_any_cut(case: str, dtype: torch.dtype, tmp_path: P
             whole = delta.rows(W_MN, 0)
             assert whole.dtype is dtype
             assert torch.equal(W_MN, before)
-            cuts = [0, len(W_MN)] if delta.whole else [0, 1, 6, 11, len(W_MN)]
+            cuts = [0, len(W_MN)] if delta.all_rows else [0, 1, 6, 11, len(W_MN)]
             parts = [delta.rows(W_MN[begin:end], begin) for begin, end in itertools.pairwise(cuts)]
             # A small Δ is the difference of two weights, whose rounding it keeps.
             assert_all_close({case: torch.cat(parts)}, {case: whole}, 1e-5 if dtype is torch.float32 else 1e-13)

@@ -57,9 +57,9 @@ def test_a_probe_decides_the_verdict_and_warns_of_damage_that_it_is_sure_of(
     (pair,) = found.pairs
     assert found.verdict is pair.verdict is verdict
     assert pair.evidence == "probe"
-    assert pair.risk == max(effect.loss for effect in result.whole.effects)
-    assert pair.risk_stderr == result.whole.worst.loss_stderr
-    assert pair.interval == result.whole.risk
+    assert pair.risk == max(effect.loss for effect in result.overall.effects)
+    assert pair.risk_stderr == result.overall.worst.loss_stderr
+    assert pair.interval == result.overall.risk
     assert pair.interval.low <= pair.risk <= pair.interval.high
 
 
@@ -72,7 +72,7 @@ def test_a_pair_that_warns_by_a_guard_alone_gets_advice(red: LoadedAdapter, gree
 
 
 def test_the_verdict_of_a_set_is_its_worst_pairs(red: LoadedAdapter, green: LoadedAdapter, load: Load) -> None:
-    harmless, harmed = outcome(0.0, 1.0, -1.0, 0.001).whole, outcome(2.0, 0.2, -1.0, 0.01).whole
+    harmless, harmed = outcome(0.0, 1.0, -1.0, 0.001).overall, outcome(2.0, 0.2, -1.0, 0.01).overall
     blue = load("blue", 5)
     with_blue = replace(harmed, effects=(harmed.effects[0], replace(harmed.effects[1], member="blue")))
     third = replace(harmless, effects=(replace(harmless.effects[0], member="blue"), harmless.effects[1]))
@@ -99,7 +99,7 @@ def test_a_policy_says_how_much_may_be_lost_and_how_severe_that_is(red: LoadedAd
 
 
 def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    harmed = outcome(1.5, 0.4, 0.6, 0.1).whole
+    harmed = outcome(1.5, 0.4, 0.6, 0.1).overall
     effects = tuple(replace(one, answered=8, still_answered=2) for one in harmed.effects)
     result = ProbeResult(8, (replace(harmed, effects=effects),), replace(harmed, effects=effects), 1.5)
     found = text.summary(conflicts([red, green], [1.0, 1.0], evidence=result))
@@ -123,7 +123,7 @@ def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
     found = conflicts([red, green], [1.0, 1.0], evidence=outcome(1.5, 0.4, 0.6, 0.1))
     verdict, headline = text.headlines(found)
     assert verdict == "Verdict: warn."
-    assert headline.startswith("red + green: risk +1.50 [+1.22, +1.78] nats per token, measured: red is the one that")
+    assert headline.startswith("red + green: risk +1.50 [+1.22, +1.78] nats per token, measured: red suffers")
     assert headline.endswith("suffers, 40% of its gain is left.")
     first, *others = text.tables(found)
     assert first.title == "Probe"
@@ -158,9 +158,9 @@ def test_answering_as_well_as_alone_is_said_of_intervals(red: LoadedAdapter, gre
     assert text.headlines(sure)[1].endswith("both answer their own suites as well as alone.")
     assert text.advice(sure) == []
     open_ = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.1))
-    assert text.headlines(open_)[1].endswith("no loss is sure on 8 examples.")
+    assert text.headlines(open_)[1].endswith("no certain loss on 8 examples.")
     assert text.advice(open_) == [
-        "red + green: Undecided: measure more examples (--probe-max 24), as far as red-exact has them."
+        "red + green: Undecided: measure more examples (--probe-max 24), if red-exact has them."
     ]
 
 
@@ -168,9 +168,9 @@ def test_the_coverage_of_the_intervals_is_printed_and_what_they_are_not_correcte
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     pair = text.tables(conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.001)))[0]
-    assert "the intervals of both members held together in 0." in pair.note
+    assert "both members' intervals held together with frequency 0." in pair.note
     assert "not corrected" not in pair.note
-    assert text.coverage(4).endswith("They are not corrected for looking at 4 combinations.")
+    assert text.coverage(4).endswith("They are not corrected for 4 combinations.")
 
 
 def test_a_damaged_pair_gets_advice_that_names_positions_modules_and_settings(

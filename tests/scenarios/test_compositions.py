@@ -370,7 +370,7 @@ def test_what_cannot_end_as_an_adapter_is_refused_by_the_plan_too(small_team: Cl
     idle: dict[str, Any] = {"adapter": "acme/sql@prod", "rules": [{"modules": "nothing.*", "weight": 0.5}]}
     other = "acme/support"
     for changes, code, way_out in (
-        ({"method": "stack", "inputs": [idle, other]}, "holds for no module", "inspect"),
+        ({"method": "stack", "inputs": [idle, other]}, "matches no module", "inspect"),
         ({"method": "dare_ties", "inputs": ["acme/sql", other]}, "no factors", "settings: {rank: 32}"),
     ):
         recipe = write_recipe(tmp_path, **changes, probe=0)

@@ -31,7 +31,7 @@ def test_evidence_grows_from_weights_over_activations_to_a_probe(team: Cli, tmp_
     explained = team.ok("conflicts", *PAIR, "--probe", "2", "--probe-max", "0", "--explain").out
     assert "nats per token, measured" in explained
     assert "Adapters" in explained
-    assert "held together in 0." in explained, "what the intervals are worth is printed beside them"
+    assert "held together with frequency 0." in explained, "what the intervals are worth is printed beside them"
     shown = team.ok("conflicts", *PAIR, "--probe", "2", "--probe-max", "0").out
     first, *lines = shown.splitlines()
     assert first.startswith(f"Verdict: {probed['verdict']}, measured on 2 examples a suite in ")
@@ -109,9 +109,9 @@ def test_members_that_want_other_answers_to_the_same_prompts_are_named_first(tea
         team.ok("suite", "add", suite_file(tmp_path, suite, [(f"case {number}", answer) for number in range(6)]))
         team.ok("eval", ref, "--suite", suite)
     shown = team.ok("conflicts", *PAIR).out
-    assert "share 6 prompts and want other answers to 6 of them: no one model serves both" in " ".join(shown.split())
+    assert "share 6 prompts and want different answers to 6 of them: no single model" in " ".join(shown.split())
     assert shown.splitlines()[0] == "Verdict: warn"
-    assert "fix: Serve them apart and route" in shown
+    assert "fix: Serve them separately and route" in shown
     recipe = tmp_path / "recipe.yaml"
     inputs = [{"adapter": ref, "suite": suite} for ref, suite in zip(PAIR, ("up", "low"), strict=True)]
     recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))

@@ -48,7 +48,7 @@ def test_suites_that_want_other_answers_to_the_same_prompts_are_named(
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     both = [word for file in (world.suites["sql"], tmp_path / "other.yaml") for word in ("--suite", file)]
     fitting = (*adapters(world), "--base", world.base, "--method", "regmean", *both)
-    assert "no one model serves both" in on_disk.ok(command, *fitting, "-o", tmp_path / "out").err
+    assert "no single model serves both" in on_disk.ok(command, *fitting, "-o", tmp_path / "out").err
 
 
 @pytest.mark.parametrize(

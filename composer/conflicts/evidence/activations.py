@@ -1,9 +1,9 @@
-"""What each adapter does to the activations on another one's examples: weaker evidence than a probe; no suites.
+"""What each adapter does to the activations on another one's examples: weaker evidence than a probe, without suites.
 
-What predicts damage best is how strongly the intruder acts at all on the victim's inputs, |Δ_j x| / |W x|: over 66
-pairs (docs/study.md), on the members' own examples with completions, its rank correlation with the loss of the worse
-member is 0.79, that of the ratio to the victim's own strength 0.31. A mean over the modules that either touches ranks
-worse (0.70, and -0.29 for 0.48 on fresh adapters): a large victim dilutes a small intruder.
+The best predictor of damage is how strongly the intruder acts on the victim's inputs, |Δ_j x| / |W x|. Over 66 pairs
+(docs/study.md), on the members' own examples with completions, its rank correlation with the loss of the worse member
+is 0.79; that of its ratio to the victim's own strength is 0.31. A mean over the modules that either touches ranks worse
+(0.70, and -0.29 instead of 0.48 on fresh adapters), because a large victim dilutes a small intruder.
 
 Shapes: T adapters, N tokens, I inputs and O outputs of a module, R the sum of the ranks; B examples of P positions.
 """
@@ -29,14 +29,14 @@ MAX_PROMPTS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Directed:
-    """An intruder j beside a victim i, on inputs x that the victim's examples give each module.
+    """An intruder j compared with a victim i, on the inputs x that each module gets from the victim's examples.
 
-    `ratio` |Δ_j x| / |Δ_i x|; `along` the part of Δ_j x in the direction of Δ_i x, signed, and `across` the rest, both
-    over |Δ_i x|. Squares are summed over tokens and modules, each module's over its own |W x|^2: a module does not
-    count more because its activations are larger. `victim` and `intruder` are the roots of those sums of
-    (|Δ x| / |W x|)^2, which exceed 1 where many modules are changed; `modules` are the shares of the intruder's energy.
-    A pair's numbers are the same whoever else is in the set. A victim that does nothing has the ratio 0: there is
-    nothing to overwrite.
+    `ratio` is |Δ_j x| / |Δ_i x|. `along` is the signed part of Δ_j x in the direction of Δ_i x and `across` the rest,
+    both over |Δ_i x|. Squares are summed over tokens and modules, each module's divided by its own |W x|^2, so that
+    modules with larger activations do not count more. `victim` and `intruder` are the roots of those sums of
+    (|Δ x| / |W x|)^2, which exceed 1 where many modules change. `modules` are the shares of the intruder's energy.
+    A pair's numbers do not depend on the rest of the set. A victim that does nothing has ratio 0: there is nothing to
+    overwrite.
     """
 
     ratio: float
@@ -49,19 +49,19 @@ class Directed:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Of every ordered pair (victim, intruder); `prompts` were run for each victim."""
+    """The numbers of every ordered pair (victim, intruder); `prompts` were run for each victim."""
 
     prompts: int
     directed: Mapping[tuple[str, str], Directed]
 
     def worse(self, a: str, b: str) -> tuple[str, Directed]:
-        """The victim of the two on whose inputs the other acts more strongly."""
+        """The victim on whose inputs the other one acts more strongly, with the numbers."""
         return max(((a, self.directed[a, b]), (b, self.directed[b, a])), key=lambda one: one[1].intruder)
 
 
 @dataclass(frozen=True, slots=True)
 class _Energy:
-    """Of one module: Σ <Δ_i x, Δ_j x> over the tokens (T x T, float64), Σ |W x|^2, and which adapters touch it."""
+    """One module: Σ <Δ_i x, Δ_j x> over the tokens (T x T, float64), Σ |W x|^2, and the adapters that touch it."""
 
     inner: torch.Tensor
     base: float
@@ -71,9 +71,9 @@ class _Energy:
 def activation_interference(
     loaded: LoadedModel, examples: Sequence[Encoded], victim: Deltas, intruder: Deltas
 ) -> Directed:
-    """The intruder's deltas on the victim's examples, with the victim active. Both are taken as they are, unweighted.
+    """Compares the intruder's deltas with the victim's on the victim's examples, with the victim active. No weights.
 
-    Deltas without factors, convolutions and fused experts are left out. Raises what `applied` raises.
+    Deltas without factors, convolutions and fused experts are left out. Raises what `deltas_applied` raises.
     """
     both = [list(victim), list(intruder)]
     return _directed(_energies(loaded, examples, both[0], both), 0, 1)
@@ -82,26 +82,26 @@ def activation_interference(
 def activations(
     loaded: LoadedModel, members: Mapping[str, Deltas], prompts: Sequence[str], chat: bool | None = None
 ) -> Activations:
-    """All ordered pairs: for each member one pass over the prompts, with its deltas (weights folded in) active.
+    """Compares all ordered pairs, with one pass over the prompts per member, its deltas (weights included) active.
 
-    `chat` None is a user turn where the base has a template. Raises Mismatch for no prompt.
+    If `chat` is None, each prompt is a user turn if the base has a chat template. Raises Mismatch without prompts.
     """
     if not prompts:
         raise Mismatch(
             "no_prompts",
             "Activations need at least one prompt.",
             subject="prompts",
-            next_step="Give one, or ask for the weight checks alone.",
+            next_step="Give one, or run the weight checks alone.",
         )
     as_turn = loaded.tokenizer.chat_template is not None if chat is None else chat
     ids = [tuple(encode_prompt(loaded, prompt, as_turn)) for prompt in prompts]
     examples = [Encoded(one, len(one)) for one in ids]
     names, deltas = list(members), [list(own) for own in members.values()]
-    found: dict[tuple[str, str], Directed] = {}
+    directed: dict[tuple[str, str], Directed] = {}
     for i, victim in enumerate(names):
         energies = _energies(loaded, examples, deltas[i], deltas)
-        found |= {(victim, names[j]): _directed(energies, i, j) for j in range(len(names)) if j != i}
-    return Activations(len(prompts), found)
+        directed |= {(victim, names[j]): _directed(energies, i, j) for j in range(len(names)) if j != i}
+    return Activations(len(prompts), directed)
 
 
 def _directed(energies: Mapping[str, _Energy], i: int, j: int) -> Directed:
@@ -110,7 +110,7 @@ def _directed(energies: Mapping[str, _Energy], i: int, j: int) -> Directed:
     if not relative:
         return Directed(0.0, 0.0, 0.0, 0.0, 0.0, {})
     total = torch.stack(list(relative.values())).sum(0)
-    own, other, common = (float(total[place]) for place in ((i, i), (j, j), (i, j)))
+    own, other, common = (float(total[index]) for index in ((i, i), (j, j), (i, j)))
     shares = {module: float(one[j, j]) / other for module, one in relative.items()} if other > 0 else {}
     victim, intruder = sqrt(max(own, 0.0)), sqrt(max(other, 0.0))
     if own <= 0:
@@ -129,7 +129,7 @@ def _energies(
 
 
 class _Watch:
-    """The second moment of the hidden values A x of one module's adapters, all side by side: R x R."""
+    """Accumulates the second moment of the hidden values A x of one module's adapters, concatenated: R x R."""
 
     def __init__(self, module: nn.Module, deltas: Sequence[tuple[int, LowRank]], count: int) -> None:
         self._path, self._layout, self._count = deltas[0][1].module, deltas[0][1].layout, count
@@ -154,7 +154,7 @@ class _Watch:
             self._base += base
 
     def energy(self) -> _Energy:
-        """<Δ_i x, Δ_j x> summed = Σ over the entries of (B_i^T B_j) * (Σ A_i x x^T A_j^T)."""
+        """Σ <Δ_i x, Δ_j x>, computed as the sum of the entries of (B_i^T B_j) * (Σ A_i x x^T A_j^T)."""
         Z_RT = torch.nn.functional.one_hot(self._owner, self._count).double()
         inner = Z_RT.T @ (self._gram * self._moment) @ Z_RT
         return _Energy(inner, self._base, frozenset(self._owner.tolist()))
@@ -170,7 +170,7 @@ def _watches(model: nn.Module, adapters: Sequence[Iterable[Delta]]) -> dict[str,
 
 
 def _is_seen(model: nn.Module, delta: LowRank) -> bool:
-    """Does the delta's module run on its own? A fused expert and the projections of a packed attention do not."""
+    """Whether the delta's module runs on its own; fused experts and projections of packed attention do not."""
     if delta.stacked or delta.nested or delta.kernel:
         return False
     return hasattr(module_of(model, delta.module), "weight")

@@ -1,4 +1,4 @@
-"""How sure a mean of few paired measurements is: Student's t, without a table. No torch."""
+"""Confidence intervals for means of few paired measurements (Student's t) and for shares. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from math import atan, cos, exp, inf, lgamma, log, log1p, pi, sin, sqrt
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
-_MANY = 200  # from so many degrees of freedom on the normal quantile is within 1 %
+_MANY = 200  # degrees of freedom from which the normal quantile is within 1 %
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """What the value may be. One measurement leaves it open on both sides."""
+    """The range of a value. A single measurement leaves both ends open."""
 
     low: float
     high: float
@@ -20,15 +20,15 @@ class Interval:
         return self.low <= value < self.high
 
     def to_json(self) -> dict[str, float] | None:
-        """None where it is open: JSON has no infinity."""
+        """None if the interval is open: JSON has no infinity."""
         return None if inf in (-self.low, self.high) else {"low": self.low, "high": self.high}
 
 
 def interval(value: float, stderr: float | None, n: int, claims: int = 1) -> Interval:
-    """Around a mean of `n` measurements, so wide that `claims` of its kind hold together 95 times in 100.
+    """The interval around a mean of `n` measurements, wide enough that `claims` of them hold together 95 times in 100.
 
-    Student's t with n - 1 degrees of freedom, at 1 - 0.05 / claims (Bonferroni). A bootstrap resamples too few values
-    here to be wide enough: of four, its 95 % percentile interval covers about 80 %.
+    Student's t with n - 1 degrees of freedom, at 1 - 0.05 / claims (Bonferroni). A bootstrap would be too narrow with
+    so few values: for four, its 95 % percentile interval covers about 80 %.
     """
     if stderr is None or n < 2:
         return Interval(-inf, inf)
@@ -37,7 +37,7 @@ def interval(value: float, stderr: float | None, n: int, claims: int = 1) -> Int
 
 
 def quantile(probability: float, dof: int) -> float:
-    """Student's t that a variable of `dof` degrees of freedom stays below with a probability of 0.5 to below 1."""
+    """The quantile of Student's t with `dof` degrees of freedom; `probability` is at least 0.5 and below 1."""
     if dof >= _MANY:
         return NormalDist().inv_cdf(probability)
     low, high = 0.0, 1.0
@@ -62,14 +62,14 @@ def _below(t: float, dof: int) -> float:
 
 
 def surely_less(count: int, total: int, share: float) -> bool:
-    """Whether `count` of `total` shows that less than `share` is true of all: the binomial tail is below 5 %."""
+    """Whether `count` of `total` shows that the true share is below `share`: the binomial tail is below 5 %."""
     if not 0 < share < 1:
         return share >= 1 and count < total
     return _at_most(count, total, share) < 1 - CONFIDENCE
 
 
 def share_interval(count: int, total: int) -> Interval:
-    """Of the share of all that `count` of `total` is a sample of: Clopper and Pearson's, never too narrow."""
+    """The interval of the true share, given `count` of `total` (Clopper-Pearson, never too narrow)."""
     tail = (1 - CONFIDENCE) / 2
     high = 1.0 if count == total else _bisected(lambda share: _at_most(count, total, share) > tail)
     low = 0.0 if count == 0 else _bisected(lambda share: 1 - _at_most(count - 1, total, share) < tail)
@@ -77,7 +77,7 @@ def share_interval(count: int, total: int) -> Interval:
 
 
 def _bisected(below: Callable[[float], bool]) -> float:
-    """The share of 0 to 1 up to which `below` is true."""
+    """The share between 0 and 1 up to which `below` is true."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -86,6 +86,6 @@ def _bisected(below: Callable[[float], bool]) -> float:
 
 
 def _at_most(count: int, total: int, share: float) -> float:
-    """P(X <= count) of a binomial variable; `share` is between 0 and 1."""
+    """P(X <= count) for a binomial variable; `share` is between 0 and 1."""
     ways = [lgamma(total + 1) - lgamma(seen + 1) - lgamma(total - seen + 1) for seen in range(count + 1)]
     return sum(exp(one + seen * log(share) + (total - seen) * log1p(-share)) for seen, one in enumerate(ways))

@@ -1,7 +1,7 @@
-"""What a combination does to its members and to guards, and whether that is too much.
+"""What a combination does to its members and guards, and whether that is too much.
 
-Losses are decided by their intervals. Answers are decided by the share that is left, which no mean of nats stands for:
-of 262 adapters those that kept 0.8 to 0.9 of their gain in nats gave half of them under 22 % of their answers.
+Losses are judged by their intervals. Answers are judged by the share that is left, which a mean in nats cannot
+replace: of 262 adapters, half of those that kept 0.8 to 0.9 of their gain in nats kept under 22 % of their answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,24 @@ from composer.findings import Verdict
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 
 LEAST_EXAMPLES = 8
-"""Fewer decide nothing to be harmless: of the study's examples one in twelve fails, and four rarely hold that one."""
+"""Fewer examples never show that something is harmless: one in twelve of the study's examples fails, and four
+examples rarely include that one."""
 LEAST_ANSWERED = 8
-"""Examples that a member answers word for word alone, from which on the share that is left is counted."""
+"""Examples that a member must answer word for word alone before the share that is left is judged."""
 COVERAGE = {8: 0.94, 16: 0.96}
-"""Of the 95 % intervals: how often both members' held together, by examples a suite (docs/study.md)."""
+"""How often both members' 95 % intervals held together, by examples per suite (docs/study.md)."""
 NOTICEABLE_NATS = 0.02
-"""A loss below this many nats a token changes a token's probability by 2 %: nothing a reader would see. No interval of
-a loss is narrower to either side: of the study's examples one in twelve fails, and a few that do not, all alike, say
-that they are sure. With it the intervals hold what they say; what Student's t alone missed lay within it."""
+"""A loss below this many nats per token changes a token's probability by 2 %, which no reader would notice. No
+interval of a loss is narrower than this on either side. One in twelve of the study's examples fails, and a few
+uniform examples without a failure give far too narrow an interval. With this floor the intervals have their stated
+coverage; what Student's t alone missed lay within it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is too much: a member's `loss` in nats per token (with `of_gain`, a share of what it had gained over the
-    base, if that would be noticed); a smaller share than this of its `answers` left, counted from LEAST_ANSWERED on
-    (with `by_interval`, where a binomial test is sure); a `guard` that rises by more nats per token.
+    """The limits: a member's `loss` in nats per token (with `of_gain`, a share of its gain over the base, if
+    noticeable); the least share of its `answers` that must be left, from LEAST_ANSWERED answers on (with `by_interval`,
+    once a binomial test is sure); and the rise of a `guard` in nats per token.
     """
 
     loss: float = 0.1
@@ -40,7 +42,7 @@ class Limits:
 
     @classmethod
     def of(cls, policy: Policy) -> "Limits":
-        """What the policy ignores has no limit."""
+        """The policy's limits; codes that the policy ignores have none."""
 
         def number(code: str, never: float) -> float:
             value = policy.thresholds.get(code, THRESHOLDS[code])
@@ -57,14 +59,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """A member's own suite in nats per completion token, on so many `examples` of it: the base, the member alone at
+    """A member's own suite in nats per completion token, over `examples` examples: for the base, the member alone at
     weight 1, and the combination.
 
-    `loss` is combined - alone, paired by example, with its standard error (None for one example) and the interval that
-    it lies in, all members' together. What a member's own weight takes is in it: a weight is chosen too.
-    `alone_weighted` is the member alone at the weight given (None: that is 1), so that combined - alone_weighted is
-    what the others do. `kept` is the share of the member's gain that is left, (base - combined) / (base - alone); None
-    when it had no gain. Of the examples the member alone answers `answered` word for word, and combined
+    `loss` is combined - alone, paired by example, with its standard error (None for one example) and its interval,
+    which holds together with those of all members. The loss includes the effect of the member's own weight, which is
+    also a choice. `alone_weighted` is the member alone at its given weight (None if that is 1), so combined -
+    alone_weighted is what the others do. `kept` is the share of the member's gain that is left, (base - combined) /
+    (base - alone); None if it had no gain. The member alone answers `answered` examples word for word; combined,
     `still_answered` of those.
     """
 
@@ -84,27 +86,27 @@ class Effect:
 
     @property
     def weight_loss(self) -> float | None:
-        """What the member's own weight takes, in nats per token; None where that is 1."""
+        """The loss from the member's own weight, in nats per token; None if that weight is 1."""
         return None if self.alone_weighted is None else self.alone_weighted - self.alone
 
     @property
     def answers_left(self) -> float | None:
-        """The share of its answers; None where it gave none alone."""
+        """The share of its answers that is left; None if it gave none alone."""
         return self.still_answered / self.answered if self.answered else None
 
     def limit(self, limits: Limits) -> float:
-        """The loss that is too much, in nats per token."""
+        """The largest acceptable loss, in nats per token."""
         return max(NOTICEABLE_NATS, limits.loss * (self.base - self.alone)) if limits.of_gain else limits.loss
 
     def of_loss(self, limits: Limits) -> Verdict:
-        """By its interval."""
+        """The verdict on the loss, by its interval."""
         limit = self.limit(limits)
         if self.loss_interval.low > limit:
             return Verdict.WARN
         return Verdict.UNDECIDED if self.loss_interval.holds(limit) else Verdict.OK
 
     def of_answers(self, limits: Limits) -> Verdict:
-        """By the share that is left; open while that is of too few."""
+        """The verdict on the answers, by the share that is left; undecided with too few answers."""
         if self._surely_silenced(limits):
             return Verdict.WARN
         if not self.answered or not limits.answers:
@@ -119,7 +121,7 @@ class Effect:
         return Verdict.worst([enough, self.of_loss(limits), self.of_answers(limits)])
 
     def surely_harmed(self, limits: Limits) -> bool:
-        """Beyond what more examples would change."""
+        """Whether the member is harmed so clearly that more examples would not change it."""
         return self.of_loss(limits) is Verdict.WARN or self._surely_silenced(limits)
 
     def _surely_silenced(self, limits: Limits) -> bool:
@@ -132,7 +134,7 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class SideEffect:
-    """A guard suite in nats per completion token. `rise` is the combination over the worst member alone, paired."""
+    """A guard suite in nats per completion token. `rise` is combined minus the worst member alone, paired."""
 
     suite: str
     base: float
@@ -144,7 +146,7 @@ class SideEffect:
     examples: int
 
     def verdict(self, limits: Limits) -> Verdict:
-        """By its interval, and open before LEAST_EXAMPLES."""
+        """The verdict by the interval; undecided below LEAST_EXAMPLES."""
         if self.rise_interval.low > limits.guard:
             return Verdict.WARN
         few = self.examples < LEAST_EXAMPLES and limits.guard < inf
@@ -156,7 +158,8 @@ class SideEffect:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One combination measured on `k` examples a suite, or all that it has: the effect on each member and guard."""
+    """One combination measured on `k` examples per suite, or all of a smaller suite: the effect on each member and
+    guard."""
 
     k: int
     effects: tuple[Effect, ...]
@@ -168,31 +171,31 @@ class Outcome:
 
     @property
     def worst(self) -> Effect:
-        """The member that loses most; its loss, in nats per token, is the risk of the combination."""
+        """The member with the largest loss; that loss, in nats per token, is the combination's risk."""
         return max(self.effects, key=lambda effect: effect.loss)
 
     @property
     def risk(self) -> Interval:
-        """What the worst member loses: all members' intervals hold together, so the largest loss is between the largest
-        of their lower and of their upper ends."""
+        """The interval of the worst member's loss. All members' intervals hold together, so the largest loss lies
+        between their largest lower end and their largest upper end."""
         intervals = [effect.loss_interval for effect in self.effects]
         return Interval(max(one.low for one in intervals), max(one.high for one in intervals))
 
     def victim(self, limits: Limits) -> Effect:
-        """The member with the worst verdict; of several the one that loses most."""
+        """The member with the worst verdict; among several, the one with the largest loss."""
         order = list(Verdict)
         return max(self.effects, key=lambda one: (order.index(one.verdict(limits)), one.loss))
 
     def verdict(self, limits: Limits) -> Verdict:
-        """The worst of all members and guards: `ok`, `undecided` or `warn`."""
+        """The worst verdict of all members and guards: `ok`, `undecided` or `warn`."""
         return Verdict.worst(one.verdict(limits) for one in (*self.effects, *self.guards))
 
     def is_open(self, limits: Limits) -> bool:
-        """Is something undecided of any member or guard?"""
+        """Whether any member or guard is undecided."""
         return any(one.verdict(limits) is Verdict.UNDECIDED for one in (*self.effects, *self.guards))
 
     def needs_more(self, limits: Limits) -> bool:
-        """Would more examples help? Something is open, a guard rose, or answers are lost that may be chance; not where
+        """Whether more examples would help: something is undecided, a guard rose, or lost answers may be chance. Not if
         a member is surely harmed."""
         if any(effect.surely_harmed(limits) for effect in self.effects):
             return False
@@ -215,8 +218,8 @@ def effect_of(
     members: int,
     as_weighted: Sequence[Measured] | None = None,
 ) -> Effect:
-    """On a member and its suite of these names, of the same examples under each. The interval holds together with those
-    of all `members`, and is never narrower than NOTICEABLE_NATS to either side."""
+    """The effect on a member, from the same examples of its suite under each condition. The interval holds together
+    with those of all `members` and is never narrower than NOTICEABLE_NATS on either side."""
     before, own, after = (_nll(run) for run in (base, alone, combined))
     loss, stderr = _difference(combined, alone)
     sure = interval(loss, stderr, len(alone), members)
@@ -240,7 +243,7 @@ def effect_of(
 def side_effect_of(
     suite: str, base: Sequence[Measured], alone: Mapping[str, Sequence[Measured]], combined: Sequence[Measured]
 ) -> SideEffect:
-    """On the same examples of a guard under the base, each member alone, and the combination."""
+    """The effect on a guard, from the same examples under the base, each member alone, and the combination."""
     each = {name: _nll(run) for name, run in alone.items()}
     rise, stderr = _difference(combined, alone[max(each, key=lambda name: each[name])])
     n = len(base)
@@ -252,6 +255,6 @@ def _nll(measured: Sequence[Measured]) -> float:
 
 
 def _difference(after: Sequence[Measured], before: Sequence[Measured]) -> tuple[float, float | None]:
-    """Nats per token gained and its standard error, paired: examples differ far more than their losses do."""
+    """The paired difference in nats per token and its standard error. Examples differ far more than their losses do."""
     nats = [one.nats - other.nats for one, other in zip(after, before, strict=True)]
     return ratio(nats, [one.tokens for one in after])

@@ -1,7 +1,7 @@
-"""What combining adapters does to each of them, measured in memory on a few examples of their own suites.
+"""Measures in memory what combining adapters does to each of them, on a few examples of their own suites.
 
-Of everything tried on real adapters (docs/study.md) this alone predicts the damage: Spearman 0.93 [0.70, 0.99] with
-four examples a suite against the loss on others. Nothing is written to disk.
+Of everything tried on real adapters (docs/study.md), only this predicts the damage: Spearman 0.93 [0.70, 0.99] between
+four examples per suite and the loss on other examples. Nothing is written to disk.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -24,18 +24,18 @@ from composer.methods.join import scaled
 
 USUAL_K = 8
 USUAL_MOST = 24
-"""Examples a suite that a combination starts with and ends with, unless something else is asked for: of 8 the first
-verdict can be `ok`."""
+"""Default numbers of examples per suite to start and end with. With 8, the first verdict can be `ok`."""
 
 
 def usual_most(k: int) -> int:
-    """Up to how many examples a probe that starts with `k` goes on: fewer than USUAL_K are a quick look at those."""
+    """The default maximum for a probe that starts with `k` examples. Below USUAL_K, the probe is a quick look at
+    `k`."""
     return max(k, USUAL_MOST) if k >= USUAL_K else k
 
 
 @dataclass(frozen=True)
 class Probed:
-    """An adapter to be combined: its deltas, the weight it gets, and the target suite that says what it is for."""
+    """An adapter to combine: its deltas, its weight, and the target suite that defines its task."""
 
     name: str
     deltas: Deltas
@@ -56,11 +56,12 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Every pair, and the whole set, measured on `k` examples a suite or more. Of two members the pair is the whole."""
+    """Every pair and the set together (`overall`), measured on at least `k` examples per suite. For two members, the
+    pair is the set."""
 
     k: int
     pairs: tuple[Outcome, ...]
-    whole: Outcome
+    overall: Outcome
     seconds: float
 
     def pair(self, a: str, b: str) -> Outcome | None:
@@ -68,13 +69,12 @@ class ProbeResult:
 
     def to_json(self) -> dict[str, object]:
         pairs = [outcome.to_json() for outcome in self.pairs]
-        return {"k": self.k, "pairs": pairs, "whole": self.whole.to_json(), "seconds": self.seconds}
+        return {"k": self.k, "pairs": pairs, "whole": self.overall.to_json(), "seconds": self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """`k` examples a suite; twice as many, up to `most`, for a combination of which more examples may decide something
-    about `limits`."""
+    """`k` examples per suite, doubled up to `most` while more examples may decide something about `limits`."""
 
     k: int = USUAL_K
     most: int = USUAL_K
@@ -82,7 +82,7 @@ class Effort:
 
 
 def grown(measured: Callable[[int], Outcome], effort: Effort, available: int) -> Outcome:
-    """What was measured on so many examples of at most `available` that more would change nothing, or on the most."""
+    """Measures on a growing number of examples, at most `available`, until more would change nothing."""
     k = effort.k
     outcome = measured(k)
     while outcome.needs_more(effort.limits) and k < min(effort.most, available):
@@ -92,12 +92,12 @@ def grown(measured: Callable[[int], Outcome], effort: Effort, available: int) ->
 
 
 def weighted_sum(members: Sequence[Probed]) -> Deltas:
-    """The members' deltas times their weights, side by side: what `stack` makes of them."""
+    """The members' deltas times their weights, side by side, as `stack` combines them."""
     return [delta for member in members for delta in weighted(member.deltas, member.weight)]
 
 
 def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
-    """The deltas times what the weight says of their modules; a tensor saved whole as it is."""
+    """The deltas times the weight of their modules; a fully saved tensor is unchanged."""
     own = parse_weight(weight)
     return [_times(delta, own.of(*names_of(delta))) for delta in deltas]
 
@@ -114,23 +114,23 @@ def by_method(
     settings: Mapping[str, object],
     calibration: Calibration | None = None,
 ) -> Combine:
-    """What the method makes of some of the adapters, by their names. Of a pair, `protect` protects those in it, and a
-    fitted method is fitted on the two members' sets of the `calibration`, which has one for each adapter.
+    """A function that combines some of the adapters with the method. For a pair, `protect` protects only its members,
+    and a fitted method is fitted on the two members' sets in the `calibration`, which has one set per adapter.
 
-    Each side of a tied weight is a module of its own in memory, whatever a merge will do with it. What it returns
-    raises what `combine_deltas` does.
+    In memory, each side of a tied weight is a separate module, whatever a merge does with it. The returned function
+    raises what `combine_deltas` raises.
     """
     loaded = {adapter.name: adapter for adapter in adapters}
-    places = {adapter.name: number for number, adapter in enumerate(adapters, start=1)}
+    positions = {adapter.name: number for number, adapter in enumerate(adapters, start=1)}
 
     def combine(members: Sequence[Probed]) -> Deltas:
-        chosen = [places[member.name] for member in members]
+        chosen = [positions[member.name] for member in members]
         own: dict[str, object] = {**settings, "tied": "untie"}
         protected = settings.get("protect")
         if isinstance(protected, list | tuple):
-            own["protect"] = [chosen.index(place) + 1 for place in protected if place in chosen]
+            own["protect"] = [chosen.index(position) + 1 for position in protected if position in chosen]
         weights = [member.weight for member in members]
-        observe = calibration.pick([place - 1 for place in chosen]).observe if calibration else None
+        observe = calibration.pick([position - 1 for position in chosen]).observe if calibration else None
         return combine_deltas([loaded[member.name] for member in members], weights, method, own, observe).deltas
 
     return combine
@@ -145,19 +145,21 @@ def probe(  # noqa: PLR0913
     used: Container[Example] = (),
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Measure every pair and the whole set on examples of each member's suite and of each guard.
+    """Measures every pair and the whole set on examples of each member's suite and of each guard.
 
-    The examples are `suite.sample(k)`, without those that a method was fitted on (`used`): always the same, and those
-    of more hold those of fewer, so nothing is measured twice. The base and each member alone are measured once for all
-    pairs, so m > 2 members and g guards cost
-    k m (m + 2) + k g (m^2 + m + 4) / 2 examples for a start, and k more for each member whose weight is not 1. Raises
-    Mismatch for fewer than two members or two of one name, and what `encode`, `applied` and `combine` raise.
+    The examples are `suite.sample(k)` without those that a method was fitted on (`used`). They are always the same, and
+    larger samples contain smaller ones, so nothing is measured twice. The base and each member alone are measured once
+    for all pairs. m > 2 members and g guards first cost k m (m + 2) + k g (m^2 + m + 4) / 2 examples, and k more for
+    each member whose weight is not 1.
+
+    Raises Mismatch for fewer than two members or a repeated name, and what `encode`, `deltas_applied` and `combine`
+    raise.
     """
     wanted = Effort(effort, effort) if isinstance(effort, int) else effort
     names = [member.name for member in members]
     if len(names) < 2 or len(set(names)) < len(names) or wanted.k < 1:
-        message = f"A probe takes at least two members with names of their own and k >= 1, not {names} and {wanted.k}."
-        raise Mismatch("probe_members", message, subject="members", next_step="Give each member a name of its own.")
+        message = f"A probe needs at least two members with different names and k >= 1, not {names} and {wanted.k}."
+        raise Mismatch("probe_members", message, subject="members", next_step="Give each member its own name.")
     started = perf_counter()
     bench = _Bench(loaded, combine, used, progress)
     for chosen in (*combinations(members, 2), members):
@@ -168,8 +170,8 @@ def probe(  # noqa: PLR0913
         return grown(lambda k: bench.outcome(chosen, guards, k), wanted, available)
 
     pairs = tuple(outcome(pair) for pair in combinations(members, 2))
-    whole = outcome(members) if len(members) > 2 else pairs[0]
-    return ProbeResult(wanted.k, pairs, whole, perf_counter() - started)
+    overall = outcome(members) if len(members) > 2 else pairs[0]
+    return ProbeResult(wanted.k, pairs, overall, perf_counter() - started)
 
 
 def _together(chosen: Sequence[Probed]) -> tuple[str, ...]:
@@ -180,7 +182,7 @@ _Run = dict[str, list[Measured]]  # by suite digest
 
 
 class _Bench:
-    """Passes over examples with the base, a member or a combination active, and what they found: each only once."""
+    """Runs examples with the base, a member or a combination active, each only once, and keeps the results."""
 
     def __init__(
         self, loaded: LoadedModel, combine: Combine, used: Container[Example], progress: Progress | None
@@ -192,7 +194,7 @@ class _Bench:
         self._measured: dict[tuple[tuple[str, ...], str, Example], Measured] = {}
 
     def expect(self, chosen: Sequence[Probed], guards: Sequence[Suite], k: int) -> None:
-        """Says what `outcome` will measure, beside what was said before."""
+        """Announces the examples that `outcome` will measure and that were not announced before."""
         everything = [*(member.suite for member in chosen), *guards]
         runs = [((), everything), (_together(chosen), everything)]
         runs += [((member.name,), [member.suite, *guards]) for member in chosen]
@@ -256,14 +258,14 @@ class _Bench:
         if missing:
             encoded = [self._encode(suite, example) for suite, example in missing]
             measured = measure(self._loaded, encoded, deltas(), progress=self._progress)
-            for (suite, example), found in zip(missing, measured, strict=True):
-                self._measured[who, suite.digest, example] = found
+            for (suite, example), result in zip(missing, measured, strict=True):
+                self._measured[who, suite.digest, example] = result
         return {
             digest: [self._measured[who, digest, example] for _, example in rows] for digest, rows in examples.items()
         }
 
     def _combined(self, chosen: Sequence[Probed]) -> Deltas:
-        """Made once while the examples grow: a fit takes seconds."""
+        """The combined deltas, made once while the examples grow, since a fit takes seconds."""
         names = tuple(member.name for member in chosen)
         if self._latest is None or self._latest[0] != names:
             self._latest = (names, list(self._combine(chosen)))

@@ -1,7 +1,7 @@
-"""A conflict report as one HTML page that needs nothing else: no network, no script; readable in light and dark.
+"""Renders a conflict report as one self-contained HTML page: no network, no script, light and dark.
 
-Heat maps are tables, a row a layer and a column a kind of module, whose cells hold the number itself: colour only
-repeats it. Which measure is shown is chosen with radio buttons, by CSS alone; without CSS all of them are there.
+Heat maps are tables with a row per layer and a column per kind of module. The cells hold the numbers; colour only
+repeats them. Radio buttons choose the measure, by CSS alone; without CSS all measures are shown.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,23 +16,22 @@ from composer.conflicts.render.text import (
     by_verdict,
     explanation,
     headline,
+    overall_headline,
     probe_table,
     tables,
-    whole_headline,
 )
 from composer.conflicts.report import ConflictReport, Pair
 from composer.findings import Finding
 from composer.formats.recipes.weights import layer_of
 
 MAX_MAPS = 40
-"""Pairs with a heat map, those with the worst verdicts; the tables have all."""
+"""Pairs with a heat map, worst verdicts first; the tables list all pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What a map shows. `chance` is the value that has no colour, None where each module has its own; `least` is the
-    smallest distance from it that has the strongest colour, so that noise has none. What is not `signed` has no colour
-    below chance either.
+    """What a map shows. `chance` is the value without colour, None if each module has its own. The strongest colour is
+    at least `least` away from it, so that noise stays pale. A measure that is not `signed` has no colour below chance.
     """
 
     title: str
@@ -75,7 +74,7 @@ label{margin-right:1rem;white-space:nowrap}
 
 
 def page(report: ConflictReport) -> str:
-    """The whole page. Everything that comes from adapters, suites or people is escaped."""
+    """The complete page. All text from adapters, suites or users is escaped."""
     pairs = by_verdict(report)
     mapped = [pair for pair in pairs if pair.modules][:MAX_MAPS]
     scales = {measure: _scale(mapped, measure) for measure in MEASURES}
@@ -87,7 +86,7 @@ def page(report: ConflictReport) -> str:
         f"<title>{_text(title)}</title><style>{_STYLE}{_levels()}{_chooser()}</style></head><body><main>",
         f"<h1>{_text(title)}</h1>",
         f'<p>Verdict: <span class="verdict {report.verdict}">{report.verdict}</span></p>',
-        f"<p>{_text(whole)}</p>" if (whole := whole_headline(report)) else "",
+        f"<p>{_text(overall)}</p>" if (overall := overall_headline(report)) else "",
         *_findings(report.findings),
         "<h2>Pairs</h2>",
         f"<p>{_text(FROM_WEIGHTS)}</p>" if any(pair.evidence == "weights" for pair in pairs) else "",
@@ -104,10 +103,10 @@ def page(report: ConflictReport) -> str:
 
 
 def _tables(report: ConflictReport) -> list[Table]:
-    found = [probe_table(report.probe)] if report.probe else []
+    built = [probe_table(report.probe)] if report.probe else []
     if isinstance(report.evidence, Activations):
-        found.append(_activations_table(report.evidence))
-    return found + [one for one in tables(report, worst_modules=0) if one.title != "Probe"]
+        built.append(_activations_table(report.evidence))
+    return built + [one for one in tables(report, worst_modules=0) if one.title != "Probe"]
 
 
 def _activations_table(evidence: Activations) -> Table:
@@ -144,16 +143,16 @@ def _pair(pair: Pair, scales: Mapping[str, float]) -> list[str]:
 
 
 def _scale(pairs: Sequence[Pair], measure: str) -> float:
-    """The distance from chance that has the strongest colour, the same in all maps of a report."""
+    """The distance from chance with the strongest colour, the same in all maps of a report."""
     distances = [abs(_distance(pair, module, measure)) for pair in pairs for module in pair.modules]
     return max([MEASURES[measure].least, *distances])
 
 
 def _map(pair: Pair, measure: str, most: float) -> list[str]:
-    """One measure over the modules that both touch."""
+    """The map of one measure over the modules that both touch."""
     values = {module: _value(pair, module, measure) for module in pair.modules}
     cells = {(_row(module), _column(module)): module for module in values}
-    # What lies in no layer comes last, as in the rows.
+    # Modules outside the layers come last, as in the rows.
     columns = list(dict.fromkeys(_column(module) for module in sorted(values, key=lambda one: layer_of(one) is None)))
     lines = [
         f'<div class="scroll measure m-{measure}"><table class="map">',
@@ -195,7 +194,7 @@ def _value(pair: Pair, module: str, measure: str) -> float:
 
 
 def _distance(pair: Pair, module: str, measure: str) -> float:
-    """From what chance gives in this module."""
+    """The distance from what chance gives in this module."""
     chance = MEASURES[measure].chance
     if chance is None:
         chance = 1 / len(pair.modules) if measure == "share" else pair.flat[module]
@@ -209,7 +208,7 @@ def _row(module: str) -> str:
 
 
 def _column(module: str) -> str:
-    """What follows the number of the layer: `self_attn.q_proj`."""
+    """The part after the layer number, such as `self_attn.q_proj`."""
     layer = layer_of(module)
     return module if layer is None else module.partition(f".{layer}.")[2] or module
 
@@ -218,15 +217,15 @@ def _choices(any_map: bool) -> list[str]:
     if not any_map:
         return []
     radios = [
-        f'<label><input type="radio" name="measure" id="{measure}"{" checked" if number == 0 else ""}> '
-        f"{_text(told.title)}</label>"
-        for number, (measure, told) in enumerate(MEASURES.items())
+        f'<label><input type="radio" name="measure" id="{name}"{" checked" if number == 0 else ""}> '
+        f"{_text(measure.title)}</label>"
+        for number, (name, measure) in enumerate(MEASURES.items())
     ]
     return ["<fieldset><legend>What the maps show</legend>", *radios, "</fieldset>"]
 
 
 def _chooser() -> str:
-    """All measures are there; with `:has` only the chosen one is shown, on paper as on a screen."""
+    """CSS that shows only the chosen measure (`:has`), on paper as on screen; the page contains all of them."""
     shown = "".join(f"body:has(#{measure}:checked) .m-{measure}{{display:block}}" for measure in MEASURES)
     return f"@supports selector(:has(*)){{.measure{{display:none}}{shown}}}"
 

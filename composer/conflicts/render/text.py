@@ -1,6 +1,6 @@
-"""A conflict report as headlines and tables of plain text: what to say first, and what to line up below it.
+"""Renders a conflict report as headlines and tables of plain text.
 
-Nothing here draws: a table is a title, column names and rows of strings, for a terminal, a page or a file to lay out.
+A table is a title, column names and rows of strings; terminals, pages and files do the layout.
 """
 
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ from composer.formats.untrusted import cut
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "c_max")
 AS_WELL_NATS = 0.04
-"""Members answer as well as alone where none loses more than this, at the upper end of its interval."""
+"""Members answer as well as alone if no loss exceeds this at the upper end of its interval."""
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`rows` have one string for each of `columns`; `note` says how to read them."""
+    """`rows` have one string per column; `note` explains how to read them."""
 
     title: str
     columns: tuple[str, ...]
@@ -35,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What fits a screen: the verdict and how it was measured, about three lines, and what to do (empty: nothing)."""
+    """A screenful: the verdict and how it was measured, about three lines, and what to do (empty: nothing)."""
 
     headline: str
     lines: tuple[str, ...]
@@ -51,8 +51,8 @@ def document(report: ConflictReport) -> dict[str, Any]:
 
 
 def summary(report: ConflictReport) -> Summary:
-    """What decides the verdict: prompts that two members contradict each other on, else an error, else the worst
-    combination that was measured, else another warning."""
+    """What decides the verdict: prompts with contradicting answers, else an error, else the worst measured combination,
+    else another warning."""
     decisive = _decisive(report.findings)
     if report.probe is None:
         headline = f"{report.verdict}"
@@ -69,7 +69,7 @@ def summary(report: ConflictReport) -> Summary:
 
 
 def _decisive(findings: Iterable[Finding]) -> Finding | None:
-    """The loudest error or warning, unless the probe says as much."""
+    """The most severe error or warning, unless the probe has one as severe."""
     loud = sorted((one for one in findings if one.severity is not Severity.NOTICE), key=_loudest)
     loudest = [one for one in loud if _loudest(one) == _loudest(loud[0])]
     return None if any(one.code.startswith("probe_") for one in loudest) else next(iter(loudest), None)
@@ -78,11 +78,11 @@ def _decisive(findings: Iterable[Finding]) -> Finding | None:
 def _outcomes(report: ConflictReport) -> list[Outcome]:
     if report.probe is None:
         return []
-    return [*report.probe.pairs, *([report.probe.whole] if len(report.members) > 2 else [])]
+    return [*report.probe.pairs, *([report.probe.overall] if len(report.members) > 2 else [])]
 
 
 def by_verdict(report: ConflictReport) -> list[Pair]:
-    """The worst pair first; of equal ones in the order given, where nothing was measured."""
+    """The pairs by verdict and risk, worst first; without measurements, equal ones keep their order."""
     order = list(Verdict)
     return sorted(report.pairs, key=lambda pair: (-order.index(pair.verdict), -(pair.risk or 0.0)))
 
@@ -106,10 +106,10 @@ def _measured_lines(report: ConflictReport) -> tuple[str, ...]:
 def _answers_line(effect: Effect, limits: Limits) -> str:
     name = cut(effect.member)
     if not effect.answered:
-        return f"{name} has no exact match on {_count(effect.examples, 'example')} alone: its loss decides"
+        return f"{name} alone has no exact match on {_count(effect.examples, 'example')}: its loss decides"
     share = share_interval(effect.still_answered, effect.answered)
     kept = f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
-    return f"{name}: exact match retained on {kept}, {limits.answers:.0%} wanted"
+    return f"{name}: exact match retained on {kept}, {limits.answers:.0%} required"
 
 
 def _loss_line(effect: Effect, limits: Limits) -> str:
@@ -124,7 +124,7 @@ def _between(sure: Interval) -> str:
 
 def _unmeasured_lines(report: ConflictReport) -> tuple[str, ...]:
     pairs = report.pairs
-    compared = f"{_count(len(pairs), 'pair')} compared, none probed: what they do together is not known"
+    compared = f"{_count(len(pairs), 'pair')} compared, none probed: their combined effect is unknown"
     if pairs and pairs[0].evidence == "activations":
         worst = max(pairs, key=lambda pair: pair.risk or 0.0)
         who = f"{cut(worst.a, 30)} + {cut(worst.b, 30)}"
@@ -138,7 +138,7 @@ def _unmeasured_lines(report: ConflictReport) -> tuple[str, ...]:
         for pair in pairs[:1]
         for module, _ in pair.explanation.causes[:1]
     ]
-    return (compared, "from weights alone: close to nothing about damage, across recipes", *meeting)
+    return (compared, "weights alone say almost nothing about damage, across recipes", *meeting)
 
 
 def _count(count: int, what: str) -> str:
@@ -146,26 +146,27 @@ def _count(count: int, what: str) -> str:
 
 
 def headlines(report: ConflictReport) -> list[str]:
-    """The verdict, then one sentence for the whole set where it was measured, and one a pair."""
-    whole = whole_headline(report)
-    told = [f"Verdict: {report.verdict}.", *([whole] if whole else [])]
-    return told + [headline(pair) for pair in report.pairs]
+    """The verdict, then one sentence for the whole set if it was measured, and one per pair."""
+    overall = overall_headline(report)
+    first = [f"Verdict: {report.verdict}.", *([overall] if overall else [])]
+    return first + [headline(pair) for pair in report.pairs]
 
 
-def whole_headline(report: ConflictReport) -> str:
-    """The risk of more than two adapters together; empty where that was not measured."""
+def overall_headline(report: ConflictReport) -> str:
+    """The risk of more than two adapters together; empty if not measured."""
     if report.probe is None or len(report.members) < 3:
         return ""
-    return _measured("All together", report.probe.whole)
+    return _measured("All together", report.probe.overall)
 
 
 def headline(pair: Pair) -> str:
-    """The risk of a pair, how good the evidence for it is, and who suffers."""
+    """The risk of a pair, the quality of its evidence, and which member suffers."""
     if pair.outcome is not None:
         return _measured(name(pair), pair.outcome)
     if pair.risk is None:
-        return f"{name(pair)}: risk unknown; weights alone do not tell it (probe it to know)."
-    return f"{name(pair)}: strength {pair.risk:.2f} beside the base's activations, from prompts alone (weak evidence)."
+        return f"{name(pair)}: risk unknown; weights alone do not show it (probe to find out)."
+    strength = f"strength {pair.risk:.2f} relative to the base's activations"
+    return f"{name(pair)}: {strength}, from prompts alone (weak evidence)."
 
 
 def _measured(who: str, outcome: Outcome) -> str:
@@ -179,28 +180,28 @@ def _measured(who: str, outcome: Outcome) -> str:
         everybody = "both" if len(outcome.effects) == 2 else "all"
         return f"{risk}: combined, {everybody} answer their own suites as well as alone."
     if worst.loss_interval.low <= NOTICEABLE_NATS:
-        return f"{risk}: no loss is sure on {_count(worst.examples, 'example')}.{silenced}"
+        return f"{risk}: no certain loss on {_count(worst.examples, 'example')}.{silenced}"
     kept = "" if worst.kept is None else f", {max(0, worst.kept):.0%} of its gain is left"
-    return f"{risk}: {worst.member} is the one that suffers{kept}.{silenced}"
+    return f"{risk}: {worst.member} suffers{kept}.{silenced}"
 
 
 def explanations(report: ConflictReport) -> list[str]:
-    """What the risks mean, one line a pair; what is the same for all pairs is said once, before them."""
+    """What the risks mean, one line per pair, after the lines that hold for all pairs."""
     from_weights = any(pair.evidence == "weights" for pair in report.pairs)
-    told = [*([FROM_WEIGHTS] if from_weights else []), *(explanation(pair) for pair in report.pairs)]
-    return [line for line in told if line]
+    lines = [*([FROM_WEIGHTS] if from_weights else []), *(explanation(pair) for pair in report.pairs)]
+    return [line for line in lines if line]
 
 
 def explanation(pair: Pair) -> str:
-    """What the risk of this pair means, if that is its own, and which modules cause it."""
+    """What this pair's risk means, unless all pairs share that, and which modules cause it."""
     own = "" if pair.evidence == "weights" else pair.explanation.meaning
     return f"{own} {causes(pair)}".strip()
 
 
 def causes(pair: Pair) -> str:
-    """The modules that the pair has most in common in, with their shares; empty when it has nothing in common."""
-    told = ", ".join(f"{module} {share:.0%}" for module, share in pair.explanation.causes)
-    return f"{name(pair)} meet most in {told}." if told else ""
+    """The modules where the pair has most in common, with their shares; empty if it has nothing in common."""
+    modules = ", ".join(f"{module} {share:.0%}" for module, share in pair.explanation.causes)
+    return f"{name(pair)} meet most in {modules}." if modules else ""
 
 
 def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
@@ -214,25 +215,25 @@ def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
 
 
 def remarks(findings: Iterable[Finding]) -> list[str]:
-    """One line a finding, the loudest first; a notice of the probe is left out, since its table says the same."""
-    told = [one for one in findings if not (one.severity is Severity.NOTICE and one.code == "probe_loss")]
-    return [f"{finding.severity}: {finding.message}" for finding in sorted(told, key=_loudest)]
+    """One line per finding, most severe first, without the probe's notices, which its table repeats."""
+    shown = [one for one in findings if not (one.severity is Severity.NOTICE and one.code == "probe_loss")]
+    return [f"{finding.severity}: {finding.message}" for finding in sorted(shown, key=_loudest)]
 
 
 def _loudest(finding: Finding) -> tuple[bool, int]:
-    """Contradicting prompts before all others: nothing else matters where no one model can serve both."""
+    """Sort key: contradicting prompts first, since nothing else matters if no single model can serve both."""
     return finding.code != "same_prompts", LOUDEST_FIRST.index(finding.severity)
 
 
 def advice(report: ConflictReport, *, cut_names: bool = False) -> list[str]:
-    """What can be done, one line each, with the pair that it is for, the worst one first."""
+    """What can be done, one line each with its pair, worst pair first."""
     alone = cut_names and len(report.pairs) == 1
     lines: list[str] = []
     for pair in by_verdict(report):
         who = f"{cut(pair.a)} + {cut(pair.b)}" if cut_names else name(pair)
         lines += [line if alone else f"{who}: {line}" for line in pair.explanation.advice]
     if report.probe is not None and len(report.members) > 2:
-        lines += [f"All together: {line}" for line in of_outcome(report.probe.whole, report.limits, report.method)]
+        lines += [f"All together: {line}" for line in of_outcome(report.probe.overall, report.limits, report.method)]
     return lines
 
 
@@ -242,7 +243,7 @@ def name(pair: Pair) -> str:
 
 def probe_table(probe: ProbeResult) -> Table:
     """Every suite under every combination."""
-    outcomes = [*probe.pairs, *([probe.whole] if len(probe.pairs) > 1 else [])]
+    outcomes = [*probe.pairs, *([probe.overall] if len(probe.pairs) > 1 else [])]
     rows = [row for outcome in outcomes for row in _outcome_rows(outcome)]
     columns = (
         "combination",
@@ -256,19 +257,19 @@ def probe_table(probe: ProbeResult) -> Table:
         "exact match retained",
     )
     note = (
-        f"Nats per token, in {probe.seconds:.0f} s; alone is at weight 1, and loss combined minus that, with its 95 % "
-        f"interval. {coverage(len(outcomes))}"
+        f"Nats per token, measured in {probe.seconds:.0f} s. Alone is at weight 1; loss is combined minus alone, with "
+        f"its 95 % interval. {coverage(len(outcomes))}"
     )
     return Table("Probe", columns, tuple(rows), note)
 
 
 def coverage(combinations: int) -> str:
-    """What the intervals held when they were tried, and what they are not corrected for."""
+    """How often the intervals held in the study, and what they are not corrected for."""
     held = " and ".join(f"{share:.2f} on {k}" for k, share in COVERAGE.items())
-    told = f"On the study's pairs the intervals of both members held together in {held} examples."
+    note = f"On the study's pairs, both members' intervals held together with frequency {held} examples."
     if combinations > 1:
-        told += f" They are not corrected for looking at {combinations} combinations."
-    return told
+        note += f" They are not corrected for {combinations} combinations."
+    return note
 
 
 def _members(report: ConflictReport) -> Table:
@@ -298,8 +299,9 @@ def _members(report: ConflictReport) -> Table:
         "spectral amplification",
     )
     note = (
-        "Retention: how much of it is in the combination (its weight, where the others leave it alone). Amplification: "
-        "its norm over that of the base's weights; spectral: of its strongest direction, in the worst module sampled."
+        "Retention: how much of the adapter is in the combination (its weight, if the others do not affect it). "
+        "Amplification: its norm over that of the base's weights; spectral: the same for its strongest direction, in "
+        "the worst module sampled."
     )
     return Table("Adapters", columns, tuple(rows), note)
 
@@ -313,9 +315,9 @@ def _pairs(report: ConflictReport) -> Table:
         "Whole model, from the factors",
         ("pair", *COLUMNS),
         tuple((name(pair), *_cells(pair.numbers)) for pair in report.pairs),
-        "Overlap: share of one's energy in the other's span, (excess over chance). Interference: 1 independent, "
+        "Overlap: share of one's energy in the other's span (excess over chance). Interference: 1 is independent; "
         "above 1 they add up, below 1 they cancel. c_max (Pico, arXiv 2604.16826): energy share of the strongest "
-        "output direction in both B together. These explain a risk; they do not predict one.",
+        "output direction of both B together. These explain a risk; they do not predict one.",
     )
 
 
@@ -333,8 +335,8 @@ def _cells(numbers: PairMetrics) -> tuple[str, ...]:
 
 
 def _worst_modules(pair: Pair, count: int) -> list[tuple[str, ...]]:
-    told = [module for module in pair.explanation.shares if module in pair.modules][:count]
-    return [(module, *_cells(pair.modules[module])) for module in told]
+    modules = [module for module in pair.explanation.shares if module in pair.modules][:count]
+    return [(module, *_cells(pair.modules[module])) for module in modules]
 
 
 def _outcome_rows(outcome: Outcome) -> list[tuple[str, ...]]:

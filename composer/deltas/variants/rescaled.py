@@ -31,7 +31,7 @@ def kasa(module: Module) -> list[Delta]:
         dropped_OI = (U_OK[:, -rank:] * S_K[-rank:]) @ V_KI[-rank:]
         return scale * (B_OR.to(W_OI) * v_R.to(W_OI)) @ A_RI.to(W_OI) - dropped_OI
 
-    return [module.computed(rows, alone=True, whole=True)]
+    return [module.computed(rows, alone=True, all_rows=True)]
 
 
 def ia3(module: Module) -> list[Delta]:

@@ -78,7 +78,7 @@ def road(module: Module) -> list[Delta]:
         across_G2HI = torch.stack((-y_G2HI[:, 1], y_G2HI[:, 0]), dim=1)
         return (y_G2HI * cosine[..., None] + across_G2HI * sine[..., None]).reshape(W_OI.shape) - W_OI
 
-    return [module.computed(rows, whole=True)]
+    return [module.computed(rows, all_rows=True)]
 
 
 def _turned(W_OI: torch.Tensor, R_KBB: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Module:
         )  # fmt: skip
 
     def computed(
-        self, rows: Rows, *, reads_base: bool = True, alone: bool = False, whole: bool = False
+        self, rows: Rows, *, reads_base: bool = True, alone: bool = False, all_rows: bool = False
     ) -> RowwiseDelta:
         """`rows` takes and gives rows of O x I: of a weight that is stored the other way all of them at once."""
         placed, straight = self.placed, self.layout is Layout.LINEAR
@@ -77,7 +77,7 @@ class Module:
 
         return RowwiseDelta(
             placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
-            rescales=reads_base, alone=alone, whole=whole or not straight, tied=placed.tied, layout=self.layout,
+            rescales=reads_base, alone=alone, all_rows=all_rows or not straight, tied=placed.tied, layout=self.layout,
             kernel=placed.shape[2:], twin=placed.twin,
         )  # fmt: skip
 
@@ -85,9 +85,9 @@ class Module:
         """Whole numbers in [0, below) of some rows of the part, as int64: PEFT on Windows saves them as floats. Raises
         InvalidFile for others: a wrong one would read anything."""
         stored = self[part][own]
-        found = stored.long()
-        if not torch.equal(found.to(stored.dtype), stored) or (
-            found.numel() and not 0 <= int(found.min()) <= int(found.max()) < below
+        indices = stored.long()
+        if not torch.equal(indices.to(stored.dtype), stored) or (
+            indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < below
         ):
             key = self.placed.parts[part]
             raise InvalidFile(
@@ -96,4 +96,4 @@ class Module:
                 subject=key,
                 next_step="Save the adapter again, or name the base it was trained on.",
             )
-        return found
+        return indices

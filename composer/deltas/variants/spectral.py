@@ -20,7 +20,7 @@ def fourierft(module: Module) -> list[Delta]:
         F_OI[drawn] = spectrum.to(W_OI)
         return scaling * torch.fft.ifft2(F_OI.view(outputs, inputs)).real
 
-    return [module.computed(rows, reads_base=False, whole=True)]
+    return [module.computed(rows, reads_base=False, all_rows=True)]
 
 
 def c3a(module: Module) -> list[Delta]:
