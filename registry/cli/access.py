@@ -1,4 +1,4 @@
-"""Who may do what: tokens, namespaces, members."""
+"""Access: tokens, namespaces, members."""
 
 from math import isfinite
 from pathlib import Path
@@ -16,14 +16,14 @@ from registry.errors import Usage
 
 tokens = typer.Typer(cls=Commands, help="Manage access tokens.", no_args_is_help=True, rich_markup_mode=None)
 namespaces = typer.Typer(
-    cls=Commands, help="Namespaces: the unit of permission.", no_args_is_help=True, rich_markup_mode=None
+    cls=Commands, help="Manage namespaces, the unit of permission.", no_args_is_help=True, rich_markup_mode=None
 )
 Json = dict[str, Any]
-_KEY_BYTES = 10_000  # more than any key in PEM has
+_KEY_BYTES = 10_000  # larger than any PEM key
 
 User = Annotated[str, typer.Argument(help="A user's name.")]
 NamespaceName = Annotated[
-    str, typer.Argument(metavar="NAMESPACE", help="Such as acme; `*` is all of them where roles are given.")
+    str, typer.Argument(metavar="NAMESPACE", help="Such as acme. For roles, `*` means all namespaces.")
 ]
 
 
@@ -36,8 +36,8 @@ def register(root: typer.Typer) -> None:
 def who_am_i(json: JsonFlag = False) -> None:
     """Show the current user and roles."""
     with connected() as connection:
-        found = connection.api.get("/v1/whoami")
-    limited = found.get("limited", {})
+        document = connection.api.get("/v1/whoami")
+    limited = document.get("limited", {})
     pairs = [
         (
             namespace,
@@ -45,42 +45,42 @@ def who_am_i(json: JsonFlag = False) -> None:
             if namespace in limited
             else role,
         )
-        for namespace, role in sorted({**dict.fromkeys(limited, "none"), **found["grants"]}.items())
+        for namespace, role in sorted({**dict.fromkeys(limited, "none"), **document["grants"]}.items())
     ]
-    render.document(found, json, lambda: render.lines(found["user"], pairs))
+    render.document(document, json, lambda: render.lines(document["user"], pairs))
 
 
 @tokens.command("create")
 def create_token(
     user: Annotated[str | None, typer.Option(help="For another user; requires admin of the registry.")] = None,
-    name: Annotated[str, typer.Option(help="What it is for.")] = "",
+    name: Annotated[str, typer.Option(help="The token's purpose.")] = "",
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="NAMESPACE=ROLE, its highest role there; may be repeated. All by default."),
+        typer.Option(help="NAMESPACE=ROLE, its highest role there. May be repeated. Unlimited by default."),
     ] = None,
-    expires_in_days: Annotated[float | None, typer.Option(help="Until revoked by default.")] = None,
+    expires_in_days: Annotated[float | None, typer.Option(help="Lifetime in days; by default, until revoked.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Make a token, which is printed this once. It can do what its user's roles and its scope both allow."""
-    if expires_in_days is not None and not isfinite(expires_in_days):  # which JSON cannot say
+    """Create a token and print it once. It can do what both its user's roles and its scope allow."""
+    if expires_in_days is not None and not isfinite(expires_in_days):  # JSON has no NaN or infinity
         raise Usage(
             "bad_lifetime",
             f"A token cannot last {expires_in_days} days.",
-            next_step="Give a number of days with --expires-in-days, or leave it out for a token without an end.",
+            next_step="Give a number of days with --expires-in-days, or leave it out for a token that does not expire.",
         )
     body: Json = {"user": user, "name": name, "expires_in_days": expires_in_days}
     if scope:
         body["scope"] = dict(_pair(text) for text in scope)
     with connected() as connection:
-        found = connection.api.post("/v1/tokens", body)
-    render.document(found, json, lambda: render.out(found["token"]))
+        document = connection.api.post("/v1/tokens", body)
+    render.document(document, json, lambda: render.out(document["token"]))
 
 
 @tokens.command("list")
 def list_tokens(json: JsonFlag = False) -> None:
-    """Your tokens; an admin of the registry sees everybody's. Secrets are never shown again."""
+    """List your tokens; a registry admin sees everyone's. Secrets are never shown again."""
     with connected() as connection:
-        found = list(connection.api.pages("/v1/tokens"))
+        items = list(connection.api.pages("/v1/tokens"))
     rows = [
         (
             row["id"],
@@ -90,10 +90,10 @@ def list_tokens(json: JsonFlag = False) -> None:
             (row["expires_at"] or "")[:19],
             (row["revoked_at"] or "")[:19],
         )
-        for row in found
+        for row in items
     ]
     columns = ("token", "user", "name", "scope", "expires", "revoked")
-    render.document({"items": found, "next": None}, json, lambda: render.table("", columns, rows))
+    render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
 
 
 @tokens.command("revoke")
@@ -101,20 +101,20 @@ def revoke_token(
     token: Annotated[str, typer.Argument(metavar="ID", help="As `adaptory token list` shows it.")],
     json: JsonFlag = False,
 ) -> None:
-    """End a token at once, by the id that `token list` shows (its 12 characters after adp_)."""
+    """Revoke a token immediately, by the id that `token list` shows (the 12 characters after adp_)."""
     with connected() as connection:
-        found = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}")
-    render.document(found, json, lambda: render.out(f"revoked {found['id']} of {found['user']}"))
+        document = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}")
+    render.document(document, json, lambda: render.out(f"revoked {document['id']} of {document['user']}"))
 
 
 @namespaces.command("list")
 def list_namespaces(json: JsonFlag = False) -> None:
-    """The namespaces that you may read."""
+    """List the namespaces that you may read."""
     with connected() as connection:
-        found = list(connection.api.pages("/v1/namespaces"))
-    rows = [(row["namespace"], _visibility(row), row["require_signature"], row["created_by"]) for row in found]
+        items = list(connection.api.pages("/v1/namespaces"))
+    rows = [(row["namespace"], _visibility(row), row["require_signature"], row["created_by"]) for row in items]
     columns = ("namespace", "visible", "signed only", "by")
-    render.document({"items": found, "next": None}, json, lambda: render.table("", columns, rows))
+    render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
 
 
 @namespaces.command("set")
@@ -125,17 +125,19 @@ def set_namespace(
         bool | None, typer.Option("--require-signature/--allow-unsigned", help="Refuse unsigned releases.")
     ] = None,
     signing_key: Annotated[
-        list[Path] | None, typer.Option(help="A public key (PEM) that may sign; all of them at once.")
+        list[Path] | None,
+        typer.Option(help="A public key (PEM) that may sign. Repeat for each key: the list is replaced."),
     ] = None,
     signature_covers: Annotated[
         str | None,
         typer.Option(
-            metavar="release|files", help="What a required signature has to cover; `files` takes those of other tools."
+            metavar="release|files",
+            help="What a required signature must cover; `files` also accepts those of other tools.",
         ),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Make a namespace, or change who may read it and what it takes."""
+    """Create a namespace, or change who may read it and which releases it accepts."""
     keys = [read_text(path, _KEY_BYTES) for path in signing_key] if signing_key else None
     body = {
         "public": public,
@@ -144,21 +146,21 @@ def set_namespace(
         "signature_covers": signature_covers,
     }
     with connected() as connection:
-        found = connection.api.put(f"/v1/namespaces/{quote(namespace, safe='')}", body)
+        document = connection.api.put(f"/v1/namespaces/{quote(namespace, safe='')}", body)
     pairs = [
-        ("visible", _visibility(found)),
-        ("signed only", found["require_signature"]),
-        ("signature covers", found["signature_covers"]),
+        ("visible", _visibility(document)),
+        ("signed only", document["require_signature"]),
+        ("signature covers", document["signature_covers"]),
     ]
-    render.document(found, json, lambda: render.lines(f"namespace {namespace}", pairs))
+    render.document(document, json, lambda: render.lines(f"namespace {namespace}", pairs))
 
 
 @namespaces.command("members")
 def list_members(namespace: NamespaceName, json: JsonFlag = False) -> None:
-    """Who has a role there; `*` asks for the roles that hold in every namespace."""
+    """List a namespace's members and roles; `*` lists the roles that hold in every namespace."""
     with connected() as connection:
-        found = connection.api.get(_members_path(namespace))
-    render.document(found, json, lambda: render.lines(f"members of {namespace}", list(found["members"].items())))
+        document = connection.api.get(_members_path(namespace))
+    render.document(document, json, lambda: render.lines(f"members of {namespace}", list(document["members"].items())))
 
 
 @namespaces.command("grant")
@@ -168,20 +170,20 @@ def grant(
     role: Annotated[str, typer.Argument(help="reader, publisher, releaser or admin.")],
     json: JsonFlag = False,
 ) -> None:
-    """Give a user a role in a namespace, in the place of any other there; in `*` it holds in all of them."""
+    """Give a user a role in a namespace, replacing any other there; in `*` it holds in all namespaces."""
     _set_member(namespace, user, role, json)
 
 
 @namespaces.command("revoke")
 def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None:
-    """Take a user's role in a namespace away; the user's tokens lose it too."""
+    """Revoke a user's role in a namespace; the user's tokens lose it too."""
     _set_member(namespace, user, None, json)
 
 
 def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:
     with connected() as connection:
-        found = connection.api.put(_members_path(namespace), {"user": user, "role": role})
-    render.document(found, json, lambda: render.out(f"{user}: {role or 'no role'} in {namespace}"))
+        document = connection.api.put(_members_path(namespace), {"user": user, "role": role})
+    render.document(document, json, lambda: render.out(f"{user}: {role or 'no role'} in {namespace}"))
 
 
 def _members_path(namespace: str) -> str:
@@ -195,5 +197,5 @@ def _visibility(row: Json) -> str:
 def _pair(text: str) -> tuple[str, str]:
     namespace, equals, role = text.partition("=")
     if not equals:
-        raise Usage("bad_scope", f"{text!r} is no scope.", subject=text, next_step="Write NAMESPACE=ROLE.")
+        raise Usage("bad_scope", f"{text!r} is not a scope.", subject=text, next_step="Write NAMESPACE=ROLE.")
     return namespace, role

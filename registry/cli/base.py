@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from composer.formats.checkpoints.hashing import BaseIdentity
 
 app = typer.Typer(
-    cls=Commands, help="Base models: what adapters were trained on.", no_args_is_help=True, rich_markup_mode=None
+    cls=Commands, help="Manage base models, which adapters are trained on.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -31,10 +31,10 @@ def add(
     name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
     alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
     derived_from: Annotated[
-        str | None, typer.Option(metavar="BASE", help="The registered base that it was made from.")
+        str | None, typer.Option(metavar="BASE", help="The registered base that it was derived from.")
     ] = None,
     relation: Annotated[
-        str | None, typer.Option(help="How it was made from that: cast, quantized, finetuned or merged.")
+        str | None, typer.Option(help="How it was derived: cast, quantized, finetuned or merged.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -48,20 +48,20 @@ def add(
         identity = hash_checkpoint(checkpoint, done)
     with connected() as connection:
         request = base_request(checkpoint, identity, name, alias or [])
-        found = _registered(connection, {**request, "derived_from": derived_from, "relation": relation})
-    render.document(found, json, lambda: _show(found))
+        document = _registered(connection, {**request, "derived_from": derived_from, "relation": relation})
+    render.document(document, json, lambda: _show(document))
 
 
 @app.command("list")
 def list_bases(json: JsonFlag = False) -> None:
-    """The registered bases."""
+    """List the registered bases."""
     with connected() as connection:
-        found = list(connection.api.pages("/v1/bases"))
+        items = list(connection.api.pages("/v1/bases"))
     rows = [
-        (base["name"], base["digest"][:12], base["model_type"], base["parameters"], base["aliases"]) for base in found
+        (base["name"], base["digest"][:12], base["model_type"], base["parameters"], base["aliases"]) for base in items
     ]
     render.document(
-        {"items": found, "next": None},
+        {"items": items, "next": None},
         json,
         lambda: render.table("", ("base", "digest", "type", "parameters", "aliases"), rows),
     )
@@ -69,30 +69,30 @@ def list_bases(json: JsonFlag = False) -> None:
 
 @app.command()
 def show(base: Annotated[str, typer.Argument(help="Name, alias or digest.")], json: JsonFlag = False) -> None:
-    """One base, with its scores."""
+    """Show a base and its scores."""
     with connected() as connection:
-        found = connection.api.base(base)
-    render.document(found, json, lambda: _show(found))
+        document = connection.api.base(base)
+    render.document(document, json, lambda: _show(document))
 
 
 @app.command()
 def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it.")], json: JsonFlag = False) -> None:
-    """Take an alias from its base, for who made that and for admins of the registry."""
+    """Remove an alias from its base; only for the base's creator and registry admins."""
     with connected() as connection:
-        found = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}")
-    render.document(found, json, lambda: render.out(f"{alias} names no base; {found['name']} stays"))
+        document = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}")
+    render.document(document, json, lambda: render.out(f"{alias} no longer names a base; {document['name']} stays"))
 
 
 def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
-    """Where it lies here was not asked for: to another's base, which takes no locations of us, it is not added."""
+    """Registers the base. If it belongs to someone else, who alone may add locations, retries without this one."""
     try:
         return connection.api.post("/v1/bases", request)
     except NotAllowed as error:
         if error.code != "not_yours":
             raise
-        found = connection.api.post("/v1/bases", {**request, "locations": []})
+        document = connection.api.post("/v1/bases", {**request, "locations": []})
         render.say(f"note: {error.detail} {', '.join(request['locations'])} was not added to its locations.")
-        return found
+        return document
 
 
 def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str]) -> dict[str, Any]:

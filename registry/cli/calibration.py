@@ -1,4 +1,4 @@
-"""The examples that `combine`, `merge` and `conflicts` fit a method on."""
+"""Calibration examples for the fitted methods of `combine`, `merge` and `conflicts`."""
 
 import json
 from collections.abc import Callable, Generator, Sequence
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 Suites = Annotated[
     list[Path] | None,
-    typer.Option("--suite", metavar="FILE", help="For regmean: the suite of each adapter, in their order."),
+    typer.Option("--suite", metavar="FILE", help="For regmean: each adapter's suite, in the order of the adapters."),
 ]
 Prompts = Annotated[
     list[Path] | None,
-    typer.Option("--prompts", metavar="FILE", help="For regmean: instead of suites, prompts of each, one a line."),
+    typer.Option(
+        "--prompts", metavar="FILE", help="For regmean: each adapter's prompts, one per line, instead of suites."
+    ),
 ]
 
 MAX_NOTE_BYTES = 64 << 20
@@ -41,8 +43,8 @@ def calibration_of(
     suites: "Sequence[Suite | None]",
     prompts: Sequence[tuple[str, ...]] = (),
 ) -> "Calibration | None":
-    """What a fitted method is fitted on; None for another method, and where an adapter has neither a suite nor prompts.
-    Raises Usage for a suite that would have no example left to judge by."""
+    """The calibration of a fitted method; None for other methods, and if an adapter has neither a suite nor prompts.
+    Raises Usage for a suite that would have no examples left for evaluation."""
     from composer.formats.recipes.methods import PIPELINES, parse_settings
 
     if method not in PIPELINES or not PIPELINES[method].fitted:
@@ -61,18 +63,18 @@ def calibration_of(
 def local_calibration(
     method: str, settings: dict[str, object], base: Path | None, suites: list[Path] | None, prompts: list[Path] | None
 ) -> "Calibration | None":
-    """By the options of `combine` and `merge`. Raises Usage for options that another method cannot use, for both, and
-    for a fitted method without a base or without either."""
+    """The calibration that the options of `combine` and `merge` describe. Raises Usage for these options with a method
+    that is not fitted, for both suites and prompts, and for a fitted method without a base or without either."""
     from composer.formats.recipes.methods import PIPELINES, parse_settings
 
     parse_settings(method, settings)
     if not PIPELINES[method].fitted:
         if suites or prompts:
-            message = f"--suite and --prompts say nothing here: {method} is not fitted on examples."
+            message = f"--suite and --prompts have no effect: {method} is not fitted on examples."
             raise Usage("idle_option", message, subject="--suite", next_step="Leave them out, or add --method regmean.")
         return None
     if base is None or bool(suites) == bool(prompts):
-        message = f"{method} is fitted on examples: it takes --base, and --suite or --prompts for each adapter."
+        message = f"{method} is fitted on examples: it needs --base, and --suite or --prompts for each adapter."
         raise Usage("needs_examples", message, subject="--suite", next_step="Write --suite FILE once for each adapter.")
     from composer.conflicts.examine import parse_prompts
     from composer.evaluation.model import load_model
@@ -86,7 +88,7 @@ def local_calibration(
 def fitting(
     calibration: "Calibration | None", method: str, settings: dict[str, object]
 ) -> "Generator[Calibration | None]":
-    """The calibration with a bar of its own: each step runs every example once."""
+    """The calibration with a progress bar: each step runs every example once."""
     if calibration is None:
         yield None
         return
@@ -98,7 +100,7 @@ def fitting(
 
 
 def contradictions(calibration: "Calibration | None", names: Sequence[str]) -> "list[Finding]":
-    """Adapters whose suites ask the same prompts and want other answers: no fit serves both."""
+    """Findings for adapters whose suites have the same prompts but different answers: no fit serves both."""
     from composer.conflicts.findings import of_contradictions
     from composer.formats.recipes.policy import Policy
     from composer.formats.recipes.suite import contradicting_suites
@@ -116,7 +118,7 @@ def refuse_uneven(calibration: "Calibration | None", adapters: Sequence[object])
 
 
 def fit_lines(fit: dict[str, Any] | None, names: Sequence[str]) -> list[tuple[str, str]]:
-    """What a fit came to, for people: each adapter's error on the inputs that it was fitted on."""
+    """A fit's results as lines of text: each adapter's error on the inputs that it was fitted on."""
     if fit is None:
         return []
     errors = zip(names, fit["errors"], fit["errors_of_sum"], strict=False)
@@ -132,8 +134,8 @@ def fitted_adapter(
     how: tuple[str, dict[str, object]],
     calibration: "Calibration",
 ) -> Path:
-    """The adapter that a merge by a fitted method adds: `OUTPUT-adapter`, made now, or by an earlier run of this very
-    command. Raises Conflict where something else has that name."""
+    """The adapter that a merge with a fitted method adds: `OUTPUT-adapter`, fitted now or by an earlier run of the same
+    command. Raises Conflict if something else has that name."""
     from composer.export.combine import combine
     from composer.formats.adapters.provenance import adapter_use
     from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -156,7 +158,7 @@ def fitted_adapter(
     }
     note = json.loads(read_text(directory / NOTE_FILE, MAX_NOTE_BYTES))
     if any(note.get(name) != json.loads(json.dumps(value)) for name, value in wanted.items()):
-        message = f"{directory} is there, and was not fitted by this command."
+        message = f"{directory} exists, and this command did not fit it."
         raise Conflict(
             "output_exists", message, subject=str(directory), next_step="Move it away, or choose another -o."
         )
@@ -167,6 +169,6 @@ def _set(suite: "Suite", count: int) -> "CalibrationSet":
     from composer.formats.recipes.calibration_sets import CalibrationSet
 
     if len(suite.examples) <= count:
-        message = f"{suite.name} has {len(suite.examples)} examples: {count} to fit on leave none to judge by."
+        message = f"{suite.name} has {len(suite.examples)} examples: fitting on {count} leaves none to evaluate on."
         raise Refused("suite_too_small", message, subject=suite.name, next_step="Add examples, or --set examples=N.")
     return CalibrationSet(suite, count)

@@ -1,4 +1,4 @@
-"""What the shell completes: references, channels, suites and methods. Where a registry does not answer, nothing."""
+"""Shell completion of references, channels, suites and methods. Completes nothing if the registry does not answer."""
 
 from contextlib import suppress
 from typing import Any
@@ -12,8 +12,8 @@ _MOST = 200
 def references(incomplete: str) -> list[str]:
     """`acme/s` -> repositories; `acme/sql:` -> its versions; `acme/sql@` -> its channels."""
     for mark in ":@":
-        repository, found, _ = incomplete.partition(mark)
-        if found:
+        repository, separator, _ = incomplete.partition(mark)
+        if separator:
             names = _versions(repository) if mark == ":" else _channels(repository)
             return [one for one in names if one.startswith(incomplete)]
     return [one["repository"] for one in _repositories() if one["repository"].startswith(incomplete)][:_MOST]
@@ -21,14 +21,14 @@ def references(incomplete: str) -> list[str]:
 
 def channels(incomplete: str) -> list[str]:
     """`acme/sql@prod`."""
-    found = [f"{row['repository']}@{name}" for row in _repositories() for name in row["channels"]]
-    return [one for one in found if one.startswith(incomplete)][:_MOST]
+    names = [f"{row['repository']}@{name}" for row in _repositories() for name in row["channels"]]
+    return [one for one in names if one.startswith(incomplete)][:_MOST]
 
 
 def channel_names(incomplete: str) -> list[str]:
     """`prod`, for --to."""
-    found = {name for row in _repositories() for name in row["channels"]}
-    return sorted(one for one in found if one.startswith(incomplete))[:_MOST]
+    names = {name for row in _repositories() for name in row["channels"]}
+    return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
 
 
 def suites(incomplete: str) -> list[str]:
@@ -47,8 +47,8 @@ def _versions(repository: str) -> list[str]:
 
 
 def _channels(repository: str) -> list[str]:
-    found = [row for row in _repositories() if row["repository"] == repository]
-    return [f"{repository}@{name}" for row in found for name in row["channels"]]
+    rows = [row for row in _repositories() if row["repository"] == repository]
+    return [f"{repository}@{name}" for row in rows for name in row["channels"]]
 
 
 def _repositories() -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def _repositories() -> list[dict[str, Any]]:
 
 
 def _rows(path: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with suppress(RegistryError), connected() as connection:
-        found += connection.api.pages(path)
-    return found
+        rows += connection.api.pages(path)
+    return rows

@@ -1,4 +1,4 @@
-"""Compositions in the registry, and the composer on local directories: compose, merge, combine."""
+"""Compositions in the registry, and the composer on local directories: compose, merge, combine, convert."""
 
 import json as json_module
 import time
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; tied=auto|untie|shared|refuse."),
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, such as tied=auto|untie|shared|refuse."),
 ]
 Method = Annotated[
     str,
@@ -44,11 +44,15 @@ Rules = Annotated[
     typer.Option(
         "--rule",
         metavar="N:WHERE=WEIGHT",
-        help="Another weight for the N-th adapter in layers or modules: 2:0-9/mlp.*=0.3",
+        help="A different weight for the N-th adapter in some layers or modules: 2:0-9/mlp.*=0.3",
     ),
 ]
 Sequential = Annotated[
-    bool, typer.Option("--sequential", help="Each adapter on what those before it made: two DoRA of one weight.")
+    bool,
+    typer.Option(
+        "--sequential",
+        help="Apply each adapter to the result of the previous ones, as two DoRA adapters of one weight need.",
+    ),
 ]
 Require = Annotated[
     str | None,
@@ -61,10 +65,10 @@ Json = dict[str, Any]
 
 _POLL_S = 0.2
 _RANKS = 5
-"""So many are listed, of more the range is told."""
+"""Up to this many ranks are listed; beyond it, only the range."""
 _UNFINISHED = ("queued", "running")
 _ASKED_S = 1.2
-"""How long a second interrupt is waited for: the first one ends the command within two seconds."""
+"""How long to wait for a second interrupt: the first one ends the command within two seconds."""
 
 
 def register(root: typer.Typer) -> None:
@@ -78,14 +82,14 @@ def compose(
         bool, typer.Option("--plan", help="Resolve, lock and check for conflicts; change nothing.")
     ] = False,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Wait for the end; the embedded registry always does.")
+        bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
     ] = False,
     require: Require = None,
     json: JsonFlag = False,
 ) -> None:
     """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish.
 
-    With --require a worse verdict of the conflict check ends it there: `require` in the recipe's policy says the same.
+    With --require, a worse conflict verdict ends the composition; `require` in the recipe's policy does the same.
     """
     from composer.formats.recipes.recipe import MAX_FILE_BYTES, load_recipe
 
@@ -93,13 +97,13 @@ def compose(
     if (verdict := required(require)) is not None:
         wanted = replace(wanted, policy={**wanted.policy, "require": str(verdict)})
     with connected() as connection:
-        found = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
+        composition = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:
             with connection.worker():
-                found = _follow_or_cancel(connection, found)
-    render.document(found, json, lambda: _show(found))
-    if found["state"] in ("refused", "failed", "cancelled"):
-        raise _error(found)
+                composition = _follow_or_cancel(connection, composition)
+    render.document(composition, json, lambda: _show(composition))
+    if composition["state"] in ("refused", "failed", "cancelled"):
+        raise _error(composition)
 
 
 def merge(  # noqa: PLR0913
@@ -108,13 +112,13 @@ def merge(  # noqa: PLR0913
     output: Output,
     method: Method = "stack",
     set_: Settings = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the base's own otherwise.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default, the base's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
-    rounding: Annotated[str, typer.Option(help="To the nearest value, or stochastic.")] = "nearest",
-    seed: Annotated[int | None, typer.Option(help="Of stochastic rounding: 0 when left out.")] = None,
+    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
+    seed: Annotated[int | None, typer.Option(help="Seed of stochastic rounding; 0 by default.")] = None,
     sequential: Sequential = False,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Take an fp8 or 4-bit base as the values that it stands for.")
+        bool, typer.Option("--dequantize", help="Dequantize an fp8 or 4-bit base before merging.")
     ] = False,
     rule: Rules = None,
     suite: Suites = None,
@@ -123,7 +127,7 @@ def merge(  # noqa: PLR0913
 ) -> None:
     """Merge adapters into a checkpoint, on local directories, without a registry.
 
-    An interrupted merge goes on where it stopped when the same command is given again.
+    Repeat the same command to resume an interrupted merge.
     """
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.formats.recipes.rounding import Mode, parse_rounding
@@ -132,7 +136,7 @@ def merge(  # noqa: PLR0913
     from composer.merge.run import run_merge
 
     if seed is not None and rounding != Mode.STOCHASTIC:
-        message = "--seed says nothing here: it is for stochastic rounding."
+        message = "--seed has no effect without --rounding stochastic."
         raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
     adapters, settings = _weighted(adapter, rule), settings_of(set_, sequential=sequential)
@@ -147,14 +151,14 @@ def merge(  # noqa: PLR0913
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)
     _warn(report.findings)
-    told = report.to_json()
-    told["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
-    shown = [(key, value) for key, value in told.items() if key not in ("findings", "survival")]
+    document = report.to_json()
+    document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
+    shown = [(key, value) for key, value in document.items() if key not in ("findings", "survival")]
     shown += [
         (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3g}")
-        for key, value in told["survival"].items()
+        for key, value in document["survival"].items()
     ]
-    render.document(told, json, lambda: render.lines(f"merged into {output}", shown))
+    render.document(document, json, lambda: render.lines(f"merged into {output}", shown))
 
 
 def combine(  # noqa: PLR0913
@@ -162,17 +166,17 @@ def combine(  # noqa: PLR0913
     output: Output,
     method: Method = "stack",
     set_: Settings = None,
-    base: Annotated[Path | None, typer.Option(help="Check the fit to this checkpoint directory.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut every module to this rank.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Check that the adapters fit this checkpoint directory.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Truncate every module to this rank.")] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Cut to the least rank that keeps this share of the energy, module by module.")
+        float | None, typer.Option(help="Truncate each module to the lowest rank that keeps this share of its energy.")
     ] = None,
     rule: Rules = None,
     suite: Suites = None,
     prompts: Prompts = None,
     json: JsonFlag = False,
 ) -> None:
-    """Make one PEFT adapter of several on local directories, without a registry; tells what a cut to a rank lost."""
+    """Combine local adapters into one PEFT adapter, without a registry; reports what truncation to a rank lost."""
     from composer.export.combine import combine as combine_adapters
     from composer.formats.checkpoints.checkpoint import open_checkpoint
 
@@ -189,31 +193,33 @@ def combine(  # noqa: PLR0913
     with fitting(calibration, method, settings) as counted:
         report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted)
     _warn(report.findings)
-    told = report.to_json()
-    shown = [(key, value) for key, value in told.items() if key not in ("findings", "compressions", "fit")]
+    document = report.to_json()
+    shown = [(key, value) for key, value in document.items() if key not in ("findings", "compressions", "fit")]
     shown = [(key, _ranks(value) if key == "ranks" else value) for key, value in shown]
-    shown += fit_lines(told["fit"], [path.name for path, _ in adapters])
-    render.document(told, json, lambda: _show_combined(output, shown, told["compressions"]))
+    shown += fit_lines(document["fit"], [path.name for path, _ in adapters])
+    render.document(document, json, lambda: _show_combined(output, shown, document["compressions"]))
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A directory or file of kohya, diffusers or MLX.")],
-    base: Annotated[Path, typer.Option(help="The base's checkpoint directory: its names decide what is what.")],
+    source: Annotated[Path, typer.Argument(help="An adapter of kohya, diffusers or MLX: a directory or file.")],
+    base: Annotated[
+        Path, typer.Option(help="The base's checkpoint directory; its tensor names decide what each key means.")
+    ],
     output: Output,
     residual_base: Annotated[
         bool,
-        typer.Option("--residual-base", help="The base is what a PiSSA, OLoRA, … adapter left of it."),
+        typer.Option("--residual-base", help="The base is the residual that a PiSSA, OLoRA, … adapter left."),
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Write an adapter of another layout as a PEFT adapter that adds the same."""
+    """Convert an adapter of another layout to an equivalent PEFT adapter."""
     from composer.export.convert import convert as convert_adapter
     from composer.export.convert import convert_rebased
     from composer.formats.checkpoints.checkpoint import open_checkpoint
 
     write = convert_rebased if residual_base else convert_adapter
-    told = write(source, output, open_checkpoint(base).architecture).to_json()
-    render.document(told, json, lambda: render.lines(f"converted to {output}", list(told.items())))
+    document = write(source, output, open_checkpoint(base).architecture).to_json()
+    render.document(document, json, lambda: render.lines(f"converted to {output}", list(document.items())))
 
 
 def _show_combined(output: Path, shown: list[tuple[str, Any]], compressions: list[Json]) -> None:
@@ -225,7 +231,7 @@ def _show_combined(output: Path, shown: list[tuple[str, Any]], compressions: lis
 
 
 def _ranks(modules: dict[int, int]) -> str | None:
-    """`rank 48 in 60 modules, 32 in 8`: a cut by energy may leave another rank in every module."""
+    """`rank 48 in 60 modules, 32 in 8`: truncation by energy may leave a different rank in every module."""
     if len(modules) > _RANKS:
         often = max(modules, key=lambda rank: (modules[rank], rank))
         spread = f"{min(modules)} to {max(modules)} in {sum(modules.values())} modules"
@@ -238,7 +244,7 @@ def _ranks(modules: dict[int, int]) -> str | None:
 
 
 def _weighted(texts: list[str], rules: list[str] | None) -> "list[tuple[Path, Weight]]":
-    """The adapters with their weights and the rules that go with them."""
+    """The adapters, each with its weight and rules."""
     adapters = _adapters(texts)
     weights = with_rules([weight for _, weight in adapters], rules)
     return [(path, weight) for (path, _), weight in zip(adapters, weights, strict=True)]
@@ -266,14 +272,16 @@ def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weigh
 def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
     from composer.formats.recipes.weights import factor
 
-    found: list[tuple[Path, float]] = []
+    adapters: list[tuple[Path, float]] = []
     for text in texts:
-        # A directory's own name may hold a "=": only what follows the last one can be a weight.
+        # A directory's name may contain "=": only what follows the last one can be a weight.
         path, equals, number = text.rpartition("=")
         if not (path if equals else text).strip():
-            raise Usage("no_adapter", "--adapter names no directory.", subject="--adapter", next_step="Write DIR=0.7")
+            raise Usage(
+                "no_adapter", "--adapter does not name a directory.", subject="--adapter", next_step="Write DIR=0.7"
+            )
         if not equals or Path(text).is_dir():
-            found.append((Path(text), 1.0))
+            adapters.append((Path(text), 1.0))
             continue
         try:
             weight = factor(number)
@@ -281,22 +289,22 @@ def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
             raise Usage(
                 "bad_weight", f"{number!r} in --adapter {text} is not {error}.", subject=text, next_step="Write DIR=0.7"
             ) from error
-        found.append((Path(path), weight))
-    return found
+        adapters.append((Path(path), weight))
+    return adapters
 
 
 def settings_of(texts: list[str] | None, *, sequential: bool = False) -> dict[str, object]:
-    """`--set KEY=VALUE`, the value as JSON where it is some, and as text otherwise."""
-    found: dict[str, object] = {"sequential": True} if sequential else {}
+    """Parses `--set KEY=VALUE`; the value is JSON if it parses as JSON, else text."""
+    settings: dict[str, object] = {"sequential": True} if sequential else {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise Usage("bad_setting", f"--set {text} has no value.", subject=text, next_step="Write --set KEY=VALUE")
         try:
-            found[key] = json_module.loads(value)
+            settings[key] = json_module.loads(value)
         except (ValueError, RecursionError):
-            found[key] = value
-    return found
+            settings[key] = value
+    return settings
 
 
 def _warn(findings: Any) -> None:
@@ -304,61 +312,61 @@ def _warn(findings: Any) -> None:
         render.say(f"{finding.severity.value}: {finding.message}")
 
 
-def _follow_or_cancel(connection: Connection, found: Json) -> Json:
-    """An interrupt cancels a composition of this process; a server's goes on unless there is a second one."""
+def _follow_or_cancel(connection: Connection, composition: Json) -> Json:
+    """An interrupt cancels a composition of this process; one on a server continues unless interrupted twice."""
     try:
-        return _follow(connection, found)
+        return _follow(connection, composition)
     except KeyboardInterrupt as interrupt:
-        name = f"composition {found['id']}"
+        name = f"composition {composition['id']}"
         if connection.resources is None:
-            render.say(f"{name} goes on at {connection.api.url}; interrupt again to cancel it")
+            render.say(f"{name} continues at {connection.api.url}; interrupt again to cancel it")
             if not interrupts.wait_for_another(_ASKED_S):
-                job = found["job"]
-                interrupt.add_note(f"{name} goes on: `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it")
+                job = composition["job"]
+                interrupt.add_note(f"{name} continues: `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it")
                 raise
-        connection.api.post(f"/v1/compositions/{found['id']}/cancel")
-        interrupt.add_note(f"{name} is cancelled, and nothing of it is published")
+        connection.api.post(f"/v1/compositions/{composition['id']}/cancel")
+        interrupt.add_note(f"{name} is cancelled, and nothing was published")
         raise
 
 
-def _follow(connection: Connection, found: Json) -> Json:
+def _follow(connection: Connection, composition: Json) -> Json:
     """Polls until the end, with a bar for each step."""
     with render.progress("compose", None) as bar:
         while True:
-            bar.step(*_step(found["steps"]))
-            if found["state"] not in _UNFINISHED:
-                return found
+            bar.step(*_step(composition["steps"]))
+            if composition["state"] not in _UNFINISHED:
+                return composition
             time.sleep(_POLL_S)
-            found = connection.api.get(f"/v1/compositions/{found['id']}")
+            composition = connection.api.get(f"/v1/compositions/{composition['id']}")
 
 
 def _step(steps: list[Json]) -> tuple[str, int | None, int | None, str | None]:
-    """The running step as `2/6 combine`, and how much of it is done where that is known."""
+    """The running step as `2/6 combine`, and how much of it is done if known."""
     for number, step in enumerate(steps, start=1):
         if step["state"] == "running":
             return f"{number}/{len(steps)} {step['name']}", step.get("done"), step.get("total"), step.get("unit")
     return "waiting", None, None, None
 
 
-def _show(found: Json) -> None:
-    what = "plan" if found["plan"] else "composition"
-    render.heading(f"{what} {found['id']}: {found['state']}")
-    _show_lock(found["lock"])
-    if found["conflicts"]:
-        _show_conflicts(found["conflicts"])
-    if found["candidate_scores"]:
-        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(found["candidate_scores"]))
-    if found["gates"]:
-        render.gate_lines(found["gates"])
-    if found["merge"]:
-        merged = found["merge"]
+def _show(composition: Json) -> None:
+    what = "plan" if composition["plan"] else "composition"
+    render.heading(f"{what} {composition['id']}: {composition['state']}")
+    _show_lock(composition["lock"])
+    if composition["conflicts"]:
+        _show_conflicts(composition["conflicts"])
+    if composition["candidate_scores"]:
+        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition["candidate_scores"]))
+    if composition["gates"]:
+        render.gate_lines(composition["gates"])
+    if composition["merge"]:
+        merged = composition["merge"]
         render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
-    for row in found["results"]:
+    for row in composition["results"]:
         render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
 
 
 def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
-    """The candidate's row of each metric, and below it those of the inputs that were measured on the same examples."""
+    """A row for the candidate per metric, and below it the inputs measured on the same examples."""
     rows: list[tuple[Any, ...]] = []
     for score in scores:
         value = render.with_error(score["value"], score["stderr"])
@@ -391,14 +399,14 @@ def _show_lock(lock: Json) -> None:
 
 
 def _show_conflicts(report: Json) -> None:
-    if "summary" in report:  # reports of before 0.2 have none
+    if "summary" in report:  # absent before 0.2
         render.summary("conflicts", report["summary"])
     else:
         render.out(f"conflicts: {report['verdict']}")
 
 
 def required(verdict: str | None) -> "Verdict | None":
-    """What --require names. Raises Usage for another word."""
+    """The verdict that --require names. Raises Usage for any other word."""
     from composer.findings import Verdict
 
     if verdict is None:
@@ -409,7 +417,11 @@ def required(verdict: str | None) -> "Verdict | None":
     return Verdict(verdict)
 
 
-def _error(found: Json) -> Exception:
-    error: Json = found["error"] or {"code": "cancelled", "detail": "The composition was cancelled.", "exit_code": 1}
+def _error(composition: Json) -> Exception:
+    error: Json = composition["error"] or {
+        "code": "cancelled",
+        "detail": "The composition was cancelled.",
+        "exit_code": 1,
+    }
     family = next(family for family in FAMILIES if family.exit_code == error["exit_code"])
     return family(error["code"], error["detail"], subject=error.get("subject", ""), next_step=error.get("next", ""))

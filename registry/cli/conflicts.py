@@ -1,4 +1,4 @@
-"""Conflicts: what adapters would do to each other, on the strongest evidence that there is."""
+"""Conflicts between adapters, judged on the strongest evidence available."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 Probe = Annotated[
-    int, typer.Option(min=0, help="Measure on this many examples of each member's suite; 8 or more can end `ok`.")
+    int, typer.Option(min=0, help="Measure on this many examples of each adapter's suite; `ok` needs 8 or more.")
 ]
 ProbeMax = Annotated[
     int | None,
-    typer.Option(min=0, help="Maximum number where fewer leave it open: 24 by default, or --probe if that is below 8."),
+    typer.Option(
+        min=0,
+        help="Maximum number of examples when fewer are inconclusive: 24 by default, or --probe if that is below 8.",
+    ),
 ]
 Suites = Annotated[
     list[str] | None,
-    typer.Option("--suite", metavar="NAME|FILE", help="Suite of each adapter, in order, for directories."),
+    typer.Option("--suite", metavar="NAME|FILE", help="For directories: the suite of each adapter, in order."),
 ]
-Guards = Annotated[
-    list[str] | None, typer.Option("--guard", metavar="NAME|FILE", help="Guard suites to probe as well.")
-]
+Guards = Annotated[list[str] | None, typer.Option("--guard", metavar="NAME|FILE", help="Guard suites to probe too.")]
 
 
 def register(root: typer.Typer) -> None:
@@ -50,9 +51,10 @@ def register(root: typer.Typer) -> None:
 
 
 def conflicts(  # noqa: PLR0913
-    adapters: Annotated[list[str], typer.Argument(metavar="REF|DIR...", help="Two adapters or more.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="REF|DIR...", help="Two or more adapters.")],
     base: Annotated[
-        str | None, typer.Option(help="A registered base or a checkpoint directory; the releases' own otherwise.")
+        str | None,
+        typer.Option(help="A registered base or a checkpoint directory; by default, the releases' own base."),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="1,0.5,... in the order of the adapters.")] = None,
     rule: Rules = None,
@@ -63,20 +65,20 @@ def conflicts(  # noqa: PLR0913
     suite: Suites = None,
     guard: Guards = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Without suites: compare activations on these prompts, one a line.")
+        Path | None, typer.Option(help="Without suites: compare activations on these prompts, one per line.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="YAML: how severe each finding is, and from what on.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page of its own.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML: the severity and threshold of each finding.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as an HTML page.")] = None,
     require: Require = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Show the measurements and numbers behind it.")] = False,
-    modules: Annotated[int, typer.Option(min=0, help="With --explain: modules shown of each pair.")] = 2,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the measurements behind the verdict.")] = False,
+    modules: Annotated[int, typer.Option(min=0, help="With --explain: number of modules shown per pair.")] = 2,
     device: Device = "auto",
     base_dir: BaseDir = None,
     json: JsonFlag = False,
 ) -> None:
-    """What adapters would do to each other: measured with --probe, explained from their factors.
+    """Check adapters for conflicts: measured with --probe, explained from their factors.
 
-    The verdict is ok, undecided, unmeasured, warn or refuse; the exit code is 1 for refuse, and what --require says.
+    The verdict is ok, undecided, unmeasured, warn or refuse. Exits 1 for refuse, or for less than --require.
     """
     from composer.conflicts.examine import examine
     from composer.conflicts.render.text import document
@@ -84,7 +86,7 @@ def conflicts(  # noqa: PLR0913
     from composer.formats.recipes.policy import MAX_POLICY_CHARS, Policy, parse_policy
 
     if len(adapters) < 2:
-        raise Usage("too_few", "Conflicts are between two adapters or more.", next_step="Name at least two.")
+        raise Usage("too_few", "Conflicts need two or more adapters.", next_step="Name at least two.")
     given = with_rules(_weights(weights, len(adapters)), rule)
     rules = parse_policy(read_text(policy, MAX_POLICY_CHARS), str(policy)) if policy else Policy()
     rules = replace(rules, require=required(require) or rules.require)
@@ -105,8 +107,8 @@ def conflicts(  # noqa: PLR0913
         )
     if html:
         _write_page(html, report)
-    told = document(report)
-    render.document(told, json, lambda: _explain(report, modules) if explain else _show(told))
+    rendered = document(report)
+    render.document(rendered, json, lambda: _explain(report, modules) if explain else _show(rendered))
     _require(rules, report.verdict)
 
 
@@ -118,14 +120,14 @@ def _require(rules: "Policy", verdict: "Verdict") -> None:
     raise typer.Exit(1)
 
 
-def _show(told: Json) -> None:
-    """What fits a screen."""
-    render.summary("Verdict", told["summary"])
+def _show(document: Json) -> None:
+    """Shows the summary, which fits a screen."""
+    render.summary("Verdict", document["summary"])
     render.say("--explain shows the measurements and numbers behind this; --html F writes a page.")
 
 
 def _explain(report: "ConflictReport", modules: int) -> None:
-    """The headline of each pair first and why, then the tables, what else was found, and what to do."""
+    """Shows each pair's headline and its reasons, then the tables, other findings, and advice."""
     from composer.conflicts.render.text import advice, explanations, headlines, remarks, tables
 
     for line in headlines(report):
@@ -144,15 +146,15 @@ def _write_page(path: Path, report: "ConflictReport") -> None:
     from composer.conflicts.render.html import page
     from registry.client.cache import is_regular
 
-    aside = path.with_name(f".{path.name[:200]}.{token_hex(4)}")
+    staging = path.with_name(f".{path.name[:200]}.{token_hex(4)}")
     try:
         if path.is_symlink() or (path.exists() and not is_regular(path)):
             raise _unwritable(path, "it is a link, a directory or a device")
         try:
-            aside.write_text(page(report), encoding="utf-8")
-            aside.replace(path)  # whole or not at all
+            staging.write_text(page(report), encoding="utf-8")
+            staging.replace(path)  # atomic
         finally:
-            aside.unlink(missing_ok=True)
+            staging.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, str(error.strerror)) from error
     render.say(f"wrote {path}")
@@ -164,7 +166,7 @@ def _unwritable(path: Path, why: str) -> Usage:
 
 
 class _Group:
-    """Adapters to be compared, wherever they lie, and the base that they share."""
+    """The adapters to compare, local or registered, and the base that they share."""
 
     def __init__(
         self, connect: Callable[[], Connection], names: list[str], base: str | None, base_dir: Path | None
@@ -178,7 +180,7 @@ class _Group:
             raise Usage(
                 "bases_differ",
                 "These adapters were made for different bases.",
-                next_step="Compare adapters of one base.",
+                next_step="Compare adapters of the same base.",
             )
         self.base: Json | None = None
         if base and Path(base).is_dir():
@@ -188,7 +190,7 @@ class _Group:
 
     @cached_property
     def connection(self) -> Connection:
-        """Directories need no registry."""
+        """Opened on first use: directories need no registry."""
         return self._connect()
 
     def load(self) -> "list[LoadedAdapter]":
@@ -200,18 +202,19 @@ class _Group:
             architecture = self.connection.api.architecture(self.base["digest"])
         elif self.base_dir:
             architecture = open_checkpoint(self.base_dir).architecture
-        places = [
+        directories = [
             release_directory(self.connection, release) if release else Path(name)
             for name, release in zip(self.names, self.releases, strict=True)
         ]
         return [
-            replace(load_deltas(place, architecture), name=name) for place, name in zip(places, self.names, strict=True)
+            replace(load_deltas(directory, architecture), name=name)
+            for directory, name in zip(directories, self.names, strict=True)
         ]
 
     def evidence(
         self, own: list[str], guards: list[str], effort: tuple[int, int | None], prompts: Path | None, device: str
     ) -> "Evidence":
-        """What may be measured, and the suites that are known, whose prompts are compared in any case."""
+        """What may be measured, and the known suites, whose prompts are always compared."""
         from composer.conflicts.evidence.probe import usual_most
         from composer.conflicts.examine import Evidence, parse_prompts
         from composer.evaluation.model import load_model
@@ -221,7 +224,7 @@ class _Group:
         if not k and (own or guards):
             raise Usage(
                 "idle_suite",
-                "--suite and --guard say what a probe measures on, and there is no --probe.",
+                "--suite and --guard have no effect without --probe.",
                 next_step="Add --probe 8, or leave them out.",
             )
         if (k or prompts) and self.base is None and self.base_dir is None:
@@ -236,7 +239,7 @@ class _Group:
         )
 
     def checkpoint(self, *, measured: bool) -> "Checkpoint | None":
-        """The base's weights, where they are at hand: named, or needed for a measurement anyway."""
+        """The base's weights, if a directory was named or a measurement needs them anyway."""
         from composer.formats.checkpoints.checkpoint import open_checkpoint
 
         if not measured and self.base_dir is None:
@@ -245,7 +248,7 @@ class _Group:
 
     @cached_property
     def _directory(self) -> Path:
-        """Verified once, if the base is a registered one."""
+        """The base's directory, verified once if the base is registered."""
         return base_checkpoint(self.base, self.base_dir).path if self.base else (self.base_dir or Path())
 
     def _suites(self, own: list[str], *, required: bool) -> "list[Suite | None]":
@@ -261,7 +264,7 @@ class _Group:
         return [self._suite(str(name)) if name else None for name in names]
 
     def _suite(self, name: str) -> "Suite":
-        """A registered one by its name; what can be no name is a file, which needs no registry."""
+        """A registered suite by its name, or a file, which needs no registry, if the text cannot be a name."""
         from composer.formats.recipes.suite import NAME, parse_suite
 
         return fetch_suite(self.connection, name) if NAME.fullmatch(name) else parse_suite(name)
@@ -282,7 +285,7 @@ def _weights(text: str | None, count: int) -> list[float]:
     if len(weights) != count:
         raise Usage(
             "bad_weights",
-            f"--weights {text} is not {count} numbers of at most {LARGEST:g} in size.",
+            f"--weights {text} is not {count} numbers of magnitude {LARGEST:g} at most.",
             next_step="Write one number per adapter: 1,0.5,1",
         )
     return weights

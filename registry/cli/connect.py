@@ -1,4 +1,4 @@
-"""A registry to talk to: `$ADAPTORY_URL` over HTTP, or the embedded one in this very process. One code path."""
+"""Connects to a registry: `$ADAPTORY_URL` over HTTP, or the embedded one in this process. One code path."""
 
 import os
 import threading
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
 
 EMBEDDED_URL = "http://localhost"
-_ALIKE = 0.94  # of two whole names: one letter wrong, missing or too many
+_ALIKE = 0.94  # similarity of two names: one letter wrong, missing or too many
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """`resources` is set for the embedded registry, whose jobs this process must do itself."""
+    """An open registry. `resources` is set for the embedded one, whose jobs this process must run itself."""
 
     api: "Api"
     settings: "Settings"
@@ -36,7 +36,7 @@ class Connection:
 
     @contextmanager
     def worker(self) -> Generator[None]:
-        """Does the embedded registry's jobs in a thread meanwhile; a remote registry has workers of its own."""
+        """Runs the embedded registry's jobs in a thread meanwhile; a remote registry has its own workers."""
         if self.resources is None:
             yield
             return
@@ -64,18 +64,18 @@ def load_settings() -> "Settings":
         return Settings()
     except ValidationError as error:
         name = _variable(error.errors()[0]["loc"])
-        found = [str(one["msg"]) for one in error.errors() if _variable(one["loc"]) == name]
+        messages = [str(one["msg"]) for one in error.errors() if _variable(one["loc"]) == name]
         raise Usage(
             "bad_setting",
-            f"{name}: {', or: '.join(found)}.",
+            f"{name}: {', or: '.join(messages)}.",
             subject=name,
             next_step="Correct the environment variable.",
         ) from error
 
 
 def _refuse_misspelt(known: set[str]) -> None:
-    """`ADAPTORY_ACESS=tokens` would leave a server as open as if nothing had been said. Other names are let pass: what
-    starts containers makes some of its own (`ADAPTORY_PORT`, where a service is called so)."""
+    """Raises Usage for a misspelt setting: `ADAPTORY_ACESS=tokens` would otherwise leave a server open. Other unknown
+    names pass: container runtimes set some of their own (`ADAPTORY_PORT` for a service of that name)."""
     unknown = sorted(name for name in os.environ if name.upper().startswith("ADAPTORY_") and name.upper() not in known)
     if not unknown:
         return
@@ -85,14 +85,14 @@ def _refuse_misspelt(known: set[str]) -> None:
         if meant := get_close_matches(name.upper(), known, n=1, cutoff=_ALIKE):
             raise Usage(
                 "unknown_setting",
-                f"{name} is no setting.",
+                f"{name} is not a setting.",
                 subject=name,
-                next_step=f"Set {meant[0]} if that was meant, and take {name} out of the environment.",
+                next_step=f"Set {meant[0]} if you meant that, and remove {name} from the environment.",
             )
 
 
 def own_settings() -> "Settings":
-    """Of the registry whose database and store this machine reaches. Raises Usage where a URL names another one."""
+    """Settings of the registry whose database and store this machine can reach. Raises Usage if a URL names another."""
     settings = load_settings()
     if (settings.url and settings.profile is None) or settings.profile not in (None, "local"):
         raise Usage(
@@ -104,16 +104,17 @@ def own_settings() -> "Settings":
     return settings
 
 
-def _variable(place: tuple[int | str, ...]) -> str:
-    """The environment variable of a setting: of the store's its place has the kind too, which no name has."""
-    parts = [str(part) for part in place]
+def _variable(location: tuple[int | str, ...]) -> str:
+    """The environment variable of a setting. The location of a storage setting also has the storage kind, which the
+    variable's name lacks."""
+    parts = [str(part) for part in location]
     if parts[0] == "storage" and len(parts) > 2:
         parts = [parts[0], parts[2]]
     return f"ADAPTORY_{'__'.join(parts[:2])}".upper()
 
 
 def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
-    """URL, token and the name of the profile of the registry to talk to; None for the embedded one."""
+    """URL, token and profile name of the registry to use; None for the embedded one."""
     from registry.cli.profile_file import LOCAL, Profiles
 
     if settings.profile is None and settings.url:
@@ -129,7 +130,7 @@ def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
 
 
 def _say_once(line: str) -> Callable[[], None]:
-    """Says which registry is changed, before its first change."""
+    """Returns a callback that names the registry before its first change."""
     from registry.cli import render
 
     return cache(partial(render.say, line))
@@ -154,12 +155,12 @@ def connected() -> Generator[Connection]:
         try:
             resources = open_resources(settings)
         except OSError as error:
-            place = Path(error.filename or settings.home_directory)
-            name = "HOME" if place.is_relative_to(settings.home_directory) else "STORAGE__DIRECTORY"
+            path = Path(error.filename or settings.home_directory)
+            name = "HOME" if path.is_relative_to(settings.home_directory) else "STORAGE__DIRECTORY"
             raise Unavailable(
                 "home_unusable",
-                f"{place} cannot be used: {error.strerror}.",
-                subject=str(place),
+                f"{path} cannot be used: {error.strerror}.",
+                subject=str(path),
                 next_step=f"Set ADAPTORY_{name}.",
             ) from error
         stack.callback(resources.close)
@@ -170,18 +171,18 @@ def connected() -> Generator[Connection]:
 
 
 def resolved(connection: Connection, ref: str, *, warned: bool = False) -> dict[str, Any]:
-    """The release that `ref` names; its warning is told, but to who is `warned`."""
+    """The release that `ref` names. Prints its warning unless `warned`."""
     from registry.cli import render
 
     reference = parse_reference(ref)
-    found = connection.api.resolve(reference)
-    if found["warning"] and not warned:
-        render.say(f"warning: {found['warning']}")
-    return found["release"]
+    resolution = connection.api.resolve(reference)
+    if resolution["warning"] and not warned:
+        render.say(f"warning: {resolution['warning']}")
+    return resolution["release"]
 
 
 def release_directory(connection: Connection, release: dict[str, Any]) -> Path:
-    """The release's files on this machine, hashed a moment ago."""
+    """The directory of the release's files on this machine, just verified."""
     from registry.cli import render
     from registry.client.pull import cached
 
@@ -197,7 +198,7 @@ def total_bytes(release: dict[str, Any]) -> int:
 
 
 def base_checkpoint(base: dict[str, Any], override: Path | None) -> "Checkpoint":
-    """The base's weights on this machine, verified: scores are of what was measured, not of what a path says."""
+    """The base's weights on this machine, verified by hash: a path does not prove what was measured."""
     from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
     from composer.formats.checkpoints.hashing import verify_checkpoint
 
@@ -205,7 +206,7 @@ def base_checkpoint(base: dict[str, Any], override: Path | None) -> "Checkpoint"
     if directory is None:
         raise NotFound(
             "base_not_here",
-            f"None of the locations of {base['name']} is on this machine.",
+            f"No location of {base['name']} is on this machine.",
             subject=base["name"],
             next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
         )

@@ -1,4 +1,4 @@
-"""What changed between two releases or directories: facts, factors, scores, files, provenance."""
+"""Differences between two releases or directories: facts, factors, scores, files, provenance."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ TOP_MODULES = 20
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One side: its release as the wire shows it, the directory of its files if its modules can be compared, and what
-    it was made of if it is a composition."""
+    """One side: its release as the API shows it, its directory if its modules can be compared, and its lineage if it
+    is a composition."""
 
     name: str
     release: Json
@@ -38,33 +38,33 @@ def register(root: typer.Typer) -> None:
 
 
 def diff(
-    old: Annotated[str, typer.Argument(metavar="REF|DIR", help="The one before.")],
-    new: Annotated[str, typer.Argument(metavar="REF|DIR", help="The one after.")],
-    everything: Annotated[bool, typer.Option("--all", help="Every module, not only the most changed.")] = False,
+    old: Annotated[str, typer.Argument(metavar="REF|DIR", help="The old release.")],
+    new: Annotated[str, typer.Argument(metavar="REF|DIR", help="The new release.")],
+    everything: Annotated[bool, typer.Option("--all", help="Show every module, not only the most changed.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """What changed: facts, every module's delta, scores with their errors, files, provenance."""
+    """Compare two releases or directories: facts, module deltas, scores with errors, files, provenance."""
     from registry.client.diff import differences
     from registry.client.lineage import side_by_side
 
     before, after = _subjects(old, new)
     if bool(before.release["adapter"]) != bool(after.release["adapter"]):
         raise Usage(
-            "kinds_differ", f"{old} and {new} are an adapter and a model.", next_step="Compare two of one kind."
+            "kinds_differ", f"{old} and {new} are an adapter and a model.", next_step="Compare two of the same kind."
         )
     deltas = _compare(before.directory, after.directory)
-    told = {
+    document = {
         "old": before.name,
         "new": after.name,
         **differences(before.release, after.release),
         "composition": side_by_side(before.made, after.made),
         "deltas": deltas.to_json() if deltas else None,
     }
-    render.document(told, json, lambda: _show(told, everything=everything))
+    render.document(document, json, lambda: _show(document, everything=everything))
 
 
 def _subjects(*texts: str) -> list[Subject]:
-    """Two directories need no registry."""
+    """The two sides; two directories need no registry."""
     if all(Path(text).is_dir() for text in texts):
         return [_directory(Path(text)) for text in texts]
     with connected() as connection:
@@ -92,7 +92,7 @@ def _note(directory: Path) -> bytes:
 
 
 def _directory(directory: Path) -> Subject:
-    """What a release of this directory would say of itself, as far as its files tell."""
+    """Describes a directory as its release would be described, as far as its files allow."""
     from composer.formats.adapters.serving import SERVERS, judge
     from composer.formats.adapters.spectrum import spectrum
     from composer.formats.checkpoints.card import CARD_FILE, card_provenance
@@ -134,26 +134,28 @@ def _compare(old: Path | None, new: Path | None) -> "Comparison | None":
     return compare(before.adapter, after.adapter, before.placed, after.placed)
 
 
-def _show(told: Json, *, everything: bool) -> None:
-    render.heading(f"{told['old']} -> {told['new']}: {_verdict(told)}")
-    for finding in told["breaking"]:
+def _show(document: Json, *, everything: bool) -> None:
+    render.heading(f"{document['old']} -> {document['new']}: {_verdict(document)}")
+    for finding in document["breaking"]:
         render.out(f"  breaking: {finding['message']}")
     for what in ("composition", "facts", "provenance"):
-        rows = [(row["name"], row["old"], row["new"]) for row in told[what]]
+        rows = [(row["name"], row["old"], row["new"]) for row in document[what]]
         _table(what, ("", "old", "new"), rows)
-    if told["deltas"]:
-        _show_deltas(told["deltas"], everything=everything)
-    _table("scores", ("suite", "metric", "old", "new", "difference", ""), [_score_row(row) for row in told["scores"]])
-    _table("files", ("", "path"), [(how, path) for how, paths in told["files"].items() for path in paths])
+    if document["deltas"]:
+        _show_deltas(document["deltas"], everything=everything)
+    _table(
+        "scores", ("suite", "metric", "old", "new", "difference", ""), [_score_row(row) for row in document["scores"]]
+    )
+    _table("files", ("", "path"), [(how, path) for how, paths in document["files"].items() for path in paths])
 
 
-def _verdict(told: Json) -> str:
+def _verdict(document: Json) -> str:
     return {
         "breaking": "a breaking change",
         "weights": "other weights",
         "files": "the same weights, other files",
         "none": "the same files",
-    }[told["change"]]
+    }[document["change"]]
 
 
 def _show_deltas(deltas: Json, *, everything: bool) -> None:
@@ -161,8 +163,8 @@ def _show_deltas(deltas: Json, *, everything: bool) -> None:
     shown = rows if everything else rows[:TOP_MODULES]
     columns = ("norm_old", "norm_new", "cosine", "norm_difference", "energy_gained", "energy_lost")
     table = [(row["module"], _remark(row["status"]), _ranks(row), *(row[name] for name in columns)) for row in shown]
-    whole = ("all deltas", "", "", *(deltas["whole"][name] for name in columns))
-    _table("modules", ("module", "", "rank", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [whole, *table])
+    overall = ("all deltas", "", "", *(deltas["whole"][name] for name in columns))
+    _table("modules", ("module", "", "rank", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [overall, *table])
     if len(rows) > len(shown):
         render.say(f"{len(rows) - len(shown)} more modules changed: --all shows them")
     for name in deltas["left_out"]:

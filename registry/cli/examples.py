@@ -1,4 +1,4 @@
-"""One example for each command, shown by its `--help`, with the names that README.md uses."""
+"""One example per command, shown by its `--help`, with the names that README.md uses."""
 
 import typer
 
@@ -61,7 +61,7 @@ EXAMPLES = {
 
 
 def add_examples(app: typer.Typer, group: str = "") -> None:
-    """Gives each command below `app` its example."""
+    """Adds its example to each command below `app`."""
     for command in app.registered_commands:
         name = f"{group}{command.name or getattr(command.callback, '__name__', '')}"
         lines = "\n".join(f"  {line}" for line in EXAMPLES[name].splitlines())

@@ -1,4 +1,4 @@
-"""The base that a push is for: named, or found by what the adapter says, and checked before anything is sent."""
+"""Finds the base of a push, named by the user or the adapter, and checks the fit before anything is sent."""
 
 from itertools import islice
 from pathlib import Path
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _TRIED = 50
-"""Registered bases that an adapter of another base is compared with, at most: each costs a table of tensors."""
+"""Maximum number of registered bases to try an adapter on: each costs a table of tensors."""
 
 
 def fitting_base(connection: Connection, directory: Path, base: str | None, kind: str) -> str:
-    """The name or digest of the base that an adapter or a merged model is pushed for, once it fits that.
+    """The name or digest of the base that an adapter or merged model is pushed for, after checking the fit.
 
-    Raises Usage where nothing names it, NotFound for an unknown one, Invalid where the files do not fit it.
+    Raises Usage if nothing names a base, NotFound for an unknown one, Invalid if the files do not fit it.
     """
     if kind == "model":
         return _base_of_model(connection, directory, base)
@@ -54,13 +54,13 @@ def _base_of_model(connection: Connection, directory: Path, base: str | None) ->
 
 
 def _unnamed(directory: Path, what: str) -> Usage:
-    return Usage("base_missing", f"{directory} does not say what base it {what}.", next_step="Name it with --base.")
+    return Usage("base_missing", f"{directory} does not say which base it {what}.", next_step="Name it with --base.")
 
 
 def base_by_name_or_location(connection: Connection, text: str) -> Json:
     """A registered base by name, alias, digest, or the directory that it was registered from.
 
-    Trainers write the path that they loaded the base from into `base_model_name_or_path`. Raises NotFound.
+    Trainers write the path they loaded the base from into `base_model_name_or_path`. Raises NotFound.
     """
     try:
         return connection.api.get(f"/v1/bases/{quote(text.lstrip('/'))}")
@@ -81,21 +81,21 @@ def _directory(location: str) -> Path | None:
 
 
 def _refuse_wrong_base(connection: Connection, directory: Path, base: Json) -> None:
-    """Raises Invalid when the adapter fits another registered base: then the base is wrong, and not its keys.
+    """Raises Invalid if the adapter fits another registered base: then the base is wrong, not the adapter's keys.
 
-    Returns when it fits none, or when something is wrong with the adapter whatever its base is.
+    Returns if it fits none, or if the adapter is faulty on any base.
     """
     if fitting := _fitting(connection, directory, base["digest"]):
         raise Invalid(
             "wrong_base",
-            f"{directory} does not fit the base {base['name']}: its modules are missing there or differ in shape.",
+            f"{directory} does not fit the base {base['name']}: modules are missing there or differ in shape.",
             subject=str(directory),
             next_step=f"It fits {', '.join(fitting)}: name one with --base.",
         )
 
 
 def _fitting(connection: Connection, directory: Path, without: str = "") -> list[str]:
-    """The registered bases that the adapter fits, by name; none where something is wrong with it on every base."""
+    """Names of the registered bases that the adapter fits; none if the adapter is faulty on every base."""
     from composer.formats.adapters.inspection import inspect
 
     def fits(architecture: "Architecture | None") -> bool:

@@ -1,4 +1,4 @@
-"""The list of commands that `adaptory --help` shows: in groups by task, with an example each."""
+"""The command list of `adaptory --help`: grouped by task, one example per group."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 
 class Commands(TyperGroup):
-    """Lists its commands with the whole first sentence of each."""
+    """Lists its commands, each with its complete first sentence."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -54,7 +54,7 @@ def _first_sentence(text: str) -> str:
 
 
 class GroupedCommands(Commands):
-    """A command that no group names is listed under `Other`."""
+    """Lists the commands by group; those in no group under `Other`."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         left = [

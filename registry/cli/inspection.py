@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
-"""The servers that `inspect` asks about when none is named."""
+"""The servers that `inspect` checks by default."""
 
 
 def register(root: typer.Typer) -> None:
@@ -36,7 +36,7 @@ def inspect(
     base: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR|BASE", help="Check the fit to this base: a checkpoint's directory, or a registered one."
+            metavar="DIR|BASE", help="Check the fit to this base: a checkpoint directory or a registered base."
         ),
     ] = None,
     server: Annotated[
@@ -44,7 +44,7 @@ def inspect(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Facts and health of an adapter, and which servers will load it."""
+    """Show an adapter's facts and faults, and which servers can load it."""
     from composer.formats.adapters.layouts import PEFT, recognise
     from composer.formats.checkpoints.checkpoint import open_checkpoint
 
@@ -60,9 +60,9 @@ def inspect(
     if in_directory:
         architecture = open_checkpoint(Path(base or ""), dequantize=True).architecture
     look = _look if layout == PEFT else _look_at_another
-    told: Json = {**look(directory, architecture, server or PROFILES), "layout": layout}
-    render.document(told, json, lambda: _show_inspection(what, told))
-    if any(finding["severity"] == "error" for finding in told["findings"]):
+    document: Json = {**look(directory, architecture, server or PROFILES), "layout": layout}
+    render.document(document, json, lambda: _show_inspection(what, document))
+    if any(finding["severity"] == "error" for finding in document["findings"]):
         raise typer.Exit(6)
 
 
@@ -82,7 +82,7 @@ def _look(directory: Path, architecture: "Architecture | None", servers: Sequenc
 
 
 def _look_at_another(path: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
-    """At an adapter of another layout than PEFT's, which is the only one that servers are known to load."""
+    """Inspects an adapter that is not in PEFT's layout, the only one that servers are known to load."""
     from composer.formats.adapters.inspection import inspect_foreign
     from composer.formats.adapters.serving import Loading, parse_profile
 
@@ -96,8 +96,8 @@ def _look_at_another(path: Path, architecture: "Architecture | None", servers: S
     }
 
 
-def _show_inspection(what: str, told: Json) -> None:
-    facts = told["adapter"]
+def _show_inspection(what: str, document: Json) -> None:
+    facts = document["adapter"]
     names = (
         "type", "variant", "rank_max", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save",
         "base_model_name_or_path",
@@ -105,11 +105,11 @@ def _show_inspection(what: str, told: Json) -> None:
     lacking = () if facts["rank_max"] else ("rank_max", "alpha")
     own = [(name, facts[name]) for name in names if name not in lacking]
     size = ("size", render.size(facts["size_bytes"]))
-    render.lines(f"adapter {what}", [("layout", told["layout"]), *own, size, ("energy", used_ranks(facts))])
-    for finding in told["findings"]:
+    render.lines(f"adapter {what}", [("layout", document["layout"]), *own, size, ("energy", used_ranks(facts))])
+    for finding in document["findings"]:
         render.out(f"  {finding['severity']}: {finding['message']}")
     rows = [
         (one["profile"], "yes" if one["loads"] else "no", "; ".join(one["reasons"]), "; ".join(one["way_out"]))
-        for one in told["loads_in"]
+        for one in document["loads_in"]
     ]
     render.table("", ("server", "loads", "why not", "fix"), rows)

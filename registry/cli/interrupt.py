@@ -1,9 +1,9 @@
-"""Ctrl-C: ends a command within two seconds with exit code 130 and one line, whatever it is doing.
+"""Ctrl-C: ends any command within two seconds, with exit code 130 and one line.
 
-Python raises KeyboardInterrupt wherever the main thread is. That may be an import, whose module then fails in its own
-way; a destructor, which prints and swallows it; or a long call into C, which ends when it ends. So the first interrupt
-raises, and when the command has not ended `PATIENCE_S` later, or at a second interrupt, the process ends at once.
-Every command is safe against that: it is what a power cut would do.
+Python raises KeyboardInterrupt wherever the main thread is: in an import, whose module then fails in its own way; in a
+destructor, which prints and swallows it; or after a long call into C. So the first interrupt raises. At a second one,
+or if the command has not ended after `PATIENCE_S`, the process exits immediately. Every command survives that, as it
+would survive a power cut.
 """
 
 import os
@@ -17,55 +17,55 @@ from typing import Any
 INTERRUPTED = 130
 PATIENCE_S = 1.5
 _ONE_S = 0.5
-"""Interrupts so close together are one: a terminal sends it to a whole group, and a parent may pass it on again."""
+"""Interrupts this close together count as one: a terminal signals the process group, and a parent may forward it."""
 _DESTRUCTOR_S = 0.02
-"""In which a destructor that an interrupt has ended has been left."""
+"""Enough time to leave a destructor that was interrupted."""
 KEPT = {
     "push": "what was sent is kept; the same command sends the rest",
     "pull": "what was fetched is kept; the same command fetches the rest",
-    "merge": "the same command goes on with what is finished",
-    "eval": "no score was recorded; give the command again",
-    "base": "nothing was registered; give the command again",
-    "compose": "the same command goes on with the shards that are finished; `adaptory jobs` shows the composition",
-    "conflicts": "nothing was measured; give the command again",
+    "merge": "the same command resumes with the shards that are finished",
+    "eval": "no score was recorded; repeat the command",
+    "base": "nothing was registered; repeat the command",
+    "compose": "the same command resumes with the shards that are finished; `adaptory jobs` shows the composition",
+    "conflicts": "nothing was measured; repeat the command",
 }
-"""What is left of an interrupted command, where the command itself does not say."""
+"""What remains of an interrupted command, if the command does not say so itself."""
 
 
 class Interrupts:
-    """The state of one process. `raising` says that there is somebody who catches a KeyboardInterrupt."""
+    """The interrupt state of the process. `raising`: KeyboardInterrupt will be caught."""
 
     def __init__(self) -> None:
         self.raising = self.happened = self.said = False
         self._last_s = 0.0
 
     def install(self) -> None:
-        """Does nothing where interrupts are ignored, as a shell has it for what it starts in the background."""
+        """Installs the handler, unless interrupts are ignored, as shells do for background processes."""
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             return
         signal.signal(signal.SIGINT, self._on_signal)
         sys.unraisablehook = self._on_unraisable
 
     def say(self, kept: str = "") -> None:
-        """The one line, once."""
+        """Prints the line, once."""
         if self.said:
             return
         self.said = True
         words = [word for word in sys.argv[1:] if not word.startswith("-")]
         kept = kept or KEPT.get(words[0] if words else "", "")
-        # While a bar is shown, sys.stderr is rich's, which would draw the bar again below the line.
+        # While a bar is shown, sys.stderr is rich's, which would redraw the bar below the line.
         stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         clear = "\r\x1b[2K" if stream.isatty() else ""
         stream.write(f"{clear}interrupted: {kept}\n" if kept else f"{clear}interrupted\n")
         stream.flush()
 
     def end(self) -> None:
-        """Ends the process where it stands."""
+        """Exits the process immediately."""
         self.say()
         os._exit(INTERRUPTED)
 
     def wait_for_another(self, seconds: float) -> bool:
-        """Whether another interrupt comes; the end is put off meanwhile, and by `PATIENCE_S` afterwards."""
+        """Whether another interrupt comes within `seconds`; the forced exit waits for that, and `PATIENCE_S` more."""
         self.happened = False
         try:
             time.sleep(seconds)
@@ -93,7 +93,7 @@ class Interrupts:
             self.end()
 
     def _on_unraisable(self, unraisable: Any) -> None:
-        """An interrupt that a destructor swallowed is raised again where it can be caught."""
+        """Raises an interrupt that a destructor swallowed again where it can be caught."""
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             threading.Thread(target=self._again, name="interrupt", daemon=True).start()
         else:
@@ -102,7 +102,7 @@ class Interrupts:
     def _again(self) -> None:
         time.sleep(_DESTRUCTOR_S)
         self.happened = False
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it from a call into C, too
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also interrupts a call into C
 
 
 interrupts = Interrupts()

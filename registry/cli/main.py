@@ -1,4 +1,4 @@
-"""`adaptory`: builds the commands; turns an error into a message and an exit code."""
+"""`adaptory`: builds the commands; turns errors into messages and exit codes."""
 
 import logging
 import os
@@ -34,14 +34,14 @@ EXTRAS = {
     "torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
     "cryptography": "sign",
 }  # fmt: skip
-"""Which extra brings a package that is imported only where it is used."""
+"""The extra that installs each lazily imported package."""
 
 THREADS = {"OPENBLAS_NUM_THREADS": "1"}
-"""Read when numpy is imported, whose products here are small: on busy cores, waiting for a second thread made comparing
-two adapters of a 7B model take 31 s where the work is 3 s."""
+"""Read when numpy is imported. Its products here are small: on busy cores, waiting for a second thread made comparing
+two adapters of a 7B model take 31 s instead of 3 s."""
 
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""Read when transformers is imported: progress and messages on stderr are ours to give."""
+"""Read when transformers is imported: stderr is for our own progress and messages."""
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,7 +68,7 @@ def options(
     profile: Annotated[
         str | None, typer.Option(help="Use the registry of this profile; local is the embedded one.")
     ] = None,
-    wide: Annotated[bool, typer.Option("--wide", help="Show whole tables, however wide they are.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="Show full tables, however wide.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
@@ -104,7 +104,7 @@ def main() -> None:
     for name, value in (THREADS | QUIET).items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of a base that is streamed, as it was told to be
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns that a base is streamed, which is intended
     try:
         app(_global_options_first(sys.argv[1:]), prog_name="adaptory")
     except (RegistryError, ComposerError, OSError) as error:
@@ -113,10 +113,10 @@ def main() -> None:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        told = Unavailable(
+        failure = Unavailable(
             "extra_missing", f"This needs {error.name}.", next_step=f"Install adaptory with its extra `{extra}`."
         )
-        sys.exit(render.fail(told, "--json" in sys.argv))
+        sys.exit(render.fail(failure, "--json" in sys.argv))
     except SystemExit as end:
         if end.code == INTERRUPTED:
             interrupts.say(": ".join(_notes_of_interrupt(end)))
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def _global_options_first(words: list[str]) -> list[str]:
-    """`adaptory list --profile work` as `adaptory --profile work list`: what holds for every command may stand last."""
+    """Moves global options to the front: `adaptory list --profile work` becomes `adaptory --profile work list`."""
     for index, word in enumerate(words):
         if word == "--":
             break
@@ -136,7 +136,7 @@ def _global_options_first(words: list[str]) -> list[str]:
 
 
 def _notes_of_interrupt(end: BaseException) -> list[str]:
-    """What whoever was interrupted had to say."""
+    """The notes that the interrupted command attached."""
     cause: BaseException | None = end
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""Keeping a registry whole: gc and fsck. They work on the database and the store themselves, beside running servers."""
+"""Maintenance: gc and fsck. They access the database and the store directly, beside running servers."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,77 +23,79 @@ def register(root: typer.Typer) -> None:
 
 def gc(
     grace_hours: Annotated[
-        float, typer.Option(min=0, help="Keep what is younger; a push must not take longer than this.")
+        float, typer.Option(min=0, help="Keep anything younger; no push may take longer than this.")
     ] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count blobs and uploads.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Remove unfinished uploads and blobs that no release names. Safe while others push and pull."""
+    """Remove unfinished uploads and unreferenced blobs. Safe while others push and pull."""
     from registry.transfer.collect import collect
     from registry.worker.workspace import sweep_work
 
     with _own_resources() as resources:
-        found = collect(resources, grace=timedelta(hours=grace_hours), dry_run=dry_run)
+        removed = collect(resources, grace=timedelta(hours=grace_hours), dry_run=dry_run)
         if not dry_run:
-            found.leftovers += sweep_work(resources)
-    told = {
-        "blobs": found.blobs,
-        "size_bytes": found.size_bytes,
-        "unfinished": found.unfinished,
-        "leftovers": found.leftovers,
+            removed.leftovers += sweep_work(resources)
+    document = {
+        "blobs": removed.blobs,
+        "size_bytes": removed.size_bytes,
+        "unfinished": removed.unfinished,
+        "leftovers": removed.leftovers,
         "dry_run": dry_run,
     }
     verb = "would remove" if dry_run else "removed"
-    counts = f"{found.blobs:,} blobs ({render.size(found.size_bytes)}), {found.unfinished:,} unfinished uploads"
-    more = f", {found.leftovers:,} leftovers" if found.leftovers else ""
-    render.document(told, json, lambda: render.out(f"{verb} {counts}{more}"))
+    counts = f"{removed.blobs:,} blobs ({render.size(removed.size_bytes)}), {removed.unfinished:,} unfinished uploads"
+    more = f", {removed.leftovers:,} leftovers" if removed.leftovers else ""
+    render.document(document, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 
 def fsck(
-    full: Annotated[bool, typer.Option("--full", help="Read and hash every blob, not only ask for its size.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read and hash every blob instead of checking only its size.")
+    ] = False,
     discard: Annotated[
         bool, typer.Option("--discard", help="Delete damaged blobs, so that pushing the same files sends them again.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Check that the registry keeps its promises; changes nothing without --discard. Exits 1 when one is broken."""
+    """Check the registry's integrity; changes nothing without --discard. Exits 1 if a check fails."""
     from registry.transfer import fsck as promises
 
     with _own_resources() as resources:
-        extent, place = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
+        extent, database_url = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
         with render.progress("fsck", extent.steps, "rows") as done:
             findings = promises.check(resources, read_bytes=full, progress=done)
         failure, discarded = None, list[str]()
         try:
             discarded.extend(promises.discard(resources, findings) if discard else ())
-        except (RegistryError, OSError) as error:  # told after what was found, which may have taken hours
+        except (RegistryError, OSError) as error:  # reported after the findings, which may have taken hours
             failure = error
     broken = [finding for finding in findings if finding.severity == "error"]
-    told: dict[str, Any] = {
+    document: dict[str, Any] = {
         "clean": not broken,
         "checked": extent.to_json(),
         "findings": [finding.to_json() for finding in findings],
     }
     if discard:
-        told["discarded"] = discarded
+        document["discarded"] = discarded
     if failure is not None:
-        told["error"] = render.problem(failure)
+        document["error"] = render.problem(failure)
 
     def show() -> None:
         for finding in findings:
             render.out(f"{finding.severity}: {finding.message}")
         for sha256 in discarded:
             render.out(f"discarded the damaged blob {sha256}: push its files again")
-        verdict = f"{len(broken):,} broken promises" if broken else "clean"
+        verdict = f"{len(broken):,} errors" if broken else "clean"
         if extent.steps:
             render.out(
                 f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "
-                f"({render.size(extent.size_bytes)}{', every byte read' if full else ', sizes only'})"
+                f"({render.size(extent.size_bytes)}{', all bytes read' if full else ', sizes only'})"
             )
         else:
-            render.out(f"{verdict}, but nothing to check: {place} has no releases and no blobs")
+            render.out(f"{verdict}, but nothing to check: {database_url} has no releases and no blobs")
 
-    render.document(told, json, show)
+    render.document(document, json, show)
     if failure is not None:
         raise typer.Exit(render.fail(failure, as_json=False))
     if broken:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
 
 Limit = Annotated[int, typer.Option(min=1, help="Maximum number.")]
-After = Annotated[str | None, typer.Option("--cursor", help="`next` of the page before.")]
+After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
 
 AUDIT_ROWS = 1000
-"""Of a table, which is read by people."""
+"""Default limit for a table, which people read."""
 BACKLOG = 2048
 STOP_S = 30.0
-"""How long a server that stops waits for its worker to hand its job back."""
+"""How long a stopping server waits for its worker to requeue its job."""
 
 
 def register(root: typer.Typer) -> None:
@@ -33,17 +33,17 @@ def register(root: typer.Typer) -> None:
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Anything but loopback needs ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Any address but loopback requires ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8470,
     with_worker: Annotated[
-        bool, typer.Option("--worker/--no-worker", help="Run queued jobs in this process too.")
+        bool, typer.Option("--worker/--no-worker", help="Also run queued jobs in this process.")
     ] = True,
     processes: Annotated[
         int,
-        typer.Option(min=1, max=64, help="Number of server processes, for PostgreSQL; one more supervises them."),
+        typer.Option(min=1, max=64, help="Number of server processes (PostgreSQL only); one more supervises them."),
     ] = 1,
 ) -> None:
-    """Serve the REST API, with a worker beside it: to one user on loopback, or with ADAPTORY_ACCESS=tokens to many."""
+    """Serve the REST API and run a worker: for one user on loopback, or with ADAPTORY_ACCESS=tokens for many."""
     from registry.cli.server import serve_beside, serve_here
     from registry.settings import is_loopback
     from registry.transfer.resources import open_resources
@@ -57,13 +57,13 @@ def serve(
             "not_loopback",
             f"Without tokens the registry listens on loopback only, not on {host}.",
             subject=host,
-            next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and make one: `adaptory token create`.",
+            next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
         )
     listener = _listen(host, port)
     resources = open_resources(settings)
     if with_tokens:
         _refuse_without_tokens(resources)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # requests and the job may end first, as with SIGTERM
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
     stop = threading.Event()
     thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
     if with_worker:
@@ -89,14 +89,14 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise Unavailable(
             "port_unusable",
-            f"{host}:{port} cannot be listened on: {error.strerror or error}.",
+            f"Cannot listen on {host}:{port}: {error.strerror or error}.",
             subject=f"{host}:{port}",
             next_step="Choose another --port, or stop what listens there.",
         ) from error
 
 
 def _refuse_without_tokens(resources: "Resources") -> None:
-    """Nobody could use it, and nobody could tell why."""
+    """Raises NotAllowed if no token exists: nobody could use the server."""
     from registry.domain.access import tokens
 
     with resources.read() as session:
@@ -111,7 +111,7 @@ def _refuse_without_tokens(resources: "Resources") -> None:
 
 
 def worker() -> None:
-    """Run queued jobs; on SIGTERM requeue the current one. Any number of these may run beside the servers."""
+    """Run queued jobs; on SIGTERM, requeue the current one. Any number of workers may run beside the servers."""
     from registry.transfer.resources import open_resources
     from registry.worker.runner import run_worker
     from registry.worker.steps import KINDS
@@ -128,7 +128,7 @@ def worker() -> None:
 
 
 def migrate(json: JsonFlag = False) -> None:
-    """Bring the database to this version's schema."""
+    """Migrate the database to this version's schema."""
     from registry.database.engine import Database, DatabaseTimeouts
     from registry.database.migrate import head_revision, schema_revision
     from registry.database.migrate import migrate as run_migrations
@@ -139,21 +139,23 @@ def migrate(json: JsonFlag = False) -> None:
     database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
     before = schema_revision(database)
     run_migrations(database)
-    told = {"database": database.url.render_as_string(hide_password=True), "from": before, "to": head_revision()}
+    document = {"database": database.url.render_as_string(hide_password=True), "from": before, "to": head_revision()}
     database.close()
-    render.document(told, json, lambda: render.out(f"{told['database']}: schema {before or 'none'} -> {told['to']}"))
+    render.document(
+        document, json, lambda: render.out(f"{document['database']}: schema {before or 'none'} -> {document['to']}")
+    )
 
 
 def jobs(
-    job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show this job alone.")] = None,
+    job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show only this job.")] = None,
     limit: Limit = 50,
     cursor: After = None,
     json: JsonFlag = False,
 ) -> None:
-    """Jobs, the newest first, or one of them."""
+    """List jobs, newest first, or show one."""
     with connected() as connection:
         api = connection.api
-        found, more = ([api.get(f"/v1/jobs/{job}")], None) if job else api.first("/v1/jobs", limit, cursor=cursor)
+        items, more = ([api.get(f"/v1/jobs/{job}")], None) if job else api.first("/v1/jobs", limit, cursor=cursor)
     rows = [
         (
             row["id"],
@@ -162,10 +164,10 @@ def jobs(
             [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
             row["created_by"],
         )
-        for row in found
+        for row in items
     ]
-    told = found[0] if job else {"items": found, "next": more}
-    render.document(told, json, lambda: render.table("", ("job", "kind", "state", "steps", "by"), rows))
+    document = items[0] if job else {"items": items, "next": more}
+    render.document(document, json, lambda: render.table("", ("job", "kind", "state", "steps", "by"), rows))
     render.more(more, json)
 
 
@@ -178,30 +180,30 @@ def _progress(step: dict[str, Any]) -> str:
 def cancel(
     job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
 ) -> None:
-    """Stop a job; nothing of it is published."""
+    """Cancel a job; nothing of it is published."""
     with connected() as connection:
-        found = connection.api.post(f"/v1/jobs/{job}/cancel")
-    render.document(found, json, lambda: render.out(f"job {found['id']}: {found['state']}"))
+        document = connection.api.post(f"/v1/jobs/{job}/cancel")
+    render.document(document, json, lambda: render.out(f"job {document['id']}: {document['state']}"))
 
 
 def audit(  # noqa: PLR0913
-    subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a beginning: 'acme/*'")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Only of this namespace.")] = None,
+    subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a prefix: 'acme/*'")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only in this namespace.")] = None,
     by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
     event: Annotated[
-        str | None, typer.Option(help="channel:rollback, release:yank, …; another word lists all.")
+        str | None, typer.Option(help="channel:rollback, release:yank, …; any other word lists all.")
     ] = None,
     act: Annotated[str | None, typer.Option("--act", hidden=True, help="The earlier name of --event.")] = None,
-    since: Annotated[str | None, typer.Option(help="From this moment on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
-    until: Annotated[str | None, typer.Option(help="Before this moment.")] = None,
-    export: Annotated[bool, typer.Option("--jsonl", help="The rows of the filter, a line of JSON each.")] = False,
+    since: Annotated[str | None, typer.Option(help="From this time on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this time.")] = None,
+    export: Annotated[bool, typer.Option("--jsonl", help="Export the matching rows, one line of JSON each.")] = False,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number: 1000 by default, with --jsonl all from the first on.")
+        int | None, typer.Option(min=1, help="Maximum number: 1000 by default; with --jsonl all, oldest first.")
     ] = None,
     cursor: After = None,
     json: JsonFlag = False,
 ) -> None:
-    """Show the audit log: who changed what, from where, why; the newest first, with --jsonl in order."""
+    """Show the audit log: who changed what, from where and why; newest first, with --jsonl oldest first."""
     if export and cursor:
         raise Usage("no_pages", "An export has no pages.", subject=cursor, next_step="Leave out --cursor or --jsonl.")
     query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
@@ -211,14 +213,14 @@ def audit(  # noqa: PLR0913
                 for line in islice(lines, limit):
                     print(render.escaped(line))
             return
-        found, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
-    render.document({"items": found, "next": more}, json, lambda: _show_events(found))
+        events, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
+    render.document({"items": events, "next": more}, json, lambda: _show_events(events))
     render.more(more, json)
 
 
-def _show_events(found: list[dict[str, Any]]) -> None:
-    """A record for each event, with all that it changed."""
-    for row in found:
+def _show_events(events: list[dict[str, Any]]) -> None:
+    """Shows a record for each event, with everything that it changed."""
+    for row in events:
         pairs = [
             ("event", row["act"]),
             ("subject", row["subject"]),

@@ -1,6 +1,6 @@
-"""The registries that this user has logged in to, in a file.
+"""The file of registries that this user has logged in to.
 
-`$ADAPTORY_HOME/profiles.json`, readable by its owner alone, holds a URL and a token by name, and which one is in use.
+`$ADAPTORY_HOME/profiles.json`, readable only by its owner, maps names to a URL and a token, and names the one in use.
 """
 
 import json
@@ -14,7 +14,7 @@ from registry.errors import Invalid, NotFound
 from registry.formats.references import nearest
 
 LOCAL = "local"
-"""The embedded registry, which no profile can be called."""
+"""The embedded registry; no profile can have this name."""
 _FILE_BYTES = 1_000_000
 
 
@@ -29,9 +29,7 @@ class Profiles:
     """The profiles in a file. Raises Invalid for a file that is damaged or that others may read."""
 
     def __init__(self, home: Path) -> None:
-        self._path = (
-            home / "profiles.json"
-        ).resolve()  # a link is followed: what logout removes must not stay behind it
+        self._path = (home / "profiles.json").resolve()  # follow a link: logout must remove the token in its target
         self.current: str | None = None
         self.known: dict[str, Profile] = {}
         if self._path.exists():
@@ -44,10 +42,10 @@ class Profiles:
         return self.known[name]
 
     def save(self) -> None:
-        """Replaces the file; it is never readable by others, not for a moment."""
+        """Replaces the file atomically; it is never readable by others."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         rows = {one.name: {"url": one.url, "token": one.token} for one in self.known.values()}
-        descriptor, name = mkstemp(dir=self._path.parent, prefix=".profiles.")  # mode 0600, never a file that is there
+        descriptor, name = mkstemp(dir=self._path.parent, prefix=".profiles.")  # mode 0600, always a new file
         staging = Path(name)
         try:
             with os.fdopen(descriptor, "w") as file:
@@ -61,7 +59,7 @@ class Profiles:
         from registry.settings import registry_url, stripped_token
 
         if self._path.stat().st_mode & 0o077:
-            raise self._bad("others may read it", f"chmod 600 {self._path}, and make new tokens.")
+            raise self._bad("others may read it", f"Run chmod 600 {self._path}, and create new tokens.")
         try:
             with self._path.open("rb") as file:
                 document = cast("dict[str, Any]", json.loads(file.read(_FILE_BYTES)))

@@ -1,8 +1,8 @@
 """Registries that this user has logged in to: login, logout, profile list | use.
 
-`$ADAPTORY_HOME/profiles.json`, readable by its owner alone, holds a URL and a token by name, and which one is in use.
-The registry of a command is the first of `--profile` (or ADAPTORY_PROFILE), ADAPTORY_URL, the profile in use, and the
-embedded registry. The name `local` always means that one.
+`$ADAPTORY_HOME/profiles.json`, readable only by its owner, maps names to a URL and a token, and names the one in use.
+A command uses the first of `--profile` (or ADAPTORY_PROFILE), ADAPTORY_URL, the profile in use, and the embedded
+registry. The name `local` always means the embedded registry.
 """
 
 import sys
@@ -29,12 +29,12 @@ def register(root: typer.Typer) -> None:
 
 def login(
     url: Annotated[str, typer.Argument(metavar="URL", help="Address of the registry.")],
-    name: Annotated[str | None, typer.Option(help="Name of the profile; the registry's host when left out.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the profile; by default, the registry's host.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Save a registry's URL and token in a profile, and use it from now on.
 
-    Asks for the token, or reads it from stdin where that is not a terminal.
+    Prompts for the token, or reads it from stdin if that is not a terminal.
     """
     from registry.cli.connect import load_settings
     from registry.client.api import Api
@@ -43,11 +43,11 @@ def login(
     try:
         address = registry_url(url)
     except ValueError as error:
-        shown = "URL" if "@" in url else url  # there may be a password in it
+        shown = "URL" if "@" in url else url  # may contain a password
         raise Usage("bad_url", f"{shown}: {error}.", subject=shown, next_step="Write https://HOST[:PORT].") from error
     profile_name = _profile_name(name, address)
     if profile_name == LOCAL:
-        raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL, next_step="Name it otherwise.")
+        raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL, next_step="Choose another name.")
     api = Api(address, token=(token := _read_token()))
     try:
         user = api.get("/v1/whoami")["user"]
@@ -62,7 +62,7 @@ def login(
 
 
 def logout(
-    name: Annotated[str | None, typer.Argument(metavar="[PROFILE]", help="The one in use when left out.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[PROFILE]", help="By default, the one in use.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Remove a profile and its token from this machine."""
@@ -76,7 +76,7 @@ def logout(
     profiles.save()
     document = {"profile": chosen, "url": removed.url}
     render.document(
-        document, json, lambda: render.out(f"removed the profile {chosen}; its token is valid until revoked")
+        document, json, lambda: render.out(f"removed the profile {chosen}; its token stays valid until revoked")
     )
 
 
@@ -119,11 +119,13 @@ def _profile_name(given: str | None, address: str) -> str:
         if given:
             raise
         next_step = "Give the profile a name with --name."
-        raise Usage("bad_profile", f"{name} cannot be a profile's name.", subject=name, next_step=next_step) from error
+        raise Usage(
+            "bad_profile", f"{name} cannot be the name of a profile.", subject=name, next_step=next_step
+        ) from error
 
 
 def _read_token() -> str | None:
-    """Never from an argument: others on the machine see those, and shells keep them."""
+    """Reads the token from a prompt or stdin; arguments are visible to others and kept in shell histories."""
     from registry.settings import stripped_token
 
     text = ""

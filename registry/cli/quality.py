@@ -20,7 +20,7 @@ suite_app = typer.Typer(
 )
 score_app = typer.Typer(cls=Commands, help="Recorded scores.", no_args_is_help=True, rich_markup_mode=None)
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
-BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Where the base's weights are on this machine.")]
+BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 Json = dict[str, Any]
 
 
@@ -34,43 +34,47 @@ def register(root: typer.Typer) -> None:
 def add(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The suites' YAML.")], json: JsonFlag = False
 ) -> None:
-    """Register suites; other content under a known name becomes its current version.
+    """Register suites; new content under a known name becomes its current version.
 
-    What a file states of its metrics (metrics: {rouge_l: higher}) holds for all versions; its author corrects it by
-    adding the file again.
+    The directions that a file declares (metrics: {rouge_l: higher}) hold for all versions. The suite's author corrects
+    them by adding the file again.
     """
     from composer.formats.recipes.suite import parse_suite
 
     contents = [parse_suite(file) for file in files]
     with connected() as connection:
-        found = [connection.api.post("/v1/suites", content.to_json()) for content in contents]
-    render.document(found[0] if len(found) == 1 else {"items": found, "next": None}, json, lambda: _show_suites(found))
+        suites = [connection.api.post("/v1/suites", content.to_json()) for content in contents]
+    render.document(
+        suites[0] if len(suites) == 1 else {"items": suites, "next": None}, json, lambda: _show_suites(suites)
+    )
 
 
 @suite_app.command("list")
 def list_suites(json: JsonFlag = False) -> None:
-    """The current suites."""
+    """List the current suites."""
     with connected() as connection:
-        found = list(connection.api.pages("/v1/suites"))
-    render.document({"items": found, "next": None}, json, lambda: _show_suites(found))
+        suites = list(connection.api.pages("/v1/suites"))
+    render.document({"items": suites, "next": None}, json, lambda: _show_suites(suites))
 
 
-def _show_suites(found: list[Json]) -> None:
-    stated = [[f"{metric}: {better}" for metric, better in suite["metrics"].items()] for suite in found]
+def _show_suites(suites: list[Json]) -> None:
+    stated = [[f"{metric}: {better}" for metric, better in suite["metrics"].items()] for suite in suites]
     rows = [
         (suite["name"], suite["kind"], suite["examples"], suite["digest"][:12], metrics)
-        for suite, metrics in zip(found, stated, strict=True)
+        for suite, metrics in zip(suites, stated, strict=True)
     ]
     render.table("", ("suite", "kind", "examples", "digest", "better"), rows)
 
 
 @score_app.command()
 def delete(
-    what: Annotated[str, typer.Argument(metavar="REF|BASE", help="A release, or a base by its name.")],
-    score: Annotated[str, typer.Argument(metavar="SUITE.METRIC", help="For an older content, the suite's digest.")],
+    what: Annotated[str, typer.Argument(metavar="REF|BASE", help="A release, or a base by name.")],
+    score: Annotated[
+        str, typer.Argument(metavar="SUITE.METRIC", help="For older content, the suite's digest instead of its name.")
+    ],
     json: JsonFlag = False,
 ) -> None:
-    """Delete a score that you recorded; admins may delete any. The audit log keeps its value."""
+    """Delete a score that you recorded; admins may delete any. The audit log keeps the value."""
     from registry.client.api import release_path
 
     suite, _, metric = score.rpartition(".")
@@ -87,9 +91,7 @@ def delete(
 def evaluate(
     what: Annotated[
         str,
-        typer.Argument(
-            metavar="REF|BASE", help="A release, or a base by its name.", autocompletion=complete.references
-        ),
+        typer.Argument(metavar="REF|BASE", help="A release, or a base by name.", autocompletion=complete.references),
     ],
     suite: Annotated[
         list[str], typer.Option("--suite", help="Name of a suite. May be repeated.", autocompletion=complete.suites)
@@ -97,7 +99,7 @@ def evaluate(
     device: Device = "auto",
     base_dir: BaseDir = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of examples; the scores are then not recorded.")
+        int | None, typer.Option(min=1, help="Maximum number of examples; such scores are not recorded.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -136,15 +138,15 @@ def evaluate(
 
 
 def fetch_suite(connection: Connection, name: str) -> "Suite":
-    """Raises Usage for what cannot be a name, before anybody is asked."""
+    """Fetches a suite. Raises Usage for text that cannot be a name, before any request."""
     from composer.formats.recipes.suite import NAME, Suite
 
     if not NAME.fullmatch(name):
         raise Usage(
             "suite_name",
-            f"{name} is no name of a suite (lower-case letters, digits, - and _).",
+            f"{name} is not a suite name (lower-case letters, digits, - and _).",
             subject=name,
-            next_step="Register its file with `adaptory suite add FILE`, and give the name that stands in it.",
+            next_step="Register its file with `adaptory suite add FILE`, and give the name in that file.",
         )
     return Suite.from_json(connection.api.get(f"/v1/suites/{quote(name, safe='')}")["content"], name)
 

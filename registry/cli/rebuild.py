@@ -1,4 +1,4 @@
-"""A composed model made again from what its release names as its inputs."""
+"""Rebuild a composed model from the inputs that its release names."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,8 +14,8 @@ Json = dict[str, Any]
 def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Path | None) -> Json:
     """Pulls the inputs, merges them into the base again and compares with the release's verified files in `directory`.
 
-    The registry says which inputs and weights they were, the release's own note how they were merged. Raises Refused
-    for a release that no composition made, Invalid when the two disagree, NotAllowed for an input that is hidden.
+    The registry knows the inputs and weights, the release's own note how they were merged. Raises Refused for a release
+    that is not a composition's, Invalid if registry and note disagree, NotAllowed for a hidden input.
     """
     from composer.merge.rebuild import plan_rebuild, rebuild
     from registry.client.api import release_path
@@ -25,7 +25,7 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     if release["kind"] != "model" or not lineage:
         raise Refused(
             "no_lineage",
-            f"{name} is no merged model that a composition made: there is nothing to make it from again.",
+            f"{name} is not a merged model from a composition, so it cannot be rebuilt.",
             subject=name,
             next_step="Name a model with inputs (adaptory show REF).",
         )
@@ -37,15 +37,15 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
             next_step="Ask an administrator of their namespace.",
         )
     inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in lineage]
-    adapters = [release_directory(connection, found) for found in inputs]
+    adapters = [release_directory(connection, one) for one in inputs]
     checkpoint = base_checkpoint(connection.api.base(release["base"]["digest"]), base_dir)
     plan = plan_rebuild(directory, checkpoint, adapters)
-    # As the bag that they are: the note has them in the recipe's order, the registry in that of their publication.
+    # Compared as multisets: the note keeps the recipe's order, the registry that of publication.
     known = Counter(zip(map(_weights_digest, inputs), (row["weight"] for row in lineage), strict=True))
     if known != Counter((use.digest, use.weight.value) for use in plan.adapters):
         raise Invalid(
             "lineage_differs",
-            f"The note in {name} tells of other adapters or weights than the registry.",
+            f"The note in {name} names other adapters or weights than the registry.",
             subject=name,
             next_step="Do not serve it; ask who published it.",
         )
@@ -54,26 +54,26 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
 
 
 def _weights_digest(release: Json) -> str:
-    """The sha256 of an adapter's weights, which is how a note names it."""
+    """The SHA-256 of an adapter's weights, by which a note names the adapter."""
     from composer.formats.adapters.facts import WEIGHTS_FILE
 
     return next(file["sha256"] for file in release["files"] if file["path"] == WEIGHTS_FILE)
 
 
 def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *, dequantize: bool) -> Json:
-    """The same of what `adaptory merge` wrote into a directory, from the base and the adapters that are named."""
+    """Rebuilds what `adaptory merge` wrote into a directory, from the named base and adapters."""
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.merge.rebuild import plan_rebuild, rebuild
 
     if base_dir is None or not adapters:
         raise Refused(
             "no_lineage",
-            f"{directory} is a directory, which does not say where its inputs are.",
+            f"{directory} is a directory and does not say where its inputs are.",
             subject=str(directory),
             next_step="Add --base-dir DIR, and --adapter DIR for each adapter that was merged.",
         )
     if weighted := next((path for path in adapters if "=" in path.name and not path.is_dir()), None):
-        message = f"--adapter {weighted} names no directory; the weights come from the note of the merge."
+        message = f"--adapter {weighted} does not name a directory; the weights come from the merge's note."
         raise Usage("idle_weight", message, subject=str(weighted), next_step="Write --adapter DIR, without a weight.")
     plan = plan_rebuild(directory, open_checkpoint(base_dir, dequantize), adapters)
     with render.progress(f"rebuild {directory}", plan.size_bytes) as done:

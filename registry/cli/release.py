@@ -1,4 +1,4 @@
-"""Releases and channels: from list and log to promote, rollback and yank."""
+"""Releases and channels: list, log, show, promote, rollback, history, gate, yank, unyank."""
 
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,23 +34,23 @@ def register(root: typer.Typer) -> None:
 
 
 def list_repositories(
-    repository: Annotated[str | None, typer.Argument(metavar="[REPO]", help="Its releases instead.")] = None,
+    repository: Annotated[str | None, typer.Argument(metavar="[REPO]", help="List its releases instead.")] = None,
     models: Annotated[bool, typer.Option("--models", help="Only merged models.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """List the repositories, of adapters and of models, or the releases of one."""
+    """List the repositories of adapters and models, or the releases of one."""
     if repository:
         log(repository, json)
         return
     with connected() as connection:
         kinds = ("models",) if models else ("adapters", "models")
-        found = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}")]
+        items = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}")]
     rows = [
         (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
-        for row in found
+        for row in items
     ]
     render.document(
-        {"items": found, "next": None},
+        {"items": items, "next": None},
         json,
         lambda: render.table("", ("repository", "kind", "latest", "channels"), rows),
     )
@@ -59,21 +59,24 @@ def list_repositories(
 def log(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
 ) -> None:
-    """Releases of a repository, the highest version first."""
+    """List a repository's releases, highest version first."""
     with connected() as connection:
         line = _line(connection, str(parse_repository(repository)))
-        found = list(connection.api.pages(f"{line}/releases"))
-    render.document({"items": found, "next": None}, json, lambda: show_releases(found))
+        items = list(connection.api.pages(f"{line}/releases"))
+    render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
 
 def show(
     ref: Ref,
     modules: Annotated[
-        bool, typer.Option("--modules", help="Instead: what each module uses of its rank, and what a cut would leave.")
+        bool,
+        typer.Option(
+            "--modules", help="Show instead how much of its rank each module uses, and what truncation would keep."
+        ),
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Facts, scores, files and lineage of a release."""
+    """Show a release's facts, scores, files and lineage."""
     with connected() as connection:
         path = _path(resolved(connection, ref))
         if modules:
@@ -92,7 +95,7 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="Promote even if a gate fails; requires --reason.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Move a channel to a release; every gate is judged and printed."""
+    """Move a channel to a release; evaluates and prints every gate."""
     from registry.client import channel_moves
 
     with connected() as connection:
@@ -103,11 +106,11 @@ def promote(
 
 def roll_back(
     channel: Channel,
-    to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served.")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served before.")] = None,
     reason: Reason = "",
     json: JsonFlag = False,
 ) -> None:
-    """Return a channel to what it served before; again goes further back."""
+    """Return a channel to the release it served before; repeat to go further back."""
     from registry.client import channel_moves
 
     repository, name = parse_channel_reference(channel)
@@ -119,10 +122,10 @@ def roll_back(
 
 
 def history(channel: Channel, json: JsonFlag = False) -> None:
-    """Every move of a channel, the newest first."""
+    """List every move of a channel, newest first."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        found = list(connection.api.pages(f"{_line(connection, str(repository))}/channels/{name}/history"))
+        moves = list(connection.api.pages(f"{_line(connection, str(repository))}/channels/{name}/history"))
     rows = [
         (
             move["id"],
@@ -134,10 +137,10 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
             "forced" if move["forced"] else "",
             move["reason"],
         )
-        for move in found
+        for move in moves
     ]
     render.document(
-        {"items": found, "next": None},
+        {"items": moves, "next": None},
         json,
         lambda: render.table(channel, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows),
     )
@@ -152,16 +155,16 @@ def gate(
     clear: Annotated[bool, typer.Option("--clear", help="Remove all rules.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Show the gates of a channel, or set them (all of them at once)."""
+    """Show a channel's gates, or replace all of them."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{_line(connection, str(repository))}/gates"
-        found = (
+        document = (
             connection.api.put(path, {"channel": name, "rules": rule or []})
             if rule or clear
             else connection.api.get(path)
         )
-    rules: list[str] = found["gates"].get(name, [])
+    rules: list[str] = document["gates"].get(name, [])
     render.document(
         {"channel": channel, "rules": rules},
         json,
@@ -185,22 +188,23 @@ def unyank(
     reason: Annotated[str, typer.Option("--reason", help="Why.")],
     json: JsonFlag = False,
 ) -> None:
-    """Take a yank back."""
+    """Undo a yank."""
     with connected() as connection:
         before = _exactly(connection, ref, warned=True)
         release = connection.api.post(f"{_path(before)}/unyank", {"reason": reason})
     name = f"{release['repository']}:{release['version']}"
-    told = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing was to be done"
-    render.document(release, json, lambda: render.out(told))
+    line = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing to do"
+    render.document(release, json, lambda: render.out(line))
 
 
 def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
-    """A reference that moves would take the next release when the command is repeated."""
+    """The release that an exact reference names. Raises Usage for a moving one: repeating the command would hit the
+    next release."""
     named = parse_reference(ref)
     if named.version is None and named.commit is None:
         raise Usage(
             "not_exact",
-            f"{ref} can mean another release tomorrow.",
+            f"{ref} can mean a different release tomorrow.",
             subject=ref,
             next_step=f"Name the version: {named.repository}:1.2.0, or #COMMIT.",
         )
@@ -214,7 +218,7 @@ def _path(release: Json) -> str:
 
 
 def _line(connection: Connection, repository: str) -> str:
-    """The route of a repository, whose kind its name does not tell."""
+    """The route of a repository; its name does not tell its kind."""
     adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
     try:
         connection.api.get(adapters)
@@ -246,7 +250,7 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
     ]
     cuts = [f"at {rank}" for rank in ranks]
     render.table(ref, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
-    render.out("at R: energy that a cut to rank R keeps; 95 %: rank that keeps so much")
+    render.out("at R: energy that truncation to rank R keeps; 95 %: rank that keeps 95 % of the energy")
     for module in spectrum["left_out"]:
         render.out(f"  {module}: not computed")
 
@@ -257,7 +261,7 @@ def used_ranks(facts: Json) -> str | None:
 
 
 def _made_of(connection: Connection, release: Json) -> "Composition | None":
-    """What is known of it must be shown although the store has lost what its own note tells."""
+    """The release's lineage; without its note, and with a warning, if the store has lost that."""
     from registry.client.lineage import fetch_note, of_release
 
     try:
@@ -319,13 +323,13 @@ def warn_of_move_since(move: Json, since: str | None) -> None:
     if since is not None:
         where = f"{move['repository']}@{move['channel']}"
         render.say(
-            f"warning: an answer was lost; {where} was moved as asked, and by others since: it is at {since}. "
+            f"warning: a response was lost; {where} was moved as requested, and by others since: it is at {since}. "
             f"It is left there; see `adaptory history {where}`."
         )
 
 
 def show_move(move: Json) -> None:
-    """With its moment: to promote what is live already moves nothing, and the answer is the move that once did."""
+    """Shows a move with its time: promoting what is already live returns the earlier move."""
     forced = " (forced)" if move["forced"] else ""
     way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
     made = f"{move['kind']}{forced}, move {move['id']} at {move['at'][:19]}"

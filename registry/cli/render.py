@@ -1,4 +1,4 @@
-"""What people see: tables on stdout, messages and progress on stderr; `--json` prints one document instead.
+"""Output for people: tables on stdout, messages and progress on stderr; `--json` prints one document instead.
 
 Tables fit the terminal, or 80 columns.
 """
@@ -26,17 +26,17 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.
 Failure = RegistryError | ComposerError | OSError
 
 wide = False
-"""Set by --wide: tables are as wide as what is in them."""
+"""Set by --wide: tables are as wide as their content."""
 _CUT = frozenset({"module", "tensor"})
 _ITEM_A_LINE = frozenset({"scores"})
 _LEAST_CHARS = 24
 _NOT_PLAIN = re.compile(r"[^\n\x20-\x7e]")
 _LABEL_CHARS = 26
-"""Of a bar, so that amount, rate and time left fit into 80 columns beside it."""
+"""Width of a bar's label, so that amount, rate and time left fit into 80 columns beside it."""
 
 
 def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """The document itself, or what `show` makes of it."""
+    """Prints the document as JSON, or calls `show`."""
     if as_json:
         print(escaped(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
     else:
@@ -44,17 +44,18 @@ def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def say(message: str) -> None:
-    """On stderr; what follows a line break is indented, so that no text of others looks like a message of ours."""
+    """Prints to stderr. Lines after a line break are indented, so that other people's text cannot look like our
+    message."""
     print(_fitted(message, sys.stderr), file=sys.stderr)
 
 
 def out(text: str) -> None:
-    """On stdout, as `say` on stderr."""
+    """Prints to stdout, as `say` does to stderr."""
     print(_fitted(text, sys.stdout))
 
 
 def _fitted(text: str, stream: TextIO | None) -> str:
-    """Wrapped between words on a terminal; elsewhere a line stays whole for what reads it. None is a closed stream."""
+    """The text, wrapped between words if the stream is a terminal. None is a closed stream."""
     indent = " " * (len(text) - len(text.lstrip(" ")) + 4)
     first, *rest = plain(text).split("\n")
     lines = [first, *(indent + line for line in rest)]
@@ -64,17 +65,17 @@ def _fitted(text: str, stream: TextIO | None) -> str:
 
 
 def _wrapped(text: str, room: int, indent: str = "") -> list[str]:
-    """Between words: a name, a path or a digest that is longer than a line stays whole, without the indent if that
-    is what makes it too long."""
+    """Wraps between words. A name, path or digest longer than a line stays unbroken, without the indent if only the
+    indent makes it too long."""
     lines = wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
     return [line.lstrip() if len(line) > room else line for line in lines]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Left-aligned text, right-aligned numbers; a record for each row where the table is wider than the output, or a
-    cell has several items that need a line each.
+    """Prints a table: left-aligned text, right-aligned numbers; a record per row if the table is too wide or a cell has
+    items that need a line each.
 
-    Names of modules and tensors are cut in the middle before that. No cell is broken.
+    Names of modules and tensors are first shortened in the middle. No cell is broken.
     """
     if title:
         heading(title)
@@ -105,7 +106,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 
 def _used(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
-    """Without the columns that have no name and nothing in them, such as remarks where there are none."""
+    """Drops columns that have neither a name nor content, such as empty remarks."""
     kept = [i for i, name in enumerate(columns) if name or any(row[i] not in (None, "") for row in rows)]
     return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
@@ -115,7 +116,7 @@ def _has_lines(name: str, value: Any) -> bool:
 
 
 def middle(text: str, most: int, head: int | None = None) -> str:
-    """The text, or its ends with `…` between them: module names differ at both."""
+    """Shortens text in the middle with `…`: module names differ at both ends."""
     if len(text) <= most:
         return text
     head = (most - 1) // 2 if head is None else head
@@ -123,25 +124,25 @@ def middle(text: str, most: int, head: int | None = None) -> str:
 
 
 def _cut_apart(names: Sequence[str], most: int) -> list[str]:
-    """The names cut nearest to their middle where different ones stay different, else whole."""
+    """Shortens the names as near to their middle as keeps distinct names distinct; otherwise leaves them."""
     for head in sorted(range(most), key=lambda head: abs(head - (most - 1) // 2)):
-        found = [middle(name, most, head) for name in names]
-        if len(set(found)) == len(set(names)):
-            return found
+        shortened = [middle(name, most, head) for name in names]
+        if len(set(shortened)) == len(set(names)):
+            return shortened
     return list(names)
 
 
 def lines(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
-    """A heading and `name  value` below it, wrapped between words; None is left out, each item of a list that does not
-    fit has a line of its own."""
+    """Prints a heading and `name  value` lines, wrapped between words. Skips None; the items of a list that does not
+    fit get a line each."""
     heading(title)
     shown = [(name, value) for name, value in pairs if value is not None and cell(value) not in ("", "-")]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         room = max(_LEAST_CHARS, _width() - width - 4)
-        whole = cell(value)
-        items = [whole]
-        if isinstance(value, list | tuple) and (len(whole) > room or _has_lines(name, value)):
+        text = cell(value)
+        items = [text]
+        if isinstance(value, list | tuple) and (len(text) > room or _has_lines(name, value)):
             items = cast(Sequence[Any], value)
         texts = [line for item in items for line in _wrapped(cell(item), room)]
         for index, text in enumerate(texts):
@@ -149,7 +150,7 @@ def lines(title: str, pairs: Sequence[tuple[str, Any]]) -> None:
 
 
 def _width() -> int:
-    """Columns of the terminal, 80 without one; no limit with --wide."""
+    """Width of the terminal in columns, 80 without one; no limit with --wide."""
     return sys.maxsize if wide else get_terminal_size((80, 24)).columns
 
 
@@ -158,12 +159,12 @@ def heading(text: str) -> None:
 
 
 def plain(text: str) -> str:
-    """What others wrote must not speak to the terminal: control characters are shown, not obeyed."""
+    """Escapes control characters: other people's text must not control the terminal."""
     return "".join(one if one.isprintable() or one == "\n" else f"\\x{ord(one):02x}" for one in text)
 
 
 def escaped(document: str) -> str:
-    """The same JSON, its control characters written as escapes: JSON lets those of above ASCII stand as they are."""
+    """The same JSON with control characters above ASCII escaped too, which JSON allows unescaped."""
     return _NOT_PLAIN.sub(lambda one: one[0] if one[0].isprintable() else json.dumps(one[0])[1:-1], document)
 
 
@@ -182,13 +183,13 @@ def cell(value: Any) -> str:
 
 
 def more(cursor: str | None, as_json: bool) -> None:
-    """Says how a list goes on that was cut off; a JSON document says it itself, as `next`."""
+    """Says how to get the next page; a JSON document has `next` instead."""
     if cursor and not as_json:
         say(f"more: --cursor {cursor}")
 
 
 def summary(label: str, summary: dict[str, Any]) -> None:
-    """A verdict, the lines that it rests on, and the fix, wrapped at words."""
+    """Prints a verdict, the lines that support it, and the fix, wrapped between words."""
     heading(f"{label}: {summary['headline']}")
     fix = [f"fix: {summary['fix']}"] if summary["fix"] else []
     for line in (*(f"  {line}" for line in summary["lines"]), *fix):
@@ -198,7 +199,7 @@ def summary(label: str, summary: dict[str, Any]) -> None:
 
 
 def metric(name: str) -> str:
-    """What people read in place of a metric's id."""
+    """A metric's name for people."""
     return "exact match" if name == "accuracy" else name
 
 
@@ -216,7 +217,7 @@ def size(count: int) -> str:
 
 
 def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """What an audit row changed, a field each: (`version`, `1.0.0 -> 1.1.0`); equal fields are left out."""
+    """The fields that an audit row changed, such as (`version`, `1.0.0 -> 1.1.0`)."""
     before: dict[str, Any] = row["before"] or {}
     after: dict[str, Any] = row["after"] or {}
     return [
@@ -242,16 +243,16 @@ def gate_lines(report: Sequence[dict[str, Any]]) -> None:
 
 
 class Progress:
-    """What long work calls with each amount that is done; it may be called from several threads. Shows nothing."""
+    """Progress callback: called with each amount done, from any thread. This one shows nothing."""
 
     def __call__(self, count: int) -> None:
         pass
 
     def expect(self, total: int) -> None:
-        """How much there will be, where that is known only now or grows."""
+        """Sets the total when it becomes known or grows."""
 
     def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
-        """What is being done now: a bar of its own, without an end where no amount is known."""
+        """Starts or updates the bar of the current step, indeterminate if no total is known."""
 
 
 class _Bar(Progress):
@@ -278,9 +279,9 @@ class _Bar(Progress):
 
 @contextmanager
 def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Progress]:
-    """A bar with amount, rate and time left on stderr when that is a terminal, nothing otherwise.
+    """A bar with amount, rate and time left, on stderr if that is a terminal; otherwise nothing.
 
-    The callback's numbers are in `unit`. Without a total, the bar appears with the first amount or step.
+    The callback's amounts are in `unit`. Without a total, the bar appears with the first amount or step.
     """
     if not sys.stderr or not sys.stderr.isatty() or total == 0:
         yield Progress()
@@ -294,7 +295,7 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
         def render(self, task: Task) -> Text:
             if task.total is None:
                 return Text("")
-            steady = (task.elapsed or 0) > 1  # one amount alone has no rate yet
+            steady = (task.elapsed or 0) > 1  # a single amount has no rate yet
             rate = f" {_amount(task.speed, task)}/s" if task.speed and steady else ""
             unit = "" if task.fields["unit"] == "bytes" else f" {task.fields['unit']}"
             return Text(f"{_amount(task.completed, task)}/{_amount(task.total, task)}{unit}{rate}", no_wrap=True)
@@ -314,7 +315,7 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
 
 
 def fail(error: Failure, as_json: bool) -> int:
-    """Says what is wrong and what to do next; returns the exit code of its family."""
+    """Prints the error and the next step; returns the exit code of its family."""
     failure = _as_registry_error(error)
     detail = failure.detail
     if failure.code == "bad_request" and detail.startswith(f"{failure.subject}: "):
@@ -353,22 +354,22 @@ def _as_registry_error(error: Failure) -> RegistryError:
 
 def _of_disk(error: OSError) -> Unavailable:
     where = str(error.filename or "")
-    told = ": ".join([*([where] if where else []), str(error.strerror or error)])
-    next_step = "See that it can be read and written."
+    detail = ": ".join([*([where] if where else []), str(error.strerror or error)])
+    next_step = "Check that it can be read and written."
     if error.errno in (errno.EMFILE, errno.ENFILE):
         next_step = "Allow more open files (ulimit -n): a merge keeps some for each shard."
-    return Unavailable("disk_error", f"{told}.", subject=where, next_step=next_step)
+    return Unavailable("disk_error", f"{detail}.", subject=where, next_step=next_step)
 
 
 def _next_step(failure: RegistryError) -> str:
-    """Of a field of the request, what gave it on the command line: nobody at a terminal reads the OpenAPI document."""
+    """The next step; for a bad request field, names the command-line option instead of the OpenAPI document."""
     if failure.code != "bad_request" or "/openapi.json" not in failure.next_step:
         return failure.next_step
-    return f"Correct {_option(failure.subject)}; --help says what the command takes."
+    return f"Correct {_option(failure.subject)}; see --help."
 
 
 def _option(subject: str) -> str:
-    """`query.max_rank` as `--max-rank`, where that was given."""
+    """`query.max_rank` as `--max-rank`, if that was given."""
     field = subject.partition(".")[2]
     name = "event" if field == "act" else field.partition(".")[0].replace("_", "-")
     given = any(word.partition("=")[0] == f"--{name}" for word in sys.argv)

@@ -16,16 +16,18 @@ def register(root: typer.Typer) -> None:
 
 
 WIRE_NAMES = {"adapter_type": "type", "license_": "license"}
-"""Parameters of the search that have another name there, since Python has a use for theirs."""
+"""Search parameters whose REST name differs, because Python reserves it."""
 
 
 def search(  # noqa: PLR0913
     context: typer.Context,
-    text: Annotated[list[str] | None, typer.Argument(help="Beginnings of words of the name or the notes.")] = None,
+    text: Annotated[list[str] | None, typer.Argument(help="Beginnings of words in the name or the notes.")] = None,
     base: Annotated[str | None, typer.Option(help="Name, alias or digest.")] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(help="related: casts and quantizations of the base too. refused: also what --loads-in refuses."),
+        typer.Option(
+            help="related: also for casts and quantizations of the base. refused: also what --loads-in refuses."
+        ),
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="The highest rank of any module.")] = None,
     min_rank: Annotated[int | None, typer.Option(help="Some module has at least this rank.")] = None,
@@ -36,7 +38,7 @@ def search(  # noqa: PLR0913
     dtype: Annotated[str | None, typer.Option(help="F32, BF16, F16, …")] = None,
     license_: Annotated[
         str | None,
-        typer.Option("--license", help="As the card writes it; for any case --provenance license:…"),
+        typer.Option("--license", help="As the card writes it; to ignore case, use --provenance license:…"),
     ] = None,
     provenance: Annotated[
         list[str] | None,
@@ -45,25 +47,25 @@ def search(  # noqa: PLR0913
     targets_within: Annotated[str | None, typer.Option(help="Only these modules may be adapted: q_proj,v_proj")] = None,
     targets_include: Annotated[str | None, typer.Option(help="All of these modules are adapted.")] = None,
     targets_exact: Annotated[str | None, typer.Option(help="These modules are adapted, and no others.")] = None,
-    max_size_bytes: Annotated[int | None, typer.Option(help="Of all files together.")] = None,
+    max_size_bytes: Annotated[int | None, typer.Option(help="Maximum size of all files together.")] = None,
     score: Annotated[list[str] | None, typer.Option(help="'suite.metric>=0.8'; may be repeated.")] = None,
     loads_in: Annotated[str | None, typer.Option(help="vllm:32, sglang, lorax, llamacpp, peft.")] = None,
-    channel: Annotated[str | None, typer.Option(help="Served now by the channel of this name.")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Only of this namespace.")] = None,
-    repository: Annotated[str | None, typer.Option(metavar="REPO", help="Only of this repository.")] = None,
+    channel: Annotated[str | None, typer.Option(help="Currently served by the channel of this name.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only in this namespace.")] = None,
+    repository: Annotated[str | None, typer.Option(metavar="REPO", help="Only in this repository.")] = None,
     stable: Annotated[bool, typer.Option("--stable", help="No pre-releases.")] = False,
     latest: Annotated[
         bool, typer.Option("--latest", help="The highest stable release of each repository that is not yanked.")
     ] = False,
     include_yanked: Annotated[bool, typer.Option("--include-yanked", help="Yanked releases too.")] = False,
     sort: Annotated[
-        str | None, typer.Option(help="newest, version, or suite.metric: the best first, without those that lack it.")
+        str | None, typer.Option(help="newest, version, or suite.metric: the best first, only releases that have it.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="Maximum number.")] = 50,
-    cursor: Annotated[str | None, typer.Option(help="`next` of the page before.")] = None,
+    cursor: Annotated[str | None, typer.Option(help="`next` of the previous page.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Releases that fit: a base, a rank, a set of targets, a server, scores."""
+    """Search releases by base, rank, targets, server and scores."""
     given = {
         WIRE_NAMES.get(name, name): value
         for name, value in context.params.items()
@@ -71,12 +73,12 @@ def search(  # noqa: PLR0913
     }
     given["text"] = " ".join(text or []) or None
     with connected() as connection:
-        found = connection.api.get("/v1/releases", **given)
-    render.document(found, json, lambda: show_releases(found["items"]))
-    render.more(found["next"], json)
+        page = connection.api.get("/v1/releases", **given)
+    render.document(page, json, lambda: show_releases(page["items"]))
+    render.more(page["next"], json)
 
 
-def show_releases(found: list[Json]) -> None:
+def show_releases(releases: list[Json]) -> None:
     rows = [
         (
             f"{release['repository']}:{release['version']}",
@@ -87,13 +89,13 @@ def show_releases(found: list[Json]) -> None:
             [f"{score['suite']} {render.metric(score['metric'])} {score['value']:.3f}" for score in release["scores"]],
             "; ".join(_remarks(release)),
         )
-        for release in found
+        for release in releases
     ]
     render.table("", ("release", "commit", "base", "rank", "targets", "scores", "note"), rows)
 
 
 def _remarks(release: Json) -> list[str]:
-    """What is not as plainly asked for: a yanked release, another base, a server that refuses it."""
+    """Notes on why a hit needs care: it is yanked, for another base, or refused by the server."""
     remarks = ["yanked"] if release["yanked"] else []
     if related := release.get("related"):
         remarks.append(f"not for {related['base']['name']}: {related['relation']}")

@@ -1,4 +1,4 @@
-"""The processes that answer: this one alone, or several behind one socket that this one watches over."""
+"""Server processes: this one alone, or several on one socket, supervised by this one."""
 
 import gc
 import logging
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
 
 HUNG_S = 30
-"""A process that has not said a word for so long is replaced."""
+"""A process that has not answered a health check for this long is replaced."""
 
 
 def serve_here(resources: "Resources", listener: socket.socket) -> None:
-    """Answers until this process is told to stop; then returns or exits, for the caller to end what is beside it."""
+    """Serves in this process until it is asked to stop; then returns or exits, so that the caller can clean up."""
     from uvicorn import Config, Server
 
-    # The server raises the signal again when it has ended, and SIGTERM would end the process where it stands.
+    # The server re-raises the signal when it has stopped, and SIGTERM would kill the process immediately.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     Server(Config(_application(resources), **_options(resources.settings))).run([listener])
 
 
 def serve_beside(settings: "Settings", listener: socket.socket, processes: int) -> None:
-    """Answers from so many processes until this one is told to stop; one that dies or hangs is replaced.
+    """Serves from several processes until this one is asked to stop; a process that dies or hangs is replaced.
 
-    Each opens the registry anew, as the environment says. Raises Unavailable when one of them cannot.
+    Each opens the registry itself, as the environment says. Raises Unavailable if one of them cannot.
     """
     from uvicorn import Config
     from uvicorn.config import STARTUP_FAILURE
@@ -50,23 +50,25 @@ def serve_beside(settings: "Settings", listener: socket.socket, processes: int) 
         timeout_worker_healthcheck=HUNG_S,
         **_options(settings),
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # here it tells which process died
+    logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # reports which process died
     supervisor = _watch(config, listener)
     supervisor.run()
     if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
         raise Unavailable(
-            "server_failed", "A server process could not start.", next_step="See above for what it says, and repeat."
+            "server_failed",
+            "A server process could not start.",
+            next_step="Fix the error printed above, and try again.",
         )
 
 
 def _watch(config: "Config", listener: socket.socket) -> "Multiprocess":
-    """What keeps so many processes alive as the configuration says, once it runs."""
+    """The supervisor that keeps the configured number of processes alive."""
     from uvicorn.supervisors import Multiprocess
 
     class Watch(Multiprocess):
         def keep_subprocess_alive(self) -> None:
-            # Each process has its own copy of its end. With ours open too, one that dies when it has just been
-            # asked for a word would be waited for until it counts as hung.
+            # Each process has its own copy of this end of the pipe. If ours stayed open, one that dies during a
+            # health check would be waited for until it counts as hung.
             for process in self.processes:
                 process.child_conn.close()
             super().keep_subprocess_alive()
@@ -75,7 +77,7 @@ def _watch(config: "Config", listener: socket.socket) -> "Multiprocess":
 
 
 def child_application() -> "FastAPI":
-    """For the server process that calls it, which lives no longer than the one that watches over it."""
+    """The application of a child process, which exits when its supervisor does."""
     from uvicorn.config import STARTUP_FAILURE
 
     from registry.transfer.resources import open_resources
@@ -85,19 +87,19 @@ def child_application() -> "FastAPI":
         return _application(open_resources(load_settings()))
     except RegistryError as error:
         render.fail(error, as_json=False)
-        sys.exit(STARTUP_FAILURE)  # to try again would fail in the same way
+        sys.exit(STARTUP_FAILURE)  # a retry would fail the same way
 
 
 def _options(settings: "Settings") -> dict[str, Any]:
-    """Of every server, however many answer."""
+    """Options for every server process."""
     from registry.api.http.protocol import BoundedHttp
 
     return {
         "http": BoundedHttp,
         "log_level": "warning",
-        "access_log": False,  # it has paths and queries in it; ours is `registry.api.http.exchanges`
+        "access_log": False,  # it contains paths and queries; ours is `registry.api.http.exchanges`
         "server_header": False,
-        # Left to itself it believes every program on this machine what it says of other addresses.
+        # By default it trusts forwarded addresses from any program on this machine.
         "proxy_headers": bool(settings.trusted_proxies),
         "forwarded_allow_ips": settings.trusted_proxies,
     }
@@ -109,7 +111,7 @@ def _application(resources: "Resources") -> "FastAPI":
     application = create_app(
         resources, tokens=resources.settings.access == "tokens", access_log=resources.settings.access_log
     )
-    # What lives as long as the process need not be looked at again: full collections took 80 ms each.
+    # Objects that live as long as the process need no further collection: full collections took 80 ms each.
     gc.collect()
     gc.freeze()
     return application

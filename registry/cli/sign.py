@@ -1,4 +1,4 @@
-"""Signing a release that is out, such as one that a server composed."""
+"""Signing a published release, such as one that a server composed."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,9 @@ from registry.formats.signatures import Signed
 
 SignatureCovers = Annotated[
     str,
-    typer.Option(metavar="release|files", help="What it has to cover: `release` refuses one of files alone."),
+    typer.Option(
+        metavar="release|files", help="What the signature must cover: `release` refuses one that covers only files."
+    ),
 ]
 
 
@@ -26,7 +28,7 @@ def sign(
     key: Annotated[Path, typer.Option(metavar="KEY.pem", help="The private key to sign with.")],
     json: JsonFlag = False,
 ) -> None:
-    """Sign a release that is out, such as one that a server composed: its name, number, base and files."""
+    """Sign a published release, such as one that a server composed: its name, version, base and files."""
     from registry.client.signing import sign_release
 
     with connected() as connection:
@@ -36,13 +38,13 @@ def sign(
 
 
 def signer(release: dict[str, Any]) -> str | None:
-    """Whose signature the registry knows, and whether it covers less than the release."""
+    """The signer that the registry knows, marked if the signature covers only files."""
     only = " (files only)" if release["signature_covers"] == "files" else ""
     return f"{release['signed_by']}{only}" if release["signed_by"] else None
 
 
 def refuse_narrow(signed: Signed, needed: str) -> None:
-    """Raises Refused for a signature of files alone where it has to cover the release."""
+    """Raises Refused if the signature covers only files but must cover the release."""
     if needed not in ("release", "files"):
         raise Usage(
             "bad_covers",
@@ -53,7 +55,7 @@ def refuse_narrow(signed: Signed, needed: str) -> None:
     if needed == "release" and signed.release is None:
         raise Refused(
             "signature_files_only",
-            "The signature covers files only, not the repository, version and base that they go by.",
+            "The signature covers only the files, not their repository, version and base.",
             subject="model.sig",
             next_step="Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
         )

@@ -1,4 +1,4 @@
-"""Bytes in and out: push and pull."""
+"""Transfers: push, pull and verify."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -32,21 +32,27 @@ def register(root: typer.Typer) -> None:
 
 
 def push(  # noqa: PLR0913
-    directory: Annotated[Path, typer.Argument(help="What training wrote, with adapter_config.json in it.")],
+    directory: Annotated[Path, typer.Argument(help="The training output, with adapter_config.json in it.")],
     target: Annotated[
-        str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version give --bump.")
+        str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
     ],
-    base: Annotated[str | None, typer.Option(help="The base it was trained on, if its config names none.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base it was trained on, if its config does not name one.")
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),
     ] = None,
     kind: Annotated[str, typer.Option(help="adapter, or model for a merged checkpoint.")] = "adapter",
     bump: Annotated[
-        str | None, typer.Option(help="auto, patch, minor or major, instead of a version; auto finds what it needs.")
+        str | None,
+        typer.Option(help="auto, patch, minor or major, instead of a version; auto works out which one is needed."),
     ] = None,
     allow_breaking: Annotated[
-        str | None, typer.Option(metavar="REASON", help="Why a breaking change may have a number that promises none.")
+        str | None,
+        typer.Option(
+            metavar="REASON", help="Why a breaking change may keep a version number that promises compatibility."
+        ),
     ] = None,
     provenance: Annotated[
         Path | None, typer.Option(help="YAML: trainer, run_url, code_commit, data, hyperparameters, license, …")
@@ -54,19 +60,19 @@ def push(  # noqa: PLR0913
     sign: Annotated[
         Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")
     ] = None,
-    notes: Annotated[str, typer.Option(help="What is new in this release.")] = "",
+    notes: Annotated[str, typer.Option(help="Release notes.")] = "",
     channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release.
 
-    Takes the adapter's own files, tokenizer, card and licence; says what it leaves out, such as checkpoints.
+    Includes the adapter's own files, tokenizer, card and licence, and lists what it leaves out, such as checkpoints.
     """
     from registry.client.selection import select_files
 
     reference = _single_version(target, bump)
     if channel:
-        parse_name(channel, "channel")  # before a release is out that cannot be taken back
+        parse_name(channel, "channel")  # before publishing, which cannot be undone
     request = {
         "version": str(reference.version) if reference.version else None,
         "bump": bump,
@@ -83,7 +89,7 @@ def push(  # noqa: PLR0913
         for finding in published["warnings"]:
             render.say(f"{finding['severity']}: {finding['message']}")
         if not json:
-            _show_push(published)  # before the channel moves: whatever comes of that, the release is out
+            _show_push(published)  # before the channel moves: the release is published even if that fails
         document: Json = {**published, "left_out": list(selection.left_out), "move": None}
         failure = _promote(connection, document, channel) if channel else None
     render.document(document, json, lambda: show_move(document["move"]) if document["move"] else None)
@@ -92,7 +98,7 @@ def push(  # noqa: PLR0913
 
 
 def _promote(connection: Connection, document: Json, channel: str) -> RegistryError | None:
-    """Moves the channel to the published release and enters the move, or what failed, into the document."""
+    """Moves the channel to the published release and adds the move, or the error, to the document."""
     from registry.client.channel_moves import promote
 
     try:
@@ -107,7 +113,7 @@ def _promote(connection: Connection, document: Json, channel: str) -> RegistryEr
 def _publish(
     connection: Connection, selection: "Selection", reference: Reference, request: Json, how: tuple[str, Path | None]
 ) -> Json:
-    """Hashes, signs and sends the files, and publishes the release; `how` is its kind and the key that signs it."""
+    """Hashes, signs and uploads the files, and publishes the release; `how` is its kind and the signing key."""
     from registry.client import push as client
     from registry.client.signing import Publication, push_signed
 
@@ -131,18 +137,18 @@ def _kind(text: str) -> str:
 def pull(
     ref: Ref,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The directory to write; one in the cache when left out.")
+        Path | None, typer.Option("-o", "--output", help="The directory to write; by default, one in the cache.")
     ] = None,
     verify: Annotated[
-        Path | None, typer.Option(metavar="PUB.pem", help="Refuse it unless this key has signed the release.")
+        Path | None, typer.Option(metavar="PUB.pem", help="Refuse the release unless this key signed it.")
     ] = None,
     signature_covers: SignatureCovers = "files",
-    force: Annotated[bool, typer.Option("--force", help="Replace another release in the directory.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a different release in the directory.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Fetch a release, verify every file and print its directory.
 
-    A directory that holds the release already is verified. An interrupted pull goes on where it stopped.
+    A directory that already holds the release is verified. An interrupted pull resumes where it stopped.
     """
     from registry.client import pull as client
     from registry.client.cache import BlobCache
@@ -165,7 +171,7 @@ def pull(
             with render.progress(f"pull {ref}", total_bytes(release)) as done:
                 blobs = BlobCache(connection.cache / "blobs")
                 client.pull(connection.api, release, output, done, blobs, check, replace=force)
-    told = {
+    document = {
         "repository": release["repository"],
         "version": release["version"],
         "commit": release["commit"],
@@ -173,7 +179,7 @@ def pull(
         **_signature(signed[0] if signed else None),
     }
     render.say(f"{release['repository']}:{release['version']} {release['commit']}")
-    render.document(told, json, lambda: print(output))
+    render.document(document, json, lambda: print(output))
 
 
 def verify(  # noqa: PLR0913
@@ -183,18 +189,18 @@ def verify(  # noqa: PLR0913
     ] = None,
     signature_covers: SignatureCovers = "files",
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Merge a composed model again from its inputs, and compare.")
+        bool, typer.Option("--rebuild", help="Merge a composed model from its inputs again, and compare.")
     ] = False,
-    base_dir: Annotated[Path | None, typer.Option(help="Where the base is, if not where the registry says.")] = None,
-    adapter: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Of a local merge: each adapter that was merged.")
+    base_dir: Annotated[
+        Path | None, typer.Option(help="The base's directory, if it is not where the registry says.")
     ] = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Of a local merge: its base was merged as the values it stands for.")
-    ] = False,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="For a local merge: each adapter that was merged.")
+    ] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="For a local merge made with --dequantize.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Whether a key has signed it, and it is still what was signed; whether a merge gives the same again."""
+    """Verify a signature and the signed files, or rebuild a merge and compare."""
     from registry.cli.rebuild import rebuilt, rebuilt_here
     from registry.client.signing import read_public_key, verify_directory, verify_release
 
@@ -203,20 +209,20 @@ def verify(  # noqa: PLR0913
     public_key, directory = read_public_key(key) if key else None, Path(what)
     local = {"--adapter": adapter, "--dequantize": dequantize}
     if not rebuild:
-        _refuse_idle({"--base-dir": base_dir, **local}, "merges that are made again with --rebuild")
-    told: Json = {"what": what}
+        _refuse_idle({"--base-dir": base_dir, **local}, "merges that are rebuilt with --rebuild")
+    document: Json = {"what": what}
     release: Json | None = None
     connection: Connection | None = None
     with ExitStack() as stack:
         if not directory.is_dir():
             connection = stack.enter_context(connected())
             release = resolved(connection, what)
-            _refuse_idle(local, "merges in a directory of this machine, with DIR --rebuild")
+            _refuse_idle(local, "local merges, with DIR --rebuild")
             directory = release_directory(connection, release)
             if rebuild:
-                told["rebuild"] = rebuilt(connection, release, directory, base_dir)
+                document["rebuild"] = rebuilt(connection, release, directory, base_dir)
         elif rebuild:
-            told["rebuild"] = rebuilt_here(directory, base_dir, adapter or [], dequantize=dequantize)
+            document["rebuild"] = rebuilt_here(directory, base_dir, adapter or [], dequantize=dequantize)
         if public_key:
             signed = (
                 verify_release(connection.api, release, parse_reference(what), directory, public_key)
@@ -224,59 +230,61 @@ def verify(  # noqa: PLR0913
                 else verify_directory(directory, public_key)
             )
             refuse_narrow(signed, signature_covers)
-            told |= _signature(signed)
-    render.document(told, json, lambda: _show_verified(told))
+            document |= _signature(signed)
+    render.document(document, json, lambda: _show_verified(document))
     if rebuild:
-        _refuse_not_rebuilt(what, directory, told["rebuild"])
+        _refuse_not_rebuilt(what, directory, document["rebuild"])
 
 
-def _refuse_not_rebuilt(what: str, directory: Path, found: Json) -> None:
-    """Also for what an earlier version of its method made: a note may say that of anything."""
-    if found["verdict"] == "different":
+def _refuse_not_rebuilt(what: str, directory: Path, report: Json) -> None:
+    """Raises Refused when the files differ, and also when the note says that an earlier version of the method made
+    them: a note can claim that of anything."""
+    if report["verdict"] == "different":
         next_step = "Do not serve it; ask who published it."
         if directory == Path(what):
-            next_step = "See that base and adapters are those that were merged. If they are, do not serve it."
-        raise Refused("not_rebuilt", f"{what} is not what its inputs give.", subject=what, next_step=next_step)
-    if found["verdict"] == "earlier":
-        made = found["earlier"].split()[0]
-        message = f"{what} was made by an earlier version of {made}, as it says: this one cannot verify it."
+            next_step = "Check that base and adapters are those that were merged. If they are, do not serve it."
+        raise Refused("not_rebuilt", f"{what} differs from what its inputs give.", subject=what, next_step=next_step)
+    if report["verdict"] == "earlier":
+        made = report["earlier"].split()[0]
+        message = f"{what} says that an earlier version of {made} made it, which this version cannot verify."
         next_step = "Rebuild it with the Adaptory that made it, or compose it again."
         raise Refused("earlier_method", message, subject=what, next_step=next_step)
 
 
 def _refuse_idle(options: Mapping[str, object], what: str) -> None:
-    """What would be passed over in silence, since it is for `what`."""
+    """Raises Usage for an option that would be ignored silently because it only applies to `what`."""
     idle = [name for name, value in options.items() if value]
     if idle:
         raise Usage(
             "idle_option",
-            f"{idle[0]} says nothing here: it is for {what}.",
+            f"{idle[0]} has no effect here: it is for {what}.",
             subject=idle[0],
             next_step=f"Leave {idle[0]} out, or see `adaptory verify --help`.",
         )
 
 
 def _signature(signed: Signed | None) -> Json:
-    """Whose it is and what it covers; files alone with a warning, since they verify under any name, number and base."""
+    """The signer and what the signature covers. Warns if it covers files only, since those verify under any name,
+    version and base."""
     if signed is None:
         return {}
     if signed.release is None:
-        render.say("warning: the signature covers files only, not the repository, version and base that they go by.")
+        render.say("warning: the signature covers only the files, not their repository, version and base.")
     named = asdict(signed.release) if signed.release else None
     return {"signed_by": signed.fingerprint, "signature_covers": signed.covers, "signed_release": named}
 
 
-def _show_verified(told: Json) -> None:
-    if "signed_by" in told:
-        render.out(f"{told['what']} is signed by {told['signed_by']}")
-        if named := told["signed_release"]:
+def _show_verified(document: Json) -> None:
+    if "signed_by" in document:
+        render.out(f"{document['what']} is signed by {document['signed_by']}")
+        if named := document["signed_release"]:
             render.out(
                 f"  as {named['repository']}:{named['version']} {named['commit'][:12]} on base {named['base'][:12]}"
             )
-    if "rebuild" in told:
-        found = told["rebuild"]
-        render.out(f"{told['what']} made again: {found['verdict']}, {len(found['same'])} files are the same")
-        for row in found["different"]:
+    if "rebuild" in document:
+        rebuild = document["rebuild"]
+        render.out(f"{document['what']} rebuilt: {rebuild['verdict']}, {len(rebuild['same'])} files are the same")
+        for row in rebuild["different"]:
             counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
             render.out(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
 
@@ -284,10 +292,10 @@ def _show_verified(told: Json) -> None:
 def _single_version(target: str, bump: str | None) -> Reference:
     reference = parse_reference(target)
     if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
-        both = f" and --bump {bump} name" if bump else " names"
+        both = f" and --bump {bump} do" if bump else " does"
         raise Usage(
             "bad_target",
-            f"{target}{both} no single version.",
+            f"{target}{both} not name a single version.",
             subject=target,
             next_step="Write REPO:VERSION, or REPO and --bump.",
         )
@@ -303,7 +311,11 @@ def _provenance(path: Path) -> Json:
 def _show_push(published: Json) -> None:
     release, done = published["release"], "published"
     if not published["created"]:
-        done = "already there, its lost bytes sent again:" if published["sent"] else "already there, nothing to do:"
+        done = (
+            "already published, its lost files sent again:"
+            if published["sent"]
+            else "already published, nothing to do:"
+        )
     render.out(
         f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}"
     )

@@ -1,1 +1,1 @@
-"""The trainer's side: calls, verified bytes, and the transport that needs no server."""
+"""The client: API calls, verified transfers, and a transport that needs no server."""

@@ -1,4 +1,4 @@
-"""A channel's moves, each made once however often it has to be asked for."""
+"""Channel moves, each made exactly once however often the request is retried."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,15 +9,15 @@ from registry.errors import Unavailable
 
 
 def promote(api: Api, release: Json, channel: str, reason: str = "", *, force: bool = False) -> tuple[Json, str | None]:
-    """`release` as the wire shows it. The move, and where an answer was lost what others have moved the channel to
-    since: a version."""
+    """Promotes `release`, as the API shows it. Returns the move and, if a response was lost and others have moved the
+    channel since, the version it is at now."""
     path = f"/v1/{release['kind']}s/{release['repository']}/channels/{channel}"
     body = {"version": release["version"], "reason": reason, "force": force}
     return _moved(api, path, f"{release['repository']}@{channel}", lambda headers: api.put(path, body, headers))
 
 
 def roll_back(api: Api, line: str, channel: str, body: Json) -> tuple[Json, str | None]:
-    """As `promote`; `line` is the path of the repository."""
+    """Rolls back, returning as `promote` does; `line` is the repository's route."""
     path = f"{line}/channels/{channel}"
     full = f"{'/'.join(line.split('/')[-2:])}@{channel}"
     return _moved(api, path, full, lambda headers: api.post(f"{path}/rollback", body, headers))
@@ -27,7 +27,7 @@ def _moved(api: Api, path: str, full: str, ask: Callable[[dict[str, str]], Json]
     move, lost = send_once(ask, f"adaptory history {full}")
     if not lost:
         return move, None
-    with suppress(Unavailable):  # the move is known to be made, whatever else is told
+    with suppress(Unavailable):  # the move was made in any case
         now = with_retries(lambda: api.get(path), iter(PAUSES_S))
         if now["move"] > move["id"]:
             return move, now["version"] or "no release that is not yanked"

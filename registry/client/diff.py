@@ -1,4 +1,4 @@
-"""Two releases, as the wire shows them, side by side: what differs in facts, provenance, files and scores."""
+"""Compares two releases, as the API shows them: facts, provenance, files and scores."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -12,14 +12,14 @@ from registry.formats.references import Digest
 Json = dict[str, Any]
 
 STANDARD_ERRORS = 2.0
-"""A difference of two scores counts beyond so many standard errors of it."""
+"""A score difference is significant beyond this many of its standard errors."""
 
 
 def differences(old: Json, new: Json) -> Json:
     """{change, breaking: [finding], facts, provenance: [{name, old, new}], files: {added, removed, changed}, scores}.
 
-    Lists have what differs and nothing else, but for scores, which have all. `change` is what a version number has to
-    say of it: breaking, weights, files or none.
+    Lists contain only what differs, except scores, which are complete. `change` is what the version number must
+    express: breaking, weights, files or none.
     """
     broken = _breaks(old, new)
     files = _files(old, new)
@@ -42,28 +42,29 @@ def _surface(release: Json) -> compatibility.Surface:
 
 
 def _breaks(old: Json, new: Json) -> list[Finding]:
-    """Of two directories nobody may know the base: then it is not held against them."""
-    found = compatibility.breaking_changes(_surface(old), _surface(new))
+    """The breaking changes; a new base only if both digests are known, which directories may lack."""
+    changes = compatibility.breaking_changes(_surface(old), _surface(new))
     known = old["base"]["digest"] and new["base"]["digest"]
-    return [finding for finding in found if known or finding.code != "new_base"]
+    return [finding for finding in changes if known or finding.code != "new_base"]
 
 
 def _facts(release: Json, other: Json) -> Json:
-    """A directory knows its base only by the name it was loaded from, which says nothing beside a registered one."""
+    """The facts to compare. The base only if both sides have a digest or neither has: a directory knows only the name
+    that its base was loaded from."""
     alike = bool(release["base"]["digest"]) == bool(other["base"]["digest"])
     base = {"base": release["base"]["name"]} if alike else {}
     return {**base, **_flat(release["adapter"] or release["model"]), "servers": release["servers"]}
 
 
 def stated_provenance(release: Json) -> Json:
-    """The provenance of a release as lines: a name and a value each."""
+    """A release's provenance as names and values."""
     stated = dict(release["provenance"])
     rows: list[Json] = stated.pop("data", [])
     return {**_flat(stated), "data": [" ".join(str(value) for value in row.values() if value) for row in rows]}
 
 
 def _flat(document: Mapping[str, Any]) -> Json:
-    """One level of mappings is unfolded: `hyperparameters` becomes `hyperparameters.learning_rate`, …"""
+    """Flattens one level: `hyperparameters` becomes `hyperparameters.learning_rate`, …"""
     flat: Json = {}
     for name, value in document.items():
         if isinstance(value, dict):
@@ -74,7 +75,7 @@ def _flat(document: Mapping[str, Any]) -> Json:
 
 
 def _changed(old: Json, new: Json) -> list[Json]:
-    """Rows of what differs; nothing and an empty list are the same."""
+    """Rows of what differs; None and an empty list are equal."""
     return [
         {"name": name, "old": old.get(name), "new": new.get(name)}
         for name in dict.fromkeys([*old, *new])
@@ -97,8 +98,8 @@ def _scores(old: list[Json], new: list[Json]) -> list[Json]:
 
 
 def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
-    """`stderr` is that of the difference of two independent means. On the same examples the true one is smaller, so a
-    difference that is `beyond` it is one; None where there is nothing to compare or the suite's content differs."""
+    """Compares a score. `stderr` is that of the difference of two independent means. On the same examples the true one
+    is smaller, so a difference `beyond` it is real. None if a score is missing or the suite's content differs."""
     row: Json = {
         "suite": key[0],
         "metric": key[1],

@@ -1,6 +1,6 @@
-"""An HTTP transport that calls the ASGI application in this process: the embedded registry's one code path.
+"""An HTTP transport that calls the ASGI application in this process, so that the embedded registry uses the same code.
 
-Bodies stream both ways, a chunk at a time, so that a checkpoint passes through it without lying in memory.
+Bodies stream both ways in chunks, so that a checkpoint never has to fit in memory.
 """
 
 import queue
@@ -22,7 +22,7 @@ _LOOK_AGAIN_S = 0.05
 
 
 class InProcessTransport(httpx2.BaseTransport):
-    """One event loop in a thread of its own; each request is a task in it."""
+    """Runs one event loop in its own thread; each request is a task in it."""
 
     def __init__(self, application: Application) -> None:
         self._application = application
@@ -45,14 +45,14 @@ class InProcessTransport(httpx2.BaseTransport):
 
 
 class _Exchange:
-    """One request and its response: the body is pulled from the caller's iterator, messages go back through a queue."""
+    """One request and its response: reads the body from the caller's iterator, returns messages through a queue."""
 
     def __init__(self, request: httpx2.Request) -> None:
         self._request = request
         self._body = iter(cast(httpx2.SyncByteStream, request.stream))
         self._messages: queue.Queue[Message | BaseException] = queue.Queue(maxsize=_CHUNKS_AHEAD)
         self._hung_up = False
-        self._body_told = False
+        self._body_ended = False
 
     def next_message(self) -> Message:
         message = self._messages.get()
@@ -68,18 +68,18 @@ class _Exchange:
     async def run(self, application: Application) -> None:
         try:
             await application(self._scope(), self._receive, self._send)
-        except Exception as error:  # the caller's thread raises it, unless it is gone
+        except Exception as error:  # raised in the caller's thread, unless that has hung up
             if not self._hung_up:
                 await self._put(error)
 
     async def _receive(self) -> Message:
-        """A piece of the body; after its end, that the caller is gone, once that is so."""
-        if self._body_told:
+        """The next chunk of the body; after its end, waits for the caller to hang up."""
+        if self._body_ended:
             while not self._hung_up:  # noqa: ASYNC110  (set by the caller's thread, which has no event loop)
                 await anyio.sleep(_LOOK_AGAIN_S)
             return {"type": "http.disconnect"}
         chunk = await anyio.to_thread.run_sync(next, self._body, None)
-        self._body_told = chunk is None
+        self._body_ended = chunk is None
         return {"type": "http.request", "body": chunk or b"", "more_body": chunk is not None}
 
     async def _send(self, message: Message) -> None:
@@ -93,7 +93,7 @@ class _Exchange:
                 await anyio.sleep(0.001)
             else:
                 return
-        raise OSError("the caller hung up")  # as a server tells an application that writes on (ASGI 2.4)
+        raise OSError("the caller hung up")  # what a server raises in an application that keeps sending (ASGI 2.4)
 
     def _scope(self) -> Message:
         url = self._request.url

@@ -1,5 +1,5 @@
-"""What something was made of: its members and their weights, as a registry knows them or an adaptory.json tells them,
-and the method that the adaptory.json or a lock names."""
+"""Lineage of a composition: members and weights from the registry or an adaptory.json, the method from the
+adaptory.json or a lock."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from registry.errors import Unavailable
 
 NOTE_FILE = "adaptory.json"
 NOTE_BYTES = 64 << 20
-"""What is read of one at most: a merge tells some 300 bytes a tensor."""
+"""Maximum bytes read of a note: a merge writes about 300 bytes per tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """`name` is a repository, with version and commit; where no registry was asked, a directory and a digest."""
+    """An input. `name` is a repository, with version and commit; for local merges a directory, with a digest."""
 
     name: str
     version: str
@@ -38,7 +38,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """`method` is empty where only the members are known; `dtype` and `rounding` where a merge changes neither."""
+    """What a composition was made of. `method` is empty if only the members are known; `dtype` and `rounding` are empty
+    for defaults."""
 
     members: tuple[Member, ...]
     method: str = ""
@@ -47,12 +48,12 @@ class Composition:
     rounding: str = ""
 
     def own_settings(self) -> dict[str, Any]:
-        """Without those that every method has, where they are at their defaults."""
+        """The settings, without common ones at their defaults."""
         common = parse_settings("stack", {})
-        told = {name: value for name, value in self.settings.items() if value is not None and value != []}
-        if told.get("tied") == "refuse":  # the default before there was `auto`, and what it passed is what that makes
-            del told["tied"]
-        return {name: value for name, value in told.items() if name not in common or value != common[name]}
+        settings = {name: value for name, value in self.settings.items() if value is not None and value != []}
+        if settings.get("tied") == "refuse":  # the default before `auto`; equivalent for what passed
+            del settings["tied"]
+        return {name: value for name, value in settings.items() if name not in common or value != common[name]}
 
     @property
     def how(self) -> str:
@@ -61,15 +62,15 @@ class Composition:
         return f"{self.method}: {settings}" if settings else self.method
 
     def rows(self) -> dict[str, Any]:
-        """A name and a value for each part, to be laid beside another's."""
-        told: dict[str, Any] = {"method": self.method} if self.method else {}
-        told |= {f"settings.{name}": value for name, value in self.own_settings().items()}
-        told |= {name: value for name, value in (("dtype", self.dtype), ("rounding", self.rounding)) if value}
+        """Names and values to compare with another composition's."""
+        rows: dict[str, Any] = {"method": self.method} if self.method else {}
+        rows |= {f"settings.{name}": value for name, value in self.own_settings().items()}
+        rows |= {name: value for name, value in (("dtype", self.dtype), ("rounding", self.rounding)) if value}
         for member in self.members:
             name = f"member {member.name}"
             value = f"{weight_words(member.weight)} x {member.exactly}"
-            told[name] = f"{told[name]}, {value}" if name in told else value
-        return told
+            rows[name] = f"{rows[name]}, {value}" if name in rows else value
+        return rows
 
 
 def weight_words(weight: Weight) -> str:
@@ -85,7 +86,7 @@ def rule_words(rule: WeightRule) -> str:
 
 
 def side_by_side(old: Composition | None, new: Composition | None) -> list[Json]:
-    """Rows {name, old, new} of all that either is made of; none where neither is a composition."""
+    """Rows {name, old, new} of both compositions; none if neither is one."""
     before, after = (one.rows() if one else {} for one in (old, new))
     return [
         {"name": name, "old": before.get(name), "new": after.get(name)} for name in dict.fromkeys([*before, *after])
@@ -93,13 +94,13 @@ def side_by_side(old: Composition | None, new: Composition | None) -> list[Json]
 
 
 def of_lock(lock: Mapping[str, Any]) -> Composition:
-    """Of a lock, or of what an adaptory.json has of it, which names its inputs by their commits alone."""
+    """The composition of a lock, or of an adaptory.json's excerpt of it, which names inputs only by commit."""
     members = tuple(_locked(row) for row in lock["inputs"])
-    return _told(members, lock)
+    return _composition(members, lock)
 
 
 def of_note(content: bytes) -> Composition | None:
-    """What an adaptory.json tells; None where it tells of no composition: anybody may have written it."""
+    """The composition that an adaptory.json describes, or None: its content is untrusted."""
     try:
         note = json.loads(content)
         if lock := note["note"].get("lock"):
@@ -107,31 +108,31 @@ def of_note(content: bytes) -> Composition | None:
         members = [
             Member(str(row["name"]), "", str(row["digest"]), parse_weight(row["weight"])) for row in note["adapters"]
         ]
-        return _told(tuple(members), note)
+        return _composition(tuple(members), note)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ComposerError):
         return None
 
 
 def of_release(release: Json, note: bytes) -> Composition | None:
-    """Members and weights as the registry knows them, which also hides those that the reader may not see; rules and
-    method from the release's own `note`, if that tells of the same members, in whatever order: then it is the note's,
-    which is the recipe's. None for what no composition made."""
+    """The composition of a release, or None. Members and weights come from the registry, which hides those that the
+    reader may not see. Rules, method and order come from the release's own `note`, if that names the same members; its
+    order is the recipe's."""
     known: list[Json] = release["inputs"]
     if not known:
         return None
-    told = of_note(note)
+    noted = of_note(note)
     rows: dict[tuple[str, float], list[Json]] = defaultdict(list)
     for row in known:
         rows[row["commit"], row["weight"]].append(row)
-    if told and Counter(map(_key, told.members)) == {key: len(alike) for key, alike in rows.items()}:
-        return replace(told, members=tuple(_member(rows[_key(one)].pop(0), one.weight) for one in told.members))
+    if noted and Counter(map(_key, noted.members)) == {key: len(alike) for key, alike in rows.items()}:
+        return replace(noted, members=tuple(_member(rows[_key(one)].pop(0), one.weight) for one in noted.members))
     return Composition(tuple(_member(row, Weight(row["weight"])) for row in known))
 
 
 def fetch_note(api: Api, release: Json) -> bytes:
-    """The adaptory.json of a release that a composition made, verified; empty where there is none to be read.
+    """The verified adaptory.json of a composed release; empty if there is none.
 
-    Raises Unavailable when other bytes arrive than were published.
+    Raises Unavailable if the bytes are not those that were published.
     """
     row = next((row for row in release["files"] if row["path"] == NOTE_FILE), None)
     if row is None or not release["inputs"] or row["size_bytes"] > NOTE_BYTES:
@@ -145,9 +146,9 @@ def fetch_note(api: Api, release: Json) -> bytes:
     if hashlib.sha256(content).hexdigest() != row["sha256"]:
         raise Unavailable(
             "blob_corrupt",
-            f"{NOTE_FILE} of {release['repository']}:{release['version']} did not arrive as it was published.",
+            f"{NOTE_FILE} of {release['repository']}:{release['version']} was damaged on the way or in the store.",
             subject=NOTE_FILE,
-            next_step="Try again; if it happens again the store is damaged.",
+            next_step="Try again. If it happens again, the store is damaged.",
         )
     return bytes(content)
 
@@ -160,7 +161,7 @@ def _member(row: Json, weight: Weight) -> Member:
     return Member(row["repository"] or "hidden", row["version"] or "-", row["commit"], weight)
 
 
-def _told(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Composition:
+def _composition(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Composition:
     rounding: Mapping[str, Any] = stated.get("rounding") or {}
     stochastic = rounding.get("mode", "nearest") != "nearest"
     return Composition(

@@ -1,4 +1,4 @@
-"""A file on its way to this machine, in pieces that arrive in any order."""
+"""A file being downloaded in pieces, which may arrive in any order."""
 
 import hashlib
 import os
@@ -15,26 +15,26 @@ _UNIX_BLOCK_BYTES = 512
 
 
 class PartialFile:
-    """Pieces are written to their place and noted in `journal`, for an attempt that goes on after this one died.
+    """Pieces are written at their offsets and recorded in `journal`, so that a later attempt can resume.
 
-    The file is hashed while it arrives: bytes that come in order as they pass, the others by whoever brings what was
-    missing before them, when they are in memory still. Methods may be called from several threads.
+    The file is hashed while it arrives: bytes in order immediately, later ones by the thread that fills the gap before
+    them, while they are still in the page cache. Thread-safe.
 
-    The size is somebody's claim: until `prepare`, for which `lacking_bytes` must be free, nothing grows with it.
+    The size is an untrusted claim: nothing is allocated before `prepare`, which needs `lacking_bytes` of free space.
     """
 
     def __init__(self, wanted: ManifestFile, target: Path, journal: Path) -> None:
         self.wanted, self.target, self.journal = wanted, target, journal
         self.count = max(1, -(-wanted.size_bytes // PIECE_BYTES))
         self._marking, self._hashing = Lock(), Lock()
-        self._begin(self._found())
+        self._begin(self._resumable())
 
     def _begin(self, done: set[int]) -> None:
         self.done, self.resumed = done, bool(done)
         self._hashed_bytes, self._judged, self._digest = 0, False, hashlib.sha256()
 
-    def _found(self) -> set[int]:
-        """Pieces of an earlier attempt. A file of one piece has no journal: its length says whether it is there."""
+    def _resumable(self) -> set[int]:
+        """The pieces of an earlier attempt. A file of one piece has no journal; its length tells if it is complete."""
         if not self.target.exists() or self.target.stat().st_size != self.wanted.size_bytes:
             return set()
         if self.count == 1:
@@ -52,7 +52,7 @@ class PartialFile:
 
     @property
     def lacking_bytes(self) -> int:
-        """Of disk; a file that was begun has holes where pieces are missing, and may have parts of them."""
+        """Disk space still needed. A partial file has holes where pieces are missing."""
         allocated = self.target.stat().st_blocks * _UNIX_BLOCK_BYTES if self.target.exists() else 0
         return max(0, self.wanted.size_bytes - allocated)
 
@@ -61,17 +61,17 @@ class PartialFile:
         return sum(self.span(number)[1] for number in self.done)
 
     def span(self, number: int) -> tuple[int, int]:
-        """Start and length."""
+        """Start and length of a piece, in bytes."""
         start = number * PIECE_BYTES
         return start, min(PIECE_BYTES, self.wanted.size_bytes - start)
 
     def prepare(self) -> None:
-        """Makes a place for the pieces that are missing; without any it starts with a new file."""
+        """Allocates the file for the missing pieces; replaces it if no piece is done."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         if self.done:
             return
         self.journal.unlink(missing_ok=True)
-        self.target.unlink(missing_ok=True)  # never written to in place: it may be a link to what others have
+        self.target.unlink(missing_ok=True)  # never overwritten in place: it may be a hard link
         with self.target.open("xb") as file:
             if self.count > 1:
                 file.truncate(self.wanted.size_bytes)
@@ -86,7 +86,7 @@ class PartialFile:
             os.close(descriptor)
 
     def passing(self, start: int, block: bytes) -> None:
-        """A part of a piece, just written: hashed at once if it is the next."""
+        """Notes a block just written; hashes it immediately if it is next in order."""
         if start == self._hashed_bytes and self._hashing.acquire(blocking=False):
             try:
                 if start == self._hashed_bytes:
@@ -95,7 +95,7 @@ class PartialFile:
                 self._hashing.release()
 
     def arrived(self, number: int) -> bool | None:
-        """Whether the file is what it should be, told to the one who completed it; None to everybody else."""
+        """Records a piece. Returns whether the file is valid to the caller that completes it, None to all others."""
         with self._marking:
             if self.count > 1:
                 with self.journal.open("a") as journal:
@@ -127,7 +127,7 @@ class PartialFile:
             self._hashed_bytes += len(block)
 
     def forget(self) -> None:
-        """Begins anew: what an earlier attempt left was not what its journal said."""
+        """Starts over: an earlier attempt's data does not match its journal."""
         self.journal.unlink(missing_ok=True)
         self._begin(set())
 

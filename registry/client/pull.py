@@ -1,7 +1,7 @@
-"""Pull: pieces of files side by side, every file verified, and a directory that appears whole or not at all.
+"""Pull: fetches pieces of files in parallel, verifies every file, and creates the directory atomically.
 
-Beside the directory-to-be lies one with the unfinished files. What is found there after an interruption is used, and is
-hashed like everything else: where it turns out wrong, the file is fetched anew.
+Unfinished files lie in a staging directory beside the target. After an interruption they are reused and verified like
+everything else; a file that turns out wrong is fetched again.
 """
 
 import fcntl
@@ -33,9 +33,9 @@ _SIGNS_OF_A_RELEASE = ("adapter_config.json", "config.json")
 
 @dataclass(frozen=True, slots=True)
 class _Release:
-    """What a registry answered, once every part of it is what it has to be and `commit` is that of the files.
+    """A registry's answer, validated: `commit` is that of the files.
 
-    Parts of it become paths on this machine, whoever answered.
+    Validation matters because parts of the answer become local paths.
     """
 
     repository: RepositoryName
@@ -56,7 +56,7 @@ def _parse_release(release: Json) -> _Release:
     except RegistryError as error:
         raise untrusted("bad_answer", error.detail) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise untrusted("bad_answer", f"it is no release: {type(error).__name__} {error}.") from error
+        raise untrusted("bad_answer", f"it is not a release: {type(error).__name__} {error}.") from error
     if claimed != commit:
         raise untrusted(
             "commit_differs", f"the commit of {repository}:{version} is not that of its files, {commit[:12]}."
@@ -67,7 +67,7 @@ def _parse_release(release: Json) -> _Release:
 
 
 def _parse_size(value: object) -> int:
-    size_bytes = index(value)  # pyright: ignore[reportArgumentType]  (TypeError for what is no integer)
+    size_bytes = index(value)  # pyright: ignore[reportArgumentType]  (raises TypeError for non-integers)
     if not 0 <= size_bytes < 1 << 63:
         raise ValueError("a size beyond 64 bits")
     return size_bytes
@@ -83,31 +83,30 @@ def pull(  # noqa: PLR0913
     *,
     replace: bool = False,
 ) -> Path:
-    """The release's files in the directory `target`. An interrupted pull goes on where it stopped.
+    """Pulls the release's files into the directory `target`. Resumes an interrupted pull.
 
-    A `target` that holds these files and no others is hashed and left as it is; with `replace` another release or model
-    there is replaced. `check` may refuse the verified files, by raising, before they appear. With a `cache` they are
-    links into it.
+    A `target` that holds exactly these files is verified and kept; with `replace`, another release there is replaced.
+    `check` may refuse the verified files, by raising, before they appear. With a `cache`, files are links into it.
 
-    Raises Invalid for an answer that does not hold together, before anything is written; Conflict for a `target` that
-    holds anything else.
+    Raises Invalid for an inconsistent answer, before anything is written; Conflict for a `target` that holds anything
+    else.
     """
     wanted = _parse_release(release)
-    if _is_whole(target, wanted.files, progress):
+    if _is_intact(target, wanted.files, progress):
         if check is not None:
             check(target)
         return target
     _refuse_occupied(target, f"{wanted.repository}:{wanted.version}", replace=replace)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{wanted.commit[:12]}.partial")
-    aside.mkdir(exist_ok=True)
+    staging = target.with_name(f".{target.name}.{wanted.commit[:12]}.partial")
+    staging.mkdir(exist_ok=True)
     try:
-        with _alone(aside, target):
-            _Pull(api, wanted, aside, progress, cache).run()
+        with _alone(staging, target):
+            _Pull(api, wanted, staging, progress, cache).run()
             if check is not None:
-                _checked(check, aside)
-            _put_in_place(aside, target)
-            shutil.rmtree(aside)
+                _checked(check, staging)
+            _put_in_place(staging, target)
+            shutil.rmtree(staging)
     except OSError as error:
         raise Unavailable(
             "disk_error",
@@ -115,20 +114,20 @@ def pull(  # noqa: PLR0913
             subject=str(target),
             next_step="Free some space and pull again."
             if error.errno in NO_SPACE
-            else "See that its directory may be written to, and pull again.",
+            else "Check that its directory is writable, and pull again.",
         ) from error
     return target
 
 
 def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
-    """A directory with the release's files, shared by every command that needs them: nothing else is in it.
+    """A shared cache directory with exactly the release's files.
 
-    It is pulled once and hashed each time it is used (1 to 2 GB a second and file), since nothing keeps root, a failing
-    disk or a careless script from changing it; what is not as it was released is pulled anew.
+    Pulled once and verified on every use (1 to 2 GB/s per file), since root, a failing disk or a careless script could
+    change it; pulled again if it differs.
     """
     wanted = _parse_release(release)
     target = cache / wanted.commit / f"{wanted.repository.namespace}--{wanted.repository.name}"
-    if _is_whole(target, wanted.files, progress):
+    if _is_intact(target, wanted.files, progress):
         return target
     cache.mkdir(parents=True, exist_ok=True)
     private = Path(mkdtemp(dir=cache, prefix=".pull-"))
@@ -140,7 +139,7 @@ def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
         try:
             pulled.rename(target)
         except OSError:
-            if not target.is_dir():  # another process has put the same bytes there meanwhile
+            if not target.is_dir():  # another process has stored the same files meanwhile
                 raise
     finally:
         shutil.rmtree(private, ignore_errors=True)
@@ -148,8 +147,8 @@ def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
 
 
 def _refuse_occupied(target: Path, wanted: str, *, replace: bool) -> None:
-    """Raises Conflict unless `target` is free, an empty directory, or, with `replace`, a directory with an adapter or a
-    model in it: `--force -o ~` must not remove a home."""
+    """Raises Conflict unless `target` does not exist, is an empty directory, or, with `replace`, contains an adapter or
+    model: `--force -o ~` must not delete a home directory."""
     if not target.exists() and not target.is_symlink():
         return
     is_directory = target.is_dir() and not target.is_symlink()
@@ -161,12 +160,12 @@ def _refuse_occupied(target: Path, wanted: str, *, replace: bool) -> None:
         next_step = "Name another directory, or replace it with --force."
     else:
         next_step = "Name another directory, or remove it."
-    message = f"{target} exists already and is not {wanted} as it was published."
+    message = f"{target} already exists and is not {wanted} as published."
     raise Conflict("output_exists", message, subject=str(target), next_step=next_step)
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
-    """What is replaced is moved into `staging`, and back when the new files cannot be moved."""
+    """Moves the old files into `staging` and the new ones to `target`; moves the old ones back if that fails."""
     replaced = staging / "replaced"
     with suppress(FileNotFoundError):
         target.rename(replaced)
@@ -178,32 +177,32 @@ def _put_in_place(staging: Path, target: Path) -> None:
         raise
 
 
-def _is_whole(directory: Path, files: Sequence[ManifestFile], progress: Progress) -> bool:
-    """Whether these files are there as they were released, and no others."""
+def _is_intact(directory: Path, files: Sequence[ManifestFile], progress: Progress) -> bool:
+    """Whether the directory has exactly these files, as published."""
     there = [path for path in directory.rglob("*") if not _is_directory(path)]
     if {path.relative_to(directory).as_posix() for path in there} != {file.path for file in files}:
         return False
     if directory.is_symlink() or not all(map(is_regular, there)):
         return False
-    told = 0
+    reported = 0
     lock = Lock()
 
     def tell(count: int) -> None:
-        nonlocal told
+        nonlocal reported
         with lock:
-            told += count
+            reported += count
         progress(count)
 
     def is_same(file: ManifestFile) -> bool:
         try:
             return hash_file(directory / file.path, tell) == file.sha256
-        except (OSError, InvalidFile):  # unreadable, or cut off meanwhile
+        except (OSError, InvalidFile):  # unreadable, or truncated meanwhile
             return False
 
-    whole = all(map_in_threads(is_same, files))
-    if not whole:
-        progress(-told)
-    return whole
+    intact = all(map_in_threads(is_same, files))
+    if not intact:
+        progress(-reported)
+    return intact
 
 
 def _is_directory(path: Path) -> bool:
@@ -213,30 +212,30 @@ def _is_directory(path: Path) -> bool:
 class _Pull:
     """The files of one release below `aside/files`, and what is known of their pieces below `aside/pieces`."""
 
-    def __init__(self, api: Api, release: _Release, aside: Path, progress: Progress, cache: BlobCache | None) -> None:
+    def __init__(self, api: Api, release: _Release, staging: Path, progress: Progress, cache: BlobCache | None) -> None:
         self._api, self._release, self._progress, self._cache = api, release, progress, cache
-        self._aside = aside
+        self._aside = staging
         for name in ("files", "pieces"):
-            (aside / name).mkdir(exist_ok=True)
+            (staging / name).mkdir(exist_ok=True)
         self._files = [
-            PartialFile(file, aside / "files" / file.path, aside / "pieces" / str(number))
+            PartialFile(file, staging / "files" / file.path, staging / "pieces" / str(number))
             for number, file in enumerate(release.files)
         ]
         self._finished: set[str] = set()
         self._urls: dict[str, str] = {}
 
     def run(self) -> None:
-        """A second time for files that an earlier attempt had left wrong; then there is nothing left to be wrong."""
+        """Runs a second round for files that an earlier attempt left damaged; those then start from nothing."""
         while pending := [file for file in self._files if file.wanted.path not in self._finished]:
             map_in_threads(self._look_here, pending)
             lacking = [file for file in pending if file.wanted.path not in self._finished]
             self._make_room(lacking)
             pieces = [(number, file) for file in lacking for number in file.missing]
-            # The first piece of each file first: who goes through a file in order hashes its bytes as they pass.
+            # First pieces first: files that arrive in order are hashed as they arrive.
             map_in_threads(self._fetch, sorted(pieces, key=itemgetter(0)))
 
     def _look_here(self, file: PartialFile) -> None:
-        """Whole from an earlier attempt, in the cache, or begun; in this order."""
+        """Uses what is local: a complete file, a cache entry, or a partial file, in this order."""
         if file.complete and file.verdict():
             self._progress(file.wanted.size_bytes)
             self._finish(file)
@@ -251,7 +250,7 @@ class _Pull:
         self._progress(file.done_bytes)
 
     def _make_room(self, files: list[PartialFile]) -> None:
-        """Raises Unavailable, and has taken no space, when the disk has not enough for what the registry claims."""
+        """Allocates the files. Raises Unavailable, before taking any space, if the disk is too full for them."""
         lacking_bytes = sum(file.lacking_bytes for file in files)
         if lacking_bytes > shutil.disk_usage(self._aside).free:
             raise Unavailable(
@@ -292,7 +291,7 @@ class _Pull:
                     if pause is None:
                         raise
                     time.sleep(pause)
-            os.fdatasync(descriptor)  # others go on meanwhile, and what is noted as arrived survives a power cut
+            os.fdatasync(descriptor)  # other threads continue meanwhile; recorded pieces survive a power cut
         self._judge(file, file.arrived(number))
 
     def _url(self, file: PartialFile) -> str:
@@ -312,17 +311,17 @@ class _Pull:
             file.target.unlink()
             raise Unavailable(
                 "blob_corrupt",
-                f"{file.wanted.path} of {self._name} did not arrive as it was published.",
+                f"{file.wanted.path} of {self._name} was damaged on the way or in the store.",
                 subject=file.wanted.path,
-                next_step="Pull again; if it happens again the store is damaged.",
+                next_step="Pull again. If it happens again, the store is damaged.",
             )
 
     def _ends_early(self, file: PartialFile) -> Unavailable:
         return Unavailable(
             "blob_corrupt",
-            f"{file.wanted.path} of {self._name} is damaged: the store has not all of its bytes.",
+            f"{file.wanted.path} of {self._name} is damaged: the store lacks some of its bytes.",
             subject=file.wanted.path,
-            next_step="Tell those who run the registry: `adaptory fsck` names what is damaged.",
+            next_step="Tell the registry's operators: `adaptory fsck` lists what is damaged.",
         )
 
     def _finish(self, file: PartialFile) -> None:
@@ -331,23 +330,23 @@ class _Pull:
         self._finished.add(file.wanted.path)
 
 
-def _checked(check: Callable[[Path], None], aside: Path) -> None:
-    """What is refused is not kept: the same files would be refused again."""
+def _checked(check: Callable[[Path], None], staging: Path) -> None:
+    """Runs `check`; deletes the files if it refuses, since it would refuse them again."""
     try:
-        check(aside / "files")
+        check(staging / "files")
     except BaseException:
-        shutil.rmtree(aside)
+        shutil.rmtree(staging)
         raise
 
 
 @contextmanager
-def _alone(aside: Path, target: Path) -> Generator[None]:
-    """Holds the directory of an unfinished pull: two pulls that write to one file would both count it as theirs."""
-    handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+def _alone(staging: Path, target: Path) -> Generator[None]:
+    """Locks the staging directory: two pulls must not write the same files."""
+    handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not aside.exists() or aside.stat().st_ino != os.fstat(handle).st_ino:
-            raise BlockingIOError  # the other pull has just put it in place
+        if not staging.exists() or staging.stat().st_ino != os.fstat(handle).st_ino:
+            raise BlockingIOError  # the other pull has just finished
         yield
     except BlockingIOError:
         raise Conflict(

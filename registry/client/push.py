@@ -1,4 +1,4 @@
-"""Push: sends what the store lacks, several pieces at a time, and goes on where an earlier attempt stopped."""
+"""Push: sends what the store lacks, in parallel pieces, and resumes where an earlier attempt stopped."""
 
 import hashlib
 import time
@@ -22,14 +22,14 @@ _CHANGED = ("digest_differs", "size_differs")
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file to be pushed, its digest known."""
+    """A file to push, with its digest."""
 
     source: Path
     manifest: ManifestFile
 
 
 def collect(selection: Selection, progress: Progress = lambda _count: None) -> list[LocalFile]:
-    """The selected files, hashed."""
+    """Hashes the selected files."""
 
     def hashed(name: str) -> LocalFile:
         path = selection.directory / name
@@ -41,9 +41,9 @@ def collect(selection: Selection, progress: Progress = lambda _count: None) -> l
 def push(
     api: Api, files: Sequence[LocalFile], name: RepositoryName, kind: str, release: Json, progress: Progress
 ) -> Json:
-    """Sends what the store lacks, then asks for the release. `release` is the request without its files.
+    """Sends what the store lacks, then publishes the release. `release` is the request without its files.
 
-    The registry's answer, and as `sent` how many files the store lacked.
+    Returns the registry's answer, with `sent`, the number of files that the store lacked.
     """
     sent = send(api, name.namespace, files, progress)
     path, body = f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)}
@@ -52,24 +52,24 @@ def push(
 
 
 def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progress) -> int:
-    """Until the namespace holds every file: of how many it lacked bytes when it began.
+    """Sends files until the namespace holds all of them. Returns how many were incomplete at the start.
 
-    After a failure it asks anew what is missing, so that nothing arrives twice; it gives up when several attempts in a
-    row came no further. Raises Invalid with the name of a file that was changed meanwhile.
+    After a failure, asks again what is missing, so that nothing is sent twice; gives up after several attempts without
+    progress. Raises Invalid with the name of a file that changed meanwhile.
     """
     pauses = iter(PAUSES_S)
-    plan, told = with_retries(lambda: _plan(api, namespace, files), pauses), 0
+    plan, reported = with_retries(lambda: _plan(api, namespace, files), pauses), 0
     lacking = len(_uploads(plan, files))
     while True:
         uploads = _uploads(plan, files)
         there = sum(file.manifest.size_bytes for file in files) - sum(upload.missing_bytes for upload in uploads)
-        progress(there - told)
+        progress(there - reported)
         attempt = _Attempt(api, progress)
         attempt.run(uploads)
         if attempt.error is None:
             return lacking
         _refuse_changed(attempt.broken)
-        told = there + attempt.told
+        reported = there + attempt.reported
         if attempt.came_further:
             pauses = iter(PAUSES_S)
         pause = next(pauses, None)
@@ -85,7 +85,7 @@ def _plan(api: Api, namespace: str, files: Sequence[LocalFile]) -> list[Json]:
 
 @dataclass(slots=True)
 class _Piece:
-    """A whole file with its `put`, or the part of one, whose number it has until it is asked how to send it."""
+    """A whole file with its `put`, or a numbered part, whose `put` is requested before it is sent."""
 
     start: int
     size_bytes: int
@@ -95,7 +95,7 @@ class _Piece:
 
 @dataclass(slots=True)
 class _Upload:
-    """One file on its way. Whoever sends the last piece completes it."""
+    """The upload of one file. The thread that sends the last piece completes it."""
 
     upload_id: str
     file: LocalFile
@@ -111,7 +111,7 @@ class _Upload:
 
 
 class _Attempt:
-    """Sends pieces until one fails; then those on their way may end, and no other begins."""
+    """Sends pieces until one fails; then pieces in flight may finish, but no other starts."""
 
     def __init__(self, api: Api, progress: Progress) -> None:
         self._api, self._progress = api, progress
@@ -119,7 +119,7 @@ class _Attempt:
         self.error: RegistryError | None = None
         self.broken: list[LocalFile] = []
         self.came_further = False
-        self.told = 0
+        self.reported = 0
 
     def run(self, uploads: Sequence[_Upload]) -> None:
         map_in_threads(self._complete, [upload for upload in uploads if not upload.pieces])
@@ -136,7 +136,7 @@ class _Attempt:
                 self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
 
     def _put_of_part(self, upload: _Upload, piece: _Piece) -> Json:
-        """Hashed right before it is sent: the second time the bytes come from the page cache."""
+        """Hashes the part just before it is sent, so that the second read comes from the page cache."""
         digest = hashlib.sha256()
         for block in _blocks(upload.file.source, piece):
             digest.update(block)
@@ -155,7 +155,7 @@ class _Attempt:
 
     @contextmanager
     def _noted(self, upload: _Upload) -> Generator[None]:
-        """Keeps an error that another attempt may overcome; names the file in one that none will."""
+        """Records an error worth retrying; names the file in one that is not."""
         try:
             yield
         except (Unavailable, Conflict, NotFound) as error:
@@ -167,12 +167,12 @@ class _Attempt:
 
     def _tell(self, count: int) -> None:
         with self._lock:
-            self.told += count
+            self.reported += count
         self._progress(count)
 
 
 def _uploads(plan: Sequence[Json], files: Sequence[LocalFile]) -> list[_Upload]:
-    """Of files with the same content one is sent."""
+    """The uploads to do; one for files of the same content."""
     wanted = {row["sha256"]: row for row in plan if not row["present"]}
     by_digest = {file.manifest.sha256: file for file in files}
     return [
@@ -200,7 +200,8 @@ def _rows(files: Sequence[LocalFile]) -> list[Json]:
 
 
 def _refuse_changed(files: Sequence[LocalFile]) -> None:
-    """A store refuses bytes that it was not promised, mostly by hanging up, which looks like a broken network."""
+    """Raises Invalid for a changed file: stores refuse unexpected bytes mostly by hanging up, as if the network
+    failed."""
     for file in files:
         if hash_file(file.source) != file.manifest.sha256:
             raise _changed(file)
@@ -209,9 +210,9 @@ def _refuse_changed(files: Sequence[LocalFile]) -> None:
 def _changed(file: LocalFile) -> Invalid:
     return Invalid(
         "digest_differs",
-        f"{file.manifest.path} is not what it was when the push began.",
+        f"{file.manifest.path} has changed since the push began.",
         subject=file.manifest.path,
-        next_step="See that nothing writes to it, and push again.",
+        next_step="Make sure that nothing writes to it, and push again.",
     )
 
 

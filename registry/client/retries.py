@@ -1,4 +1,4 @@
-"""Several transfers at a time, and patience between attempts."""
+"""Parallel transfers and retries."""
 
 import time
 import uuid
@@ -15,11 +15,12 @@ Progress = Callable[[int], None]
 
 PARALLEL = 8
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
-"""Between attempts that came no further; after the last one the failure is told."""
+"""Pauses between attempts without progress; after the last one, the failure is raised."""
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Calls `function` in threads. After a failure those that run may end, no other begins, and it is raised."""
+    """Calls `function` on each item in threads. After a failure, running calls may finish, no other starts, and the
+    failure is raised."""
     with ThreadPoolExecutor(PARALLEL, "transfer") as pool:
         jobs = [pool.submit(function, item) for item in items]
         try:
@@ -30,8 +31,8 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) ->
 
 
 def with_retries(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
-    """The answer to what may be asked twice: after a pause again, while the registry or its store is away. Raises what
-    went wrong last when there are no more pauses."""
+    """Retries an idempotent request, after pauses, while the registry or its store is unavailable. Raises the last
+    error when no pauses are left."""
     while True:
         try:
             return ask()
@@ -43,10 +44,10 @@ def with_retries(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
 
 
 def send_once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Result, bool]:
-    """The answer to a request that must not be done twice, and whether one before was lost.
+    """Sends a request that must take effect once. Returns the answer, and whether an earlier answer was lost.
 
-    `ask` gets headers with a key, by which the registry knows the request again. Raises what went wrong last, and where
-    it may have been done all the same `answer_lost`, with `look` as the command that tells.
+    `ask` gets headers with an idempotency key. Raises the last error, or `answer_lost` if the request may have taken
+    effect, with `look` as the command to check.
     """
     headers = {"Idempotency-Key": str(uuid.uuid4())}
     lost = False
@@ -66,7 +67,7 @@ def send_once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Resul
             raise
         raise Unavailable(
             "answer_lost",
-            f"No answer tells whether it was done. {error.detail}",
+            f"The answer was lost: it may have been done. {error.detail}",
             subject=error.subject,
-            next_step=f"Look with `{look}`, and do the same again if it was not.",
+            next_step=f"Check with `{look}`, and repeat the command if it was not done.",
         ) from error

@@ -1,7 +1,7 @@
-"""The files of a directory that a push takes: an adapter's own, without what its trainer keeps beside them.
+"""Selects the files of a directory that a push includes.
 
-A trainer's output directory holds optimizer states, checkpoints and logs next to the adapter. Of an adapter's directory
-only files that are known to belong to one are taken; of a checkpoint everything but what is known to be a trainer's.
+A trainer's output directory holds optimizer states, checkpoints and logs beside the adapter. For an adapter, only files
+known to belong to one are included; for a checkpoint, everything except known trainer files.
 """
 
 import os
@@ -70,17 +70,17 @@ TRAINER_FILES = (
     "latest",
     "zero_to_fp32.py",
 )
-"""Patterns of what trainers write beside a checkpoint for themselves."""
+"""Patterns of files that trainers keep beside a checkpoint."""
 
 _LISTED = 6
-"""Names of files that are left out, at most; the others are counted."""
+"""Maximum number of left-out names listed; further ones are counted."""
 _NUMBER = re.compile(r"(?<=[-_])\d+(?=/?$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Paths relative to `directory`, with slashes. A directory of which nothing is taken stands in `left_out` as one
-    entry that ends with a slash."""
+    """Paths relative to `directory`, with slashes. A directory of which nothing is included is one entry of `left_out`,
+    ending with a slash."""
 
     directory: Path
     paths: tuple[str, ...]
@@ -91,26 +91,26 @@ class Selection:
         return sum((self.directory / path).stat().st_size for path in self.paths)
 
     def summary(self) -> str:
-        """What is left out, in a line: numbered names (`checkpoint-500/`, `checkpoint-1000/`) as one pattern."""
+        """The left-out files in one line; numbered names (`checkpoint-500/`, `checkpoint-1000/`) as one pattern."""
         names = list(dict.fromkeys(_NUMBER.sub("*", name) for name in self.left_out))
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         return ", ".join(names[:_LISTED]) + more
 
 
 def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] = ()) -> Selection:
-    """The files that a push of this kind takes, and what it leaves out, before any of them is read.
+    """The files that a push of this kind includes and those it leaves out, before any of them is read.
 
-    `include` are patterns of further paths, in which `*` matches slashes too. Hidden files are never taken.
+    `include` are patterns of further paths; `*` matches slashes too. Hidden files are never included.
 
-    Raises Usage for a pattern that matches nothing; Invalid, with a finding for every file, for what cannot be in a
-    release: a link out of the directory or to another one, a pipe, a pickle, a name that other systems cannot have.
+    Raises Usage for a pattern that matches nothing; Invalid, with a finding per file, for what a release cannot
+    contain: a link out of the directory or to a directory, a pipe, a pickle, a name that is not portable.
     """
     if not directory.is_dir():
         raise Invalid(
             "missing_directory",
             f"{directory} is not a directory.",
             subject=str(directory),
-            next_step="Name the directory that training wrote.",
+            next_step="Name the training output directory.",
         )
     there = sorted(_files_below(directory))
     _refuse_idle(include, there)
@@ -121,7 +121,7 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
         findings = [Finding(one.code, Severity.ERROR, one.subject, one.detail) for one in problems]
         refuse_errors(findings, str(directory), next_step=problems[0].next_step)
     if not chosen and kind == "adapter":
-        read_adapter(directory)  # says what is there instead: nothing, or an adapter of another layout
+        read_adapter(directory)  # raises an error that says what is there instead
     check_paths(chosen)
     return Selection(directory, chosen, tuple(_collapsed(there, set(chosen))))
 
@@ -137,7 +137,7 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _files_below(directory: Path) -> Iterator[str]:
-    """Paths of everything that is not a directory, links to directories included, without hidden ones."""
+    """Paths of all files and links, also links to directories, except hidden ones."""
     for parent, directories, files in os.walk(directory):
         directories[:] = [name for name in directories if not name.startswith(".")]
         links = [name for name in directories if (Path(parent) / name).is_symlink()]
@@ -151,23 +151,24 @@ def _refuse_idle(include: Sequence[str], there: Sequence[str]) -> None:
         if not any(_matches(path, [pattern]) for path in there):
             raise Usage(
                 "nothing_included",
-                f"--include {pattern} matches no file.",
+                f"--include {pattern} does not match any file.",
                 subject=pattern,
-                next_step="Write a pattern of paths below the directory, such as '*.yaml'; quote it for the shell.",
+                next_step="Give a pattern of paths below the directory, such as '*.yaml', quoted for the shell.",
             )
 
 
 def _refuse_another_kind(directory: Path, there: Sequence[str], kind: str) -> None:
-    """Raises Invalid for a directory that is empty, that holds adapters below it, or a checkpoint in place of one."""
+    """Raises Invalid for a directory that is empty, or that has adapters below it or a checkpoint instead of an
+    adapter."""
     if not there:
-        code, what, next_step = "empty_directory", "has no files", "Name the directory that training wrote."
+        code, what, next_step = "empty_directory", "has no files", "Name the training output directory."
     elif kind != "adapter" or CONFIG_FILE in there or WEIGHTS_FILE in there:
         return
     elif below := [path.rpartition("/")[0] for path in there if path.endswith(f"/{CONFIG_FILE}")]:
         code, what = "missing_config", f"has no {CONFIG_FILE}; {', '.join(below[:_LISTED])} below it do"
         next_step = f"Name one of them: {directory / below[-1]}"
     elif "config.json" in there:
-        code, what = "a_checkpoint", "is a checkpoint, a whole model and not an adapter"
+        code, what = "a_checkpoint", "is a checkpoint of a model, not an adapter"
         next_step = "Name the adapter's directory, or publish the model with --kind model."
     else:
         return
@@ -180,7 +181,7 @@ def _problem(directory: Path, path: str) -> RegistryError | None:
         check_path(path)
         refuse_hidden(path)
         refuse_pickle_name(path)
-        if not path.lower().endswith(".safetensors"):  # whose header the registry reads
+        if not path.lower().endswith(".safetensors"):  # the registry reads the header of those
             refuse_pickle_content(path, *_ends(directory / path))
     except RegistryError as error:
         return error
@@ -188,7 +189,7 @@ def _problem(directory: Path, path: str) -> RegistryError | None:
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
-    """The first bytes of a file; the last ones too of a zip, whose list of entries is there."""
+    """The first bytes of a file; for a zip also the last ones, where its directory is."""
     with path.open("rb") as file:
         first = file.read(ENDS_BYTES)
         if not is_zip(first):
@@ -198,11 +199,15 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
 
 
 def refuse_no_file(path: Path, relative: Path, directory: Path | None = None) -> None:
-    """Raises Invalid unless it is a file, or a link to one: within `directory`, where that is given."""
+    """Raises Invalid unless the path is a file or a link to one, inside `directory` if given."""
     if directory is not None and not path.resolve().is_relative_to(directory.resolve()):
-        raise _unfit("link_outside", relative, f"leads out of {directory}", "Copy there what it leads to.")
-    if path.is_dir():  # its files would be missing, since links are not followed
-        raise _unfit("link_to_directory", relative, "is a link to a directory", "Copy the directory there.")
+        raise _unfit(
+            "link_outside", relative, f"leads out of {directory}", "Replace the link with a copy of its target."
+        )
+    if path.is_dir():  # links are not followed, so its files would be missing
+        raise _unfit(
+            "link_to_directory", relative, "is a link to a directory", "Replace the link with a copy of the directory."
+        )
     if not path.is_file():
         raise _unfit("no_file", relative, "is not a regular file", "Move it away.")
 
@@ -212,7 +217,7 @@ def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:
 
 
 def _collapsed(there: Sequence[str], chosen: set[str]) -> Iterator[str]:
-    """The paths that were not chosen; for a directory at the top of which nothing was, its name and a slash."""
+    """The paths not chosen; for a top directory of which nothing was chosen, its name and a slash."""
     kept = {path.partition("/")[0] for path in chosen}
     left = [path for path in there if path not in chosen]
     yield from dict.fromkeys(path if "/" not in path or _top(path) in kept else f"{_top(path)}/" for path in left)

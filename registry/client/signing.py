@@ -1,4 +1,4 @@
-"""Signing what is pushed and verifying what was pulled, with a key that lies on this machine."""
+"""Signs pushed releases and verifies pulled ones, with a local key."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,14 +27,12 @@ from registry.formats.signatures import (
     sign,
 )
 
-_OTHER_KEY = (
-    "Verify it with the public key of who signed it, which they tell you; if this is that key, trust it no more."
-)
+_OTHER_KEY = "Get the signer's public key from them and verify with it. If this is that key, do not trust the release."
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What is to be published: in which repository, as an adapter or a model, and the request without its files."""
+    """What to publish: the repository, the kind (adapter or model), and the request without its files."""
 
     target: RepositoryName
     kind: str
@@ -44,8 +42,8 @@ class Publication:
 def push_signed(
     api: Api, files: Sequence[LocalFile], wanted: Publication, key: Path, staging: Path, progress: Progress
 ) -> Json:
-    """`push`, with a signature over the files and the release. A bump finds the number first, for which the files have
-    to be in the store."""
+    """Pushes with a signature over the files and the release. A bump determines the version first, which requires the
+    files to be in the store."""
     read_private_key(key)  # before anything is sent
     if wanted.request["version"]:
         signed = sign_files(api, files, wanted, key, staging)
@@ -57,11 +55,11 @@ def push_signed(
 
 
 def sign_files(api: Api, files: Sequence[LocalFile], wanted: Publication, key: Path, staging: Path) -> list[LocalFile]:
-    """The files and a signature over them and the release that they are to be, written to the directory `staging`.
+    """Adds a signature over the files and the release to the files; writes it to the directory `staging`.
 
-    Fixes the request's version where a bump names it: then the files have to be in the store already. A retry takes the
-    signature that this key made of the release then: ECDSA is randomised, so a new one would be other content. Raises
-    Invalid for a key that cannot sign.
+    Resolves a bump to a version in the request; the files must then be in the store already. A retry reuses this key's
+    earlier signature: ECDSA is randomised, so a new one would be different content. Raises Invalid for a key that
+    cannot sign.
     """
     request, private_key = wanted.request, read_private_key(key)
     kept = [file for file in files if file.manifest.path != SIGNATURE_FILE]
@@ -91,8 +89,8 @@ def _next_version(api: Api, wanted: Publication, files: Sequence[LocalFile]) -> 
 def _released(
     api: Api, wanted: Publication, digests: Mapping[str, str], base: str, public_key: str
 ) -> tuple[str, bytes] | None:
-    """The version that has these files for this base, with this key's signature among them: of the release that the
-    request names, or where a bump names it of the highest stable one, which is what such a push would repeat."""
+    """The version and signature of an existing release with these files and base, signed by this key: the release that
+    the request names or, for a bump, the highest stable one, which such a push would repeat."""
     for release in _releases(api, wanted):
         there = {row["path"]: row["sha256"] for row in release["files"]}
         if there.pop(SIGNATURE_FILE, None) is None or there != digests or release["base"]["digest"] != base:
@@ -111,12 +109,12 @@ def _releases(api: Api, wanted: Publication) -> Iterator[Json]:
             return
         stable = (one for one in api.pages(path) if not one["yanked"] and parse_version(one["version"]).stable)
         yield from islice(stable, 1)
-    except NotFound:  # it is the first of its name
+    except NotFound:  # the first release of the repository
         return
 
 
 def _signature_of(api: Api, release: Json) -> bytes:
-    """No more than a signature may have, and a byte that shows it."""
+    """The signature's content, up to one byte beyond the maximum."""
     content = bytearray()
     with api.stream(f"{release_path(release)}/files/{SIGNATURE_FILE}") as stream:
         for chunk in stream.chunks:
@@ -131,13 +129,13 @@ def _holds(content: bytes, public_key: str, release: Json) -> bool:
         signed = open_signature(content, [public_key])
         refuse_tampered(signed, _digests(release))
         refuse_other_release(signed, bound_release(release))
-    except (Refused, Invalid):  # another key's, or no signature at all: not ours to judge
+    except (Refused, Invalid):  # another key's, or not a signature
         return False
     return True
 
 
 def read_private_key(path: Path) -> bytes:
-    """The PEM in a file, once it is certain that it can sign. Raises Invalid."""
+    """Reads a PEM private key. Raises Invalid if it cannot sign."""
     try:
         private_key = path.read_bytes()
         if b"PRIVATE KEY" in private_key:
@@ -150,15 +148,14 @@ def read_private_key(path: Path) -> bytes:
         why = error.detail.removeprefix("A signing key cannot be used: ").removesuffix(".")
     raise Invalid(
         "bad_key",
-        f"{path} is no private key that can sign: {why}.",
+        f"{path} is not a usable private key: {why}.",
         subject=str(path),
-        next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
+        next_step="Create one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem",
     )
 
 
 def bound_release(release: Json) -> SignedRelease:
-    """What a signature of the release that a registry answered has to say. Raises Invalid where its commit is not that
-    of its files."""
+    """What a signature of this release must state. Raises Invalid if the registry's commit is not that of the files."""
     with understood():
         files = [ManifestFile(row["path"], row["size_bytes"], parse_digest(row["sha256"])) for row in release["files"]]
         repository, version, base = release["repository"], release["version"], release["base"]["digest"]
@@ -170,7 +167,7 @@ def bound_release(release: Json) -> SignedRelease:
 
 
 def sign_release(api: Api, release: Json, key: Path) -> tuple[Json, str]:
-    """Signs a release that is out. The release as it is then, and the key's fingerprint. Raises Invalid for a key that
+    """Signs a published release. Returns the updated release and the key's fingerprint. Raises Invalid for a key that
     cannot sign."""
     bound = bound_release(release)
     files = {path: sha256 for path, sha256 in _digests(release).items() if path != SIGNATURE_FILE}
@@ -184,27 +181,27 @@ def _digests(release: Json) -> dict[str, str]:
 
 
 def read_public_key(path: Path) -> str:
-    """The PEM in a file, once it is certain that it can verify. Raises Invalid."""
+    """Reads a PEM public key. Raises Invalid if it cannot verify."""
     try:
         public_key = path.read_text("ascii")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise Invalid(
             "bad_key",
-            f"{path} cannot be read as a key in PEM: {why}.",
+            f"{path} cannot be read as a PEM key: {why}.",
             subject=str(path),
-            next_step="Name the file of the public key.",
+            next_step="Name the public key's file.",
         ) from error
     fingerprint(public_key)
     return public_key
 
 
 def verify_release(api: Api, release: Json, asked: Reference, directory: Path, public_key: str) -> Signed:
-    """Verifies a release whose files in `directory` were just checked against their sha256.
+    """Verifies a release whose files in `directory` were just checked against their SHA-256.
 
-    By the signature among its files, or one that came after it; one that binds the release is preferred. Raises Refused
-    when it is unsigned, signed by another key, when a file is not the signed one, and for a signature of another
-    repository, version or base.
+    Uses the signature among its files or one added later; prefers one that binds the release. Raises Refused if it is
+    unsigned or signed by another key, if a file differs from the signed one, and for a signature of another repository,
+    version or base.
     """
     refuse_other_answer(asked, release)
     expected, digests = bound_release(release), _digests(release)
@@ -218,19 +215,19 @@ def verify_release(api: Api, release: Json, asked: Reference, directory: Path, p
 
 def _later_signatures(api: Api, release: Json) -> list[bytes]:
     try:
-        found = api.get(f"{release_path(release)}/signatures")
-    except NotFound:  # a registry of before there were any
+        document = api.get(f"{release_path(release)}/signatures")
+    except NotFound:  # an older registry without later signatures
         return []
     with understood():
-        return [row["bundle"].encode() for row in found["signatures"]]
+        return [row["bundle"].encode() for row in document["signatures"]]
 
 
 def _best(bundles: Sequence[bytes], public_key: str) -> Signed:
-    """What the key has signed of several bundles, the release before files alone."""
+    """The signature by this key among the bundles; one of the release before one of files only."""
     if not bundles:
         raise Refused(
             "unsigned",
-            f"There is no {SIGNATURE_FILE}: nobody has signed these files.",
+            f"There is no {SIGNATURE_FILE}: these files are not signed.",
             subject=SIGNATURE_FILE,
             next_step="Ask its publisher to sign it (`adaptory sign REF --key KEY.pem`), or use it without --verify.",
         )
@@ -252,10 +249,10 @@ def _read_signature(directory: Path) -> bytes:
 
 
 def verify_directory(directory: Path, public_key: str) -> Signed:
-    """Verifies every file below a directory, hidden ones too, by the signature there; which release it is, nobody can
-    tell of a directory. Raises Refused as `verify_release` does.
+    """Verifies every file below a directory, also hidden ones, against its signature; which release it is, a directory
+    cannot prove. Raises Refused as `verify_release` does.
 
-    Raises Invalid for what is no file: behind a link to a directory there may be more than was signed.
+    Raises Invalid for anything but files: a link to a directory could lead to unsigned files.
     """
     if not directory.is_dir():
         raise Invalid(

@@ -181,7 +181,7 @@ def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:
         moves = session.scalars(query.options(selectinload(Move.to_release))).all()
         yield from _check_moves(subject, channel, moves)
         yield from _check_served(session, subject, channel)
-        yield from _check_told(session, subject, {move.id for move in moves})
+        yield from _check_audit(session, subject, {move.id for move in moves})
         progress(1)
 
 
@@ -211,7 +211,7 @@ def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[
         yield _error("channel_adrift", subject, f"A search does not find on {subject} what it gives out.")
 
 
-def _check_told(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
+def _check_audit(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
     acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK)
     rows = session.scalars(select(AuditRow).where(AuditRow.subject == subject, AuditRow.act.in_(acts))).all()
     told = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail

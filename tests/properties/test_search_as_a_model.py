@@ -179,7 +179,7 @@ def _all_pages(database: Database, query: Query, order: str, actor: Actor, limit
     after = None
     while True:
         with database.read() as session:
-            places = search.search(session, actor, query, Order(order, limit, after)).places
+            places = search.search(session, actor, query, Order(order, limit, after)).hits
         found += [place.release_id for place in places]
         if len(places) < limit:
             return found

@@ -42,7 +42,7 @@ def elsewhere(url: str) -> Generator[Database]:
 
 def told(database: Database, documents: RenderedReleaseCache, items: list[Item]) -> list[bytes]:
     with database.read() as session:
-        found = search.search(session, HOST, Query(include_yanked=True), Order(limit=1_000)).places
+        found = search.search(session, HOST, Query(include_yanked=True), Order(limit=1_000)).hits
         stamps = {place.release_id: place.stamp for place in found}
         return [one.document for one in documents.page(session, HOST, {item.id: stamps[item.id] for item in items})]
 

@@ -233,7 +233,7 @@ def test_a_page_whose_documents_are_kept_is_one_statement(stocked: Stocked) -> N
 
     def ask(session: Session) -> None:
         found = search.search(session, HOST, FITTING, Order())
-        documents.page(session, HOST, {place.release_id: place.stamp for place in found.places})
+        documents.page(session, HOST, {hit.release_id: hit.stamp for hit in found.hits})
 
     assert [len(stocked.plans(ask)) for _ in range(2)] == [2, 1]
 

@@ -210,7 +210,7 @@ def test_weights_that_do_not_parse(with_release: Cli, world: World, tmp_path: Pa
         for command in (("merge", "--base", world.base), ("combine",)):
             adapter = f"{world.adapters['sql']}={number}"
             refused(with_release(*command, "--adapter", adapter, "-o", tmp_path / "out"), 2, "DIR=0.7")
-            refused(with_release(*command, "--adapter", "", "-o", tmp_path / "out"), 2, "names no directory")
+            refused(with_release(*command, "--adapter", "", "-o", tmp_path / "out"), 2, "does not name a directory")
     refused(
         with_release("merge", "--base", world.base, "--adapter", "/nowhere=1", "-o", tmp_path / "out"), 6, "/nowhere"
     )

@@ -156,7 +156,7 @@ def test_an_interrupt_on_a_terminal_ends_an_evaluation_with_one_line(stocked_on_
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 130
     assert time.monotonic() - since < 3, "two, and what a busy machine takes to end a process"
-    assert running.lines[-1] == "interrupted: no score was recorded; give the command again"
+    assert running.lines[-1] == "interrupted: no score was recorded; repeat the command"
     assert "Traceback" not in running.text
 
 

@@ -181,7 +181,7 @@ def test_a_bump_whose_request_or_answer_was_lost_gets_one_number(network: Networ
     assert (pushed["release"]["version"], pushed["created"]) == ("1.0.1", True)
     network.loses(PUBLISH, reaches=reaches)
     again = push("mine", *AUTO).out
-    assert again.startswith("already there, nothing to do: acme/sql:1.0.1 ")
+    assert again.startswith("already published, nothing to do: acme/sql:1.0.1 ")
     assert push("second", *AUTO).code == push("mine", *AUTO).code == 0
     network.loses(PUBLISH, reaches=reaches)
     assert push("second", *AUTO).out.startswith("published acme/sql:1.0.4 ")  # not 1.0.2, of the same files
@@ -197,7 +197,7 @@ def test_a_push_without_any_answer_says_that_it_may_be_out_and_how_to_see(
         assert (lost.code, "No answer tells whether it was done" in lost.err) == (7, True), lost.err
         assert "`adaptory log acme/sql`, and do the same again if it was not" in lost.err
     network.loses(PUBLISH, times=0)
-    assert push("mine", "acme/sql:2.0.0").out.startswith("already there, nothing to do: acme/sql:2.0.0 ")
+    assert push("mine", "acme/sql:2.0.0").out.startswith("already published, nothing to do: acme/sql:2.0.0 ")
 
 
 @remote
@@ -242,7 +242,7 @@ def test_a_rollback_before_the_answer_to_a_move_is_missed_stays(
         moved = stocked("promote", "acme/sql:1.0.1", "--to", "prod")
     assert moved.code == 0, moved.err
     assert "acme/sql@prod: 1.0.0 -> 1.0.1 (promote, move " in moved.out
-    assert "acme/sql@prod was moved as asked, and by others since: it is at 1.0.0" in moved.err
+    assert "acme/sql@prod was moved as requested, and by others since: it is at 1.0.0" in moved.err
     assert moves(somebody) == [("rollback", "1.0.0"), ("promote", "1.0.1"), ("promote", "1.0.0")]
 
 
@@ -265,11 +265,11 @@ def test_what_a_request_found_done_already_is_its_answer_too(network: Network, p
     assert push("mine", *AUTO, "--channel", "prod").code == 0
     network.loses(PROMOTE, meanwhile=lambda: somebody.ok("rollback", "acme/sql@prod", "--reason", "incident"))
     again = push("mine", "acme/sql:1.0.1", "--channel", "prod")
-    assert "acme/sql@prod was moved as asked, and by others since: it is at 1.0.0" in again.err
+    assert "acme/sql@prod was moved as requested, and by others since: it is at 1.0.0" in again.err
     assert moves(somebody)[0] == ("rollback", "1.0.0")
     network.loses(PUBLISH, meanwhile=lambda: push("another", *AUTO, by=somebody))
     again = push("mine", *AUTO)
-    assert again.out.startswith("already there, nothing to do: acme/sql:1.0.1 "), again
+    assert again.out.startswith("already published, nothing to do: acme/sql:1.0.1 "), again
     assert versions(somebody) == ["1.0.2", "1.0.1", "1.0.0"]
 
 

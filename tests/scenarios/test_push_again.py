@@ -93,8 +93,8 @@ def test_a_damaged_blob_is_healed_by_fsck_and_the_same_push_again(
     (told,) = beside(stocked).json("audit", "--act", "blob:discard")["items"]
     assert (told["subject"], told["reason"]) == (sha256, "damaged")
     mended = stocked.ok(*push).out
-    assert mended.startswith("already there, its lost bytes sent again: acme/sql:1.0.0 "), mended
-    assert stocked.ok(*push).out.startswith("already there, nothing to do: acme/sql:1.0.0 ")
+    assert mended.startswith("already published, its lost files sent again: acme/sql:1.0.0 "), mended
+    assert stocked.ok(*push).out.startswith("already published, nothing to do: acme/sql:1.0.0 ")
     healed = beside(stocked).json("fsck", "--full", "--discard")
     assert (healed["clean"], healed["findings"], healed["discarded"]) == (True, [], [])
     stocked.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")

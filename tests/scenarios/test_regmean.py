@@ -74,7 +74,7 @@ def test_a_merge_does_not_take_another_commands_fit_for_its_own(on_disk: Cli, wo
     fitting = [*adapters(world), "--base", world.base, "--method", "regmean", *suites(world)]
     on_disk.ok("combine", *fitting, "--set", "ridge=0.5", "-o", tmp_path / "out-adapter")
     refused = on_disk("merge", *fitting, "-o", tmp_path / "out")
-    assert (refused.code, "was not fitted by this command" in refused.err) == (4, True)
+    assert (refused.code, "this command did not fit it" in refused.err) == (4, True)
     on_disk.ok("merge", *fitting, "--set", "ridge=0.5", "-o", tmp_path / "out")
 
 

@@ -286,5 +286,5 @@ def test_a_port_in_use_is_told_without_touching_the_registry(tmp_path: Path) -> 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ran = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})("serve", "--port", taken.getsockname()[1])
     assert ran.code == 7
-    assert "cannot be listened on" in ran.err
+    assert "Cannot listen on" in ran.err
     assert not (tmp_path / "home").exists()

@@ -54,7 +54,7 @@ def test_a_clean_registry_is_called_clean_with_what_was_looked_at(furnished: Cli
     told = furnished.ok("fsck").out
     assert f"clean: 2 releases, 1 channels, {len(files)} blobs (" in told
     assert "sizes only" in told
-    assert "every byte read" in furnished.ok("fsck", "--full").out
+    assert "all bytes read" in furnished.ok("fsck", "--full").out
 
 
 def test_a_registry_with_nothing_in_it_is_not_called_clean_without_more(place: dict[str, str]) -> None:

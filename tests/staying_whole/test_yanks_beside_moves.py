@@ -64,7 +64,7 @@ class Two:
 
     def found(self, channel: str) -> list[str]:
         with self.first.read() as session:
-            places = search.search(session, operator(), Query(channel=channel), Order()).places
+            places = search.search(session, operator(), Query(channel=channel), Order()).hits
             return [session.get_one(releases.Release, place.release_id).version for place in places]
 
 

@@ -110,8 +110,8 @@ def history(
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = moves.find(session, repository, channel)
-        found = moves.history(session, row, before=decode_number(cursor), limit=limit + 1)
-        return page([move_view(move, named.name, channel) for move in found], limit, [move.id for move in found])
+        rows = moves.history(session, row, before=decode_number(cursor), limit=limit + 1)
+        return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
 
 
 @repository_routes.get("/{namespace}/{name}/gates")

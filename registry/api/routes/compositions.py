@@ -67,16 +67,16 @@ async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller, r
 @router.post("/{composition_id}/cancel")
 def cancel(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     with resources.write() as session:
-        found = compositions.find(session, composition_id)
-        compositions.permit_look(actor, *found, hidden=compositions.unknown(composition_id))
+        pair = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
         return composition_view(*compositions.cancel(session, actor, composition_id))
 
 
 def _look(resources: Resources, actor: Actor, composition_id: int) -> CompositionOut:
     with resources.read() as session:
-        found = compositions.find(session, composition_id)
-        compositions.permit_look(actor, *found, hidden=compositions.unknown(composition_id))
-        return composition_view(*found)
+        pair = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
+        return composition_view(*pair)
 
 
 async def _events(resources: Resources, request: Request, view: CompositionOut) -> AsyncIterator[str]:

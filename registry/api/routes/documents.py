@@ -118,36 +118,38 @@ class RenderedReleaseCache:
 
     def page(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[RenderedRelease]:
         """In the order of the ids of `stamps`, which say what is true now: as many as a page holds."""
-        told: list[RenderedRelease] = []
+        rendered: list[RenderedRelease] = []
         for some in _in_parts(list(stamps)):
-            told += self._told(session, actor, {number: stamps[number] for number in some})
-            if (fit := _how_many_fit(len(one.document) for one in told)) < len(told):
-                return told[:fit]
-        return told
+            rendered += self._render(session, actor, {number: stamps[number] for number in some})
+            if (fit := _how_many_fit(len(one.document) for one in rendered)) < len(rendered):
+                return rendered[:fit]
+        return rendered
 
-    def _told(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[RenderedRelease]:
-        found = self._true(stamps)
-        for one in load_details(session, [number for number in stamps if number not in found]):
+    def _render(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[RenderedRelease]:
+        rendered = self._current(stamps)
+        for one in load_details(session, [number for number in stamps if number not in rendered]):
             row = one.release
             document = _dumped(release_document(actor, one))
-            told = RenderedRelease(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
-            found[row.id] = told
+            new = RenderedRelease(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
+            rendered[row.id] = new
             if not one.inputs:
-                self._keep(row.id, told)
-        return [found[number] for number in stamps]
+                self._keep(row.id, new)
+        return [rendered[number] for number in stamps]
 
-    def _true(self, now: Mapping[int, Stamp]) -> dict[int, RenderedRelease]:
+    def _current(self, now: Mapping[int, Stamp]) -> dict[int, RenderedRelease]:
         with self._lock:
-            found = {number: told for number in now if (told := self._kept.get(number)) and told.stamp == now[number]}
-            for number in found:
+            rendered = {
+                number: kept for number in now if (kept := self._kept.get(number)) and kept.stamp == now[number]
+            }
+            for number in rendered:
                 self._kept.move_to_end(number)
-        return found
+        return rendered
 
-    def _keep(self, release_id: int, told: RenderedRelease) -> None:
+    def _keep(self, release_id: int, rendered: RenderedRelease) -> None:
         with self._lock:
             before = self._kept.pop(release_id, None)
-            self._kept[release_id] = told
-            self.kept_bytes += told.size_bytes - (before.size_bytes if before else 0)
+            self._kept[release_id] = rendered
+            self.kept_bytes += rendered.size_bytes - (before.size_bytes if before else 0)
             while self.kept_bytes > self.max_bytes:
                 _, oldest = self._kept.popitem(last=False)
                 self.kept_bytes -= oldest.size_bytes

@@ -36,7 +36,7 @@ from registry.domain.channels import resolve
 from registry.domain.channels.resolve import ResolvedRow
 from registry.domain.search import search
 from registry.domain.search.ordering import NEWEST, VERSION, Hit, Order, Position
-from registry.domain.search.search import Found
+from registry.domain.search.search import SearchResult
 from registry.errors import Usage
 from registry.formats.references import parse_name, parse_reference, parse_repository
 
@@ -50,7 +50,7 @@ PARAMETERS = [
 
 
 @cached_by_query
-def _asked(query: bytes) -> tuple[SearchIn, search.Query]:
+def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
     """Read here, since the framework takes longer to read so many parameters than most searches take altogether."""
     given: dict[str, list[str]] = {}
     for name, value in QueryParams(query).multi_items():
@@ -64,19 +64,19 @@ def _asked(query: bytes) -> tuple[SearchIn, search.Query]:
 
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Releases across repositories that meet every condition: of what the caller may read."""
-    query, wanted = _asked(request.scope["query_string"])
-    order = Order(query.sort, query.limit + 1, _place(query))
+    query, wanted = _parse_query(request.scope["query_string"])
+    order = Order(query.sort, query.limit + 1, _position(query))
     # What is asked of a release's neighbours is listed by one statement, and looked at by another.
     at_one_moment = wanted.channel is not None or wanted.latest
     with resources.snapshot() if at_one_moment else resources.read() as session:
-        found = _found(session, actor, query, wanted, order)
-        told = _told(session, actor, _documents(request), found, query.limit)
-    if any(one.stamp != place.stamp for one, place in zip(told, found.places, strict=False)):  # changed in between
+        result = _search(session, actor, query, wanted, order)
+        rendered = _render(session, actor, _documents(request), result, query.limit)
+    if any(one.stamp != hit.stamp for one, hit in zip(rendered, result.hits, strict=False)):  # changed in between
         with resources.snapshot() as session:
-            found = _found(session, actor, query, wanted, order)
-            told = _told(session, actor, _documents(request), found, query.limit)
-    items = [one.with_remarks(_remarks(one, found, wanted.loads_in)) for one in told]
-    following = _cursor(query, found.places[len(told) - 1]) if len(found.places) > len(told) else None
+            result = _search(session, actor, query, wanted, order)
+            rendered = _render(session, actor, _documents(request), result, query.limit)
+    items = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
+    following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
     return page_response(items, following)
 
 
@@ -90,18 +90,18 @@ router.add_api_route(
 )
 
 
-def _found(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> Found:
-    found = search.search(session, actor, wanted, order)
-    if not found.places and not query.cursor and actor.grants:  # nothing fits, or a metric is misspelt
+def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:
+    result = search.search(session, actor, wanted, order)
+    if not result.hits and not query.cursor and actor.grants:  # nothing fits, or a metric is misspelt
         for suite, metric in _metrics(query, wanted):
             suites.refuse_unknown_metric(session, actor, suite, metric)
-    return found
+    return result
 
 
-def _told(
-    session: Session, actor: Actor, documents: RenderedReleaseCache, found: Found, limit: int
+def _render(
+    session: Session, actor: Actor, documents: RenderedReleaseCache, result: SearchResult, limit: int
 ) -> list[RenderedRelease]:
-    return documents.page(session, actor, {place.release_id: place.stamp for place in found.places[:limit]})
+    return documents.page(session, actor, {hit.release_id: hit.stamp for hit in result.hits[:limit]})
 
 
 @router.get("/resolve", response_model=ResolvedOut)
@@ -109,16 +109,16 @@ def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: Res
     reference = parse_reference(ref)
     permit(actor, Role.READER, reference.repository.namespace)
     with resources.read() as session:
-        found = resolve.resolve_exact(session, reference)
-    if found is None:
+        row = resolve.resolve_exact(session, reference)
+    if row is None:
         with resources.snapshot() as session:
-            found = resolve.locate(session, reference)
-    return json_response(_resolved(found))
+            row = resolve.locate(session, reference)
+    return json_response(_resolved(row))
 
 
-def _resolved(found: ResolvedRow) -> Json:
+def _resolved(resolved: ResolvedRow) -> Json:
     """As ResolvedOut, from columns checked when they were written: to validate them costs more than to read them."""
-    row = found.row
+    row = resolved.row
     release = {
         "repository": f"{row.namespace}/{row.repository}",
         "kind": row.kind,
@@ -130,7 +130,7 @@ def _resolved(found: ResolvedRow) -> Json:
         "size_bytes": row.size_bytes,
         "files": files_of(row.manifest),
     }
-    return {"release": release, "warning": found.warning}
+    return {"release": release, "warning": resolved.warning}
 
 
 def _wanted(query: SearchIn) -> search.Query:
@@ -180,7 +180,7 @@ def _cursor(query: SearchIn, last: Hit) -> str:
     return encode_cursor(json.dumps([_fingerprint(query), last.key, last.release_id]))
 
 
-def _place(query: SearchIn) -> Position | None:
+def _position(query: SearchIn) -> Position | None:
     if query.cursor is None:
         return None
     try:
@@ -188,8 +188,8 @@ def _place(query: SearchIn) -> Position | None:
     except (ValueError, TypeError):
         fingerprint, key, release_id = None, None, 0
     kind = {NEWEST: NoneType, VERSION: str}.get(query.sort, float)
-    whole = isinstance(key, kind) and type(release_id) is int and 0 < release_id <= MAX_INT64
-    if not whole or fingerprint != _fingerprint(query):
+    valid = isinstance(key, kind) and type(release_id) is int and 0 < release_id <= MAX_INT64
+    if not valid or fingerprint != _fingerprint(query):
         raise Usage(
             "bad_cursor",
             "The cursor is not one of this search.",
@@ -203,13 +203,13 @@ def _documents(request: Request) -> RenderedReleaseCache:
     return cast(RenderedReleaseCache, request.app.state.documents)
 
 
-def _remarks(row: RenderedRelease, found: Found, profile: Profile | None) -> bytes:
+def _remarks(row: RenderedRelease, result: SearchResult, profile: Profile | None) -> bytes:
     """What FoundOut has besides a release: is it for another base than asked for, and does the server load it?"""
-    if not profile and not (found.base and found.relations[row.base_digest]):
+    if not profile and not (result.base and result.relations[row.base_digest]):
         return NO_REMARKS
     related = loading = None
-    if found.base and (relation := found.relations[row.base_digest]):
-        digest, name = found.base
+    if result.base and (relation := result.relations[row.base_digest]):
+        digest, name = result.base
         related = {"base": {"digest": digest, "name": name}, "relation": relation}
     if profile:
         loading = loads(row.servers, json.loads(row.loading), row.rank_max or 0, profile).to_json()

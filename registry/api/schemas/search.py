@@ -15,7 +15,7 @@ Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Fie
 
 LISTS = ("include", "targets_within", "targets_include", "targets_exact")
 """Of names, which have no commas."""
-WHOLE = ("score", "provenance")
+UNSPLIT = ("score", "provenance")
 """Lists whose items are what they are."""
 INCLUDED = {"related": "base", "refused": "loads_in"}
 """What `include` adds, and the condition that it adds to."""
@@ -105,9 +105,9 @@ def _value(name: str, given: list[str]) -> str | list[str]:
         )
     if name in LISTS:
         return parts
-    if name not in WHOLE and len(given) > 1:
+    if name not in UNSPLIT and len(given) > 1:
         raise Usage("repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give one.")
-    return given if name in WHOLE else given[0]
+    return given if name in UNSPLIT else given[0]
 
 
 class RelatedOut(Wire):

@@ -117,7 +117,7 @@ class SortKey:
         """Keys, ids and stamps of a page with those columns as one text, for `places` to read."""
         return select(json_rows(float_text(first.key) if self.of_score else first.key, first.id, stamp))
 
-    def places(self, pages: Rows, limit: int) -> list[Hit]:
+    def hits(self, pages: Rows, limit: int) -> list[Hit]:
         """The first of several pages."""
         suites = next((suites for _page, suites, *_ in pages), None)
         rows = [row for page, *_ in pages if page for row in orjson.loads(page)]

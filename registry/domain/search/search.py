@@ -62,16 +62,16 @@ _NEWEST_OF_ALL = Prepared(select(func.max(_release.id)))
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """`base` is (digest, name) of the one asked for, where others that follow from it were searched too; `relations`
     says how they do."""
 
-    places: Sequence[Hit]
+    hits: Sequence[Hit]
     base: tuple[str, str] | None = None
     relations: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
+def search(session: Session, actor: Actor, query: Query, order: Order) -> SearchResult:
     """What the actor may read, in order. Raises NotFound for a base or a suite that is not registered: to those who may
     list bases and suites. Others find nothing."""
     try:
@@ -79,10 +79,10 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
     except NotFound:
         if actor.grants:
             raise
-        return Found([])
+        return SearchResult([])
 
 
-def _search(session: Session, actor: Actor, query: Query, order: Order) -> Found:
+def _search(session: Session, actor: Actor, query: Query, order: Order) -> SearchResult:
     name = query.base if query.base and bases.is_name(query.base) and not query.related else None
     base = bases.identify(session, query.base) if query.base and not name else None
     relations = bases.related(session, base[0]) if base and query.related else {base[0]: ""} if base else {}
@@ -93,13 +93,13 @@ def _search(session: Session, actor: Actor, query: Query, order: Order) -> Found
         values |= id_bounds(session, values)
         nowhere = not values["highest"]
     form = shape_of(query, values)
-    places = [] if nowhere else _places(session, form, by, values | {"limit": order.limit})
-    if name and not places:
+    hits = [] if nowhere else _find_hits(session, form, by, values | {"limit": order.limit})
+    if name and not hits:
         bases.identify(session, name)  # nothing fits, or there is no such base
-    return Found(places, base, relations)
+    return SearchResult(hits, base, relations)
 
 
-def _places(session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any]) -> list[Hit]:
+def _find_hits(session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any]) -> list[Hit]:
     words = tuple(range(form.entries))
     thinnest: TermMatches | None = None
     if by.column == "id":
@@ -117,7 +117,7 @@ def _places(session: Session, form: QueryShape, by: SortKey, values: Mapping[str
     if few is not None:
         return few
     of_channel = "channel" in form.asked and not by.of_score
-    return by.places(_of_all(form, replace(by, of_channel=of_channel)).rows(session, values), values["limit"])
+    return by.hits(_of_all(form, replace(by, of_channel=of_channel)).rows(session, values), values["limit"])
 
 
 def _of_word(
@@ -125,27 +125,27 @@ def _of_word(
 ) -> list[Hit]:
     """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
     parts = iterate_matches(session, form, thinnest, values)
-    found: list[Hit] = []
+    hits: list[Hit] = []
     further: Sequence[int] | None = ()
     by_traits = asks_traits(form)
     if not (by_traits and _is_common(session, thinnest, values)):
         if by_traits and not _any_fits(form).rows(session, values):
-            return found
-        found = _among(session, form, by, values, islice(parts, SOON))
-        further = next(parts, None) if len(found) < values["limit"] else None
+            return hits
+        hits = _among(session, form, by, values, islice(parts, SOON))
+        further = next(parts, None) if len(hits) < values["limit"] else None
     if further is None:
-        return found
+        return hits
     few = _of_few_if_few(session, form, by, values)
     if few is not None:
         return few
-    return (found + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
+    return (hits + _among(session, form, by, values, chain([further], parts)))[: values["limit"]]
 
 
 def _of_few_if_few(session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any]) -> list[Hit] | None:
     """The page from the combinations of traits that fit; None when many fit."""
     pages = _of_few(form, by, FEW).rows(session, values)
     many = any(fitting > FEW for _page, _suites, fitting in pages)
-    return None if many else by.places(pages, values["limit"])
+    return None if many else by.hits(pages, values["limit"])
 
 
 @prepared
@@ -162,14 +162,14 @@ def _among(
     session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
 ) -> list[Hit]:
     """The page from lists of releases, each of which comes wholly before the next in the order."""
-    found: list[Hit] = []
+    hits: list[Hit] = []
     for ids in parts:
         if ids:
             pages = _among_rare(form, by).rows(session, {**values, "ids": padded(ids)})
-            found += by.places(pages, values["limit"])
-        if len(found) >= values["limit"]:
+            hits += by.hits(pages, values["limit"])
+        if len(hits) >= values["limit"]:
             break
-    return found[: values["limit"]]
+    return hits[: values["limit"]]
 
 
 def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
@@ -233,9 +233,9 @@ def _small_that_fits(form: QueryShape, most: int) -> Selection:
 
 
 def _unless_many(releases: Selection, most: int) -> Selection:
-    found = releases.limit(most + 1).cte("found")
-    ids = func.coalesce(json_list(found.c.id), "[]")
-    return select(case((func.count() <= most, ids))).select_from(found)
+    matching = releases.limit(most + 1).cte("matching")
+    ids = func.coalesce(json_list(matching.c.id), "[]")
+    return select(case((func.count() <= most, ids))).select_from(matching)
 
 
 def _each_of_few(form: QueryShape, by: SortKey, few: int) -> Selection:
