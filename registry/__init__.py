@@ -7,5 +7,5 @@ transfer/   bytes and rows together: uploads, publishing, collection, fsck
 domain/     rules over rows: access, catalog, channels, search, jobs, compositions
 storage/    blobs in a directory or in S3; client/ speaks to a server, for the trainer's process too
 database/   engine, tables, locks, migrations; formats/ parses references, manifests and signatures
-errors      one family an exit code; settings from the environment; outages, logged once a second
+errors      an exit code a family; error_codes has every code; settings; outages, logged once a second
 """

@@ -218,10 +218,7 @@ def conflicts(  # noqa: PLR0913
         pairs,
         _together(compared.total, list(rounded.values())),
         {layer: _together(one, []) for layer, one in compared.layers.items()},
-        {
-            module: _together(one, [rounded[module]] if module in rounded else [])
-            for module, one in compared.modules.items()
-        },
+        {module: _together(one, list(filter(None, [rounded.get(module)]))) for module, one in compared.modules.items()},
         tuple(rules.judged(findings)),
         evidence,
         Verdict.worst(verdicts),

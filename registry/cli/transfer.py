@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
+
 
 def register(root: typer.Typer) -> None:
     for command in (push, pull, verify):
@@ -36,9 +38,7 @@ def push(  # noqa: PLR0913
     target: Annotated[
         str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
     ],
-    base: Annotated[
-        str | None, typer.Option(help="The base it was trained on, if its config does not name one.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base it was trained on, where its config names none.")] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),
@@ -57,9 +57,7 @@ def push(  # noqa: PLR0913
     provenance: Annotated[
         Path | None, typer.Option(help="YAML: trainer, run_url, code_commit, data, hyperparameters, license, …")
     ] = None,
-    sign: Annotated[
-        Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")
-    ] = None,
+    sign: SigningKey = None,
     notes: Annotated[str, typer.Option(help="Release notes.")] = "",
     channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
     json: JsonFlag = False,

@@ -24,8 +24,8 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
     assert adaptory.commands[name].make_context(name, options, parent).params["port"] == 8470  # type: ignore[attr-defined]
 
 
-def test_the_commands_of_the_readme_write_where_git_does_not_look() -> None:
-    targets = re.findall(r"(?:adaptory|openssl) .* -(?:o|out) ([^\s)]+)", (ROOT / "README.md").read_text())
+def test_the_commands_of_the_tour_write_where_git_does_not_look() -> None:
+    targets = re.findall(r"(?:adaptory|openssl) .* -(?:o|out) ([^\s)]+)", (ROOT / "docs" / "tour.md").read_text())
     assert len(targets) >= 4
     assert [target for target in targets if not target.startswith((".demo/", "~/.config/adaptory/"))] == []
     assert "/.demo/" in (ROOT / ".gitignore").read_text().splitlines()
