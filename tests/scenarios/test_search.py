@@ -106,7 +106,7 @@ def test_a_relation_between_bases_is_checked(stocked: Cli, world: World, tmp_pat
     stocked.ok("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "cast")
     stocked.ok("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "cast")
     circular = stocked("base", "add", world.base, "--name", "tiny", "--derived-from", "half", "--relation", "cast")
-    assert (circular.code, "itself made from" in circular.err) == (6, True)
+    assert (circular.code, "itself derived from" in circular.err) == (6, True)
     corrected = stocked.json("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "merged")
     assert corrected["relation"] == "merged", "the owner of a registry may correct what was said"
     unknown = stocked("base", "add", cast, "--name", "half", "--derived-from", "nothing", "--relation", "merged")

@@ -207,7 +207,7 @@ def test_a_release_that_came_before_its_key_was_trusted_says_how_it_is_promoted_
     require(cli, keys)
     refused = cli("promote", "acme/sql:1.0.0", "--to", "prod")
     assert refused.code == 1
-    assert "no signature of acme/sql:1.0.0 is by one of them" in refused.err
+    assert "none of them has signed acme/sql:1.0.0" in refused.err
     assert "adaptory sign acme/sql:1.0.0" in refused.err
     published = cli.json("push", signed, "acme/sql:1.0.1", "--base", "tiny")["release"]
     assert published["signed_by"] == fingerprint(keys.pem)
