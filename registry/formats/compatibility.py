@@ -52,10 +52,10 @@ def surface(base_digest: str, facts: Mapping[str, Any], files: Iterable[Manifest
 
 def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
     """Every reason why who could load `old` may not be able to load `new`; none for a compatible change."""
-    found: list[Finding] = []
+    changes: list[Finding] = []
 
     def say(code: str, message: str, measure: float | None = None) -> None:
-        found.append(Finding(code, Severity.ERROR, code, message, measure))
+        changes.append(Finding(code, Severity.ERROR, code, message, measure))
 
     if new.base != old.base:
         say("new_base", f"Its base is {new.base[:12]}, not {old.base[:12]}.")
@@ -66,7 +66,7 @@ def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
     if more := sorted(new.touched - old.touched):
         named = ", ".join(more[:8]) + (f" and {len(more) - 8} more" if len(more) > 8 else "")
         say("more_targets", f"It adapts {named}, which was left alone.", len(more))
-    return found
+    return changes
 
 
 def outside_caret_range(old: Version, new: Version) -> bool:

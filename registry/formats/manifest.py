@@ -80,9 +80,9 @@ def check_paths(paths: Sequence[str]) -> None:
             f"A release holds 1 to {MAX_FILES:,} files, not {len(paths):,}.",
             next_step="Pack many small files into one.",
         )
-    places = sorted((_collision_key(path), path) for path in map(check_path, paths))
-    for (place, path), (next_place, next_path) in pairwise(places):  # what lies below a path follows it at once
-        if next_place[: len(place)] == place:
+    keyed = sorted((_collision_key(path), path) for path in map(check_path, paths))
+    for (key, path), (next_key, next_path) in pairwise(keyed):  # what lies below a path follows it at once
+        if next_key[: len(key)] == key:
             raise Invalid(
                 "bad_manifest",
                 f"{path} and {next_path} cannot both be: one is a directory of the other, or they differ only by upper "

@@ -221,14 +221,14 @@ def _bounds(text: str) -> tuple[_Bound, ...] | None:
     if between := _BETWEEN.fullmatch(text):
         first, last = (_Partial.of(one) for one in between.groups())
         return first and last and (*first.bounds(">="), *last.bounds("<="))
-    found: list[_Bound] = []
+    bounds: list[_Bound] = []
     for word in _SPACED.sub(r"\1", text).split():
         match = _WORD.fullmatch(word)
         partial = _Partial.of(match.group(2)) if match else None
         if match is None or partial is None:
             return None
-        found += partial.bounds(match.group(1))
-    return tuple(found)
+        bounds += partial.bounds(match.group(1))
+    return tuple(bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +244,8 @@ class _Partial:
         if match is None:
             return None
         *numbers, prerelease = match.groups()
-        known = next((place for place, number in enumerate(numbers) if number is None or number in "xX*"), 3)
-        core = [int(number) if place < known else 0 for place, number in enumerate(numbers)]
+        known = next((index for index, number in enumerate(numbers) if number is None or number in "xX*"), 3)
+        core = [int(number) if index < known else 0 for index, number in enumerate(numbers)]
         named = tuple(prerelease.split(".")) if prerelease and known == 3 else ()
         return cls(Version(core[0], core[1], core[2], named), known)
 
@@ -253,7 +253,7 @@ class _Partial:
         version, known = self.version, self.known
         lowest = _Bound(">=", version)
         if operator == "^":
-            leading = next((place for place, number in enumerate(version.core) if number), 2)
+            leading = next((index for index, number in enumerate(version.core) if number), 2)
             return (lowest, self._below(min(leading, known - 1))) if known else ()
         if operator in ("~", "~>"):
             return (lowest, self._below(min(1, known - 1))) if known else ()
@@ -268,9 +268,9 @@ class _Partial:
             return (_Bound(">=", replace(after.version, prerelease=())),)
         return {">=": (lowest,), "<=": (after,)}.get(operator, (lowest, after))
 
-    def _below(self, place: int) -> _Bound:
+    def _below(self, index: int) -> _Bound:
         """Below the next version in that place, and below its pre-releases."""
-        core = [*self.version.core[:place], self.version.core[place] + 1, 0, 0][:3]
+        core = [*self.version.core[:index], self.version.core[index] + 1, 0, 0][:3]
         return _Bound("<", Version(core[0], core[1], core[2], ("0",)))
 
 

@@ -163,12 +163,12 @@ def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
     `files` maps paths to the sha256 of what is there; the signature itself is not among what it signs. A signed path
     is compared, never opened.
     """
-    found = [
+    findings = [
         Finding("file_tampered", Severity.ERROR, path[:400], f"{path[:400]!r} {what}.")
         for path, what in _differences(signed.files, files)
     ]
     refuse_errors(
-        found, SIGNATURE_FILE, Refused, "Sign the release again if the change is yours; trust it no more if not."
+        findings, SIGNATURE_FILE, Refused, "Sign the release again if the change is yours; trust it no more if not."
     )
 
 
@@ -211,14 +211,14 @@ def _stale(why: str) -> Finding:
 
 def _differences(signed: Mapping[str, str], files: Mapping[str, str]) -> list[tuple[str, str]]:
     """The paths that are not as they were signed, and what is the matter with each."""
-    found: list[tuple[str, str]] = []
+    differences: list[tuple[str, str]] = []
     there = {path: sha256 for path, sha256 in files.items() if path != SIGNATURE_FILE}
     for path in sorted({*there, *signed}):
         own, expected = there.get(path), signed.get(path)
         if own != expected:
             what = "is signed, but not there" if own is None else "was changed after it was signed"
-            found.append((path, "is not covered by the signature" if expected is None else what))
-    return found
+            differences.append((path, "is not covered by the signature" if expected is None else what))
+    return differences
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,39 +51,39 @@ class LocalStore:
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         target = self.path(sha256)
-        with self._told():
+        with self._translate_disk_errors():
             if target.exists() and target.stat().st_size == source.stat().st_size:
                 if move:
                     source.unlink()
                 return _stat(sha256, target)
-            aside = self._aside(source, move=move)
+            staged = self._stage(source, move=move)
             try:
-                aside.chmod(0o444)
+                staged.chmod(0o444)
                 _make_directory(target.parent)
-                stat = _stat(sha256, aside)
-                aside.replace(target)
+                stat = _stat(sha256, staged)
+                staged.replace(target)
                 sync(target.parent)
             finally:
-                aside.unlink(missing_ok=True)
+                staged.unlink(missing_ok=True)
             return stat
 
-    def _aside(self, source: Path, *, move: bool) -> Path:
+    def _stage(self, source: Path, *, move: bool) -> Path:
         """A synced file of our own in `incoming/` with the bytes of `source`."""
         with NamedTemporaryFile(dir=self.incoming, delete=False) as file:
-            aside = Path(file.name)
+            staged = Path(file.name)
         try:
             if move and source.stat().st_dev == self.incoming.stat().st_dev:
-                source.replace(aside)
+                source.replace(staged)
             else:
-                shutil.copyfile(source, aside)
-            sync(aside)
+                shutil.copyfile(source, staged)
+            sync(staged)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            staged.unlink(missing_ok=True)
             raise
-        return aside
+        return staged
 
     @contextmanager
-    def _told(self) -> Generator[None]:
+    def _translate_disk_errors(self) -> Generator[None]:
         try:
             yield
         except OSError as error:

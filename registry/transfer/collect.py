@@ -48,23 +48,23 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     """
     now, run = resources.clock(), uuid.uuid4().hex
     before = now - grace
-    found = Collected()
+    collected = Collected()
     if dry_run:
         with resources.read() as session:
             sizes = list(session.scalars(select(Blob.size_bytes).where(*_unused(before, now))))
-            found.unfinished = _count_expired(session, now)
+            collected.unfinished = _count_expired(session, now)
         sizes += [stat.size_bytes for batch in _orphans(resources, before, now) for stat in batch]
-        found.blobs, found.size_bytes = len(sizes), sum(sizes)
-        return found
+        collected.blobs, collected.size_bytes = len(sizes), sum(sizes)
+        return collected
     with exclusive_collection(resources.database):
         swept = sweep(resources, now)
-        found.unfinished, found.leftovers = swept.uploads, swept.leftovers
+        collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
         while claimed := _claim(resources, run, before, now):
-            _remove(resources, run, claimed, found)
+            _remove(resources, run, claimed, collected)
         for batch in _orphans(resources, before, now):
             claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
-            _remove(resources, run, claimed, found)
-    return found
+            _remove(resources, run, claimed, collected)
+    return collected
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Di
     return claimed
 
 
-def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: Collected) -> None:
+def _remove(resources: Resources, run: str, claimed: dict[Digest, int], collected: Collected) -> None:
     for sha256 in claimed:
         resources.store.delete(sha256)
     operator = audit.operator_actor(resources.settings.user, resources.clock())
@@ -176,8 +176,8 @@ def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: C
         for sha256, size_bytes in claimed.items():
             gone = {"size_bytes": size_bytes}
             audit.record(session, operator, Act.BLOB_COLLECT, sha256, namespace=None, before=gone, run=run)
-    found.blobs += len(claimed)
-    found.size_bytes += sum(claimed.values())
+    collected.blobs += len(claimed)
+    collected.size_bytes += sum(claimed.values())
 
 
 def _wanted(session: Session, digests: Iterable[Digest], now: datetime) -> set[str]:

@@ -134,9 +134,9 @@ def _check_database(session: Session) -> Iterator[Finding]:
         yield _error(
             "dangling", str(row[0]), f"Row {row[1]} of {row[0]} refers to a row of {row[2]} that is not there."
         )
-    for (told,) in session.execute(text("PRAGMA quick_check")).all():
-        if told != "ok":
-            yield _error("database_damaged", "registry.database.engine", str(told))
+    for (outcome,) in session.execute(text("PRAGMA quick_check")).all():
+        if outcome != "ok":
+            yield _error("database_damaged", "registry.database.engine", str(outcome))
 
 
 def _check_revisions(session: Session, progress: Progress) -> Iterator[Finding]:
@@ -214,16 +214,16 @@ def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[
 def _check_audit(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
     acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK)
     rows = session.scalars(select(AuditRow).where(AuditRow.subject == subject, AuditRow.act.in_(acts))).all()
-    told = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
-    if sorted(move for move in told if move is not None) != sorted(moves):
+    recorded = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
+    if sorted(move for move in recorded if move is not None) != sorted(moves):
         yield _error("audit_differs", subject, f"The audit rows of {subject} are not those of its moves.")
 
 
 def _check_releases(session: Session, progress: Progress) -> Iterator[Finding]:
-    told = set(session.scalars(select(AuditRow.subject).where(AuditRow.act == Act.RELEASE_PUBLISH)))
+    published = set(session.scalars(select(AuditRow.subject).where(AuditRow.act == Act.RELEASE_PUBLISH)))
     for release in _stream(session, select(Release).order_by(Release.id)):
         name = full_name(release)
-        if name not in told:
+        if name not in published:
             yield _error("audit_differs", name, f"No audit row says who published {name}.")
         if release.rank_max != release.facts.get("rank_max") or release.type != release.facts.get("type"):
             yield _error("facts_differ", name, f"The columns of {name} are not its facts.")
@@ -243,9 +243,9 @@ def _check_blobs(resources: Resources, *, read_bytes: bool, progress: Progress) 
     """Asks the store of a batch at a time, outside any transaction."""
 
     def look(blob: Blob) -> Finding | None:
-        found = _look(resources, blob, read_bytes=read_bytes)
+        finding = _look(resources, blob, read_bytes=read_bytes)
         progress(1)
-        return found
+        return finding
 
     after = ""
     with ThreadPoolExecutor(_PARALLEL, "fsck") as pool:

@@ -175,9 +175,9 @@ def materialise(resources: Resources, files: Sequence[ManifestFile], directory: 
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             continue
-        aside = target.with_name(f".{target.name}.partial")
-        _copy_verified(resources.store, file, aside)
-        aside.replace(target)
+        staging = target.with_name(f".{target.name}.partial")
+        _copy_verified(resources.store, file, staging)
+        staging.replace(target)
 
 
 def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
@@ -235,21 +235,21 @@ def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
 
 def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Inspected:
     with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
-        place = Path(directory) / push.repository.name
-        place.mkdir()
+        adapter_directory = Path(directory) / push.repository.name
+        adapter_directory.mkdir()
         cards = [file for file in push.files if file.path == CARD_FILE and file.size_bytes <= _CARD_BYTES]
-        materialise(resources, cards, place)
-        card = (place / CARD_FILE).read_bytes() if cards else b""
+        materialise(resources, cards, adapter_directory)
+        card = (adapter_directory / CARD_FILE).read_bytes() if cards else b""
         if push.kind is Kind.MODEL:
-            _materialise_headers(resources, push.files, place)
-            return _Inspected(inspect_model(place, architecture), [], card)
+            _materialise_headers(resources, push.files, adapter_directory)
+            return _Inspected(inspect_model(adapter_directory, architecture), [], card)
         wanted = (CONFIG_FILE, WEIGHTS_FILE)
-        materialise(resources, [file for file in push.files if file.path in wanted], place)
-        return _inspect_adapter(place, architecture, str(push.repository), card)
+        materialise(resources, [file for file in push.files if file.path in wanted], adapter_directory)
+        return _inspect_adapter(adapter_directory, architecture, str(push.repository), card)
 
 
-def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:
-    seen = inspect(place, architecture)
+def _inspect_adapter(directory: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:
+    seen = inspect(directory, architecture)
     refuse_errors(seen.findings, subject)
     used = spectrum(seen.adapter, seen.placed)
     facts = seen.facts.to_json() | {"spectrum": used.summary() if used else None}
@@ -340,9 +340,9 @@ def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], di
 
 def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]:
     """Facts of a checkpoint. Raises Invalid when a tensor of the base is missing or has another shape."""
-    found = open_checkpoint(directory).architecture
+    checkpoint = open_checkpoint(directory).architecture
     for name, spec in architecture.tensors.items():
-        own = found.tensors.get(name)
+        own = checkpoint.tensors.get(name)
         if own is None or own.shape != spec.shape:
             what = "is missing" if own is None else f"has the shape {list(own.shape)}, not {list(spec.shape)}"
             raise Invalid(
@@ -351,9 +351,9 @@ def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]
                 subject=name,
                 next_step="Name its true base.",
             )
-    sizes = [spec.size_bytes for spec in found.tensors.values()]
-    dtypes = sorted({spec.dtype for spec in found.tensors.values()})
-    parameters = sum(spec.elements for spec in found.tensors.values())
+    sizes = [spec.size_bytes for spec in checkpoint.tensors.values()]
+    dtypes = sorted({spec.dtype for spec in checkpoint.tensors.values()})
+    parameters = sum(spec.elements for spec in checkpoint.tensors.values())
     return {
         "type": "model",
         "variant": "merged",

@@ -233,11 +233,11 @@ def _register_blob(resources: Resources, actor: Actor, namespace: str, stat: Blo
 def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
     """What a collection is about to remove must be gone before it can come again."""
     leaving = select(Blob.sha256).where(Blob.sha256.in_(digests), Blob.removing_at.is_not(None)).limit(1)
-    if (found := session.scalar(leaving)) is not None:
+    if (blob := session.scalar(leaving)) is not None:
         raise Unavailable(
             "blob_leaving",
-            f"The unused blob {found} is being removed.",
-            subject=found,
+            f"The unused blob {blob} is being removed.",
+            subject=blob,
             next_step="Try again in a moment; when it stays like this, run `adaptory gc` again.",
         )
 

@@ -51,10 +51,10 @@ class StoreProbe:
         storage: S3Storage,
         signed_put: SignedPut,
         parts: Parts,
-        aside: Callable[[IncomingUpload], dict[str, str]],
+        incoming: Callable[[IncomingUpload], dict[str, str]],
     ) -> None:
         self._bucket, self._storage = bucket, storage
-        self._signed_put, self._parts, self._aside = signed_put, parts, aside
+        self._signed_put, self._parts, self._incoming = signed_put, parts, incoming
         self._answers: dict[Callable[[], bool], bool] = {}
         self._lock = Lock()
         self._failed: tuple[float, Unavailable] | None = None
@@ -96,7 +96,7 @@ class StoreProbe:
 
     def _holds_to_the_signed_end(self) -> bool:
         probe = _probe()
-        put = self._signed_put(probe, self._aside(probe), 60, NEVER)
+        put = self._signed_put(probe, self._incoming(probe), 60, NEVER)
         try:
             if not self._accepts(put.url, _RIGHT, put.headers.items()):
                 return False  # something on the way takes away what is signed
@@ -106,11 +106,11 @@ class StoreProbe:
 
     def _remove(self, probe: IncomingUpload) -> None:
         with translate_store_errors(self._bucket.name):
-            self._bucket.client.delete_object(**self._aside(probe))
+            self._bucket.client.delete_object(**self._incoming(probe))
 
     def _takes(self, probe: IncomingUpload, body: bytes) -> bool:
         """Sent as a client would send it."""
-        put = self._signed_put(probe, self._aside(probe), 60, {})
+        put = self._signed_put(probe, self._incoming(probe), 60, {})
         return self._accepts(put.url, body, put.headers.items())
 
     def _accepts(self, url: str, body: bytes, headers: Headers) -> bool:
@@ -155,7 +155,7 @@ class StoreProbe:
 
     def _joins_right_parts(self, probe: IncomingUpload, *, checked: bool) -> bool:
         """And refuses wrong ones, where they are `checked`."""
-        named = self._aside(probe)
+        named = self._incoming(probe)
         upload: dict[str, str] | None = None
         try:
             with translate_store_errors(self._bucket.name):
@@ -182,7 +182,7 @@ class StoreProbe:
         return self._accepts(put.url, _RIGHT, put.headers.items())
 
     def _copies_whatever_the_condition(self, probe: IncomingUpload, copy: IncomingUpload) -> bool:
-        source, target = self._aside(probe), self._aside(copy)
+        source, target = self._incoming(probe), self._incoming(copy)
         with translate_store_errors(self._bucket.name):
             try:
                 self._bucket.client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')
