@@ -1,4 +1,4 @@
-"""The schema: which revision a database has, and how it gets the one that this version needs."""
+"""The schema revision of a database, and migrations to this version's."""
 
 from functools import cache
 from pathlib import Path
@@ -72,5 +72,5 @@ def _refuse_newer(revision: str | None) -> None:
         raise Unavailable(
             "schema_new",
             f"The database is at schema {revision}, newer than {head}.",
-            next_step="Install a newer adaptory, or restart what runs if that is done.",
+            next_step="Install a newer adaptory; if that is done, restart its processes.",
         )

@@ -1,4 +1,4 @@
-"""Statements that are asked all the time: compiled once, sent to the driver as they are, answered in few rows.
+"""Prepared statements for hot queries: compiled once, sent directly to the driver, answered in few rows.
 
 SQLAlchemy keeps a compiled statement too. But to find it again, to fit lists of values into its text and to wrap what
 comes back takes longer than the databases take for most of what is asked here. And SQLite's driver lets another thread
@@ -23,11 +23,11 @@ P = ParamSpec("P")
 Rows = Sequence[Sequence[Any]]
 Query = Select[*tuple[Any, ...]]
 FORMS = 512
-"""So many statements of each kind are kept of those that differ by what is asked for."""
+"""Maximum cached statements of each kind, by query shape."""
 
 
 class Prepared:
-    """A statement with named values. `among` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
+    """A statement with bind parameters. `in_list` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
 
     It sees what has been flushed. What makes a statement is called when it is first asked of that kind of database.
     """

@@ -1,4 +1,4 @@
-"""Which change breaks who follows a range, and the number such a change must get: semver for adapters.
+"""Semver for adapters: which changes break users of a range, and the version that such a change needs.
 
 A server that is set up for one release (its base, its highest rank, the modules it adapts) must load the next one that
 `^version` resolves to. What it could not load is a breaking change and belongs outside that range: a new major number,
@@ -65,7 +65,7 @@ def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
         say("larger_rank", f"Its largest rank is {new.rank_max}, not {old.rank_max}.", new.rank_max)
     if more := sorted(new.touched - old.touched):
         named = ", ".join(more[:8]) + (f" and {len(more) - 8} more" if len(more) > 8 else "")
-        say("more_targets", f"It adapts {named}, which was left alone.", len(more))
+        say("more_targets", f"It adapts {named}, which was not adapted before.", len(more))
     return changes
 
 

@@ -55,7 +55,9 @@ def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
 
 def parse_digest(text: str) -> Digest:
     if not _DIGEST.fullmatch(text):
-        raise Usage("bad_digest", f"{text[:80]!r} is not a sha256.", next_step="Give 64 lower-case hexadecimal digits.")
+        raise Usage(
+            "bad_digest", f"{text[:80]!r} is not a SHA-256.", next_step="Give 64 lower-case hexadecimal digits."
+        )
     return Digest(text)
 
 
@@ -66,7 +68,7 @@ def parse_name(text: str, what: str) -> str:
             "bad_name",
             f"{text[:80]!r} is not a {what}.",
             subject=text[:80],
-            next_step="Use at most 64 of a-z, 0-9, '.', '_' and '-', a letter or digit first and last.",
+            next_step="Use at most 64 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit.",
         )
     return text
 
@@ -87,7 +89,7 @@ def parse_repository(text: str) -> RepositoryName:
             "bad_repository",
             f"{text[:80]!r} is not a repository.",
             subject=text[:80],
-            next_step="Write it as namespace/name, as in acme/sql; a directory is only one when it is there.",
+            next_step="Write it as namespace/name, as in acme/sql; for a directory, check that it exists.",
         )
     return RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name"))
 
@@ -321,7 +323,7 @@ def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
     if reference.channel is None:
         raise Usage(
             "bad_channel",
-            f"{text[:160]!r} names no channel.",
+            f"{text[:160]!r} does not name a channel.",
             subject=text[:160],
             next_step="Write it as namespace/name@channel, as in acme/sql@prod.",
         )

@@ -1,4 +1,4 @@
-"""Blobs in a directory: written aside, synced, then linked into place."""
+"""Blobs in a directory: written to a staging file, synced, then renamed into place."""
 
 import shutil
 from collections.abc import Collection, Generator, Iterable, Iterator
@@ -108,7 +108,7 @@ class LocalStore:
 
 
 def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
-    """What to tell of a write that failed: a full disk wants something else than one that refuses or is broken."""
+    """The error of a failed write: a full disk has another next step than an unwritable or broken one."""
     full = error.errno in NO_SPACE
     return Unavailable(
         "store_full" if full else "store_unavailable",
@@ -116,7 +116,7 @@ def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
         subject=subject,
         next_step="Free some space and repeat."
         if full
-        else "See on the server that its directory may be written to and that its disk is sound, and repeat.",
+        else "Check on the server that its directory is writable and its disk is sound, and repeat.",
     )
 
 

@@ -1,8 +1,8 @@
-"""Collect what nobody refers to: unfinished uploads, unused blobs, bytes without a row. Safe while others push.
+"""Garbage collection of unfinished uploads, unused blobs and bytes without a row. Safe while others push.
 
-A blob leaves in three steps: its row is marked in a transaction that checks again that nothing refers to it, then its
-bytes go, then its row, in one transaction with its audit row. Between the first and the last nobody can come to rely on
-it, so a crash leaves a marked row, which the next collection finishes.
+A blob is removed in three steps: its row is marked in a transaction that checks again that nothing refers to it; then
+its bytes are deleted; then its row, in one transaction with an audit row. A marked blob cannot be used again, so after
+a crash the next collection finishes the removal.
 """
 
 import uuid
@@ -42,9 +42,9 @@ class Collected:
 
 
 def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) -> Collected:
-    """Removes what has been unused for `grace`; with `dry_run` only counts blobs and uploads.
+    """Removes what has been unused for `grace`; with `dry_run`, only counts blobs and uploads.
 
-    The grace is what a push may take between the check that a blob is there and the release that names it.
+    The grace period is how long a push may take from checking a blob to publishing a release that names it.
     """
     now, run = resources.clock(), uuid.uuid4().hex
     before = now - grace
@@ -76,9 +76,9 @@ class Swept:
 
 
 def sweep(resources: Resources, now: datetime) -> Swept:
-    """Forgets uploads that were waited for too long, and removes what came of them and of processes that died.
+    """Expires old uploads, and removes leftovers of them and of dead processes.
 
-    Safe while others upload: what is younger than an upload may last stays.
+    Safe while others upload: keeps everything younger than the upload expiry.
     """
     before = now - timedelta(seconds=resources.settings.upload_expires_s)
     forgotten = 0

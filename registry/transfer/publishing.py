@@ -1,4 +1,4 @@
-"""Verify bytes, then publish rows: for web and worker alike."""
+"""Publishing: verifies the bytes, then writes the rows; for both the API and the worker."""
 
 import hashlib
 import json
@@ -50,9 +50,9 @@ _PARALLEL = 8
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a client wants released; `version` or `bump` is set, and the bytes of `files` are in the store.
+    """A release to publish; `version` or `bump` is set, and the bytes of `files` are in the store.
 
-    `provenance` is what the pusher states of it; it wins over what the model card says.
+    `provenance` is stated by the publisher; it overrides the model card.
     """
 
     repository: RepositoryName
@@ -70,7 +70,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """`created` is False where another request published the same. `warnings` are findings that did not stop it."""
+    """`created` is False if the same was already published. `warnings` are findings that did not prevent it."""
 
     release_id: int
     created: bool
@@ -99,7 +99,7 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
 
 
 def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]]:
-    """All of a publication but its rows, so that several can be published in one transaction."""
+    """Does everything but writing the rows, so that several releases can be published in one transaction."""
     for file in push.files:
         check_path(file.path)
         refuse_hidden(file.path)
@@ -160,9 +160,9 @@ def add_signature(
         if not keys:
             raise Refused(
                 "signing_keys_missing",
-                f"{repository.namespace} has no key that may sign.",
+                f"{repository.namespace} has no signing key.",
                 subject=repository.namespace,
-                next_step=f"An admin names one: `adaptory namespace set {repository.namespace} --signing-key PUB.pem`.",
+                next_step=f"An admin can: `adaptory namespace set {repository.namespace} --signing-key PUB.pem`.",
             )
         signatures.add(session, actor, release, open_signature(bundle, keys), bundle)
         return release.id
@@ -307,7 +307,7 @@ def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> t
     if signed.release is not None:
         return signed, []
     message = (
-        f"{SIGNATURE_FILE} covers files only: it verifies under any name, number and base. Push with --sign KEY.pem."
+        f"{SIGNATURE_FILE} covers only files: it verifies under any name, version and base. Push with --sign KEY.pem."
     )
     return signed, [Finding("signature_files_only", Severity.WARNING, SIGNATURE_FILE, message)]
 
@@ -319,7 +319,7 @@ def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise Invalid(
             "bad_config",
-            f"adapter_config.json has a value that cannot be kept: {error}.",
+            f"adapter_config.json has a value that cannot be stored: {error}.",
             subject="adapter_config.json",
             next_step="Save the adapter again with PEFT.",
         ) from error
@@ -349,7 +349,7 @@ def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]
                 "model_differs",
                 f"{name} {what}: this is not a checkpoint of that base.",
                 subject=name,
-                next_step="Name its true base.",
+                next_step="Name the base that it was merged into.",
             )
     sizes = [spec.size_bytes for spec in checkpoint.tensors.values()]
     dtypes = sorted({spec.dtype for spec in checkpoint.tensors.values()})
@@ -375,5 +375,5 @@ def _copy_verified(store: BlobStore, file: ManifestFile, target: Path) -> None:
             "blob_corrupt",
             f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
             subject=file.path,
-            next_step="Whoever runs the registry: `adaptory fsck --full --discard`; then push the file again.",
+            next_step="Ask the registry's operators to run `adaptory fsck --full --discard`; then push the file again.",
         )

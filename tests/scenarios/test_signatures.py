@@ -102,7 +102,7 @@ def test_a_signed_release_is_verified_when_it_is_pulled(
     )
     refused = cli("pull", "acme/sql", "-o", tmp_path / "other", "--verify", stranger.public)
     assert refused.code == 1
-    assert f"another key than {fingerprint(stranger.pem)[:12]}" in refused.err
+    assert f"was not made by {fingerprint(stranger.pem)[:12]}" in refused.err
     assert "public key from them" in refused.err
     assert "--sign" not in refused.err, "who pulls has nothing to sign"
     assert not (tmp_path / "other").exists()

@@ -1,4 +1,4 @@
-"""How far a store may be trusted with what others send it: tried by each process, on objects of its own."""
+"""Probes what a store verifies about direct uploads; each process does so, on its own objects."""
 
 import hashlib
 import logging
@@ -43,7 +43,7 @@ SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], P
 
 
 class StoreProbe:
-    """`aside` names the object where an arrival waits."""
+    """`incoming` names the object of an upload that is not yet verified."""
 
     def __init__(
         self,
@@ -134,8 +134,8 @@ class StoreProbe:
             if not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe, copy):
                 raise Unavailable(
                     "store_unfit",
-                    "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
-                    "exchanged after it was checked.",
+                    "The blob store does not support conditional copies (CopySourceIfMatch), so an upload could be "
+                    "replaced after it was checked.",
                     next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
                 )
         finally:
@@ -148,7 +148,9 @@ class StoreProbe:
         checks = self._joins_right_parts(_probe(), checked=True)
         if not checks and not self._joins_right_parts(_probe(), checked=False):
             raise Unavailable(
-                "store_unavailable", "The blob store refuses a file in parts.", next_step="Try again, and look at it."
+                "store_unavailable",
+                "The blob store refuses multipart uploads.",
+                next_step="Try again; if it persists, check the store.",
             )
         log.info("The blob store %s the sha256 of parts.", "checks" if checks else "does not check")
         return checks

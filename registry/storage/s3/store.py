@@ -60,7 +60,7 @@ class S3Store:
             stat = self.stat(sha256)
         if stat is None or stat.size_bytes != source.stat().st_size:
             raise Unavailable(
-                "store_wrong", f"The store did not keep {sha256} whole.", subject=sha256, next_step="Push again."
+                "store_wrong", f"The store did not keep all of {sha256}.", subject=sha256, next_step="Push again."
             )
         if move:
             source.unlink()

@@ -32,9 +32,9 @@ class S3Arrivals:
     Whoever holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then with
     a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
 
-    Everything else is put aside under `incoming/`, read back, hashed and copied: files in parts, whose sha256 no store
-    knows; files for a blob that is there already, since the sender must show its own bytes and leave the others alone;
-    and all files where the store does not check.
+    Everything else goes to `incoming/` and is read back, hashed and copied: files in parts, whose SHA-256 no store
+    knows; files of an existing blob, since the sender must prove to have the bytes and must not touch the blob; and all
+    files if the store does not verify.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class S3Arrivals:
         return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
 
     def _arrived(self, arrival: IncomingUpload) -> dict[str, Any] | None:
-        """What lies aside, or the blob itself where this very upload wrote it; `aside` says which."""
+        """The incoming object, or the blob itself if this upload wrote it; `incoming` says which."""
         head = self._bucket.head(self._incoming(arrival))
         if head is not None:
             return {**head, "incoming": True}
@@ -169,7 +169,7 @@ class S3Arrivals:
     def _join_parts(self, arrival: IncomingUpload) -> None:
         with translate_store_errors(arrival.sha256):
             there = self._parts.stored(self._upload(arrival))
-        if there is None:  # joined before, or never begun: what lies aside will tell
+        if there is None:  # joined before, or never begun: the incoming object will tell
             return
         if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:
             raise _incomplete(arrival)
@@ -212,7 +212,7 @@ def _upload_of(head: dict[str, Any]) -> str | None:
 def _incomplete(arrival: IncomingUpload) -> Conflict:
     return Conflict(
         "upload_incomplete",
-        f"Not all of {arrival.sha256} has arrived.",
+        f"{arrival.sha256} has not completely arrived.",
         subject=arrival.sha256,
         next_step="Ask again where to send it (POST /v1/uploads), and send what is missing.",
     )
@@ -221,7 +221,7 @@ def _incomplete(arrival: IncomingUpload) -> Conflict:
 def _differs(arrival: IncomingUpload, what: str) -> Invalid:
     return Invalid(
         "digest_differs",
-        f"What was sent as {arrival.sha256} {what}.",
+        f"The upload of {arrival.sha256} {what}.",
         subject=arrival.sha256,
         next_step="Send the file again.",
     )
