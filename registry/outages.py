@@ -1,4 +1,4 @@
-"""What a service that is away is logged as: once a second, not once a request."""
+"""Logs the outage of a service once a second, not once per request."""
 
 import logging
 import time

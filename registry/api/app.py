@@ -1,4 +1,4 @@
-"""`create_app(resources)`: the one ASGI application, in a server or in the command line's own process."""
+"""`create_app(resources)`: the ASGI application, in a server or in the command line's own process."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 Entry = tuple[str, str, tuple[str, ...]]
 
 ROUTERS: tuple[Entry, ...] = (
-    # They are tried in turn: first what is asked most. Suites before bases: /v1/bases/{base:path} takes all.
+    # Tried in order, most used first. Suites before bases: /v1/bases/{base:path} matches everything.
     ("search", "router", ("releases", "resolve")),
     ("channels", "repository_routes", ("channels", "gates")),
     ("releases", "repository_routes", ("adapters", "models")),
@@ -36,17 +36,17 @@ ROUTERS: tuple[Entry, ...] = (
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
     ("access", "router", ("whoami", "tokens", "namespaces")),
 )
-"""A module, the router in it, and parts of a path that each of its paths has one of."""
+"""Module, router, and path parts; each path of the router contains one of them."""
 
 
 def create_app(
     resources: Resources, *, tokens: bool = False, on_demand: bool = False, access_log: AccessLog = "off"
 ) -> FastAPI:
-    """For one user on loopback; with `tokens` for everybody, as far as their tokens let them.
+    """Creates the application: for one user on loopback or, with `tokens`, for the holders of tokens.
 
-    With `on_demand` routes are loaded by the first request that needs them: a command asks for a few paths and ends.
+    With `on_demand`, routes are loaded by the first request that needs them: a command uses only a few paths.
 
-    There are no pages for browsing the API: those of the framework load scripts from elsewhere.
+    The framework's API browsing pages are disabled: they load scripts from other sites.
     """
     app = FastAPI(
         title="Adaptory",
@@ -76,7 +76,7 @@ def create_app(
 
 
 class RoutesOnDemand:
-    """Includes the routers that a path may be meant for before the first request with such a path goes on."""
+    """Loads the routers that may match a path, before the first request with that path."""
 
     def __init__(self, app: ASGIApp, load: Callable[[Sequence[Entry]], None]) -> None:
         self.app, self._load = app, load
@@ -92,7 +92,7 @@ class RoutesOnDemand:
 
 
 def routers(entries: Sequence[Entry] = ROUTERS) -> list[tuple[str, APIRouter]]:
-    """(prefix, router) of the entries, which loads them."""
+    """Loads the entries and returns (prefix, router) pairs."""
     return [
         (prefix, getattr(import_module(f"registry.api.routes.{module}"), name))
         for module, name, _ in entries

@@ -250,7 +250,7 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
     ]
     cuts = [f"at {rank}" for rank in ranks]
     render.table(ref, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
-    render.out("at R: energy that truncation to rank R keeps; 95 %: rank that keeps 95 % of the energy")
+    render.out("at R: energy kept at rank R; 95 %: rank that keeps 95 % of the energy")
     for module in spectrum["left_out"]:
         render.out(f"  {module}: not computed")
 

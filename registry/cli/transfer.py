@@ -38,7 +38,7 @@ def push(  # noqa: PLR0913
     target: Annotated[
         str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
     ],
-    base: Annotated[str | None, typer.Option(help="The base it was trained on, where its config names none.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if the config does not name it.")] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),
@@ -46,13 +46,11 @@ def push(  # noqa: PLR0913
     kind: Annotated[str, typer.Option(help="adapter, or model for a merged checkpoint.")] = "adapter",
     bump: Annotated[
         str | None,
-        typer.Option(help="auto, patch, minor or major, instead of a version; auto works out which one is needed."),
+        typer.Option(help="auto, patch, minor or major, instead of a version; auto finds the right one."),
     ] = None,
     allow_breaking: Annotated[
         str | None,
-        typer.Option(
-            metavar="REASON", help="Why a breaking change may keep a version number that promises compatibility."
-        ),
+        typer.Option(metavar="REASON", help="Allow a breaking change under a compatible version, and why."),
     ] = None,
     provenance: Annotated[
         Path | None, typer.Option(help="YAML: trainer, run_url, code_commit, data, hyperparameters, license, …")

@@ -214,7 +214,7 @@ class _Pull:
 
     def __init__(self, api: Api, release: _Release, staging: Path, progress: Progress, cache: BlobCache | None) -> None:
         self._api, self._release, self._progress, self._cache = api, release, progress, cache
-        self._aside = staging
+        self._staging = staging
         for name in ("files", "pieces"):
             (staging / name).mkdir(exist_ok=True)
         self._files = [
@@ -252,7 +252,7 @@ class _Pull:
     def _make_room(self, files: list[PartialFile]) -> None:
         """Allocates the files. Raises Unavailable, before taking any space, if the disk is too full for them."""
         lacking_bytes = sum(file.lacking_bytes for file in files)
-        if lacking_bytes > shutil.disk_usage(self._aside).free:
+        if lacking_bytes > shutil.disk_usage(self._staging).free:
             raise Unavailable(
                 "disk_full",
                 f"The disk is full: {self._name} needs another {lacking_bytes / 1e6:,.0f} MB.",

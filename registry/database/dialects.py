@@ -57,8 +57,8 @@ def padded(values: Sequence[T]) -> list[T]:
 
     It would think that planning anew for fewer pays; for one release that took five times as long as to read it.
     """
-    found = list(values)
-    return found + found[-1:] * (PLANNED_VALUES - len(found))
+    items = list(values)
+    return items + items[-1:] * (PLANNED_VALUES - len(items))
 
 
 def json_list(column: ColumnElement[Any]) -> ColumnElement[str]:

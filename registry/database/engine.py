@@ -1,4 +1,4 @@
-"""The database: `read()` and `write()`, the only commit, and the name of a constraint turned into an error."""
+"""The database engine: `read()`, `snapshot()` and `write()`, which contains the only commit."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -105,10 +105,10 @@ class Database:
 
     @contextmanager
     def read(self) -> Generator[Session]:
-        """Reads, and writes nothing. Rows keep what was loaded of them. Each statement may see a moment of its own.
+        """A read-only session. Rows keep what was loaded. Each statement may see a different state.
 
-        PostgreSQL is spared BEGIN and ROLLBACK, two of a resolve's three round trips; and whoever wants no objects is
-        spared SQLAlchemy's part of it.
+        Saves PostgreSQL's BEGIN and ROLLBACK, two of a resolve's three round trips, and, if no mapped objects are
+        loaded, SQLAlchemy's transaction.
         """
         with (
             translate_database_errors(),
@@ -190,7 +190,7 @@ def _sqlite(url: URL, patience: DatabaseTimeouts) -> Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         mode = connection.get_execution_options().get("begin")
-        if mode is None:  # waits for nothing, so that it cannot fail in a way that must be told
+        if mode is None:  # takes no lock, so it cannot fail in a way that needs translation
             connection.connection.execute("BEGIN")
         else:
             connection.exec_driver_sql(f"BEGIN {mode}")

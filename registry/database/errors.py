@@ -1,4 +1,4 @@
-"""Errors of the driver as errors of the registry: what is away, what is full, which constraint was broken."""
+"""Translates database errors: unavailable, full, or a violated constraint."""
 
 import logging
 import re
@@ -34,20 +34,20 @@ def translate_database_errors() -> Generator[None]:
             raise
         raise Conflict(
             "raced",
-            f"Somebody else has just added the same to {table.replace('_', ' ')}.",
+            f"Another request has just added the same row to {table.replace('_', ' ')}.",
             subject=table,
             next_step="Run the command again.",
         ) from error
     except DataError as error:
         raise Invalid(
             "bad_value",
-            "A value does not fit its column: a text is too long or has a NUL, or a number is too large.",
+            "A value does not fit its column: a text is too long or contains a NUL, or a number is too large.",
             next_step="Correct the value and repeat.",
         ) from error
     except PoolTimeout as error:
         raise Unavailable(
             "database_busy",
-            "All connections of this process to the database are in use (ADAPTORY_DATABASE_POOL_SIZE).",
+            "All of this process's database connections are in use (ADAPTORY_DATABASE_POOL_SIZE).",
             next_step="Try again in a moment.",
         ) from error
     except InvalidRequestError as error:
@@ -55,7 +55,7 @@ def translate_database_errors() -> Generator[None]:
             raise
         outages.warn("The database cannot be used", error)
         raise Unavailable(
-            "database_unavailable", "The database drops its connections.", next_step="Try again; see that it runs."
+            "database_unavailable", "The database drops its connections.", next_step="Try again; check that it runs."
         ) from error
     except OperationalError as error:
         raise _away(error) from error
@@ -65,7 +65,7 @@ def translate_database_errors() -> Generator[None]:
             raise Unavailable(
                 "database_unavailable",
                 "The database cannot be used.",
-                next_step="Try again; if it stays so, see that it runs and may be written.",
+                next_step="Try again; if it persists, check that it runs and is writable.",
             ) from error
         raise
 
@@ -78,7 +78,7 @@ def _away(error: OperationalError) -> Unavailable:
     return Unavailable(
         "database_unavailable",
         "The database cannot be used.",
-        next_step="See that it runs, has space and is migrated.",
+        next_step="Check that it runs, has space and is migrated.",
     )
 
 
@@ -93,9 +93,9 @@ def _is_limit(error: BaseException | None) -> bool:
 def _no_connection_left() -> Unavailable:
     return Unavailable(
         "database_connections",
-        "PostgreSQL lets no more connections in: its max_connections, or the limit of the user or the database, is "
+        "PostgreSQL accepts no more connections: its max_connections, or the limit of the user or the database, is "
         "reached.",
-        next_step="Try again in a moment. If it stays so, lower ADAPTORY_DATABASE_POOL_SIZE or --processes, or raise "
+        next_step="Try again in a moment. If it persists, lower ADAPTORY_DATABASE_POOL_SIZE or --processes, or raise "
         "max_connections.",
     )
 

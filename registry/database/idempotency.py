@@ -1,4 +1,4 @@
-"""A request that comes again under the same key is done once: what it made is kept, and is its answer."""
+"""Idempotency keys: a repeated request takes effect once and returns the stored result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,23 +26,23 @@ class IdempotentRequest:
 
 
 def find_answer(session: Session, keyed: IdempotentRequest) -> Answer | None:
-    """What it made when it came before. Raises Conflict where the key is that of another request."""
+    """The stored result of an earlier request. Raises Conflict if the key belongs to another request."""
     kept = session.get(KeptAnswer, (keyed.user, keyed.key))
     if kept is None:
         return None
     if kept.request != keyed.request:
         raise Conflict(
             "key_reused",
-            f"The Idempotency-Key {keyed.key} was that of another request.",
+            f"The Idempotency-Key {keyed.key} was used for another request.",
             subject=keyed.key,
-            next_step="Give every request a key of its own.",
+            next_step="Use a new key for each request.",
         )
     return kept.answer
 
 
 def claim_key(session: Session, keyed: IdempotentRequest | None, at: datetime) -> Answer | None:
-    """As `known`; where that is None, this transaction does it, and says with `keep` what it made. The same request at
-    the same moment waits for it, and does it where this transaction fails."""
+    """As `find_answer`. If that is None, claims the key: this transaction then does the request and calls
+    `store_answer`. A concurrent duplicate waits, and does the request itself if this transaction fails."""
     if keyed is None:
         return None
     named = {"user": keyed.user, "key": keyed.key, "request": keyed.request}

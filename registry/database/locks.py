@@ -1,4 +1,4 @@
-"""Locks that last as long as a transaction: pushes share what a collection needs alone."""
+"""Transaction locks: shared by pushes, exclusive for collections."""
 
 import fcntl
 from collections.abc import Generator
@@ -46,7 +46,7 @@ def exclusive_collection(database: Database) -> Generator[None]:
 
 
 def _collecting() -> Conflict:
-    return Conflict("collecting", "Another collection is running.", next_step="Wait until it has ended.")
+    return Conflict("collecting", "Another collection is running.", next_step="Wait until it ends.")
 
 
 def lock_blobs_shared(session: Session) -> None:

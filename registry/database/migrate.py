@@ -1,4 +1,4 @@
-"""The schema: which revision a database has, and how it gets the one that this version needs."""
+"""The schema revision of a database, and migrations to this version's."""
 
 from functools import cache
 from pathlib import Path
@@ -55,22 +55,22 @@ def migrate(database: Database, revision: str = "head") -> None:
 
 def ensure_schema(database: Database, *, create: bool) -> None:
     """Refuses a database of another schema; with `create`, an empty one is made ready."""
-    found, head = schema_revision(database), head_revision()
-    if found is None and create:
+    revision, head = schema_revision(database), head_revision()
+    if revision is None and create:
         migrate(database)
-    elif found is None or found < head:
+    elif revision is None or revision < head:
         raise Unavailable(
             "schema_old",
-            f"The database is at schema {found or 'none'}, this version needs {head}.",
+            f"The database is at schema {revision or 'none'}, this version needs {head}.",
             next_step="Run `adaptory migrate`.",
         )
-    _refuse_newer(found)
+    _refuse_newer(revision)
 
 
-def _refuse_newer(found: str | None) -> None:
-    if found is not None and found > (head := head_revision()):
+def _refuse_newer(revision: str | None) -> None:
+    if revision is not None and revision > (head := head_revision()):
         raise Unavailable(
             "schema_new",
-            f"The database is at schema {found}, newer than {head}.",
-            next_step="Install a newer adaptory, or restart what runs if that is done.",
+            f"The database is at schema {revision}, newer than {head}.",
+            next_step="Install a newer adaptory; if that is done, restart its processes.",
         )

@@ -1,4 +1,4 @@
-"""Statements that are asked all the time: compiled once, sent to the driver as they are, answered in few rows.
+"""Prepared statements for hot queries: compiled once, sent directly to the driver, answered in few rows.
 
 SQLAlchemy keeps a compiled statement too. But to find it again, to fit lists of values into its text and to wrap what
 comes back takes longer than the databases take for most of what is asked here. And SQLite's driver lets another thread
@@ -23,11 +23,11 @@ P = ParamSpec("P")
 Rows = Sequence[Sequence[Any]]
 Query = Select[*tuple[Any, ...]]
 FORMS = 512
-"""So many statements of each kind are kept of those that differ by what is asked for."""
+"""Maximum cached statements of each kind, by query shape."""
 
 
 class Prepared:
-    """A statement with named values. `among` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
+    """A statement with bind parameters. `in_list` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
 
     It sees what has been flushed. What makes a statement is called when it is first asked of that kind of database.
     """
@@ -91,7 +91,7 @@ class _Compiled:
         columns = statement.exported_columns.items()
         received = [(name, one.type.dialect_impl(dialect).result_processor(dialect, None)) for name, one in columns]
         self._names = [name for name, _ in received]
-        self._received = [(place, convert) for place, (_, convert) in enumerate(received) if convert]
+        self._received = [(index, convert) for index, (_, convert) in enumerate(received) if convert]
 
     def rows(self, connection: Connection, values: Mapping[str, Any]) -> Rows:
         return self._executed(connection, values, lambda cursor: cursor.fetchall())
@@ -101,13 +101,13 @@ class _Compiled:
 
     def records(self, connection: Connection, values: Mapping[str, Any]) -> list[Any]:
         made = self._record
-        found: list[Any] = []
+        records: list[Any] = []
         for row in self.rows(connection, values):
             columns = list(row)
-            for place, convert in self._received:
-                columns[place] = convert(columns[place])
-            found.append(made(*columns))
-        return found
+            for index, convert in self._received:
+                columns[index] = convert(columns[index])
+            records.append(made(*columns))
+        return records
 
     @cached_property
     def _record(self) -> Any:
@@ -122,12 +122,12 @@ class _Compiled:
             return read(driver.execute(self.text, parameters))
         except errors as error:
             lost = connection.dialect.is_disconnect(error, driver, None)
-            told: BaseException = DBAPIError.instance(
+            wrapped: BaseException = DBAPIError.instance(
                 self.text, parameters, error, errors, connection_invalidated=lost, dialect=connection.dialect
             )
             if lost:
                 connection.invalidate(error)
-            raise told from error
+            raise wrapped from error
 
     def _parameters(self, values: Mapping[str, Any]) -> Any:
         given = {**self._own, **values}

@@ -1,4 +1,4 @@
-"""Which change breaks who follows a range, and the number such a change must get: semver for adapters.
+"""Semver for adapters: which changes break users of a range, and the version that such a change needs.
 
 A server that is set up for one release (its base, its highest rank, the modules it adapts) must load the next one that
 `^version` resolves to. What it could not load is a breaking change and belongs outside that range: a new major number,
@@ -52,10 +52,10 @@ def surface(base_digest: str, facts: Mapping[str, Any], files: Iterable[Manifest
 
 def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
     """Every reason why who could load `old` may not be able to load `new`; none for a compatible change."""
-    found: list[Finding] = []
+    changes: list[Finding] = []
 
     def say(code: str, message: str, measure: float | None = None) -> None:
-        found.append(Finding(code, Severity.ERROR, code, message, measure))
+        changes.append(Finding(code, Severity.ERROR, code, message, measure))
 
     if new.base != old.base:
         say("new_base", f"Its base is {new.base[:12]}, not {old.base[:12]}.")
@@ -65,8 +65,8 @@ def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
         say("larger_rank", f"Its largest rank is {new.rank_max}, not {old.rank_max}.", new.rank_max)
     if more := sorted(new.touched - old.touched):
         named = ", ".join(more[:8]) + (f" and {len(more) - 8} more" if len(more) > 8 else "")
-        say("more_targets", f"It adapts {named}, which was left alone.", len(more))
-    return found
+        say("more_targets", f"It adapts {named}, which was not adapted before.", len(more))
+    return changes
 
 
 def outside_caret_range(old: Version, new: Version) -> bool:

@@ -1,4 +1,4 @@
-"""Files -> canonical manifest -> commit id."""
+"""The canonical manifest of a release's files, and the commit id."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def check_path(path: str) -> str:
             "bad_path",
             f"{path[:120]!r} cannot be a file of a release.",
             subject=path[:120],
-            next_step="Use relative paths below the pushed directory, in plain characters and short names.",
+            next_step="Use relative paths below the pushed directory, with plain characters and short names.",
         )
     return path
 
@@ -57,9 +57,9 @@ def refuse_hidden(path: str) -> None:
     if any(_HIDDEN.match(part) for part in path.split("/")):
         raise Invalid(
             "hidden_file",
-            f"{path[:120]!r} is hidden, or lies in a hidden directory.",
+            f"{path[:120]!r} is hidden or in a hidden directory.",
             subject=path[:120],
-            next_step="Release it without: programs do what such files say (.git, .envrc) wherever they lie.",
+            next_step="Leave it out: some programs execute such files (.git, .envrc) wherever they are.",
         )
 
 
@@ -80,13 +80,13 @@ def check_paths(paths: Sequence[str]) -> None:
             f"A release holds 1 to {MAX_FILES:,} files, not {len(paths):,}.",
             next_step="Pack many small files into one.",
         )
-    places = sorted((_collision_key(path), path) for path in map(check_path, paths))
-    for (place, path), (next_place, next_path) in pairwise(places):  # what lies below a path follows it at once
-        if next_place[: len(place)] == place:
+    keyed = sorted((_collision_key(path), path) for path in map(check_path, paths))
+    for (key, path), (next_key, next_path) in pairwise(keyed):  # what lies below a path follows it at once
+        if next_key[: len(key)] == key:
             raise Invalid(
                 "bad_manifest",
-                f"{path} and {next_path} cannot both be: one is a directory of the other, or they differ only by upper "
-                "and lower case, by how an accent is written, or not at all.",
+                f"{path} and {next_path} collide: one is a directory of the other, or they differ only in case or in "
+                "the encoding of accents, or not at all.",
                 subject=next_path,
                 next_step="Rename one of them.",
             )

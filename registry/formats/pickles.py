@@ -67,8 +67,8 @@ _NUMPY_OBJECTS = re.compile(rb"\x93NUMPY.{4,6}\{[^}]*'\|O", re.DOTALL)
 def refuse_pickle_name(path: str) -> None:
     """Raises Invalid by the name alone, before a byte is sent."""
     if _PICKLE_NAME.search(path):
-        why = "is refused by its name: such files mostly are pickles, which run code when they are opened"
-        raise _pickle(path, why, " Rename it if it is none.")
+        why = "is refused by its name: such files are usually pickles, which run code when loaded"
+        raise _pickle(path, why, " Rename it if it is not a pickle.")
 
 
 def is_zip(first: bytes) -> bool:
@@ -83,7 +83,7 @@ def refuse_pickle_content(path: str, first: bytes, last: bytes = b"") -> None:
         or _NUMPY_OBJECTS.match(first)
         or (is_zip(first) and _is_of_torch(first, last))
     ):
-        raise _pickle(path, "is a pickle, which runs code when it is opened")
+        raise _pickle(path, "is a pickle, which runs code when loaded")
 
 
 def _is_old_pickle(first: bytes) -> bool:

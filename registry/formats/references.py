@@ -55,7 +55,9 @@ def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
 
 def parse_digest(text: str) -> Digest:
     if not _DIGEST.fullmatch(text):
-        raise Usage("bad_digest", f"{text[:80]!r} is not a sha256.", next_step="Give 64 lower-case hexadecimal digits.")
+        raise Usage(
+            "bad_digest", f"{text[:80]!r} is not a SHA-256.", next_step="Give 64 lower-case hexadecimal digits."
+        )
     return Digest(text)
 
 
@@ -66,7 +68,7 @@ def parse_name(text: str, what: str) -> str:
             "bad_name",
             f"{text[:80]!r} is not a {what}.",
             subject=text[:80],
-            next_step="Use at most 64 of a-z, 0-9, '.', '_' and '-', a letter or digit first and last.",
+            next_step="Use at most 64 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit.",
         )
     return text
 
@@ -87,7 +89,7 @@ def parse_repository(text: str) -> RepositoryName:
             "bad_repository",
             f"{text[:80]!r} is not a repository.",
             subject=text[:80],
-            next_step="Write it as namespace/name, as in acme/sql; a directory is only one when it is there.",
+            next_step="Write it as namespace/name, as in acme/sql; for a directory, check that it exists.",
         )
     return RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name"))
 
@@ -221,14 +223,14 @@ def _bounds(text: str) -> tuple[_Bound, ...] | None:
     if between := _BETWEEN.fullmatch(text):
         first, last = (_Partial.of(one) for one in between.groups())
         return first and last and (*first.bounds(">="), *last.bounds("<="))
-    found: list[_Bound] = []
+    bounds: list[_Bound] = []
     for word in _SPACED.sub(r"\1", text).split():
         match = _WORD.fullmatch(word)
         partial = _Partial.of(match.group(2)) if match else None
         if match is None or partial is None:
             return None
-        found += partial.bounds(match.group(1))
-    return tuple(found)
+        bounds += partial.bounds(match.group(1))
+    return tuple(bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +246,8 @@ class _Partial:
         if match is None:
             return None
         *numbers, prerelease = match.groups()
-        known = next((place for place, number in enumerate(numbers) if number is None or number in "xX*"), 3)
-        core = [int(number) if place < known else 0 for place, number in enumerate(numbers)]
+        known = next((index for index, number in enumerate(numbers) if number is None or number in "xX*"), 3)
+        core = [int(number) if index < known else 0 for index, number in enumerate(numbers)]
         named = tuple(prerelease.split(".")) if prerelease and known == 3 else ()
         return cls(Version(core[0], core[1], core[2], named), known)
 
@@ -253,7 +255,7 @@ class _Partial:
         version, known = self.version, self.known
         lowest = _Bound(">=", version)
         if operator == "^":
-            leading = next((place for place, number in enumerate(version.core) if number), 2)
+            leading = next((index for index, number in enumerate(version.core) if number), 2)
             return (lowest, self._below(min(leading, known - 1))) if known else ()
         if operator in ("~", "~>"):
             return (lowest, self._below(min(1, known - 1))) if known else ()
@@ -268,9 +270,9 @@ class _Partial:
             return (_Bound(">=", replace(after.version, prerelease=())),)
         return {">=": (lowest,), "<=": (after,)}.get(operator, (lowest, after))
 
-    def _below(self, place: int) -> _Bound:
+    def _below(self, index: int) -> _Bound:
         """Below the next version in that place, and below its pre-releases."""
-        core = [*self.version.core[:place], self.version.core[place] + 1, 0, 0][:3]
+        core = [*self.version.core[:index], self.version.core[index] + 1, 0, 0][:3]
         return _Bound("<", Version(core[0], core[1], core[2], ("0",)))
 
 
@@ -321,7 +323,7 @@ def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
     if reference.channel is None:
         raise Usage(
             "bad_channel",
-            f"{text[:160]!r} names no channel.",
+            f"{text[:160]!r} does not name a channel.",
             subject=text[:160],
             next_step="Write it as namespace/name@channel, as in acme/sql@prod.",
         )

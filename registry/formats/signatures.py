@@ -130,7 +130,7 @@ def read_key(path: Path) -> bytes:
             "signing_key_missing",
             f"{path}, which ADAPTORY_SIGNING_KEY names, cannot be read: {error.strerror}.",
             subject=str(path),
-            next_step="Name a key in PEM that this process may read.",
+            next_step="Name a PEM key that this process can read.",
         ) from error
 
 
@@ -151,7 +151,7 @@ def open_signature(
         known = " or ".join(_fingerprint(one)[:12] for one in keys)
         raise Refused(
             "signature_unknown",
-            f"{SIGNATURE_FILE} was made by another key than {known}, or was changed afterwards.",
+            f"{SIGNATURE_FILE} was not made by {known}, or was changed afterwards.",
             subject=SIGNATURE_FILE,
             next_step=next_step,
         )
@@ -164,11 +164,11 @@ def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
     `files` maps paths to the sha256 of what is there; the signature itself is not among what it signs. A signed path
     is compared, never opened.
     """
-    found = [
+    findings = [
         Finding("file_tampered", Severity.ERROR, path[:400], f"{path[:400]!r} {what}.")
         for path, what in _differences(signed.files, files)
     ]
-    refuse_errors(found, SIGNATURE_FILE, "Sign the release again if the change is yours; trust it no more if not.")
+    refuse_errors(findings, SIGNATURE_FILE, "Sign the release again if the change is yours; otherwise do not trust it.")
 
 
 def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
@@ -181,7 +181,7 @@ def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
         "signature_of_other_release",
         f"{SIGNATURE_FILE} is of another release: {', '.join(differs)}.",
         subject=f"{release.repository}:{release.version}",
-        next_step="Ask its signer, who signs this release by `adaptory sign REF`, or by a push with --sign KEY.pem.",
+        next_step="Ask its signer to sign this release with `adaptory sign REF`, or to push it with --sign KEY.pem.",
     )
 
 
@@ -204,20 +204,20 @@ def unverifiable_signature(content: bytes, files: Mapping[str, str]) -> tuple[Si
 
 
 def _stale(why: str) -> Finding:
-    advice = "Sign them anew (--sign KEY.pem) or leave it out: who verifies this release refuses it."
+    advice = "Sign again (--sign KEY.pem) or leave it out: verification of this release would fail."
     return Finding("signature_stale", Severity.WARNING, SIGNATURE_FILE, f"{why} {advice}")
 
 
 def _differences(signed: Mapping[str, str], files: Mapping[str, str]) -> list[tuple[str, str]]:
     """The paths that are not as they were signed, and what is the matter with each."""
-    found: list[tuple[str, str]] = []
+    differences: list[tuple[str, str]] = []
     there = {path: sha256 for path, sha256 in files.items() if path != SIGNATURE_FILE}
     for path in sorted({*there, *signed}):
         own, expected = there.get(path), signed.get(path)
         if own != expected:
             what = "is signed, but not there" if own is None else "was changed after it was signed"
-            found.append((path, "is not covered by the signature" if expected is None else what))
-    return found
+            differences.append((path, "is not covered by the signature" if expected is None else what))
+    return differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +233,11 @@ def _envelope(content: bytes) -> _Envelope:
         bundle = cast("dict[str, Any]", json.loads(content))
         envelope = bundle["dsseEnvelope"]
         if envelope["payloadType"] != _PAYLOAD_TYPE:
-            raise _bad(f"its payload is no {_PAYLOAD_TYPE}")
+            raise _bad(f"its payload is not {_PAYLOAD_TYPE}")
         (one,) = envelope["signatures"]
         return _Envelope(b64decode(envelope["payload"], validate=True), b64decode(one["sig"], validate=True))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _bad("it is no Sigstore bundle with one signature by a key") from error
+        raise _bad("it is not a Sigstore bundle with one signature by a key") from error
 
 
 def _statement(fingerprint: str, payload: bytes) -> Signed:
@@ -245,7 +245,7 @@ def _statement(fingerprint: str, payload: bytes) -> Signed:
     try:
         statement = cast("dict[str, Any]", json.loads(payload))
         if (statement["_type"], statement["predicateType"]) != (_STATEMENT, _PREDICATE):
-            raise _bad("it is no statement of model-signing 1.0 or later")
+            raise _bad("it is not a statement of model-signing 1.0 or later")
         resources = cast("list[dict[str, str]]", statement["predicate"]["resources"])
         if any(resource["algorithm"] != "sha256" for resource in resources):
             raise _bad("it lists other digests than sha256 of whole files")
@@ -253,7 +253,7 @@ def _statement(fingerprint: str, payload: bytes) -> Signed:
         named = cast("dict[str, object] | None", statement["predicate"].get("release"))
         release = None if named is None else SignedRelease(**{name: str(value) for name, value in named.items()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _bad("its statement has not the form of model-signing's") from error
+        raise _bad("its statement does not have the form of model-signing's") from error
     if len(files) != len(resources):
         raise _bad("it lists a file twice")
     return Signed(fingerprint, files, release)
@@ -306,7 +306,7 @@ def _load(public_key: str) -> "EllipticCurvePublicKey":
     try:
         key = load_pem_public_key(public_key.encode())
     except ValueError as error:
-        raise _bad_key("it is no public key in PEM") from error
+        raise _bad_key("it is not a public key in PEM") from error
     if not isinstance(key, EllipticCurvePublicKey) or key.curve.name not in _CURVES:
         raise _bad_key("it is not on one of the curves P-256, P-384 and P-521")
     return key
@@ -328,5 +328,5 @@ def _bad_key(why: str) -> Invalid:
     return Invalid(
         "bad_key",
         f"A signing key cannot be used: {why}.",
-        next_step="Make one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem (openssl ec -pubout).",
+        next_step="Create one: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem (openssl ec -pubout).",
     )

@@ -51,8 +51,8 @@ class IncomingUpload:
 
     @property
     def part_sizes(self) -> list[int]:
-        whole, rest = divmod(self.size_bytes, self.part_bytes or self.size_bytes or 1)
-        return [self.part_bytes or self.size_bytes] * whole + [rest] * bool(rest)
+        full_parts, rest = divmod(self.size_bytes, self.part_bytes or self.size_bytes or 1)
+        return [self.part_bytes or self.size_bytes] * full_parts + [rest] * bool(rest)
 
 
 @dataclass(frozen=True, slots=True)

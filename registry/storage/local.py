@@ -1,4 +1,4 @@
-"""Blobs in a directory: written aside, synced, then linked into place."""
+"""Blobs in a directory: written to a staging file, synced, then renamed into place."""
 
 import shutil
 from collections.abc import Collection, Generator, Iterable, Iterator
@@ -51,39 +51,39 @@ class LocalStore:
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         target = self.path(sha256)
-        with self._told():
+        with self._translate_disk_errors():
             if target.exists() and target.stat().st_size == source.stat().st_size:
                 if move:
                     source.unlink()
                 return _stat(sha256, target)
-            aside = self._aside(source, move=move)
+            staged = self._stage(source, move=move)
             try:
-                aside.chmod(0o444)
+                staged.chmod(0o444)
                 _make_directory(target.parent)
-                stat = _stat(sha256, aside)
-                aside.replace(target)
+                stat = _stat(sha256, staged)
+                staged.replace(target)
                 sync(target.parent)
             finally:
-                aside.unlink(missing_ok=True)
+                staged.unlink(missing_ok=True)
             return stat
 
-    def _aside(self, source: Path, *, move: bool) -> Path:
+    def _stage(self, source: Path, *, move: bool) -> Path:
         """A synced file of our own in `incoming/` with the bytes of `source`."""
         with NamedTemporaryFile(dir=self.incoming, delete=False) as file:
-            aside = Path(file.name)
+            staged = Path(file.name)
         try:
             if move and source.stat().st_dev == self.incoming.stat().st_dev:
-                source.replace(aside)
+                source.replace(staged)
             else:
-                shutil.copyfile(source, aside)
-            sync(aside)
+                shutil.copyfile(source, staged)
+            sync(staged)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            staged.unlink(missing_ok=True)
             raise
-        return aside
+        return staged
 
     @contextmanager
-    def _told(self) -> Generator[None]:
+    def _translate_disk_errors(self) -> Generator[None]:
         try:
             yield
         except OSError as error:
@@ -108,7 +108,7 @@ class LocalStore:
 
 
 def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
-    """What to tell of a write that failed: a full disk wants something else than one that refuses or is broken."""
+    """The error of a failed write: a full disk has another next step than an unwritable or broken one."""
     full = error.errno in NO_SPACE
     return Unavailable(
         "store_full" if full else "store_unavailable",
@@ -116,7 +116,7 @@ def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
         subject=subject,
         next_step="Free some space and repeat."
         if full
-        else "See on the server that its directory may be written to and that its disk is sound, and repeat.",
+        else "Check on the server that its directory is writable and its disk is sound, and repeat.",
     )
 
 

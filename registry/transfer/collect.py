@@ -1,8 +1,8 @@
-"""Collect what nobody refers to: unfinished uploads, unused blobs, bytes without a row. Safe while others push.
+"""Garbage collection of unfinished uploads, unused blobs and bytes without a row. Safe while others push.
 
-A blob leaves in three steps: its row is marked in a transaction that checks again that nothing refers to it, then its
-bytes go, then its row, in one transaction with its audit row. Between the first and the last nobody can come to rely on
-it, so a crash leaves a marked row, which the next collection finishes.
+A blob is removed in three steps: its row is marked in a transaction that checks again that nothing refers to it; then
+its bytes are deleted; then its row, in one transaction with an audit row. A marked blob cannot be used again, so after
+a crash the next collection finishes the removal.
 """
 
 import uuid
@@ -42,29 +42,29 @@ class Collected:
 
 
 def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) -> Collected:
-    """Removes what has been unused for `grace`; with `dry_run` only counts blobs and uploads.
+    """Removes what has been unused for `grace`; with `dry_run`, only counts blobs and uploads.
 
-    The grace is what a push may take between the check that a blob is there and the release that names it.
+    The grace period is how long a push may take from checking a blob to publishing a release that names it.
     """
     now, run = resources.clock(), uuid.uuid4().hex
     before = now - grace
-    found = Collected()
+    collected = Collected()
     if dry_run:
         with resources.read() as session:
             sizes = list(session.scalars(select(Blob.size_bytes).where(*_unused(before, now))))
-            found.unfinished = _count_expired(session, now)
+            collected.unfinished = _count_expired(session, now)
         sizes += [stat.size_bytes for batch in _orphans(resources, before, now) for stat in batch]
-        found.blobs, found.size_bytes = len(sizes), sum(sizes)
-        return found
+        collected.blobs, collected.size_bytes = len(sizes), sum(sizes)
+        return collected
     with exclusive_collection(resources.database):
         swept = sweep(resources, now)
-        found.unfinished, found.leftovers = swept.uploads, swept.leftovers
+        collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
         while claimed := _claim(resources, run, before, now):
-            _remove(resources, run, claimed, found)
+            _remove(resources, run, claimed, collected)
         for batch in _orphans(resources, before, now):
             claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
-            _remove(resources, run, claimed, found)
-    return found
+            _remove(resources, run, claimed, collected)
+    return collected
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ class Swept:
 
 
 def sweep(resources: Resources, now: datetime) -> Swept:
-    """Forgets uploads that were waited for too long, and removes what came of them and of processes that died.
+    """Expires old uploads, and removes leftovers of them and of dead processes.
 
-    Safe while others upload: what is younger than an upload may last stays.
+    Safe while others upload: keeps everything younger than the upload expiry.
     """
     before = now - timedelta(seconds=resources.settings.upload_expires_s)
     forgotten = 0
@@ -167,7 +167,7 @@ def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Di
     return claimed
 
 
-def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: Collected) -> None:
+def _remove(resources: Resources, run: str, claimed: dict[Digest, int], collected: Collected) -> None:
     for sha256 in claimed:
         resources.store.delete(sha256)
     operator = audit.operator_actor(resources.settings.user, resources.clock())
@@ -176,8 +176,8 @@ def _remove(resources: Resources, run: str, claimed: dict[Digest, int], found: C
         for sha256, size_bytes in claimed.items():
             gone = {"size_bytes": size_bytes}
             audit.record(session, operator, Act.BLOB_COLLECT, sha256, namespace=None, before=gone, run=run)
-    found.blobs += len(claimed)
-    found.size_bytes += sum(claimed.values())
+    collected.blobs += len(claimed)
+    collected.size_bytes += sum(claimed.values())
 
 
 def _wanted(session: Session, digests: Iterable[Digest], now: datetime) -> set[str]:

@@ -1,7 +1,7 @@
-"""Does the registry keep its promises? `check` reads everything, changes nothing, and names what is broken.
+"""Integrity checks: `check` reads everything, changes nothing, and reports what is broken.
 
-Every file of every revision lies in the store, whole; a commit is the hash of its manifest; a channel stands where its
-last move put it and its moves follow one another; every release and every move has its audit row.
+Every file of every revision is complete in the store; a commit is the hash of its manifest; a channel is where its last
+move put it and its moves form a chain; every release and every move has its audit row.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ _BATCH = 500
 _BLOCK_BYTES = 1 << 20
 _PARALLEL = 8
 _NAMED = 5
-"""So many releases that are hit by one damaged blob are named; of the others their number."""
+"""Up to this many releases affected by a damaged blob are named; further ones are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,10 @@ class Extent:
 
 
 def check(resources: Resources, *, read_bytes: bool = False, progress: Progress = lambda _count: None) -> list[Finding]:
-    """Errors are broken promises; notices are leftovers that a collection will remove.
+    """Runs all checks. Errors are violations; notices are leftovers that a collection will remove.
 
-    `read_bytes` hashes every blob instead of asking for its size alone. `progress` counts what was checked. Raises
-    Unavailable when the store is away as a whole, rather than one finding for each of its blobs.
+    `read_bytes` hashes every blob instead of checking only its size. `progress` counts what was checked. Raises
+    Unavailable if the whole store is unavailable, instead of one finding per blob.
     """
     with resources.database.snapshot() as session:
         findings = [*_check_database(session)]
@@ -131,12 +131,10 @@ def _check_database(session: Session) -> Iterator[Finding]:
     if session.get_bind().dialect.name != "sqlite":  # PostgreSQL checks its constraints and its pages itself
         return
     for row in session.execute(text("PRAGMA foreign_key_check")).all():
-        yield _error(
-            "dangling", str(row[0]), f"Row {row[1]} of {row[0]} refers to a row of {row[2]} that is not there."
-        )
-    for (told,) in session.execute(text("PRAGMA quick_check")).all():
-        if told != "ok":
-            yield _error("database_damaged", "registry.database.engine", str(told))
+        yield _error("dangling", str(row[0]), f"Row {row[1]} of {row[0]} refers to a missing row of {row[2]}.")
+    for (outcome,) in session.execute(text("PRAGMA quick_check")).all():
+        if outcome != "ok":
+            yield _error("database_damaged", "registry.database.engine", str(outcome))
 
 
 def _check_revisions(session: Session, progress: Progress) -> Iterator[Finding]:
@@ -147,7 +145,7 @@ def _check_revisions(session: Session, progress: Progress) -> Iterator[Finding]:
         files = [ManifestFile(file.path, file.size_bytes, Digest(file.sha256)) for file in revision.files]
         manifest = revision.manifest.encode()
         if commit_id(manifest) != revision.commit or not _is_manifest(manifest, files):
-            yield _error("commit_differs", subject, f"The manifest of {subject} is not what its commit says.")
+            yield _error("commit_differs", subject, f"The manifest of {subject} does not match its commit.")
         progress(1)
     leaving = select(RevisionFile.path, Blob.sha256).join(Blob, Blob.sha256 == RevisionFile.sha256)
     for path, sha256 in session.execute(leaving.where(Blob.removing_at.is_not(None))):
@@ -188,7 +186,7 @@ def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:
 def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Iterator[Finding]:
     """The history is one chain: each move starts where the one before it ended."""
     if (moves[-1].id if moves else None) != channel.move_id:
-        yield _error("channel_adrift", subject, f"{subject} does not stand where its last move put it.")
+        yield _error("channel_adrift", subject, f"{subject} is not where its last move put it.")
     served, seen = None, set[int]()
     for move in moves:
         if move.from_release_id != served:
@@ -208,27 +206,27 @@ def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[
     move = effective_move(session, channel)
     served = (move.to_release_id, move.to_release.sort_key) if move else (None, None)
     if (channel.served_id, channel.served_key) != served:
-        yield _error("channel_adrift", subject, f"A search does not find on {subject} what it gives out.")
+        yield _error("channel_adrift", subject, f"Search does not find the release that {subject} serves.")
 
 
 def _check_audit(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
     acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK)
     rows = session.scalars(select(AuditRow).where(AuditRow.subject == subject, AuditRow.act.in_(acts))).all()
-    told = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
-    if sorted(move for move in told if move is not None) != sorted(moves):
-        yield _error("audit_differs", subject, f"The audit rows of {subject} are not those of its moves.")
+    recorded = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
+    if sorted(move for move in recorded if move is not None) != sorted(moves):
+        yield _error("audit_differs", subject, f"The audit rows of {subject} do not match its moves.")
 
 
 def _check_releases(session: Session, progress: Progress) -> Iterator[Finding]:
-    told = set(session.scalars(select(AuditRow.subject).where(AuditRow.act == Act.RELEASE_PUBLISH)))
+    published = set(session.scalars(select(AuditRow.subject).where(AuditRow.act == Act.RELEASE_PUBLISH)))
     for release in _stream(session, select(Release).order_by(Release.id)):
         name = full_name(release)
-        if name not in told:
+        if name not in published:
             yield _error("audit_differs", name, f"No audit row says who published {name}.")
         if release.rank_max != release.facts.get("rank_max") or release.type != release.facts.get("type"):
-            yield _error("facts_differ", name, f"The columns of {name} are not its facts.")
+            yield _error("facts_differ", name, f"The columns of {name} do not match its facts.")
         if not _is_version(release.version):
-            yield _error("version_unreadable", name, f"Nobody can ask for {name}, nor bump what follows it.")
+            yield _error("version_unreadable", name, f"{name} cannot be requested or bumped: its version is invalid.")
         progress(1)
 
 
@@ -243,9 +241,9 @@ def _check_blobs(resources: Resources, *, read_bytes: bool, progress: Progress) 
     """Asks the store of a batch at a time, outside any transaction."""
 
     def look(blob: Blob) -> Finding | None:
-        found = _look(resources, blob, read_bytes=read_bytes)
+        finding = _look(resources, blob, read_bytes=read_bytes)
         progress(1)
-        return found
+        return finding
 
     after = ""
     with ThreadPoolExecutor(_PARALLEL, "fsck") as pool:

@@ -1,4 +1,4 @@
-"""Verify bytes, then publish rows: for web and worker alike."""
+"""Publishing: verifies the bytes, then writes the rows; for both the API and the worker."""
 
 import hashlib
 import json
@@ -51,9 +51,9 @@ _PARALLEL = 8
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a client wants released; `version` or `bump` is set, and the bytes of `files` are in the store.
+    """A release to publish; `version` or `bump` is set, and the bytes of `files` are in the store.
 
-    `provenance` is what the pusher states of it; it wins over what the model card says.
+    `provenance` is stated by the publisher; it overrides the model card.
     """
 
     repository: RepositoryName
@@ -71,7 +71,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """`created` is False where another request published the same. `warnings` are findings that did not stop it."""
+    """`created` is False if the same was already published. `warnings` are findings that did not prevent it."""
 
     release_id: int
     created: bool
@@ -100,7 +100,7 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
 
 
 def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]]:
-    """All of a publication but its rows, so that several can be published in one transaction."""
+    """Does everything but writing the rows, so that several releases can be published in one transaction."""
     for file in push.files:
         check_path(file.path)
         refuse_hidden(file.path)
@@ -161,9 +161,9 @@ def add_signature(
         if not keys:
             raise Refused(
                 "signing_keys_missing",
-                f"{repository.namespace} has no key that may sign.",
+                f"{repository.namespace} has no signing key.",
                 subject=repository.namespace,
-                next_step=f"An admin names one: `adaptory namespace set {repository.namespace} --signing-key PUB.pem`.",
+                next_step=f"An admin can: `adaptory namespace set {repository.namespace} --signing-key PUB.pem`.",
             )
         signatures.add(session, actor, release, open_signature(bundle, keys), bundle)
         return release.id
@@ -176,9 +176,9 @@ def materialise(resources: Resources, files: Sequence[ManifestFile], directory: 
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             continue
-        aside = target.with_name(f".{target.name}.partial")
-        _copy_verified(resources.store, file, aside)
-        aside.replace(target)
+        staging = target.with_name(f".{target.name}.partial")
+        _copy_verified(resources.store, file, staging)
+        staging.replace(target)
 
 
 def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
@@ -236,21 +236,21 @@ def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
 
 def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _Inspected:
     with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
-        place = Path(directory) / push.repository.name
-        place.mkdir()
+        adapter_directory = Path(directory) / push.repository.name
+        adapter_directory.mkdir()
         cards = [file for file in push.files if file.path == CARD_FILE and file.size_bytes <= _CARD_BYTES]
-        materialise(resources, cards, place)
-        card = (place / CARD_FILE).read_bytes() if cards else b""
+        materialise(resources, cards, adapter_directory)
+        card = (adapter_directory / CARD_FILE).read_bytes() if cards else b""
         if push.kind is Kind.MODEL:
-            _materialise_headers(resources, push.files, place)
-            return _Inspected(inspect_model(place, architecture), [], card)
+            _materialise_headers(resources, push.files, adapter_directory)
+            return _Inspected(inspect_model(adapter_directory, architecture), [], card)
         wanted = (CONFIG_FILE, WEIGHTS_FILE)
-        materialise(resources, [file for file in push.files if file.path in wanted], place)
-        return _inspect_adapter(place, architecture, str(push.repository), card)
+        materialise(resources, [file for file in push.files if file.path in wanted], adapter_directory)
+        return _inspect_adapter(adapter_directory, architecture, str(push.repository), card)
 
 
-def _inspect_adapter(place: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:
-    seen = inspect(place, architecture)
+def _inspect_adapter(directory: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:
+    seen = inspect(directory, architecture)
     refuse_errors(seen.findings, subject)
     used = spectrum(seen.adapter, seen.placed)
     facts = seen.facts.to_json() | {"spectrum": used.summary() if used else None}
@@ -308,7 +308,7 @@ def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> t
     if signed.release is not None:
         return signed, []
     message = (
-        f"{SIGNATURE_FILE} covers files only: it verifies under any name, number and base. Push with --sign KEY.pem."
+        f"{SIGNATURE_FILE} covers only files: it verifies under any name, version and base. Push with --sign KEY.pem."
     )
     return signed, [Finding("signature_files_only", Severity.WARNING, SIGNATURE_FILE, message)]
 
@@ -320,7 +320,7 @@ def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise Invalid(
             "bad_config",
-            f"adapter_config.json has a value that cannot be kept: {error}.",
+            f"adapter_config.json has a value that cannot be stored: {error}.",
             subject="adapter_config.json",
             next_step="Save the adapter again with PEFT.",
         ) from error
@@ -341,20 +341,20 @@ def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], di
 
 def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]:
     """Facts of a checkpoint. Raises Invalid when a tensor of the base is missing or has another shape."""
-    found = open_checkpoint(directory).architecture
+    checkpoint = open_checkpoint(directory).architecture
     for name, spec in architecture.tensors.items():
-        own = found.tensors.get(name)
+        own = checkpoint.tensors.get(name)
         if own is None or own.shape != spec.shape:
             what = "is missing" if own is None else f"has the shape {list(own.shape)}, not {list(spec.shape)}"
             raise Invalid(
                 "model_differs",
                 f"{name} {what}: this is not a checkpoint of that base.",
                 subject=name,
-                next_step="Name its true base.",
+                next_step="Name the base that it was merged into.",
             )
-    sizes = [spec.size_bytes for spec in found.tensors.values()]
-    dtypes = sorted({spec.dtype for spec in found.tensors.values()})
-    parameters = sum(spec.elements for spec in found.tensors.values())
+    sizes = [spec.size_bytes for spec in checkpoint.tensors.values()]
+    dtypes = sorted({spec.dtype for spec in checkpoint.tensors.values()})
+    parameters = sum(spec.elements for spec in checkpoint.tensors.values())
     return {
         "type": "model",
         "variant": "merged",
@@ -376,5 +376,5 @@ def _copy_verified(store: BlobStore, file: ManifestFile, target: Path) -> None:
             "blob_corrupt",
             f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
             subject=file.path,
-            next_step="Whoever runs the registry: `adaptory fsck --full --discard`; then push the file again.",
+            next_step="Ask the registry's operators to run `adaptory fsck --full --discard`; then push the file again.",
         )

@@ -1,4 +1,4 @@
-"""What a process holds: database, store, settings, clock."""
+"""The resources of a process: database, store, settings, clock."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -1,6 +1,6 @@
-"""Bytes on their way into the store: who may send which, how they are sent, and that they are what they claim to be.
+"""Uploads: authorization, instructions for sending, and verification of what arrived.
 
-A namespace holds a blob once it has sent the blob's bytes itself: knowing a digest opens nothing.
+A namespace holds a blob once it has sent the bytes itself: knowing a digest grants no access.
 """
 
 import hashlib
@@ -96,7 +96,7 @@ def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, s
             "part_unknown",
             f"Upload {upload_id} has no part {number:,}.",
             subject=upload_id,
-            next_step="Send the parts that POST /v1/uploads names.",
+            next_step="Send the parts that POST /v1/uploads lists.",
         )
     left_s = max(1, int((row.expires_at - actor.at).total_seconds()))
     return arrivals.sign_part(arrival, number, sha256, left_s)
@@ -119,7 +119,7 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
     if arrivals is None:
         raise Conflict(
             "upload_incomplete",
-            f"No bytes have come for {file.sha256}.",
+            f"No bytes have arrived for {file.sha256}.",
             subject=file.sha256,
             next_step=f"PUT them to /v1/blobs/{file.sha256}?upload={upload_id}.",
         )
@@ -139,9 +139,9 @@ def receive_body(
     if resources.store.arrivals is not None:
         raise Usage(
             "sent_directly",
-            "The store of this registry takes bytes itself, and the registry none.",
+            "This registry does not receive bytes: send them to its store.",
             subject=sha256,
-            next_step="Send them to the url that POST /v1/uploads names.",
+            next_step="Send them to the URL that POST /v1/uploads returns.",
         )
     if size_bytes != row.size_bytes:
         raise Invalid(
@@ -204,9 +204,9 @@ def refuse_damaged(stat: BlobStat, size_bytes: int, named: str) -> None:
     if stat.size_bytes != size_bytes:
         raise Unavailable(
             "blob_corrupt",
-            f"{named} is damaged: it has {size_bytes:,} bytes, and {stat.size_bytes:,} in the store.",
+            f"{named} is damaged: it should have {size_bytes:,} bytes, but has {stat.size_bytes:,} in the store.",
             subject=stat.sha256,
-            next_step="Tell those who run the registry: `adaptory fsck` names what is damaged.",
+            next_step="Tell the registry's operators: `adaptory fsck` lists what is damaged.",
         )
 
 
@@ -233,12 +233,12 @@ def _register_blob(resources: Resources, actor: Actor, namespace: str, stat: Blo
 def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
     """What a collection is about to remove must be gone before it can come again."""
     leaving = select(Blob.sha256).where(Blob.sha256.in_(digests), Blob.removing_at.is_not(None)).limit(1)
-    if (found := session.scalar(leaving)) is not None:
+    if (blob := session.scalar(leaving)) is not None:
         raise Unavailable(
             "blob_leaving",
-            f"The unused blob {found} is being removed.",
-            subject=found,
-            next_step="Try again in a moment; when it stays like this, run `adaptory gc` again.",
+            f"The unused blob {blob} is being removed.",
+            subject=blob,
+            next_step="Try again in a moment; if it persists, run `adaptory gc` again.",
         )
 
 
@@ -290,7 +290,7 @@ def _announce(
                     f"{file.path} was announced with {rows[file.sha256].size_bytes:,} bytes before, "
                     f"now with {file.size_bytes:,}.",
                     subject=file.path,
-                    next_step="Look at the file: one digest has one size.",
+                    next_step="Check the file: one digest has one size.",
                 )
     return {sha256: (row, sha256 in before) for sha256, row in rows.items()}
 
@@ -301,7 +301,7 @@ def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> N
     if more > limit:
         raise TooLarge(
             "too_many_files",
-            f"{more:,} files are announced at once, more than the {limit:,} that may be open.",
+            f"{more:,} files were announced at once, but at most {limit:,} uploads may be open.",
             subject=actor.name,
             next_step="Raise ADAPTORY_MAX_OPEN_UPLOADS on the registry, or announce and send them in parts (REST).",
         )
@@ -311,10 +311,10 @@ def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> N
         wait = first_end - actor.at if first_end else timedelta()
         raise TooMany(
             "too_many_uploads",
-            f"{actor.name} has announced {count:,} files whose bytes have not come; with these {more:,} there would be "
-            f"more than {limit:,}.",
+            f"{actor.name} has {count:,} announced files that were not sent; with these {more:,}, there would be more "
+            f"than {limit:,}.",
             subject=actor.name,
-            next_step="Send them, announce fewer, or wait as long as Retry-After says, when the first of them expires.",
+            next_step="Send them, announce fewer, or wait for the time in Retry-After, when the first of them expires.",
         ).again_in(wait.total_seconds())
 
 
@@ -379,5 +379,5 @@ def _check_size(resources: Resources, subject: str, size_bytes: int) -> None:
             "file_too_large",
             f"{subject} has {size_bytes:,} bytes; the limit is {limit:,}.",
             subject=subject,
-            next_step="ADAPTORY_MAX_FILE_BYTES sets it.",
+            next_step="ADAPTORY_MAX_FILE_BYTES sets the limit.",
         )

@@ -1,4 +1,4 @@
-"""The candidate of a composition measured beside what went into it, and judged by its gates."""
+"""Measures a composition's candidate beside its inputs, and evaluates its gates."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An input: the scores that are recorded for it, by suite digest and metric, its own suite, and how to load it."""
+    """An input: its recorded scores by suite digest and metric, its own suite, and how to load it."""
 
     repository: str
     version: str
@@ -28,8 +28,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """The suites that a candidate is measured on, without the examples in `used`: what a method was fitted on proves
-    nothing. `progress` gets the number of examples just done."""
+    """The suites that a candidate is measured on, without the examples in `used`, which the method was fitted on.
+    `progress` gets the number of examples just done."""
 
     suites: Sequence[Suite]
     used: Container[Example]
@@ -39,7 +39,7 @@ class Examination:
         return len(suite.sample(None, self.used))
 
     def examples(self, members: Sequence[Member]) -> int:
-        """How many the candidate and the members are measured on, one after the other."""
+        """The total number of examples that the candidate and the members are measured on."""
         candidate = sum(self.count(suite) for suite in self.suites)
         inputs = (self.count(suite) for member in members for suite in self.suites if self.needs(member, suite))
         return candidate + sum(inputs)
@@ -47,17 +47,17 @@ class Examination:
     def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
         from composer.evaluation.evaluate import evaluate
 
-        found = evaluate(loaded, suite, deltas, progress=self.progress, without=self.used)
-        return [score.to_json() for score in found]
+        scores = evaluate(loaded, suite, deltas, progress=self.progress, without=self.used)
+        return [score.to_json() for score in scores]
 
     def needs(self, member: Member, suite: Suite) -> bool:
-        """Is the input to be compared on this suite (its own, and each guard), and its score on just these examples not
-        known?"""
+        """Whether the input must be measured: the suite is its own or a guard, and no score on exactly these examples
+        is recorded."""
         compared = suite.name == member.suite or suite.kind == "guard"
         return compared and not self.known(member, suite)
 
     def known(self, member: Member, suite: Suite) -> dict[str, Measured]:
-        """By metric, what is recorded of the input on just the examples that the candidate is measured on."""
+        """The input's recorded scores, by metric, on exactly the examples that the candidate is measured on."""
         count = self.count(suite)
         if count < len(suite.examples):
             return {}
@@ -68,8 +68,7 @@ class Examination:
 def with_inputs(
     candidate: Sequence[Row], examination: Examination, members: Sequence[Member], base: "Callable[[], LoadedModel]"
 ) -> list[Row]:
-    """The candidate's scores, each with those of the inputs on the same examples: recorded ones, and measured now where
-    there is none."""
+    """The candidate's scores, each with those of the inputs on the same examples: recorded, or else measured now."""
     beside: dict[tuple[str, str], list[Row]] = {}
     for member in members:
         for suite in examination.suites:
@@ -92,7 +91,7 @@ def with_inputs(
 
 
 def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores) -> list[Row]:
-    """Each rule's result, and whether it is `required`: another one only warns."""
+    """Each rule's result, and whether it is `required`; others only warn."""
     candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
     members: dict[tuple[str, str], dict[tuple[str, str], Measured]] = {}
     for row in rows:

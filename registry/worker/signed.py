@@ -1,4 +1,4 @@
-"""Publishes what a worker made, signed by its key (`ADAPTORY_SIGNING_KEY`)."""
+"""Publishes a worker's outputs, signed with its key (`ADAPTORY_SIGNING_KEY`)."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from registry.settings import Settings
 
 
 def publish_signed(settings: Settings, session: Session, actor: Actor, new: NewRelease) -> Release:
-    """Signed by the worker's key, where there is one that the namespace trusts."""
+    """Publishes a release, signed with the worker's key if the namespace trusts that."""
     path, namespace = settings.signing_key, new.repository.namespace
     keys = namespaces.signing_keys(session, namespace) if path else []
     if path is None or not keys:

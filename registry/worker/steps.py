@@ -1,8 +1,8 @@
-"""One function per arrow of a composition: check -> combine -> evaluate -> gate -> merge -> publish.
+"""The steps of a composition: check -> combine -> evaluate -> gate -> merge -> publish.
 
-Without an adapter in the recipe nothing is combined, and the merged model is what is evaluated.
+If the recipe has no adapter, nothing is combined and the merged model is evaluated.
 
-Each can be run again after a crash: what an earlier attempt finished lies in the work directory or in the rows.
+Each step can be repeated after a crash: finished results are in the work directory or the database.
 """
 
 import shutil
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from composer.evaluation.model import LoadedModel
 
 _NAMELESS = ("commit", "weight", "rules")
-"""What may be told of an input to everybody: the rest of it names it."""
+"""The fields of an input that do not name it, which everyone may see."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What is published: `target` is REPO:VERSION."""
+    """An output to publish; `target` is REPO:VERSION."""
 
     target: str
     kind: Kind
@@ -63,7 +63,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class CompositionRun:
-    """A composition as its steps need it; everything is read anew in each step, so that a step can be the first one."""
+    """A composition as its steps need it. Each step reads it again, so that any step can be the first."""
 
     composition_id: int
     recipe: Recipe
@@ -85,10 +85,10 @@ class CompositionRun:
 
     @property
     def note(self) -> dict[str, Any]:
-        """What goes into every output's adaptory.json: who has the files can say what they came from.
+        """The lineage that goes into every output's adaptory.json.
 
-        By commits, without a name of a release: who may read an output need not read what went into it, nor another
-        output. Nor the lock's digest, by which names could be guessed.
+        It names inputs by commit, not by release: readers of an output need not be allowed to read its inputs or other
+        outputs. It omits the lock's digest, from which names could be guessed.
         """
         recipe, lock = self.recipe.to_json(), self.lock.to_json()
         inputs = [{name: row[name] for name in _NAMELESS if name in row} for row in lock["inputs"]]
@@ -107,12 +107,12 @@ class CompositionRun:
 
     @property
     def evaluated(self) -> list[str]:
-        """The recipe's suites, and those that the lock's gates are about."""
+        """The recipe's suites, and those that the lock's gates use."""
         return compositions.evaluated(self.recipe, self.lock)
 
     @property
     def rules(self) -> dict[str, bool]:
-        """The gates, and whether each is required: without any in the recipe (`[]`) the comparison with the inputs only
+        """The gates, and whether each is required. If the recipe has none (`[]`), the comparison with the inputs only
         warns."""
         required = dict.fromkeys((*(self.recipe.gates or ()), *self.lock.gates), True)
         if self.recipe.gates is None or self.recipe.gates:
@@ -121,36 +121,36 @@ class CompositionRun:
         return dict.fromkeys(compositions.gates_against_inputs(own), False)
 
     def calibration_sets(self, held: JobRun) -> list[CalibrationSet]:
-        """What the lock says that each input is fitted on."""
-        found: list[CalibrationSet] = []
+        """The examples that each input is fitted on, as the lock says."""
+        sets: list[CalibrationSet] = []
         for source, row in zip(self.recipe.inputs, self.lock.calibration, strict=False):
             if "suite_digest" in row:
                 (content,) = _suites(held, [row["suite_digest"]])
-                found.append(CalibrationSet(content, len(row["examples"])))
+                sets.append(CalibrationSet(content, len(row["examples"])))
             else:
-                found.append(CalibrationSet(prompts=source.prompts))
-        return found
+                sets.append(CalibrationSet(prompts=source.prompts))
+        return sets
 
     def members(self, held: JobRun) -> list[tuple[Path, Weight]]:
-        """Each input's directory, its files verified, and its weight with its rules."""
-        found: list[tuple[Path, Weight]] = []
+        """Each input's directory, with its files verified, and its weight with its rules."""
+        members: list[tuple[Path, Weight]] = []
         for locked, files in zip(self.lock.inputs, self.files, strict=True):
             held.check()
-            place = self.directory / "inputs" / locked.commit  # its name, which an adaptory.json tells
-            place.mkdir(parents=True, exist_ok=True)
-            publishing.materialise(held.resources, files, place)
-            found.append((place, locked.weighted))
-        return found
+            directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
+            directory.mkdir(parents=True, exist_ok=True)
+            publishing.materialise(held.resources, files, directory)
+            members.append((directory, locked.weighted))
+        return members
 
     def base_checkpoint(self, held: JobRun) -> Checkpoint:
-        """The base on this host, its weights verified: a location is a promise that nobody kept watch over."""
+        """The base's checkpoint on this host. Verifies its weights: the files at a location may have changed."""
         directory = local_directory(self.locations)
         if directory is None:
             raise NotFound(
                 "base_not_here",
-                f"This worker finds none of the base's locations ({', '.join(self.locations) or 'there are none'}).",
+                f"This worker cannot find the base at any location ({', '.join(self.locations) or 'it has none'}).",
                 subject=self.lock.base,
-                next_step="Add one it can read: `adaptory base add DIR` on its host.",
+                next_step="Add one on that host: `adaptory base add DIR`.",
             )
         checkpoint = open_checkpoint(directory)
         verify_checkpoint(checkpoint, self.lock.base, held.check)
@@ -158,8 +158,8 @@ class CompositionRun:
 
 
 def check(held: JobRun) -> None:
-    """Structural checks and the conflict report; a hard conflict ends the composition here, and so does a verdict worse
-    than the policy requires, or an adapter that no file can hold."""
+    """Runs the structural checks and the conflict report. Refuses hard conflicts, a verdict worse than the policy
+    requires, and a combination that no adapter file can represent."""
     from composer.conflicts.examine import examine
     from composer.conflicts.render.text import document, summary
     from composer.conflicts.report import Method
@@ -169,8 +169,8 @@ def check(held: JobRun) -> None:
     work = _work(held)
     members = work.members(held)
     loaded = [
-        replace(load_deltas(place, work.architecture), name=f"{locked.repository}:{locked.version}")
-        for (place, _), locked in zip(members, work.lock.inputs, strict=True)
+        replace(load_deltas(directory, work.architecture), name=f"{locked.repository}:{locked.version}")
+        for (directory, _), locked in zip(members, work.lock.inputs, strict=True)
     ]
     policy = read_policy(work.recipe.policy)
     report = examine(
@@ -190,7 +190,7 @@ def check(held: JobRun) -> None:
 
 
 def combine(held: JobRun) -> None:
-    """The candidate where the recipe names an adapter: one PEFT adapter that adds what the recipe says."""
+    """Makes the candidate if the recipe names an adapter: one PEFT adapter, combined as the recipe says."""
     from composer.evaluation.model import load_model
     from composer.export.combine import combine as combine_adapters
 
@@ -209,8 +209,8 @@ def combine(held: JobRun) -> None:
 
 
 def evaluate(held: JobRun) -> None:
-    """The candidate on the recipe's suites: the base in memory with the adapter active, or the merged model, which is
-    written before it is judged where nothing else is to be published."""
+    """Evaluates the candidate on the recipe's suites: the adapter on the base in memory, or the merged model when the
+    recipe publishes no adapter."""
     from composer.deltas.variants.load import load_deltas
     from composer.evaluation.model import load_model
 
@@ -219,7 +219,7 @@ def evaluate(held: JobRun) -> None:
         _store(held, work, candidate_scores=[])
         return
     if work.recipe.adapter:
-        combine(held)  # another host may have done it, on a disk of its own
+        combine(held)  # an earlier host may have done it, on its own disk
         model = load_model(work.base_checkpoint(held).path)
         deltas = load_deltas(work.adapter_directory, work.architecture).deltas
     else:
@@ -230,13 +230,13 @@ def evaluate(held: JobRun) -> None:
     used = used_in(work.calibration_sets(held), contents)
     examination, compared = Examination(suites=contents, used=used, progress=done), _compared(held, work)
     done.expect(examination.examples(compared))
-    found = [score for suite in contents for score in examination.scores(model, suite, deltas)]
+    scores = [score for suite in contents for score in examination.scores(model, suite, deltas)]
     base = (lambda: model) if work.recipe.adapter else cache(lambda: load_model(work.base_checkpoint(held).path))
-    _store(held, work, candidate_scores=with_inputs(found, examination, compared, base))
+    _store(held, work, candidate_scores=with_inputs(scores, examination, compared, base))
 
 
 def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
-    """The inputs, with what is recorded of them."""
+    """The inputs, with their recorded scores."""
     from composer.deltas.variants.load import load_deltas
 
     with held.resources.read() as session:
@@ -251,16 +251,16 @@ def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
             version=locked.version,
             suite=suite,
             recorded=scores,
-            deltas=lambda place=place: load_deltas(place, work.architecture).deltas,
+            deltas=lambda directory=directory: load_deltas(directory, work.architecture).deltas,
         )
-        for locked, suite, scores, (place, _) in zip(
+        for locked, suite, scores, (directory, _) in zip(
             work.lock.inputs, work.member_suites, recorded, work.members(held), strict=True
         )
     ]
 
 
 def gate(held: JobRun) -> None:
-    """The recipe's gates and those of the lock; nothing was published yet when one of them fails."""
+    """Evaluates the recipe's gates and those of the lock, before anything is published."""
     work = _work(held)
     with held.resources.read() as session:
         composition, _ = compositions.find(session, work.composition_id)
@@ -275,17 +275,17 @@ def gate(held: JobRun) -> None:
     if failed:
         raise Refused(
             "gate_failed",
-            f"The candidate does not pass {len(failed)} of {len(required)} gates.",
+            f"The candidate fails {len(failed)} of {len(required)} gates.",
             subject=f"composition/{work.composition_id}",
             next_step=f"Compose again: {', '.join(replaced)} changed while the candidate was measured."
             if replaced
-            else "Change weights, method or inputs, or the gate; what does not combine can be served separately.",
+            else "Change weights, method, inputs or the gate, or serve the adapters separately.",
             findings=report,
         )
 
 
 def merge(held: JobRun) -> None:
-    """The merged checkpoint, streamed shard by shard and verified."""
+    """Writes the merged checkpoint, streamed shard by shard and verified."""
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
 
@@ -293,7 +293,7 @@ def merge(held: JobRun) -> None:
     if not work.recipe.model or work.model_directory.is_dir():
         return
     base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
-    if PIPELINES[work.lock.method].fitted:  # the fitted factors are an artefact: another fit differs in its last bits
+    if PIPELINES[work.lock.method].fitted:  # reuse the fitted factors: another fit would differ in the last bits
         combine(held)
         plan = plan_merge(base, [(work.adapter_directory, 1.0)], dtype=work.lock.dtype, rounding=work.lock.rounding)
     else:
@@ -304,9 +304,9 @@ def merge(held: JobRun) -> None:
 
 
 def publish(held: JobRun) -> None:
-    """Bytes of every output first; then all releases, their lineage and scores in one transaction, or none of them.
+    """Stores the files of all outputs, then publishes all releases, lineage and scores in one transaction.
 
-    With the roles that the creator has now. Raises NotAllowed when one was taken away; nothing is published then.
+    Uses the creator's current roles. Raises NotAllowed, and publishes nothing, if a required one was revoked.
     """
     with held.resources.read() as session:
         actor = _creator(held, session)
@@ -316,7 +316,7 @@ def publish(held: JobRun) -> None:
     prepared = [publishing.prepare(held.resources, _upload(held, actor, work, output))[0] for output in work.outputs]
     held.check()
     with held.resources.write() as session:
-        actor = _creator(held, session)  # while the bytes were sent, a role may have been taken away
+        actor = _creator(held, session)  # a role may have been revoked meanwhile
         made: list[Release] = []
         for new in prepared:
             if made and PIPELINES[work.lock.method].fitted:  # the model is made from the fitted adapter
@@ -331,7 +331,7 @@ def publish(held: JobRun) -> None:
 
 
 def clean(held: JobRun) -> None:
-    """Inputs, candidate and merged checkpoint: published ones lie in the store by now."""
+    """Deletes inputs, candidate and merged checkpoint; what was published is in the store."""
     with held.resources.read() as session:
         composition = compositions.find_by_job(session, held.job_id)
     shutil.rmtree(work_of(held.resources, composition.id), ignore_errors=True)
@@ -353,7 +353,7 @@ KINDS = {
 
 
 class _Share:
-    """Bytes or examples done, from several threads, for the job's row, which one thread at a time writes."""
+    """Counts bytes or examples done, from several threads, and writes the job's progress from one at a time."""
 
     def __init__(self, held: JobRun, unit: str, total: int = 0) -> None:
         self._held, self._unit, self._total, self._done = held, unit, total, 0
@@ -365,7 +365,7 @@ class _Share:
             self._tell()
 
     def expect(self, total: int) -> None:
-        """Before the first, or where more is to be done than was known."""
+        """Sets the total, at the start or when it grows."""
         with self._lock:
             self._total = total
             self._tell()
@@ -397,8 +397,8 @@ def _creator(held: JobRun, session: Session) -> Actor:
 
 
 def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
-    """A probe in memory, where every member has a suite and the recipe asks for one; the report says when the evidence
-    is weaker. The prompts of the suites are compared in any case."""
+    """A probe in memory, if every member has a suite and the recipe asks for a probe; otherwise weaker evidence, as the
+    report says. The suites' prompts are always compared."""
     from composer.conflicts.evidence.probe import usual_most
     from composer.conflicts.examine import Evidence
     from composer.evaluation.model import load_model
@@ -418,7 +418,7 @@ def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
 
 
 def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedModel]") -> "Calibration | None":
-    """What a fitted method is fitted on; the base is loaded when it is first looked at."""
+    """The calibration of a fitted method; loads the base on first use."""
     if not PIPELINES[work.lock.method].fitted:
         return None
     from composer.evaluation.calibration import Calibration

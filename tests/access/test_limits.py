@@ -46,7 +46,7 @@ def test_a_document_that_is_too_long_is_answered_413_before_it_is_read(furnished
     house = limited(furnished, max_document_bytes=1000)
     answer = house.ask("publisher", "POST", "/v1/suites", content=b"x" * 2000)
     assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
-    assert "raise ADAPTORY_MAX_DOCUMENT_BYTES where the registry runs" in answer.json()["next"]
+    assert "raise ADAPTORY_MAX_DOCUMENT_BYTES on the server" in answer.json()["next"]
     answer = house.ask("publisher", "POST", "/v1/suites", headers={"Content-Length": str(2**60)}, content=iter([b"{}"]))
     assert answer.status_code == 413
     house.close()
@@ -159,7 +159,7 @@ def test_uploads_at_a_time_are_limited_by_token_and_free_again_when_they_end(fur
     assert began.wait(20)
     refused = house.ask("publisher", "PUT", path, content=b"acme!")
     assert (refused.status_code, refused.json()["code"]) == (429, "too_many_uploads")
-    assert refused.json()["detail"] == "1 files are being sent already with this token."
+    assert refused.json()["detail"] == "1 uploads are already running with this token."
     assert int(refused.headers["Retry-After"]) >= 1
     assert house.ask("admin", "PUT", path, content=b"acme!").status_code == 201
     go_on.set()
@@ -210,7 +210,7 @@ def test_guessed_tokens_are_counted_by_address_whatever_they_are_sent_with(
     house = limited(furnished, rate_limit="5/minute")
     answers = guess(house, 8, method, path)
     assert [status for _, status in answers] == [401] * 5 + [429] * 3
-    assert "tokens that are not in force" in answers[-1][0].json()["detail"]
+    assert "invalid tokens" in answers[-1][0].json()["detail"]
     house.close()
 
 

@@ -119,7 +119,7 @@ def test_a_token_that_is_narrowed_or_expires_sees_and_revokes_itself_alone(
     for other in (user, "reader"):
         refused = house.ask("weak", "DELETE", f"/v1/tokens/{house.ids[other]}")
         assert (refused.status_code, refused.json()["code"]) == (404, "token_unknown")
-        assert "revokes itself alone" in refused.json()["next"]
+        assert "revokes only itself" in refused.json()["next"]
         assert house.ask(other, "GET", "/v1/whoami").status_code == 200
     assert {user, "ci"} <= {row["name"] for row in house.ask(user, "GET", "/v1/tokens").json()["items"]}
     assert house.ask("weak", "DELETE", f"/v1/tokens/{made['id']}").status_code == 200
@@ -133,9 +133,9 @@ def test_a_token_tells_its_user_alone_which_namespaces_its_scope_leaves_out(hous
     assert told["status"] == 404
     assert (
         told["detail"]
-        == f"The scope of this token leaves out the namespace {PRIVATE}, where publisher has the role publisher."
+        == f"This token's scope excludes the namespace {PRIVATE}, where publisher has the role publisher."
     )
-    assert told["next"].endswith(f"Use a token whose scope has {PRIVATE}=publisher.")
+    assert told["next"].endswith(f"Use a token whose scope includes {PRIVATE}=publisher.")
     who = house.ask("weak", "GET", "/v1/whoami").json()
     assert (who["grants"], who["limited"]) == ({PUBLIC: "reader"}, {PUBLIC: "publisher", PRIVATE: "publisher"})
     for caller, namespace in (("weak", OTHER), ("weak", "ghost"), ("stranger", PRIVATE)):

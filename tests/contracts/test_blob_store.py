@@ -215,8 +215,8 @@ def test_a_full_disk_is_unavailable_and_nothing_of_the_blob_stays(tmp_path: Path
     [
         (errno.ENOSPC, "store_full", "Free some space"),
         (errno.EDQUOT, "store_full", "Free some space"),
-        (errno.EACCES, "store_unavailable", "may be written to"),
-        (errno.EROFS, "store_unavailable", "may be written to"),
+        (errno.EACCES, "store_unavailable", "is writable"),
+        (errno.EROFS, "store_unavailable", "is writable"),
         (errno.EIO, "store_unavailable", "disk is sound"),
     ],
 )

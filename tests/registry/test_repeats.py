@@ -72,7 +72,7 @@ def test_what_failed_is_not_kept(database: Database) -> None:
 def test_a_key_is_its_users_and_of_one_request(database: Database) -> None:
     made(database, ASKED, 1)
     assert made(database, IdempotentRequest("ben", "one", "b" * 64), 2) == {"made": 2}
-    with pytest.raises(Conflict, match="of another request"):
+    with pytest.raises(Conflict, match="for another request"):
         made(database, IdempotentRequest("mia", "one", "b" * 64), 3)
 
 

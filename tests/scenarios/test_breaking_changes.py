@@ -167,7 +167,7 @@ def test_a_fix_of_an_older_line_is_compared_with_that_line(stocked_embedded: Cli
     assert release(cli, adapter(tmp_path / "fix", seed=1), "acme/sql:1.0.1").code == 0
     refused = release(cli, large, "acme/sql:1.0.2")
     assert refused.code == 1
-    assert "released already, as 2.0.0" in refused.err
+    assert "already published as 2.0.0" in refused.err
     again = release(cli, large, "acme/sql", "--bump", "auto", "--json").json
     assert (again["release"]["version"], again["created"]) == ("2.0.0", False)
 

@@ -166,9 +166,9 @@ def test_what_is_no_pickle_passes(what: str) -> None:
     "name", ["a.pt", "A.PTH", "m.pth.tar", "x.pkl.gz", "y.joblib", "z.mar", "training_args.bin", "w.dill", "v.pkl.z"]
 )
 def test_names_that_loaders_unpickle_are_refused_before_a_byte_is_sent(name: str) -> None:
-    with pytest.raises(Invalid, match="is refused by its name: such files mostly are pickles") as raised:
+    with pytest.raises(Invalid, match="is refused by its name: such files are usually pickles") as raised:
         refuse_pickle_name(f"somewhere/{name}")
-    assert "Rename it if it is none" in raised.value.next_step, "nobody has looked into it"
+    assert "Rename it if it is not a pickle" in raised.value.next_step, "nobody has looked into it"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "bin", "a.bin.json", "notes.pt.md", "x.npy", "x.npz", "model.pte"])

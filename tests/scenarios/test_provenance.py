@@ -168,7 +168,7 @@ def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: C
     assert spectrum["modules"][0]["energy"] == {"1": 0.9379, "2": 0.9965, "4": 0.9977}
     assert cli.json("show", "acme/sql", "--modules") == spectrum
     table = cli.ok("show", "acme/sql", "--modules", "--wide").out
-    assert "at R: energy that truncation to rank R keeps" in table
+    assert "at R: energy kept at rank R" in table
     assert re.search(rf"{re.escape(names[0])} .* 93.8% .* 99.7%", table)
     assert [(row["module"], row["near_zero"]) for row in spectrum["modules"]] == [(names[0], False), (names[1], True)]
     inspected = cli.json("inspect", tmp_path / "a")

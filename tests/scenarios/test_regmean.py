@@ -57,7 +57,7 @@ def test_suites_that_want_other_answers_to_the_same_prompts_are_named(
         (["--method", "regmean"], "--suite"),
         (["--method", "stack", "--suite", "SUITE"], "not fitted"),
         (["--method", "regmean", "--suite", "SUITE"], "1 suites or prompt files"),
-        (["--method", "regmean", "--suite", "SUITE", "--suite", "SUITE", "--set", "examples=6"], "none to judge by"),
+        (["--method", "regmean", "--suite", "SUITE", "--suite", "SUITE", "--set", "examples=6"], "none to evaluate on"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_before_any_work(
@@ -149,7 +149,7 @@ def test_a_fitted_recipe_needs_examples_and_an_adapter_to_publish(team: Cli, tmp
     unknown = team("compose", recipe(tmp_path, inputs=["acme/sql", "acme/support"]), "--plan")
     assert (unknown.code, "has no score on a target suite" in unknown.err) == (1, True)
     small = team("compose", recipe(tmp_path, settings={"examples": 6}), "--plan")
-    assert (small.code, "leave none to judge by" in small.err) == (1, True)
+    assert (small.code, "leaves none to evaluate on" in small.err) == (1, True)
     alone = team("compose", recipe(tmp_path, adapter=None))
     assert (alone.code, "publishes only a model" in alone.err) == (2, True)
 

@@ -106,7 +106,7 @@ def test_a_relation_between_bases_is_checked(stocked: Cli, world: World, tmp_pat
     stocked.ok("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "cast")
     stocked.ok("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "cast")
     circular = stocked("base", "add", world.base, "--name", "tiny", "--derived-from", "half", "--relation", "cast")
-    assert (circular.code, "itself made from" in circular.err) == (6, True)
+    assert (circular.code, "itself derived from" in circular.err) == (6, True)
     corrected = stocked.json("base", "add", cast, "--name", "half", "--derived-from", "tiny", "--relation", "merged")
     assert corrected["relation"] == "merged", "the owner of a registry may correct what was said"
     unknown = stocked("base", "add", cast, "--name", "half", "--derived-from", "nothing", "--relation", "merged")
@@ -145,7 +145,7 @@ def test_a_cursor_belongs_to_its_search(shelf: Cli) -> None:
     cursor = shelf.json("search", "--limit", "1")["next"]
     for other in (("--sort", "version"), ("--namespace", "acme"), ("--sort", "sql-exact.nll")):
         refused = shelf("search", "--limit", "1", "--cursor", cursor, *other)
-        assert (refused.code, "not one of this search" in refused.err) == (2, True)
+        assert (refused.code, "does not belong to this search" in refused.err) == (2, True)
     assert found(shelf, "--limit", "5", "--cursor", cursor) == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
     for forged in ("x", "!!!", "W10", "WyJhIiwgbnVsbCwgMV0"):
         assert shelf("search", "--cursor", forged).code == 2

@@ -137,7 +137,7 @@ def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not
     site.base.rename(site.base.with_name("away"))
     refused = site.cli("compose", write_recipe(tmp_path))
     assert refused.code == 7
-    assert "finds none of the base's locations" in refused.err
+    assert "cannot find the base" in refused.err
     assert "adaptory base add DIR" in refused.err
 
 

@@ -179,7 +179,7 @@ def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli,
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"model": "acme/both:2.0.0"}, 2, "two repositories"),
+        ({"model": "acme/both:2.0.0"}, 2, "separate repositories"),
         ({"model": "acme/sql:2.0.0"}, 4, "holds adapter releases"),
         ({"gates": ["guard-exact.nll within 0 of served"]}, 2, "has no channel"),
         ({"gates": ["support-exact.nll <= 9"]}, 2, "does not evaluate support-exact"),

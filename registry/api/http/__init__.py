@@ -1,1 +1,1 @@
-"""Callers, rules, limits and problems of HTTP."""
+"""HTTP: callers, rules, limits and problems."""

@@ -1,4 +1,4 @@
-"""Who asks: the single user of an embedded registry, the user of a token, or nobody in particular."""
+"""Identifies callers: the single user of an embedded registry, the user of a token, or anonymous."""
 
 import hashlib
 import time
@@ -21,16 +21,16 @@ _MAX_SOURCE_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a request says of itself: its Authorization header, its address and its client."""
+    """A request's Authorization header, address and client."""
 
     authorization: str
     source: str
 
     @property
     def key(self) -> str:
-        """What limits are counted by: the token, without keeping it, or the address of who has none."""
+        """The key for rate limits: a digest of the token, or the address of a caller without one."""
         if self.authorization:
-            scheme, _, text = self.authorization.partition(" ")  # however it is spelled, it is one token
+            scheme, _, text = self.authorization.partition(" ")  # one token, however the header is written
             return hashlib.sha256(f"{scheme.lower()} {text.strip()}".encode()).hexdigest()
         return self.address
 
@@ -41,9 +41,9 @@ class Credentials:
 
 @dataclass(slots=True)
 class ActorCache:
-    """Remembers for `access_cache_s` seconds whom a token stands for and which namespaces are public.
+    """Caches for `access_cache_s` seconds the actor of each token and the public namespaces.
 
-    A change made through this process is seen at once (`forget`), one made through another when the time is up.
+    Changes made by this process apply immediately (`forget`), those of other processes when the time is up.
     """
 
     resources: Resources
@@ -54,7 +54,7 @@ class ActorCache:
     _lock: Lock = field(default_factory=Lock)
 
     def remembered(self, credentials: Credentials) -> Actor | None:
-        """The actor, if that needs no database."""
+        """The actor, if known without the database."""
         now = self.resources.clock()
         if self.single_user:
             everything = {EVERYWHERE: Role.ADMIN.value}
@@ -92,7 +92,7 @@ class ActorCache:
     ) -> None:
         until = time.monotonic() + self.resources.settings.access_cache_s
         with self._lock:
-            if generation != self._generation:  # what was read may be from before the change
+            if generation != self._generation:  # the data may be older than the change
                 return
             self._public = (until, public)
             if caller is not None:

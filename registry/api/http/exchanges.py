@@ -1,7 +1,7 @@
-"""One request and its answer: the id that both carry, and the line of the access log.
+"""Request ids and the access log.
 
 The log is JSON lines or text on stderr: time, method, route template, status, seconds, actor, request id, address. It
-has no path, query, header or body, in which there may be secrets: the route's template says what was asked.
+contains no path, query, header or body, which may hold secrets; the route template shows what was requested.
 """
 
 import json
@@ -20,30 +20,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 AccessLog = Literal["json", "text", "off"]
 HEADER = b"x-request-id"
 _GIVEN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-"""What a proxy in front may call a request; anything else could forge lines of a log."""
+"""Request ids accepted from a proxy; anything else could forge log lines."""
 
 
 @dataclass(slots=True)
 class Exchange:
-    """`actor` is known once a route has asked who calls."""
+    """A request and its response. `actor` is set once a route has identified the caller."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     actor: str | None = None
     status: int = 500
-    """Until an answer begins, what a request ends with that gets none."""
+    """The status of a request that gets no response, until one starts."""
 
 
 current: ContextVar[Exchange | None] = ContextVar("registry.api.http.exchanges", default=None)
 
 
 def request_id() -> str | None:
-    """Of the request that is being answered."""
+    """The id of the current request."""
     exchange = current.get()
     return exchange.request_id if exchange else None
 
 
 class Exchanges:
-    """Gives each request an id, puts it into the answer's `X-Request-Id`, and logs the answer when it has ended."""
+    """Gives each request an id, returns it as `X-Request-Id`, and logs the response when it ends."""
 
     def __init__(self, app: ASGIApp, access_log: AccessLog) -> None:
         self.app = app
@@ -56,7 +56,7 @@ class Exchanges:
         given = next((value for name, value in scope["headers"] if name == HEADER), b"")
         exchange = Exchange(given.decode()) if _GIVEN.fullmatch(given) else Exchange()
         began = time.perf_counter()
-        current.set(exchange)  # for this request's own task, and for what answers when all else has failed
+        current.set(exchange)  # for this request's task, and for the error handler of last resort
 
         async def identified(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -87,7 +87,7 @@ class Exchanges:
 
 
 def _template(scope: Scope) -> str | None:
-    """None where no route answered. Routes of repositories are mounted twice, and say only what follows the prefix."""
+    """The route template, None if no route matched. Repository routes are mounted twice and lack their prefix."""
     route = scope.get("route")
     template: str | None = getattr(route, "path_format", getattr(route, "path", None))
     if template is None or template.startswith("/v1") or not scope["path"].startswith("/v1/"):
@@ -100,7 +100,7 @@ def _json(row: Mapping[str, Any]) -> str:
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    """Values as JSON writes them where they have more than plain characters: a name must not forge a line."""
+    """Values with special characters are JSON-encoded: a name must not forge a line."""
     return " ".join(f"{name}={_plain(value)}" for name, value in row.items())
 
 

@@ -1,4 +1,4 @@
-"""What is refused before a route sees it: bodies that are too long, names that are not ours, pages of other sites."""
+"""Middleware that refuses requests before any route: oversized bodies and headers, floods, other hosts and sites."""
 
 import time
 from collections import Counter
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from limits import RateLimitItem
 
 BLOB_PATHS = "/v1/blobs/"
-"""Their size is limited by `max_file_bytes`, where they are received."""
+"""Limited by `max_file_bytes` instead, when they are received."""
 HEALTH_PATHS = ("/healthz", "/readyz")
-"""A probe asks often, and from the address of whatever stands in front."""
+"""Not counted: probes are frequent, and share the address of a proxy in front."""
 
 
 class BodyLimit:
-    """Answers 413 to a document longer than `limit_bytes`, by its Content-Length or, without one, as it arrives."""
+    """Answers 413 to a body longer than `limit_bytes`, by its Content-Length or, without one, as it arrives."""
 
     def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
         self.app = app
@@ -55,15 +55,15 @@ class BodyLimit:
                 await send(message)
 
         await self.app(scope, bounded, answer)
-        if taken > self.limit_bytes:  # the framework calls whatever goes wrong with a body a 400
+        if taken > self.limit_bytes:  # the framework would answer 400
             await problem_response(self._error())(scope, receive, send)
 
     def _error(self) -> TooLarge:
         return TooLarge(
             "body_too_large",
             f"The body is longer than {self.limit_bytes:,} bytes.",
-            next_step="Send less, or let an operator raise ADAPTORY_MAX_DOCUMENT_BYTES where the registry runs; a base "
-            "needs some 200 bytes a tensor.",
+            next_step="Send less, or ask an operator to raise ADAPTORY_MAX_DOCUMENT_BYTES on the server; a base needs "
+            "about 200 bytes per tensor.",
         )
 
 
@@ -71,12 +71,12 @@ def headers_too_large(limit_bytes: int) -> TooLarge:
     return TooLarge(
         "headers_too_large",
         f"Headers and query are longer than {limit_bytes:,} bytes.",
-        next_step="Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
+        next_step="Send less, or ask an operator to raise ADAPTORY_MAX_HEADER_BYTES.",
     )
 
 
 class HeaderLimit:
-    """Answers 431 to headers that are longer than `limit_bytes` together."""
+    """Answers 431 if headers and query are together longer than `limit_bytes`."""
 
     def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
         self.app = app
@@ -92,17 +92,17 @@ class HeaderLimit:
 
 
 class CallerLimits:
-    """Answers 429 to a caller with too many requests, or too many uploads at a time: counted by token, or by address.
+    """Answers 429 to a caller with too many requests or concurrent uploads, counted by token, else by address.
 
-    Tokens that are not in force count by address too, since anybody can make up any number of them. Who has sent too
-    many of those is asked for a right one before anything else is done for it, and then counted by that one alone:
-    others may share the address.
+    Invalid tokens are also counted by address, since anyone can make up any number of them. After too many of those,
+    the token of each request from the address is checked first. Valid tokens are then counted alone, since others may
+    share the address.
 
-    Each server process counts for itself.
+    Each server process counts separately.
     """
 
     def __init__(self, app: ASGIApp, callers: ActorCache) -> None:
-        import limits  # only where there are tokens: the embedded registry counts nothing
+        import limits  # imported here: only servers with tokens need it
         from limits.storage import MemoryStorage
         from limits.strategies import FixedWindowRateLimiter
 
@@ -135,14 +135,14 @@ class CallerLimits:
             await self.app(scope, receive, count_guesses)
 
     async def _refusal(self, rate: "RateLimitItem", credentials: Credentials) -> RegistryError | None:
-        """Why the request goes no further, or None; counts it."""
+        """Counts the request. Returns the error if it is refused."""
         guesses = _guesses(credentials)
         if credentials.authorization and not self._window.test(rate, guesses):
             try:
                 if self._callers.remembered(credentials) is None:
                     await run_in_threadpool(self._callers.ask, credentials)
             except Unauthenticated:
-                return self._too_many(rate, guesses, "tokens that are not in force, from this address")
+                return self._too_many(rate, guesses, "invalid tokens from this address")
             except RegistryError as error:
                 return error
         if not self._window.hit(rate, credentials.key):
@@ -152,8 +152,8 @@ class CallerLimits:
     def _too_many(self, rate: "RateLimitItem", key: str, whom: str) -> TooMany:
         error = TooMany(
             "too_many_requests",
-            f"More than {rate} with {whom}.",
-            next_step="Wait as long as Retry-After says; ADAPTORY_RATE_LIMIT sets the limit.",
+            f"More than {rate} requests with {whom}.",
+            next_step="Wait for the time in Retry-After; ADAPTORY_RATE_LIMIT sets the limit.",
         )
         return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
 
@@ -162,8 +162,8 @@ class CallerLimits:
         if self._uploads[key] >= self._max_uploads:
             error = TooMany(
                 "too_many_uploads",
-                f"{self._max_uploads} files are being sent already with {_whom(credentials)}.",
-                next_step="Send fewer at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
+                f"{self._max_uploads} uploads are already running with {_whom(credentials)}.",
+                next_step="Send fewer files at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
             )
             await problem_response(error)(scope, receive, send)
             return
@@ -177,19 +177,19 @@ class CallerLimits:
 
 
 def _whom(credentials: Credentials) -> str:
-    """Those who are counted together, in words."""
+    """Who is counted together, in words."""
     return "this token" if credentials.authorization else "no token, from this address"
 
 
 def _guesses(credentials: Credentials) -> str:
-    """Under which the tokens of an address that are not in force are counted."""
+    """The key under which an address's invalid tokens are counted."""
     return f"guesses {credentials.address}"
 
 
 class SameSite:
-    """Answers only to its own names: 400 to a request by another name, 403 to a browser that acts for another site.
+    """Answers only requests to its own host names: 400 for other names, 403 for pages of other sites.
 
-    A page on the web could point a name of its own at loopback, and a form there could post to a loopback server.
+    A website could point its own host name at loopback, or post a form to a loopback server.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
@@ -207,26 +207,26 @@ class SameSite:
         if not self._is_own(_hostname(f"//{host}")):
             return Usage(
                 "unknown_host",
-                f"This registry does not go by the name {host[:200]!r}.",
+                f"{host[:200]!r} is not a host name of this registry.",
                 subject=host[:200],
-                next_step=f"Ask for it as {self.names[0]}.",
+                next_step=f"Use {self.names[0]}.",
             )
         if origin and not self._is_own(_hostname(origin)):
             return NotAllowed(
                 "other_site",
                 f"Pages of {origin[:200]} may not use this registry.",
                 subject=origin[:200],
-                next_step=f"Use a page of {self.names[0]}, or a client that is no browser.",
+                next_step=f"Use a page of {self.names[0]}, or a client that is not a browser.",
             )
         return None
 
     def _is_own(self, name: str | None) -> bool:
-        """No page has one of these, or can point a name of its own at an address that is written as one."""
+        """Whether the name is ours: no website has one of these names or a loopback address."""
         return name in self.names or is_loopback(name or "")
 
 
 def _hostname(url: str) -> str | None:
-    """None also for what is no URL, such as `http://[`."""
+    """The host name; None also for an invalid URL, such as `http://[`."""
     try:
         return urlsplit(url).hostname
     except ValueError:

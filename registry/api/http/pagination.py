@@ -14,12 +14,12 @@ from registry.errors import Usage
 Row = TypeVar("Row")
 Item = TypeVar("Item", bound=Wire)
 
-Limit = Annotated[int, Query(ge=1, le=500, description="Items a page.")]
-Cursor = Annotated[str | None, Query(max_length=400, description="`next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=500, description="Items per page.")]
+Cursor = Annotated[str | None, Query(max_length=400, description="`next` of the previous page.")]
 
 
 def encode_cursor(key: str | int) -> str:
-    """Opaque on purpose: what a list is ordered by may change."""
+    """Encodes a key opaquely: the order of a list may change."""
     return base64.urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
 
 
@@ -36,7 +36,7 @@ def decode_cursor(cursor: str | None) -> str:
             "bad_cursor",
             f"{cursor[:80]!r} is not a cursor.",
             subject=cursor[:80],
-            next_step="Use `next` of the page before as it is.",
+            next_step="Use `next` of the previous page unchanged.",
         ) from None
 
 
@@ -46,13 +46,13 @@ def decode_number(cursor: str | None) -> int:
         raise Usage(
             "bad_cursor",
             f"{cursor!r} is not a cursor of this list.",
-            next_step="Use `next` of the page before as it is.",
+            next_step="Use `next` of the previous page unchanged.",
         )
     return int(text)
 
 
 def page(items: Sequence[Item], limit: int, keys: Sequence[str | int]) -> Page[Item]:
-    """`items` were asked for with `limit + 1`: the one too many says that there is a next page."""
+    """A page of `items`, which were queried with `limit + 1`: an extra item means that there is a next page."""
     more = len(items) > limit
     return Page(items=list(items[:limit]), next=encode_cursor(keys[limit - 1]) if more else None)
 
@@ -62,12 +62,12 @@ def etag(move_id: int) -> str:
 
 
 def expected_from(if_match: str | None, if_none_match: str | None) -> Expected | None:
-    """`If-Match: "17"` is the move that the caller saw; `If-None-Match: *` says that the channel must not exist yet."""
+    """Parses preconditions: `If-Match: "17"` is the last move seen; `If-None-Match: *` requires a new channel."""
     if if_none_match is not None:
         if if_none_match.strip() != "*":
             raise Usage(
                 "bad_precondition",
-                "If-None-Match takes only * here.",
+                "If-None-Match accepts only * here.",
                 next_step="Send *, or If-Match with the ETag of GET channels/{channel}.",
             )
         return Expected(NOTHING_YET)

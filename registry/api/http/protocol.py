@@ -1,7 +1,7 @@
-"""HTTP as the server reads it from its sockets, with a bound on what comes before and behind a body, and as it answers.
+"""The server's HTTP protocol, with bounds on request heads, trailers and chunk framing.
 
-The fast parser keeps a head of any length, and the application's own limit (`HeaderLimit`) is asked only when all of it
-has come: without this bound a client could fill the server's memory with one endless header.
+The parser buffers heads of any length, and the application's own limit (`HeaderLimit`) applies only to a complete head:
+without this bound, a client could fill the server's memory with one endless header.
 """
 
 import asyncio
@@ -15,20 +15,20 @@ from registry.api.http.problems import problem_response
 from registry.errors import RegistryError, Usage
 
 MAX_HEAD_BYTES = 256 << 10
-"""Above every limit that `ADAPTORY_MAX_HEADER_BYTES` makes sense for: those leave the connection open, this one hangs
-up."""
+"""Above any sensible `ADAPTORY_MAX_HEADER_BYTES`. Exceeding that keeps the connection open; exceeding this closes
+it."""
 MAX_PIPELINED = 100
-"""So many requests of a connection may wait for the answers to those before them."""
+"""Maximum number of requests that may wait for earlier responses on a connection."""
 HEAD_S = 30
-"""Within which a head ends."""
+"""Time within which a head must end."""
 MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
-"""What is still read, and for how long, of a head that was refused."""
+"""How much of a refused head is still read, and for how long."""
 
 
 class Gathered:
-    """A transport that sends together what is written in one turn of the loop.
+    """A transport that sends everything written in one turn of the event loop together.
 
-    The server writes a head and its body one after the other: two packets, for which the client is woken twice.
+    The server writes head and body separately: two packets would wake the client twice.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -54,17 +54,16 @@ class Gathered:
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Answers 431 and hangs up when a head does not end in time; hangs up when what is behind a body, or between its
-    chunks, does not.
+    """Answers 431 and closes the connection if a head is too long; closes it if a head is too slow, or if trailers or
+    chunk framing are too long.
 
-    What is said behind a body is no header: the parser would put it among them, where it could speak for the proxy that
-    had looked at the head.
+    Ignores trailers: the parser would add them to the headers, where they could override what a proxy had checked.
     """
 
     _in_head = True
     _refused = False
     _loose_bytes = 0
-    """Of the connection since it last came to an end of a head, or to a body."""
+    """Bytes received since the last end of a head or the last piece of a body."""
     _too_late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -82,7 +81,7 @@ class BoundedHttp(HttpToolsProtocol):
                 self._refuse()
             else:
                 self.transport.close()
-        elif self._in_head and self._too_late is None:  # mostly all of a head comes at once, and no clock is set
+        elif self._in_head and self._too_late is None:  # usually a head arrives at once and needs no timer
             self._too_late = self.loop.call_later(HEAD_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -103,11 +102,11 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
 
         if len(self.pipeline) > MAX_PIPELINED:
-            raise ValueError("too many requests wait")  # for the parser, which ends there; the answer is a 400
+            raise ValueError("too many requests wait")  # stops the parser, which answers 400
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.pipeline:  # the server reads on after each answer, however many requests wait
+        if self.pipeline:  # the server resumes reading after each response, however many requests wait
             self.flow.pause_reading()
 
     def on_body(self, body: bytes) -> None:
@@ -120,20 +119,20 @@ class BoundedHttp(HttpToolsProtocol):
             self._too_late = None
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP, or too many requests at once: the parser ends there."""
+        """Answers invalid HTTP or too many pipelined requests, after which the parser stops."""
         self._answer(
             Usage("bad_http", f"{msg.rstrip('.')}.", next_step="Send HTTP/1.1, one request after the other."), 400
         )
         self.transport.close()
 
     def _refuse(self) -> None:
-        """Reads on for a moment: who is still sending when the connection is closed does not get to see the answer."""
+        """Refuses the head, but reads on briefly: a client that is still sending at the close would miss the answer."""
         self._refused = True
         self._answer(headers_too_large(MAX_HEAD_BYTES), 431)
         self.loop.call_later(LINGER_S, self.transport.close)
 
     def _answer(self, error: RegistryError, status: int) -> None:
-        """A problem document like those of the application, with an id of its own, before the connection is closed."""
+        """Writes a problem document like the application's, with its own request id; the connection then closes."""
         exchange = Exchange()
         token = current.set(exchange)
         problem = problem_response(error, status, {"Connection": "close", "X-Request-Id": exchange.request_id})

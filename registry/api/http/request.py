@@ -1,4 +1,4 @@
-"""From a request: what the process holds, the body as a stream, its parameters."""
+"""Request dependencies: the process's resources, the body as a stream, parameters."""
 
 import hashlib
 from collections.abc import AsyncGenerator, Iterator
@@ -19,16 +19,16 @@ from registry.transfer.resources import Resources
 BODY_SILENCE_S = 60
 DOCUMENT_S = 300
 MAX_DIGITS = 18
-"""A decimal of so many digits fits the 64 bits of a column, and is far below what `int` refuses to read."""
+"""A number of this many digits fits a 64-bit column, and `int` can parse it."""
 
 
 async def resources_of(request: Request) -> Resources:
-    """Asynchronous only because a plain dependency would be called in a thread of its own."""
+    """Asynchronous only because a synchronous dependency would run in a thread."""
     return cast(Resources, request.app.state.resources)
 
 
 def idempotent_request(request: Request, actor: Actor, key: str | None, body: BaseModel) -> IdempotentRequest | None:
-    """The request as it is known again, for a route that takes a `RequestKey`."""
+    """Identifies a repeated request, for a route that takes a `RequestKey`."""
     if key is None:
         return None
     expected = [request.headers.get(name, "") for name in ("If-Match", "If-None-Match")]
@@ -37,12 +37,12 @@ def idempotent_request(request: Request, actor: Actor, key: str | None, body: Ba
 
 
 def uploads_limiter(request: Request) -> CapacityLimiter:
-    """Threads for bodies alone: whoever sends slowly holds up other senders, not those who ask."""
+    """Threads only for request bodies: slow senders hold up other senders, not other requests."""
     return cast(CapacityLimiter, request.app.state.uploads_limiter)
 
 
 def body_chunks(request: Request) -> Iterator[bytes]:
-    """The body, piece by piece, for a route that runs in a worker thread; never the whole of it in memory."""
+    """The body in chunks, never all in memory, for a route that runs in a worker thread."""
     stream = request.stream()
     while (chunk := from_thread.run(_next_chunk, stream)) is not None:
         if chunk:
@@ -50,33 +50,37 @@ def body_chunks(request: Request) -> Iterator[bytes]:
 
 
 async def _next_chunk(stream: AsyncGenerator[bytes]) -> bytes | None:
-    """None at the end. Who stops sending must not hold a thread for ever."""
+    """The next chunk, None at the end. Times out, so that a stalled sender does not hold a thread forever."""
     try:
         with fail_after(BODY_SILENCE_S):
             return await anext(stream, None)
     except TimeoutError:
         raise Usage(
-            "body_silent", f"Nothing of the body has come for {BODY_SILENCE_S} s.", next_step="Send the file again."
+            "body_silent", f"No part of the body has arrived for {BODY_SILENCE_S} s.", next_step="Send the file again."
         ) from None
     except ClientDisconnect:
-        raise Usage("body_cut", "The body ended before all of it had come.", next_step="Send the file again.") from None
+        raise Usage(
+            "body_cut", "The connection ended before the complete body arrived.", next_step="Send the file again."
+        ) from None
 
 
 def limit_bytes(request: Request) -> int:
-    """How long a document may be."""
+    """The maximum length of a document."""
     return cast(Resources, request.app.state.resources).settings.max_document_bytes
 
 
 async def document(request: Request) -> bytes:
-    """The whole body, of which `BodyLimit` says how long it may be; what is there of a slow one is in memory."""
+    """The complete body, in memory; `BodyLimit` bounds its length."""
     try:
         with fail_after(DOCUMENT_S):
             return await request.body()
     except TimeoutError:
-        message = f"The body has not come within {DOCUMENT_S} s."
+        message = f"The body has not arrived within {DOCUMENT_S} s."
         raise Usage("body_slow", message, next_step="Send it again.") from None
     except ClientDisconnect:
-        raise Usage("body_cut", "The body ended before all of it had come.", next_step="Send it again.") from None
+        raise Usage(
+            "body_cut", "The connection ended before the complete body arrived.", next_step="Send it again."
+        ) from None
 
 
 def content_length(request: Request) -> int:
@@ -90,18 +94,18 @@ def _in_utc(moment: datetime) -> datetime:
     try:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except OverflowError:
-        raise ValueError("is no moment of the years 1 to 9999 in UTC") from None
+        raise ValueError("is not a time in the years 1 to 9999 in UTC") from None
 
 
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
-"""In UTC, which is meant where no offset is given."""
+"""A time in UTC; without an offset, UTC is assumed."""
 RequestKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         pattern=r"^[\x21-\x7e]{1,64}$",
-        description="Any text of your own. The same request of the same user once more, under the same key and within "
-        "a week, is not done a second time: the answer is what the first one made.",
+        description="Any text that you choose. A repeated request of the same user with the same key within a week "
+        "takes effect only once and returns the first result.",
     ),
 ]
 ResourcesOf = Annotated[Resources, Depends(resources_of)]

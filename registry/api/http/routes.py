@@ -1,5 +1,4 @@
-"""What routes have in common: unknown parameters are refused, what is asked again is read once, and a document only
-after its sender may send it."""
+"""Route classes: refuse unknown parameters, parse repeated queries once, and read a body only after authorization."""
 
 import asyncio
 import time
@@ -23,18 +22,18 @@ T = TypeVar("T")
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 BYTES_A_VALUE = 16
-"""At the least, in the longest document that is taken. A base has one in 25."""
+"""Minimum bytes per JSON value in the longest accepted document; a base has 25."""
 MAX_QUERIES, MAX_QUERY_BYTES = 256, 500
-"""Of each route, whoever asks: some 20 MB for all of them together at the most."""
+"""Cached queries per route: at most about 20 MB for all routes."""
 DIRECT_THREADS = 16
-"""Fewer than there are connections to the database: slow searches leave some to everything else."""
+"""Fewer than database connections, so that slow searches leave some for other requests."""
 DIRECT_PATIENCE_S = 5.0
-"""Who has waited longer for one of them is told so: those that were asked before may have waited for the database."""
+"""Requests that waited longer for a thread get a 503: earlier ones may be waiting for the database."""
 _threads = ThreadPoolExecutor(DIRECT_THREADS, "direct")
 
 
 def cached_by_query(read: Callable[[bytes], T]) -> Callable[[bytes], T]:
-    """Keeps what a query says: who deploys asks the same again and again. Long ones are read each time."""
+    """Caches parsed queries, which deployments repeat; long ones are parsed each time."""
     kept = lru_cache(MAX_QUERIES)(read)
 
     @wraps(read)
@@ -45,9 +44,8 @@ def cached_by_query(read: Callable[[bytes], T]) -> Callable[[bytes], T]:
 
 
 class Route(APIRoute):
-    """Raises Usage for a parameter that the route does not know: of a misspelt condition nothing would be said, and
-    everything be told that it was to leave out. And for a NUL, which PostgreSQL does not take. TooLarge for a document
-    of very many values."""
+    """Raises Usage for an unknown parameter: a misspelt filter would otherwise be ignored silently and return
+    everything. Also for a NUL, which PostgreSQL does not accept. Raises TooLarge for a body with too many values."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -55,7 +53,7 @@ class Route(APIRoute):
         self.responses = {**_errors(self, rules), **self.responses}
         security: list[dict[str, list[str]]] = [{"bearer": []}] if rules else []
         if any(rule.role is Role.READER and rule.where is not Where.ANYWHERE for rule in rules):
-            security.append({})  # what is public needs no token
+            security.append({})  # public data needs no token
         self.openapi_extra = {"security": security, **(self.openapi_extra or {})}
 
     def get_route_handler(self) -> Handler:
@@ -79,15 +77,15 @@ class Route(APIRoute):
         return super().get_route_handler()
 
     def _parameters(self) -> tuple[str, ...]:
-        """Those of the query: what the route declares, and what it reads by itself."""
+        """The query parameters that the route declares or parses itself."""
         described = (self.openapi_extra or {}).get("parameters", [])
         return (*_declared(self.dependant), *(one["name"] for one in described if one["in"] == "query"))
 
 
 class ThreadedRoute(Route):
-    """A route that is given the request and what depends on nothing else, makes its own response, and runs in a thread.
+    """A route whose dependencies need only the request, which returns a Response and runs in its own thread pool.
 
-    The framework takes longer to find that out anew, and to reach its threads, than a database to answer.
+    The framework's dependency resolution and thread hand-over take longer than the database query.
     """
 
     def _answer(self) -> Handler:
@@ -109,21 +107,21 @@ class ThreadedRoute(Route):
 
 
 _ERRORS: dict[int, str] = {
-    400: "The request is not one that this route knows.",
-    401: "It needs a token, or this one is not in force.",
+    400: "The request is malformed or has an unknown parameter.",
+    401: "A token is required, or the given one is not valid.",
     403: "The caller may not do this.",
-    404: "There is no such thing that the caller may see.",
-    409: "It contradicts what is there.",
+    404: "It does not exist, or the caller may not see it.",
+    409: "The request conflicts with the current state.",
     412: "The precondition (`If-Match`, `If-None-Match`) does not hold.",
     413: "The body is too large.",
-    422: "What was sent is invalid, or a check or a gate refuses it.",
-    429: "Too many requests; `Retry-After` says when to ask again.",
-    503: "The database, the store or the disk is away; `Retry-After` says when to ask again.",
+    422: "The content is invalid, or a check or gate refuses it.",
+    429: "Too many requests; `Retry-After` says when to try again.",
+    503: "The database, the store or the disk is unavailable; `Retry-After` says when to try again.",
 }
 
 
 def _errors(route: APIRoute, rules: Sequence[Rule]) -> dict[int | str, dict[str, Any]]:
-    """The statuses of errors that a route may answer with, by what it is asked and whom it lets in."""
+    """The error statuses of a route, derived from its method, parameters and rules."""
     methods = set(route.methods or ())
     changes = bool(methods - {"GET", "HEAD"})
     holds = {
@@ -146,18 +144,19 @@ def _headers(dependant: Dependant) -> list[Any]:
 
 
 def _refuse_many_values(body: bytes, most: int) -> None:
-    """An empty list is three bytes on its way and eighty as an object. Characters are counted, those in texts too."""
+    """Refuses bodies with many values: an empty list takes three bytes in JSON and eighty in memory. Counts the
+    characters everywhere, also inside strings."""
     if sum(map(body.count, (b",", b"[", b"{"))) > most:
         message = f"The body has more than {most:,} commas and opening brackets."
-        next_step = f"Send less, or let an operator raise ADAPTORY_MAX_DOCUMENT_BYTES: one counts for {BYTES_A_VALUE}."
+        next_step = f"Send less, or ask an operator to raise ADAPTORY_MAX_DOCUMENT_BYTES ({BYTES_A_VALUE} for each)."
         raise TooLarge("body_too_large", message, next_step=next_step)
 
 
 def _busy() -> Unavailable:
     return Unavailable(
         "searches_busy",
-        f"{DIRECT_THREADS} searches were running for {DIRECT_PATIENCE_S:g} s and longer.",
-        next_step="Ask again in as many seconds as Retry-After says; /readyz tells whether the database answers.",
+        f"All {DIRECT_THREADS} search threads were busy for more than {DIRECT_PATIENCE_S:g} s.",
+        next_step="Try again after the seconds in Retry-After; /readyz tells whether the database answers.",
     )
 
 
@@ -171,7 +170,7 @@ def _is_known(known: tuple[str, ...], query: bytes) -> bool:
 
 
 def _odd(known: tuple[str, ...], query: bytes) -> str | None:
-    """The first parameter that the route does not know, or that has a NUL."""
+    """The first parameter that is unknown or contains a NUL."""
     asked = QueryParams(query).multi_items()
     return next((name for name, value in asked if name not in known or "\0" in value), None)
 
@@ -179,7 +178,7 @@ def _odd(known: tuple[str, ...], query: bytes) -> str | None:
 def _refusal(request: Request, known: tuple[str, ...]) -> RegistryError:
     name = (_odd(known, request.scope["query_string"]) or "")[:80]
     if name in known:
-        return Invalid("bad_value", f"{name} has a NUL.", subject=name, next_step="Leave it out.")
+        return Invalid("bad_value", f"{name} contains a NUL character.", subject=name, next_step="Leave it out.")
     meant = get_close_matches(name, known, 1)
     there_are = f"There are {', '.join(known)}." if known else "Leave it out."
     return Usage(

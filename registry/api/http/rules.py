@@ -1,8 +1,8 @@
-"""The rule of a route, stated as the type of its actor: who may call it. A route without one fails a test.
+"""Access rules: the type of a route's actor says who may call it. A test fails for a route without one.
 
-def yank(named: RepositoryOf, actor: Releaser, ...)   a releaser in the namespace that the path names
-def list_bases(actor: Member, ...)                    whoever has a role anywhere
-def show_job(actor: Caller, ...)                      the route looks at the row first, then calls `permit`
+def yank(named: RepositoryOf, actor: Releaser, ...)   releasers of the namespace in the path
+def list_bases(actor: Member, ...)                    anyone with a role in any namespace
+def show_job(actor: Caller, ...)                      the route loads the row first, then calls `permit`
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Where(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Asynchronous, since who asks is mostly remembered: a hop to a thread costs more than the answer."""
+    """Identifies and authorizes the caller. Asynchronous: the actor is usually cached, and a thread would cost more."""
 
     where: Where
     role: Role = Role.READER
@@ -41,7 +41,7 @@ class Rule:
         client = cast(tuple[str, int] | None, request.scope.get("client"))
         credentials = credentials_of(dict(request.scope["headers"]), client)
         actor = callers.remembered(credentials) or await run_in_threadpool(callers.ask, credentials)
-        request.state.actor = actor  # for an error that says what else there is
+        request.state.actor = actor  # for errors that suggest alternatives
         if (exchange := current.get()) is not None:
             exchange.actor = actor.name
         if self.where is Where.NAMESPACE:
@@ -51,18 +51,16 @@ class Rule:
         return actor
 
     async def before_document(self, request: Request) -> None:
-        """The same before a document is read, whose values take many times its bytes in memory. Where the route looks
-        at the thing first, it is in the document: who has no role at all may send a short one."""
+        """Authorizes before the body is read, since its values take many times its size in memory. If the route itself
+        decides, from the body, callers without any role may send only a short one."""
         actor = await self(request)
         if not actor.grants and content_length(request) > MAX_STRANGERS_BYTES:
-            message = (
-                f"The body is longer than the {MAX_STRANGERS_BYTES:,} bytes that are read of a caller without any role."
-            )
+            message = f"The body is longer than {MAX_STRANGERS_BYTES:,} bytes, the limit for callers without a role."
             raise TooLarge("body_too_large", message, next_step="Use a token that has a role; see ADAPTORY_TOKEN.")
 
 
 def rules_of(dependant: Dependant) -> list[Rule]:
-    """Those that a route asks, at whatever depth."""
+    """All rules among a route's dependencies, at any depth."""
     own = [child.call for child in dependant.dependencies if isinstance(child.call, Rule)]
     return own + [rule for child in dependant.dependencies for rule in rules_of(child)]
 
@@ -87,4 +85,4 @@ AdminSomewhere = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.ADMIN))]
 Caller = Annotated[Actor, Depends(Rule(Where.INSIDE))]
 
 ASKED_AGAIN = Rule(Where.INSIDE)
-"""For an answer that goes on: who asks may have lost the token since."""
+"""For streaming responses: the caller's token may have been revoked since."""

@@ -1,7 +1,7 @@
-"""Threads of their own for routes that ask the blob store.
+"""Separate threads for routes that use the blob store.
 
-All other routes share the framework's 40 threads. A store that hangs holds each thread that asks it for a minute or
-more, so that with shared threads a hundred downloads would stop resolve and search too, which need no store.
+All other routes share the framework's 40 threads. A hanging store blocks each thread that calls it for a minute or
+more: with shared threads, a hundred downloads would also stop resolve and search, which do not need the store.
 """
 
 import math
@@ -24,50 +24,50 @@ R = TypeVar("R")
 BLOCK_BYTES = 1 << 20
 STORE_THREADS = 32
 STORE_ROOM = 64
-"""How many requests wait for one of these threads, at most; who comes then is told at once."""
+"""Maximum number of requests that wait for a thread; further ones get a 503 immediately."""
 STORE_PATIENCE_S = 5.0
-"""For how long they wait."""
+"""How long requests wait for a thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Threads:
-    """`places` is what requests wait for. Who has one runs under `unlimited`: a thread must not be waited for again.
+    """Requests wait for `slots`; with a slot they run under `unlimited`, so that they do not wait for a thread again.
 
-    `streams` are for answers that go on: a hundred downloads from a slow disk are no reason to turn others away.
+    `streams` are for running responses: a hundred downloads from a slow disk must not turn others away.
     """
 
-    places: CapacityLimiter
+    slots: CapacityLimiter
     streams: CapacityLimiter
     unlimited: CapacityLimiter
 
 
 _threads: RunVar[_Threads] = RunVar("registry.api.http.threads")
-"""Of an event loop, as the framework's own threads are."""
+"""Per event loop, like the framework's own threads."""
 
 
 def in_store_threads(route: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """For every route that needs the store: below the line that gives its path.
+    """Decorator for routes that use the store; place it below the route's path decorator.
 
-    It answers 503 where too many others hold or await the store's threads; no hop to a thread is added.
+    Answers 503 if too many others hold or await the store's threads. Adds no extra thread hop.
     """
 
     @wraps(route)
     async def run(*args: P.args, **kwargs: P.kwargs) -> R:
         threads, borrower = _of_this_loop(), object()
         try:
-            threads.places.acquire_on_behalf_of_nowait(borrower)
+            threads.slots.acquire_on_behalf_of_nowait(borrower)
         except WouldBlock:
-            await _wait_for_a_place(threads.places, borrower)
+            await _wait_for_slot(threads.slots, borrower)
         try:
             return await to_thread.run_sync(partial(route, *args, **kwargs), limiter=threads.unlimited)
         finally:
-            threads.places.release_on_behalf_of(borrower)
+            threads.slots.release_on_behalf_of(borrower)
 
     return run
 
 
 class BlobResponse(StreamingResponse):
-    """Bytes that the store gives out. What reads them there is closed also where the client hangs up."""
+    """Streams bytes from the store. Closes the reader also if the client hangs up."""
 
     def __init__(self, reader: Reader, status: int, headers: Mapping[str, str]) -> None:
         super().__init__(_blocks(reader), status, headers, "application/octet-stream")
@@ -79,17 +79,17 @@ class BlobResponse(StreamingResponse):
 
 
 async def _blocks(reader: Reader) -> AsyncIterator[bytes]:
-    """Once an answer has begun it waits its turn: a 503 would come too late."""
+    """Reads blocks, waiting for a thread as long as needed: once a response has started, a 503 is too late."""
     streams = _of_this_loop().streams
     while block := await to_thread.run_sync(reader.read, BLOCK_BYTES, limiter=streams):
         yield block
 
 
-async def _wait_for_a_place(places: CapacityLimiter, borrower: object) -> None:
-    if places.statistics().tasks_waiting >= STORE_ROOM:
+async def _wait_for_slot(slots: CapacityLimiter, borrower: object) -> None:
+    if slots.statistics().tasks_waiting >= STORE_ROOM:
         raise _busy()
     with move_on_after(STORE_PATIENCE_S):
-        await places.acquire_on_behalf_of(borrower)
+        await slots.acquire_on_behalf_of(borrower)
         return
     raise _busy()
 
@@ -106,6 +106,6 @@ def _of_this_loop() -> _Threads:
 def _busy() -> Unavailable:
     return Unavailable(
         "store_busy",
-        f"{STORE_THREADS} requests are waiting for the store already: it is slow or away, or too much is asked of it.",
-        next_step="Ask again in as many seconds as Retry-After says; /readyz tells when the store answers again.",
+        f"{STORE_THREADS} requests are already waiting for the store: it is slow, unavailable or overloaded.",
+        next_step="Try again after the seconds in Retry-After; /readyz tells when the store answers again.",
     )

@@ -1,1 +1,1 @@
-"""The routes under /v1: each parses, calls one function, and shows what comes of it."""
+"""The routes under /v1: each parses, calls one function, and renders the result."""

@@ -36,7 +36,7 @@ def who_am_i(actor: Caller) -> WhoOut:
 
 @router.post("/tokens", status_code=201)
 def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response: Response) -> NewTokenOut:
-    """The only answer that has the secret."""
+    """Create a token. Only this response contains the secret."""
     scope = {namespace: Role(role) for namespace, role in body.scope.items()}
     lifetime = timedelta(days=body.expires_in_days) if body.expires_in_days is not None else None
     with resources.write() as session:
@@ -47,7 +47,7 @@ def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response:
 
 @router.get("/tokens")
 def list_tokens(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[TokenOut]:
-    """One's own; everybody's for an admin of the registry; itself alone for a token with a scope or an expiry."""
+    """List your own tokens; all tokens for a registry admin; only itself for a token with a scope or an expiry."""
     with resources.read() as session:
         rows = tokens.list_page(session, actor, after=decode_cursor(cursor), limit=limit + 1)
         return page([_token_view(row) for row in rows], limit, [row.id for row in rows])
@@ -65,7 +65,7 @@ def revoke_token(token_id: str, resources: ResourcesOf, actor: Member, callers: 
 def list_namespaces(
     resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[NamespaceOut]:
-    """Those that the caller may read."""
+    """List the namespaces that the caller may read."""
     with resources.read() as session:
         rows = namespaces.list_page(session, actor, after=decode_cursor(cursor), limit=limit + 1)
         return page([_namespace_view(row) for row in rows], limit, [row.name for row in rows])
@@ -81,7 +81,7 @@ def show_namespace(namespace: str, resources: ResourcesOf, actor: Reader) -> Nam
 def set_namespace(
     namespace: str, body: NamespaceIn, resources: ResourcesOf, actor: Admin, callers: CallersOf
 ) -> NamespaceOut:
-    """Makes the namespace, for an admin of the registry, or changes what the body names."""
+    """Change the fields given in the body. Creates the namespace, if the caller is a registry admin."""
     wanted = Change(body.public, body.require_signature, body.signing_keys, body.signature_covers)
     with resources.write() as session:
         view = _namespace_view(namespaces.change(session, actor, namespace, wanted))
@@ -91,7 +91,7 @@ def set_namespace(
 
 @router.get("/namespaces/{namespace}/members")
 def list_members(namespace: str, resources: ResourcesOf, actor: Admin) -> MembersOut:
-    """Of a namespace, or with `*` the roles that hold in all of them."""
+    """List a namespace's members; with `*`, the roles that hold in all namespaces."""
     with resources.read() as session:
         if namespace != EVERYWHERE:
             namespaces.find(session, namespace)

@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=Route)
 
 @router.post("", status_code=201, responses={200: {"model": BaseOut}})
 def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response: Response) -> BaseOut:
-    """201 for a new base, 200 for one known already, whose aliases and locations are added to."""
+    """201 for a new base; 200 for a known one, to which the aliases and locations are added."""
     rows = [TensorRow(row.name, row.dtype, tuple(row.shape), parse_digest(row.sha256)) for row in body.tensors]
     new = NewBase(
         name=body.name,
@@ -41,7 +41,7 @@ def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response:
 
 @router.delete("/aliases/{alias:path}")
 def remove_alias(alias: str, resources: ResourcesOf, actor: Contributor) -> BaseOut:
-    """For who made the base, and for admins of the registry; answers with the base."""
+    """Remove an alias and return the base. Only for the base's creator and registry admins."""
     with resources.write() as session:
         return base_view(session, bases.remove_alias(session, actor, alias))
 
@@ -58,8 +58,8 @@ def show(
     base: str,
     resources: ResourcesOf,
     actor: Member,
-    tensors: Annotated[bool, Query(description="With the tensor table.")] = False,
+    tensors: Annotated[bool, Query(description="Include the tensor table.")] = False,
 ) -> BaseOut:
-    """By digest, name or alias."""
+    """Show a base by digest, name or alias."""
     with resources.read() as session:
         return base_view(session, bases.find(session, base), tensors=tensors)

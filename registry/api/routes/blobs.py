@@ -1,4 +1,4 @@
-"""/v1/uploads and /v1/blobs: bytes in and out, streamed."""
+"""/v1/uploads and /v1/blobs: streamed transfers."""
 
 import re
 from functools import partial
@@ -27,11 +27,11 @@ router = APIRouter(prefix="/v1", tags=["blobs"], route_class=Route)
 
 BYTES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The bytes.", "content": {"application/octet-stream": {}}},
-    206: {"description": "The part of them that Range names.", "content": {"application/octet-stream": {}}},
-    307: {"description": "Where the store gives them out."},
-    416: {"description": "Range begins behind the end."},
+    206: {"description": "The part that Range names.", "content": {"application/octet-stream": {}}},
+    307: {"description": "The store's address for the bytes."},
+    416: {"description": "Range starts beyond the end."},
 }
-"""What a route that sends a file states."""
+"""OpenAPI responses of a route that sends a file."""
 UploadId = Annotated[str, Path(max_length=64)]
 PartNumber = Annotated[int, Path(ge=1, le=10_000)]
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -40,7 +40,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 @router.post("/uploads")
 @in_store_threads
 def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> UploadOut:
-    """For each file: present already, or where and how to PUT its bytes. Ask again to go on after a failure."""
+    """For each file: whether it is present, or where and how to PUT its bytes. Call again to resume after a failure."""
     namespace = parse_name(body.namespace, "namespace")
     permit(actor, Role.PUBLISHER, namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
@@ -50,14 +50,14 @@ def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> Upload
 @router.post("/uploads/{upload_id}/parts/{number}")
 @in_store_threads
 def plan_part(upload_id: UploadId, number: PartNumber, body: PartIn, resources: ResourcesOf, actor: Caller) -> PutOut:
-    """How to PUT one part of a large file. The store refuses other bytes than those of `sha256` where it can."""
+    """How to PUT one part of a large file. Stores that can do so refuse bytes that do not match `sha256`."""
     return _put_out(uploads.sign_part(resources, actor, upload_id, number, parse_digest(body.sha256)))
 
 
 @router.post("/uploads/{upload_id}/complete")
 @in_store_threads
 def complete_upload(upload_id: UploadId, resources: ResourcesOf, actor: Caller) -> CompletedOut:
-    """Checks size and digest of what was sent; the namespace of the upload may name the blob afterwards."""
+    """Verify the size and digest of an upload; releases in its namespace may then use the blob."""
     done = uploads.complete(resources, actor, upload_id)
     return CompletedOut(sha256=done.sha256, size_bytes=done.size_bytes)
 
@@ -70,7 +70,7 @@ async def upload(
     actor: Caller,
     upload_id: Annotated[str, Query(alias="upload", max_length=64)],
 ) -> Response:
-    """The bytes themselves, where the store has no address of its own."""
+    """Upload the bytes through the API, for stores without upload addresses."""
     digest, size = parse_digest(sha256), content_length(request)
     receive = partial(uploads.receive_body, resources, actor, upload_id, digest, body_chunks(request), size)
     await to_thread.run_sync(receive, limiter=uploads_limiter(request))
@@ -93,7 +93,7 @@ def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
 
 
 def file_response(resources: Resources, file: RevisionFile, named: str, byte_range: str | None) -> Response:
-    """As `blob_response`, for a caller that may read a release with this file, in which it is `named` so."""
+    """As `blob_response`, for a caller who may read a release containing this file; `named` is its name there."""
     stat = resources.store.stat(Digest(file.sha256))
     if stat is None:
         raise Unavailable(
@@ -107,7 +107,7 @@ def file_response(resources: Resources, file: RevisionFile, named: str, byte_ran
 
 
 def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
-    """The bytes, a part of them, or the way to them where the store has addresses."""
+    """The bytes, a range of them, or a redirect if the store has download addresses."""
     url = resources.store.url(stat.sha256, resources.settings.download_expires_s)
     if url is not None:
         return RedirectResponse(url, status_code=307)
@@ -150,7 +150,7 @@ def _headers(sha256: Digest, length: int) -> dict[str, str]:
 
 
 def _span(byte_range: str | None, size: int) -> tuple[int, int] | None:
-    """(start, length) of a Range, the whole for one not understood (RFC 9110 section 14.2), None where 416 is due."""
+    """(start, length) of a Range; everything for one not understood (RFC 9110 section 14.2); None for a 416."""
     match = _RANGE.fullmatch(byte_range.strip()) if byte_range else None
     if match is None or match.groups() == ("", ""):
         return 0, size

@@ -1,4 +1,4 @@
-"""Channels, their moves and their gates, for adapters and models alike."""
+"""Channels, their moves and gates, for both adapters and models."""
 
 from typing import Annotated
 
@@ -22,8 +22,8 @@ from registry.formats.references import parse_version
 repository_routes = APIRouter(tags=["channels"], route_class=Route)
 
 CHANNEL = "/{namespace}/{name}/channels/{channel}"
-IfMatch = Annotated[str | None, Header(description="The ETag of the channel that you saw.")]
-IfNoneMatch = Annotated[str | None, Header(description="`*`: only when the channel does not exist yet.")]
+IfMatch = Annotated[str | None, Header(description="The channel's ETag that you last saw.")]
+IfNoneMatch = Annotated[str | None, Header(description="`*`: only if the channel does not exist yet.")]
 
 
 @repository_routes.get("/{namespace}/{name}/channels")
@@ -60,7 +60,7 @@ def promote(  # noqa: PLR0913
     if_none_match: IfNoneMatch = None,
     key: RequestKey = None,
 ) -> Response:
-    """422 with the numbers when a gate fails, 412 when the channel has left the ETag given."""
+    """422 with the numbers if a gate fails; 412 if the channel no longer has the given ETag."""
     expected, asked = expected_from(if_match, if_none_match), idempotent_request(request, actor, key, body)
     wanted = moves.PromotionRequest(named.name, parse_version(body.version), channel, named.kind)
     with resources.write() as session:
@@ -106,7 +106,7 @@ def _move(session: Session, named: NamedRepository, channel: str, move_id: int) 
 def history(
     named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[MoveOut]:
-    """The newest move first."""
+    """List the channel's moves, newest first."""
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = moves.find(session, repository, channel)
@@ -123,7 +123,7 @@ def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> Ga
 
 @repository_routes.put("/{namespace}/{name}/gates")
 def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor: Admin) -> GatesOut:
-    """Replaces the rules of one channel."""
+    """Replace the rules of one channel."""
     with resources.write() as session:
         repository = repositories.find(session, named.name, named.kind)
         gates.set_rules(session, actor, repository, body.channel, body.rules)

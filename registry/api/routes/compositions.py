@@ -1,4 +1,4 @@
-"""Compositions: create, look, follow, cancel. The work itself happens in a worker."""
+"""Compositions: create, show, follow, cancel. A worker does the work itself."""
 
 import asyncio
 import time
@@ -26,17 +26,17 @@ router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class
 
 _POLL_S = 0.5
 _KEEP_ALIVE_S = 15.0
-"""Proxies close a connection on which nothing has come for a minute or less."""
+"""Proxies close connections that are idle for about a minute."""
 
 
 def signer_of(settings: Settings) -> str | None:
-    """The fingerprint of the key that signs what is composed."""
+    """The fingerprint of the key that signs compositions."""
     return fingerprint(public_key_of(read_key(settings.signing_key))) if settings.signing_key else None
 
 
 @router.post("", status_code=202)
 def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
-    """Resolved and locked at once; its steps wait for a worker. A plan is work too: it requires publisher."""
+    """Resolve and lock a recipe immediately; its steps wait for a worker. Even a plan requires the publisher role."""
     recipe = parse_recipe(body.recipe)
     for role, namespace in compositions.roles_needed(recipe):
         permit(actor, role, namespace)
@@ -58,8 +58,8 @@ def show(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> Compos
     responses={200: {"content": {"text/event-stream": {}}}},
 )
 async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller, request: Request) -> StreamingResponse:
-    """Server-sent events: the composition each time that it changes, until it is finished. A comment comes in between
-    where nothing changes for 15 seconds."""
+    """Server-sent events: the composition on every change until it finishes, and a comment after 15 seconds without
+    changes."""
     first = await run_in_threadpool(_look, resources, actor, composition_id)
     return StreamingResponse(_events(resources, request, first), media_type="text/event-stream")
 
@@ -84,7 +84,7 @@ async def _events(resources: Resources, request: Request, view: CompositionOut) 
     said = time.monotonic()
     while view.state not in FINISHED:
         await asyncio.sleep(_POLL_S)
-        actor = await ASKED_AGAIN(request)  # a token that was revoked meanwhile ends the stream
+        actor = await ASKED_AGAIN(request)  # a revoked token ends the stream
         latest = await run_in_threadpool(_look, resources, actor, view.id)
         if latest != view:
             view, said = latest, time.monotonic()

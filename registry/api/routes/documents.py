@@ -1,7 +1,7 @@
 """Releases as JSON documents, as ReleaseOut describes them.
 
-Built from columns that were checked when they were written, and those that hold JSON go out as they lie: to read, check
-and write a page of fifty again would cost several times what it costs to find it. Tests hold documents against schemas.
+Built from columns that were validated when written; JSON columns are sent unchanged. Parsing, validating and writing a
+page of fifty again would cost several times the query. Tests check the documents against the schemas.
 """
 
 from collections import OrderedDict
@@ -29,12 +29,12 @@ from registry.formats.references import RepositoryName
 Json = dict[str, Any]
 _NO_PROVENANCE = Provenance().model_dump()
 _MANIFEST = '{"files":', "}"
-"""What stands around the rows of files in a canonical manifest."""
+"""Prefix and suffix of the file rows in a canonical manifest."""
 MAX_KEPT_BYTES = 64 << 20
-"""Some 20,000 documents of an adapter with three files and four scores."""
+"""About 20,000 documents of adapters with three files and four scores."""
 PAGE_BYTES = 16 << 20
-"""A page that has so much ends early: a release of thousands of files takes a megabyte."""
-_ENTRY_BYTES = 600  # measured: what a document takes besides its text
+"""A page ends early at this size: a release of thousands of files takes a megabyte."""
+_ENTRY_BYTES = 600  # measured overhead per document besides its text
 
 
 def json_response(document: Json, **headers: str) -> Response:
@@ -42,7 +42,7 @@ def json_response(document: Json, **headers: str) -> Response:
 
 
 def move_document(moved: ChannelMove, repository: RepositoryName, channel: str) -> Json:
-    """As MoveOut."""
+    """The document of a move, as MoveOut."""
     return {
         "id": moved.id,
         "repository": str(repository),
@@ -59,7 +59,7 @@ def move_document(moved: ChannelMove, repository: RepositoryName, channel: str) 
 
 
 def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[bytes]:
-    """In the order of the ids: as many as a page holds."""
+    """The documents in the order of the ids: as many as fit a page."""
     written: list[bytes] = []
     for some in _in_parts(release_ids):
         written += [_dumped(release_document(actor, one)) for one in load_details(session, some)]
@@ -69,7 +69,7 @@ def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]
 
 
 def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut:
-    """One of them, checked."""
+    """One release, validated."""
     session.flush()
     return ReleaseOut.model_validate_json(release_documents(session, actor, [release.id])[0])
 
@@ -79,13 +79,13 @@ def _in_parts(release_ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def _how_many_fit(sizes: Iterable[int]) -> int:
-    """Of documents of those sizes, on a page; one at least."""
+    """The number of documents of these sizes that fit a page; at least one."""
     return max(1, sum(total <= PAGE_BYTES for total in accumulate(sizes)))
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedRelease:
-    """A release's document, and of its row what a search remarks on."""
+    """A release's document, and the columns that a search comments on."""
 
     stamp: Stamp
     document: bytes
@@ -99,16 +99,16 @@ class RenderedRelease:
         return _ENTRY_BYTES + len(self.document) + len(self.loading)
 
     def with_remarks(self, remarks: bytes) -> bytes:
-        """`remarks` are a JSON object, whose fields come after its own."""
+        """The document with the fields of the JSON object `remarks` appended."""
         return self.document[:-1] + b"," + remarks[1:]
 
 
 @dataclass(slots=True)
 class RenderedReleaseCache:
-    """Keeps the documents that were asked for last, and asks the database each time whether they are still true.
-    `kept_bytes` is what they take in memory, roughly.
+    """Caches the most recently used documents; each use checks in the database that they are current.
+    `kept_bytes` is their approximate size in memory.
 
-    Not those that depend on who asks: of releases that others went into.
+    Releases with inputs are not cached, since their documents depend on the caller.
     """
 
     max_bytes: int = MAX_KEPT_BYTES
@@ -117,7 +117,7 @@ class RenderedReleaseCache:
     _lock: Lock = field(default_factory=Lock)
 
     def page(self, session: Session, actor: Actor, stamps: Mapping[int, Stamp]) -> list[RenderedRelease]:
-        """In the order of the ids of `stamps`, which say what is true now: as many as a page holds."""
+        """The documents in the order of `stamps`, the current ids and stamps: as many as fit a page."""
         rendered: list[RenderedRelease] = []
         for some in _in_parts(list(stamps)):
             rendered += self._render(session, actor, {number: stamps[number] for number in some})
@@ -156,7 +156,7 @@ class RenderedReleaseCache:
 
 
 def page_response(items: Sequence[bytes], following: str | None) -> Response:
-    """As Page, of documents that are written already."""
+    """A Page of documents that are serialized already."""
     body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
     return Response(body, media_type="application/json")
 
@@ -166,7 +166,7 @@ def _dumped(document: Json) -> bytes:
 
 
 def release_document(actor: Actor, described: ReleaseDetails) -> Json:
-    """As the actor may see it: what went into a release keeps its commit, and its name where the actor may read it."""
+    """The document as the actor may see it: inputs show their commit, and their name only if the actor may read it."""
     row = described.release
     adapter = row.kind == Kind.ADAPTER
     return {
@@ -208,7 +208,7 @@ def _servers(mask: int) -> tuple[str, ...]:
 
 
 def files_of(manifest: str) -> orjson.Fragment:
-    """The rows of files of a canonical manifest, which are those of a document."""
+    """The file rows of a canonical manifest, which are those of a document."""
     before, after = _MANIFEST
     return orjson.Fragment(manifest.removeprefix(before).removesuffix(after))
 

@@ -33,7 +33,7 @@ _EXPORT_ROWS = 1000
 
 @router.get("/v1/jobs")
 def list_jobs(resources: ResourcesOf, actor: Contributor, limit: Limit = 50, cursor: Cursor = None) -> Page[JobOut]:
-    """The newest first, of the namespaces where the caller is a publisher, whose inputs the caller may read."""
+    """List jobs, newest first, in namespaces where the caller is a publisher and whose inputs the caller may read."""
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=limit + 1)
         return page([job_view(row) for row in rows], limit, [row.id for row in rows])
@@ -56,13 +56,13 @@ def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
 def event_query(  # noqa: PLR0913
     actor: AdminSomewhere,
     namespace: Annotated[str | None, Query(max_length=64)] = None,
-    subject: Annotated[str | None, Query(max_length=300, description="acme/sql@prod, or a beginning: acme/*")] = None,
+    subject: Annotated[str | None, Query(max_length=300, description="acme/sql@prod, or a prefix: acme/*")] = None,
     by: Annotated[str | None, Query(max_length=128, description="The user who did it.")] = None,
     act: Annotated[Act | None, Query()] = None,
     since: Moment | None = None,
     until: Moment | None = None,
 ) -> EventQuery:
-    """An admin of the registry reads all rows, an admin of namespaces theirs."""
+    """A registry admin reads all rows, an admin of namespaces those of their namespaces."""
     return EventQuery(granted(actor, Role.ADMIN), namespace, subject, by, act, since, until)
 
 
@@ -73,7 +73,7 @@ def events(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[AuditOut]:
-    """What was done, the newest first."""
+    """List the audit log, newest first."""
     with resources.read() as session:
         rows = audit.list_newest_first(session, wanted, before=decode_number(cursor), limit=limit + 1)
         return page([audit_view(row) for row in rows], limit, [row.id for row in rows])
@@ -83,14 +83,14 @@ def events(
     "/v1/audit.jsonl", response_class=StreamingResponse, responses={200: {"content": {"application/jsonl": {}}}}
 )
 def export(resources: ResourcesOf, wanted: Annotated[EventQuery, Depends(event_query)]) -> StreamingResponse:
-    """All rows of the filter in the order in which it was done, a line of JSON each."""
+    """Export all matching rows, oldest first, one line of JSON each."""
     lines = _lines(resources, wanted)
-    first = next(lines, "")  # before the answer begins: what goes wrong can still be told
+    first = next(lines, "")  # before the response starts, while an error can still be reported
     return StreamingResponse(chain([first], lines), media_type="application/jsonl")
 
 
 def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
-    """A transaction for each piece: an export of millions of rows must not hold one open."""
+    """Reads each batch in its own transaction: an export of millions of rows must not hold one open."""
     after = 0
     while True:
         with resources.read() as session:
@@ -103,7 +103,7 @@ def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
 
 
 def _job(session: Session, actor: Actor, job_id: int) -> Job:
-    """By the rule of the composition that it does."""
+    """The job, if the caller may see its composition."""
     job = queue.find(session, job_id)
     compositions.permit_look(actor, compositions.find_by_job(session, job_id), job, hidden=queue.unknown(job_id))
     return job
@@ -111,14 +111,14 @@ def _job(session: Session, actor: Actor, job_id: int) -> Job:
 
 @router.get("/healthz")
 async def alive() -> dict[str, str]:
-    """Asynchronous, since all threads may be waiting for a database that hangs: restarting would not help that."""
+    """Liveness. Asynchronous: all threads may be waiting for a hanging database, which a restart would not fix."""
     return {"status": "ok"}
 
 
 @router.get("/readyz")
 @in_store_threads
 def ready(resources: ResourcesOf) -> dict[str, str]:
-    """503 while the database or the store is away, or the database has another schema than this version's."""
+    """Readiness: 503 while the database or the store is unavailable, or the schema is not this version's."""
     ensure_schema(resources.database, create=False)
     resources.store.stat(ABSENT)
     return {"status": "ok"}

@@ -42,7 +42,7 @@ repository_routes = APIRouter(tags=["releases"], route_class=Route)
 def list_repositories(
     kind: KindOf, resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[RepositoryOut]:
-    """Those that the caller may read."""
+    """List the repositories that the caller may read."""
     with resources.snapshot() as session:
         rows = repositories.list_page(session, actor, kind, after=decode_cursor(cursor), limit=limit + 1)
         return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
@@ -65,12 +65,12 @@ def publish(  # noqa: PLR0913
     response: Response,
     key: RequestKey = None,
 ) -> PublishedOut:
-    """201 for a new release, 200 where another request published the same, 409 for other content under the version."""
+    """201 for a new release; 200 if the same was published already; 409 for different content under the version."""
     if body.allow_breaking is not None:
         permit(actor, Role.RELEASER, named.name.namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     version = parse_version(body.version) if body.version else None
-    from registry.transfer import publishing  # with all that inspects adapters, which only a publication needs
+    from registry.transfer import publishing  # imports the adapter inspection, which only publishing needs
 
     push = publishing.Push(
         repository=named.name,
@@ -93,7 +93,7 @@ def publish(  # noqa: PLR0913
 @repository_routes.post("/{namespace}/{name}/next-version")
 @in_store_threads
 def next_version(named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, actor: Publisher) -> NextOut:
-    """The number that a release of these files would get now by its `bump`: a signature has to name it."""
+    """The version that a release of these files would get now by `bump`; a signature must name it."""
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     from registry.transfer import publishing
 
@@ -105,7 +105,7 @@ def next_version(named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, a
 def list_releases(
     named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
 ) -> Response:
-    """The highest version first."""
+    """List releases, highest version first."""
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
@@ -121,7 +121,7 @@ def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, acto
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/target-suite")
 def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> TargetSuiteOut:
-    """The target suite that the release gained most on over its base, which stands for it in a probe."""
+    """The target suite on which the release gained most over its base; probes use it."""
     with resources.read() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         from registry.domain.compositions import compositions
@@ -131,7 +131,7 @@ def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf,
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/spectrum")
 def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> SpectrumOut:
-    """What the ranks of each module are used for; 404 where that was not computed (a merged model has none)."""
+    """How much of its rank each module uses; 404 if not computed, as for merged models."""
     with resources.read() as session:
         return SpectrumOut(**releases.spectrum_of(session, named.name, parse_version(version), named.kind))
 
@@ -155,7 +155,7 @@ def download_file(
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/signatures")
 def sign(named: RepositoryOf, version: str, body: SignatureIn, resources: ResourcesOf, actor: Publisher) -> ReleaseOut:
-    """A signature of a release that is out, by a key of its namespace: from whoever published it, or an admin."""
+    """Add a signature, by a key of the namespace, to a published release. Only for its publisher and admins."""
     target = (named.name, parse_version(version), named.kind)
     from registry.transfer import publishing
 

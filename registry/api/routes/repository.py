@@ -1,4 +1,4 @@
-"""The part of a path that names a repository: /v1/adapters or /v1/models, /{namespace}/{name}."""
+"""The path prefix that names a repository: /v1/adapters or /v1/models, then /{namespace}/{name}."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Search across repositories, and resolve: the two questions that are asked all the time."""
+"""Search across repositories, and resolve: the two most frequent requests."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ PARAMETERS = [
 
 @cached_by_query
 def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
-    """Read here, since the framework takes longer to read so many parameters than most searches take altogether."""
+    """Parses the parameters. The framework would take longer for so many than most searches take in total."""
     given: dict[str, list[str]] = {}
     for name, value in QueryParams(query).multi_items():
         given.setdefault(name, []).append(value)
@@ -63,10 +63,10 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
 
 
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
-    """Releases across repositories that meet every condition: of what the caller may read."""
+    """Search the releases that the caller may read; all conditions must hold."""
     query, wanted = _parse_query(request.scope["query_string"])
     order = Order(query.sort, query.limit + 1, _position(query))
-    # What is asked of a release's neighbours is listed by one statement, and looked at by another.
+    # Conditions on a release's neighbours are evaluated in one statement and checked in another.
     at_one_moment = wanted.channel is not None or wanted.latest
     with resources.snapshot() if at_one_moment else resources.read() as session:
         result = _search(session, actor, query, wanted, order)
@@ -92,7 +92,7 @@ router.add_api_route(
 
 def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:
     result = search.search(session, actor, wanted, order)
-    if not result.hits and not query.cursor and actor.grants:  # nothing fits, or a metric is misspelt
+    if not result.hits and not query.cursor and actor.grants:  # no matches: perhaps a metric is misspelt
         for suite, metric in _metrics(query, wanted):
             suites.refuse_unknown_metric(session, actor, suite, metric)
     return result
@@ -117,7 +117,7 @@ def resolve_reference(ref: Annotated[str, Query(max_length=400)], resources: Res
 
 
 def _resolved(resolved: ResolvedRow) -> Json:
-    """As ResolvedOut, from columns checked when they were written: to validate them costs more than to read them."""
+    """As ResolvedOut, from columns validated when written: validating again would cost more than reading them."""
     row = resolved.row
     release = {
         "repository": f"{row.namespace}/{row.repository}",
@@ -164,14 +164,14 @@ def _wanted(query: SearchIn) -> search.Query:
 
 
 def _metrics(query: SearchIn, wanted: search.Query) -> list[tuple[str, str]]:
-    """Suite and metric of each score that is asked for or sorted by."""
+    """Suite and metric of each score in the conditions or the sort order."""
     asked = [(condition.suite, condition.metric) for condition in wanted.scores]
     suite, dot, metric = query.sort.rpartition(".")
     return [*asked, (suite, metric)] if dot else asked
 
 
 def _fingerprint(query: SearchIn) -> str:
-    """Of all that decides what a search finds and in which order: a cursor is worth something there alone."""
+    """A digest of everything that determines the results and their order; a cursor is valid only for that."""
     asked = query.model_dump_json(exclude={"limit", "cursor"}, exclude_defaults=True)
     return hashlib.sha256(asked.encode()).hexdigest()[:12]
 
@@ -192,9 +192,9 @@ def _position(query: SearchIn) -> Position | None:
     if not valid or fingerprint != _fingerprint(query):
         raise Usage(
             "bad_cursor",
-            "The cursor is not one of this search.",
+            "The cursor does not belong to this search.",
             subject=query.cursor[:80],
-            next_step="Repeat the search that gave it, with the same conditions and the same order.",
+            next_step="Repeat the search that returned it, with the same conditions and order.",
         )
     return Position(key, release_id)
 
@@ -204,7 +204,7 @@ def _documents(request: Request) -> RenderedReleaseCache:
 
 
 def _remarks(row: RenderedRelease, result: SearchResult, profile: Profile | None) -> bytes:
-    """What FoundOut has besides a release: is it for another base than asked for, and does the server load it?"""
+    """The fields that FoundOut adds: whether the release is for a related base, and whether the server loads it."""
     if not profile and not (result.base and result.relations[row.base_digest]):
         return NO_REMARKS
     related = loading = None

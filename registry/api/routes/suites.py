@@ -24,9 +24,9 @@ repository_routes = APIRouter(tags=["quality"], route_class=Route)
 
 @router.post("/suites", status_code=201, responses={200: {"model": SuiteOut}})
 def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, response: Response) -> SuiteOut:
-    """A suite with its examples, as in a suite file. Its author corrects `metrics` by adding it again.
+    """Add a suite with its examples, as in a suite file. Its author corrects `metrics` by adding it again.
 
-    201 for new content. 200 for content known already; when it was an older one, it is the current one again.
+    201 for new content; 200 for known content, which becomes current again if it was an older version.
     """
     content = SuiteContent.from_json(body)
     with resources.write() as session:
@@ -45,7 +45,7 @@ def list_suites(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor
 
 @router.get("/suites/{suite}")
 def show_suite(suite: str, resources: ResourcesOf, actor: Member) -> SuiteOut:
-    """By name (the current content) or by digest, with its examples."""
+    """Show a suite with its examples, by name (the current content) or digest."""
     with resources.read() as session:
         return suite_view(session, suites.find(session, suite))
 
@@ -72,7 +72,7 @@ def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, ac
 def delete_release_score(
     named: RepositoryOf, version: str, suite: str, metric: str, resources: ResourcesOf, actor: Publisher
 ) -> ScoreOut:
-    """The score that was. For whoever recorded it, and for admins of the namespace. `suite` is a name or a digest."""
+    """Delete a score and return it. Only for its recorder and admins of the namespace. `suite` is a name or digest."""
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         return score_view(suites.delete(session, actor, release, suite, metric))
@@ -93,7 +93,7 @@ def base_scores(base: str, resources: ResourcesOf, actor: Member) -> ScoresOut:
 
 @router.delete("/bases/{base:path}/scores/{suite}/{metric}")
 def delete_base_score(base: str, suite: str, metric: str, resources: ResourcesOf, actor: Contributor) -> ScoreOut:
-    """The score that was. For whoever recorded it, and for admins of the registry. `suite` is a name or a digest."""
+    """Delete a score and return it. Only for its recorder and registry admins. `suite` is a name or digest."""
     with resources.write() as session:
         return score_view(suites.delete(session, actor, bases.find(session, base), suite, metric))
 

@@ -1,4 +1,4 @@
-"""Rows as the wire shows them. Called inside the transaction that read or wrote the rows."""
+"""Renders rows for the API. Call inside the transaction that read or wrote the rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -33,7 +33,7 @@ def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
 
 
 def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
-    """Four queries for the whole page, however long it is."""
+    """Renders bases with four queries, whatever the page length."""
     aliases, locations = bases.aliases(session, *rows), bases.locations(session, *rows)
     origins, scores = bases.origins(session, *rows), suites.scores_of_bases(session, *rows)
     return [
@@ -63,7 +63,7 @@ def _tensor_table(row: Base) -> list[TensorRow]:
 
 
 def repository_page(session: Session, rows: Sequence[Repository]) -> list[RepositoryOut]:
-    """Two queries for the whole page, however long it is."""
+    """Renders repositories with two queries, whatever the page length."""
     heads = resolve.heads(session, *rows)
     return [
         RepositoryOut(
@@ -78,13 +78,13 @@ def repository_page(session: Session, rows: Sequence[Repository]) -> list[Reposi
 
 
 def suite_page(session: Session, rows: Sequence[Suite]) -> list[SuiteOut]:
-    """One query for what the whole page states."""
+    """Renders suites with one query for all their metrics."""
     stated = metrics.stated(session, rows)
     return [_suite_view(row, stated[row.name]) for row in rows]
 
 
 def suite_view(session: Session, row: Suite) -> SuiteOut:
-    """With its examples."""
+    """A suite with its examples."""
     [view] = suite_page(session, [row])
     return view.model_copy(update={"content": row.content})
 

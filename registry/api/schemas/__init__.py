@@ -1,4 +1,4 @@
-"""The wire: pydantic only. Field names are the contract of the REST API and of `--json`."""
+"""The API's schemas: pydantic only. Field names are the contract of the REST API and of `--json`."""
 
 from itertools import chain
 from typing import Any, Generic, TypeVar, cast
@@ -10,20 +10,20 @@ from registry.errors import Invalid
 T = TypeVar("T")
 
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
-"""What the integer columns hold: a larger number is refused at the edge, by the name of its field."""
+"""Limits of the integer columns: larger numbers are refused at the edge, naming the field."""
 MAX_FIELDS = 1_000
-"""Of one object: hyperparameters are the most that a request may say."""
+"""Maximum fields of one object; hyperparameters need the most."""
 
 
 class Wire(BaseModel):
-    """Unknown fields in a request are refused, since a misspelt option would otherwise be dropped silently."""
+    """Refuses unknown fields: a misspelt option would otherwise be dropped silently."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class WireIn(Wire):
-    """A request's body, no text of which has a NUL: SQLite would take it, and PostgreSQL does not. Nor has an object
-    of it very many fields, of each of which the validation would make an error."""
+    """A request body. Refuses NUL characters, which PostgreSQL does not accept, and objects with very many fields, each
+    of which would become a validation error."""
 
     @model_validator(mode="before")
     @classmethod
@@ -32,11 +32,13 @@ class WireIn(Wire):
         while left:
             one = left.pop()
             if isinstance(one, str) and "\0" in one:
-                raise Invalid("bad_value", f"A text has a NUL: {one[:40]!r}.", next_step="Leave it out.")
+                raise Invalid(
+                    "bad_value", f"A string contains a NUL character: {one[:40]!r}.", next_step="Leave it out."
+                )
             if isinstance(one, dict):
                 if len(cast("dict[Any, Any]", one)) > MAX_FIELDS:
                     message = f"An object has more than {MAX_FIELDS:,} fields."
-                    raise Invalid("bad_value", message, next_step="See /openapi.json for those of this request.")
+                    raise Invalid("bad_value", message, next_step="See /openapi.json for the fields of this request.")
                 left += chain.from_iterable(cast("dict[Any, Any]", one).items())
             elif isinstance(one, list):
                 left += cast("list[Any]", one)
@@ -44,7 +46,7 @@ class WireIn(Wire):
 
 
 class Page(Wire, Generic[T]):
-    """`next` is the cursor of the next page, None at the end."""
+    """A page of a list. `next` is the cursor of the next page, null at the end."""
 
     items: list[T]
     next: str | None = None

@@ -1,4 +1,4 @@
-"""Tokens, namespaces and members on the wire."""
+"""Schemas of tokens, namespaces and members."""
 
 from datetime import datetime
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ User = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
 
 
 class TokenIn(WireIn):
-    """`scope` maps namespaces, or `*`, to the highest role there. Without `expires_in_days` it lasts until revoked."""
+    """`scope` maps namespaces, or `*`, to the highest role there. Without `expires_in_days`, valid until revoked."""
 
     user: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
     name: str = Field(default="", max_length=100)
@@ -32,14 +32,14 @@ class TokenOut(Wire):
 
 
 class NewTokenOut(TokenOut):
-    """`token` is the secret, which is shown this once."""
+    """`token` is the secret, shown only once."""
 
     token: str
 
 
 class NamespaceIn(WireIn):
-    """What is left out stays as it is. `signing_keys` are public keys in PEM form; `signature_covers` is what a
-    signature has to cover where one is required."""
+    """Omitted fields stay unchanged. `signing_keys` are PEM public keys; `signature_covers` is what a required
+    signature must cover."""
 
     public: bool | None = None
     require_signature: bool | None = None
@@ -58,7 +58,7 @@ class NamespaceOut(Wire):
 
 
 class MemberIn(WireIn):
-    """`role` None takes the role away."""
+    """A null `role` removes the role."""
 
     user: str = User
     role: RoleName | None
@@ -71,8 +71,8 @@ class MembersOut(Wire):
 
 
 class WhoOut(Wire):
-    """The user and the roles that the token allows; `limited` are the user's own where the token's scope allows less or
-    nothing."""
+    """The user and the roles that the token allows; `limited` are the user's own roles where the token's scope allows
+    less or none."""
 
     user: str
     token: str | None

@@ -1,4 +1,4 @@
-"""Bases, repositories and releases on the wire."""
+"""Schemas of bases, repositories and releases."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -28,7 +28,9 @@ class BaseIn(WireIn):
     tensors: Annotated[list[TensorRow], FailFast()] = Field(min_length=1, max_length=1_000_000)
     aliases: list[str] = Field(default=[], max_length=100)
     locations: list[str] = Field(default=[], max_length=100)
-    derived_from: str | None = Field(default=None, max_length=200, description="Digest, name or alias of a known base.")
+    derived_from: str | None = Field(
+        default=None, max_length=200, description="Digest, name or alias of a registered base."
+    )
     relation: Literal["cast", "quantized", "finetuned", "merged"] | None = None
 
 
@@ -75,7 +77,7 @@ Setting = bool | int | float | str | None
 
 
 class Provenance(Wire):
-    """Where a release comes from, as far as its model card or its pusher says."""
+    """A release's provenance, as stated by its model card or its publisher."""
 
     trainer: Text | None = None
     run_url: Text | None = None
@@ -93,7 +95,7 @@ class Provenance(Wire):
 
 
 class ReleaseIn(WireIn):
-    """`allow_breaking` is the reason why a breaking change may have a number that promises none."""
+    """`allow_breaking` is the reason why a breaking change may keep a version number that promises compatibility."""
 
     version: str | None = None
     bump: Literal["auto", "major", "minor", "patch"] | None = None
@@ -105,9 +107,9 @@ class ReleaseIn(WireIn):
 
 
 class SpectrumSummary(Wire):
-    """`norm` is |Delta|_F of all modules; `rank_95` the rank that every module could be cut to with 95 % of its square
-    left, `energy` what is left at ranks 1, 2, 4, …; `effective_rank` exp(entropy of the singular values), the mean by
-    energy; `near_zero` a number of modules."""
+    """`norm` is |Delta|_F over all modules; `rank_95` the rank to which all modules could be truncated keeping 95 % of
+    its square; `energy` the share kept at ranks 1, 2, 4, …; `effective_rank` exp(entropy of the singular values), mean
+    weighted by energy; `near_zero` the number of such modules."""
 
     norm: float
     effective_rank: float
@@ -136,7 +138,7 @@ class SpectrumOut(SpectrumSummary):
 
 
 class Refusal(Wire):
-    """Why a server does not load an adapter, and what would help."""
+    """Why a server cannot load an adapter, and what would help."""
 
     reasons: list[str]
     way_out: list[str]
@@ -172,7 +174,7 @@ class ModelFactsOut(Wire):
 
 
 class InputOut(Wire):
-    """`repository` and `version` are None where the reader may not see them."""
+    """`repository` and `version` are null if the caller may not read them."""
 
     repository: str | None
     version: str | None
@@ -181,10 +183,10 @@ class InputOut(Wire):
 
 
 class ReleaseOut(Wire):
-    """`servers` load it if its rank is within their limit, `loading` says why the others do not.
+    """`servers` can load it if its rank is within their limit; `loading` says why others cannot.
 
-    `signed_by` is the sha256 of the key, in PEM, that signed it; `signature_covers` says whether that binds the release
-    (repository, version, base, commit) or its files alone. `breaking_reason` is why it may break its range.
+    `signed_by` is the SHA-256 of the signing key's PEM; `signature_covers` says whether the signature binds the release
+    (repository, version, base, commit) or only its files. `breaking_reason` is why it may break its range.
     """
 
     repository: str
@@ -211,13 +213,13 @@ class ReleaseOut(Wire):
 
 
 class NextOut(Wire):
-    """The number that a push with this bump would get now."""
+    """The version that a push with this bump would get now."""
 
     version: str
 
 
 class SignatureIn(WireIn):
-    """`bundle` is a Sigstore bundle, as `adaptory sign` makes one."""
+    """`bundle` is a Sigstore bundle, as made by `adaptory sign`."""
 
     bundle: str = Field(max_length=16_000_000)
 
@@ -230,7 +232,7 @@ class SignatureOut(Wire):
 
 
 class SignaturesOut(Wire):
-    """Those that came after the release; one that came with its files is `model.sig` among them."""
+    """Signatures added after publication; one published with the release is its file `model.sig`."""
 
     signatures: list[SignatureOut]
 
@@ -250,12 +252,12 @@ class RepositoryOut(Wire):
 
 
 class TargetSuiteOut(Wire):
-    """None where no target suite has been measured on the release."""
+    """Null if no target suite has been measured on the release."""
 
     target_suite: str | None
 
 
 class YankIn(WireIn):
-    """Of a yank, and of taking it back."""
+    """The reason of a yank or an unyank."""
 
     reason: str = Field(min_length=1, max_length=1000)

@@ -1,4 +1,4 @@
-"""Suites, scores, channels, moves and gates on the wire."""
+"""Schemas of suites, scores, channels, moves and gates."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -37,7 +37,7 @@ class ScoresOut(Wire):
 
 
 class SuiteOut(Wire):
-    """`metrics` are those whose better direction the suite's file states; `content` has the examples."""
+    """`metrics` are those whose better direction the suite's file declares; `content` has the examples."""
 
     name: str
     digest: str
@@ -51,8 +51,8 @@ class SuiteOut(Wire):
 
 
 class ChannelOut(Wire):
-    """`move` is the id of the last move, and the channel's ETag. `version` is what the channel gives out: None when all
-    that it could is yanked; `passes_over` is the version that it was moved to last, where that one is yanked."""
+    """`move` is the id of the last move and the channel's ETag. `version` is what the channel serves, null if every
+    candidate is yanked; `passes_over` is the version of the last move, if that is yanked."""
 
     repository: str
     channel: str

@@ -1,4 +1,4 @@
-"""Search and resolve on the wire."""
+"""Schemas of search and resolve."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
@@ -14,47 +14,51 @@ Word = Annotated[str | None, Field(max_length=200)]
 Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=200)]
 
 LISTS = ("include", "targets_within", "targets_include", "targets_exact")
-"""Of names, which have no commas."""
+"""Parameters with lists of names, which contain no commas."""
 UNSPLIT = ("score", "provenance")
-"""Lists whose items are what they are."""
+"""Lists whose items may contain commas."""
 INCLUDED = {"related": "base", "refused": "loads_in"}
-"""What `include` adds, and the condition that it adds to."""
+"""The values of `include`, and the condition that each one needs."""
 
 
 class SearchIn(Wire):
-    """Query parameters, all of which hold together. A list is given by repeating its parameter or with commas. None but
-    `text` may be empty."""
+    """Query parameters; all conditions must hold. Give a list by repeating its parameter or with commas. Only `text`
+    may be empty."""
 
     kind: Literal["adapter", "model"] = "adapter"
     namespace: Word = None
     repository: Word = Field(default=None, description="namespace/name")
-    base: Word = Field(default=None, description="Digest, the first 12 or more digits of one, name or alias.")
+    base: Word = Field(default=None, description="Digest (or its first 12 or more digits), name or alias.")
     include: list[Literal["related", "refused"]] = Field(
         default=[],
         max_length=2,
-        description="related: also releases for casts and quantizations of the base, each saying so. "
-        "refused: also those that do not load in `loads_in`, each with the reasons.",
+        description="related: also releases for casts and quantizations of the base, marked as such. "
+        "refused: also those that `loads_in` cannot load, with the reasons.",
     )
     type: Word = None
     variant: Word = None
     dtype: Word = None
-    license: Word = Field(default=None, description="As the release states it; provenance=license:… for any case.")
+    license: Word = Field(
+        default=None, description="As the release states it; to ignore case, use provenance=license:…"
+    )
     alpha: float | None = Field(default=None, allow_inf_nan=False)
     min_rank: Rank = None
     max_rank: Rank = Field(default=None, description="The highest rank of any module.")
     targets_within: Names = Field(default=[], description="Only these module names may be adapted.")
     targets_include: Names = Field(default=[], max_length=20, description="All of these module names are adapted.")
     targets_exact: Names = Field(default=[], description="These module names are adapted, and no others.")
-    max_size_bytes: int | None = Field(default=None, ge=0, le=MAX_INT64, description="Of all files together.")
+    max_size_bytes: int | None = Field(
+        default=None, ge=0, le=MAX_INT64, description="Maximum size of all files together."
+    )
     score: list[str] = Field(default=[], max_length=20, description="suite.metric>=number or suite.metric<=number")
-    channel: Word = Field(default=None, description="Served now by the channel of this name.")
+    channel: Word = Field(default=None, description="Currently served by the channel of this name.")
     text: str = Field(
-        default="", max_length=200, description="Beginnings of words of the name or the notes, all of them."
+        default="", max_length=200, description="Beginnings of words in the name or the notes; all must match."
     )
     provenance: list[Annotated[str, Field(max_length=3_000)]] = Field(
         default=[],
         max_length=20,
-        description="NAME:VALUE that the release states, whatever the case: trainer:axolotl, data:sha256:ab12, "
+        description="NAME:VALUE that the release states, ignoring case: trainer:axolotl, data:sha256:ab12, "
         "hyperparameters.learning_rate:0.003",
     )
     loads_in: Word = Field(default=None, description="vllm:<max_lora_rank>, sglang, lorax, llamacpp or peft")
@@ -64,16 +68,16 @@ class SearchIn(Wire):
     sort: str = Field(
         default="newest",
         max_length=150,
-        description="newest, version (the highest first) or suite.metric (the best first, without those that lack it). "
-        "One that no release you may read has is unknown.",
+        description="newest, version (highest first) or suite.metric (best first, only releases that have it). "
+        "A metric that no release you may read has is unknown.",
     )
-    limit: int = Field(default=50, ge=1, le=500, description="Items a page.")
-    cursor: str | None = Field(default=None, max_length=1000, description="`next` of the page before.")
+    limit: int = Field(default=50, ge=1, le=500, description="Items per page.")
+    cursor: str | None = Field(default=None, max_length=1000, description="`next` of the previous page.")
 
     @model_validator(mode="before")
     @classmethod
     def _read(cls, given: Any) -> Any:
-        """From parameters as they are repeated."""
+        """Collects repeated parameters."""
         parameters: dict[str, Any] = {}
         for name, values in cast(Mapping[str, list[str]], given).items():
             parameters[name] = _value(name, values)
@@ -81,37 +85,39 @@ class SearchIn(Wire):
 
     @model_validator(mode="after")
     def _refuse_idle(self) -> Self:
-        """What would be passed over in silence."""
+        """Refuses an `include` that would be ignored silently."""
         for added, condition in INCLUDED.items():
             if added in self.include and not getattr(self, condition):
                 raise Usage(
                     "idle_include",
-                    f"include={added} adds nothing to a search without {condition}.",
+                    f"include={added} has no effect without {condition}.",
                     subject=added,
-                    next_step=f"Say which with {condition} (--{condition.replace('_', '-')}), or leave {added} out.",
+                    next_step=f"Add {condition} (--{condition.replace('_', '-')}), or leave {added} out.",
                 )
         return self
 
 
 def _value(name: str, given: list[str]) -> str | list[str]:
     parts = [part.strip() for text in given for part in text.split(",") if part.strip()]
-    if not parts and name != "text":  # words may be none
+    if not parts and name != "text":  # text may be empty
         flag = f"--{name.replace('_', '-')}"
         raise Usage(
             "empty_parameter",
-            f"{name} names nothing.",
+            f"{name} is empty.",
             subject=name,
             next_step=f"Give {name} ({flag}) a value, or leave it out.",
         )
     if name in LISTS:
         return parts
     if name not in UNSPLIT and len(given) > 1:
-        raise Usage("repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give one.")
+        raise Usage(
+            "repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give it once."
+        )
     return given if name in UNSPLIT else given[0]
 
 
 class RelatedOut(Wire):
-    """The base that was asked for, and the relations that lead from it to the release's own."""
+    """The base searched for, and its relation to the release's own base."""
 
     base: BaseRef
     relation: str
@@ -125,14 +131,14 @@ class LoadingOut(Wire):
 
 
 class FoundOut(ReleaseOut):
-    """`related` is set when the release was made for another base than the one asked for."""
+    """`related` is set if the release was made for a different base than the one searched for."""
 
     related: RelatedOut | None
     loads_in: LoadingOut | None
 
 
 class ResolvedRelease(Wire):
-    """What is needed to fetch a release; GET it for its facts and scores. `size_bytes` is that of all its files."""
+    """What is needed to fetch a release; GET it for facts and scores. `size_bytes` is the total size of its files."""
 
     repository: str
     kind: str
@@ -146,7 +152,7 @@ class ResolvedRelease(Wire):
 
 
 class ResolvedOut(Wire):
-    """`warning` says that the reference did not lead where it plainly should have."""
+    """`warning` says if the reference resolved to something other than expected, or to a yanked release."""
 
     release: ResolvedRelease
     warning: str

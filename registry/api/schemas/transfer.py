@@ -1,4 +1,4 @@
-"""Uploads on the wire."""
+"""Schemas of uploads."""
 
 from typing import Literal
 
@@ -9,14 +9,14 @@ from registry.api.schemas.catalog import FileRow
 
 
 class UploadIn(WireIn):
-    """Files that a release in `namespace` shall have."""
+    """The files of a future release in `namespace`."""
 
     namespace: str = Field(max_length=64)
     files: list[FileRow] = Field(min_length=1, max_length=2_000)
 
 
 class PutOut(Wire):
-    """A request to be made as it is; `headers` are part of what was signed."""
+    """A request to send unchanged; its signature covers `headers`."""
 
     method: Literal["PUT"] = "PUT"
     url: str
@@ -24,7 +24,7 @@ class PutOut(Wire):
 
 
 class PartOut(Wire):
-    """Parts follow one another in the file and count from 1. One that is `present` has arrived."""
+    """Parts are contiguous and numbered from 1. A `present` part has arrived."""
 
     number: int
     size_bytes: int
@@ -32,18 +32,18 @@ class PartOut(Wire):
 
 
 class PartIn(WireIn):
-    """What a part's bytes are."""
+    """The SHA-256 of a part's bytes."""
 
     sha256: str
 
 
 class UploadRow(Wire):
-    """What to do for a file: nothing if it is `present`; else send it by `put` or in `parts`, then complete `upload`.
+    """What to do for a file: nothing if it is `present`; else send it with `put` or in `parts`, then complete `upload`.
 
-    How to send a part is asked with its sha256 at /v1/uploads/{upload}/parts/{number}.
+    To send a part, POST its SHA-256 to /v1/uploads/{upload}/parts/{number}.
 
-    With neither, all of it has arrived and only completing is left. The url of a `put` that begins with `/` is one of
-    this registry, which wants the caller's token; any other is of its store, which must not see it.
+    With neither, all bytes have arrived and only completing remains. A `put` URL that begins with `/` is this
+    registry's and needs the caller's token; any other is the store's, which must not see the token.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Compositions, jobs and audit rows on the wire."""
+"""Schemas of compositions, jobs and audit rows."""
 
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ class CompositionIn(WireIn):
 
 
 class StepOut(Wire):
-    """`done` of `total` are in the `unit`, examples or bytes; all three are null where a step has no such amount."""
+    """`done` and `total` are in `unit`, examples or bytes; all three are null if a step has no such amount."""
 
     name: str
     state: str
@@ -33,7 +33,7 @@ class ResultRow(Wire):
 
 
 class CompositionOut(Wire):
-    """`result` is the first of `results`: the combined adapter's release, or the model's where there is no adapter."""
+    """`result` is the first of `results`: the combined adapter's release, or the model's if there is no adapter."""
 
     id: int
     job: int
@@ -64,7 +64,7 @@ class JobOut(Wire):
 
 
 class AuditOut(Wire):
-    """`before` and `after` are what changed; `source` is the address and the client it came from."""
+    """`before` and `after` are what changed; `source` is the caller's address and client."""
 
     id: int
     at: datetime

@@ -1,4 +1,4 @@
-"""Who did what: typed acts and the one event log."""
+"""The audit log: typed acts and their records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ _INSERT = Prepared(insert(_audit), sets=[column.name for column in _audit.c if c
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who acts, when, by which token and from where. `registry.domain.access.roles` says what the grants allow.
+    """Who acts, when, with which token and from where. `registry.domain.access.roles` says what the grants allow.
 
-    `grants` maps a namespace, or `*` for all of them, to a role; `public` are the namespaces that everybody may read.
-    `mints` says whether the actor may make tokens, which a narrowed or a passing token may not.
+    `grants` maps a namespace, or `*` for all, to a role; `public` are the namespaces that everyone may read. `mints`
+    says whether the actor may create tokens, which a scoped or expiring token may not.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Actor:
     source: str | None = None
     mints: bool = False
     hidden: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The actor's own roles where the token's scope allows a lower one or none."""
+    """The user's own roles where the token's scope allows a lower one or none."""
 
 
 def operator_actor(name: str, at: datetime) -> Actor:
-    """Who runs a command on the registry's own machine, past its doors."""
+    """The operator: runs commands on the registry's own machine, without access checks."""
     return Actor(name, at, {})
 
 
@@ -79,7 +79,8 @@ def record(  # noqa: PLR0913
     after: Mapping[str, Any] | None = None,
     **detail: Any,
 ) -> None:
-    """`namespace` is whose admins may read it, None the site's alone; `before` and `after` are what changed."""
+    """Records an act. Admins of `namespace` may read it, with None only registry admins; `before` and `after` are what
+    changed."""
     values = {
         "at": actor.at,
         "actor": actor.name,
@@ -98,7 +99,7 @@ def record(  # noqa: PLR0913
 
 @dataclass(frozen=True, slots=True)
 class EventQuery:
-    """`namespaces` is None for an admin of the site, who sees all. A subject with a `*` at its end is a beginning."""
+    """`namespaces` is None for a registry admin, who sees all. A subject ending in `*` is a prefix."""
 
     namespaces: Sequence[str] | None
     namespace: str | None = None
@@ -110,13 +111,13 @@ class EventQuery:
 
 
 def list_oldest_first(session: Session, query: EventQuery, *, after: int = 0, limit: int = 100) -> list[AuditRow]:
-    """In the order of writing; `after` is the id of the last row seen."""
+    """Rows, oldest first; `after` is the id of the last row seen."""
     statement = select(AuditRow).where(AuditRow.id > after).order_by(AuditRow.id).limit(limit)
     return list(session.scalars(_filtered(statement, query)))
 
 
 def list_newest_first(session: Session, query: EventQuery, *, before: int = 0, limit: int = 100) -> list[AuditRow]:
-    """The newest first; `before` is the id of the last row seen, 0 for none."""
+    """Rows, newest first; `before` is the id of the last row seen, 0 for none."""
     statement = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
     if before:
         statement = statement.where(AuditRow.id < before)

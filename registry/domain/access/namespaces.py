@@ -21,7 +21,7 @@ MAX_SIGNING_KEYS = 20
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is None stays as it is."""
+    """Changes to a namespace; None leaves a setting unchanged."""
 
     public: bool | None = None
     require_signature: bool | None = None
@@ -37,7 +37,7 @@ def find(session: Session, name: str) -> Namespace:
 
 
 def find_for_share(session: Session, name: str) -> Namespace:
-    """As `find`; nobody changes it until this transaction ends."""
+    """As `find`; locks the row against changes until this transaction ends."""
     row = session.get(Namespace, name, with_for_update={"read": True}, populate_existing=True)
     if row is None:
         raise unknown_namespace(name)
@@ -45,7 +45,7 @@ def find_for_share(session: Session, name: str) -> Namespace:
 
 
 def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
-    """A namespace comes to be with its first repository, if an admin of the whole registry makes that."""
+    """The namespace, created if the actor is a registry admin."""
     row = session.get(Namespace, name)
     if row is None:
         permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
@@ -68,7 +68,7 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
 
 def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespace:
     row = find_or_create(session, actor, name)
-    session.refresh(row, with_for_update=True)  # waits for those who publish by what it says now
+    session.refresh(row, with_for_update=True)  # waits for transactions that publish under the current settings
     before = _settings(row)
     if wanted.public is not None:
         row.public = wanted.public
@@ -81,9 +81,9 @@ def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespa
     if row.require_signature and not row.signing_keys:
         raise Refused(
             "signing_keys_missing",
-            f"{name} cannot require signatures without a key that may sign.",
+            f"{name} cannot require signatures without a signing key.",
             subject=name,
-            next_step="Name the keys with it: --signing-key PUB.pem, over REST signing_keys.",
+            next_step="Give the keys too: --signing-key PUB.pem, in REST signing_keys.",
         )
     session.flush()
     after = _settings(row)
@@ -93,13 +93,13 @@ def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespa
 
 
 def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list[Namespace]:
-    """Those that the actor may read, by name."""
+    """The namespaces that the actor may read, by name."""
     query = select(Namespace).where(Namespace.name > after, readable(actor, Namespace.name))
     return list(session.scalars(query.order_by(Namespace.name).limit(limit)))
 
 
 def signing_keys(session: Session, name: str) -> list[str]:
-    """The public keys (PEM) that releases of the namespace may be signed with; none for a namespace to come."""
+    """The public keys (PEM) that may sign the namespace's releases; none if it does not exist yet."""
     row = session.get(Namespace, name)
     return list(row.signing_keys) if row else []
 
@@ -109,7 +109,7 @@ def public_names(session: Session) -> frozenset[str]:
 
 
 def set_member(session: Session, actor: Actor, namespace: str, user: str, role: Role | None) -> None:
-    """Gives a user a role in a namespace (`*` for all of them), or with None takes it away."""
+    """Sets a user's role in a namespace (`*` for all); None removes it."""
     if role is not None:
         refuse_reserved(user)
     if namespace != EVERYWHERE:
@@ -151,12 +151,12 @@ def _settings(row: Namespace) -> Mapping[str, Any]:
 
 
 def _checked_keys(keys: Sequence[str]) -> list[str]:
-    """A key that cannot verify would refuse every push; so it is tried here."""
+    """Checks that each key can verify: an unusable one would refuse every push."""
     if len(keys) > MAX_SIGNING_KEYS:
         raise Invalid(
             "too_many_keys",
             f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.",
-            next_step="Name those that still sign.",
+            next_step="Give only the keys that are still in use.",
         )
     for key in keys:
         fingerprint(key)

@@ -1,6 +1,6 @@
-"""Roles, and the questions that every edge asks: may this actor do that there, and what may it read?
+"""Roles and access checks: whether an actor may do something in a namespace, and what it may read.
 
-Default deny. What an actor may not read is not there for it: the answer is the 404 of a thing that does not exist.
+Denies by default. For what an actor may not read, the answer is the same 404 as for what does not exist.
 """
 
 from enum import StrEnum
@@ -17,7 +17,7 @@ ANONYMOUS = "anonymous"
 
 
 class Role(StrEnum):
-    """From the least to the most; each includes those before it."""
+    """Roles in ascending order; each includes those before it."""
 
     READER = "reader"
     PUBLISHER = "publisher"
@@ -37,13 +37,13 @@ def max_role(one: str, other: str) -> Role:
 
 
 def holds(actor: Actor, role: Role, namespace: str = EVERYWHERE) -> bool:
-    """By a grant alone: a public namespace grants nothing."""
+    """Whether a grant gives the role; public namespaces grant nothing."""
     granted = actor.grants.get(namespace, actor.grants.get(EVERYWHERE))
     return granted is not None and _ORDER[Role(granted)] >= _ORDER[role]
 
 
 def may(actor: Actor, role: Role, namespace: str) -> bool:
-    """By a grant, or as a reader of what is public."""
+    """Whether the actor has the role by a grant, or as a reader of a public namespace."""
     return holds(actor, role, namespace) or (role is Role.READER and namespace in actor.public)
 
 
@@ -52,10 +52,10 @@ def may_read(actor: Actor, namespace: str) -> bool:
 
 
 def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
-    """Returns when the actor has the role there; denies otherwise.
+    """Raises unless the actor has the role in the namespace.
 
-    Where the actor may not even read, it raises `hidden`, the NotFound of what was asked for. Without one the caller
-    named the namespace, and the error says which of its own roles there the token's scope hides.
+    If the actor may not even read there, raises `hidden`, the NotFound of the requested object. Without `hidden`, the
+    caller named the namespace itself, and the error says which of its own roles the token's scope hides.
     """
     if may(actor, role, namespace):
         return
@@ -65,51 +65,51 @@ def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: Not
 
 
 def permit_somewhere(actor: Actor, role: Role) -> None:
-    """For what no namespace owns, such as bases and suites."""
+    """Raises unless the actor has the role in any namespace: for bases and suites, which no namespace owns."""
     if not any(holds(actor, role, namespace) for namespace in actor.grants):
         raise _anonymous(actor) or NotAllowed(
             "role_missing",
-            f"{actor.name} has the role {role} in no namespace.",
+            f"{actor.name} does not have the role {role} in any namespace.",
             subject=actor.name,
-            next_step=f"Use a token of somebody who is {role} of a namespace, or ask an admin of yours for the role.",
+            next_step=f"Use the token of a user who is {role} of a namespace, or ask an admin of yours for the role.",
         )
 
 
 def readable(actor: Actor, namespace: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
-    """A condition on a column of namespaces, for queries across them."""
+    """A SQL condition on a namespace column: the actor may read it."""
     names = readable_names(actor)
     return true() if names is None else namespace.in_(names)
 
 
 def readable_names(actor: Actor) -> set[str] | None:
-    """The namespaces that the actor may read; None for all of them."""
+    """The namespaces that the actor may read; None for all."""
     return None if EVERYWHERE in actor.grants else {*actor.grants, *actor.public}
 
 
 def granted(actor: Actor, role: Role) -> list[str] | None:
-    """The namespaces where the actor has the role; None for all of them."""
+    """The namespaces where the actor has the role; None for all."""
     if holds(actor, role):
         return None
     return sorted(namespace for namespace in actor.grants if holds(actor, role, namespace))
 
 
 def refuse_reserved(user: str) -> None:
-    """Raises Invalid for the name of callers without a token: a user of that name would be taken for all of them."""
+    """Raises Invalid for the name of anonymous callers: a user of that name could be confused with them."""
     if user.strip().lower() == ANONYMOUS:
         raise Invalid(
             "user_reserved",
-            f"{user} is not a user's name: it stands for callers without a token.",
+            f"{user} cannot be a user name: it stands for callers without a token.",
             subject=user,
-            next_step="Choose another name. What everybody may read is a public namespace (`adaptory namespace set`).",
+            next_step="Choose another name. To let everyone read, make a namespace public (`adaptory namespace set`).",
         )
 
 
 def refuse_other_owner(actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name") -> None:
-    """Bases, their scores and suites are everybody's yardstick: who did not make one may not change it."""
+    """Raises NotAllowed unless the actor owns the subject: everyone relies on bases, their scores and suites."""
     if owner is not None and owner != actor.name and not holds(actor, Role.ADMIN):
         raise NotAllowed(
             "not_yours",
-            f"{subject} is {owner}'s.",
+            f"{subject} belongs to {owner}.",
             subject=subject,
             next_step=f"Ask {owner} or an admin of the registry, or {way_out}.",
         )
@@ -120,20 +120,20 @@ def unknown_namespace(namespace: str) -> NotFound:
         "namespace_unknown",
         f"There is no namespace {namespace[:64]} that you may see.",
         subject=namespace[:64],
-        next_step="Look at its spelling, and at ADAPTORY_TOKEN.",
+        next_step="Check the spelling, and ADAPTORY_TOKEN.",
     )
 
 
 def _out_of_scope(actor: Actor, namespace: str) -> NotFound | None:
-    """It says what the user's roles are, and not whether there is such a namespace."""
+    """Says what the user's role is, but not whether the namespace exists."""
     own = actor.hidden.get(namespace, actor.hidden.get(EVERYWHERE))
     if own is None:
         return None
     return NotFound(
         "namespace_unknown",
-        f"The scope of this token leaves out the namespace {namespace[:64]}, where {actor.name} has the role {own}.",
+        f"This token's scope excludes the namespace {namespace[:64]}, where {actor.name} has the role {own}.",
         subject=namespace[:64],
-        next_step=f"Use a token whose scope has {namespace[:64]}={own}.",
+        next_step=f"Use a token whose scope includes {namespace[:64]}={own}.",
     )
 
 
@@ -151,13 +151,13 @@ def _denied(actor: Actor, role: Role, namespace: str) -> RegistryError:
     if own is not None and _ORDER[Role(own)] >= _ORDER[role]:
         return NotAllowed(
             "scope_too_narrow",
-            f"{actor.name} has the role {own} in {where}, but the scope of this token does not allow {role}.",
+            f"{actor.name} has the role {own} in {where}, but this token's scope does not allow {role}.",
             subject=namespace,
-            next_step=f"Use a token whose scope has {namespace}={role}.",
+            next_step=f"Use a token whose scope includes {namespace}={role}.",
         )
     return _anonymous(actor) or NotAllowed(
         "role_missing",
         f"{actor.name} does not have the role {role} in {where}.",
         subject=namespace,
-        next_step=f"Ask an admin of {where} for the role, or use a token whose scope has it.",
+        next_step=f"Ask an admin of {where} for the role, or use a token whose scope includes it.",
     )

@@ -1,9 +1,9 @@
-"""Tokens: made, shown once, kept as a hash, checked on every request, revoked.
+"""Tokens: created, shown once, stored as a hash, checked on every request, revoked.
 
     adp_<id: 12 of a-z2-7>_<secret: 64 hexadecimal digits><checksum: 8 hexadecimal digits>
 
-The id finds the row; the secret has 256 random bits, so that a plain sha256 keeps it; the checksum lets anybody tell a
-mistyped token, or a token in a leaked file, from other text without asking.
+The id finds the row. The secret has 256 random bits, so a plain SHA-256 protects it. The checksum detects a mistyped
+token, or a token in a leaked file, without asking the registry.
 """
 
 import base64
@@ -26,14 +26,14 @@ from registry.domain.access.roles import EVERYWHERE, Role, holds, max_role, min_
 from registry.errors import NotAllowed, NotFound, Unauthenticated
 from registry.formats.references import parse_name
 
-WHOLE = {EVERYWHERE: Role.ADMIN.value}
-"""The scope of a token that may do whatever its user may."""
+FULL_SCOPE = {EVERYWHERE: Role.ADMIN.value}
+"""The scope of a token that may do everything its user may."""
 _SHAPE = re.compile(r"(adp_([a-z2-7]{12})_[0-9a-f]{64})([0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """`scope` maps namespaces, or `*`, to the highest role that the token has there; the user's own roles limit it."""
+    """`scope` maps namespaces, or `*`, to the token's highest role there, also limited by the user's own roles."""
 
     user: str
     name: str
@@ -43,7 +43,7 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whom a token stands for, until when; a web process may remember it for some seconds."""
+    """The user of a token and its grants; server processes may cache it for some seconds."""
 
     user: str
     token_id: str
@@ -55,16 +55,16 @@ class Caller:
 
 
 def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
-    """The token and its secret text, which is told this once.
+    """Creates a token. Returns it and its secret text, which is not stored.
 
-    A token that is narrowed or that expires makes no tokens: it could outlive or widen itself.
+    A scoped or expiring token cannot create tokens: it could outlive or widen itself.
     """
     if not actor.mints or (new.user != actor.name and not holds(actor, Role.ADMIN)):
         raise NotAllowed(
             "token_not_allowed",
-            f"{actor.name} may not make this token with this one.",
+            f"{actor.name} may not create this token with the current one.",
             subject=new.user,
-            next_step="Use a token without scope and expiry; a token for another user needs an admin of the registry.",
+            next_step="Use a token without scope and expiry; a token for another user requires a registry admin.",
         )
     refuse_reserved(new.user)
     token_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
@@ -88,17 +88,17 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
 
 
 def revoke(session: Session, actor: Actor, token_id: str) -> Token:
-    """One's own, or as an admin of the registry anybody's. Twice is once.
+    """Revokes one of the actor's tokens, or any token for a registry admin. Idempotent.
 
-    A token that is narrowed or that expires revokes itself alone: who finds it must not lock its user out.
+    A scoped or expiring token can revoke only itself: a leaked one must not lock its user out.
     """
     row = session.scalar(select(Token).where(Token.id == token_id, _in_reach(actor)))
     if row is None:
         raise NotFound(
             "token_unknown",
-            f"There is no token {token_id[:16]} that you may revoke with this one.",
+            f"There is no token {token_id[:16]} that you may revoke with the current one.",
             subject=token_id[:16],
-            next_step="`adaptory token list` shows those you may; one with a scope or an expiry revokes itself alone.",
+            next_step="`adaptory token list` shows yours; one with a scope or expiry revokes only itself.",
         )
     if row.revoked_at is None:
         row.revoked_at = actor.at
@@ -108,7 +108,7 @@ def revoke(session: Session, actor: Actor, token_id: str) -> Token:
 
 
 def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list[Token]:
-    """By id, those that the actor may revoke."""
+    """The tokens that the actor may revoke, by id."""
     query = select(Token).where(_in_reach(actor), Token.id > after).order_by(Token.id).limit(limit)
     return list(session.scalars(query))
 
@@ -118,7 +118,7 @@ def exist(session: Session) -> bool:
 
 
 def authenticate(session: Session, text: str, now: datetime) -> Caller:
-    """Raises Unauthenticated for whatever is not a token in force."""
+    """The caller of a token. Raises Unauthenticated for anything but a valid token."""
     match = _SHAPE.fullmatch(text)
     if match is None or _checksum(match.group(1)) != match.group(3):
         raise _invalid("is not a token: a character is missing or mistyped")
@@ -129,9 +129,9 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
         raise _invalid("was revoked")
     if row.expires_at is not None and row.expires_at <= now:
         raise _invalid("has expired")
-    mints = row.scope == WHOLE and row.expires_at is None
+    mints = row.scope == FULL_SCOPE and row.expires_at is None
     roles = namespaces.roles_of(session, row.user)
-    grants, own = effective_grants(roles, row.scope), effective_grants(roles, WHOLE)
+    grants, own = effective_grants(roles, row.scope), effective_grants(roles, FULL_SCOPE)
     everywhere = own.get(EVERYWHERE, "")
     roles_there = {name: own.get(name, everywhere) for name in {*grants, *own}}
     hidden = {name: role for name, role in roles_there.items() if grants.get(name) != role}
@@ -139,29 +139,29 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
 
 
 def grants_of(session: Session, token_id: str) -> dict[str, str]:
-    """What its user may do by the token now: nothing once it was revoked.
+    """The token's current grants; none once it is revoked.
 
-    For work that goes on after the request: that the token has expired since takes nothing back.
+    For work that continues after the request: expiry since then is ignored.
     """
     row = session.get_one(Token, token_id)
     return {} if row.revoked_at else effective_grants(namespaces.roles_of(session, row.user), row.scope)
 
 
 def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
-    """In each namespace the lower of the user's role and the token's."""
-    found: dict[str, str] = {}
+    """For each namespace, the lower of the user's role and the token's."""
+    grants: dict[str, str] = {}
     everywhere = roles.get(EVERYWHERE)
     for namespace in {*roles, *(scope if everywhere else ())}:
         own = roles.get(namespace)
         role = max_role(own, everywhere) if own and everywhere else own or everywhere
         limit = scope.get(namespace, scope.get(EVERYWHERE))
         if role and limit:
-            found[namespace] = min_role(role, limit).value
-    return found
+            grants[namespace] = min_role(role, limit).value
+    return grants
 
 
 def _in_reach(actor: Actor) -> ColumnElement[bool]:
-    """What the actor may see and revoke."""
+    """The tokens that the actor may see and revoke."""
     if not actor.mints:
         return Token.id == actor.token_id
     return true() if holds(actor, Role.ADMIN) else Token.user == actor.name
@@ -176,7 +176,9 @@ def _checked_scope(scope: Mapping[str, Role]) -> dict[str, str]:
 
 def _invalid(what: str) -> Unauthenticated:
     return Unauthenticated(
-        "token_invalid", f"The token {what}.", next_step="Make one with `adaptory token create`, set ADAPTORY_TOKEN."
+        "token_invalid",
+        f"The token {what}.",
+        next_step="Create one with `adaptory token create`, and set ADAPTORY_TOKEN.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Base models: registered by what their weights are, found by digest, name or alias."""
+"""Base models: identified by their weights, found by digest, name or alias."""
 
 import re
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from registry.formats.references import MAX_NEAR, Digest, nearest, parse_name
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
 SAME_MODEL = ("cast", "quantized")
-"""Relations that keep what a base computes, but for rounding: an adapter of one is worth trying on the other."""
+"""Relations that preserve what a base computes, except for rounding: an adapter of one may work on the other."""
 MAX_STEPS, MAX_RELATED = 4, 100
 MAX_PARAMETERS = 1 << 59
-"""With which a size still fits into a column; a million times what the largest models have."""
+"""Limit so that sizes fit into a column; a million times the largest models."""
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
 _DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
 _SCHEMES = ("file://", "hf://", "s3://")
@@ -42,12 +42,12 @@ _BY_NAME = Prepared(select(_base.digest, _base.name).where(_called(_TEXT)))
 
 
 def is_name(text: str) -> bool:
-    """A name or an alias, which one base can have; what looks like a digest may begin several."""
+    """Whether the text can be a name or alias, which are unique, and not a digest prefix, which may be ambiguous."""
     return _DIGEST_LIKE.fullmatch(text) is None
 
 
 def digest_of(name: ColumnElement[str]) -> ColumnElement[str]:
-    """Within another statement: most searches ask for a base, and are spared one for that."""
+    """A subquery for the digest of a name; saves most searches a statement."""
     return select(_base.digest).where(_called(name)).limit(1).scalar_subquery()
 
 
@@ -75,10 +75,10 @@ class NewBase:
 
 
 def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
-    """The base and whether it is new. Adding a known base again only adds aliases, locations and its origin.
+    """Registers a base. Returns it and whether it is new. For a known base, adds aliases, locations and origin.
 
-    Those of another's base are for its maker and admins to add: an alias decides what a push is checked against. Raises
-    NotAllowed for others, unless all that they state is there, and Conflict for another model type or another tie.
+    Only its owner and admins may add them, since an alias decides what a push is checked against. Raises NotAllowed for
+    others, unless everything they state is present already, and Conflict for a different model type or tying.
     """
     architecture = _checked_architecture(new)
     base = session.get(Base, new.weights_digest)
@@ -91,7 +91,7 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
             f"These weights are {base.name!r}, of model type {base.model_type!r} with tied={base.tied}, "
             f"not {new.model_type!r} with tied={new.tied}.",
             subject=new.name,
-            next_step="Compare config.json with the one that the base was added from.",
+            next_step="Compare config.json with the one that the base was registered from.",
         )
     _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
     _add_locations(session, actor, base, new.locations)
@@ -101,7 +101,7 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
 
 
 def _checked_architecture(new: NewBase) -> Architecture:
-    """What a base is follows from its table of tensors, and that from the weights digest."""
+    """The architecture from the tensor table, after checking that against the weights digest."""
     tensors = {row.name: TensorSpec(row.dtype, row.shape) for row in new.tensors}
     for row in new.tensors:
         if row.dtype not in DTYPE_BITS:
@@ -115,16 +115,16 @@ def _checked_architecture(new: NewBase) -> Architecture:
     if len(tensors) != len(new.tensors) or hashed != new.weights_digest:
         raise Invalid(
             "digest_differs",
-            "The weights digest does not follow from the tensor table.",
+            "The weights digest does not match the tensor table.",
             subject=new.name,
             next_step="Hash the checkpoint again.",
         )
     if sum(spec.elements for spec in tensors.values()) > MAX_PARAMETERS:
         raise Invalid(
             "base_too_large",
-            f"No checkpoint is as large as the tensor table of {new.name!r} says.",
+            f"The tensor table of {new.name!r} states an impossible size.",
             subject=new.name,
-            next_step="Look at the shapes.",
+            next_step="Check the shapes.",
         )
     return Architecture(new.model_type, new.tied, tensors)
 
@@ -155,7 +155,7 @@ def _insert(session: Session, actor: Actor, new: NewBase, architecture: Architec
 
 
 def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
-    """The base that it named, which keeps its own name."""
+    """Removes an alias; returns its base, which keeps its own name."""
     row = session.get(BaseAlias, alias)
     if row is None:
         raise NotFound(
@@ -173,7 +173,7 @@ def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
 
 
 def find(session: Session, text: str) -> Base:
-    """By digest (12 digits or more), by name or by alias. No name may look like a digest, so that none can hide one."""
+    """Finds a base by digest (12 or more digits), name or alias. No name may look like a digest."""
     return session.get_one(Base, identify(session, text)[0])
 
 
@@ -204,7 +204,7 @@ def _all_names(session: Session) -> list[str]:
 
 
 def architecture(session: Session, digest: str) -> Architecture:
-    """What an adapter is checked against."""
+    """The architecture that adapters are checked against."""
     base = session.scalars(select(Base).where(Base.digest == digest).options(undefer(Base.tensors))).one()
     return Architecture(
         base.model_type, base.tied, {name: TensorSpec(dtype, tuple(shape)) for name, dtype, shape, _ in base.tensors}
@@ -212,7 +212,7 @@ def architecture(session: Session, digest: str) -> Architecture:
 
 
 def aliases(session: Session, *listed: Base) -> dict[str, list[str]]:
-    """By digest; one query for a page of bases, as those that follow."""
+    """Aliases by digest, with one query for a page of bases, as in the functions below."""
     return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, listed)
 
 
@@ -221,23 +221,22 @@ def locations(session: Session, *listed: Base) -> dict[str, list[str]]:
 
 
 def origins(session: Session, *listed: Base) -> dict[str, str]:
-    """The name of the base that each was made from, by that one's digest."""
+    """Names of the bases that these were derived from, by their digests."""
     query = select(Base.digest, Base.name).where(Base.digest.in_({base.derived_from for base in listed}))
     return dict(session.execute(query).all())
 
 
 def _by_digest(session: Session, digest: Any, text: Any, listed: Sequence[Base]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {base.digest: [] for base in listed}
-    for of, one in session.execute(select(digest, text).where(digest.in_(found)).order_by(text)):
-        found[of].append(one)
-    return found
+    texts: dict[str, list[str]] = {base.digest: [] for base in listed}
+    for of, one in session.execute(select(digest, text).where(digest.in_(texts)).order_by(text)):
+        texts[of].append(one)
+    return texts
 
 
 def related(session: Session, digest: str) -> dict[str, str]:
-    """Digests of the base ("") and of those that casts and quantizations link it to, in either direction: for each the
-    relations on the way, as in `cast` or `quantized, cast`. At most `MAX_STEPS` relations away and `MAX_RELATED` bases.
-    """
-    found: dict[str, str] = {digest: ""}
+    """The base's digest (mapped to "") and those that casts and quantizations link to it, in either direction, mapped
+    to the relations on the way, as in `quantized, cast`. At most `MAX_STEPS` relations away and `MAX_RELATED` bases."""
+    relations: dict[str, str] = {digest: ""}
     edge = [digest]
     for _ in range(MAX_STEPS):
         touching = or_(Base.digest.in_(edge), Base.derived_from.in_(edge))
@@ -245,13 +244,13 @@ def related(session: Session, digest: str) -> dict[str, str]:
         reached: dict[str, str] = {}
         for made, origin, relation in session.execute(links.order_by(Base.digest).limit(MAX_RELATED)):
             for here, there in ((made, origin or ""), (origin or "", made)):
-                if here in found and there not in found:
-                    reached[there] = ", ".join(part for part in (found[here], relation) if part)
-        edge = list(reached)[: MAX_RELATED - len(found)]
-        found |= {there: reached[there] for there in edge}
+                if here in relations and there not in relations:
+                    reached[there] = ", ".join(part for part in (relations[here], relation) if part)
+        edge = list(reached)[: MAX_RELATED - len(relations)]
+        relations |= {there: reached[there] for there in edge}
         if not edge:
             break
-    return found
+    return relations
 
 
 def list_page(session: Session, *, after: str, limit: int) -> list[Base]:
@@ -264,7 +263,7 @@ def _refuse_taken_name(session: Session, new: NewBase) -> None:
             "bad_name",
             f"{new.name!r} looks like a digest.",
             subject=new.name,
-            next_step="Choose a name that says what it is.",
+            next_step="Choose a descriptive name.",
         )
     other = session.scalar(select(Base.digest).where(Base.name == new.name))
     other = other or session.scalar(select(BaseAlias.base_digest).where(BaseAlias.alias == new.name))
@@ -288,7 +287,7 @@ def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[st
                 "bad_alias",
                 f"{alias[:80]!r} cannot be an alias.",
                 subject=alias[:80],
-                next_step="Use letters, digits and . _ - /, and not the form of a digest.",
+                next_step="Use letters, digits and . _ - /, but not the form of a digest.",
             )
         owner = session.scalar(select(Base.digest).where(Base.name == alias))
         row = session.get(BaseAlias, alias)
@@ -329,7 +328,7 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
     if new.derived_from is None or new.relation not in RELATIONS:
         raise Usage(
             "bad_relation",
-            f"{new.name!r} must say both what it is derived from and how.",
+            f"{new.name!r} must state both what it is derived from and how.",
             subject=new.name,
             next_step=f"Name a registered base, and one of {', '.join(RELATIONS)}.",
         )
@@ -340,21 +339,21 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
     if base.derived_from is not None and not holds(actor, Role.ADMIN):
         raise Conflict(
             "relation_known",
-            f"{base.name!r} is {base.relation} from the base {base.derived_from[:12]} already.",
+            f"{base.name!r} is already {base.relation} from the base {base.derived_from[:12]}.",
             subject=base.name,
-            next_step="An admin of the registry may correct it.",
+            next_step="A registry admin may correct it.",
         )
     if base.digest in _origins(session, origin):
         raise Invalid(
             "relation_circular",
-            f"{origin.name!r} was itself made from {base.name!r}.",
+            f"{origin.name!r} is itself derived from {base.name!r}.",
             subject=base.name,
-            next_step="Name the base that was there first.",
+            next_step="Name the original base.",
         )
     if new.relation == "cast" and base.architecture_digest != origin.architecture_digest:
         raise Invalid(
             "not_a_cast",
-            f"{base.name!r} has other tensors or shapes than {origin.name!r}, so it is no cast of it.",
+            f"{base.name!r} is not a cast of {origin.name!r}: its tensors or shapes differ.",
             subject=base.name,
             next_step="Name another relation: quantized, finetuned or merged.",
         )
@@ -366,9 +365,9 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
 
 
 def _origins(session: Session, base: Base) -> set[str]:
-    """The base and all that it was made from."""
-    found = {base.digest}
-    while base.derived_from is not None and base.derived_from not in found:
-        found.add(base.derived_from)
+    """Digests of the base and all its origins."""
+    digests = {base.digest}
+    while base.derived_from is not None and base.derived_from not in digests:
+        digests.add(base.derived_from)
         base = session.get_one(Base, base.derived_from)
-    return found
+    return digests

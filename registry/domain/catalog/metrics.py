@@ -1,7 +1,7 @@
-"""Which way a metric of a suite is better: stated in the suite's file, or fixed by the first score of its author.
+"""Whether higher or lower is better for a suite's metric: stated in its file, or fixed by its author's first score.
 
-It belongs to the suite's name, in all versions of its content. Whoever records first elsewhere decides nothing, and
-what only private scores show of a metric is shown to nobody who may not read them.
+The direction belongs to the suite's name, in all versions of its content. Scores by others do not fix it, and what only
+private scores reveal of a metric is not shown to those who may not read them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
 
 
 def state(session: Session, actor: Actor, suite: str, metrics: Mapping[str, bool]) -> None:
-    """The author's word, which everybody may read. It corrects the direction of scores that are there.
+    """Sets the directions that the author states, which everyone may read, and corrects existing scores.
 
-    Raises Invalid where it contradicts what `adaptory eval` measures.
+    Raises Invalid if they contradict the metrics of `adaptory eval`.
     """
     for metric, better in metrics.items():
         if HIGHER_IS_BETTER.get(metric, better) != better:
@@ -61,7 +61,7 @@ def _set(session: Session, actor: Actor, suite: str, metric: str, better: bool) 
 
 
 def _align(session: Session, suite: str, metric: str, better: bool) -> None:
-    """Scores say what their suite says, and so do the documents of releases that have some."""
+    """Updates the direction of existing scores, and the stamps of their releases."""
     of_suite = Score.suite_id.in_(select(Suite.id).where(Suite.name == suite))
     wrong = of_suite & (Score.metric == metric) & (Score.higher_is_better != better)
     of_releases = Release.id.in_(select(Score.release_id).where(wrong))
@@ -70,9 +70,9 @@ def _align(session: Session, suite: str, metric: str, better: bool) -> None:
 
 
 def check(session: Session, actor: Actor, suite: Suite, metric: str, better: bool) -> None:
-    """Returns where a score may say so. The author's first score of a metric fixes its direction.
+    """Checks a score's direction. The author's first score of a metric fixes it.
 
-    Raises Invalid for another direction, and for a metric that the suite does not state as far as the actor may see.
+    Raises Invalid for a different direction, and for a metric that the suite does not state as far as the actor sees.
     """
     if metric in HIGHER_IS_BETTER:
         expected = HIGHER_IS_BETTER[metric]
@@ -81,10 +81,10 @@ def check(session: Session, actor: Actor, suite: Suite, metric: str, better: boo
     elif not is_author(session, actor, suite.name):
         raise Invalid(
             "metric_unstated",
-            f"{suite.name} does not state which way {metric} is better.",
+            f"{suite.name} does not state whether higher or lower {metric} is better.",
             subject=metric,
-            next_step=f"Ask {suite.created_by} to add `metrics: {{{metric}: higher}}`, or lower, to the suite's file "
-            "and to run `adaptory suite add` again.",
+            next_step=f"Ask {suite.created_by} to add `metrics: {{{metric}: higher}}` (or lower) to the suite's file "
+            "and run `adaptory suite add` again.",
         )
     else:
         expected = _fix(session, actor, suite.name, metric, better)
@@ -93,13 +93,13 @@ def check(session: Session, actor: Actor, suite: Suite, metric: str, better: boo
             "bad_score",
             f"higher_is_better is {expected} for {metric} of {suite.name}.",
             subject=metric,
-            next_step="Record it so. The suite's author corrects it under `metrics` in the suite's file, and runs "
-            "`adaptory suite add` again.",
+            next_step="Record it that way. The suite's author can correct it under `metrics` in the suite's file with "
+            "`adaptory suite add`.",
         )
 
 
 def _fix(session: Session, actor: Actor, suite: str, metric: str, better: bool) -> bool:
-    """What the author's first score said, which may be another than this one."""
+    """The direction fixed by the author's first score, which may not be this one."""
     values = {"higher_is_better": better, "stated": False, "by": actor.name, "at": actor.at}
     if insert_if_absent(session, SuiteMetric, suite=suite, metric=metric, **values):
         _align(session, suite, metric, better)
@@ -108,8 +108,8 @@ def _fix(session: Session, actor: Actor, suite: str, metric: str, better: bool) 
 
 
 def _visible(session: Session, actor: Actor, suite: str, metric: str) -> bool | None:
-    """The direction that the suite has fixed, where the actor may know of it. The row stays as it is until the end of
-    the transaction, so that no score is recorded against a correction."""
+    """The suite's fixed direction, if the actor may know it. Locks the row until the end of the transaction, so that no
+    score is recorded against a correction."""
     query = select(SuiteMetric).where(SuiteMetric.suite == suite, SuiteMetric.metric == metric)
     row = session.scalar(query.with_for_update(read=True))
     if row is None or not (row.stated or is_measured(session, actor, suite, metric)):
@@ -118,20 +118,20 @@ def _visible(session: Session, actor: Actor, suite: str, metric: str) -> bool | 
 
 
 def is_known(session: Session, actor: Actor, suite: str, metric: str) -> bool:
-    """Whether a search may name it: it is stated, or the actor may read a score of it."""
+    """Whether a search may name the metric: it is stated, or the actor may read a score of it."""
     stated = select(SuiteMetric.stated).where(SuiteMetric.suite == suite, SuiteMetric.metric == metric)
     return bool(metric in HIGHER_IS_BETTER or session.scalar(stated)) or is_measured(session, actor, suite, metric)
 
 
 def known(session: Session, actor: Actor, suite: str) -> list[str]:
-    """The metrics of a suite that the actor may name: those of every suite, those it states, and those of scores."""
+    """The suite's metrics that the actor may name: built-in, stated, and those of readable scores."""
     of_suite = select(SuiteMetric.metric).where(SuiteMetric.suite == suite).order_by(SuiteMetric.metric)
     others = [metric for metric in session.scalars(of_suite) if is_known(session, actor, suite, metric)]
     return [*HIGHER_IS_BETTER, *others]
 
 
 def is_measured(session: Session, actor: Actor, suite: str, metric: str) -> bool:
-    """Of a base, which every member may read, or of a release that the actor may."""
+    """Whether there is a score of a base, which every member may read, or of a release that the actor may read."""
     scores = select(Score.id).join(Suite).where(Suite.name == suite, Score.metric == metric)
     if (readable := readable_names(actor)) is not None:
         scores = scores.outerjoin(Release, Release.id == Score.release_id)
@@ -141,25 +141,27 @@ def is_measured(session: Session, actor: Actor, suite: str, metric: str) -> bool
 
 
 def is_author(session: Session, actor: Actor, suite: str) -> bool:
-    """Whoever made its current version, or an admin of the registry."""
+    """Whether the actor made the suite's current version, or is a registry admin."""
     made_by = select(Suite.created_by).where(Suite.name == suite, Suite.current)
     return holds(actor, Role.ADMIN) or session.scalar(made_by) == actor.name
 
 
 def is_higher_better(session: Session, suite: str, metric: str) -> bool:
-    """As a search sorts: by the suite's word, else by that of its first score."""
+    """The direction for sorting: the suite's, else that of its first score."""
     if metric in HIGHER_IS_BETTER:
         return HIGHER_IS_BETTER[metric]
     stated = select(SuiteMetric.higher_is_better).where(SuiteMetric.suite == suite, SuiteMetric.metric == metric)
     first = select(Score.higher_is_better).join(Suite).where(Suite.name == suite, Score.metric == metric)
-    found = session.scalar(stated)
-    return bool(session.scalar(first.order_by(Score.id).limit(1)) if found is None else found)
+    declared = session.scalar(stated)
+    return bool(session.scalar(first.order_by(Score.id).limit(1)) if declared is None else declared)
 
 
 def stated(session: Session, suites: Sequence[Suite]) -> dict[str, dict[str, bool]]:
-    """What each suite states for everybody, by its name: metric -> whether higher is better."""
-    found: dict[str, dict[str, bool]] = {suite.name: {} for suite in suites}
-    query = select(SuiteMetric).where(SuiteMetric.suite.in_(found), SuiteMetric.stated).order_by(SuiteMetric.metric)
+    """The stated metrics of each suite, by its name: metric -> whether higher is better."""
+    directions: dict[str, dict[str, bool]] = {suite.name: {} for suite in suites}
+    query = (
+        select(SuiteMetric).where(SuiteMetric.suite.in_(directions), SuiteMetric.stated).order_by(SuiteMetric.metric)
+    )
     for row in session.scalars(query):
-        found[row.suite][row.metric] = row.higher_is_better
-    return found
+        directions[row.suite][row.metric] = row.higher_is_better
+    return directions

@@ -1,7 +1,6 @@
-"""All that the registry says of releases, in one statement for a page of them.
+"""Everything about a page of releases, in one statement.
 
-Texts of JSON are left as they are, and nothing is checked again: a page of fifty is read many times a second, by nobody
-who changes what it shows, and mostly to be sent on.
+JSON stays text and nothing is validated again: pages are read many times a second, mostly to be sent on unchanged.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from registry.database.prepared import Prepared
 from registry.database.tables import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
 
 BATCH_SIZE = 50
-"""So many releases a statement: with manifests of thousands of files each they still fit in memory."""
+"""Releases per statement: with manifests of thousands of files each, they still fit in memory."""
 
 _base, _input, _release, _repository, _revision, _score, _suite = (
     table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, Suite)
@@ -25,7 +24,7 @@ _base, _input, _release, _repository, _revision, _score, _suite = (
 
 
 class ReleaseRow(NamedTuple):
-    """`manifest`, `facts`, `provenance` and `loading` are JSON, `created_at` is as documents have it."""
+    """`manifest`, `facts`, `provenance` and `loading` are JSON text; `created_at` is formatted as in documents."""
 
     id: int
     namespace: str
@@ -55,7 +54,7 @@ class ReleaseRow(NamedTuple):
 ScoreRow = list[Any]
 """Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, when."""
 InputRow = list[Any]
-"""Id of the release that was made and of the one that went into it; namespace, repository, version, commit, weight."""
+"""Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
 
 
 _NAMED: FromClause = (
@@ -93,7 +92,7 @@ _RELEASES = (
     .select_from(_NAMED.join(Base.__table__, _base.digest == _release.base_digest))
     .where(in_list(_release.id, "ids"))
 )
-# The sum keeps SQLite from going from each suite through all of its scores.
+# `+ 0` keeps SQLite from scanning all scores of each suite.
 _SCORES = (
     select(
         json_rows(
@@ -130,12 +129,12 @@ CURRENT_SUITES = select(json_list(_suite.id)).where(_suite.current).scalar_subqu
 _PAGE = Prepared(select(*(part.scalar_subquery() for part in (_RELEASES, _SCORES, _INPUTS)), CURRENT_SUITES))
 
 Stamp = tuple[int, str | None]
-"""Of the release, and of which suites are current: two descriptions of a release with the same stamp say the same."""
+"""The release's stamp and the current suites: details with equal stamps are equal."""
 
 
 @dataclass(slots=True)
 class ReleaseDetails:
-    """A release, the scores of current suites by suite and metric, and what went into it. Floats are texts."""
+    """A release, its scores on current suites by suite and metric, and its inputs. Floats are text."""
 
     release: ReleaseRow
     stamp: Stamp
@@ -144,15 +143,15 @@ class ReleaseDetails:
 
 
 def load_details(session: Session, release_ids: Sequence[int]) -> list[ReleaseDetails]:
-    """In the order of the ids."""
-    found: dict[int, ReleaseDetails] = {}
+    """The details, in the order of the ids."""
+    details: dict[int, ReleaseDetails] = {}
     for start in range(0, len(release_ids), BATCH_SIZE):
         [(*texts, suites)] = _PAGE.rows(session, {"ids": padded(release_ids[start : start + BATCH_SIZE])})
         releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
         for row in map(ReleaseRow._make, releases):
-            found[row.id] = ReleaseDetails(row, (row.stamp, suites))
-        for row in sorted(scores):  # no two have the same suite and metric
-            found[row[0]].scores.append(row)
+            details[row.id] = ReleaseDetails(row, (row.stamp, suites))
+        for row in sorted(scores):  # suite and metric are unique per release
+            details[row[0]].scores.append(row)
         for row in sorted(inputs):
-            found[row[0]].inputs.append(row)
-    return [found[number] for number in release_ids]
+            details[row[0]].inputs.append(row)
+    return [details[number] for number in release_ids]

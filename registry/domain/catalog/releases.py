@@ -1,4 +1,4 @@
-"""Publish, yank, unyank. A release never changes; everything it says was true of its files when it was published."""
+"""Publish and find releases. A release never changes; its facts were true of its files when it was published."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +31,12 @@ from registry.formats.signatures import SIGNATURE_FILE, Signed, SignedRelease, i
 
 MAX_NOTES = 20_000
 _LISTED = 5
-"""Versions that an error names, at most."""
+"""Maximum number of versions that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One release that a composition used, by its commit."""
+    """A release that a composition used."""
 
     release_id: int
     weight: float
@@ -44,12 +44,11 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class NewRelease:
-    """`version` or `bump` is set. `facts` are an adapter's, or those of a merged checkpoint.
+    """A release to publish: `version` or `bump` is set; `facts` are an adapter's or a merged checkpoint's.
 
-    `allow_breaking` is why a breaking change may have a number that promises there is none. `facts`, `servers` and
-    `loading`, and `spectrum` are what facts.py, serving.py and spectrum.py in composer/formats/adapters/ return.
-    `signed` is what a signature among the files says, or one beside them; `signed_by` is its key's fingerprint, where
-    that key is trusted.
+    `allow_breaking` is why a breaking change may keep a version number that promises compatibility. `facts`, `servers`
+    and `loading`, and `spectrum` come from facts.py, serving.py and spectrum.py in composer/formats/adapters/. `signed`
+    is the content of a signature among or beside the files; `signed_by` is its key's fingerprint if that is trusted.
     """
 
     repository: RepositoryName
@@ -72,15 +71,15 @@ class NewRelease:
 
 
 def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
-    """The release and whether it is new. The same content again is a retry, other content under the version a Conflict.
+    """Publishes a release. Returns it and whether it is new. The same content again is a retry.
 
-    The blobs must be known already (bytes first, rows second). Raises Refused for a breaking change whose version lies
-    within `^previous`, unless `allow_breaking` says why.
+    The blobs must be stored already. Raises Conflict for different content under the version, and Refused for a
+    breaking change whose version lies within `^previous`, unless `allow_breaking` says why.
     """
     refuse_long_notes(new.notes, str(new.repository))
     commit = commit_id(canonical_manifest(new.files))
     repository = repositories.find_or_create(session, actor, new.repository, new.kind)
-    # One after the other: who takes a number, and what breaks beside its neighbours, depends on what is there.
+    # Serialized: the next version and breaking changes depend on the existing releases.
     repositories.lock(session, repository.id)
     surface = compatibility.surface(new.base_digest, new.facts, new.files)
     version = new.version or versioning.next_version(session, repository, new.bump, surface)
@@ -92,7 +91,9 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     bound = signable(str(new.repository), str(version), new.base_digest, new.files)
     if new.signed is not None:
         refuse_other_release(new.signed, bound)
-    policy = namespaces.find_for_share(session, new.repository.namespace)  # none that is set meanwhile is missed
+    policy = namespaces.find_for_share(
+        session, new.repository.namespace
+    )  # locked, so that no concurrent change is missed
     covers = new.signed.covers if new.signed and new.signed_by else None
     refuse_without_signature(new.repository.namespace, policy, new.signed_by, covers)
     if policy.require_signature:
@@ -130,13 +131,13 @@ def refuse_long_notes(notes: str, subject: str) -> None:
             "notes_too_long",
             f"Notes are limited to {MAX_NOTES:,} characters.",
             subject=subject,
-            next_step="Shorten them, and put what is long into a file of the release.",
+            next_step="Shorten them, and put long text into a file of the release.",
         )
 
 
 def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
-    """Raises Invalid for a file whose bytes the namespace has not sent, since knowing a digest is no right to its
-    content, or that has another size than they have."""
+    """Raises Invalid for a file whose bytes the namespace has not uploaded itself, since knowing a digest grants no
+    access to its content, or whose stated size is wrong."""
     query = select(Blob.sha256, Blob.size_bytes).join(BlobHolder, BlobHolder.sha256 == Blob.sha256)
     query = query.where(BlobHolder.namespace == namespace, Blob.sha256.in_({file.sha256 for file in files}))
     query = query.where(Blob.removing_at.is_(None))
@@ -148,14 +149,14 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
                 "blob_missing",
                 f"The bytes of {file.path} were not uploaded.",
                 subject=file.path,
-                next_step="Push again; what is there already is not sent twice.",
+                next_step="Push again; files that are stored already are not sent twice.",
             )
         if stored != file.size_bytes:
             raise Invalid(
                 "size_differs",
-                f"{file.path} is said to have {file.size_bytes:,} bytes; those of its digest are {stored:,}.",
+                f"{file.path} is stated to have {file.size_bytes:,} bytes, but the blob of its digest has {stored:,}.",
                 subject=file.path,
-                next_step="Look at the file: one digest has one size.",
+                next_step="Check the file: one digest has one size.",
             )
 
 
@@ -167,7 +168,7 @@ def find(session: Session, name: RepositoryName, version: Version, kind: Kind | 
 
 
 def unknown(session: Session, name: RepositoryName, version: Version) -> NotFound:
-    """The error for a version that a repository does not have; it names the highest ones that it has."""
+    """The error for an unknown version; it lists the repository's highest ones."""
     query = select(Release.version).join(Repository, Repository.id == Release.repository_id)
     query = query.where(Repository.namespace == name.namespace, Repository.name == name.name)
     there = list(session.scalars(query.order_by(Release.sort_key.desc()).limit(_LISTED)))
@@ -180,21 +181,21 @@ def unknown(session: Session, name: RepositoryName, version: Version) -> NotFoun
 
 
 def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: Kind) -> dict[str, Any]:
-    """What the ranks of each module are used for: `composer.formats.adapters.spectrum`'s JSON."""
+    """How much of its rank each module uses: the JSON of `composer.formats.adapters.spectrum`."""
     release = find(session, name, version, kind)
-    found = session.scalar(select(Release.spectrum).where(Release.id == release.id))
-    if found is None:
+    spectrum = session.scalar(select(Release.spectrum).where(Release.id == release.id))
+    if spectrum is None:
         raise NotFound(
             "spectrum_unknown",
             f"{full_name(release)} has no spectrum.",
             subject=full_name(release),
-            next_step="Only adapters have one, and only those released since it is computed: `adaptory inspect REF`.",
+            next_step="Only adapters have one, and older releases lack it: use `adaptory inspect REF`.",
         )
-    return found
+    return spectrum
 
 
 def list_page(session: Session, repository: Repository, *, before: str, limit: int) -> list[Release]:
-    """The newest version first; `before` is the sort key of the last release of the page before."""
+    """Releases, highest version first; `before` is the sort key of the last release of the previous page."""
     query = select(Release).where(Release.repository_id == repository.id).order_by(Release.sort_key.desc()).limit(limit)
     if before:
         query = query.where(Release.sort_key < before)
@@ -214,12 +215,12 @@ def find_file(session: Session, release: Release, path: str) -> RevisionFile:
 
 
 def files_of(session: Session, *listed: Release) -> dict[int, list[RevisionFile]]:
-    """The files of each revision, by path; one query for a page of releases."""
-    found: dict[int, list[RevisionFile]] = {release.revision_id: [] for release in listed}
-    query = select(RevisionFile).where(RevisionFile.revision_id.in_(found)).order_by(RevisionFile.path)
+    """The files of each revision, by path, with one query for a page of releases."""
+    files: dict[int, list[RevisionFile]] = {release.revision_id: [] for release in listed}
+    query = select(RevisionFile).where(RevisionFile.revision_id.in_(files)).order_by(RevisionFile.path)
     for file in session.scalars(query):
-        found[file.revision_id].append(file)
-    return found
+        files[file.revision_id].append(file)
+    return files
 
 
 def full_name(release: Release) -> str:
@@ -233,21 +234,21 @@ def refuse_without_signature(
     covers: str | None,
     published: str | None = None,
 ) -> None:
-    """The policy is a namespace's, read so that nobody changes it until this transaction ends.
+    """Raises Refused if the namespace's policy, which must be locked, requires a signature that is missing.
 
-    `published` names a release that is out already. The signature among its files was judged when it was published, by
-    the keys of that day, and is not read again.
+    `published` names an existing release. Its own signature was verified with the keys at its publication and is not
+    read again.
     """
     if not policy.require_signature:
         return
     if is_key_of(policy.signing_keys, signed_by):
         _refuse_files_only(namespace, policy.signature_covers, covers, published)
         return
-    detail = f"{namespace} takes only releases that one of its keys has signed"
-    next_step = "Push it with --sign KEY.pem; what is released already, as another version."
+    detail = f"{namespace} accepts only releases signed by one of its keys"
+    next_step = "Push with --sign KEY.pem; if it is published already, as another version."
     if published is not None:
-        detail += f", and no signature of {published} is by one of them"
-        next_step = f"Whoever published it, or an admin: `adaptory sign {published} --key KEY.pem`; then promote it."
+        detail += f", and none of them has signed {published}"
+        next_step = f"Its publisher or an admin: run `adaptory sign {published} --key KEY.pem`; then promote it."
     raise Refused("unsigned", f"{detail}.", subject=namespace, next_step=next_step)
 
 
@@ -257,21 +258,21 @@ def _refuse_files_only(namespace: str, needed: str, covers: str | None, publishe
     next_step = f"`adaptory sign {published} --key KEY.pem`" if published else "Push it with --sign KEY.pem"
     raise Refused(
         "signature_files_only",
-        f"{namespace} takes signatures of a release, and this one covers files only: they could be released under "
-        "another name, number or base.",
+        f"{namespace} requires signatures of the release; this one covers only files, which could be published under "
+        "another name, version or base.",
         subject=published or namespace,
-        next_step=f"{next_step}. An admin may take it: `adaptory namespace set {namespace} --signature-covers files`.",
+        next_step=f"{next_step}. An admin can allow it: `adaptory namespace set {namespace} --signature-covers files`.",
     )
 
 
 def signable(repository: str, version: str, base_digest: str, files: Sequence[ManifestFile]) -> SignedRelease:
-    """What a signature of the release has to say; the files without the signature among them."""
+    """What a signature of the release must state; it excludes the signature file itself."""
     kept = [file for file in files if file.path != SIGNATURE_FILE]
     return SignedRelease(repository, version, base_digest, commit_id(canonical_manifest(kept)))
 
 
 def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile]) -> Release | None:
-    """A yanked release of the namespace with the same files, whatever signature is among them."""
+    """A yanked release of the namespace with the same files, ignoring signatures."""
     digests = {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
     largest = max((file for file in files if file.path in digests), key=lambda file: file.size_bytes, default=None)
     if largest is None:
@@ -279,20 +280,20 @@ def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile])
     query = select(Release).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
     query = query.join(Repository, Repository.id == Release.repository_id)
     query = query.where(Release.yanked, Repository.namespace == namespace, RevisionFile.sha256 == largest.sha256)
-    found = session.scalars(query.order_by(Release.id.desc())).unique().all()
-    there = files_of(session, *found)
-    return next((one for one in found if _without_signature(there[one.revision_id]) == digests), None)
+    candidates = session.scalars(query.order_by(Release.id.desc())).unique().all()
+    there = files_of(session, *candidates)
+    return next((one for one in candidates if _without_signature(there[one.revision_id]) == digests), None)
 
 
 def refuse_yanked_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
-    """Where signatures are required: one of before a yank must not bring its files back."""
+    """Raises Refused for the files of a yanked release: its old signature must not bring them back."""
     twin = yanked_twin(session, namespace, files)
     if twin is not None:
         raise Refused(
             "yanked_files",
             f"These are the files of {full_name(twin)}, which is yanked: {twin.yank_reason}.",
             subject=full_name(twin),
-            next_step=f"Release other files, or take the yank back: `adaptory unyank {full_name(twin)} --reason WHY`.",
+            next_step=f"Publish other files, or undo the yank: `adaptory unyank {full_name(twin)} --reason WHY`.",
         )
 
 
@@ -303,7 +304,7 @@ def _without_signature(files: Sequence[RevisionFile]) -> dict[str, str]:
 def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
     if existing.revision.commit == commit and existing.base_digest == new.base_digest:
         return existing
-    what = "other files" if existing.revision.commit != commit else "another base"
+    what = "different files" if existing.revision.commit != commit else "a different base"
     raise Conflict(
         "version_exists",
         f"{full_name(existing)} has {what}, as {existing.revision.commit[:12]}; a release never changes.",

@@ -1,4 +1,4 @@
-"""Repositories: found or created by name. Each holds the releases of one kind."""
+"""Repositories, found or created by name. Each holds releases of one kind."""
 
 from enum import StrEnum
 
@@ -14,7 +14,7 @@ from registry.errors import Conflict, NotFound
 from registry.formats.references import MAX_NEAR, RepositoryName
 
 _LISTED = 20
-"""Channels that an error names, at most."""
+"""Maximum number of channels that an error lists."""
 
 
 class Kind(StrEnum):
@@ -29,13 +29,13 @@ def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Re
             "repository_unknown",
             f"There is no {kind or 'repository'} {name}.",
             subject=str(name),
-            next_step="`adaptory list` shows what there is, `adaptory whoami` what you may see.",
+            next_step="`adaptory list` shows the repositories, `adaptory whoami` your roles.",
         )
     return repository
 
 
 def beside(session: Session, actor: Actor, name: str) -> list[str]:
-    """Of the repositories that the actor may read those before and after a name in their order: many have thousands."""
+    """The readable repositories just before and after a name in sort order: there may be thousands."""
     namespace, own, key = Repository.namespace, Repository.name, tuple_(Repository.namespace, Repository.name)
     asked = tuple_(*name.partition("/")[::2])
     query = select(namespace, own).where(readable(actor, namespace))
@@ -47,12 +47,12 @@ def beside(session: Session, actor: Actor, name: str) -> list[str]:
 
 
 def unknown_channel(session: Session, repository: Repository, channel: str) -> NotFound:
-    """The error for a channel without a move; it lists those that have one."""
+    """The error for an unknown channel; it lists the existing ones."""
     query = select(Channel.name).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
     there = list(session.scalars(query.order_by(Channel.name).limit(_LISTED)))
     full = f"{name_of(repository)}@{channel}"
     has = f"The channels of {name_of(repository)}: {', '.join(there)}." if there else "It has none yet."
-    step = f"{has} To make it, promote a release with --to {channel}."
+    step = f"{has} To create it, promote a release with --to {channel}."
     return NotFound("channel_unknown", f"There is no channel {full}.", subject=full, next_step=step)
 
 
@@ -70,7 +70,7 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
 
 
 def find_if_any(session: Session, name: RepositoryName, kind: Kind) -> Repository | None:
-    """None where there is none yet. Raises Conflict when a repository of that name holds another kind of releases."""
+    """The repository, or None. Raises Conflict if it holds releases of another kind."""
     repository = _lookup(session, name)
     if repository is not None:
         _check_kind(repository, kind)
@@ -89,7 +89,7 @@ def _check_kind(repository: Repository, kind: Kind) -> None:
 
 
 def list_page(session: Session, actor: Actor, kind: Kind, *, after: str, limit: int) -> list[Repository]:
-    """Those that the actor may read, by namespace, then name; `after` is the last full name of the page before."""
+    """The repositories that the actor may read, by full name; `after` is the last one of the previous page."""
     namespace, _, name = after.partition("/")
     key = tuple_(Repository.namespace, Repository.name)
     query = select(Repository).where(
@@ -109,5 +109,5 @@ def _lookup(session: Session, name: RepositoryName) -> Repository | None:
 
 
 def lock(session: Session, repository_id: int) -> None:
-    """Pushes, yanks and the making of channels in one repository follow one another until their transactions end."""
+    """Locks the repository: serializes pushes, yanks and channel creation until the transaction ends."""
     session.execute(select(Repository.id).where(Repository.id == repository_id).with_for_update(key_share=True))

@@ -1,5 +1,5 @@
-"""What a release is found by: its target set and its traits, interned, and in the index of words those of its name and
-notes, what its provenance states, and where it is."""
+"""Indexes releases for search: interned target sets and traits, and an index of terms from the name, the notes, the
+provenance and the namespace."""
 
 import json
 import re
@@ -18,10 +18,10 @@ from registry.database.tables import Release, ReleaseWord, TargetSet, TargetSetM
 from registry.errors import Invalid
 
 MAX_WORDS = 500
-"""Of one release: who writes a book into the notes is found by its first chapters."""
+"""Maximum words indexed per release; the rest of very long notes is ignored."""
 MAX_WORD_CHARACTERS = 40
 MAX_STATED = 2_000
-"""Of one release: only lists among its hyperparameters, which come last, are longer."""
+"""Maximum provenance entries per release; only lists among the hyperparameters, which come last, exceed it."""
 MAX_ENTRY_CHARACTERS = 200
 _SETTING = "hyperparameters."
 STATED_NAMES = tuple(
@@ -32,41 +32,41 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?")
 
 
 def index_release(session: Session, release: Release) -> None:
-    """Adds a release to the registry and to what searches look at; its facts and its name are set already."""
+    """Adds a release, with facts and name set, to the database and the search index."""
     release.traits_id = _traits(session, release)
     session.add(release)
     session.flush()
-    found = text_terms(f"{release.repository.namespace} {release.repository.name} {release.notes}")[:MAX_WORDS]
-    found += provenance_terms(release.provenance) + namespace_terms(
+    terms = text_terms(f"{release.repository.namespace} {release.repository.name} {release.notes}")[:MAX_WORDS]
+    terms += provenance_terms(release.provenance) + namespace_terms(
         release.repository.namespace, release.repository.name
     )
-    session.execute(insert(ReleaseWord), [{"word": word, "release_id": release.id} for word in found])
+    session.execute(insert(ReleaseWord), [{"word": word, "release_id": release.id} for word in terms])
 
 
 def text_terms(text: str) -> list[str]:
-    """Letters and digits in the order of their first appearance, folded so that case and width don't count."""
+    """The words of a text in order of first appearance, folded to ignore case and width."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return list(dict.fromkeys(word[:MAX_WORD_CHARACTERS] for word in _WORD.findall(folded)))
 
 
 def provenance_terms(provenance: Mapping[str, Any]) -> list[str]:
-    """An entry for each value that a provenance, in the form of `composer.formats.checkpoints.card`, states."""
+    """An entry for each value of a provenance in the form of `composer.formats.checkpoints.card`."""
     return list(dict.fromkeys(_entry(name, value) for name, value in _values(provenance)))[:MAX_STATED]
 
 
 def namespace_terms(namespace: str, name: str | None = None) -> list[str]:
-    """The entries of what is in that namespace and, with a name, in that repository. No search for words finds them."""
+    """Entries for the namespace and, with a name, the repository. Word searches never match them."""
     return [f"/{namespace}"] + ([f"/{namespace}/{name}"] if name else [])
 
 
 def parse_stated(text: str) -> str:
-    """The entry of `NAME:VALUE`. Raises Usage for a name that no provenance has, or without a value."""
+    """The entry of `NAME:VALUE`. Raises Usage for an unknown name or a missing value."""
     name, _, value = text.partition(":")
     known = _folded(name) in STATED_NAMES or (_folded(name).startswith(_SETTING) and _folded(name) != _SETTING)
     if not known or not value.strip():
         raise Invalid(
             "bad_provenance",
-            f"{text[:80]!r} is not NAME:VALUE of a provenance.",
+            f"{text[:80]!r} is not a provenance NAME:VALUE.",
             subject=text[:80],
             next_step=f"NAME is one of {', '.join(STATED_NAMES)}.",
         )
@@ -74,11 +74,11 @@ def parse_stated(text: str) -> str:
 
 
 def _values(provenance: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """The digest of data is a name of it too, so that either finds it."""
+    """Names and values to index. A data set's digest is indexed as its name too, so that either finds it."""
     for name, value in provenance.items():
         if name == "data":
             for row in value:
-                yield from (("data_license" if part == "license" else name, told) for part, told in row.items() if told)
+                yield from (("data_license" if part == "license" else name, item) for part, item in row.items() if item)
         elif name != "hyperparameters":
             yield from ((name, one) for one in _each(value))
     for key, value in provenance.get("hyperparameters", {}).items():
@@ -90,12 +90,12 @@ def _each(value: object) -> list[object]:
 
 
 def _entry(name: str, value: object) -> str:
-    """Begins with a character that no word has, so that no search for words finds it. A number is the same however it
-    is written; what is longer than the column is kept as its digest."""
-    name, told = _folded(name), _folded(str(value))
-    if name.startswith(_SETTING) and _NUMBER.fullmatch(told):
-        told = str(Decimal(told).normalize())
-    entry = f"={name}={told}"
+    """An index entry, starting with a character that no word contains. Normalizes numbers; stores a digest for entries
+    longer than the column."""
+    name, text = _folded(name), _folded(str(value))
+    if name.startswith(_SETTING) and _NUMBER.fullmatch(text):
+        text = str(Decimal(text).normalize())
+    entry = f"={name}={text}"
     return entry if len(entry) <= MAX_ENTRY_CHARACTERS else f"={sha256(entry.encode()).hexdigest()}"
 
 
@@ -104,21 +104,21 @@ def _folded(text: str) -> str:
 
 
 def target_set_key(targets: Sequence[str]) -> str:
-    """A digest, since a list of full paths can have any length."""
+    """The digest of a set of targets, whose names can have any length."""
     return sha256("\n".join(sorted(set(targets))).encode()).hexdigest()
 
 
 def target_set(session: Session, targets: Sequence[str]) -> int:
-    """The id of the set, which is added when it is new."""
+    """The id of the set, added if new."""
     key = target_set_key(targets)
     known = select(TargetSet.id).where(TargetSet.key == key)
-    found = session.scalar(known)
-    if found is None:
+    set_id = session.scalar(known)
+    if set_id is None:
         insert_if_absent(session, TargetSet, key=key)
-        found = session.scalars(known).one()
+        set_id = session.scalars(known).one()
         for target in sorted(targets):
-            insert_if_absent(session, TargetSetMember, target_set_id=found, target=target)
-    return found
+            insert_if_absent(session, TargetSetMember, target_set_id=set_id, target=target)
+    return set_id
 
 
 def _traits(session: Session, release: Release) -> int:
@@ -136,11 +136,11 @@ def _traits(session: Session, release: Release) -> int:
     }
     key = traits_key(facts)
     known = select(Traits.id).where(Traits.key == key)
-    found = session.scalar(known)
-    if found is None:
+    traits_id = session.scalar(known)
+    if traits_id is None:
         insert_if_absent(session, Traits, key=key, **facts)
-        found = session.scalars(known).one()
-    return found
+        traits_id = session.scalars(known).one()
+    return traits_id
 
 
 def traits_key(facts: dict[str, str | int | float | None]) -> str:

@@ -1,4 +1,4 @@
-"""Signatures that come after their release: `adaptory sign REF`, and those of a worker's key."""
+"""Signatures added after publication: by `adaptory sign REF`, and with a worker's key."""
 
 from collections.abc import Sequence
 
@@ -17,11 +17,11 @@ from registry.formats.signatures import Signed, is_key_of, refuse_other_release,
 
 
 def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle: bytes) -> None:
-    """Signs a release that is out. One key's next signature replaces its last; another key's is kept beside it, and the
-    release names the first one whose key its namespace still has.
+    """Adds a signature to a published release. A key's new signature replaces its old one; signatures of other keys are
+    kept. The release names the first one whose key its namespace still has.
 
-    For whoever published it, and for admins of its namespace. Raises Refused for a signature of another release, of
-    other files, or of files alone.
+    Only for its publisher and admins of its namespace. Raises Refused for a signature of another release or of other
+    files, or one that covers only files.
     """
     name, namespace = full_name(release), release.repository.namespace
     if release.created_by != actor.name and not holds(actor, Role.ADMIN, namespace):
@@ -35,9 +35,9 @@ def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle
     if signed.release is None:
         raise Refused(
             "signature_files_only",
-            f"This signature does not name {name}: it covers files only.",
+            f"This signature does not name {name}: it covers only files.",
             subject=name,
-            next_step=f"Make one with `adaptory sign {name} --key KEY.pem`.",
+            next_step=f"Create one with `adaptory sign {name} --key KEY.pem`.",
         )
     refuse_other_release(
         signed,
@@ -57,8 +57,8 @@ def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle
 def signer(
     session: Session, release_id: int, keys: Sequence[str], named: tuple[str | None, str | None]
 ) -> tuple[str | None, str | None]:
-    """Who signed and what that covers: as `named` in the release, or a later signature where only that one's key is
-    among the keys. Later ones always cover the release."""
+    """The signer and what the signature covers: as `named` in the release if its key is among the keys, else of a later
+    signature by one of them. Later ones always cover the release."""
     if is_key_of(keys, named[0]):
         return named
     later = session.scalars(select(Signature.signed_by).where(Signature.release_id == release_id))

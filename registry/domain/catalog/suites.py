@@ -25,7 +25,7 @@ _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=
 
 
 RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
-"""What their values can be."""
+"""Valid values of the built-in metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Condition:
 
 
 def number_text(value: float) -> str:
-    """Reads back as the same number: a rule must be kept as it was written."""
+    """The shortest text that parses to the same number."""
     return repr(value).removesuffix(".0")
 
 
@@ -80,8 +80,8 @@ def parse_condition(text: str) -> Condition:
 
 
 def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
-    """The suite and whether it is new. The suite added last, also again, is the current one of its name. What it says
-    of its metrics stands for all its versions."""
+    """Adds a suite. Returns it and whether it is new. The version added last, even if known, becomes current. Its
+    statements about metrics hold for all versions."""
     parse_name(content.name, "suite name")
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     if known is not None and known.current:
@@ -118,7 +118,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
 
 
 def find(session: Session, text: str) -> Suite:
-    """By digest, or the current suite of that name. Its content is read when it is first asked for."""
+    """Finds a suite by digest, or the current one by name. Its content is loaded lazily."""
     named = Suite.digest == text if _DIGEST.fullmatch(text) else (Suite.name == text) & Suite.current
     suite = session.scalar(select(Suite).where(named))
     if suite is None:
@@ -136,13 +136,13 @@ def _names(session: Session) -> list[str]:
 
 
 def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
-    """Raises NotFound unless `adaptory eval` records it, the suite states it, or the actor may read a score of it."""
+    """Raises NotFound unless the metric is built in, stated by the suite, or the actor may read a score of it."""
     if not metrics.is_known(session, actor, find(session, suite).name, metric):
         known = metrics.known(session, actor, suite)
         recorded = ", ".join(metrics.HIGHER_IS_BETTER)
         raise NotFound(
             "metric_unknown",
-            f"No release that you may see has a score {suite}.{metric}.",
+            f"No release that you may read has a score {suite}.{metric}.",
             subject=f"{suite}.{metric}",
             next_step=nearest(metric, known, f"{suite} has {', '.join(known)}; `adaptory eval` records {recorded}."),
         )
@@ -153,7 +153,7 @@ def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
 
 
 def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
-    """Measuring again replaces a score; the audit row keeps what it replaced."""
+    """Records scores. Recording again replaces a score; the audit row keeps the old value."""
     if isinstance(subject, Base):
         refuse_other_owner(actor, f"base {subject.name}", subject.created_by)
     else:
@@ -196,22 +196,22 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
             "bad_score",
             f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
             subject=measurement.metric,
-            next_step=f"Record a finite value from {least:g} to {most:g}, measured on one example or more.",
+            next_step=f"Record a finite value from {least:g} to {most:g}, measured on one or more examples.",
         )
     if measurement.n > suite.examples:
         raise Invalid(
             "bad_score",
             f"n = {measurement.n} is more than the {suite.examples} examples of {suite.name}.",
             subject=measurement.metric,
-            next_step="Record what `adaptory eval` measured.",
+            next_step="Record the scores that `adaptory eval` measured.",
         )
 
 
 def delete(session: Session, actor: Actor, subject: Release | Base, named: str, metric: str) -> Score:
-    """Removes a score; `named` is a suite's name, for its current content, or a digest. The audit row keeps its value.
+    """Deletes a score; `named` is a suite's name, for its current content, or digest. The audit row keeps the value.
 
-    For whoever recorded it, and for admins: of the namespace, of the registry where it is a base's. Raises NotFound
-    and NotAllowed.
+    Only for its recorder and admins: of the namespace, or of the registry for a base's score. Raises NotFound and
+    NotAllowed.
     """
     suite, name = find(session, named), _subject_name(subject)
     owned = select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == metric)
@@ -221,7 +221,7 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
             "score_unknown",
             f"{name} has no score {suite.name}.{metric}.",
             subject=f"{suite.name}.{metric}",
-            next_step="`adaptory show` lists its scores; one on an older content is named by the suite's digest.",
+            next_step="`adaptory show` lists its scores; name one on older content by the suite's digest.",
         )
     namespace = subject.repository.namespace if isinstance(subject, Release) else EVERYWHERE
     if score.measured_by != actor.name and not holds(actor, Role.ADMIN, namespace):
@@ -250,13 +250,13 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
 
 
 def scores_of(session: Session, subject: Release | Base) -> list[Score]:
-    """Of the current suites, by suite and metric."""
+    """The scores on current suites, by suite and metric."""
     query = select(Score).join(Suite).where(_of(subject), Suite.current)
     return list(session.scalars(query.order_by(Suite.name, Score.metric)))
 
 
 def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
-    """As `scores_of`, by the digest of each base; one query for a page of them."""
+    """As `scores_of`, by base digest, with one query for a page of bases."""
     found: dict[str, list[Score]] = {base.digest: [] for base in listed}
     query = select(Score).join(Suite).where(Score.base_digest.in_(found), Suite.current)
     for score in session.scalars(query.order_by(Suite.name, Score.metric)):

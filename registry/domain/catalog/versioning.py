@@ -1,4 +1,4 @@
-"""Which number a release gets, and whether it may have the one it asks for."""
+"""Version numbers: the next one, and whether a release may have the requested one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ FIRST_VERSION = Version(0, 1, 0)
 
 
 def highest_stable(session: Session, repository: Repository, below: Version | None = None) -> Release | None:
-    """The highest stable release that is not yanked, of those below a version if one is given."""
+    """The highest stable release that is not yanked, below a version if given."""
     query = select(Release).where(Release.repository_id == repository.id, Release.stable, ~Release.yanked)
     if below is not None:
         query = query.where(Release.sort_key < below.sort_key)
@@ -29,9 +29,9 @@ def highest_stable(session: Session, repository: Repository, below: Version | No
 
 
 def next_version(session: Session, repository: Repository, bump: str | None, new: Surface) -> Version:
-    """The highest stable number, yanked ones too since none is given twice, counted up as `bump` says.
+    """The highest stable version, including yanked ones since none is reused, incremented as `bump` says.
 
-    `auto` counts up what the change from the highest stable release needs.
+    `auto` increments what the change since the highest stable release requires.
     """
     if bump not in BUMPS:
         raise Usage(
@@ -47,10 +47,10 @@ def next_version(session: Session, repository: Repository, bump: str | None, new
 
 
 def unchanged_release(session: Session, repository: Repository, commit: str, base_digest: str) -> Release | None:
-    """The highest stable release, if it has these files for this base: what `--bump` answers when nothing has changed.
+    """The highest stable release, if it has these files for this base: the answer of `--bump` for no change.
 
-    An older one, or one that is yanked, is not what is asked for: it would move channels back, or nowhere. What was a
-    pre-release alone so far is given a number.
+    Older or yanked releases do not count, since promoting them would move channels back or fail. Files that exist only
+    as a pre-release get a version.
     """
     latest = highest_stable(session, repository)
     same = latest is not None and latest.revision.commit == commit and latest.base_digest == base_digest
@@ -60,32 +60,33 @@ def unchanged_release(session: Session, repository: Repository, commit: str, bas
 def refuse_breaking(
     session: Session, repository: Repository, version: Version, new: Surface, commit: str, allowed: str | None
 ) -> str | None:
-    """Raises Refused for a breaking change under a number that promises none; `allowed` lets it through.
+    """Raises Refused for a breaking change under a version that promises compatibility, unless there is an `allowed`
+    reason.
 
-    Returns the reason that was needed, None when nothing breaks. A release is compared with what a range would have
-    resolved to: the highest stable release below it that is not yanked. The next one above it must not break it either,
-    for it would be an update of this one. A pre-release is judged like the release that it leads to.
+    Returns the reason if it was needed, else None. A release is compared with what a range would have resolved to: the
+    highest stable release below it that is not yanked. The next release above it must not break it either, since it
+    would be an update of this one. A pre-release is judged like the release that it leads to.
     """
-    found, previous = _broken_neighbour(session, repository, version, lambda _neighbour: new)
-    if not found or (allowed and allowed.strip()):
-        return allowed if found else None
+    findings, previous = _broken_neighbour(session, repository, version, lambda _neighbour: new)
+    if not findings or (allowed and allowed.strip()):
+        return allowed if findings else None
     if same := unchanged_release(session, repository, commit, new.base):
-        right = f"It is released already, as {same.version}: use that"
+        right = f"It is already published as {same.version}: use that"
     else:
         right = _suggested_version(session, repository, lambda _previous: new, ", which --bump auto finds")
-    next_step = f"{right}, or say why not with --allow-breaking REASON."
-    raise _breaking(repository, version, previous, found, next_step)
+    next_step = f"{right}, or give a reason with --allow-breaking REASON."
+    raise _breaking(repository, version, previous, findings, next_step)
 
 
 def refuse_other_base(session: Session, repository: Repository, version: Version, base_digest: str) -> None:
-    """`refuse_breaking` for a release of which no more than the base is known yet."""
+    """`refuse_breaking` for a release of which only the base is known yet."""
 
     def beside(neighbour: Surface) -> Surface:
         return replace(neighbour, base=base_digest, weights=frozenset())
 
-    found, previous = _broken_neighbour(session, repository, version, beside)
-    if found:
-        raise _breaking(repository, version, previous, found, f"{_suggested_version(session, repository, beside)}.")
+    findings, previous = _broken_neighbour(session, repository, version, beside)
+    if findings:
+        raise _breaking(repository, version, previous, findings, f"{_suggested_version(session, repository, beside)}.")
 
 
 def _suggested_version(
@@ -93,35 +94,35 @@ def _suggested_version(
 ) -> str:
     try:
         return f"Publish it as {_auto(session, repository, beside)}{by}"
-    except Usage:  # no number follows the highest one
-        return "Publish it in a repository of its own, since no number is left in this one"
+    except Usage:  # no version follows the highest one
+        return "Publish it in its own repository, since this one has no version numbers left"
 
 
 def _breaking(
-    repository: Repository, version: Version, previous: Version, found: list[Finding], next_step: str
+    repository: Repository, version: Version, previous: Version, findings: list[Finding], next_step: str
 ) -> Refused:
     return Refused(
         "breaking_change",
-        f"{version} would break who follows ^{previous}. {' '.join(one.message for one in found)}",
+        f"{version} would break users of ^{previous}. {' '.join(one.message for one in findings)}",
         subject=f"{repositories.name_of(repository)}:{version}",
         next_step=next_step,
-        findings=[one.to_json() for one in found],
+        findings=[one.to_json() for one in findings],
     )
 
 
 def _broken_neighbour(
     session: Session, repository: Repository, version: Version, beside: Callable[[Surface], Surface]
 ) -> tuple[list[Finding], Version]:
-    """What breaks between the release and the ones below and above it, and the version whose followers would see it.
+    """The breaking changes between the release and its neighbours, and the version whose users would be affected.
 
-    `beside` gives the release's own surface, as it is to be compared with that of a neighbour.
+    `beside` returns the release's own surface for comparison with a neighbour's.
     """
     below, above = highest_stable(session, repository, version), _lowest_stable(session, repository, version)
     judged = below is not None and not compatibility.outside_caret_range(parse_version(below.version), version)
     if below is not None and judged:
         old = _surface(below)
-        if found := compatibility.breaking_changes(old, beside(old)):
-            return found, parse_version(below.version)
+        if findings := compatibility.breaking_changes(old, beside(old)):
+            return findings, parse_version(below.version)
     if (
         version.stable
         and above is not None
@@ -145,9 +146,9 @@ def _highest_number(session: Session, repository: Repository) -> Version | None:
 
 
 def _auto(session: Session, repository: Repository, beside: Callable[[Surface], Surface]) -> Version:
-    """What `--bump auto` gives, and what a refused release is told to be published as: one answer to both.
+    """The version of `--bump auto`, which is also the one suggested for a refused release.
 
-    `beside` as for `_broken_neighbour`.
+    `beside` is as for `_broken_neighbour`.
     """
     latest, previous = _highest_number(session, repository), highest_stable(session, repository)
     if latest is None:

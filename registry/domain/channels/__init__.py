@@ -1,1 +1,1 @@
-"""Channels: gates, promotions and roll-backs, yanks, and what a reference resolves to."""
+"""Channels: gates, promotions and rollbacks, yanks, and resolving references."""

@@ -1,4 +1,4 @@
-"""Rules that a promotion or a composition must pass, and the judgement with its numbers.
+"""Gates: rules that a promotion or a composition must pass, and their evaluation.
 
 sql-exact.accuracy >= 0.5                 the score itself
 guard-general.nll within 0.1 of served    not worse than what the channel serves by more than 0.1
@@ -50,7 +50,7 @@ class Within:
 
 @dataclass(frozen=True, slots=True)
 class Keeps:
-    """At least `share` of the best input's score, of a metric of which more is better."""
+    """At least `share` of the best input's score, for a metric where higher is better."""
 
     suite: str
     metric: str
@@ -67,7 +67,7 @@ Rule = Condition | Within | Keeps
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a judgement needs of a score."""
+    """The parts of a score that a gate needs."""
 
     value: float
     stderr: float | None
@@ -121,9 +121,9 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """What a candidate is compared with. `served` is None for an empty channel; `inputs` is None where nothing is known
-    to have gone into it, and otherwise has the best input's score for each suite and metric. With `hides_inputs` a
-    result says nothing of these scores but whether the rule passes: not every reader of it may read every input."""
+    """What a candidate is compared with. `served` is None for an empty channel. `inputs` is the best input's score for
+    each suite and metric, None without lineage. With `hides_inputs`, results do not show these scores, only whether the
+    rule passes: not every reader may read every input."""
 
     base: Scores
     served: Scores | None = None
@@ -132,7 +132,7 @@ class References:
 
 
 def best_of(members: Sequence[Scores]) -> Scores:
-    """For each suite and metric the best of the members' scores."""
+    """The best of the members' scores for each suite and metric."""
     best: dict[tuple[str, str], Measured] = {}
     for key, own in (item for member in members for item in member.items()):
         known = best.get(key)
@@ -142,7 +142,7 @@ def best_of(members: Sequence[Scores]) -> Scores:
 
 
 def judge(rules: Sequence[Rule], candidate: Scores, against: References) -> list[GateResult]:
-    """A missing score fails its rule: what was not measured was not passed."""
+    """Evaluates the rules. A missing score fails its rule."""
     return [_judge(rule, candidate, against) for rule in rules]
 
 
@@ -160,7 +160,9 @@ def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
     if rule.other == "served" and against.served is None:
         return GateResult(str(rule), True, f"{own}; the channel serves nothing yet")
     if rule.other == "inputs" and against.inputs is None:
-        return GateResult(str(rule), False, f"{own}, but no composition made it: there are no inputs to compare with")
+        return GateResult(
+            str(rule), False, f"{own}, but it is not a composition, so there are no inputs to compare with"
+        )
     scores = {"served": against.served, "inputs": against.inputs}.get(rule.other) or {}
     other = (against.base if rule.other == "base" else scores).get(key)
     if other is None:
@@ -183,7 +185,7 @@ def _kept(rule: Keeps, own: Measured, best: Measured) -> GateResult:
 def _within(rule: Within, own: Measured, other: Measured) -> GateResult:
     worse_by = (other.value - own.value) if own.higher_is_better else (own.value - other.value)
     change = f"worse by {worse_by:.4g}" if worse_by > 0 else f"better by {-worse_by:.4g}"
-    # Decimal margins such as 0.1 have no exact binary form: a difference of just the margin passes.
+    # Decimal margins such as 0.1 have no exact binary form: a difference equal to the margin passes.
     return GateResult(str(rule), worse_by <= rule.margin + 1e-9, f"{own} against {other}: {change}")
 
 
@@ -213,7 +215,7 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
 
 
 def refuse_keeping_losses(session: Session, rule: Rule) -> None:
-    """Raises Usage where a share is to be kept of what is better when lower: no release would pass."""
+    """Raises Usage for `keeps` on a metric where lower is better: no release would pass."""
     if isinstance(rule, Keeps) and not metrics.is_higher_better(session, rule.suite, rule.metric):
         raise Usage(
             "bad_rule",
@@ -229,8 +231,8 @@ def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]
 
 
 def lineage(session: Session, release: Release) -> tuple[Scores | None, bool]:
-    """The best scores of what the release was composed of (None without lineage), and whether some of them are in a
-    private namespace other than its own."""
+    """The best scores of the release's inputs (None without lineage), and whether any input is in a private namespace
+    other than the release's own."""
     rows = session.scalars(select(ReleaseInput.input_id).where(ReleaseInput.release_id == release.id)).all()
     if not rows:
         return None, False

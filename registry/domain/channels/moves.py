@@ -1,4 +1,4 @@
-"""Promote, roll back, history: a channel moves by compare-and-set and its moves are never rewritten."""
+"""Promotion, rollback, history: channels move by compare-and-set, and moves are never rewritten."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -29,7 +29,7 @@ _channel, _gate, _move, _namespace, _release, _repository, _revision = (
 )
 _left = Release.__table__.alias("left")
 
-# A promotion is these five statements, of columns: with objects it took twice as long.
+# A promotion is these five statements on columns; with mapped objects it took twice as long.
 _ASKED = Prepared(
     select(
         _release.id,
@@ -58,11 +58,11 @@ _ASKED = Prepared(
     .with_for_update(of=_channel.id)
     .suffix_with("FOR SHARE OF namespaces", dialect="postgresql")
 )
-"""The release, and the namespace's policy, which nobody changes until this ends. Moves of one channel, and yanks, wait
-for each other here instead of failing, unless they say what they expect to find."""
+"""The release and the namespace's policy, locked until the transaction ends. Moves of one channel, and yanks, wait for
+each other here instead of failing, unless they state the move that they expect."""
 _VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_version")]
 _MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
-"""What a `ChannelMove` holds, by the names of its fields."""
+"""The columns of a `ChannelMove`, named as its fields."""
 _asked_for = Release.__table__.alias("asked_for")
 _STATE = Prepared(
     select(_asked_for.c.yank_reason, _channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
@@ -75,7 +75,7 @@ _STATE = Prepared(
     .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))
 )
-"""A channel's rules and current move, and why the release is yanked: read when it is locked, after any wait."""
+"""A channel's rules and current move, and why the release is yanked: read after the lock is acquired."""
 _HISTORY = (
     select(*_MOVED)
     .select_from(Move.__table__)
@@ -98,14 +98,14 @@ _POINT = Prepared(
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the caller last saw: the id of the channel's move, from its ETag; `NOTHING_YET` for no channel at all."""
+    """The id of the channel's move that the caller last saw, from its ETag; `NOTHING_YET` for no channel."""
 
     move_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMove:
-    """A move of a channel; `gates` are the results as they were recorded."""
+    """A channel's move; `gates` are the recorded results."""
 
     id: int
     kind: str
@@ -119,21 +119,21 @@ class ChannelMove:
 
     @classmethod
     def of_row(cls, row: Any) -> "ChannelMove":
-        """Of a row with the columns `_MOVED`, and perhaps others."""
+        """From a row with the columns `_MOVED`, and perhaps others."""
         return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
 
     @classmethod
     def recorded(
         cls, move_id: int, values: Mapping[str, Any], from_version: str | None, to_version: str
     ) -> "ChannelMove":
-        """Of the columns that were inserted."""
+        """From the inserted columns."""
         own = {name: values[name] for name in ("kind", "actor", "reason", "forced", "gates", "at")}
         return cls(id=move_id, from_version=from_version, to_version=to_version, **own)
 
 
 @dataclass(frozen=True, slots=True)
 class PromotionRequest:
-    """What is to be put where. A repository of another kind than `kind`, if it is given, is not found."""
+    """The release to promote and the channel. If `kind` is given, repositories of another kind are not found."""
 
     repository: RepositoryName
     version: Version
@@ -158,9 +158,9 @@ def promote(
     force: bool = False,
     expected: Expected | None = None,
 ) -> ChannelMove:
-    """Puts the release on the channel when every gate passes. `force` skips failed gates, and needs a reason.
+    """Moves the channel to the release if every gate passes. `force` overrides failed gates, and needs a reason.
 
-    What the channel serves already is not moved again: the answer is its current move.
+    If the channel already serves the release, returns its current move.
     """
     release = _load_release_and_policy(session, wanted)
     namespace = wanted.repository.namespace
@@ -168,7 +168,9 @@ def promote(
     [current] = _STATE.records(session, {"channel": release.channel_id, "release": release.id})
     _refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
     _check_expected(current.move_id, expected, wanted.subject)
-    actor = replace(actor, at=max(actor.at, current.at or actor.at))  # who waited here asked before the last move
+    actor = replace(
+        actor, at=max(actor.at, current.at or actor.at)
+    )  # a request that waited here may be older than the last move
     report = _judge(session, release, current.rules)
     failed = sum(not result.passed for result in report)
     results = [result.to_json() for result in report]
@@ -214,7 +216,7 @@ def roll_back(  # noqa: PLR0913
     reason: str = "",
     expected: Expected | None = None,
 ) -> ChannelMove:
-    """Returns to the release that was live before the current one was promoted, or to `to`; yanked ones are skipped."""
+    """Returns to the release served before the current one was promoted, or to `to`; skips yanked ones."""
     session.scalar(_locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
@@ -258,19 +260,19 @@ def roll_back(  # noqa: PLR0913
 
 
 def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
-    """What a channel serves after a move, for the audit."""
+    """What a channel serves after a move, for the audit row."""
     return {"move": move_id, "version": version, "commit": commit}
 
 
 def effective_move(session: Session, channel: Channel) -> Move | None:
-    """The move whose release the channel gives out: the current one, or the first one below it that is not yanked.
-    None before its first move."""
+    """The move whose release the channel serves: the current one, or the first below it that is not yanked. None before
+    the first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
     return _previous_unyanked(session, current) if current and current.to_release.yanked else current
 
 
 def history(session: Session, channel: Channel, *, before: int, limit: int) -> list[ChannelMove]:
-    """The newest move first; `before` is the id of the last move of the page before, 0 for the first page."""
+    """Moves, newest first; `before` is the id of the last move of the previous page, 0 for the first page."""
     query = _HISTORY.where(_move.id < before) if before else _HISTORY
     return [ChannelMove.of_row(row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
 
@@ -283,13 +285,13 @@ def find(session: Session, repository: Repository, name: str) -> Channel:
 
 
 def list_page(session: Session, repository: Repository, *, after: str, limit: int) -> Sequence[Channel]:
-    """By name; `after` is the last one of the page before."""
+    """Channels by name; `after` is the last one of the previous page."""
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
     return session.scalars(query.where(Channel.name > after).order_by(Channel.name).limit(limit)).all()
 
 
 def current_of(session: Session, channel: Channel) -> Move:
-    """The last move of a channel that `find` returned, which has one."""
+    """The last move of a channel from `find`, which always has one."""
     return session.get_one(Move, channel.move_id)
 
 
@@ -301,7 +303,7 @@ def _previous_unyanked(session: Session, move: Move) -> Move | None:
 
 
 def _served_before(session: Session, channel: Channel, current: Move, to: Version, subject: str) -> Move:
-    """The latest move that served this version; the one with it furthest down would lose what lies between."""
+    """The latest move that served this version; an older one would lose the moves between."""
     query = select(Move).join(Release, Release.id == Move.to_release_id)
     query = query.where(Move.channel_id == channel.id, Release.version == str(to)).order_by(Move.id.desc()).limit(1)
     move = session.scalars(query).first()
@@ -321,13 +323,13 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
         )
     if move.to_release_id == current.to_release_id:
         raise Refused(
-            "already_served", f"{subject} already serves {to}.", subject=subject, next_step="Nothing is to be done."
+            "already_served", f"{subject} already serves {to}.", subject=subject, next_step="There is nothing to do."
         )
     return move
 
 
 def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
-    """Raises NotFound for what there is not, but for the channel: its first move makes it."""
+    """Loads the release and policy, and creates the channel if needed. Raises NotFound for anything else missing."""
     name = wanted.repository
     values = {
         "in_namespace": name.namespace,
@@ -339,8 +341,8 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
         namespaces.find_for_share(session, name.namespace)
-        repositories.lock(session, release.repository_id)  # a yank has locked all channels that there are
-        # Of those that make it at the same moment one does, and the others wait for what comes of that.
+        repositories.lock(session, release.repository_id)  # a yank locks all existing channels
+        # If several create it at once, one succeeds and the others wait for its result.
         insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
         [row] = _ASKED.records(session, values)
     return row
@@ -349,9 +351,9 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
 def _gate_failed(wanted: PromotionRequest, failed: int, results: list[dict[str, Any]]) -> Refused:
     return Refused(
         "gate_failed",
-        f"{wanted.release} does not pass {failed} of {len(results)} gates of {wanted.subject}.",
+        f"{wanted.release} fails {failed} of {len(results)} gates of {wanted.subject}.",
         subject=wanted.subject,
-        next_step="Look at the numbers; a releaser may use --force with a --reason.",
+        next_step="Check the numbers; a releaser may use --force with a --reason.",
         findings=results,
     )
 
@@ -383,7 +385,7 @@ def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[
     rules = gates.parse_rules(texts or ())
     if not rules:
         return []
-    # What users get: a yanked release on the channel is no yardstick.
+    # Compare with what users get: not with a yanked release on the channel.
     given = effective_move(session, session.get_one(Channel, release.channel_id, populate_existing=True))
     served = gates.scores(session, given.to_release) if given else None
     candidate = session.get_one(Release, release.id)
@@ -394,7 +396,8 @@ def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[
 
 
 def _locked(repository: Repository, name: str) -> Select[Channel]:
-    """Moves of one channel wait for each other instead of failing, unless they say what they expect to find."""
+    """Locks the channel, so that moves wait for each other instead of failing, unless they state the move that they
+    expect."""
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.name == name)
     return query.with_for_update().execution_options(populate_existing=True)
 
@@ -405,8 +408,8 @@ def _check_expected(move_id: int | None, expected: Expected | None, subject: str
 
 
 def _record_move(session: Session, move: Mapping[str, Any], key: str, seen: int | None, subject: str) -> int:
-    """The move's id. Compare-and-set: whatever locks hold, of two moves that saw the same state one gets through. What
-    it moves to is not yanked, and so is given out; `key` is its sort key."""
+    """Records a move and returns its id. Compare-and-set: of two moves that saw the same state, one succeeds. The
+    target is not yanked, so it is served; `key` is its sort key."""
     [move_id] = _INSERT.column(session, move)
     served = {"served_id": move["to_release_id"], "served_key": key}
     values = {"channel": move["channel_id"], "seen": seen, "move_id": move_id, **served}
@@ -417,5 +420,5 @@ def _record_move(session: Session, move: Mapping[str, Any], key: str, seen: int 
 
 def _moved(subject: str) -> Stale:
     return Stale(
-        "channel_moved", f"{subject} has moved since you looked.", subject=subject, next_step="Look and decide again."
+        "channel_moved", f"{subject} has moved since you looked.", subject=subject, next_step="Look again and decide."
     )

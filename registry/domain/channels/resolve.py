@@ -1,4 +1,4 @@
-"""Reference -> release."""
+"""Resolves references to releases."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,9 @@ from registry.formats.references import Reference, RepositoryName, parse_version
 _base, _channel, _move, _release, _repository, _revision = (
     table.__table__.c for table in (Base, Channel, Move, Release, Repository, Revision)
 )
-"""Of tables, not of objects: a resolve is little more than its statement, and mapped rows would cost as much again."""
+"""Tables, not mapped classes: mapping rows would cost as much as the statement itself."""
 
-_FOUND = (
+_RELEASES = (
     select(
         _release.id,
         _release.revision_id,
@@ -40,14 +40,14 @@ _FOUND = (
     .join(Revision.__table__, _revision.id == _release.revision_id)
     .join(Base.__table__, _base.digest == _release.base_digest)
 )
-"""All that fetching a release needs, in one statement: a serving node asks for nothing else."""
+"""Everything needed to fetch a release, in one statement: serving nodes need nothing else."""
 
-_IN_REPOSITORY = _FOUND.where(
+_IN_REPOSITORY = _RELEASES.where(
     _repository.namespace == bindparam("in_namespace"), _repository.name == bindparam("in_repository")
 )
 _HIGHEST_FIRST = _IN_REPOSITORY.order_by(_release.sort_key.desc())
 _OF_VERSION = Prepared(_IN_REPOSITORY.where(_release.version == bindparam("named")))
-# Not LIKE, for which no index serves: "g" is above every hexadecimal digit.
+# A range instead of LIKE, which cannot use the index: "g" sorts after every hexadecimal digit.
 _OF_COMMIT = Prepared(_HIGHEST_FIRST.where(_revision.commit.between(bindparam("named"), bindparam("last"))))
 OF_CHANNEL = (
     _IN_REPOSITORY.join(Move.__table__, _move.to_release_id == _release.id)
@@ -56,12 +56,12 @@ OF_CHANNEL = (
 )
 _OF_CHANNEL = Prepared(OF_CHANNEL)
 _HIGHEST_STABLE = Prepared(_HIGHEST_FIRST.where(_release.stable, ~_release.yanked).limit(1))
-_BY_ID = Prepared(_FOUND.where(_release.id == bindparam("named")))
+_BY_ID = Prepared(_RELEASES.where(_release.id == bindparam("named")))
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRow:
-    """A row of `_FOUND`. `warning` says that the reference did not lead where it plainly should have."""
+    """A row of `_RELEASES`. `warning` says if it is yanked or replaces a yanked release."""
 
     row: Any
     warning: str = ""
@@ -79,33 +79,33 @@ class Resolved:
 
 @dataclass(slots=True)
 class Heads:
-    """What a repository leads to: `latest` is its highest stable version, `channels` the version that each gives."""
+    """A repository's `latest`, the highest stable version, and `channels`, the version that each serves."""
 
     latest: str | None = None
     channels: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def resolve(session: Session, reference: Reference, kind: Kind | None = None) -> Resolved:
-    """As `locate`, with the whole release."""
-    found = locate(session, reference, kind)
-    return Resolved(session.get_one(Release, found.row.id), found.warning)
+    """As `locate`, with the mapped release."""
+    resolved = locate(session, reference, kind)
+    return Resolved(session.get_one(Release, resolved.row.id), resolved.warning)
 
 
 def locate(session: Session, reference: Reference, kind: Kind | None = None) -> ResolvedRow:
-    """Raises NotFound when nothing matches. Yanked releases are found only by exact version and by commit."""
-    found = resolve_exact(session, reference)
-    if found is None and reference.range:
-        found = _by_range(session, reference)
-    elif found is None and reference.channel:
-        found = _by_channel(session, reference)
-    if found is None or (kind and found.row.kind != kind):
+    """Resolves a reference. Finds yanked releases only by exact version or commit. Raises NotFound."""
+    resolved = resolve_exact(session, reference)
+    if resolved is None and reference.range:
+        resolved = _by_range(session, reference)
+    elif resolved is None and reference.channel:
+        resolved = _by_channel(session, reference)
+    if resolved is None or (kind and resolved.row.kind != kind):
         repositories.find(session, reference.repository, kind)
         raise _nothing(session, reference)
-    return found
+    return resolved
 
 
 def resolve_exact(session: Session, reference: Reference) -> ResolvedRow | None:
-    """What one statement tells, and so is of one moment. None where there is more to ask."""
+    """Resolves with a single statement, which sees one consistent state. None if that is not enough."""
     if reference.range:
         return None
     if reference.commit:
@@ -121,21 +121,21 @@ def resolve_exact(session: Session, reference: Reference) -> ResolvedRow | None:
 
 
 def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
-    """By repository id; two queries for a page of repositories, and more for channels whose last release is yanked."""
-    found = {repository.id: Heads() for repository in listed}
+    """Heads by repository id, with two queries for a page, and more for channels whose last release is yanked."""
+    heads_by_id = {repository.id: Heads() for repository in listed}
     top = select(Release.repository_id, func.max(Release.sort_key).label("sort_key"))
-    top = top.where(Release.repository_id.in_(found), Release.stable, ~Release.yanked)
+    top = top.where(Release.repository_id.in_(heads_by_id), Release.stable, ~Release.yanked)
     top = top.group_by(Release.repository_id).subquery()
     is_top = (Release.repository_id == top.c.repository_id) & (Release.sort_key == top.c.sort_key)
     for repository_id, version in session.execute(select(Release.repository_id, Release.version).join(top, is_top)):
-        found[repository_id].latest = version
+        heads_by_id[repository_id].latest = version
     moved = select(Channel, Release.version, Release.yanked).join(Move, Move.id == Channel.move_id)
-    moved = moved.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(found))
+    moved = moved.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(heads_by_id))
     for channel, version, yanked in session.execute(moved.order_by(Channel.name)):
         served = moves.effective_move(session, channel) if yanked else None
         if served or not yanked:
-            found[channel.repository_id].channels[channel.name] = served.to_release.version if served else version
-    return found
+            heads_by_id[channel.repository_id].channels[channel.name] = served.to_release.version if served else version
+    return heads_by_id
 
 
 def _rows(session: Session, statement: Prepared, repository: RepositoryName, **named: str) -> list[Any]:
@@ -171,7 +171,7 @@ def _by_commit(session: Session, reference: Reference) -> ResolvedRow | None:
 
 
 def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
-    """Where the last move's release is yanked."""
+    """Resolves a channel whose last release is yanked."""
     rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel or "")
     repository = repositories.find(session, reference.repository)
     channel = moves.find(session, repository, reference.channel or "")
@@ -184,15 +184,15 @@ def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
             next_step="Promote a release to it.",
         )
     row = _by_id(session, serving.to_release_id)
-    if not rows:  # the channel's first move was committed a moment ago
+    if not rows:  # the channel's first move was committed just now
         return ResolvedRow(row)
     name, reason = ResolvedRow(rows[0]).full_name, rows[0].yank_reason
-    return ResolvedRow(row, f"{name} is yanked ({reason}); {reference} gives {row.version}.")
+    return ResolvedRow(row, f"{name} is yanked ({reason}); {reference} serves {row.version}.")
 
 
 def _warn_if_yanked(row: Any) -> ResolvedRow:
-    found = ResolvedRow(row)
-    return ResolvedRow(row, f"{found.full_name} is yanked: {row.yank_reason}.") if row.yanked else found
+    resolved = ResolvedRow(row)
+    return ResolvedRow(row, f"{resolved.full_name} is yanked: {row.yank_reason}.") if row.yanked else resolved
 
 
 def _nothing(session: Session, reference: Reference) -> NotFound:

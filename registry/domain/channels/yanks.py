@@ -1,4 +1,4 @@
-"""Take a release out of what ranges and channels give out, and put it back."""
+"""Yank: exclude a release from ranges and channels; and unyank."""
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -13,9 +13,9 @@ from registry.errors import Usage
 
 
 def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Ranges, channels and rollback skip a yanked release; its exact version and commit still resolve, warning.
+    """Yanks a release: ranges, channels and rollbacks skip it; its exact version and commit resolve with a warning.
 
-    Of one that is yanked already another reason is recorded; the same again is a retry.
+    A yanked release gets the new reason; the same reason again is a retry.
     """
     _need_reason("A yank", release, reason)
     _lock(session, release)
@@ -25,8 +25,8 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
 
 
 def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """What is not yanked stays as it is, without a row: it may be a retry of what was done already."""
-    _need_reason("Taking a yank back", release, reason)
+    """Undoes a yank. For a release that is not yanked, does nothing and writes no audit row: it may be a retry."""
+    _need_reason("An unyank", release, reason)
     _lock(session, release)
     if release.yanked:
         _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
@@ -41,8 +41,8 @@ def _need_reason(act: str, release: Release, reason: str) -> None:
 
 
 def _lock(session: Session, release: Release) -> None:
-    """One yank waits for another, and then sees what that has made of the release: so says the audit's `before`. No
-    channel of the repository is made meanwhile; who moves one sees the yank, or is seen by it (`_channels_of`)."""
+    """Serializes yanks, so that the audit's `before` is right, and channel creation in the repository. A concurrent
+    move either sees the yank or is seen by it (`_channels_of`)."""
     repositories.lock(session, release.repository_id)
     session.refresh(release, ["yanked", "yank_reason"])
 
@@ -70,6 +70,6 @@ def _set_yank(
 
 
 def _channels_of(session: Session, release: Release) -> list[Channel]:
-    """All of its repository, locked: what lies below whichever of their moves may change."""
+    """All channels of the repository, locked: what any of them serves may change."""
     query = select(Channel).where(Channel.repository_id == release.repository_id).order_by(Channel.id)
     return list(session.scalars(query.with_for_update().execution_options(populate_existing=True)))

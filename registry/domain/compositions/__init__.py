@@ -1,1 +1,1 @@
-"""Recipes, locks and what became of them."""
+"""Compositions: recipes, locks and results."""

@@ -1,4 +1,4 @@
-"""Recipe -> lock -> durable steps; what they found, and lineage."""
+"""Compositions: recipe -> lock -> durable steps, their results and lineage."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,12 +28,12 @@ from registry.formats.references import RepositoryName, Version, nearest, parse_
 from registry.formats.signatures import fingerprint
 
 STEPS = ("check", "combine", "evaluate", "gate", "merge", "publish")
-"""resolving and locking happen with the request, so that a recipe that cannot work is refused at once."""
+"""Resolving and locking happen with the request, so that a recipe that cannot work is refused immediately."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """A release that a recipe wants made."""
+    """A release that a recipe publishes."""
 
     repository: RepositoryName
     version: Version
@@ -43,9 +43,9 @@ class _Target:
 def create(
     session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool, signer: str | None = None
 ) -> Composition:
-    """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and changes no repository.
+    """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and publishes nothing.
 
-    `signer` is the fingerprint of the key that the workers sign with, None where they have none.
+    `signer` is the fingerprint of the workers' signing key, None without one.
     """
     releases.refuse_long_notes(recipe.notes, owner(recipe))
     lock = _lock(session, recipe)
@@ -83,7 +83,7 @@ def create(
 
 
 def owner(recipe: Recipe) -> str:
-    """The namespace that a composition belongs to: its output's, or for a plan without one its first input's."""
+    """The namespace that a composition belongs to: its output's, or its first input's for a plan without outputs."""
     reference = recipe.adapter or recipe.model or recipe.inputs[0].adapter
     return parse_reference(reference).repository.namespace
 
@@ -93,7 +93,7 @@ def subject(composition: Composition) -> str:
 
 
 def roles_needed(recipe: Recipe) -> list[tuple[Role, str]]:
-    """Of who composes, by namespace: to read every input, and to publish every output, or the plan without one."""
+    """The roles that a composition needs, by namespace: reader for inputs, publisher for outputs and the owner."""
     inputs = [(Role.READER, source.adapter) for source in recipe.inputs]
     outputs = [(Role.PUBLISHER, output) for output in (recipe.adapter, recipe.model) if output]
     named = [(role, parse_reference(text).repository.namespace) for role, text in (*inputs, *outputs)]
@@ -101,9 +101,10 @@ def roles_needed(recipe: Recipe) -> list[tuple[Role, str]]:
 
 
 def creator(session: Session, composition: Composition, now: datetime) -> Actor:
-    """Who asked for the composition, with what the token of then allows now. Raises NotAllowed when that is too little.
+    """The composition's creator, with the current grants of the token used then. Raises NotAllowed if they no longer
+    suffice.
 
-    The audit row names the token; without one it was the single user of the registry, who may do everything.
+    The audit row names the token; without one, it was the registry's single user, who may do everything.
     """
     asked_for = EventQuery(None, subject=subject(composition), act=Act.COMPOSITION_CREATE)
     (asked,) = audit.list_oldest_first(session, asked_for, limit=1)
@@ -113,7 +114,7 @@ def creator(session: Session, composition: Composition, now: datetime) -> Actor:
         if not may(actor, role, namespace):
             raise NotAllowed(
                 "role_lost",
-                f"{actor.name}, who asked for this, is no longer a {role} in {namespace}.",
+                f"{actor.name}, who created this composition, is no longer a {role} in {namespace}.",
                 subject=namespace,
                 next_step=f"Ask an admin of {namespace} for the role, and compose again.",
             )
@@ -137,36 +138,35 @@ def unknown(composition_id: int) -> NotFound:
 
 
 def find_by_job(session: Session, job_id: int) -> Composition:
-    """Raises NotFound for a job that there is not; every job is a composition's so far."""
+    """The composition of a job; so far every job has one. Raises NotFound for an unknown job."""
     job = queue.find(session, job_id)
     return session.scalars(select(Composition).where(Composition.job_id == job.id)).one()
 
 
 def permit_look(actor: Actor, composition: Composition, job: Job, hidden: NotFound) -> None:
-    """A composition names releases of other namespaces and shows their numbers, and so does its job's error: who may
-    not read these sees neither.
-    """
+    """Raises unless the actor may see the composition and its job: both reveal names and scores of the inputs, which
+    the actor must be allowed to read."""
     permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=hidden)
     for namespace in _read(composition.lock):
         permit(actor, Role.READER, namespace, hidden=hidden)
 
 
 def list_jobs(session: Session, actor: Actor, *, before: int, limit: int) -> list[Job]:
-    """The newest first, of the compositions that `permit_look` shows to the actor."""
-    found: list[Job] = []
-    while len(found) < limit:
+    """Jobs, newest first, of the compositions that `permit_look` allows the actor to see."""
+    jobs: list[Job] = []
+    while len(jobs) < limit:
         rows = queue.list_page(session, granted(actor, Role.PUBLISHER), before=before, limit=limit)
         locks = select(Composition.job_id, Composition.lock).where(Composition.job_id.in_([job.id for job in rows]))
         seen = {job for job, lock in session.execute(locks) if all(may_read(actor, name) for name in _read(lock))}
-        found += [job for job in rows if job.id in seen]
+        jobs += [job for job in rows if job.id in seen]
         if len(rows) < limit:
             break
         before = rows[-1].id
-    return found[:limit]
+    return jobs[:limit]
 
 
 def _read(lock: Mapping[str, Any]) -> set[str]:
-    """The namespaces of its inputs."""
+    """The namespaces of a lock's inputs."""
     return {parse_reference(row["repository"]).repository.namespace for row in lock["inputs"]}
 
 
@@ -178,8 +178,8 @@ def cancel(session: Session, actor: Actor, composition_id: int) -> tuple[Composi
 
 
 def inputs_of(session: Session, lock: Lock) -> list[Release]:
-    """The releases that a lock names, in its order; they cannot have changed, but they may have been yanked since."""
-    found: list[Release] = []
+    """The releases that a lock names, in order; they are unchanged, but may have been yanked since."""
+    releases_used: list[Release] = []
     for locked in lock.inputs:
         release = resolve.resolve(
             session, parse_reference(f"{locked.repository}:{locked.version}"), Kind.ADAPTER
@@ -189,14 +189,14 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
                 "lock_broken",
                 f"{full_name(release)} is not the commit {locked.commit[:12]} that the lock names.",
                 subject=full_name(release),
-                next_step="Whoever runs the registry: `adaptory fsck` finds what was changed.",
+                next_step="Ask the registry's operators to run `adaptory fsck`.",
             )
-        found.append(release)
-    return found
+        releases_used.append(release)
+    return releases_used
 
 
 def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -> list[str | None]:
-    """For each input the suite that stands for it: named in the recipe, or the target suite it gained most on."""
+    """Each input's suite: named in the recipe, or the target suite on which it gained most."""
     return [
         source.suite or best_target_suite(session, release)
         for source, release in zip(recipe.inputs, inputs, strict=True)
@@ -204,7 +204,7 @@ def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -
 
 
 def best_target_suite(session: Session, release: Release) -> str | None:
-    """The target suite that the release gained most on over its base, in nats per token."""
+    """The target suite on which the release gained most over its base, in nats per token."""
     base = gates.scores(session, release.base)
     gains: list[tuple[float, str]] = []
     for score in suites.scores_of(session, release):
@@ -215,18 +215,18 @@ def best_target_suite(session: Session, release: Release) -> str | None:
 
 
 def _lock(session: Session, recipe: Recipe) -> Lock:
-    found = [
+    inputs = [
         resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER).release for source in recipe.inputs
     ]
-    _refuse_duplicates(found)
-    base: Base = bases.find(session, recipe.base) if recipe.base else found[0].base
-    for release in found:
+    _refuse_duplicates(inputs)
+    base: Base = bases.find(session, recipe.base) if recipe.base else inputs[0].base
+    for release in inputs:
         if release.base_digest != base.digest:
             raise Conflict(
                 "base_differs",
-                f"{full_name(release)} was made for the base {release.base.name}, not for {base.name}.",
+                f"{full_name(release)} was trained on the base {release.base.name}, not on {base.name}.",
                 subject=full_name(release),
-                next_step="Compose adapters of one base.",
+                next_step="Compose adapters of the same base.",
             )
         if release.yanked:
             raise Refused(
@@ -244,10 +244,10 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
             files={file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]},
             rules=source.rules,
         )
-        for source, release in zip(recipe.inputs, found, strict=True)
+        for source, release in zip(recipe.inputs, inputs, strict=True)
     )
     settings = parse_settings(recipe.method, recipe.settings)
-    own = member_suites(session, recipe, found)
+    own = member_suites(session, recipe, inputs)
     return Lock(
         base.digest,
         recipe.method,
@@ -262,13 +262,13 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
 
 
 def evaluated(recipe: Recipe, lock: Lock) -> list[str]:
-    """The suites that the candidate is measured on: the recipe's, and those that the lock's gates are about."""
+    """The suites that the candidate is measured on: the recipe's, and those that the lock's gates use."""
     added = [rule.suite for rule in gates.parse_rules(lock.gates)]
     return list(dict.fromkeys([*recipe.evaluate, *added]))
 
 
 def gates_against_inputs(own: Sequence[str | None]) -> list[str]:
-    """What a combination has to keep of each member, on its own suite."""
+    """Gate rules that compare the candidate with each member on the member's own suite."""
     names = list(dict.fromkeys(name for name in own if name))
     return [
         rule for name in names for rule in (f"{name}.accuracy keeps 0.9 of inputs", f"{name}.nll within 0.1 of inputs")
@@ -276,8 +276,8 @@ def gates_against_inputs(own: Sequence[str | None]) -> list[str]:
 
 
 def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
-    """None where the recipe has `gates: []`, or names one against the inputs. An input that is left out (weight 0) or
-    taken away (below 0) has nothing to keep."""
+    """The gates against the inputs to add; none if the recipe has `gates: []` or has such a gate itself. Inputs of zero
+    or negative weight need not be kept."""
     rules = gates.parse_rules(recipe.gates or ())
     if recipe.gates == () or any(rule.other == "inputs" for rule in rules if isinstance(rule, Within | Keeps)):
         return ()
@@ -288,14 +288,14 @@ def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
 def _calibration(
     session: Session, recipe: Recipe, settings: Mapping[str, object], own: Sequence[str | None]
 ) -> tuple[dict[str, object], ...]:
-    """What a fitted method is fitted on: each input's prompts, or the first examples of its suite. Raises Refused where
-    there are none, or none would be left to judge the result by."""
+    """The examples that a fitted method uses: each input's prompts, or the first examples of its suite. Raises Refused
+    if there are none, or none would be left for evaluation."""
     if not PIPELINES[recipe.method].fitted:
         return ()
     if recipe.model and not recipe.adapter:
         raise Usage(
             "no_adapter",
-            f"{recipe.method} fits new factors, and the recipe publishes only a model.",
+            f"{recipe.method} fits new factors, but the recipe publishes only a model.",
             next_step="Add `adapter: NAMESPACE/NAME:VERSION`: the model is made from it.",
         )
     sets: list[CalibrationSet] = []
@@ -306,7 +306,7 @@ def _calibration(
         if name is None:
             raise Usage(
                 "needs_examples",
-                f"{recipe.method} is fitted on examples, and {source.adapter} has no score on a target suite.",
+                f"{recipe.method} is fitted on examples, but {source.adapter} has no score on a target suite.",
                 subject=source.adapter,
                 next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite or prompts.",
             )
@@ -314,7 +314,7 @@ def _calibration(
         if suite.examples <= count:
             raise Refused(
                 "suite_too_small",
-                f"{name} has {suite.examples} examples: {count} to fit {recipe.method} on leave none to judge by.",
+                f"{name} has {suite.examples} examples: fitting {recipe.method} on {count} leaves none to evaluate on.",
                 subject=name,
                 next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
             )
@@ -322,21 +322,21 @@ def _calibration(
     return tuple(one.to_json() for one in sets)
 
 
-def _refuse_duplicates(found: Sequence[Release]) -> None:
-    """Lineage knows one weight of a release."""
-    counts = Counter(map(full_name, found))
+def _refuse_duplicates(inputs: Sequence[Release]) -> None:
+    """Raises Usage for an input named twice: lineage stores one weight per release."""
+    counts = Counter(map(full_name, inputs))
     for name, count in counts.items():
         if count > 1:
             raise Usage(
                 "input_twice",
-                f"{name} is {count} of the recipe's inputs.",
+                f"{name} is named {count} times among the recipe's inputs.",
                 subject=name,
                 next_step="Name it once, with the sum of the weights.",
             )
 
 
 def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
-    """What is to be published, each with its version and in a repository of its own."""
+    """The outputs to publish, each with its version and in its own repository."""
     outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
     if not plan_only and not outputs:
         raise Usage(
@@ -344,7 +344,7 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
             "The recipe names neither an adapter nor a model to publish.",
             next_step="Add `adapter: NAMESPACE/NAME:VERSION`, or use --plan.",
         )
-    found: list[_Target] = []
+    targets: list[_Target] = []
     for text, kind in outputs:
         reference = parse_reference(text)
         if reference.version is None:
@@ -352,18 +352,16 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
                 "bad_output",
                 f"{reference} is not NAMESPACE/NAME:VERSION.",
                 subject=str(reference),
-                next_step="Give the version that is to be published.",
+                next_step="Give the version to publish.",
             )
-        found.append(_Target(reference.repository, reference.version, kind))
-    if len({target.repository for target in found}) < len(found):
-        raise Usage(
-            "one_repository", "Adapter and model need two repositories.", next_step="Give one of them another name."
-        )
-    return found
+        targets.append(_Target(reference.repository, reference.version, kind))
+    if len({target.repository for target in targets}) < len(targets):
+        raise Usage("one_repository", "Adapter and model need separate repositories.", next_step="Rename one of them.")
+    return targets
 
 
 def _check_target(session: Session, recipe: Recipe, lock: Lock, target: _Target) -> None:
-    """What can be known now must not fail after an hour of merging; publishing asks again."""
+    """Checks a target early, so that it does not fail after an hour of merging; publishing checks it again."""
     repository = repositories.find_if_any(session, target.repository, target.kind)
     if repository is not None:
         query = select(Release).where(Release.repository_id == repository.id, Release.version == str(target.version))
@@ -374,7 +372,8 @@ def _check_target(session: Session, recipe: Recipe, lock: Lock, target: _Target)
 
 
 def _refuse_other_content(session: Session, occupant: Release, recipe: Recipe, lock: Lock) -> None:
-    """The same recipe and lock give the same files, which name both, and publishing these again is no conflict."""
+    """Raises Conflict unless the same recipe and lock made the release: they give the same files, so publishing those
+    again is a retry."""
     query = select(Composition).join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
     made_by = session.scalars(query.where(ReleaseInput.release_id == occupant.id).limit(1)).first()
     if made_by is None or made_by.lock["digest"] != lock.digest or made_by.recipe != recipe.to_json():
@@ -382,22 +381,22 @@ def _refuse_other_content(session: Session, occupant: Release, recipe: Recipe, l
             "version_exists",
             f"{full_name(occupant)} was not made by this recipe from these inputs; a release never changes.",
             subject=full_name(occupant),
-            next_step="Give the next version in the recipe.",
+            next_step="Give a new version in the recipe.",
         )
 
 
 def _refuse_namespace(session: Session, actor: Actor, name: str, signer: str | None) -> None:
-    """Where nothing unsigned may be published, and where the namespace itself cannot come to be."""
+    """Raises if the namespace requires a signature the workers cannot make, or if the actor cannot create it."""
     namespace = session.get(Namespace, name)
     if namespace is None:
         permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
     elif namespace.require_signature and signer not in {fingerprint(key) for key in namespace.signing_keys}:
         raise Refused(
             "unsigned",
-            f"{name} takes only releases that one of its keys has signed, and the workers have none of these.",
+            f"{name} accepts only releases signed by one of its keys, and the workers have none of them.",
             subject=name,
-            next_step="Compose into another namespace, pull the result, and push it here with --sign KEY.pem; or have "
-            f"workers with a key of {name} (ADAPTORY_SIGNING_KEY).",
+            next_step="Compose into another namespace, pull the result, and push it here with --sign KEY.pem; or give "
+            f"the workers a key of {name} (ADAPTORY_SIGNING_KEY).",
         )
 
 
@@ -412,7 +411,7 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 "no_channel",
                 f"{rule}: a composition has no channel.",
                 subject=str(rule),
-                next_step="Compare with the base or the inputs; the channel's own gate judges the promotion.",
+                next_step="Compare with the base or the inputs; the channel's own gate checks the promotion.",
             )
         if rule.suite not in evaluated(recipe, lock):
             raise Usage(
@@ -437,10 +436,10 @@ def _refuse_unmeasured(rule: gates.Rule) -> None:
     measured = " and ".join(metrics.HIGHER_IS_BETTER)
     raise NotFound(
         "metric_unknown",
-        f"{rule}: a composition measures {measured}, and no {rule.metric}.",
+        f"{rule}: a composition measures {measured}, not {rule.metric}.",
         subject=str(rule),
         next_step=nearest(
-            rule.metric, metrics.HIGHER_IS_BETTER, f"Record {rule.metric} afterwards, and give the rule to the channel."
+            rule.metric, metrics.HIGHER_IS_BETTER, f"Record {rule.metric} afterwards, and set the rule on the channel."
         ),
     )
 

@@ -1,1 +1,1 @@
-"""Jobs as rows."""
+"""The job queue."""

@@ -1,8 +1,8 @@
-"""Jobs as rows: enqueue, claim, note progress, cancel. Nothing here asks what a job does.
+"""The job queue in the database: enqueue, claim, record progress, cancel. Independent of what a job does.
 
 queued -> running -> done | refused | failed | cancelled. A worker holds a running job while its heartbeat is fresh;
-afterwards another one takes it over at the first unfinished step. A queued job whose heartbeat is still to come was put
-off until then.
+afterwards another worker takes over at the first unfinished step. A queued job with a heartbeat in the future waits
+until then.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,9 +21,9 @@ LEASE = timedelta(seconds=60)
 """How long a silent worker keeps its job."""
 MAX_ATTEMPTS = 3
 PAUSES = (timedelta(seconds=15), timedelta(minutes=5))
-"""Before the second and the third attempt of a job whose stores are away: for a restart, and for a longer repair."""
+"""Before the second and third attempt of a job whose stores are unavailable: for a restart, and for a longer repair."""
 MAX_QUEUED = 100
-"""Of one user: who asks for more than the workers can do waits outside."""
+"""Maximum queued jobs per user."""
 FINISHED = ("done", "refused", "failed", "cancelled")
 
 
@@ -32,7 +32,7 @@ def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], nam
     if (session.scalar(waiting) or 0) >= MAX_QUEUED:
         raise TooMany(
             "too_many_jobs",
-            f"{MAX_QUEUED} jobs of {actor.name} wait already.",
+            f"{MAX_QUEUED} jobs of {actor.name} are already queued.",
             subject=actor.name,
             next_step="Wait for some of them, or cancel them: `adaptory jobs`.",
         )
@@ -69,7 +69,7 @@ def unknown(job_id: int) -> NotFound:
 
 
 def list_page(session: Session, namespaces: Sequence[str] | None, *, before: int, limit: int) -> list[Job]:
-    """The newest first; of these namespaces, or of all with None."""
+    """Jobs, newest first, in these namespaces, or in all with None."""
     query = select(Job).order_by(Job.id.desc()).limit(limit)
     if namespaces is not None:
         query = query.where(Job.namespace.in_(namespaces))
@@ -79,10 +79,10 @@ def list_page(session: Session, namespaces: Sequence[str] | None, *, before: int
 
 
 def claim(session: Session, worker: str, now: datetime, leave: Collection[int] = ()) -> Job | None:
-    """The oldest job that waits or whose worker fell silent, now held by `worker`.
+    """Claims the oldest job that is due or whose worker fell silent.
 
-    Those to `leave` are for other workers, but where there is nothing left to do than to cancel them. Beyond
-    `MAX_ATTEMPTS` the job has killed its workers: who claims it then is to end it.
+    Jobs to `leave` are for other workers, unless they only need to be cancelled. A job beyond `MAX_ATTEMPTS` has killed
+    its workers: the caller must end it.
     """
     due = and_(Job.state == "queued", or_(Job.heartbeat_at.is_(None), Job.heartbeat_at <= now))
     wanted = or_(Job.id.not_in(leave), Job.cancel_requested)
@@ -98,7 +98,7 @@ def claim(session: Session, worker: str, now: datetime, leave: Collection[int] =
 
 
 def extend_lease(session: Session, job_id: int, worker: str, now: datetime) -> bool:
-    """Keeps the job. False when it was taken over or is to be cancelled: the worker must let go."""
+    """Extends the worker's hold on the job. False if it was taken over or cancelled: the worker must stop."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     row = session.execute(
         held.values(heartbeat_at=now).returning(Job.cancel_requested), execution_options={"synchronize_session": False}
@@ -108,7 +108,7 @@ def extend_lease(session: Session, job_id: int, worker: str, now: datetime) -> b
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much of a step is done: bytes or examples."""
+    """Progress of a step, in bytes or examples."""
 
     done: int
     total: int
@@ -120,7 +120,7 @@ class Amount:
 
 
 def note_step(session: Session, job_id: int, worker: str, step: str, *, state: str, progress: float | Amount) -> bool:
-    """False, with nothing written, when the job is no longer this worker's: another may have ended it well since."""
+    """Records a step's state. Returns False and writes nothing if the job is no longer this worker's."""
     job = _locked(session, job_id)
     if job.worker != worker or job.state != "running":
         return False
@@ -134,32 +134,32 @@ def note_step(session: Session, job_id: int, worker: str, step: str, *, state: s
 def finish(
     session: Session, job_id: int, worker: str, state: str, now: datetime, error: dict[str, Any] | None = None
 ) -> bool:
-    """False when the job is no longer this worker's, who then may not end it."""
+    """Ends the job. Returns False, and changes nothing, if it is no longer this worker's."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     ended = held.values(state=state, finished_at=now, error=error, worker=None).returning(Job.id)
     return session.execute(ended, execution_options={"synchronize_session": False}).first() is not None
 
 
 def requeue(session: Session, job_id: int, worker: str, error: dict[str, Any] | None = None) -> None:
-    """A worker that is told to stop, or lacks what another has: the next one goes on at once; no attempt is counted."""
+    """Returns the job to the queue, for a worker that stops or lacks something local. Does not count an attempt."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     given = held.values(state="queued", worker=None, heartbeat_at=None, attempts=Job.attempts - 1, error=error)
     session.execute(given, execution_options={"synchronize_session": False})
 
 
 def retry_later(session: Session, job_id: int, worker: str, until: datetime, error: dict[str, Any]) -> None:
-    """A worker whose stores are away: nobody goes on before that moment, and the attempt counts."""
+    """Returns the job to the queue, to run after `until`, when the stores were unavailable. Counts the attempt."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
     session.execute(held.values(state="queued", worker=None, heartbeat_at=until, error=error))
 
 
 def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
-    """A job that waits for its first step ends at once, another one when a worker next looks and cleans up after it."""
+    """Cancels a job: immediately if no step has started, else when its worker next checks and cleans up."""
     job = _locked(session, job_id)
     if job.state in FINISHED:
         raise Conflict(
             "job_finished",
-            f"Job {job_id} is {job.state} already.",
+            f"Job {job_id} is already {job.state}.",
             subject=str(job_id),
             next_step="There is nothing to cancel.",
         )
@@ -172,6 +172,6 @@ def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
 
 
 def _locked(session: Session, job_id: int) -> Job:
-    """The row, which nobody else can change until this transaction ends."""
+    """The row, locked until this transaction ends."""
     find(session, job_id)
     return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)

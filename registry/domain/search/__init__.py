@@ -1,1 +1,1 @@
-"""Search: a query, its filters, orders and access paths."""
+"""Search: queries, filters, orders and access paths."""

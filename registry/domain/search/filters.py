@@ -1,6 +1,6 @@
-"""Each part of a search as a condition on traits or on releases.
+"""The parts of a search as SQL conditions on traits or releases.
 
-A condition names its value instead of holding it: searches that ask for the same things share their statements.
+Conditions use bind parameters, so that searches of the same shape share prepared statements.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ Conditions = list[ColumnElement[bool]]
 
 
 def matching_traits(form: QueryShape) -> Select[*tuple[Any, ...]]:
-    """The ids of the traits that fit."""
+    """The ids of the matching traits."""
     asked: Conditions = [_traits.kind == bindparam("kind")]
     asked += [_traits[name] == bindparam(name) for name in SAME if name in form.asked]
     limits: dict[str, ColumnElement[bool]] = {
@@ -52,12 +52,12 @@ def matching_traits(form: QueryShape) -> Select[*tuple[Any, ...]]:
 
 
 def traits_match(form: QueryShape, traits_id: ColumnElement[int]) -> ColumnElement[bool]:
-    """Those traits fit: looked up for each release, where `fitting` would list thousands for a page of fifty."""
+    """Whether a release's traits match: checked per release, instead of listing thousands of traits for one page."""
     return matching_traits(form).where(_traits.id == traits_id).correlate_except(Traits.__table__).offset(0).exists()
 
 
 def _within() -> Select[*tuple[Any, ...]]:
-    """Sets that have one of the names and none besides: found from the names, not by looking at every set."""
+    """Sets that contain at least one of the names and no others; starts from the names, not from all sets."""
     other = TargetSetMember.__table__.alias()
     of_set = other.c.target_set_id == _member.target_set_id
     outside = select(other.c.target).where(of_set, not_(in_list(other.c.target, "within")))
@@ -65,9 +65,9 @@ def _within() -> Select[*tuple[Any, ...]]:
 
 
 def release_conditions(form: QueryShape) -> Conditions:
-    """What traits do not say."""
+    """Conditions on releases, beyond their traits."""
     asked: Conditions = []
-    if "include_yanked" not in form.asked or "latest" in form.asked:  # a yanked one is never the latest
+    if "include_yanked" not in form.asked or "latest" in form.asked:  # a yanked release is never the latest
         asked.append(~_release.yanked)
     if form.asked & {"stable", "latest"}:
         asked.append(_release.stable.is_(True))
@@ -82,7 +82,7 @@ def release_conditions(form: QueryShape) -> Conditions:
     if "channel" in form.asked:
         asked.append(_is_served())
     of_release = select(_word.word).where(_word.release_id == _release.id)
-    numbers = range(form.stated + form.words)  # where it is, is asked above of what says so first
+    numbers = range(form.stated + form.words)  # the namespace condition is checked above
     asked += [_exists_for_release(of_release.where(is_entry(form, number, _word.word))) for number in numbers]
     asked += [
         _exists_for_release(
@@ -94,16 +94,16 @@ def release_conditions(form: QueryShape) -> Conditions:
 
 
 def _exists_for_release(rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
-    """There are such rows of the release. Of nothing else around it: a search by a score has scores there too.
+    """Whether such rows exist for the release. Correlates only the release, since the outer query may have scores too.
 
-    With an offset PostgreSQL looks them up for each release that is read in order. It would rather collect and sort
-    all that have them: the plan that it keeps for any word and any page takes the word for rare and the page for long.
+    OFFSET 0 makes PostgreSQL look them up for each release read in order. Otherwise its generic plan assumes a rare
+    word and a long page, and collects and sorts all matches.
     """
     return rows.correlate(Release.__table__).offset(0).exists()
 
 
 def at_home(form: QueryShape) -> Conditions:
-    """On repositories: those asked for, and those that the actor may read."""
+    """Conditions on repositories: the requested ones, among those that the actor may read."""
     limits = {
         "readable": in_list(_repository.namespace, "readable"),
         "namespace": _repository.namespace == bindparam("namespace"),
@@ -114,14 +114,13 @@ def at_home(form: QueryShape) -> Conditions:
 
 
 def is_entry(form: QueryShape, number: int, word: ColumnElement[str]) -> ColumnElement[bool]:
-    """That word of the index fits the condition of that number. A beginning is a range, which every database finds in
-    an index, whatever its locale."""
+    """Whether an index word matches the numbered condition. A prefix is a range, which uses the index in any locale."""
     ends = ends_of(form, number)
     return word.between(*ends) if ends else in_list(word, "homes")
 
 
 def has_other_words(form: QueryShape, than: int) -> Conditions:
-    """On an entry of the index of words: its release has the other words asked for as well."""
+    """Conditions on an index entry: its release also has the other words of the query."""
     other = ReleaseWord.__table__.alias().c
     of_it = select(other.word).where(other.release_id == _word.release_id).correlate(ReleaseWord.__table__).offset(0)
     numbers = (number for number in range(form.entries) if number != than)
@@ -129,8 +128,8 @@ def has_other_words(form: QueryShape, than: int) -> Conditions:
 
 
 def ends_of(form: QueryShape, number: int) -> tuple[BindParameter[str], BindParameter[str]] | None:
-    """The least and the greatest word that fit: first of what is stated, which is asked for whole, then of words. None
-    for those of `homes`, which are no range."""
+    """The first and last matching word: numbers count provenance entries, which match exactly, then words. None for
+    `homes`, which is not a range."""
     if number < form.stated:
         stated = bindparam(f"stated_{number}", type_=String)
         return stated, stated
@@ -154,6 +153,6 @@ def _newer_stable_exists() -> ColumnElement[bool]:
 
 
 def _is_served() -> ColumnElement[bool]:
-    """That channel of the release's repository gives it out."""
+    """Whether the channel of the release's repository serves it."""
     of_repository = (_channel.repository_id == _release.repository_id, _channel.name == bindparam("channel"))
     return _exists_for_release(select(_channel.id).where(*of_repository, _channel.served_id == _release.id))

@@ -1,4 +1,4 @@
-"""Orders of what a search finds: by publication, by version, by a score; as columns, and as pages of them."""
+"""Orders of search results: by publication, version or score; as columns and as pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ _channel, _release, _score = Channel.__table__.c, Release.__table__.c, Score.__t
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Of a release in its order: its sort key (None where the id is the key) and its id."""
+    """A release's position in an order: its sort key (None if the id is the key) and id."""
 
     key: str | float | None
     release_id: int
 
 
 class Hit(NamedTuple):
-    """A release that was found, its place, and its stamp at that moment."""
+    """A search result: a release's position and its stamp at that time."""
 
     key: str | float | None
     release_id: int
@@ -39,7 +39,7 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """`newest`, `version` (the highest first) or `SUITE.METRIC` (the best first, without releases that lack it)."""
+    """`newest`, `version` (highest first) or `SUITE.METRIC` (best first, only releases that have it)."""
 
     name: str = NEWEST
     limit: int = 50
@@ -48,8 +48,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class SortKey:
-    """The form of an order: of releases, or of scores joined to their releases. Of those that a channel gives out
-    alone, where the channels of that name are to be read in order: their index has the releases' keys."""
+    """The shape of an order, over releases or over scores joined to their releases. `of_channel` reads the releases
+    that channels of one name serve from the channels' index, which has the releases' keys."""
 
     column: str = "id"
     descending: bool = True
@@ -61,14 +61,16 @@ class SortKey:
         return self.column == "value"
 
     def select(self, *more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
-        """Keys, ids and `more` of all."""
-        found = select(self.key.label("key"), self.release_id.label("id"), *more)
+        """Selects keys, ids and `more`."""
+        statement = select(self.key.label("key"), self.release_id.label("id"), *more)
         if self.of_score:
-            return found.select_from(Score.__table__).join(Release.__table__, _release.id == _score.release_id)
+            return statement.select_from(Score.__table__).join(Release.__table__, _release.id == _score.release_id)
         if self.of_channel:
-            found = found.select_from(Channel.__table__).join(Release.__table__, _release.id == _channel.served_id)
-            return found.where(_channel.name == bindparam("channel"), _channel.served_id.is_not(None))
-        return found.select_from(Release.__table__)
+            statement = statement.select_from(Channel.__table__).join(
+                Release.__table__, _release.id == _channel.served_id
+            )
+            return statement.where(_channel.name == bindparam("channel"), _channel.served_id.is_not(None))
+        return statement.select_from(Release.__table__)
 
     @property
     def release_id(self) -> ColumnElement[Any]:
@@ -85,16 +87,16 @@ class SortKey:
         return _channel[_SERVED[self.column]] if self.of_channel else _release[self.column]
 
     def page(self, *conditions: ColumnElement[bool], in_order: bool = True) -> Select[*tuple[Any, ...]]:
-        """The first that meet those conditions, as `text` says them.
+        """The first page that meets the conditions, in the form of `text`.
 
-        Scores that are not to be read `in_order` are found from their releases.
+        Scores not read `in_order` are looked up from their releases.
         """
         entries = self.select(_release.stamp).where(*conditions)
-        found = self.first(entries, in_order=in_order).subquery("first")
-        return self.text(found.c, found.c.stamp).add_columns(CURRENT_SUITES)
+        first = self.first(entries, in_order=in_order).subquery("first")
+        return self.text(first.c, first.c.stamp).add_columns(CURRENT_SUITES)
 
     def first(self, statement: Select[*tuple[Any, ...]], *, in_order: bool = True) -> Select[*tuple[Any, ...]]:
-        """A page of a selection of releases or scores, in order."""
+        """The first page of a selection of releases or scores, in order."""
         columns = [self.key] if self.column == "id" else [self.key, self.release_id]
         if self.of_score:
             suite = _score.suite_id if in_order else _score.suite_id + 0
@@ -107,18 +109,18 @@ class SortKey:
         return statement.order_by(*self._ordered(columns)).limit(bindparam("limit"))
 
     def first_of_all(self, of_each: FromClause, statement: Select[*tuple[Any, ...]]) -> Select[*tuple[Any, ...]]:
-        """A page of what pages have, in order."""
+        """The first page of several pages, in order."""
         return statement.order_by(*self._ordered([of_each.c.key, of_each.c.id])).limit(bindparam("limit"))
 
     def _ordered(self, columns: Sequence[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
         return [column.desc() if self.descending else column.asc() for column in columns]
 
     def text(self, first: Any, stamp: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
-        """Keys, ids and stamps of a page with those columns as one text, for `places` to read."""
+        """Keys, ids and stamps of a page as one JSON text, for `hits` to parse."""
         return select(json_rows(float_text(first.key) if self.of_score else first.key, first.id, stamp))
 
     def hits(self, pages: Rows, limit: int) -> list[Hit]:
-        """The first of several pages."""
+        """The first `limit` hits of several pages."""
         suites = next((suites for _page, suites, *_ in pages), None)
         rows = [row for page, *_ in pages if page for row in orjson.loads(page)]
         if self.of_score:

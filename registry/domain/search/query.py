@@ -1,7 +1,7 @@
-"""What a search asks, its shape, and the values that its statement is run with.
+"""A search query, its shape, and the values bound to its statement.
 
-A condition names its value instead of holding it: searches that ask for the same things, whatever their values, share
-their statements (`QueryShape`), and to build one takes longer than to run it.
+Conditions use bind parameters, so that searches of the same shape (`QueryShape`) share statements: building one takes
+longer than running it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ from registry.errors import Invalid
 from registry.formats.references import RepositoryName
 
 MAX_WORDS = 8
-"""Of a text that is searched for."""
+"""Maximum words in a search text."""
 LAST = "\U0010ffff"
-"""Above every character: the words that begin with `w` lie between `w` and `w` + LAST."""
+"""Sorts after every character: words that begin with `w` lie between `w` and `w` + LAST."""
 
 SAME = ("type", "variant", "dtype", "license", "alpha")
 LIMITS = ("base", "base_name", "bases", "min_rank", "max_rank", "server", "server_rank", "within", "exact")
@@ -35,11 +35,11 @@ _OF_TRAITS = frozenset({*SAME, *LIMITS})
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """All conditions hold together; None and () ask nothing.
+    """All conditions must hold; None and () mean no condition.
 
-    `related` also finds releases for casts and quantizations of `base`. `latest` asks for the highest stable release of
-    each repository. `explain` finds what does not load in `loads_in` too, for its reasons to be told. `provenance` has
-    texts `NAME:VALUE`, as `terms.parse_stated` reads them.
+    `related` also finds releases for casts and quantizations of `base`. `latest` finds only the highest stable release
+    of each repository. `explain` also finds releases that `loads_in` cannot load, to show the reasons. `provenance` has
+    texts `NAME:VALUE` for `search_index.parse_stated`.
     """
 
     kind: Kind = Kind.ADAPTER
@@ -81,18 +81,18 @@ class QueryShape:
 
     @property
     def entries(self) -> int:
-        """How many conditions the index of words answers: what is stated, words, and where to look."""
+        """The number of conditions on the term index: provenance entries, words, and the namespaces."""
         return self.stated + self.words + ("homes" in self.asked)
 
 
 def bind_values(actor: Actor, query: Query, digests: Sequence[str], suites: Sequence[int]) -> dict[str, Any]:
-    """The values of a query by the names that conditions give them; what is not asked is not there.
+    """The values of a query by bind parameter; absent for conditions that are not used.
 
-    `digests` are of the base asked for and of those related to it, or none: then it is asked for by its name. `suites`
-    are ids: of those of `query.scores`.
+    `digests` are those of the requested base and related ones; empty if the base is looked up by name. `suites` are the
+    suite ids of `query.scores`.
     """
     loading = None if query.explain else query.loads_in
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "base_name": None if digests else query.base or None,
         "base": digests[0] if len(digests) == 1 else None,
         "bases": list(digests) if len(digests) > 1 else None,
@@ -113,30 +113,30 @@ def bind_values(actor: Actor, query: Query, digests: Sequence[str], suites: Sequ
         "repository": query.repository.name if query.repository else None,
         "channel": query.channel,
     }
-    found = {name: value for name, value in found.items() if value is not None and value != []}
-    found |= _where(query, readable_names(actor))
+    values = {name: value for name, value in values.items() if value is not None and value != []}
+    values |= _where(query, readable_names(actor))
     for number, target in enumerate(query.targets_include):
-        found[f"include_{number}"] = target
+        values[f"include_{number}"] = target
     for number, word in enumerate(_asked_words(query)):
-        whole = len(word) == MAX_WORD_CHARACTERS  # longer ones were cut when they were kept
-        found |= {f"word_{number}": word, f"word_{number}_end": word if whole else word + LAST}
+        truncated = len(word) == MAX_WORD_CHARACTERS  # longer words are truncated in the index
+        values |= {f"word_{number}": word, f"word_{number}_end": word if truncated else word + LAST}
     for number, text in enumerate(query.provenance):
-        found[f"stated_{number}"] = parse_stated(text)
+        values[f"stated_{number}"] = parse_stated(text)
     for number, (condition, suite) in enumerate(zip(query.scores, suites, strict=True)):
-        found |= {f"suite_{number}": suite, f"metric_{number}": condition.metric, f"score_{number}": condition.value}
-    return found | {"kind": str(query.kind)}
+        values |= {f"suite_{number}": suite, f"metric_{number}": condition.metric, f"score_{number}": condition.value}
+    return values | {"kind": str(query.kind)}
 
 
 def _where(query: Query, readable: set[str] | None) -> dict[str, list[str]]:
-    """`homes` has the entries in the index of words of all places to look in, none when nothing can be found."""
+    """`homes` has the index entries of all namespaces to search; empty if nothing can match."""
     owner, name = (query.repository.namespace, query.repository.name) if query.repository else (None, None)
     asked = {namespace for namespace in (query.namespace, owner) if namespace}
-    found = {} if readable is None else {"readable": sorted(readable)}
+    binds = {} if readable is None else {"readable": sorted(readable)}
     if readable is None and not asked:
-        return found
-    places = set[str]() if len(asked) > 1 else asked or readable or set[str]()
-    reached = places if readable is None else places & readable
-    return found | {"homes": [namespace_terms(place, name)[-1] for place in sorted(reached)]}
+        return binds
+    namespaces = set[str]() if len(asked) > 1 else asked or readable or set[str]()
+    reached = namespaces if readable is None else namespaces & readable
+    return binds | {"homes": [namespace_terms(namespace, name)[-1] for namespace in sorted(reached)]}
 
 
 def shape_of(query: Query, values: Mapping[str, Any]) -> QueryShape:
@@ -151,15 +151,15 @@ def shape_of(query: Query, values: Mapping[str, Any]) -> QueryShape:
 
 
 def _asked_words(query: Query) -> list[str]:
-    found = text_terms(query.text)
-    if (query.text and not found) or len(found) > MAX_WORDS:
+    words = text_terms(query.text)
+    if (query.text and not words) or len(words) > MAX_WORDS:
         raise Invalid(
             "bad_text",
             f"{query.text[:80]!r} is not 1 to {MAX_WORDS} words.",
             subject=query.text[:80],
             next_step="Give beginnings of words: letters and digits.",
         )
-    return found
+    return words
 
 
 def asks_traits(form: QueryShape) -> bool:

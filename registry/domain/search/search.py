@@ -1,9 +1,9 @@
-"""Query value -> releases that fit a base, a rank, a set of targets, a server and scores.
+"""Searches releases by base, rank, targets, server, scores and words.
 
-A search costs what its page costs, however many releases there are: what fits is decided on interned traits, and of
-each combination that fits an index already has the order. Only when many fit are all releases looked at in that order,
-and then the page is soon full. A condition that few releases meet is looked up first instead, and the newest that have
-some words are read from the index of words, since all that have one may be old.
+The cost depends on the page, not on the number of releases. Most filters apply to interned traits, and an index has the
+releases of each combination of traits in order. If many combinations match, all releases are read in order, and the
+page fills quickly. A condition that few releases meet is looked up first instead. Words are read from the term index,
+newest first, since all matches may be old.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,14 +48,14 @@ from registry.domain.search.term_index import (
 from registry.errors import NotFound
 
 FEW = 16
-"""So many combinations of traits are merged; with more, the page is filled from all releases in order."""
+"""Up to this many trait combinations are merged; beyond it, the page is filled from all releases in order."""
 RARE = 500
-"""A condition that so few releases meet is looked up first, and the others are tried on those."""
+"""A condition that at most this many releases meet is looked up first; the others are checked on those."""
 SIDE_BY_SIDE = 2_000
-"""The same, where one index has them side by side: to list as many takes 0.2 ms."""
+"""The same for matches that are contiguous in an index: listing this many takes 0.2 ms."""
 COMMON, SOON = 10, 3
-"""A word that one in so many of the newest releases has does not hold up who reads them by their traits. That is done
-first then; else after so many vain tries of releases with the word."""
+"""If at least one in COMMON of the newest releases has the word, reading by traits comes first; otherwise after SOON
+unsuccessful batches of releases with the word."""
 
 _channel, _release, _score, _word = (table.__table__.c for table in (Channel, Release, Score, ReleaseWord))
 _NEWEST_OF_ALL = Prepared(select(func.max(_release.id)))
@@ -63,8 +63,8 @@ _NEWEST_OF_ALL = Prepared(select(func.max(_release.id)))
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """`base` is (digest, name) of the one asked for, where others that follow from it were searched too; `relations`
-    says how they do."""
+    """`base` is the requested base's (digest, name) if related bases were searched too; `relations` maps their digests
+    to the relations."""
 
     hits: Sequence[Hit]
     base: tuple[str, str] | None = None
@@ -72,8 +72,8 @@ class SearchResult:
 
 
 def search(session: Session, actor: Actor, query: Query, order: Order) -> SearchResult:
-    """What the actor may read, in order. Raises NotFound for a base or a suite that is not registered: to those who may
-    list bases and suites. Others find nothing."""
+    """Searches what the actor may read, in order. Raises NotFound for an unknown base or suite if the actor may list
+    those; others get no results."""
     try:
         return _search(session, actor, query, order)
     except NotFound:
@@ -95,7 +95,7 @@ def _search(session: Session, actor: Actor, query: Query, order: Order) -> Searc
     form = shape_of(query, values)
     hits = [] if nowhere else _find_hits(session, form, by, values | {"limit": order.limit})
     if name and not hits:
-        bases.identify(session, name)  # nothing fits, or there is no such base
+        bases.identify(session, name)  # no matches: raises if the base is unknown
     return SearchResult(hits, base, relations)
 
 
@@ -123,7 +123,7 @@ def _find_hits(session: Session, form: QueryShape, by: SortKey, values: Mapping[
 def _of_word(
     session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any], thinnest: TermMatches
 ) -> list[Hit]:
-    """The page from the releases of a word, or from those of few combinations of traits where those are fewer."""
+    """The page from the releases of a word, or from few trait combinations if those are fewer."""
     parts = iterate_matches(session, form, thinnest, values)
     hits: list[Hit] = []
     further: Sequence[int] | None = ()
@@ -142,7 +142,7 @@ def _of_word(
 
 
 def _of_few_if_few(session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any]) -> list[Hit] | None:
-    """The page from the combinations of traits that fit; None when many fit."""
+    """The page from the matching trait combinations; None if there are many."""
     pages = _of_few(form, by, FEW).rows(session, values)
     many = any(fitting > FEW for _page, _suites, fitting in pages)
     return None if many else by.hits(pages, values["limit"])
@@ -161,7 +161,7 @@ def _is_common(session: Session, thinnest: TermMatches, values: Mapping[str, Any
 def _among(
     session: Session, form: QueryShape, by: SortKey, values: Mapping[str, Any], parts: Iterable[Sequence[int]]
 ) -> list[Hit]:
-    """The page from lists of releases, each of which comes wholly before the next in the order."""
+    """The page from lists of releases, each entirely before the next in the order."""
     hits: list[Hit] = []
     for ids in parts:
         if ids:
@@ -173,7 +173,7 @@ def _among(
 
 
 def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
-    """In parts, since the first is mostly enough."""
+    """The ids in batches, newest first; the first batch is usually enough."""
     left = sorted({number for number in ids if number < values.get("after_id", END)}, reverse=True)
     count = ENTRIES * values["limit"]
     while left:
@@ -182,10 +182,10 @@ def _newest_first(ids: Sequence[int], values: Mapping[str, Any]) -> Iterator[Seq
 
 
 def _rare(form: QueryShape, by: SortKey, words: tuple[int, ...]) -> Iterator[Prepared]:
-    """For each condition with an index of its own: the releases that meet it, or NULL after so many entries.
+    """For each condition with its own index, a statement for the releases that meet it, or NULL if there are too many.
 
-    `words` are the numbers of those to look for. Scores are looked for among all first, then among what fits: none may
-    be as good, and what fits may be of thousands of combinations of traits.
+    `words` are the numbers of the words to try. Scores are tried among all releases first, then among those with
+    matching traits: no score may be good enough, and thousands of trait combinations may match.
     """
     scores = [*enumerate(form.operators)]
     yield from (_with_word(form, number, SIDE_BY_SIDE) for number in words)
@@ -227,7 +227,7 @@ def _on_channel(most: int) -> Selection:
 @prepared
 def _small_that_fits(form: QueryShape, most: int) -> Selection:
     small = select(_release.id).where(_release.size_bytes <= bindparam("size"))
-    if not asks_traits(form):  # all of the kind fit, and SQLite would go through them
+    if not asks_traits(form):  # all of the kind match, and SQLite would scan them
         return _unless_many(small.where(filters.traits_match(form, _release.traits_id)), most)
     return _unless_many(small.where(_release.traits_id.in_(filters.matching_traits(form))), most)
 
@@ -239,10 +239,9 @@ def _unless_many(releases: Selection, most: int) -> Selection:
 
 
 def _each_of_few(form: QueryShape, by: SortKey, few: int) -> Selection:
-    """Of each combination of traits that fits, keys and ids of as many releases as a page has; nothing when many fit.
-    With each, how many fit.
+    """For each matching trait combination, a page of keys and ids, and the number of matches; NULL if there are many.
 
-    One text for each: an aggregate is what SQLite can make of an ordered and limited part of an index.
+    One text for each, since SQLite can aggregate an ordered and limited part of an index.
     """
     fitting, count = _fitting(form, few)
     first = by.first(_entries(form, by, fitting, _release.stamp)).correlate(fitting).subquery("first")
@@ -251,7 +250,7 @@ def _each_of_few(form: QueryShape, by: SortKey, few: int) -> Selection:
 
 
 def _all_of_few(form: QueryShape, by: SortKey, few: int) -> Selection:
-    """One text of all, merged: PostgreSQL looks up the stamps of that page alone."""
+    """One merged text: PostgreSQL looks up only the stamps of that page."""
     fitting, count = _fitting(form, few)
     of_each = by.first(_entries(form, by, fitting)).lateral("of_each")
     all_first = select(of_each.c.key, of_each.c.id).select_from(fitting.join(of_each, true())).where(count <= few)
@@ -264,9 +263,9 @@ _of_few = prepared(_each_of_few, postgresql=_all_of_few)
 
 
 def _fitting(form: QueryShape, few: int) -> tuple[CTE, ColumnElement[int]]:
-    """The combinations of traits that fit, one more than few at most, and their number.
+    """The matching trait combinations, at most `few + 1`, and their number.
 
-    The limit is in the text: a plan for a limit that is yet unknown reads a tenth of what fits, without an index.
+    The limit is a literal: a generic plan for a bound limit reads a tenth of the matches, without an index.
     """
     fitting = filters.matching_traits(form).limit(literal_column(str(few + 1))).cte("fitting")
     return fitting, select(func.count()).select_from(fitting).scalar_subquery()
@@ -278,7 +277,7 @@ def _entries(form: QueryShape, by: SortKey, fitting: CTE, *more: ColumnElement[A
 
 @prepared
 def _of_all(form: QueryShape, by: SortKey) -> Selection:
-    """The page among all releases in order. The sum keeps SQLite from collecting and sorting all that fits."""
+    """The page from all releases in order. `+ 0` keeps SQLite from collecting and sorting all matches."""
     return by.page(filters.traits_match(form, by.traits_id + 0), *filters.release_conditions(form))
 
 

@@ -1,8 +1,7 @@
-"""The newest releases that have some words, read from the index of words: it has the releases of each word in order, so
-that reading costs what a page costs, however many releases have a word and however old they are.
+"""Reads the newest releases with given words from the term index. It has each word's releases in order, so the cost
+depends on the page, not on how many releases have a word or how old they are.
 
-Where a release is, is a word too: so a search by somebody who may read little costs no more than one by who may read
-all.
+Namespaces are terms too, so a search by an actor who may read little costs no more than one by an admin.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,24 +19,23 @@ from registry.domain.search import filters
 from registry.domain.search.query import QueryShape
 
 MANY_WORDS = 128
-"""Of so many words with one beginning the newest releases are merged; with more, all are looked at in order."""
+"""Up to this many words with one prefix are merged; beyond it, all releases are read in order."""
 ENTRIES, MORE = 2, 4
-"""Of those that meet one condition, as many times the page are tried on the others first, then as many times more."""
+"""The first batch of candidates is ENTRIES times the page; each further batch is MORE times larger."""
 
 END = 2**63 - 1
-"""Above every id."""
+"""Greater than every id."""
 _ANY = 2**31 - 1
-"""Above every number of words."""
+"""Greater than every number of words."""
 
 _word = ReleaseWord.__table__.c
 
 
 @dataclass(frozen=True, slots=True)
 class TermMatches:
-    """The newest `count` releases, of those before some other, that have a word that fits the condition of that number,
-    or all where there are fewer.
+    """The newest releases, at most `count`, below an id that have a word matching condition `number`.
 
-    `words` is how many words fit, or more than `MANY_WORDS`; then no release was looked for.
+    `words` is the number of matching words; if it exceeds `MANY_WORDS`, no releases were read.
     """
 
     number: int
@@ -53,11 +51,11 @@ class TermMatches:
 def most_selective_term(
     session: Session, form: QueryShape, values: Mapping[str, Any]
 ) -> tuple[TermMatches | None, tuple[int, ...]]:
-    """Of the conditions that words meet the first that few releases meet, or the one whose releases lie farthest apart;
-    and those that too many words meet to read them so."""
+    """The most selective term: the first that matches few releases, else the one whose newest matches are sparsest.
+    Also the numbers of conditions that match too many words to read this way."""
     below = values.get("after_id") or END
     values = {**values, "below": below, "entries": ENTRIES * values["limit"], "most_words": MANY_WORDS}
-    found: list[TermMatches] = []
+    candidates: list[TermMatches] = []
     left: list[int] = []
     for number in range(form.entries):
         newest = _newest(session, form, number, values)
@@ -66,22 +64,24 @@ def most_selective_term(
         elif newest.are_all:
             return newest, ()
         else:
-            found.append(newest)
-    if not found:
+            candidates.append(newest)
+    if not candidates:
         return None, tuple(left)
-    first = min(newest.ids[0] for newest in found)
-    for place, newest in enumerate(found):
-        if newest.ids[-1] > first:  # none of these can have the others
-            found[place] = _newest(session, form, newest.number, {**values, "below": first + 1, "most_words": _ANY})
-            if found[place].are_all:
-                return found[place], ()
-    return max(found, key=lambda newest: newest.ids[0] - newest.ids[-1]), tuple(left)
+    first = min(newest.ids[0] for newest in candidates)
+    for index, newest in enumerate(candidates):
+        if newest.ids[-1] > first:  # these releases cannot match the other terms
+            candidates[index] = _newest(
+                session, form, newest.number, {**values, "below": first + 1, "most_words": _ANY}
+            )
+            if candidates[index].are_all:
+                return candidates[index], ()
+    return max(candidates, key=lambda newest: newest.ids[0] - newest.ids[-1]), tuple(left)
 
 
 def id_bounds(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
-    """The `lowest` and the `highest` id of the releases in the places to look in, 0 for none.
+    """The `lowest` and `highest` id of the releases in the namespaces to search, 0 for none.
 
-    Of more than `MANY_WORDS` places those of all releases: to ask each would take longer than it helps.
+    With more than `MANY_WORDS` namespaces, the bounds of all ids: querying each would cost more than it saves.
     """
     if len(values["homes"]) > MANY_WORDS:
         return {"lowest": 0, "highest": END}
@@ -92,7 +92,8 @@ def id_bounds(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
 def iterate_matches(
     session: Session, form: QueryShape, newest: TermMatches, values: Mapping[str, Any]
 ) -> Iterator[Sequence[int]]:
-    """All that meet that condition, more at a time, but for those that lack other words: a database skips faster."""
+    """All matches of the term in growing batches, without releases that lack other terms: the database skips those
+    faster."""
     yield newest.ids
     while not newest.are_all:
         span = newest.ids[0] - newest.ids[-1] + 1
@@ -118,8 +119,7 @@ def _newest_of(number: int, texts: Sequence[str | None], values: Mapping[str, An
 def _newest_at_home(
     session: Session, form: QueryShape, number: int, values: Mapping[str, Any], with_others: bool
 ) -> TermMatches:
-    """Of many places each is read as far down as all together go: to read a page of each would take as many times as
-    long as there are places."""
+    """Reads all namespaces down to the same id: reading a page of each would multiply the cost by their number."""
     homes = len(values["homes"])
     if homes > MANY_WORDS:
         return TermMatches(number, homes, values["entries"], ())
@@ -135,7 +135,7 @@ def _newest_at_home(
 
 
 def _ends_at_home() -> Prepared:
-    """The ends of each place are looked up in the index, which its entries need not be read for."""
+    """The statement for the id bounds of the namespaces, which looks up only the ends of each in the index."""
     home = unnest("homes")
     of_home = _word.word == home
     lowest, highest = (
@@ -150,10 +150,10 @@ _ENDS_AT_HOME = _ends_at_home()
 
 @prepared
 def _newest_of_each(form: QueryShape, number: int, with_others: bool) -> Query:
-    """For each word that fits: the newest releases that have it; NULL when there are many words.
+    """For each matching word, the newest releases that have it; NULL if there are many words.
 
-    A word is found from the one before it, and of each the index has its releases in order: to read all entries of the
-    beginning and to sort them would take as long as there are entries.
+    Each word is found from the previous one, and the index has each word's releases in order. Reading and sorting all
+    entries of the prefix would take time proportional to their number.
     """
     ends = filters.ends_of(form, number)
     entries = select(_word.release_id.label("id")).where(_word.release_id < bindparam("below"))
@@ -173,9 +173,9 @@ def _newest_of_each(form: QueryShape, number: int, with_others: bool) -> Query:
 
 
 def _words_between(first: ColumnElement[str], last: ColumnElement[str]) -> CTE:
-    """The different words, one more than `most_words` of them, and NULL after the last."""
-    found = select(literal(1).label("number"), func.min(_word.word).label("word"))
-    words = found.where(_word.word.between(first, last)).cte("words", recursive=True)
+    """The distinct words, at most `most_words` + 1, and NULL after the last."""
+    least = select(literal(1).label("number"), func.min(_word.word).label("word"))
+    words = least.where(_word.word.between(first, last)).cte("words", recursive=True)
     other = ReleaseWord.__table__.alias().c
     following = select(func.min(other.word)).where(other.word > words.c.word, other.word <= last).correlate(words)
     goes_on = words.c.word.is_not(None) & (words.c.number <= bindparam("most_words"))

@@ -1,4 +1,4 @@
-"""A bucket and what goes wrong with it: boto3's answers and errors in our words."""
+"""A bucket, with boto3's errors translated."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping
@@ -109,13 +109,13 @@ def translate_store_errors(subject: str) -> Generator[None]:
                 subject=subject,
                 next_step="Push the file again, or restore the blob from a backup.",
             ) from error
-        outages.warn("The blob store does not answer as it should", error)  # its address is nobody else's business
+        outages.warn("The blob store does not respond as expected", error)  # its address is nobody else's business
         raise Unavailable(
             "store_unavailable",
-            "The blob store does not answer as it should.",
+            "The blob store does not respond as expected.",
             subject=subject,
-            next_step="Try again; if it stays so, look at the server's log, at ADAPTORY_STORAGE__ENDPOINT_URL and "
-            "__BUCKET, and at the credentials that boto3 finds.",
+            next_step="Try again; if it persists, check the server's log, ADAPTORY_STORAGE__ENDPOINT_URL and __BUCKET, "
+            "and the credentials that boto3 finds.",
         ) from error
 
 

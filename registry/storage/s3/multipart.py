@@ -50,15 +50,15 @@ class Parts:
 
     def stored(self, upload: dict[str, str]) -> Stored | None:
         """None when the store knows no such upload: it was joined, ended or forgotten."""
-        found: dict[int, dict[str, Any]] = {}
+        parts: dict[int, dict[str, Any]] = {}
         try:
             for page in self._bucket.client.get_paginator("list_parts").paginate(**upload):
-                found |= {row["PartNumber"]: row for row in page.get("Parts", ())}
+                parts |= {row["PartNumber"]: row for row in page.get("Parts", ())}
         except ClientError as error:
             if code_of(error) in _FORGOTTEN:
                 return None
             raise
-        return found
+        return parts
 
     def join(self, upload: dict[str, str], there: Stored) -> None:
         parts = [

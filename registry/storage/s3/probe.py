@@ -1,4 +1,4 @@
-"""How far a store may be trusted with what others send it: tried by each process, on objects of its own."""
+"""Probes what a store verifies about direct uploads; each process does so, on its own objects."""
 
 import hashlib
 import logging
@@ -43,7 +43,7 @@ SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], P
 
 
 class StoreProbe:
-    """`aside` names the object where an arrival waits."""
+    """`incoming` names the object of an upload that is not yet verified."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class StoreProbe:
         storage: S3Storage,
         signed_put: SignedPut,
         parts: Parts,
-        aside: Callable[[IncomingUpload], dict[str, str]],
+        incoming: Callable[[IncomingUpload], dict[str, str]],
     ) -> None:
         self._bucket, self._storage = bucket, storage
-        self._signed_put, self._parts, self._aside = signed_put, parts, aside
+        self._signed_put, self._parts, self._incoming = signed_put, parts, incoming
         self._answers: dict[Callable[[], bool], bool] = {}
         self._lock = Lock()
         self._failed: tuple[float, Unavailable] | None = None
@@ -96,7 +96,7 @@ class StoreProbe:
 
     def _holds_to_the_signed_end(self) -> bool:
         probe = _probe()
-        put = self._signed_put(probe, self._aside(probe), 60, NEVER)
+        put = self._signed_put(probe, self._incoming(probe), 60, NEVER)
         try:
             if not self._accepts(put.url, _RIGHT, put.headers.items()):
                 return False  # something on the way takes away what is signed
@@ -106,11 +106,11 @@ class StoreProbe:
 
     def _remove(self, probe: IncomingUpload) -> None:
         with translate_store_errors(self._bucket.name):
-            self._bucket.client.delete_object(**self._aside(probe))
+            self._bucket.client.delete_object(**self._incoming(probe))
 
     def _takes(self, probe: IncomingUpload, body: bytes) -> bool:
         """Sent as a client would send it."""
-        put = self._signed_put(probe, self._aside(probe), 60, {})
+        put = self._signed_put(probe, self._incoming(probe), 60, {})
         return self._accepts(put.url, body, put.headers.items())
 
     def _accepts(self, url: str, body: bytes, headers: Headers) -> bool:
@@ -134,8 +134,8 @@ class StoreProbe:
             if not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe, copy):
                 raise Unavailable(
                     "store_unfit",
-                    "The blob store does not copy on a condition (CopySourceIfMatch), so that an upload could be "
-                    "exchanged after it was checked.",
+                    "The blob store does not support conditional copies (CopySourceIfMatch), so an upload could be "
+                    "replaced after it was checked.",
                     next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
                 )
         finally:
@@ -148,14 +148,16 @@ class StoreProbe:
         checks = self._joins_right_parts(_probe(), checked=True)
         if not checks and not self._joins_right_parts(_probe(), checked=False):
             raise Unavailable(
-                "store_unavailable", "The blob store refuses a file in parts.", next_step="Try again, and look at it."
+                "store_unavailable",
+                "The blob store refuses multipart uploads.",
+                next_step="Try again; if it persists, check the store.",
             )
         log.info("The blob store %s the sha256 of parts.", "checks" if checks else "does not check")
         return checks
 
     def _joins_right_parts(self, probe: IncomingUpload, *, checked: bool) -> bool:
         """And refuses wrong ones, where they are `checked`."""
-        named = self._aside(probe)
+        named = self._incoming(probe)
         upload: dict[str, str] | None = None
         try:
             with translate_store_errors(self._bucket.name):
@@ -182,7 +184,7 @@ class StoreProbe:
         return self._accepts(put.url, _RIGHT, put.headers.items())
 
     def _copies_whatever_the_condition(self, probe: IncomingUpload, copy: IncomingUpload) -> bool:
-        source, target = self._aside(probe), self._aside(copy)
+        source, target = self._incoming(probe), self._incoming(copy)
         with translate_store_errors(self._bucket.name):
             try:
                 self._bucket.client.copy_object(**target, CopySource=source, CopySourceIfMatch='"another"')

@@ -44,12 +44,12 @@ class S3Store:
         wanted = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
         with translate_store_errors(sha256):
             try:
-                found = self._client.get_object(**self._bucket.blob(sha256), **wanted)
+                answer = self._client.get_object(**self._bucket.blob(sha256), **wanted)
             except ClientError as error:
                 if code_of(error) == "InvalidRange":  # from the end on there is nothing to read, which is no failure
                     return _Body(None)
                 raise
-        return _Body(found["Body"])
+        return _Body(answer["Body"])
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         stat = self.stat(sha256)
@@ -60,7 +60,7 @@ class S3Store:
             stat = self.stat(sha256)
         if stat is None or stat.size_bytes != source.stat().st_size:
             raise Unavailable(
-                "store_wrong", f"The store did not keep {sha256} whole.", subject=sha256, next_step="Push again."
+                "store_wrong", f"The store did not keep all of {sha256}.", subject=sha256, next_step="Push again."
             )
         if move:
             source.unlink()

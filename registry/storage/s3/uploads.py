@@ -32,9 +32,9 @@ class S3Arrivals:
     Whoever holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then with
     a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
 
-    Everything else is put aside under `incoming/`, read back, hashed and copied: files in parts, whose sha256 no store
-    knows; files for a blob that is there already, since the sender must show its own bytes and leave the others alone;
-    and all files where the store does not check.
+    Everything else goes to `incoming/` and is read back, hashed and copied: files in parts, whose SHA-256 no store
+    knows; files of an existing blob, since the sender must prove to have the bytes and must not touch the blob; and all
+    files if the store does not verify.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class S3Arrivals:
         self._bucket, self._storage, self._now = bucket, storage, now
         self._client: Any = bucket.client
         self._parts = Parts(bucket)
-        self._trial = StoreProbe(bucket, storage, self._put_of, self._parts, self._aside)
+        self._trial = StoreProbe(bucket, storage, self._put_of, self._parts, self._incoming)
 
     def part_bytes(self, size_bytes: int) -> int | None:
         if size_bytes < self._storage.multipart_bytes:
@@ -57,20 +57,20 @@ class S3Arrivals:
     def begin(self, arrival: IncomingUpload) -> str:
         checked = self._trial.checks_parts()
         with translate_store_errors(arrival.sha256):
-            return (CHECKED if checked else "") + self._parts.begin(self._aside(arrival), checked=checked)
+            return (CHECKED if checked else "") + self._parts.begin(self._incoming(arrival), checked=checked)
 
     def sign_object(self, arrival: IncomingUpload, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
             return None
         if not known and self._trial.allows_in_place():
             return self._put_of(arrival, self._bucket.blob(arrival.sha256), expires_s, NEVER)
-        return self._put_of(arrival, self._aside(arrival), expires_s)
+        return self._put_of(arrival, self._incoming(arrival), expires_s)
 
     def parts(self, arrival: IncomingUpload) -> list[Part] | None:
         with translate_store_errors(arrival.sha256):
             there = self._parts.stored(self._upload(arrival))
         if there is None:
-            return None if self._bucket.head(self._aside(arrival)) is None else []
+            return None if self._bucket.head(self._incoming(arrival)) is None else []
         return [
             Part(number, size, present=number in there and there[number]["Size"] == size)
             for number, size in enumerate(arrival.part_sizes, start=1)
@@ -84,14 +84,14 @@ class S3Arrivals:
     def finish(self, arrival: IncomingUpload) -> BlobStat:
         if arrival.multipart_id is not None:
             self._join_parts(arrival)
-        found = self._arrived(arrival)
-        if found is None:
+        arrived = self._arrived(arrival)
+        if arrived is None:
             return self._finished_before(arrival)
-        if found["ContentLength"] != arrival.size_bytes:
+        if arrived["ContentLength"] != arrival.size_bytes:
             self.discard(arrival)
-            raise _differs(arrival, f"has {found['ContentLength']:,} bytes, not {arrival.size_bytes:,}")
-        if found["aside"]:
-            self._accept(arrival, found["ETag"])
+            raise _differs(arrival, f"has {arrived['ContentLength']:,} bytes, not {arrival.size_bytes:,}")
+        if arrived["incoming"]:
+            self._accept(arrival, arrived["ETag"])
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
         if head is None:
             raise _incomplete(arrival)
@@ -105,7 +105,7 @@ class S3Arrivals:
     def discard(self, arrival: IncomingUpload) -> None:
         self.abandon(arrival)
         with translate_store_errors(arrival.sha256):
-            self._client.delete_object(**self._aside(arrival))
+            self._client.delete_object(**self._incoming(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
         """Also ends uploads in parts of our own, and removes what a trial left, of a process that died."""
@@ -128,11 +128,11 @@ class S3Arrivals:
                         removed += 1
         return removed
 
-    def _aside(self, arrival: IncomingUpload) -> dict[str, str]:
+    def _incoming(self, arrival: IncomingUpload) -> dict[str, str]:
         return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
 
     def _upload(self, arrival: IncomingUpload) -> dict[str, str]:
-        return {**self._aside(arrival), "UploadId": (arrival.multipart_id or "").removeprefix(CHECKED)}
+        return {**self._incoming(arrival), "UploadId": (arrival.multipart_id or "").removeprefix(CHECKED)}
 
     def _put_of(
         self, arrival: IncomingUpload, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
@@ -150,13 +150,13 @@ class S3Arrivals:
         return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
 
     def _arrived(self, arrival: IncomingUpload) -> dict[str, Any] | None:
-        """What lies aside, or the blob itself where this very upload wrote it; `aside` says which."""
-        head = self._bucket.head(self._aside(arrival))
+        """The incoming object, or the blob itself if this upload wrote it; `incoming` says which."""
+        head = self._bucket.head(self._incoming(arrival))
         if head is not None:
-            return {**head, "aside": True}
+            return {**head, "incoming": True}
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
         if head is not None and _upload_of(head) == arrival.upload_id and self._trial.checks_bodies():
-            return {**head, "aside": False}
+            return {**head, "incoming": False}
         return None
 
     def _finished_before(self, arrival: IncomingUpload) -> BlobStat:
@@ -169,7 +169,7 @@ class S3Arrivals:
     def _join_parts(self, arrival: IncomingUpload) -> None:
         with translate_store_errors(arrival.sha256):
             there = self._parts.stored(self._upload(arrival))
-        if there is None:  # joined before, or never begun: what lies aside will tell
+        if there is None:  # joined before, or never begun: the incoming object will tell
             return
         if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:
             raise _incomplete(arrival)
@@ -190,13 +190,13 @@ class S3Arrivals:
         }
         with translate_store_errors(arrival.sha256):
             self._client.copy(
-                self._aside(arrival), named["Bucket"], named["Key"], ExtraArgs=condition, Config=_LARGE_COPY
+                self._incoming(arrival), named["Bucket"], named["Key"], ExtraArgs=condition, Config=_LARGE_COPY
             )
 
     def _check_digest(self, arrival: IncomingUpload, etag: str) -> None:
         digest = hashlib.sha256()
         with translate_store_errors(arrival.sha256):
-            body = self._client.get_object(**self._aside(arrival), IfMatch=etag)["Body"]
+            body = self._client.get_object(**self._incoming(arrival), IfMatch=etag)["Body"]
             while block := body.read(_BLOCK_BYTES):
                 digest.update(block)
         if digest.hexdigest() != arrival.sha256:
@@ -212,7 +212,7 @@ def _upload_of(head: dict[str, Any]) -> str | None:
 def _incomplete(arrival: IncomingUpload) -> Conflict:
     return Conflict(
         "upload_incomplete",
-        f"Not all of {arrival.sha256} has arrived.",
+        f"{arrival.sha256} has not completely arrived.",
         subject=arrival.sha256,
         next_step="Ask again where to send it (POST /v1/uploads), and send what is missing.",
     )
@@ -221,7 +221,7 @@ def _incomplete(arrival: IncomingUpload) -> Conflict:
 def _differs(arrival: IncomingUpload, what: str) -> Invalid:
     return Invalid(
         "digest_differs",
-        f"What was sent as {arrival.sha256} {what}.",
+        f"The upload of {arrival.sha256} {what}.",
         subject=arrival.sha256,
         next_step="Send the file again.",
     )
