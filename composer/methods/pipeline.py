@@ -307,7 +307,8 @@ def _in_full(
 
     computed = RowwiseDelta(
         first.module, first.weight, first.stored_shape, rows, reads_base=reading,
-        all_rows=reading or _needs_all_rows(slot), tied=first.tied, twin=first.twin, begin=first.begin, layout=first.layout, kernel=first.kernel,
+        all_rows=reading or _needs_all_rows(slot),
+        tied=first.tied, twin=first.twin, begin=first.begin, layout=first.layout, kernel=first.kernel,
         stacked=first.stacked,
     )  # fmt: skip
     return [computed], None
