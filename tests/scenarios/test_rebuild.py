@@ -137,7 +137,7 @@ def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapt
     for more in ("adapter.safetensors", "pytorch_model.bin"):
         (merged / more).write_bytes(b"a loader may take it for the model")
         told = stocked_embedded("verify", merged, "--rebuild", *named)
-        assert (told.code, f"{more} is of no such merge" in told.out) == (1, True), told.out
+        assert (told.code, f"{more} does not belong to this merge" in told.out) == (1, True), told.out
         (merged / more).unlink()
     shard = max(merged.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")

@@ -33,7 +33,7 @@ def quantized_bases(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> 
 
     Nothing is said of a checkpoint that is in 4 bits itself.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for adapter in loaded:
         evidence = "" if checkpoint.packed else _evidence(adapter)
         if not evidence:
@@ -45,8 +45,8 @@ def quantized_bases(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> 
                 f" On sampled rows the two differ by {error:.1%} of the weights, {error / change:.1f} times what the "
                 "adapter changes: evaluate the result, or merge into the 4-bit base itself (--dequantize)."
             )
-        found.append(Finding("trained_on_4_bits", Severity.NOTICE, adapter.name, message, error))
-    return found
+        findings.append(Finding("trained_on_4_bits", Severity.NOTICE, adapter.name, message, error))
+    return findings
 
 
 def _evidence(adapter: LoadedAdapter) -> str:
@@ -94,7 +94,7 @@ def _gap(checkpoint: Checkpoint, deltas: Sequence[Delta]) -> tuple[float, float]
             os.close(file)
         left, right = delta.stored_factors()
         added_MN = left[: len(W_MN)] @ right
-        for place, part in enumerate((rounded(W_MN) - W_MN, added_MN, W_MN)):
-            squares[place] += float(part.double().square().sum())
-    error, change, whole = squares
-    return ((error / whole) ** 0.5, (change / whole) ** 0.5) if whole else (0.0, 0.0)
+        for index, part in enumerate((rounded(W_MN) - W_MN, added_MN, W_MN)):
+            squares[index] += float(part.double().square().sum())
+    error, change, weight = squares
+    return ((error / weight) ** 0.5, (change / weight) ** 0.5) if weight else (0.0, 0.0)
