@@ -228,7 +228,7 @@ def test_a_note_of_another_form_is_one_clear_error(
     out = merged(base, adapters, tmp_path / "merged")
     note = json.loads((out / "adaptory.json").read_text())
     (out / "adaptory.json").write_text(json.dumps(note | change))
-    with pytest.raises(InvalidFile, match="does not say all that a merge is made from"):
+    with pytest.raises(InvalidFile, match="does not name all inputs of the merge"):
         plan_rebuild(out, open_checkpoint(base), adapters)
 
 
