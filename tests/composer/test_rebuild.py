@@ -193,7 +193,7 @@ def test_an_adapter_whose_config_is_another_by_now_is_refused_by_name(
     out = merged(base, adapters, tmp_path / "merged")
     config = adapters[0] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
-    with pytest.raises(Mismatch, match=r"one that was merged: adapter_config.json is another"):
+    with pytest.raises(Mismatch, match=r"one that was merged: adapter_config.json differs"):
         plan_rebuild(out, open_checkpoint(base), adapters)
     note = json.loads((out / "adaptory.json").read_text())
     for row in note["adapters"]:

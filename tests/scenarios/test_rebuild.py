@@ -184,7 +184,7 @@ def test_who_interrupts_a_merge_is_told_what_is_left_and_goes_on_with_it(world: 
     ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     (left,) = tmp_path.glob("merged.partial-*")
     assert (ran.returncode, ran.stdout) == (130, "")
-    assert ran.stderr.splitlines()[-1].startswith(f"interrupted: what is finished lies in {left}")
+    assert ran.stderr.splitlines()[-1].startswith(f"interrupted: finished parts are in {left}")
     told = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
     assert told["resumed_bytes"] > 0
     assert not left.exists()
