@@ -182,7 +182,6 @@ def conflicts(  # noqa: PLR0913
     `weights` are the user's; the method's own factors are applied here. `contradictions` are those of the members'
     suites, by adapter name. With `base`, the deltas are compared in size with the base weights, from sampled rows.
     Deltas without factors are left out, and a finding names them.
-
     Conflicts are findings, never exceptions. Raises Mismatch only for a wrong call (no adapter, a name twice, a missing
     weight, all weights 0), and whatever `combine_deltas` raises if the method cannot combine these adapters.
     """

@@ -1,13 +1,13 @@
 """What one adapter adds to one weight.
 
-Whatever the adapter's type, merging is W + Σ w_i Δ_i(W): a sum over deltas that are taken from the base's own W or,
-where an order is stated, each from W plus those before it. Most deltas are a short product of factors; the others are
-computed row by row, some of them with a look at W (DoRA, OFT, …).
+For every type of adapter, merging is W + Σ w_i Δ_i(W): a sum over deltas computed from the base's W or, if an order is
+given, each from W plus those before it. Most deltas are a low-rank product of factors. The others are computed row by
+row, and some of them read W (DoRA, OFT, …).
 
 Shapes: O outputs and I inputs of the module, R rank. A weight is stored O x I by `nn.Linear`; by GPT-2's `Conv1D` and
-by `nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary. A stored tensor of more
-dimensions is seen as a matrix of M rows and N columns: a convolution O x (I * kernel), a stack of experts (E * rows) x
-columns, where `begin` is the first row of the expert.
+by `nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary. A stored tensor with
+more dimensions is viewed as a matrix of M rows and N columns: a convolution as O x (I * kernel), a stack of experts as
+(E * rows) x columns, where `begin` is the first row of the expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from composer.deltas.tensors import SpillFile, read_into
 
 _AT_ONCE = 1 << 20  # bytes
 NOTHING = 1e-20
-"""A delta without an entry of this size adds nothing: weights are some 1e-2, of which float32 keeps seven digits."""
+"""A delta whose entries are all below this adds nothing: weights are about 1e-2, and float32 keeps seven digits."""
 
 
 class Layout(StrEnum):
@@ -33,8 +33,8 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpertSlice:
-    """Where an expert's delta lies in `parameter`, which stacks all `experts` of a layer in memory: from row `begin` of
-    its matrix, and of the expert's own `outputs` from the `first` on."""
+    """The position of an expert's delta in `parameter`, which stacks all `experts` of a layer in memory: from row
+    `begin` of its matrix, and from output `first` of the expert's own `outputs`."""
 
     parameter: str
     expert: int
@@ -46,15 +46,15 @@ class ExpertSlice:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """delta = scale * B @ A in the orientation PEFT trains: A is R x I, B is O x R, each in whatever float dtype the
-    adapter's file has. `stored_factors` are float32.
+    """delta = scale * B @ A in the orientation PEFT trains: A is R x I, B is O x R, each in the float dtype of the
+    adapter's file. `stored_factors` are float32.
 
     `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to, from row `begin` of
-    its matrix. `tied` says that this tensor also serves as another module's weight (an input embedding shared with the
-    output head), `twin` that the other module has the very same delta, so that one addition serves both. `kernel` is
-    the kernel's shape where the weight is a convolution's, whose I counts its elements too. `stacked` is set of an
-    expert; `nested` of the output projection of a packed attention, which PEFT wraps inside of the attention's own pair
-    and adds twice (so does `scale`).
+    its matrix. `tied` means that this tensor is also another module's weight (an input embedding shared with the output
+    head); `twin` means that the other module has the same delta, so one addition serves both. `kernel` is the kernel's
+    shape for a convolution, whose I counts its elements too. `stacked` is set for an expert. `nested` is set for the
+    output projection of a packed attention, which PEFT wraps inside the attention's own pair and adds twice (`scale`
+    includes that).
     """
 
     module: str
@@ -76,7 +76,7 @@ class LowRank:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """(M, N): the rows of the stored matrix that it adds to, and its columns."""
+        """(M, N): the rows of the stored matrix that the delta adds to, and its columns."""
         outputs, inputs = self.B_OR.shape[0], self.A_RI.shape[1]
         return (outputs, inputs) if self.layout is Layout.LINEAR else (inputs, outputs)
 
@@ -85,7 +85,7 @@ class LowRank:
         return self._left.to(dtype) * self.scale, self._right.to(dtype)
 
     def stored_left_into(self, rows: slice, out: torch.Tensor) -> None:
-        """Some rows of it, in memory that is there, and in no other."""
+        """Writes some rows of `left` into `out`, without other memory."""
         read_into(out, self._left[rows])
         out.mul_(self.scale)
 
@@ -93,16 +93,16 @@ class LowRank:
         read_into(out, self._right)
 
     def stored_rows(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(those rows of left, right), in no other memory but a megabyte."""
+        """(those rows of left, right), with at most a megabyte of other memory."""
         left, right = self._left, torch.empty(self._right.shape, dtype=dtype)
         self.stored_right_into(right)
-        if left.nbytes <= _AT_ONCE:  # a row at a time takes twenty times as long
-            whole = torch.empty(left.shape, dtype=left.dtype)
-            read_into(whole, left)
-            return whole[rows].to(dtype) * self.scale, right
+        if left.nbytes <= _AT_ONCE:  # row by row takes twenty times as long
+            everything = torch.empty(left.shape, dtype=left.dtype)
+            read_into(everything, left)
+            return everything[rows].to(dtype) * self.scale, right
         picked = torch.empty(len(rows), self.rank, dtype=dtype)
-        for place, row in enumerate(rows):
-            self.stored_left_into(slice(row, row + 1), picked[place : place + 1])
+        for index, row in enumerate(rows):
+            self.stored_left_into(slice(row, row + 1), picked[index : index + 1])
         return picked, right
 
     @property
@@ -115,20 +115,19 @@ class LowRank:
 
 
 Rows = Callable[[torch.Tensor, int], torch.Tensor]
-"""(W_MN, first row) -> Δ_MN: what is added to these rows of the stored matrix, in W's dtype (float32 or float64)."""
+"""(W_MN, first row) -> Δ_MN: the delta for these rows of the stored matrix, in W's dtype (float32 or float64)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowwiseDelta:
-    """A delta that is no short product: `rows` gives its rows when they are needed, from the base's rows.
+    """A delta that is not a low-rank product: `rows` computes its rows on demand from the base's rows.
 
-    `rows` counts from the delta's own first row, `begin` of the stored matrix as in LowRank; `stored_shape` is M x N,
-    `layout` and `kernel` say what the rows and columns are, so that it can be compressed to factors.
-    `reads_base` says that `rows` looks at W, `rescales` that two such deltas of one weight have no order that both were
-    trained in (DoRA, OFT, …), `alone` that it was trained on another weight than W (KaSA), on which no other delta was.
-    `all_rows` says that all M rows are needed at once (a norm over a column of a transposed
-    weight). `sets_rows` are rows that become what they are whatever the base has there: two deltas cannot both do that
-    to one row. `stacked` as in LowRank.
+    `rows` counts from the delta's own first row, which is row `begin` of the stored matrix as in LowRank.
+    `stored_shape` is M x N; `layout` and `kernel` describe rows and columns, so that the delta can be compressed to
+    factors. `reads_base`: `rows` reads W. `rescales`: two such deltas of one weight have no common order of training
+    (DoRA, OFT, …). `alone`: trained on a different weight than W (KaSA), unlike any other delta. `all_rows`: all M rows
+    are needed at once (a norm over a column of a transposed weight). `sets_rows`: rows that are set regardless of the
+    base; two deltas cannot both set one row. `stacked` is as in LowRank.
     """
 
     module: str
@@ -150,7 +149,7 @@ class RowwiseDelta:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A tensor saved whole (`modules_to_save`, `bias`): it takes the place of the base's. `tied` and `twin` as in
+    """A fully saved tensor (`modules_to_save`, `bias`) that replaces the base's. `tied` and `twin` are as in
     LowRank."""
 
     module: str
@@ -165,12 +164,12 @@ Delta = LowRank | RowwiseDelta | Replacement
 
 
 def names_of(delta: Delta) -> tuple[str, ...]:
-    """What a weight's rule may call it: its module, and the stack that it is an expert of."""
+    """The names by which a weight rule may match the delta: its module, and its stack if it is an expert."""
     stacked = None if isinstance(delta, Replacement) else delta.stacked
     return (delta.module, stacked.parameter) if stacked else (delta.module,)
 
 
-def mapped(aside: SpillFile, deltas: Sequence[LowRank]) -> list[LowRank]:
-    """The same with their factors on the disk, where they take no memory until they are looked at."""
-    factors = iter(aside.put([factor for delta in deltas for factor in (delta.A_RI, delta.B_OR)]))
+def mapped(spill: SpillFile, deltas: Sequence[LowRank]) -> list[LowRank]:
+    """The deltas with their factors spilled to disk, where they take no memory until they are read."""
+    factors = iter(spill.put([factor for delta in deltas for factor in (delta.A_RI, delta.B_OR)]))
     return [replace(delta, A_RI=next(factors), B_OR=next(factors)) for delta in deltas]

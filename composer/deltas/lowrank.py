@@ -1,9 +1,9 @@
 """Inner products, angles, overlaps and spectra of low-rank deltas, from their factors alone.
 
 Delta_i = s_i B_i A_i in the module's own orientation, whatever the storage: the columns of B span its outputs, the rows
-of A its inputs. Shapes: T deltas, O outputs, I inputs, R sum of the ranks, r one rank, K a numerical rank. All follows
-from the R x R Gram matrices of the stacked factors; the O x I product is never built. A sum over the entries of each
-block of an R x R matrix is Z^T M Z, with Z_RT telling which delta a direction belongs to.
+of A its inputs. Shapes: T deltas, O outputs, I inputs, R sum of the ranks, r one rank, K a numerical rank. Everything
+follows from the R x R Gram matrices of the stacked factors; the O x I product is never built. The sum over the entries
+of each block of an R x R matrix M is Z^T M Z, where Z_RT marks the delta that a direction belongs to.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from composer.formats.checkpoints.numeric import Float64, Summed
 NOISE = 1e-5
 """A direction below this share of the largest singular value is float32 noise in the factors, not part of the span."""
 SAMPLED_SIDE = 128
-"""Signs are compared on so many rows and columns: 16 thousand entries a module."""
+"""Rows and columns on which signs are compared: 16 thousand entries per module."""
 
 Singular = tuple[torch.Tensor, torch.Tensor]
 """sigma_K, and M_rK for which the near factor times M has orthonormal columns."""
@@ -30,16 +30,15 @@ Singular = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PairSums(Summed):
-    """What T deltas have in common, T x T float64. Sums add up over modules; quotients are taken last.
+    """What T deltas have in common, T x T float64. The sums add up over modules; quotients are taken last.
 
-    inner: <Delta_i, Delta_j>; weighted: the same of w_i Delta_i; carried: <w_i Delta_i, Delta_j>.
-    outputs: energy of Delta_i inside the output span of Delta_j, |P_j Delta_i|_F^2; inputs: the same for input spans.
-    *_chance: what random spans of those dimensions would catch, |Delta_i|^2 K_j / O (or / I).
-    outputs_aligned: <Delta_i Delta_i^T, Delta_j Delta_j^T> = |Delta_i^T Delta_j|_F^2; inputs_aligned: of Delta^T Delta.
-    crowd: |B_i|^2 + |B_j|^2 of the balanced factors side by side, crowd_top: their largest squared singular value.
-    signs: sampled entries where both are not zero; differ: those of different sign; by_chance: how many would differ by
-    their cosine alone; shared: sum of min(|x_i|, |x_j|) over them; opposed: over those of different sign.
-    largest (T): sigma_1^2.
+    inner: <Delta_i, Delta_j>; weighted: the same for w_i Delta_i; carried: <w_i Delta_i, Delta_j>. outputs: energy of
+    Delta_i inside the output span of Delta_j, |P_j Delta_i|_F^2; inputs: the same for input spans. *_chance: what
+    random spans of the same dimensions would catch, |Delta_i|^2 K_j / O (or / I). outputs_aligned: <Delta_i Delta_i^T,
+    Delta_j Delta_j^T> = |Delta_i^T Delta_j|_F^2; inputs_aligned: for Delta^T Delta. crowd: |B_i|^2 + |B_j|^2 of the
+    concatenated balanced factors; crowd_top: their largest squared singular value. signs: sampled entries where both
+    are nonzero; differ: those with different signs; by_chance: how many would differ from the cosine alone; shared: sum
+    of min(|x_i|, |x_j|) over `signs`; opposed: the same over `differ`. largest (T): sigma_1^2.
     """
 
     inner: Float64
@@ -74,11 +73,11 @@ class PairSums(Summed):
         return _quotient(self.inner[i, j], self.norm(i) * self.norm(j))
 
     def output_overlap(self, i: int, j: int) -> float:
-        """The share of Delta_i's energy inside the output span of Delta_j. By chance it is rank / outputs."""
+        """The share of Delta_i's energy inside the output span of Delta_j; by chance, rank / outputs."""
         return _quotient(self.outputs[i, j], self.inner[i, i])
 
     def input_overlap(self, i: int, j: int) -> float:
-        """The share of Delta_i's energy inside the input span of Delta_j. By chance it is rank / inputs."""
+        """The share of Delta_i's energy inside the input span of Delta_j; by chance, rank / inputs."""
         return _quotient(self.inputs[i, j], self.inner[i, i])
 
     def output_excess(self, i: int, j: int) -> float:
@@ -90,41 +89,41 @@ class PairSums(Summed):
         return _excess(self.inputs[i, j], self.inputs_chance[i, j], self.inner[i, i])
 
     def output_alignment(self, i: int, j: int) -> float:
-        """The cosine of Delta Delta^T: do the strongest output directions coincide, whatever feeds them?"""
+        """The cosine of Delta Delta^T: whether the strongest output directions coincide, whatever feeds them."""
         both = self.outputs_aligned
         return _quotient(both[i, j], (both[i, i] * both[j, j]) ** 0.5)
 
     def input_alignment(self, i: int, j: int) -> float:
-        """The cosine of Delta^T Delta: do the strongest input directions coincide, whatever they are made into?"""
+        """The cosine of Delta^T Delta: whether the strongest input directions coincide, whatever they produce."""
         both = self.inputs_aligned
         return _quotient(both[i, j], (both[i, i] * both[j, j]) ** 0.5)
 
     def crowding(self, i: int, j: int) -> float:
-        """The share of the strongest direction in both B together, as Pico's c_max (arXiv 2604.16826): 1/R when flat.
+        """The share of the strongest direction of both B together, as Pico's c_max (arXiv 2604.16826); 1/R when flat.
 
-        Of the balanced factors U sqrt(S), where Pico takes an adapter's own: they do not depend on how it splits its
-        product. The presets `pico_...` have all of S in B instead, where c_max is larger.
+        Uses the balanced factors U sqrt(S), which do not depend on how an adapter splits its product; Pico uses the
+        adapter's own. The presets `pico_...` put all of S in B, which makes c_max larger.
         """
         return _quotient(self.crowd_top[i, j], self.crowd[i, j])
 
     def sign_conflict(self, i: int, j: int) -> float:
-        """The share of sampled entries of different sign: half for independent ones."""
+        """The share of sampled entries with different signs; one half for independent deltas."""
         return _quotient(self.differ[i, j], self.signs[i, j])
 
     def sign_excess(self, i: int, j: int) -> float:
-        """`sign_conflict` beyond arccos(cosine) / pi, what the angle alone gives: only this is news."""
+        """`sign_conflict` beyond arccos(cosine) / pi, which the angle alone explains."""
         return _quotient(self.differ[i, j] - self.by_chance[i, j], self.signs[i, j])
 
     def sign_weighted(self, i: int, j: int) -> float:
-        """The share of different signs with each entry counted by min(|x_i|, |x_j|): has a scale of its own."""
+        """The share of different signs, each entry weighted by min(|x_i|, |x_j|); on a different scale."""
         return _quotient(self.opposed[i, j], self.shared[i, j])
 
     def stable_rank(self, i: int) -> float:
-        """|Delta|_F^2 / sigma_1^2; of several modules the quotient of the sums."""
+        """|Delta|_F^2 / sigma_1^2; for several modules, the quotient of the sums."""
         return _quotient(self.inner[i, i], self.largest[i])
 
     def retention(self, i: int) -> float:
-        """<M, Delta_i> / |Delta_i|^2 for the weighted sum M: its own weight where the others are orthogonal to it."""
+        """<M, Delta_i> / |Delta_i|^2 for the weighted sum M: its own weight if the others are orthogonal to it."""
         return _quotient(self.carried[:, i].sum(), self.inner[i, i])
 
     def interference(self) -> float:
@@ -132,11 +131,11 @@ class PairSums(Summed):
         return _quotient(self.weighted.sum(), self.weighted.trace())
 
     def shares(self) -> list[float]:
-        """w_i^2 |Delta_i|^2 / sum over all: how much of the energy each delta brings; all 0 when there is none."""
+        """w_i^2 |Delta_i|^2 / sum over all: each delta's share of the energy; all 0 if there is none."""
         return [_quotient(one, self.weighted.trace()) for one in self.weighted.diagonal()]
 
     def pick(self, *indices: int) -> "PairSums":
-        """The sums of some of the deltas, in the order given."""
+        """The sums for some of the deltas, in the order given."""
         square = np.ix_(indices, indices)
         values = [getattr(self, field.name) for field in fields(self)]
         return PairSums(*(value[square] if value.ndim == 2 else value[list(indices)] for value in values))
@@ -144,7 +143,7 @@ class PairSums(Summed):
 
 @dataclass(frozen=True)
 class Grams:
-    """The Gram matrices of T deltas of one module, side by side, R x R float64: s_i s_j B_i^T B_j and A_i A_j^T."""
+    """The Gram matrices of T concatenated deltas of one module, R x R float64: s_i s_j B_i^T B_j and A_i A_j^T."""
 
     outputs: torch.Tensor
     inputs: torch.Tensor
@@ -153,8 +152,9 @@ class Grams:
 
     @classmethod
     def of(cls, deltas: Sequence[LowRank]) -> "Grams":
-        """2 (O + I) R^2 flops in float64: products of float32 factors lose nothing there, so squaring the condition
-        number is harmless. With float32 products singular values below 3e-4 of the largest would be noise.
+        """The Gram matrices, at 2 (O + I) R^2 flops in float64. Products of float32 factors are exact there, so
+        squaring the condition number is harmless. With float32 products, singular values below 3e-4 of the largest are
+        noise.
         """
         B_OR = torch.cat([delta.B_OR for delta in deltas], dim=1).double()
         A_RI = torch.cat([delta.A_RI for delta in deltas]).double()
@@ -191,7 +191,7 @@ class Grams:
         return [singular(near[part, part], far[part, part]) for part in parts]
 
     def diagonal_blocks(self, M_RR: torch.Tensor) -> torch.Tensor:
-        """The diagonal blocks alone."""
+        """The matrix with everything outside the diagonal blocks set to zero."""
         return M_RR * (self.membership @ self.membership.T)
 
     def energy_inside(self, near: torch.Tensor, far: torch.Tensor, spectra: Sequence[Singular]) -> Float64:
@@ -224,14 +224,15 @@ class Grams:
 
 
 def numerical_rank(sigma: torch.Tensor) -> int:
-    """How many singular values, descending, are more than float32 noise."""
+    """The number of singular values (descending) above float32 noise."""
     return int((sigma > NOISE * sigma[0]).sum()) if len(sigma) else 0
 
 
 def singular(near: torch.Tensor, far: torch.Tensor) -> Singular:
-    """Singular values of a delta, descending without noise, from its r x r Gram matrices, and M_rK of its near side.
+    """The singular values of a delta (descending, without noise) from its r x r Gram matrices, and M_rK of its near
+    side.
 
-    With N the near factor and F^(1/2) the root of the far Gram matrix, N F^(1/2) = U sigma V^T has the delta's own U
+    With near factor N and F^(1/2) the root of the far Gram matrix, N F^(1/2) = U sigma V^T has the delta's own U
     and sigma, and its Gram matrix is V sigma^2 V^T. So U = N M with M = F^(1/2) V / sigma, in any gauge.
     """
     values, vectors = torch.linalg.eigh(far)
@@ -244,8 +245,8 @@ def singular(near: torch.Tensor, far: torch.Tensor) -> Singular:
 
 @dataclass(frozen=True, slots=True)
 class Relations:
-    """Of one module, or of several: the sums, and the largest among the modules of sigma_1 of each delta (T), of the
-    weighted sum's, and of the crowding of all B together."""
+    """For one module or several: the sums, and the maxima over the modules of each delta's sigma_1 (T), of the weighted
+    sum's sigma_1, and of the crowding of all B together."""
 
     sums: PairSums
     sigmas: Float64
@@ -266,13 +267,14 @@ class Relations:
 
     @property
     def weighted_sigmas(self) -> list[float]:
-        """|w| sigma_1 of each delta, of one module."""
+        """|w| sigma_1 of each delta; for one module only."""
         inner, weighted = self.sums.inner.diagonal(), self.sums.weighted.diagonal()
         return [float(one) * _quotient(w, i) ** 0.5 for one, w, i in zip(self.sigmas, weighted, inner, strict=True)]
 
 
 def relations(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = None) -> Relations:
-    """T deltas of one module; None where an adapter leaves it alone. Ranks may differ; weights are 1 without any."""
+    """The relations of T deltas of one module, None for adapters that do not change it. Ranks may differ. Weights
+    default to 1."""
     given = [1.0] * len(deltas) if weights is None else weights
     present = [index for index, delta in enumerate(deltas) if delta is not None]
     sums = PairSums.zero(len(deltas))
@@ -282,10 +284,12 @@ def relations(deltas: Sequence[LowRank | None], weights: Sequence[float] | None 
     own = [given[index] for index in present]
     grams = Grams.of(here)
     crowd, crowd_top, crowding = _crowding(grams.balanced())
-    found: dict[str, Any] = _angles(grams, own) | _signs(here, grams.inner()) | {"crowd": crowd, "crowd_top": crowd_top}
-    place = np.ix_(present, present)
-    for name, value in found.items():
-        getattr(sums, name)[place if value.ndim == 2 else present] = value
+    values: dict[str, Any] = (
+        _angles(grams, own) | _signs(here, grams.inner()) | {"crowd": crowd, "crowd_top": crowd_top}
+    )
+    block = np.ix_(present, present)
+    for name, value in values.items():
+        getattr(sums, name)[block if value.ndim == 2 else present] = value
     return Relations(sums, np.sqrt(sums.largest), grams.merged(own), crowding)
 
 
@@ -317,8 +321,8 @@ def _crowding(balanced: list[list[torch.Tensor]]) -> tuple[Float64, Float64, flo
             rows = [[balanced[a][b] for b in (i, j)[: 1 + (i != j)]] for a in (i, j)[: 1 + (i != j)]]
             total[i, j], top[i, j] = _crowd(rows)
             total[j, i], top[j, i] = total[i, j], top[i, j]
-    whole, most = _crowd(balanced)
-    return total, top, _quotient(most, whole)
+    energy, most = _crowd(balanced)
+    return total, top, _quotient(most, energy)
 
 
 def _crowd(blocks: list[list[torch.Tensor]]) -> tuple[float, float]:
@@ -329,12 +333,13 @@ def _crowd(blocks: list[list[torch.Tensor]]) -> tuple[float, float]:
 
 
 def _signs(deltas: Sequence[LowRank], inner: Float64) -> dict[str, Float64]:
-    """On rows and columns at even distances: the same in every run, and in no order that a model has."""
+    """Counts signs on a fixed spread of rows and columns: the same in every run, and unrelated to any order in a
+    model."""
     T = len(deltas)
     rows, columns = (_spread(size) for size in (deltas[0].B_OR.shape[0], deltas[0].A_RI.shape[1]))
     X = [(delta.B_OR[rows].float() * delta.scale) @ delta.A_RI[:, columns].float() for delta in deltas]
     sizes = [one.abs() for one in X]
-    found = {name: np.zeros((T, T)) for name in ("signs", "differ", "by_chance", "shared", "opposed")}
+    counts = {name: np.zeros((T, T)) for name in ("signs", "differ", "by_chance", "shared", "opposed")}
     norms = np.sqrt(inner.diagonal().clip(min=0))
     for i in range(T):
         for j in range(i + 1, T):
@@ -343,20 +348,20 @@ def _signs(deltas: Sequence[LowRank], inner: Float64) -> dict[str, Float64]:
             signs = float(apart.count_nonzero())
             cosine = min(1.0, max(-1.0, _quotient(inner[i, j], norms[i] * norms[j])))
             values = (signs, differ.sum(), signs * acos(cosine) / pi, smaller.sum(), smaller[differ].sum())
-            for name, value in zip(found, values, strict=True):
-                found[name][i, j] = found[name][j, i] = float(value)
-    return found
+            for name, value in zip(counts, values, strict=True):
+                counts[name][i, j] = counts[name][j, i] = float(value)
+    return counts
 
 
 def _spread(size: int) -> torch.Tensor:
     return torch.linspace(0, size - 1, min(size, SAMPLED_SIDE)).round().long()
 
 
-def _quotient(part: float, whole: float) -> float:
-    return float(part / whole) if whole > 0 else 0.0
+def _quotient(part: float, total: float) -> float:
+    return float(part / total) if total > 0 else 0.0
 
 
 def _excess(caught: float, chance: float, energy: float) -> float:
-    # Two full-rank deltas overlap by necessity: then chance is everything, and there is no excess.
+    # Two full-rank deltas necessarily overlap: chance explains everything, and there is no excess.
     room = energy - chance
     return float((caught - chance) / room) if room > 1e-9 * energy else 0.0

@@ -1,4 +1,4 @@
-"""safetensors' bytes as torch tensors without copying them, and how many threads work on tensors."""
+"""Maps safetensors bytes as torch tensors without copying, spills tensors to disk, and sets torch's threads."""
 
 import mmap
 import os
@@ -28,21 +28,21 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-_ALIGNED = 64  # bytes; what vector instructions like
+_ALIGNED = 64  # bytes, for vector instructions
 _ASKING = threading.Lock()
-_asked: list[int] = []  # by the blocks of `torch_threads` that have not ended, after what there was before them
+_asked: list[int] = []  # thread counts of open `torch_threads` blocks, after the initial count
 _OWN = threading.local()
 _KEPT_BYTES = 2 << 20
-_GAPS = 4  # times a row: so much may lie between two that are read together
+_GAPS = 4  # rows of gap that may lie between two rows read together
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 _MAPPING = threading.Lock()
-_FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by what tells a file from others
-_PLACING = threading.RLock()  # a mapping may end while its thread has it
-_PLACES: "list[_Place]" = []  # by their addresses, which do not overlap
+_FILES: WeakValueDictionary[tuple[int, ...], mmap.mmap] = WeakValueDictionary()  # by file identity
+_REGISTERING = threading.RLock()  # reentrant: a mapping may be finalized while its thread holds the lock
+_REGIONS: "list[_Region]" = []  # sorted by address; they do not overlap
 
 
 class _Open:
-    """A file that stays open, under a number of its own, for as long as this object."""
+    """Keeps a file open under its own descriptor for as long as this object lives."""
 
     def __init__(self, file: int) -> None:
         self.number = os.dup(file)
@@ -50,8 +50,8 @@ class _Open:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
-    """Where a mapping is in memory, and from which byte on it is of which open file."""
+class _Region:
+    """The address range of a mapping, with its open file and the offset in it."""
 
     mapping: "ReferenceType[mmap.mmap]"
     address: int
@@ -65,7 +65,7 @@ def torch_dtype(name: str, subject: str) -> torch.dtype:
     if name not in TORCH_DTYPES:
         raise NotSupported(
             "dtype",
-            f"{subject} has the dtype {name}, which cannot be computed with.",
+            f"{subject} has dtype {name}, which does not support arithmetic.",
             subject=subject,
             next_step="Save it as float32, bfloat16 or float16.",
         )
@@ -73,32 +73,31 @@ def torch_dtype(name: str, subject: str) -> torch.dtype:
 
 
 def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """The tensor at `entry`, mapped: it takes memory only where it is touched. Nobody may write to the file meanwhile,
-    nor to the tensor: all that are made of one file share its mapping. Raises InvalidFile for a file that is too short.
-    """
+    """The tensor at `entry`, mapped: it takes memory only where it is touched. Do not write to the file or the tensor:
+    all tensors of a file share one mapping. Raises InvalidFile if the file is too short."""
     dtype = torch_dtype(entry.dtype, entry.name)
     if entry.size_bytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     mapping = _mapping_of(path)
     if len(mapping) < entry.end:
         raise became_shorter(path.name)
-    if entry.begin % dtype.itemsize:  # a writer that did not align its header
+    if entry.begin % dtype.itemsize:  # the writer did not align its header
         part = bytearray(memoryview(mapping)[entry.begin : entry.end])
         return torch.frombuffer(part, dtype=dtype).reshape(entry.shape)
     return _mapped(mapping, entry.begin, entry.size_bytes, dtype).reshape(entry.shape)
 
 
 def _mapping_of(path: Path) -> mmap.mmap:
-    """One a file, not one a tensor: a process may have 65,530, and each costs memory and a walk to the kernel."""
+    """One mapping per file, not per tensor: a process may have 65,530, and each costs memory and a system call."""
     with _MAPPING, path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         mapping = _FILES.get(key)
         if mapping is None:
-            if not found.st_size:
+            if not stat.st_size:
                 raise became_shorter(path.name)
-            # Private and copy on write: torch wants a writable buffer, and nothing ever reaches the file. No memory is
-            # set aside for copies that nobody makes: a file may be larger than all there is.
+            # Private and copy on write: torch wants a writable buffer, and nothing reaches the file. No memory is
+            # reserved for copies, which are never made: a file may be larger than memory and swap.
             flags = mmap.MAP_PRIVATE | _NO_RESERVE
             try:
                 fresh = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -110,20 +109,20 @@ def _mapping_of(path: Path) -> mmap.mmap:
 
 def _known(mapping: mmap.mmap, file: _Open, offset: int, subject: str) -> mmap.mmap:
     address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
-    place = _Place(ref(mapping), address, len(mapping), file, offset, subject)
-    with _PLACING:
-        insort(_PLACES, place, key=_address)
-    finalize(mapping, _forget, place)
+    region = _Region(ref(mapping), address, len(mapping), file, offset, subject)
+    with _REGISTERING:
+        insort(_REGIONS, region, key=_address)
+    finalize(mapping, _forget, region)
     return mapping
 
 
-def _forget(place: _Place) -> None:
-    with _PLACING:
-        _PLACES.remove(place)
+def _forget(region: _Region) -> None:
+    with _REGISTERING:
+        _REGIONS.remove(region)
 
 
-def _address(place: _Place) -> int:
-    return place.address
+def _address(region: _Region) -> int:
+    return region.address
 
 
 def _mapped(mapping: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -131,74 +130,74 @@ def _mapped(mapping: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> to
 
 
 def drop_pages(tensor: torch.Tensor) -> None:
-    """Drop the memory of the file that a mapped tensor is in (`map_tensor`, `SpillFile`); what is used again is read
-    again. Nothing happens to any other tensor.
+    """Drops the resident memory of the file behind a mapped tensor (`map_tensor`, `SpillFile`); later uses read it
+    again. Other tensors are unaffected.
 
-    Of the whole file, since the kernel maps as much around a page that is looked at as it has in one piece, megabytes
-    even: whoever looks at a neighbour brings the tensor back.
+    Drops the entire file, because on access the kernel maps everything contiguous around a page, even megabytes:
+    reading a neighbour brings the tensor back.
     """
-    place = _place_of(tensor)
-    if place and (mapping := place.mapping()) is not None:
+    region = _region_of(tensor)
+    if region and (mapping := region.mapping()) is not None:
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Does it lie in a file (`map_tensor`, `SpillFile`), and not in memory of its own?"""
-    return _place_of(tensor) is not None
+    """Whether the tensor lies in a file (`map_tensor`, `SpillFile`) rather than in its own memory."""
+    return _region_of(tensor) is not None
 
 
-def _place_of(tensor: torch.Tensor) -> _Place | None:
+def _region_of(tensor: torch.Tensor) -> _Region | None:
     address = tensor.data_ptr()
-    with _PLACING:
-        number = bisect_right(_PLACES, address, key=_address) - 1
-        place = _PLACES[number] if number >= 0 else None
-    return place if place and address < place.address + place.size else None
+    with _REGISTERING:
+        number = bisect_right(_REGIONS, address, key=_address) - 1
+        region = _REGIONS[number] if number >= 0 else None
+    return region if region and address < region.address + region.size else None
 
 
 def read_into(out: torch.Tensor, tensor: torch.Tensor) -> None:
-    """`out` gets the values of a matrix, in its own dtype. Those of a mapped one are read from its file, which takes no
-    memory but `out` and as much again: what is looked at in a mapping stays in memory until `drop_pages`.
+    """Copies the values of a matrix to `out`, in the dtype of `out`. A mapped matrix is read from its file, which takes
+    no memory but `out` and as much again; pages read through a mapping stay resident until `drop_pages`.
 
-    Raises InvalidFile for a file that has become shorter.
+    Raises InvalidFile if the file has become shorter.
     """
-    place = _place_of(tensor) if tensor.numel() else None
-    if place is None:
+    region = _region_of(tensor) if tensor.numel() else None
+    if region is None:
         out.copy_(tensor)
     elif tensor.stride(1) == 1:
-        _read_rows(out, tensor, place)
+        _read_rows(out, tensor, region)
     elif tensor.stride(0) == 1:
-        _read_rows(out.T, tensor.T, place)
+        _read_rows(out.T, tensor.T, region)
     else:
         out.copy_(tensor)
         drop_pages(tensor)
 
 
-def _read_rows(out: torch.Tensor, tensor: torch.Tensor, place: _Place) -> None:
-    """All in one piece, with what lies between the rows, or a row at a time where that is more than they are."""
+def _read_rows(out: torch.Tensor, tensor: torch.Tensor, region: _Region) -> None:
+    """Reads the rows in one piece, with the gaps between them, or row by row if the gaps are larger."""
     (rows, columns), between = tensor.shape, tensor.stride(0)
-    begin = place.offset + tensor.data_ptr() - place.address
+    begin = region.offset + tensor.data_ptr() - region.address
     if out.dtype is tensor.dtype and out.is_contiguous() and tensor.is_contiguous():
-        read_all(place.file.number, tensor_bytes(out), begin, place.subject)
+        read_all(region.file.number, tensor_bytes(out), begin, region.subject)
         return
     step = rows if between <= _GAPS * columns else 1
     for row in range(0, rows, step):
         flat = _scratch((step - 1) * between + columns, tensor.dtype)
-        read_all(place.file.number, tensor_bytes(flat), begin + row * between * tensor.itemsize, place.subject)
+        read_all(region.file.number, tensor_bytes(flat), begin + row * between * tensor.itemsize, region.subject)
         out[row : row + step].copy_(flat.as_strided((step, columns), (between, 1)))
 
 
 def _scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """This thread's, kept from read to read unless it is large: a fresh one costs a page fault for every 4 kB."""
+    """This thread's buffer, kept between reads unless it is large: a fresh one costs a page fault per 4 kB."""
     size = count * dtype.itemsize
     if size > _KEPT_BYTES:
         return torch.empty(count, dtype=dtype)
     if not hasattr(_OWN, "scratch"):
-        _OWN.scratch = torch.empty(_KEPT_BYTES, dtype=torch.uint8)  # of which only what is used takes memory
+        _OWN.scratch = torch.empty(_KEPT_BYTES, dtype=torch.uint8)  # only the used part takes memory
     return _OWN.scratch[:size].view(dtype)
 
 
 def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
-    """Fill the buffer from `offset`. Raises InvalidFile when the file ends before."""
+    """Fills the buffer from `offset`. Raises InvalidFile if the file ends first."""
     while buffer.nbytes:
         count = os.preadv(file, [buffer], offset)
         if count == 0:
@@ -208,18 +207,18 @@ def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
 
 
 class SpillFile:
-    """Tensors that wait on the disk: mapped, they take memory only where they are looked at, until `drop_pages`.
+    """Tensors spilled to disk. They are mapped and take memory only where they are read, until `drop_pages`.
 
-    The file has no name and goes with the last of them.
+    The file has no name and is freed with the last tensor.
     """
 
     def __init__(self) -> None:
         self._file = TemporaryFile(prefix="adaptory-")  # noqa: SIM115 - as long as this object
-        self._open = _Open(self._file.fileno())  # one for all that is put into it
+        self._open = _Open(self._file.fileno())  # one for everything in it
         self._end = 0
 
     def put(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same values, mapped together; not for several threads at once. Raises RefusedOutput for a full disk."""
+        """Writes the tensors and returns them mapped. Not thread-safe. Raises RefusedOutput if the disk is full."""
         begins = [0, *accumulate(-(-one.nbytes // _ALIGNED) * _ALIGNED for one in tensors)]
         if not begins[-1]:
             return list(tensors)
@@ -250,9 +249,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """A NaN or infinity makes the sum one too: 15 times faster than looking at each value, in bfloat16 on a CPU.
+    """Whether all values are finite. A NaN or infinity shows in the sum, which is 15 times faster than checking each
+    value in bfloat16 on a CPU.
 
-    Large finite values may overflow the sum, so only a finite sum is an answer."""
+    Large finite values may overflow the sum, so only a finite sum is conclusive."""
     if not tensor.dtype.is_floating_point:
         return True
     total = tensor.sum(dtype=torch.float64 if tensor.dtype is torch.float64 else torch.float32)
@@ -261,11 +261,11 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def torch_threads(count: int) -> Generator[None]:
-    """Operators use `count` threads inside the block, in every Python thread; of blocks that overlap, in any order, the
-    last one that has not ended decides.
+    """Makes operators use `count` threads inside the block, in every Python thread. If blocks overlap, the last one
+    opened and not yet ended decides.
 
-    Threads of one operator wait for each other at a barrier, busily: where the cores are shared with other processes, a
-    pool of one-threaded jobs is several times faster than one job of many threads, and nowhere slower.
+    Threads of one operator busy-wait for each other at a barrier. If the cores are shared with other processes, a pool
+    of single-threaded jobs is several times faster than one multi-threaded job; it is never slower.
     """
     with _ASKING:
         if not _asked:
@@ -276,19 +276,19 @@ def torch_threads(count: int) -> Generator[None]:
         yield
     finally:
         with _ASKING:
-            _asked.pop(max(place for place, asked in enumerate(_asked) if asked == count))
+            _asked.pop(max(index for index, asked in enumerate(_asked) if asked == count))
             torch.set_num_threads(_asked[-1])
             if len(_asked) == 1:
                 _asked.clear()
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:
-    """Where a model takes its input: the device of the first parameter that is in memory, and not left on the disk."""
+    """The device of a model's input: that of its first parameter in memory, not left on disk."""
     return next((one.device for one in model.parameters() if not one.is_meta), torch.device("cpu"))
 
 
 def torch_device(name: str) -> torch.device:
-    """`auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. Raises NotSupported for what is not here."""
+    """The device for `auto` (CUDA if available), `cpu`, `cuda` or `cuda:N`. Raises NotSupported if it is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

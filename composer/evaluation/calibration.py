@@ -57,7 +57,7 @@ class Calibration:
     ) -> Mapping[str, ModuleInputs]:
         """By key, what the matrices of the `wanted` deltas see on the member's examples under `active` deltas.
 
-        Those whose inputs cannot be observed are left out. Raises what `encode` and `applied` raise."""
+        Those whose inputs cannot be observed are left out. Raises what `encode` and `deltas_applied` raise."""
         loaded, collector = self.model, _Collector()
         examples = _encoded(loaded, self.sets[member])
         watches: dict[str, Watch] = {}
@@ -69,11 +69,11 @@ class Calibration:
             elif _is_linear(module_of(loaded.model, delta.module)):
                 watches[delta.module] = collector.watch(key)
         for owner, parameters in stacks.items():
-            found = [(Stack.of(loaded.model, path), keys) for path, keys in parameters.items()]
-            watches[owner] = collector.watch_stacks([(stack, keys) for stack, keys in found if stack])
+            observed = [(Stack.of(loaded.model, path), keys) for path, keys in parameters.items()]
+            watches[owner] = collector.watch_stacks([(stack, keys) for stack, keys in observed if stack])
         observe(loaded, examples, active, watches, _chosen(examples, self.tokens, self.seed))
         self.progress(len(examples))
-        return collector.found()
+        return collector.inputs()
 
 
 class _Collector:
@@ -83,7 +83,7 @@ class _Collector:
     def __init__(self) -> None:
         self._parts: dict[str, dict[tuple[int, ...], tuple[torch.Tensor, float]]] = defaultdict(dict)
         self._latest: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._aside, self._lock = SpillFile(), Lock()
+        self._spill, self._lock = SpillFile(), Lock()
 
     def watch(self, path: str) -> Watch:
         def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class _Collector:
             if latest is None or latest[0] is not inputs[0]:
                 rows_NI = seen.rows(inputs[0], path).cpu()
                 with self._lock:  # examples run side by side
-                    (kept,) = self._aside.put([rows_NI])
+                    (kept,) = self._spill.put([rows_NI])
                 self._latest[seen.indices] = latest = (inputs[0], kept)
             self._parts[path][seen.indices] = (latest[1], energy)
 
@@ -109,18 +109,18 @@ class _Collector:
                     if expert not in kept:
                         rows_NI = stack.rows(seen, inputs, expert)
                         with self._lock:
-                            (rows,) = self._aside.put([rows_NI.cpu()])
+                            (rows,) = self._spill.put([rows_NI.cpu()])
                         kept[expert] = (rows, stack.energy(rows_NI, expert))
                     self._parts[key][seen.indices] = kept[expert]
 
         return keep
 
-    def found(self) -> dict[str, ModuleInputs]:
-        found: dict[str, ModuleInputs] = {}
+    def inputs(self) -> dict[str, ModuleInputs]:
+        inputs: dict[str, ModuleInputs] = {}
         for path, parts in self._parts.items():
             ordered = [parts[indices] for indices in sorted(parts)]
-            found[path] = ModuleInputs(tuple(rows for rows, _ in ordered), sum(energy for _, energy in ordered))
-        return found
+            inputs[path] = ModuleInputs(tuple(rows for rows, _ in ordered), sum(energy for _, energy in ordered))
+        return inputs
 
 
 def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:

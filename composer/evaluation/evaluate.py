@@ -152,12 +152,12 @@ def measure(
     ):
         measured = pool.map(lambda batch: _measure_batch(loaded, [encoded[index] for index in batch]), batches)
         try:
-            for batch, found in zip(batches, measured, strict=True):
-                results |= dict(zip(batch, found, strict=True))
+            for batch, results_of_batch in zip(batches, measured, strict=True):
+                results |= dict(zip(batch, results_of_batch, strict=True))
                 if progress:
                     progress(len(batch))
         finally:
-            pool.shutdown(cancel_futures=True)  # whoever is told to stop need not wait for the other batches
+            pool.shutdown(cancel_futures=True)  # cancelled: do not wait for the other batches
     return [results[index] for index in range(len(encoded))]
 
 

@@ -90,11 +90,11 @@ def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
     name = delta.weight.rpartition(".")[2]
     old = _in_memory(module, name, delta.module)
     if old is None or old.shape != delta.tensor.shape:
-        found = "none" if old is None else f"one of shape {tuple(old.shape)}"
+        actual = "none" if old is None else f"one of shape {tuple(old.shape)}"
         wanted = f"Replacing {name} of {delta.module} with a tensor of shape {tuple(delta.tensor.shape)}"
         raise Mismatch(
             "shape_mismatch",
-            f"{wanted}: the model has {found}.",
+            f"{wanted}: the model has {actual}.",
             subject=delta.module,
             next_step="Use the base that the adapter was trained on.",
         )
@@ -114,11 +114,11 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
     stacked = any(delta.stacked for delta, _ in deltas)
     needed = max(begin + delta.stored_shape[0] for delta, begin in deltas) * columns
     if old is None or old.numel() % columns or needed > old.numel() or not (stacked or needed == old.numel()):
-        found = "none" if old is None else f"one of shape {tuple(old.shape)}"
+        actual = "none" if old is None else f"one of shape {tuple(old.shape)}"
         wanted = f"The delta of {path} is for a {name} of {rows} x {columns}"
         raise Mismatch(
             "shape_mismatch",
-            f"{wanted}: the model has {found}.",
+            f"{wanted}: the model has {actual}.",
             subject=path,
             next_step="Use the base that the adapter was trained on.",
         )
@@ -175,10 +175,10 @@ def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[in
     known = type(module).__name__ == "Conv1D" if layout is Layout.CONV1D else isinstance(module, classes[layout])
     weight = module._parameters.get("weight")
     if not known or weight is None:
-        found = type(module).__name__
+        actual = type(module).__name__
         raise NotSupported(
             "module_class",
-            f"{path} is a {found}: a {layout} delta can't be applied.",
+            f"{path} is a {actual}: a {layout} delta can't be applied.",
             subject=path,
             next_step="Merge the adapter instead: that works on the weights alone.",
         )

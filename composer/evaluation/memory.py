@@ -40,8 +40,8 @@ def left_by_groups(listing: str, mount: Path) -> Iterator[int]:
             continue
         root, files = (mount / "memory", _V1) if controllers else (mount, _V2)
         group = root / path.lstrip("/")
-        for place in (group, *group.parents):
-            if place.is_relative_to(root) and (left := _left(place, files)) is not None:
+        for directory in (group, *group.parents):
+            if directory.is_relative_to(root) and (left := _left(directory, files)) is not None:
                 yield left
 
 

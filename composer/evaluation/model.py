@@ -69,15 +69,15 @@ def load_model(
     if dtype is None and _is_emulated(checkpoint, chosen) and _weight_bytes(checkpoint, torch.float32) <= limit:
         dtype = torch.float32
     streamed = _weight_bytes(checkpoint, dtype) > limit
-    places = _places(chosen, limit) if streamed else {}
+    device_map = _device_map(chosen, limit) if streamed else {}
     # Its bar for reading weights is drawn even where stderr is no terminal.
     logging.disable_progress_bar()
     model: Any
     try:
-        # Not asked for, transformers would ask whoever sits at the terminal whether to run it.
+        # Explicitly off: otherwise transformers asks on the terminal whether to run it.
         given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **given)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **places)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **device_map)
     except (MemoryError, torch.OutOfMemoryError):
         raise  # not the checkpoint's fault
     except Exception as error:  # what they raise over a damaged file has no other base: tokenizers raises just this
@@ -125,7 +125,7 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
 
 
-def _places(device: torch.device, limit: int) -> dict[str, object]:
+def _device_map(device: torch.device, limit: int) -> dict[str, object]:
     """Layers are put on the device while they fit, then in the host's memory, and the rest stays in the checkpoint."""
     kept = int(limit * _KEPT_SHARE)
     if device.type == "cpu":

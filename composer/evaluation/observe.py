@@ -60,7 +60,7 @@ def observe(
     """Run every example with `active` deltas, and show each watched module's input and output to its watch.
 
     The output is the base's, before any delta. `tokens` says for each example which of its tokens are looked at (a
-    boolean vector; all by default). Raises what `applied` and the watches raise.
+    boolean vector; all by default). Raises what `deltas_applied` and the watches raise.
     """
     looked_at = tokens or [torch.ones(len(one.ids), dtype=torch.bool) for one in examples]
     # Watched before the deltas are put on, whose hooks change the output.

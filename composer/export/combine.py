@@ -1,4 +1,6 @@
-"""Several adapters -> one ordinary PEFT adapter, every scale folded in, s = 1: exactly, or cut to a rank."""
+"""Combines several adapters into one ordinary PEFT adapter, exactly or cut to a rank, with all scales folded in (s =
+1).
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapp
 
 @dataclass(frozen=True, slots=True)
 class CombineReport:
-    """What was written. `ranks` counts modules by rank; `compressions` say what each module lost to a rank."""
+    """The result. `ranks` counts modules by rank; `compressions` give each module's loss from the cut to a rank."""
 
     out_dir: str
     modules: int
@@ -36,7 +38,7 @@ class CombineReport:
 
     @property
     def lost(self) -> float:
-        """|Δ - Δ'| / |Δ| over the whole model; 0 where nothing was compressed."""
+        """|Δ - Δ'| / |Δ| over the whole model; 0 if nothing was compressed."""
         norm = sum(one.norm**2 for one in self.compressions)
         return (sum(one.error**2 for one in self.compressions) / norm) ** 0.5 if norm else 0.0
 
@@ -55,14 +57,16 @@ def combine(  # noqa: PLR0913
     note: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
 ) -> CombineReport:
-    """Write the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
+    """Writes the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
 
-    Its delta is the method's: exactly, with a rank up to the sum of the ranks, or cut to the settings' rank or share of
-    the energy, with the error of each module in the report. Alpha equals the rank (so s = 1, no rsLoRA), patterns say
-    where ranks differ; with a rank all modules have the same one, filled up with zeros. Without an architecture
-    adapters are matched by their own module names and shapes only. `calibration` is what a fitted method is fitted on,
-    with a set for each adapter. Raises NotSupported for a method of full space
-    without a rank, for more than a sum of stacks of experts without an architecture, and what a merge raises.
+    Its delta is the method's: exact, with a rank up to the sum of the ranks, or cut to the settings' rank or share of
+    the energy, with each module's error in the report. Alpha equals the rank (s = 1, no rsLoRA); patterns cover
+    differing ranks. If a rank is given, all modules have it, padded with zeros. Without an architecture, adapters are
+    matched only by their own module names and shapes. A fitted method is fitted on `calibration`, with one set per
+    adapter.
+
+    Raises NotSupported for a full-space method without a rank, for anything but a sum of expert stacks without an
+    architecture, and what a merge raises.
     """
     parsed = parse_settings(method, settings or {})
     inputs = identities(files_of(path for path, _ in adapters))
@@ -70,14 +74,14 @@ def combine(  # noqa: PLR0913
     if architecture is None and not _exact(PIPELINES[method], parsed):
         _refuse_stacks(loaded, method)
     refuse_uncombinable(loaded, [weight for _, weight in adapters], method, parsed)
-    # An adapter leaves the weights alone, so a tied tensor has two sides here whatever a merge would do with it.
+    # An adapter does not change the weights, so a tied tensor has two sides here, whatever a merge would do with it.
     untied, observe = {**parsed, "tied": "untie"}, calibration.observe if calibration else None
     combined = combine_deltas(loaded, [weight for _, weight in adapters], method, untied, observe)
     form = peft_form(combined.deltas, one_rank=parsed.get("rank") is not None)
     first = loaded[0].config.raw
     fields = {name: first.get(name) for name in _SHARED_FIELDS}
     fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
-    told = {
+    note = {
         "made": "combine",
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
         "method": method,
@@ -86,7 +90,7 @@ def combine(  # noqa: PLR0913
         **({"calibration": calibration.to_json()} if calibration else {}),
         "note": dict(note or {}),
     }
-    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), told, inputs)
+    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), note, inputs)
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),
@@ -105,8 +109,8 @@ def refuse_uncombinable(
     method: str,
     settings: Mapping[str, object] | None = None,
 ) -> None:
-    """Raise what `combine` would end with, before any work: Mismatch for a rule or a protected input that there is not,
-    NotSupported for a sum that no adapter can hold."""
+    """Raises, before any work, what `combine` would raise in the end: Mismatch for a rule or protected input that does
+    not exist, NotSupported for a sum that no adapter can hold."""
     parsed, pipeline = parse_settings(method, settings or {}), PIPELINES[method]
     cut = pipeline.compress or any(parsed.get(name) is not None for name in ("rank", "energy"))
     dense = pipeline.space == "full" and not cut
@@ -115,25 +119,26 @@ def refuse_uncombinable(
 
 
 def _exact(pipeline: Pipeline, parsed: Mapping[str, object]) -> bool:
-    """Is the result a sum, which does not depend on where one place ends and the next one begins?"""
+    """Whether the result is a sum, which does not depend on the boundaries between slots."""
     steps = (pipeline.space, pipeline.sparsify, pipeline.calibrate, pipeline.parity)
     changed = any(parsed.get(name) for name in ("rank", "energy", "protect"))
     return steps == ("factors", "none", "none", "") and not changed
 
 
 def _refuse_stacks(loaded: Sequence[LoadedAdapter], method: str) -> None:
-    """A checkpoint may keep gate and up of an expert apart: a merge then works on each, and so must an adapter."""
+    """Refuses expert stacks without a base: a checkpoint may store an expert's gate and up separately, and then the
+    method works on each."""
     for module in (module for adapter in loaded for module in adapter.placed.modules if len(module.pieces) > 1):
-        message = f"{module.module} is a stack of experts; {method} works on its parts, which only a base tells."
+        message = f"{module.module} is a stack of experts; {method} works on its parts, which only a base shows."
         raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
 
 
 def _short_targets(loaded: Sequence[LoadedAdapter], form: PeftAdapter) -> dict[str, list[str]]:
-    """The adapters' own target names where their union means exactly what is written; nothing where it does not.
+    """The adapters' own target names, if their union covers exactly the written modules; empty otherwise.
 
-    Short names are what servers and people read. They are only true when no adapter chose among layers in another
-    way: a module that is wrapped without tensors would load as an untrained pair. They do not cover a head that
-    weight tying wrapped together with the embedding.
+    Servers and people prefer short names. They are only correct if no adapter selected layers in another way: a module
+    wrapped without tensors would load as an untrained pair. They do not cover a head that weight tying wrapped with the
+    embedding.
     """
     chosen = ("exclude_modules", "layers_to_transform", "layers_pattern")
     short: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""An adapter in another layout -> PEFT's, exactly: its deltas are read and written with every scale folded in."""
+"""Converts an adapter in another layout to PEFT's, exactly, with all scales folded in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ _OF_THE_START = {"loftq_config", "corda_config", "lora_ga_config"}
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What was read and written. `layout` is that of the source."""
+    """The result of a conversion. `layout` is the source's."""
 
     layout: str
     modules: int
@@ -50,7 +50,7 @@ class ConvertReport:
 
 
 def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertReport:
-    """Read the adapter at `path` (a directory or a file), placed on a base, and write it as a PEFT adapter.
+    """Reads the adapter at `path` (a directory or a file), places it on a base, and writes it as a PEFT adapter.
 
     Raises what `read_foreign` and `write_adapter` raise, and InvalidFile for factors that do not fit the base.
     """
@@ -69,17 +69,17 @@ def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertRep
 
 
 def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> ConvertReport:
-    """Write a LoRA that began with a decomposition of its base (PiSSA, arXiv 2404.02948, OLoRA, …) as the plain LoRA
-    that it is for the rest, W - s B_0 A_0, which `architecture` is of; that it is can be seen by nobody.
+    """Writes a LoRA initialized from its base (PiSSA, arXiv 2404.02948, OLoRA, …) as a plain LoRA for the residual base
+    W - s B_0 A_0. `architecture` must be that residual base's, which cannot be checked.
 
-    Raises what `read_adapter` raises, NotSupported for an adapter that fits its base as it is, and Mismatch for tensors
-    that do not fit this one.
+    Raises what `read_adapter` raises, NotSupported for an adapter that already fits its base, and Mismatch for tensors
+    that do not fit this base.
     """
     adapter = read_adapter(path)
     init, config = adapter.config.init, replace(adapter.config, init="true")
     if config.peft_type != "LORA" or init in PLAIN_INITS:
-        message = f"{adapter.name} did not change its base at the start, so no other is left that it would fit."
-        raise NotSupported("not_rebased", message, subject=adapter.name, next_step="Use it on its base as it is.")
+        message = f"{adapter.name} did not change its base at the start of training, so there is no residual base."
+        raise NotSupported("not_rebased", message, subject=adapter.name, next_step="Use it on its base directly.")
     placed = place_or_refuse(replace(adapter, config=config), architecture, "converted")
     tensors = {key: map_tensor(adapter.weights_path, entry) for key, entry in adapter.header.tensors.items()}
     written = {name: value for name, value in config.raw.items() if name not in _OF_THE_START}
@@ -97,7 +97,7 @@ def _source(foreign: Foreign) -> dict[str, str]:
 def _convert_kronecker(
     foreign: Foreign, architecture: Architecture, out_dir: Path, note: Mapping[str, Any]
 ) -> ConvertReport:
-    """A type of its own in PEFT: no short factors are the same."""
+    """Writes PEFT's LoKr, a separate type, since no low-rank factors are equal to it."""
     tensors, config = as_peft([_kronecker(foreign, module, architecture) for module in foreign.modules])
     keyed = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in tensors.items()}
     size = write_files(keyed, {**config, "task_type": "CAUSAL_LM"}, out_dir, note)
@@ -106,36 +106,37 @@ def _convert_kronecker(
 
 
 def _kronecker(foreign: Foreign, module: ForeignModule, architecture: Architecture) -> Kronecker:
-    """Raises NotSupported for a module that PEFT has no LoKr for, or none beside others'; InvalidFile for one that does
-    not fit the base."""
+    """The module as a LoKr. Raises NotSupported for a layer without LoKr in PEFT, or beside modules of another type,
+    and InvalidFile for one that does not fit the base."""
     path = module.module
     others = sorted(part for part in module.parts if part not in KRONECKER and part != "alpha")
     if others or not any(part in KRONECKER for part in module.parts):
         message = (
-            f"{path} has {', '.join(others) or 'an alpha alone'} where other modules have a LoKr: PEFT has one type."
+            f"{path} has {', '.join(others) or 'an alpha alone'}, but other modules have a LoKr: PEFT allows one type."
         )
         raise NotSupported("mixed_types", message, subject=path, next_step="Merge it where it was trained.")
     target = _target(path, architecture)
     if is_embedding(path) or architecture.model_type in CONV1D_MODELS:
-        message = f"{path} is no linear layer, and PEFT has no LoKr for it."
+        message = f"{path} is not a linear layer, and PEFT has no LoKr for it."
         raise NotSupported("lokr_layer", message, subject=path, next_step="Merge it where it was trained.")
     tensors = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
-    found = kronecker(path, tensors, _alpha(foreign, module))
-    _refuse_misfit(path, found.size, architecture.tensors[target.weight].shape)
-    return found
+    converted = kronecker(path, tensors, _alpha(foreign, module))
+    _refuse_misfit(path, converted.size, architecture.tensors[target.weight].shape)
+    return converted
 
 
 def _magnitudes(foreign: Foreign) -> dict[str, torch.Tensor]:
-    """Module -> m of DoRA, O; with a norm over the inputs of each output, in MLX as in PEFT."""
+    """Module -> DoRA's m (O), with norms over the inputs of each output, in MLX as in PEFT."""
     parts = {module.module: module.parts for module in foreign.modules}
     return {module: _tensor(foreign, own["magnitude"]) for module, own in parts.items() if "magnitude" in own}
 
 
 def _with_magnitude(module: PeftModule, magnitudes: Mapping[str, torch.Tensor]) -> PeftModule:
-    """PEFT has a magnitude for every module or for none, and for an embedding one of another norm than MLX's."""
+    """The module with its magnitude. PEFT has magnitudes for all modules or none, and its norm for embeddings differs
+    from MLX's."""
     m_O, B_OR = magnitudes.get(module.name), module.tensors.get(f"{module.name}.lora_B.weight")
     if m_O is None or B_OR is None:
-        message = f"{module.name} has no magnitude (DoRA) that PEFT could hold, where other modules have."
+        message = f"{module.name} has no magnitude (DoRA) that PEFT can hold, but other modules have one."
         raise NotSupported("dora", message, subject=module.name, next_step="Fuse it into the base with MLX.")
     if m_O.shape != B_OR.shape[:1]:
         message = f"{module.name} has a magnitude of shape {list(m_O.shape)} for {B_OR.shape[0]} outputs."
@@ -145,16 +146,16 @@ def _with_magnitude(module: PeftModule, magnitudes: Mapping[str, torch.Tensor]) 
 
 def _deltas(foreign: Foreign, module: ForeignModule, architecture: Architecture) -> list[LowRank]:
     A, B = _factors(foreign, module)
-    if A.dim() == 3:  # experts, one after the other
-        # MLX stacks experts; on disk each has a tensor of its own.
+    if A.dim() == 3:  # experts, in order
+        # MLX stacks experts; on disk each has its own tensor.
         paths = [module.module.replace(".experts.0.", f".experts.{number}.") for number in range(A.shape[0])]
     else:
         paths, A, B = [module.module], A[None], B[None]
     scale = _scale(foreign, module, A.shape[1])
-    placed = [_placed(path, A[number], B[number], scale, architecture) for number, path in enumerate(paths)]
+    placed = [_placed_pair(path, A[number], B[number], scale, architecture) for number, path in enumerate(paths)]
     alone = not any(is_head(other.module) for other in foreign.modules)
     if foreign.layout == MLX and placed[0].tied and is_embedding(module.module) and alone:
-        # There the embedding is the head as well (LoRAEmbedding.as_linear), with what it has learnt.
+        # There the embedding is also the head (LoRAEmbedding.as_linear), including its delta.
         twin = replace(placed[0], twin=True)
         return [twin, pair_for_head(twin, TIED_HEAD)]
     return placed
@@ -163,7 +164,7 @@ def _deltas(foreign: Foreign, module: ForeignModule, architecture: Architecture)
 def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B) in PEFT's orientation, R x I and O x R; with experts E x R x I and E x O x R.
 
-    Raises InvalidFile for parts that do not belong together.
+    Raises InvalidFile for parts that do not fit together.
     """
     parts = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
     if "w1_a" in parts:
@@ -179,7 +180,7 @@ def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, tor
     A, B = parts["A"], parts["B"]
     if foreign.layout == MLX and A.dim() == 2:
         A, B = A.T, B.T
-    if A.dim() == 4 and A.shape[2:] == (1, 1):  # a linear layer that was trained as a convolution of one pixel
+    if A.dim() == 4 and A.shape[2:] == (1, 1):  # a linear layer trained as a 1 x 1 convolution
         A, B = A.flatten(1), B.flatten(1)
     fits = A.dim() == B.dim() and A.dim() in (2, 3) and A.shape[-2] == B.shape[-1] > 0
     if not fits or (A.dim() == 3 and A.shape[0] != B.shape[0]):
@@ -209,14 +210,14 @@ def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[to
     rank = a.shape[-1] if a.dim() == 2 else 0
     wanted = [[shapes[0][0], rank], [rank, shapes[1][-1]]] if rank and b.dim() == 2 else []
     if shapes != wanted * 2:
-        message = f"{module.module} has factors of the shapes {shapes}, which are no product."
+        message = f"{module.module} has factors of shapes {shapes}, which do not form a product."
         raise InvalidFile(
             "shape_mismatch",
             message,
             subject=module.module,
             next_step="Export the adapter again, or name the base it was trained on.",
         )
-    if rank**2 > min(len(a), b.shape[1]):  # the factors would take more than the matrix, which no LoRA has to
+    if rank**2 > min(len(a), b.shape[1]):  # the factors would be larger than the matrix
         message = (
             f"{module.module} is a LoHa of rank {rank}: a LoRA of rank {rank**2:,} would be larger than its matrix."
         )
@@ -227,7 +228,7 @@ def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[to
 
 
 def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
-    """alpha / r; for LoHa r is the rank of each factor, whose square is the rank here."""
+    """alpha / r; for LoHa, r is the rank of each factor, and the rank here is its square."""
     if "w1_a" in module.parts:
         rank = round(rank**0.5)
     if (alpha := _alpha(foreign, module)) is not None:
@@ -236,17 +237,17 @@ def _scale(foreign: Foreign, module: ForeignModule, rank: int) -> float:
 
 
 def _alpha(foreign: Foreign, module: ForeignModule) -> float | None:
-    """The module's own."""
+    """The module's own alpha, if it has one."""
     if "alpha" not in module.parts:
         return None
     alpha = _tensor(foreign, module.parts["alpha"])
     if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
-        message = f"{module.parts['alpha']} is no finite number."
+        message = f"{module.parts['alpha']} is not a finite number."
         raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
     return float(alpha)
 
 
-def _placed(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architecture: Architecture) -> LowRank:
+def _placed_pair(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architecture: Architecture) -> LowRank:
     target = _target(path, architecture)
     layout = Layout.EMBEDDING if is_embedding(path) else Layout.LINEAR
     if architecture.model_type in CONV1D_MODELS and layout is Layout.LINEAR:
@@ -259,7 +260,7 @@ def _placed(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, architect
 def _target(path: str, architecture: Architecture) -> Target:
     target = find_weight(path, "weight", architecture)
     if not isinstance(target, Target):
-        message = f"{path} is no tensor of the base."
+        message = f"{path} is not a tensor of the base."
         next_step = "Name the base it was trained on."
         raise InvalidFile("unmatched_tensor", message, subject=path, next_step=next_step)
     return target

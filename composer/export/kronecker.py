@@ -1,7 +1,7 @@
-"""LoKr of LyCORIS -> PEFT's: the same products, in the shapes that PEFT makes of one config and loads no others than.
+"""Converts LyCORIS's LoKr to PEFT's: the same products, in the only shapes that PEFT loads for one config.
 
-A module adds s w1 ⊗ w2, each of the two whole or a product `_a _b` of rank R (arXiv 2309.14859); s = alpha / R, and 1
-where both are whole. PEFT multiplies by alpha / r always, so s goes into w2 and alpha is r.
+A module adds s w1 ⊗ w2, where each side is a full matrix or a product `_a _b` of rank R (arXiv 2309.14859). s is
+alpha / R, or 1 if both are full. PEFT always multiplies by alpha / r, so s goes into w2, and alpha is set to r.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ _SIDES = ("lokr_w1", "lokr_w2")
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
-    """One module's parts by PEFT's names, s within. `rank` is that of the sides that are products, 0 for none."""
+    """One module's parts by PEFT's names, with s folded in. `rank` is that of factored sides, 0 if there are none."""
 
     module: str
     tensors: Tensors
@@ -29,7 +29,7 @@ class Kronecker:
 
     @property
     def size(self) -> Size:
-        """(O, I). Raises InvalidFile for parts that make no product."""
+        """(O, I). Raises InvalidFile for parts that do not form a product."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         try:
             return parts.lokr(shapes, {}, (0, 0))
@@ -38,23 +38,23 @@ class Kronecker:
         except ValueError as wrong:
             raise _bad("shape_mismatch", self.module, f"has {wrong}") from wrong
 
-    def is_whole(self, side: str) -> bool:
+    def is_full(self, side: str) -> bool:
         return side in self.tensors
 
-    def whole(self, side: str) -> torch.Tensor:
-        """The side multiplied out."""
-        if self.is_whole(side):
+    def full(self, side: str) -> torch.Tensor:
+        """The side as a full matrix."""
+        if self.is_full(side):
             return self.tensors[side]
         return self.tensors[f"{side}_a"] @ self.tensors[f"{side}_b"]
 
     def shape(self, side: str) -> Size:
-        """Of the side multiplied out."""
-        ends = [side] * 2 if self.is_whole(side) else [f"{side}_a", f"{side}_b"]
+        """The shape of the side as a full matrix."""
+        ends = [side] * 2 if self.is_full(side) else [f"{side}_a", f"{side}_b"]
         return self.tensors[ends[0]].shape[0], self.tensors[ends[1]].shape[1]
 
 
 def kronecker(module: str, tensors: Tensors, alpha: float | None) -> Kronecker:
-    """The module of a file with these parts. Raises InvalidFile for parts that make no product of matrices."""
+    """The module with these parts of a file. Raises InvalidFile for parts that do not form a product of matrices."""
     flat = {name: one.flatten(1) if one.shape[2:] == (1, 1) else one for name, one in tensors.items()}
     if odd := next((name for name, one in flat.items() if one.dim() != 2 or not one.numel()), None):
         raise _bad("shape_mismatch", module, f"has {odd} of shape {list(flat[odd].shape)}")
@@ -68,9 +68,9 @@ def kronecker(module: str, tensors: Tensors, alpha: float | None) -> Kronecker:
 
 
 def as_peft(modules: list[Kronecker]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors by PEFT's key without prefix, the config of them). Raises NotSupported for modules that no one
-    decompose_factor splits as they are split."""
-    both = any(not one.is_whole("lokr_w1") for one in modules)
+    """(tensors by PEFT's key without prefix, their config). Raises NotSupported if no single decompose_factor gives the
+    splits of all modules."""
+    both = any(not one.is_full("lokr_w1") for one in modules)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for one in modules:
@@ -92,28 +92,28 @@ def as_peft(modules: list[Kronecker]) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def _as_made(one: Kronecker, both: bool) -> tuple[int, Tensors]:
-    """(r, parts): as they are if PEFT decomposes the same sides at this rank, else multiplied out, at a rank at which
-    it decomposes none."""
+    """(r, parts): unchanged if PEFT decomposes the same sides at this rank, else full matrices, at a rank at which PEFT
+    decomposes none."""
     largest = {side: max(one.shape(side)) for side in _SIDES}
     decomposed = {"lokr_w1": both and one.rank < largest["lokr_w1"] / 2, "lokr_w2": one.rank < largest["lokr_w2"] / 2}
-    if one.rank and all(decomposed[side] != one.is_whole(side) for side in _SIDES):
+    if one.rank and all(decomposed[side] != one.is_full(side) for side in _SIDES):
         return one.rank, one.tensors
-    return (max(largest.values()) + 1) // 2, {side: one.whole(side) for side in _SIDES}
+    return (max(largest.values()) + 1) // 2, {side: one.full(side) for side in _SIDES}
 
 
 def _factor(modules: list[Kronecker]) -> int:
-    """The decompose_factor with which PEFT splits every module as it is split here."""
+    """The decompose_factor with which PEFT splits every module as here."""
     splits = {(own, other) for one in modules for own, other in zip(one.shape("lokr_w1"), one.size, strict=True)}
     for factor in (-1, *sorted({own for own, _ in splits}, reverse=True)):
-        if all(_first(whole, factor) == own for own, whole in splits):
+        if all(_first(product, factor) == own for own, product in splits):
             return factor
-    message = "The modules are split by different factors, and PEFT has one decompose_factor for all."
+    message = "The modules are split by different factors, but PEFT has one decompose_factor for all."
     raise NotSupported("lokr_factors", message, next_step="Merge it where it was trained, or train with one factor.")
 
 
 def _first(dimension: int, factor: int) -> int:
-    """The smaller of the two numbers that PEFT splits a dimension into: the factor where it divides, else the divisor
-    nearest to the root that is not above it."""
+    """The smaller of the two numbers into which PEFT splits a dimension: the factor if it divides, else the largest
+    divisor not above the root."""
     if factor > 0 and dimension % factor == 0:
         return factor
     limit = dimension if factor == -1 else factor

@@ -1,4 +1,4 @@
-"""Deltas -> one ordinary PEFT adapter on disk, every scale folded in: alpha is the rank, so s = 1."""
+"""Writes deltas as one ordinary PEFT adapter, with all scales folded in: alpha is the rank, so s = 1."""
 
 import os
 import re
@@ -34,8 +34,8 @@ NO_INPUTS: Mapping[Path, Identity] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """An adapter as PEFT has it: what it wraps, and tensors that are saved whole. `tied` says that the head's pair is
-    the embedding's, for which PEFT has a flag."""
+    """An adapter in PEFT's form: what it wraps, and fully saved tensors. `tied` means that the head's pair is the
+    embedding's, for which PEFT has a flag."""
 
     wrapped: list[PeftModule]
     replacements: list[Replacement]
@@ -51,21 +51,21 @@ class PeftAdapter:
 
 
 def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftAdapter:
-    """With `one_rank` every pair has the highest rank of all, filled up with zeros, and no pattern is needed. Raises
-    NotSupported for a delta that no LoRA can hold, and where no pair is left to write."""
+    """The deltas in PEFT's form. With `one_rank`, every pair is padded with zeros to the highest rank, and no pattern
+    is needed. Raises NotSupported for a delta that no LoRA can hold, and if there is no pair to write."""
     refuse_unheld(deltas)
-    places = _as_twins(_one_a_place(deltas))
-    pairs = wrapped(places)
+    slots = _as_twins(_one_per_slot(deltas))
+    pairs = wrapped(slots)
     if one_rank and len({one.rank for one in pairs}) > 1:
-        pairs = wrapped(places, max(one.rank for one in pairs))
+        pairs = wrapped(slots, max(one.rank for one in pairs))
     if not pairs:
         raise NotSupported(
             "no_pairs",
-            "There is no low-rank pair to write: nothing that an adapter could hold.",
+            "There is no low-rank pair to write, and an adapter can hold nothing else.",
             next_step="Combine adapters that change weights, or merge them instead.",
         )
-    whole = [delta for delta in deltas if isinstance(delta, Replacement)]
-    return PeftAdapter(pairs, whole, any(map(is_tied_duplicate, places)))
+    full = [delta for delta in deltas if isinstance(delta, Replacement)]
+    return PeftAdapter(pairs, full, any(map(is_tied_duplicate, slots)))
 
 
 def write_adapter(
@@ -75,10 +75,10 @@ def write_adapter(
     note: Mapping[str, Any],
     inputs: Mapping[Path, Identity] = NO_INPUTS,
 ) -> int:
-    """Write the adapter to the directory `out_dir`, in float32; return the size of the weights file.
+    """Writes the adapter to the directory `out_dir` in float32; returns the size of the weights file.
 
-    `fields` are further fields of the config: its targets are every module and parameter by its path, unless they say
-    otherwise. `note` is what lies beside it. Raises what `write_files` raises.
+    `fields` are further fields of the config; unless they override it, the targets are all modules and parameters by
+    path. `note` is written beside it. Raises what `write_files` raises.
     """
     return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note, inputs)
 
@@ -90,20 +90,22 @@ def write_files(
     note: Mapping[str, Any],
     inputs: Mapping[Path, Identity] = NO_INPUTS,
 ) -> int:
-    """Write tensors by PEFT's key and the config; return the size of the weights file. Raises RefusedOutput for a
-    directory that exists, a value that is not finite, and for `inputs` that were written to meanwhile."""
+    """Writes tensors by PEFT's key, and the config; returns the size of the weights file. Raises RefusedOutput for an
+    existing directory, a value that is not finite, and for `inputs` modified meanwhile."""
     _refuse_not_finite(tensors)
-    with staged_directory(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as aside:
-        _save(tensors, aside / WEIGHTS_FILE)
-        write_json(aside / CONFIG_FILE, config)
-        write_json(aside / NOTE_FILE, note)
-        (aside / WEIGHTS_FILE).chmod((aside / CONFIG_FILE).stat().st_mode)  # safetensors' is for its owner alone
+    with staged_directory(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as staging:
+        _save(tensors, staging / WEIGHTS_FILE)
+        write_json(staging / CONFIG_FILE, config)
+        write_json(staging / NOTE_FILE, note)
+        (staging / WEIGHTS_FILE).chmod(
+            (staging / CONFIG_FILE).stat().st_mode
+        )  # safetensors makes it readable for the owner only
         refuse_changed(inputs)
     return (out_dir / WEIGHTS_FILE).stat().st_size
 
 
 def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """By safetensors, which wants each tensor contiguous and in memory of its own. Raises OSError."""
+    """Saves with safetensors, which requires each tensor to be contiguous and in separate memory. Raises OSError."""
     own: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
@@ -118,36 +120,37 @@ def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         raise
 
 
-def _one_a_place(deltas: Sequence[Delta]) -> list[LowRank]:
-    """A sum of low-rank deltas as one: an adapter holds one pair a place."""
-    places: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
-    for delta in map(on_own_head, deltas):  # an adapter leaves the weights alone: a tied tensor has two sides
+def _one_per_slot(deltas: Sequence[Delta]) -> list[LowRank]:
+    """The deltas with those of one slot summed: an adapter holds one pair per slot."""
+    slots: dict[tuple[str, int], list[LowRank]] = defaultdict(list)
+    for delta in map(on_own_head, deltas):  # an adapter does not change the weights: a tied tensor has two sides
         if isinstance(delta, LowRank):
-            places[delta.weight, delta.begin].append(delta)
-    summed = [one for own in places.values() for one in stack_factors(own, [1.0] * len(own))]
+            slots[delta.weight, delta.begin].append(delta)
+    summed = [one for own in slots.values() for one in stack_factors(own, [1.0] * len(own))]
     return [one for one in summed if isinstance(one, LowRank)]
 
 
-def _as_twins(places: Sequence[LowRank]) -> list[LowRank]:
-    """A head that is its embedding's twin with the very factors of it: a scale may have gone into the other one."""
-    embedding = next((one for one in places if one.twin and not is_head(one.module)), None)
-    return [pair_for_head(embedding, one.module) if embedding and is_tied_duplicate(one) else one for one in places]
+def _as_twins(slots: Sequence[LowRank]) -> list[LowRank]:
+    """The deltas with a twin head given its embedding's exact factors, since a scale may be folded into the other
+    one."""
+    embedding = next((one for one in slots if one.twin and not is_head(one.module)), None)
+    return [pair_for_head(embedding, one.module) if embedding and is_tied_duplicate(one) else one for one in slots]
 
 
 def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = False) -> None:
-    """Raise NotSupported for a delta that no LoRA can hold: as it is, or (`cut`) once it is cut to a rank, or (`dense`)
-    after a method that makes every one of them dense."""
+    """Raises NotSupported for a delta that no LoRA can hold: unchanged, or (`cut`) after a cut to a rank, or (`dense`)
+    after a method that makes all deltas dense."""
     for delta in deltas:
         if isinstance(delta, Replacement):
             continue
-        if delta.weight.endswith(".bias"):  # whatever its rank: the module's pair is its weight's
-            message = f"What is added to {delta.weight} is a bias's, which no pair of a LoRA can hold."
+        if delta.weight.endswith(".bias"):  # whatever its rank: the module's pair belongs to its weight
+            message = f"The delta of {delta.weight} is for a bias, which no LoRA pair can hold."
             raise NotSupported("bias_delta", message, subject=delta.module, next_step="Merge it into the base.")
         computed = isinstance(delta, RowwiseDelta)
         reading = computed and delta.reads_base
         if reading or dense or (computed and not cut):
-            message = f"What is added to {delta.module} has no factors, so no LoRA can hold it."
-            next_step = "Merge it into the base: it depends on what the base has."
+            message = f"The delta of {delta.module} has no factors, so no LoRA can hold it."
+            next_step = "Merge it into the base, on whose values it depends."
             if not reading:
                 next_step = (
                     "Cut it to a rank (rank=32 or energy=0.99; in a recipe `settings: {rank: 32}`), or merge it into "
@@ -165,8 +168,8 @@ def _tensors(form: PeftAdapter) -> dict[str, torch.Tensor]:
         return f"{delta.module}{inside}.{delta.weight.rsplit('.', 1)[-1]}"
 
     pairs = ((key, tensor) for one in form.wrapped for key, tensor in one.tensors.items())
-    whole = ((key_of(delta), delta.tensor) for delta in form.replacements)
-    return by_key((f"{PEFT_PREFIX}{key}", tensor) for key, tensor in chain(pairs, whole))
+    full = ((key_of(delta), delta.tensor) for delta in form.replacements)
+    return by_key((f"{PEFT_PREFIX}{key}", tensor) for key, tensor in chain(pairs, full))
 
 
 def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -192,7 +195,7 @@ def _config(form: PeftAdapter) -> dict[str, Any]:
         "alpha_pattern": ranks,
         "use_rslora": False,
         "bias": _bias(form),
-        "modules_to_save": _whole_modules(form) or None,
+        "modules_to_save": _full_modules(form) or None,
         "lora_dropout": 0.0,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -206,5 +209,5 @@ def _bias(form: PeftAdapter) -> str:
     return "lora_only" if biased <= set(form.modules) else "all"
 
 
-def _whole_modules(form: PeftAdapter) -> list[str]:
+def _full_modules(form: PeftAdapter) -> list[str]:
     return sorted({delta.module for delta in form.replacements if not delta.weight.endswith(".bias")})

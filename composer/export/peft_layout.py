@@ -1,4 +1,4 @@
-"""Low-rank deltas as PEFT keeps them: a pair for each module it wraps, one for each stack of experts it wraps.
+"""Low-rank deltas in PEFT's layout: one pair for each wrapped module, and one for each wrapped stack of experts.
 
 Shapes: O outputs, I inputs, R rank, E experts.
 """
@@ -18,8 +18,8 @@ from composer.methods.basis import Pair
 
 @dataclass(frozen=True, slots=True)
 class PeftModule:
-    """What PEFT wraps under one name, with one rank: `name` is what targets and patterns call it, a module or (with
-    `is_parameter`) a parameter. `tensors` are its factors by key, without the prefix; every scale is folded in."""
+    """What PEFT wraps under one name, with one rank. `name` is used in targets and patterns: a module or (with
+    `is_parameter`) a parameter. `tensors` are its factors by key, without the prefix, with all scales folded in."""
 
     name: str
     rank: int
@@ -28,9 +28,8 @@ class PeftModule:
 
 
 def wrapped(deltas: Sequence[LowRank], least: int = 0) -> list[PeftModule]:
-    """The deltas, one a place and each with the scale 1, as what PEFT wraps; a rank below `least` is filled up with
-    zeros. Raises NotSupported for an expert with a pair of its own beside a stack of others of its layer, and for two
-    tensors of one key."""
+    """The deltas, one per slot with scale 1, as PEFT wraps them; ranks below `least` are padded with zeros. Raises
+    NotSupported for an expert with its own pair in a layer with a stack, and for two tensors with one key."""
     modules: dict[str, list[LowRank]] = defaultdict(list)
     stacks: dict[str, list[tuple[ExpertSlice, LowRank]]] = defaultdict(list)
     for delta in deltas:
@@ -38,10 +37,10 @@ def wrapped(deltas: Sequence[LowRank], least: int = 0) -> list[PeftModule]:
             stacks[delta.stacked.parameter].append((delta.stacked, delta))
         else:
             modules[delta.module.rpartition(".")[0] if delta.nested else delta.module].append(delta)
-    split = {_layer_of(delta.weight) for own in stacks.values() for place, delta in own if place.experts > 1}
+    split = {_layer_of(delta.weight) for own in stacks.values() for expert, delta in own if expert.experts > 1}
     for delta in (delta for own in modules.values() for delta in own):
         if _layer_of(delta.weight) in split - {None}:
-            message = f"{delta.module} is an expert with a pair of its own, in a layer whose others are in a stack."
+            message = f"{delta.module} is an expert with its own pair, in a layer whose other experts are stacked."
             raise NotSupported("experts", message, subject=delta.module, next_step="Merge them into the base.")
     paths = nested_names(stacks)
     return [
@@ -51,24 +50,24 @@ def wrapped(deltas: Sequence[LowRank], least: int = 0) -> list[PeftModule]:
 
 
 def by_key(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Raises NotSupported for two tensors of one key: a file would keep the last of them and lose the other."""
-    found: dict[str, torch.Tensor] = {}
+    """The tensors by key. Raises NotSupported for two tensors with one key: a file would keep only the last."""
+    by_name: dict[str, torch.Tensor] = {}
     for key, tensor in tensors:
-        if key in found:
-            message = f"{key} would stand for two tensors, and an adapter holds one."
+        if key in by_name:
+            message = f"{key} would name two tensors, but an adapter can hold only one."
             raise NotSupported("two_for_one_key", message, subject=key, next_step="Merge them into the base.")
-        found[key] = tensor
-    return found
+        by_name[key] = tensor
+    return by_name
 
 
 def _layer_of(weight: str) -> str | None:
-    """The experts' layer, of an expert's own tensor (`….experts.3.w1.weight`)."""
+    """The experts' layer for an expert's own tensor (`….experts.3.w1.weight`)."""
     *layer, expert, _, last = ("", "", *weight.split("."))
     return ".".join(layer) if last == "weight" and expert.isdigit() else None
 
 
 def _module(name: str, deltas: Sequence[LowRank], least: int) -> PeftModule:
-    """A module's own pair; with a packed attention's goes its output projection's, which has the same rank."""
+    """A module's own pair; for a packed attention, together with its output projection's, which has the same rank."""
     rank = max(least, *(delta.rank for delta in deltas))
     return PeftModule(name, rank, by_key(one for delta in deltas for one in _pair(name, delta, rank)))
 
@@ -90,12 +89,12 @@ def _pair(name: str, delta: LowRank, rank: int) -> Iterator[tuple[str, torch.Ten
 
 
 def _stack(name: str, path: str, deltas: Sequence[tuple[ExpertSlice, LowRank]], least: int) -> PeftModule:
-    """A (E R x I) with the expert slow, B (O x R E) with the expert fast; R is the largest of the experts' ranks."""
-    place, first = deltas[0]
-    parts: list[list[tuple[int, Pair]]] = [[] for _ in range(place.experts)]
+    """A (E R x I) with the expert as slow index, B (O x R E) with the expert as fast index; R is the largest rank."""
+    expert, first = deltas[0]
+    parts: list[list[tuple[int, Pair]]] = [[] for _ in range(expert.experts)]
     for where, delta in deltas:
         parts[where.expert].append((where.first, (delta.B_OR, delta.A_RI)))
-    pairs = [_expert(own, place.outputs, first.A_RI.shape[1]) for own in parts]
+    pairs = [_expert(own, expert.outputs, first.A_RI.shape[1]) for own in parts]
     rank = max(least, *(A_RI.shape[0] for _, A_RI in pairs))
     padded = [_of_rank(pair, rank) for pair in pairs]
     A_XI = torch.cat([A_RI for _, A_RI in padded])
@@ -104,8 +103,8 @@ def _stack(name: str, path: str, deltas: Sequence[tuple[ExpertSlice, LowRank]], 
 
 
 def _expert(parts: Sequence[tuple[int, Pair]], outputs: int, inputs: int) -> Pair:
-    """One pair of the pairs for parts of an expert's outputs (gate and up, where the checkpoint splits them): of the
-    same rank where they have A in common, else side by side. An expert without any has rank 0."""
+    """Joins the pairs for parts of an expert's outputs (gate and up, if the checkpoint splits them): with the same rank
+    if they share A, else concatenated. An expert without pairs has rank 0."""
     B_OR, A_RI = torch.zeros(outputs, 0), torch.zeros(0, inputs)
     for first, (own_B, own_A) in parts:
         begin = B_OR.shape[1]
@@ -118,7 +117,7 @@ def _expert(parts: Sequence[tuple[int, Pair]], outputs: int, inputs: int) -> Pai
 
 
 def _of_rank(pair: Pair, rank: int) -> Pair:
-    """The same product, with directions of zeros."""
+    """The same product, padded with zero directions."""
     B_OR, A_RI = pair
     missing = rank - A_RI.shape[0]
     if not missing:

@@ -1,7 +1,7 @@
 """The arithmetic of a merge, a few rows at a time: read -> float32 -> add each delta's rows -> ONE rounding -> write.
 
-Each chunk is an independent job, so that reading, computing and writing of different chunks overlap: all three let go
-of the interpreter. W, left and right are as stored on disk. Shapes: M rows, N columns, R rank.
+Each chunk is an independent job, so reading, computing and writing of different chunks overlap: all three release the
+GIL. W, left and right are as stored on disk. Shapes: M rows, N columns, R rank.
 """
 
 import threading
@@ -20,7 +20,7 @@ from composer.merge.io.output_file import BLOCK_BYTES
 from composer.merge.io.rounding import round_into
 from composer.merge.io.source import Decoded, Source, source_rows
 
-_CHUNK_ELEMENTS = 1 << 20  # 4 MiB in float32: measured, 16 MiB cost as much CPU time and four times the memory
+_CHUNK_ELEMENTS = 1 << 20  # 4 MiB in float32; 16 MiB took as much CPU time and four times the memory
 _KEPT_BYTES = 8 << 20
 _DIRECTIONS = 64  # of factors added in one pass over the rows
 
@@ -42,9 +42,9 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Some directions of one or several deltas, as the adapters have them: what is added to `rows` rows from `begin`.
+    """Some directions of one or several deltas, as stored by the adapters, added to `rows` rows from `begin`.
 
-    Side by side they take one pass over the rows: the product of `left` (some of the rows x R) and `right` (R x N).
+    Concatenated, they take one pass over the rows: the product of `left` (some rows x R) and `right` (R x N).
     """
 
     begin: int
@@ -52,7 +52,7 @@ class Factors:
     parts: tuple[LowRank, ...]
 
     def within(self, chunk: "Chunk") -> tuple[slice, slice] | None:
-        """The rows both have: counted in the chunk, and from `begin`."""
+        """The rows in both: relative to the chunk, and relative to `begin`."""
         return _common(chunk, self.begin, self.rows)
 
     @property
@@ -75,8 +75,8 @@ class Factors:
 
 
 class _Rights:
-    """The right factors of one tensor, made once for all threads; none beyond `_KEPT_BYTES` is kept, so that memory
-    does not grow with adapters and ranks."""
+    """The right factors of one tensor, made once for all threads. At most `_KEPT_BYTES` are kept, so that memory does
+    not grow with adapters and ranks."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, torch.dtype], torch.Tensor] = {}
@@ -84,12 +84,12 @@ class _Rights:
 
     def of(self, factors: Factors, columns: int, dtype: torch.dtype) -> torch.Tensor | None:
         with self._lock:
-            found = self._made.get((id(factors), dtype))
+            right = self._made.get((id(factors), dtype))
             size = factors.rank * columns * dtype.itemsize
-            if found is None and size + sum(one.nbytes for one in self._made.values()) <= _KEPT_BYTES:
-                found = factors.right_into(torch.empty(factors.rank, columns, dtype=dtype))
-                self._made[id(factors), dtype] = found
-            return found
+            if right is None and size + sum(one.nbytes for one in self._made.values()) <= _KEPT_BYTES:
+                right = factors.right_into(torch.empty(factors.rank, columns, dtype=dtype))
+                self._made[id(factors), dtype] = right
+            return right
 
     def clear(self) -> None:
         with self._lock:
@@ -98,8 +98,8 @@ class _Rights:
 
 @dataclass(frozen=True, slots=True)
 class TensorWork:
-    """A tensor whose turn has come. `rows` x `columns` is the matrix that chunks are cut from; a tensor that nothing is
-    added to is one long column. `uploaded` are the factors on the device that adds them."""
+    """A tensor being processed. `rows` x `columns` is the matrix that chunks are cut from; a tensor without deltas is
+    one long column. `uploaded` are the factors on the computing device."""
 
     plan: TensorPlan
     rows: int
@@ -136,7 +136,7 @@ class Chunk:
 
     @property
     def offset(self) -> int:
-        """Where it begins in the output file, in bytes."""
+        """The position in the output file, in bytes."""
         target = self.work.plan.target
         return target.begin + self.first_element * torch_dtype(target.dtype, target.name).itemsize
 
@@ -147,7 +147,7 @@ class Chunk:
 
 
 def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
-    """What is to be done to the tensor. On CUDA its factors are uploaded; otherwise nothing is read yet."""
+    """Prepares the work on a tensor. On CUDA its factors are uploaded; otherwise nothing is read yet."""
     additions = [delta for delta in tensor.deltas if not isinstance(delta, Replacement)]
     replacement = next((delta.tensor.reshape(-1, 1) for delta in tensor.deltas if isinstance(delta, Replacement)), None)
     computed = [one for one in additions if isinstance(one, RowwiseDelta)]
@@ -155,24 +155,24 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     shapes = [one.stored_shape for one in additions] + ([tensor.decoded.shape] if tensor.decoded else [])
     columns = 1 if replacement is not None or not shapes else shapes[-1][1]
     rows = tensor.target.spec.elements // max(1, columns)
-    # Once a tensor, not once a chunk; the copy has ended before a chunk's own stream uses it.
+    # Once per tensor, not per chunk; the copy ends before any chunk's own stream uses it.
     uploaded = [one.to(device) for one in factors] if device.type == "cuda" and not computed else factors
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         for delta in additions:
-            if isinstance(delta, LowRank):  # no memory any more, if mapped
+            if isinstance(delta, LowRank):  # frees the memory of mapped factors
                 drop_pages(delta.A_RI)
                 drop_pages(delta.B_OR)
     return TensorWork(tensor, rows, columns, factors, uploaded, computed, replacement)
 
 
 def _together(deltas: Sequence[LowRank]) -> list[Factors]:
-    """Three of rank 16 at one place pass over the rows three times, side by side once; so many directions at a time
-    that memory hardly grows with the number of adapters and their ranks."""
-    places: dict[tuple[int, int], list[LowRank]] = {}
+    """Concatenates factors of the same rows, so that three of rank 16 take one pass instead of three. The number of
+    directions per block is limited, so that memory hardly grows with adapters and ranks."""
+    slots: dict[tuple[int, int], list[LowRank]] = {}
     for delta in deltas:
-        places.setdefault((delta.begin, delta.stored_shape[0]), []).append(delta)
-    return [Factors(*place, block) for place, own in places.items() for block in _blocks(own)]
+        slots.setdefault((delta.begin, delta.stored_shape[0]), []).append(delta)
+    return [Factors(*slot, block) for slot, own in slots.items() for block in _blocks(own)]
 
 
 def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
@@ -207,9 +207,9 @@ def _common(chunk: Chunk, begin: int, rows: int) -> tuple[slice, slice] | None:
 
 
 class Rewriter:
-    """Computes chunks on one device. Each thread has its own buffers, kept from chunk to chunk (fresh ones cost a
-    page fault for every 4 kB), and on CUDA pinned ones and its own stream, so that copies of one thread hide behind
-    work of another. Every chunk is one thread's work from end to end, so its bytes depend on no order.
+    """Computes chunks on one device. Each thread keeps its own buffers (fresh ones cost a page fault per 4 kB); on CUDA
+    they are pinned and each thread has its own stream, so that copies overlap with other threads' work. One thread
+    computes each chunk from start to end, so its bytes do not depend on any order.
     """
 
     def __init__(self, device: torch.device, rounding: Rounding) -> None:
@@ -219,14 +219,14 @@ class Rewriter:
 
     @torch.inference_mode()
     def computed(self, chunk: Chunk, source: int) -> torch.Tensor:
-        """The chunk as it is written: M x N in the output's dtype, in a buffer that this thread's next chunk reuses.
+        """The chunk to write: M x N in the output's dtype, in a buffer that this thread's next chunk reuses.
 
         Raises RefusedOutput for a NaN or infinity.
         """
         target = chunk.work.plan.target
         W_MN = self._source(chunk, source)
         out_MN = self._buffer("out", chunk.shape, torch_dtype(target.dtype, target.name), chunk.offset)
-        # Chance is drawn on the CPU, so that it is the same on every device.
+        # Random numbers are drawn on the CPU, so that they are the same on every device.
         on_cuda = self.device.type == "cuda" and not chunk.work.computed and self.rounding.mode is Mode.NEAREST
         finite = self._on_cuda(chunk, W_MN, out_MN) if on_cuda else self._on_cpu(chunk, W_MN, out_MN)
         if not finite:
@@ -250,7 +250,7 @@ class Rewriter:
             return all_finite(out_MN)
         sum_MN = self._buffer("sum", W_MN.shape, _accumulator(W_MN.dtype))
         sum_MN.copy_(W_MN)
-        # Each is taken from the base's own rows, so all of them before anything is added.
+        # All computed deltas read the base's own rows, so they come before anything is added.
         computed = [(rows, delta.rows(sum_MN[rows], own.start)) for rows, own, delta in _computed_within(chunk)]
         for rows, delta_MN in computed:
             sum_MN[rows] += delta_MN
@@ -280,7 +280,7 @@ class Rewriter:
                 sum_MN[rows].addmm_(one.left_into(own, left_MR), self._right(chunk.work, one, sum_MN))
 
     def _right(self, work: TensorWork, factors: Factors, sum_MN: torch.Tensor) -> torch.Tensor:
-        """All threads' own, or kept for this thread's next chunk, which mostly is of the same tensor."""
+        """The shared right factor, or one kept for this thread's next chunk, which is usually of the same tensor."""
         on_cpu = sum_MN.device.type == "cpu"
         if on_cpu and (shared := work.rights.of(factors, sum_MN.shape[1], sum_MN.dtype)) is not None:
             return shared
@@ -291,13 +291,13 @@ class Rewriter:
         return latest[1]
 
     def _scratch(self, role: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-        """Of the dtype and on the device of `like`; on a GPU torch keeps its own memory from chunk to chunk."""
+        """A buffer with the dtype and device of `like`; on a GPU, torch caches the memory itself."""
         if like.device.type == "cpu":
             return self._buffer(f"{role} factor", shape, like.dtype)
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def _buffer(self, role: str, shape: torch.Size, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-        """This thread's memory, placed in a block as `offset` is in the file, so that it can be written directly."""
+        """This thread's buffer, aligned to a block as `offset` is in the file, so that it can be written directly."""
         key = f"{role}.{dtype}"
         flat = getattr(self._local, key, None)
         spare = BLOCK_BYTES // dtype.itemsize
@@ -311,12 +311,12 @@ class Rewriter:
 
 def _not_finite(target: TensorEntry, W_MN: torch.Tensor) -> RefusedOutput:
     if all_finite(W_MN):
-        message = f"{target.name} gets values that {target.dtype} cannot hold, or a NaN."
+        message = f"{target.name} would get a NaN, or values too large for {target.dtype}."
         wider = "Merge to fp32 or bf16, and check" if target.dtype == "F16" else "Lower the weights, or check"
         next_step = f"{wider} the adapters (inspect)."
     else:
-        message = f"{target.name} has a NaN or an infinity in the base already."
-        next_step = "Take another copy of the base."
+        message = f"{target.name} already has a NaN or an infinity in the base."
+        next_step = "Use another copy of the base."
     return RefusedOutput("not_finite", message, subject=target.name, next_step=next_step)
 
 
@@ -331,8 +331,8 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fits(exact: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the sum of squares shows that each value is finite in the dtype: five times cheaper than looking at the
-    rounded ones. False only says that it does not show."""
+    """Whether the sum of squares proves that all values are finite in the dtype; five times cheaper than checking the
+    rounded values. False is inconclusive."""
     if dtype is torch.float64:
         return False
     flat = exact.reshape(-1)

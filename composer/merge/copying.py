@@ -1,4 +1,4 @@
-"""Ranges of bytes that are the same in the base and the output: shared or copied by the kernel, and compared."""
+"""Byte ranges that are the same in the base and the output: cloned or copied by the kernel, and compared."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from composer.deltas.tensors import read_all
 from composer.merge.chunks import TensorPlan
 from composer.merge.io.source import write_all
 
-_COPY_BYTES = 8 << 20  # a large range is split: several threads share it, and it is compared while it is in the caches
+_COPY_BYTES = 8 << 20  # large ranges are split, so that threads share them and compare them while cached
 _COMPARE_BYTES = 256 << 10
 _CLONE = 0x40049409  # FICLONE of linux/fs.h
 _NO_KERNEL_COPY = frozenset({
@@ -31,18 +31,18 @@ class Range:
     size_bytes: int
 
     def joined(self, after: "Range") -> "Range | None":
-        """Both as one range, when the other follows on both sides."""
+        """Both as one range, if `after` follows in the base and the output."""
         follows = (self.path, self.source + self.size_bytes, self.target + self.size_bytes)
         if follows != (after.path, after.source, after.target):
             return None
         return replace(self, size_bytes=self.size_bytes + after.size_bytes)
 
 
-def cloned_whole(source: int, target: int) -> bool:
-    """Make the empty file `target` another name for the blocks of `source`; False where the file system cannot.
+def clone_file(source: int, target: int) -> bool:
+    """Makes the empty file `target` share the blocks of `source`. False if the file system does not support it.
 
-    A block is copied when one of the two is written to (btrfs, XFS). No hard link: that is one file, and an edit of
-    the base in place would be one of the output.
+    A block is copied when either file is written to (btrfs, XFS). A hard link would not do: an in-place edit of the
+    base would also change the output.
     """
     try:
         fcntl.ioctl(target, _CLONE, source)
@@ -54,7 +54,7 @@ def cloned_whole(source: int, target: int) -> bool:
 
 
 def copied_ranges(tensors: Iterable[TensorPlan]) -> list[Range]:
-    """The untouched ones of an output shard's tensors, neighbours joined: where nothing is touched it is one range."""
+    """The ranges of an output shard's unchanged tensors, with neighbours joined; one range if nothing changes."""
     ranges: list[Range] = []
     for tensor in tensors:
         part = Range(tensor.path, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
@@ -71,7 +71,7 @@ def pieces(part: Range) -> Iterator[Range]:
 
 
 def copy_range(part: Range, source: int, target: int) -> None:
-    """Copy inside the kernel; through user space where the file systems cannot."""
+    """Copies inside the kernel, or through user space if the file system does not support that."""
     done = 0
     while done < part.size_bytes:
         try:
@@ -80,7 +80,7 @@ def copy_range(part: Range, source: int, target: int) -> None:
             if error.errno not in _NO_KERNEL_COPY:
                 raise
             count = 0
-        if count == 0:  # not supported here, or the source is shorter than it was: reading tells which
+        if count == 0:  # not supported here, or the source became shorter: reading shows which
             _copy_plainly(part, done, source, target)
             return
         done += count
@@ -97,8 +97,8 @@ def _copy_plainly(part: Range, done: int, source: int, target: int) -> None:
 
 def equal(part: Range, source: int, target: int) -> bool:
     """Whether the range has the same bytes in both files."""
-    # Compared as 64-bit words, eight times as fast as bytes. What a short last block leaves behind it is from the block
-    # before, which was equal.
+    # Compared as 64-bit words, eight times as fast as bytes. After a short last block, the buffers hold the previous
+    # block's bytes, which were equal.
     words = -(-min(_COMPARE_BYTES, part.size_bytes) // 8)
     ours, theirs = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
     for done in range(0, part.size_bytes, _COMPARE_BYTES):

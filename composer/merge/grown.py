@@ -1,4 +1,4 @@
-"""A vocabulary that an adapter has grown: its file holds every row of the tensors that have one a token.
+"""Vocabularies grown by an adapter, whose file holds all rows of the tensors with one row per token.
 
 Shapes: V rows of the base's vocabulary, D columns.
 """
@@ -31,8 +31,8 @@ _BLOCK_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What adapters make of the base's vocabulary. `architecture` is the base's, with `rows` in each of `tensors`; 0
-    and none where nothing grows. `tokenizer` is the directory of the adapter that has the new tokens."""
+    """The vocabulary after merging. `architecture` is the base's, with `rows` rows in each of `tensors`; 0 and none if
+    nothing grows. `tokenizer` is the directory of the adapter with the new tokens."""
 
     architecture: Architecture
     rows: int = 0
@@ -49,12 +49,12 @@ class Vocabulary:
             return []
         message = f"The vocabulary grows to {self.rows} rows."
         if not self.tokenizer_files:
-            message += " The adapter has no tokenizer, and the base's does not know the new tokens: save it there."
+            message += " The adapter has no tokenizer, and the base's lacks the new tokens: save the tokenizer there."
             return [Finding("no_tokenizer", Severity.WARNING, "tokenizer", message)]
         return [Finding("grown_vocabulary", Severity.NOTICE, "tokenizer", message + " The tokenizer is the adapter's.")]
 
     def side_files(self, base: Path) -> dict[str, Path]:
-        """Name -> file of what lies beside the weights: the base's, with an adapter's own tokenizer in its place."""
+        """Name -> side file: the base's, with the adapter's tokenizer replacing the base's."""
         own = {file.name: file for file in self.tokenizer_files}
         left_out = TOKENIZER_FILES if own else ()
         return {name: contained(base, name) for name in side_files(base) if name not in left_out} | own
@@ -65,24 +65,24 @@ class Vocabulary:
 
 
 def grown_vocabulary(checkpoint: Checkpoint, paths: Sequence[Path]) -> Vocabulary:
-    """The base's vocabulary, or a larger one where adapters hold all rows of it. One that lacks rows is not grown for:
-    its placement on the base says what does not fit."""
+    """The base's vocabulary, or a larger one if adapters hold all of its rows. For an adapter that lacks rows, nothing
+    grows; its placement on the base reports what does not fit."""
     base = checkpoint.architecture
     tensors = _vocabulary_tensors(base)
     if not tensors or checkpoint.own_head is not None:
         return Vocabulary(base)
-    found = {path: rows for path in paths if (rows := _rows_held(read_adapter(path), base))}
-    sizes = {rows.get(name, 0) for rows in found.values() for name in tensors}
+    held = {path: rows for path in paths if (rows := _rows_held(read_adapter(path), base))}
+    sizes = {rows.get(name, 0) for rows in held.values() for name in tensors}
     if len(sizes) != 1 or 0 in sizes:
         return Vocabulary(base)
     (rows,) = sizes
     larger = {name: replace(base.tensors[name], shape=(rows, *base.tensors[name].shape[1:])) for name in tensors}
     architecture = replace(base, tensors={**base.tensors, **larger})
-    return Vocabulary(architecture, rows, tensors, next(iter(found)))
+    return Vocabulary(architecture, rows, tensors, next(iter(held)))
 
 
 def _vocabulary_tensors(base: Architecture) -> tuple[str, ...]:
-    """Input embedding and head; nothing where others count the tokens as well, such as a bias of the head."""
+    """Input embedding and head. Empty if other tensors have a row per token too, such as a bias of the head."""
     embeddings = embedding_tensors(base.tensors)
     tensors = (*embeddings, *(() if base.tied else head_tensors(base.tensors)))
     if len(embeddings) != 1 or any(base.tensors[name].dtype not in FLOAT_DTYPES for name in tensors):
@@ -95,8 +95,8 @@ def _vocabulary_tensors(base: Architecture) -> tuple[str, ...]:
 
 
 def _rows_held(adapter: Adapter, base: Architecture) -> dict[str, int]:
-    """Tensor -> its rows, where the file has more than the base, and each that the base has not."""
-    found: dict[str, int] = {}
+    """Tensor -> its rows, if the file has more rows than the base, including every new one."""
+    counts: dict[str, int] = {}
     for key, entry in adapter.header.tensors.items():
         split = split_key(key)
         target = find_weight(split.module, "weight", base) if is_vocabulary(split.module) else None
@@ -108,12 +108,12 @@ def _rows_held(adapter: Adapter, base: Architecture) -> dict[str, int]:
             new = sorted(row for row in adapter.config.tokens_of(split.module) if row >= count)
             rows = count + len(new) if new == list(range(count, count + len(new))) else 0
         if rows > count:
-            found[target.weight] = rows
-    return found
+            counts[target.weight] = rows
+    return counts
 
 
 def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vocabulary) -> LoadedAdapter:
-    """The adapter with trained rows of new tokens as the tensor that the base's becomes."""
+    """The adapter with trained rows of new tokens turned into the complete grown tensor."""
     made: dict[str, torch.Tensor] = {}
     deltas: list[Delta] = []
     for delta in adapter.deltas:
@@ -128,7 +128,7 @@ def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vo
 
 
 def _extended(base_VD: torch.Tensor, delta: RowwiseDelta, rows: int) -> torch.Tensor:
-    """In at least float32, so that what was trained is rounded once, when it is written."""
+    """The extended tensor in at least float32, so that trained values are rounded only once, when written."""
     tensor = torch.zeros(rows, base_VD.shape[1], dtype=torch.promote_types(base_VD.dtype, torch.float32))
     tensor[: len(base_VD)] = base_VD
     for begin in range(0, rows, _BLOCK_ROWS):
@@ -138,12 +138,12 @@ def _extended(base_VD: torch.Tensor, delta: RowwiseDelta, rows: int) -> torch.Te
 
 
 def refuse_uneven(vocabulary: Vocabulary, deltas: Mapping[str, Sequence[Delta]], head: str | None) -> None:
-    """Raise Mismatch where not each tensor of the vocabulary gets all of its rows in the end: an adapter of weight 0, a
-    side that a rule leaves out, differences instead of whole tensors."""
+    """Raises Mismatch unless each tensor of the vocabulary gets all of its rows: an adapter may have weight 0, a rule
+    may leave a side out, or differences may replace full tensors."""
     names = {*vocabulary.tensors, *([head] if head else [])} if vocabulary.rows else set[str]()
     for name in sorted(names):
-        whole = [delta for delta in deltas.get(name, ()) if isinstance(delta, Replacement)]
-        if len(whole) != 1 or len(deltas[name]) != 1 or len(whole[0].tensor) != vocabulary.rows:
+        full = [delta for delta in deltas.get(name, ()) if isinstance(delta, Replacement)]
+        if len(full) != 1 or len(deltas[name]) != 1 or len(full[0].tensor) != vocabulary.rows:
             message = f"The vocabulary grows to {vocabulary.rows} rows, and {name} does not get all of them."
-            next_step = "Give the adapter that holds them the weight 1, without rules or replacements=delta for them."
+            next_step = "Give the adapter that holds them a weight of 1, without rules or replacements=delta for them."
             raise Mismatch("vocabulary_mismatch", message, subject=name, next_step=next_step)

@@ -1,4 +1,4 @@
-"""What a merge will do, decided before a byte is written: which files are copied, and what is added to which tensor."""
+"""Plans a merge before a byte is written: which files are copied, and what is added to which tensor."""
 
 import hashlib
 import json
@@ -45,14 +45,14 @@ from composer.methods.combine import combine_deltas
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _READ_OTHERWISE = {OTHER_PATHS, "no_prefix", "pattern_unused", "raw_keys"}
-"""Findings about an adapter's keys that are told of a merge, too: what others make of them may be another thing."""
-_BYTES_VERSION = 8  # raised when the same inputs give other bytes, so that no merge goes on with an older one's
+"""Findings about an adapter's keys that a merge reports too, because other tools may read these keys differently."""
+_BYTES_VERSION = 8  # raised when the same inputs give different bytes, so that no merge resumes an older version's
 
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """All that a merge will do, decided before a byte is written. `inputs` are the files that its bytes follow
-    from, as they were then."""
+    """Everything a merge will do, decided before a byte is written. `inputs` are the files that determine its bytes, as
+    they were then."""
 
     checkpoint: Checkpoint
     shards: tuple[ShardPlan, ...]
@@ -76,7 +76,7 @@ class MergePlan:
 
     @property
     def key(self) -> str:
-        """The same for plans that give the same bytes, from inputs that nobody has written to: 12 hex digits."""
+        """12 hex digits, equal for plans that give the same bytes from unmodified inputs."""
         inputs = [[str(path), *identity] for path, identity in self.inputs.items()]
         described = [_BYTES_VERSION, str(self.checkpoint.path.absolute()), inputs, self.config, self.to_json()]
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -104,15 +104,15 @@ def plan_merge(
     dtype: str | None = None,
     rounding: Rounding | None = None,
 ) -> MergePlan:
-    """Plan the merge of (adapter directory, weight) pairs into a checkpoint. Looks at the adapters' factors, and at a
-    few rows of the base only for an adapter that was trained on a quantized one.
+    """Plans the merge of (adapter directory, weight) pairs into a checkpoint. Reads the adapters' factors, and a few
+    rows of the base only if an adapter was trained on a quantized base.
 
-    `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` is to the nearest
-    value without another choice. Raises Mismatch, NotSupported and InvalidFile for whatever cannot be merged truly.
+    `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` defaults to the
+    nearest value. Raises Mismatch, NotSupported or InvalidFile for anything that cannot be merged faithfully.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise NotSupported(
-            "dtype", f"{dtype!r} is no output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
+            "dtype", f"{dtype!r} is not an output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
     parsed = parse_settings(method, settings or {})
     source = dequantized(checkpoint)
@@ -154,8 +154,8 @@ def plan_merge(
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What decides the output's tensors: the base's, what is done to them, an untied head, a dtype for
-    all, and the rows of a vocabulary that grows (0: it does not)."""
+    """Determines the output's tensors: the base's, their changes, an untied head, a dtype for all, and the rows of a
+    grown vocabulary (0: it does not grow)."""
 
     checkpoint: Checkpoint
     dequantized: Dequantized
@@ -165,7 +165,7 @@ class _Layout:
     vocabulary: int
 
     def sources(self, header: Header) -> dict[str, tuple[Path, TensorEntry]]:
-        """By output name, for one of the base's files: an untied head lies beside the embedding it came from."""
+        """Sources by output name, for one of the base's files. An untied head goes into its embedding's file."""
         checkpoint, head = self.checkpoint, self.head
         left_out = self.dequantized.scales | self.second_copies
         sources = {name: checkpoint.locate(name) for name in header.tensors if name not in left_out}
@@ -177,23 +177,23 @@ class _Layout:
 
     @property
     def second_copies(self) -> frozenset[str]:
-        """Heads that are the embedding once more, when that changes. Rounded by chance two copies would not stay equal,
-        and loading ties only what is equal; without the second one there is nothing to compare."""
+        """Stored heads that duplicate an embedding that changes. Stochastic rounding would make the two copies differ,
+        and loaders tie only equal tensors; without the duplicate there is nothing to compare."""
         architecture = self.checkpoint.architecture
         changed = self.dtype is not None or any(name in self.deltas for name in embedding_tensors(architecture.tensors))
         again = architecture.tied and self.head is None and changed
         return frozenset(head_tensors(architecture.tensors) if again else ())
 
     def spec(self, name: str, stored: TensorSpec) -> TensorSpec:
-        """Raises NotSupported for a tensor that nothing can be added to."""
+        """The output spec of a tensor. Raises NotSupported if nothing can be added to its dtype."""
         decoded = self.dequantized.tensors.get(name)
         spec = stored if decoded is None else TensorSpec(decoded.dtype, decoded.shape)
-        whole = [delta for delta in self.deltas.get(name, ()) if isinstance(delta, Replacement)]
-        if self.vocabulary and whole:
-            spec = replace(spec, shape=tuple(whole[0].tensor.shape))
+        full = [delta for delta in self.deltas.get(name, ()) if isinstance(delta, Replacement)]
+        if self.vocabulary and full:
+            spec = replace(spec, shape=tuple(full[0].tensor.shape))
         adding = any(not isinstance(delta, Replacement) for delta in self.deltas.get(name, ()))
         if adding and spec.dtype not in FLOAT_DTYPES:
-            message = f"{name} is stored as {spec.dtype}, which nothing can be added to."
+            message = f"{name} is stored as {spec.dtype}, to which nothing can be added."
             raise NotSupported("dtype", message, subject=name, next_step="Use the unquantized base.")
         return replace(spec, dtype=self.dtype) if self.dtype is not None and spec.dtype in FLOAT_DTYPES else spec
 
@@ -204,7 +204,7 @@ class _Layout:
 
 
 def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
-    """The output's files: the base's, byte for byte where nothing changes a header."""
+    """The output's files: the base's, byte for byte unless a header changes."""
     shards: list[ShardPlan] = []
     for file, header in layout.checkpoint.shards.items():
         sources = layout.sources(header)
@@ -222,25 +222,25 @@ def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
 
 
 def _config(config: Mapping[str, Any], untied: bool, dtype: str | None, vocabulary: int) -> dict[str, Any]:
-    """The base's, and that of a language model within it: where it says how it is tied or stored, or how many tokens it
-    has, it says it anew."""
+    """The base's config, including a nested language model's, with updated entries for tying, dtype and vocabulary
+    size."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     new: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     new |= {} if dtype is None else {key: str(TORCH_DTYPES[_DTYPES[dtype]]).removeprefix("torch.")}
-    told: dict[str, Any] = {**config, **new}
+    document: dict[str, Any] = {**config, **new}
     new |= {"vocab_size": vocabulary} if vocabulary else {}
-    told |= {"vocab_size": vocabulary} if vocabulary and "vocab_size" in config else {}
+    document |= {"vocab_size": vocabulary} if vocabulary and "vocab_size" in config else {}
     for name, inner in config.items():
         if name.endswith("_config") and isinstance(inner, Mapping):
             own = cast("Mapping[str, Any]", inner)
-            told[name] = {**own, **{known: value for known, value in new.items() if known in own}}
-    return told
+            document[name] = {**own, **{known: value for known, value in new.items() if known in own}}
+    return document
 
 
 def _missing_tokenizer(path: Path) -> list[Finding]:
     if any((path / name).is_file() for name in _TOKENIZERS):
         return []
-    message = f"{path.name} has no tokenizer, and so neither has what is merged."
+    message = f"{path.name} has no tokenizer, so the merged checkpoint has none either."
     return [Finding("no_tokenizer", Severity.NOTICE, path.name, message)]
 
 
@@ -250,7 +250,7 @@ def _first_bytes(path: Path, count: int) -> bytes:
 
 
 def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str | None:
-    """Name of the head's own tensor, when an adapter changes the tied one; None when nothing needs untying. One that
+    """The name of the head's own tensor if an adapter changes the tied one; None if nothing needs untying. A head that
     the base stores keeps its name."""
     tied = [delta for adapter in loaded for delta in adapter.deltas if delta.tied]
     if not tied:
@@ -263,18 +263,18 @@ def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str
 
 
 def _by_tensor(checkpoint: Checkpoint, deltas: Sequence[Delta], head: str | None) -> dict[str, list[Delta]]:
-    """The deltas by the output's tensor: that of an untied head is named after its module, which files may call other
-    than memory does."""
-    found: dict[str, list[Delta]] = defaultdict(list)
+    """The deltas by output tensor. An untied head's tensor is named after its module, whose name may differ between
+    files and memory."""
+    by_tensor: dict[str, list[Delta]] = defaultdict(list)
     for delta in deltas:
         known = delta.weight in checkpoint.architecture.tensors or not is_head(delta.module)
-        found[delta.weight if known or head is None else head].append(delta)
-    return found
+        by_tensor[delta.weight if known or head is None else head].append(delta)
+    return by_tensor
 
 
 def _tokens_on_own_head(checkpoint: Checkpoint, adapter: LoadedAdapter) -> LoadedAdapter:
-    """Where the config says tied and the files do not, PEFT believes the config for trained tokens alone: the new rows
-    of the embedding, of no other table, are the head's as well, in training and in its merge."""
+    """Copies new token rows to the head if the config says tied but the files do not. For trained tokens alone, PEFT
+    follows the config: in training and merging, the embedding's new rows (no other table's) are the head's too."""
     head = checkpoint.own_head
     if head is None or any(_sets_tokens(delta) and delta.weight == head for delta in adapter.deltas):
         return adapter
@@ -289,13 +289,16 @@ def _sets_tokens(delta: Delta) -> TypeGuard[RowwiseDelta]:
 
 
 def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None:
-    """PEFT saves a base weight beside an adapted embedding. If it is not this base's, the adapter fits another."""
+    """Refuses an adapter whose copy of a base weight, which PEFT saves with an adapted embedding, differs from this
+    base's."""
     for weight, copy in adapter.base_copies.items():
         base = map_tensor(*checkpoint.locate(weight))
-        known = copy[: len(base)]  # of a grown vocabulary the copy has the new tokens' rows too
+        known = copy[: len(base)]  # with a grown vocabulary, the copy includes the new tokens' rows
         same = all(torch.equal(a.float(), b.float()) for a, b in zip(base.split(4096), known.split(4096), strict=True))
         if not same:
-            message = f"{adapter.name} brings a {weight} that differs from the base's: it was trained on another base."
+            message = (
+                f"{adapter.name} contains a {weight} that differs from the base's: it was trained on another base."
+            )
             raise Mismatch(
                 "changed_base_layer", message, subject=weight, next_step="Merge it into the base it was trained on."
             )

@@ -1,8 +1,7 @@
-"""Whether a merged checkpoint is what its note says: made again from base and adapters, and compared, nothing written.
+"""Verifies a merged checkpoint against its note: repeats the merge from base and adapters and compares. Writes nothing.
 
-On one machine the same inputs give the same bytes, whatever the threads. On another one the float32 products may differ
-in their last bit, before they are rounded: an element that ends in the neighbouring value is then told apart from one
-that is simply another.
+On one machine, the same inputs give the same bytes for any number of threads. On another machine, float32 products may
+differ in their last bit before rounding. So elements off by one step are counted separately from larger differences.
 """
 
 import json
@@ -34,8 +33,8 @@ from composer.merge.run import index_of
 from composer.merge.shards import Progress, ShardPlan
 
 _ROUNDING_SHARE = {"F64": 1.0, "F32": 1.0, "F16": 8e-3, "BF16": 1e-3}
-"""Of a tensor, as many elements may end in the neighbouring value on another machine, and a few of a small one:
-float32's last bit decides a rounding to 8 bits once in some 10,000 times, to float16's 11 eight times as often."""
+"""The share of a tensor's elements that may be off by one step on another machine, plus a few in a small tensor.
+float32's last bit decides a rounding to 8 bits about once in 10,000 times, and to float16's 11 eight times as often."""
 _A_FEW = 8
 _VALUES = "differs by"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,7 +42,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, slots=True)
 class FileDifference:
-    """`neighbours` elements differ by one step of their dtype, `others` by more; `why` is what else there is to say."""
+    """`neighbours` elements differ by one step of their dtype, `others` by more; `why` holds any other reason."""
 
     file: str
     neighbours: int
@@ -53,8 +52,8 @@ class FileDifference:
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """What making a merge again has shown: `same` files are equal byte by byte. `earlier` is the method with its
-    version, where the note names an older one than today's."""
+    """The result of repeating a merge: `same` files are equal byte by byte. `earlier` is the method with its version,
+    if the note names an older version than the current one."""
 
     same: tuple[str, ...]
     different: tuple[FileDifference, ...]
@@ -62,8 +61,8 @@ class Rebuilt:
 
     @property
     def verdict(self) -> str:
-        """`same`, `rounding` (nothing but neighbours: another machine's float32), `earlier` (values differ, as those of
-        an earlier version of the method may: nothing is shown by that) or `different`."""
+        """`same`, `rounding` (only neighbours: another machine's float32), `earlier` (values differ, which is
+        inconclusive for an earlier version of the method) or `different`."""
         if not self.different:
             return "same"
         if not any(one.others or one.why for one in self.different):
@@ -76,51 +75,51 @@ class Rebuilt:
 
 
 def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path]) -> MergePlan:
-    """The plan that the note in `merged` (its adaptory.json) tells of, on this base and the adapters in any order.
+    """The plan described by the note in `merged` (adaptory.json), on this base and the adapters in any order.
 
-    Raises InvalidFile for a directory without such a note, Mismatch for an adapter that is missing or another one, and
-    what `plan_merge` raises.
+    Raises InvalidFile for a directory without such a note, Mismatch for a missing or different adapter, and what
+    `plan_merge` raises.
     """
-    note = read_json(merged / NOTE_FILE, "missing_note", "Only what `adaptory merge` or a composition made has one.")
+    note = read_json(merged / NOTE_FILE, "missing_note", "Only results of `adaptory merge` or a composition have one.")
     if note.get("made") != "merge":
         raise InvalidFile(
             "bad_note",
-            f"{NOTE_FILE} tells of no merge.",
+            f"{NOTE_FILE} does not describe a merge.",
             subject=NOTE_FILE,
-            next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
+            next_step="Only results of `adaptory merge` or a composition can be rebuilt.",
         )
-    told = _told(note)
+    parsed = _parsed_note(note)
     digests = {path: hash_file(path / WEIGHTS_FILE) for path in adapters}
-    used = [(_merged(one, digests), one.weight) for one in told.adapters]
+    used = [(_merged(one, digests), one.weight) for one in parsed.adapters]
     for path, digest in digests.items():
-        if digest not in {one.digest for one in told.adapters}:
+        if digest not in {one.digest for one in parsed.adapters}:
             raise Mismatch(
                 "other_adapter",
-                f"{path.name} ({digest[:12]}) is none of the adapters that were merged.",
+                f"{path.name} ({digest[:12]}) is not one of the merged adapters.",
                 subject=path.name,
                 next_step="Leave it out.",
             )
-    return plan_merge(checkpoint, used, told.method, told.settings, told.dtype, told.rounding)
+    return plan_merge(checkpoint, used, parsed.method, parsed.settings, parsed.dtype, parsed.rounding)
 
 
-def _merged(told: AdapterUse, digests: Mapping[Path, str]) -> Path:
-    """The adapter that the note means, of those whose weights have these digests."""
-    same = [path for path, digest in digests.items() if digest == told.digest]
+def _merged(use: AdapterUse, digests: Mapping[Path, str]) -> Path:
+    """The path of the adapter that the note names, found by the digest of its weights."""
+    same = [path for path, digest in digests.items() if digest == use.digest]
     for path in same:
-        if told.config in (None, hash_file(path / CONFIG_FILE)):
+        if use.config in (None, hash_file(path / CONFIG_FILE)):
             return path
-    why = f": {CONFIG_FILE} is another" if same else f" ({told.digest[:12]})"
+    why = f": {CONFIG_FILE} differs" if same else f" ({use.digest[:12]})"
     raise Mismatch(
         "other_adapter",
-        f"None of the given adapters is the {told.name} that was merged{why}.",
-        subject=told.name,
+        f"None of the given adapters is the {use.name} that was merged{why}.",
+        subject=use.name,
         next_step="Pull the releases that the merged one names as its inputs.",
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """What a note says that the merge was made from."""
+class _MergeInputs:
+    """The inputs of a merge, as its note states them."""
 
     adapters: tuple[AdapterUse, ...]
     method: str
@@ -129,8 +128,8 @@ class _Told:
     rounding: Rounding
 
 
-def _told(note: Mapping[str, Any]) -> _Told:
-    """Raises InvalidFile where something is missing or of another type: anybody may have written it."""
+def _parsed_note(note: Mapping[str, Any]) -> _MergeInputs:
+    """Parses the note, which is untrusted. Raises InvalidFile for missing or mistyped entries."""
     try:
         method, settings, dtype = note["method"], note["settings"], note["dtype"]
         if not (isinstance(method, str) and isinstance(settings, dict) and isinstance(dtype, str | None)):
@@ -140,31 +139,31 @@ def _told(note: Mapping[str, Any]) -> _Told:
     except (KeyError, TypeError) as error:
         raise InvalidFile(
             "bad_note",
-            f"{NOTE_FILE} does not say all that a merge is made from ({error}).",
+            f"{NOTE_FILE} does not name all inputs of the merge ({error}).",
             subject=NOTE_FILE,
-            next_step="Only what `adaptory merge` or a composition made can be rebuilt.",
+            next_step="Only results of `adaptory merge` or a composition can be rebuilt.",
         ) from error
-    return _Told(adapters, method, cast("dict[str, object]", settings), dtype, rounding)
+    return _MergeInputs(adapters, method, cast("dict[str, object]", settings), dtype, rounding)
 
 
 def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progress | None = None) -> Rebuilt:
-    """Make the plan's files again, a chunk at a time, and compare them with those in `merged`. Memory is a merge's.
+    """Repeats the plan's files chunk by chunk and compares them with those in `merged`. Uses as much memory as a merge.
 
-    Weights, config and index are compared; the side files (tokenizer, licence) with the base's. `progress` is called
-    from several threads with the bytes just done, `plan.size_bytes` in all. Raises what a merge raises.
+    Compares weights, config and index, and the side files (tokenizer, licence) with the base's. `progress` is called
+    from several threads with the bytes just done, `plan.size_bytes` in total. Raises what a merge raises.
     """
-    found = [
+    differences = [
         *_texts(plan, merged),
         *_side_files(plan, merged),
         *_more_weights(plan, merged),
         *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
     ]
-    same = tuple(one.file for one in found if not one.neighbours and not one.others and not one.why)
-    return Rebuilt(same, tuple(one for one in found if one.file not in same), _earlier(plan, merged))
+    same = tuple(one.file for one in differences if not one.neighbours and not one.others and not one.why)
+    return Rebuilt(same, tuple(one for one in differences if one.file not in same), _earlier(plan, merged))
 
 
 def _earlier(plan: MergePlan, merged: Path) -> str:
-    """Notes of before methods had versions are of the first."""
+    """The method and version of an older note, else empty. Notes without a version are of the first."""
     made: object = read_json(merged / NOTE_FILE, "missing_note", "Make the merge again.").get("method_version", 1)
     now = PIPELINES[plan.method].version
     return f"{plan.method} {made}" if isinstance(made, int) and made < now else ""
@@ -179,11 +178,11 @@ def _other_json(path: Path, expected: Mapping[str, Any]) -> str:
     if not path.is_file():
         return "is missing"
     same = read_json(path, "missing", "Make the merge again.") == json.loads(json.dumps(expected))
-    return "" if same else "has other contents"
+    return "" if same else "has different contents"
 
 
 def _side_files(plan: MergePlan, merged: Path) -> list[FileDifference]:
-    """What a merge copies besides weights must be the same; what a release adds to it (a card) is not looked at."""
+    """Compares the side files that a merge copies; files that a release adds (a card) are ignored."""
     files = plan.vocabulary.side_files(plan.checkpoint.path)
     return [FileDifference(name, 0, 0, _other_copy(merged / name, file)) for name, file in files.items()]
 
@@ -195,10 +194,10 @@ def _other_copy(path: Path, original: Path) -> str:
 
 
 def _more_weights(plan: MergePlan, merged: Path) -> list[FileDifference]:
-    """A loader may take them for the model's."""
+    """Weight files that are not the merge's, which a loader may take for the model's."""
     made = {shard.file for shard in plan.shards}
-    found = sorted(path.name for path in merged.iterdir() if path.suffix in {".safetensors", *PICKLE_SUFFIXES})
-    return [FileDifference(name, 0, 0, "is of no such merge") for name in found if name not in made]
+    weights = sorted(path.name for path in merged.iterdir() if path.suffix in {".safetensors", *PICKLE_SUFFIXES})
+    return [FileDifference(name, 0, 0, "does not belong to this merge") for name in weights if name not in made]
 
 
 def _weights(plan: MergePlan, merged: Path, rewriter: Rewriter, report: Progress) -> Iterable[FileDifference]:
@@ -221,7 +220,7 @@ class _Comparing:
     report: Progress
 
     def copied(self, part: Range, source: int, target: int) -> int:
-        """Bytes of pieces that differ."""
+        """The number of bytes in pieces that differ."""
         self.report(part.size_bytes)
         return 0 if equal(part, source, target) else part.size_bytes
 
@@ -239,16 +238,14 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
     why = ""
     with ExitStack() as stack:
         target = stack.enter_context(path.open("rb")).fileno()
-        opened = {
-            place: stack.enter_context(place.open("rb")).fileno() for place in {one.path for one in shard.tensors}
-        }
+        opened = {path: stack.enter_context(path.open("rb")).fileno() for path in {one.path for one in shard.tensors}}
         if os.pread(target, len(shard.head), 0) != shard.head:
-            why = "has another header"
+            why = "has a different header"
         comparing.report(len(shard.head))
         for part in copied_ranges(shard.tensors):
             source = opened[part.path]
             different = sum(pool.map(lambda piece, s=source: comparing.copied(piece, s, target), pieces(part)))
-            why = why or ("has other bytes where the base was copied" if different else "")
+            why = why or ("has different bytes where the base was copied" if different else "")
         for tensor in shard.tensors:
             if tensor.copied:
                 continue
@@ -259,24 +256,26 @@ def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadP
             if far:
                 why = why or f"{_VALUES} more than a step in {far} elements of {tensor.target.name}"
             if near > _roundings(tensor.target):
-                why = why or f"{_VALUES} one step in {near} elements of {tensor.target.name}, more than rounding gives"
+                why = (
+                    why or f"{_VALUES} one step in {near} elements of {tensor.target.name}, more than rounding explains"
+                )
     return FileDifference(shard.file, neighbours, others, why)
 
 
 def _roundings(target: TensorEntry) -> float:
-    """So many elements may be neighbours: in float32 itself, whose last bit is what differs, all."""
+    """The number of elements that may be neighbours; all in float32, whose last bit is what differs."""
     return max(_A_FEW, _ROUNDING_SHARE.get(target.dtype, 0.0) * target.spec.elements)
 
 
 def steps_apart(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:
-    """(elements that are neighbours in their dtype, elements further apart); of equal bytes neither is counted."""
+    """(elements one step apart in their dtype, elements further apart); equal elements are not counted."""
     integers = _INTEGERS[one.dtype.itemsize]
     first, second = one.contiguous().view(integers), other.contiguous().view(integers)
     if torch.equal(first, second):
         return 0, 0
     first, second = first.long(), second.long()
     if one.is_floating_point():
-        # Sign and magnitude as one ordered number: -0 and 0 are the same, and each step is 1.
+        # Sign and magnitude as one ordered number: -0 equals 0, and each step is 1.
         lowest = torch.iinfo(integers).min
         first, second = (torch.where(bits < 0, lowest - bits, bits) for bits in (first, second))
     apart = (first - second).abs()

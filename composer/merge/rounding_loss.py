@@ -1,7 +1,7 @@
-"""What a merge wrote, against what it should have: sampled rows computed again in float64, and what rounding left of Δ.
+"""Checks written values against sampled rows recomputed in float64, and measures what rounding left of Δ.
 
-Looking at every value for this would take a third of the merge's time again, so the rows that verification recomputes
-anyway are the sample: nine or ten of each tensor, some 20 thousand values of a small one.
+Checking every value would add a third to a merge's time. So the sample is the rows that verification recomputes anyway:
+nine or ten of each tensor, about 20 thousand values of a small one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,17 +22,17 @@ from composer.merge.chunks import TensorWork
 from composer.merge.io.source import Source, picked_rows, source_rows
 
 _SAMPLED_ROWS = 8
-_SAMPLED_ELEMENTS = 256  # of a tensor that is only cast or replaced
+_SAMPLED_ELEMENTS = 256  # for a tensor that is only cast or replaced
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
-_COMPUTED_ULPS = 512  # a delta without factors passes norms, rotations or transforms in float32
+_COMPUTED_ULPS = 512  # a delta without factors goes through norms, rotations or transforms in float32
 _NOTICE, _WARNING = 0.18, 0.48  # of a delta's entries; in bfloat16, Gaussian, that is RMS(Δ)/RMS(W) = 1e-2 and 3e-3
 
 
 @dataclass(frozen=True, slots=True)
 class RoundingLoss(Summed):
-    """Of sampled rows, or of many tensors' summed up: counts, and squares of norms in float64.
+    """Counts and squared norms in float64, over sampled rows or summed over tensors.
 
-    `lost` entries of Δ changed nothing: the output is what rounding the base alone would give. `weight` is ‖W‖²,
+    `lost` entries of Δ changed nothing: the output equals the rounded base. `weight` is ‖W‖²,
     `delta` ‖Δ‖², `moved` ‖round(W + Δ) - W‖², `error` ‖round(W + Δ) - W - Δ‖².
     """
 
@@ -70,12 +70,12 @@ def total(survivals: Iterable[RoundingLoss]) -> RoundingLoss:
 
 
 def find_lost(survivals: dict[str, RoundingLoss], dtypes: dict[str, str], rounding: Rounding) -> list[Finding]:
-    """A finding for the tensors whose deltas the output's dtype loses much of, by sampled entries, with the one that
-    loses most as subject. Nothing for stochastic rounding, which keeps them on average.
+    """A finding for the tensors whose deltas lose much to the output's dtype, by sampled entries; its subject is the
+    one that loses most. None for stochastic rounding, which preserves deltas on average.
     """
     if rounding.mode is Mode.STOCHASTIC:
         return []
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for dtype in ("BF16", "F16"):
         shares = {name: one.lost_share for name, one in survivals.items() if dtypes[name] == dtype and one.entries}
         losing = sorted((share, name) for name, share in shares.items() if share >= _NOTICE)
@@ -83,21 +83,21 @@ def find_lost(survivals: dict[str, RoundingLoss], dtypes: dict[str, str], roundi
             share, worst = losing[-1]
             severity = Severity.WARNING if share >= _WARNING else Severity.NOTICE
             message = (
-                f"{len(losing)} of {len(shares)} deltas are so small that {dtype} loses much of them, most of all of "
-                f"{worst} ({share:.0%} of its entries). Serve the adapter as it is, write fp32 or round "
-                "stochastically (right on average, and noisier)."
+                f"{len(losing)} of {len(shares)} deltas are so small that {dtype} loses much of them, most in {worst} "
+                f"({share:.0%} of its entries). Serve the adapter unmerged, write fp32, or round stochastically "
+                "(right on average, but noisier)."
             )
-            found.append(Finding(f"{dtype.lower()}_swallow", severity, worst, message, share))
-    return found
+            findings.append(Finding(f"{dtype.lower()}_swallow", severity, worst, message, share))
+    return findings
 
 
 @torch.inference_mode()
 def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> RoundingLoss:
-    """Recompute sampled rows of a rewritten tensor in float64 from the base and the deltas; what rounding left of Δ.
+    """Verifies a rewritten tensor on sampled rows, recomputed in float64, and returns what rounding left of Δ.
 
-    Each written value must lie within half a step of its dtype (a whole one where chance decides), plus the rounding
-    of R float32 additions (of a few hundred where a delta is no product of factors). Raises RefusedOutput naming the
-    tensor otherwise.
+    Each written value must lie within half a step of its dtype (a full step for stochastic rounding), plus the rounding
+    of R float32 additions (a few hundred for a delta without factors). Raises RefusedOutput naming the tensor
+    otherwise.
     """
     name = work.plan.target.name
     chosen = _chosen(name, work.rows, _SAMPLED_ROWS if work.columns > 1 else _SAMPLED_ELEMENTS)
@@ -111,7 +111,7 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> R
         slack = slack + exact.abs() * (limits.eps * rounding.steps) * (1 + 1e-6)
         slack = slack + 2 * rounding.steps * limits.smallest_normal * limits.eps
     if not bool(((written.double() - exact).abs() <= slack).all()):
-        raise unconfirmed(name, "rows of it are not what they should be")
+        raise unconfirmed(name, "some rows have unexpected values")
     return survival_of(W, delta, written) if work.changed else RoundingLoss(rows=len(chosen))
 
 
@@ -122,7 +122,8 @@ def unconfirmed(subject: str, why: str) -> RefusedOutput:
 
 
 def _chosen(name: str, rows: int, count: int) -> list[int]:
-    """Seeded by the name alone: the same merge is checked at the same places. First and last are always among them."""
+    """The rows to check, seeded by the name alone so that the same merge is checked at the same rows. Includes the
+    first and the last."""
     if not rows:
         return []
     picks = np.random.default_rng(list(name.encode())).integers(0, rows, count)
@@ -130,7 +131,7 @@ def _chosen(name: str, rows: int, count: int) -> list[int]:
 
 
 def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> RoundingLoss:
-    """Of some rows: W and Δ in float64, and the output in its dtype."""
+    """The rounding loss of some rows, from W and Δ in float64 and the output in its dtype."""
     moved = written.double() - W
     touched = delta != 0
     lost = touched & (written == W.to(written.dtype))
@@ -145,7 +146,7 @@ def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> 
 
 
 def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(W, Δ, the error that float32 accumulation may have made), the rows of each in float64."""
+    """(W, Δ, bound of the float32 accumulation error), rows in float64."""
     if work.replacement is not None:
         W = work.replacement[list(rows)].double()
         return W, torch.zeros_like(W), torch.zeros_like(W)
@@ -162,7 +163,7 @@ def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[tor
         for part in factors.parts if held else ():
             left, right = part.stored_rows(own, torch.float64)
             delta[held] += left @ right
-            # |left| @ |right| bounds every partial sum; by Cauchy and Schwarz the norms do, without a second product.
+            # |left| @ |right| bounds every partial sum; by Cauchy-Schwarz so do the norms, without a second product.
             # (Summed squares take a quarter of the time of torch's norm over rows.)
             norms = left.square().sum(dim=1, keepdim=True).sqrt(), right.square().sum(dim=0, keepdim=True).sqrt()
             bound[held] += norms[0] * norms[1]

@@ -1,4 +1,4 @@
-"""Merge adapters into a checkpoint: `plan_merge` decides (plan.py), `run_merge` writes and verifies (shards.py)."""
+"""Merges adapters into a checkpoint: `plan_merge` decides (plan.py), `run_merge` writes and verifies (shards.py)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +23,10 @@ _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did. Bytes were copied by the kernel or rewritten through float32; copied ones were compared, and
-    `resumed_bytes` of both are from an earlier run that was interrupted, and were verified again.
+    """The result of a merge. Bytes were copied by the kernel and compared, or rewritten through float32.
+    `resumed_bytes` of both come from an earlier, interrupted run and were verified again.
 
-    `survival` is what rounding left of all deltas together, `findings` says which were too small for the dtype.
+    `survival` is what rounding left of all deltas together; `findings` name those too small for the dtype.
     """
 
     out_dir: str
@@ -42,8 +42,8 @@ class MergeReport:
     findings: tuple[Finding, ...]
 
     def to_json(self) -> dict[str, Any]:
-        told = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
-        return {**asdict(self), **told}
+        reports = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
+        return {**asdict(self), **reports}
 
 
 def run_merge(
@@ -53,28 +53,29 @@ def run_merge(
     progress: Callable[[int], None] | None = None,
     note: Mapping[str, Any] | None = None,
 ) -> MergeReport:
-    """Write the merged checkpoint to `out_dir`: aside, verified, renamed. Memory is a few chunks a thread and the
-    factors of a few tensors, whatever the model's size.
+    """Writes the merged checkpoint to `out_dir`: staged, verified, renamed. Memory holds a few chunks per thread and
+    the factors of a few tensors, whatever the model's size.
 
-    A merge that was killed or interrupted goes on where it stopped when it is run again with the same inputs: whole
-    shards are kept, verified once more. `device` is `auto` (CUDA when there is one), `cpu` or `cuda:N`. `progress` is
-    called from several threads with the bytes just done, `plan.size_bytes` in all, and may raise Interrupted. `note` (a
-    recipe, a lock) goes into adaptory.json. Raises RefusedOutput for a directory that exists or is being written, a
-    full disk, inputs that were written to meanwhile, a value too large for the output dtype or a result that
-    verification does not confirm.
+    A killed or interrupted merge resumes when run again with the same inputs: finished shards are kept and verified
+    again. `device` is `auto` (CUDA if available), `cpu` or `cuda:N`. `progress` is called from several threads with the
+    bytes just done, `plan.size_bytes` in total, and may raise Interrupted. `note` (a recipe, a lock) goes into
+    adaptory.json.
+
+    Raises RefusedOutput for a directory that exists or is being written, a full disk, inputs modified meanwhile, a
+    value too large for the output dtype, or a result that fails verification.
     """
     started = time.monotonic()
     chosen = torch_device(device)
-    with staged_directory(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as aside:
-        journal = Journal(aside)
+    with staged_directory(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as staging:
+        journal = Journal(staging)
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
         refuse_changed(plan.inputs)
-        # Last, since shards have their full size from the start: without these, nothing loads what a kill leaves.
-        plan.vocabulary.copy_side_files(plan.checkpoint.path, aside)
-        write_json(aside / "config.json", plan.config)
+        # Last, since shards have their full size from the start: without these, nothing loads an incomplete merge.
+        plan.vocabulary.copy_side_files(plan.checkpoint.path, staging)
+        write_json(staging / "config.json", plan.config)
         if plan.checkpoint.index is not None:
-            write_json(aside / INDEX_FILE, index_of(plan))
-        write_json(aside / NOTE_FILE, _note(plan, note, written.survivals))
+            write_json(staging / INDEX_FILE, index_of(plan))
+        write_json(staging / NOTE_FILE, _note(plan, note, written.survivals))
         journal.close()
     dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}
     return MergeReport(

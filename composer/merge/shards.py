@@ -1,8 +1,8 @@
-"""Run a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and all of it is verified.
+"""Runs a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and everything is verified.
 
-Jobs run in file order, a bounded number of them begun, so that memory is that of a few chunks. A copied piece is
-compared by the job that copied it, while it is in the caches. What waits for the disk has threads of its own: syncing
-what was written, and reading samples of each finished tensor back.
+Jobs run in file order with a bounded number in flight, so that memory holds a few chunks. The job that copies a piece
+also compares it, while it is cached. Disk waits have their own threads: syncing written data, and reading back samples
+of each finished tensor.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from composer.deltas.tensors import tensor_bytes, torch_threads
 from composer.formats.checkpoints.header import read_header
 from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
-from composer.merge.copying import Range, cloned_whole, copied_ranges, copy_range, equal, pieces
+from composer.merge.copying import Range, clone_file, copied_ranges, copy_range, equal, pieces
 from composer.merge.io.journal import Journal
 from composer.merge.io.output_file import OutputFile
 from composer.merge.io.source import write_all
@@ -25,7 +25,7 @@ from composer.merge.rounding_loss import RoundingLoss, confirm, unconfirmed
 
 _SYNC_THREADS = 4
 _CONFIRMING_THREADS = 2
-_MOST_WORKERS = 16  # two for a core, one waits for the disk while the other computes; each has 8 MB of buffers
+_MOST_WORKERS = 16  # two per core: one waits for the disk while the other computes; each has 8 MB of buffers
 _MOST_UNCONFIRMED = 16  # tensors; the factors of each stay in memory until then
 
 Progress = Callable[[int], None]
@@ -50,7 +50,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """`resumed_bytes` are those of shards that an earlier run had finished; `survivals` are by tensor name."""
+    """`resumed_bytes` belong to shards that an earlier run had finished; `survivals` are by tensor name."""
 
     copied_bytes: int
     rewritten_bytes: int
@@ -60,7 +60,7 @@ class Written:
 
 
 class _Countdown:
-    """Tells the last of several threads that it is the last."""
+    """Detects the last of several threads."""
 
     def __init__(self, count: int) -> None:
         self._left = count
@@ -75,12 +75,12 @@ class _Countdown:
 def write_shards(
     shards: Sequence[ShardPlan], journal: Journal, rewriter: Rewriter, progress: Progress | None
 ) -> Written:
-    """Write all shards into the journal's directory, synced and verified; those that it has already are verified only.
+    """Writes all shards into the journal's directory, synced and verified; finished ones are only verified.
 
     Raises what a job raises, once the running ones end.
     """
     with ExitStack() as stack:
-        # Closed once the pools have ended: a closed file's number may be another file's when a job writes to it.
+        # Closed after the pools have ended: a closed descriptor may be reused while a job still writes to it.
         files = stack.enter_context(ExitStack())
         sources = {path: _opened(path, files) for path in _paths(shards)}
         # The pool is the parallelism: chunks are too small to share.
@@ -126,7 +126,7 @@ def _opened(path: Path, stack: ExitStack) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _ShardRun:
-    """The jobs of one shard. The last to write a tensor has it confirmed, and returns what will have survived of it."""
+    """The jobs of one shard. The last job of a tensor starts its confirmation and returns the future result."""
 
     shard: ShardPlan
     sources: dict[Path, int]
@@ -136,9 +136,9 @@ class _ShardRun:
     report: Progress
 
     def jobs(self, works: Iterator[TensorWork]) -> Iterator[tuple[str, Job]]:
-        """(tensor, job); takes from `works` its own tensors, which come next there."""
+        """Yields (tensor, job); takes this shard's tensors from `works`, where they come next."""
         source = self.sources[self.shard.path]
-        cloned = self.target.fresh and not self.shard.rewritten and cloned_whole(source, self.target.file)
+        cloned = self.target.fresh and not self.shard.rewritten and clone_file(source, self.target.file)
         if self.target.fresh and not cloned:
             os.ftruncate(self.target.file, self.shard.size_bytes)
         yield "", self._head
@@ -155,7 +155,7 @@ class _ShardRun:
         self.report(len(self.shard.head))
 
     def _copied(self, part: Range, cloned: bool) -> None:
-        """Copy and compare; what shares its blocks with the base is the same as long as there is a file system."""
+        """Copies and compares; cloned blocks are identical and need no comparison."""
         source = self.sources[part.path]
         if self.target.fresh and not cloned:
             copy_range(part, source, self.target.file)
@@ -183,7 +183,7 @@ class _ShardRun:
 
 
 def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, RoundingLoss]:
-    """Waits for a shard's jobs, then has it verified, synced and written down."""
+    """Waits for a shard's jobs, then verifies, syncs and records it."""
     survivals = {name: later.result() for name, job in jobs if (later := job.result())}
     path = journal.directory / run.shard.file
     header = read_header(path)
@@ -196,7 +196,7 @@ def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, RoundingLoss
 
 
 class _Queue:
-    """Hands jobs to the pool, never more than `most` that have not ended: whichever ends makes room for the next."""
+    """Submits jobs to the pool, with at most `most` unfinished; each that ends makes room for the next."""
 
     def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
         self._pool = pool
@@ -205,7 +205,7 @@ class _Queue:
         self._unconfirmed: deque[Future[RoundingLoss]] = deque()
 
     def submit(self, job: Job) -> Future[Future[RoundingLoss] | None]:
-        """Waits for room. Raises what an earlier job, or the confirmation that it began, has raised."""
+        """Submits a job once there is room. Raises what an earlier job or its confirmation raised."""
         self._room.acquire()
         while self._begun and self._begun[0].done():
             if later := self._begun.popleft().result():
@@ -224,7 +224,7 @@ class _Queue:
 
 @contextmanager
 def _cancelling_pool(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, when the block fails, starts no further job and waits for those that run."""
+    """A pool that, if the block fails, starts no further jobs and waits for the running ones."""
     pool = ThreadPoolExecutor(workers, name)
     try:
         yield pool

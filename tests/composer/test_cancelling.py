@@ -42,7 +42,7 @@ def test_deltas_that_cancel_are_a_warning(red: LoadedAdapter, size: float, weigh
     (told,) = [one for one in found.findings if one.code == "cancelling"]
     assert (told.severity, told.subject) == (Severity.WARNING, "red + again")
     assert told.measure == pytest.approx(0.0, abs=1e-9)
-    assert "0.00 times the energy" in told.message
+    assert "0.00 times their separate energy" in told.message
     assert "They cancel" in " ".join(text.advice(found))
     meant = conflicts([red, scaled(red, size, "again")], weights, policy=parse_policy("cancelling: ignore"))
     assert meant.verdict is Verdict.UNMEASURED

@@ -141,7 +141,7 @@ def test_what_no_rank_can_hold_is_not_told_to_be_cut_to_one(
     adapter = make_adapter(base, use_dora=True)
     with pytest.raises(NotSupported, match="no LoRA can hold") as caught:
         combine([(adapter, 1.0)], tmp_path / "out", open_checkpoint(base).architecture)
-    assert caught.value.next_step == "Merge it into the base: it depends on what the base has."
+    assert caught.value.next_step == "Merge it into the base, on whose values it depends."
 
 
 def test_two_tensors_of_one_key_are_never_written() -> None:
@@ -150,7 +150,7 @@ def test_two_tensors_of_one_key_are_never_written() -> None:
         [one, replace(one, weight="layer.other")],
         [one, *(Replacement("layer", f"{part}.scale", torch.ones(4)) for part in ("one", "two"))],
     ):
-        with pytest.raises(NotSupported, match="would stand for two tensors") as caught:
+        with pytest.raises(NotSupported, match="would name two tensors") as caught:
             write_adapter(peft_form(deltas), Path("nowhere"), {}, {})
         assert (caught.value.code, "layer" in caught.value.subject) == ("two_for_one_key", True)
 

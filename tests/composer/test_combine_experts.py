@@ -152,7 +152,7 @@ def test_an_expert_of_its_own_beside_a_stack_is_refused_by_name(tmp_path: Path) 
         tmp_path / "old", {name: random_factors(1, outputs=24, inputs=16, rank=3)}, target_modules=["w3"], lora_alpha=6
     )
     members: Members = [(tmp_path / "old", 1.0), (save_adapted(base, lora(GATE), tmp_path / "new"), 1.0)]
-    with pytest.raises(NotSupported, match="in a stack") as caught:
+    with pytest.raises(NotSupported, match="stacked") as caught:
         combine(members, tmp_path / "combined", open_checkpoint(base).architecture)
     assert (caught.value.subject, caught.value.next_step) == (name, "Merge them into the base.")
     merged(base, members, tmp_path / "merged")

@@ -104,8 +104,8 @@ def test_a_module_of_one_adapter_only_is_gained_or_lost_whole(tmp_path: Path) ->
     lost, gained = (dense(old, Q0, one) ** 2).sum(), (dense(new, Q1, other) ** 2).sum()
     assert change_of(comparison, Q0).lost == pytest.approx(lost)
     assert change_of(comparison, Q1).gained == pytest.approx(gained)
-    assert (comparison.whole.lost, comparison.whole.gained) == (pytest.approx(lost), pytest.approx(gained))
-    assert comparison.whole.cosine == 0
+    assert (comparison.overall.lost, comparison.overall.gained) == (pytest.approx(lost), pytest.approx(gained))
+    assert comparison.overall.cosine == 0
 
 
 def test_the_whole_is_the_sum_of_energies_not_the_mean_of_quotients(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_whole_is_the_sum_of_energies_not_the_mean_of_quotients(tmp_path: Pa
         np.concatenate([dense(seen, module, factors[module]).ravel() for module in (Q0, Q1)])
         for seen, factors in ((old, before), (new, after))
     ]
-    whole = compared(old, new).whole
+    whole = compared(old, new).overall
     assert whole.cosine == pytest.approx(
         stacked[0] @ stacked[1] / np.linalg.norm(stacked[0]) / np.linalg.norm(stacked[1])
     )
@@ -135,7 +135,7 @@ def test_replaced_tensors_are_compared_as_they_are(tmp_path: Path, dtypes: tuple
     row = next(row for row in comparison.modules if row.kind == "replacement")
     assert (row.module, row.rank_old) == ("lm_head.weight", None)
     assert_equals_dense(change_of(comparison, "lm_head.weight"), *stored)
-    assert comparison.whole.new == pytest.approx(change_of(comparison, Q0).new), "replacements are no deltas"
+    assert comparison.overall.new == pytest.approx(change_of(comparison, Q0).new), "replacements are no deltas"
 
 
 def test_a_replaced_tensor_of_one_adapter_only_has_the_norm_of_its_weights(tmp_path: Path) -> None:

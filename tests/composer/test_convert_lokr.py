@@ -105,7 +105,7 @@ BAD_KRONECKERS: dict[str, tuple[dict[str, Tensors], str]] = {
             "self_attn_q_proj": WHOLE_W1 | WHOLE_W2,
             "self_attn_o_proj": {"lora_down.weight": random(2, 16), "lora_up.weight": random(16, 2)},
         },
-        "PEFT has one type",
+        "PEFT allows one type",
     ),
 }
 

@@ -306,7 +306,7 @@ def test_a_link_of_the_name_of_what_is_written_first_is_refused_and_left_alone(p
     links = [tmp_path / f"merged.partial-{key}" for key in (plan.key, "0123456789ab")]
     for link in links:
         link.symlink_to(victim)
-    with pytest.raises(RefusedOutput, match="link of the name"):
+    with pytest.raises(RefusedOutput, match="link has the name"):
         run_merge(plan, tmp_path / "merged", device="cpu")
     links[0].unlink()
     run_merge(plan, tmp_path / "merged", device="cpu")

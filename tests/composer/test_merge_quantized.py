@@ -81,7 +81,7 @@ def pair(make_model: MakeModel, make_adapter: MakeAdapter) -> tuple[Path, Path]:
         (int8, {"quant_method": "compressed-tensors"}, r"proj.weight \(I8\)"),
         (packed_int4, {"quant_method": "compressed-tensors"}, r"proj.weight_packed \(I32\)"),
         (fp4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, r"proj.weight \(U8\)"),
-        (int8, None, r"does not say how\): .*proj.weight \(I8\)"),
+        (int8, None, r"does not describe it\): .*proj.weight \(I8\)"),
         (bitsandbytes_int8, None, r"proj.weight \(I8\)"),
         (packed_int4, None, r"proj.weight_packed \(I32\)"),
         (mxfp4, None, r"proj_blocks \(U8\)"),

@@ -151,11 +151,11 @@ def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     found = again(base, adapters, out)
     assert found.verdict == "different"
     assert {one.file: one.why for one in found.different} == {
-        copied: "has other bytes where the base was copied",
+        copied: "has different bytes where the base was copied",
         gone: "is missing",
-        "more.safetensors": "is of no such merge",
+        "more.safetensors": "does not belong to this merge",
         "tokenizer.json": "is another",
-        "config.json": "has other contents",
+        "config.json": "has different contents",
     }
 
 
@@ -183,7 +183,7 @@ def test_an_adapter_that_was_not_merged_is_refused(base: Path, adapters: list[Pa
         plan_rebuild(out, open_checkpoint(base), adapters[:1])
     alone = tmp_path / "alone"
     run_merge(plan_merge(open_checkpoint(base), [(adapters[0], 1.0)]), alone, "cpu")
-    with pytest.raises(Mismatch, match=r"two \(.*\) is none of the adapters that were merged"):
+    with pytest.raises(Mismatch, match=r"two \(.*\) is not one of the merged adapters"):
         plan_rebuild(alone, open_checkpoint(base), adapters)
 
 
@@ -193,7 +193,7 @@ def test_an_adapter_whose_config_is_another_by_now_is_refused_by_name(
     out = merged(base, adapters, tmp_path / "merged")
     config = adapters[0] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
-    with pytest.raises(Mismatch, match=r"one that was merged: adapter_config.json is another"):
+    with pytest.raises(Mismatch, match=r"one that was merged: adapter_config.json differs"):
         plan_rebuild(out, open_checkpoint(base), adapters)
     note = json.loads((out / "adaptory.json").read_text())
     for row in note["adapters"]:
@@ -228,7 +228,7 @@ def test_a_note_of_another_form_is_one_clear_error(
     out = merged(base, adapters, tmp_path / "merged")
     note = json.loads((out / "adaptory.json").read_text())
     (out / "adaptory.json").write_text(json.dumps(note | change))
-    with pytest.raises(InvalidFile, match="does not say all that a merge is made from"):
+    with pytest.raises(InvalidFile, match="does not name all inputs of the merge"):
         plan_rebuild(out, open_checkpoint(base), adapters)
 
 

@@ -36,7 +36,7 @@ def test_a_size_that_only_the_base_tells_is_asked_for(
         lambda: combine([(adapter, 1.0)], tmp_path / "out", settings=settings),
         lambda: load_deltas(adapter, None),
     ):
-        with pytest.raises(NotSupported, match=f"{kind} does not tell the size") as caught:
+        with pytest.raises(NotSupported, match=f"{kind} file does not contain the size") as caught:
             use()
         assert caught.value.code == "needs_base"
         assert caught.value.subject.endswith("q_proj")

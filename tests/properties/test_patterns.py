@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from composer.formats.adapters.config.patterns import compiled, matches_end, matches_whole
+from composer.formats.adapters.config.patterns import compiled, matches_end, matches_fully
 
 CHARACTERS = st.sampled_from(["a", "b", "_", ".", r"\.", "[ab]", "[^a.]", r"\w", r"\W", r"[\d_]"])
 REPEATS = st.sampled_from(["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,2}", "{2,}"])
@@ -25,7 +25,7 @@ PATTERNS = st.recursive(
 
 @given(PATTERNS, st.text("ab_.", max_size=7))
 def test_a_pattern_matches_what_re_would_match(pattern: str, text: str) -> None:
-    assert matches_whole(pattern, text) is bool(re.fullmatch(pattern, text))
+    assert matches_fully(pattern, text) is bool(re.fullmatch(pattern, text))
     assert matches_end(pattern, text) is bool(re.match(rf"(.*\.)?({pattern})$", text))
 
 
@@ -35,7 +35,7 @@ def test_whatever_is_not_refused_matches_as_in_re(pattern: str, text: str) -> No
         compiled(pattern)
     except ValueError:
         assume(False)
-    assert matches_whole(pattern, text) is bool(re.fullmatch(pattern, text))
+    assert matches_fully(pattern, text) is bool(re.fullmatch(pattern, text))
 
 
 @pytest.mark.parametrize(
@@ -79,5 +79,5 @@ def test_repeats_that_add_up_to_too_many_are_refused(pattern: str, bounded: str)
     ],
 )
 def test_what_peft_users_write_is_understood(pattern: str, text: str) -> None:
-    assert matches_whole(pattern, text)
-    assert not matches_whole(pattern, "model.vision_tower.layers.0.norm")
+    assert matches_fully(pattern, text)
+    assert not matches_fully(pattern, "model.vision_tower.layers.0.norm")

@@ -137,7 +137,7 @@ def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapt
     for more in ("adapter.safetensors", "pytorch_model.bin"):
         (merged / more).write_bytes(b"a loader may take it for the model")
         told = stocked_embedded("verify", merged, "--rebuild", *named)
-        assert (told.code, f"{more} is of no such merge" in told.out) == (1, True), told.out
+        assert (told.code, f"{more} does not belong to this merge" in told.out) == (1, True), told.out
         (merged / more).unlink()
     shard = max(merged.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
@@ -184,7 +184,7 @@ def test_who_interrupts_a_merge_is_told_what_is_left_and_goes_on_with_it(world: 
     ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     (left,) = tmp_path.glob("merged.partial-*")
     assert (ran.returncode, ran.stdout) == (130, "")
-    assert ran.stderr.splitlines()[-1].startswith(f"interrupted: what is finished lies in {left}")
+    assert ran.stderr.splitlines()[-1].startswith(f"interrupted: finished parts are in {left}")
     told = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
     assert told["resumed_bytes"] > 0
     assert not left.exists()

@@ -1,6 +1,6 @@
-"""An adapter's tensors and facts -> what it adds to each weight. What no delta can express is refused by name.
+"""Loads an adapter's tensors as deltas of the base's weights. Variants that no delta can express are refused by name.
 
-A function for each variant takes a placed module and gives its deltas; they are one file a family beside this one.
+Each variant has a function from a placed module to its deltas, in one file per family in this folder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -64,11 +64,10 @@ NAME_BASE = "Name the base that it was trained on: --base."
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter ready for arithmetic. Factors and replacements keep their dtype, mapped from the file where they are
-    in it as they are: whoever computes with them takes them to float32 or float64 first, and only memory that is
-    looked at is used.
+    """An adapter ready for arithmetic. Factors and replacements keep their dtype and, if the file has them directly,
+    are mapped from it, so that only memory that is read is used. Convert them to float32 or float64 before computing.
 
-    `base_copies` maps a checkpoint tensor to PEFT's copy of it: a merge compares the two.
+    `base_copies` maps a checkpoint tensor to PEFT's copy of it; a merge compares the two.
     """
 
     name: str
@@ -80,20 +79,20 @@ class LoadedAdapter:
 
 
 class StoredDeltas(Sequence[Delta]):
-    """The deltas of an adapter, made from the file whenever one is asked for: who looks at one after the other holds
-    those of one module, however large the adapter is and however many there are. Factors that are not in the file as
-    they are (VeRA's, MiSS's, …) are made once, and wait on the disk."""
+    """The deltas of an adapter, made from the file on demand: a caller that reads them in order holds one module's
+    deltas, however large the adapter is. Factors that are not directly in the file (VeRA, MiSS, …) are made once and
+    spilled to disk."""
 
     def __init__(self, adapter: Adapter, modules: Sequence[PlacedModule]) -> None:
         self._adapter = adapter
         self._latest: tuple[PlacedModule, list[Delta]] | None = None
-        self._aside: SpillFile | None = None
+        self._spill: SpillFile | None = None
         self._made: dict[int, list[Delta]] = {}
         self._making = Lock()
-        self._places = [(module, place) for module in modules for place in range(_count(adapter, module))]
+        self._slots = [(module, index) for module in modules for index in range(_count(adapter, module))]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._slots)
 
     @overload
     def __getitem__(self, index: int) -> Delta: ...
@@ -101,14 +100,14 @@ class StoredDeltas(Sequence[Delta]):
     def __getitem__(self, index: slice) -> tuple[Delta, ...]: ...
     def __getitem__(self, index: int | slice) -> Delta | tuple[Delta, ...]:
         if isinstance(index, slice):
-            return tuple(self._delta(*place) for place in self._places[index])
-        return self._delta(*self._places[index])
+            return tuple(self._delta(*slot) for slot in self._slots[index])
+        return self._delta(*self._slots[index])
 
-    def _delta(self, module: PlacedModule, place: int) -> Delta:
+    def _delta(self, module: PlacedModule, index: int) -> Delta:
         latest = self._latest
         if latest is None or latest[0] is not module:
             self._latest = latest = (module, self._deltas(module))
-        return latest[1][place]
+        return latest[1][index]
 
     def _deltas(self, module: PlacedModule) -> list[Delta]:
         with self._making:
@@ -118,8 +117,8 @@ class StoredDeltas(Sequence[Delta]):
             fresh = [delta for delta in deltas if isinstance(delta, LowRank) and not _in_file(delta)]
             if not fresh:
                 return deltas
-            self._aside = self._aside or SpillFile()
-            put = dict(zip(map(id, fresh), mapped(self._aside, fresh), strict=True))
+            self._spill = self._spill or SpillFile()
+            put = dict(zip(map(id, fresh), mapped(self._spill, fresh), strict=True))
             self._made[id(module)] = [put.get(id(delta), delta) for delta in deltas]
             return self._made[id(module)]
 
@@ -129,27 +128,27 @@ def _in_file(delta: LowRank) -> bool:
 
 
 def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
-    """Load the adapter in directory `path`, placed on a base (or only on its own names, without one).
+    """Loads the adapter in directory `path` and places it on a base (or, without one, on its own names).
 
-    Raises Mismatch when a tensor does not fit the base, NotSupported for what no delta of the base's weights can
-    express (PiSSA, activated LoRA, prompts, …) or, without a base, of a size that only a base tells (VeRA, OFT, …),
-    InvalidFile for a number that is not finite, and what `read_adapter` raises.
+    Raises Mismatch if a tensor does not fit the base; NotSupported for variants that no delta of the base's weights can
+    express (PiSSA, activated LoRA, prompts, …) or, without a base, whose size only the base has (VeRA, OFT, …);
+    InvalidFile for a value that is not finite; and what `read_adapter` raises.
     """
     adapter = read_adapter(path)
     placed = place_or_refuse(adapter, architecture, "merged")
     _refuse_unsized(adapter, placed)
-    with torch_threads(1):  # small tensors, looked at one by one: more threads would only wait for each other
+    with torch_threads(1):  # small tensors, read one by one: more threads would only wait for each other
         for module in placed.adapted:
             _refuse_not_finite(adapter, module)
     placed = mark_tied_pairs(adapter, placed, on_a_base=architecture is not None)
     deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
-    copies = {module.weight: _whole(adapter, module) for module in placed.modules if module.kind == "base_copy"}
+    copies = {module.weight: _full_tensor(adapter, module) for module in placed.modules if module.kind == "base_copy"}
     return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
 
 
 def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: str) -> PlacementResult:
-    """Place an adapter that is about to be `done` (merged, …). Raises NotSupported for what no delta of the base's
-    weights can express, and Mismatch when a tensor does not fit the base."""
+    """Places an adapter that is about to be `done` (merged, …). Raises NotSupported for variants that no delta of the
+    base's weights can express, and Mismatch if a tensor does not fit the base."""
     if (refusal := adapter.config.unsupported()) is not None:
         message = f"{adapter.name} cannot be {done}: {refusal.reason}."
         code = f"variant_{adapter.config.variant[:40]}"
@@ -160,7 +159,7 @@ def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: s
 
 
 def refuse_errors(subject: str, findings: list[Finding]) -> None:
-    """Raise Mismatch for the first error among the findings, with the number of others."""
+    """Raises Mismatch for the first error among the findings, with the number of further errors."""
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if errors:
         more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -168,20 +167,22 @@ def refuse_errors(subject: str, findings: list[Finding]) -> None:
             errors[0].code,
             f"{subject}: {errors[0].message}{more}",
             subject=errors[0].subject,
-            next_step=next_step(errors[0].code, "`adaptory inspect` lists all that does not fit."),
+            next_step=next_step(errors[0].code, "Run `adaptory inspect` to list everything that does not fit."),
         )
 
 
 def _refuse_unsized(adapter: Adapter, placed: PlacementResult) -> None:
-    """Of some types the file does not tell a side of the weight, and without it there is no delta."""
+    """Refuses types whose file lacks one dimension of the weight, without which there is no delta."""
     for module in placed.modules:
         if module.kind == "other" and (0 in module.shape or not module.shape):
-            message = f"A file of {adapter.config.peft_type} does not tell the size of {module.module}: its base does."
+            message = (
+                f"A {adapter.config.peft_type} file does not contain the size of {module.module}; only its base does."
+            )
             raise NotSupported("needs_base", message, subject=module.module, next_step=NAME_BASE)
 
 
 def _count(adapter: Adapter, module: PlacedModule) -> int:
-    """How many deltas the module has, without reading it."""
+    """The number of the module's deltas, without reading it."""
     if module.kind == "experts":
         return len(module.pieces)
     empty = module.kind == "other" and any(0 in adapter.header.tensors[key].shape for key in module.parts.values())
@@ -190,7 +191,7 @@ def _count(adapter: Adapter, module: PlacedModule) -> int:
 
 def _read(adapter: Adapter, module: PlacedModule) -> list[Delta]:
     if module.kind == "replacement":
-        return [Replacement(module.module, module.weight, _whole(adapter, module), module.tied, module.twin)]
+        return [Replacement(module.module, module.weight, _full_tensor(adapter, module), module.tied, module.twin)]
     return _reader(adapter.config, module)(Module(adapter, module))
 
 
@@ -206,10 +207,10 @@ def _refuse_not_finite(adapter: Adapter, module: PlacedModule) -> None:
     source = Module(adapter, module)
     if not all(all_finite(source[part]) for part in module.parts):
         message = f"{adapter.name} has a NaN or an infinite value in {module.module}."
-        next_step = "Train again, or take an earlier save."
+        next_step = "Train again, or use an earlier checkpoint."
         raise InvalidFile("not_finite", message, subject=module.module, next_step=next_step)
 
 
-def _whole(adapter: Adapter, module: PlacedModule) -> torch.Tensor:
+def _full_tensor(adapter: Adapter, module: PlacedModule) -> torch.Tensor:
     (part,) = module.parts
     return Module(adapter, module)[part]

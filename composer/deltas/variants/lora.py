@@ -1,4 +1,4 @@
-"""LoRA and what stays a sum of a few products: block-diagonal factors, experts, biases; and trained token rows.
+"""LoRA and other low-rank sums: block-diagonal factors, experts, biases; and trained token rows.
 
 Shapes: O outputs, I inputs, R rank, E experts; W_MN as stored.
 """
@@ -12,7 +12,7 @@ from composer.formats.adapters.placement.result import Piece
 
 
 def pair(module: Module) -> list[Delta]:
-    """s B A (arXiv 2106.09685). A convolution's A has the kernel behind its inputs, B is 1 x 1."""
+    """s B A (arXiv 2106.09685). In a convolution, A has the kernel after its inputs, and B is 1 x 1."""
     A_RI, B_OR = factors(module)
     return [module.low_rank(A_RI, B_OR, module.placed.scale)]
 
@@ -24,7 +24,7 @@ def factors(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def block_diagonal(module: Module) -> list[Delta]:
-    """BD-LoRA keeps only the blocks of A or B, one above the other."""
+    """BD-LoRA, which stores only the blocks of A or B, stacked vertically."""
     A_RI, B_OR = factors(module)
     blocks = module.config.blocks
     side = "" if blocks is None else blocks.side(module.placed.module)
@@ -37,8 +37,7 @@ def block_diagonal(module: Module) -> list[Delta]:
 
 
 def experts(module: Module) -> list[Delta]:
-    """s B[:, :, e] A[e] for each expert: in A the expert is the slow index of its rows, in B the fast one of its
-    columns."""
+    """s B[:, :, e] A[e] for each expert, which is the slow index of A's rows and the fast index of B's columns."""
     placed, rank = module.placed, module.placed.rank
     A_ERI = module["lora_A"].unflatten(0, (-1, rank))
     B_ORE = module["lora_B"].unflatten(1, (rank, -1))
@@ -48,8 +47,8 @@ def experts(module: Module) -> list[Delta]:
     def one(piece: Piece) -> LowRank:
         own = piece.weight.split(".")[-2] if piece.weight.endswith(".weight") else parameter
         A_RI, B_OR = A_ERI[piece.expert], B_ORE[piece.first : piece.last, :, piece.expert]
-        name, place = f"{owner}.{piece.expert}.{own}", piece.expert * rows + piece.first
-        stacked = ExpertSlice(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), place)
+        name, begin = f"{owner}.{piece.expert}.{own}", piece.expert * rows + piece.first
+        stacked = ExpertSlice(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), begin)
         return LowRank(name, piece.weight, module.layout, A_RI, B_OR, placed.scale, begin=piece.begin, stacked=stacked)
 
     return [one(piece) for piece in placed.pieces]
@@ -67,7 +66,7 @@ def bias(module: Module) -> list[Delta]:
 
 
 def tokens(module: Module) -> list[Delta]:
-    """W[ids] becomes the trained rows, despite the part's name. `ids` are in the order of the config."""
+    """Replaces W[ids] by the trained rows, despite the part's name. `ids` are in the config's order."""
     placed, new_TN = module.placed, module[TOKENS]
     ids_T = torch.tensor(module.config.tokens_of(_embedding(module)), dtype=torch.long)
 
@@ -86,5 +85,5 @@ def tokens(module: Module) -> list[Delta]:
 
 
 def _embedding(module: Module) -> str:
-    """A tied head's rows are the embedding's, whose name the key has."""
+    """The embedding's name, from the key: a tied head's rows are the embedding's."""
     return split_key(module.placed.parts[TOKENS]).module

@@ -1,4 +1,4 @@
-"""Deltas made of products of small tensors: AdaLoRA, DeLoRA, GraLoRA, MiSS are low-rank; LoHa and LoKr are not.
+"""Deltas from products of small tensors: AdaLoRA, DeLoRA, GraLoRA and MiSS are low-rank; LoHa and LoKr are not.
 
 Shapes: O outputs, I inputs, R rank, G blocks of GraLoRA.
 """
@@ -10,7 +10,7 @@ from composer.deltas.variants.source import Module
 
 
 def adalora(module: Module) -> list[Delta]:
-    """s B (E * A), s = alpha / (init_r + 1e-5) (arXiv 2303.10512). A module whose budget went to 0 adds nothing."""
+    """s B (E * A), s = alpha / (init_r + 1e-5) (arXiv 2303.10512). A module whose budget fell to 0 adds nothing."""
     A_RI, E_R1 = module.value("lora_A"), module.value("lora_E")
     if not len(A_RI):
         return []
@@ -28,11 +28,11 @@ def delora(module: Module) -> list[Delta]:
 
 
 def gralora(module: Module) -> list[Delta]:
-    """Block (j, n) is A[n]'s j-th share of the rank times B[j]'s n-th (arXiv 2505.20355): rank G R in all, and a plain
-    pair beside it; s = alpha / (R + hybrid_r)."""
+    """Block (j, n) is A[n]'s j-th share of the rank times B[j]'s n-th (arXiv 2505.20355): total rank G R, plus a plain
+    pair; s = alpha / (R + hybrid_r)."""
     A_GIR, B_GRO = module.value("gralora_A"), module.value("gralora_B")
     blocks, rank = A_GIR.shape[0], A_GIR.shape[2]
-    # One direction for each (input block n, output block j, q); zero outside of its blocks.
+    # One direction for each (input block n, output block j, q); zero outside its blocks.
     inner, outer = A_GIR.unflatten(2, (blocks, -1)), B_GRO.unflatten(1, (blocks, -1))
     A_RI = torch.block_diag(*(own.permute(1, 2, 0).flatten(0, 1) for own in inner))
     B_RO = torch.stack([torch.block_diag(*outer[:, n]) for n in range(blocks)]).flatten(0, 1)
@@ -44,8 +44,8 @@ def gralora(module: Module) -> list[Delta]:
 
 
 def miss(module: Module) -> list[Delta]:
-    """Input i gets row i mod R of the block (arXiv 2409.15371), which `mini` repeats along the outputs; `bat` adds
-    W's own blocks times it as well."""
+    """Input i gets row i mod R of the block (arXiv 2409.15371). `mini` repeats the block along the outputs; `bat` also
+    adds W's own blocks times it."""
     if module.options["init_weights"] == "bat":
         return _bat(module)
     block_RO = module.value("miss_block")
@@ -94,7 +94,7 @@ def lokr(module: Module) -> list[Delta]:
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
         w1, w2 = _kronecker(module, "lokr_w1").to(W_OI), _kronecker(module, "lokr_w2").to(W_OI)
         row_O = torch.arange(begin, begin + len(W_OI))
-        if w2.dim() == 3:  # a Conv1d's: PEFT's kron takes w1 for 1 x ..., and so is what it trains
+        if w2.dim() == 3:  # Conv1d: PEFT's kron treats w1 as 1 x ..., so training does too
             left, right = w1[row_O % len(w1)], w2[row_O // len(w1)]
             return scale * (left[:, None, :, None] * right[:, :, None, :]).flatten(1)
         w2 = w2.flatten(1)

@@ -1,4 +1,4 @@
-"""Deltas that scale what the base has: DoRA, KaSA, (IA)3, HiRA. W_OI are rows of the weight as the module uses it."""
+"""Deltas that scale the base: DoRA, KaSA, (IA)3, HiRA. W_OI are rows of the weight as the module uses it."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Deltas that turn the base's inputs or outputs: OFT, BOFT, HRA, RoAd. W_OI are rows of the weight.
+"""Deltas that rotate the base's inputs or outputs: OFT, BOFT, HRA, RoAd. W_OI are rows of the weight.
 
 K blocks of B x B on a diagonal.
 """
@@ -42,8 +42,8 @@ def boft(module: Module) -> list[Delta]:
 
 
 def hra(module: Module) -> list[Delta]:
-    """W H - W, H a product of Householder reflections along u's columns (arXiv 2405.17484); with apply_GS along the
-    columns made orthogonal first."""
+    """W H - W, H a product of Householder reflections along u's columns (arXiv 2405.17484); with apply_GS, the
+    columns are orthogonalized first."""
     u_IR, orthogonal = module["hra_u"], module.options["apply_GS"]
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def hra(module: Module) -> list[Delta]:
 
 def road(module: Module) -> list[Delta]:
     """R W - W: in each group of outputs the halves (y, z) become (c y - s z, s y + c z), c = a cos t and s = a sin t
-    (arXiv 2409.00119, eq. 4). A bias is turned as an output; road_2 and road_4 have a c and an s for each output."""
+    (arXiv 2409.00119, eq. 4). A bias is rotated as an output; road_2 and road_4 have a c and an s for each output."""
     theta, alpha, options = module["road_theta"], module["road_alpha"], module.options
     half = int(options["group_size"]) // 2
     variant = str(options["variant"])
@@ -82,7 +82,7 @@ def road(module: Module) -> list[Delta]:
 
 
 def _turned(W_OI: torch.Tensor, R_KBB: torch.Tensor) -> torch.Tensor:
-    """W blockdiag(R)^T; a single block serves all."""
+    """W blockdiag(R)^T; a single block is used for all."""
     parts_OKB = W_OI.unflatten(1, (-1, R_KBB.shape[-1]))
     return torch.einsum("okb,kcb->okc", parts_OKB, R_KBB.expand(parts_OKB.shape[1], -1, -1)).flatten(1)
 
@@ -94,7 +94,7 @@ def _cayley(Q_KBB: torch.Tensor) -> torch.Tensor:
 
 
 def _neumann(Q_KBB: torch.Tensor, terms: int) -> torch.Tensor:
-    """I + 2 Q + … + 2 Q^(terms - 2) + Q^(terms - 1), and never less than Q^3 once there are three terms: PEFT's."""
+    """PEFT's I + 2 Q + … + 2 Q^(terms - 2) + Q^(terms - 1), at least up to Q^3 from three terms on."""
     R_KBB = torch.eye(Q_KBB.shape[-1], dtype=Q_KBB.dtype, device=Q_KBB.device).expand_as(Q_KBB).clone()
     if terms < 2:
         return R_KBB
@@ -107,12 +107,12 @@ def _neumann(Q_KBB: torch.Tensor, terms: int) -> torch.Tensor:
 
 
 def _within(Q_KBB: torch.Tensor, eps: float) -> torch.Tensor:
-    """Constrained OFT: no block's norm is above eps / sqrt(K)."""
+    """Constrained OFT: limits each block's norm to eps / sqrt(K)."""
     most = eps / len(Q_KBB) ** 0.5
     norm_K11 = torch.linalg.matrix_norm(Q_KBB, keepdim=True)
     return torch.where(norm_K11 <= most, Q_KBB, Q_KBB * (most / norm_K11))
 
 
 def _gram_schmidt(u_IR: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns that span what the first ones span: with QR's signs, which reflections do not see."""
+    """Orthonormal columns with the same successive spans; the signs are QR's, which do not matter for reflections."""
     return torch.linalg.qr(u_IR).Q

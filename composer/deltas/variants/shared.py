@@ -10,7 +10,7 @@ from composer.deltas.variants.source import Module
 
 
 def vera(module: Module) -> list[Delta]:
-    """diag(b) B diag(d) A, cut from the shared A and B (arXiv 2310.11454). Of PVeRA the mean half of d and A."""
+    """diag(b) B diag(d) A, cut from the shared A and B (arXiv 2310.11454). For PVeRA, the mean half of d and A."""
     prefix = "pvera_" if "pvera_A" in module else "vera_"
     outputs, inputs = module.size
     B_OR = module.value(f"{prefix}B")[:outputs]
@@ -20,8 +20,8 @@ def vera(module: Module) -> list[Delta]:
 
 
 def randlora(module: Module) -> list[Delta]:
-    """s Σ_k B_k diag(lambda_k) A_k diag(gamma_k), transposed where O < I (arXiv 2502.00987): of full rank, so that
-    rows are computed. The two are flattened over rank and bases in different orders, as in PEFT."""
+    """s Σ_k B_k diag(lambda_k) A_k diag(gamma_k), transposed if O < I (arXiv 2502.00987). It has full rank, so rows are
+    computed. A and B are flattened over rank and bases in different orders, as in PEFT."""
     lambda_RK, gamma_KS = module["randlora_lambda"], module["randlora_gamma"]
     A_R1S, B_LKR = module["randlora_A"], module["randlora_B"]
     outputs, inputs = module.size
@@ -38,7 +38,7 @@ def randlora(module: Module) -> list[Delta]:
 
 
 def vblora(module: Module) -> list[Delta]:
-    """B A of tiles that are mixtures of a few vectors of the bank (arXiv 2405.15179)."""
+    """B A from tiles that mix a few vectors of the bank (arXiv 2405.15179)."""
     A_RTL, B_TRL = _mixed(module, "vblora_logits_A"), _mixed(module, "vblora_logits_B")
     return [module.low_rank(A_RTL.flatten(1), B_TRL.transpose(1, 2).flatten(0, 1))]
 

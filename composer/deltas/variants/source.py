@@ -1,4 +1,4 @@
-"""The tensors of a placed module, and how what is computed from them becomes a delta of the stored weight.
+"""The tensors of a placed module, and how results computed from them become deltas of the stored weight.
 
 Shapes: O outputs and I inputs of the module (a kernel's elements counted), R rank; a stored matrix is M x N.
 """
@@ -56,7 +56,8 @@ class Module:
         return (rows, columns) if self.layout is Layout.LINEAR else (columns, rows)
 
     def value(self, part: str) -> torch.Tensor:
-        """In float32, for arithmetic: two mapped parts may differ in dtype, and half precision would round between."""
+        """The part in float32: mapped parts may differ in dtype, and half precision would round intermediate
+        results."""
         return self[part].float()
 
     def low_rank(self, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float = 1.0) -> LowRank:
@@ -69,7 +70,8 @@ class Module:
     def computed(
         self, rows: Rows, *, reads_base: bool = True, alone: bool = False, all_rows: bool = False
     ) -> RowwiseDelta:
-        """`rows` takes and gives rows of O x I: of a weight that is stored the other way all of them at once."""
+        """A computed delta. `rows` maps rows of O x I to rows of O x I; a weight stored transposed passes all at
+        once."""
         placed, straight = self.placed, self.layout is Layout.LINEAR
 
         def turned(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
@@ -82,8 +84,8 @@ class Module:
         )  # fmt: skip
 
     def indices(self, part: str, below: int, own: slice = _ALL) -> torch.Tensor:
-        """Whole numbers in [0, below) of some rows of the part, as int64: PEFT on Windows saves them as floats. Raises
-        InvalidFile for others: a wrong one would read anything."""
+        """Integers in [0, below) from some rows of the part, as int64, since PEFT on Windows saves them as floats.
+        Raises InvalidFile for other values, which would read arbitrary entries."""
         stored = self[part][own]
         indices = stored.long()
         if not torch.equal(indices.to(stored.dtype), stored) or (

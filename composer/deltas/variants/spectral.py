@@ -1,6 +1,5 @@
-"""Deltas of few numbers, in another basis or in places of their own: FourierFT, C3A, Super-Tuning,
-SHiRA. W_OI are rows of
-the weight."""
+"""Deltas of few numbers, in another basis or at sparse positions: FourierFT, C3A, Super-Tuning, SHiRA. W_OI are rows
+of the weight."""
 
 import torch
 
@@ -9,7 +8,7 @@ from composer.deltas.variants.source import Module
 
 
 def fourierft(module: Module) -> list[Delta]:
-    """scaling * Re ifft2(F) of a sparse F (arXiv 2405.03003), whose places torch draws on the CPU from the seed."""
+    """scaling * Re ifft2(F) of a sparse F (arXiv 2405.03003), whose positions torch draws on the CPU from the seed."""
     spectrum, options = module["fourierft_spectrum"], module.options
     outputs, inputs = module.size
     seed, scaling = int(options["random_loc_seed"]), float(options["scaling"])
@@ -37,15 +36,15 @@ def c3a(module: Module) -> list[Delta]:
 
 
 def supertuning(module: Module) -> list[Delta]:
-    """Values at chosen places of the flat weight, and s B A where there is a rank (arXiv 2607.09287)."""
+    """Values at chosen positions of the flat weight, plus s B A if there is a rank (arXiv 2607.09287)."""
     (outputs, inputs), options = module.size, module.options
-    places, values = module.indices("supertuning_indices", outputs * inputs), module["supertuning_values"]
+    positions, values = module.indices("supertuning_indices", outputs * inputs), module["supertuning_values"]
     rank = int(options["r"])
-    # PEFT's own default, which its config writes down.
+    # PEFT's own default, which its config contains.
     scale = (float(options["lora_alpha"]) or 2.0 * rank) / rank if rank else 0.0
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
-        delta_OI = _scattered(places, values, W_OI, begin)
+        delta_OI = _scattered(positions, values, W_OI, begin)
         if rank:
             A_RI, B_OR = (module[f"supertuning_lora_{side}"].to(W_OI) for side in "AB")
             delta_OI.addmm_(B_OR[begin : begin + len(W_OI)], A_RI, alpha=scale)
@@ -55,23 +54,23 @@ def supertuning(module: Module) -> list[Delta]:
 
 
 def shira(module: Module) -> list[Delta]:
-    """Values at saved (row, column) places (arXiv 2406.13175)."""
+    """Values at saved (row, column) positions (arXiv 2406.13175)."""
     outputs, inputs = module.size
     rows_K = module.indices("shira_indices", outputs, slice(0, 1))[0]
     columns_K = module.indices("shira_indices", inputs, slice(1, 2))[0]
-    places, values = rows_K * inputs + columns_K, module["shira_weight"]
+    positions, values = rows_K * inputs + columns_K, module["shira_weight"]
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
-        return _scattered(places, values, W_OI, begin)
+        return _scattered(positions, values, W_OI, begin)
 
     return [module.computed(rows, reads_base=False)]
 
 
-def _scattered(places: torch.Tensor, values: torch.Tensor, W_OI: torch.Tensor, begin: int) -> torch.Tensor:
-    """The rows of W_OI with `values` at `places` of the flat weight, and zeros elsewhere."""
+def _scattered(positions: torch.Tensor, values: torch.Tensor, W_OI: torch.Tensor, begin: int) -> torch.Tensor:
+    """The rows of W_OI with `values` at `positions` of the flat weight, and zeros elsewhere."""
     columns = W_OI.shape[1]
     first, last = begin * columns, (begin + len(W_OI)) * columns
-    own = (places >= first) & (places < last)
+    own = (positions >= first) & (positions < last)
     delta_OI = torch.zeros(W_OI.shape, dtype=W_OI.dtype, device=W_OI.device)
-    delta_OI.view(-1).index_add_(0, (places[own] - first).to(W_OI.device), values[own].to(W_OI))
+    delta_OI.view(-1).index_add_(0, (positions[own] - first).to(W_OI.device), values[own].to(W_OI))
     return delta_OI

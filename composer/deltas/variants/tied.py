@@ -1,4 +1,4 @@
-"""The two sides of a tied weight, which an adapter may change alike: each is then the other's twin."""
+"""The two sides of a tied weight: if an adapter changes both alike, each is the other's twin."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,9 +15,9 @@ from composer.formats.adapters.placement.result import PlacedModule, PlacementRe
 
 
 def mark_tied_pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: bool) -> PlacementResult:
-    """The modules, twins marked as such: whole tensors and rows of tokens that are saved for both and equal, and pairs
-    that PEFT ties (`ensure_weight_tying`). Without a base to say what is tied, such pairs are if they are equal. Raises
-    Mismatch for pairs of a tied weight that are said to be one and differ."""
+    """The modules with twins marked: full tensors and token rows that are saved for both sides and equal, and pairs
+    that PEFT ties (`ensure_weight_tying`). Without a base, such pairs count as tied if they are equal. Raises Mismatch
+    for pairs of a tied weight that should be equal but differ."""
     saved = (*_saved(adapter, placed, "replacement"), *_saved(adapter, placed, "tokens"))
     twins = (*saved, *_pairs(adapter, placed, on_a_base=on_a_base))
     modules = [
@@ -41,7 +41,7 @@ def _pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: bool) -> Seq
     embedding, head = sides
     A_RI, B_OR = lora.factors(Module(adapter, embedding))
     if _equal((B_OR.T, A_RI.T), lora.factors(Module(adapter, head))):
-        # A magnitude is each side's own, and so is the scale where a pattern names one of them.
+        # Each side has its own magnitude, and its own scale if a pattern names one of them.
         plain = embedding.parts.keys() | head.parts.keys() <= FACTOR_PARTS and embedding.scale == head.scale
         return sides if plain else ()
     if not on_a_base:
@@ -51,9 +51,9 @@ def _pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: bool) -> Seq
 
 
 def _sides(modules: Iterable[PlacedModule]) -> tuple[PlacedModule, ...]:
-    """(embedding, head), if there is one of each; else nothing."""
-    found = list(modules)
-    embeddings, heads = ([one for one in found if side(one.module)] for side in (is_embedding, is_head))
+    """(embedding, head) if there is exactly one of each; otherwise empty."""
+    both = list(modules)
+    embeddings, heads = ([one for one in both if side(one.module)] for side in (is_embedding, is_head))
     return (embeddings[0], heads[0]) if len(embeddings) == len(heads) == 1 else ()
 
 

@@ -79,22 +79,22 @@ class ModuleChange:
     change: Change | None
 
     def to_json(self) -> dict[str, Any]:
-        told = {"module": self.module, "kind": self.kind, "status": self.status}
+        document = {"module": self.module, "kind": self.kind, "status": self.status}
         numbers = self.change.to_json() if self.change else dict.fromkeys(Change().to_json())
-        return {**told, "rank_old": self.rank_old, "rank_new": self.rank_new, **numbers}
+        return {**document, "rank_old": self.rank_old, "rank_new": self.rank_new, **numbers}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`whole` sums up the deltas, replacements apart; `left_out` names modules that could not be read as numbers."""
+    """`overall` sums the deltas, without replacements; `left_out` names modules that could not be read as numbers."""
 
     modules: tuple[ModuleChange, ...]
-    whole: Change
+    overall: Change
     left_out: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "whole": self.whole.to_json(),
+            "whole": self.overall.to_json(),
             "modules": [module.to_json() for module in self.modules],
             "left_out": list(self.left_out),
         }
@@ -133,9 +133,9 @@ def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed:
         if change and status == "same":
             change = Change(change.old, change.new, change.inner)
         found.append(ModuleChange(name, kind, status, rank_old, rank_new, change))
-    whole = sum((row.change for row in found if row.change and row.kind == "delta"), Change())
+    overall = sum((row.change for row in found if row.change and row.kind == "delta"), Change())
     found.sort(key=lambda row: row.change.difference if row.change else float("inf"), reverse=True)
-    return Comparison(tuple(found), whole, tuple(left_out))
+    return Comparison(tuple(found), overall, tuple(left_out))
 
 
 def _sides(adapter: Adapter, placed: PlacementResult) -> dict[tuple[Kind, str], _Side]:

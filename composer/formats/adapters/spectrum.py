@@ -90,7 +90,7 @@ class Spectrum:
         return {
             "norm": _short(self.norm),
             "effective_rank": _short(self.effective_rank),
-            "energy": _told(self.energy),
+            "energy": _json_keys(self.energy),
             "rank_95": self.rank_95,
             "rank_99": self.rank_99,
             "near_zero": len(self.near_zero),
@@ -104,7 +104,7 @@ class Spectrum:
                 "rank": module.rank,
                 "norm": _short(module.norm),
                 "effective_rank": _short(module.effective_rank),
-                "energy": _told(module.energy),
+                "energy": _json_keys(module.energy),
                 "rank_95": module.rank_95,
                 "rank_99": module.rank_99,
                 "near_zero": module.module in idle,
@@ -198,7 +198,7 @@ def _by_rank(energy: Float64, rank: int) -> dict[int, float]:
     return {one: float(held[one - 1]) / total for one in ranks}
 
 
-def _told(energy: dict[int, float]) -> dict[str, float]:
+def _json_keys(energy: dict[int, float]) -> dict[str, float]:
     return {str(rank): round(share, 4) for rank, share in energy.items()}
 
 

@@ -104,18 +104,18 @@ def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]
     Hugging Face's own names are understood: `datasets` for `data`, and `license_name` where `license` is `other`.
     Everything else on a card is no provenance and is passed over; a part of the wrong form is a warning.
     """
-    told: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     findings: list[Finding] = []
     given = _hub_names(stated)
     for name in TEXTS:
-        _take(told, findings, name, given.get(name), _text)
-    _take(told, findings, "data", given.get("data"), _data)
-    _take(told, findings, "hyperparameters", given.get("hyperparameters"), _hyperparameters)
-    _take(told, findings, "tags", given.get("tags"), _texts)
-    if len(told.get("license", "")) > _LICENSE_CHARS:
+        _take(known, findings, name, given.get(name), _text)
+    _take(known, findings, "data", given.get("data"), _data)
+    _take(known, findings, "hyperparameters", given.get("hyperparameters"), _hyperparameters)
+    _take(known, findings, "tags", given.get("tags"), _texts)
+    if len(known.get("license", "")) > _LICENSE_CHARS:
         findings.append(_warn("license", f"license has more than {_LICENSE_CHARS} characters."))
-        del told["license"]
-    return told, findings
+        del known["license"]
+    return known, findings
 
 
 def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
@@ -123,10 +123,10 @@ def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
     unknown = sorted(set(stated) - set(FIELDS))
     if unknown:
         raise _bad(subject, f"{printable(unknown[0])} is no part of it; known are {', '.join(FIELDS)}")
-    told, findings = provenance(stated)
+    known, findings = provenance(stated)
     if findings:
         raise _bad(subject, findings[0].message.rstrip("."))
-    return told
+    return known
 
 
 def _hub_names(stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,12 +143,12 @@ def _hub_names(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take(
-    told: dict[str, Any], findings: list[Finding], name: str, value: object, read: Callable[[object], object]
+    known: dict[str, Any], findings: list[Finding], name: str, value: object, read: Callable[[object], object]
 ) -> None:
     if value is None:
         return
     try:
-        told[name] = read(value)
+        known[name] = read(value)
     except ValueError as error:
         findings.append(_warn(name, f"{name} of the provenance cannot be used: {error}."))
 
@@ -191,13 +191,13 @@ def _hyperparameters(value: object) -> dict[str, Scalar | list[Scalar]]:
     stated = cast("dict[object, object]", value)
     if len(stated) > MAX_HYPERPARAMETERS:
         raise ValueError(f"it has more than {MAX_HYPERPARAMETERS} entries")
-    told: dict[str, Scalar | list[Scalar]] = {}
+    known: dict[str, Scalar | list[Scalar]] = {}
     for key, item in stated.items():
         if isinstance(item, list):
-            told[_text(key)] = [_scalar(one) for one in _list(cast("object", item))]
+            known[_text(key)] = [_scalar(one) for one in _list(cast("object", item))]
         elif item is not None:
-            told[_text(key)] = _scalar(item)
-    return told
+            known[_text(key)] = _scalar(item)
+    return known
 
 
 def _scalar(value: object) -> Scalar:

@@ -64,23 +64,23 @@ class Checkpoint:
     def own_head(self) -> str | None:
         """The head whose bytes are not the embedding's, though the config says that both are one: loading believes the
         file, and so does this. None where the config is right."""
-        heads, embeddings = head_tensors(self._places), embedding_tensors(self._places)
-        if len(heads) != 1 or len(embeddings) != 1 or not said_tied(self.config, self._places):
+        heads, embeddings = head_tensors(self._shard_by_tensor), embedding_tensors(self._shard_by_tensor)
+        if len(heads) != 1 or len(embeddings) != 1 or not said_tied(self.config, self._shard_by_tensor):
             return None
         return None if same_bytes(self.locate(heads[0]), self.locate(embeddings[0])) else heads[0]
 
     @cached_property
     def packed(self) -> Mapping[str, Nf4]:
         """The 4-bit weights by name; none where the checkpoint was not opened to be dequantized."""
-        return nf4_weights(self._places, self.locate) if self.dequantize else {}
+        return nf4_weights(self._shard_by_tensor, self.locate) if self.dequantize else {}
 
     @cached_property
-    def _places(self) -> dict[str, str]:
+    def _shard_by_tensor(self) -> dict[str, str]:
         return {name: shard for shard, header in self.shards.items() for name in header.tensors}
 
     def locate(self, name: str) -> tuple[Path, TensorEntry]:
         """File and entry of a tensor. Raises KeyError for a name that the architecture does not have."""
-        shard = self._places[name]
+        shard = self._shard_by_tensor[name]
         return self.path / shard, self.shards[shard].tensors[name]
 
 
@@ -130,8 +130,8 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
 
 def quantization(settings: Mapping[str, Any]) -> str:
     """What a config says of how the weights were quantized, in a few words."""
-    told = (settings.get("quant_method", "quantized"), settings.get("format"))
-    return ", ".join(str(word)[:40] for word in told if word)
+    words = (settings.get("quant_method", "quantized"), settings.get("format"))
+    return ", ".join(str(word)[:40] for word in words if word)
 
 
 def _decodable(method: str, settings: Mapping[str, Any]) -> bool:

@@ -71,7 +71,7 @@ def hash_checkpoint(
         try:
             hashes = [job.result() for job in jobs]
         finally:
-            pool.shutdown(cancel_futures=True)  # whoever is told to stop need not wait for terabytes
+            pool.shutdown(cancel_futures=True)  # cancelled: do not wait for terabytes
     tensor_hashes = {entry.name: digest for (_, entry), digest in zip(tensors, hashes, strict=True)}
     architecture = checkpoint.architecture
     specs = architecture.tensors.values()

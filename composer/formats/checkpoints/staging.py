@@ -1,4 +1,4 @@
-"""Results appear complete or not at all: written aside, synced, renamed."""
+"""Results appear complete or not at all: written staging, synced, renamed."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ from composer.formats.checkpoints.checkpoint import INDEX_FILE
 from composer.formats.checkpoints.header import PICKLE_SUFFIXES
 
 NOTE_FILE = "adaptory.json"
-_ASIDE = ".partial-"
+_STAGING = ".partial-"
 _KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
 _UNIX_BLOCK_BYTES = 512
 _SYNC_THREADS = 8
@@ -40,7 +40,7 @@ def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> 
     """A directory beside `out_dir` to write about `size_bytes` into, flat; synced and renamed when the block ends well.
 
     Raises RefusedOutput when `out_dir` exists, its parent does not, another process is writing the same, or the disk is
-    full, before or while writing. When the block raises, the directory aside is removed.
+    full, before or while writing. When the block raises, the directory staging is removed.
 
     `key` identifies what is written: a block that was killed or interrupted leaves its directory, and the next one with
     the same key gets it back, with all that lies in it. Such directories of other keys are removed, unless in use. Keys
@@ -52,35 +52,35 @@ def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> 
         raise RefusedOutput(
             "no_parent", f"{parent} is not a directory.", subject=str(parent), next_step="Create it first."
         )
-    aside = parent / f"{out_dir.name}{_ASIDE}{key or secrets.token_hex(4)}"
-    with _held(aside, out_dir):
+    staging = parent / f"{out_dir.name}{_STAGING}{key or secrets.token_hex(4)}"
+    with _held(staging, out_dir):
         try:
-            _remove_abandoned(out_dir, aside)
+            _remove_abandoned(out_dir, staging)
             # What was begun has its full size from the start, and takes up only what was written of it.
-            there = sum(file.stat().st_blocks * _UNIX_BLOCK_BYTES for file in aside.iterdir())
+            there = sum(file.stat().st_blocks * _UNIX_BLOCK_BYTES for file in staging.iterdir())
             if shutil.disk_usage(parent).free + there < size_bytes:
                 raise _no_room(errno.ENOSPC, out_dir, size_bytes)
-            yield aside
-            _finish(aside, out_dir)
+            yield staging
+            _finish(staging, out_dir)
         except BaseException as error:
             # What was interrupted can go on later; after an error the same would only happen again.
             again = isinstance(error, Exception) and not isinstance(error, Interrupted)
-            if aside.exists() and (key is None or again):
-                shutil.rmtree(aside)
-            elif aside.exists():
-                error.add_note(f"what is finished lies in {aside}, and the same command goes on with it")
+            if staging.exists() and (key is None or again):
+                shutil.rmtree(staging)
+            elif staging.exists():
+                error.add_note(f"finished parts are in {staging}; the same command resumes from them")
             if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
                 raise _no_room(error.errno, out_dir, size_bytes) from error
             raise
 
 
-def _finish(aside: Path, out_dir: Path) -> None:
+def _finish(staging: Path, out_dir: Path) -> None:
     # Together, since the file system's journal commits them together: one after the other cost 4 ms a file.
     with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
-        list(pool.map(sync, list(aside.iterdir())))
-    sync(aside)
+        list(pool.map(sync, list(staging.iterdir())))
+    sync(staging)
     try:
-        aside.rename(out_dir)
+        staging.rename(out_dir)
     except OSError:
         _refuse_existing(out_dir)  # another process has finished first
         raise
@@ -88,25 +88,25 @@ def _finish(aside: Path, out_dir: Path) -> None:
 
 
 @contextmanager
-def _held(aside: Path, out_dir: Path) -> Generator[None]:
+def _held(staging: Path, out_dir: Path) -> Generator[None]:
     """The directory made, and locked against other processes; the kernel lets go of the lock when this one dies."""
     try:
-        if aside.is_symlink():  # what lies where it leads to is somebody else's
-            raise FileExistsError(errno.EEXIST, "there is a link of the name of what is written first", str(aside))
-        aside.mkdir(exist_ok=True)
+        if staging.is_symlink():  # what lies where it leads to is somebody else's
+            raise FileExistsError(errno.EEXIST, "a link has the name of the staging directory", str(staging))
+        staging.mkdir(exist_ok=True)
     except OSError as error:
         if error.errno in DISK_FULL_ERRNOS:
             raise
-        parent = str(aside.parent)
+        parent = str(staging.parent)
         message = f"Nothing can be written to {parent}: {error.strerror}."
         raise RefusedOutput("not_writable", message, subject=parent, next_step="Choose another directory.") from error
-    handle = os.open(aside, os.O_RDONLY)
+    handle = os.open(staging, os.O_RDONLY)
     try:
         if not _locked(handle):
             message = f"Another process is writing {out_dir} now."
             raise RefusedOutput("busy", message, subject=str(out_dir), next_step="Wait for it to end.")
         # Between the look and the lock it may have finished and been renamed.
-        if not aside.is_dir() or not os.path.samestat(os.fstat(handle), aside.stat()):
+        if not staging.is_dir() or not os.path.samestat(os.fstat(handle), staging.stat()):
             _refuse_existing(out_dir)
             raise RefusedOutput(
                 "busy", f"Another process wrote {out_dir} meanwhile.", subject=str(out_dir), next_step="Try again."
@@ -124,11 +124,11 @@ def _locked(handle: int) -> bool:
     return True
 
 
-def _remove_abandoned(out_dir: Path, aside: Path) -> None:
+def _remove_abandoned(out_dir: Path, staging: Path) -> None:
     """Directories that a killed process left on the way to the same output: nobody holds their lock any more."""
-    ours = re.compile(re.escape(f"{out_dir.name}{_ASIDE}") + _KEY)
-    for other in aside.parent.iterdir():
-        if other == aside or not ours.fullmatch(other.name) or other.is_symlink() or not other.is_dir():
+    ours = re.compile(re.escape(f"{out_dir.name}{_STAGING}") + _KEY)
+    for other in staging.parent.iterdir():
+        if other == staging or not ours.fullmatch(other.name) or other.is_symlink() or not other.is_dir():
             continue
         handle = os.open(other, os.O_RDONLY)
         try:

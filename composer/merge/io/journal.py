@@ -1,8 +1,8 @@
-"""What an interrupted merge has finished, so that the same merge can go on: a journal in the directory aside.
+"""The journal of a merge, in its staging directory: finished shards, so that an interrupted merge can resume.
 
-A shard is written down once its bytes are verified and on the disk (fsync), with its size, inode and time of last
-change. A later run trusts it if all three are still the same, because nobody can have written to it since, and verifies
-it again with the same checks; a digest of every byte would add a third to each merge's time for the same answer.
+A shard is recorded once its bytes are verified and synced (fsync), with its size, inode and ctime. A later run accepts
+it if all three are unchanged, because then nobody has written to it, and verifies it again with the same checks. A
+digest of every byte would add a third to each merge's time for the same answer.
 """
 
 import json
@@ -17,7 +17,7 @@ JOURNAL_FILE = ".journal"
 
 
 class Journal:
-    """The finished shards of the merge that writes into `directory`. Opening it removes all that is not one of them."""
+    """The finished shards of the merge that writes into `directory`. Opening it removes all other files."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -36,16 +36,16 @@ class Journal:
         sync(directory)
 
     def holds(self, name: str) -> bool:
-        """Whether an earlier run, or this one, has finished the shard."""
+        """Whether an earlier run or this one has finished the shard."""
         with self._lock:
             return name in self._finished
 
     def close(self) -> None:
-        """All is finished: the directory becomes the output, where a journal has no place."""
+        """Removes the journal, before the directory becomes the output."""
         self._path.unlink()
 
     def finish(self, path: Path) -> None:
-        """Write down a shard that is verified and synced."""
+        """Records a shard that is verified and synced."""
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             self._finished[path.name] = identity(path)
             file.write(_line(path.name, self._finished[path.name]))
@@ -58,12 +58,12 @@ def _line(name: str, identity: Identity) -> str:
 
 
 def _read(path: Path) -> dict[str, Identity]:
-    """The lines up to the first that a crash or a power cut spoilt: what follows was never promised."""
-    found: dict[str, Identity] = {}
+    """The entries up to the first line damaged by a crash or power loss; later ones were never guaranteed."""
+    finished: dict[str, Identity] = {}
     for line in path.read_text("utf-8", "replace").split("\n")[:-1] if path.is_file() else ():
         try:
             name, size, inode, changed = json.loads(line)
-            found[str(name)] = (size, inode, changed)
+            finished[str(name)] = (size, inode, changed)
         except (ValueError, TypeError):
             break
-    return found
+    return finished

@@ -1,9 +1,9 @@
-"""An output file that is written by many threads, past the page cache where the file system can (O_DIRECT).
+"""An output file written by many threads, past the page cache if the file system allows it (O_DIRECT).
 
-A merge writes each byte once and never reads most of them again. Through the page cache that costs a copy of every
-byte, pages to hold them (which push the base out that is being read), and a later write to the disk by the same cores
-that compute; a direct write hands the computed bytes to the disk. It has to begin and end at a block of the disk, in
-the file and in memory, so that what a chunk has of its first and last block goes through the page cache.
+A merge writes each byte once and never reads most of them again. The page cache would cost a copy of every byte, pages
+to hold them (which evict the base being read), and a later write to disk by the cores that compute. A direct write
+hands the computed bytes to the disk. It must begin and end at a disk block, in the file and in memory, so a chunk's
+partial first and last blocks go through the page cache.
 """
 
 import errno
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from composer.merge.io.source import write_all
 
-BLOCK_BYTES = 4096  # no disk or file system in use asks for more; one that does is written through the page cache
+BLOCK_BYTES = 4096  # enough for common disks and file systems; others are written through the page cache
 _SYNC_BYTES = 64 << 20
 _NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
@@ -24,9 +24,9 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 @dataclass
 class OutputFile:
-    """An output file: `fresh` says that it is written now; otherwise an earlier run did, and it is only verified.
+    """An output file. `fresh`: written now; otherwise an earlier run wrote it, and it is only verified.
 
-    `direct` is the same file, opened to be written past the page cache, or None. `sync` has a file taken to the disk.
+    `direct` is the same file opened for writes past the page cache, or None. `sync` starts a sync to disk.
     """
 
     file: int
@@ -38,18 +38,18 @@ class OutputFile:
 
     @classmethod
     def opened(cls, path: Path, fresh: bool, sync: Callable[[int], object], stack: ExitStack) -> "OutputFile":
-        """Raises FileExistsError for a fresh one that is there."""
+        """Opens the file. Raises FileExistsError if a fresh one already exists."""
         file = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if fresh else 0), 0o644)
         stack.callback(os.close, file)
         direct = _opened_direct(path) if fresh else None
         if direct is not None:
             stack.callback(os.close, direct)
-        # What is read back are a few rows here and there; reading ahead would only fetch what is not looked at.
+        # Verification reads scattered rows; readahead would fetch unused data.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         return cls(file, direct, fresh, sync)
 
     def write(self, buffer: memoryview, offset: int, address: int) -> None:
-        """Write bytes, which lie at `address` in memory."""
+        """Writes bytes that lie at `address` in memory."""
         size = buffer.nbytes
         first = min(-offset % BLOCK_BYTES, size)
         last = first + (size - first) // BLOCK_BYTES * BLOCK_BYTES
@@ -61,7 +61,7 @@ class OutputFile:
         self.cached(size - direct)
 
     def _written_directly(self, blocks: memoryview, offset: int) -> int:
-        """How many of the bytes were: all, none where the disk has larger blocks, some where the kernel stopped."""
+        """The number of bytes written: all, none if the disk has larger blocks, or some if the kernel stopped."""
         if self.direct is None or not blocks.nbytes:
             return 0
         try:
@@ -73,7 +73,7 @@ class OutputFile:
             return 0
 
     def cached(self, count: int) -> None:
-        """`count` bytes were written to the page cache: taken to the disk each time they are enough to be worth it."""
+        """Counts bytes written to the page cache, and starts a sync whenever enough have accumulated."""
         with self.lock:
             self.unsynced += count
             due = self.fresh and self.unsynced >= _SYNC_BYTES
@@ -84,7 +84,7 @@ class OutputFile:
 
 
 def _opened_direct(path: Path) -> int | None:
-    """None where the file system has no direct writes."""
+    """A descriptor for direct writes, or None if the file system has none."""
     if not _O_DIRECT:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Values written in the output's dtype, as a `Rounding` says."""
+"""Rounds values to the output's dtype, as a `Rounding` specifies."""
 
 import hashlib
 
@@ -14,7 +14,7 @@ _STEPS_FLOAT16 = 2.0**24  # of a subnormal float16 in 1
 
 
 def round_into(rounding: Rounding, out: torch.Tensor, exact: torch.Tensor, name: str, begin: int) -> None:
-    """Write `exact`, the values of tensor `name` from element `begin` on, into `out`."""
+    """Rounds `exact`, the values of tensor `name` from element `begin` on, into `out`."""
     if rounding.mode is Mode.NEAREST or out.dtype not in _DROPPED_BITS:
         out.copy_(exact)
     else:
@@ -22,7 +22,7 @@ def round_into(rounding: Rounding, out: torch.Tensor, exact: torch.Tensor, name:
 
 
 def _chances(seed: int, name: str, begin: int, count: int) -> torch.Tensor:
-    """Uniform integers below 2^16, one a value, as int32; any part of a tensor's can be made on its own."""
+    """Uniform integers below 2^16, one per value, as int32; any part of a tensor can be made separately."""
     key = hashlib.blake2b(name.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
     first = begin // _LANES
     blocks = -(-(begin + count) // _LANES) - first
@@ -32,9 +32,9 @@ def _chances(seed: int, name: str, begin: int, count: int) -> torch.Tensor:
 
 
 def _round_by_chance(out: torch.Tensor, exact: torch.Tensor, chances: torch.Tensor) -> None:
-    """Adds a chance below one step to the magnitude and cuts off what `out` cannot hold: exact in integers.
+    """Adds a random amount below one step to the magnitude and truncates to `out`: exact in integers.
 
-    A NaN stays one and an infinity too: their chances are none.
+    NaN and infinity are unchanged, since nothing is added to them.
     """
     dropped = _DROPPED_BITS[out.dtype]
     chances = torch.where(exact.isfinite(), chances >> (16 - dropped), 0)

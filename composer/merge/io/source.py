@@ -1,4 +1,4 @@
-"""Rows of tensors in files. Every value that a merge takes from its base passes `source_rows` or `picked_rows`."""
+"""Rows of tensors in files. Every base value in a merge goes through `source_rows` or `picked_rows`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from composer.formats.checkpoints.header import TensorEntry
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A tensor that is stored in another form than its values (quantized): M x N values, decoded a few rows at a time.
+    """A quantized tensor: M x N values, decoded a few rows at a time.
 
-    `rows` gives rows [begin, end) in float32. `dtype` is the one they are written in unless the merge is told another.
+    `rows` returns rows [begin, end) in float32. `dtype` is the output dtype unless the merge sets another.
     """
 
     shape: tuple[int, int]
@@ -24,7 +24,7 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where one tensor's values come from: `entry` of the open file `file`, or what `decoded` makes of it."""
+    """The source of one tensor's values: `entry` of the open file `file`, or its `decoded` form."""
 
     file: int
     entry: TensorEntry
@@ -33,7 +33,7 @@ class Source:
 
 
 def source_rows(source: Source, begin: int, end: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows [begin, end): in the stored dtype, read into `buffer` (end - begin rows of it); decoded ones in float32."""
+    """Rows [begin, end) in the stored dtype, read into `buffer` (end - begin rows of it); decoded ones in float32."""
     if source.decoded is not None:
         return source.decoded.rows(begin, end)
     dtype = torch_dtype(source.entry.dtype, source.entry.name)
@@ -44,7 +44,7 @@ def source_rows(source: Source, begin: int, end: int, buffer: torch.Tensor | Non
 
 
 def picked_rows(source: Source, rows: Sequence[int]) -> torch.Tensor:
-    """These rows only, as `source_rows` gives them."""
+    """Only these rows, as `source_rows` returns them."""
     if source.decoded is not None:
         return torch.cat([source_rows(source, row, row + 1) for row in rows])
     dtype = torch_dtype(source.entry.dtype, source.entry.name)

@@ -1,4 +1,4 @@
-"""A quantized checkpoint as the ordinary one that it stands for: which tensors are decoded, and which disappear."""
+"""A quantized checkpoint as an ordinary one: which tensors are decoded, and which disappear."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from composer.merge.io.source import Decoded
 from composer.merge.quantized import fp8, nf4
 
 _INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F4", "F6_E2M3", "F6_E3M2"})
-# What tools keep beside, or in place of, a weight whose values they packed. No buffer of a model is called so.
+# Names that tools use beside, or instead of, a packed weight. No buffer of a model has such a name.
 _PARTS = (
     "_packed", ".weight_shape", ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_zero_point",
     ".weight_g_idx", ".SCB", ".weight_format", ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".bitmask",
@@ -23,7 +23,7 @@ _STATE = ".quant_state."
 
 @dataclass(frozen=True, slots=True)
 class Dequantized:
-    """`tensors` are decoded by name, `scales` have no place in the output, and `config` does not speak of them."""
+    """`tensors` are decoded, by name; `scales` are dropped from the output; `config` does not mention them."""
 
     tensors: Mapping[str, Decoded]
     scales: frozenset[str]
@@ -31,11 +31,11 @@ class Dequantized:
 
 
 def dequantized(checkpoint: Checkpoint) -> Dequantized:
-    """What the quantized tensors of a checkpoint stand for; nothing unless it was opened with `dequantize`.
+    """The quantized tensors of a checkpoint, decoded; empty unless it was opened with `dequantize`.
 
-    Raises NotSupported naming an fp8 tensor without a scale, one whose scale does not fit it, or a quantized tensor
-    that nothing here decodes: copied, it would be a weight in a checkpoint whose config does not speak of packing. So
-    it does where `dequantize` was asked for and nothing is quantized: another base may be meant.
+    Raises NotSupported naming an fp8 tensor without a scale or with one that does not fit, or a quantized tensor
+    without a decoder: copied, it would be packed values in a checkpoint whose config does not mention packing. Also
+    raises NotSupported if nothing is quantized, since another base may be meant.
     """
     config = dict(checkpoint.config)
     if not checkpoint.dequantize:
@@ -55,7 +55,7 @@ def dequantized(checkpoint: Checkpoint) -> Dequantized:
 
 
 def _refuse_left(checkpoint: Checkpoint, used: frozenset[str] | set[str]) -> None:
-    """Raises NotSupported for a quantized tensor that no decoder has used. The config may say nothing of it."""
+    """Raises NotSupported for a quantized tensor that no decoder used, even if the config does not mention it."""
     left = {
         name: entry.spec
         for header in checkpoint.shards.values()
@@ -64,20 +64,20 @@ def _refuse_left(checkpoint: Checkpoint, used: frozenset[str] | set[str]) -> Non
     }
     if not left:
         return
-    name = max(left, key=lambda one: left[one].size_bytes)  # a weight rather than what helps to decode it
+    name = max(left, key=lambda one: left[one].size_bytes)  # prefers a weight to its auxiliary tensors
     settings = cast("dict[str, Any]", checkpoint.config.get("quantization_config") or {})
-    how = quantization(settings) if settings else "its config does not say how"
+    how = quantization(settings) if settings else "its config does not describe it"
     out = f", {DEQUANTIZE}." if _decodable(checkpoint) else "."
     raise NotSupported(
         "quantized_base",
-        f"{checkpoint.path.name} is quantized ({how}): {name} ({left[name].dtype}) would stay as it is packed.",
+        f"{checkpoint.path.name} is quantized ({how}): {name} ({left[name].dtype}) would stay packed.",
         subject=name,
         next_step=f"Merge into the full-precision base{out}",
     )
 
 
 def _decodable(checkpoint: Checkpoint) -> bool:
-    """Might it help to open the checkpoint with `dequantize`?"""
+    """Whether opening the checkpoint with `dequantize` might help."""
     stored = checkpoint.architecture.tensors.items()
     return not checkpoint.dequantize and any(
         name.endswith(NF4_STATE) or spec.dtype.startswith("F8_E") for name, spec in stored
@@ -85,6 +85,6 @@ def _decodable(checkpoint: Checkpoint) -> bool:
 
 
 def _is_quantized(name: str, spec: TensorSpec) -> bool:
-    """By dtype a matrix of weights alone: masks, positions and counters are integers of other names. Weights that are
-    only cast to fp8 have no scale, and are values as they are."""
+    """Whether a tensor is quantized. The dtype decides only for weight matrices: masks, positions and counters are
+    integers too. Weights that are merely cast to fp8 have no scale and need no decoding."""
     return name.endswith(_PARTS) or _STATE in name or (name.endswith(".weight") and spec.dtype in _INTEGERS)

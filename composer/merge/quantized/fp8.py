@@ -1,7 +1,7 @@
-"""Weights in 8-bit floats with their scales beside them, as the values that they stand for.
+"""Decodes weights in 8-bit floats with separate scales.
 
-W = fp8 * scale, whatever the scale is called: `weight_scale_inv`, one for each block of a matrix (DeepSeek-V3, arXiv
-2412.19437, section 3.3), or `weight_scale`, one for a matrix or for each row.
+W = fp8 * scale for both names of the scale: `weight_scale_inv`, one per block of a matrix (DeepSeek-V3, arXiv
+2412.19437, section 3.3), or `weight_scale`, one per matrix or per row.
 """
 
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ _NEXT = "Use the unquantized base."
 
 
 def decoded(checkpoint: Checkpoint) -> tuple[dict[str, Decoded], set[str]]:
-    """(the fp8 tensors by name, the names of their scales). Raises NotSupported naming a tensor without a scale, or one
-    whose scale does not fit it.
+    """(the fp8 tensors by name, the names of their scales). Raises NotSupported naming a tensor whose scale is missing
+    or does not fit.
     """
     names = checkpoint.architecture.tensors
     tensors: dict[str, Decoded] = {}
@@ -54,13 +54,13 @@ def _decoded(checkpoint: Checkpoint, name: str, scale_name: str) -> Decoded:
 
 
 def _matrix(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """A scalar is 1 x 1, and a scale for each row a column."""
+    """The scale as a matrix: a scalar is 1 x 1, and a scale per row is a column."""
     tensor = map_tensor(path, entry)
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, 1)
 
 
 def _block(config: Mapping[str, Any], entry: TensorEntry, scale: TensorEntry) -> tuple[int, int]:
-    """Rows and columns that one scale is for. Raises NotSupported where weight and scale do not fit together."""
+    """Rows and columns covered by one scale. Raises NotSupported if weight and scale do not fit."""
     if len(entry.shape) == 2:
         rows, columns = entry.shape
         if scale.spec.elements == 1:

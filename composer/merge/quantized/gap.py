@@ -1,7 +1,7 @@
-"""How far a 4-bit base is from the full-precision one, where an adapter that was trained on it is merged.
+"""The gap between a 4-bit base and the full-precision one, for merging an adapter trained on the former.
 
-QLoRA (arXiv 2305.14314) trains beside a base in 4 bits. Its deltas are right for that base; merged into the original
-one they meet other weights. How far those are apart is measured; what it does to the answers only an evaluation tells.
+QLoRA (arXiv 2305.14314) trains on a 4-bit base. Its deltas fit that base; in the original one they meet different
+weights. The difference in weights is measured here; only an evaluation shows its effect on the answers.
 """
 
 import os
@@ -20,39 +20,39 @@ from composer.merge.io.source import Source, source_rows
 from composer.merge.quantized.nf4 import rounded
 
 _IN_FOUR_BITS = re.compile(r"(?:bnb|nf)-?4-?bit|-4bit|-int4|qlora", re.IGNORECASE)
-# A line of the settings that PEFT (before 0.7) and ms-swift list in a model card, or of the config that axolotl puts
-# there. Prose and code that only show how to load something in 4 bits write `load_in_4bit=True`.
+# A line of the settings that PEFT (before 0.7) and ms-swift list in a model card, or of the config that axolotl adds.
+# Prose and code that only show how to load in 4 bits write `load_in_4bit=True`.
 _LOADED_IN_FOUR_BITS = re.compile(rb"^(?:- )?load_in_4bit: [Tt]rue[ \t]*(?:#.*)?\r?$", re.MULTILINE)
 _CARD_BYTES = 1 << 20
 _WEIGHTS, _ROWS = 6, 32
 
 
 def quantized_bases(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> list[Finding]:
-    """A notice for each adapter that says it was trained on a 4-bit base, with |NF4(W) - W| / |W| on sampled rows as
-    measure.
+    """A notice for each adapter whose files say that it was trained on a 4-bit base, with |NF4(W) - W| / |W| on sampled
+    rows as measure.
 
-    Nothing is said of a checkpoint that is in 4 bits itself.
+    Empty for a checkpoint that is in 4 bits itself.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for adapter in loaded:
         evidence = "" if checkpoint.packed else _evidence(adapter)
         if not evidence:
             continue
         error, change = _gap(checkpoint, adapter.deltas)
-        message = f"{adapter.name} was trained on a base in 4 bits ({evidence}) and goes into the full-precision one."
+        message = f"{adapter.name} was trained on a 4-bit base ({evidence}) but is merged into the full-precision one."
         if change:
             message += (
                 f" On sampled rows the two differ by {error:.1%} of the weights, {error / change:.1f} times what the "
                 "adapter changes: evaluate the result, or merge into the 4-bit base itself (--dequantize)."
             )
-        found.append(Finding("trained_on_4_bits", Severity.NOTICE, adapter.name, message, error))
-    return found
+        findings.append(Finding("trained_on_4_bits", Severity.NOTICE, adapter.name, message, error))
+    return findings
 
 
 def _evidence(adapter: LoadedAdapter) -> str:
-    """What the adapter's own files say of a 4-bit base; empty where they say nothing.
+    """The evidence for a 4-bit base in the adapter's own files; empty if there is none.
 
-    No pickle is opened, and `base_model_relation: quantized` is none: it is said of what lies beside the card.
+    No pickle is opened. `base_model_relation: quantized` is not evidence: it describes the files beside the card.
     """
     named = adapter.config.base_model_name_or_path or ""
     if _IN_FOUR_BITS.search(named):
@@ -60,7 +60,7 @@ def _evidence(adapter: LoadedAdapter) -> str:
     try:
         card = _card(adapter.path)
         stated, _ = provenance(front_matter(card))
-    except InvalidFile:  # nobody's merge should fail over a README
+    except InvalidFile:  # a README should not make a merge fail
         return ""
     if _LOADED_IN_FOUR_BITS.search(card):
         return f"its {CARD_FILE} says load_in_4bit"
@@ -94,7 +94,7 @@ def _gap(checkpoint: Checkpoint, deltas: Sequence[Delta]) -> tuple[float, float]
             os.close(file)
         left, right = delta.stored_factors()
         added_MN = left[: len(W_MN)] @ right
-        for place, part in enumerate((rounded(W_MN) - W_MN, added_MN, W_MN)):
-            squares[place] += float(part.double().square().sum())
-    error, change, whole = squares
-    return ((error / whole) ** 0.5, (change / whole) ** 0.5) if whole else (0.0, 0.0)
+        for index, part in enumerate((rounded(W_MN) - W_MN, added_MN, W_MN)):
+            squares[index] += float(part.double().square().sum())
+    error, change, weight = squares
+    return ((error / weight) ** 0.5, (change / weight) ** 0.5) if weight else (0.0, 0.0)

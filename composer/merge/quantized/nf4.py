@@ -1,7 +1,7 @@
-"""Weights in 4-bit NormalFloat as bitsandbytes stores them, as the values they stand for (QLoRA, arXiv 2305.14314).
+"""Decodes weights in 4-bit NormalFloat as stored by bitsandbytes (QLoRA, arXiv 2305.14314).
 
-Two values a byte, the first in the upper half, in blocks of consecutive values with a scale each: value =
-quant_map[4 bits] * absmax[block]. With double quantization the scales are bytes themselves:
+Each byte has two values, the first in the upper half; each block of consecutive values has a scale: value =
+quant_map[4 bits] * absmax[block]. With double quantization, the scales are bytes themselves:
 absmax = nested_quant_map[byte] * nested_absmax[block of blocks] + nested_offset.
 """
 
@@ -26,13 +26,13 @@ LEVELS = (
 
 
 class Tensors(Protocol):
-    """Where tensors lie: a checkpoint."""
+    """Locates tensors, as a checkpoint does."""
 
     def locate(self, name: str) -> tuple[Path, TensorEntry]: ...
 
 
 def decoded(checkpoint: Tensors, packed: Nf4) -> Decoded:
-    """The values of one weight, a few rows at a time, in float32; written in the dtype that it was quantized from."""
+    """The values of one weight, a few rows at a time in float32; written in the dtype before quantization."""
     columns = packed.shape[1]
 
     def part(suffix: str) -> torch.Tensor:
@@ -51,7 +51,7 @@ def decoded(checkpoint: Tensors, packed: Nf4) -> Decoded:
 
 
 def _pairs(levels: torch.Tensor) -> torch.Tensor:
-    """256 x 2: the two values that each byte stands for."""
+    """256 x 2: the two values of each byte."""
     codes = torch.arange(256)
     return torch.stack([levels[codes >> 4], levels[codes & 0xF]], dim=1)
 
@@ -65,7 +65,7 @@ def _scales(part: Callable[[str], torch.Tensor], packed: Nf4, first: int, last: 
 
 
 def rounded(W_MN: torch.Tensor) -> torch.Tensor:
-    """What NF4 in blocks of 64 makes of float32 rows: how far the base that QLoRA trains on is from this one."""
+    """Float32 rows rounded to NF4 in blocks of 64, as in the base that QLoRA trains on."""
     flat = W_MN.float().reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).reshape(-1, BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -37,7 +37,7 @@ def compiled(pattern: str) -> _Step:
     return step
 
 
-def matches_whole(pattern: str, text: str) -> bool:
+def matches_fully(pattern: str, text: str) -> bool:
     """As `re.fullmatch`, for text of one line."""
     return len(text) in compiled(pattern)(text, {0}, False)
 

@@ -9,7 +9,7 @@ from composer.errors import NotSupported
 from composer.findings import Finding, Severity
 from composer.formats.adapters.config.config import AdapterConfig
 from composer.formats.adapters.config.parts import Size
-from composer.formats.adapters.config.patterns import matches_whole
+from composer.formats.adapters.config.patterns import matches_fully
 from composer.formats.adapters.config.types import RETIRED_PARTS, TYPES, UNSAVED_PARTS, AdapterType
 from composer.formats.adapters.placement.experts import missing_parameters, owner_of
 from composer.formats.adapters.placement.naming import (
@@ -351,7 +351,7 @@ def _check_patterns(placement: Placement, paths: set[str]) -> None:
 def _targets_without_tensors(config: AdapterConfig, adapted: set[str]) -> list[str]:
     targets = config.target_modules
     if isinstance(targets, str):
-        found = targets == "all-linear" or any(matches_whole(targets, module) for module in adapted)
+        found = targets == "all-linear" or any(matches_fully(targets, module) for module in adapted)
         return [] if found else [targets]
     return [
         target

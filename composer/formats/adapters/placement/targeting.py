@@ -4,7 +4,7 @@ import re
 from typing import cast
 
 from composer.formats.adapters.config.config import AdapterConfig
-from composer.formats.adapters.config.patterns import matches_whole
+from composer.formats.adapters.config.patterns import matches_fully
 from composer.formats.adapters.placement.naming import is_embedding, is_head
 
 _ANY_LAYER = r"[^.]*"
@@ -26,7 +26,7 @@ def surely_untargeted(config: AdapterConfig, module: str) -> bool:
         return True
     if isinstance(targets, str):
         # PEFT takes this word in any case.
-        return targets.lower() != "all-linear" and not matches_whole(targets, module)
+        return targets.lower() != "all-linear" and not matches_fully(targets, module)
     if module in targets:  # a whole path wins over the choice of layers
         return False
     return not _names(targets, module) or _in_another_layer(config, module)
@@ -34,7 +34,7 @@ def surely_untargeted(config: AdapterConfig, module: str) -> bool:
 
 def _names(targets: tuple[str, ...] | str, module: str) -> bool:
     if isinstance(targets, str):
-        return matches_whole(targets, module)
+        return matches_fully(targets, module)
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
