@@ -238,7 +238,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "hidden_input": "Ask an administrator of their namespace.",
         "no_tokens": "On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
         "not_loopback": "Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and make one: `adaptory token create`.",
-        "not_yours": "Ask whoever made it, or an admin.",
+        "not_yours": "Ask its author, or an admin.",
         "other_site": "Use a page of this registry, or a client that is not a browser.",
         "role_lost": "Ask an admin of the namespace for the role, and compose again.",
         "role_missing": "Ask an admin for the role, or use a token whose scope has it.",
@@ -290,7 +290,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "lineage_differs": "Do not serve it; ask who published it.",
         "link_outside": "Copy the file there.",
         "link_to_directory": "Copy the directory there.",
-        "lock_broken": "Whoever runs the registry: `adaptory fsck` finds what was changed.",
+        "lock_broken": "An operator runs `adaptory fsck`, which finds what was changed.",
         "metric_unstated": (
             "Ask the suite's author to add the metric under `metrics`, and to run `adaptory suite add` again."
         ),

@@ -60,7 +60,7 @@ def _store_url(text: str) -> str | None:
 
 
 def stripped_token(text: str) -> str:
-    """As a file or a shell gives it, with white space around. Not in any message: whoever reads it could use it."""
+    """As a file or a shell gives it, with white space around. Not in any message: every reader could use it."""
     if not re.fullmatch(r"[\x21-\x7e]*", text := text.strip()):
         raise ValueError("it is no token: there is a space in it, or what is no ASCII")
     return text

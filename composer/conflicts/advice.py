@@ -24,7 +24,7 @@ FROM_WEIGHTS = (
 """The meaning of every pair that is neither probed nor compared by activations."""
 # If one kind of module holds at least this share of what two adapters have in common, leaving it out is worth a try.
 _CONCENTRATED = 0.4
-_TOLD = 5
+_LISTED = 5
 MEASURE = f"Measure it: --probe {USUAL_K} (probe: {USUAL_K} in a recipe), with a suite for each."
 FITTED = "regmean"
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
@@ -41,7 +41,7 @@ class Explanation:
 
     @property
     def causes(self) -> list[tuple[str, float]]:
-        return [(module, share) for module, share in self.shares.items() if share > 0][:_TOLD]
+        return [(module, share) for module, share in self.shares.items() if share > 0][:_LISTED]
 
     def to_json(self) -> dict[str, object]:
         causes = [{"module": module, "share": rounded_for_json(share)} for module, share in self.causes]

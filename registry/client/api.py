@@ -75,7 +75,7 @@ class Api:
         has expired, or the bytes are not those that it was signed for. Raises Invalid for another number of bytes.
         """
         content = _exactly(int(put["headers"]["Content-Length"]), chunks)
-        with _told(put["url"]):
+        with _translate_transport_errors(put["url"]):
             response = self._http.put(put["url"], content=content, headers=put["headers"])
         if 400 <= response.status_code < 500 and not _is_problem(response):
             raise Conflict(
@@ -90,7 +90,10 @@ class Api:
         """The bytes at `url` from `start` on, at most `length` of them, as they arrive."""
         last = "" if length is None else str(start + length - 1)
         headers = {"Range": f"bytes={start}-{last}"} if start or length else {}
-        with _told(url), self._http.stream("GET", url, headers=headers, follow_redirects=True) as response:
+        with (
+            _translate_transport_errors(url),
+            self._http.stream("GET", url, headers=headers, follow_redirects=True) as response,
+        ):
             if response.status_code >= 400:
                 response.read()
             _raise_problem(response)
@@ -122,7 +125,7 @@ class Api:
     def lines(self, path: str, **query: Any) -> Generator[str]:
         """A streamed answer, line by line."""
         given = {key: value for key, value in query.items() if value is not None}
-        with _told(self.url), self._http.stream("GET", path, params=given) as response:
+        with _translate_transport_errors(self.url), self._http.stream("GET", path, params=given) as response:
             if response.status_code >= 400:
                 response.read()
             _raise_problem(response)
@@ -156,7 +159,7 @@ class Api:
         given = {key: value for key, value in (query or {}).items() if value is not None and value != []}
         if method != "GET":
             self._on_change()
-        with _told(self.url, changes=method != "GET"):
+        with _translate_transport_errors(self.url, changes=method != "GET"):
             response = self._http.request(method, path, params=given, json=body, headers=headers)
         _raise_problem(response)
         return response.json()
@@ -245,7 +248,7 @@ def _lines(chunks: Iterable[bytes]) -> Generator[str]:
 
 
 def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """A request that ends before its time would only be told as one that broke off."""
+    """A request that ends early would otherwise look like one that broke off."""
     left = size_bytes
     for chunk in chunks:
         left -= len(chunk)
@@ -261,7 +264,7 @@ def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 @contextmanager
-def _told(url: str, *, changes: bool = False) -> Generator[None]:
+def _translate_transport_errors(url: str, *, changes: bool = False) -> Generator[None]:
     try:
         yield
     except httpx2.TransportError as error:
@@ -303,7 +306,7 @@ def _raise_problem(response: httpx2.Response) -> None:
 
 
 def _wait(retry_after: str) -> str:
-    """The header says seconds or a moment; seconds are told, and nothing where it says neither."""
+    """Seconds to wait, from a header that has seconds or a date; empty where it has neither."""
     if retry_after.strip().isdecimal():
         return f"{retry_after.strip()} s"
     try:

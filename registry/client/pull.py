@@ -210,7 +210,7 @@ def _is_directory(path: Path) -> bool:
 
 
 class _Pull:
-    """The files of one release below `aside/files`, and what is known of their pieces below `aside/pieces`."""
+    """The files of one release below `staging/files`, and what is known of their pieces below `staging/pieces`."""
 
     def __init__(self, api: Api, release: _Release, staging: Path, progress: Progress, cache: BlobCache | None) -> None:
         self._api, self._release, self._progress, self._cache = api, release, progress, cache

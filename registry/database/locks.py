@@ -50,7 +50,7 @@ def _collecting() -> Conflict:
 
 
 def lock_blobs_shared(session: Session) -> None:
-    """Until this transaction ends no collection begins: for whoever comes to rely on blobs that are there.
+    """No collection begins until this transaction ends: for callers that rely on existing blobs.
 
     Row locks would not do: a reference takes one that does not conflict with what a collection writes. On SQLite there
     is one writer at a time anyway.

@@ -114,7 +114,7 @@ class PatientPool(QueuePool):
 def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: float | None) -> Engine:
     """`connect_s` is 2 at least (libpq's rule); with `statement_s` None statements may take as long as they need.
 
-    A connection commits by itself: to be told so for each read would cost as much as a statement.
+    A connection commits automatically: saying so for each read would cost as much as a statement.
     """
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")

@@ -14,7 +14,7 @@ _PICKLE_NAME = re.compile(
     re.IGNORECASE,
 )
 """What loaders that unpickle are given by name: alone, packed or compressed. Not .npy and .npz: numpy reads objects out
-of these only when it is told to, and most hold numbers."""
+of these only on request, and most hold numbers."""
 
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 

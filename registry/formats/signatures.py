@@ -188,8 +188,8 @@ def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
 def unverifiable_signature(content: bytes, files: Mapping[str, str]) -> tuple[Signed | None, list[Finding]]:
     """What a bundle says, by nobody known, and a warning where it lists other files than these or cannot be read.
 
-    For where no key is trusted yet: what is listed is anybody's text, so that this proves nothing. But whoever trusts
-    the key later cannot use such a release.
+    For where no key is trusted yet: what is listed is anybody's text, so that this proves nothing. But a reader who
+    trusts the key later cannot use such a release.
     """
     try:
         signed = _statement("", _envelope(content).payload)

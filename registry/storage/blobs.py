@@ -38,7 +38,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IncomingUpload:
-    """Bytes that a client was told to send: `upload_id` is its own, the rest is what they claim to be.
+    """Bytes that a client announced: `upload_id` is its own, the rest is what they claim to be.
 
     `multipart_id` and `part_bytes` are set where they come in parts of that size, the last one shorter.
     """

@@ -139,7 +139,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
 
 
 def next_version(resources: Resources, push: Push) -> Version:
-    """The number that the push would get now, for whoever has to know it first, to sign it."""
+    """The number that the push would get now, for a client that has to sign it first."""
     new, _ = prepare(resources, push)
     with resources.read() as session:
         repository = repositories.find_if_any(session, new.repository, new.kind)

@@ -37,7 +37,7 @@ class JobLost(Interrupted):
 
 
 class WorkerStopping(Interrupted):
-    """This worker is told to stop: the job goes back, for another to go on with."""
+    """This worker is stopping: the job is requeued for another."""
 
 
 @dataclass(slots=True)
@@ -167,17 +167,17 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
     except JobLost:
         _finish(held, kind, "cancelled", None)
     except (RegistryError, ComposerError, OSError) as error:
-        _handle_failure(held, job, kind, _told(error))
+        _handle_failure(held, job, kind, _as_registry_error(error))
     except Exception as error:
         log.exception("Job %s failed", job.id)
         held.fail_step()
-        told = Unavailable("job_failed", f"{type(error).__name__}: {error}", next_step="Look at the worker's log.")
-        _finish(held, kind, "failed", told)
+        failure = Unavailable("job_failed", f"{type(error).__name__}: {error}", next_step="Look at the worker's log.")
+        _finish(held, kind, "failed", failure)
     else:
         _finish(held, kind, "done", None)
 
 
-def _told(error: RegistryError | ComposerError | OSError) -> RegistryError:
+def _as_registry_error(error: RegistryError | ComposerError | OSError) -> RegistryError:
     if isinstance(error, RegistryError):
         return error
     if isinstance(error, ComposerError):
@@ -225,13 +225,13 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
     """Cleans, then says so: a crash in between leaves a job to take over, never a job that ended and left its files."""
     if not _cleaned(held, kind):
         return
-    told = _as_row(error) if error is not None else None
+    row = _as_row(error) if error is not None else None
     with held.resources.write() as session:
-        queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), told)
+        queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), row)
 
 
 def _leave_to_other_hosts(held: JobRun, passed: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
-    """Whoever goes on has another disk: what lies on this one is of no more use."""
+    """The next worker runs on another host, so this host's files are removed."""
     log.warning("Job %s is left to a worker on another host: %s", held.job_id, error)
     if _cleaned(held, kind):
         with held.resources.write() as session:
@@ -249,7 +249,7 @@ def _cleaned(held: JobRun, kind: JobKind) -> bool:
 
 
 def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
-    """Whoever goes on finds what the finished steps have left."""
+    """The next worker continues from the finished steps."""
     log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
     with held.resources.write() as session:
         queue.retry_later(session, held.job_id, held.worker, held.resources.clock() + pause, _as_row(error))

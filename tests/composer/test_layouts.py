@@ -102,9 +102,9 @@ def test_an_alpha_that_is_no_finite_number_is_refused_by_a_look_as_by_a_conversi
     pair = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(16, 2)}
     source = lokr_file(tmp_path, self_attn_q_proj=pair | {"alpha": torch.tensor(alpha)})
     architecture = open_checkpoint(make_model()).architecture
-    with pytest.raises(InvalidFile, match="no finite number") as conversion:
+    with pytest.raises(InvalidFile, match="not a finite number") as conversion:
         convert(source, tmp_path / "out", architecture)
-    with pytest.raises(InvalidFile, match="no finite number") as look:
+    with pytest.raises(InvalidFile, match="not a finite number") as look:
         inspect_foreign(source, architecture)
     assert (look.value.code, str(look.value)) == (conversion.value.code, str(conversion.value))
 

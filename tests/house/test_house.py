@@ -125,3 +125,18 @@ def test_the_map_of_a_package_names_only_what_is_there_and_every_folder(package:
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     if package == "registry":  # the rooms of composer have names of their own
         assert {name for name in modules if not re.search(rf"\b{name}\b", named_there)} == set()
+
+
+PRIVATE_WORDS = re.compile(r"(?<![a-z])(?:told|aside|whoever)(?![a-z])", re.IGNORECASE)
+"""Words that named a dozen things each: say translate, document, note, staging, spill, or who it is."""
+
+
+def test_no_private_word_is_in_the_code_or_the_documentation() -> None:
+    pages = [path for path in tracked() if path.suffix == ".md" and path.name != "CHANGELOG.md"]
+    found = [
+        named(path, number)
+        for path in (*python_files("registry", "composer"), *pages)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if PRIVATE_WORDS.search(line)
+    ]
+    assert found == []

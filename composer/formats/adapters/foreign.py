@@ -258,7 +258,7 @@ _RANKED = ("A", "w1_b", "lokr_w1_b", "lokr_w2_b")
 def foreign_facts(foreign: Foreign) -> AdapterFacts:
     """In the words of PEFT: an alpha for each scale. `targets` are ends of names, of kohya's all behind the layer.
 
-    Raises InvalidFile for an alpha that is no finite number, which `convert` would not take either.
+    Raises InvalidFile for an alpha that is not a finite number, which `convert` would not take either.
     """
     entries = foreign.header.tensors.values()
     parts = {part for module in foreign.modules for part in module.parts}
@@ -302,7 +302,7 @@ def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
     key = module.parts.get("alpha")
     stated = None if key is None else _number(foreign.weights_path, foreign.header.tensors[key])
     if stated is not None and not isfinite(stated):
-        message = f"{key} is no finite number."
+        message = f"{key} is not a finite number."
         raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
     return (1.0 if module.scale is None else module.scale) * rank if stated is None else stated
 

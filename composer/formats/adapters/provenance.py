@@ -13,7 +13,7 @@ from composer.formats.recipes.weights import Weight, parse_weight
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
     """One adapter that is used: `digest` is the sha256 of its weights file, `config` that of its config, whose scales
-    have a part in the bytes too (None in a note of before it was told)."""
+    have a part in the bytes too (None in a note from before it was recorded)."""
 
     name: str
     weight: Weight

@@ -157,7 +157,7 @@ def spectrum(adapter: Adapter, placed: PlacementResult) -> Spectrum | None:
 
 
 def _sigmas(adapter: Adapter, modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, Float64 | None]]:
-    """The singular values of each delta, descending; None where they cannot be told."""
+    """The singular values of each delta, descending; None where they cannot be computed."""
     for module in modules:
         if module.rank > MAX_RANK or not readable(adapter, module):
             yield module, None

@@ -191,7 +191,7 @@ def _large_parser(process_id: int) -> ThreadPoolExecutor:  # by process, since a
 def _in_turn(length: int, parse: Callable[[], Header]) -> Header:
     """What `parse` returns. Large headers are parsed one at a time, so that eight at once need the memory of one.
 
-    Each may take 20 times its bytes until its table is gone. One thread does them all, rather than whoever holds a
+    Each may take 20 times its bytes until its table is gone. One thread parses them all, rather than each that holds a
     lock: malloc keeps up to 45 MB for each thread that ever parsed one, and eight at once took 620 MB instead of 310.
     No time is lost by it, since Python's own lock lets one parse at a time anyway.
     """

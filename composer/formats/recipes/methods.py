@@ -1,4 +1,4 @@
-"""The methods by name, as pipelines of five steps, and what each may be told. No torch: a recipe is judged before work.
+"""The methods by name, as pipelines of five steps, and their settings. No torch: a recipe is checked before any work.
 
 calibrate -> space -> sparsify -> combine -> compress: a method is a choice of the five (composer/methods has the math).
 """
@@ -57,14 +57,14 @@ def _one_of(*words: str) -> _Parse:
     return parse
 
 
-def _number(told: str, holds: Callable[[float], bool]) -> Callable[[object], float]:
+def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[object], float]:
     def parse(value: object) -> float:
         try:
             number = real(value)
         except ValueError as error:
-            raise ValueError(told) from error
+            raise ValueError(expected) from error
         if not holds(number):
-            raise ValueError(told)
+            raise ValueError(expected)
         return number
 
     return parse
@@ -75,15 +75,15 @@ _below_one = _number("a number from 0 to below 1", lambda number: 0 <= number < 
 
 
 def _whole(least: int, most: int) -> Callable[[object], int]:
-    told = f"a whole number from {least} to {most}"
-    parse = _number(told, lambda number: number == int(number) and least <= number <= most)
+    expected = f"a whole number from {least} to {most}"
+    parse = _number(expected, lambda number: number == int(number) and least <= number <= most)
 
     def whole(value: object) -> int:
         if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
             value = int(value)
         parsed = parse(value)  # a float, which has not every number above 2^53
         if isinstance(value, int) and value > most:
-            raise ValueError(told)
+            raise ValueError(expected)
         return int(parsed)
 
     return whole

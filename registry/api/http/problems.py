@@ -103,11 +103,11 @@ def _describe_problems(operation: dict[str, Any], content: dict[str, Any]) -> No
 
 
 async def _registry_error(request: Request, error: Exception) -> JSONResponse:
-    told = cast(RegistryError, error)
-    if told.code in _OF_NAMES and (actor := getattr(request.state, "actor", None)) is not None:
+    failure = cast(RegistryError, error)
+    if failure.code in _OF_NAMES and (actor := getattr(request.state, "actor", None)) is not None:
         with suppress(RegistryError):  # a hint: what was asked for is answered without it
-            await run_in_threadpool(_name_near_ones, request, told, actor)
-    return problem_response(told)
+            await run_in_threadpool(_name_near_ones, request, failure, actor)
+    return problem_response(failure)
 
 
 def _name_near_ones(request: Request, error: RegistryError, actor: Actor) -> None:
@@ -158,12 +158,12 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
     """What the router itself refuses: an unknown path, a method that the path does not have."""
     raised = cast(HTTPException, error)
     family = next((family for family in FAMILIES if family.status == raised.status_code), Usage)
-    told = family(
+    failure = family(
         f"http_{raised.status_code}",
         f"{request.method} {request.url.path[:200]}: {raised.detail}.",
         next_step="See /openapi.json for the paths of this registry and their methods.",
     )
-    return problem_response(told, raised.status_code, raised.headers)
+    return problem_response(failure, raised.status_code, raised.headers)
 
 
 def _disk_error(request: Request, error: Exception) -> JSONResponse:
@@ -180,13 +180,15 @@ def _disk_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _defect(request: Request, error: Exception) -> JSONResponse:
-    """What nobody foresaw: logged whole for the operator, told without its inside to the client."""
+    """An unexpected error: logged in full for the operator, and without its details for the client."""
     log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
-    told = Unavailable("internal_error", f"The registry failed ({type(error).__name__}).", next_step="Look at its log.")
-    return problem_response(told, 500, {"X-Request-Id": request_id() or ""})  # it leaves past what adds the header
+    failed = f"The registry failed ({type(error).__name__})."
+    failure = Unavailable("internal_error", failed, next_step="Look at its log.")
+    return problem_response(failure, 500, {"X-Request-Id": request_id() or ""})  # it bypasses what adds the header
 
 
 def _unicode_error(_request: Request, _error: Exception) -> JSONResponse:
     """JSON can spell half of a surrogate pair, which no database and no encoding takes."""
-    told = Invalid("bad_text", "A text has half of a surrogate pair.", next_step="Send valid Unicode.")
-    return problem_response(told)
+    return problem_response(
+        Invalid("bad_text", "The text contains an unpaired surrogate.", next_step="Send valid Unicode.")
+    )

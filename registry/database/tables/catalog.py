@@ -198,7 +198,7 @@ class Release(Row):
     `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
     `signature_covers` says whether it signed the `release` or its `files` alone.
-    `stamp` is another number whenever what is told of it has changed: by a yank, or by a score.
+    `stamp` changes whenever its document changes: by a yank, or by a score.
     """
 
     __tablename__ = "releases"

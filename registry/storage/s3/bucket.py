@@ -73,8 +73,8 @@ class Bucket:
 def open_bucket(storage: S3Storage) -> Bucket:
     """Version 4 signatures, since 2 signs no headers; addresses with paths, since not every store has names for each.
 
-    A store that hangs costs a request `(connect + read timeout) * attempts` seconds, then the caller is told. Standard
-    retries, not adaptive ones: those go on waiting when the store is back.
+    A store that hangs costs a request `(connect + read timeout) * attempts` seconds, then the caller gets an error.
+    Standard retries, not adaptive ones: those go on waiting when the store is back.
     """
     config = Config(
         signature_version="s3v4",

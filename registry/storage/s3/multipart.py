@@ -23,7 +23,7 @@ def checksum(sha256: Digest) -> str:
 
 
 class Parts:
-    """`upload` names the object that they become, and as `UploadId` the upload: how boto3 is told of both.
+    """`upload` names the object that they become, and as `UploadId` the upload: how boto3 takes both.
 
     Raises botocore's errors, but for an upload that is gone: another request has joined or ended it meanwhile.
     """
@@ -34,7 +34,7 @@ class Parts:
     def begin(self, named: dict[str, str], *, checked: bool) -> str:
         """The id of an upload to the object that is `named`.
 
-        `checked`: every part comes with its sha256. AWS wants to be told at the beginning, and takes no part of the
+        `checked`: every part comes with its sha256. AWS wants it announced at the beginning, and takes no part of the
         other kind then.
         """
         how = {"ChecksumAlgorithm": "SHA256"} if checked else {}

@@ -196,7 +196,7 @@ class StoreProbe:
 
 
 def _is_refusal(error: ClientError) -> bool:
-    """A store that refuses is told from one that fails."""
+    """Distinguishes a store that refuses from one that fails."""
     response: Any = error.response
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     return status < 500 or status == NOT_IMPLEMENTED

@@ -20,7 +20,7 @@ _PLAIN = {
     "ResponseContentDisposition": "attachment",
     "ResponseCacheControl": "private, immutable",
 }
-"""Whoever sent a blob may have sent false headers with it, which clients and browsers would believe."""
+"""The sender of a blob may have sent false headers with it, which clients and browsers would believe."""
 
 
 class S3Store:

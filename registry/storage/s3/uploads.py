@@ -29,8 +29,8 @@ class S3Arrivals:
     """A file sent whole goes straight to the key of its blob where the store refuses a body of another sha256 and a
     signed request serves for nothing else, as `StoreProbe` finds or the settings say.
 
-    Whoever holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then with
-    a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
+    A client that holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then
+    with a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
 
     Everything else goes to `incoming/` and is read back, hashed and copied: files in parts, whose SHA-256 no store
     knows; files of an existing blob, since the sender must prove to have the bytes and must not touch the blob; and all
