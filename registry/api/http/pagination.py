@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 from fastapi import Query
 
 from registry.api.http.request import MAX_DIGITS
-from registry.api.schemas import Page, Wire
+from registry.api.schemas.wire import Page, Wire
 from registry.domain.channels.moves import NOTHING_YET, Expected
 from registry.errors import Usage
 

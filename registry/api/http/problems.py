@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from composer.errors import ComposerError
 from registry.api.http.exchanges import request_id
-from registry.api.schemas import Problem
+from registry.api.schemas.wire import Problem
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
 from registry.error_codes import of_composer

@@ -10,7 +10,7 @@ from fastapi import Depends, Header, Path, Request
 from pydantic import AfterValidator, BaseModel
 from starlette.requests import ClientDisconnect
 
-from registry.api.schemas import MAX_INT64
+from registry.api.schemas.wire import MAX_INT64
 from registry.database.idempotency import IdempotentRequest
 from registry.domain.access.audit import Actor
 from registry.errors import Usage

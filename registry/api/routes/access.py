@@ -8,7 +8,6 @@ from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Caller, CallersOf, Member, Reader
-from registry.api.schemas import Page
 from registry.api.schemas.access import (
     MemberIn,
     MembersOut,
@@ -19,6 +18,7 @@ from registry.api.schemas.access import (
     TokenOut,
     WhoOut,
 )
+from registry.api.schemas.wire import Page
 from registry.database.tables import Namespace, Token
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.namespaces import Change

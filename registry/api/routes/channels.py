@@ -11,8 +11,8 @@ from registry.api.http.rules import Admin, Reader, Releaser
 from registry.api.routes.documents import json_response, move_document
 from registry.api.routes.repository import NamedRepository, RepositoryOf
 from registry.api.routes.views import channel_view, move_view
-from registry.api.schemas import Page
 from registry.api.schemas.quality import ChannelOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
+from registry.api.schemas.wire import Page
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.domain.catalog import repositories

@@ -13,7 +13,7 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import AdminSomewhere, Caller, Contributor
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.views import audit_view, job_view
-from registry.api.schemas import Page
+from registry.api.schemas.wire import Page
 from registry.api.schemas.work import AuditOut, JobOut
 from registry.database.engine import Session
 from registry.database.migrate import ensure_schema

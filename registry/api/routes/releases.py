@@ -13,7 +13,6 @@ from registry.api.routes.blobs import BYTES, file_response
 from registry.api.routes.documents import page_response, release_documents, release_view
 from registry.api.routes.repository import KindOf, RepositoryOf
 from registry.api.routes.views import repository_page
-from registry.api.schemas import Page
 from registry.api.schemas.catalog import (
     NextOut,
     PublishedOut,
@@ -27,6 +26,7 @@ from registry.api.schemas.catalog import (
     TargetSuiteOut,
     YankIn,
 )
+from registry.api.schemas.wire import Page
 from registry.database.tables import Release
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import releases, repositories, signatures

@@ -24,8 +24,8 @@ from registry.api.routes.documents import (
     json_response,
     page_response,
 )
-from registry.api.schemas import MAX_INT64, Page, Problem
 from registry.api.schemas.search import FoundOut, ResolvedOut, SearchIn
+from registry.api.schemas.wire import MAX_INT64, Page, Problem
 from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit

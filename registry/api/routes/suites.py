@@ -12,8 +12,8 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Contributor, Member, Publisher, Reader
 from registry.api.routes.repository import RepositoryOf
 from registry.api.routes.views import score_view, suite_page, suite_view
-from registry.api.schemas import Page
 from registry.api.schemas.quality import ScoreIn, ScoreOut, ScoresIn, ScoresOut, SuiteOut
+from registry.api.schemas.wire import Page
 from registry.domain.catalog import bases, releases, suites
 from registry.domain.catalog.suites import Measurement
 from registry.formats.references import parse_version

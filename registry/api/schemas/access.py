@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from registry.api.schemas import Wire, WireIn
+from registry.api.schemas.wire import Wire, WireIn
 
 RoleName = Literal["reader", "publisher", "releaser", "admin"]
 User = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")

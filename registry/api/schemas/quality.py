@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from registry.api.schemas import MAX_INT32, Wire, WireIn
+from registry.api.schemas.wire import MAX_INT32, Wire, WireIn
 
 
 class ScoreOut(Wire):

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from registry.api.schemas import MAX_INT32, MAX_INT64, Wire
 from registry.api.schemas.catalog import BaseRef, FileRow, ReleaseOut
+from registry.api.schemas.wire import MAX_INT32, MAX_INT64, Wire
 from registry.errors import Usage
 
 Rank = Annotated[int | None, Field(ge=1, le=MAX_INT32)]

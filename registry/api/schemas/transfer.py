@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from registry.api.schemas import Wire, WireIn
 from registry.api.schemas.catalog import FileRow
+from registry.api.schemas.wire import Wire, WireIn
 
 
 class UploadIn(WireIn):

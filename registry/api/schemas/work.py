@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from registry.api.schemas import Wire, WireIn
+from registry.api.schemas.wire import Wire, WireIn
 
 
 class CompositionIn(WireIn):

@@ -1,0 +1,70 @@
+"""The API's schemas: pydantic only. Field names are the contract of the REST API and of `--json`."""
+
+from itertools import chain
+from typing import Any, Generic, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from registry.errors import Invalid
+
+T = TypeVar("T")
+
+MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
+"""Limits of the integer columns: larger numbers are refused at the edge, naming the field."""
+MAX_FIELDS = 1_000
+"""Maximum fields of one object; hyperparameters need the most."""
+
+
+class Wire(BaseModel):
+    """Refuses unknown fields: a misspelt option would otherwise be dropped silently."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class WireIn(Wire):
+    """A request body. Refuses NUL characters, which PostgreSQL does not accept, and objects with very many fields, each
+    of which would become a validation error."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_odd(cls, given: Any) -> Any:
+        left = [given]
+        while left:
+            one = left.pop()
+            if isinstance(one, str) and "\0" in one:
+                raise Invalid(
+                    "bad_value", f"A string contains a NUL character: {one[:40]!r}.", next_step="Leave it out."
+                )
+            if isinstance(one, dict):
+                if len(cast("dict[Any, Any]", one)) > MAX_FIELDS:
+                    message = f"An object has more than {MAX_FIELDS:,} fields."
+                    raise Invalid("bad_value", message, next_step="See /openapi.json for the fields of this request.")
+                left += chain.from_iterable(cast("dict[Any, Any]", one).items())
+            elif isinstance(one, list):
+                left += cast("list[Any]", one)
+        return given
+
+
+class Page(Wire, Generic[T]):
+    """A page of a list. `next` is the cursor of the next page, null at the end."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class Problem(BaseModel):
+    """RFC 9457 with `code` and `family` (docs/errors.md lists both), `subject`, `next` (what to do), the findings
+    behind a refusal, and the id that the access log has of the request (`X-Request-Id`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    family: str
+    status: int
+    detail: str
+    code: str
+    subject: str = ""
+    next: str = ""
+    findings: list[dict[str, object]] = []
+    request_id: str | None = None
