@@ -73,7 +73,7 @@ def test_a_search_that_would_not_find_what_a_channel_gives_out_is_an_error(
         session.execute(update(Channel).values(served_id=2))
     resources.close()
     told = furnished("fsck")
-    assert (told.code, "does not find on acme/sql@prod" in told.out) == (1, True), told
+    assert (told.code, "the release that acme/sql@prod serves" in told.out) == (1, True), told
 
 
 @dataclass
