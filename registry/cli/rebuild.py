@@ -66,8 +66,8 @@ def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *
     from composer.merge.rebuild import plan_rebuild, rebuild
 
     if base_dir is None or not adapters:
-        raise Refused(
-            "no_lineage",
+        raise Usage(
+            "nothing_to_verify",
             f"{directory} is a directory and does not say where its inputs are.",
             subject=str(directory),
             next_step="Add --base-dir DIR, and --adapter DIR for each adapter that was merged.",

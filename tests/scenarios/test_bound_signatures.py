@@ -87,13 +87,13 @@ def test_a_signature_of_files_alone_says_so_and_is_refused_where_it_has_to_cover
     stock_sign(directory, keys)
     require(cli, keys, covers="release")
     refused = cli("push", directory, "acme/sql:1.0.0", "--base", "tiny")
-    assert (refused.code, "covers files only" in refused.err) == (1, True)
+    assert (refused.code, "covers only files" in refused.err) == (1, True)
     require(cli, keys, covers="files")
     pushed = cli.ok("push", directory, "acme/sql:1.0.0", "--base", "tiny")
-    assert "covers files only" in pushed.err
+    assert "covers only files" in pushed.err
     assert "(files only)" in cli.ok("show", "acme/sql").out
     taken = cli.ok("pull", "acme/sql", "-o", tmp_path / "out", "--verify", keys.public)
-    assert "covers files only" in taken.err
+    assert "covers only the files" in taken.err
     strict = ("--verify", keys.public, "--signature-covers", "release")
     assert cli("pull", "acme/sql", "-o", tmp_path / "strict", *strict).code == 1
     require(cli, keys, covers="release")

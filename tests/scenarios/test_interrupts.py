@@ -125,7 +125,7 @@ def test_a_composition_of_a_server_goes_on_unless_it_is_interrupted_twice(
     assert code == 130
     lines = [line for line in lines if not line.startswith("registry: ")]
     assert len(lines) == 2
-    assert "goes on" in lines[0]
+    assert "continues" in lines[0]
     assert "interrupt again to cancel it" in lines[0]
     assert lines[1].startswith("interrupted: composition 1 ")
     assert ("is cancelled" in lines[1], state) == ((True, "cancelled") if again else (False, "queued"))

@@ -31,7 +31,7 @@ def test_a_composed_model_is_rebuilt_from_its_lineage(composed: Cli) -> None:
     assert {"model.safetensors.index.json", "config.json", "tokenizer.json"} <= set(found["rebuild"]["same"])
     assert found["rebuild"]["different"] == []
     assert "signed_by" not in found
-    assert "made again: same" in composed.ok("verify", MODEL, "--rebuild").out
+    assert "rebuilt: same" in composed.ok("verify", MODEL, "--rebuild").out
 
 
 def test_a_recipe_may_name_its_inputs_in_another_order_than_they_were_published_in(

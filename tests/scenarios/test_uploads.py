@@ -153,7 +153,7 @@ def test_what_has_expired_stops_nobody_and_until_then_one_is_told_how_long_to_wa
     uploads.plan(resources, eve, "acme", [one])
     later = replace(eve, at=eve.at + timedelta(seconds=600))
     uploads.plan(resources, later, "acme", [two])
-    with pytest.raises(TooMany, match="announced 2 files") as raised:
+    with pytest.raises(TooMany, match="2 announced files") as raised:
         uploads.plan(resources, later, "acme", [three])
     assert raised.value.retry_after_s == lasts_s - 600
     assert problem_response(raised.value).headers["Retry-After"] == str(lasts_s - 600)
@@ -176,7 +176,7 @@ def test_what_somebody_else_let_expire_counts_for_who_announces_it_again(embedde
     later = timedelta(seconds=resources.settings.upload_expires_s + 1)
     eve, ann = replace(eve, at=eve.at + later), replace(ann, at=ann.at + later)
     uploads.plan(resources, eve, "acme", [file])
-    with pytest.raises(TooMany, match="eve has announced 1 files"):
+    with pytest.raises(TooMany, match="eve has 1 announced files"):
         uploads.plan(resources, eve, "acme", [other])
     uploads.plan(resources, ann, "acme", [other])
     resources.close()

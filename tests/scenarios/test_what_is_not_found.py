@@ -72,7 +72,7 @@ def test_a_recipe_is_refused_at_once_for_gates_on_suites_and_metrics_that_are_no
     for rule, hint in (
         ("sql-exakt.accuracy >= 0.5", "Did you mean sql-exact?"),
         ("sql-exact.acuracy >= 0.5", "Did you mean accuracy?"),
-        ("sql-exact.rouge_l >= 0.5", "a composition measures nll and accuracy, and no rouge_l"),
+        ("sql-exact.rouge_l >= 0.5", "a composition measures nll and accuracy, not rouge_l"),
     ):
         recipe.write_text(yaml.safe_dump({**content, "gates": [rule]}))
         refused = small_team("compose", recipe)

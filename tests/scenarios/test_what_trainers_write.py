@@ -112,7 +112,7 @@ def test_more_files_are_taken_by_a_pattern_and_one_that_matches_nothing_is_refus
     assert {"train.yaml", "plots/loss.png", "plots/rate.png"} <= {row["path"] for row in pushed["release"]["files"]}
     assert pushed["left_out"] == ["notes.txt"]
     refused = stocked_on_disk(*push, "--include", "*.yml")
-    assert (refused.code, "--include *.yml matches no file" in refused.err) == (2, True)
+    assert (refused.code, "--include *.yml does not match any file" in refused.err) == (2, True)
 
 
 def test_all_files_that_cannot_be_released_are_named_before_one_is_hashed(
