@@ -57,7 +57,7 @@ GOOD = Stock("1.0.0", 1, 1, "", "", "")
 
 ANNOUNCED = hashlib.sha256(b"acme!").hexdigest()
 """The sha256 of the upload in the house whose bytes have not come."""
-OF_WHAT_IS_THERE = {"spectrum_unknown", "score_unknown", "part_unknown", "upload_incomplete"}
+OF_WHAT_IS_THERE = {"spectrum_unknown", "score_unknown", "part_unknown", "blob_missing"}
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
 

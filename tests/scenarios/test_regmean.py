@@ -147,7 +147,7 @@ def test_without_gates_the_comparison_with_the_inputs_warns(team: Cli, tmp_path:
 
 def test_a_fitted_recipe_needs_examples_and_an_adapter_to_publish(team: Cli, tmp_path: Path) -> None:
     unknown = team("compose", recipe(tmp_path, inputs=["acme/sql", "acme/support"]), "--plan")
-    assert (unknown.code, "has no score on a target suite" in unknown.err) == (1, True)
+    assert (unknown.code, "has no score on a target suite" in unknown.err) == (2, True)
     small = team("compose", recipe(tmp_path, settings={"examples": 6}), "--plan")
     assert (small.code, "leaves none to evaluate on" in small.err) == (1, True)
     alone = team("compose", recipe(tmp_path, adapter=None))

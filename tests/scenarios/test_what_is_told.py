@@ -135,6 +135,6 @@ def test_lists_of_names_may_have_spaces_and_say_a_name_twice(stocked: Cli, world
         for asked in ("targets_exact", "targets_within", "targets_include"):
             assert api.get("/v1/releases", **{asked: " , ".join(names)})["items"] == [release], asked
         for asked in ("license", "base", "targets_within", "sort"):
-            with pytest.raises(Usage) as raised:
+            with pytest.raises(Invalid) as raised:
                 api.get("/v1/releases", **{asked: "a\0b"})
             assert raised.value.code == "bad_value"
