@@ -403,14 +403,14 @@ PREFIXES: dict[str, type[RegistryError]] = {"layout_": Refused, "part_": Refused
 _FAMILIES = {code: family for family, codes in REGISTER.items() for code in codes}
 
 
+def is_registered(code: str) -> bool:
+    return code in _FAMILIES or code.startswith(tuple(PREFIXES))
+
+
 def family_of(code: str) -> type[RegistryError]:
-    """Raises KeyError for a code that is not registered."""
-    if code in _FAMILIES:
-        return _FAMILIES[code]
-    for prefix, family in PREFIXES.items():
-        if code.startswith(prefix):
-            return family
-    raise KeyError(code)
+    """Refused for the code of a finding that is an error only because a policy says so."""
+    by_prefix = (family for prefix, family in PREFIXES.items() if code.startswith(prefix))
+    return _FAMILIES.get(code) or next(by_prefix, Refused)
 
 
 def of_composer(error: ComposerError) -> RegistryError:
