@@ -44,7 +44,7 @@ transfer.resolved = destroys
 
 SLOWLY = """
 import time
-from composer import evaluate
+from composer.evaluation import evaluate
 quick = evaluate._measure_batch
 def slow(*arguments):
     time.sleep(0.4)

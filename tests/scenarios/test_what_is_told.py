@@ -121,7 +121,7 @@ def test_a_page_of_very_long_documents_ends_early_and_the_next_goes_on(
         for one, all_of_them in ((path, whole), ("/v1/releases", found)):
             assert len(api.get(one, limit=5)["items"]) == 1
             assert list(api.pages(one, limit=5)) == all_of_them
-        monkeypatch.setattr(documents, "TOGETHER", 2)
+        monkeypatch.setattr(documents, "BATCH_SIZE", 2)
         assert list(api.pages(path, limit=5)) == whole
         monkeypatch.setattr(documents, "PAGE_BYTES", 1 << 30)
         assert api.get(path, limit=5)["items"] == whole
