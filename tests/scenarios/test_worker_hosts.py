@@ -136,7 +136,7 @@ def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not
     site.cli.ok("cancel", 1)
     site.base.rename(site.base.with_name("away"))
     refused = site.cli("compose", write_recipe(tmp_path))
-    assert refused.code == 7
+    assert refused.code == 3
     assert "cannot find the base" in refused.err
     assert "adaptory base add DIR" in refused.err
 
@@ -153,7 +153,7 @@ def test_what_lies_on_a_host_that_another_took_a_composition_from_goes_once_that
     other.mkdir()
     assert run_one(replace(site.at(timedelta(minutes=1)), work_directory=other), KINDS, "second")
     assert (site.job["state"], site.work, list(other.iterdir())) == ("done", ["composition-1"], [])
-    assert collect(site.resources, grace=timedelta(0)).leftovers == 1
+    assert sweep_work(site.resources) == 1
     assert site.work == []
 
 
