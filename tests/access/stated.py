@@ -54,11 +54,11 @@ POST   /v1/compositions                                                         
 GET    /v1/compositions/{composition_id}                                        inside: publisher
 GET    /v1/compositions/{composition_id}/events                                 inside: publisher
 POST   /v1/compositions/{composition_id}/cancel                                 inside: publisher
-GET    /v1/jobs                                                                 inside: publisher somewhere
+GET    /v1/jobs                                                                 publisher somewhere
 GET    /v1/jobs/{job_id}                                                        inside: publisher
 POST   /v1/jobs/{job_id}/cancel                                                 inside: publisher
-GET    /v1/audit                                                                inside: admin somewhere
-GET    /v1/audit.jsonl                                                          inside: admin somewhere
+GET    /v1/audit                                                                admin somewhere
+GET    /v1/audit.jsonl                                                          admin somewhere
 GET    /healthz                                                                 open
 GET    /readyz                                                                  open
 GET    /v1/whoami                                                               inside: everybody

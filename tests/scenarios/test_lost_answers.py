@@ -316,7 +316,7 @@ def test_a_promotion_without_an_answer_says_that_it_may_have_been_done(
     assert push("second", "acme/sql:1.1.0").code == 0
     network.loses(PROMOTE, times=99)
     lost = stocked("promote", "acme/sql:1.1.0", "--to", "prod")
-    assert (lost.code, "Look with `adaptory history acme/sql@prod`" in lost.err) == (7, True), lost.err
+    assert (lost.code, "Check with `adaptory history acme/sql@prod`" in lost.err) == (7, True), lost.err
     assert moves(stocked) == [("promote", "1.1.0"), ("promote", "1.0.0")]
 
 
