@@ -101,7 +101,7 @@ def _found(cli: Cli, *asked: object) -> list[str]:
 @pytest.mark.parametrize("text", ["trainr:x", "trainer", "trainer: ", "hyperparameters:3", "hyperparameters.:3", ":x"])
 def test_a_search_for_what_no_provenance_has_lists_what_there_is(stocked_embedded: Cli, text: str) -> None:
     refused = stocked_embedded("search", "--provenance", text)
-    assert refused.code == 2
+    assert refused.code == 6
     assert "trainer" in refused.err
     assert "hyperparameters.NAME" in refused.err
 

@@ -60,7 +60,7 @@ def namespace_terms(namespace: str, name: str | None = None) -> list[str]:
 
 
 def parse_stated(text: str) -> str:
-    """The entry of `NAME:VALUE`. Raises Usage for an unknown name or a missing value."""
+    """The entry of `NAME:VALUE`. Raises Invalid for an unknown name or a missing value."""
     name, _, value = text.partition(":")
     known = _folded(name) in STATED_NAMES or (_folded(name).startswith(_SETTING) and _folded(name) != _SETTING)
     if not known or not value.strip():
