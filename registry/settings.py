@@ -253,7 +253,7 @@ class Settings(BaseSettings):
 
     @property
     def effective_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.home_directory / 'registry.database.engine'}"
+        return self.database_url or f"sqlite:///{self.home_directory / 'registry.db'}"
 
     @property
     def store_directory(self) -> Path:

@@ -86,7 +86,7 @@ def new_database_of(kind: str, directory: Path, *, migrated: bool = False) -> st
     """The URL of a database of one's own; SQLite's is a file in the directory."""
     if kind == "PostgreSQL":
         return new_database(migrated=migrated)
-    url = f"sqlite:///{directory / 'registry.database.engine'}"
+    url = f"sqlite:///{directory / 'registry.db'}"
     if migrated:
         database = Database(url)
         migrate(database)

@@ -316,16 +316,16 @@ def _follow_or_cancel(connection: Connection, composition: Json) -> Json:
     """An interrupt cancels a composition of this process; one on a server continues unless interrupted twice."""
     try:
         return _follow(connection, composition)
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         name = f"composition {composition['id']}"
         if connection.resources is None:
             render.say(f"{name} continues at {connection.api.url}; interrupt again to cancel it")
             if not interrupts.wait_for_another(_ASKED_S):
                 job = composition["job"]
-                interrupt.add_note(f"{name} continues: `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it")
+                interrupts.kept = f"{name} continues: `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it"
                 raise
         connection.api.post(f"/v1/compositions/{composition['id']}/cancel")
-        interrupt.add_note(f"{name} is cancelled, and nothing was published")
+        interrupts.kept = f"{name} is cancelled, and nothing was published"
         raise
 
 

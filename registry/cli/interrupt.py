@@ -26,17 +26,21 @@ KEPT = {
     "merge": "the same command resumes with the shards that are finished",
     "eval": "no score was recorded; repeat the command",
     "base": "nothing was registered; repeat the command",
-    "compose": "the same command resumes with the shards that are finished; `adaptory jobs` shows the composition",
+    "compose": "a later `adaptory compose` goes on with a composition that had begun; `adaptory cancel JOB` ends it",
     "conflicts": "nothing was measured; repeat the command",
 }
 """What remains of an interrupted command, if the command does not say so itself."""
 
 
 class Interrupts:
-    """The interrupt state of the process. `raising`: KeyboardInterrupt will be caught."""
+    """The interrupt state of the process. `raising`: KeyboardInterrupt will be caught.
+
+    `kept`: what remains of the command, once it knows better than `KEPT`; a forced exit prints it too.
+    """
 
     def __init__(self) -> None:
         self.raising = self.happened = self.said = False
+        self.kept = ""
         self._last_s = 0.0
 
     def install(self) -> None:
@@ -52,7 +56,7 @@ class Interrupts:
             return
         self.said = True
         words = [word for word in sys.argv[1:] if not word.startswith("-")]
-        kept = kept or KEPT.get(words[0] if words else "", "")
+        kept = kept or self.kept or KEPT.get(words[0] if words else "", "")
         # While a bar is shown, sys.stderr is rich's, which would redraw the bar below the line.
         stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         clear = "\r\x1b[2K" if stream.isatty() else ""

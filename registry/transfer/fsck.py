@@ -134,7 +134,7 @@ def _check_database(session: Session) -> Iterator[Finding]:
         yield _error("dangling", str(row[0]), f"Row {row[1]} of {row[0]} refers to a missing row of {row[2]}.")
     for (outcome,) in session.execute(text("PRAGMA quick_check")).all():
         if outcome != "ok":
-            yield _error("database_damaged", "registry.database.engine", str(outcome))
+            yield _error("database_damaged", "registry.db", str(outcome))
 
 
 def _check_revisions(session: Session, progress: Progress) -> Iterator[Finding]:

@@ -70,7 +70,7 @@ class JobRun:
             self._write("failed", self._noted)
 
     def progress(self, done: float | Amount) -> None:
-        """Called often; written now and then. Raises Released or Stopping when this worker is to let go."""
+        """Called often; written now and then. Raises JobLost or WorkerStopping when this worker is to let go."""
         self.check()
         share = done.share if isinstance(done, Amount) else done
         late = isinstance(done, Amount) and time.monotonic() - self._noted_s >= _PROGRESS_S
@@ -163,7 +163,11 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
         _go_on(held, job, kind)
     except WorkerStopping:
         with held.resources.write() as session:
-            queue.requeue(session, held.job_id, held.worker)
+            cancelled = queue.find(session, held.job_id).cancel_requested
+            if not cancelled:
+                queue.requeue(session, held.job_id, held.worker)
+        if cancelled:  # a command that is interrupted cancels its composition and stops its worker
+            _finish(held, kind, "cancelled", None)
     except JobLost:
         _finish(held, kind, "cancelled", None)
     except (RegistryError, ComposerError, OSError) as error:

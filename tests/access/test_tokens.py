@@ -44,7 +44,7 @@ def test_the_secret_is_shown_once_and_lies_nowhere(house: House) -> None:
     house.resources.database.engine.dispose()
     assert all(
         secret[17:60].encode() not in path.read_bytes()
-        for path in house.resources.settings.home_directory.glob("registry.database.engine*")
+        for path in house.resources.settings.home_directory.glob("registry.db*")
     )
 
 

@@ -160,6 +160,22 @@ def test_an_interrupt_on_a_terminal_ends_an_evaluation_with_one_line(stocked_on_
     assert "Traceback" not in running.text
 
 
+def test_an_interrupted_composition_of_this_process_is_cancelled(
+    stocked_on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    recipe = tmp_path / "recipe.yaml"
+    content = {"inputs": ["acme/sql"], "method": "stack", "adapter": "acme/copy:1.0.0", "probe": 0}
+    recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact"], "gates": []}))
+    running = on_terminal(stocked_on_disk, "compose", recipe, code=SLOWLY)
+    running.read_until("3/6 evaluate")
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == 130
+    assert running.lines[-1] == "interrupted: composition 1 is cancelled, and nothing was published"
+    assert stocked_on_disk.json("jobs", "1")["state"] == "cancelled"
+    assert stocked_on_disk("show", "acme/copy:1.0.0").code == 3
+
+
 def test_nothing_is_shown_of_progress_without_a_terminal(stocked_on_disk: Cli, world: World, tmp_path: Path) -> None:
     pushed = stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     assert [line.partition(":")[0] for line in pushed.err.splitlines()] == ["registry"]

@@ -101,3 +101,11 @@ def test_the_registry_on_disk_opens_no_socket_to_anywhere(on_disk: Cli, world: W
         ran = subprocess.run([sys.executable, "-c", watch, *push], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert cli.json("show", "acme/sql")["version"] == "1.0.0"
+
+
+def test_the_files_of_a_home_keep_their_names(stocked_on_disk: Cli, world: World) -> None:
+    """A backup script and the next version of Adaptory look for them."""
+    stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    assert {"registry.db", "store"} <= {
+        path.name for path in Path(stocked_on_disk.environment["ADAPTORY_HOME"]).iterdir()
+    }

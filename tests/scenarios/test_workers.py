@@ -98,7 +98,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
     place = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
     with resources_of(place) as resources:
         held = JobRun(resources, "worker", 1, threading.Event())
-        other = sqlite3.connect(Path(place["ADAPTORY_HOME"]) / "registry.database.engine", isolation_level=None)
+        other = sqlite3.connect(Path(place["ADAPTORY_HOME"]) / "registry.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(Unavailable):
             held.finish_step()

@@ -39,8 +39,8 @@ class Backup:
     def save_database(self) -> None:
         self.directory.mkdir(exist_ok=True)
         if not self.on_s3:
-            with closing(sqlite3.connect(Path(self.place["ADAPTORY_HOME"]) / "registry.database.engine")) as database:
-                database.execute("VACUUM INTO ?", [str(self.directory / "registry.database.engine")])
+            with closing(sqlite3.connect(Path(self.place["ADAPTORY_HOME"]) / "registry.db")) as database:
+                database.execute("VACUUM INTO ?", [str(self.directory / "registry.db")])
             return
         _postgres("pg_dump", "--format=custom", "--file", self.directory / "dump", self.place["ADAPTORY_DATABASE_URL"])
 
@@ -54,7 +54,7 @@ class Backup:
         """The environment of the registry that was made of it."""
         home.mkdir()
         if not self.on_s3:
-            shutil.copy(self.directory / "registry.database.engine", home / "registry.database.engine")
+            shutil.copy(self.directory / "registry.db", home / "registry.db")
             shutil.copytree(self.directory / "blobs", home / "store" / "blobs")
             return {**self.place, "ADAPTORY_HOME": str(home)}
         url = services.new_database()

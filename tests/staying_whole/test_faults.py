@@ -257,7 +257,7 @@ def test_a_statement_that_waits_for_a_lock_too_long_is_told(on_postgres: Registr
 
 def test_a_sqlite_database_that_another_process_keeps_locked_is_told_and_read_meanwhile(tmp_path: Path) -> None:
     with running({"ADAPTORY_HOME": str(tmp_path / "home"), **PATIENCE}, tmp_path) as registry:
-        other = sqlite3.connect(tmp_path / "home" / "registry.database.engine", isolation_level=None)
+        other = sqlite3.connect(tmp_path / "home" / "registry.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         started = time.monotonic()
         with ThreadPoolExecutor(8) as pool:
