@@ -47,6 +47,7 @@ EXAMPLES = {
     "serve": "adaptory serve --port 8470",
     "show": "adaptory show acme/sql-migration@prod",
     "sign": "adaptory sign acme/assistant --key ~/.config/adaptory/key.pem",
+    "storage check": "adaptory storage check",
     "suite add": "adaptory suite add examples/suites/*.yaml",
     "suite list": "adaptory suite list",
     "token create": "adaptory token create --user pia --scope acme=publisher",

@@ -26,7 +26,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Operate",
-        ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck"),
+        ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck", "storage"),
         "adaptory serve --host 0.0.0.0 --processes 4",
     ),
     (

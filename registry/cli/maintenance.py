@@ -1,4 +1,4 @@
-"""Maintenance: gc and fsck. They access the database and the store directly, beside running servers."""
+"""Maintenance: gc, fsck and storage check. They access the database and the store directly, beside running servers."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import own_settings
+from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
 from registry.errors import RegistryError
 
@@ -16,9 +17,41 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
 
 
+storage = typer.Typer(cls=Commands, help="Inspect the blob store.", no_args_is_help=True, rich_markup_mode=None)
+
+
 def register(root: typer.Typer) -> None:
     for command in (gc, fsck):
         root.command()(command)
+    root.add_typer(storage, name="storage")
+
+
+@storage.command("check")
+def check_storage(json: JsonFlag = False) -> None:
+    """Probe what the blob store verifies about uploads, and record it for all servers.
+
+    The first server or push does so once for each store. Repeat it after the store or a proxy before it has changed.
+    """
+    from dataclasses import asdict
+
+    from registry.transfer.store_facts import probe_of
+
+    with _own_resources() as resources:
+        kind, probe = resources.settings.storage.kind, probe_of(resources.store)
+        facts = asdict(probe.probe()) if probe is not None else None
+        in_place = probe is not None and probe.allows_in_place()
+    document = {"kind": kind, "verifies": facts, "in_place": in_place}
+
+    def show() -> None:
+        if facts is None:
+            render.out("The store is a directory: the registry hashes every file that it writes, so nothing is probed.")
+            return
+        verified = [("sha256 of files", "bodies"), ("sha256 of parts", "parts"), ("signed expiry", "signed_end")]
+        rows = [(label, "verified by the store" if facts[name] else "not verified") for label, name in verified]
+        uploads = "straight to their blobs" if in_place else "to incoming/, checked and copied"
+        render.lines("s3", [*rows, ("clients upload", uploads)])
+
+    render.document(document, json, show)
 
 
 def gc(

@@ -68,6 +68,7 @@ def serve(
     thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
     if with_worker:
         thread.start()
+    threading.Thread(target=_probe_store, args=(resources,), name="probe", daemon=True).start()
     address = f"[{host}]" if ":" in host else host
     render.say(f"listening on http://{address}:{listener.getsockname()[1]}")
     try:
@@ -80,6 +81,15 @@ def serve(
         if with_worker:
             thread.join(STOP_S)
         resources.close()
+
+
+def _probe_store(resources: "Resources") -> None:
+    from registry.settings import S3Storage
+
+    if isinstance(resources.settings.storage, S3Storage):
+        from registry.transfer.store_facts import probe_if_unknown
+
+        probe_if_unknown(resources.store)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,48 +1,59 @@
-"""Transaction locks: shared by pushes, exclusive for collections."""
+"""Locks between processes: of pushes and collections within a transaction, of collections and probes for longer."""
 
 import fcntl
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from sqlalchemy import (
-    text,
-)
+from sqlalchemy import text
 from sqlalchemy.orm import Session as Session
 
 from registry.database.engine import Database
 from registry.database.errors import translate_database_errors
 from registry.errors import Conflict
 
-_BLOBS_LOCK, _COLLECTION_LOCK = 0x424C4F42, 0x434F4C4C
-"""Keys of PostgreSQL's advisory locks: between who relies on blobs and who collects them, and between collectors."""
+_BLOBS_LOCK, _COLLECTION_LOCK, _PROBE_LOCK = 0x424C4F42, 0x434F4C4C, 0x50524F42
+"""Keys of PostgreSQL's advisory locks: between pushes and collections, between collections, and between probes."""
 
 
-@contextmanager
-def exclusive_collection(database: Database) -> Generator[None]:
-    """One collection of blobs at a time, on all machines; the lock ends with the process that holds it.
+def exclusive_collection(database: Database) -> AbstractContextManager[None]:
+    """One collection of blobs at a time, on all machines. Raises Conflict if another is running.
 
     Two would take each other's marked blobs for those of a dead one, and remove bytes that came again meanwhile.
     """
+    return _process_lock(database, "collecting", _COLLECTION_LOCK, _collecting)
+
+
+def exclusive_probe(database: Database) -> AbstractContextManager[None]:
+    """One probe of the store at a time, on all machines; waits for another."""
+    return _process_lock(database, "probing", _PROBE_LOCK, None)
+
+
+@contextmanager
+def _process_lock(database: Database, name: str, key: int, refusal: Callable[[], Conflict] | None) -> Generator[None]:
+    """A lock that ends with the process that holds it. Waits for it where there is no `refusal` to raise."""
     if database.is_sqlite:
-        with Path(f"{database.url.database}.collecting").open("w") as file:
+        with Path(f"{database.url.database}.{name}").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
             except BlockingIOError:
-                raise _collecting() from None
+                if refusal is None:
+                    raise
+                raise refusal() from None
             yield
         return
     with (
         translate_database_errors(),
         database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
     ):
-        key = {"key": _COLLECTION_LOCK}
-        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), key):
-            raise _collecting()
+        if refusal is None:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
+        elif not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}):
+            raise refusal()
         try:
             yield
         finally:
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), key)
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
 
 
 def _collecting() -> Conflict:

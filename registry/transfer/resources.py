@@ -49,12 +49,13 @@ def open_resources(settings: Settings) -> Resources:
     ensure_schema(database, create=settings.database_url is None)
     work = settings.work_directory
     work.mkdir(parents=True, exist_ok=True)
-    return Resources(settings, database, _open_store(settings), work)
+    return Resources(settings, database, _open_store(settings, database), work)
 
 
-def _open_store(settings: Settings) -> BlobStore:
+def _open_store(settings: Settings, database: Database) -> BlobStore:
     if isinstance(settings.storage, LocalStorage):
         return LocalStore(settings.store_directory)
     from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
+    from registry.transfer.store_facts import DatabaseRecord
 
-    return S3Store(settings.storage)
+    return S3Store(settings.storage, DatabaseRecord(database, settings.storage, utc_now))

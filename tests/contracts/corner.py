@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,6 +44,7 @@ class Corner:
             hash_arrivals=hash_arrivals,
             direct=direct,
         )
+        self.storage = storage
         self.store = S3Store(storage)
         self.seconds = 0.0
         self.arrivals = S3Arrivals(
@@ -51,15 +53,20 @@ class Corner:
             now=lambda: datetime.now(UTC) + timedelta(seconds=self.seconds),
         )
 
+    def announced(self, content: bytes) -> IncomingUpload:
+        """An upload that the store has not heard of."""
+        part_bytes = self.arrivals.part_bytes(len(content))
+        return IncomingUpload(
+            uuid.uuid4().hex, Digest(hashlib.sha256(content).hexdigest()), len(content), None, part_bytes
+        )
+
     def announce(self, content: bytes) -> IncomingUpload:
         """As the registry would, for a blob that nobody has yet."""
-        part_bytes = self.arrivals.part_bytes(len(content))
-        digest = Digest(hashlib.sha256(content).hexdigest())
-        arrival = IncomingUpload(uuid.uuid4().hex, digest, len(content), None, part_bytes)
-        if part_bytes is None:
+        arrival = self.announced(content)
+        if arrival.part_bytes is None:
             return arrival
         multipart_id = self.arrivals.begin(arrival)
-        return IncomingUpload(arrival.upload_id, digest, len(content), multipart_id, part_bytes)
+        return replace(arrival, multipart_id=multipart_id)
 
     def whole(self, arrival: IncomingUpload, *, known: bool = False) -> Put:
         put = self.arrivals.sign_object(arrival, 600, sent_before=False, known=known)
@@ -98,14 +105,15 @@ def send(put: Put | None, content: bytes, **other_headers: str) -> int:
 
 
 @contextmanager
-def relay(endpoint: str, changes: Mapping[bytes, bytes]) -> Generator[str]:
-    """The server by another address, where some words of what is sent become others of the same length."""
+def relay(endpoint: str, changes: Mapping[bytes, bytes], only: bytes = b"") -> Generator[str]:
+    """The server by another address, where words of what is sent become others of the same length: in requests that
+    contain `only`."""
     target = urlsplit(endpoint)
 
     def pass_on(source: socket.socket, sink: socket.socket, changes: Mapping[bytes, bytes]) -> None:
         with suppress(OSError):  # either side hung up
             while data := source.recv(1 << 16):
-                for before, after in changes.items():
+                for before, after in changes.items() if only in data else ():
                     data = data.replace(before, after)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)

@@ -19,7 +19,7 @@ from registry.database.tables.catalog import (
     Upload,
 )
 from registry.database.tables.quality import Channel, Gate, Move, Score, Suite, SuiteMetric
-from registry.database.tables.work import AuditRow, Composition, Job, ReleaseInput
+from registry.database.tables.work import AuditRow, Composition, Job, ReleaseInput, StoreFactsRow
 
 __all__ = [
     "AuditRow",
@@ -44,6 +44,7 @@ __all__ = [
     "RevisionFile",
     "Score",
     "Signature",
+    "StoreFactsRow",
     "Suite",
     "SuiteMetric",
     "TargetSet",

@@ -85,3 +85,15 @@ class ReleaseInput(Row):
     input_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True, index=True)
     composition_id: Mapped[int | None] = mapped_column(ForeignKey("compositions.id"))
     weight: Mapped[float] = mapped_column(Float)
+
+
+class StoreFactsRow(Row):
+    """What a probe of a store found, by the version of the probe."""
+
+    __tablename__ = "store_facts"
+
+    endpoint: Mapped[str] = mapped_column(String(300), primary_key=True)
+    bucket: Mapped[str] = mapped_column(String(255), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    probed_at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -1,14 +1,15 @@
-"""Probes what a store verifies about direct uploads; each process does so, on its own objects."""
+"""Probes what a store verifies about direct uploads, on objects of its own: once per store, not per process."""
 
 import hashlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from threading import Lock
 from time import monotonic
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
@@ -25,12 +26,14 @@ log = logging.getLogger(__name__)
 NEVER: Mapping[str, str] = MappingProxyType({"X-Delete-After": "9999999999", "X-Delete-At": "9999999999"})
 """The end of an object that nobody may end: signed, so that its sender cannot name another. A store that knows these
 headers, as Swift does, takes them for the last moment that it knows (in 2286); for others they say nothing."""
+VERSION = 1
+"""Raised when the probe changes: facts of another version are not used."""
 PROBE = "probe-"
-"""What the ids of a trial's own arrivals begin with."""
+"""How the upload ids of a probe's own objects begin."""
 STALE_S = 60.0
-"""An object of a trial that is older was left by a process that was killed."""
+"""An older object of a probe was left by a process that was killed."""
 FAILED_S = 5.0
-"""So long a trial that the store did not answer is not begun again: as long as `Retry-After` says."""
+"""How long a probe that the store did not answer is not repeated: as long as `Retry-After` says."""
 NOT_IMPLEMENTED = 501
 """How some stores refuse a header that they do not know."""
 _SOON = "60"
@@ -42,8 +45,32 @@ SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], P
 """The request that a sender gets for an object, good for so many seconds, with further headers signed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFacts:
+    """What a store was seen to verify.
+
+    `bodies`: it refuses a body of another sha256 than the signed one.
+    `signed_end`: it accepts the right body with the signed `NEVER`, and with nothing else in its place.
+    `parts`: it refuses a part of another sha256 than the signed one. None: it takes no uploads in parts at all.
+    """
+
+    bodies: bool
+    signed_end: bool
+    parts: bool | None
+
+
+class FactsRecord(Protocol):
+    """Where the facts about one store are kept, for all processes."""
+
+    def load(self) -> StoreFacts | None: ...
+    def save(self, facts: StoreFacts) -> None: ...
+    def lock(self) -> AbstractContextManager[None]:
+        """Held by one process at a time."""
+        ...
+
+
 class StoreProbe:
-    """`incoming` names the object of an upload that is not yet verified."""
+    """`incoming` names the object of an upload that is not yet verified. Without a `record` each process probes."""
 
     def __init__(
         self,
@@ -52,47 +79,77 @@ class StoreProbe:
         signed_put: SignedPut,
         parts: Parts,
         incoming: Callable[[IncomingUpload], dict[str, str]],
+        record: FactsRecord | None = None,
     ) -> None:
-        self._bucket, self._storage = bucket, storage
+        self._bucket, self._storage, self._record = bucket, storage, record
         self._signed_put, self._parts, self._incoming = signed_put, parts, incoming
-        self._answers: dict[Callable[[], bool], bool] = {}
+        self._facts: StoreFacts | None = None
         self._lock = Lock()
         self._failed: tuple[float, Unavailable] | None = None
 
-    def checks_bodies(self) -> bool:
-        """Whether the store refuses a body of another sha256 than the signed one. Raises Unavailable for a store that
-        copies whatever the condition."""
-        return self._answer(self._tells_bodies_apart)
+    def facts(self) -> StoreFacts:
+        """The recorded facts; probes the store if there are none.
 
-    def allows_in_place(self) -> bool:
-        """Whether a request for a blob's own key serves for its bytes and for nothing else.
-
-        Where the settings leave it open: if the store takes right bytes with the signed end, and refuses the same bytes
-        with every other one.
+        Raises Unavailable if the store does not answer or copies whatever the condition. Callers that waited for a
+        failed probe fail with it: one after the other they would wait as long again, each with a thread of the server.
         """
-        if not self.checks_bodies():
-            return False
-        said = self._storage.direct
-        return self._answer(self._holds_to_the_signed_end) if said == "auto" else said
-
-    def checks_parts(self) -> bool:
-        """Whether the store refuses a part of another sha256 than the signed one, and joins those that came with it."""
-        return self._answer(self._tells_parts_apart)
-
-    def _answer(self, trial: Callable[[], bool]) -> bool:
-        """Of a trial that is made once. Who waited for one that failed fails with it: one after the other would wait as
-        long again, each with a thread of the server in hand."""
-        if trial not in self._answers:
+        if self._facts is None:
             with self._lock:
                 if self._failed and monotonic() < self._failed[0]:
                     raise self._failed[1]
                 try:
-                    if trial not in self._answers:
-                        self._answers[trial] = trial()
+                    self._facts = self._facts or self._recorded()
                 except Unavailable as error:
                     self._failed = (monotonic() + FAILED_S, error)
                     raise
-        return self._answers[trial]
+        return self._facts
+
+    def probe(self) -> StoreFacts:
+        """Probes the store now, and records what it finds."""
+        with self._record.lock() if self._record else nullcontext():
+            return self._probe_and_save()
+
+    def checks_bodies(self) -> bool:
+        """Whether what the store took under a signed request needs no second look."""
+        return self.facts().bodies and not self._storage.hash_arrivals
+
+    def allows_in_place(self) -> bool:
+        """Whether a request for a blob's own key serves for its bytes and for nothing else."""
+        if not self.checks_bodies():
+            return False
+        allowed = self._storage.direct
+        return self.facts().signed_end if allowed == "auto" else allowed
+
+    def checks_parts(self) -> bool:
+        """Raises Unavailable for a store that takes no uploads in parts."""
+        checks = self.facts().parts
+        if checks is None:
+            raise Unavailable(
+                "store_unavailable",
+                "The blob store refuses multipart uploads.",
+                next_step="Check the store, then run `adaptory storage check`.",
+            )
+        return checks
+
+    def _recorded(self) -> StoreFacts:
+        if self._record is None:
+            return self._probe_and_save()
+        known = self._record.load()
+        if known is None:
+            with self._record.lock():
+                known = self._record.load() or self._probe_and_save()
+        return known
+
+    def _probe_and_save(self) -> StoreFacts:
+        bodies = self._tells_bodies_apart()
+        facts = StoreFacts(
+            bodies=bodies, signed_end=bodies and self._holds_to_the_signed_end(), parts=self._tells_parts_apart()
+        )
+        log.info("The blob store verifies: %s", facts)
+        if self._record is not None and facts.parts is not None:  # a store may be taught to take parts
+            self._record.save(facts)
+        self._facts = facts
+        return facts
 
     def _holds_to_the_signed_end(self) -> bool:
         probe = _probe()
@@ -141,19 +198,13 @@ class StoreProbe:
         finally:
             self._remove(probe)
             self._remove(copy)
-        return refuses and not self._storage.hash_arrivals
+        return refuses
 
-    def _tells_parts_apart(self) -> bool:
-        """Raises Unavailable for a store that takes no part of either kind: it is not said that it cannot check."""
-        checks = self._joins_right_parts(_probe(), checked=True)
-        if not checks and not self._joins_right_parts(_probe(), checked=False):
-            raise Unavailable(
-                "store_unavailable",
-                "The blob store refuses multipart uploads.",
-                next_step="Try again; if it persists, check the store.",
-            )
-        log.info("The blob store %s the sha256 of parts.", "checks" if checks else "does not check")
-        return checks
+    def _tells_parts_apart(self) -> bool | None:
+        """Whether it refuses wrong parts. None if it takes no part of either kind."""
+        if self._joins_right_parts(_probe(), checked=True):
+            return True
+        return False if self._joins_right_parts(_probe(), checked=False) else None
 
     def _joins_right_parts(self, probe: IncomingUpload, *, checked: bool) -> bool:
         """And refuses wrong ones, where they are `checked`."""

@@ -12,6 +12,7 @@ from registry.formats.references import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import BlobStat, Reader
 from registry.storage.s3.bucket import Bucket, code_of, open_bucket, translate_store_errors
+from registry.storage.s3.probe import FactsRecord
 from registry.storage.s3.uploads import S3Arrivals
 
 _PLAIN = {
@@ -24,10 +25,10 @@ _PLAIN = {
 
 
 class S3Store:
-    def __init__(self, storage: S3Storage) -> None:
+    def __init__(self, storage: S3Storage, record: FactsRecord | None = None) -> None:
         self._bucket: Bucket = open_bucket(storage)
         self._client: Any = self._bucket.client
-        self._arrivals = S3Arrivals(self._bucket, storage)
+        self._arrivals = S3Arrivals(self._bucket, storage, record=record)
 
     @property
     def arrivals(self) -> S3Arrivals:

@@ -13,7 +13,7 @@ from registry.settings import S3Storage
 from registry.storage.blobs import BlobStat, IncomingUpload, Part, Put
 from registry.storage.s3.bucket import NO_HEADERS, Bucket, translate_store_errors
 from registry.storage.s3.multipart import Parts, checksum
-from registry.storage.s3.probe import NEVER, PROBE, STALE_S, StoreProbe
+from registry.storage.s3.probe import NEVER, PROBE, STALE_S, FactsRecord, StoreProbe
 
 INCOMING = "incoming/"
 CHECKED = "sha256:"
@@ -42,11 +42,12 @@ class S3Arrivals:
         bucket: Bucket,
         storage: S3Storage,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        record: FactsRecord | None = None,
     ) -> None:
         self._bucket, self._storage, self._now = bucket, storage, now
         self._client: Any = bucket.client
         self._parts = Parts(bucket)
-        self._trial = StoreProbe(bucket, storage, self._put_of, self._parts, self._incoming)
+        self.probe = StoreProbe(bucket, storage, self._put_of, self._parts, self._incoming, record)
 
     def part_bytes(self, size_bytes: int) -> int | None:
         if size_bytes < self._storage.multipart_bytes:
@@ -55,14 +56,14 @@ class S3Arrivals:
         return max(self._storage.part_bytes, -(-least // _MIB) * _MIB)
 
     def begin(self, arrival: IncomingUpload) -> str:
-        checked = self._trial.checks_parts()
+        checked = self.probe.checks_parts()
         with translate_store_errors(arrival.sha256):
             return (CHECKED if checked else "") + self._parts.begin(self._incoming(arrival), checked=checked)
 
     def sign_object(self, arrival: IncomingUpload, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
             return None
-        if not known and self._trial.allows_in_place():
+        if not known and self.probe.allows_in_place():
             return self._put_of(arrival, self._bucket.blob(arrival.sha256), expires_s, NEVER)
         return self._put_of(arrival, self._incoming(arrival), expires_s)
 
@@ -108,7 +109,7 @@ class S3Arrivals:
             self._client.delete_object(**self._incoming(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        """Also ends uploads in parts of our own, and removes what a trial left, of a process that died."""
+        """Also ends uploads in parts of our own, and removes what the probe of a killed process left."""
         removed, probes_before = 0, self._now() - timedelta(seconds=STALE_S)
 
         def is_left(key: str, since: datetime) -> bool:
@@ -155,7 +156,7 @@ class S3Arrivals:
         if head is not None:
             return {**head, "incoming": True}
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
-        if head is not None and _upload_of(head) == arrival.upload_id and self._trial.checks_bodies():
+        if head is not None and _upload_of(head) == arrival.upload_id and self.probe.checks_bodies():
             return {**head, "incoming": False}
         return None
 
@@ -178,7 +179,7 @@ class S3Arrivals:
 
     def _accept(self, arrival: IncomingUpload, etag: str) -> None:
         """Copies what was hashed and nothing else: who has the signed request could write once more meanwhile."""
-        if arrival.multipart_id is not None or not self._trial.checks_bodies():
+        if arrival.multipart_id is not None or not self.probe.checks_bodies():
             self._check_digest(arrival, etag)
         named = self._bucket.blob(arrival.sha256)
         if self._bucket.head(named) is not None:

@@ -49,6 +49,7 @@ def test_a_store_that_holds_to_what_is_signed_gets_files_in_place_from_the_first
     assert corner.left() == set()
 
 
+PARTS = b"partNumber="
 Rows = list[tuple[str, str]]
 SOON = [("X-Delete-After", "1")]
 ATTACKS: Mapping[str, Callable[[Rows], Rows]] = {
@@ -149,7 +150,7 @@ def test_a_sweep_removes_what_a_killed_process_left_of_a_trial_and_nothing_of_on
 def test_where_the_sha256_of_parts_cannot_be_signed_their_length_alone_is(s3: S3Server, credentials: None) -> None:
     """The relay takes the sha256 away, so that parts signed with theirs would all be refused."""
     content = os.urandom(LARGE_BYTES)
-    with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}) as endpoint:
+    with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}, PARTS) as endpoint:
         corner = Corner(s3, endpoint=endpoint)
         arrival = corner.announce(content)
         put = corner.part(arrival, 1, content[:PART_BYTES])
@@ -163,7 +164,7 @@ def test_where_the_sha256_of_parts_cannot_be_signed_their_length_alone_is(s3: S3
 def test_an_upload_goes_on_as_it_was_begun_whatever_another_process_found(s3: S3Server, credentials: None) -> None:
     """AWS takes parts with a sha256 or without, as it was told at the beginning."""
     content = os.urandom(LARGE_BYTES)
-    with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}) as endpoint:
+    with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}, PARTS) as endpoint:
         doubting = Corner(s3, endpoint=endpoint)
         unchecked = doubting.announce(content)
     corner = Corner(s3)
