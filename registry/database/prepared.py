@@ -10,15 +10,13 @@ import json
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, cast
 
 from sqlalchemy import Connection, Dialect, Select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.dml import UpdateBase
 
-T = TypeVar("T")
 P = ParamSpec("P")
 Rows = Sequence[Sequence[Any]]
 Query = Select[*tuple[Any, ...]]
@@ -27,27 +25,19 @@ FORMS = 512
 
 
 class Prepared:
-    """A statement with bind parameters. `in_list` takes lists of values; an INSERT or UPDATE sets the columns `sets`.
+    """A query with bind parameters. `in_list` takes lists of values.
 
     It sees what has been flushed. What makes a statement is called when it is first asked of that kind of database.
     """
 
-    def __init__(
-        self, statement: Query | UpdateBase | Callable[[str], Query], sets: Sequence[str] | None = None
-    ) -> None:
-        self._make: Callable[[str], Query | UpdateBase] = statement if callable(statement) else lambda _kind: statement
-        self._sets = sets
+    def __init__(self, statement: Query | Callable[[str], Query]) -> None:
+        self._make: Callable[[str], Query] = statement if callable(statement) else lambda _kind: statement
         self._compiled: dict[str, _Compiled] = {}
 
     def rows(self, session: Session, values: Mapping[str, Any]) -> Rows:
         """As the driver gives them. What else is in `values` is ignored."""
         connection = session.connection()
         return self._for(connection.dialect).rows(connection, values)
-
-    def run(self, session: Session, values: Mapping[str, Any]) -> None:
-        """For a statement without rows."""
-        connection = session.connection()
-        self._for(connection.dialect).run(connection, values)
 
     def records(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
         """Rows by the names of their columns, each value of its column's type."""
@@ -57,7 +47,7 @@ class Prepared:
     def _for(self, dialect: Dialect) -> "_Compiled":
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = self._compiled[dialect.name] = _Compiled(self._make(dialect.name), dialect, self._sets)
+            compiled = self._compiled[dialect.name] = _Compiled(self._make(dialect.name), dialect)
         return compiled
 
     def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
@@ -80,8 +70,8 @@ def prepared(make: Callable[P, Query], *, postgresql: Callable[P, Query] | None 
 class _Compiled:
     """A statement as one kind of database reads it."""
 
-    def __init__(self, statement: Any, dialect: Dialect, sets: Sequence[str] | None) -> None:
-        compiled: SQLCompiler = statement.compile(dialect=dialect, column_keys=sets)
+    def __init__(self, statement: Any, dialect: Dialect) -> None:
+        compiled: SQLCompiler = statement.compile(dialect=dialect)
         self.text = compiled.string
         # Of the statement nothing is kept: it takes a hundred times the memory of its text, all in circles.
         self._own = {name: value for name, value in compiled.params.items() if value is not None}
@@ -94,10 +84,20 @@ class _Compiled:
         self._received = [(index, convert) for index, (_, convert) in enumerate(received) if convert]
 
     def rows(self, connection: Connection, values: Mapping[str, Any]) -> Rows:
-        return self._executed(connection, values, lambda cursor: cursor.fetchall())
-
-    def run(self, connection: Connection, values: Mapping[str, Any]) -> None:
-        self._executed(connection, values, lambda cursor: None)
+        """Straight to the driver: SQLAlchemy's way there takes twice as long as SQLite for most of what is asked."""
+        parameters = self._parameters(values)
+        driver: Any = connection.connection.driver_connection
+        errors: type[Exception] = connection.dialect.loaded_dbapi.Error
+        try:
+            return driver.execute(self.text, parameters).fetchall()
+        except errors as error:
+            lost = connection.dialect.is_disconnect(error, driver, None)
+            wrapped: BaseException = DBAPIError.instance(
+                self.text, parameters, error, errors, connection_invalidated=lost, dialect=connection.dialect
+            )
+            if lost:
+                connection.invalidate(error)
+            raise wrapped from error
 
     def records(self, connection: Connection, values: Mapping[str, Any]) -> list[Any]:
         made = self._record
@@ -112,22 +112,6 @@ class _Compiled:
     @cached_property
     def _record(self) -> Any:
         return namedtuple("Record", self._names)  # pyright: ignore[reportUntypedNamedTuple]
-
-    def _executed(self, connection: Connection, values: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Straight to the driver: SQLAlchemy's way there takes twice as long as SQLite for most of what is asked."""
-        parameters = self._parameters(values)
-        driver: Any = connection.connection.driver_connection
-        errors: type[Exception] = connection.dialect.loaded_dbapi.Error
-        try:
-            return read(driver.execute(self.text, parameters))
-        except errors as error:
-            lost = connection.dialect.is_disconnect(error, driver, None)
-            wrapped: BaseException = DBAPIError.instance(
-                self.text, parameters, error, errors, connection_invalidated=lost, dialect=connection.dialect
-            )
-            if lost:
-                connection.invalidate(error)
-            raise wrapped from error
 
     def _parameters(self, values: Mapping[str, Any]) -> Any:
         given = {**self._own, **values}

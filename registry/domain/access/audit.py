@@ -9,11 +9,9 @@ from typing import Any, cast
 from sqlalchemy import Select, Table, insert, select
 from sqlalchemy.orm import Session
 
-from registry.database.prepared import Prepared
 from registry.database.tables import AuditRow
 
 _audit = cast(Table, AuditRow.__table__)
-_INSERT = Prepared(insert(_audit), sets=[column.name for column in _audit.c if column is not _audit.c.id])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ def record(  # noqa: PLR0913
         "after": dict(after) if after is not None else None,
         "detail": detail,
     }
-    _INSERT.run(session, values)
+    session.execute(insert(_audit), values)
 
 
 @dataclass(frozen=True, slots=True)

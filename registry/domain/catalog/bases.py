@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, String, bindparam, or_, select
+from sqlalchemy import ColumnElement, literal, or_, select
 from sqlalchemy.orm import Session, undefer
 
 from composer.formats.checkpoints.checkpoint import Architecture, TensorSpec
 from composer.formats.checkpoints.hashing import architecture_digest, weights_digest
 from composer.formats.checkpoints.header import DTYPE_BITS
-from registry.database.prepared import Prepared
 from registry.database.tables import Base, BaseAlias, BaseLocation
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
@@ -30,15 +29,10 @@ _DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
 _SCHEMES = ("file://", "hf://", "s3://")
 
 _base, _alias = Base.__table__.c, BaseAlias.__table__.c
-_TEXT = bindparam("text", type_=String)
-_BY_DIGEST = Prepared(select(_base.digest, _base.name).where(_base.digest.between(_TEXT, bindparam("last"))).limit(2))
 
 
 def _called(name: ColumnElement[str]) -> ColumnElement[bool]:
     return or_(_base.name == name, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == name)))
-
-
-_BY_NAME = Prepared(select(_base.digest, _base.name).where(_called(_TEXT)))
 
 
 def is_name(text: str) -> bool:
@@ -179,8 +173,8 @@ def find(session: Session, text: str) -> Base:
 
 def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
-    query = _BY_NAME if is_name(text) else _BY_DIGEST
-    matches = query.rows(session, {"text": text, "last": text.ljust(64, "g")})
+    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
+    matches = session.execute(select(_base.digest, _base.name).where(wanted).limit(2)).all()
     if not matches:
         raise NotFound(
             "base_unknown",

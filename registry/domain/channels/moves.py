@@ -9,7 +9,6 @@ from sqlalchemy import Select, Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
-from registry.database.prepared import Prepared
 from registry.database.tables import Base, Channel, Gate, Move, Namespace, Release, Repository, Revision
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
@@ -30,7 +29,7 @@ _channel, _gate, _move, _namespace, _release, _repository, _revision = (
 _left = Release.__table__.alias("left")
 
 # A promotion is these five statements on columns; with mapped objects it took twice as long.
-_ASKED = Prepared(
+_ASKED = (
     select(
         _release.id,
         _release.base_digest,
@@ -64,7 +63,7 @@ _VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_v
 _MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
 """The columns of a `ChannelMove`, named as its fields."""
 _asked_for = Release.__table__.alias("asked_for")
-_STATE = Prepared(
+_STATE = (
     select(_asked_for.c.yank_reason, _channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
@@ -84,15 +83,11 @@ _HISTORY = (
     .where(_move.channel_id == bindparam("channel"))
     .order_by(_move.id.desc())
 )
-_INSERT = Prepared(
-    insert(cast(Table, Move.__table__)).returning(_move.id),
-    sets=[column.name for column in _move if column is not _move.id],
-)
-_POINT = Prepared(
+_INSERT = insert(cast(Table, Move.__table__)).returning(_move.id)
+_POINT = (
     update(cast(Table, Channel.__table__))
     .where(_channel.id == bindparam("channel"), _channel.move_id.is_not_distinct_from(bindparam("seen")))
-    .returning(_channel.id),
-    sets=("move_id", "served_id", "served_key"),
+    .returning(_channel.id)
 )
 
 
@@ -165,7 +160,7 @@ def promote(
     release = _load_release_and_policy(session, wanted)
     namespace = wanted.repository.namespace
     _refuse_unsigned(session, release, wanted)
-    [current] = _STATE.records(session, {"channel": release.channel_id, "release": release.id})
+    current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
     _refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
     _check_expected(current.move_id, expected, wanted.subject)
     actor = replace(
@@ -337,14 +332,14 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
         "named": str(wanted.version),
         "onto": parse_name(wanted.channel, "channel"),
     }
-    row = next(iter(_ASKED.records(session, values)), None)
+    row = session.execute(_ASKED, values).first()
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
         namespaces.find_for_share(session, name.namespace)
         repositories.lock(session, release.repository_id)  # a yank locks all existing channels
         # If several create it at once, one succeeds and the others wait for its result.
         insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
-        [row] = _ASKED.records(session, values)
+        row = session.execute(_ASKED, values).one()
     return row
 
 
@@ -410,10 +405,10 @@ def _check_expected(move_id: int | None, expected: Expected | None, subject: str
 def _record_move(session: Session, move: Mapping[str, Any], key: str, seen: int | None, subject: str) -> int:
     """Records a move and returns its id. Compare-and-set: of two moves that saw the same state, one succeeds. The
     target is not yanked, so it is served; `key` is its sort key."""
-    [move_id] = _INSERT.column(session, move)
+    move_id = session.scalars(_INSERT, move).one()
     served = {"served_id": move["to_release_id"], "served_key": key}
     values = {"channel": move["channel_id"], "seen": seen, "move_id": move_id, **served}
-    if not _POINT.rows(session, values):
+    if session.execute(_POINT, values).first() is None:
         raise _moved(subject)
     return move_id
 
