@@ -10,11 +10,11 @@ from sqlalchemy.sql.functions import FunctionElement
 
 T = TypeVar("T")
 PLANNED_VALUES = 10
-"""Of a list, in a plan that PostgreSQL keeps."""
+"""Length of a list in a plan that PostgreSQL keeps."""
 
 
 class _Spelled(FunctionElement[Any]):
-    """What SQLite and PostgreSQL spell differently: texts with `{0}`, `{1}` or `{all}` for the arguments."""
+    """SQL that differs between SQLite and PostgreSQL; the texts have `{0}`, `{1}` or `{all}` for the arguments."""
 
     inherit_cache = False
 
@@ -30,57 +30,54 @@ def _spell(element: _Spelled, compiler: SQLCompiler, **options: Any) -> str:  # 
 
 
 def in_list(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
-    """The column has one of the values that the parameter lists: texts or whole numbers, as the column does."""
+    """A condition: the column has one of the values in the parameter, a list of texts or integers."""
     kind = "BIGINT" if isinstance(column.type, BigInteger | Integer) else "TEXT"
     unnest = f"{{0}} = ANY (CAST({{1}} AS {kind}[]))"
     return _Spelled("{0} IN (SELECT value FROM json_each({1}))", unnest, column, bindparam(name))
 
 
 def unnest(name: str) -> ColumnElement[str]:
-    """The column of a table that has the texts that the parameter lists."""
+    """The column of a subquery with the texts in the parameter, a list."""
     # PostgreSQL names the column as the table.
     texts = _Spelled("json_each({0})", "unnest(CAST({0} AS TEXT[]))", bindparam(name))
     return texts.table_valued(column("value", String), name="value").c.value
 
 
 def in_subquery(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
-    """The column has one of the values of those few rows, which refer to nothing around them.
+    """A condition: the column has one of the values of the subquery `rows`, which are few and do not depend on the
+    outer query.
 
-    They are found first, and an index of the column is asked for each: PostgreSQL, which cannot know that they are few,
-    would rather go through the table and look for each of its rows among them.
+    They are read first, and each is looked up in an index of the column. PostgreSQL cannot know that they are few, and
+    would rather scan the table and look for each of its rows among them.
     """
     return _Spelled("{0} IN {1}", "{0} = ANY (ARRAY{1})", column, rows.scalar_subquery())
 
 
 def padded(values: Sequence[T]) -> list[T]:
-    """For `among`: the values, the last one repeated until there are as many as PostgreSQL's kept plans are made for.
-
-    It would think that planning anew for fewer pays; for one release that took five times as long as to read it.
-    """
+    """The values for `in_list`, the last one repeated up to the length that PostgreSQL's kept plans are made for. For
+    fewer, PostgreSQL would plan anew, which took five times as long as reading one release."""
     items = list(values)
     return items + items[-1:] * (PLANNED_VALUES - len(items))
 
 
 def json_list(column: ColumnElement[Any]) -> ColumnElement[str]:
-    """An aggregate: the text of a JSON array of a column's values, null or empty without rows."""
+    """An aggregate: a column's values as the text of a JSON array; null or empty without rows."""
     return _Spelled("json_group_array({0})", "CAST(json_agg({0}) AS TEXT)", column)
 
 
 def json_rows(*columns: Any) -> ColumnElement[str]:
-    """An aggregate: the text of a JSON array with an array for each row, null or empty without rows.
-
-    Its floats must be `exact`, since SQLite rounds those in JSON to 15 digits.
-    """
+    """An aggregate: the rows as the text of a JSON array of arrays; null or empty without rows. Floats must be
+    `float_text`, since SQLite rounds floats in JSON to 15 digits."""
     return _Spelled("json_group_array(json_array({all}))", "CAST(json_agg(json_build_array({all})) AS TEXT)", *columns)
 
 
 def float_text(column: ColumnElement[Any]) -> ColumnElement[str]:
-    """A float as a text that reads back as the same number."""
+    """A float as text that reads back as the same number."""
     return _Spelled("CASE WHEN {0} IS NOT NULL THEN printf('%!.17g', {0}) END", "CAST({0} AS TEXT)", column)
 
 
 def timestamp_text(column: ColumnElement[Any]) -> ColumnElement[str]:
-    """A moment as JSON documents have it: RFC 3339 in UTC, with microseconds where there are some."""
+    """A timestamp as in JSON documents: RFC 3339 in UTC, with microseconds if there are any."""
     text = "replace({}, '.000000', '') || 'Z'"
     return _Spelled(
         text.format("replace({0}, ' ', 'T')"),

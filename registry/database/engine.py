@@ -32,8 +32,8 @@ MMAP_BYTES = 256 << 20
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment in UTC, as which one without a zone is taken. SQLite forgets the zone of a timestamp: it is sent in UTC,
-    and put back when a row is read."""
+    """A timestamp in UTC; one without a zone is taken as UTC. SQLite does not store the zone, so it is added when a row
+    is read."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -63,18 +63,16 @@ class Row(DeclarativeBase):
 
 @dataclass(frozen=True, slots=True)
 class DatabaseTimeouts:
-    """How many seconds PostgreSQL may take to let us in, and any database for one statement, its locks included.
-
-    `statement_s` is None for work that takes as long as it takes.
-    """
+    """Timeouts in seconds: of connecting to PostgreSQL, and of one statement on any database, including its waits for
+    locks. `statement_s` is None for work without a limit."""
 
     connect_s: int = 5
     statement_s: float | None = 30.0
 
 
 class _ReadSession(Session):
-    """Of one connection, on which nothing is begun until rows are to be objects: a transaction of SQLAlchemy takes
-    longer to begin and to end than most of what is asked."""
+    """A session on one connection that begins a transaction only when mapped objects are loaded: a transaction of
+    SQLAlchemy takes longer to begin and end than most queries."""
 
     def connection(self, *_: Any, **__: Any) -> Connection:
         return cast(Connection, self.bind)
@@ -85,10 +83,10 @@ class _ReadSession(Session):
 
 
 class Database:
-    """An engine and its two doors. A `Session` never leaves the `with` block that opened it."""
+    """An engine, its reads and its writes. A `Session` never leaves the `with` block that opened it."""
 
     def __init__(self, url: str, patience: DatabaseTimeouts = DatabaseTimeouts(), pool_size: int = 20) -> None:
-        """`pool_size` is the most connections to PostgreSQL that are open at a time."""
+        """`pool_size` is the maximum number of open connections to PostgreSQL."""
         self.url: URL = make_url(url)
         self.reading: Engine = (
             _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience, pool_size)
@@ -119,7 +117,7 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Generator[Session]:
-        """A `read` whose statements all see one moment, as in any transaction of SQLite."""
+        """A `read` whose statements all see the same state, as in any transaction of SQLite."""
         with translate_database_errors(), self._sessions() as session:
             if not self.is_sqlite:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
@@ -127,11 +125,11 @@ class Database:
 
     @contextmanager
     def write(self) -> Generator[Session]:
-        """A transaction that is committed when the block ends and rolled back when it raises.
+        """A transaction: committed when the block ends, rolled back when it raises.
 
         On SQLite it begins IMMEDIATE: of 400 read-then-write transactions in four threads, 300 failed with "database is
-        locked" under plain BEGIN, none under this. Its writers of one process wait for each other here, since SQLite's
-        own waiting is to look again after 1 to 100 ms: eight clients were slower together than one alone.
+        locked" under plain BEGIN, and none under this. Writers of one process wait for each other here, since SQLite
+        itself polls every 1 to 100 ms: eight clients together were slower than one alone.
         """
         with translate_database_errors(), self._writing(), self._sessions() as session:
             if self.is_sqlite:
@@ -156,14 +154,14 @@ class Database:
 
 
 def insert_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
-    """Adds a row unless one with the same key is there: for facts that two writers may state at the same moment. Did
-    it? Another transaction that adds the same now is waited for."""
+    """Adds a row unless one with the same key exists, and returns whether it did. Waits for another transaction that is
+    adding it. For facts that two writers may state at the same time."""
     if session.get_bind().dialect.name == "sqlite":
         from sqlalchemy.dialects.sqlite import insert
     else:
         from sqlalchemy.dialects.postgresql import insert
     key: Any = inspect(table).primary_key[0]
-    # What is returned tells it: PostgreSQL's driver counts no rows of such an insert.
+    # RETURNING shows it: PostgreSQL's driver reports no row count for such an insert.
     added = session.execute(insert(table).values(**values).on_conflict_do_nothing().returning(key))
     return added.first() is not None
 

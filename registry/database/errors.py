@@ -20,12 +20,12 @@ UNIQUE_VIOLATION, READ_ONLY = "23505", "25006"
 """PostgreSQL's SQLSTATEs."""
 
 _DROPPED_AGAIN = "This connection is closed"
-"""SQLAlchemy's pool, where a connection that it made anew was dropped as well: there is no type for it."""
+"""The message of SQLAlchemy's pool when a new connection was dropped as well; the error has no type of its own."""
 
 
 @contextmanager
 def translate_database_errors() -> Generator[None]:
-    """Database errors leave as errors that a user can act on."""
+    """Translates database errors into errors that a user can act on."""
     try:
         yield
     except IntegrityError as error:
@@ -101,7 +101,7 @@ def _no_connection_left() -> Unavailable:
 
 
 def _doubled(error: IntegrityError) -> str | None:
-    """The table that has such a row already; None when it is another constraint that broke."""
+    """The table that already has such a row; None for a violation of another constraint."""
     if getattr(error.orig, "sqlstate", None) == UNIQUE_VIOLATION:
         diagnosis: Any = getattr(error.orig, "diag", None)
         return str(diagnosis.table_name)

@@ -18,7 +18,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class IdempotentRequest:
-    """A request under a key that its user gave it; `request` is the sha256 of all that it asks for."""
+    """A request under its user's key; `request` is the sha256 of its content."""
 
     user: str
     key: str
@@ -41,8 +41,8 @@ def find_answer(session: Session, keyed: IdempotentRequest) -> Answer | None:
 
 
 def claim_key(session: Session, keyed: IdempotentRequest | None, at: datetime) -> Answer | None:
-    """As `find_answer`. If that is None, claims the key: this transaction then does the request and calls
-    `store_answer`. A concurrent duplicate waits, and does the request itself if this transaction fails."""
+    """Like `find_answer`. If that is None, claims the key: this transaction then performs the request and calls
+    `store_answer`. A concurrent duplicate waits, and performs the request itself if this transaction fails."""
     if keyed is None:
         return None
     named = {"user": keyed.user, "key": keyed.key, "request": keyed.request}

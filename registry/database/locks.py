@@ -17,15 +17,16 @@ _BLOBS_LOCK, _COLLECTION_LOCK, _PROBE_LOCK = 0x424C4F42, 0x434F4C4C, 0x50524F42
 
 
 def exclusive_collection(database: Database) -> AbstractContextManager[None]:
-    """One collection of blobs at a time, on all machines. Raises Conflict if another is running.
+    """Holds the lock of a collection of blobs: one at a time, on all machines. Raises Conflict if another is running.
 
-    Two would take each other's marked blobs for those of a dead one, and remove bytes that came again meanwhile.
+    A second collection would take the first one's marked blobs for those of a dead one, and remove bytes that were sent
+    again meanwhile.
     """
     return _process_lock(database, "collecting", _COLLECTION_LOCK, _collecting)
 
 
 def exclusive_probe(database: Database) -> AbstractContextManager[None]:
-    """One probe of the store at a time, on all machines; waits for another."""
+    """Holds the lock of a store probe: one at a time, on all machines. Waits for another."""
     return _process_lock(database, "probing", _PROBE_LOCK, None)
 
 
@@ -61,16 +62,16 @@ def _collecting() -> Conflict:
 
 
 def lock_blobs_shared(session: Session) -> None:
-    """No collection begins until this transaction ends: for callers that rely on existing blobs.
+    """No collection starts until this transaction ends: for callers that rely on existing blobs.
 
-    Row locks would not do: a reference takes one that does not conflict with what a collection writes. On SQLite there
-    is one writer at a time anyway.
+    Row locks are not enough: a reference takes one that does not conflict with a collection's writes. SQLite has one
+    writer at a time anyway.
     """
     _advisory_lock(session, "pg_advisory_xact_lock_shared")
 
 
 def lock_blobs_exclusive(session: Session) -> None:
-    """Until this transaction ends nobody comes to rely on a blob; waits for those who are about to."""
+    """Nobody starts to rely on a blob until this transaction ends. Waits for those who are about to."""
     _advisory_lock(session, "pg_advisory_xact_lock")
 
 

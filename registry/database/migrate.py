@@ -23,8 +23,8 @@ def migrations_directory() -> Path:
 
 @cache
 def head_revision() -> str:
-    """The newest migration when this process first asked: a newer version may be installed beneath it since. A file is
-    named `0001_what.py` and its revision is the number."""
+    """The newest migration when this process first looked: a newer version may have been installed since. The file
+    `0001_what.py` has the revision 0001."""
     return max(path.name.split("_")[0] for path in (migrations_directory() / "versions").glob("[0-9]*_*.py"))
 
 
@@ -54,7 +54,7 @@ def migrate(database: Database, revision: str = "head") -> None:
 
 
 def ensure_schema(database: Database, *, create: bool) -> None:
-    """Refuses a database of another schema; with `create`, an empty one is made ready."""
+    """Raises Unavailable for a database with another schema; with `create`, creates the tables of an empty one."""
     revision, head = schema_revision(database), head_revision()
     if revision is None and create:
         migrate(database)

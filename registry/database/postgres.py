@@ -1,7 +1,7 @@
-"""PostgreSQL through psycopg: an engine whose statements come to an end, whatever the server does.
+"""PostgreSQL through psycopg: an engine whose statements end, whatever the server does.
 
-The server ends a statement that takes too long, but one that hangs ends nothing: its kernel goes on acknowledging
-packets, so that no timeout of TCP runs out either. Therefore the client counts too.
+The server ends a statement that takes too long, but a server that hangs ends nothing, and its kernel goes on
+acknowledging packets, so that no TCP timeout fires. Therefore the client has a timeout too.
 """
 
 import select
@@ -21,19 +21,19 @@ from sqlalchemy.util.queue import Empty
 
 T = TypeVar("T")
 _GRACE_S = 2.0
-"""The server's own timeout says more: it gets the chance to."""
+"""Extra time for the server's own timeout, whose message says more."""
 IDLE_S = 60.0
-"""A connection that nothing has used for so long is closed, for other processes to have."""
+"""Idle time after which a connection is closed, so that other processes can have it."""
 BUSY_S = 30.0
-"""How long one of the process's own connections is waited for."""
+"""How long to wait for one of the process's own connections."""
 _RETRY_S = 0.25
 TOO_MANY = "53300"
 _LIMITS = ("too many clients", "remaining connection slots", "too many connections", "no more connections allowed")
-"""What PostgreSQL and PgBouncer say at their limits; for what fails before a session psycopg has no SQLSTATE."""
+"""What PostgreSQL and PgBouncer say at their limits. Before a session exists, psycopg has no SQLSTATE."""
 
 
 class Connection(psycopg.Connection[Any]):
-    """Waits `longest_wait_s` for any answer, then closes: what a late answer would belong to is unknown by then."""
+    """Waits `longest_wait_s` for an answer, then closes: a later answer could not be assigned to its statement."""
 
     longest_wait_s: float | None = None
 
@@ -48,17 +48,15 @@ class Connection(psycopg.Connection[Any]):
 
 
 def is_limit(error: BaseException | None) -> bool:
-    """Whether a connection failed since the server, the database or the user has as many as are allowed."""
+    """Whether a connection failed because the server, the database or the user has as many as it allows."""
     return isinstance(error, psycopg.OperationalError) and (
         error.sqlstate == TOO_MANY or any(limit in str(error) for limit in _LIMITS)
     )
 
 
 class PatientPool(QueuePool):
-    """Waits for a connection of its own where the server lets no more in, and closes those that are idle.
-
-    The last one returned is used first, so that the others become idle when there is less to do.
-    """
+    """A pool that waits for one of its own connections if the server accepts no more, and closes idle ones. It hands
+    out the last returned one first, so that the others become idle when there is less to do."""
 
     connect_s = 5.0
 
@@ -68,7 +66,8 @@ class PatientPool(QueuePool):
         self._closing: threading.Thread | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        """Without any connection of its own it asks again until `connect_s` is over: another process may close one."""
+        """Opens a connection. With none of its own, it retries until `connect_s` is over: another process may close
+        one."""
         began = time.monotonic()
         while True:
             try:
@@ -94,7 +93,7 @@ class PatientPool(QueuePool):
                 self._dec_overflow()
 
     def _longest_idle(self) -> Any:
-        """Taken out of the queue; None where none has been idle for long."""
+        """Takes one out of the queue; None if none has been idle for long."""
         waiting: Any = self._pool
         with waiting.mutex:
             if waiting.queue and waiting.queue[0].info.get("idle_since", 0) < time.monotonic() - IDLE_S:
@@ -112,13 +111,11 @@ class PatientPool(QueuePool):
 
 
 def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: float | None) -> Engine:
-    """`connect_s` is 2 at least (libpq's rule); with `statement_s` None statements may take as long as they need.
-
-    A connection commits automatically: saying so for each read would cost as much as a statement.
-    """
+    """An engine. `connect_s` is at least 2 (libpq's rule); with `statement_s` None, statements have no limit.
+    Connections commit automatically: a BEGIN and COMMIT for each read would cost as much as a statement."""
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
-    # Compiling a plan takes 100 ms and more, which no statement of ours is long enough to win back.
+    # Compiling a plan takes 100 ms or more, which none of our statements runs long enough to regain.
     options = f"{url.query.get('options', '')} -c jit=off"
     if statement_s is not None:
         # A process that hangs in the middle of a transaction must not keep its locks either.
@@ -153,8 +150,8 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
 
 
 def _has_news(connection: Connection) -> bool:
-    """A server says nothing unasked but farewell. To look for that is free; SQLAlchemy's `pool_pre_ping` asks each
-    time, which costs as much as resolving a channel."""
+    """Whether the server has closed the connection: it sends nothing else unasked. Looking at the socket is free;
+    SQLAlchemy's `pool_pre_ping` asks the server each time, which costs as much as resolving a channel."""
     waiting = select.poll()
     waiting.register(connection.fileno(), select.POLLIN)
     return bool(waiting.poll(0))

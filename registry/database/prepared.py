@@ -1,9 +1,9 @@
 """Prepared statements for hot queries: compiled once, sent directly to the driver, answered in few rows.
 
-SQLAlchemy keeps a compiled statement too. But to find it again, to fit lists of values into its text and to wrap what
-comes back takes longer than the databases take for most of what is asked here. And SQLite's driver lets another thread
-in at every row: of eight threads each read a page of fifty in nine times the time of one that is alone, and in little
-more than its time where the page is one row of JSON.
+SQLAlchemy keeps compiled statements too. But finding one again, fitting lists into its text and wrapping its rows takes
+longer than the databases take for most of these queries. And SQLite's driver switches threads at every row: eight
+threads each read a page of fifty rows in nine times the time of one thread, and in little more than its time if the
+page is one row of JSON.
 """
 
 import json
@@ -25,22 +25,20 @@ FORMS = 512
 
 
 class Prepared:
-    """A query with bind parameters. `in_list` takes lists of values.
-
-    It sees what has been flushed. What makes a statement is called when it is first asked of that kind of database.
-    """
+    """A query with bind parameters; `in_list` takes lists of values. It sees flushed changes. A callable `statement` is
+    called with the kind of database when it is first used there."""
 
     def __init__(self, statement: Query | Callable[[str], Query]) -> None:
         self._make: Callable[[str], Query] = statement if callable(statement) else lambda _kind: statement
         self._compiled: dict[str, _Compiled] = {}
 
     def rows(self, session: Session, values: Mapping[str, Any]) -> Rows:
-        """As the driver gives them. What else is in `values` is ignored."""
+        """The rows as the driver returns them. Ignores other entries of `values`."""
         connection = session.connection()
         return self._for(connection.dialect).rows(connection, values)
 
     def records(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
-        """Rows by the names of their columns, each value of its column's type."""
+        """Rows with named columns, each value converted to its column's type."""
         connection = session.connection()
         return self._for(connection.dialect).records(connection, values)
 
@@ -51,13 +49,13 @@ class Prepared:
         return compiled
 
     def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
-        """The first column of its rows."""
+        """The first column of the rows."""
         return [row[0] for row in self.rows(session, values)]
 
 
 def prepared(make: Callable[P, Query], *, postgresql: Callable[P, Query] | None = None) -> Callable[P, Prepared]:
-    """What makes a statement -> what gives it prepared, and keeps it by the arguments. `postgresql` makes what asks the
-    same there, in words that SQLite does not have."""
+    """Wraps a function that builds a query: the result is prepared and cached by its arguments. `postgresql` builds the
+    same query there, in SQL that SQLite lacks."""
     makes = {"sqlite": make, "postgresql": postgresql or make}
 
     @lru_cache(FORMS)
@@ -68,12 +66,12 @@ def prepared(make: Callable[P, Query], *, postgresql: Callable[P, Query] | None 
 
 
 class _Compiled:
-    """A statement as one kind of database reads it."""
+    """A statement compiled for one dialect."""
 
     def __init__(self, statement: Any, dialect: Dialect) -> None:
         compiled: SQLCompiler = statement.compile(dialect=dialect)
         self.text = compiled.string
-        # Of the statement nothing is kept: it takes a hundred times the memory of its text, all in circles.
+        # The statement itself is not kept: it takes a hundred times the memory of its text, in reference cycles.
         self._own = {name: value for name, value in compiled.params.items() if value is not None}
         self._order = compiled.positiontup
         types = {name: bound.type.dialect_impl(dialect) for name, bound in compiled.binds.items()}
@@ -84,7 +82,8 @@ class _Compiled:
         self._received = [(index, convert) for index, (_, convert) in enumerate(received) if convert]
 
     def rows(self, connection: Connection, values: Mapping[str, Any]) -> Rows:
-        """Straight to the driver: SQLAlchemy's way there takes twice as long as SQLite for most of what is asked."""
+        """Runs the statement in the driver: going through SQLAlchemy takes twice as long as SQLite for most of these
+        queries."""
         parameters = self._parameters(values)
         driver: Any = connection.connection.driver_connection
         errors: type[Exception] = connection.dialect.loaded_dbapi.Error

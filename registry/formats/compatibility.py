@@ -1,8 +1,9 @@
 """Semver for adapters: which changes break users of a range, and the version that such a change needs.
 
-A server that is set up for one release (its base, its highest rank, the modules it adapts) must load the next one that
-`^version` resolves to. What it could not load is a breaking change and belongs outside that range: a new major number,
-and in 0.y.z, which semver leaves open, what npm and Cargo make of it: a new minor number (in 0.0.z a new patch number).
+A server that is set up for one release (its base, its highest rank, the modules it adapts) must be able to load the
+next one that `^version` resolves to. A change that it could not load is breaking and belongs outside that range: in a
+new major number. In 0.y.z, which semver leaves open, it follows npm and Cargo: a new minor number (in 0.0.z a new patch
+number).
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,10 +22,8 @@ _WEIGHT_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """What a release asks of a server, and the digests of what it computes with. Facts are None for a model.
-
-    `touched` are the last path components of every module it adapts or replaces.
-    """
+    """What a release requires of a server, and the digests of what it computes with. Facts are None for a model.
+    `touched` has the last path components of every module it adapts or replaces."""
 
     base: str
     type: str | None
@@ -51,7 +50,7 @@ def surface(base_digest: str, facts: Mapping[str, Any], files: Iterable[Manifest
 
 
 def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
-    """Every reason why who could load `old` may not be able to load `new`; none for a compatible change."""
+    """The reasons why a server that could load `old` may not be able to load `new`; none for a compatible change."""
     changes: list[Finding] = []
 
     def say(code: str, message: str, measure: float | None = None) -> None:
@@ -70,21 +69,21 @@ def breaking_changes(old: Surface, new: Surface) -> list[Finding]:
 
 
 def outside_caret_range(old: Version, new: Version) -> bool:
-    """Is `new` outside `^old`, so that nobody who follows that range gets it?"""
+    """Whether `new` is outside `^old`, so that users of that range do not get it."""
     numbers = (new.major, new.minor, new.patch)
     kept = _kept(old)
     return numbers[: len(kept)] != kept
 
 
 def required_bump(change: Literal["breaking", "weights", "files"], version: Version) -> Bump:
-    """The least part of `version` that such a change must count up."""
+    """The part of `version` that such a change must increment."""
     parts: tuple[Bump, ...] = ("major", "minor", "patch")
     leading = len(_kept(version)) - 1
     return parts[min(leading + ("breaking", "weights", "files").index(change), 2)]
 
 
 def _kept(version: Version) -> tuple[int, ...]:
-    """The numbers that `^version` holds fast: up to the first that is not zero."""
+    """The numbers that `^version` fixes: up to the first that is not zero."""
     if version.major:
         return (version.major,)
     return (0, version.minor) if version.minor else (0, 0, version.patch)

@@ -15,11 +15,11 @@ from registry.formats.references import Digest
 MAX_FILES = 2_000
 MAX_PATH_CHARACTERS = 400
 MAX_PART_BYTES = 240
-"""File systems take 255, of which the name of an unfinished copy needs some."""
+"""File systems allow 255; the name of an unfinished copy needs some of them."""
 _HIDDEN = re.compile(r"\.|git~\d+$", re.IGNORECASE)
-"""`GIT~1` is what Windows calls `.git`, too."""
+"""Windows also calls `.git` `GIT~1`."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories of what is not shown, or shows the rest in another order or on another line."""
+"""Unicode categories of invisible characters, and of those that reorder or break the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class ManifestFile:
 
 
 def check_path(path: str) -> str:
-    """A relative POSIX path in its normal form, which no client could turn into a place outside its directory."""
+    """Returns a relative POSIX path in normal form, which cannot lead outside a client's directory. Raises Invalid for
+    others."""
     parts = PurePosixPath(path).parts
     bad = (
         not parts
@@ -53,7 +54,8 @@ def check_path(path: str) -> str:
 
 
 def refuse_hidden(path: str) -> None:
-    """Raises Invalid for what programs may run wherever it lies. Releases from before this was asked may have some."""
+    """Raises Invalid for hidden files, which programs may run wherever they are. Releases from before this check may
+    have some."""
     if any(_HIDDEN.match(part) for part in path.split("/")):
         raise Invalid(
             "hidden_file",
@@ -64,7 +66,7 @@ def refuse_hidden(path: str) -> None:
 
 
 def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
-    """One line of JSON, files sorted by path: the same set of files always has the same bytes."""
+    """The manifest: one line of JSON, files sorted by path. The same set of files always has the same bytes."""
     rows = sorted(files, key=lambda file: file.path)
     check_paths([file.path for file in rows])
     document = [{"path": file.path, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in rows]
@@ -72,8 +74,8 @@ def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
 
 
 def check_paths(paths: Sequence[str]) -> None:
-    """Raises Invalid for paths that cannot be those of one release: each alone, too many of them, or two that some file
-    system would put in one place, such as a file and a directory."""
+    """Raises Invalid for paths that cannot be in one release: a bad path, too many, or two that some file system would
+    store in one place, such as a file and a directory."""
     if not 0 < len(paths) <= MAX_FILES:
         raise Invalid(
             "bad_manifest",
@@ -81,7 +83,7 @@ def check_paths(paths: Sequence[str]) -> None:
             next_step="Pack many small files into one.",
         )
     keyed = sorted((_collision_key(path), path) for path in map(check_path, paths))
-    for (key, path), (next_key, next_path) in pairwise(keyed):  # what lies below a path follows it at once
+    for (key, path), (next_key, next_path) in pairwise(keyed):  # paths below a path follow it directly
         if next_key[: len(key)] == key:
             raise Invalid(
                 "bad_manifest",
@@ -93,7 +95,7 @@ def check_paths(paths: Sequence[str]) -> None:
 
 
 def _collision_key(path: str) -> list[str]:
-    """Alike for paths that a file system may take for one: Unicode's canonical caseless matching."""
+    """A key that is equal for paths that a file system may consider equal: Unicode's canonical caseless matching."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold()).split("/")
 
 

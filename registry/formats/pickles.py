@@ -6,26 +6,26 @@ import re
 from registry.errors import Invalid
 
 ENDS_BYTES = 64 << 10
-"""How much of a file's beginning and of its end is looked at."""
+"""How much of a file's beginning and end is read."""
 
 _PICKLE_NAME = re.compile(
     r"\.(?:bin|ckpt|cloudpickle|dill|distcp|joblib|mar|nemo|pckl|pickle|pkl|pt|pt2|pth|ptl)"
     r"(?:\.(?:tar|tgz|zip|gz|bz2|xz|lzma|zst|lz4|z))*\Z",
     re.IGNORECASE,
 )
-"""What loaders that unpickle are given by name: alone, packed or compressed. Not .npy and .npz: numpy reads objects out
-of these only on request, and most hold numbers."""
+"""Names of files for loaders that unpickle: plain, packed or compressed. Not .npy and .npz: numpy reads objects from
+these only on request, and most hold numbers."""
 
 _OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
 
 _PICKLE = re.compile(rb"\x80[\x02-\x05][" + re.escape(bytes(_OPCODES)) + rb"]")
-"""The protocol, from 2 on, and any other opcode; protocols 0 and 1 have no such sign."""
+"""The protocol, from 2 on, and any other opcode; protocols 0 and 1 have no such mark."""
 
 _IMPORTS = frozenset({"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"})
 
 _CALLS = frozenset({"BUILD", "INST", "NEWOBJ", "NEWOBJ_EX", "OBJ", "REDUCE"})
 
-_NAME = rb"[A-Za-z_][\w.]*\n"  # two lines of a text mostly are none
+_NAME = rb"[A-Za-z_][\w.]*\n"  # two lines of a text rarely are
 
 _INTEGER = rb"(?:[ \t\v\f\r]*[+-]?[0-9]\w*[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"  # in any base, and C reads on to a NUL
 
@@ -46,7 +46,7 @@ _LINES = {
         "INST": _NAME * 2,
     }.items()
 }
-"""What a loader takes for the argument of an opcode that has it in lines: `pickletools` takes less."""
+"""Patterns of what a loader reads as the argument of a line-based opcode; `pickletools` accepts less."""
 
 _LENGTH_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -56,7 +56,7 @@ _LENGTH_BYTES = {
 }
 
 _TORCH_ENTRY = b"data.pkl"
-"""What torch.save writes first into its zip."""
+"""The name of the first file in torch.save's zip."""
 
 _LISTED_TORCH_ENTRY = re.compile(rb"PK\x01\x02.{42}[^\x00-\x1f]{0,400}data\.pkl", re.DOTALL)
 """The same in the list at a zip's end."""
@@ -65,7 +65,7 @@ _NUMPY_OBJECTS = re.compile(rb"\x93NUMPY.{4,6}\{[^}]*'\|O", re.DOTALL)
 
 
 def refuse_pickle_name(path: str) -> None:
-    """Raises Invalid by the name alone, before a byte is sent."""
+    """Raises Invalid for a name of a pickle, before a byte is sent."""
     if _PICKLE_NAME.search(path):
         why = "is refused by its name: such files are usually pickles, which run code when loaded"
         raise _pickle(path, why, " Rename it if it is not a pickle.")
@@ -76,7 +76,8 @@ def is_zip(first: bytes) -> bool:
 
 
 def refuse_pickle_content(path: str, first: bytes, last: bytes = b"") -> None:
-    """Raises Invalid by the bytes at a file's two ends, whatever its name; of what is no zip the first ones suffice."""
+    """Raises Invalid if the bytes at a file's two ends are those of a pickle, whatever its name. For a file that is not
+    a zip, the first ones suffice."""
     if (
         _PICKLE.match(first)
         or _is_old_pickle(first)
@@ -87,10 +88,11 @@ def refuse_pickle_content(path: str, first: bytes, last: bytes = b"") -> None:
 
 
 def _is_old_pickle(first: bytes) -> bool:
-    """Whether bytes without the sign of a protocol import and call something as a pickle, or are nothing but pickles.
+    """Whether bytes without a protocol mark import and call something when read as a pickle, or consist of pickles
+    only.
 
-    Texts begin with letters that are opcodes, too; but none goes on so that each finds on the stack what it takes.
-    One pickle may follow another, as in what torch.save wrote of old.
+    Texts begin with letters that are opcodes too, but do not continue so that each opcode finds its operands on the
+    stack. One pickle may follow another, as in old files of torch.save.
     """
     depths = [0]  # of the stack, and above each mark
     imported, alone, at = False, True, 0
@@ -111,7 +113,7 @@ def _is_old_pickle(first: bytes) -> bool:
 
 
 def _end_of(opcode: pickletools.OpcodeInfo, content: bytes, start: int) -> int | None:
-    """Where the argument ends that begins at `start`; None for what is no argument of this opcode, or is cut off."""
+    """The end of the argument that begins at `start`; None if it is not an argument of this opcode, or is cut off."""
     if opcode.name in _LINES:
         match = _LINES[opcode.name].match(content, start)
         return match.end() if match else None
@@ -123,7 +125,7 @@ def _end_of(opcode: pickletools.OpcodeInfo, content: bytes, start: int) -> int |
 
 
 def _takes(depths: list[int], opcode: pickletools.OpcodeInfo) -> bool:
-    """Does to the stack what the opcode does; False where that lacks what it takes."""
+    """Applies the opcode to the stack; False if the stack lacks its operands."""
     taken = opcode.stack_before
     if opcode.name == "POP" and depths[-1] == 0:
         taken = [pickletools.markobject]  # it takes a mark, too

@@ -33,22 +33,23 @@ _BETWEEN = re.compile(r"\s*(\S+)\s+-\s+(\S+)\s*")
 _MAX_RANGE_CHARS = 256
 
 _ALIKE = 0.6
-"""The share of characters that two names have in common, from which on one may be meant for the other."""
+"""Minimum similarity of a known name that is suggested for an unknown one."""
 
 MAX_NEAR = 1_000
-"""How many names of a kind are compared with one that is unknown."""
+"""Maximum number of known names that an unknown one is compared with."""
 
 MAX_VERSION_CHARS = 80
-"""Keeps `sort_key` within the 200 characters of its column: a pre-release of single digits grows by five for two."""
+"""Keeps `sort_key` within the 200 characters of its column: a pre-release of single digits grows fivefold per two
+characters."""
 
 Digest = NewType("Digest", str)
-"""A sha256 in 64 lower-case hexadecimal digits."""
+"""A sha256 as 64 lower-case hexadecimal digits."""
 ABSENT = Digest("0" * 64)
-"""Which no bytes have: a store that is asked for it says whether it answers."""
+"""A digest that no bytes have: asking a store for it shows whether the store answers."""
 
 
 def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
-    """The next step for a name that is unknown: the names nearest to it among those known, then `otherwise`."""
+    """The next step for an unknown name: the nearest known names, then `otherwise`."""
     near = get_close_matches(text, list(known), n=3, cutoff=_ALIKE)
     return f"Did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
 
@@ -62,7 +63,7 @@ def parse_digest(text: str) -> Digest:
 
 
 def parse_name(text: str, what: str) -> str:
-    """A namespace, a repository's own name, a channel, a base's or a suite's name."""
+    """Parses the name of a namespace, a repository, a channel, a base or a suite."""
     if not _PART.fullmatch(text):
         raise Usage(
             "bad_name",
@@ -97,7 +98,7 @@ def parse_repository(text: str) -> RepositoryName:
 @total_ordering
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A semantic version without build metadata, which has no order and so could not name one release."""
+    """A semantic version without build metadata, which has no order and so could not identify a release."""
 
     major: int
     minor: int
@@ -123,8 +124,8 @@ class Version:
     def sort_key(self) -> str:
         """Text whose byte order is the order of semver 2.0.0 section 11, so that a database index sorts releases.
 
-        Numbers are written with their length in front (a length digit pair, then the digits), identifiers are closed by
-        a character below all that may stand in one, and a stable version gets a mark above any pre-release.
+        Numbers have their length in front (two digits, then the digits). Identifiers end with a character below all
+        others. A stable version has a mark above any pre-release.
         """
         core = "".join(_number_key(part) for part in (self.major, self.minor, self.patch))
         if self.stable:
@@ -132,7 +133,7 @@ class Version:
         return core + "".join(_identifier_key(part) for part in self.prerelease)
 
     def bump(self, part: str) -> "Version":
-        """The next one in that part. Raises Usage where its number is the largest that `parse_version` reads."""
+        """The next version in that part. Raises Usage if its number is the largest that `parse_version` accepts."""
         if part == "major":
             bumped = Version(self.major + 1, 0, 0)
         elif part == "minor":
@@ -160,7 +161,7 @@ def _identifier_key(identifier: str) -> str:
 
 
 def parse_version(text: str) -> Version:
-    """A version, with or without the `v` that a git tag has in front."""
+    """Parses a version, with or without the `v` of a git tag."""
     match = _VERSION.fullmatch(text) if len(text.removeprefix("v")) <= MAX_VERSION_CHARS else None
     if match is None:
         raise Usage(
@@ -175,10 +176,11 @@ def parse_version(text: str) -> Version:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """An npm range: alternatives of bounds that hold together. Pre-releases match only beside a bound that names one of
-    the same MAJOR.MINOR.PATCH, or a user of stable releases would get a candidate.
+    """An npm range: alternatives of bounds that must all hold.
 
-    The rules are node-semver's (docs: semver ranges): `^1.2`, `~1.2.3`, `>=1.0 <2.0`, `1.x`, `1.0 - 2.0`, `a || b`.
+    Pre-releases match only beside a bound that names one of the same MAJOR.MINOR.PATCH; otherwise users of stable
+    releases would get a candidate. The rules are node-semver's (docs: semver ranges): `^1.2`, `~1.2.3`, `>=1.0 <2.0`,
+    `1.x`, `1.0 - 2.0`, `a || b`.
     """
 
     text: str
@@ -219,7 +221,7 @@ def parse_range(text: str) -> Range:
 
 
 def _bounds(text: str) -> tuple[_Bound, ...] | None:
-    """Of one alternative; none hold everything. None for what cannot be read."""
+    """The bounds of one alternative; an empty list holds everything. None if it cannot be parsed."""
     if between := _BETWEEN.fullmatch(text):
         first, last = (_Partial.of(one) for one in between.groups())
         return first and last and (*first.bounds(">="), *last.bounds("<="))
@@ -235,7 +237,7 @@ def _bounds(text: str) -> tuple[_Bound, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Partial:
-    """A version of which only the first `known` numbers are said; the others are 0."""
+    """A version of which only the first `known` numbers are given; the others are 0."""
 
     version: Version
     known: int
@@ -271,7 +273,7 @@ class _Partial:
         return {">=": (lowest,), "<=": (after,)}.get(operator, (lowest, after))
 
     def _below(self, index: int) -> _Bound:
-        """Below the next version in that place, and below its pre-releases."""
+        """The bound below the next version in that part and below its pre-releases."""
         core = [*self.version.core[:index], self.version.core[index] + 1, 0, 0][:3]
         return _Bound("<", Version(core[0], core[1], core[2], ("0",)))
 
@@ -318,7 +320,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
-    """`REPO@CHANNEL`, as rollback, history and gate take it."""
+    """Parses `REPO@CHANNEL`, the argument of rollback, history and gate."""
     reference = parse_reference(text)
     if reference.channel is None:
         raise Usage(

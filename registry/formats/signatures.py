@@ -1,9 +1,9 @@
 """Signatures of releases: a Sigstore bundle over the release's name, base and commit and the digest of every file.
 
-The bundle is the one that model-signing reads (a DSSE envelope around an in-toto statement that lists each file with
-its sha256), so that tool verifies the files too. `predicate.release`, which it ignores, names the release: the same
-files under another name, number or base are another release, which nobody has signed. Bundles without it, such as
-model-signing's own, cover the files alone. Since digests are signed, a registry judges a signature against a manifest
+The bundle is one that model-signing reads (a DSSE envelope around an in-toto statement that lists each file with its
+sha256), so that tool verifies the files too. `predicate.release`, which it ignores, names the release: the same files
+under another name, number or base are another release, which nobody has signed. Bundles without it, such as
+model-signing's own, cover the files alone. Since digests are signed, a registry checks a signature against a manifest
 without reading a byte of the weights.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SIGNATURE_FILE = "model.sig"
 MAX_SIGNATURE_BYTES = 16_000_000
-"""2,000 files, the most a release holds, take 1.2 MB."""
+"""A bundle of 2,000 files, the most that a release holds, has 1.2 MB."""
 Covers = Literal["release", "files"]
 
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -36,8 +36,8 @@ _CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 
 @dataclass(frozen=True, slots=True)
 class SignedRelease:
-    """What a signature binds its files to: NAMESPACE/NAME, the number, the base's digest, and the commit of the files
-    that are signed (a release that carries its own `model.sig` has another one, which covers that file too)."""
+    """What a signature binds its files to: NAMESPACE/NAME, the number, the base's digest, and the commit of the signed
+    files (a release that carries its own `model.sig` has another commit, which covers that file too)."""
 
     repository: str
     version: str
@@ -50,8 +50,8 @@ class SignedRelease:
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """What a key has put its name to: `files` maps paths to sha256, exactly as they stand in the bundle; `release` is
-    None where no more than the files is signed."""
+    """The signed content: `files` maps paths to sha256, exactly as in the bundle; `release` is None if only the files
+    are signed."""
 
     fingerprint: str
     files: Mapping[str, str]
@@ -63,10 +63,8 @@ class Signed:
 
 
 def sign(private_key: bytes, release: SignedRelease, files: Mapping[str, str]) -> bytes:
-    """A bundle over the release and its files (path -> sha256, without the signature), by a private key in PEM.
-
-    Raises Invalid for a key that cannot sign.
-    """
+    """Makes a bundle over the release and its files (path -> sha256, without the signature) with a private key in PEM.
+    Raises Invalid for a key that cannot sign."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 
@@ -100,7 +98,7 @@ def sign(private_key: bytes, release: SignedRelease, files: Mapping[str, str]) -
 
 
 def public_key_of(pem: bytes) -> str:
-    """The public key in PEM of a private one, or of itself. Raises Invalid for what is neither."""
+    """The public key in PEM of a private or public one. Raises Invalid for anything else."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     private = b"PRIVATE KEY" in pem
@@ -109,20 +107,18 @@ def public_key_of(pem: bytes) -> str:
 
 
 def is_key_of(keys: Iterable[str], signed_by: str | None) -> bool:
-    """Is it the fingerprint of one of these public keys, in PEM?"""
+    """Whether it is the fingerprint of one of these public keys in PEM."""
     return signed_by in {fingerprint(key) for key in keys}
 
 
 def fingerprint(public_key: str) -> str:
-    """Of a public key in PEM: the sha256 of its canonical PEM, which a bundle names as its key's hint.
-
-    Raises Invalid for what is no public key on P-256, P-384 or P-521.
-    """
+    """The fingerprint of a public key in PEM: the sha256 of its canonical PEM, which a bundle has as its key's hint.
+    Raises Invalid for anything but a public key on P-256, P-384 or P-521."""
     return _fingerprint(_load(public_key))
 
 
 def read_key(path: Path) -> bytes:
-    """The PEM that `ADAPTORY_SIGNING_KEY` names. Raises Unavailable where it cannot be read."""
+    """Reads the PEM that `ADAPTORY_SIGNING_KEY` names. Raises Unavailable if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -139,11 +135,8 @@ def open_signature(
     public_keys: Sequence[str],
     next_step: str = "Sign it with --sign and a key that is trusted here.",
 ) -> Signed:
-    """The content of a bundle, once one of the keys has proved to be the one that signed it.
-
-    Raises Refused, with that next step, when none of them is, or when the signed text was changed; Invalid for what is
-    no such bundle.
-    """
+    """Verifies a bundle by one of the keys and returns its content. Raises Refused, with that next step, if none of
+    them signed it or the signed text was changed; Invalid if it is not such a bundle."""
     envelope = _envelope(content)
     keys = [_load(key) for key in public_keys]
     key = next((key for key in keys if _is_by(key, envelope)), None)
@@ -159,11 +152,8 @@ def open_signature(
 
 
 def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
-    """Raises Refused, naming every file, unless exactly the signed files are there with the signed digests.
-
-    `files` maps paths to the sha256 of what is there; the signature itself is not among what it signs. A signed path
-    is compared, never opened.
-    """
+    """Raises Refused, naming every file, unless exactly the signed files exist with the signed digests. `files` maps
+    paths to the sha256 of the actual files, without the signature. Signed paths are compared, never opened."""
     findings = [
         Finding("file_tampered", Severity.ERROR, path[:400], f"{path[:400]!r} {what}.")
         for path, what in _differences(signed.files, files)
@@ -172,7 +162,7 @@ def refuse_tampered(signed: Signed, files: Mapping[str, str]) -> None:
 
 
 def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
-    """Raises Refused where the signature names another release; one of files alone names none."""
+    """Raises Refused if the signature names another release; a signature of files alone names none."""
     if signed.release is None or signed.release == release:
         return
     theirs, own = asdict(signed.release), asdict(release)
@@ -186,10 +176,10 @@ def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
 
 
 def unverifiable_signature(content: bytes, files: Mapping[str, str]) -> tuple[Signed | None, list[Finding]]:
-    """What a bundle says, by nobody known, and a warning where it lists other files than these or cannot be read.
+    """The content of an unverified bundle, and a warning if it lists other files than these or cannot be read.
 
-    For where no key is trusted yet: what is listed is anybody's text, so that this proves nothing. But a reader who
-    trusts the key later cannot use such a release.
+    For namespaces without a trusted key: anybody may have written the content, so it proves nothing. But a reader who
+    trusts the key later could not use such a release.
     """
     try:
         signed = _statement("", _envelope(content).payload)
@@ -209,7 +199,7 @@ def _stale(why: str) -> Finding:
 
 
 def _differences(signed: Mapping[str, str], files: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The paths that are not as they were signed, and what is the matter with each."""
+    """The paths that differ from what was signed, and how."""
     differences: list[tuple[str, str]] = []
     there = {path: sha256 for path, sha256 in files.items() if path != SIGNATURE_FILE}
     for path in sorted({*there, *signed}):
@@ -241,7 +231,7 @@ def _envelope(content: bytes) -> _Envelope:
 
 
 def _statement(fingerprint: str, payload: bytes) -> Signed:
-    """What is signed. Trusted only once the signature held: until then it is anybody's text."""
+    """Parses the signed statement. To be trusted only once the signature is verified."""
     try:
         statement = cast("dict[str, Any]", json.loads(payload))
         if (statement["_type"], statement["predicateType"]) != (_STATEMENT, _PREDICATE):
@@ -272,7 +262,7 @@ def _is_by(key: "EllipticCurvePublicKey", envelope: _Envelope) -> bool:
 
 
 def _encoded(payload: bytes) -> bytes:
-    """DSSE's pre-authentication encoding, which is what a key signs."""
+    """DSSE's pre-authentication encoding, the bytes that a key signs."""
     return f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
 
 

@@ -1,1 +1,1 @@
-"""Where the bytes of releases lie."""
+"""Stores for the bytes of releases."""

@@ -1,4 +1,4 @@
-"""Content-addressed bytes: what every store promises, and the one function that makes keys."""
+"""Content-addressed bytes: the contract of every store, and the function that makes keys."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class BlobStat:
 
 
 class Reader(Protocol):
-    """The part of a binary file that readers of a blob use; closed at the end of its `with`."""
+    """The part of a binary file's interface that readers of a blob use; closed at the end of its `with`."""
 
     def read(self, size: int = -1, /) -> bytes: ...
     def close(self) -> None: ...
@@ -38,10 +38,8 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IncomingUpload:
-    """Bytes that a client announced: `upload_id` is its own, the rest is what they claim to be.
-
-    `multipart_id` and `part_bytes` are set where they come in parts of that size, the last one shorter.
-    """
+    """Bytes that a client announced. `upload_id` is unique to the upload; the rest is what the client claims.
+    `multipart_id` and `part_bytes` are set if they come in parts of that size, the last one shorter."""
 
     upload_id: str
     sha256: Digest
@@ -57,7 +55,7 @@ class IncomingUpload:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A request that a client may make of the store until it expires; `headers` must be sent as they are."""
+    """A request that a client may send to the store until it expires; `headers` must be sent unchanged."""
 
     url: str
     headers: Mapping[str, str]
@@ -65,7 +63,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Parts count from 1."""
+    """A part of an upload; numbers start at 1."""
 
     number: int
     size_bytes: int
@@ -73,83 +71,83 @@ class Part:
 
 
 class DirectUploads(Protocol):
-    """The side of a store that clients send to directly. What has arrived is no blob before `finish` has checked it.
+    """The part of a store that clients send to directly.
 
-    Only who sends the bytes can finish an arrival: another one of the same digest does not help it.
+    Incoming bytes are not a blob before `finish` has checked them. Only the sender can finish an upload: another upload
+    of the same digest does not help it.
     """
 
     def part_bytes(self, size_bytes: int) -> int | None:
-        """In parts of which size a file of that size is sent; None for one sent whole."""
+        """The part size for a file of that size; None if it is sent in one request."""
         ...
 
     def begin(self, arrival: IncomingUpload) -> str:
-        """The `multipart_id` of a file that comes in parts."""
+        """Begins a file in parts, and returns its `multipart_id`."""
         ...
 
     def sign_object(self, arrival: IncomingUpload, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
-        """How to send the file; None when it has arrived, which is only looked at if it was `sent_before`.
-
-        `known` says that there is such a blob already, which must not be touched by bytes that nobody has checked.
-        """
+        """How to send the file; None if it has arrived, which is checked only if it was `sent_before`. `known` means
+        that such a blob exists already, which unchecked bytes must not touch."""
         ...
 
     def parts(self, arrival: IncomingUpload) -> list[Part] | None:
-        """All of them; [] once they are joined; None when the store has forgotten the upload: begin again."""
+        """All parts; [] once they are joined; None if the store has forgotten the upload and it must begin again."""
         ...
 
     def sign_part(self, arrival: IncomingUpload, number: int, sha256: Digest, expires_s: int) -> Put:
-        """How to send that part. A store that can refuses bytes of another sha256."""
+        """How to send that part. If the store can, it refuses bytes of another sha256."""
         ...
 
     def finish(self, arrival: IncomingUpload) -> BlobStat:
-        """Makes a blob of what arrived, having checked its size and its digest. Twice is once.
-
-        Raises Conflict when something is missing still, and Invalid when the bytes are not what they claim to be,
-        which leaves nothing of them.
-        """
+        """Checks the size and digest of what arrived, and makes a blob of it. May be repeated. Raises Conflict if
+        something is still missing, and Invalid if the bytes are not those announced, which are then removed."""
         ...
 
     def abandon(self, arrival: IncomingUpload) -> None:
-        """The parts that came for this `multipart_id` are gone, and nothing else of the upload."""
+        """Removes the parts that came for this `multipart_id`, and nothing else of the upload."""
         ...
 
     def discard(self, arrival: IncomingUpload) -> None:
-        """What arrived is gone, unless it has become a blob. Discarding what never came is fine."""
+        """Removes what arrived, unless it has become a blob. May be called for what never came."""
         ...
 
 
 class BlobStore(Protocol):
-    """Promises. Errors: `NotFound` for bytes that are not there, `Unavailable` when the store is away or full."""
+    """The contract of a store. Errors: `NotFound` for missing bytes, `Unavailable` if the store is unavailable or
+    full.
+    """
 
     @property
     def arrivals(self) -> DirectUploads | None:
-        """None where bytes come through the API, which then checks them and calls `put`."""
+        """None if bytes come through the API, which checks them and calls `put`."""
         ...
 
     def stat(self, sha256: Digest) -> BlobStat | None:
-        """None when the blob is absent. What is present is whole: a put that died left nothing under the key."""
+        """None if the blob is absent. A present blob is complete: a `put` that died leaves nothing under the key."""
         ...
 
     def open(self, sha256: Digest, start: int = 0, length: int | None = None) -> Reader:
-        """Bytes from `start`, at most `length` of them. Reading while somebody deletes still yields the right bytes."""
+        """Opens the bytes from `start`, at most `length` of them. A reader gets the right bytes even if the blob is
+        deleted meanwhile."""
         ...
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
-        """Takes a file that the caller has verified. Twice is once. With `move` the file may be gone afterwards."""
+        """Stores a file that the caller has verified. May be repeated. With `move` the file may be gone afterwards."""
         ...
 
     def url(self, sha256: Digest, expires_s: int) -> str | None:
-        """A link that a client may read from directly, or None where there is no such thing."""
+        """An address that a client may read from directly, or None if there is no such thing."""
         ...
 
     def delete(self, sha256: Digest) -> None:
-        """Afterwards the blob is absent. Deleting what is absent is fine."""
+        """Deletes the blob, if it exists."""
         ...
 
     def iterate(self) -> Iterator[BlobStat]:
-        """Every blob present from before the call until its end, in any order."""
+        """Yields every blob that exists from before the call until its end, in any order."""
         ...
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        """Removes what began to arrive before that moment and is no blob, but for the upload ids to keep; how many."""
+        """Removes uploads that began before that time and are not blobs, except the upload ids in `keep`. Returns their
+        number."""
         ...

@@ -15,7 +15,7 @@ from registry.storage.blobs import BlobStat, Reader, blob_key
 
 
 class LocalStore:
-    """One file per blob, read-only; files being written lie in `incoming/` on the same file system."""
+    """One read-only file per blob. Files being written are in `incoming/` on the same file system."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -27,7 +27,7 @@ class LocalStore:
 
     @property
     def arrivals(self) -> None:
-        """A directory has no address: bytes come through the API."""
+        """None: a directory has no address, so bytes come through the API."""
         return None
 
     def stat(self, sha256: Digest) -> BlobStat | None:
@@ -68,7 +68,7 @@ class LocalStore:
             return stat
 
     def _stage(self, source: Path, *, move: bool) -> Path:
-        """A synced file of our own in `incoming/` with the bytes of `source`."""
+        """Makes a synced file of our own in `incoming/` with the bytes of `source`."""
         with NamedTemporaryFile(dir=self.incoming, delete=False) as file:
             staged = Path(file.name)
         try:
@@ -90,7 +90,7 @@ class LocalStore:
             raise unwritable("The blob store", str(self.directory), error) from error
 
     def url(self, sha256: Digest, expires_s: int) -> str | None:
-        del sha256, expires_s  # a directory has no address; the API streams
+        del sha256, expires_s  # a directory has no address; the API streams blobs
         return None
 
     def delete(self, sha256: Digest) -> None:
@@ -103,7 +103,7 @@ class LocalStore:
                 yield stat
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        del keep  # here an upload is one request
+        del keep  # an upload is a single request here
         return remove_stale(self.incoming.iterdir(), before)
 
 
@@ -121,7 +121,8 @@ def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
 
 
 def remove_stale(paths: Iterable[Path], before: datetime) -> int:
-    """Removes files and directories last written before that moment, while their owners may be at work; how many."""
+    """Removes files and directories last written before that time, while their owners may be at work. Returns their
+    number."""
     removed = 0
     for path in paths:
         with suppress(FileNotFoundError):  # its owner has finished with it
@@ -132,7 +133,7 @@ def remove_stale(paths: Iterable[Path], before: datetime) -> int:
 
 
 class _Window(Reader):
-    """A binary file that ends after `length` bytes; only what readers of a blob call."""
+    """A binary file that ends after `length` bytes; has only what readers of a blob call."""
 
     def __init__(self, file: BinaryIO, length: int) -> None:
         self._file = file
@@ -153,7 +154,7 @@ def _stat(sha256: Digest, path: Path) -> BlobStat:
 
 
 def _make_directory(directory: Path) -> None:
-    """Syncs the directory above when this one is new: a crash could else lose it with every blob in it."""
+    """Syncs the parent directory if this one is new: a crash could otherwise lose it with every blob in it."""
     if directory.is_dir():
         return
     _make_directory(directory.parent)

@@ -33,7 +33,8 @@ _UNTRACKED = {"synchronize_session": False}
 
 @dataclass(slots=True)
 class Collected:
-    """`unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its own."""
+    """What a collection removed. `unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its
+    own."""
 
     blobs: int = 0
     size_bytes: int = 0
@@ -69,7 +70,7 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """`uploads` expired before their bytes came; `leftovers` are what came of them, and of processes that died."""
+    """`uploads` expired before their bytes came; `leftovers` are pieces of these and of dead processes."""
 
     uploads: int
     leftovers: int
@@ -95,26 +96,24 @@ def sweep(resources: Resources, now: datetime) -> Swept:
 
 
 def _count_expired(session: Session, now: datetime) -> int:
-    """Of uploads that `sweep` would count."""
+    """The number of uploads that `sweep` would count."""
     return session.scalar(select(func.count()).select_from(Upload).where(Upload.expires_at < now, ~ARRIVED)) or 0
 
 
 def _forget_expired(resources: Resources, now: datetime) -> int | None:
-    """The next uploads that expired: of how many the bytes never came. None when there are no more.
-
-    A transaction for each batch, since there may be as many as all users together may have announced in a day.
-    """
+    """Removes the next expired uploads and returns how many of them had no bytes; None when there are no more. One
+    transaction per batch, since there may be as many as all users together announced in a day."""
     operator = audit.operator_actor(resources.settings.user, now)
     with resources.write() as session:
         expired = select(Upload.id, ARRIVED).where(Upload.expires_at < now).limit(_UPLOADS_BATCH)
         arrived = dict(session.execute(expired).all())
         if not arrived:
             return None
-        still = (Upload.id.in_(arrived), Upload.expires_at < now)  # and not announced anew meanwhile
+        still = (Upload.id.in_(arrived), Upload.expires_at < now)  # and not announced again meanwhile
         unfinished = [
             row for row in session.scalars(delete(Upload).where(*still).returning(Upload)).all() if not arrived[row.id]
         ]
-        for row in unfinished:  # what came is a blob, whose collection has a row of its own
+        for row in unfinished:  # its bytes became a blob, whose collection has a row of its own
             lost = {"size_bytes": row.size_bytes, "created_by": row.created_by}
             audit.record(session, operator, Act.UPLOAD_EXPIRE, row.sha256, namespace=row.namespace, before=lost)
     return len(unfinished)
@@ -129,7 +128,7 @@ def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:
 
 
 def _claim(resources: Resources, run: str, before: datetime, now: datetime) -> dict[Digest, int]:
-    """Marks the next unused blobs, and those that a collection which died had marked, as this run's to remove."""
+    """Marks the next unused blobs, and those that a dead collection had marked, for removal by this run."""
     with resources.write() as session:
         lock_blobs_exclusive(session)
         free = or_(
@@ -143,7 +142,7 @@ def _claim(resources: Resources, run: str, before: datetime, now: datetime) -> d
 
 
 def _orphans(resources: Resources, before: datetime, now: datetime) -> Iterator[list[BlobStat]]:
-    """Bytes that have been in the store for longer than the grace and that nobody wants, a batch at a time."""
+    """Removes bytes without a row that have been in the store for longer than the grace period, in batches."""
     old = (stat for stat in resources.store.iterate() if stat.written_at < before)
     while batch := list(islice(old, _BATCH)):
         with resources.read() as session:
@@ -153,7 +152,7 @@ def _orphans(resources: Resources, before: datetime, now: datetime) -> Iterator[
 
 
 def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Digest, int]) -> dict[Digest, int]:
-    """Gives them a marked row, unless somebody announced or completed the same bytes meanwhile."""
+    """Adds a marked row for each, unless somebody announced or completed the same bytes meanwhile."""
     with resources.write() as session:
         lock_blobs_exclusive(session)
         wanted = _wanted(session, sizes, now)
@@ -181,7 +180,7 @@ def _remove(resources: Resources, run: str, claimed: dict[Digest, int], collecte
 
 
 def _wanted(session: Session, digests: Iterable[Digest], now: datetime) -> set[str]:
-    """Those that have a row, or that somebody has announced."""
+    """The digests that have a row or an announced upload."""
     asked = list(digests)
     known = select(Blob.sha256).where(Blob.sha256.in_(asked))
     announced = select(Upload.sha256).where(Upload.sha256.in_(asked), Upload.expires_at >= now)

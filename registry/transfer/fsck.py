@@ -50,7 +50,7 @@ _NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much there is to check: so many rows, and the bytes that the store should have of the blobs."""
+    """The extent of a check: the number of rows, and the bytes that the store should have."""
 
     releases: int
     revisions: int
@@ -60,7 +60,7 @@ class Extent:
 
     @property
     def steps(self) -> int:
-        """How much `check` reports as progress."""
+        """The total of `check`'s progress."""
         return self.releases + self.revisions + self.channels + self.blobs
 
     def to_json(self) -> dict[str, int]:
@@ -85,10 +85,11 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
 
 
 def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Digest]:
-    """Deletes from the store the blobs that `check` found damaged, and yields each once it is gone: the next push that
-    names it then sends its bytes, which it does not while the store has a blob of that size.
+    """Deletes the blobs that `check` found damaged, and yields each once it is gone.
 
-    Each is hashed once more, since it may have been restored meanwhile. What has the right bytes is never deleted.
+    The next push that names a deleted blob sends its bytes, which it would not while the store has a blob of that size.
+    Each is hashed once more first, since it may have been restored meanwhile. A blob with the right bytes is never
+    deleted.
     """
     damaged = {Digest(finding.subject) for finding in findings if finding.code == "blob_corrupt"}
     for sha256 in sorted(damaged):
@@ -101,7 +102,7 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Diges
             operator = audit.operator_actor(resources.settings.user, resources.clock())
             gone = {"size_bytes": stat.size_bytes}
             audit.record(session, operator, Act.BLOB_DISCARD, sha256, namespace=None, reason="damaged", before=gone)
-        # In a transaction of its own: what fails from here on leaves a row too many, and never a deletion without one.
+        # In a transaction of its own: a later failure leaves an extra row, never a deletion without a row.
         with _as_it_was(resources, stat) as session:
             if session is None:
                 continue
@@ -111,7 +112,7 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Diges
 
 @contextmanager
 def _as_it_was(resources: Resources, stat: BlobStat) -> Generator[Session | None]:
-    """A transaction during which nobody comes to rely on the blob; None where it has been written anew."""
+    """A transaction during which nobody starts to rely on the blob; None if it was rewritten meanwhile."""
     with resources.write() as session:
         lock_blobs_exclusive(session)
         yield session if resources.store.stat(stat.sha256) == stat else None
@@ -202,7 +203,7 @@ def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Itera
 
 
 def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[Finding]:
-    """A search finds what the channel says that it gives out."""
+    """Checks that a search finds the release that the channel serves."""
     move = effective_move(session, channel)
     served = (move.to_release_id, move.to_release.sort_key) if move else (None, None)
     if (channel.served_id, channel.served_key) != served:
@@ -238,7 +239,7 @@ def _is_version(text: str) -> bool:
 
 
 def _check_blobs(resources: Resources, *, read_bytes: bool, progress: Progress) -> Iterator[Finding]:
-    """Asks the store of a batch at a time, outside any transaction."""
+    """Asks the store about one batch at a time, outside any transaction."""
 
     def look(blob: Blob) -> Finding | None:
         finding = _look(resources, blob, read_bytes=read_bytes)
@@ -285,7 +286,7 @@ def _digest(resources: Resources, sha256: Digest) -> str:
 
 
 def _with_names(resources: Resources, finding: Finding) -> Finding:
-    """Says which files of which releases are hit: a digest tells nobody what to restore."""
+    """Names the affected files and releases: from a digest alone, nobody knows what to restore."""
     query = (
         select(Repository.namespace, Repository.name, Release.version, RevisionFile.path)
         .join(Release, Release.repository_id == Repository.id)
@@ -312,7 +313,7 @@ def _find_leaving(session: Session) -> Iterator[Finding]:
 
 
 def _find_orphans(resources: Resources) -> Iterator[Finding]:
-    """Those that somebody has announced wait for that, as a collection does: they may yet become a release's."""
+    """The unused blobs. Announced ones are left out, as in a collection: a release may still name them."""
     stats = resources.store.iterate()
     orphans = size_bytes = announced = 0
     until = resources.clock()

@@ -79,10 +79,8 @@ class Published:
 
 
 def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentRequest | None = None) -> Published:
-    """Reads the facts from the files themselves, checks them against the base, and makes the release.
-
-    Raises Invalid with every error finding when the files do not fit; nothing is written then.
-    """
+    """Reads the facts from the files, checks them against the base, and makes the release. Raises Invalid with every
+    error finding if the files do not fit; nothing is written then."""
     if keyed is not None:
         with resources.read() as session:
             known = idempotency.find_answer(session, keyed)
@@ -109,9 +107,9 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         base_digest = bases.find(session, push.base).digest
         architecture = bases.architecture(session, base_digest)
         keys = namespaces.signing_keys(session, push.repository.namespace)
-        releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before a byte of them is read
+        releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before their bytes are read
         twin = _yanked_twin(session, push)
-    parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # by whatever inspects it
+    parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # its inspection parses it
     _refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
     signed, doubted = _judge_signature(resources, push, keys)
     seen = _inspect(resources, push, architecture)
@@ -139,7 +137,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
 
 
 def next_version(resources: Resources, push: Push) -> Version:
-    """The number that the push would get now, for a client that has to sign it first."""
+    """The number that the push would get now, for a client that must sign it first."""
     new, _ = prepare(resources, push)
     with resources.read() as session:
         repository = repositories.find_if_any(session, new.repository, new.kind)
@@ -152,8 +150,7 @@ def next_version(resources: Resources, push: Push) -> Version:
 def add_signature(
     resources: Resources, actor: Actor, target: tuple[RepositoryName, Version, Kind], bundle: bytes
 ) -> int:
-    """The id of the release, once the bundle is one of its signatures. Raises Refused where no key of its namespace
-    made it."""
+    """Adds a signature to a release and returns the release's id. Raises Refused if no key of its namespace made it."""
     repository, version, kind = target
     with resources.write() as session:
         release = releases.find(session, repository, version, kind)
@@ -170,7 +167,7 @@ def add_signature(
 
 
 def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
-    """Writes files of a release below `directory`, every one verified against its digest."""
+    """Writes files of a release below `directory`, each verified against its digest."""
     for file in files:
         target = directory / check_path(file.path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,10 +187,8 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
 
 @dataclass(frozen=True, slots=True)
 class _Inspected:
-    """What the files themselves say. `card` is the README's text, empty when there is none or it is too long to be one.
-
-    `servers` and `loading` are those of `composer.formats.adapters.serving`; a model has neither, nor a spectrum.
-    """
+    """What the files contain. `card` is the README's text, empty if there is none or it is too long. `servers` and
+    `loading` are those of `composer.formats.adapters.serving`; a model has neither, nor a spectrum."""
 
     facts: Mapping[str, Any]
     findings: Sequence[Finding]
@@ -204,10 +199,8 @@ class _Inspected:
 
 
 def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None:
-    """Looks into every file; what is named safetensors must be that, whose readers run nothing.
-
-    The first bytes of those may be anything, and a pickle of that name is opened by who does not look at the name.
-    """
+    """Inspects every file. A file named safetensors must be one: loaders that ignore names would run a pickle of that
+    name. No other file may be a pickle."""
 
     def look(file: ManifestFile) -> None:
         with resources.store.open(file.sha256, 0, ENDS_BYTES) as source:
@@ -226,7 +219,7 @@ def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None
 
 
 def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
-    """Raises InvalidFile for what is no safetensors file; `first` are its first bytes."""
+    """Raises InvalidFile for anything but a safetensors file; `first` are its first bytes."""
     rest = 8 + header_length(first, file.size_bytes, DEFAULT_LIMITS, file.path) - len(first)
     if rest > 0:
         with store.open(file.sha256, len(first), rest) as source:
@@ -266,7 +259,7 @@ def _inspect_adapter(directory: Path, architecture: Architecture, subject: str, 
 
 
 def _yanked_twin(session: Session, push: Push) -> str | None:
-    """What is yanked with the same files, and why; not the release that is pushed again."""
+    """A yanked release with the same files, and why it was yanked; not the release that is pushed again."""
     twin = releases.yanked_twin(session, push.repository.namespace, push.files)
     if twin is None or releases.full_name(twin) == f"{push.repository}:{push.version}":
         return None
@@ -280,11 +273,11 @@ def _doubts_of_yanked(twin: str | None) -> list[Finding]:
 
 
 def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> tuple[Signed | None, list[Finding]]:
-    """What a key has signed, its fingerprint empty where the namespace has no keys; None without a signature.
+    """The verified signature; its fingerprint is empty if the namespace has no keys. None without a signature.
 
-    Raises Refused for a signature by no key of the namespace, and for a file that is not the signed one. Where the
-    namespace has no keys nobody can say who signed; a signature of other files is then kept, with a warning,
-    unless it is too large to be one. Of which release it has to be is known once the release has its number.
+    Raises Refused for a signature by none of the namespace's keys, and for files that differ from the signed ones.
+    Without keys nobody can say who signed; a signature of other files is then kept, with a warning, unless it is too
+    large. The signed release is checked once the release has its number.
     """
     files = push.files
     signature = next((file for file in files if file.path == SIGNATURE_FILE), None)
@@ -314,7 +307,7 @@ def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> t
 
 
 def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
-    """What could not be shown again must not be published: one such release would spoil every list it is on."""
+    """Raises Invalid for facts that JSON cannot represent: one such release would break every list that contains it."""
     try:
         json.dumps(facts, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
@@ -328,7 +321,8 @@ def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
-    """JSON files whole; of a shard only its header, with a hole for the tensors: looking must not cost a copy."""
+    """Copies JSON files completely, and of a shard only its header, with a hole for the tensors: inspecting must not
+    cost a copy."""
     materialise(resources, [file for file in files if file.path.endswith(".json")], directory)
     for file in files:
         if file.path.endswith(".safetensors"):
@@ -340,7 +334,7 @@ def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], di
 
 
 def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]:
-    """Facts of a checkpoint. Raises Invalid when a tensor of the base is missing or has another shape."""
+    """The facts of a checkpoint. Raises Invalid if a tensor of the base is missing or has another shape."""
     checkpoint = open_checkpoint(directory).architecture
     for name, spec in architecture.tensors.items():
         own = checkpoint.tensors.get(name)

@@ -41,7 +41,8 @@ class Resources:
 
 
 def open_resources(settings: Settings) -> Resources:
-    """Opens the database and the store. An empty embedded database gets its tables; any other must be at the head."""
+    """Opens the database and the store. An empty embedded database gets its tables; any other must have the current
+    schema."""
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
     patience = DatabaseTimeouts(settings.database_connect_timeout_s, settings.database_timeout_s)

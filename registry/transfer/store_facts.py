@@ -1,4 +1,4 @@
-"""What a store was seen to verify, kept in the database by endpoint, bucket and version of the probe."""
+"""What a store verifies, as probed, in the database by endpoint, bucket and version of the probe."""
 
 import logging
 from collections.abc import Callable
@@ -54,7 +54,8 @@ def probe_of(store: BlobStore) -> StoreProbe | None:
 
 
 def probe_if_unknown(store: BlobStore) -> None:
-    """Spares the first push the probe. A store that does not answer now is probed by that push."""
+    """Probes the store unless that was done before, so that the first push need not. If the store does not answer now,
+    that push probes it."""
     probe = probe_of(store)
     try:
         if probe is not None:

@@ -1,7 +1,5 @@
-"""Uploads: authorization, instructions for sending, and verification of what arrived.
-
-A namespace holds a blob once it has sent the bytes itself: knowing a digest grants no access.
-"""
+"""Uploads: authorization, instructions for sending, and verification. A namespace holds a blob only after it has sent
+the bytes: knowing a digest gives no access."""
 
 import hashlib
 import uuid
@@ -35,11 +33,9 @@ ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespac
 
 @dataclass(frozen=True, slots=True)
 class PlannedUpload:
-    """A file of a plan. `upload_id` is None where the namespace holds its bytes.
-
-    Otherwise it is sent whole by `put`, or in `parts` (`part` says how), or `through_the_api` where the store has no
-    address. With neither, all of it has arrived and waits to be completed.
-    """
+    """A file of an upload plan. `upload_id` is None if the namespace already holds its bytes. Otherwise it is sent in
+    one request by `put`, or in `parts` (`part` says how), or `through_the_api` if the store has no address. With none
+    of these, all bytes have arrived and wait to be completed."""
 
     file: ManifestFile
     upload_id: str | None = None
@@ -49,11 +45,9 @@ class PlannedUpload:
 
 
 def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> list[PlannedUpload]:
-    """For each file: held by the namespace, or how to send it. Paths and sizes are checked first.
-
-    Asked again, it goes on with what was announced before: parts that arrived are not asked for. Raises TooMany when
-    the actor has announced more than it sends.
-    """
+    """Plans the upload of each file: held by the namespace, or how to send it. Paths and sizes are checked first. A
+    repeated plan continues announced uploads: it does not ask for parts that arrived. Raises TooMany if the actor has
+    announced more than it sends."""
     for file in files:
         check_path(file.path)
         refuse_hidden(file.path)
@@ -61,7 +55,7 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
         refuse_pickle_name(file.path)
     wanted = {file.sha256: file for file in files}
     kept = _kept_for_good(resources, namespace, wanted)
-    # Announced before it is looked at: from here on nobody removes a blob that no release names yet.
+    # Announced before it is checked: from here on nobody removes a blob that no release names yet.
     rows = _announce(resources, actor, namespace, [file for file in wanted.values() if file.sha256 not in kept])
     with resources.read() as session:
         held = _held(session, namespace, wanted)
@@ -85,10 +79,8 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
 
 
 def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256: Digest) -> Put:
-    """How to send one part of a file that was planned in parts, whose own digest the store checks where it can.
-
-    That spares a wrong part the way to the end; the whole is hashed all the same.
-    """
+    """How to send one part of a file that was planned in parts. The store checks the part's digest if it can, which
+    catches a wrong part early; the file is hashed all the same."""
     row = _find(resources, actor, upload_id)
     arrivals, arrival = resources.store.arrivals, _arrival(row)
     if arrivals is None or arrival.multipart_id is None or number > len(arrival.part_sizes):
@@ -103,10 +95,8 @@ def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, s
 
 
 def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile:
-    """Checks what arrived and makes a blob of it that the namespace holds. Completing twice is fine.
-
-    Raises Conflict when bytes are missing still, Invalid when they are not what was announced; nothing is kept then.
-    """
+    """Checks what arrived and makes a blob of it that the namespace holds. May be repeated. Raises Conflict if bytes
+    are still missing, and Invalid if they are not those announced; nothing is kept then."""
     row = _find(resources, actor, upload_id)
     file = ManifestFile("", row.size_bytes, Digest(row.sha256))
     with resources.read() as session:
@@ -132,7 +122,7 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
 def receive_body(
     resources: Resources, actor: Actor, upload_id: str, sha256: Digest, chunks: Iterable[bytes], size_bytes: int
 ) -> None:
-    """Takes the bytes of one blob. Nothing appears under its digest unless digest and size are right."""
+    """Receives the bytes of one blob. Nothing appears under its digest unless digest and size are right."""
     row = _find(resources, actor, upload_id)
     if row.sha256 != sha256:
         raise _unknown(upload_id)
@@ -174,16 +164,14 @@ def receive_body(
 
 
 def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Digest, path: Path, *, move: bool) -> None:
-    """Puts a verified file into the store, then its rows: a crash between the two leaves an orphan, no more.
-
-    It is announced first, so that no collection takes the bytes in between for garbage.
-    """
+    """Puts a verified file into the store, then writes its rows: a crash in between leaves only an orphan. It is
+    announced first, so that no collection removes the bytes in between."""
     _announce(resources, actor, namespace, [ManifestFile(path.name, path.stat().st_size, sha256)])
     _register_blob(resources, actor, namespace, resources.store.put(sha256, path, move=move))
 
 
 def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
-    """The blob, if the actor may read in one of the namespaces that hold it. Raises NotFound also when it may not."""
+    """The blob, if the actor may read one of the namespaces that hold it. Raises NotFound otherwise."""
     with resources.read() as session:
         holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
         size_bytes = session.scalar(select(Blob.size_bytes).where(Blob.sha256 == sha256)) or 0
@@ -200,7 +188,7 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
 
 
 def refuse_damaged(stat: BlobStat, size_bytes: int, named: str) -> None:
-    """Raises Unavailable for a blob of another size than it came with; other bytes of that size a client finds."""
+    """Raises Unavailable for a blob of another size than recorded; a client detects other bytes of the same size."""
     if stat.size_bytes != size_bytes:
         raise Unavailable(
             "blob_corrupt",
@@ -216,7 +204,7 @@ def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Dige
 
 
 def _kept_for_good(resources: Resources, namespace: str, digests: Iterable[str]) -> set[str]:
-    """Those that the namespace holds and some release names, which is never deleted."""
+    """The digests that the namespace holds and some release names, which are never deleted."""
     with resources.read() as session:
         held = _held(session, namespace, digests)
         return set(session.scalars(select(RevisionFile.sha256).where(RevisionFile.sha256.in_(held))))
@@ -231,7 +219,7 @@ def _register_blob(resources: Resources, actor: Actor, namespace: str, stat: Blo
 
 
 def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
-    """What a collection is about to remove must be gone before it can come again."""
+    """Raises Unavailable for blobs that a collection is removing: they must be gone before they can be sent again."""
     leaving = select(Blob.sha256).where(Blob.sha256.in_(digests), Blob.removing_at.is_not(None)).limit(1)
     if (blob := session.scalar(leaving)) is not None:
         raise Unavailable(
@@ -243,7 +231,7 @@ def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
 
 
 def _is_stored(resources: Resources, file: ManifestFile) -> bool:
-    """The store may have lost what the rows know."""
+    """The blobs that the store really has: it may have lost some that have rows."""
     stat = resources.store.stat(file.sha256)
     return stat is not None and stat.size_bytes == file.size_bytes
 
@@ -251,7 +239,7 @@ def _is_stored(resources: Resources, file: ManifestFile) -> bool:
 def _announce(
     resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]
 ) -> Mapping[str, tuple[Upload, bool]]:
-    """sha256 -> the upload, new or announced before, and whether it was there before."""
+    """Maps each sha256 to its upload, new or announced before, and whether it existed before."""
     if not files:
         return {}
     arrivals = resources.store.arrivals
@@ -281,7 +269,7 @@ def _announce(
                 )
         rows = {row.sha256: row for row in session.scalars(mine)}
         for file in files:
-            if file.sha256 in before.keys() - open_still:  # it is not of who let it expire any more
+            if file.sha256 in before.keys() - open_still:  # it no longer belongs to the user who let it expire
                 rows[file.sha256].created_by = actor.name
             rows[file.sha256].expires_at = expires_at
             if rows[file.sha256].size_bytes != file.size_bytes:
@@ -296,8 +284,8 @@ def _announce(
 
 
 def _refuse_too_many(session: Session, actor: Actor, more: int, limit: int) -> None:
-    """What has expired counts no longer, whether it was swept or not: it cannot be sent any more. Raises TooLarge for
-    what can never be announced together, TooMany for what can be later."""
+    """Limits open uploads. Expired ones do not count, swept or not: they cannot be sent any more. Raises TooLarge for
+    files that can never be announced together, and TooMany for those that can be later."""
     if more > limit:
         raise TooLarge(
             "too_many_files",
@@ -337,7 +325,7 @@ def _upload_instructions(
 
 
 def _begin_parts(resources: Resources, arrivals: DirectUploads, row: Upload) -> Upload:
-    """Of two that begin the same upload at once, the later one goes on with what the other has begun."""
+    """Of two requests that begin the same upload at once, the later one continues the other's."""
     multipart_id = arrivals.begin(_arrival(row))
     with resources.write() as session:
         unchanged = Upload.multipart_id.is_not_distinct_from(row.multipart_id)

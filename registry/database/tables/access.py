@@ -10,8 +10,8 @@ from registry.database.engine import Row, UtcDateTime
 
 
 class Namespace(Row):
-    """The unit of permission. `signing_keys` are the public keys (PEM) that releases must be signed with, if any, and
-    `signature_covers` what a signature has to cover where one is required: the `release`, or its `files` alone."""
+    """The unit of permission. `signing_keys` are the public keys (PEM) that releases must be signed with, if any.
+    `signature_covers` is what a required signature must cover: the `release`, or its `files` alone."""
 
     __tablename__ = "namespaces"
 
@@ -25,7 +25,7 @@ class Namespace(Row):
 
 
 class Member(Row):
-    """One user's role in one namespace, or in all of them where `namespace` is `*` (so it is no foreign key)."""
+    """One user's role in one namespace, or in all if `namespace` is `*` (so it is not a foreign key)."""
 
     __tablename__ = "members"
 
@@ -35,7 +35,7 @@ class Member(Row):
 
 
 class KeptAnswer(Row):
-    """What a request that came with a key of its user's has made. `request` is the sha256 of all that it asked for."""
+    """The stored answer to a request that came with an idempotency key. `request` is the sha256 of its content."""
 
     __tablename__ = "kept_answers"
 

@@ -16,12 +16,12 @@ ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")
 
 
 def new_stamp() -> int:
-    """One that no release has had: a counter would begin again in a database that was restored."""
+    """A random stamp that no release has had: a counter would start again in a restored database."""
     return randbits(62)
 
 
 _ASKED = ("yanked", "stable", "size_bytes", "repository_id")
-"""Columns of a release that a search may ask about besides its traits."""
+"""Columns of a release that a search may filter by besides its traits."""
 
 
 class Base(Row):
@@ -45,7 +45,7 @@ class Base(Row):
 
 
 class BaseAlias(Row):
-    """Another name of a base; hub ids keep their upper case, so an alias is looked up as it was written."""
+    """Another name of a base. Looked up exactly as written, since hub ids keep their upper case."""
 
     __tablename__ = "base_aliases"
 
@@ -54,7 +54,7 @@ class BaseAlias(Row):
 
 
 class BaseLocation(Row):
-    """Where the weights of a base can be read: `file://`, `hf://` or `s3://`."""
+    """A location from which the weights of a base can be read: `file://`, `hf://` or `s3://`."""
 
     __tablename__ = "base_locations"
 
@@ -74,11 +74,9 @@ class Repository(Row):
 
 
 class Blob(Row):
-    """Bytes that were verified and that at least one revision may name.
-
-    `removing_at` is set when a collection has decided to remove them, `removing_by` names its run: nobody may come to
-    rely on them any more, and they can be sent again once the row is gone.
-    """
+    """Verified bytes that at least one revision may name. `removing_at` is set once a collection has decided to remove
+    them, and `removing_by` names its run: nobody may rely on them any more, and they can be sent again once the row is
+    gone."""
 
     __tablename__ = "blobs"
 
@@ -90,7 +88,7 @@ class Blob(Row):
 
 
 class BlobHolder(Row):
-    """A namespace that has shown that it has a blob's bytes, by sending them: knowing a digest opens nothing."""
+    """A namespace that has sent a blob's bytes: knowing a digest gives no access."""
 
     __tablename__ = "blob_holders"
 
@@ -99,10 +97,8 @@ class BlobHolder(Row):
 
 
 class Upload(Row):
-    """Bytes on their way: who announced them, for which namespace, and until when they are waited for.
-
-    `multipart_id` and `part_bytes` are set where the store takes the file in parts.
-    """
+    """An announced upload: by whom, for which namespace, and until when. `multipart_id` and `part_bytes` are set if the
+    store takes the file in parts."""
 
     __tablename__ = "uploads"
     __table_args__ = (UniqueConstraint("namespace", "sha256"),)
@@ -119,7 +115,7 @@ class Upload(Row):
 
 
 class Revision(Row):
-    """Files under one commit. `manifest` is the canonical manifest, whose sha256 the commit is the beginning of."""
+    """The files of one commit. `manifest` is the canonical manifest; the commit is a prefix of its sha256."""
 
     __tablename__ = "revisions"
     __table_args__ = (UniqueConstraint("repository_id", "commit"),)
@@ -142,7 +138,7 @@ class RevisionFile(Row):
 
 
 class TargetSet(Row):
-    """An interned set of target names, by their sha256: thousands of releases share a few dozen sets."""
+    """An interned set of target names, by sha256: thousands of releases share a few dozen sets."""
 
     __tablename__ = "target_sets"
 
@@ -158,10 +154,10 @@ class TargetSetMember(Row):
 
 
 class Traits(Row):
-    """An interned combination of the facts that searches ask for, by the sha256 of all of them.
+    """An interned combination of the facts that searches filter by, identified by a sha256 of all of them.
 
-    Thousands of releases share a few hundred combinations. A search finds those that fit, then reads only releases that
-    do, in the order it wants; that nothing fits is known without looking at a release.
+    Thousands of releases share a few hundred combinations. A search finds the matching ones, then reads only their
+    releases, in the wanted order. If none matches, it reads no release.
     """
 
     __tablename__ = "traits"
@@ -182,7 +178,9 @@ class Traits(Row):
 
 
 class ReleaseWord(Row):
-    """A word of a release's repository or notes, or what it states: an inverted index, the same on every database."""
+    """A word of a release's repository or notes, or of its provenance: an inverted index, the same on both
+    databases.
+    """
 
     __tablename__ = "release_words"
     __table_args__ = (Index("ix_release_words_release", "release_id", "word"),)
@@ -205,8 +203,8 @@ class Release(Row):
     __table_args__ = (
         UniqueConstraint("repository_id", "version"),
         Index("ix_releases_repository_order", "repository_id", "sort_key", "stable", "yanked"),
-        # In the order of each sort, of those with the same traits and of all; `id` is the order of publication. They
-        # cover what else a search asks, so that only the page's rows are read whole.
+        # In the order of each sort, for releases with the same traits and for all (`id` is in order of publication).
+        # They cover the other filters of a search, so that only the page's rows are read completely.
         Index("ix_releases_traits_newest", "traits_id", "id", *_ASKED, "sort_key"),
         Index("ix_releases_traits_version", "traits_id", "sort_key", "id", *_ASKED),
         Index("ix_releases_newest", "id", "traits_id", *_ASKED, "sort_key"),
@@ -250,7 +248,7 @@ class Release(Row):
 
 
 class Signature(Row):
-    """A bundle that signs a release, made after it: one a key. A signature that came with the files is one of them."""
+    """A bundle that signs a release, made after it; one per key. A signature that came with the files is among them."""
 
     __tablename__ = "signatures"
 

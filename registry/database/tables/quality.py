@@ -11,7 +11,8 @@ from registry.database.tables.catalog import ByteOrdered, Id, Release
 
 
 class Suite(Row):
-    """A suite is its content: another example is another digest under the same name. The last one added is current."""
+    """A suite is its content: a changed example makes another digest under the same name. The last one added is
+    current."""
 
     __tablename__ = "suites"
     __table_args__ = (
@@ -30,8 +31,8 @@ class Suite(Row):
 
 
 class SuiteMetric(Row):
-    """Which way a metric is better, in all versions of the suite of that name. Everybody may read what is `stated`, in
-    the suite's file; what a score of its author has fixed, only who may read a score of the metric."""
+    """The direction of a metric, for all versions of the suite of that name. Everybody may read one that is `stated` in
+    the suite's file. One that its author's score has fixed is for those who may read a score of the metric."""
 
     __tablename__ = "suite_metrics"
 
@@ -44,17 +45,15 @@ class SuiteMetric(Row):
 
 
 class Score(Row):
-    """One metric of one suite for one release or one base; measuring again replaces it, and the audit keeps both.
-
-    `traits_id` is the release's, so that the best of those with some traits are found without the others.
-    """
+    """One metric of one suite for one release or one base. A new measurement replaces it, and the audit log keeps both.
+    `traits_id` is the release's, so that the best of those with some traits are found without reading others."""
 
     __tablename__ = "scores"
     __table_args__ = (
         UniqueConstraint("release_id", "suite_id", "metric"),
         UniqueConstraint("base_digest", "suite_id", "metric"),
         Index("ix_scores_of_release", "release_id", "suite_id", "metric", "value"),
-        # The best first, of releases with the same traits and of all.
+        # The best first, for releases with the same traits and for all.
         Index("ix_scores_traits_best", "suite_id", "metric", "traits_id", "value", "release_id"),
         Index("ix_scores_best", "suite_id", "metric", "value", "release_id"),
         CheckConstraint("(release_id IS NULL) <> (base_digest IS NULL)", name="one_subject"),
@@ -77,10 +76,11 @@ class Score(Row):
 
 
 class Channel(Row):
-    """A movable pointer; `move_id` is its last move and its ETag (no foreign key: each table would come first).
+    """A movable pointer. `move_id` is its last move and its ETag (not a foreign key: each table would have to come
+    first).
 
-    `served_id` is the release that it gives out: that of the last move or, where it is yanked, of the first one below
-    that is not; None where there is none. `served_key` is the release's sort key. A search reads them in order.
+    `served_id` is the release that it serves: that of the last move or, if that is yanked, of the first one below that
+    is not; None if there is none. `served_key` is that release's sort key. Searches read them in order.
     """
 
     __tablename__ = "channels"
@@ -123,7 +123,7 @@ class Move(Row):
 
 
 class Gate(Row):
-    """The rules that a promotion to one channel of one repository must pass, as they were written."""
+    """The rules that a promotion to one channel of one repository must pass, as written."""
 
     __tablename__ = "gates"
 

@@ -11,10 +11,8 @@ from registry.database.tables.catalog import Id
 
 
 class AuditRow(Row):
-    """What somebody did, written in the transaction that did it: by which token, from where, why, and what it changed.
-
-    `namespace` is whose admins may read the row; None belongs to the site.
-    """
+    """An act, written in the transaction that performed it: by whom, with which token, from where, why, and what it
+    changed. Admins of `namespace` may read the row; None belongs to the registry."""
 
     __tablename__ = "audit"
     __table_args__ = (
@@ -38,8 +36,8 @@ class AuditRow(Row):
 
 
 class Job(Row):
-    """Work for one namespace that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat says a
-    worker has it."""
+    """Work for one namespace that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat means
+    that a worker has it."""
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_state", "state", "id"),)
@@ -60,7 +58,7 @@ class Job(Row):
 
 
 class Composition(Row):
-    """A recipe on its way to a release: what was locked, found, measured and published."""
+    """A recipe on its way to a release: the lock, the conflict report, the scores and what was published."""
 
     __tablename__ = "compositions"
 

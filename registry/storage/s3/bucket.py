@@ -22,7 +22,7 @@ from registry.storage.blobs import blob_key
 outages = OutageLog(logging.getLogger(__name__))
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
-"""Codes of an object that is not there; a bucket that is not there has one of its own and is the operator's fault."""
+"""Codes of a missing object. A missing bucket has a code of its own and is the operator's fault."""
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _to_sign: ContextVar[Mapping[str, str]] = ContextVar("_to_sign", default=NO_HEADERS)
 
@@ -36,7 +36,7 @@ class Bucket:
     prefix: str
 
     def blob(self, sha256: Digest) -> dict[str, str]:
-        """How boto3 names the object of a blob."""
+        """The object of a blob, as boto3 names it."""
         return self.object(blob_key(sha256))
 
     def object(self, key: str) -> dict[str, str]:
@@ -54,7 +54,7 @@ class Bucket:
     def signed_url(
         self, operation: str, params: Mapping[str, Any], expires_s: int, headers: Mapping[str, str] = NO_HEADERS
     ) -> str:
-        """`headers` are part of the signature too: those that boto3 has no parameter for."""
+        """Signs a request. `headers` are signed too: those that boto3 has no parameter for."""
         token = _to_sign.set(headers)
         try:
             with translate_store_errors(params["Key"]):
@@ -63,7 +63,7 @@ class Bucket:
             _to_sign.reset(token)
 
     def listed(self, beginning: str) -> Iterator[dict[str, Any]]:
-        """Key, Size and LastModified of every object whose key begins so."""
+        """Yields Key, Size and LastModified of every object whose key begins with `beginning`."""
         with translate_store_errors(self.name):
             pages = self.client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.name, Prefix=f"{self.prefix}{beginning}"):
@@ -71,10 +71,11 @@ class Bucket:
 
 
 def open_bucket(storage: S3Storage) -> Bucket:
-    """Version 4 signatures, since 2 signs no headers; addresses with paths, since not every store has names for each.
+    """Opens a bucket, with version 4 signatures, since version 2 signs no headers, and path addresses, since not every
+    store has a host name per bucket.
 
-    A store that hangs costs a request `(connect + read timeout) * attempts` seconds, then the caller gets an error.
-    Standard retries, not adaptive ones: those go on waiting when the store is back.
+    A hanging store costs a request `(connect + read timeout) * attempts` seconds, then the caller gets an error.
+    Retries are standard, not adaptive: adaptive ones go on waiting after the store is back.
     """
     config = Config(
         signature_version="s3v4",
@@ -98,7 +99,7 @@ def _add_headers(request: Any, **_: object) -> None:
 
 @contextmanager
 def translate_store_errors(subject: str) -> Generator[None]:
-    """boto3's errors leave as errors that a user can act on."""
+    """Translates boto3's errors into errors that a user can act on."""
     try:
         yield
     except (BotoCoreError, ClientError, S3UploadFailedError) as error:
@@ -109,7 +110,9 @@ def translate_store_errors(subject: str) -> Generator[None]:
                 subject=subject,
                 next_step="Push the file again, or restore the blob from a backup.",
             ) from error
-        outages.warn("The blob store does not respond as expected", error)  # its address is nobody else's business
+        outages.warn(
+            "The blob store does not respond as expected", error
+        )  # the answer must not reveal the store's address
         raise Unavailable(
             "store_unavailable",
             "The blob store does not respond as expected.",

@@ -1,4 +1,4 @@
-"""Files that come in parts, each by a request of its own."""
+"""Uploads in parts, each part by a request of its own."""
 
 import base64
 from collections.abc import Mapping
@@ -11,37 +11,35 @@ from registry.storage.blobs import Put
 from registry.storage.s3.bucket import Bucket, code_of
 
 Stored = Mapping[int, Mapping[str, Any]]
-"""Number -> what the store says of a part that has arrived."""
+"""Maps part numbers to what the store says about parts that have arrived."""
 _FORGOTTEN = {"NoSuchUpload", "404", "NoSuchKey"}  # Ceph says NoSuchKey of parts
 _NAMING = ("ETag", "ChecksumSHA256")
-"""What a part is named by when it is joined. AWS lists the sha256 of parts that came with one, and wants it back."""
+"""The fields that identify a part when it is joined. AWS lists the sha256 of parts that came with one, and wants it
+back."""
 
 
 def checksum(sha256: Digest) -> str:
-    """As S3 writes it."""
+    """A sha256 in S3's form."""
     return base64.b64encode(bytes.fromhex(sha256)).decode()
 
 
 class Parts:
-    """`upload` names the object that they become, and as `UploadId` the upload: how boto3 takes both.
+    """Operations on parts. `upload` names the resulting object and, as `UploadId`, the upload: boto3's parameters.
 
-    Raises botocore's errors, but for an upload that is gone: another request has joined or ended it meanwhile.
+    Raises botocore's errors, except for an upload that is gone: another request has joined or ended it meanwhile.
     """
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
 
     def begin(self, named: dict[str, str], *, checked: bool) -> str:
-        """The id of an upload to the object that is `named`.
-
-        `checked`: every part comes with its sha256. AWS wants it announced at the beginning, and takes no part of the
-        other kind then.
-        """
+        """Begins an upload to the object `named` and returns its id. `checked`: every part comes with its sha256. AWS
+        wants that announced at the beginning, and then accepts no other parts."""
         how = {"ChecksumAlgorithm": "SHA256"} if checked else {}
         return self._bucket.client.create_multipart_upload(**named, **how)["UploadId"]
 
     def put(self, upload: dict[str, str], number: int, size_bytes: int, sha256: Digest | None, expires_s: int) -> Put:
-        """Number and length of the part are signed, and its sha256 where the upload was begun as a `checked` one."""
+        """How to send a part. Its number and length are signed, and its sha256 if the upload is `checked`."""
         params = {**upload, "PartNumber": number, "ContentLength": size_bytes}
         headers = {"Content-Length": str(size_bytes)}
         if sha256 is not None:
@@ -49,7 +47,9 @@ class Parts:
         return Put(self._bucket.signed_url("upload_part", params, expires_s), headers)
 
     def stored(self, upload: dict[str, str]) -> Stored | None:
-        """None when the store knows no such upload: it was joined, ended or forgotten."""
+        """The parts that have arrived. None if the store does not know the upload: it was joined, ended or
+        forgotten.
+        """
         parts: dict[int, dict[str, Any]] = {}
         try:
             for page in self._bucket.client.get_paginator("list_parts").paginate(**upload):

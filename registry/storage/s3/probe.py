@@ -24,8 +24,8 @@ from registry.storage.s3.multipart import Parts
 log = logging.getLogger(__name__)
 
 NEVER: Mapping[str, str] = MappingProxyType({"X-Delete-After": "9999999999", "X-Delete-At": "9999999999"})
-"""The end of an object that nobody may end: signed, so that its sender cannot name another. A store that knows these
-headers, as Swift does, takes them for the last moment that it knows (in 2286); for others they say nothing."""
+"""Expiry headers that are signed so that a sender cannot choose another expiry. A store that knows them, as Swift does,
+takes them for the last moment that it knows (in 2286); other stores ignore them."""
 VERSION = 1
 """Raised when the probe changes: facts of another version are not used."""
 PROBE = "probe-"
@@ -35,14 +35,14 @@ STALE_S = 60.0
 FAILED_S = 5.0
 """How long a probe that the store did not answer is not repeated: as long as `Retry-After` says."""
 NOT_IMPLEMENTED = 501
-"""How some stores refuse a header that they do not know."""
+"""The status with which some stores refuse an unknown header."""
 _SOON = "60"
 _RIGHT, _WRONG = b"right", b"wrong"
 _CONDITION_FAILED = {"412", "PreconditionFailed"}
 
 Headers = Iterable[tuple[str, str]]
 SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], Put]
-"""The request that a sender gets for an object, good for so many seconds, with further headers signed."""
+"""Signs a request for an object: valid for some seconds, with further headers signed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ class StoreProbe:
         put = self._signed_put(probe, self._incoming(probe), 60, NEVER)
         try:
             if not self._accepts(put.url, _RIGHT, put.headers.items()):
-                return False  # something on the way takes away what is signed
+                return False  # a proxy removes signed headers
             return not any(self._accepts(put.url, _RIGHT, other) for other in _with_another_end(put.headers))
         finally:
             self._remove(probe)
@@ -166,7 +166,7 @@ class StoreProbe:
             self._bucket.client.delete_object(**self._incoming(probe))
 
     def _takes(self, probe: IncomingUpload, body: bytes) -> bool:
-        """Sent as a client would send it."""
+        """Whether the store accepts the body, sent as a client would send it."""
         put = self._signed_put(probe, self._incoming(probe), 60, {})
         return self._accepts(put.url, body, put.headers.items())
 
@@ -183,7 +183,8 @@ class StoreProbe:
         return answer.status_code < 300
 
     def _tells_bodies_apart(self) -> bool:
-        """Whether it refuses wrong bytes; it has to take the right ones, and to copy them on a condition alone."""
+        """Whether the store refuses wrong bytes. Raises Unavailable if it refuses right ones, or copies whatever the
+        condition."""
         probe = _probe()
         copy = replace(probe, upload_id=f"{probe.upload_id}-copy")
         refuses = not self._takes(probe, _WRONG)
@@ -207,7 +208,7 @@ class StoreProbe:
         return False if self._joins_right_parts(_probe(), checked=False) else None
 
     def _joins_right_parts(self, probe: IncomingUpload, *, checked: bool) -> bool:
-        """And refuses wrong ones, where they are `checked`."""
+        """Whether it joins right parts and, if they are `checked`, refuses wrong ones."""
         named = self._incoming(probe)
         upload: dict[str, str] | None = None
         try:
@@ -254,7 +255,7 @@ def _is_refusal(error: ClientError) -> bool:
 
 
 def _with_another_end(headers: Mapping[str, str]) -> Iterator[Headers]:
-    """In place of the signed one, before it, after it, or none."""
+    """The headers with another expiry: in place of the signed one, before it, after it, or none."""
     signed = [row for row in headers.items() if row[0] in NEVER]
     others = [row for row in headers.items() if row[0] not in NEVER]
     soon = [(name, _SOON) for name in NEVER]

@@ -21,7 +21,8 @@ _PLAIN = {
     "ResponseContentDisposition": "attachment",
     "ResponseCacheControl": "private, immutable",
 }
-"""The sender of a blob may have sent false headers with it, which clients and browsers would believe."""
+"""Overrides headers of the stored object: the sender of a blob may have set false ones, which clients and browsers
+would believe."""
 
 
 class S3Store:
@@ -47,7 +48,7 @@ class S3Store:
             try:
                 answer = self._client.get_object(**self._bucket.blob(sha256), **wanted)
             except ClientError as error:
-                if code_of(error) == "InvalidRange":  # from the end on there is nothing to read, which is no failure
+                if code_of(error) == "InvalidRange":  # nothing to read from the end on, which is not an error
                     return _Body(None)
                 raise
         return _Body(answer["Body"])
@@ -84,7 +85,7 @@ class S3Store:
 
 
 class _Body(Reader):
-    """A response's body; None is an empty one, which S3 cannot be asked for by range."""
+    """A response's body; None is an empty one, which S3 cannot serve by range."""
 
     def __init__(self, body: Any) -> None:
         self._body = body

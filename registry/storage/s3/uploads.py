@@ -1,4 +1,4 @@
-"""Bytes that clients send to S3 by themselves, through requests that we sign and results that we check."""
+"""Uploads that clients send to S3 directly, by requests that the registry signs and whose results it checks."""
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +17,7 @@ from registry.storage.s3.probe import NEVER, PROBE, STALE_S, FactsRecord, StoreP
 
 INCOMING = "incoming/"
 CHECKED = "sha256:"
-"""How the `multipart_id` of an upload begins whose parts come with their sha256: they all do, or none does."""
+"""Prefix of the `multipart_id` of an upload whose parts come with their sha256: all of them do, or none."""
 _MAX_PARTS = 10_000
 _MIB = 1 << 20
 _BLOCK_BYTES = 1 << 20
@@ -26,15 +26,18 @@ _LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chun
 
 
 class S3Arrivals:
-    """A file sent whole goes straight to the key of its blob where the store refuses a body of another sha256 and a
-    signed request serves for nothing else, as `StoreProbe` finds or the settings say.
+    """Direct uploads to S3.
 
-    A client that holds one can send the same bytes once more, and on Swift would end a blob that others rely on by then
-    with a header of its own (`X-Delete-After`). So that header is signed, with a moment that nobody will see (`NEVER`).
+    A file in one request goes straight to the key of its blob if the store refuses a body of another sha256 and a
+    signed request cannot be used for anything else, as `StoreProbe` finds or the settings say.
 
-    Everything else goes to `incoming/` and is read back, hashed and copied: files in parts, whose SHA-256 no store
-    knows; files of an existing blob, since the sender must prove to have the bytes and must not touch the blob; and all
-    files if the store does not verify.
+    A client can repeat such a request with the same bytes, and on Swift could set an expiry on a blob that others rely
+    on by then, by adding a header (`X-Delete-After`). So that header is signed, with a time that nobody will see
+    (`NEVER`).
+
+    Everything else goes to `incoming/` and is read back, hashed and copied: files in parts, whose total SHA-256 no
+    store knows; files of an existing blob, since the sender must prove to have the bytes and must not touch the blob;
+    and all files if the store does not verify.
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class S3Arrivals:
             self._client.delete_object(**self._incoming(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        """Also ends uploads in parts of our own, and removes what the probe of a killed process left."""
+        """Also ends our own uploads in parts, and removes what the probe of a killed process left."""
         removed, probes_before = 0, self._now() - timedelta(seconds=STALE_S)
 
         def is_left(key: str, since: datetime) -> bool:
@@ -138,7 +141,8 @@ class S3Arrivals:
     def _put_of(
         self, arrival: IncomingUpload, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
     ) -> Put:
-        """Length, sha256, the upload and `more` headers are signed: the request serves these bytes and no others."""
+        """How to send the object. Length, sha256, the upload and the headers `more` are signed: the request serves for
+        these bytes and no others."""
         sha256 = checksum(arrival.sha256)
         params = {
             **named,
@@ -161,7 +165,7 @@ class S3Arrivals:
         return None
 
     def _finished_before(self, arrival: IncomingUpload) -> BlobStat:
-        """A copy keeps the name of the upload that it came from."""
+        """The blob that this upload has already become: a copy keeps the id of its upload."""
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
         if head is None or _upload_of(head) != arrival.upload_id:
             raise _incomplete(arrival)
@@ -170,7 +174,7 @@ class S3Arrivals:
     def _join_parts(self, arrival: IncomingUpload) -> None:
         with translate_store_errors(arrival.sha256):
             there = self._parts.stored(self._upload(arrival))
-        if there is None:  # joined before, or never begun: the incoming object will tell
+        if there is None:  # already joined, or never begun: the incoming object shows which
             return
         if [there[number]["Size"] for number in sorted(there)] != arrival.part_sizes:
             raise _incomplete(arrival)
@@ -178,7 +182,7 @@ class S3Arrivals:
             self._parts.join(self._upload(arrival), there)
 
     def _accept(self, arrival: IncomingUpload, etag: str) -> None:
-        """Copies what was hashed and nothing else: who has the signed request could write once more meanwhile."""
+        """Copies exactly the bytes that were hashed: the holder of the signed request could write again meanwhile."""
         if arrival.multipart_id is not None or not self.probe.checks_bodies():
             self._check_digest(arrival, etag)
         named = self._bucket.blob(arrival.sha256)
@@ -206,7 +210,7 @@ class S3Arrivals:
 
 
 def _upload_of(head: dict[str, Any]) -> str | None:
-    """Some stores give names of metadata back in another case."""
+    """The upload id in an object's metadata. Some stores return metadata names in another case."""
     return {name.lower(): value for name, value in head["Metadata"].items()}.get("upload")
 
 
