@@ -94,13 +94,13 @@ class Unavailable(RegistryError):
 
 
 class TooMany(Unavailable):
-    """An Unavailable to this caller alone, who asks for too much at once."""
+    """An Unavailable for this caller alone, who requests too much at once."""
 
     status, title, family = 429, "Too many requests", "too_many"
     retry_after_s = 1
 
     def again_in(self, wait_s: float) -> "TooMany":
-        """The same, to be asked again in so many seconds."""
+        """The same error, to be retried after `wait_s` seconds."""
         self.retry_after_s = max(1, math.ceil(wait_s))
         return self
 

@@ -55,14 +55,14 @@ def _http_url(text: str) -> str:
 def _store_url(text: str) -> str | None:
     """Empty says that it is S3's own."""
     if text and not re.match(r"https?://[^/\s]", text):
-        raise PydanticCustomError("url", "it is no address of a store, such as https://s3.example")
+        raise PydanticCustomError("url", "it is not the address of a store, such as https://s3.example")
     return text or None
 
 
 def stripped_token(text: str) -> str:
     """As a file or a shell gives it, with white space around. Not in any message: every reader could use it."""
     if not re.fullmatch(r"[\x21-\x7e]*", text := text.strip()):
-        raise ValueError("it is no token: there is a space in it, or what is no ASCII")
+        raise ValueError("it is not a token: it has a space or a non-ASCII character")
     return text
 
 
@@ -85,7 +85,7 @@ def _database_url(text: str) -> str:
 
     try:
         known = not text or make_url(text).drivername in _DRIVERS
-    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+    except (ArgumentError, ValueError):  # ValueError: a port that is not a number
         known = False
     if not known:
         raise PydanticCustomError(
@@ -112,7 +112,7 @@ def _rate(text: str) -> str:
     except ValueError:
         rates = []
     if len(rates) != 1 or rates[0].amount < 1:
-        raise PydanticCustomError("rate", "it is no rate, such as 6000/minute; empty is no limit")
+        raise PydanticCustomError("rate", "it is not a rate, such as 6000/minute (empty means no limit)")
     return text
 
 
@@ -123,7 +123,7 @@ def _addresses(text: str) -> str:
             ipaddress.ip_network(part.strip())
         except ValueError:
             raise PydanticCustomError(
-                "addresses", "it is no list of addresses or networks, such as 10.0.0.7,10.1.0.0/16"
+                "addresses", "it is not a list of addresses or networks, such as 10.0.0.7,10.1.0.0/16"
             ) from None
     return text
 
@@ -132,7 +132,9 @@ def _prefix(text: str) -> str:
     """Empty says that there is none. Clients and proxies that tidy addresses up would ask for another place."""
     parts = text.removesuffix("/").split("/") if text else []
     if any(part in ("", ".", "..") for part in parts):
-        raise PydanticCustomError("prefix", "it is no prefix of keys, such as team/adapters/: a part is empty or dots")
+        raise PydanticCustomError(
+            "prefix", "it is not a prefix of keys, such as team/adapters/: a part is empty or dots"
+        )
     return text
 
 

@@ -22,7 +22,7 @@ from composer.merge.rounding_loss import RoundingLoss, survival_of
 SAMPLED_ROWS = 32
 SPECTRAL_BYTES = 1 << 29
 """Limit on the weights whose largest singular value is computed: 3 to 5 s on one core."""
-_STEPS = 20  # 10 were 3 % low on real weights; growth stalls and resumes, so it is no stopping criterion
+_STEPS = 20  # 10 were 3 % low on real weights; growth stalls and resumes, so it is not a stopping criterion
 _NOTHING_NEW = 1e-5  # of a direction's length: what float32 leaves of a direction already in the space
 _BLOCK_ELEMENTS = 1 << 20
 

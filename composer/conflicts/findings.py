@@ -108,7 +108,7 @@ def of_rounding(rounded: Mapping[str, AtBase]) -> list[Finding]:
 
 
 def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[Finding]:
-    """Members of which too little is retained, if a policy sets the limit."""
+    """Members that retain too little, if a policy sets the limit."""
     least = policy.threshold("low_retention")
     return [
         Finding("low_retention", Severity.WARNING, name, f"{share:.0%} of {name} is left in the combination.", share)

@@ -55,7 +55,7 @@ def refuse_endless(path: Path) -> None:
     """Raises InvalidFile for a pipe, a device or a directory, and OSError for what is not there. To be asked before it
     is opened: that waits for a pipe's other end."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise _unreadable(path, "it is no regular file")
+        raise _unreadable(path, "it is not a regular file")
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:

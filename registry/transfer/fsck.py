@@ -329,7 +329,7 @@ def _find_orphans(resources: Resources) -> Iterator[Finding]:
         announced, until = announced + len(waited_for), max([until, *waited_for])
     if orphans:
         message = (
-            f"{orphans:,} blobs ({size_bytes:,} bytes) in the store are no release's; `adaptory gc` removes them "
+            f"{orphans:,} blobs ({size_bytes:,} bytes) in the store belong to no release; `adaptory gc` removes them "
             "when they are older than its --grace-hours"
         )
         if announced:

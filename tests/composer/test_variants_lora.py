@@ -251,7 +251,7 @@ def test_tokens_that_no_tensor_has_are_an_error(tmp_path: Path, make_model: Make
 
 def test_a_bias_of_b_needs_a_bias_to_be_added_to(tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model()
-    with pytest.raises(Mismatch, match=r"q_proj\.bias is no tensor of the base"):
+    with pytest.raises(Mismatch, match=r"q_proj\.bias is not a tensor of the base"):
         load_deltas(save_adapted(base, lora(lora_bias=True), tmp_path / "a"), open_checkpoint(base).architecture)
 
 

@@ -1,4 +1,4 @@
-"""What an adapter's own files say: read, place, sum up, and look for numbers that are no numbers. No torch."""
+"""The facts of an adapter's files: tensors matched with the base, summarized, and searched for NaN. No torch."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -71,7 +71,7 @@ def parse_profile(text: str) -> Profile:
     if server != "vllm":
         return Profile(server)
     if colon and limit not in map(str, VLLM_RANKS):
-        message = f"{text[:80]!r} is no profile: max_lora_rank is one of {', '.join(map(str, VLLM_RANKS))}."
+        message = f"{text[:80]!r} is not a profile: max_lora_rank is one of {', '.join(map(str, VLLM_RANKS))}."
         raise NotSupported(
             "unknown_profile", message, subject=text[:80], next_step=f"Use one of {', '.join(PROFILES)}."
         )
@@ -164,7 +164,7 @@ def _keys(placed: PlacementResult) -> list[str]:
 
 
 def _renamed(config: AdapterConfig) -> str:
-    """The way to PEFT's own keys: what is no plain pair is not written again."""
+    """The way to PEFT's own keys: only plain pairs are rewritten."""
     if config.unsupported():
         return ""
     return _RENAME if config.peft_type == "LORA" and not config.flags else _MERGE

@@ -99,10 +99,10 @@ def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:
 
 def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
     """{trainer, run_url, code_commit, data: [{name, digest, license}], hyperparameters: {…}, base_license, license,
-    license_link, library_name, base_model, tags: […]}, of which only what is stated is there.
+    license_link, library_name, base_model, tags: […]}, with only what is stated.
 
     Hugging Face's own names are understood: `datasets` for `data`, and `license_name` where `license` is `other`.
-    Everything else on a card is no provenance and is passed over; a part of the wrong form is a warning.
+    Everything else on a card is not provenance and is ignored; a malformed part is a warning.
     """
     known: dict[str, Any] = {}
     findings: list[Finding] = []
@@ -122,7 +122,7 @@ def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
     """What somebody states on purpose, in the form of `provenance`. Raises InvalidFile for a name or value unknown."""
     unknown = sorted(set(stated) - set(FIELDS))
     if unknown:
-        raise _bad(subject, f"{printable(unknown[0])} is no part of it; known are {', '.join(FIELDS)}")
+        raise _bad(subject, f"{printable(unknown[0])} is not a part of it; known are {', '.join(FIELDS)}")
     known, findings = provenance(stated)
     if findings:
         raise _bad(subject, findings[0].message.rstrip("."))

@@ -288,7 +288,7 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(stated, dict) or not stated:
         raise _bad_index("has no weight_map")
     if not isinstance(index.get("metadata") or {}, dict):
-        raise _bad_index("has metadata that are no mapping")
+        raise _bad_index("has metadata that is not a mapping")
     for name, file in cast("dict[str, object]", stated).items():
         if not _is_name(file):
             raise _bad_index(f"places {printable(name)} in {printable(file)}, which can be no shard")

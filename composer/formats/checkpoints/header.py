@@ -251,7 +251,7 @@ def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    """Of JSON. safetensors refuses -0 where Python reads 0, so it becomes what is no count here either."""
+    """Of JSON. safetensors refuses -0 where Python reads 0, so it becomes a value that is not a count either."""
     return -1 if text == "-0" else int(text)
 
 
@@ -285,7 +285,7 @@ def _parse_entry(name: str, value: object, data_begin: int, limits: Limits, subj
 
 
 def _parse_counts(value: object, most: int) -> tuple[int, ...] | None:
-    """A list of at most `most` integers in [0, 2^63), or None. `True` is no integer here, though Python thinks so."""
+    """A list of at most `most` integers in [0, 2^63), or None. `True` does not count as an integer."""
     counts = cast(list[object], value) if isinstance(value, list) else None
     if counts is None or len(counts) > most:
         return None

@@ -54,7 +54,7 @@ def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
 def _described(name: str, known: set[str], locate: Locate) -> Nf4:
     path, entry = locate(f"{name}{NF4_STATE}")
     if entry.dtype != "U8" or entry.size_bytes > _STATE_BYTES:
-        raise _bad(name, "its quantization state is no short text")
+        raise _bad(name, "its quantization state is not a short text")
     with path.open("rb") as file:
         file.seek(entry.begin)
         content = file.read(entry.size_bytes)
@@ -63,7 +63,7 @@ def _described(name: str, known: set[str], locate: Locate) -> Nf4:
     except (ValueError, RecursionError) as error:
         raise _bad(name, "its quantization state is not JSON") from error
     if not isinstance(state, dict):
-        raise _bad(name, "its quantization state is no object")
+        raise _bad(name, "its quantization state is not an object")
     stated = cast("dict[str, Any]", state)
     shape = cast("list[Any]", stated.get("shape") if isinstance(stated.get("shape"), list) else [])
     whole = len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)

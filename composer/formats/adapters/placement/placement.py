@@ -172,7 +172,7 @@ def _check_shared(placement: Placement, shared: Mapping[str, str]) -> None:
     used = TYPES[placement.config.peft_type].shared if placement.config.peft_type != "LORA" else ()
     for part, key in shared.items():
         if part not in used:
-            placement.error("unmatched_tensor", key, f"{key} is no part of a {placement.config.peft_type} adapter.")
+            placement.error("unmatched_tensor", key, f"{key} is not a part of a {placement.config.peft_type} adapter.")
 
 
 def _place_whole_tensors(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
@@ -182,7 +182,7 @@ def _place_whole_tensors(placement: Placement, module: str, parts: Mapping[str, 
         if part in own:
             continue
         if any(name.startswith(families) for name in (*module.split("."), part)):
-            message = f"{key} is no part of a {placement.config.peft_type} adapter that is known."
+            message = f"{key} is not a known part of a {placement.config.peft_type} adapter."
             placement.error("unmatched_tensor", module or key, message)
             continue
         parameter = part.removeprefix("base_layer.")

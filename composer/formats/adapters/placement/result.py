@@ -120,16 +120,16 @@ class Placement:
         return None
 
     def not_found(self, module: str, parameter: str, key: str) -> None:
-        """A finding for what is no tensor of the base, or only a part of one."""
+        """A finding for a path that is not a tensor of the base, or only a part of one."""
         path = f"{module}.{parameter}"
         if how := made_by(self.model_type, path):
             message = (
-                f"{path} is no tensor on disk: transformers {how} as it loads {self.model_type}. Merge it with PEFT."
+                f"{path} is not a tensor on disk: transformers {how} as it loads {self.model_type}. Merge it with PEFT."
             )
             self.error("unsupported_layer", module, message)
         else:
             cause = self.renamed_perhaps([module])
-            self.error("unmatched_tensor", module or key, f"{key}: {path} is no tensor of the base.{cause}")
+            self.error("unmatched_tensor", module or key, f"{key}: {path} is not a tensor of the base.{cause}")
 
     @cached_property
     def _called(self) -> set[str]:
