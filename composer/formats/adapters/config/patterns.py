@@ -24,7 +24,7 @@ _REPEAT = re.compile(r"(?:([*+?])|\{([0-9]{1,4})(,?)([0-9]{0,4})\})\??")
 
 @lru_cache(maxsize=256)
 def compiled(pattern: str) -> _Step:
-    """Raises ValueError unless the text is a regular expression that is short and can be matched without backtracking."""
+    """Raises ValueError unless the text is a short regular expression that needs no backtracking."""
     if len(pattern) > MAX_PATTERN_CHARS:
         raise ValueError(f"it has more than {MAX_PATTERN_CHARS} characters")
     try:
