@@ -39,7 +39,7 @@ class RefusedOutput(ComposerError):
 
 
 class Interrupted(Exception):
-    """For a caller's `progress` to raise, to stop what can go on later: as after a Ctrl-C, what is finished is kept."""
+    """Raised by a caller's `progress` to stop work that can be resumed, as after a Ctrl-C: finished parts are kept."""
 
 
 def became_shorter(subject: str) -> InvalidFile:

@@ -1,4 +1,4 @@
-"""One result of a check, and the policy that turns a list of them into a verdict."""
+"""Findings: single results of a check, and their verdict."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ HARD = frozenset({
     "replacement_conflict", "replacement_and_delta", "two_rescale", "changed_base", "token_conflict", "tied_weight",
     "tied_both_sides", "vocabulary_mismatch", "shape_conflict", "not_finite",
 })  # fmt: skip
-"""What a merge refuses whatever a policy says."""
+"""Codes that a merge refuses whatever a policy says."""
 _NEXT_STEPS = {
     "no_target": "Take the name out of adapter_config.json, or save the adapter again with all of its tensors.",
     "tied_weight": "Choose with --set tied=untie or --set tied=shared; in a recipe, settings: {tied: untie}.",
@@ -34,8 +34,8 @@ class Severity(StrEnum):
 
 
 class Verdict(StrEnum):
-    """From best to worst. `ok` is measured on enough examples to say so; `undecided` is measured and still open;
-    `unmeasured` was not probed."""
+    """From best to worst. `ok`: measured, on enough examples. `undecided`: measured, and still open. `unmeasured`: not
+    probed."""
 
     OK = "ok"
     UNDECIDED = "undecided"
@@ -45,7 +45,7 @@ class Verdict(StrEnum):
 
     @classmethod
     def worst(cls, verdicts: "Iterable[Verdict]") -> "Verdict":
-        """`ok` of none."""
+        """The worst of them; `ok` if there are none."""
         return max(verdicts, key=list(cls).index, default=cls.OK)
 
 
@@ -70,12 +70,12 @@ class Finding:
 
 
 def next_step(code: str, otherwise: str) -> str:
-    """What to do about an error of this code, which the file's owner or the setting of a merge can mend."""
+    """What to do about an error of this code that the file's owner or a setting can fix."""
     return _NEXT_STEPS.get(code, otherwise)
 
 
 def zero_deltas(name: str, zero: Collection[str], touched: int) -> list[Finding]:
-    """An adapter that adds nothing, or nothing to the modules `zero` of those that it touches, whatever the reason."""
+    """The finding for an adapter that adds nothing, or nothing to the modules `zero`, whatever the reason."""
     if zero and len(zero) == touched:
         why = "It is untrained, or its lora_alpha, its weight or lambda is 0 or next to it."
         message = f"{name} adds nothing: all of its {touched} deltas are zero. {why}"

@@ -1,6 +1,6 @@
-"""The examples that a fitted method is fitted on, and what the base's modules see on them.
+"""The examples that a fitted method is fitted on, and the inputs of the base's modules on them.
 
-Shapes: N tokens looked at, I inputs of a module, P positions of an example.
+Shapes: N selected tokens, I inputs of a module, P positions of an example.
 """
 
 from collections import defaultdict
@@ -25,8 +25,9 @@ from composer.methods.regmean import ModuleInputs
 
 @dataclass(frozen=True)
 class Calibration:
-    """A set for each adapter, in their order; `load` gives the base, the same one every time. Of a member's tokens at
-    most `tokens` are looked at, chosen by `seed`. `progress` is called with each number of examples that were run."""
+    """The calibration sets, one for each adapter, in order. `load` returns the base, the same one every time. At most
+    `tokens` of a member's tokens are used, chosen by `seed`. `progress` is called with each number of finished
+    examples."""
 
     load: Callable[[], LoadedModel]
     sets: Sequence[CalibrationSet]
@@ -38,7 +39,7 @@ class Calibration:
     def by(
         cls, settings: Mapping[str, object], load: Callable[[], LoadedModel], sets: Sequence[CalibrationSet]
     ) -> "Calibration":
-        """As the parsed settings of a fitted method say."""
+        """A calibration with the parsed settings of a fitted method."""
         return cls(load, sets, cast(int, settings["tokens"]), cast(int, settings["seed"]))
 
     @property
@@ -49,15 +50,14 @@ class Calibration:
         return [one.to_json() for one in self.sets]
 
     def pick(self, members: Sequence[int]) -> "Calibration":
-        """That of some of the adapters, by their numbers among all."""
+        """The calibration of some of the adapters, by their indices."""
         return replace(self, sets=[self.sets[member] for member in members])
 
     def observe(
         self, member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]
     ) -> Mapping[str, ModuleInputs]:
-        """By key, what the matrices of the `wanted` deltas see on the member's examples under `active` deltas.
-
-        Those whose inputs cannot be observed are left out. Raises what `encode` and `deltas_applied` raise."""
+        """Maps keys to the inputs of the `wanted` deltas' matrices on the member's examples under `active` deltas.
+        Leaves out those whose inputs cannot be observed. Raises what `encode` and `deltas_applied` raise."""
         loaded, collector = self.model, _Collector()
         examples = _encoded(loaded, self.sets[member])
         watches: dict[str, Watch] = {}
@@ -77,8 +77,8 @@ class Calibration:
 
 
 class _Collector:
-    """Keeps each module's inputs on the disk, in the order of the examples. Modules that are given the very same tensor
-    one after the other (q, k and v; gate and up) share them."""
+    """Keeps each module's inputs on disk, in the order of the examples. Modules that get the same tensor in a row (q, k
+    and v; gate and up) share them."""
 
     def __init__(self) -> None:
         self._parts: dict[str, dict[tuple[int, ...], tuple[torch.Tensor, float]]] = defaultdict(dict)
@@ -99,8 +99,8 @@ class _Collector:
         return keep
 
     def watch_stacks(self, stacks: Sequence[tuple[Stack, Sequence[tuple[str, int]]]]) -> Watch:
-        """Of stacked matrices of one module: each with the keys and numbers of its experts. The parts of one expert
-        (its gate and its up projection) have the same inputs, and the energy of both."""
+        """For stacked matrices of one module: each with the keys and indices of its experts. The parts of one expert
+        (its gate and up projections) have the same inputs, and share the energy of both."""
 
         def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
             for stack, keys in stacks:
@@ -124,7 +124,7 @@ class _Collector:
 
 
 def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
-    """Prompts are user turns where the base has a chat template."""
+    """Encodes prompts; they are user turns if the base has a chat template."""
     if used.suite is not None:
         return [encode(loaded, one, used.suite.chat, used.suite.ends) for one in used.examples]
     chat = loaded.tokenizer.chat_template is not None
@@ -133,14 +133,14 @@ def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Is it called with its inputs? transformers' Conv1D is known by its name; the output projection of a packed
-    attention is a linear layer that nobody calls."""
+    """Whether the module is called with its inputs. transformers' Conv1D is recognized by its name; the output
+    projection of a packed attention is a linear layer that is never called."""
     name = type(module).__name__
     return name == "Conv1D" or (isinstance(module, nn.Linear) and name != "NonDynamicallyQuantizableLinear")
 
 
 def _chosen(examples: Sequence[Encoded], most: int, seed: int) -> list[torch.Tensor]:
-    """Which tokens of each example are looked at: all, or `most` of them by chance."""
+    """Selects the tokens of each example that are used: all, or `most` of them at random."""
     lengths = [len(one.ids) for one in examples]
     chosen = torch.ones(sum(lengths), dtype=torch.bool)
     if len(chosen) > most:

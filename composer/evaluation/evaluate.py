@@ -20,7 +20,7 @@ from composer.formats.recipes.suite import Example, Suite
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric of one suite. `stderr` is over the examples, and None when there is only one."""
+    """One metric of one suite. `stderr` is over the examples; None if there is only one."""
 
     suite: str
     suite_digest: str
@@ -57,12 +57,11 @@ class Measured:
 
 
 def encode(loaded: LoadedModel, example: Example, chat: bool, ends: bool = True) -> Encoded:
-    """The token ids an adapter is trained and scored on: the prompt's, then the completion's and, if it `ends`, the
-    tokenizer's eos.
+    """The token ids that an adapter is trained and scored on: the prompt's, then the completion's and, if it `ends`,
+    the tokenizer's eos. With `chat` the prompt is one user turn of the base's template.
 
-    With `chat` the prompt is one user turn of the base's template. Raises Mismatch for a tokenizer without template or
-    eos, for a completion without tokens, and for an example longer than the model's context: cutting it would silently
-    measure something else.
+    Raises Mismatch for a tokenizer without template or eos, for a completion without tokens, and for an example longer
+    than the model's context: truncating it would silently measure something else.
     """
     prompt = encode_prompt(loaded, example.prompt, chat)
     completion = loaded.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
@@ -133,14 +132,15 @@ def measure(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Measured]:
-    """One teacher-forced pass over every example, with `deltas` active, in the order given.
+    """One teacher-forced pass over every example, in order, with `deltas` active.
 
-    Greedy decoding reproduces a completion exactly when, with the completion before it as context, every argmax is the
-    reference token, eos included where it is scored: so the same logits give both the loss and exact match, and
-    nothing is generated. Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the
-    batches share the cores. `progress` gets the number of examples just done; what it raises ends the pass.
+    Greedy decoding reproduces a completion exactly if, given the completion up to there, every argmax is the reference
+    token, including a scored eos. So the same logits give both the loss and exact match, and nothing is generated.
+
+    Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
+    cores. `progress` gets the number of examples just finished; an exception from it ends the pass.
     """
-    # A few examples are spread as well: one batch over all cores would wait at barriers.
+    # A few examples are spread too: one batch over all cores would wait at barriers.
     limit = min(batch_tokens or loaded.batch_tokens, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
     batches = list(batches_of(encoded, limit))
     workers = max(1, min(loaded.passes, len(batches)))
@@ -162,7 +162,7 @@ def measure(
 
 
 def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: the largest memory is needed at once or never."""
+    """Indices in batches of similar length, longest first: the peak of memory comes at the start or never."""
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index].ids), index))
     while order:
         size = max(1, limit // len(encoded[order[0]].ids))
@@ -187,8 +187,8 @@ def _measure_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[Measur
 
 
 def padded(batch: Sequence[Encoded]) -> torch.Tensor:
-    """B x T ids. Padding is on the right, where a causal model's earlier positions can't see it: no mask, no shifted
-    positions."""
+    """B x T ids. Padding is on the right, where a causal model's earlier positions cannot see it: no mask and no
+    shifted positions are needed."""
     ids_BT = torch.zeros(len(batch), max(len(one.ids) for one in batch), dtype=torch.long)
     for row, one in enumerate(batch):
         ids_BT[row, : len(one.ids)] = torch.tensor(one.ids)
@@ -196,7 +196,9 @@ def padded(batch: Sequence[Encoded]) -> torch.Tensor:
 
 
 def _logits_from(model: Any, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
-    """Logits of positions `first` to the last but one: the head is the largest matrix, and prompts need none of it."""
+    """Logits from position `first` to the last but one: the head is the largest matrix, and the prompts do not need
+    it.
+    """
     kept = torch.arange(first, ids_BT.shape[1] - 1, device=ids_BT.device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits
@@ -255,7 +257,7 @@ def generate(loaded: LoadedModel, prompt: str, chat: bool = True, deltas: Deltas
             input_ids=prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
             do_sample=False,
-            # What a checkpoint's generation_config may set, and greedy decoding must not have.
+            # Settings of a checkpoint's generation_config that greedy decoding must not have.
             repetition_penalty=1.0,
             temperature=None,
             top_p=None,

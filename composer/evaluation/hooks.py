@@ -1,6 +1,6 @@
-"""Deltas put on a model in memory and taken off again: in milliseconds where a hook adds what a short product gives.
+"""Applies deltas to a model in memory and removes them: in milliseconds if a hook can add a low-rank product.
 
-Shapes: I inputs and O outputs of a module, R rank; a parameter seen as a matrix is M x N.
+Shapes: I inputs and O outputs of a module, R rank; a parameter as a matrix is M x N.
 """
 
 from collections import defaultdict
@@ -20,13 +20,16 @@ Deltas = Iterable[Delta]
 
 @contextmanager
 def deltas_applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
-    """The model with `deltas` active inside the block, several on one module adding up; its weights stay as they are.
+    """Activates `deltas` on the model inside the block; several on one module add up. The model's weights do not
+    change.
 
     A low-rank delta adds scale * (x A^T) B^T to its module's output, in float32 with one rounding to the output's
-    dtype; one of experts, convolutions or packed parameters, and a computed one, changes the parameter instead. A
-    replacement takes the parameter's place. Each acts on the module it names, so of a tied weight only on that side.
-    Raises Mismatch naming a module that is missing or has another shape, NotSupported naming one of a class that no
-    delta can be applied to.
+    dtype. Deltas of experts, convolutions or packed parameters, and computed ones, replace the parameter by a changed
+    copy. A replacement takes the parameter's place. Each acts on the module that it names, so on a tied weight only on
+    that side.
+
+    Raises Mismatch naming a module that is missing or has another shape, and NotSupported naming one of a class that
+    deltas cannot be applied to.
     """
     hooked: dict[str, list[LowRank]] = defaultdict(list)
     added: dict[tuple[str, str], list[tuple[Additive, int]]] = defaultdict(list)
@@ -48,20 +51,20 @@ def deltas_applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
 
 
 def _path(delta: Additive) -> str:
-    """The parameter in memory: the module's own of the name that the tensor has on disk, or the stack of experts."""
+    """The parameter in memory: the module's own, by the name that the tensor has on disk, or the stack of experts."""
     return delta.stacked.parameter if delta.stacked else f"{delta.module}.{delta.weight.rpartition('.')[2]}"
 
 
 def _is_called(model: nn.Module, delta: LowRank) -> bool:
-    """Does the delta belong to a module whose own forward uses its weight? An attention's packed projections are used
-    by the attention itself."""
+    """Whether the delta belongs to a module whose own forward uses its weight. An attention's packed projections are
+    used by the attention itself."""
     if delta.stacked or delta.kernel or not delta.weight.endswith(".weight"):
         return False
     return type(module_of(model, delta.module)).__name__ != "NonDynamicallyQuantizableLinear"
 
 
 def module_of(model: nn.Module, path: str) -> nn.Module:
-    """Raises Mismatch where the model has none."""
+    """Finds a module by its path. Raises Mismatch if the model does not have it."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:
@@ -108,7 +111,9 @@ def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
 
 @contextmanager
 def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]]) -> Iterator[None]:
-    """The parameter with the deltas added in float32 from their first rows on, each taken from the base's own."""
+    """The parameter with the deltas added in float32 from their first rows on, each computed from the base's own
+    value.
+    """
     old = _in_memory(module, name, deltas[0][0].module)
     (rows, columns), path = deltas[0][0].stored_shape, deltas[0][0].module
     stacked = any(delta.stacked for delta, _ in deltas)
@@ -160,8 +165,8 @@ def _added(module: nn.Module, parts: Sequence[LowRank], device: torch.device) ->
 
 
 def acting_factor(module: nn.Module, delta: LowRank) -> torch.Tensor:
-    """B_OR in float64 with all that multiplies it on the way to the module's output."""
-    # Gemma's embedding scales what it looks up, by a number that it rounds to its weight's dtype.
+    """B_OR in float64 with all factors on its way to the module's output."""
+    # Gemma's embedding scales its output by a number that it rounds to its weight's dtype.
     factor: object = getattr(module, "embed_scale", 1.0)
     if isinstance(factor, torch.Tensor):
         factor = factor.to(next(module.parameters()).dtype)
@@ -169,9 +174,9 @@ def acting_factor(module: nn.Module, delta: LowRank) -> torch.Tensor:
 
 
 def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[int, int]) -> None:
-    """Unless the module is of the class that the layout says, and an O x I delta of `shape` fits its weight."""
+    """Raises unless the module has the class of the layout, and an O x I delta of `shape` fits its weight."""
     classes = {Layout.LINEAR: nn.Linear, Layout.EMBEDDING: nn.Embedding}
-    # transformers' Conv1D is known by its name, so that nothing is imported for models that have none.
+    # transformers' Conv1D is recognized by its name, so that models without it import nothing.
     known = type(module).__name__ == "Conv1D" if layout is Layout.CONV1D else isinstance(module, classes[layout])
     weight = module._parameters.get("weight")
     if not known or weight is None:

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: what is free on the machine, and what its control groups leave of it."""
+"""How much memory this process may still use: what is free on the machine and within its control groups."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _MOUNT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where a group says what it may use and uses, and which line of its memory.stat is the cache it would give up."""
+    """The files of a control group: limit, usage, and the line of memory.stat with the cache that it would give up."""
 
     limit: str
     usage: str
@@ -29,10 +29,10 @@ def free_bytes() -> int:
 
 
 def left_by_groups(listing: str, mount: Path) -> Iterator[int]:
-    """What each group with a limit leaves, of those in /proc/self/cgroup's `listing` and all groups around them.
+    """The free bytes of each group that has a limit, among those in /proc/self/cgroup's `listing` and their parents.
 
-    Inside a container the listing may name a path of the host, which is not below `mount`: the container's own group
-    is then `mount` itself, which is looked at too.
+    Inside a container the listing may name a path of the host, which is not below `mount`: the container's own group is
+    then `mount` itself, which is included.
     """
     for line in listing.splitlines():
         _, controllers, path = line.split(":", 2)
@@ -46,11 +46,11 @@ def left_by_groups(listing: str, mount: Path) -> Iterator[int]:
 
 
 def _left(group: Path, files: _Files) -> int | None:
-    """None where the group is not there or has no limit."""
+    """The group's free bytes; None if it does not exist or has no limit."""
     try:
         limit, usage = (int((group / name).read_text()) for name in (files.limit, files.usage))
         counts = dict(line.split(maxsplit=1) for line in (group / "memory.stat").read_text().splitlines())
-        # As Kubernetes counts: a file that was read once stays in the group's usage, and makes room when it must.
+        # As Kubernetes counts: cached file pages stay in the group's usage, and are freed when needed.
         return limit - usage + int(counts.get(files.cache, 0))
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""A base that suites and prompts are run on: in memory, or streamed from the disk when it does not fit there."""
+"""A base that runs suites and prompts: in memory, or streamed from disk if it does not fit."""
 
 import os
 from collections import Counter
@@ -17,7 +17,7 @@ from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, op
 # each pass reads the weights from the disk, large enough that reading them serves many tokens.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 _STREAMED_TOKENS = 8192
-_WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for activations, logits and everybody else
+_WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for activations, logits and other processes
 _KEPT_SHARE = 0.5  # of it, when weights are streamed through the other half
 
 
@@ -25,8 +25,8 @@ _KEPT_SHARE = 0.5  # of it, when weights are streamed through the other half
 class LoadedModel:
     """A causal language model, its tokenizer and its checkpoint's architecture.
 
-    `streamed` says that not all of its weights are in memory: each forward pass reads the others from the checkpoint, a
-    layer at a time, so that only one pass may run at once, and no parameter can be changed.
+    `streamed`: not all of its weights are in memory. Each forward pass reads the others from the checkpoint, a layer at
+    a time, so only one pass may run at once, and parameters cannot be changed.
     """
 
     model: Any  # transformers' classes are imported when a model is loaded, not for annotations
@@ -36,29 +36,29 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where a forward pass takes its input."""
+        """The device of a forward pass's input."""
         return execution_device(self.model)
 
     @property
     def passes(self) -> int:
-        """How many forward passes may run side by side."""
+        """Maximum number of concurrent forward passes."""
         return 1 if self.streamed or self.device.type != "cpu" else os.cpu_count() or 1
 
     @property
     def batch_tokens(self) -> int:
-        """The padded tokens of one pass."""
+        """Maximum padded tokens of one pass."""
         return _STREAMED_TOKENS if self.streamed else BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
 
 
 def load_model(
     directory: Path | str, device: str = "auto", dtype: torch.dtype | None = None, memory: int | None = None
 ) -> LoadedModel:
-    """Load a Hugging Face checkpoint for evaluation. No code from the checkpoint is run and nothing is downloaded.
+    """Loads a Hugging Face checkpoint for evaluation. Runs no code from the checkpoint and downloads nothing.
 
-    `device` auto is CUDA where there is one. `dtype` None is the checkpoint's own, or float32 where the device does not
-    multiply in it and the larger weights fit. Weights that need more than `memory` bytes of the device (None: most of
-    what is free there now) are streamed. Raises composer's errors for a checkpoint that cannot be read, and InvalidFile
-    when transformers refuses the model or its tokenizer.
+    `device` auto is CUDA if there is one. `dtype` None is the checkpoint's own, or float32 if the device has no
+    arithmetic in it and the larger weights fit. Weights that need more than `memory` bytes of the device are streamed
+    (None: most of what is free there now). Raises composer's errors for a checkpoint that cannot be read, and
+    InvalidFile if transformers refuses the model or its tokenizer.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -70,7 +70,7 @@ def load_model(
         dtype = torch.float32
     streamed = _weight_bytes(checkpoint, dtype) > limit
     device_map = _device_map(chosen, limit) if streamed else {}
-    # Its bar for reading weights is drawn even where stderr is no terminal.
+    # It draws a bar for reading weights even if stderr is not a terminal.
     logging.disable_progress_bar()
     model: Any
     try:
@@ -80,7 +80,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **device_map)
     except (MemoryError, torch.OutOfMemoryError):
         raise  # not the checkpoint's fault
-    except Exception as error:  # what they raise over a damaged file has no other base: tokenizers raises just this
+    except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         raise InvalidFile(
             "model_not_loadable",
             f"{directory}: transformers cannot load it: {error}",
@@ -93,8 +93,8 @@ def load_model(
 
 
 def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Does the device multiply matrices of this dtype by instructions of its own? A CPU without them takes up to a
-    hundred times as long as in float32: on one with AVX2 alone, 0.9 GFLOP/s in bfloat16 and 75 in float32."""
+    """Whether the device has instructions for matrix products in this dtype. A CPU without them takes up to a hundred
+    times as long as in float32: one with AVX2 alone reached 0.9 GFLOP/s in bfloat16 and 75 in float32."""
     if device.type != "cpu":
         return True
     if not torch.backends.mkldnn.is_available():
@@ -105,7 +105,7 @@ def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _is_emulated(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Are most of the weights of a 16-bit dtype that the device does not multiply in?"""
+    """Whether most weights have a 16-bit dtype that the device has no arithmetic for."""
     sizes: Counter[str] = Counter()
     for header in checkpoint.shards.values():
         for entry in header.tensors.values():
@@ -126,7 +126,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _device_map(device: torch.device, limit: int) -> dict[str, object]:
-    """Layers are put on the device while they fit, then in the host's memory, and the rest stays in the checkpoint."""
+    """Places layers on the device while they fit, then in the host's memory, and leaves the rest in the checkpoint."""
     kept = int(limit * _KEPT_SHARE)
     if device.type == "cpu":
         return {"device_map": "auto", "max_memory": {"cpu": kept}}

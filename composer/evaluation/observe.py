@@ -1,6 +1,6 @@
-"""What the modules of a model see: their inputs, and what the base makes of them, on some examples with deltas active.
+"""Observes the modules of a model: their inputs, and the base's outputs, on some examples with deltas active.
 
-Shapes: B examples of P positions in a batch, N tokens of it that are looked at.
+Shapes: B examples of P positions in a batch, N selected tokens.
 """
 
 import inspect
@@ -24,15 +24,16 @@ from composer.formats.adapters.placement.naming import is_head
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward pass over the examples `indices`; `tokens` (B x P) are those to look at, none of them padding."""
+    """One forward pass over the examples `indices`; `tokens` (B x P) selects tokens, none of them padding."""
 
     indices: tuple[int, ...]
     tokens: torch.Tensor
     is_padded: bool
 
     def rows(self, values: torch.Tensor, path: str) -> torch.Tensor:
-        """B x P x … as N x …, without the other tokens; all rows where a module sees its tokens in another shape (an
-        expert's own layer gets those which a router has chosen). Raises NotSupported when these may hold padding."""
+        """Turns B x P x … into N x …, the selected tokens. Returns all rows if a module sees its tokens in another
+        shape (an expert's own layer gets those that a router has chosen). Raises NotSupported if these may include
+        padding."""
         tokens_BP = self.tokens.to(values.device)
         if values.shape[:2] == tokens_BP.shape:
             return values[tokens_BP]
@@ -45,7 +46,9 @@ class Pass:
 
 
 Watch = Callable[[Pass, tuple[torch.Tensor, ...], torch.Tensor], None]
-"""(pass, a module's inputs, the base's output W x). Called from several threads, in the order of the modules."""
+"""Arguments: pass, a module's inputs, the base's output W x. Called from several threads, in the order of the
+modules.
+"""
 
 _PASS: ContextVar[Pass] = ContextVar("_PASS")
 
@@ -57,10 +60,10 @@ def observe(
     watches: Mapping[str, Watch],
     tokens: Sequence[torch.Tensor] | None = None,
 ) -> None:
-    """Run every example with `active` deltas, and show each watched module's input and output to its watch.
+    """Runs every example with `active` deltas, and passes each watched module's input and output to its watch.
 
-    The output is the base's, before any delta. `tokens` says for each example which of its tokens are looked at (a
-    boolean vector; all by default). Raises what `deltas_applied` and the watches raise.
+    The output is the base's, before any delta. `tokens` selects tokens for each example (a boolean vector; all by
+    default). Raises what `deltas_applied` and the watches raise.
     """
     looked_at = tokens or [torch.ones(len(one.ids), dtype=torch.bool) for one in examples]
     # Watched before the deltas are put on, whose hooks change the output.
@@ -86,7 +89,7 @@ def _run(
     *,
     with_head: bool,
 ) -> None:
-    # The head is the largest matrix; one position is enough where nobody looks at what it gets.
+    # The head is the largest matrix; one position is enough unless somebody watches it.
     sparing = not with_head and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
     spared = {"logits_to_keep": 1} if sparing else {}
     ids_BP = padded([examples[index] for index in batch])

@@ -1,6 +1,6 @@
 """The inputs of matrices that one module stacks: a layer's fused experts, or a router's own weight.
 
-Shapes: T tokens of a pass, N of them that are looked at and that the router sends to an expert, I inputs, O outputs.
+Shapes: T tokens of a pass, N selected tokens that the router sends to an expert, I inputs, O outputs.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _SECOND = "down_proj"
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A parameter of `owner` whose inputs can be had, with the base's own values, before any delta is put on."""
+    """A parameter of `owner` whose inputs can be observed, with the base's values before any delta."""
 
     owner: nn.Module
     path: str
@@ -26,8 +26,8 @@ class Stack:
 
     @classmethod
     def of(cls, model: nn.Module, path: str) -> "Stack | None":
-        """None where the inputs cannot be observed: experts of a class that does not follow transformers' common
-        interface, a bias, weights that are not in memory."""
+        """None if the inputs cannot be observed: experts whose class does not follow transformers' common interface, a
+        bias, weights that are not in memory."""
         owner_path, _, name = path.rpartition(".")
         owner = model.get_submodule(owner_path)
         values = owner._parameters.get(name)
@@ -37,8 +37,8 @@ class Stack:
         return cls(owner, path, values.detach()) if name in known and values.ndim in (2, 3) else None
 
     def rows(self, seen: Pass, inputs: tuple[Any, ...], expert: int) -> torch.Tensor:
-        """N x I: what the expert's matrix is multiplied with. `inputs` are the owner's: hidden states, then the experts
-        of each token."""
+        """N x I, the inputs of the expert's matrix. `inputs` are the owner's: hidden states, then the experts of each
+        token."""
         hidden_TI = cast(torch.Tensor, inputs[0]).flatten(0, -2)
         chosen_T = seen.tokens.flatten().to(hidden_TI.device)
         if len(chosen_T) != len(hidden_TI):
@@ -50,11 +50,11 @@ class Stack:
         return self._between(rows_NI, expert) if self.path.endswith(f".{_SECOND}") else rows_NI
 
     def energy(self, rows_NI: torch.Tensor, expert: int) -> float:
-        """Σ |W x|² over the rows, by the base's own weight."""
+        """Σ |W x|² over the rows, with the base's own weight."""
         return float(self._times(rows_NI, self.values, expert).float().square().sum())
 
     def _between(self, rows_NI: torch.Tensor, expert: int) -> torch.Tensor:
-        """What an expert's first half makes of its inputs, with the deltas that are on it at the moment."""
+        """The output of an expert's first half, with the deltas that are active at the moment."""
         owner: Any = self.owner
         name = "gate_up_proj" if owner.has_gate else "up_proj"
         hidden_NO = self._times(rows_NI, getattr(owner, name), expert)

@@ -1,4 +1,4 @@
-"""Text, values and files that strangers wrote: bounded before they are read, safe to keep and to name in a message."""
+"""Untrusted text, values and files: bounded before they are read, and safe to keep and to print."""
 
 import re
 import reprlib
@@ -8,16 +8,14 @@ from typing import Any
 
 from composer.errors import InvalidFile
 
-# JSON and YAML escapes can spell half a surrogate pair, which no encoding, database or tokenizer takes.
+# JSON and YAML escapes can spell an unpaired surrogate, which no encoding, database or tokenizer accepts.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN_INT = 10**20
 
 
 def printable(value: object) -> str:
-    """`value` in at most a few dozen printable characters: cut when it is simple, its type's name otherwise.
-
-    A few lines of YAML aliases have a repr of gigabytes, and an integer of 5000 digits has none.
-    """
+    """`value` in at most a few dozen printable characters: shortened if it is simple, otherwise its type's name. A few
+    lines of YAML aliases have a repr of gigabytes, and an integer of 5000 digits has none."""
     simple = value is None or isinstance(value, str | float | bool)
     if simple or (isinstance(value, int) and abs(value) < _SHOWN_INT):
         return reprlib.repr(value)
@@ -25,16 +23,17 @@ def printable(value: object) -> str:
 
 
 def has_more_values(content: bytes, most: int) -> bool:
-    """Would JSON build more values of it? As objects they take thirty times their text, so that bytes are no bound."""
+    """Whether JSON would build more values from it. Objects take thirty times the memory of their text, so a limit on
+    bytes is not enough."""
     return sum(map(content.count, (b",", b"[", b"{"))) > most
 
 
 class DuplicateKey(ValueError):
-    """A key that a JSON object has twice: what reads it takes one of the two, and not everybody the same."""
+    """A duplicate key of a JSON object: readers take one of the two values, and not all the same one."""
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`json.loads`' `object_pairs_hook`. Raises Twice, which says what is there twice."""
+    """`json.loads`' `object_pairs_hook`. Raises DuplicateKey, which names the key."""
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
@@ -44,7 +43,7 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def cut(text: str, most: int = 24) -> str:
-    """At most so many characters: of a longer text the middle is left out, since names differ at their ends."""
+    """Shortens a text to at most `most` characters, in the middle, since names differ at their ends."""
     if len(text) <= most:
         return text
     front = (most - 1) // 2
@@ -52,15 +51,15 @@ def cut(text: str, most: int = 24) -> str:
 
 
 def refuse_endless(path: Path) -> None:
-    """Raises InvalidFile for a pipe, a device or a directory, and OSError for what is not there. To be asked before it
-    is opened: that waits for a pipe's other end."""
+    """Raises InvalidFile for a pipe, a device or a directory, and OSError for a missing file. To be called before
+    opening it: opening a pipe waits for its other end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise _unreadable(path, "it is not a regular file")
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """All of a regular file, or of one that a link leads to. Raises InvalidFile, which names it, for any other, for one
-    that cannot be read, and for one of more bytes."""
+    """The content of a regular file, or of one that a link leads to. Raises InvalidFile, which names it, for any other,
+    an unreadable or a larger one."""
     try:
         refuse_endless(path)
     except OSError as error:
@@ -69,8 +68,8 @@ def read_bytes(path: Path, most_bytes: int) -> bytes:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """The text of a file that a user has named; a pipe is one too (a shell's `<(...)`). Raises InvalidFile as
-    `read_bytes`, and for what is no UTF-8."""
+    """The text of a file that a user named, or of a pipe (a shell's `<(...)`). Raises InvalidFile like `read_bytes`,
+    and for text that is not UTF-8."""
     content = _bounded(path, most_bytes)
     try:
         return content.decode()

@@ -1,7 +1,7 @@
-"""The model card: the YAML between two lines of `---` that a README.md begins with, and the provenance it states.
+"""The model card: the YAML between two lines of `---` at the start of a README.md, and the provenance in it.
 
-A card is what strangers wrote. It is read with bounds, without aliases (a few lines of them unfold to gigabytes), and
-what cannot be used is a finding, never an error: nobody's release should fail over its README.
+A card is untrusted. It is read with bounds, and without aliases (a few lines of them expand to gigabytes). Unusable
+parts are findings, never errors: no release should fail because of its README.
 """
 
 import re
@@ -24,7 +24,7 @@ MAX_ITEMS = 100
 MAX_HYPERPARAMETERS = 200
 
 TEXTS = ("trainer", "run_url", "code_commit", "base_license", "license", "license_link", "library_name", "base_model")
-"""Provenance that is one short text."""
+"""Fields of the provenance that are one short text."""
 FIELDS = (*TEXTS, "data", "hyperparameters", "tags")
 _LICENSE_CHARS = 100
 _COMMIT_DIGITS = 64
@@ -39,7 +39,7 @@ Scalar = str | int | float | bool
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 0123456 for an octal number and 1:30 for ninety: here that is a commit, and text."""
+    """YAML 1.1 reads 0123456 as an octal number and 1:30 as ninety. Here they are text, such as a commit."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -63,7 +63,8 @@ def load_mapping(text: str, subject: str) -> dict[str, Any]:
 
 
 def _refuse_tricks(text: str, subject: str) -> None:
-    """Aliases and deep nesting cost more than they say. Seen event by event, before anything is built of them."""
+    """Refuses aliases and deep nesting, which expand far beyond their text. Checks the events, before anything is built
+    from them."""
     depth = 0
     events = cast("Iterator[object]", yaml.parse(text, yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
     for event in events:
@@ -78,7 +79,7 @@ def _refuse_tricks(text: str, subject: str) -> None:
 
 
 def front_matter(content: bytes) -> dict[str, Any]:
-    """The front matter of a card, {} when it has none. Raises InvalidFile; reads at most the first 64 kB."""
+    """The front matter of a card; {} if it has none. Raises InvalidFile. Reads at most the first 64 kB."""
     begin = _FENCE.match(content)
     if begin is None:
         return {}
@@ -90,7 +91,7 @@ def front_matter(content: bytes) -> dict[str, Any]:
 
 
 def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:
-    """What a model card says of where an adapter comes from, and a warning for each part that cannot be used."""
+    """The provenance in a model card, and a warning for each part that cannot be used."""
     try:
         return provenance(front_matter(content))
     except InvalidFile as error:
@@ -119,7 +120,7 @@ def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]
 
 
 def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
-    """What somebody states on purpose, in the form of `provenance`. Raises InvalidFile for a name or value unknown."""
+    """Explicitly stated provenance, in the form of `provenance`. Raises InvalidFile for an unknown name or value."""
     unknown = sorted(set(stated) - set(FIELDS))
     if unknown:
         raise _bad(subject, f"{printable(unknown[0])} is not a part of it; known are {', '.join(FIELDS)}")
@@ -172,7 +173,7 @@ def _texts(value: object) -> list[str]:
 
 
 def _data(value: object) -> list[dict[str, str]]:
-    """Each a name, or {name, digest, license}."""
+    """Parses the items: each a name, or {name, digest, license}."""
     rows: list[dict[str, str]] = []
     for item in _list(value):
         row: object = {"name": item} if isinstance(item, str) else item

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: config, shards and where each tensor lies."""
+"""A Hugging Face checkpoint on disk: config, shards, and the location of each tensor."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -27,10 +27,10 @@ _FP8_FORMATS = (None, "float-quantized")  # of compressed-tensors: the others pa
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """All that a check of an adapter needs to know of a base: no weights, so a registry can keep it.
+    """Everything that the check of an adapter needs to know about a base: no weights, so a registry can keep it.
 
-    `tied` says that the output head shares the input embedding's tensor, or is stored a second time with the same
-    bytes, so that loading makes them one. `tensors` are named as on disk.
+    `tied`: the output head shares the input embedding's tensor, or is stored again with the same bytes, so that loading
+    makes them one. `tensors` are named as on disk.
     """
 
     model_type: str
@@ -40,10 +40,8 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file.
-
-    `dequantize` says that its quantized tensors stand for the values they were made from: `architecture` has those.
-    """
+    """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file. With
+    `dequantize`, its quantized tensors stand for their decoded values, which `architecture` describes."""
 
     path: Path
     config: Mapping[str, Any]
@@ -62,8 +60,8 @@ class Checkpoint:
 
     @cached_property
     def own_head(self) -> str | None:
-        """The head whose bytes are not the embedding's, though the config says that both are one: loading believes the
-        file, and so does this. None where the config is right."""
+        """The head whose bytes differ from the embedding's although the config says that they are tied: loading
+        believes the file, and so does this. None if the config is right."""
         heads, embeddings = head_tensors(self._shard_by_tensor), embedding_tensors(self._shard_by_tensor)
         if len(heads) != 1 or len(embeddings) != 1 or not said_tied(self.config, self._shard_by_tensor):
             return None
@@ -71,7 +69,7 @@ class Checkpoint:
 
     @cached_property
     def packed(self) -> Mapping[str, Nf4]:
-        """The 4-bit weights by name; none where the checkpoint was not opened to be dequantized."""
+        """The 4-bit weights by name; empty unless the checkpoint was opened to be dequantized."""
         return nf4_weights(self._shard_by_tensor, self.locate) if self.dequantize else {}
 
     @cached_property
@@ -79,18 +77,18 @@ class Checkpoint:
         return {name: shard for shard, header in self.shards.items() for name in header.tensors}
 
     def locate(self, name: str) -> tuple[Path, TensorEntry]:
-        """File and entry of a tensor. Raises KeyError for a name that the architecture does not have."""
+        """File and entry of a tensor. Raises KeyError for a name that is not in the architecture."""
         shard = self._shard_by_tensor[name]
         return self.path / shard, self.shards[shard].tensors[name]
 
 
 def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
-    """Open the checkpoint in directory `path`: reads config, index and headers, no weights.
+    """Opens the checkpoint in directory `path`: reads config, index and headers, but no weights.
 
-    Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about,
-    pickles), and NotSupported for a quantized base; for one in fp8 or 4-bit NormalFloat only without `dequantize`.
+    Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about, pickles),
+    and NotSupported for a quantized base; for fp8 or 4-bit NormalFloat only without `dequantize`.
     """
-    path = path.absolute()  # "." has no name that a message could say
+    path = path.absolute()  # "." has no name for a message
     config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
     _refuse_quantized(path, config, dequantize)
     if (path / INDEX_FILE).is_file():
@@ -129,7 +127,7 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
 
 
 def quantization(settings: Mapping[str, Any]) -> str:
-    """What a config says of how the weights were quantized, in a few words."""
+    """The quantization that a config states, in a few words."""
     words = (settings.get("quant_method", "quantized"), settings.get("format"))
     return ", ".join(str(word)[:40] for word in words if word)
 
@@ -148,7 +146,7 @@ def _is_sparse(settings: Mapping[str, Any]) -> bool:
 
 
 def _refuse_another(path: Path, shards: Mapping[str, Header]) -> None:
-    """Some loaders take the single file, and others what the index says."""
+    """Raises InvalidFile if both exist: some loaders read the single file, others the index."""
     if SINGLE_FILE not in shards and (path / SINGLE_FILE).is_file():
         raise InvalidFile(
             "two_checkpoints",
@@ -159,7 +157,7 @@ def _refuse_another(path: Path, shards: Mapping[str, Header]) -> None:
 
 
 def _refuse_packed(path: Path, shards: Mapping[str, Header]) -> None:
-    """Old tools packed weights without a word in the config."""
+    """Raises for packed weights that the config does not mention, as old tools left them."""
     for shard, header in shards.items():
         for name in header.tensors:
             if name.endswith(".qweight"):
@@ -184,7 +182,7 @@ def local_directory(locations: Iterable[str]) -> Path | None:
 
 
 def missing_weights(path: Path, expected: str) -> InvalidFile:
-    """The error for a directory without safetensors: another one when there are pickles to convert."""
+    """The error for a directory without safetensors, which depends on whether there are pickles to convert."""
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES) if path.is_dir() else []
     if pickles:
         message = f"{path.name} has its weights only as a pickle ({pickles[0]}), which runs code when opened."
@@ -198,7 +196,8 @@ def missing_weights(path: Path, expected: str) -> InvalidFile:
 
 
 def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
-    """The JSON object in a file of at most 100 MB and a million values. Raises InvalidFile, with `code` for none."""
+    """The JSON object in a file of at most 100 MB and a million values. Raises InvalidFile, with `code` for a missing
+    file."""
     if not path.is_file():
         raise InvalidFile(code, f"{path.parent.name} has no {path.name}.", subject=path.name, next_step=next_step)
     contained(path.parent, path.name)
@@ -237,10 +236,8 @@ def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
 
 
 def contained(directory: Path, name: str) -> Path:
-    """`directory / name`, once it is certain that no link leads out of the directory.
-
-    A Hugging Face cache keeps `snapshots/<commit>/file` as a link to `blobs/`: that one neighbour counts as inside.
-    """
+    """`directory / name`, if no link leads out of the directory. A Hugging Face cache keeps `snapshots/<commit>/file`
+    as a link to `blobs/`: that one neighbour counts as inside."""
     real = (directory / name).resolve()
     home = directory.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -283,7 +280,7 @@ def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
 
 
 def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
-    """Tensor -> name of its shard. Raises InvalidFile for an index that is of another form."""
+    """Maps each tensor to the name of its shard. Raises InvalidFile for a malformed index."""
     stated: object = index.get("weight_map")
     if not isinstance(stated, dict) or not stated:
         raise _bad_index("has no weight_map")
@@ -296,7 +293,8 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_name(value: object) -> bool:
-    """Can a shard have that name? One with another ending would be taken for what goes along with the weights."""
+    """Whether a shard can have that name. A file with another suffix would be taken for one of the files that accompany
+    the weights."""
     if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
         return False
     return (

@@ -1,4 +1,4 @@
-"""Digests of files and of a checkpoint's weights: streamed, in threads (hashlib lets go of the interpreter)."""
+"""Digests of files and of a checkpoint's weights: streamed, in threads (hashlib releases the interpreter lock)."""
 
 import hashlib
 import os
@@ -15,12 +15,12 @@ _BLOCK_BYTES = 1 << 20  # measured: 64 KiB to 4 MiB all hash at the speed of sha
 
 Progress = Callable[[int], None]
 Identity = tuple[int, int, int]
-"""Size, inode and time of last change: as long as they are the same, nobody has written to a file."""
+"""Size, inode and modification time: while they are the same, nobody has written to the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
-    """What a base is, independent of sharding, file order and file metadata. Sizes count tensors, not files."""
+    """The identity of a base, independent of sharding, file order and file metadata. Sizes count tensors, not files."""
 
     weights_digest: str
     architecture_digest: str
@@ -35,12 +35,12 @@ def identity(path: Path) -> Identity:
 
 
 def identities(paths: Iterable[Path]) -> dict[Path, Identity]:
-    """Of those that are files."""
+    """The identities of those that are files."""
     return {path: identity(path) for path in paths if path.is_file()}
 
 
 def refuse_changed(inputs: Mapping[Path, Identity]) -> None:
-    """Raises RefusedOutput naming the files that were written to, or removed, since their identities were taken."""
+    """Raises RefusedOutput naming the files that were changed or removed since their identities were taken."""
     changed = [path for path, before in inputs.items() if not path.is_file() or identity(path) != before]
     if changed:
         raise RefusedOutput(
@@ -64,7 +64,7 @@ def hash_checkpoint(
         for shard, header in checkpoint.shards.items()
         for entry in header.tensors.values()
     ]
-    # The largest first: one tensor is one thread's work, and a big one begun last would leave the others idle.
+    # The largest first: one thread hashes a tensor, and a big one begun last would leave the others idle.
     tensors.sort(key=lambda tensor: -tensor[1].size_bytes)
     with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), "hash") as pool:
         jobs = [pool.submit(_hash_tensor, path, entry, progress) for path, entry in tensors]
@@ -86,7 +86,7 @@ def hash_checkpoint(
 
 
 def verify_checkpoint(checkpoint: Checkpoint, expected: str, progress: Progress | None = None) -> None:
-    """Raises Mismatch when the weights on disk are not those of the digest any more; `progress` as to hash them."""
+    """Raises Mismatch if the weights on disk no longer have the digest. `progress` as for hashing."""
     if hash_checkpoint(checkpoint, progress).weights_digest != expected:
         raise Mismatch(
             "base_changed",
@@ -98,10 +98,8 @@ def verify_checkpoint(checkpoint: Checkpoint, expected: str, progress: Progress 
 
 def weights_digest(table: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     """sha256 of a base's tensor table, rows (name, safetensors dtype, shape, sha256 of the raw bytes) in any order.
-
-    Each row is the line `name TAB dtype TAB shape TAB hash`, sorted by name, so that sharding and file order don't
-    count.
-    """
+    Each row is the line `name TAB dtype TAB shape TAB hash`, sorted by name, so that sharding and file order do not
+    matter."""
     rows = sorted(table)
     return _digest(f"{name}\t{dtype}\t{_joined(shape)}\t{digest}" for name, dtype, shape, digest in rows)
 
@@ -113,7 +111,7 @@ def architecture_digest(architecture: Architecture) -> str:
 
 
 def hash_file(path: Path, progress: Progress | None = None) -> str:
-    """sha256 of a file in hex. Raises OSError when it cannot be read."""
+    """sha256 of a file in hex. Raises OSError if it cannot be read."""
     file = os.open(path, os.O_RDONLY)
     try:
         return _hash_range(file, 0, os.fstat(file).st_size, path.name, progress)

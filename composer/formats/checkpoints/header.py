@@ -1,9 +1,9 @@
-"""The header of a safetensors file: bytes and limits -> a header, or one precise `InvalidFile`.
+"""The header of a safetensors file: from bytes and limits to a header, or one precise `InvalidFile`.
 
-A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a hole. Whatever is accepted as an
-adapter is opened by safetensors' own reader too (inspection.py). This one is there for what that does not do: it bounds
-what strangers send before anything is allocated for it, judges a header that comes without its file (byte ranges of a
-store), and says at which bytes a tensor lies, so that a merge lets the kernel copy them.
+A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a gap. Accepted adapters are
+opened by safetensors' own reader too (inspection.py). This reader does what that one does not: it bounds untrusted
+input before allocating anything, checks a header that comes without its file (byte ranges of a store), and gives the
+byte offsets of tensors, so that a merge lets the kernel copy them.
 """
 
 import json
@@ -40,7 +40,7 @@ _LARGE_BYTES = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor is, wherever it lies. `dtype` is safetensors' name for it ("BF16")."""
+    """A tensor's dtype and shape. `dtype` is safetensors' name for it ("BF16")."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """All of one file's header. `tensors` are in the order of their bytes; `size_bytes` is the whole file's."""
+    """The header of one file. `tensors` are in the order of their bytes; `size_bytes` is the size of the file."""
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
@@ -85,12 +85,12 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a header may ask of us.
+    """Limits on a header. An honest one takes 8 times its bytes in memory when parsed, so the default stays below
+    safetensors' own 100 MB; 90 000 tensors need 12 MB.
 
-    A parsed header takes 8 times its bytes in memory when it is honest, so the default stays below safetensors' own
-    100 MB; 90 000 tensors need 12 MB. One of empty lists took 35 times its bytes, and four seconds, most of them in the
-    garbage collector. So `structure` bounds its commas and opening brackets, of which a matrix has eight: 125 000 of
-    them, with PEFT's names, fill the 16 MB.
+    One of empty lists took 35 times its bytes, and four seconds, most of them in the garbage collector. So `structure`
+    bounds its commas and opening brackets, of which a matrix has eight: 125 000 matrices with PEFT's names fill the 16
+    MB.
     """
 
     header_bytes: int = 16_000_000
@@ -104,7 +104,9 @@ DEFAULT_LIMITS = Limits()
 
 
 def header_length(first: bytes, file_size: int, limits: Limits, subject: str) -> int:
-    """Length of the JSON in bytes, bounded by the limits and the file. `first` is at least the file's first 8 bytes."""
+    """Length of the JSON in bytes, bounded by the limits and the file. `first` has at least the file's first 8
+    bytes.
+    """
     if len(first) < _LENGTH_BYTES:
         raise _bad(subject, f"it has {file_size} bytes, too few for a safetensors file")
     length = int.from_bytes(first[:_LENGTH_BYTES], "little")
@@ -130,8 +132,7 @@ def parse_header(head: bytes, file_size: int, limits: Limits = DEFAULT_LIMITS, s
 
 
 def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
-    """Header of the safetensors file at `path`. Reads 8 bytes first, and the rest only when its length is bounded.
-
+    """Header of the safetensors file at `path`. Reads 8 bytes first, and the rest only once its length is bounded.
     Raises InvalidFile (also for pickles and a missing file)."""
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle(path.name)
@@ -141,7 +142,7 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
             file_size = os.fstat(file.fileno()).st_size
             first = file.read(_LENGTH_BYTES)
             length = header_length(first, file_size, limits, path.name)
-            # Read within the turn: who waits holds no bytes yet.
+            # Read within the turn, so that waiting threads hold no bytes.
             return _in_turn(
                 length, lambda: _parse(file.read(length), _LENGTH_BYTES + length, file_size, limits, path.name)
             )
@@ -155,9 +156,8 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
 
 
 def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
-    """First bytes of a file holding these tensors: in the given order, the widest dtype first so that each is aligned.
-
-    The result's length is a multiple of 8; `parse_header` of it tells where each tensor goes."""
+    """First bytes of a file with these tensors: in the given order, the widest dtype first so that each is aligned.
+    Their length is a multiple of 8; `parse_header` of them gives the position of each tensor."""
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, spec in sorted(tensors.items(), key=lambda item: -DTYPE_BITS[item[1].dtype]):
@@ -184,16 +184,17 @@ def _bad(subject: str, why: str) -> InvalidFile:
 
 
 @cache
-def _large_parser(process_id: int) -> ThreadPoolExecutor:  # by process, since a fork takes no threads along
+def _large_parser(process_id: int) -> ThreadPoolExecutor:  # per process, since a fork does not copy threads
     return ThreadPoolExecutor(1, "large-header")
 
 
 def _in_turn(length: int, parse: Callable[[], Header]) -> Header:
-    """What `parse` returns. Large headers are parsed one at a time, so that eight at once need the memory of one.
+    """Returns what `parse` returns. Large headers are parsed one at a time, so that eight at once need the memory of
+    one.
 
-    Each may take 20 times its bytes until its table is gone. One thread parses them all, rather than each that holds a
-    lock: malloc keeps up to 45 MB for each thread that ever parsed one, and eight at once took 620 MB instead of 310.
-    No time is lost by it, since Python's own lock lets one parse at a time anyway.
+    Each may take 20 times its bytes until its table is freed. One thread parses all of them, rather than each holder of
+    a lock: malloc keeps up to 45 MB for each thread that ever parsed one, and eight at once took 620 MB instead of 310.
+    This costs no time, since Python's own lock lets one parse at a time anyway.
     """
     if length <= _LARGE_BYTES:
         return parse()
@@ -204,7 +205,7 @@ def _parse_alone(parse: Callable[[], Header]) -> Header:
     try:
         return parse()
     except InvalidFile as error:
-        # An error keeps the frames it came through, and these the table: it would outlive its turn by a request.
+        # An error keeps its frames, and these the table, which would outlive its turn by a request.
         clear_frames(error.__traceback__)
         raise
 
@@ -231,7 +232,7 @@ def _parse(text: bytes, data_begin: int, file_size: int, limits: Limits, subject
 
 
 def _bound_structure(text: bytes, limits: Limits, subject: str) -> None:
-    """Raises InvalidFile when JSON would build more from `text` than the limits let it."""
+    """Raises InvalidFile if JSON would build more from `text` than the limits allow."""
     at_most = text.count(b",") + text.count(b"[") + text.count(b"{")  # also within strings, but 20 times as fast
     if at_most > limits.structure and re.match(b"%b{%d}+" % (_STRUCTURE, limits.structure + 1), text, re.DOTALL):
         raise _bad(subject, f"its header has more than the {limits.structure} commas and opening brackets allowed")
@@ -251,7 +252,8 @@ def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    """Of JSON. safetensors refuses -0 where Python reads 0, so it becomes a value that is not a count either."""
+    """Parses an integer of JSON. safetensors refuses -0, which Python reads as 0, so it becomes a value that is not a
+    count."""
     return -1 if text == "-0" else int(text)
 
 

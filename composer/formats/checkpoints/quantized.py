@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit weights in a checkpoint: which tensors belong together and what they stand for. No torch."""
+"""bitsandbytes' 4-bit weights in a checkpoint: which tensors belong together and what they represent. No torch."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,8 @@ Locate = Callable[[str], tuple[Path, TensorEntry]]
 
 @dataclass(frozen=True, slots=True)
 class Nf4:
-    """The packed weight `name`: `shape` and `dtype` are those before it was packed, `block` counts values a scale."""
+    """The packed weight `name`: `shape` and `dtype` are those before packing, `block` is the number of values per
+    scale."""
 
     name: str
     shape: tuple[int, int]
@@ -41,7 +42,7 @@ def is_part(name: str) -> bool:
 
 
 def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
-    """The packed weights of a checkpoint by name. Raises InvalidFile naming one whose description cannot be used."""
+    """The packed weights of a checkpoint by name. Raises InvalidFile naming one with an unusable description."""
     known = set(names)
     found: dict[str, Nf4] = {}
     for name in sorted(known):

@@ -1,8 +1,8 @@
 """Models that transformers (5.24, conversion_mapping.py) loads under other names than their checkpoints have.
 
-An adapter names modules as they are in memory. The tables are transformers' own, the other way round, since it is not
-imported here; they are kept by model type, because `router` in one model is `gate` in the next, and a guess that hits
-some other tensor would be merged without a word.
+An adapter names modules as they are in memory. The tables are the inverse of transformers' own, since it is not
+imported here. They are kept by model type, because `router` in one model is `gate` in the next, and a guess that hits
+some other tensor would be merged silently.
 """
 
 import re
@@ -96,7 +96,7 @@ _STEPS: dict[str, _Steps] = {
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), _DINO),
 }
 
-# model type -> (names in memory, what transformers does to have them): what it cuts or joins as it loads it.
+# model type -> (names in memory, how transformers makes them): tensors that it slices or joins when it loads a model.
 _MADE: dict[str, _Steps] = {
     "sarvam_moe": ((r"\.self_attn\.[qkv]_proj\.", "cuts it from attention.query_key_value"),),
     "hrm_text": (
@@ -121,12 +121,12 @@ _MADE: dict[str, _Steps] = {
 
 
 def stored_name(model_type: str, name: str) -> str:
-    """The tensor `name`, as it is in memory, under the name that checkpoints of the model type have for it."""
+    """The name that checkpoints of the model type have for the tensor `name` in memory."""
     for pattern, replacement in _STEPS.get(model_type, ()):
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def made_by(model_type: str, name: str) -> str:
-    """What transformers does to have the tensor, where no single one on disk is it; else empty."""
+    """How transformers makes the tensor if it is not a single one on disk; otherwise empty."""
     return next((how for pattern, how in _MADE.get(model_type, ()) if re.search(pattern, name)), "")

@@ -1,4 +1,4 @@
-"""Results appear complete or not at all: written staging, synced, renamed."""
+"""Results appear complete or not at all: written to a staging directory, synced, renamed."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ DISK_FULL_ERRNOS = {
     errno.EDQUOT: "The disk quota is used up",
     errno.EFBIG: _TOO_LARGE,
 }
-"""Of an OSError's numbers those that say there is no room, in words."""
+"""The errno values of an OSError that mean a full disk, in words."""
 _SIDE_FILE_BYTES = 64 << 20  # the largest tokenizers have about 35 MB
 _WEIGHT_SUFFIXES = frozenset({
     *PICKLE_SUFFIXES, ".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy",
@@ -37,14 +37,15 @@ _WEIGHT_SUFFIXES = frozenset({
 
 @contextmanager
 def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> Generator[Path]:
-    """A directory beside `out_dir` to write about `size_bytes` into, flat; synced and renamed when the block ends well.
+    """Yields a directory beside `out_dir` for about `size_bytes` of files; it is synced and renamed when the block ends
+    without an error.
 
-    Raises RefusedOutput when `out_dir` exists, its parent does not, another process is writing the same, or the disk is
-    full, before or while writing. When the block raises, the directory staging is removed.
+    Raises RefusedOutput if `out_dir` exists, its parent does not, another process is writing the same, or the disk is
+    full, before or while writing. When the block raises, the staging directory is removed.
 
-    `key` identifies what is written: a block that was killed or interrupted leaves its directory, and the next one with
-    the same key gets it back, with all that lies in it. Such directories of other keys are removed, unless in use. Keys
-    are of 12 hexadecimal digits: a directory of another name beside `out_dir` is somebody else's.
+    `key` identifies the content: a block that was killed or interrupted leaves its directory, and the next one with the
+    same key gets it back, with everything in it. Such directories of other keys are removed, unless in use. Keys have
+    12 hexadecimal digits: a directory with another name beside `out_dir` belongs to somebody else.
     """
     _refuse_existing(out_dir)
     parent = out_dir.absolute().parent
@@ -56,14 +57,14 @@ def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> 
     with _held(staging, out_dir):
         try:
             _remove_abandoned(out_dir, staging)
-            # What was begun has its full size from the start, and takes up only what was written of it.
+            # A begun file has its full size from the start, and occupies only what was written.
             there = sum(file.stat().st_blocks * _UNIX_BLOCK_BYTES for file in staging.iterdir())
             if shutil.disk_usage(parent).free + there < size_bytes:
                 raise _no_room(errno.ENOSPC, out_dir, size_bytes)
             yield staging
             _finish(staging, out_dir)
         except BaseException as error:
-            # What was interrupted can go on later; after an error the same would only happen again.
+            # Interrupted work can be resumed; an error would only happen again.
             again = isinstance(error, Exception) and not isinstance(error, Interrupted)
             if staging.exists() and (key is None or again):
                 shutil.rmtree(staging)
@@ -75,7 +76,7 @@ def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> 
 
 
 def _finish(staging: Path, out_dir: Path) -> None:
-    # Together, since the file system's journal commits them together: one after the other cost 4 ms a file.
+    # Together, since the file system's journal commits them together: one after another cost 4 ms a file.
     with ThreadPoolExecutor(_SYNC_THREADS, "sync") as pool:
         list(pool.map(sync, list(staging.iterdir())))
     sync(staging)
@@ -89,9 +90,11 @@ def _finish(staging: Path, out_dir: Path) -> None:
 
 @contextmanager
 def _held(staging: Path, out_dir: Path) -> Generator[None]:
-    """The directory made, and locked against other processes; the kernel lets go of the lock when this one dies."""
+    """Makes the directory, and locks it against other processes; the kernel releases the lock when this process
+    dies.
+    """
     try:
-        if staging.is_symlink():  # what lies where it leads to is somebody else's
+        if staging.is_symlink():  # its target belongs to somebody else
             raise FileExistsError(errno.EEXIST, "a link has the name of the staging directory", str(staging))
         staging.mkdir(exist_ok=True)
     except OSError as error:
@@ -105,7 +108,7 @@ def _held(staging: Path, out_dir: Path) -> Generator[None]:
         if not _locked(handle):
             message = f"Another process is writing {out_dir} now."
             raise RefusedOutput("busy", message, subject=str(out_dir), next_step="Wait for it to end.")
-        # Between the look and the lock it may have finished and been renamed.
+        # Between the check and the lock it may have finished and been renamed.
         if not staging.is_dir() or not os.path.samestat(os.fstat(handle), staging.stat()):
             _refuse_existing(out_dir)
             raise RefusedOutput(
@@ -125,7 +128,7 @@ def _locked(handle: int) -> bool:
 
 
 def _remove_abandoned(out_dir: Path, staging: Path) -> None:
-    """Directories that a killed process left on the way to the same output: nobody holds their lock any more."""
+    """Staging directories for the same output that a killed process left: nobody holds their lock any more."""
     ours = re.compile(re.escape(f"{out_dir.name}{_STAGING}") + _KEY)
     for other in staging.parent.iterdir():
         if other == staging or not ours.fullmatch(other.name) or other.is_symlink() or not other.is_dir():
@@ -146,7 +149,7 @@ def _refuse_existing(out_dir: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or directory on the disk, not only on its way there."""
+    """Syncs a file or directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -159,11 +162,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def side_files(source: Path) -> list[str]:
-    """What a checkpoint has besides weights: tokenizer, generation config, licence, …; the config and index are the
-    caller's.
-
-    Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no hidden files.
-    """
+    """The files of a checkpoint besides its weights: tokenizer, generation config, licence, …; the caller writes config
+    and index. Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no hidden
+    files."""
     return [file.name for file in sorted(source.iterdir()) if _is_side_file(file)]
 
 
@@ -177,7 +178,9 @@ def _is_side_file(file: Path) -> bool:
 
 def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:
     free = shutil.disk_usage(out_dir.absolute().parent).free
-    there_is = f", and {free / 1e6:.0f} MB are free" if why == errno.ENOSPC else ""  # of a quota the disk cannot tell
+    there_is = (
+        f", and {free / 1e6:.0f} MB are free" if why == errno.ENOSPC else ""
+    )  # a quota is not visible in the disk's free space
     message = f"{DISK_FULL_ERRNOS[why]}: {out_dir} needs about {size_bytes / 1e6:.0f} MB{there_is}."
     return RefusedOutput(
         "disk_full", message, subject=str(out_dir), next_step="Free some space or choose another disk."

@@ -1,4 +1,4 @@
-"""Whether a model's output head shares the input embedding's tensor: by its config, and by what its files hold."""
+"""Whether a model's output head shares the input embedding's tensor: by its config and its files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ def embedding_tensors(tensors: Iterable[str]) -> list[str]:
 
 
 def head_tensors(tensors: Iterable[str]) -> list[str]:
-    """Tensors that look like a model's output head: none where it is tied and stored once."""
+    """Tensors that look like a model's output head: none if it is tied and stored once."""
     return _weights_of(HEADS, tensors)
 
 
@@ -34,8 +34,8 @@ def _weights_of(modules: tuple[str, ...], tensors: Iterable[str]) -> list[str]:
 
 
 def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
-    """Does the head share the embedding's tensor? As the config says, unless the model's class ties nothing; if silent,
-    a causal model without a head does."""
+    """Whether the head shares the embedding's tensor. As the config says, unless the model's class ties nothing. If the
+    config is silent, a causal model without a head does."""
     model_type: object = config.get("model_type")
     if not isinstance(model_type, str | None):
         raise _bad_config("model_type is not a text")
@@ -61,8 +61,9 @@ def _bad_config(why: str) -> InvalidFile:
 
 
 def same_bytes(one: Place, other: Place) -> bool:
-    """Are two stored tensors equal, so that loading ties them? transformers (5.24) ties a head that is stored beside
-    the embedding only then. Ends at the first block that differs; another dtype or shape needs no look."""
+    """Whether two stored tensors are equal, so that loading ties them. transformers (5.24) ties a head that is stored
+    beside the embedding only then. Stops at the first block that differs; another dtype or shape needs no comparison.
+    """
     (path, entry), (other_path, other_entry) = one, other
     if entry.spec != other_entry.spec:
         return False
