@@ -44,7 +44,7 @@ class Change(Summed):
 
     @property
     def cosine(self) -> float | None:
-        """<D, D'> / (|D| |D'|), None where one of them is zero."""
+        """<D, D'> / (|D| |D'|); None if one of them is zero."""
         norms = sqrt(self.old) * sqrt(self.new)
         return max(-1.0, min(1.0, self.inner / norms)) if norms else None
 
@@ -66,10 +66,8 @@ class Change(Summed):
 
 @dataclass(frozen=True, slots=True)
 class ModuleChange:
-    """One module, in one adapter or in both. `change` is None where two shapes cannot be compared.
-
-    A `replacement` (a tensor saved whole) is compared as the tensor that it is: its norms are those of the weights.
-    """
+    """One module, in one adapter or in both. `change` is None if the two shapes cannot be compared. A `replacement` (a
+    tensor saved in full) is compared as a tensor: its norms are those of the weights."""
 
     module: str
     kind: Kind
@@ -115,8 +113,8 @@ class _Side:
 
 
 def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed: PlacementResult) -> Comparison:
-    """Every module of either adapter, the largest change first. What a variant adds beside s B A (DoRA) is not seen;
-    a delta of another form is left out."""
+    """Every module of either adapter, the largest change first. Variants' additions to s B A (DoRA) are ignored; deltas
+    of another form are left out."""
     before, after = _sides(old, old_placed), _sides(new, new_placed)
     found: list[ModuleChange] = []
     others = {module.module for placed in (old_placed, new_placed) for module in placed.adapted}
@@ -164,7 +162,7 @@ def _change(kind: Kind, old: _Side | None, new: _Side | None) -> Change:
 
 
 def _of_deltas(old: _Side | None, new: _Side | None) -> Change:
-    """Both deltas in one basis, as cores; a delta that is not there is zero."""
+    """Both deltas in one basis, as cores; a missing delta is zero."""
     pairs = [factors(side.adapter, side.placed) for side in (old, new) if side]
     R_B, R_A = (
         cast(Float64, np.linalg.qr(stacked, mode="r"))

@@ -17,11 +17,11 @@ from composer.formats.checkpoints.numeric import NUMPY_DTYPES, Float64, as_float
 
 BLOCK_ELEMENTS = 1 << 22
 MAX_ENERGY = 1e280
-"""Of one module: energies up to this are finite in sum too, however many modules there are."""
+"""Maximum energy of one module: sums of such energies are finite, however many modules there are."""
 
 
 def readable(adapter: Adapter, module: PlacedModule) -> bool:
-    """Are both factors in a format that numpy can be taught to read?"""
+    """Whether both factors have a format that numpy can read."""
     return all(adapter.header.tensors[key].dtype in FLOAT_DTYPES for key in _pair(module))
 
 

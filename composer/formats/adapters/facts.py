@@ -55,9 +55,7 @@ class Adapter:
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
     """Facts of one adapter. `targets` are the last path components of modules; `size_bytes` is the weight file's.
-
-    `rank_max` and `alpha` are 0 of a type that has none.
-    """
+    `rank_max` and `alpha` are 0 for types without them."""
 
     type: str
     variant: str
@@ -76,7 +74,7 @@ class AdapterFacts:
     peft_version: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """As the wire shows it: `ranks` and `alphas` only of modules that differ from `rank_max` and `alpha`."""
+        """As sent over REST: `ranks` and `alphas` only for modules that differ from `rank_max` and `alpha`."""
         return asdict(self) | {
             "targets": list(self.targets),
             "modules_to_save": list(self.modules_to_save),
@@ -86,12 +84,12 @@ class AdapterFacts:
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Open the adapter in directory `path`.
+    """Opens the adapter in directory `path`.
 
-    Raises InvalidFile naming the file: missing config, missing or pickled weights, empty or flattened factors (a
-    shard of ZeRO-3 or FSDP that was saved without gathering), weights that safetensors' own library does not open,
-    another layout than PEFT's. Raises NotSupported for a setting of a newer PEFT, and for a layout that nothing
-    converts.
+    Raises InvalidFile naming the file: missing config, missing or pickled weights, empty or flattened factors (a shard
+    of ZeRO-3 or FSDP that was saved without gathering), weights that safetensors' own library does not open, or a
+    layout other than PEFT's. Raises NotSupported for a setting of a newer PEFT, and for a layout that cannot be
+    converted.
     """
     if not path.is_dir():
         raise InvalidFile(
@@ -109,7 +107,7 @@ def read_adapter(path: Path) -> Adapter:
             "missing_config", message, subject=CONFIG_FILE, next_step="Save the adapter with PEFT's save_pretrained."
         )
     header = seen.header
-    if header is None or not (path / WEIGHTS_FILE).is_file():  # where its only weights are called otherwise
+    if header is None or not (path / WEIGHTS_FILE).is_file():  # if its only weights have another name
         raise missing_weights(path, WEIGHTS_FILE)
     config = parse_config(read_bytes(contained(path, CONFIG_FILE), CONFIG_BYTES))
     if not header.tensors:
@@ -131,7 +129,7 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def _refuse_unopened(path: Path) -> None:
-    """The header is known to be sound by now; safetensors' own reader is what everybody else opens the file with."""
+    """Opens the file with safetensors' own reader, as everybody else does; the header is already checked."""
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -142,7 +140,7 @@ def _refuse_unopened(path: Path) -> None:
 
 
 def facts(config: AdapterConfig, header: Header, placed: PlacementResult) -> AdapterFacts:
-    """Sum up an adapter from its config, its header and its placement."""
+    """Summarizes an adapter from its config, its header and its placement."""
     adapted = placed.adapted
     side_rank, side_alpha = _side_pair(config)
     sizes: Counter[str] = Counter()
@@ -174,10 +172,8 @@ def _side_pair(config: AdapterConfig) -> tuple[int, float]:
 
 
 def health(path: Path, header: Header) -> list[Finding]:
-    """NaN or Inf in a tensor (error `not_finite`), and an adapter that does nothing (warning `zero_delta`).
-
-    Reads the weights file at `path` in chunks of 4 MiB and judges bit patterns, so that every float format costs the
-    same.
+    """Finds NaN or Inf in a tensor (error `not_finite`), and an adapter that does nothing (warning `zero_delta`). Reads
+    the weights file at `path` in chunks of 4 MiB and compares bit patterns, so that every float format costs the same.
     """
     findings: list[Finding] = []
     zero_parts: dict[str, bool] = {}
@@ -186,7 +182,7 @@ def health(path: Path, header: Header) -> list[Finding]:
         if not finite:
             findings.append(Finding("not_finite", Severity.ERROR, name, f"{name} has a NaN or an infinite value."))
         split = split_key(name)
-        # s * B @ A is zero as soon as one of the two is; whatever else there is always acts.
+        # s * B @ A is zero if one of the two is; anything else always acts.
         factor = split.part in _PRODUCT
         pair = split.module if factor else name
         zero_parts[pair] = zero_parts.get(pair, False) or (zero and factor)
@@ -200,7 +196,7 @@ def _is_ungathered(entry: TensorEntry) -> bool:
 
 
 def _scan(path: Path, entry: TensorEntry) -> tuple[bool, bool]:
-    """(finite, all zero) of one tensor. Integers are finite; whether they are zero does not matter to anyone."""
+    """(finite, all zero) of one tensor. Integers are finite, and reported as not zero, since nobody needs that."""
     if entry.dtype not in _FLOAT_BITS:
         return True, False
     kind, magnitude, exponent = _FLOAT_BITS[entry.dtype]
@@ -215,7 +211,7 @@ def _scan(path: Path, entry: TensorEntry) -> tuple[bool, bool]:
 
 
 def _chunks(path: Path, entry: TensorEntry, kind: str) -> "Iterator[npt.NDArray[np.unsignedinteger[Any]]]":
-    import numpy as np  # most who read facts look at no tensor
+    import numpy as np  # most readers of facts need no tensor
 
     width = np.dtype(kind).itemsize
     with path.open("rb") as file:

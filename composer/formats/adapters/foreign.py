@@ -1,4 +1,4 @@
-"""Adapters that are not in PEFT's layout: their tensors by module, and what they say of themselves without a base."""
+"""Adapters in layouts other than PEFT's: their tensors by module, and their facts without a base."""
 
 import json
 import re
@@ -50,7 +50,7 @@ _PARTS = {
 }  # fmt: skip
 # MLX calls an expert's own tensors alike in every model, where some checkpoints have Mixtral's names.
 _MLX_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-# What is known, and why it is not converted.
+# Known parts, and why they are not converted.
 _PARTS_REFUSED = {
     ".dora_scale": "trainers disagree on the axis of its norm",
     ".lora_mid.weight": "it is a Tucker decomposition",
@@ -62,8 +62,8 @@ _KOHYA_ROOT = re.compile(r"^lora_(?:unet|te\d?|transformer)_|^lora_")
 
 @dataclass(frozen=True, slots=True)
 class ForeignModule:
-    """`module` is the base's path, for MLX's stack of experts the first one's; `parts` maps A, B, alpha, w1_a, … to
-    keys. `scale` is None where alpha / r is."""
+    """The tensors of one module. `module` is the base's path, for MLX's stack of experts the first one's; `parts` maps
+    A, B, alpha, w1_a, … to keys. `scale` is None if alpha / r is the scale."""
 
     module: str
     parts: Mapping[str, str]
@@ -72,7 +72,7 @@ class ForeignModule:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """An adapter of another layout, placed on a base by name; its tensors are in the file `weights_path`."""
+    """An adapter of another layout, matched with a base by name; its tensors are in the file `weights_path`."""
 
     layout: str
     weights_path: Path
@@ -81,10 +81,10 @@ class Foreign:
 
 
 def read_foreign(path: Path, architecture: Architecture | None) -> Foreign:
-    """Every tensor of the adapter by module of the base, or by the file's own names without one.
+    """Reads an adapter: every tensor by module of the base, or by the file's own names without a base.
 
-    Raises NotSupported for a layout or part that is refused by name, InvalidFile listing the keys that nothing is known
-    of or that match no module of the base, and what `read_adapter` raises of PEFT's layout.
+    Raises NotSupported for a layout or part that is refused by name, InvalidFile listing the keys that are unknown or
+    match no module of the base, and what `read_adapter` raises for PEFT's layout.
     """
     layout = recognise(path).layout
     if layout in REFUSED:
@@ -146,7 +146,7 @@ def _grouped(header: Header, layout: str, subject: str) -> dict[str, dict[str, s
 
 
 def _names(grouped: Mapping[str, object], layout: str, architecture: Architecture, subject: str) -> dict[str, str]:
-    """The file's name of a module -> the base's path."""
+    """Maps the file's names of modules to the base's paths."""
     paths = {name.removesuffix(".weight") for name in architecture.tensors if name.endswith(".weight")}
     if architecture.tied:
         paths.add("lm_head")
@@ -176,7 +176,7 @@ def _names(grouped: Mapping[str, object], layout: str, architecture: Architectur
 
 
 def _scale(settings: Mapping[str, Any], layout: str) -> float:
-    """What a module's delta is multiplied by where no tensor says: as MLX's config does, else by 1."""
+    """The scale of a module's delta if no tensor gives it: from MLX's config, otherwise 1."""
     if layout != MLX:
         return 1.0
     stated: object = settings.get("lora_parameters") or {}
@@ -192,10 +192,9 @@ def _scale(settings: Mapping[str, Any], layout: str) -> float:
 
 
 def _configs(header: Header) -> dict[str, AdapterConfig]:
-    """Component -> PEFT's config of it, as diffusers keeps them in the metadata (`transformer.lora_alpha`); {} without.
-
-    Raises InvalidFile for what is malformed, NotSupported for a setting under which the tensors mean something else.
-    """
+    """Maps components to PEFT configs, as diffusers keeps them in the metadata (`transformer.lora_alpha`); {} if there
+    are none. Raises InvalidFile for a malformed one, and NotSupported for a setting that changes the meaning of the
+    tensors."""
     try:
         stated: object = json.loads(header.metadata.get(_METADATA, "{}"))
     except (ValueError, RecursionError):
@@ -222,7 +221,7 @@ def _configs(header: Header) -> dict[str, AdapterConfig]:
 def _scale_of(
     raw: str, parts: Mapping[str, str], header: Header, configs: Mapping[str, AdapterConfig], otherwise: float
 ) -> float:
-    """Of a module without an alpha of its own. Raises InvalidFile where the configs leave it open."""
+    """The alpha of a module without its own. Raises InvalidFile if the configs leave it open."""
     if not configs or "A" not in parts:
         return otherwise
     component, _, module = raw.partition(".")
@@ -251,15 +250,13 @@ def _refuse_listed(names: list[str], subject: str, what: str) -> None:
         )
 
 
-# The parts whose first side is the rank; a LoKr whose sides are both whole has none of them, and no rank.
+# The parts whose first side is the rank; a LoKr with two full sides has none of them, and no rank.
 _RANKED = ("A", "w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
 def foreign_facts(foreign: Foreign) -> AdapterFacts:
-    """In the words of PEFT: an alpha for each scale. `targets` are ends of names, of kohya's all behind the layer.
-
-    Raises InvalidFile for an alpha that is not a finite number, which `convert` would not take either.
-    """
+    """Facts in PEFT's terms: an alpha for each scale. `targets` are ends of names, for kohya the part after the layer.
+    Raises InvalidFile for an alpha that is not a finite number, which `convert` refuses too."""
     entries = foreign.header.tensors.values()
     parts = {part for module in foreign.modules for part in module.parts}
     kind = "loha" if "w1_a" in parts else "lokr" if any(part.startswith("lokr_") for part in parts) else "lora"
@@ -298,7 +295,7 @@ def _rank(foreign: Foreign, module: ForeignModule) -> int:
 
 
 def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
-    """The module's own, or the one that its scale stands for."""
+    """The module's alpha, or the one that its scale implies."""
     key = module.parts.get("alpha")
     stated = None if key is None else _number(foreign.weights_path, foreign.header.tensors[key])
     if stated is not None and not isfinite(stated):
@@ -308,7 +305,7 @@ def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
 
 
 def _number(path: Path, entry: TensorEntry) -> float | None:
-    """The one number of a tensor, None where it is not one."""
+    """The single number of a tensor; None if it has not exactly one."""
     if entry.spec.elements != 1 or entry.dtype not in NUMPY_DTYPES:
         return None
     with path.open("rb") as file:

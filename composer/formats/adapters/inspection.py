@@ -1,4 +1,4 @@
-"""One look at an adapter directory: what it says, where it fits, and whether its numbers are sound."""
+"""Inspects an adapter directory: its facts, its fit to a base, and whether its numbers are sound."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from composer.formats.checkpoints.checkpoint import Architecture
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """`findings` are those of the placement and of the health check."""
+    """The result of an inspection. `findings` are those of the placement and of the check for NaN."""
 
     adapter: Adapter
     placed: PlacementResult
@@ -28,10 +28,8 @@ class Inspection:
 
 
 def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
-    """The same judgement before a push, by the registry that receives it, and for a curious user.
-
-    Without an architecture the fit is not checked. Raises InvalidFile and NotSupported for what cannot be read.
-    """
+    """Inspects an adapter: before a push, in the registry that receives it, and for `adaptory inspect`. Without an
+    architecture the fit is not checked. Raises InvalidFile and NotSupported for what cannot be read."""
     adapter = facts.read_adapter(directory)
     placed = place(adapter.config, adapter.header, architecture, adapter.name)
     summary = facts.facts(adapter.config, adapter.header, placed)
@@ -39,10 +37,8 @@ def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
 
 
 def inspect_foreign(path: Path, architecture: Architecture | None) -> tuple[AdapterFacts, list[Finding]]:
-    """The facts of an adapter of another layout that `convert` reads, and what was found.
-
-    Without an architecture the modules keep the file's names. Raises what `read_foreign` raises of what it does not.
-    """
+    """The facts and findings of an adapter in another layout that `convert` reads. Without an architecture the modules
+    keep the file's names. Raises what `read_foreign` raises."""
     foreign = read_foreign(path, architecture)
     message = f"It is in the layout of {foreign.layout}; `adaptory convert` makes PEFT's of it."
     findings = [Finding("another_layout", Severity.NOTICE, foreign.weights_path.name, message)]

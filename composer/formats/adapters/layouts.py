@@ -43,18 +43,15 @@ DIFFUSERS_ROOT = re.compile(r"^(?:unet|transformer|text_encoder(?:_\d)?)\.")
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """`layout` is peft, kohya, diffusers, mlx, or one of those that are refused; `header` is that of the file which
-    shows it, None where a name did."""
+    """A detected layout. `layout` is peft, kohya, diffusers, mlx, or one of those that are refused; `header` is that of
+    the file that shows it, None if a name did."""
 
     layout: str
     header: Header | None = None
 
 
 def recognise(path: Path) -> Recognised:
-    """The layout of an adapter directory or file.
-
-    Raises InvalidFile for what is none of them.
-    """
+    """The layout of an adapter directory or file. Raises InvalidFile if it has none of them."""
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():
@@ -81,7 +78,7 @@ def recognise(path: Path) -> Recognised:
 
 
 def weights_in(path: Path) -> Path | None:
-    """The weights of an adapter directory: the file that PEFT or MLX names, else the only one of safetensors."""
+    """The weights file of an adapter directory: the one that PEFT or MLX names, otherwise the only safetensors file."""
     for name in (MLX_FILE, WEIGHTS_FILE):
         if (path / name).is_file():
             return path / name
@@ -90,7 +87,7 @@ def weights_in(path: Path) -> Path | None:
 
 
 def another_layout(name: str, layout: str) -> ComposerError:
-    """The error for an adapter that is not PEFT's, where only PEFT's is read."""
+    """The error for an adapter that is not PEFT's, if only PEFT's is accepted."""
     if layout in REFUSED:
         why, way_out = REFUSED[layout]
         return NotSupported(f"layout_{layout}", f"{name} is {layout}: {why}.", subject=name, next_step=way_out)
@@ -104,7 +101,7 @@ def _is_kohya(keys: Iterable[str]) -> bool:
 
 
 def _of_file(path: Path) -> Recognised:
-    if path.suffix in (".nemo", ".gguf"):  # whatever is in it: nothing looks for weights under these names
+    if path.suffix in (".nemo", ".gguf"):  # whatever is in it: no loader looks for weights under these names
         return Recognised(path.suffix[1:])
     if re.fullmatch(r"adapter_.*\.pt", path.name):
         return Recognised("torchtune")

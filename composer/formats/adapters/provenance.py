@@ -1,4 +1,4 @@
-"""The adapters that something is made of: the files that its bytes follow from, and what a note says of each."""
+"""The adapters that a result is made of: the files that determine its bytes, and their form in a note."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from composer.formats.recipes.weights import Weight, parse_weight
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One adapter that is used: `digest` is the sha256 of its weights file, `config` that of its config, whose scales
-    have a part in the bytes too (None in a note from before it was recorded)."""
+    """One adapter in use. `digest` is the sha256 of its weights file, `config` that of its config, whose scales also
+    determine the bytes (None in a note from before it was recorded)."""
 
     name: str
     weight: Weight
@@ -34,6 +34,8 @@ def adapter_use(path: Path, weight: Weight | float) -> AdapterUse:
 
 
 def parse_use(row: Mapping[str, Any]) -> AdapterUse:
-    """What a note says. Raises KeyError or TypeError for what it does not say, and what `parse_weight` raises."""
+    """Parses a note's entry. Raises KeyError or TypeError for a missing or wrong field, and what `parse_weight`
+    raises.
+    """
     name, weight, digest = row["name"], row["weight"], row["digest"]
     return AdapterUse(str(name), parse_weight(weight), str(digest), str(row["config"]) if "config" in row else None)

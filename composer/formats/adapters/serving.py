@@ -1,7 +1,7 @@
-"""Which servers load an adapter as it is, why not, and the fix: facts read from the servers' sources.
+"""Which servers load an adapter unchanged, why not, and the fix: from the servers' sources.
 
-What does not depend on how a server was started is judged once (`judge`) and can be kept: a bit for each server and the
-reasons of those that refuse. Whether one server loads it is then asked of that and of its rank limit (`loads`).
+What does not depend on a server's start options is computed once (`judge`) and can be kept: a bit for each server and
+the reasons of those that refuse. `loads` then combines it with a server's rank limit.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from composer.formats.adapters.placement.naming import PEFT_PREFIX, is_raw, lack
 from composer.formats.adapters.placement.result import GROUPED, OTHER_PATHS, PlacementResult
 
 SERVERS = ("vllm", "sglang", "lorax", "llamacpp", "peft")
-"""Bit i of a mask of servers stands for SERVERS[i]. Masks are kept: a new server is only ever appended."""
+"""The servers; bit i of a mask stands for SERVERS[i]. Masks are stored: new servers are only appended."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
@@ -30,14 +30,14 @@ _MERGE = "merge: bake it into a checkpoint"
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A server as it was started. `max_rank` is None where it sets no limit that is known."""
+    """A server with its start options. `max_rank` is None if it sets no known limit."""
 
     server: str
     max_rank: int | None = None
 
     @property
     def bit(self) -> int:
-        """Its place in a mask of servers."""
+        """Its bit in a mask of servers."""
         return 1 << SERVERS.index(self.server)
 
     def __str__(self) -> str:
@@ -46,7 +46,8 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Does this server load the adapter and serve what was trained? `way_out` has one entry a reason that has one."""
+    """Whether this server loads the adapter and serves what was trained. `way_out` has a fix for each reason that has
+    one."""
 
     profile: str
     loads: bool
@@ -58,10 +59,8 @@ class Loading:
 
 
 def parse_profile(text: str) -> Profile:
-    """`vllm:<max_lora_rank>` (`vllm` is `vllm:16`, its default), `sglang`, `lorax`, `llamacpp`, `peft`.
-
-    Raises NotSupported for another one, and for a max_lora_rank that vLLM does not take.
-    """
+    """Parses `vllm:<max_lora_rank>` (`vllm` is `vllm:16`, its default), `sglang`, `lorax`, `llamacpp`, `peft`. Raises
+    NotSupported for any other, and for a max_lora_rank that vLLM does not accept."""
     server, colon, limit = text.partition(":")
     if server not in SERVERS or (colon and server != "vllm"):
         message = f"There is no profile {text[:80]!r}."
@@ -82,7 +81,7 @@ def judge(
     config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult
 ) -> tuple[int, dict[str, dict[str, list[str]]]]:
     """(mask, {server: {reasons, way_out}}): the servers that load it if its rank is within their limit, and why the
-    others do not. As JSON; `loads` reads it again."""
+    others do not. The dict is JSON, which `loads` reads."""
     other = [] if config.peft_type == "LORA" else _other_type(config)
     unknown, bare, raw = [*_unknown(placed), *_elsewhere(placed)], _bare(config, placed), _raw(config, placed)
     common = (other or _common(config, facts, placed)) + unknown + raw
@@ -106,7 +105,7 @@ def judge(
 
 
 def loads(servers: int, refusals: Mapping[str, Any], rank_max: int, profile: Profile) -> Loading:
-    """The verdict of one server on what `judge` said; the rank is looked at here, and only here."""
+    """The verdict for one server from the result of `judge`; only here is the rank compared."""
     refused: Mapping[str, Any] = refusals.get(profile.server, {})
     reasons: list[str] = list(refused.get("reasons", []))
     ways: list[str] = list(refused.get("way_out", []))
@@ -119,13 +118,13 @@ def loads(servers: int, refusals: Mapping[str, Any], rank_max: int, profile: Pro
 
 
 def loads_in(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult, profile: str) -> Loading:
-    """Both at once, for an adapter at hand. Raises NotSupported for an unknown profile."""
+    """`judge` and `loads` for an adapter directory. Raises NotSupported for an unknown profile."""
     asked = parse_profile(profile)
     return loads(*judge(config, facts, placed), facts.rank_max, asked)
 
 
 def _other_type(config: AdapterConfig) -> list[tuple[str, str]]:
-    """Each of these servers loads LoRA alone."""
+    """Reasons that hold for all of these servers, which load only LoRA."""
     return [(f"{config.peft_type} is refused: only LoRA is loaded", "" if config.unsupported() else _MERGE)]
 
 
@@ -141,7 +140,7 @@ def _elsewhere(placed: PlacementResult) -> list[tuple[str, str]]:
 
 
 def _bare(config: AdapterConfig, placed: PlacementResult) -> list[tuple[str, str]]:
-    """PEFT and LoRAX look for whole keys; vLLM and the conversion to GGUF take them without PEFT's prefix."""
+    """PEFT and LoRAX need full keys; vLLM and the conversion to GGUF accept keys without PEFT's prefix."""
     if not lacks_prefix(_keys(placed)):
         return []
     return [(f"keys lack the prefix {PEFT_PREFIX!r}: they are left out, and the base is served", _renamed(config))]
@@ -154,7 +153,7 @@ def _raw(config: AdapterConfig, placed: PlacementResult) -> list[tuple[str, str]
 
 
 def _raw_beside_pairs(placed: PlacementResult) -> bool:
-    """PEFT takes such keys of factors, and raises at those of trained tokens and of tensors saved whole."""
+    """PEFT accepts such keys for factors, and raises at those of trained tokens and of fully saved tensors."""
     beside = (module for module in placed.modules if module.kind in ("replacement", "tokens"))
     return any(is_raw(key) for module in beside for key in module.parts.values())
 
@@ -164,7 +163,7 @@ def _keys(placed: PlacementResult) -> list[str]:
 
 
 def _renamed(config: AdapterConfig) -> str:
-    """The way to PEFT's own keys: only plain pairs are rewritten."""
+    """The fix that rewrites keys as PEFT's; only plain pairs can be rewritten."""
     if config.unsupported():
         return ""
     return _RENAME if config.peft_type == "LORA" and not config.flags else _MERGE
@@ -178,7 +177,7 @@ def _beyond_vllm(facts: AdapterFacts) -> list[tuple[str, str]]:
 
 
 def _common(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult) -> list[tuple[str, str]]:
-    """vLLM, and what is known of SGLang and LoRAX: plain pairs, one scale for all modules."""
+    """vLLM, and what is known about SGLang and LoRAX: plain pairs, one scale for all modules."""
     problems: list[tuple[str, str]] = []
     if config.flags:
         problems.append((f"{facts.variant} is refused", "" if config.unsupported() else _MERGE))
@@ -215,7 +214,7 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResul
     """The converter to GGUF keeps one lora_alpha and divides by each tensor's rank."""
     problems: list[tuple[str, str]] = []
     if config.use_rslora or any(module.alpha != config.alpha for module in placed.low_rank):
-        # Folded, every scale is 1, which takes another alpha for another rank.
+        # Folded, every scale is 1, which needs another alpha for another rank.
         ranks = {module.rank for module in placed.low_rank}
         way_out = _FOLD if len(ranks) == 1 else _FOLD_RANKS.format(max(ranks))
         problems.append(("the conversion keeps one lora_alpha: rsLoRA and alpha_pattern come out wrong", way_out))
@@ -237,13 +236,13 @@ def _llamacpp(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResul
 
 
 def _convolutions(placed: PlacementResult) -> bool:
-    """Also those in groups, which are placed nowhere."""
+    """Also grouped ones, which cannot be placed."""
     grouped = any(finding.code == GROUPED for finding in placed.findings)
     return grouped or any(module.kind == "convolution" for module in placed.modules)
 
 
 def _extra_parts(placed: PlacementResult) -> str:
-    """What the tensors hold although no flag of the config says so: a base's copy."""
+    """Contents of the tensors without a flag in the config: a copy of a base weight."""
     return ", ".join(sorted({part for one in placed.modules if one.kind == "base_copy" for part in one.parts}))
 
 

@@ -1,9 +1,9 @@
-"""What an adapter's ranks are used for: the singular values of every delta, from its factors alone. No torch.
+"""How much of an adapter's ranks is used: the singular values of every delta, from its factors alone. No torch.
 
 Delta = s B A has the singular values of s B_half A_half^T, where the halves are square roots of the R x R Gram matrices
-of the factors; the O x I product is never built. Per module: the effective rank exp(H(p)) with p = sigma / sum(sigma)
-(Roy and Vetterli 2007, "The effective rank"), the share of the energy |Delta|_F^2 that its leading directions hold, and
-the least number of them that hold 95 and 99 %.
+of the factors; the O x I product is never formed. Per module: the effective rank exp(H(p)) with p = sigma / sum(sigma)
+(Roy and Vetterli 2007, "The effective rank"), the share of the energy |Delta|_F^2 in its leading directions, and the
+lowest number of directions that hold 95 and 99 %.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from composer.formats.adapters.placement.result import PlacedModule, PlacementRe
 from composer.formats.checkpoints.numeric import Float64
 
 NEAR_ZERO = 0.01
-"""Below this share of the whole adapter's root mean square entry a module adds next to nothing."""
+"""A module whose entries are below this share of the adapter's root mean square adds next to nothing."""
 MAX_RANK = 512
 MAX_MODULES = 20_000
 """Per-module rows beyond this number are not kept; the summary still counts them."""
@@ -31,7 +31,7 @@ _NOISE = 1e-6
 @dataclass(frozen=True, slots=True)
 class ModuleSpectrum:
     """One delta. `norm` is |Delta|_F with its scale; `entries` is O x I. `energy` has the share of |Delta|_F^2 that is
-    left when it is cut to a rank: to 1, 2, 4, … below its own."""
+    left after truncation to rank 1, 2, 4, … below its own."""
 
     module: str
     rank: int
@@ -45,12 +45,9 @@ class ModuleSpectrum:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """All deltas. `energy` is what is left of all when every module is cut to a rank, `rank_95` the rank at which that
-    is 95 %.
-
-    `effective_rank` is the mean over modules by their energy. `left_out` names modules without a spectrum: a rank above
-    512, a format that is not read, or numbers whose squares are too large to add up.
-    """
+    """All deltas. `energy` is the share left when every module is truncated to a rank; `rank_95` is the rank at which
+    that is 95 %. `effective_rank` is the mean over modules, weighted by energy. `left_out` names modules without a
+    spectrum: a rank above 512, an unsupported format, or numbers whose squares are too large to add up."""
 
     modules: tuple[ModuleSpectrum, ...]
     norm: float
@@ -63,14 +60,14 @@ class Spectrum:
 
     @property
     def near_zero(self) -> list[str]:
-        """Modules whose entries are next to nothing beside the others', none when all are zero."""
+        """Modules whose entries are negligible beside the others'; none if all are zero."""
         entries = sum(module.entries for module in self.modules)
         usual = self.norm / sqrt(entries) if entries else 0.0
         return [module.module for module in self.modules if module.norm < NEAR_ZERO * usual * sqrt(module.entries)]
 
     def hints(self, known: Sequence[Finding] = ()) -> list[Finding]:
-        """What the next training run could save: notices, since no measurement says what a lower rank would cost. And
-        zero_delta, for an adapter that adds nothing, unless that is `known`."""
+        """Notices about ranks that the next training run could save; not warnings, since no measurement shows what a
+        lower rank would cost. And zero_delta for an adapter that adds nothing, unless that is `known`."""
         idle = not self.norm and not any(one.code == "zero_delta" for one in known)
         found = zero_deltas("The adapter", [row.module for row in self.modules], len(self.modules)) if idle else []
         if self.norm and self.rank_95 * 2 <= self.rank_max:
@@ -86,7 +83,7 @@ class Spectrum:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """What a list of releases shows."""
+        """The part that a list of releases shows."""
         return {
             "norm": _short(self.norm),
             "effective_rank": _short(self.effective_rank),
@@ -115,11 +112,9 @@ class Spectrum:
 
 
 def spectrum(adapter: Adapter, placed: PlacementResult) -> Spectrum | None:
-    """The spectrum of an adapter whose placement and numbers are sound; None when it has no low-rank module.
-
-    224 modules of a 7B model at rank 16 take 0.3 s on one core; memory is one block of a factor, whatever the adapter.
-    A variant that does more than add s B A (DoRA) is judged by that product.
-    """
+    """The spectrum of an adapter whose placement and numbers are sound; None if it has no low-rank module. 224 modules
+    of a 7B model at rank 16 take 0.3 s on one core; memory is one block of a factor, whatever the adapter. Variants
+    that do more than add s B A (DoRA) are measured by that product."""
     rows: list[ModuleSpectrum] = []
     left_out: list[str] = []
     by_direction = np.zeros(MAX_RANK)
@@ -157,7 +152,7 @@ def spectrum(adapter: Adapter, placed: PlacementResult) -> Spectrum | None:
 
 
 def _sigmas(adapter: Adapter, modules: Sequence[PlacedModule]) -> Iterator[tuple[PlacedModule, Float64 | None]]:
-    """The singular values of each delta, descending; None where they cannot be computed."""
+    """The singular values of each delta, descending; None if they cannot be computed."""
     for module in modules:
         if module.rank > MAX_RANK or not readable(adapter, module):
             yield module, None
@@ -185,14 +180,14 @@ def _effective_rank(sigma: Float64) -> float:
 
 
 def _directions(energy: Float64, share: float) -> int:
-    """The least number of leading directions that hold that share of the energy; 0 when there is none."""
+    """The lowest number of leading directions that hold that share of the energy; 0 if there is none."""
     total = float(energy.sum())
     # 1e-12: a sum in another order must not ask for one direction more.
     return int(np.searchsorted(np.cumsum(energy), share * total * (1 - 1e-12)) + 1) if total else 0
 
 
 def _by_rank(energy: Float64, rank: int) -> dict[int, float]:
-    """Nothing for a delta of zeros."""
+    """Empty for a delta of zeros."""
     held, total = np.cumsum(energy), float(energy.sum())
     ranks = (1 << power for power in range((rank - 1).bit_length())) if total else ()
     return {one: float(held[one - 1]) / total for one in ranks}

@@ -1,8 +1,8 @@
-"""Values by patterns of module paths (`rank_pattern` and the like): PEFT's first pattern that holds decides.
+"""Values by patterns of module paths (`rank_pattern` and the like): PEFT's first matching pattern decides.
 
-Asked one after the other, as PEFT does it, 500 patterns for 500 modules took minutes, and a mixture of experts may have
-one for each of 50,000. Nearly all are plain paths, which lie in a tree here, from their last part on; only the others
-are asked in turn.
+Tried one after the other, as PEFT does, 500 patterns for 500 modules took minutes, and a mixture of experts may have
+one for each of 50,000. Nearly all are plain paths. These are kept in a tree here, from their last component on; only
+the others are tried in turn.
 """
 
 import re
@@ -20,8 +20,8 @@ _ANY = re.compile(r"(?<!\\)\.")  # a dot is any character, as in every regular e
 
 @dataclass(slots=True)
 class _Node:
-    """What has led here ends with each of `patterns` (its number, and whether it must be the whole path); before it
-    may stand, with any character between, what a child is called."""
+    """A node of the tree. The path that leads here ends with each of `patterns` (its number, and whether it must be the
+    full path); before it there may be, after any character, a child's name."""
 
     children: dict[str, "_Node"] = field(default_factory=dict[str, "_Node"])
     lengths: set[int] = field(default_factory=set[int])
@@ -29,7 +29,7 @@ class _Node:
 
 
 def is_plain(pattern: str) -> bool:
-    """Is it a path with nothing to choose or repeat, so that it is valid as it stands?"""
+    """Whether the pattern is a plain path, without alternatives or repetition, so that it is valid as it stands."""
     return _plain(pattern) is not None
 
 
@@ -38,7 +38,7 @@ def _plain(pattern: str) -> re.Match[str] | None:
 
 
 class ByPath(Mapping[str, _Value]):
-    """A mapping from patterns to values, in the order given, which decides."""
+    """A mapping from patterns to values; their order decides."""
 
     def __init__(self, values: Mapping[str, _Value]) -> None:
         self._values = dict(values)
@@ -56,12 +56,12 @@ class ByPath(Mapping[str, _Value]):
         return len(self._values)
 
     def first(self, path: str, default: _Default) -> _Value | _Default:
-        """The value of the first pattern that holds for the whole path, or for its end from behind a dot."""
+        """The value of the first pattern that matches the full path, or its end after a dot."""
         number = min(self._holding(path), default=None)
         return default if number is None else self._values[self._names[number]]
 
     def unused(self, paths: Iterable[str]) -> list[str]:
-        """The patterns that hold for none of the paths."""
+        """The patterns that match none of the paths."""
         used = {number for path in paths for number in self._holding(path)}
         return [name for number, name in enumerate(self._names) if number not in used]
 

@@ -15,12 +15,12 @@ from composer.formats.untrusted import LONE_SURROGATE, DuplicateKey, has_more_va
 
 _CONFIG_FILE = "adapter_config.json"
 CONFIG_BYTES = 10_000_000
-_CHOOSING_CHARS = 4_000  # each of them is tried on each module
+_CHOOSING_CHARS = 4_000  # each is tried on each module
 _CONFIG_VALUES = 300_000  # three names for each of 90,000 modules
 _TEXT_CHARS = 1_000
 _MOST_LISTED = 10
 
-# Flag -> why no merge is true to it, empty where the variant is read. At most one may be set; storing it is fine.
+# Flag -> why it cannot be merged exactly; empty if the variant is supported. At most one may be set.
 _VARIANTS = {
     "use_dora": "",
     "use_bdlora": "",
@@ -32,9 +32,9 @@ _VARIANTS = {
     "layer_replication": "layer replication repeats layers that the base does not have",
     "megatron_config": "Megatron layers are sharded over files",
 }
-# What may come along with any of them.
+# Settings that may accompany any of them.
 _ADDITIONS = ("target_parameters", "trainable_token_indices")
-# The settings that all types have.
+# Settings of all types.
 _COMMON = frozenset({
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -51,13 +51,13 @@ _CONVERT_INIT = (
     "Convert it with PEFT: save_pretrained(directory, path_initial_model_for_weight_conversion=…) writes a plain LoRA. "
     "Where the changed base was saved: adaptory convert ADAPTER --base THAT_BASE --residual-base -o OUT."
 )
-REBASED_INITS = ("pissa", "olora", "corda", "lora_ga")  # and what follows these names; they change the base
+REBASED_INITS = ("pissa", "olora", "corda", "lora_ga")  # and longer names that begin so; they change the base
 PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})  # they leave the base alone
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why an adapter cannot be merged truly, and what its owner can do."""
+    """Why an adapter cannot be merged exactly, and what its owner can do."""
 
     reason: str
     way_out: str = MERGE_NEXT
@@ -72,18 +72,18 @@ class Blocks:
     outer: tuple[str, ...]
 
     def side(self, module: str) -> str:
-        """`A`, `B`, or nothing for a plain pair."""
+        """`A`, `B`, or empty for a plain pair."""
         return "A" if any(name in module for name in self.inner) else "B" * any(name in module for name in self.outer)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """A parsed config. `raw` is the whole JSON object; `rank_pattern` and `alpha_pattern` keep its order, which
+    """A parsed config. `raw` is the entire JSON object; `rank_pattern` and `alpha_pattern` keep its order, which
     matters.
 
-    Of a type that is no LoRA, rank and alpha are 0 where it has none, and `options` are the settings that types.py
-    names. Of a type that is refused only `peft_type` and the identity hints mean anything.
-    `token_indices` maps an embedding's name (empty: the input embedding) to the rows that are trained on their own.
+    For types other than LoRA, rank and alpha are 0 if the type has none, and `options` are the settings that types.py
+    names. For a refused type only `peft_type` and the identity hints are meaningful. `token_indices` maps an
+    embedding's name (empty: the input embedding) to the rows that are trained separately.
     """
 
     peft_type: str
@@ -121,7 +121,7 @@ class AdapterConfig:
         return self.alpha_for(module) / (sqrt(rank) if self.use_rslora else rank)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
-        """The rows of this embedding that are trained on their own, in the order in which they are kept."""
+        """The rows of this embedding that are trained separately, in stored order."""
         named = (rows for name, rows in self.token_indices.items() if not name or f".{module}".endswith(f".{name}"))
         return next(named, ())
 
@@ -131,7 +131,7 @@ class AdapterConfig:
 
     @property
     def variant(self) -> str:
-        """`lora`, `rslora`, `dora`, or the name of the flag or method that makes it another one."""
+        """`lora`, `rslora`, `dora`, or the name of another variant's flag or method."""
         if self.peft_type != "LORA":
             return self.peft_type.lower()
         if self.flags:
@@ -139,7 +139,7 @@ class AdapterConfig:
         return "rslora" if self.use_rslora else "lora"
 
     def unsupported(self) -> Refusal | None:
-        """Why this adapter cannot be merged or combined, or None when it can."""
+        """Why this adapter cannot be merged or combined; None if it can."""
         if self.peft_type != "LORA":
             return _refused_type(self)
         for flag in self.flags:
@@ -164,7 +164,8 @@ class AdapterConfig:
 
 
 def parse_config(content: bytes, subject: str = _CONFIG_FILE) -> AdapterConfig:
-    """Config from the file's bytes. Raises InvalidFile for what is malformed, NotSupported for an unknown setting."""
+    """Parses a config from the file's bytes. Raises InvalidFile for a malformed one, and NotSupported for an unknown
+    setting."""
     raw = _json_object(content, subject)
     peft_type = raw.get("peft_type")
     if not isinstance(peft_type, str):

@@ -1,8 +1,8 @@
 """The parts that each adapter type keeps for a module, and the weight that they fit: from shapes alone, no torch.
 
-A function takes the parts' shapes, the config's options and the base weight's (O, I), (0, 0) where there is no base to
-look at. It returns the (O, I) that the parts are made for; a side that they leave open is the base's. I counts a
-kernel's elements. Raises KeyError for a part that is missing, ValueError saying which shapes do not go together.
+A function takes the parts' shapes, the config's options and the base weight's (O, I), or (0, 0) without a base. It
+returns the (O, I) that the parts are made for; a side that they leave open is the base's. I counts a kernel's elements.
+Raises KeyError for a missing part, and ValueError saying which shapes do not fit together.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ def loha(shapes: Shapes, options: Options, base: Size) -> Size:
 
 
 def lokr(shapes: Shapes, options: Options, base: Size) -> Size:
-    """w1 and w2, each whole or as a product of w_a and w_b; w2 may have a kernel or a core t2 (R, R, *kernel)."""
+    """w1 and w2, each in full or as a product of w_a and w_b; w2 may have a kernel or a core t2 (R, R, *kernel)."""
     (rows_1, columns_1), (rows_2, columns_2) = _kronecker(shapes, "lokr_w1"), _kronecker(shapes, "lokr_w2")
     return rows_1 * rows_2, columns_1 * columns_2
 
@@ -161,12 +161,12 @@ def oft(shapes: Shapes, options: Options, base: Size) -> Size:
 
 
 def oft_block(entries: int) -> int:
-    """The side of a square matrix with that many entries above its diagonal."""
+    """The side of a square matrix with `entries` entries above its diagonal."""
     return (1 + isqrt(1 + 8 * entries)) // 2
 
 
 def boft(shapes: Shapes, options: Options, base: Size) -> Size:
-    """R (1, blocks, b, b), s (O, 1). With more than one factor the blocks are permuted, which is not read."""
+    """R (1, blocks, b, b), s (O, 1). With more than one factor the blocks are permuted, which is not supported."""
     factors, blocks, side, other = _dims(shapes, "boft_R", 4)
     outputs, one = _dims(shapes, "boft_s", 2)
     if factors > 1:
@@ -213,7 +213,7 @@ def road(shapes: Shapes, options: Options, base: Size) -> Size:
 
 
 def fourierft(shapes: Shapes, options: Options, base: Size) -> Size:
-    """spectrum (n): n_frequency of the O * I frequencies, of which another number would be drawn at other places."""
+    """spectrum (n): n_frequency of the O * I frequencies; another number would be drawn at other positions."""
     (count,) = _dims(shapes, "fourierft_spectrum", 1)
     if count != options["n_frequency"]:
         raise ValueError(f"{count} coefficients, where the config's n_frequency is {options['n_frequency']}")
@@ -222,7 +222,7 @@ def fourierft(shapes: Shapes, options: Options, base: Size) -> Size:
 
 
 def supertuning(shapes: Shapes, options: Options, base: Size) -> Size:
-    """values (n) and their places (n) in the flat weight; with an r also a plain pair."""
+    """values (n) and their positions (n) in the flat weight; with an r also a plain pair."""
     _dims(shapes, "supertuning_values", 1)
     _require(
         shapes["supertuning_values"] == shapes["supertuning_indices"],
@@ -235,7 +235,7 @@ def supertuning(shapes: Shapes, options: Options, base: Size) -> Size:
 
 
 def shira(shapes: Shapes, options: Options, base: Size) -> Size:
-    """weight (n) and its places (2, n): rows, then columns."""
+    """weight (n) and its positions (2, n): rows, then columns."""
     (count,) = _dims(shapes, "shira_weight", 1)
     _require(_dims(shapes, "shira_indices", 2) == (2, count), shapes, "shira_weight", "shira_indices")
     return base

@@ -1,8 +1,8 @@
-"""Regular expressions that strangers write, matched without backtracking: the work is bounded by the two lengths.
+"""Untrusted regular expressions, matched without backtracking: the work is bounded by the two lengths.
 
-`re` needs 39 s for four `.*?\\.` on 200 dots, and time without end for a row of alternatives that begin alike. Here
-each part of a pattern leads from a set of positions to the set of positions that it can reach, forwards, or backwards,
-which is how a lookahead is asked for all positions at once. It is the language of `re` without what cannot be done so:
+`re` needs 39 s for four `.*?\\.` on 200 dots, and endless time for a row of alternatives that begin alike. Here each
+part of a pattern maps a set of positions to the set that it can reach, forwards or backwards; backwards is how a
+lookahead is evaluated for all positions at once. The language is that of `re` without what cannot be matched so:
 references, repeated groups, named groups and flags.
 """
 
@@ -38,18 +38,18 @@ def compiled(pattern: str) -> _Step:
 
 
 def matches_fully(pattern: str, text: str) -> bool:
-    """As `re.fullmatch`, for text of one line."""
+    """Like `re.fullmatch`, for text of one line."""
     return len(text) in compiled(pattern)(text, {0}, False)
 
 
 def matches_end(pattern: str, path: str) -> bool:
-    """As `re.match(rf"(.*\\.)?({pattern})$", path)`: the whole of a dotted path, or its end from behind a dot."""
+    """Like `re.match(rf"(.*\\.)?({pattern})$", path)`: matches a full dotted path, or its end after a dot."""
     starts = {0} | {at + 1 for at, character in enumerate(path) if character == "."}
     return len(path) in compiled(pattern)(path, starts, False)
 
 
 class _Parser:
-    """Reads a pattern that `re` has found well formed."""
+    """Parses a pattern that `re` accepts."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -119,7 +119,7 @@ class _Parser:
         sign, least, comma, most = found.groups()
         low = int(least) if least else int(sign == "+")
         high = 1 if sign == "?" else int(most) if most else low if least and not comma else None
-        # Of all of them together: each is one more round over all positions, however few characters ask for it.
+        # For all of them together: each is one more pass over all positions, however few characters it needs.
         self.repeats += max(low, high or 0)
         if self.repeats > MAX_REPEATS:
             raise ValueError(f"its repeats add up to more than {MAX_REPEATS}")
@@ -151,7 +151,8 @@ def _boundary(form: re.Pattern[str]) -> _Step:
 
 
 def _around(inner: _Step, *, ahead: bool, wanted: bool) -> _Step:
-    """A lookahead holds where `inner` may begin: it is run backwards from every position, a lookbehind forwards."""
+    """A lookahead holds at positions where `inner` may begin: it is run backwards from every position; a lookbehind is
+    run forwards."""
 
     def step(text: str, starts: Set[int], back: bool) -> Set[int]:
         holds = inner(text, frozenset(range(len(text) + 1)), ahead)

@@ -1,6 +1,6 @@
-"""Every type of adapter that PEFT knows: which settings and parts it has, or why it is refused.
+"""Every adapter type of PEFT: its settings and parts, or why it is refused.
 
-A setting that is in none of a type's columns may be a newer variant's: it is refused unless it is off.
+A setting in none of a type's columns may belong to a newer variant: it is refused unless it is off.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,12 +15,13 @@ MERGE_NEXT = "Store and serve it as it is, or train a plain LoRA."
 
 @dataclass(frozen=True, slots=True)
 class AdapterType:
-    """`parts` of a module and parts `shared` by all, as in the file; `fits` as in parts.py.
+    """An adapter type. `parts` of a module and parts `shared` by all are named as in the file; `fits` is a function of
+    parts.py.
 
-    `rank` and `alpha` are the names and defaults of those settings; `options` maps the settings that change the result
-    to PEFT's defaults, whose type is theirs, and those `by_module` have a pattern too; `ignored` ones only matter in
-    training, or are seen in the tensors. `acts_on_bias`: what it does to outputs, it does to a bias too. `needs`: an
-    option that has to be on, and why.
+    `rank` and `alpha` are the names and defaults of those settings. `options` maps the settings that change the result
+    to PEFT's defaults, which have their type; those `by_module` have a pattern too. `ignored` settings only matter in
+    training, or are visible in the tensors. `acts_on_bias`: the type changes a bias like the outputs. `needs`: an
+    option that must be on, and why.
     """
 
     parts: tuple[str, ...]
@@ -187,7 +188,7 @@ TYPES: dict[str, AdapterType] = {
     ),
     "TRAINABLE_TOKENS": AdapterType((), lambda shapes, options, base: base, ignored=("token_indices",)),
 }  # fmt: skip
-"""LORA has a placement of its own (placement/placement.py); TRAINABLE_TOKENS has only the tokens' rows."""
+"""The supported types. LORA is placed by placement/placement.py; TRAINABLE_TOKENS has only the tokens' rows."""
 
 RETIRED_PARTS = {
     "oft_r": (
@@ -195,12 +196,12 @@ RETIRED_PARTS = {
         "Merge it into its base with PEFT 0.15.2, or train it anew.",
     )
 }
-"""Part -> why adapters that have it cannot be read, and what can be done."""
+"""Part -> why adapters with it cannot be read, and what to do."""
 
 UNSAVED_PARTS = {
     "shira_indices": "the places of its values were not saved, and another machine draws others",
 }
-"""Part -> why nothing can be made of the others without it."""
+"""Part -> why the others are useless without it."""
 
 _PROMPT = "it is a prompt, not a change of weights"
 _ROUTED = "it chooses by input, which no weight can express"
@@ -226,6 +227,6 @@ REFUSED: dict[str, str] = {
     "DEFT": "it replaces a subspace of what the base's weights put out, which is not read yet",
     "BONE": "it was replaced by MiSS; PEFT converts it",
 }
-"""Type -> why no merge can be true to it."""
+"""Type -> why it cannot be merged exactly."""
 MERGED_BY_PEFT = frozenset({"LN_TUNING", "BEFT", "GLORA", "DEFT"})
-"""Types that change weights, but are not read here."""
+"""Types that change weights, but are not supported."""

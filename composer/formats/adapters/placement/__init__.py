@@ -1,1 +1,1 @@
-"""Which weight of the base each tensor of an adapter belongs to."""
+"""Matches each tensor of an adapter with the base weight that it belongs to."""

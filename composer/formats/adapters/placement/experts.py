@@ -12,7 +12,7 @@ from composer.formats.adapters.placement.naming import Target, find_weight
 from composer.formats.adapters.placement.result import Piece, PlacedModule, Placement, shape_text
 from composer.formats.checkpoints.checkpoint import Architecture
 
-# In the order of transformers' modules. Fused name -> what an expert's own tensors are called, first rows first.
+# In the order of transformers' modules. Fused name -> names of an expert's own tensors, first rows first.
 _SPLIT = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "gate_up_proj_bias": (),
@@ -26,15 +26,17 @@ _SPLIT = {
 }
 _ORDER = list(_SPLIT)
 MAX_EXPERTS = 4096
-"""Of one parameter: ten times what models have. A pair of rank 1 could ask for as many as it has numbers."""
+"""Maximum experts of one parameter: ten times what models have. A pair of rank 1 could claim as many as it has
+numbers.
+"""
 # transformers' stacks that are stored as experts x inputs x outputs.
 _TRANSPOSED_MODELS = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Stack:
-    """A fused parameter as it is in memory: (E, rows, columns), or (rows, columns). `tensors` are an expert's own, in
-    the order of their rows; none where the checkpoint is fused too."""
+    """A fused parameter in memory: (E, rows, columns), or (rows, columns). `tensors` are the names of an expert's own,
+    in the order of their rows; empty if the checkpoint is fused too."""
 
     weight: str
     shape: tuple[int, ...]
@@ -43,12 +45,12 @@ class _Stack:
 
 
 def owner_of(module: str) -> str:
-    """The module that PEFT wraps, of the one that a key names inside of it."""
+    """The module that PEFT wraps, for the nested one that a key names."""
     return module.partition(".base_layer")[0]
 
 
 def parameter_of(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> str | None:
-    """The targeted parameter that this pair is for: the one that it fits, and of several the one at its depth."""
+    """The targeted parameter of this pair: the one that it fits; of several, the one at its depth."""
     owner = owner_of(module)
     names = _targeted(placement, owner)
     fitting = _fitting(placement, owner, names, a_shape, b_shape)
@@ -61,7 +63,7 @@ def parameter_of(placement: Placement, module: str, a_shape: tuple[int, ...], b_
 def _fitting(
     placement: Placement, owner: str, names: list[str], a_shape: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> list[str]:
-    """Those of the named parameters that the pair's shapes go with."""
+    """Those of the named parameters that the pair's shapes fit."""
     if placement.architecture is None or not len(a_shape) == len(b_shape) == 2:
         return []
     sizes = {a_shape[1], b_shape[0]}
@@ -83,7 +85,7 @@ def _targeted(placement: Placement, owner: str) -> list[str]:
 
 
 def nested_names(parameters: Iterable[str]) -> dict[str, str]:
-    """Path of an adapted parameter -> the module that its pair's keys name: the inverse of `parameter_of`."""
+    """Maps the path of an adapted parameter to the module that its pair's keys name: the inverse of `parameter_of`."""
     owned: dict[str, set[str]] = defaultdict(set)
     for path in parameters:
         owner, _, name = path.rpartition(".")
@@ -96,12 +98,12 @@ def nested_names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    """As the module itself has them."""
+    """The parameters in the module's own order."""
     return sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
 
 def place_experts(placement: Placement, module: str, parameter: str, parts: dict[str, str]) -> None:
-    """Place a pair of A (E * R, I) and B (O, R * E): one delta an expert, split where the checkpoint splits it."""
+    """Places a pair of A (E * R, I) and B (O, R * E): one delta per expert, split where the checkpoint splits it."""
     config, owner = placement.config, owner_of(module)
     path = f"{owner}.{parameter}"
     a_shape, b_shape = placement.shape(parts["lora_A"]), placement.shape(parts["lora_B"])
@@ -147,7 +149,7 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
 
 
 def missing_parameters(placement: Placement) -> list[str]:
-    """The targeted parameters that no pair is for, where nothing else was found to be wrong."""
+    """The targeted parameters without a pair, unless another error was found."""
     placed = [f".{module.module}" for module in placement.modules if module.kind == "experts"]
     targets = () if placement.findings else placement.config.target_parameters
     return [target for target in targets if not any(path.endswith(f".{target}") for path in placed)]

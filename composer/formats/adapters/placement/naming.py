@@ -1,4 +1,4 @@
-"""From the keys of an adapter to modules, and from a module to the checkpoint tensor it stands for."""
+"""From an adapter's keys to modules, and from modules to the checkpoint's tensors."""
 
 import re
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ from composer.formats.checkpoints.tying import EMBEDDINGS, HEADS, embedding_tens
 
 PEFT_PREFIX = "base_model.model."
 SHARED = "base_model"
-"""What all modules of an adapter have in common is kept under this name: `base_model.vera_A`."""
+"""The name for parts that all modules of an adapter share: `base_model.vera_A`."""
 TOKENS = "trainable_tokens_delta"
-"""Despite its name: new rows of an embedding."""
+"""Despite its name, new rows of an embedding."""
 
 # Suffix of a key -> part. Raw state dicts (DeepSpeed, FSDP) keep the adapter's name, `default`, in the key.
 _PARTS = (
@@ -32,10 +32,10 @@ _PARTS = (
 )
 
 TIED_HEAD = "lm_head"
-"""The output head in memory of a model that shares its tensor with the embedding."""
+"""The in-memory output head of a model that shares its tensor with the embedding."""
 OF_BARE_MODEL, OF_BARE_TRANSFORMER = "with `model.`", "with `transformer.`"
 INTO_LANGUAGE_MODEL = "into `language_model.`"
-"""An adapter of the language model alone, on a base that has it beside others."""
+"""The rule for an adapter of the language model alone, on a base with other towers."""
 OUT_OF_LANGUAGE_MODEL = "without `language_model.`"
 
 # (rule, pattern, replacement): in-memory name -> on-disk name, for checkpoints that were saved under other names.
@@ -56,7 +56,7 @@ _OF_A_LANGUAGE_MODEL = re.compile(r"model\.(?:layers|embed_tokens|norm)\b|lm_hea
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One adapter key taken apart. `part` is `lora_A`, `magnitude`, `base_layer.bias`, … or a parameter's name."""
+    """A parsed adapter key. `part` is `lora_A`, `magnitude`, `base_layer.bias`, … or a parameter's name."""
 
     key: str
     module: str
@@ -65,14 +65,14 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The checkpoint tensor behind a parameter; `rule` names the renaming that found it, empty for an exact hit."""
+    """The checkpoint tensor of a parameter; `rule` names the renaming that matched, empty for an exact match."""
 
     weight: str
     tied: bool
     rule: str = ""
 
 
-@lru_cache(maxsize=8192)  # asked three times of every key, and adapters of one model have the same ones
+@lru_cache(maxsize=8192)  # called three times for every key, and adapters of one model have the same keys
 def split_key(key: str) -> Key:
     path = key.removeprefix(PEFT_PREFIX)
     for pattern, part in _PARTS:
@@ -83,27 +83,27 @@ def split_key(key: str) -> Key:
 
 
 def lacks_prefix(keys: Iterable[str]) -> bool:
-    """Is there a module's key, and none with PEFT's prefix?"""
+    """Whether there is a module's key, and none with PEFT's prefix."""
     modules = [key for key in keys if key.rpartition(".")[0] != SHARED]
     return bool(modules) and not any(key.startswith(PEFT_PREFIX) for key in modules)
 
 
 def is_raw(key: str) -> bool:
-    """Is the adapter's name in the key, as in a dump of the model's own state?"""
+    """Whether the adapter's name is in the key, as in a dump of the model's own state."""
     return "default" in key.split(".")
 
 
 def is_copy(key: str) -> bool:
-    """With `bias="all"` PEFT saves the bias of a module that is saved whole a second time, by its path in memory: it
-    reads the other one."""
+    """With `bias="all"` PEFT saves the bias of a fully saved module a second time, by its path in memory; it loads the
+    other one."""
     return ".modules_to_save." in key
 
 
 def find_weight(module: str, parameter: str, architecture: Architecture) -> Target | list[str]:
-    """The one tensor that is `module.parameter` on disk, or the list of candidates when there is none or several."""
+    """The tensor that is `module.parameter` on disk, or the list of candidates if there is none or several."""
     name = f"{module}.{parameter}"
     if architecture.tied and parameter == "weight" and module.split(".")[-1] in HEADS:
-        # Tied wins over an exact hit: a head that is stored too has the same bytes (Checkpoint.own_head), and loading
+        # Tied wins over an exact match: a head that is stored too has the same bytes (Checkpoint.own_head), and loading
         # makes both one tensor again.
         embeddings = embedding_tensors(architecture.tensors)
         return Target(embeddings[0], True, "tied to the embedding") if len(embeddings) == 1 else embeddings
@@ -123,8 +123,8 @@ def find_weight(module: str, parameter: str, architecture: Architecture) -> Targ
 
 
 def elsewhere(target: Target, architecture: Architecture) -> bool:
-    """Was the module's path in another model than the base: one without a head (`AutoModel`), one of which a language
-    model is a part, or which is one?"""
+    """Whether the module's path comes from another model than the base: one without a head (`AutoModel`), one that
+    contains the language model, or the language model alone."""
     if target.rule == OUT_OF_LANGUAGE_MODEL:
         return all(map(_OF_A_LANGUAGE_MODEL.match, architecture.tensors))
     return target.rule in (INTO_LANGUAGE_MODEL, OF_BARE_MODEL, OF_BARE_TRANSFORMER)
@@ -139,10 +139,10 @@ def is_embedding(module: str) -> bool:
 
 
 def is_vocabulary(module: str) -> bool:
-    """Does one side of the module's weight count the tokens?"""
+    """Whether one side of the module's weight counts tokens."""
     return module.split(".")[-1] in (*HEADS, *EMBEDDINGS)
 
 
 def _is_tied_tensor(name: str, architecture: Architecture) -> bool:
-    # Asked of each module: whether others look like an embedding too is only worth a look where this one does.
+    # Called for each module: others that look like an embedding matter only if this one does.
     return architecture.tied and bool(embedding_tensors([name])) and embedding_tensors(architecture.tensors) == [name]

@@ -1,4 +1,4 @@
-"""LORA's own parts: pairs of factors on every kind of layer, what variants keep beside them, and trained tokens."""
+"""LORA's own parts: pairs of factors on every kind of layer, the parts of variants, and trained tokens."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,13 +10,13 @@ from composer.formats.adapters.placement.result import GROUPED, PlacedModule, Pl
 
 FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 FACTOR_PARTS = frozenset({*FACTORS, *FACTORS.values()})
-# What a pair has beside its factors, and the flag without which PEFT would not look at it.
+# Parts of a pair besides its factors, and the flag without which PEFT ignores them.
 _EXTRAS = {"magnitude": "use_dora", "lora_diag": "kasa_config", "lora_B_bias": "lora_bias"}
 PAIR_PARTS = FACTOR_PARTS | {*_EXTRAS, "lora_A_bias"}
 
 
 def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
-    """Place the pair of a module, if it has one."""
+    """Places the pair of a module, if it has one."""
     found = {part: key for part, key in parts.items() if part in PAIR_PARTS}
     if not found:
         return
@@ -38,7 +38,7 @@ def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> N
 
 
 def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
-    """Do the factors' shapes make a pair of the rank that the config says?"""
+    """Whether the factors' shapes make a pair of the config's rank."""
     if not _make_a_pair(a_shape, b_shape):
         message = f"{module} has factors of shape {shape_text(a_shape)} and {shape_text(b_shape)}, which make no pair."
         placement.error("unsupported_layer", module, message)
@@ -59,7 +59,7 @@ def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_sha
 
 
 def _make_a_pair(a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
-    """Two matrices, or a convolution and one of a single element."""
+    """Whether they are two matrices, or a convolution and one with a kernel of a single element."""
     return 2 <= len(a_shape) == len(b_shape) <= 5 and set(b_shape[2:]) <= {1}
 
 
@@ -67,7 +67,7 @@ def _place_on(
     placement: Placement, module: str, found: dict[str, str], a_shape: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> None:
     config, owner = placement.config, owner_of(module)
-    # Inside a wrapped attention the output's projection: `attn.base_layer.out_proj`.
+    # The output projection inside a wrapped attention: `attn.base_layer.out_proj`.
     path, nested = module.replace(".base_layer", ""), module != owner
     target = _target(placement, path, next(iter(found.values())))
     if target is None:
@@ -94,7 +94,7 @@ def _place_on(
 
 
 def _target(placement: Placement, path: str, key: str) -> Target | None:
-    """`weight`, or the packed one of an attention."""
+    """The name `weight`, or that of an attention's packed weight."""
     packed = f"{path}.in_proj_weight"
     if placement.architecture is not None and packed in placement.architecture.tensors:
         return Target(packed, False)
@@ -114,7 +114,7 @@ def _kind(
 
 
 def _extras_fit(placement: Placement, path: str, found: Mapping[str, str], outputs: int) -> bool:
-    """Tensors and flags must agree: PEFT ignores a magnitude without `use_dora`, and makes one up that is missing."""
+    """Checks that tensors and flags agree: PEFT ignores a magnitude without `use_dora`, and invents a missing one."""
     wanted = {part for part, flag in _EXTRAS.items() if flag in placement.config.flags}
     for part in sorted((found.keys() - FACTOR_PARTS) ^ wanted):
         flag = _EXTRAS.get(part, "no flag that is known")
@@ -146,7 +146,9 @@ def _place_bias(placement: Placement, pair: PlacedModule, outputs: int) -> None:
 
 
 def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
-    """Place the new rows of an embedding; a head that shares its tensor gets them as well, where it has none saved."""
+    """Places the new rows of an embedding; a head that shares its tensor gets them as well, unless it has saved
+    rows.
+    """
     key = parts.get(TOKENS)
     target = placement.find(module, "weight", key) if key is not None else None
     if key is None or target is None:

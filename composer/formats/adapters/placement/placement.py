@@ -1,4 +1,6 @@
-"""Every tensor of an adapter on the base tensor it acts on, by full path and shape. What does not fit is a finding."""
+"""Places every tensor of an adapter on the base tensor that it acts on, by full path and shape. Misfits are
+findings.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -42,14 +44,14 @@ from composer.formats.checkpoints.header import FLOAT_DTYPES, Header
 def place(
     config: AdapterConfig, header: Header, architecture: Architecture | None, subject: str = "adapter"
 ) -> PlacementResult:
-    """Match every tensor of the adapter with a base tensor.
+    """Matches every tensor of the adapter with a base tensor. Without an architecture, only the adapter's own shapes
+    are checked, and weights get their in-memory names.
 
-    Without an architecture only the adapter's own shapes are checked and weights get their in-memory names. Error
-    findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair, missing_part,
-    unflagged_part, duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused,
-    unsupported_layer, grouped_convolution, empty_adapter.
-    Warnings: other_paths, pattern_unused where others of its keys match. Notices: no_prefix, raw_keys, unused_target.
-    Raises NotSupported for a type that changes no weights, or not in a way that its files tell.
+    Error findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair,
+    missing_part, unflagged_part, duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused,
+    unsupported_layer, grouped_convolution, empty_adapter. Warnings: other_paths, pattern_unused if others of its keys
+    match. Notices: no_prefix, raw_keys, unused_target. Raises NotSupported for a type that does not change weights, or
+    not in a way that its files show.
     """
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
         message = f"{subject} cannot be read: {refusal.reason}."
@@ -104,12 +106,12 @@ def _group(placement: Placement) -> dict[str, dict[str, str]]:
 
 
 def _own_parts(config: AdapterConfig) -> frozenset[str]:
-    """What the type keeps of a module it adapts, besides tensors that are saved whole."""
+    """The parts that the type keeps for an adapted module, besides fully saved tensors."""
     return frozenset({TOKENS, *(PAIR_PARTS if config.peft_type == "LORA" else TYPES[config.peft_type].parts)})
 
 
 def _place_other(placement: Placement, module: str, parts: Mapping[str, str], shared: Mapping[str, str]) -> None:
-    """Place a module of a type that is no LoRA: what its parts fit is in composer.formats.adapters.config.parts."""
+    """Places a module of a type other than LoRA; composer.formats.adapters.config.parts says what its parts fit."""
     kind = TYPES[placement.config.peft_type]
     own = {part: key for part, key in parts.items() if part in kind.parts}
     target = placement.find(module, "weight", next(iter(own.values()))) if own else None
@@ -158,12 +160,12 @@ def _add_other(placement: Placement, placed: PlacedModule, size: Size, made_for:
 def _layout(placement: Placement, module: str, target: Target, own: Mapping[str, str]) -> str:
     if any("_embedding_" in part for part in own):
         return "embedding"
-    # No factors that would tell more than the model type does: PEFT ignores fan_in_fan_out where it does not hold.
+    # No factors show the orientation, so the model type decides: PEFT ignores a wrong fan_in_fan_out.
     return "conv1d" if placement.transposed(module, target, (0, 0)) else "linear"
 
 
 def _acts_on_bias(placement: Placement, kind: AdapterType, placed: PlacedModule) -> bool:
-    """A feed-forward (IA)3 scales inputs, which a bias has nothing to do with."""
+    """Whether the type acts on the module's bias. A feed-forward (IA)3 scales inputs, which do not affect a bias."""
     feed_forward = "ia3_l" in placed.parts and placement.shape(placed.parts["ia3_l"])[1] > 1
     return kind.acts_on_bias and not feed_forward
 
@@ -197,13 +199,13 @@ def _place_whole_tensors(placement: Placement, module: str, parts: Mapping[str, 
 
 
 def _check_prefix(placement: Placement, modules: list[str], subject: str) -> None:
-    """When nothing matches, one finding that shows both sides says more than a hundred unmatched tensors."""
+    """If nothing matches, one finding that shows both sides replaces a hundred unmatched tensors."""
     if not placement.header.tensors:
         placement.error("empty_adapter", subject, f"{subject} has no tensors.")
     codes = {finding.code for finding in placement.findings}
     if placement.modules or "unmatched_tensor" not in codes or placement.architecture is None:
         return
-    if "shape_mismatch" in codes:  # some keys do match: it is another base
+    if "shape_mismatch" in codes:  # some keys match: it is another base
         return
     first = next(iter(placement.header.tensors))
     names = list(placement.architecture.tensors)
@@ -218,7 +220,7 @@ def _check_prefix(placement: Placement, modules: list[str], subject: str) -> Non
 
 
 def _note_other_keys(placement: Placement, subject: str) -> None:
-    """What is read here as if it were named as PEFT does, and elsewhere not at all."""
+    """Notices for keys that are accepted here as if PEFT had named them, but not elsewhere."""
     keys = list(placement.header.tensors)
     if lacks_prefix(keys):
         message = f"No key has the prefix {PEFT_PREFIX!r}, without which PEFT itself loads nothing."
@@ -230,7 +232,7 @@ def _note_other_keys(placement: Placement, subject: str) -> None:
 
 
 def _check_dtypes(placement: Placement) -> None:
-    """What deltas are computed from is plain floating point, but for indices: anything else has lost its scale."""
+    """Refuses parts that are not plain floating point, except indices: other dtypes have lost their scale."""
     owners = {
         key: placed.module
         for placed in placement.modules
@@ -265,12 +267,12 @@ def _check_looked_up(placement: Placement) -> None:
                 f"{placed.module} of {placement.model_type} normalises the rows that it looks up, but not what PEFT "
                 "trained: no weight gives the same. Serve it with PEFT, or train the embedding whole."
             )
-            # First of all: PEFT saves the norm as well, which is not found, and not the point.
+            # Checked first: PEFT saves the norm as well, and its finding would hide this one.
             placement.findings.insert(0, Finding("unsupported_layer", Severity.ERROR, placed.module, message))
 
 
 def _check_config_is_used(placement: Placement) -> None:
-    """The config's own words must be true of the tensors: PEFT would silently ignore what they miss."""
+    """Checks that the config's targets hold for the tensors: PEFT would silently ignore missing ones."""
     config = placement.config
     adapted = _adapted_paths(placement)
     if not adapted and config.peft_type != "LORA":
@@ -293,8 +295,8 @@ def _check_config_is_used(placement: Placement) -> None:
 
 
 def _check_targets(placement: Placement, adapted: set[str]) -> None:
-    """A general list names modules of many models, and PEFT is content when one of them is there. Nothing at all is an
-    error, and so is a module of the base that the file has lost the tensors of."""
+    """Checks a list of targets. A general list names modules of many models, and PEFT accepts it if one of them exists.
+    No match at all is an error, and so is a module of the base without tensors in the file."""
     targets = placement.config.target_modules
     lacking = _targets_without_tensors(placement.config, adapted)
     some = not isinstance(targets, str) and len(lacking) < len(targets or ())
@@ -308,8 +310,8 @@ def _check_targets(placement: Placement, adapted: set[str]) -> None:
 
 
 def _check_saved_whole(placement: Placement) -> None:
-    """What was trained whole and is lost, where the base has such a module. PEFT names `classifier` and `score` alike,
-    of which a model has one; a head that is tied to the embedding is saved as one of the two."""
+    """Finds fully trained modules of the base that the file lacks. PEFT names both `classifier` and `score`, of which a
+    model has one; a head that is tied to the embedding is saved as one of the two."""
     base = placement.architecture
     if base is None:
         return
@@ -323,12 +325,13 @@ def _check_saved_whole(placement: Placement) -> None:
 
 
 def _as_text(modules: set[str]) -> str:
-    """To look for a name of some components at once, however many modules there are."""
+    """An index of module names by their last components, for lookups among many modules."""
     return "\n".join(f".{module}." for module in modules)
 
 
 def _in_base(placement: Placement, target: str) -> bool:
-    """Does PEFT wrap a module by this name? Not an expert: those are one parameter in memory, whatever the file has."""
+    """Whether PEFT wraps a module by this name. Not an expert: experts are one parameter in memory, whatever the file
+    has."""
     if placement.architecture is None:
         return False
     matrices = (name for name, entry in placement.architecture.tensors.items() if len(entry.shape) > 1)
@@ -337,8 +340,8 @@ def _in_base(placement: Placement, target: str) -> bool:
 
 
 def _check_patterns(placement: Placement, paths: set[str]) -> None:
-    """Keys that match nothing are PEFT's to pass over: a config may be for several models. But where none matches they
-    may be the names of another version of transformers, and passing over them would change the scale."""
+    """Checks the keys of patterns. PEFT ignores those that match nothing: a config may be for several models. But if
+    none matches, they may be names of another version of transformers, and ignoring them would change the scale."""
     config = placement.config
     for name, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         unused = pattern.unused(paths)
@@ -361,7 +364,7 @@ def _targets_without_tensors(config: AdapterConfig, adapted: set[str]) -> list[s
 
 
 def _adapted_paths(placement: Placement) -> set[str]:
-    """The modules that PEFT wrapped, also those that did not fit: they are reported once, not as a missing target."""
+    """The modules that PEFT wrapped, including misfits: these are reported once, not also as a missing target."""
     own = _own_parts(placement.config)
     split = (split_key(key) for key in placement.header.tensors)
     tokens = placement.config.peft_type == "TRAINABLE_TOKENS"

@@ -1,4 +1,4 @@
-"""An adapter's modules on the base tensors they act on, and what was found while placing them."""
+"""The result of a placement: modules on the base tensors that they act on, and findings."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +12,9 @@ from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import Header
 from composer.formats.checkpoints.renames import made_by
 
-# transformers' models that are built of Conv1D, which stores W as inputs x outputs.
+# transformers' models built with Conv1D, which stores W as inputs x outputs.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-# Those whose embedding has a norm of its own, which neither of PEFT's ways to train one goes through.
+# Models whose embedding has a norm, which neither of PEFT's ways to train an embedding applies.
 NORMED_EMBEDDINGS = frozenset(
     {"inkling_text", "inkling_mm_model", "muse_glimmer", "muse_glimmer_text", "muse_spark", "muse_spark_text"}
 )
@@ -26,8 +26,8 @@ WHOLE_KINDS = frozenset({"replacement", "base_copy"})
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Outputs [first, last) of one expert of a fused stack, and the stored rows, from `begin` of `weight`, they are
-    for: of the stack itself, or of the expert's own tensor where the checkpoint is not fused."""
+    """Outputs [first, last) of one expert of a fused stack, and their stored rows, from `begin` of `weight` on: of the
+    stack itself, or of the expert's own tensor if the checkpoint is not fused."""
 
     expert: int
     weight: str
@@ -38,15 +38,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PlacedModule:
-    """A module of the adapter and the checkpoint tensor `weight` it acts on.
+    """A module of the adapter and the checkpoint tensor `weight` that it acts on.
 
-    `kind` is linear, conv1d, embedding or convolution (a low-rank pair); experts (a pair for each expert of a stack, of
-    which `module` is the parameter's path); block_diagonal and kasa (variants of a pair); other (another type's delta);
-    tokens (rows of an embedding); bias (what the module's parts do to its bias); replacement (a tensor saved whole) or
-    base_copy (PEFT's copy of a base weight beside an adapted embedding). `parts` maps lora_A, lora_B, magnitude, … or a
-    parameter's name to the key in the file. `shape` is the base tensor's, as stored; 0 where nothing tells. Rank, alpha
-    and scale are 0 where there is no low-rank pair. `layout` is that of a delta. `twin` says that the other side of
-    a tied tensor has the same delta, `nested` that PEFT wraps the module inside of the attention it belongs to.
+    `kind` is linear, conv1d, embedding or convolution (a low-rank pair); experts (a pair for each expert of a stack;
+    `module` is the parameter's path); block_diagonal and kasa (variants of a pair); other (another type's delta);
+    tokens (rows of an embedding); bias (the effect of the module's parts on its bias); replacement (a tensor saved in
+    full); or base_copy (PEFT's copy of a base weight beside an adapted embedding).
+
+    `parts` maps lora_A, lora_B, magnitude, … or a parameter's name to the key in the file. `shape` is the base
+    tensor's, as stored; 0 if unknown. Rank, alpha and scale are 0 without a low-rank pair. `layout` is that of a delta.
+    `twin`: the other side of a tied tensor has the same delta. `nested`: PEFT wraps the module inside of its attention.
     """
 
     module: str
@@ -76,13 +77,13 @@ class PlacementResult:
 
     @property
     def adapted(self) -> list[PlacedModule]:
-        """Modules whose weight gets a delta of any form; what happens to their bias comes along."""
+        """Modules whose weight gets a delta of any form, with what happens to their bias."""
         return [module for module in self.modules if module.kind not in WHOLE_KINDS and module.kind != "bias"]
 
 
 @dataclass
 class Placement:
-    """A placement under way."""
+    """A placement in progress."""
 
     config: AdapterConfig
     header: Header
@@ -95,7 +96,7 @@ class Placement:
         return "" if self.architecture is None else self.architecture.model_type
 
     def error(self, code: str, subject: str, message: str) -> None:
-        """A key without a module, such as `lora_A`, is a subject too."""
+        """The subject of a finding; a key without a module, such as `lora_A`, is one too."""
         self.findings.append(Finding(code, Severity.ERROR, subject or "(no module)", message))
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -105,7 +106,7 @@ class Placement:
         return () if self.architecture is None else self.architecture.tensors[target.weight].shape
 
     def find(self, module: str, parameter: str, key: str) -> Target | None:
-        """The parameter's tensor on disk; None after a finding."""
+        """The parameter's tensor on disk; None, with a finding, if there is no single one."""
         if self.architecture is None:
             return Target(f"{module}.{parameter}", False)
         found = find_weight(module, parameter, self.architecture)
@@ -138,7 +139,7 @@ class Placement:
         return {part for name in tensors for part in name.split(".")}
 
     def renamed_perhaps(self, modules: Iterable[str]) -> str:
-        """A cause, where the base has no module called as one of these: its names may not be those in memory."""
+        """The likely cause if the base has no module with one of these names: they may not be in-memory names."""
         names = {module.rpartition(".")[2] for module in modules}
         if not names or names & self._called:
             return ""
@@ -162,8 +163,8 @@ class Placement:
         return False
 
     def transposed(self, module: str, target: Target, size: tuple[int, int]) -> bool:
-        """Is the weight stored as inputs x outputs? The model type decides, since a square weight looks the same both
-        ways. `size` is (O, I)."""
+        """Whether the weight is stored as inputs x outputs. The model type decides, since a square weight looks the
+        same both ways. `size` is (O, I)."""
         if is_head(module):
             return False
         if self.architecture is None:
@@ -178,6 +179,6 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 
 def bias_of(target: Target, outputs: int) -> dict[str, Any]:
-    """What is different when a module's parts act on its bias, which no other module shares."""
+    """The placement of a module's parts on its bias, which no other module shares."""
     own = {"weight": target.weight, "kind": "bias", "shape": (outputs,), "layout": "linear"}
     return own | {"tied": False, "twin": False}

@@ -1,4 +1,4 @@
-"""Would PEFT wrap this module? Only then does it load the module's low-rank tensors."""
+"""Whether PEFT would wrap a module. Only then does it load the module's low-rank tensors."""
 
 import re
 from typing import cast
@@ -12,11 +12,9 @@ _PLAIN_NAME = re.compile(r"\w+")
 
 
 def surely_untargeted(config: AdapterConfig, module: str) -> bool:
-    """True when PEFT's rules (check_target_module_exists) say that the config leaves this module alone.
-
-    False where the answer depends on what is not read here: no target_modules (chosen by model type), parameters
-    targeted by name, and a head or embedding that weight tying wraps with its twin.
-    """
+    """True if PEFT's rules (check_target_module_exists) leave this module alone. False also if that depends on
+    information that is not available here: no target_modules (chosen by model type), parameters targeted by name, and a
+    head or embedding that weight tying wraps with the other side."""
     targets = config.target_modules
     if targets is None or config.raw.get("target_parameters"):
         return False
@@ -25,7 +23,7 @@ def surely_untargeted(config: AdapterConfig, module: str) -> bool:
     if config.exclude_modules and _names(config.exclude_modules, module):
         return True
     if isinstance(targets, str):
-        # PEFT takes this word in any case.
+        # PEFT accepts this word in upper or lower case.
         return targets.lower() != "all-linear" and not matches_fully(targets, module)
     if module in targets:  # a whole path wins over the choice of layers
         return False
@@ -49,7 +47,9 @@ def _in_another_layer(config: AdapterConfig, module: str) -> bool:
         return False
     for pattern in patterns:
         text = str(pattern)
-        if text != _ANY_LAYER and not _PLAIN_NAME.fullmatch(text):  # a regex of a stranger: not judged
+        if text != _ANY_LAYER and not _PLAIN_NAME.fullmatch(
+            text
+        ):  # an untrusted regular expression that cannot be evaluated
             return False
         start = r".*?\." if text == _ANY_LAYER else r"(?:^|.*?\.)"
         match = re.match(rf"{start}{text}\.(\d{{1,9}})\.", module)
