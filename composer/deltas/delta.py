@@ -31,7 +31,7 @@ class Layout(StrEnum):
     EMBEDDING = "embedding"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSlice:
     """The position of an expert's delta in `parameter`, which stacks all `experts` of a layer in memory: from row
     `begin` of its matrix, and from output `first` of the expert's own `outputs`."""
@@ -44,7 +44,7 @@ class ExpertSlice:
     begin: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
     """delta = scale * B @ A in the orientation PEFT trains: A is R x I, B is O x R, each in the float dtype of the
     adapter's file. `stored_factors` are float32.
@@ -118,7 +118,7 @@ Rows = Callable[[torch.Tensor, int], torch.Tensor]
 """(W_MN, first row) -> Δ_MN: the delta for these rows of the stored matrix, in W's dtype (float32 or float64)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowwiseDelta:
     """A delta that is not a low-rank product: `rows` computes its rows on demand from the base's rows.
 
@@ -147,7 +147,7 @@ class RowwiseDelta:
     stacked: ExpertSlice | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
     """A fully saved tensor (`modules_to_save`, `bias`) that replaces the base's. `tied` and `twin` are as in
     LowRank."""

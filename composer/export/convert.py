@@ -252,7 +252,15 @@ def _placed_pair(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, arch
     layout = Layout.EMBEDDING if is_embedding(path) else Layout.LINEAR
     if architecture.model_type in CONV1D_MODELS and layout is Layout.LINEAR:
         layout = Layout.CONV1D
-    delta = LowRank(path, target.weight, layout, A.float().contiguous(), B.float().contiguous(), scale, target.tied)
+    delta = LowRank(
+        module=path,
+        weight=target.weight,
+        layout=layout,
+        A_RI=A.float().contiguous(),
+        B_OR=B.float().contiguous(),
+        scale=scale,
+        tied=target.tied,
+    )
     _refuse_misfit(path, delta.stored_shape, architecture.tensors[target.weight].shape)
     return delta
 

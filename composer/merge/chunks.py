@@ -25,7 +25,7 @@ _KEPT_BYTES = 8 << 20
 _DIRECTIONS = 64  # of factors added in one pass over the rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
     """One tensor of an output shard: from `source` in file `path`, changed by `deltas`, to `target`."""
 
@@ -96,7 +96,7 @@ class _Rights:
             self._made.clear()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorWork:
     """A tensor being processed. `rows` x `columns` is the matrix that chunks are cut from; a tensor without deltas is
     one long column. `uploaded` are the factors on the computing device."""
@@ -163,7 +163,15 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
             if isinstance(delta, LowRank):  # frees the memory of mapped factors
                 drop_pages(delta.A_RI)
                 drop_pages(delta.B_OR)
-    return TensorWork(tensor, rows, columns, factors, uploaded, computed, replacement)
+    return TensorWork(
+        plan=tensor,
+        rows=rows,
+        columns=columns,
+        factors=factors,
+        uploaded=uploaded,
+        computed=computed,
+        replacement=replacement,
+    )
 
 
 def _together(deltas: Sequence[LowRank]) -> list[Factors]:

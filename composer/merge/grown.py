@@ -123,7 +123,11 @@ def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vo
             continue
         if delta.weight not in made:
             made[delta.weight] = _extended(map_tensor(*checkpoint.locate(delta.weight)), delta, vocabulary.rows)
-        deltas.append(Replacement(delta.module, delta.weight, made[delta.weight], delta.tied, delta.twin))
+        deltas.append(
+            Replacement(
+                module=delta.module, weight=delta.weight, tensor=made[delta.weight], tied=delta.tied, twin=delta.twin
+            )
+        )
     return replace(adapter, deltas=tuple(deltas)) if made else adapter
 
 

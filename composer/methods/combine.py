@@ -284,7 +284,15 @@ def _as_delta(delta: Replacement) -> RowwiseDelta:
         return rows_MN[begin : begin + W_MN.shape[0]].to(W_MN) - W_MN
 
     shape = (rows_MN.shape[0], rows_MN.shape[1])
-    return RowwiseDelta(delta.module, delta.weight, shape, rows, reads_base=True, tied=delta.tied, twin=delta.twin)
+    return RowwiseDelta(
+        module=delta.module,
+        weight=delta.weight,
+        stored_shape=shape,
+        rows=rows,
+        reads_base=True,
+        tied=delta.tied,
+        twin=delta.twin,
+    )
 
 
 def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:

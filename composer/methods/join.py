@@ -118,9 +118,9 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Ro
         return added_MN
 
     return RowwiseDelta(
-        first.module, first.weight, first.stored_shape, rows, reads_base=True, rescales=True,
-        all_rows=any(delta.all_rows for delta in computed), tied=first.tied, twin=first.twin, begin=first.begin,
-        layout=first.layout, kernel=first.kernel, stacked=first.stacked,
+        module=first.module, weight=first.weight, stored_shape=first.stored_shape, rows=rows, reads_base=True,
+        rescales=True, all_rows=any(delta.all_rows for delta in computed), tied=first.tied, twin=first.twin,
+        begin=first.begin, layout=first.layout, kernel=first.kernel, stacked=first.stacked,
         sets_rows=frozenset[int]().union(*(delta.sets_rows for delta in computed)),
     )  # fmt: skip
 

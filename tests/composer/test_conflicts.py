@@ -262,7 +262,12 @@ def test_a_mean_tells_the_weights_that_it_comes_to(red: LoadedAdapter, green: Lo
 
 
 def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    other = RowwiseDelta("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
+    other = RowwiseDelta(
+        module="model.layers.0.mlp.up_proj",
+        weight="model.layers.0.mlp.up_proj.weight",
+        stored_shape=(48, 32),
+        rows=lambda W, _: W,
+    )
     found = conflicts([red, replace(green, deltas=(*green.deltas, other))], [1.0, 1.0])
     (told,) = [finding for finding in found.findings if finding.code == "not_factors"]
     assert (told.subject, told.measure) == ("green", 1.0)

@@ -14,7 +14,9 @@ def delta(seed: int, outputs: int = 24, inputs: int = 17, rank: int = 3, layout:
     generator = torch.Generator().manual_seed(seed)
     A_RI = torch.randn(rank, inputs, generator=generator)
     B_OR = torch.randn(outputs, rank, generator=generator)
-    return LowRank("layers.0.proj", "layers.0.proj.weight", layout, A_RI, B_OR, 0.7 + seed)
+    return LowRank(
+        module="layers.0.proj", weight="layers.0.proj.weight", layout=layout, A_RI=A_RI, B_OR=B_OR, scale=0.7 + seed
+    )
 
 
 def dense(one: LowRank) -> torch.Tensor:
@@ -77,7 +79,9 @@ def test_full_rank_deltas_overlap_by_necessity_so_their_excess_is_zero() -> None
 
 
 def test_an_absent_or_zero_delta_has_no_energy_and_nothing_becomes_nan() -> None:
-    zero = LowRank("m", "m.weight", Layout.LINEAR, torch.randn(3, 17), torch.zeros(24, 3), 1.0)
+    zero = LowRank(
+        module="m", weight="m.weight", layout=Layout.LINEAR, A_RI=torch.randn(3, 17), B_OR=torch.zeros(24, 3), scale=1.0
+    )
     for other in (None, zero):
         sums = relations([delta(1), other]).sums
         assert (sums.norm(1), sums.cosine(0, 1), sums.output_overlap(0, 1), sums.input_excess(1, 0)) == (0, 0, 0, 0)
@@ -165,7 +169,7 @@ def test_signs_of_related_deltas_differ_as_their_angle_says() -> None:
     generator = torch.Generator().manual_seed(0)
     A_RI, B_OR = torch.randn(64, 512, generator=generator), torch.randn(512, 64, generator=generator)
     noise = torch.randn(512, 64, generator=generator)
-    one = LowRank("m", "m.weight", Layout.LINEAR, A_RI, B_OR, 1.0)
+    one = LowRank(module="m", weight="m.weight", layout=Layout.LINEAR, A_RI=A_RI, B_OR=B_OR, scale=1.0)
     for mixed in (0.3, 1.0, 3.0):
         sums = relations([one, replace(one, B_OR=B_OR + mixed * noise)]).sums
         assert abs(sums.sign_excess(0, 1)) < 0.03

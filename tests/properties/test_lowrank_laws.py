@@ -22,7 +22,7 @@ def deltas(draw: st.DrawFn) -> LowRank:
     if draw(st.booleans()):
         B_OR[:, -1] = B_OR[:, 0]  # a rank-deficient B: nominal rank says more than the delta has, when rank > 1
     layout = draw(st.sampled_from(Layout))
-    return LowRank("m", "m.weight", layout, A_RI, B_OR, draw(st.floats(0.01, 8.0)))
+    return LowRank(module="m", weight="m.weight", layout=layout, A_RI=A_RI, B_OR=B_OR, scale=draw(st.floats(0.01, 8.0)))
 
 
 def numbers(a: LowRank, b: LowRank) -> list[float]:

@@ -62,7 +62,7 @@ _TYPES: dict[str, Read] = {
 NAME_BASE = "Name the base that it was trained on: --base."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedAdapter:
     """An adapter ready for arithmetic. Factors and replacements keep their dtype and, if the file has them directly,
     are mapped from it, so that only memory that is read is used. Convert them to float32 or float64 before computing.
@@ -143,7 +143,9 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     placed = mark_tied_pairs(adapter, placed, on_a_base=architecture is not None)
     deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
     copies = {module.weight: _full_tensor(adapter, module) for module in placed.modules if module.kind == "base_copy"}
-    return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
+    return LoadedAdapter(
+        name=adapter.name, path=path, config=adapter.config, placed=placed, deltas=deltas, base_copies=copies
+    )
 
 
 def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: str) -> PlacementResult:
@@ -191,7 +193,15 @@ def _count(adapter: Adapter, module: PlacedModule) -> int:
 
 def _read(adapter: Adapter, module: PlacedModule) -> list[Delta]:
     if module.kind == "replacement":
-        return [Replacement(module.module, module.weight, _full_tensor(adapter, module), module.tied, module.twin)]
+        return [
+            Replacement(
+                module=module.module,
+                weight=module.weight,
+                tensor=_full_tensor(adapter, module),
+                tied=module.tied,
+                twin=module.twin,
+            )
+        ]
     return _reader(adapter.config, module)(Module(adapter, module))
 
 

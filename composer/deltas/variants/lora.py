@@ -48,8 +48,24 @@ def experts(module: Module) -> list[Delta]:
         own = piece.weight.split(".")[-2] if piece.weight.endswith(".weight") else parameter
         A_RI, B_OR = A_ERI[piece.expert], B_ORE[piece.first : piece.last, :, piece.expert]
         name, begin = f"{owner}.{piece.expert}.{own}", piece.expert * rows + piece.first
-        stacked = ExpertSlice(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), begin)
-        return LowRank(name, piece.weight, module.layout, A_RI, B_OR, placed.scale, begin=piece.begin, stacked=stacked)
+        stacked = ExpertSlice(
+            parameter=placed.module,
+            expert=piece.expert,
+            experts=len(A_ERI),
+            first=piece.first,
+            outputs=len(B_ORE),
+            begin=begin,
+        )
+        return LowRank(
+            module=name,
+            weight=piece.weight,
+            layout=module.layout,
+            A_RI=A_RI,
+            B_OR=B_OR,
+            scale=placed.scale,
+            begin=piece.begin,
+            stacked=stacked,
+        )
 
     return [one(piece) for piece in placed.pieces]
 
@@ -78,8 +94,8 @@ def tokens(module: Module) -> list[Delta]:
         return delta_MN
 
     changed = RowwiseDelta(
-        placed.module, placed.weight, module.stored_shape, rows, reads_base=True, tied=placed.tied,
-        layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
+        module=placed.module, weight=placed.weight, stored_shape=module.stored_shape, rows=rows, reads_base=True,
+        tied=placed.tied, layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
     )  # fmt: skip
     return [changed]
 

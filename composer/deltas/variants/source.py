@@ -61,10 +61,10 @@ class Module:
         return self[part].float()
 
     def low_rank(self, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float = 1.0) -> LowRank:
-        placed, kernel = self.placed, self.placed.shape[2:]
+        placed = self.placed
         return LowRank(
-            placed.module, placed.weight, self.layout, A_RI, B_OR, scale, placed.tied, kernel=kernel, twin=placed.twin,
-            nested=placed.nested,
+            module=placed.module, weight=placed.weight, layout=self.layout, A_RI=A_RI, B_OR=B_OR, scale=scale,
+            tied=placed.tied, kernel=placed.shape[2:], twin=placed.twin, nested=placed.nested,
         )  # fmt: skip
 
     def computed(
@@ -78,9 +78,10 @@ class Module:
             return rows(W_MN.T, 0).T
 
         return RowwiseDelta(
-            placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
-            rescales=reads_base, alone=alone, all_rows=all_rows or not straight, tied=placed.tied, layout=self.layout,
-            kernel=placed.shape[2:], twin=placed.twin,
+            module=placed.module, weight=placed.weight, stored_shape=self.stored_shape,
+            rows=rows if straight else turned, reads_base=reads_base, rescales=reads_base, alone=alone,
+            all_rows=all_rows or not straight, tied=placed.tied, layout=self.layout, kernel=placed.shape[2:],
+            twin=placed.twin,
         )  # fmt: skip
 
     def indices(self, part: str, below: int, own: slice = _ALL) -> torch.Tensor:
