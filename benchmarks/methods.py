@@ -95,8 +95,8 @@ def _places(layer: int) -> Iterator[WeightSlot]:
                 module=f"layers.{layer}.{name}",
                 weight=f"layers.{layer}.{name}.weight",
                 layout=Layout.LINEAR,
-                A_RI=A,
-                B_OR=B,
+                A=A,
+                B=B,
                 scale=1.0,
             )
             parts.append(SlotDelta(number, delta, 1.0, f"{number}/{layer}/{name}"))

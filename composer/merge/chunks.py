@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
-from composer.deltas.tensors import all_finite, drop_pages, torch_dtype
+from composer.deltas.tensors import all_finite, torch_dtype
 from composer.errors import RefusedOutput
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.recipes.rounding import Mode, Rounding
@@ -70,7 +70,7 @@ class Factors:
         return out_RN
 
     def to(self, device: torch.device) -> "Factors":
-        parts = (replace(part, A_RI=part.A_RI.to(device), B_OR=part.B_OR.to(device)) for part in self.parts)
+        parts = (replace(part, A=part.A_RI.to(device), B=part.B_OR.to(device)) for part in self.parts)
         return replace(self, parts=tuple(parts))
 
 
@@ -160,9 +160,8 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         for delta in additions:
-            if isinstance(delta, LowRank):  # frees the memory of mapped factors
-                drop_pages(delta.A_RI)
-                drop_pages(delta.B_OR)
+            if isinstance(delta, LowRank):
+                delta.drop_pages()
     return TensorWork(
         plan=tensor,
         rows=rows,
@@ -189,7 +188,7 @@ def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
         begin = 0
         while begin < delta.rank:
             end = min(delta.rank, begin + room)
-            block.append(replace(delta, A_RI=delta.A_RI[begin:end], B_OR=delta.B_OR[:, begin:end]))
+            block.append(replace(delta, A=delta.A[begin:end], B=delta.B[:, begin:end]))
             room -= end - begin
             begin = end
             if not room:

@@ -12,7 +12,8 @@ from typing import Any, TypeGuard, cast
 import torch
 
 from composer.deltas.delta import Delta, Replacement, RowwiseDelta
-from composer.deltas.tensors import TORCH_DTYPES, map_tensor
+from composer.deltas.stored import map_tensor
+from composer.deltas.tensors import TORCH_DTYPES
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity

@@ -95,7 +95,7 @@ def stack_factors(deltas: Sequence[Additive], weights: Sequence[float]) -> list[
         return [*others]
     B_OR = torch.cat([delta.B_OR.float() * (weight * delta.scale) for delta, weight in pairs], dim=1)
     A_RI = torch.cat([delta.A_RI.float() for delta, _ in pairs], dim=0)
-    return [*others, replace(pairs[0][0], A_RI=A_RI, B_OR=B_OR, scale=1.0)]
+    return [*others, replace(pairs[0][0], A=A_RI, B=B_OR, scale=1.0)]
 
 
 def scaled(delta: RowwiseDelta, weight: float) -> RowwiseDelta:

@@ -185,13 +185,13 @@ def _named(like: Additive, pair: Pair) -> LowRank:
     """The factors as a delta of the same slot."""
     B_OR, A_RI = (factor.contiguous() for factor in pair)
     if isinstance(like, LowRank):
-        return replace(like, A_RI=A_RI, B_OR=B_OR, scale=1.0)
+        return replace(like, A=A_RI, B=B_OR, scale=1.0)
     return LowRank(
         module=like.module,
         weight=like.weight,
         layout=like.layout,
-        A_RI=A_RI,
-        B_OR=B_OR,
+        A=A_RI,
+        B=B_OR,
         scale=1.0,
         tied=like.tied,
         begin=like.begin,

@@ -111,8 +111,8 @@ def test_the_largest_singular_value_is_numpys(
         module="m",
         weight="weight",
         layout=Layout.LINEAR,
-        A_RI=torch.zeros(1, shape[1]),
-        B_OR=torch.zeros(shape[0], 1),
+        A=torch.zeros(1, shape[1]),
+        B=torch.zeros(shape[0], 1),
         scale=1.0,
     )
     with path.open("rb") as file:

@@ -149,8 +149,8 @@ def test_two_tensors_of_one_key_are_never_written() -> None:
         module="layer",
         weight="layer.weight",
         layout=Layout.LINEAR,
-        A_RI=torch.ones(2, 4),
-        B_OR=torch.ones(4, 2),
+        A=torch.ones(2, 4),
+        B=torch.ones(4, 2),
         scale=1.0,
     )
     for deltas in (

@@ -45,7 +45,7 @@ class Inside:
 def factored(place: int) -> LowRank:
     generator = torch.Generator().manual_seed(place)
     A, B = torch.randn(4, SIDE, generator=generator), torch.randn(SIDE, 4, generator=generator)
-    return LowRank(module=f"m{place}", weight=f"m{place}.weight", layout=Layout.LINEAR, A_RI=A, B_OR=B, scale=1.0)
+    return LowRank(module=f"m{place}", weight=f"m{place}.weight", layout=Layout.LINEAR, A=A, B=B, scale=1.0)
 
 
 @pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd", "sce_svd"])

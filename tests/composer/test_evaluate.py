@@ -39,7 +39,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def proj_delta(module: str, outputs: int = 32, inputs: int = 32, scale: float = 0.5) -> LowRank:
     generator = torch.Generator().manual_seed(3)
     A_RI, B_OR = torch.randn(2, inputs, generator=generator), torch.randn(outputs, 2, generator=generator)
-    return LowRank(module=module, weight=f"{module}.weight", layout=Layout.LINEAR, A_RI=A_RI, B_OR=B_OR, scale=scale)
+    return LowRank(module=module, weight=f"{module}.weight", layout=Layout.LINEAR, A=A_RI, B=B_OR, scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def eos_after(loaded: LoadedModel, ids: torch.Tensor) -> LowRank:
         module="lm_head",
         weight="lm_head.weight",
         layout=Layout.LINEAR,
-        A_RI=direction[None] / (direction @ last),
-        B_OR=push,
+        A=direction[None] / (direction @ last),
+        B=push,
         scale=1.0,
     )
 

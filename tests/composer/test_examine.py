@@ -214,8 +214,8 @@ def test_dense_deltas_are_counted_before_they_are_made(adapters: list[LoadedAdap
         module=module,
         weight=f"{module}.weight",
         layout=Layout.LINEAR,
-        A_RI=torch.ones(1, 1 << 15),
-        B_OR=torch.ones(1 << 15, 1),
+        A=torch.ones(1, 1 << 15),
+        B=torch.ones(1 << 15, 1),
         scale=1.0,
     )
     large = [replace(one, deltas=(huge,)) for one in adapters[:2]]

@@ -26,8 +26,8 @@ def deltas(seed: int, modules: list[str], size: float = 0.2, layout: Layout = La
     return [
         LowRank(
             module=module, weight=f"{module}.weight", layout=layout,
-            A_RI=torch.randn(3, shapes[module.rpartition(".")[2]][1], generator=generator),
-            B_OR=torch.randn(shapes[module.rpartition(".")[2]][0], 3, generator=generator), scale=size,
+            A=torch.randn(3, shapes[module.rpartition(".")[2]][1], generator=generator),
+            B=torch.randn(shapes[module.rpartition(".")[2]][0], 3, generator=generator), scale=size,
         )
         for module in modules
     ]  # fmt: skip
@@ -128,8 +128,8 @@ def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.Te
         module="transformer.wte",
         weight="transformer.wte.weight",
         layout=Layout.EMBEDDING,
-        A_RI=torch.randn(2, vocabulary),
-        B_OR=torch.randn(32, 2),
+        A=torch.randn(2, vocabulary),
+        B=torch.randn(32, 2),
         scale=0.1,
     )
     found = activations(gpt2, {"one": own, "two": [*own, embedding]}, PROMPTS)
@@ -150,8 +150,8 @@ def test_an_embedding_that_scales_what_it_looks_up_scales_what_an_adapter_adds(
         module=path,
         weight=f"{path}.weight",
         layout=Layout.EMBEDDING,
-        A_RI=torch.randn(2, vocabulary),
-        B_OR=torch.randn(32, 2),
+        A=torch.randn(2, vocabulary),
+        B=torch.randn(32, 2),
         scale=0.1,
     )
     ids, embedding = torch.cat([torch.tensor(one.ids) for one in encoded(gemma)]), gemma.model.get_submodule(path)

@@ -30,8 +30,8 @@ def member(name: str, seed: int, weight: float = 1.0, size: float = 0.2) -> Prob
             module=f"model.layers.{layer}.self_attn.{projection}",
             weight=f"model.layers.{layer}.self_attn.{projection}.weight",
             layout=Layout.LINEAR,
-            A_RI=torch.randn(3, 32, generator=generator),
-            B_OR=torch.randn(outputs, 3, generator=generator),
+            A=torch.randn(3, 32, generator=generator),
+            B=torch.randn(outputs, 3, generator=generator),
             scale=size,
         )
         for layer in (0, 1)

@@ -36,7 +36,7 @@ def pair(seed: int, rank: int) -> Pair:
 
 def held(like: LoadedAdapter, pair: Pair, layout: Layout = Layout.LINEAR) -> LoadedAdapter:
     return replace(
-        like, deltas=(LowRank(module="m", weight="m.weight", layout=layout, A_RI=pair[1], B_OR=pair[0], scale=1.0),)
+        like, deltas=(LowRank(module="m", weight="m.weight", layout=layout, A=pair[1], B=pair[0], scale=1.0),)
     )
 
 

@@ -96,8 +96,8 @@ def adapter(seed: int, name: str = "one", rank: int = 2, modules: Sequence[str] 
             module=path,
             weight=f"{path}.weight",
             layout=Layout.LINEAR,
-            A_RI=random(seed + index, rank, INPUTS),
-            B_OR=random(seed + index + 50, OUTPUTS, rank),
+            A=random(seed + index, rank, INPUTS),
+            B=random(seed + index + 50, OUTPUTS, rank),
             scale=0.5,
         )
         for index, path in enumerate(modules)

@@ -22,8 +22,8 @@ def low_ranks(draw: st.DrawFn, count: int) -> list[LowRank]:
             module="m",
             weight="m.weight",
             layout=layout,
-            A_RI=torch.randn(rank, inputs, generator=generator),
-            B_OR=torch.randn(outputs, rank, generator=generator),
+            A=torch.randn(rank, inputs, generator=generator),
+            B=torch.randn(outputs, rank, generator=generator),
             scale=draw(st.floats(0.1, 4)),
         )
         for rank in [draw(st.integers(1, 4)) for _ in range(count)]
