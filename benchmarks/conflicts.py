@@ -60,7 +60,9 @@ def _adapter(number: int, layers: int) -> LoadedAdapter:
             module = f"model.layers.{layer}.{name}"
             A_RI = torch.randn(RANK, inputs, generator=generator).bfloat16()
             B_OR = torch.randn(outputs, RANK, generator=generator).bfloat16()
-            deltas.append(LowRank(module, f"{module}.weight", Layout.LINEAR, A_RI, B_OR, 1.0))
+            deltas.append(
+                LowRank(module=module, weight=f"{module}.weight", layout=Layout.LINEAR, A=A_RI, B=B_OR, scale=1.0)
+            )
     any_adapter = load_deltas(Path("examples/adapters/sql-migration"), None)
     return replace(any_adapter, name=f"adapter {number}", deltas=deltas)
 

@@ -91,7 +91,14 @@ def _places(layer: int) -> Iterator[WeightSlot]:
         for number in range(ADAPTERS):
             A = torch.randn(RANK, inputs, generator=generator)
             B = torch.randn(outputs, RANK, generator=generator)
-            delta = LowRank(f"layers.{layer}.{name}", f"layers.{layer}.{name}.weight", Layout.LINEAR, A, B, 1.0)
+            delta = LowRank(
+                module=f"layers.{layer}.{name}",
+                weight=f"layers.{layer}.{name}.weight",
+                layout=Layout.LINEAR,
+                A=A,
+                B=B,
+                scale=1.0,
+            )
             parts.append(SlotDelta(number, delta, 1.0, f"{number}/{layer}/{name}"))
         yield WeightSlot(parts, float(ADAPTERS))
 

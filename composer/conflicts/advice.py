@@ -48,7 +48,7 @@ class Explanation:
         return {"meaning": self.meaning, "causes": causes, "advice": list(self.advice)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """A pair to explain: names and positions, numbers, sums over the model and over the modules that both touch, and
     the measurement: an outcome, or the worse victim and what is done to it. `factored` is as in Compared. They

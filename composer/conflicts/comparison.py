@@ -15,7 +15,7 @@ Slot = tuple[str, int]
 """A module and the first row of the delta in its weight. Each expert of a stack is a slot of its own."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """`slots` holds what can be compared, one delta or None per adapter; `touched` holds the modules of each adapter.
     `factored` is true if every adapter consists of factors, which some methods require."""
@@ -53,14 +53,14 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
         for index in range(len(adapters))
     ]
     return Compared(
-        [adapter.name for adapter in adapters],
-        weights,
-        slots,
-        modules,
-        dict(sorted(layers.items())),
-        sum(modules.values(), nothing),
-        touched,
-        not any(isinstance(delta, RowwiseDelta) for adapter in adapters for delta in adapter.deltas),
+        names=[adapter.name for adapter in adapters],
+        weights=weights,
+        slots=slots,
+        modules=modules,
+        layers=dict(sorted(layers.items())),
+        total=sum(modules.values(), nothing),
+        touched=touched,
+        factored=not any(isinstance(delta, RowwiseDelta) for adapter in adapters for delta in adapter.deltas),
     )
 
 

@@ -22,7 +22,7 @@ from composer.methods.combine import participating, projected_off_protected
 from composer.methods.structural import structural
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What may be measured. `load` returns the base when it is needed. With `k` and a suite for each adapter, they are
     probed on `k` to `most` examples, guards included. Otherwise, with prompts, their activations are compared. The

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from composer.deltas.lowrank import PairSums, Relations
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PairMetrics:
     """Relations between two deltas a and b in one module, in one layer or, from summed terms, in the whole model.
 
@@ -83,7 +83,7 @@ class PairMetrics:
         return {field.name: rounded_for_json(getattr(self, field.name)) for field in fields(self)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaSize:
     """The size of one delta: |Delta|_F, the largest sigma_1, and |Delta|_F^2 / sigma_1^2 (for several modules, the
     quotient of the sums). With a base, also w |Delta|_F / |W|_F and the largest w sigma_1(Delta) / sigma_1(W) of the
@@ -103,15 +103,19 @@ class DeltaSize:
         """The size in one module, or in several (without `sigma`)."""
         sums = compared.sums
         weighted = max(0.0, float(sums.weighted[index, index]))
-        amplification = (weighted / base_energy) ** 0.5 if base_energy else None
-        spectral = compared.weighted_sigmas[index] / base_sigma if base_sigma else None
-        return cls(sums.norm(index), float(compared.sigmas[index]), sums.stable_rank(index), amplification, spectral)
+        return cls(
+            norm=sums.norm(index),
+            spectral_norm=float(compared.sigmas[index]),
+            stable_rank=sums.stable_rank(index),
+            amplification=(weighted / base_energy) ** 0.5 if base_energy else None,
+            spectral_amplification=compared.weighted_sigmas[index] / base_sigma if base_sigma else None,
+        )
 
     def to_json(self) -> dict[str, float | None]:
         return {name: None if value is None else rounded_for_json(value) for name, value in asdict(self).items()}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SetMetrics:
     """The weighted sum M of all adapters: |M|_F, the largest sigma_1, |M|^2 over the sum of squares, and the largest
     crowding.
@@ -127,8 +131,13 @@ class SetMetrics:
 
     @classmethod
     def of(cls, compared: Relations, lost_share: float | None) -> "SetMetrics":
-        norm = max(0.0, float(compared.sums.weighted.sum())) ** 0.5
-        return cls(norm, compared.spectral_norm, compared.sums.interference(), compared.crowding, lost_share)
+        return cls(
+            norm=max(0.0, float(compared.sums.weighted.sum())) ** 0.5,
+            spectral_norm=compared.spectral_norm,
+            interference=compared.sums.interference(),
+            crowding=compared.crowding,
+            lost_share=lost_share,
+        )
 
     def to_json(self) -> dict[str, float | None]:
         return {name: None if value is None else rounded_for_json(value) for name, value in asdict(self).items()}

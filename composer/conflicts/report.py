@@ -60,7 +60,7 @@ class Method:
     settings: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """Two adapters. `risk` depends on the evidence. Probe: the loss of the worse one in nats per token, within
     `interval`. Activations: how strongly one acts on the other's inputs. Weights alone: None. `flat` is the crowding
@@ -103,7 +103,7 @@ class Pair:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
     """One adapter of the set: its share of the weighted energy, what the method retains of it, and its size."""
 
@@ -125,7 +125,7 @@ class Member:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConflictReport:
     """The members, every pair, the set together, and the findings as judged by the policy. The verdict is the worst
     of the pairs, of the findings, and of the whole set if it was measured."""
@@ -213,16 +213,19 @@ def conflicts(  # noqa: PLR0913
     ]
     verdicts = [rules.verdict(findings, _of_evidence(evidence, rules)), *(pair.verdict for pair in pairs)]
     return ConflictReport(
-        members,
-        pairs,
-        _together(compared.total, list(rounded.values())),
-        {layer: _together(one, []) for layer, one in compared.layers.items()},
-        {module: _together(one, list(filter(None, [rounded.get(module)]))) for module, one in compared.modules.items()},
-        tuple(rules.judged(findings)),
-        evidence,
-        Verdict.worst(verdicts),
-        Limits.of(rules),
-        how.name,
+        members=members,
+        pairs=pairs,
+        together=_together(compared.total, list(rounded.values())),
+        layers={layer: _together(one, []) for layer, one in compared.layers.items()},
+        modules={
+            module: _together(one, list(filter(None, [rounded.get(module)])))
+            for module, one in compared.modules.items()
+        },
+        findings=tuple(rules.judged(findings)),
+        evidence=evidence,
+        verdict=Verdict.worst(verdicts),
+        limits=Limits.of(rules),
+        method=how.name,
     )
 
 
@@ -284,12 +287,12 @@ def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], reten
     ratios = [one.spectral_amplification for one in sizes.values() if one.spectral_amplification is not None]
     size = DeltaSize.of(compared.total, index, sum(one.energy for one in at.values()))
     return Member(
-        compared.names[index],
-        compared.weights[index],
-        compared.total.sums.shares()[index],
-        retention[index],
-        replace(size, spectral_amplification=max(ratios, default=None)),
-        sizes,
+        name=compared.names[index],
+        weight=compared.weights[index],
+        share=compared.total.sums.shares()[index],
+        retention=retention[index],
+        size=replace(size, spectral_amplification=max(ratios, default=None)),
+        modules=sizes,
     )
 
 
@@ -310,33 +313,33 @@ def _pair(
     directed = evidence.worse(a, b) if isinstance(evidence, Activations) else None
     contradicting = [one for one in by_prompts if one.subject == f"{a} + {b}"]
     case = Case(
-        (a, b),
-        (indices[0] + 1, indices[1] + 1),
-        numbers,
-        total,
-        shared,
-        outcome,
-        directed,
-        compared.factored,
-        bool(policy.judged(contradicting)),
-        method,
+        names=(a, b),
+        positions=(indices[0] + 1, indices[1] + 1),
+        numbers=numbers,
+        total=total,
+        modules=shared,
+        outcome=outcome,
+        directed=directed,
+        factored=compared.factored,
+        contradict=bool(policy.judged(contradicting)),
+        method=method,
     )
     kind, risk = _risk(outcome, directed)
     findings = [*contradicting, *of_pair((a, b), numbers, outcome, policy)]
     return Pair(
-        a,
-        b,
-        policy.verdict(findings, _of_evidence(evidence, policy, outcome)),
-        risk,
-        outcome.worst.loss_stderr if outcome else None,
-        outcome.risk if outcome else None,
-        kind,
-        explain(case, policy),
-        numbers,
-        {layer: PairMetrics.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
-        {module: PairMetrics.of(sums) for module, sums in shared.items()},
-        outcome,
-        _flat(compared, indices, shared),
+        a=a,
+        b=b,
+        verdict=policy.verdict(findings, _of_evidence(evidence, policy, outcome)),
+        risk=risk,
+        risk_stderr=outcome.worst.loss_stderr if outcome else None,
+        interval=outcome.risk if outcome else None,
+        evidence=kind,
+        explanation=explain(case, policy),
+        numbers=numbers,
+        layers={layer: PairMetrics.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
+        modules={module: PairMetrics.of(sums) for module, sums in shared.items()},
+        outcome=outcome,
+        flat=_flat(compared, indices, shared),
     )
 
 

@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import torch
 
-from composer.deltas.tensors import SpillFile, read_into
+from composer.deltas.stored import Factor, SpillFile, StoredFactor, read_into, tensor_of
 
 _AT_ONCE = 1 << 20  # bytes
 NOTHING = 1e-20
@@ -31,7 +31,7 @@ class Layout(StrEnum):
     EMBEDDING = "embedding"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSlice:
     """The position of an expert's delta in `parameter`, which stacks all `experts` of a layer in memory: from row
     `begin` of its matrix, and from output `first` of the expert's own `outputs`."""
@@ -44,10 +44,10 @@ class ExpertSlice:
     begin: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
     """delta = scale * B @ A in the orientation PEFT trains: A is R x I, B is O x R, each in the float dtype of the
-    adapter's file. `stored_factors` are float32.
+    adapter's file, in memory or in a file. `stored_factors` are float32.
 
     `module` is the path without `base_model.model.`; `weight` is the checkpoint tensor it adds to, from row `begin` of
     its matrix. `tied` means that this tensor is also another module's weight (an input embedding shared with the output
@@ -60,8 +60,8 @@ class LowRank:
     module: str
     weight: str
     layout: Layout
-    A_RI: torch.Tensor
-    B_OR: torch.Tensor
+    A: Factor
+    B: Factor
     scale: float
     tied: bool = False
     begin: int = 0
@@ -71,18 +71,38 @@ class LowRank:
     nested: bool = False
 
     @property
+    def A_RI(self) -> torch.Tensor:  # noqa: N802
+        """A as a tensor. If it is stored, what is read of it stays in memory until `drop_pages`."""
+        return tensor_of(self.A)
+
+    @property
+    def B_OR(self) -> torch.Tensor:  # noqa: N802
+        return tensor_of(self.B)
+
+    @property
     def rank(self) -> int:
-        return self.A_RI.shape[0]
+        return self.A.shape[0]
+
+    @property
+    def stored(self) -> bool:
+        """Whether both factors lie in files."""
+        return isinstance(self.A, StoredFactor) and isinstance(self.B, StoredFactor)
+
+    def drop_pages(self) -> None:
+        """Drops the resident pages of the files behind the factors."""
+        for factor in (self.A, self.B):
+            if isinstance(factor, StoredFactor):
+                factor.drop()
 
     @property
     def stored_shape(self) -> tuple[int, int]:
         """(M, N): the rows of the stored matrix that the delta adds to, and its columns."""
-        outputs, inputs = self.B_OR.shape[0], self.A_RI.shape[1]
+        outputs, inputs = self.B.shape[0], self.A.shape[1]
         return (outputs, inputs) if self.layout is Layout.LINEAR else (inputs, outputs)
 
     def stored_factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """(left, right) with the scale folded into left: W as stored on disk becomes W + left @ right."""
-        return self._left.to(dtype) * self.scale, self._right.to(dtype)
+        return tensor_of(self._left).to(dtype) * self.scale, tensor_of(self._right).to(dtype)
 
     def stored_left_into(self, rows: slice, out: torch.Tensor) -> None:
         """Writes some rows of `left` into `out`, without other memory."""
@@ -94,11 +114,11 @@ class LowRank:
 
     def stored_rows(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(those rows of left, right), with at most a megabyte of other memory."""
-        left, right = self._left, torch.empty(self._right.shape, dtype=dtype)
+        left, right = tensor_of(self._left), torch.empty(self._right.shape, dtype=dtype)
         self.stored_right_into(right)
         if left.nbytes <= _AT_ONCE:  # row by row takes twenty times as long
             everything = torch.empty(left.shape, dtype=left.dtype)
-            read_into(everything, left)
+            read_into(everything, self._left)
             return everything[rows].to(dtype) * self.scale, right
         picked = torch.empty(len(rows), self.rank, dtype=dtype)
         for index, row in enumerate(rows):
@@ -106,19 +126,19 @@ class LowRank:
         return picked, right
 
     @property
-    def _left(self) -> torch.Tensor:
-        return self.B_OR if self.layout is Layout.LINEAR else self.A_RI.T
+    def _left(self) -> Factor:
+        return self.B if self.layout is Layout.LINEAR else self.A.T
 
     @property
-    def _right(self) -> torch.Tensor:
-        return self.A_RI if self.layout is Layout.LINEAR else self.B_OR.T
+    def _right(self) -> Factor:
+        return self.A if self.layout is Layout.LINEAR else self.B.T
 
 
 Rows = Callable[[torch.Tensor, int], torch.Tensor]
 """(W_MN, first row) -> Δ_MN: the delta for these rows of the stored matrix, in W's dtype (float32 or float64)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowwiseDelta:
     """A delta that is not a low-rank product: `rows` computes its rows on demand from the base's rows.
 
@@ -147,7 +167,7 @@ class RowwiseDelta:
     stacked: ExpertSlice | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
     """A fully saved tensor (`modules_to_save`, `bias`) that replaces the base's. `tied` and `twin` are as in
     LowRank."""
@@ -169,7 +189,7 @@ def names_of(delta: Delta) -> tuple[str, ...]:
     return (delta.module, stacked.parameter) if stacked else (delta.module,)
 
 
-def mapped(spill: SpillFile, deltas: Sequence[LowRank]) -> list[LowRank]:
+def spilled(spill: SpillFile, deltas: Sequence[LowRank]) -> list[LowRank]:
     """The deltas with their factors spilled to disk, where they take no memory until they are read."""
     factors = iter(spill.put([factor for delta in deltas for factor in (delta.A_RI, delta.B_OR)]))
-    return [replace(delta, A_RI=next(factors), B_OR=next(factors)) for delta in deltas]
+    return [replace(delta, A=next(factors), B=next(factors)) for delta in deltas]

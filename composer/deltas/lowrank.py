@@ -28,7 +28,7 @@ Singular = tuple[torch.Tensor, torch.Tensor]
 """sigma_K, and M_rK for which the near factor times M has orthonormal columns."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PairSums(Summed):
     """What T deltas have in common, T x T float64. The sums add up over modules; quotients are taken last.
 
@@ -61,8 +61,8 @@ class PairSums(Summed):
 
     @classmethod
     def zero(cls, count: int) -> "PairSums":
-        square = [np.zeros((count, count)) for _ in fields(cls)[:-1]]
-        return cls(*square, np.zeros(count))  # pyright: ignore[reportCallIssue]
+        square = {field.name: np.zeros((count, count)) for field in fields(cls)}
+        return cls(**square | {"largest": np.zeros(count)})
 
     def norm(self, i: int) -> float:
         """|Delta_i|_F."""
@@ -137,8 +137,10 @@ class PairSums(Summed):
     def pick(self, *indices: int) -> "PairSums":
         """The sums for some of the deltas, in the order given."""
         square = np.ix_(indices, indices)
-        values = [getattr(self, field.name) for field in fields(self)]
-        return PairSums(*(value[square] if value.ndim == 2 else value[list(indices)] for value in values))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PairSums(
+            **{name: value[square] if value.ndim == 2 else value[list(indices)] for name, value in values.items()}
+        )
 
 
 @dataclass(frozen=True)

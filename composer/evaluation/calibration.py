@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from composer.deltas.delta import Delta, LowRank
-from composer.deltas.tensors import SpillFile
+from composer.deltas.stored import SpillFile
 from composer.evaluation.evaluate import Encoded, encode, encode_prompt
 from composer.evaluation.hooks import module_of
 from composer.evaluation.model import LoadedModel
@@ -93,7 +93,7 @@ class _Collector:
                 rows_NI = seen.rows(inputs[0], path).cpu()
                 with self._lock:  # examples run side by side
                     (kept,) = self._spill.put([rows_NI])
-                self._latest[seen.indices] = latest = (inputs[0], kept)
+                self._latest[seen.indices] = latest = (inputs[0], kept.tensor)
             self._parts[path][seen.indices] = (latest[1], energy)
 
         return keep
@@ -110,7 +110,7 @@ class _Collector:
                         rows_NI = stack.rows(seen, inputs, expert)
                         with self._lock:
                             (rows,) = self._spill.put([rows_NI.cpu()])
-                        kept[expert] = (rows, stack.energy(rows_NI, expert))
+                        kept[expert] = (rows.tensor, stack.energy(rows_NI, expert))
                     self._parts[key][seen.indices] = kept[expert]
 
         return keep

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from composer.deltas.delta import Layout, LowRank
-from composer.deltas.tensors import map_tensor
+from composer.deltas.stored import MappedFile, map_tensor
 from composer.deltas.variants.load import place_or_refuse
 from composer.errors import InvalidFile, NotSupported
 from composer.export.kronecker import Kronecker, as_peft, kronecker
@@ -81,7 +81,8 @@ def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> Co
         message = f"{adapter.name} did not change its base at the start of training, so there is no residual base."
         raise NotSupported("not_rebased", message, subject=adapter.name, next_step="Use it on its base directly.")
     placed = place_or_refuse(replace(adapter, config=config), architecture, "converted")
-    tensors = {key: map_tensor(adapter.weights_path, entry) for key, entry in adapter.header.tensors.items()}
+    file = MappedFile.open(adapter.weights_path)
+    tensors = {key: file.tensor(entry) for key, entry in adapter.header.tensors.items()}
     written = {name: value for name, value in config.raw.items() if name not in _OF_THE_START}
     source = {"layout": init, "file": WEIGHTS_FILE, "digest": hash_file(adapter.weights_path)}
     size = write_files(tensors, {**written, "init_lora_weights": True}, out_dir, {"made": "convert", "source": source})
@@ -252,7 +253,15 @@ def _placed_pair(path: str, A: torch.Tensor, B: torch.Tensor, scale: float, arch
     layout = Layout.EMBEDDING if is_embedding(path) else Layout.LINEAR
     if architecture.model_type in CONV1D_MODELS and layout is Layout.LINEAR:
         layout = Layout.CONV1D
-    delta = LowRank(path, target.weight, layout, A.float().contiguous(), B.float().contiguous(), scale, target.tied)
+    delta = LowRank(
+        module=path,
+        weight=target.weight,
+        layout=layout,
+        A=A.float().contiguous(),
+        B=B.float().contiguous(),
+        scale=scale,
+        tied=target.tied,
+    )
     _refuse_misfit(path, delta.stored_shape, architecture.tensors[target.weight].shape)
     return delta
 
@@ -274,4 +283,5 @@ def _refuse_misfit(path: str, made_for: tuple[int, ...], expected: tuple[int, ..
 
 
 def _tensor(foreign: Foreign, key: str) -> torch.Tensor:
-    return map_tensor(foreign.weights_path, foreign.header.tensors[key]).float()
+    # A copy, since a view would keep a mapping of the file for each tensor.
+    return map_tensor(foreign.weights_path, foreign.header.tensors[key]).to(torch.float32, copy=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
-from composer.deltas.tensors import all_finite, drop_pages, torch_dtype
+from composer.deltas.tensors import all_finite, torch_dtype
 from composer.errors import RefusedOutput
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.recipes.rounding import Mode, Rounding
@@ -25,7 +25,7 @@ _KEPT_BYTES = 8 << 20
 _DIRECTIONS = 64  # of factors added in one pass over the rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
     """One tensor of an output shard: from `source` in file `path`, changed by `deltas`, to `target`."""
 
@@ -70,7 +70,7 @@ class Factors:
         return out_RN
 
     def to(self, device: torch.device) -> "Factors":
-        parts = (replace(part, A_RI=part.A_RI.to(device), B_OR=part.B_OR.to(device)) for part in self.parts)
+        parts = (replace(part, A=part.A_RI.to(device), B=part.B_OR.to(device)) for part in self.parts)
         return replace(self, parts=tuple(parts))
 
 
@@ -96,7 +96,7 @@ class _Rights:
             self._made.clear()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorWork:
     """A tensor being processed. `rows` x `columns` is the matrix that chunks are cut from; a tensor without deltas is
     one long column. `uploaded` are the factors on the computing device."""
@@ -160,10 +160,17 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         for delta in additions:
-            if isinstance(delta, LowRank):  # frees the memory of mapped factors
-                drop_pages(delta.A_RI)
-                drop_pages(delta.B_OR)
-    return TensorWork(tensor, rows, columns, factors, uploaded, computed, replacement)
+            if isinstance(delta, LowRank):
+                delta.drop_pages()
+    return TensorWork(
+        plan=tensor,
+        rows=rows,
+        columns=columns,
+        factors=factors,
+        uploaded=uploaded,
+        computed=computed,
+        replacement=replacement,
+    )
 
 
 def _together(deltas: Sequence[LowRank]) -> list[Factors]:
@@ -181,7 +188,7 @@ def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
         begin = 0
         while begin < delta.rank:
             end = min(delta.rank, begin + room)
-            block.append(replace(delta, A_RI=delta.A_RI[begin:end], B_OR=delta.B_OR[:, begin:end]))
+            block.append(replace(delta, A=delta.A[begin:end], B=delta.B[:, begin:end]))
             room -= end - begin
             begin = end
             if not room:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from composer.deltas.delta import Delta, Replacement, RowwiseDelta
-from composer.deltas.tensors import SpillFile, map_tensor
+from composer.deltas.stored import SpillFile, map_tensor
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.findings import Finding, Severity
@@ -123,7 +123,11 @@ def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vo
             continue
         if delta.weight not in made:
             made[delta.weight] = _extended(map_tensor(*checkpoint.locate(delta.weight)), delta, vocabulary.rows)
-        deltas.append(Replacement(delta.module, delta.weight, made[delta.weight], delta.tied, delta.twin))
+        deltas.append(
+            Replacement(
+                module=delta.module, weight=delta.weight, tensor=made[delta.weight], tied=delta.tied, twin=delta.twin
+            )
+        )
     return replace(adapter, deltas=tuple(deltas)) if made else adapter
 
 
@@ -134,7 +138,7 @@ def _extended(base_VD: torch.Tensor, delta: RowwiseDelta, rows: int) -> torch.Te
     for begin in range(0, rows, _BLOCK_ROWS):
         block = tensor[begin : begin + _BLOCK_ROWS]
         block += delta.rows(block, begin)
-    return SpillFile().put([tensor])[0]
+    return SpillFile().put([tensor])[0].tensor
 
 
 def refuse_uneven(vocabulary: Vocabulary, deltas: Mapping[str, Sequence[Delta]], head: str | None) -> None:

@@ -12,7 +12,8 @@ from typing import Any, TypeGuard, cast
 import torch
 
 from composer.deltas.delta import Delta, Replacement, RowwiseDelta
-from composer.deltas.tensors import TORCH_DTYPES, map_tensor
+from composer.deltas.stored import map_tensor
+from composer.deltas.tensors import TORCH_DTYPES
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity
@@ -49,7 +50,7 @@ _READ_OTHERWISE = {OTHER_PATHS, "no_prefix", "pattern_unused", "raw_keys"}
 _BYTES_VERSION = 8  # raised when the same inputs give different bytes, so that no merge resumes an older version's
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
     """Everything a merge will do, decided before a byte is written. `inputs` are the files that determine its bytes, as
     they were then."""
@@ -130,7 +131,10 @@ def plan_merge(
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
     refuse_uneven(vocabulary, deltas, head)
-    layout = _Layout(checkpoint, source, deltas, head, None if dtype is None else _DTYPES[dtype], vocabulary.rows)
+    layout = _Layout(
+        checkpoint=checkpoint, dequantized=source, deltas=deltas, head=head,
+        dtype=None if dtype is None else _DTYPES[dtype], vocabulary=vocabulary.rows,
+    )  # fmt: skip
     untied = head is not None or checkpoint.own_head is not None
     return MergePlan(
         checkpoint=checkpoint,
@@ -152,7 +156,7 @@ def plan_merge(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
     """Determines the output's tensors: the base's, their changes, an untied head, a dtype for all, and the rows of a
     grown vocabulary (0: it does not grow)."""
@@ -200,7 +204,9 @@ class _Layout:
     def tensor(self, source: tuple[Path, TensorEntry], target: TensorEntry) -> TensorPlan:
         path, entry = source
         decoded = self.dequantized.tensors.get(entry.name)
-        return TensorPlan(path, entry, target, tuple(self.deltas.get(target.name, ())), decoded)
+        return TensorPlan(
+            path=path, source=entry, target=target, deltas=tuple(self.deltas.get(target.name, ())), decoded=decoded
+        )
 
 
 def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
@@ -217,7 +223,7 @@ def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
         size = len(head_bytes) + sum(spec.size_bytes for spec in specs.values())
         targets = parse_header(head_bytes, size, subject=file).tensors
         tensors = tuple(layout.tensor(sources[name], target) for name, target in targets.items())
-        shards.append(ShardPlan(file, path, head_bytes, size, tensors))
+        shards.append(ShardPlan(file=file, path=path, head=head_bytes, size_bytes=size, tensors=tensors))
     return tuple(shards)
 
 

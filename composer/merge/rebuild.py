@@ -117,7 +117,7 @@ def _merged(use: AdapterUse, digests: Mapping[Path, str]) -> Path:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _MergeInputs:
     """The inputs of a merge, as its note states them."""
 
@@ -143,7 +143,9 @@ def _parsed_note(note: Mapping[str, Any]) -> _MergeInputs:
             subject=NOTE_FILE,
             next_step="Only results of `adaptory merge` or a composition can be rebuilt.",
         ) from error
-    return _MergeInputs(adapters, method, cast("dict[str, object]", settings), dtype, rounding)
+    return _MergeInputs(
+        adapters=adapters, method=method, settings=cast("dict[str, object]", settings), dtype=dtype, rounding=rounding
+    )
 
 
 def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progress | None = None) -> Rebuilt:

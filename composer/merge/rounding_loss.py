@@ -28,7 +28,7 @@ _COMPUTED_ULPS = 512  # a delta without factors goes through norms, rotations or
 _NOTICE, _WARNING = 0.18, 0.48  # of a delta's entries; in bfloat16, Gaussian, that is RMS(Δ)/RMS(W) = 1e-2 and 3e-3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundingLoss(Summed):
     """Counts and squared norms in float64, over sampled rows or summed over tensors.
 

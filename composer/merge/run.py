@@ -21,7 +21,7 @@ from composer.merge.shards import write_shards
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
     """The result of a merge. Bytes were copied by the kernel and compared, or rewritten through float32.
     `resumed_bytes` of both come from an earlier, interrupted run and were verified again.

@@ -33,7 +33,7 @@ Job = Callable[[], Future[RoundingLoss] | None]
 Jobs = Sequence[tuple[str, Future[Future[RoundingLoss] | None]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
     """One output file: its first bytes (length and header), its size, and its tensors in file order."""
 
@@ -48,7 +48,7 @@ class ShardPlan:
         return not all(tensor.copied for tensor in self.tensors)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
     """`resumed_bytes` belong to shards that an earlier run had finished; `survivals` are by tensor name."""
 
@@ -103,7 +103,14 @@ def write_shards(
             fresh = not journal.holds(shard.file)
             resumed += 0 if fresh else shard.size_bytes
             target = OutputFile.opened(journal.directory / shard.file, fresh, sync, files)
-            run = _ShardRun(shard, sources, target, rewriter, confirming, progress or (lambda count: None))
+            run = _ShardRun(
+                shard=shard,
+                sources=sources,
+                target=target,
+                rewriter=rewriter,
+                confirming=confirming,
+                report=progress or (lambda count: None),
+            )
             jobs = [(name, queue.submit(job)) for name, job in run.jobs(works)]
             ends.append(disk.submit(_end, run, jobs, journal))
         survivals = {name: one for end in ends for name, one in end.result().items()}
@@ -111,7 +118,13 @@ def write_shards(
             one.result()
     copied = sum(part.size_bytes for shard in shards for part in copied_ranges(shard.tensors))
     rows = sum(one.rows for one in survivals.values())
-    return Written(copied, sum(shard.size_bytes for shard in shards) - copied, resumed, rows, survivals)
+    return Written(
+        copied_bytes=copied,
+        rewritten_bytes=sum(shard.size_bytes for shard in shards) - copied,
+        resumed_bytes=resumed,
+        verified_rows=rows,
+        survivals=survivals,
+    )
 
 
 def _paths(shards: Sequence[ShardPlan]) -> set[Path]:
@@ -124,7 +137,7 @@ def _opened(path: Path, stack: ExitStack) -> int:
     return file
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _ShardRun:
     """The jobs of one shard. The last job of a tensor starts its confirmation and returns the future result."""
 

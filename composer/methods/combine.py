@@ -13,8 +13,9 @@ from typing import cast
 
 import torch
 
-from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta, mapped, names_of
-from composer.deltas.tensors import SpillFile, torch_threads
+from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta, names_of, spilled
+from composer.deltas.stored import SpillFile
+from composer.deltas.tensors import torch_threads
 from composer.deltas.variants.load import LoadedAdapter, refuse_errors
 from composer.errors import Mismatch
 from composer.findings import Finding, zero_deltas
@@ -160,16 +161,9 @@ def _run(
 def _spill_results(spill: SpillFile, slots: Sequence[WeightSlot], results: Sequence[Result]) -> list[Result]:
     """Spills the results' own factors to disk and drops the pages of the inputs, so that neither takes memory,
     however many slots there are."""
-    inputs = [part.delta for slot in slots for part in slot.parts]
-    known = {factor.data_ptr() for one in inputs if isinstance(one, LowRank) for factor in (one.A_RI, one.B_OR)}
-    made = [
-        delta
-        for deltas, _ in results
-        for delta in deltas
-        if isinstance(delta, LowRank) and not {delta.A_RI.data_ptr(), delta.B_OR.data_ptr()} & known
-    ]
-    by_identity = dict(zip(map(id, made), mapped(spill, made), strict=True))
-    drop_pages_of(inputs)
+    made = [delta for deltas, _ in results for delta in deltas if isinstance(delta, LowRank) and not delta.stored]
+    by_identity = dict(zip(map(id, made), spilled(spill, made), strict=True))
+    drop_pages_of([part.delta for slot in slots for part in slot.parts])
     return [([by_identity.get(id(delta), delta) for delta in deltas], lost) for deltas, lost in results]
 
 
@@ -284,7 +278,15 @@ def _as_delta(delta: Replacement) -> RowwiseDelta:
         return rows_MN[begin : begin + W_MN.shape[0]].to(W_MN) - W_MN
 
     shape = (rows_MN.shape[0], rows_MN.shape[1])
-    return RowwiseDelta(delta.module, delta.weight, shape, rows, reads_base=True, tied=delta.tied, twin=delta.twin)
+    return RowwiseDelta(
+        module=delta.module,
+        weight=delta.weight,
+        stored_shape=shape,
+        rows=rows,
+        reads_base=True,
+        tied=delta.tied,
+        twin=delta.twin,
+    )
 
 
 def _refuse_scaled(name: str, delta: Replacement, weight: float) -> None:

@@ -95,7 +95,7 @@ def stack_factors(deltas: Sequence[Additive], weights: Sequence[float]) -> list[
         return [*others]
     B_OR = torch.cat([delta.B_OR.float() * (weight * delta.scale) for delta, weight in pairs], dim=1)
     A_RI = torch.cat([delta.A_RI.float() for delta, _ in pairs], dim=0)
-    return [*others, replace(pairs[0][0], A_RI=A_RI, B_OR=B_OR, scale=1.0)]
+    return [*others, replace(pairs[0][0], A=A_RI, B=B_OR, scale=1.0)]
 
 
 def scaled(delta: RowwiseDelta, weight: float) -> RowwiseDelta:
@@ -118,9 +118,9 @@ def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> Ro
         return added_MN
 
     return RowwiseDelta(
-        first.module, first.weight, first.stored_shape, rows, reads_base=True, rescales=True,
-        all_rows=any(delta.all_rows for delta in computed), tied=first.tied, twin=first.twin, begin=first.begin,
-        layout=first.layout, kernel=first.kernel, stacked=first.stacked,
+        module=first.module, weight=first.weight, stored_shape=first.stored_shape, rows=rows, reads_base=True,
+        rescales=True, all_rows=any(delta.all_rows for delta in computed), tied=first.tied, twin=first.twin,
+        begin=first.begin, layout=first.layout, kernel=first.kernel, stacked=first.stacked,
         sets_rows=frozenset[int]().union(*(delta.sets_rows for delta in computed)),
     )  # fmt: skip
 

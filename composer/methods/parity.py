@@ -50,7 +50,7 @@ class Parity:
         Raises Mismatch for unequal ranks if A and B are combined separately, and NotSupported if the SVD fails.
         """
         lost: Compression | None = None
-        parts = [(replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()), weight) for one, weight in parts]
+        parts = [(replace(one, A=one.A_RI.float(), B=one.B_OR.float()), weight) for one, weight in parts]
         if self.combination == "cat":
             A_RI = torch.cat([delta.A_RI * (weight * delta.scale) for delta, weight in parts])
             B_OR = torch.cat([delta.B_OR for delta, _ in parts], dim=1)
@@ -58,7 +58,7 @@ class Parity:
             B_OR, A_RI, lost = self._truncated(parts)
         else:
             B_OR, A_RI = self._apart(parts)
-        return replace(parts[0][0], A_RI=A_RI, B_OR=B_OR, scale=self.scale), lost
+        return replace(parts[0][0], A=A_RI, B=B_OR, scale=self.scale), lost
 
     def _truncated(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor, Compression]:
         """The truncated SVD of the sum; all singular values go into B."""

@@ -185,19 +185,19 @@ def _named(like: Additive, pair: Pair) -> LowRank:
     """The factors as a delta of the same slot."""
     B_OR, A_RI = (factor.contiguous() for factor in pair)
     if isinstance(like, LowRank):
-        return replace(like, A_RI=A_RI, B_OR=B_OR, scale=1.0)
+        return replace(like, A=A_RI, B=B_OR, scale=1.0)
     return LowRank(
-        like.module,
-        like.weight,
-        like.layout,
-        A_RI,
-        B_OR,
-        1.0,
-        like.tied,
-        like.begin,
-        like.kernel,
-        like.twin,
-        like.stacked,
+        module=like.module,
+        weight=like.weight,
+        layout=like.layout,
+        A=A_RI,
+        B=B_OR,
+        scale=1.0,
+        tied=like.tied,
+        begin=like.begin,
+        kernel=like.kernel,
+        twin=like.twin,
+        stacked=like.stacked,
     )
 
 
@@ -306,7 +306,7 @@ def _in_full(
         return matrix.rows(begin, begin + W_MN.shape[0]).to(W_MN)
 
     computed = RowwiseDelta(
-        first.module, first.weight, first.stored_shape, rows, reads_base=reading,
+        module=first.module, weight=first.weight, stored_shape=first.stored_shape, rows=rows, reads_base=reading,
         all_rows=reading or _needs_all_rows(slot), tied=first.tied, twin=first.twin, begin=first.begin,
         layout=first.layout, kernel=first.kernel, stacked=first.stacked,
     )  # fmt: skip

@@ -14,9 +14,10 @@ from typing import cast, overload
 
 import torch
 
-from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, mapped, names_of
+from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, names_of, spilled
 from composer.deltas.lowrank import NOISE, numerical_rank
-from composer.deltas.tensors import SpillFile, drop_pages, torch_threads
+from composer.deltas.stored import SpillFile
+from composer.deltas.tensors import torch_threads
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.weights import Weight
 from composer.methods.basis import factored, norm_of
@@ -54,7 +55,7 @@ def project_out_protected(
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "protect") as pool:
         for begin in range(0, len(shared), TOGETHER):
             for indices, inputs, made in list(pool.map(at, shared[begin : begin + TOGETHER])):
-                for (adapter, number), delta in zip(indices, mapped(spill, made), strict=True):
+                for (adapter, number), delta in zip(indices, spilled(spill, made), strict=True):
                     moved[adapter][number] = delta
                 drop_pages_of(inputs)
     pairs = zip(adapters, moved, strict=True)
@@ -62,11 +63,10 @@ def project_out_protected(
 
 
 def drop_pages_of(deltas: Sequence[Additive]) -> None:
-    """Drops the resident pages of mapped factors that were read."""
+    """Drops the resident pages of stored factors that were read."""
     for delta in deltas:
         if isinstance(delta, LowRank):
-            drop_pages(delta.A_RI)
-            drop_pages(delta.B_OR)
+            delta.drop_pages()
 
 
 class _Moved(Sequence[Delta]):
@@ -134,7 +134,7 @@ class _Room:
         if norm_of((left, right)) <= NOISE * before:
             left = torch.zeros_like(left)
         B_OR, A_RI = (left, right) if delta.layout is Layout.LINEAR else (right.T, left.T)
-        return replace(delta, A_RI=A_RI.float().contiguous(), B_OR=B_OR.float().contiguous(), scale=1.0)
+        return replace(delta, A=A_RI.float().contiguous(), B=B_OR.float().contiguous(), scale=1.0)
 
 
 def _spans(delta: LowRank) -> tuple[torch.Tensor, torch.Tensor]:

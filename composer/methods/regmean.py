@@ -374,7 +374,7 @@ def _with_factors(
     """Each member's deltas with the fitted A; those that were not fitted, times w0."""
     return [
         [
-            replace(delta, A_RI=solved[_key(delta)][member])
+            replace(delta, A=solved[_key(delta)][member])
             if isinstance(delta, LowRank) and _key(delta) in solved
             else _times(delta, w0)
             for delta in deltas

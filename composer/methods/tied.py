@@ -30,7 +30,7 @@ def for_head(delta: Delta, head: str) -> Delta:
 def pair_for_head(delta: LowRank, head: str) -> LowRank:
     """An embedding's pair for its head, whose inputs are the embedding's outputs."""
     own = replace(delta, module=head, weight=f"{head}.weight", layout=Layout.LINEAR)
-    return replace(own, A_RI=delta.B_OR.T, B_OR=delta.A_RI.T)
+    return replace(own, A=delta.B.T, B=delta.A.T)
 
 
 def on_own_head(delta: Delta) -> Delta:

@@ -107,7 +107,14 @@ def test_the_largest_singular_value_is_numpys(
     W = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     path = tmp_path / "model.safetensors"
     save_file({"weight": W}, path)
-    delta = LowRank("m", "weight", Layout.LINEAR, torch.zeros(1, shape[1]), torch.zeros(shape[0], 1), 1.0)
+    delta = LowRank(
+        module="m",
+        weight="weight",
+        layout=Layout.LINEAR,
+        A=torch.zeros(1, shape[1]),
+        B=torch.zeros(shape[0], 1),
+        scale=1.0,
+    )
     with path.open("rb") as file:
         source = Source(file.fileno(), read_header(path).tensors["weight"], shape[1])
         found = amplification.largest_singular_value(amplification.BaseWeight("m", source, [(delta, 1.0)]))

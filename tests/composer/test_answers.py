@@ -28,8 +28,34 @@ from tests.composer.tiny import MakeModel, load_model
 def answering(answered: int, still: int) -> Outcome:
     """Red loses far less than half of its gain in nats, but some of its answers."""
     effects = (
-        Effect("red", "red-exact", 3.0, 0.1, 0.4, 0.3, 0.01, interval(0.3, 0.01, 16, 2), 0.9, answered, still, 16),
-        Effect("green", "green-exact", 2.0, 0.4, 0.4, 0.0, 0.001, interval(0.0, 0.001, 16, 2), 1.0, 16, 16, 16),
+        Effect(
+            member="red",
+            suite="red-exact",
+            base=3.0,
+            alone=0.1,
+            combined=0.4,
+            loss=0.3,
+            loss_stderr=0.01,
+            loss_interval=interval(0.3, 0.01, 16, 2),
+            kept=0.9,
+            answered=answered,
+            still_answered=still,
+            examples=16,
+        ),
+        Effect(
+            member="green",
+            suite="green-exact",
+            base=2.0,
+            alone=0.4,
+            combined=0.4,
+            loss=0.0,
+            loss_stderr=0.001,
+            loss_interval=interval(0.0, 0.001, 16, 2),
+            kept=1.0,
+            answered=16,
+            still_answered=16,
+            examples=16,
+        ),
     )
     return Outcome(16, effects, ())
 
@@ -78,7 +104,7 @@ def test_a_policy_may_ask_for_the_interval_of_the_share_and_for_half_of_the_gain
     answered: int, still: int, said: list[str]
 ) -> None:
     assert answers_said(answered, still, OLD) == said
-    assert Limits.of(OLD) == Limits(0.5, 0.5, of_gain=True, by_interval=True)
+    assert Limits.of(OLD) == Limits(loss=0.5, answers=0.5, of_gain=True, by_interval=True)
     assert answering(1, 1).effects[0].limit(Limits.of(OLD)) == pytest.approx(1.45)
 
 
@@ -178,7 +204,12 @@ def test_advice_names_no_method_that_wants_factors_where_an_adapter_has_none(
     advised = " ".join(conflicts([red, green], [1.0, 1.0], evidence=measured).pairs[0].explanation.advice)
     assert "protect=1" in advised
     assert "knots_ties" in advised
-    other = RowwiseDelta("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
+    other = RowwiseDelta(
+        module="model.layers.0.mlp.up_proj",
+        weight="model.layers.0.mlp.up_proj.weight",
+        stored_shape=(48, 32),
+        rows=lambda W, _: W,
+    )
     computed = replace(green, deltas=(*green.deltas, other))
     advised = " ".join(conflicts([red, computed], [1.0, 1.0], evidence=measured).pairs[0].explanation.advice)
     assert "--method ties" in advised

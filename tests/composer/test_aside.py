@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from composer.deltas.delta import LowRank
-from composer.deltas.tensors import SpillFile, drop_pages, map_tensor, torch_threads
+from composer.deltas.stored import MappedFile, SpillFile
+from composer.deltas.tensors import torch_threads
 from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, RefusedOutput
 from composer.formats.checkpoints.header import read_header
@@ -31,8 +32,10 @@ def test_what_is_put_aside_has_the_same_values_also_after_its_memory_was_given_b
         given = [(torch.randn(shape) * 50).to(dtype) for shape in SHAPES]
         mapped = aside.put([*given[:-1], given[-1].T])
         for one in mapped:
-            drop_pages(one)
-        assert all(torch.equal(one, other) for one, other in zip(mapped, [*given[:-1], given[-1].T], strict=True))
+            one.drop()
+        assert all(
+            torch.equal(one.tensor, other) for one, other in zip(mapped, [*given[:-1], given[-1].T], strict=True)
+        )
 
 
 def test_nothing_may_be_put_aside() -> None:
@@ -43,8 +46,8 @@ def test_what_is_put_aside_takes_no_memory_once_it_is_given_back() -> None:
     aside, before = SpillFile(), rss_bytes()
     for _ in range(20):
         (mapped,) = aside.put([torch.ones(1 << 20)])
-        assert float(mapped.sum()) == 1 << 20
-        drop_pages(mapped)
+        assert float(mapped.tensor.sum()) == 1 << 20
+        mapped.drop()
     assert rss_bytes() - before < 40 << 20, "of 80 MB"
 
 
@@ -76,17 +79,19 @@ def test_combined_factors_outlive_the_call_that_made_them(make_model: MakeModel,
     before = [one.A_RI.clone() for one in made]
     assert before
     for one in made:
-        drop_pages(one.A_RI)
+        one.drop_pages()
     assert all(torch.equal(one.A_RI, other) for one, other in zip(made, before, strict=True))
 
 
 def test_a_file_that_was_emptied_since_it_was_opened_is_one_clear_error(tmp_path: Path) -> None:
     save_file({"w": torch.ones(4, 4)}, tmp_path / "w.safetensors")
     entry = read_header(tmp_path / "w.safetensors").tensors["w"]
-    assert map_tensor(tmp_path / "w.safetensors", entry).sum() == 16
+    file = MappedFile.open(tmp_path / "w.safetensors")
+    assert file.tensor(entry).sum() == 16
     (tmp_path / "w.safetensors").write_bytes(b"")
-    with pytest.raises(InvalidFile, match=r"w\.safetensors"):
-        map_tensor(tmp_path / "w.safetensors", entry)
+    for again in (lambda: file, lambda: MappedFile.open(tmp_path / "w.safetensors")):
+        with pytest.raises(InvalidFile, match=r"w\.safetensors"):
+            again().tensor(entry)
 
 
 def test_blocks_of_threads_that_overlap_leave_what_was_there_before() -> None:

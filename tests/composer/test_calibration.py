@@ -104,7 +104,7 @@ def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter
     by_prompt = CalibrationSet(prompts=(RED.examples[0].prompt,))
     assert used_in([by_prompt], [RED]) == {RED.examples[0]}
 
-    evidence = Evidence(lambda: loaded, [RED, GREEN], k=10, most=10, calibration=calibration(loaded, 3))
+    evidence = Evidence(load=lambda: loaded, suites=[RED, GREEN], k=10, most=10, calibration=calibration(loaded, 3))
     report = examine([red, green], [1.0, 1.0], Method("regmean"), evidence=evidence)
     assert report.probe is not None
     assert {effect.examples for effect in report.probe.overall.effects} == {7}
@@ -113,7 +113,7 @@ def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter
 def test_a_fitted_method_without_examples_is_unmeasured(
     loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    evidence = Evidence(lambda: loaded, [RED, GREEN], k=8)
+    evidence = Evidence(load=lambda: loaded, suites=[RED, GREEN], k=8)
     assert examine([red, green], [1.0, 1.0], Method("regmean"), evidence=evidence).verdict is Verdict.UNMEASURED
 
 

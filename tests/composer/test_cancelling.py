@@ -27,8 +27,8 @@ def summed_and_turned(adapters: list[LoadedAdapter]) -> list[Delta]:
     return [
         replace(
             own[0],
-            A_RI=torch.cat([delta.A_RI for delta in own]),
-            B_OR=torch.cat([delta.B_OR * -delta.scale for delta in own], dim=1),
+            A=torch.cat([delta.A_RI for delta in own]),
+            B=torch.cat([delta.B_OR * -delta.scale for delta in own], dim=1),
             scale=1.0,
         )
         for own in by_module.values()

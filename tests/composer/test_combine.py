@@ -145,10 +145,17 @@ def test_what_no_rank_can_hold_is_not_told_to_be_cut_to_one(
 
 
 def test_two_tensors_of_one_key_are_never_written() -> None:
-    one = LowRank("layer", "layer.weight", Layout.LINEAR, torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    one = LowRank(
+        module="layer",
+        weight="layer.weight",
+        layout=Layout.LINEAR,
+        A=torch.ones(2, 4),
+        B=torch.ones(4, 2),
+        scale=1.0,
+    )
     for deltas in (
         [one, replace(one, weight="layer.other")],
-        [one, *(Replacement("layer", f"{part}.scale", torch.ones(4)) for part in ("one", "two"))],
+        [one, *(Replacement(module="layer", weight=f"{part}.scale", tensor=torch.ones(4)) for part in ("one", "two"))],
     ):
         with pytest.raises(NotSupported, match="would name two tensors") as caught:
             write_adapter(peft_form(deltas), Path("nowhere"), {}, {})

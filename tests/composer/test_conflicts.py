@@ -121,7 +121,7 @@ def test_an_adapter_that_brings_most_of_the_energy_is_noticed_and_not_failed(
 def test_a_nan_is_an_error_naming_the_module(red: LoadedAdapter, green: LoadedAdapter) -> None:
     first = green.deltas[0]
     assert isinstance(first, LowRank)
-    broken = replace(green, deltas=(replace(first, B_OR=first.B_OR * float("nan")), *green.deltas[1:]))
+    broken = replace(green, deltas=(replace(first, B=first.B_OR * float("nan")), *green.deltas[1:]))
     found = conflicts([red, broken], [1.0, 1.0])
     assert found.verdict is Verdict.REFUSE
     assert [finding.subject for finding in found.findings if finding.code == "not_finite"] == [first.module]
@@ -130,7 +130,7 @@ def test_a_nan_is_an_error_naming_the_module(red: LoadedAdapter, green: LoadedAd
 
 def test_numbers_too_large_to_compare_are_refused_with_the_module(red: LoadedAdapter) -> None:
     first, *others = (delta for delta in red.deltas if isinstance(delta, LowRank))
-    huge = replace(first, A_RI=first.A_RI.double() * 1e100, B_OR=first.B_OR.double() * 1e100)
+    huge = replace(first, A=first.A_RI.double() * 1e100, B=first.B_OR.double() * 1e100)
     with pytest.raises(NotSupported, match="cannot be decomposed") as caught:
         conflicts([replace(red, deltas=(huge, *others)), replace(red, name="other")], [1.0, 1.0])
     assert (caught.value.code, caught.value.subject) == ("not_decomposable", first.module)
@@ -262,7 +262,12 @@ def test_a_mean_tells_the_weights_that_it_comes_to(red: LoadedAdapter, green: Lo
 
 
 def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    other = RowwiseDelta("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", (48, 32), lambda W, _: W)
+    other = RowwiseDelta(
+        module="model.layers.0.mlp.up_proj",
+        weight="model.layers.0.mlp.up_proj.weight",
+        stored_shape=(48, 32),
+        rows=lambda W, _: W,
+    )
     found = conflicts([red, replace(green, deltas=(*green.deltas, other))], [1.0, 1.0])
     (told,) = [finding for finding in found.findings if finding.code == "not_factors"]
     assert (told.subject, told.measure) == ("green", 1.0)

@@ -45,7 +45,7 @@ class Inside:
 def factored(place: int) -> LowRank:
     generator = torch.Generator().manual_seed(place)
     A, B = torch.randn(4, SIDE, generator=generator), torch.randn(SIDE, 4, generator=generator)
-    return LowRank(f"m{place}", f"m{place}.weight", Layout.LINEAR, A, B, 1.0)
+    return LowRank(module=f"m{place}", weight=f"m{place}.weight", layout=Layout.LINEAR, A=A, B=B, scale=1.0)
 
 
 @pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd", "sce_svd"])
@@ -67,7 +67,9 @@ def test_deltas_that_are_only_made_whole_are_made_one_place_at_a_time(
 
     def whole(place: int) -> RowwiseDelta:
         rows = inside.watched(lambda W, begin: torch.eye(SIDE)[begin : begin + len(W)])
-        return RowwiseDelta(f"m{place}", f"m{place}.weight", (SIDE, SIDE), rows, all_rows=True)
+        return RowwiseDelta(
+            module=f"m{place}", weight=f"m{place}.weight", stored_shape=(SIDE, SIDE), rows=rows, all_rows=True
+        )
 
     own = replace(red, deltas=tuple(map(whole, range(6))))
     assert len(combine_deltas([own], [1.0], "ties_svd", {"rank": 2}).compressions) == 6

@@ -39,7 +39,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def proj_delta(module: str, outputs: int = 32, inputs: int = 32, scale: float = 0.5) -> LowRank:
     generator = torch.Generator().manual_seed(3)
     A_RI, B_OR = torch.randn(2, inputs, generator=generator), torch.randn(outputs, 2, generator=generator)
-    return LowRank(module, f"{module}.weight", Layout.LINEAR, A_RI, B_OR, scale)
+    return LowRank(module=module, weight=f"{module}.weight", layout=Layout.LINEAR, A=A_RI, B=B_OR, scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def _fail_inside(loaded: LoadedModel, deltas: list[LowRank | Replacement]) -> No
 
 def test_the_base_is_bit_for_bit_itself_after_an_error_inside_the_block(loaded: LoadedModel) -> None:
     weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    head = Replacement("lm_head", "lm_head.weight", torch.zeros_like(loaded.model.lm_head.weight))
+    head = Replacement(module="lm_head", weight="lm_head.weight", tensor=torch.zeros_like(loaded.model.lm_head.weight))
     before = logits(loaded.model)
     with deltas_applied(loaded.model, [head]):
         assert logits(loaded.model).abs().max() == 0
@@ -116,8 +116,8 @@ def test_the_base_is_bit_for_bit_itself_after_an_error_inside_the_block(loaded: 
         (proj_delta("model.layers.7.self_attn.q_proj"), Mismatch, "module_missing"),
         (proj_delta("model.layers.0.self_attn.k_proj"), Mismatch, "shape_mismatch"),
         (proj_delta("model.layers.0.input_layernorm"), NotSupported, "module_class"),
-        (Replacement("lm_head", "lm_head.weight", torch.zeros(3, 32)), Mismatch, "shape_mismatch"),
-        (Replacement("lm_head", "lm_head.bias", torch.zeros(3)), Mismatch, "shape_mismatch"),
+        (Replacement(module="lm_head", weight="lm_head.weight", tensor=torch.zeros(3, 32)), Mismatch, "shape_mismatch"),
+        (Replacement(module="lm_head", weight="lm_head.bias", tensor=torch.zeros(3)), Mismatch, "shape_mismatch"),
     ],
 )
 def test_a_delta_that_does_not_fit_is_an_error_naming_its_module_and_nothing_stays_applied(
@@ -154,7 +154,14 @@ def eos_after(loaded: LoadedModel, ids: torch.Tensor) -> LowRank:
     direction = last - before * (before @ last) / (before @ before)
     push = torch.zeros(loaded.model.lm_head.weight.shape[0], 1)
     push[loaded.tokenizer.eos_token_id] = 100.0
-    return LowRank("lm_head", "lm_head.weight", Layout.LINEAR, direction[None] / (direction @ last), push, 1.0)
+    return LowRank(
+        module="lm_head",
+        weight="lm_head.weight",
+        layout=Layout.LINEAR,
+        A=direction[None] / (direction @ last),
+        B=push,
+        scale=1.0,
+    )
 
 
 def test_an_exact_match_needs_the_end_of_the_sequence_as_greedy_decoding_does(loaded: LoadedModel) -> None:

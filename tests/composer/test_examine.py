@@ -50,10 +50,10 @@ def test_a_suite_for_each_is_a_probe_prompts_are_activations_and_nothing_is_weig
     def kinds(evidence: Evidence | None) -> set[str]:
         return {pair.evidence for pair in examine(adapters, [1.0] * 3, evidence=evidence).pairs}
 
-    assert kinds(Evidence(lambda: loaded, suites(3), k=1, prompts=["hi"])) == {"probe"}
-    assert kinds(Evidence(lambda: loaded, [*suites(2), None], k=1, prompts=["hi"])) == {"activations"}
-    assert kinds(Evidence(never, [*suites(2), None], k=1)) == {"weights"}
-    assert kinds(Evidence(never, suites(3))) == {"weights"}
+    assert kinds(Evidence(load=lambda: loaded, suites=suites(3), k=1, prompts=["hi"])) == {"probe"}
+    assert kinds(Evidence(load=lambda: loaded, suites=[*suites(2), None], k=1, prompts=["hi"])) == {"activations"}
+    assert kinds(Evidence(load=never, suites=[*suites(2), None], k=1)) == {"weights"}
+    assert kinds(Evidence(load=never, suites=suites(3))) == {"weights"}
     assert kinds(None) == {"weights"}
 
 
@@ -61,8 +61,8 @@ def test_the_evidence_that_is_weak_is_said_to_be(adapters: list[LoadedAdapter], 
     said = {
         kind: [finding.message for finding in examine(adapters, [1.0] * 3, evidence=evidence).findings]
         for kind, evidence in (
-            ("weights", None), ("activations", Evidence(lambda: loaded, prompts=["hi"])),
-            ("probe", Evidence(lambda: loaded, suites(3), k=2)),
+            ("weights", None), ("activations", Evidence(load=lambda: loaded, prompts=["hi"])),
+            ("probe", Evidence(load=lambda: loaded, suites=suites(3), k=2)),
         )
     }  # fmt: skip
     assert any("weights alone say almost nothing" in one for one in said["weights"])
@@ -80,10 +80,12 @@ def test_without_a_probe_a_set_is_unmeasured_and_two_examples_leave_it_undecided
         lenient = parse_policy("thresholds: {probe_loss: 1000}\nprobe_answers: ignore\n")
         return examine(adapters, [1.0] * 3, evidence=evidence, policy=lenient).verdict
 
-    assert verdict(None) is verdict(Evidence(lambda: loaded, prompts=["hi"])) is Verdict.UNMEASURED
-    assert verdict(Evidence(never, suites(3))) is Verdict.UNMEASURED
-    assert verdict(Evidence(lambda: loaded, suites(3), k=2, most=24)) is Verdict.UNDECIDED, "the suites have no more"
-    assert verdict(Evidence(lambda: loaded, larger(suites(3)), k=8, most=24)) is Verdict.OK
+    assert verdict(None) is verdict(Evidence(load=lambda: loaded, prompts=["hi"])) is Verdict.UNMEASURED
+    assert verdict(Evidence(load=never, suites=suites(3))) is Verdict.UNMEASURED
+    assert verdict(Evidence(load=lambda: loaded, suites=suites(3), k=2, most=24)) is Verdict.UNDECIDED, (
+        "the suites have no more"
+    )
+    assert verdict(Evidence(load=lambda: loaded, suites=larger(suites(3)), k=8, most=24)) is Verdict.OK
 
 
 def larger(small: list[Suite]) -> list[Suite]:
@@ -96,7 +98,7 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
 ) -> None:
     own = suites(3)
     own[2] = replace(own[2], examples=(Example("hi red", "something else"), Example("you", "you")))
-    report = examine(adapters, [1.0] * 3, evidence=Evidence(never, own))
+    report = examine(adapters, [1.0] * 3, evidence=Evidence(load=never, suites=own))
     assert report.findings[0].code == "same_prompts"
     assert report.findings[0].subject == "red + blue"
     assert "no single model serves both" in report.findings[0].message
@@ -106,14 +108,18 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
     told = summary(report)
     assert "want different answers to 1 of them: no single model serves both" in told.lines[0]
     assert told.fix.startswith("Serve them separately and route")
-    ignored = examine(adapters, [1.0] * 3, evidence=Evidence(never, own), policy=parse_policy("same_prompts: ignore"))
+    ignored = examine(
+        adapters, [1.0] * 3, evidence=Evidence(load=never, suites=own), policy=parse_policy("same_prompts: ignore")
+    )
     assert (ignored.verdict, summary(ignored).fix[:10]) == (Verdict.UNMEASURED, "Measure it")
 
 
 @pytest.mark.parametrize("method", ["ties", "knots_ties", "mean", "core_tsv", "dare_ties"])
 def test_a_method_is_probed_as_what_it_makes(adapters: list[LoadedAdapter], loaded: LoadedModel, method: str) -> None:
     def measured(name: str) -> list[float]:
-        report = examine(adapters, [1.0] * 3, Method(name), evidence=Evidence(lambda: loaded, suites(3), k=2))
+        report = examine(
+            adapters, [1.0] * 3, Method(name), evidence=Evidence(load=lambda: loaded, suites=suites(3), k=2)
+        )
         assert report.probe is not None
         return [
             effect.combined for outcome in (*report.probe.pairs, report.probe.overall) for effect in outcome.effects
@@ -128,8 +134,8 @@ def test_a_protected_member_is_protected_in_its_pairs_and_in_the_whole(
     adapters: list[LoadedAdapter], loaded: LoadedModel
 ) -> None:
     how = Method("stack", {"protect": [2]})
-    report = examine(adapters, [1.0] * 3, how, evidence=Evidence(lambda: loaded, suites(3), k=2))
-    plain = examine(adapters, [1.0] * 3, evidence=Evidence(lambda: loaded, suites(3), k=2))
+    report = examine(adapters, [1.0] * 3, how, evidence=Evidence(load=lambda: loaded, suites=suites(3), k=2))
+    plain = examine(adapters, [1.0] * 3, evidence=Evidence(load=lambda: loaded, suites=suites(3), k=2))
     assert report.probe is not None
     assert plain.probe is not None
     changed = [
@@ -148,10 +154,10 @@ def test_what_cannot_be_combined_is_not_measured(base: Path, loaded: LoadedModel
         model = AutoModelForCausalLM.from_pretrained(base)
         save_adapter(model, tmp_path / name, seed, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
         saved.append(load_deltas(tmp_path / name, loaded.architecture))
-    report = examine(saved, [1.0, 1.0], evidence=Evidence(never, suites(2), k=2))
+    report = examine(saved, [1.0, 1.0], evidence=Evidence(load=never, suites=suites(2), k=2))
     assert report.verdict == "refuse"
     as_deltas = Method("stack", {"replacements": "delta"})
-    measured = examine(saved, [1.0, 1.0], as_deltas, evidence=Evidence(lambda: loaded, suites(2), k=2))
+    measured = examine(saved, [1.0, 1.0], as_deltas, evidence=Evidence(load=lambda: loaded, suites=suites(2), k=2))
     assert measured.verdict != "refuse"
     assert measured.pairs[0].evidence == "probe"
 
@@ -165,9 +171,9 @@ def test_every_report_is_what_the_documented_schema_says(
     assert schema["properties"]["schema"] == {"const": SCHEMA}
     evidences: list[Callable[[], Evidence | None]] = [
         lambda: None,
-        lambda: Evidence(lambda: loaded, prompts=["hi"]),
-        lambda: Evidence(lambda: loaded, suites(3), [guard()], k=2),
-        lambda: Evidence(lambda: loaded, suites(3), k=1),
+        lambda: Evidence(load=lambda: loaded, prompts=["hi"]),
+        lambda: Evidence(load=lambda: loaded, suites=suites(3), guards=[guard()], k=2),
+        lambda: Evidence(load=lambda: loaded, suites=suites(3), k=1),
     ]
     for made in evidences:
         for checkpoint in (None, open_checkpoint(base)):
@@ -193,7 +199,9 @@ def assert_strict(schema: Any) -> None:
 
 def test_a_policy_reaches_the_probe_and_the_findings(adapters: list[LoadedAdapter], loaded: LoadedModel) -> None:
     policy = parse_policy("{probe_loss: error, thresholds: {probe_loss: -1000}}")
-    report = examine(adapters[:2], [1.0, 1.0], evidence=Evidence(lambda: loaded, suites(2), k=2, most=2), policy=policy)
+    report = examine(
+        adapters[:2], [1.0, 1.0], evidence=Evidence(load=lambda: loaded, suites=suites(2), k=2, most=2), policy=policy
+    )
     assert report.probe is not None
     sure = [effect for effect in report.probe.overall.effects if effect.loss_interval.low > -1000]
     assert len([finding for finding in report.findings if finding.code == "probe_loss"]) == len(sure) > 0
@@ -202,7 +210,14 @@ def test_a_policy_reaches_the_probe_and_the_findings(adapters: list[LoadedAdapte
 
 def test_dense_deltas_are_counted_before_they_are_made(adapters: list[LoadedAdapter]) -> None:
     module = "model.layers.0.self_attn.q_proj"
-    huge = LowRank(module, f"{module}.weight", Layout.LINEAR, torch.ones(1, 1 << 15), torch.ones(1 << 15, 1), 1.0)
+    huge = LowRank(
+        module=module,
+        weight=f"{module}.weight",
+        layout=Layout.LINEAR,
+        A=torch.ones(1, 1 << 15),
+        B=torch.ones(1 << 15, 1),
+        scale=1.0,
+    )
     large = [replace(one, deltas=(huge,)) for one in adapters[:2]]
     assert too_large(large)
     assert not too_large(adapters)

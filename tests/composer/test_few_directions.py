@@ -15,7 +15,7 @@ from tests.composer.test_methods import as_stored, combined, error, low_ranks
 def sharing() -> list[LowRank]:
     """Two adapters whose A was frozen, so that both read the same inputs."""
     one, two, _ = low_ranks()
-    return [replace(one, A_RI=two.A_RI, B_OR=torch.cat([one.B_OR, one.B_OR[:, :2].flip(0)], dim=1)), two]
+    return [replace(one, A=two.A_RI, B=torch.cat([one.B_OR, one.B_OR[:, :2].flip(0)], dim=1)), two]
 
 
 @pytest.mark.parametrize("method", ["tsv", "core_tsv", "pico_tsv"])
@@ -52,7 +52,7 @@ def test_a_cut_of_equal_singular_values_keeps_the_directions_that_the_sum_had_mo
 
 @pytest.mark.parametrize("method", ["core_ties", "knots_ties", "ctm_ties", "ties", "breadcrumbs", "core_dare_ties"])
 def test_something_is_left_of_adapters_of_one_direction(method: str) -> None:
-    ones = [replace(delta, A_RI=delta.A_RI[:1], B_OR=delta.B_OR[:, :1]) for delta in low_ranks()[:2]]
+    ones = [replace(delta, A=delta.A_RI[:1], B=delta.B_OR[:, :1]) for delta in low_ranks()[:2]]
     dare = {"density": 0.9} if "dare" in method else {}
     assert float(combined(method, ones, (1.0, 1.0), dare).norm()) > 0
 

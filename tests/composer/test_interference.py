@@ -25,9 +25,9 @@ def deltas(seed: int, modules: list[str], size: float = 0.2, layout: Layout = La
     shapes = {"q_proj": (32, 32), "v_proj": (16, 32), "down_proj": (32, 48), "c_attn": (96, 32)}
     return [
         LowRank(
-            module, f"{module}.weight", layout,
-            torch.randn(3, shapes[module.rpartition(".")[2]][1], generator=generator),
-            torch.randn(shapes[module.rpartition(".")[2]][0], 3, generator=generator), size,
+            module=module, weight=f"{module}.weight", layout=layout,
+            A=torch.randn(3, shapes[module.rpartition(".")[2]][1], generator=generator),
+            B=torch.randn(shapes[module.rpartition(".")[2]][0], 3, generator=generator), scale=size,
         )
         for module in modules
     ]  # fmt: skip
@@ -125,12 +125,12 @@ def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.Te
     own = deltas(1, ["transformer.h.0.attn.c_attn"], layout=Layout.CONV1D)
     vocabulary = gpt2.model.config.vocab_size
     embedding = LowRank(
-        "transformer.wte",
-        "transformer.wte.weight",
-        Layout.EMBEDDING,
-        torch.randn(2, vocabulary),
-        torch.randn(32, 2),
-        0.1,
+        module="transformer.wte",
+        weight="transformer.wte.weight",
+        layout=Layout.EMBEDDING,
+        A=torch.randn(2, vocabulary),
+        B=torch.randn(32, 2),
+        scale=0.1,
     )
     found = activations(gpt2, {"one": own, "two": [*own, embedding]}, PROMPTS)
     assert set(found.directed["one", "two"].modules) == {"transformer.h.0.attn.c_attn", "transformer.wte"}
@@ -146,7 +146,14 @@ def test_an_embedding_that_scales_what_it_looks_up_scales_what_an_adapter_adds(
     assert gemma.streamed is (memory is not None)
     path, vocabulary = "model.embed_tokens", gemma.model.config.vocab_size
     torch.manual_seed(0)
-    own = LowRank(path, f"{path}.weight", Layout.EMBEDDING, torch.randn(2, vocabulary), torch.randn(32, 2), 0.1)
+    own = LowRank(
+        module=path,
+        weight=f"{path}.weight",
+        layout=Layout.EMBEDDING,
+        A=torch.randn(2, vocabulary),
+        B=torch.randn(32, 2),
+        scale=0.1,
+    )
     ids, embedding = torch.cat([torch.tensor(one.ids) for one in encoded(gemma)]), gemma.model.get_submodule(path)
     with torch.inference_mode():
         before = embedding(ids)
@@ -209,7 +216,7 @@ def test_prompts_of_different_lengths_share_the_reading_of_a_streamed_base(strea
 
 def test_a_delta_that_changes_a_weight_as_a_whole_is_refused_on_a_streamed_base(streamed: LoadedModel) -> None:
     name = "model.layers.1.mlp.down_proj"
-    whole = Replacement(name, f"{name}.weight", torch.zeros(32, 48))
+    whole = Replacement(module=name, weight=f"{name}.weight", tensor=torch.zeros(32, 48))
     with pytest.raises(NotSupported, match="does not fit in memory") as caught:
         activations(streamed, {"a": [whole], "b": deltas(1, MODULES)}, PROMPTS)
     assert caught.value.subject == name

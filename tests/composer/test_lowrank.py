@@ -14,7 +14,9 @@ def delta(seed: int, outputs: int = 24, inputs: int = 17, rank: int = 3, layout:
     generator = torch.Generator().manual_seed(seed)
     A_RI = torch.randn(rank, inputs, generator=generator)
     B_OR = torch.randn(outputs, rank, generator=generator)
-    return LowRank("layers.0.proj", "layers.0.proj.weight", layout, A_RI, B_OR, 0.7 + seed)
+    return LowRank(
+        module="layers.0.proj", weight="layers.0.proj.weight", layout=layout, A=A_RI, B=B_OR, scale=0.7 + seed
+    )
 
 
 def dense(one: LowRank) -> torch.Tensor:
@@ -77,7 +79,9 @@ def test_full_rank_deltas_overlap_by_necessity_so_their_excess_is_zero() -> None
 
 
 def test_an_absent_or_zero_delta_has_no_energy_and_nothing_becomes_nan() -> None:
-    zero = LowRank("m", "m.weight", Layout.LINEAR, torch.randn(3, 17), torch.zeros(24, 3), 1.0)
+    zero = LowRank(
+        module="m", weight="m.weight", layout=Layout.LINEAR, A=torch.randn(3, 17), B=torch.zeros(24, 3), scale=1.0
+    )
     for other in (None, zero):
         sums = relations([delta(1), other]).sums
         assert (sums.norm(1), sums.cosine(0, 1), sums.output_overlap(0, 1), sums.input_excess(1, 0)) == (0, 0, 0, 0)
@@ -146,7 +150,7 @@ def test_crowding_is_the_leading_share_of_the_balanced_factors_whatever_the_gaug
     found = relations([a, b])
     assert found.crowding == pytest.approx((energy[0] / energy.sum()).item(), rel=1e-6)
     assert found.sums.crowding(0, 1) == pytest.approx(found.crowding)
-    turned = replace(a, A_RI=a.A_RI * 100, B_OR=a.B_OR / 100)
+    turned = replace(a, A=a.A_RI * 100, B=a.B_OR / 100)
     assert relations([turned, b]).crowding == pytest.approx(found.crowding, rel=1e-5)
 
 
@@ -165,14 +169,14 @@ def test_signs_of_related_deltas_differ_as_their_angle_says() -> None:
     generator = torch.Generator().manual_seed(0)
     A_RI, B_OR = torch.randn(64, 512, generator=generator), torch.randn(512, 64, generator=generator)
     noise = torch.randn(512, 64, generator=generator)
-    one = LowRank("m", "m.weight", Layout.LINEAR, A_RI, B_OR, 1.0)
+    one = LowRank(module="m", weight="m.weight", layout=Layout.LINEAR, A=A_RI, B=B_OR, scale=1.0)
     for mixed in (0.3, 1.0, 3.0):
-        sums = relations([one, replace(one, B_OR=B_OR + mixed * noise)]).sums
+        sums = relations([one, replace(one, B=B_OR + mixed * noise)]).sums
         assert abs(sums.sign_excess(0, 1)) < 0.03
 
 
 def test_factors_in_half_precision_are_taken_to_double() -> None:
     a, b = delta(1), delta(2)
-    half = replace(a, A_RI=a.A_RI.bfloat16(), B_OR=a.B_OR.bfloat16())
-    full = replace(half, A_RI=half.A_RI.float(), B_OR=half.B_OR.float())
+    half = replace(a, A=a.A_RI.bfloat16(), B=a.B_OR.bfloat16())
+    full = replace(half, A=half.A_RI.float(), B=half.B_OR.float())
     assert relations([half, b]).sums.inner == pytest.approx(relations([full, b]).sums.inner, rel=1e-12)

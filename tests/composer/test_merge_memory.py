@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from composer.deltas.delta import LowRank
-from composer.deltas.tensors import SpillFile, drop_pages, map_tensor, read_into
+from composer.deltas.stored import Factor, MappedFile, SpillFile, StoredFactor, map_tensor, read_into, tensor_of
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.checkpoints.header import TensorSpec, encode_header, parse_header, read_header
@@ -32,11 +33,12 @@ def test_a_mapped_tensor_takes_memory_while_it_is_looked_at_and_is_read_again_af
     path = tmp_path / "file.safetensors"
     save_file({"a": torch.arange(8 * MB, dtype=torch.int64), "b": torch.ones(3)}, path)
     entries = read_header(path).tensors
-    a, b = map_tensor(path, entries["a"]), map_tensor(path, entries["b"])
+    file = MappedFile.open(path)
+    a, b = file.tensor(entries["a"]), file.tensor(entries["b"])
     before = mapped_bytes()
     total = int(a.sum())
     assert mapped_bytes() - before > 60 * MB
-    drop_pages(a)
+    file.drop_pages()
     assert mapped_bytes() - before < 4 * MB
     assert int(a.sum()) == total == (8 * MB - 1) * 4 * MB
     assert b.tolist() == [1, 1, 1]
@@ -52,16 +54,17 @@ def test_all_tensors_of_a_file_share_one_mapping_that_goes_with_the_last_of_them
     names = [f"w{number}" for number in range(50)]
     save_file({name: torch.full((100,), number) for number, name in enumerate(names)}, path)
     entries = read_header(path).tensors
-    mapped = [map_tensor(path, entries[name]) for name in names]
+    file = MappedFile.open(path)
+    mapped = [file.tensor(entries[name]) for name in names]
     assert mappings_of(path) == 1
-    drop_pages(mapped[7])
+    file.drop_pages()
     assert [int(one[0]) for one in mapped] == list(range(50))
 
     save_file({name: torch.full((100,), -1) for name in names}, tmp_path / "other.safetensors")
     (tmp_path / "other.safetensors").rename(path)
     assert int(map_tensor(path, entries["w3"])[0]) == -1, "another file of that name is another mapping"
     assert int(mapped[3][0]) == 3
-    del mapped
+    del file, mapped
     assert mappings_of(path) == 0
 
 
@@ -78,13 +81,7 @@ def test_a_file_larger_than_all_memory_is_mapped(tmp_path: Path) -> None:
     assert int(map_tensor(path, entries["large"])[-1].sum()) == 0
 
 
-def test_what_is_not_mapped_is_left_alone(tmp_path: Path) -> None:
-    own = torch.arange(5_000)
-    drop_pages(own)
-    assert torch.equal(own, torch.arange(5_000))
-
-
-VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+VIEWS: dict[str, Callable[[Any], Any]] = {
     "whole": lambda matrix: matrix,
     "rows": lambda matrix: matrix[700:900],
     "columns": lambda matrix: matrix[:, 16:48],
@@ -104,10 +101,13 @@ def test_a_view_of_a_mapped_matrix_is_read_as_it_is(view: str, dtype: torch.dtyp
     matrix = torch.randn(1_000, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     save_file({"before": torch.ones(3), "m": matrix}, tmp_path / "file.safetensors")
     entry = read_header(tmp_path / "file.safetensors").tensors["m"]
-    aside = SpillFile()
-    aside.put([torch.ones(5)])
-    for source in (map_tensor(tmp_path / "file.safetensors", entry), *aside.put([matrix]), matrix):
+    spill = SpillFile()
+    spill.put([torch.ones(5)])
+    sources: list[Factor] = [MappedFile.open(tmp_path / "file.safetensors").factor(entry), *spill.put([matrix]), matrix]
+    assert sum(isinstance(one, StoredFactor) for one in sources) == 2
+    for source in sources:
         expected = VIEWS[view](matrix).float()
+        assert torch.equal(tensor_of(VIEWS[view](source)).float(), expected)
         out = torch.full(expected.shape, 7.0)
         read_into(out, VIEWS[view](source))
         assert torch.equal(out, expected)
@@ -123,8 +123,7 @@ def test_a_merge_looks_at_no_factor_where_it_is_mapped(
     for path, _ in adapters:
         for factor in (delta for one in plan.shards for tensor in one.tensors for delta in tensor.deltas):
             assert isinstance(factor, LowRank)
-            drop_pages(factor.A_RI)
-            drop_pages(factor.B_OR)
+            factor.drop_pages()
         assert resident_of(path / "adapter_model.safetensors") == 0
     run_merge(plan, tmp_path / "merged", "cpu")
     assert [resident_of(path / "adapter_model.safetensors") for path, _ in adapters] == [0, 0, 0]

@@ -28,12 +28,12 @@ def low_ranks(seed: int = 0, layout: Layout = Layout.LINEAR) -> list[LowRank]:
     generator = torch.Generator().manual_seed(seed)
     return [
         LowRank(
-            "m",
-            "m.weight",
-            layout,
-            torch.randn(rank, INPUTS, generator=generator),
-            torch.randn(OUTPUTS, rank, generator=generator) / rank,
-            0.5 + index,
+            module="m",
+            weight="m.weight",
+            layout=layout,
+            A=torch.randn(rank, INPUTS, generator=generator),
+            B=torch.randn(OUTPUTS, rank, generator=generator) / rank,
+            scale=0.5 + index,
         )
         for index, rank in enumerate(RANKS)
     ]
@@ -179,7 +179,10 @@ def test_the_order_of_adapters_does_not_matter(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_deltas_three_times_as_large_give_a_result_three_times_as_large(method: str) -> None:
     deltas = low_ranks()
-    larger = [LowRank(one.module, one.weight, one.layout, one.A_RI, one.B_OR, 3 * one.scale) for one in deltas]
+    larger = [
+        LowRank(module=one.module, weight=one.weight, layout=one.layout, A=one.A_RI, B=one.B_OR, scale=3 * one.scale)
+        for one in deltas
+    ]
     assert error(combined(method, larger, WEIGHTS), 3 * combined(method, deltas, WEIGHTS)) < 1e-4
 
 
@@ -321,7 +324,9 @@ def test_what_is_dropped_at_random_is_made_up_for_on_average(method: str) -> Non
 
 def test_ties_over_the_whole_model_trims_the_smaller_module_more() -> None:
     small, large = low_ranks(1), low_ranks(2)
-    small = [LowRank("s", "s.weight", d.layout, d.A_RI, d.B_OR, d.scale / 10) for d in small]
+    small = [
+        LowRank(module="s", weight="s.weight", layout=d.layout, A=d.A_RI, B=d.B_OR, scale=d.scale / 10) for d in small
+    ]
     places = [
         WeightSlot([SlotDelta(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0)
         for deltas in (small, large)
@@ -337,7 +342,7 @@ def test_ties_over_the_whole_model_trims_the_smaller_module_more() -> None:
 
 def test_equal_magnitudes_are_kept_in_the_order_of_their_places() -> None:
     A, B = torch.ones(1, 90), torch.ones(150, 1)
-    delta = LowRank("m", "m.weight", Layout.LINEAR, A, B, 1.0)
+    delta = LowRank(module="m", weight="m.weight", layout=Layout.LINEAR, A=A, B=B, scale=1.0)
     kept = combined("magnitude_prune", [delta], [1.0], {"density": 0.3}).flatten()
     assert int(kept.count_nonzero()) == int(0.3 * 150 * 90)
     assert bool(kept[: int(0.3 * 150 * 90)].all())
@@ -347,7 +352,7 @@ def test_the_subspaces_of_adapters_that_share_them_are_found_by_ctm() -> None:
     generator = torch.Generator().manual_seed(3)
     B, A = torch.randn(OUTPUTS, 4, generator=generator), torch.randn(4, INPUTS, generator=generator)
     mixes = [torch.randn(4, 4, generator=generator) for _ in range(3)]
-    deltas = [LowRank("m", "m.weight", Layout.LINEAR, A, B @ mix, 1.0) for mix in mixes]
+    deltas = [LowRank(module="m", weight="m.weight", layout=Layout.LINEAR, A=A, B=B @ mix, scale=1.0) for mix in mixes]
     exact = sum(as_stored(delta) for delta in deltas) / 3
     assert error(combined("ctm_mean", deltas, [1.0] * 3, {"ctm_rank": 4}), exact) < 1e-5
 
@@ -357,7 +362,10 @@ def test_a_delta_without_factors_is_cut_to_a_rank_like_any_other(method: str) ->
     deltas = low_ranks()
     dense_one = as_stored(deltas[1]).float()
     computed = RowwiseDelta(
-        "m", "m.weight", (OUTPUTS, INPUTS), lambda W, begin: dense_one[begin : begin + W.shape[0]].to(W)
+        module="m",
+        weight="m.weight",
+        stored_shape=(OUTPUTS, INPUTS),
+        rows=lambda W, begin: dense_one[begin : begin + W.shape[0]].to(W),
     )
     mixed = combined(method, [deltas[0], computed, deltas[2]], WEIGHTS, {"rank": 5})
     assert error(mixed, combined(method, deltas, WEIGHTS, {"rank": 5})) < 1e-3
@@ -370,7 +378,7 @@ def test_adapters_that_were_never_trained_add_nothing_and_break_nothing(
     method: str, zeros: int, budget: dict[str, object]
 ) -> None:
     deltas = [
-        replace(one, B_OR=torch.zeros_like(one.B_OR)) if index < zeros else one for index, one in enumerate(low_ranks())
+        replace(one, B=torch.zeros_like(one.B_OR)) if index < zeros else one for index, one in enumerate(low_ranks())
     ]
     ours = combined(method, deltas, WEIGHTS, budget)
     assert bool(ours.isfinite().all())
@@ -380,8 +388,8 @@ def test_adapters_that_were_never_trained_add_nothing_and_break_nothing(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_in_the_files_own_dtype_give_the_result_of_their_float32_values(method: str) -> None:
-    halves = [replace(one, A_RI=one.A_RI.bfloat16(), B_OR=one.B_OR.half()) for one in low_ranks()]
-    wide = [replace(one, A_RI=one.A_RI.float(), B_OR=one.B_OR.float()) for one in halves]
+    halves = [replace(one, A=one.A_RI.bfloat16(), B=one.B_OR.half()) for one in low_ranks()]
+    wide = [replace(one, A=one.A_RI.float(), B=one.B_OR.float()) for one in halves]
     assert torch.equal(combined(method, halves, WEIGHTS), combined(method, wide, WEIGHTS))
 
 

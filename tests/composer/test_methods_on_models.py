@@ -147,7 +147,9 @@ def test_slips_in_weights_and_settings_are_refused(make_model: MakeModel, make_a
     saved = loaded(base, make_adapter(base, "a2", seed=3, modules_to_save=["lm_head"]))
     with pytest.raises(ComposerError, match="cannot scale"):
         combine_deltas([*both, *saved], [1.0, 1.0, 1.0], "mean")
-    loha = replace(both[0], deltas=(RowwiseDelta("m", "m.weight", (8, 8), lambda W, begin: W),))
+    loha = replace(
+        both[0], deltas=(RowwiseDelta(module="m", weight="m.weight", stored_shape=(8, 8), rows=lambda W, begin: W),)
+    )
     with pytest.raises(ComposerError, match="rank or energy"):
         combine_deltas([loha], [1.0], "ties_svd")
 

@@ -222,8 +222,8 @@ def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) 
     loaded = load_model(save_llama(tmp_path / "base"), device="cpu")
     adapters = [adapter(tmp_path, name, seed, MODULES[:4]) for seed, name in ((1, "red"), (20, "blue"))]
     suites = [Suite(f"{one}-exact", "target", "", True, (Example("hi", one), Example("you", one))) for one in "ab"]
-    probed = Evidence(lambda: loaded, suites, k=2)
-    prompted = Evidence(lambda: loaded, prompts=["hello"])
+    probed = Evidence(load=lambda: loaded, suites=suites, k=2)
+    prompted = Evidence(load=lambda: loaded, prompts=["hello"])
     for evidence, title, other in ((probed, "Probe", "Activations"), (prompted, "Activations", "Probe")):
         tree = Tree(page(examine(adapters, [1.0, 1.0], evidence=evidence))).root
         titles = [node.whole() for node in tree.find("h3")]

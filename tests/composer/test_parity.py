@@ -161,7 +161,7 @@ def test_a_product_beyond_float32_is_refused_with_the_module(make_model: MakeMod
     base = make_model()
     loaded = [load_deltas(make_adapter(base, name), open_checkpoint(base).architecture) for name in ("a0", "a1")]
     first, *others = (delta for delta in loaded[0].deltas if isinstance(delta, LowRank))
-    huge = replace(first, A_RI=first.A_RI * 1e30, B_OR=first.B_OR * 1e30)
+    huge = replace(first, A=first.A_RI * 1e30, B=first.B_OR * 1e30)
     with pytest.raises(ComposerError, match="cannot be decomposed") as caught:
         combine_deltas([replace(loaded[0], deltas=(huge, *others)), loaded[1]], [1.0, 1.0], "peft_svd")
     assert caught.value.subject == first.module

@@ -27,12 +27,12 @@ def member(name: str, seed: int, weight: float = 1.0, size: float = 0.2) -> Prob
     generator = torch.Generator().manual_seed(seed)
     deltas = [
         LowRank(
-            module := f"model.layers.{layer}.self_attn.{projection}",
-            f"{module}.weight",
-            Layout.LINEAR,
-            torch.randn(3, 32, generator=generator),
-            torch.randn(outputs, 3, generator=generator),
-            size,
+            module=f"model.layers.{layer}.self_attn.{projection}",
+            weight=f"model.layers.{layer}.self_attn.{projection}.weight",
+            layout=Layout.LINEAR,
+            A=torch.randn(3, 32, generator=generator),
+            B=torch.randn(outputs, 3, generator=generator),
+            scale=size,
         )
         for layer in (0, 1)
         for projection, outputs in (("q_proj", 32), ("v_proj", 16))
@@ -156,7 +156,7 @@ def test_what_was_grown_is_what_a_larger_start_would_have_measured(loaded: Loade
     chosen = [MEMBERS[0], MEMBERS[1]]
     first = probe(loaded, chosen, [GUARD], 2).pairs[0]
     limit = first.worst.loss  # in the middle of its interval, so that two examples leave it open
-    grown = probe(loaded, chosen, [GUARD], Effort(2, 4, Limits(limit))).pairs[0]
+    grown = probe(loaded, chosen, [GUARD], Effort(2, 4, Limits(loss=limit))).pairs[0]
     direct = probe(loaded, chosen, [GUARD], 4).pairs[0]
     assert grown.k == 4
     for one, other in zip((*grown.effects, *grown.guards), (*direct.effects, *direct.guards), strict=True):

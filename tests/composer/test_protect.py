@@ -35,7 +35,9 @@ def pair(seed: int, rank: int) -> Pair:
 
 
 def held(like: LoadedAdapter, pair: Pair, layout: Layout = Layout.LINEAR) -> LoadedAdapter:
-    return replace(like, deltas=(LowRank("m", "m.weight", layout, pair[1], pair[0], 1.0),))
+    return replace(
+        like, deltas=(LowRank(module="m", weight="m.weight", layout=layout, A=pair[1], B=pair[0], scale=1.0),)
+    )
 
 
 def moved(like: LoadedAdapter, pairs: Sequence[Pair], side: str, layout: Layout = Layout.LINEAR) -> torch.Tensor:
@@ -231,7 +233,7 @@ def test_the_norm_of_a_report_is_that_of_the_adapter_that_is_written(
 def test_activations_are_those_of_the_deltas_that_are_combined(
     red: LoadedAdapter, green: LoadedAdapter, loaded: LoadedModel
 ) -> None:
-    evidence = Evidence(lambda: loaded, prompts=["hi", "you"])
+    evidence = Evidence(load=lambda: loaded, prompts=["hi", "you"])
     how = Method("stack", {"protect": 1})
     (pair,), (plain,) = (examine([red, green], [1.0, 1.0], one, evidence=evidence).pairs for one in (how, Method()))
     assert (pair.evidence, plain.evidence) == ("activations", "activations")

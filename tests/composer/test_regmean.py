@@ -93,16 +93,22 @@ def test_the_core_form_does_not_depend_on_how_a_delta_is_split_into_factors(seed
 def adapter(seed: int, name: str = "one", rank: int = 2, modules: Sequence[str] = ("a", "b")) -> LoadedAdapter:
     deltas = tuple(
         LowRank(
-            path,
-            f"{path}.weight",
-            Layout.LINEAR,
-            random(seed + index, rank, INPUTS),
-            random(seed + index + 50, OUTPUTS, rank),
-            0.5,
+            module=path,
+            weight=f"{path}.weight",
+            layout=Layout.LINEAR,
+            A=random(seed + index, rank, INPUTS),
+            B=random(seed + index + 50, OUTPUTS, rank),
+            scale=0.5,
         )
         for index, path in enumerate(modules)
     )
-    return LoadedAdapter(name, Path(name), cast(Any, SimpleNamespace()), cast(Any, SimpleNamespace()), deltas)
+    return LoadedAdapter(
+        name=name,
+        path=Path(name),
+        config=cast(Any, SimpleNamespace()),
+        placed=cast(Any, SimpleNamespace()),
+        deltas=deltas,
+    )
 
 
 def seeing(*seeds: int, hidden: Sequence[str] = ()) -> Callable[..., Mapping[str, ModuleInputs]]:

@@ -19,11 +19,46 @@ from tests.composer.test_conflicts import codes
 def outcome(loss: float, kept: float, rise: float, stderr: float, k: int = 8) -> ProbeResult:
     """Red had gained 2.5 nats a token and loses `loss`; green loses next to nothing."""
     effects = (
-        Effect("red", "red-exact", 3.0, 0.5, 0.5 + loss, loss, stderr, interval(loss, stderr, k, 2), kept, 0, 0, k),
-        Effect("green", "green-exact", 2.0, 0.4, 0.41, 0.01, 0.001, interval(0.01, 0.001, k, 2), 0.99, 0, 0, k),
+        Effect(
+            member="red",
+            suite="red-exact",
+            base=3.0,
+            alone=0.5,
+            combined=0.5 + loss,
+            loss=loss,
+            loss_stderr=stderr,
+            loss_interval=interval(loss, stderr, k, 2),
+            kept=kept,
+            answered=0,
+            still_answered=0,
+            examples=k,
+        ),
+        Effect(
+            member="green",
+            suite="green-exact",
+            base=2.0,
+            alone=0.4,
+            combined=0.41,
+            loss=0.01,
+            loss_stderr=0.001,
+            loss_interval=interval(0.01, 0.001, k, 2),
+            kept=0.99,
+            answered=0,
+            still_answered=0,
+            examples=k,
+        ),
     )
     alone = {"red": 0.8, "green": 0.9}
-    guard = SideEffect("general", 0.7, alone, 0.9 + rise, rise, stderr, interval(rise, stderr, k), k)
+    guard = SideEffect(
+        suite="general",
+        base=0.7,
+        alone=alone,
+        combined=0.9 + rise,
+        rise=rise,
+        rise_stderr=stderr,
+        rise_interval=interval(rise, stderr, k),
+        examples=k,
+    )
     measured = Outcome(k, effects, (guard,))
     return ProbeResult(k, (measured,), measured, 1.5)
 

@@ -19,12 +19,12 @@ def low_ranks(draw: st.DrawFn, count: int) -> list[LowRank]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     return [
         LowRank(
-            "m",
-            "m.weight",
-            layout,
-            torch.randn(rank, inputs, generator=generator),
-            torch.randn(outputs, rank, generator=generator),
-            draw(st.floats(0.1, 4)),
+            module="m",
+            weight="m.weight",
+            layout=layout,
+            A=torch.randn(rank, inputs, generator=generator),
+            B=torch.randn(outputs, rank, generator=generator),
+            scale=draw(st.floats(0.1, 4)),
         )
         for rank in [draw(st.integers(1, 4)) for _ in range(count)]
     ]

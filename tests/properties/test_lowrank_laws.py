@@ -22,7 +22,7 @@ def deltas(draw: st.DrawFn) -> LowRank:
     if draw(st.booleans()):
         B_OR[:, -1] = B_OR[:, 0]  # a rank-deficient B: nominal rank says more than the delta has, when rank > 1
     layout = draw(st.sampled_from(Layout))
-    return LowRank("m", "m.weight", layout, A_RI, B_OR, draw(st.floats(0.01, 8.0)))
+    return LowRank(module="m", weight="m.weight", layout=layout, A=A_RI, B=B_OR, scale=draw(st.floats(0.01, 8.0)))
 
 
 def numbers(a: LowRank, b: LowRank) -> list[float]:
@@ -74,7 +74,7 @@ def test_another_gauge_of_the_factors_changes_nothing(a: LowRank, b: LowRank, se
     G = rotation * torch.linspace(0.5, 2.0, a.rank, dtype=torch.float64)
     B_OR = (a.B_OR.double() @ G).float()
     A_RI = (torch.linalg.inv(G) @ a.A_RI.double()).float()
-    assert numbers(replace(a, B_OR=B_OR, A_RI=A_RI), b) == pytest.approx(numbers(a, b), abs=1e-4)
+    assert numbers(replace(a, B=B_OR, A=A_RI), b) == pytest.approx(numbers(a, b), abs=1e-4)
 
 
 @settings(deadline=None, max_examples=60)

@@ -27,7 +27,7 @@ from composer.evaluation.observe import Pass, observe
 MAX_PROMPTS = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Directed:
     """An intruder j compared with a victim i, on the inputs x that each module gets from the victim's examples.
 
@@ -108,16 +108,18 @@ def _directed(energies: Mapping[str, _Energy], i: int, j: int) -> Directed:
     either = {module: one for module, one in energies.items() if not one.touching.isdisjoint((i, j))}
     relative = {module: one.inner / one.base for module, one in either.items() if one.base > 0}
     if not relative:
-        return Directed(0.0, 0.0, 0.0, 0.0, 0.0, {})
+        return Directed(ratio=0.0, along=0.0, across=0.0, victim=0.0, intruder=0.0, modules={})
     total = torch.stack(list(relative.values())).sum(0)
     own, other, common = (float(total[index]) for index in ((i, i), (j, j), (i, j)))
     shares = {module: float(one[j, j]) / other for module, one in relative.items()} if other > 0 else {}
     victim, intruder = sqrt(max(own, 0.0)), sqrt(max(other, 0.0))
     if own <= 0:
-        return Directed(0.0, 0.0, 0.0, victim, intruder, shares)
+        return Directed(ratio=0.0, along=0.0, across=0.0, victim=victim, intruder=intruder, modules=shares)
     along = common / own
     across = sqrt(max(0.0, other / own - along**2))
-    return Directed(sqrt(other / own), along, across, victim, intruder, shares)
+    return Directed(
+        ratio=sqrt(other / own), along=along, across=across, victim=victim, intruder=intruder, modules=shares
+    )
 
 
 def _energies(

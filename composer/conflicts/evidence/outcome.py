@@ -27,7 +27,7 @@ uniform examples without a failure give far too narrow an interval. With this fl
 coverage; what Student's t alone missed lay within it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """The limits: a member's `loss` in nats per token (with `of_gain`, a share of its gain over the base, if
     noticeable); the least share of its `answers` that must be left, from LEAST_ANSWERED answers on (with `by_interval`,
@@ -49,15 +49,15 @@ class Limits:
             return never if value is None or policy.ignores(code) else value
 
         return cls(
-            number("probe_loss", inf),
-            min(max(number("probe_answers", 0.0), 0.0), 1.0),
-            number("probe_guard", inf),
-            "probe_loss" in policy.modes,
-            "probe_answers" in policy.modes,
+            loss=number("probe_loss", inf),
+            answers=min(max(number("probe_answers", 0.0), 0.0), 1.0),
+            guard=number("probe_guard", inf),
+            of_gain="probe_loss" in policy.modes,
+            by_interval="probe_answers" in policy.modes,
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
     """A member's own suite in nats per completion token, over `examples` examples: for the base, the member alone at
     weight 1, and the combination.
@@ -132,7 +132,7 @@ class Effect:
         return {**asdict(self), "loss_interval": self.loss_interval.to_json(), "answers_interval": share}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SideEffect:
     """A guard suite in nats per completion token. `rise` is combined minus the worst member alone, paired."""
 
@@ -225,7 +225,8 @@ def effect_of(
     sure = interval(loss, stderr, len(alone), members)
     answered = [after for own, after in zip(alone, combined, strict=True) if own.exact]
     return Effect(
-        *names,
+        member=names[0],
+        suite=names[1],
         base=before,
         alone=own,
         combined=after,
@@ -247,7 +248,16 @@ def side_effect_of(
     each = {name: _nll(run) for name, run in alone.items()}
     rise, stderr = _difference(combined, alone[max(each, key=lambda name: each[name])])
     n = len(base)
-    return SideEffect(suite, _nll(base), each, _nll(combined), rise, stderr, interval(rise, stderr, n), n)
+    return SideEffect(
+        suite=suite,
+        base=_nll(base),
+        alone=each,
+        combined=_nll(combined),
+        rise=rise,
+        rise_stderr=stderr,
+        rise_interval=interval(rise, stderr, n),
+        examples=n,
+    )
 
 
 def _nll(measured: Sequence[Measured]) -> float:

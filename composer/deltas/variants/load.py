@@ -11,8 +11,9 @@ from typing import overload
 
 import torch
 
-from composer.deltas.delta import Delta, LowRank, Replacement, mapped
-from composer.deltas.tensors import SpillFile, all_finite, is_mapped, torch_threads
+from composer.deltas.delta import Delta, LowRank, Replacement, spilled
+from composer.deltas.stored import MappedFile, SpillFile
+from composer.deltas.tensors import all_finite, torch_threads
 from composer.deltas.variants import lora, products, rescaled, rotations, shared, spectral
 from composer.deltas.variants.source import Module
 from composer.deltas.variants.tied import mark_tied_pairs
@@ -62,7 +63,7 @@ _TYPES: dict[str, Read] = {
 NAME_BASE = "Name the base that it was trained on: --base."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedAdapter:
     """An adapter ready for arithmetic. Factors and replacements keep their dtype and, if the file has them directly,
     are mapped from it, so that only memory that is read is used. Convert them to float32 or float64 before computing.
@@ -83,10 +84,9 @@ class StoredDeltas(Sequence[Delta]):
     deltas, however large the adapter is. Factors that are not directly in the file (VeRA, MiSS, …) are made once and
     spilled to disk."""
 
-    def __init__(self, adapter: Adapter, modules: Sequence[PlacedModule]) -> None:
-        self._adapter = adapter
+    def __init__(self, adapter: Adapter, file: MappedFile, modules: Sequence[PlacedModule]) -> None:
+        self._adapter, self._file, self._spill = adapter, file, SpillFile()
         self._latest: tuple[PlacedModule, list[Delta]] | None = None
-        self._spill: SpillFile | None = None
         self._made: dict[int, list[Delta]] = {}
         self._making = Lock()
         self._slots = [(module, index) for module in modules for index in range(_count(adapter, module))]
@@ -113,18 +113,13 @@ class StoredDeltas(Sequence[Delta]):
         with self._making:
             if id(module) in self._made:
                 return self._made[id(module)]
-            deltas = _read(self._adapter, module)
-            fresh = [delta for delta in deltas if isinstance(delta, LowRank) and not _in_file(delta)]
+            deltas = _read(Module(self._adapter, self._file, module))
+            fresh = [delta for delta in deltas if isinstance(delta, LowRank) and not delta.stored]
             if not fresh:
                 return deltas
-            self._spill = self._spill or SpillFile()
-            put = dict(zip(map(id, fresh), mapped(self._spill, fresh), strict=True))
+            put = dict(zip(map(id, fresh), spilled(self._spill, fresh), strict=True))
             self._made[id(module)] = [put.get(id(delta), delta) for delta in deltas]
             return self._made[id(module)]
-
-
-def _in_file(delta: LowRank) -> bool:
-    return all(is_mapped(factor) or not factor.numel() for factor in (delta.A_RI, delta.B_OR))
 
 
 def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
@@ -137,13 +132,16 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     adapter = read_adapter(path)
     placed = place_or_refuse(adapter, architecture, "merged")
     _refuse_unsized(adapter, placed)
+    file = MappedFile.open(adapter.weights_path)
     with torch_threads(1):  # small tensors, read one by one: more threads would only wait for each other
         for module in placed.adapted:
-            _refuse_not_finite(adapter, module)
-    placed = mark_tied_pairs(adapter, placed, on_a_base=architecture is not None)
-    deltas = StoredDeltas(adapter, [module for module in placed.modules if module.kind != "base_copy"])
-    copies = {module.weight: _full_tensor(adapter, module) for module in placed.modules if module.kind == "base_copy"}
-    return LoadedAdapter(adapter.name, path, adapter.config, placed, deltas, copies)
+            _refuse_not_finite(Module(adapter, file, module))
+    placed = mark_tied_pairs(adapter, file, placed, on_a_base=architecture is not None)
+    copies = {one.weight: Module(adapter, file, one).only for one in placed.modules if one.kind == "base_copy"}
+    deltas = StoredDeltas(adapter, file, [module for module in placed.modules if module.kind != "base_copy"])
+    return LoadedAdapter(
+        name=adapter.name, path=path, config=adapter.config, placed=placed, deltas=deltas, base_copies=copies
+    )
 
 
 def place_or_refuse(adapter: Adapter, architecture: Architecture | None, done: str) -> PlacementResult:
@@ -189,10 +187,13 @@ def _count(adapter: Adapter, module: PlacedModule) -> int:
     return 0 if empty else 1
 
 
-def _read(adapter: Adapter, module: PlacedModule) -> list[Delta]:
-    if module.kind == "replacement":
-        return [Replacement(module.module, module.weight, _full_tensor(adapter, module), module.tied, module.twin)]
-    return _reader(adapter.config, module)(Module(adapter, module))
+def _read(module: Module) -> list[Delta]:
+    placed = module.placed
+    if placed.kind != "replacement":
+        return _reader(module.config, placed)(module)
+    return [
+        Replacement(module=placed.module, weight=placed.weight, tensor=module.only, tied=placed.tied, twin=placed.twin)
+    ]
 
 
 def _reader(config: AdapterConfig, module: PlacedModule) -> Read:
@@ -203,14 +204,9 @@ def _reader(config: AdapterConfig, module: PlacedModule) -> Read:
     return _TYPES[config.peft_type]
 
 
-def _refuse_not_finite(adapter: Adapter, module: PlacedModule) -> None:
-    source = Module(adapter, module)
-    if not all(all_finite(source[part]) for part in module.parts):
-        message = f"{adapter.name} has a NaN or an infinite value in {module.module}."
+def _refuse_not_finite(module: Module) -> None:
+    if not all(all_finite(module[part]) for part in module.placed.parts):
+        name = module.placed.module
+        message = f"{module.adapter.name} has a NaN or an infinite value in {name}."
         next_step = "Train again, or use an earlier checkpoint."
-        raise InvalidFile("not_finite", message, subject=module.module, next_step=next_step)
-
-
-def _full_tensor(adapter: Adapter, module: PlacedModule) -> torch.Tensor:
-    (part,) = module.parts
-    return Module(adapter, module)[part]
+        raise InvalidFile("not_finite", message, subject=name, next_step=next_step)

@@ -6,6 +6,7 @@ Shapes: O outputs, I inputs, R rank, E experts; W_MN as stored.
 import torch
 
 from composer.deltas.delta import Delta, ExpertSlice, Layout, LowRank, RowwiseDelta
+from composer.deltas.stored import Factor, tensor_of
 from composer.deltas.variants.source import Module
 from composer.formats.adapters.placement.naming import TOKENS, split_key
 from composer.formats.adapters.placement.result import Piece
@@ -13,14 +14,18 @@ from composer.formats.adapters.placement.result import Piece
 
 def pair(module: Module) -> list[Delta]:
     """s B A (arXiv 2106.09685). In a convolution, A has the kernel after its inputs, and B is 1 x 1."""
-    A_RI, B_OR = factors(module)
-    return [module.low_rank(A_RI, B_OR, module.placed.scale)]
+    return [module.low_rank(*_stored(module), module.placed.scale)]
 
 
 def factors(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B), R x I and O x R."""
+    A, B = _stored(module)
+    return tensor_of(A), tensor_of(B)
+
+
+def _stored(module: Module) -> tuple[Factor, Factor]:
     prefix = "lora_embedding_" if module.layout is Layout.EMBEDDING else "lora_"
-    return module[f"{prefix}A"].flatten(1), module[f"{prefix}B"].flatten(1)
+    return module.factor(f"{prefix}A"), module.factor(f"{prefix}B")
 
 
 def block_diagonal(module: Module) -> list[Delta]:
@@ -39,17 +44,33 @@ def block_diagonal(module: Module) -> list[Delta]:
 def experts(module: Module) -> list[Delta]:
     """s B[:, :, e] A[e] for each expert, which is the slow index of A's rows and the fast index of B's columns."""
     placed, rank = module.placed, module.placed.rank
-    A_ERI = module["lora_A"].unflatten(0, (-1, rank))
-    B_ORE = module["lora_B"].unflatten(1, (rank, -1))
+    A, B = module.factor("lora_A"), module.factor("lora_B")
+    count, outputs = A.shape[0] // rank, B.shape[0]
     owner, _, parameter = placed.module.rpartition(".")
-    rows = B_ORE.shape[0] if module.layout is Layout.LINEAR else A_ERI.shape[2]
+    rows = outputs if module.layout is Layout.LINEAR else A.shape[1]
 
     def one(piece: Piece) -> LowRank:
         own = piece.weight.split(".")[-2] if piece.weight.endswith(".weight") else parameter
-        A_RI, B_OR = A_ERI[piece.expert], B_ORE[piece.first : piece.last, :, piece.expert]
+        first_row = piece.expert * rank
         name, begin = f"{owner}.{piece.expert}.{own}", piece.expert * rows + piece.first
-        stacked = ExpertSlice(placed.module, piece.expert, len(A_ERI), piece.first, len(B_ORE), begin)
-        return LowRank(name, piece.weight, module.layout, A_RI, B_OR, placed.scale, begin=piece.begin, stacked=stacked)
+        stacked = ExpertSlice(
+            parameter=placed.module,
+            expert=piece.expert,
+            experts=count,
+            first=piece.first,
+            outputs=outputs,
+            begin=begin,
+        )
+        return LowRank(
+            module=name,
+            weight=piece.weight,
+            layout=module.layout,
+            A=A[first_row : first_row + rank],
+            B=B[piece.first : piece.last, piece.expert :: count],
+            scale=placed.scale,
+            begin=piece.begin,
+            stacked=stacked,
+        )
 
     return [one(piece) for piece in placed.pieces]
 
@@ -78,8 +99,8 @@ def tokens(module: Module) -> list[Delta]:
         return delta_MN
 
     changed = RowwiseDelta(
-        placed.module, placed.weight, module.stored_shape, rows, reads_base=True, tied=placed.tied,
-        layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
+        module=placed.module, weight=placed.weight, stored_shape=module.stored_shape, rows=rows, reads_base=True,
+        tied=placed.tied, layout=Layout.EMBEDDING, twin=placed.twin, sets_rows=frozenset(ids_T.tolist()),
     )  # fmt: skip
     return [changed]
 

@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from composer.deltas.delta import Layout, LowRank, Rows, RowwiseDelta
-from composer.deltas.tensors import map_tensor
+from composer.deltas.stored import Factor, MappedFile
 from composer.errors import InvalidFile
 from composer.formats.adapters.config.config import AdapterConfig
 from composer.formats.adapters.facts import Adapter
@@ -21,13 +21,20 @@ _ALL = slice(None)
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """`module["lora_A"]` is the part's tensor, mapped from the file."""
+    """`module["lora_A"]` is the part's tensor, mapped from `file`, the adapter's weights."""
 
     adapter: Adapter
+    file: MappedFile
     placed: PlacedModule
 
     def __getitem__(self, part: str) -> torch.Tensor:
-        return map_tensor(self.adapter.weights_path, self.adapter.header.tensors[self.placed.parts[part]])
+        return self.file.tensor(self.adapter.header.tensors[self.placed.parts[part]])
+
+    @property
+    def only(self) -> torch.Tensor:
+        """The tensor of a module that has one part."""
+        (part,) = self.placed.parts
+        return self[part]
 
     def __contains__(self, part: str) -> bool:
         return part in self.placed.parts
@@ -55,16 +62,20 @@ class Module:
         rows, columns = self.stored_shape
         return (rows, columns) if self.layout is Layout.LINEAR else (columns, rows)
 
+    def factor(self, part: str) -> Factor:
+        """The part as a matrix, its first dimension as rows."""
+        return self.file.factor(self.adapter.header.tensors[self.placed.parts[part]])
+
     def value(self, part: str) -> torch.Tensor:
         """The part in float32: mapped parts may differ in dtype, and half precision would round intermediate
         results."""
         return self[part].float()
 
-    def low_rank(self, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float = 1.0) -> LowRank:
-        placed, kernel = self.placed, self.placed.shape[2:]
+    def low_rank(self, A: Factor, B: Factor, scale: float = 1.0) -> LowRank:
+        placed = self.placed
         return LowRank(
-            placed.module, placed.weight, self.layout, A_RI, B_OR, scale, placed.tied, kernel=kernel, twin=placed.twin,
-            nested=placed.nested,
+            module=placed.module, weight=placed.weight, layout=self.layout, A=A, B=B, scale=scale,
+            tied=placed.tied, kernel=placed.shape[2:], twin=placed.twin, nested=placed.nested,
         )  # fmt: skip
 
     def computed(
@@ -78,9 +89,10 @@ class Module:
             return rows(W_MN.T, 0).T
 
         return RowwiseDelta(
-            placed.module, placed.weight, self.stored_shape, rows if straight else turned, reads_base=reads_base,
-            rescales=reads_base, alone=alone, all_rows=all_rows or not straight, tied=placed.tied, layout=self.layout,
-            kernel=placed.shape[2:], twin=placed.twin,
+            module=placed.module, weight=placed.weight, stored_shape=self.stored_shape,
+            rows=rows if straight else turned, reads_base=reads_base, rescales=reads_base, alone=alone,
+            all_rows=all_rows or not straight, tied=placed.tied, layout=self.layout, kernel=placed.shape[2:],
+            twin=placed.twin,
         )  # fmt: skip
 
     def indices(self, part: str, below: int, own: slice = _ALL) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from composer.deltas.stored import MappedFile
 from composer.deltas.variants import lora
 from composer.deltas.variants.source import Module
 from composer.errors import Mismatch
@@ -14,12 +15,12 @@ from composer.formats.adapters.placement.pairs import FACTOR_PARTS
 from composer.formats.adapters.placement.result import PlacedModule, PlacementResult
 
 
-def mark_tied_pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: bool) -> PlacementResult:
+def mark_tied_pairs(adapter: Adapter, file: MappedFile, placed: PlacementResult, *, on_a_base: bool) -> PlacementResult:
     """The modules with twins marked: full tensors and token rows that are saved for both sides and equal, and pairs
     that PEFT ties (`ensure_weight_tying`). Without a base, such pairs count as tied if they are equal. Raises Mismatch
     for pairs of a tied weight that should be equal but differ."""
-    saved = (*_saved(adapter, placed, "replacement"), *_saved(adapter, placed, "tokens"))
-    twins = (*saved, *_pairs(adapter, placed, on_a_base=on_a_base))
+    saved = (*_saved(adapter, file, placed, "replacement"), *_saved(adapter, file, placed, "tokens"))
+    twins = (*saved, *_pairs(adapter, file, placed, on_a_base=on_a_base))
     modules = [
         replace(module, weight=twins[0].weight, tied=True, twin=True) if module in twins else module
         for module in placed.modules
@@ -27,20 +28,20 @@ def mark_tied_pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: boo
     return PlacementResult(modules, placed.findings)
 
 
-def _saved(adapter: Adapter, placed: PlacementResult, kind: str) -> Sequence[PlacedModule]:
+def _saved(adapter: Adapter, file: MappedFile, placed: PlacementResult, kind: str) -> Sequence[PlacedModule]:
     sides = _sides(module for module in placed.modules if module.kind == kind and module.tied and not module.twin)
-    tensors = [[Module(adapter, side)[part] for part in side.parts] for side in sides]
+    tensors = [[Module(adapter, file, side)[part] for part in side.parts] for side in sides]
     return sides if sides and _equal(*tensors) else ()
 
 
-def _pairs(adapter: Adapter, placed: PlacementResult, *, on_a_base: bool) -> Sequence[PlacedModule]:
+def _pairs(adapter: Adapter, file: MappedFile, placed: PlacementResult, *, on_a_base: bool) -> Sequence[PlacedModule]:
     said = bool(adapter.config.raw.get("ensure_weight_tying"))
     sides = _sides(module for module in placed.low_rank if said and (module.tied or not on_a_base))
     if not sides:
         return ()
     embedding, head = sides
-    A_RI, B_OR = lora.factors(Module(adapter, embedding))
-    if _equal((B_OR.T, A_RI.T), lora.factors(Module(adapter, head))):
+    A_RI, B_OR = lora.factors(Module(adapter, file, embedding))
+    if _equal((B_OR.T, A_RI.T), lora.factors(Module(adapter, file, head))):
         # Each side has its own magnitude, and its own scale if a pattern names one of them.
         plain = embedding.parts.keys() | head.parts.keys() <= FACTOR_PARTS and embedding.scale == head.scale
         return sides if plain else ()

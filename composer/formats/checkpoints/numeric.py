@@ -26,4 +26,4 @@ class Summed:
 
     def __add__(self, other: Self) -> Self:
         names = [field.name for field in fields(self)]  # pyright: ignore[reportArgumentType]
-        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in names})

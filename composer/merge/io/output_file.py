@@ -22,7 +22,7 @@ _NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OutputFile:
     """An output file. `fresh`: written now; otherwise an earlier run wrote it, and it is only verified.
 
@@ -46,7 +46,7 @@ class OutputFile:
             stack.callback(os.close, direct)
         # Verification reads scattered rows; readahead would fetch unused data.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-        return cls(file, direct, fresh, sync)
+        return cls(file=file, direct=direct, fresh=fresh, sync=sync)
 
     def write(self, buffer: memoryview, offset: int, address: int) -> None:
         """Writes bytes that lie at `address` in memory."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from composer.deltas.tensors import map_tensor
+from composer.deltas.stored import map_tensor
 from composer.errors import NotSupported
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.header import TensorEntry

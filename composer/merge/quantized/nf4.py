@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from composer.deltas.tensors import map_tensor
+from composer.deltas.stored import map_tensor
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.checkpoints.quantized import Nf4
 from composer.merge.io.source import Decoded
