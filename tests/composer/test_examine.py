@@ -12,13 +12,14 @@ import torch
 
 from composer.conflicts.examine import Evidence, examine
 from composer.conflicts.render.text import document, summary
-from composer.conflicts.report import SCHEMA, Method, conflicts
+from composer.conflicts.report import SCHEMA, conflicts
 from composer.conflicts.retention import too_large
 from composer.deltas.delta import Layout, LowRank
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.model import LoadedModel
 from composer.findings import Verdict
 from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import parse_policy
 from composer.formats.recipes.suite import Example, Suite
 from tests.composer.small_model import Load, save_adapter
@@ -113,7 +114,7 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
 @pytest.mark.parametrize("method", ["ties", "knots_ties", "mean", "core_tsv", "dare_ties"])
 def test_a_method_is_probed_as_what_it_makes(adapters: list[LoadedAdapter], loaded: LoadedModel, method: str) -> None:
     def measured(name: str) -> list[float]:
-        report = examine(adapters, [1.0] * 3, Method(name), evidence=Evidence(lambda: loaded, suites(3), k=2))
+        report = examine(adapters, [1.0] * 3, parse_settings(name), evidence=Evidence(lambda: loaded, suites(3), k=2))
         assert report.probe is not None
         return [
             effect.combined for outcome in (*report.probe.pairs, report.probe.overall) for effect in outcome.effects
@@ -127,7 +128,7 @@ def test_a_method_is_probed_as_what_it_makes(adapters: list[LoadedAdapter], load
 def test_a_protected_member_is_protected_in_its_pairs_and_in_the_whole(
     adapters: list[LoadedAdapter], loaded: LoadedModel
 ) -> None:
-    how = Method("stack", {"protect": [2]})
+    how = parse_settings("stack", {"protect": [2]})
     report = examine(adapters, [1.0] * 3, how, evidence=Evidence(lambda: loaded, suites(3), k=2))
     plain = examine(adapters, [1.0] * 3, evidence=Evidence(lambda: loaded, suites(3), k=2))
     assert report.probe is not None
@@ -150,7 +151,7 @@ def test_what_cannot_be_combined_is_not_measured(base: Path, loaded: LoadedModel
         saved.append(load_deltas(tmp_path / name, loaded.architecture))
     report = examine(saved, [1.0, 1.0], evidence=Evidence(never, suites(2), k=2))
     assert report.verdict == "refuse"
-    as_deltas = Method("stack", {"replacements": "delta"})
+    as_deltas = parse_settings("stack", {"replacements": "delta"})
     measured = examine(saved, [1.0, 1.0], as_deltas, evidence=Evidence(lambda: loaded, suites(2), k=2))
     assert measured.verdict != "refuse"
     assert measured.pairs[0].evidence == "probe"
@@ -171,7 +172,7 @@ def test_every_report_is_what_the_documented_schema_says(
     ]
     for made in evidences:
         for checkpoint in (None, open_checkpoint(base)):
-            report = examine(adapters, [1.0] * 3, Method("ties"), evidence=made(), base=checkpoint)
+            report = examine(adapters, [1.0] * 3, parse_settings("ties"), evidence=made(), base=checkpoint)
             told = json.loads(json.dumps(document(report), allow_nan=False))
             errors = [f"{list(error.instance_path)}: {error.message}" for error in validator.iter_errors(told)]
             assert errors == []
@@ -207,5 +208,8 @@ def test_dense_deltas_are_counted_before_they_are_made(adapters: list[LoadedAdap
     assert too_large(large)
     assert not too_large(adapters)
     for method in ("ties", "ties_svd", "peft_svd"):
-        assert [member.retention for member in conflicts(large, [1.0, 1.0], Method(method)).members] == [None, None]
-    assert conflicts(large, [1.0, 1.0], Method("knots_ties")).members[0].retention is not None
+        assert [member.retention for member in conflicts(large, [1.0, 1.0], parse_settings(method)).members] == [
+            None,
+            None,
+        ]
+    assert conflicts(large, [1.0, 1.0], parse_settings("knots_ties")).members[0].retention is not None

@@ -28,7 +28,7 @@ from typing import Any, cast
 import yaml
 
 from composer.errors import InvalidFile, NotSupported
-from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, SETTINGS, parse_settings
+from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, parse_settings
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
 from composer.formats.recipes.weights import Weight, WeightRule, parse_weight
@@ -213,7 +213,7 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
     method = _text(fields, "method", subject)
     if method is None:
         raise _bad(f"{subject}: method", "it is missing", f"Name one of {METHOD_NAMES}.")
-    if method not in SETTINGS:
+    if method not in PIPELINES:
         raise _bad(f"{subject}: method", f"there is no method {printable(method)}", f"Use one of {METHOD_NAMES}.")
     dtype = _text(fields, "dtype", subject)
     if dtype is not None and dtype not in DTYPES:
