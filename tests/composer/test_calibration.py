@@ -22,7 +22,9 @@ from tests.composer.small_model import Load, dense
 
 
 def suite(name: str, count: int = 10) -> Suite:
-    return Suite(name, "target", "", True, tuple(Example(f"{name} {n}", f"{n} {name}") for n in range(count)))
+    return Suite(
+        name=name, kind="target", chat=True, examples=tuple(Example(f"{name} {n}", f"{n} {name}") for n in range(count))
+    )
 
 
 RED, GREEN = suite("red"), suite("green")

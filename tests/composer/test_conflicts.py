@@ -283,7 +283,10 @@ def test_the_rows_of_a_report_are_bounded_and_the_modules_that_matter_stay(
 def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
     base: Path, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    suites = [Suite(name, "target", "", True, (Example("hi", name), Example("you", name))) for name in ("red", "green")]
+    suites = [
+        Suite(name=name, kind="target", chat=True, examples=(Example("hi", name), Example("you", name)))
+        for name in ("red", "green")
+    ]
     members = [Probed(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
     found = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device="cpu"), members, effort=2))
     assert found.pairs[0].evidence == "probe"

@@ -34,11 +34,14 @@ def adapters(load: Load) -> list[LoadedAdapter]:
 
 def suites(count: int) -> list[Suite]:
     names = ("red", "green", "blue")[:count]
-    return [Suite(name, "target", "", True, (Example(f"hi {name}", name), Example("you", "you"))) for name in names]
+    return [
+        Suite(name=name, kind="target", chat=True, examples=(Example(f"hi {name}", name), Example("you", "you")))
+        for name in names
+    ]
 
 
 def guard() -> Suite:
-    return Suite("general", "guard", "", True, (Example("who", "me"), Example("what", "that")))
+    return Suite(name="general", kind="guard", chat=True, examples=(Example("who", "me"), Example("what", "that")))
 
 
 def never() -> LoadedModel:

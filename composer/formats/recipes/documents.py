@@ -9,10 +9,28 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from composer.formats.untrusted import printable
+
+Loc = tuple[int | str, ...]
+
+
+def _tuple_of(value: object) -> object:
+    return tuple(cast("list[object]", value)) if isinstance(value, list) else value
+
+
+LISTED = BeforeValidator(_tuple_of)
+"""The last annotation of a field that is a list in a document and a tuple here."""
 
 _WORD = re.compile(r"'([^']*)'")
 _MUST_BE = {
@@ -33,19 +51,19 @@ _MUST_BE = {
 
 
 class UnknownField(ValueError):
-    """A mapping has a key that is not one of `keys`."""
+    """A mapping has a key that is not one of `names`."""
 
-    def __init__(self, field: object, keys: list[str]) -> None:
-        super().__init__("unknown field")  # the field itself may be text that pydantic cannot print
-        self.field, self.keys = field, keys
+    def __init__(self, key: object, names: list[str]) -> None:
+        super().__init__("unknown field")  # pydantic prints this, and cannot print every text that a key may be
+        self.key, self.names = key, names
 
 
 class Refusal(ValueError):
     """For a validator to raise where values do not go together: `why` ends the sentence that begins with the field."""
 
-    def __init__(self, why: str, next_step: str = "", *, field: str = "") -> None:
+    def __init__(self, why: str, next_step: str = "", *, path: Loc = ()) -> None:
         super().__init__(why)
-        self.next_step, self.field = next_step, field
+        self.next_step, self.path = next_step, path
 
 
 class Document(BaseModel):
@@ -62,12 +80,16 @@ class Document(BaseModel):
     @classmethod
     def _refuse_unknown(cls, document: object) -> object:
         """Refuses an unknown field before a missing one, which it may be the misspelling of."""
-        if isinstance(document, dict):
-            keys = cls.field_names()
-            for key in cast("dict[object, object]", document):
-                if key not in keys:
-                    raise UnknownField(key, keys)
-        return cast(object, document)
+        return refuse_unknown(document, cls.field_names())
+
+
+def refuse_unknown(document: object, names: list[str]) -> object:
+    """The document, if it is no mapping or has only these fields. Raises UnknownField."""
+    if isinstance(document, dict):
+        for key in cast("dict[object, object]", document):
+            if key not in names:
+                raise UnknownField(key, names)
+    return cast(object, document)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,51 +109,54 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The first thing that is wrong in a document, as `path: why`. `path` is that of the field (`inputs[0].weight`),
-    empty for the document itself. `value` is what is there, and `expected` what must be, where that is all."""
+    """The first thing that is wrong in a document: where, why, and what to do, where that is known. `value` is what is
+    there, and `expected` what must be, if that is the whole problem."""
 
-    path: str
+    loc: Loc
     why: str
     next_step: str = ""
     value: object = None
     expected: str = ""
     unknown: bool = False
 
-    def at(self, subject: str) -> str:
-        return f"{subject}: {self.path}" if self.path else subject
+    @property
+    def path(self) -> str:
+        """`inputs[0].weight`; empty for the document itself."""
+        return path_of(self.loc)
 
 
 def problem_of(error: ValidationError) -> Problem:
     """The first of pydantic's errors, in our words."""
     first = error.errors(include_url=False)[0]
-    context, path = first.get("ctx", {}), _path(first["loc"])
+    context, loc = first.get("ctx", {}), tuple(part for part in first["loc"] if part != "[key]")
     match context.get("error"):
-        case UnknownField(field=field, keys=keys):
-            return _unknown(path, field, keys)
+        case UnknownField(key=key, names=names):
+            return _unknown(loc, key, names)
         case Refusal() as refusal:
-            return Problem(_path((*first["loc"], refusal.field)), str(refusal), refusal.next_step)
+            return Problem((*loc, *refusal.path), str(refusal), refusal.next_step)
         case _:
             pass
     match first["type"]:
-        case "unexpected_keyword_argument":
-            return Problem(path, "it is not a field here")
         case "missing":
-            return Problem(path, "it is missing")
+            return Problem(loc, "it is missing")
         case "too_short":
-            return Problem(path, f"it has fewer than {context['min_length']}")
+            return Problem(
+                loc, f"it has {context['actual_length']} entries, and at least {context['min_length']} is needed"
+            )
         case "too_long":
-            return Problem(path, f"it has more than {context['max_length']}")
+            return Problem(
+                loc, f"it has {context['actual_length']} entries, and at most {context['max_length']} are allowed"
+            )
         case _:
             value, expected = first["input"], _expected(first)
-            return Problem(path, f"{printable(value)} is not {expected}", value=value, expected=expected)
+            return Problem(loc, f"{printable(value)} is not {expected}", value=value, expected=expected)
 
 
-def _unknown(path: str, field: object, keys: list[str]) -> Problem:
-    name = field if isinstance(field, str) and field.isidentifier() and len(field) < 100 else printable(field)
-    near = get_close_matches(field, keys, 1) if isinstance(field, str) else []
+def _unknown(loc: Loc, key: object, names: list[str]) -> Problem:
+    near = get_close_matches(key.lower(), names, 1) if isinstance(key, str) else []
     hint = f"Did you mean {near[0]}? " if near else ""
-    next_step = f"{hint}It knows {', '.join(sorted(keys))}."
-    return Problem(path, f"there is no field {name}", next_step, value=field, unknown=True)
+    next_step = f"{hint}Known are {', '.join(names)}."
+    return Problem(loc, f"there is no field {printable(key)}", next_step, value=key, unknown=True)
 
 
 def _expected(error: ErrorDetails) -> str:
@@ -145,11 +170,11 @@ def _expected(error: ErrorDetails) -> str:
             return _MUST_BE[kind].format(**context)
 
 
-def _path(loc: tuple[int | str, ...]) -> str:
+def path_of(loc: Loc) -> str:
     path = ""
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part:
-            path += f".{part if part.isidentifier() else printable(part)}"
+        else:
+            path += f".{part if part.isidentifier() and len(part) < 100 else printable(part)}"
     return path.removeprefix(".")
