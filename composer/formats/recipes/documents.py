@@ -76,6 +76,10 @@ class Document(BaseModel):
         """The names of the fields, as a document has them."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
+    def given(self) -> dict[str, Any]:
+        """The fields that the document has."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, document: object) -> object:
@@ -107,6 +111,17 @@ class Reader:
         return self.schema
 
 
+def one_of(*words: str) -> Reader:
+    """Of an annotation: text that is one of these words."""
+
+    def read(value: object) -> str:
+        if not isinstance(value, str) or value not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return str(value)
+
+    return Reader(read, {"enum": [str(word) for word in words]})
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """The first thing that is wrong in a document: where, why, and what to do, where that is known. `value` is what is
@@ -123,6 +138,10 @@ class Problem:
     def path(self) -> str:
         """`inputs[0].weight`; empty for the document itself."""
         return path_of(self.loc)
+
+    def at(self, subject: str) -> str:
+        """The field of a document that has this name."""
+        return f"{subject}: {self.path}" if self.loc else subject
 
 
 def problem_of(error: ValidationError) -> Problem:
