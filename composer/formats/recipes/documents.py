@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -111,15 +111,16 @@ class Reader:
         return self.schema
 
 
-def one_of(*words: str) -> Reader:
-    """Of an annotation: text that is one of these words."""
+def one_of(*words: str | None) -> Reader:
+    """For a text that is one of these words; None stands for nothing."""
+    known = [None if word is None else str(word) for word in words]
 
-    def read(value: object) -> str:
-        if not isinstance(value, str) or value not in words:
-            raise ValueError(f"one of {', '.join(words)}")
-        return str(value)
+    def read(value: object) -> str | None:
+        if not isinstance(value, str | None) or value not in known:
+            raise ValueError(f"one of {', '.join(filter(None, known))}")
+        return value
 
-    return Reader(read, {"enum": [str(word) for word in words]})
+    return Reader(read, {"enum": known})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,9 @@ def problem_of(error: ValidationError) -> Problem:
     match context.get("error"):
         case UnknownField(key=key, names=names):
             return _unknown(loc, key, names)
+        case ValidationError() as inner:  # of a document in this one
+            problem = problem_of(inner)
+            return replace(problem, loc=(*loc, *problem.loc))
         case Refusal() as refusal:
             return Problem((*loc, *refusal.path), str(refusal), refusal.next_step)
         case _:
@@ -186,7 +190,7 @@ def _expected(error: ErrorDetails) -> str:
         case "value_error":
             return str(context["error"])
         case kind:
-            return _MUST_BE[kind].format(**context)
+            return _MUST_BE[kind].format(**context) if kind in _MUST_BE else error["msg"]
 
 
 def path_of(loc: Loc) -> str:

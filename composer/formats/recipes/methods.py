@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, create_model, field
 
 from composer.errors import NotSupported
 from composer.formats.recipes.documents import Document, Reader, problem_of
-from composer.formats.recipes.weights import LARGEST, NormalizedWeight, Weight, factor, real, weights_of
+from composer.formats.recipes.weights import Factor, NormalizedWeight, Weight, real, weights_of
 from composer.formats.untrusted import printable
 
 
@@ -89,7 +89,6 @@ def _positions(value: object) -> tuple[int, ...]:
 
 
 Truth = Annotated[bool, Reader(_truth, {"type": "boolean"})]
-Factor = Annotated[float, Reader(factor, {"type": "number", "minimum": -LARGEST, "maximum": LARGEST})]
 Share = Annotated[
     float, _number("a number above 0, at most 1", lambda number: 0 < number <= 1, exclusiveMinimum=0, maximum=1)
 ]

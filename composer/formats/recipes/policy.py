@@ -146,9 +146,10 @@ def _stays_an_error(value: object) -> object:
 _NUMBERS: dict[str, Any] = {code: (_threshold(code), None) for code in THRESHOLDS}
 _Thresholds = create_model("Thresholds", __base__=Document, **_NUMBERS)
 _STAYS = Annotated[str, Reader(_stays_an_error, {"const": "error"})]
+_VERDICT = Annotated[str | None, one_of(*Verdict, None)]
 _SEVERITY = Annotated[str, one_of(*Severity, IGNORE)]
 _FIELDS: dict[str, Any] = {
-    "require": (Annotated[str, one_of(*Verdict)] | None, None),
+    "require": (_VERDICT, None),
     "thresholds": (_Thresholds | None, None),
     **{code: (_STAYS if code in HARD else _SEVERITY, None) for code in sorted(CODES)},
 }

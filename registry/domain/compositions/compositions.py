@@ -249,15 +249,15 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     settings = parse_settings(recipe.method, recipe.settings)
     own = member_suites(session, recipe, inputs)
     return Lock(
-        base.digest,
-        recipe.method,
-        settings.to_json(),
-        recipe.dtype,
-        locked,
-        recipe.rounding,
-        _calibration(session, recipe, settings, own),
-        _gates_to_add(recipe, own),
-        settings.pipeline.version,
+        base=base.digest,
+        method=recipe.method,
+        settings=settings.to_json(),
+        dtype=recipe.dtype,
+        inputs=locked,
+        rounding=recipe.rounding,
+        calibration=_calibration(session, recipe, settings, own),
+        gates=_gates_to_add(recipe, own),
+        method_version=settings.pipeline.version,
     )
 
 
